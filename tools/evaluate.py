@@ -13,7 +13,7 @@ import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
-from unicl_fast.system.machine import check_current_folder, keep_freed_memory, sleep_while_waiting
+from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_current_folder()
         # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
-        sleep_while_waiting(command.device)
+        choose_environment(command.device)
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
         command.check()

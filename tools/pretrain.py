@@ -30,7 +30,7 @@ from unicl_fast.distributed.signals import (
 )
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.checked_fields import require
-from unicl_fast.system.machine import check_current_folder, keep_freed_memory, sleep_while_waiting
+from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _main(argv: Sequence[str]) -> None:
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
     check_current_folder()
-    sleep_while_waiting(config.run.device)
+    choose_environment(config.run.device)
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader
     from unicl_fast.training.run import check_request, pretrain
@@ -159,6 +159,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     Raises:
         ValueError: there is no such preset.
     """
+    argv = _with_value_of_compile(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=_DEFAULT_PRESET)
     finder.add_argument("-h", "--help", action="store_true")
@@ -178,6 +179,19 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
         description=f"{PretrainArguments.__doc__} The defaults below are those of the preset "
         f"{found.preset}; presets are {', '.join(PRESETS)}.",
     )
+
+
+def _with_value_of_compile(argv: Sequence[str]) -> list[str]:
+    """Reads --efficiency.compile and --efficiency.no-compile as the switches that they were."""
+    spelt: list[str] = []
+    for index, flag in enumerate(argv):
+        if flag == "--efficiency.no-compile":
+            spelt.append("--efficiency.compile=off")
+        elif flag == "--efficiency.compile" and (argv[index + 1 :] or ["--"])[0].startswith("--"):
+            spelt.append("--efficiency.compile=encoders")
+        else:
+            spelt.append(flag)
+    return spelt
 
 
 def split_config(arguments: PretrainArguments) -> TrainConfig:

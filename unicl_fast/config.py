@@ -40,6 +40,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled", "triton"]
+Compilation = Literal["auto", "off", "blocks", "encoders"]
+Switch = Literal["auto", "on", "off"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 OptimizerName = Literal["adamw", "lamb", "fusedadamw", "fusedlamb", "auto"]
@@ -287,18 +289,28 @@ class EfficiencyConfig:
 
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
-    with loss scaling; the loss is always computed in fp32 or better. auto takes bf16 on GPUs (fp16
-    on those without it); on a CPU it measures both for a moment, and takes bf16 if that is faster
-    than fp32. A resumed run keeps its precision."""
+    with loss scaling; the loss is always computed in fp32 or better (but see tf32). auto takes bf16
+    on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and takes bf16 if
+    that is faster than fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Keep images and convolution weights in NHWC order, as the decoder returns them."""
     activation_checkpointing: bool = False
     """Recompute encoder blocks in backward instead of storing activations. It takes about 1.3 times
     the time and saves a third to half of the memory."""
-    compile: bool = False
-    """Compile both encoders with torch.compile. It takes minutes at the start; steps are faster
-    afterwards. Texts are padded to a few sizes, so that new ones seldom compile anew. Needs a C++
-    compiler. Refused with activation_checkpointing of BatchNorm."""
+    compile: Compilation = "auto"
+    """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles the
+    repeated blocks of both encoders, equal ones once; encoders compiles each encoder as a whole,
+    which takes minutes at the start. auto takes blocks on a GPU, if a C++ compiler and Triton are
+    there, and off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new
+    ones seldom compile anew. Refused with activation_checkpointing of BatchNorm."""
+    tf32: Switch = "auto"
+    """Compute fp32 products on a GPU in TF32, with 10 bits of fraction: auto, on or off. They are
+    faster, and rounded: not for parity in fp32. auto takes TF32 with precision bf16 or fp16, which
+    round as much or more themselves, and none with fp32. What is left in fp32 there are the
+    products of the loss."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN measure which of its convolutions is the fastest, once for each size. They differ
+    in rounding, so two starts of a run on a GPU may differ in it."""
     micro_batch_size: Count = 0
     """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
     takes about 4/3 of the time, and activations are stored for this many only. The loss is still
@@ -405,9 +417,18 @@ def config_from_dict(values: Any) -> TrainConfig:
         ValueError: a group or field that this version does not know, or a value out of range.
     """
     try:
-        return from_json_values(TrainConfig, values)
+        return from_json_values(TrainConfig, _as_written_now(values))
     except ValueError as error:
         raise ValueError(f"config: {error}") from error
+
+
+def _as_written_now(values: Any) -> Any:
+    """Files of version 0.1 have true or false for `efficiency.compile`."""
+    efficiency = values.get("efficiency") if isinstance(values, dict) else None
+    if not isinstance(efficiency, dict) or not isinstance(efficiency.get("compile"), bool):
+        return values
+    name = "encoders" if efficiency["compile"] else "off"
+    return {**values, "efficiency": {**efficiency, "compile": name}}
 
 
 def load_config(path: Path) -> TrainConfig:

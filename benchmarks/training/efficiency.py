@@ -99,7 +99,8 @@ class Efficiency(StepStage):
                 {
                     f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
                     for name, config in measured.items()
-                    if not config.efficiency.compile  # its memory would be the compiler's
+                    # the memory of compiled ones would be the compiler's
+                    if config.efficiency.compile in ("auto", "off")
                 }
             )
         self.write_result(figures, "timm", precision=base.efficiency.precision)
@@ -121,7 +122,8 @@ def switches_of(settings: Efficiency, precision: str) -> dict[str, dict[str, obj
     if settings.batch_size > 1:
         switches["two micro-batches"] = {"micro_batch_size": -(-settings.batch_size // 2)}
     if settings.compile:
-        switches["compiled"] = {"compile": True}
+        switches["compiled by block"] = {"compile": "blocks"}
+        switches["compiled"] = {"compile": "encoders"}
     return switches
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import signal
@@ -50,6 +51,7 @@ from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
+from unicl_fast.models.efficiency import compile_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.presets import build_preset
@@ -168,6 +170,13 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
     for form in ("dense", "tiled"):
         loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
+    """The same, compiled, with torch's own kernels in the graphs."""
+    compiled = functools.partial(compile_encoders, backend="aot_eager")
+    with mock.patch("unicl_fast.training.trainer.compile_encoders", compiled):
+        write_gradients(ranks, images, folder, efficiency)
 
 
 def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectives: list) -> None:

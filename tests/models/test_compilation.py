@@ -1,27 +1,33 @@
-"""Compiled encoders: the eager step's result, and no new graph for each batch of texts."""
+"""Compiled encoders and blocks: the eager step's result, and no new graph for each batch."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from rank_workers import first_gradients, run_on_ranks, write_gradients
+from rank_workers import first_gradients, run_on_ranks, write_compiled_gradients
 from small_runs import StepLoader, tiny_config
 from torch._dynamo.utils import counters
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models import small, text_encoder
+from unicl_fast.evaluation.features import encode_images, encode_token_rows
+from unicl_fast.models import efficiency, image_encoder, small, text_encoder
 from unicl_fast.models.efficiency import (
     compile_encoders,
     has_compiler,
     pad_texts,
+    resolve_compilation,
     round_up_count,
     round_up_length,
+    rounds_sizes,
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.targets import collate
@@ -34,8 +40,16 @@ from unicl_fast.training.trainer import Trainer
 @pytest.fixture(autouse=True)
 def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without checks of shapes around their functions, which torch would trace too."""
-    encoders = (text_encoder.TextEncoder, small.SmallConvNet)
-    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, *encoders):
+    classes = [
+        text_encoder.TokenRow,
+        text_encoder.QuickGELU,
+        text_encoder.CausalAttention,
+        text_encoder.TextBlock,
+        text_encoder.TextEncoder,
+        image_encoder.KeyedDropPath,
+        small.SmallConvNet,
+    ]
+    for cls in classes:
         for name, function in list(vars(cls).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(cls, name, inspect.unwrap(function))
@@ -97,8 +111,8 @@ def test_padded_texts_do_not_count(
 ) -> None:
     """The sizes of a compiled step, without compiling."""
     plain_loss, plain = first_gradients(images, Ranks(), tiny_config())
-    monkeypatch.setattr(trainer_module, "compile_encoders", lambda model: None)
-    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile=True, **others))
+    monkeypatch.setattr(trainer_module, "compile_encoders", lambda model, what: None)
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile="encoders", **others))
     assert loss == pytest.approx(plain_loss, rel=1e-13)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
@@ -141,13 +155,29 @@ def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["packed", "trimmed"])
+@pytest.mark.parametrize(
+    ("what", "layout", "first", "most"),
+    [
+        ("encoders", "packed", 2, 4),
+        ("encoders", "trimmed", 2, 4),
+        # image blocks with and without drop path, and text blocks
+        ("blocks", "packed", 3, 6),
+        ("blocks", "trimmed", 3, 6),
+    ],
+)
 def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
-    images: torch.Tensor, layout: str, monkeypatch: pytest.MonkeyPatch
+    images: torch.Tensor,
+    what: str,
+    layout: str,
+    first: int,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """How often is the tracer's business, whatever compiles its graphs: here nothing does."""
     monkeypatch.setattr(
-        trainer_module, "compile_encoders", lambda model: compile_encoders(model, backend="eager")
+        trainer_module,
+        "compile_encoders",
+        lambda model, what: compile_encoders(model, what, backend="eager"),
     )
     sizes = [
         (12, 3),
@@ -165,41 +195,115 @@ def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
         batch_of_texts(images, num_texts=texts, num_words=words, step=step)
         for step, (texts, words) in enumerate(sizes)
     ]
-    config = tiny_config(compile=True, text_layout=layout)
+    config = tiny_config(compile=what, text_layout=layout)
     trainer = Trainer(config, ListLoader(batches), progress=False)
     graphs = []
     for batch in batches:
         trainer.train_step(batch)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] == 2  # an image encoder and a text encoder
-    assert graphs[-1] <= 4, graphs
+    assert graphs[0] == first
+    assert graphs[-1] <= most, graphs
     assert graphs[3:] == [graphs[-1]] * (len(graphs) - 3), graphs
+    encode_in_many_sizes(trainer.model.eval(), images)
+    graphs.append(counters["stats"]["unique_graphs"])
+    encode_in_many_sizes(trainer.model, images)
+    assert counters["stats"]["unique_graphs"] == graphs[-1] <= 3 * most
+    assert not counters["graph_break"]
 
 
-def test_alike_batches_compile_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def encode_in_many_sizes(model: UniCL, images: torch.Tensor) -> None:
+    """As evaluation does: without gradients, in other batches, the last of one."""
+    for count in (12, 5, 7, 3, 1):
+        encode_images(model, images[:count])
+        encode_token_rows(model, [np.arange(1, 4 + count, dtype=np.uint16)] * count)
+
+
+@pytest.mark.parametrize(("what", "graphs"), [("encoders", 2), ("blocks", 3)])
+def test_alike_batches_compile_once(
+    images: torch.Tensor, what: str, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other steps drop other branches; equal blocks of a kind are one graph."""
     monkeypatch.setattr(
-        trainer_module, "compile_encoders", lambda model: compile_encoders(model, backend="eager")
+        trainer_module,
+        "compile_encoders",
+        lambda model, what: compile_encoders(model, what, backend="eager"),
     )
     batches = [
         batch_of_texts(images, num_texts=texts, num_words=words, step=step)
         for step, (texts, words) in enumerate([(12, 8), (11, 9), (10, 10), (12, 7), (9, 11)])
     ]
-    trainer = Trainer(tiny_config(compile=True), ListLoader(batches), progress=False)
+    trainer = Trainer(tiny_config(compile=what), ListLoader(batches), progress=False)
     for batch in batches:
         trainer.train_step(batch)
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"activation_checkpointing": True},
+        {"micro_batch_size": 5},
+        {"image_encoder": "unicl_swin6_small"},
+        {"image_encoder": "resnet18"},
+    ],
+    ids=lambda others: ",".join(map(str, others.values())),
+)
+def test_compiled_blocks_give_the_eager_gradients(
+    images: torch.Tensor, others: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's own kernels, by way of the forward and backward graphs of a compiled step."""
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config(**others))
+    monkeypatch.setattr(
+        trainer_module,
+        "compile_encoders",
+        lambda model, what: compile_encoders(model, what, backend="aot_eager"),
+    )
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile="blocks", **others))
+    assert counters["stats"]["unique_graphs"] >= 3
+    assert not counters["graph_break"]
+    assert loss == pytest.approx(eager_loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch.Tensor) -> None:
+    config = tiny_config(compile="blocks")
+    plain = UniCL(config).state_dict().keys()
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
+    trainer = Trainer(config, StepLoader(images), progress=False)
+
+    def num_compiled(model: torch.nn.Module) -> int:
+        return sum(module._compiled_call_impl is not None for module in model.modules())
+
+    assert num_compiled(trainer.model) == 6 + 2
+    assert num_compiled(trainer.ema.module) == num_compiled(copy.deepcopy(trainer.model)) == 0
+    assert trainer.model.state_dict().keys() == plain
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_blocks_of_real_kernels_give_the_eager_gradients(images: torch.Tensor) -> None:
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile="blocks"))
+    assert counters["stats"]["unique_graphs"] == 3
+    torch.compiler.reset()
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
+    assert loss == pytest.approx(eager_loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param({}, id="plain"),
+        pytest.param({"compile": "encoders"}, id="encoders"),
         pytest.param(
-            {"micro_batch_size": 5, "activation_checkpointing": True},
-            id="micro-batches",
-            marks=pytest.mark.long,
+            {"compile": "blocks", "micro_batch_size": 5, "activation_checkpointing": True},
+            id="micro-batches of blocks",
         ),
     ],
 )
@@ -212,7 +316,7 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
         return losses, trainer.model.state_dict()
 
     eager_losses, eager = trained()
-    losses, weights = trained(compile=True, **others)
+    losses, weights = trained(**others)
     assert counters["stats"]["unique_graphs"] >= 2
     assert losses == pytest.approx(eager_losses, rel=1e-10)
     assert weights.keys() == eager.keys()
@@ -223,13 +327,17 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.dist
-@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+@pytest.mark.parametrize(
+    "settings",
+    [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}],
+    ids=lambda settings: settings["compile"],
+)
 def test_compiled_ranks_give_the_gradients_of_one_eager_process(
-    images: torch.Tensor, tmp_path: Path
+    images: torch.Tensor, tmp_path: Path, settings: dict
 ) -> None:
     """Each rank has other numbers of texts and tokens, so its padding is another, too."""
     eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
-    run_on_ranks(write_gradients, 2, images, str(tmp_path), {"compile": True})
+    run_on_ranks(write_compiled_gradients, 2, images, str(tmp_path), settings)
     for written in [f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(2)]:
         loss, gradients = torch.load(tmp_path / written, weights_only=True)
         assert loss == pytest.approx(eager_loss, rel=1e-10)
@@ -244,17 +352,58 @@ def test_a_machine_without_a_compiler_is_told(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*efficiency.compile=False"):
-        compile_encoders(UniCL(tiny_config(compile=True)))
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*efficiency.compile=off"):
+        compile_encoders(UniCL(tiny_config()), "blocks")
 
 
 def test_recomputed_batchnorm_is_not_compiled() -> None:
-    config = tiny_config(
-        image_encoder="unicl_convnet7_small", compile=True, activation_checkpointing=True
-    )
+    config = tiny_config(image_encoder="unicl_convnet7_small", activation_checkpointing=True)
     with pytest.raises(ValueError, match="BatchNorm.*activation_checkpointing=False"):
-        compile_encoders(UniCL(config), backend="eager")
+        compile_encoders(UniCL(config), "blocks", backend="eager")
 
 
-def test_compiling_is_off_by_default() -> None:
-    assert not EfficiencyConfig().compile
+def test_an_encoder_of_unknown_blocks_is_not_compiled_by_block() -> None:
+    model = UniCL(tiny_config(image_encoder="test_efficientnet"))
+    with pytest.raises(ValueError, match="EfficientNet has none.*compile=encoders"):
+        compile_encoders(model, "blocks", backend="eager")
+
+
+def resolved(model: UniCL, device: str) -> str:
+    config = dataclasses.replace(model.config, efficiency=EfficiencyConfig(precision="fp64"))
+    return resolve_compilation(config, model, torch.device(device)).efficiency.compile
+
+
+def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = UniCL(tiny_config())
+    capability = (8, 0)
+    found = {"g++", "triton"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(efficiency, "has_compiler", lambda: "g++" in found)
+    monkeypatch.setattr(efficiency.importlib.util, "find_spec", lambda name: name in found or None)
+    assert (resolved(model, "cpu"), resolved(model, "cuda")) == ("off", "blocks")
+    for missing in ("g++", "triton"):
+        found.remove(missing)
+        assert resolved(model, "cuda") == "off"
+        found.add(missing)
+    capability = (6, 1)
+    assert resolved(model, "cuda") == "off"
+    capability = (7, 0)
+    assert resolved(UniCL(tiny_config(image_encoder="test_efficientnet")), "cuda") == "off"
+    norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
+    assert resolved(UniCL(tiny_config(**norms)), "cuda") == "off"
+    monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
+    assert resolved(model, "cuda") == "off"
+
+
+def test_on_a_cpu_nothing_is_compiled_by_default(images: torch.Tensor) -> None:
+    trainer = Trainer(tiny_config(), StepLoader(images), progress=False)
+    assert trainer.config.efficiency.compile == "off"
+    assert EfficiencyConfig().compile == "auto"
+
+
+def test_sizes_of_texts_are_rounded_where_that_helps() -> None:
+    cases = [("auto", "cpu"), ("off", "cpu"), ("blocks", "cpu"), ("off", "cuda")]
+    rounded = [rounds_sizes(tiny_config(compile=what), torch.device(on)) for what, on in cases]
+    assert rounded == [False, False, True, True]

@@ -259,7 +259,7 @@ def test_torch_and_numba_draw_the_same_numbers() -> None:
 def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
     model = UniCL(tiny_config()).double().train()
     layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
-    assert model.drop_path_key.num_layers == len(layers) > 4
+    assert len(model.drop_path_key.layers) == len(layers) > 4
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
     global_index = torch.tensor([40, 41, 42, 43, 44, 45])
 
@@ -277,7 +277,8 @@ def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
 
 def test_drop_path_keeps_the_fraction_and_the_mean_it_should() -> None:
     model = UniCL(tiny_config())
-    layer = KeyedDropPath(drop_prob=0.3, layer=1, key=model.drop_path_key).train()
+    layer = KeyedDropPath(drop_prob=0.3).train()
+    model.drop_path_key.layers.append(layer)
     model.set_drop_path_key(step=3, global_index=torch.arange(20_000))
     out = layer(torch.ones(20_000, 1, 1))
     assert out.unique().tolist() == pytest.approx([0, 1 / 0.7])

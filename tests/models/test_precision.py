@@ -6,13 +6,14 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
-from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.config import CLIP_MEAN, CLIP_STD, EfficiencyConfig
 from unicl_fast.models import precision
 from unicl_fast.models.precision import (
     Precision,
     _normalise_on_host,
     normalise_images,
     resolve_precision,
+    set_device_arithmetic,
 )
 from unicl_fast.presets import build_preset
 
@@ -122,3 +123,41 @@ def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> No
     assert 0 < min(fp32, bf16) <= max(fp32, bf16) < 10
     assert torch.equal(torch.get_rng_state(), before)
     assert precision._seconds_of_products(1) == (fp32, bf16)
+
+
+@pytest.mark.parametrize(
+    ("precision_name", "tf32", "expected"),
+    [
+        ("bf16", "auto", True),
+        ("fp16", "auto", True),
+        ("fp32", "auto", False),
+        ("fp32", "on", True),
+        ("bf16", "off", False),
+    ],
+)
+def test_tf32_is_for_gpus_whose_encoders_round_anyway(
+    precision_name: str, tf32: str, expected: bool
+) -> None:
+    switches = [
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cudnn, "benchmark"),
+    ]
+
+    def state() -> list[bool]:
+        return [getattr(*switch) for switch in switches]
+
+    def restore(values: list[bool]) -> None:
+        for (module, name), value in zip(switches, values, strict=True):
+            setattr(module, name, value)
+
+    before = state()
+    settings = EfficiencyConfig(precision=precision_name, tf32=tf32, cudnn_benchmark=expected)
+    try:
+        restore([not expected] * 3)
+        set_device_arithmetic(settings, torch.device("cpu"))
+        assert state() == [not expected] * 3
+        set_device_arithmetic(settings, torch.device("cuda"))
+        assert state() == [expected] * 3
+    finally:
+        restore(before)

@@ -13,8 +13,8 @@ import pytest
 from unicl_fast.system import machine
 from unicl_fast.system.machine import (
     LAUNCHED_BY_US,
+    choose_environment,
     cores_of_this_rank,
-    sleep_while_waiting,
     usable_cores,
 )
 
@@ -85,32 +85,28 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "gpus", "chosen", "expected"),
     [
-        ("cpu", ["nvidia0"], None, "passive"),
-        ("auto", ["nvidiactl"], None, "passive"),
-        ("auto", ["nvidia0"], None, None),
-        ("cuda", [], None, None),
-        ("cpu", [], "active", "active"),
+        ("cpu", ["nvidia0"], {}, {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}),
+        ("auto", ["nvidiactl"], {}, {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}),
+        ("cpu", [], {"OMP_WAIT_POLICY": "active"}, {}),
+        ("auto", ["nvidia0"], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("cuda", [], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("cuda", [], {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {}),
     ],
 )
-def test_idle_threads_sleep_where_no_gpu_computes(
+def test_threads_sleep_on_a_cpu_and_the_memory_of_a_gpu_grows(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     device: str,
     gpus: list[str],
-    chosen: str | None,
-    expected: str | None,
+    chosen: dict[str, str],
+    expected: dict[str, str],
 ) -> None:
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
     for name in gpus:
         (tmp_path / name).touch()
-    with mock.patch.dict(os.environ):
-        for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
-            os.environ.pop(name, None)
-        if chosen:
-            os.environ["OMP_WAIT_POLICY"] = chosen
-        sleep_while_waiting(device)
-        assert os.environ.get("OMP_WAIT_POLICY") == expected
-        assert os.environ.get("KMP_BLOCKTIME") == ("0" if expected == "passive" else None)
+    with mock.patch.dict(os.environ, chosen, clear=True):
+        choose_environment(device)
+        assert dict(os.environ) == chosen | expected
 
 
 @pytest.mark.parametrize(
@@ -120,14 +116,14 @@ def test_idle_threads_sleep_where_no_gpu_computes(
         ("evaluate", ["knn", "--checkpoint", "x", "--train", "y", "--data", "z"]),
     ],
 )
-def test_programs_choose_how_threads_wait_before_torch_is_imported(
+def test_programs_choose_their_environment_before_torch_is_imported(
     program: str, arguments: list[str]
 ) -> None:
-    """OpenMP reads the variable once, when it is loaded."""
+    """OpenMP and torch's allocator read their variables once."""
     code = (
         "import sys; from unicl_fast.system import machine\n"
         "def look(device): sys.exit(1 if 'torch' in sys.modules else 7)\n"
-        "machine.sleep_while_waiting = look\n"
+        "machine.choose_environment = look\n"
         f"from unicl_fast.tools import {program}; {program}.main({arguments})"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7

@@ -228,7 +228,7 @@ def _publishable(config: TrainConfig) -> TrainConfig:
             config.efficiency,
             precision="fp32" if precision == "fp64" else precision,
             activation_checkpointing=False,
-            compile=False,
+            compile="auto",
         ),
         checkpoint=replace(config.checkpoint, best=""),
     )

@@ -202,17 +202,18 @@ class PendingMaximum:
 
     def __init__(self, value: int, ranks: Ranks) -> None:
         """Sends this rank's value; all ranks come here in the same order."""
-        self._value = torch.tensor([value], dtype=torch.int64)
-        self._work: dist.Work | None = None
+        self._own, self._work = value, None
         if ranks.world_size > 1:
+            self._value = torch.tensor([value], dtype=torch.int64)
             self._work = dist.all_reduce(
                 self._value, op=dist.ReduceOp.MAX, group=ranks.host_group, async_op=True
             )
 
     def wait(self) -> int:
-        if self._work is not None:
-            with WaitingForRanks():
-                self._work.wait()
+        if self._work is None:
+            return self._own
+        with WaitingForRanks():
+            self._work.wait()
         return int(self._value)
 
 

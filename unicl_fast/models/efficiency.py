@@ -4,27 +4,39 @@ Activation checkpointing: one mechanism serves both encoders, since timm's own s
 the image side, and counts every BatchNorm statistic twice. Blocks are known by their class names;
 an architecture without any of them is refused instead of left silently as it was.
 
-Compilation: distinct texts come in another shape at every step. Rounded up to a few sizes they meet
-graphs that exist (docs/architecture.md). What is added does not count: padding tokens come after
-what is read, and a text of count 0 is as if it were not there.
+Compilation: by block, or an encoder as a whole. Distinct texts come in another shape at every step;
+rounded up to a few sizes they meet graphs that exist (docs/architecture.md). What is added does not
+count: padding tokens come after what is read, and a text of count 0 is as if it were not there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from unicl_fast.config import Compilation, TrainConfig
+from unicl_fast.distributed.ranks import Ranks, gather_integers
+
 if TYPE_CHECKING:  # the model checkpoints its own blocks
     from unicl_fast.models.unicl import UniCL
 
+logger = logging.getLogger(__name__)
+
+_ALONE = Ranks()
+_MOST_GRAPHS = 128
+_OLDEST_FOR_TRITON = (7, 0)
 _BLOCKS = {
     "SwinTransformerBlock",  # Swin
     "SwinTransformerV2Block",
@@ -58,7 +70,7 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
 
 
 def find_blocks(encoder: nn.Module) -> list[nn.Module]:
-    """The modules that activation checkpointing recomputes one at a time."""
+    """The modules that are recomputed in backward, or compiled, one at a time."""
     return [module for module in encoder.modules() if type(module).__name__ in _BLOCKS]
 
 
@@ -105,26 +117,90 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
-    """Makes both encoders compile themselves at their next calls; names of weights stay the same.
+def resolve_compilation(
+    config: TrainConfig, model: UniCL, device: torch.device, *, ranks: Ranks = _ALONE
+) -> TrainConfig:
+    """Replaces `efficiency.compile=auto` by blocks where all ranks can do that on a GPU, or off."""
+    if config.efficiency.compile != "auto":
+        return config
+    obstacle = _obstacle_to_blocks(model, device)
+    compilation: Compilation = "off" if any(gather_integers(bool(obstacle), ranks)) else "blocks"
+    if device.type == "cuda":
+        reason = f": {obstacle}" if obstacle else ""
+        logger.info("compile: %s (efficiency.compile=auto)%s", compilation, reason)
+    efficiency = dataclasses.replace(config.efficiency, compile=compilation)
+    return dataclasses.replace(config, efficiency=efficiency)
+
+
+def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
+    """Says why `auto` compiles nothing; empty where it does."""
+    if device.type != "cuda":
+        return "a CPU gains nothing"
+    if not has_compiler():
+        return "no C++ compiler is found"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < _OLDEST_FOR_TRITON:
+        return "Triton does not know a GPU as old as this"
+    if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
+        return "blocks with BatchNorm are recomputed"
+    if not all(map(find_blocks, model.encoders)):
+        return "an encoder has no known blocks"
+    return ""
+
+
+def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inductor") -> None:
+    """Makes encoders, or their blocks, compile themselves at their next calls.
+
+    Names of weights stay the same. Blocks of the same class and sizes share one graph.
 
     Raises:
-        ValueError: no C++ compiler, or blocks with BatchNorm that are recomputed in backward.
+        ValueError: no C++ compiler, no blocks that are known, or blocks with BatchNorm that are
+            recomputed in backward.
     """
     if backend == "inductor" and not has_compiler():
         raise ValueError(
             f"efficiency.compile needs a C++ compiler, and {os.environ.get('CXX', 'g++')} is not "
             "found: install one (for example the package g++ of your distribution), name it in "
-            "the environment variable CXX, or set efficiency.compile=False"
+            "the environment variable CXX, or set efficiency.compile=off"
         )
     if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
         raise ValueError(
             "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
             "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
-            "efficiency.activation_checkpointing=False or efficiency.compile=False"
+            "efficiency.activation_checkpointing=False or efficiency.compile=off"
         )
+    if what == "encoders":
+        for encoder in model.encoders:
+            encoder.compile(backend=backend)
+        return
+    from torch._dynamo import config as dynamo  # takes seconds to import
+
+    # All blocks count as one function: Swin has 8 kinds, each in training and in evaluation, for
+    # one size and for any. Beyond torch's limit of 8 graphs the others would silently stay eager.
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_GRAPHS)
+    # it cuts an encoder into pieces, so that reductions begin before its backward pass ends; blocks
+    # are pieces already
+    dynamo.optimize_ddp = False
     for encoder in model.encoders:
-        encoder.compile(backend=backend)
+        blocks = find_blocks(encoder)
+        if not blocks:
+            raise ValueError(
+                f"efficiency.compile=blocks knows the blocks {', '.join(sorted(_BLOCKS))}; "
+                f"{type(encoder).__name__} has none of them: set efficiency.compile=encoders or "
+                "add its block class"
+            )
+        for block in blocks:
+            block.compile(backend=backend)
+
+
+def rounds_sizes(config: TrainConfig, device: torch.device) -> bool:
+    """Whether numbers and lengths of texts are rounded up.
+
+    Compiled encoders need it. On a GPU eager ones have it too: with a few sizes torch's allocator
+    finds freed blocks that fit. On a CPU what is added would be computed for nothing.
+    """
+    return config.efficiency.compile in ("blocks", "encoders") or device.type == "cuda"
 
 
 def round_up_length(length: int) -> int:

@@ -118,40 +118,47 @@ class DropPathKey:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.num_layers = 0
-        self._uniform: Tensor | None = None
+        self.layers: list[KeyedDropPath] = []
+        self._keep_probs: Tensor | None = None
 
     def set(self, *, step: int, global_index: Tensor) -> None:
         """Fixes the masks of the forward passes of samples `global_index` (int64 [b]) at `step`."""
-        if self.num_layers == 0:
+        if not self.layers:
             return
-        layers = torch.arange(self.num_layers, device=global_index.device)
-        keys = fold_key_tensor(fold_key(self.seed, _PURPOSE, step), layers)
-        self._uniform = uniform_tensor(keys.unsqueeze(1), global_index.unsqueeze(0))
+        device = global_index.device
+        if self._keep_probs is None or len(self._keep_probs) != len(self.layers):
+            keep_probs = [[1.0 - layer.drop_prob] for layer in self.layers]
+            self._keep_probs = torch.tensor(keep_probs, dtype=torch.float64)
+        self._keep_probs = self._keep_probs.to(device)  # once: the copy makes a GPU wait
+        numbers = torch.arange(len(self.layers), device=device)
+        keys = fold_key_tensor(fold_key(self.seed, _PURPOSE, step), numbers)
+        uniform = uniform_tensor(keys.unsqueeze(1), global_index.unsqueeze(0))
+        factors = (uniform < self._keep_probs) / self._keep_probs
+        for layer, its_factors in zip(self.layers, factors.unbind(), strict=True):
+            layer.factors = its_factors
 
-    def uniform(self, layer: int) -> Tensor:
-        """Numbers of a layer, float64 [b] in [0, 1)."""
-        if self._uniform is None:
+
+class KeyedDropPath(nn.Module):
+    """timm's DropPath with the random tensor replaced by the key's.
+
+    Layers differ in a tensor only, so that equal blocks share one compiled graph.
+    """
+
+    def __init__(self, *, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob, self.drops = drop_prob, drop_prob > 0
+        self.factors: Tensor | None = None
+        """The key sets them: each sample's branch is multiplied by its own, float64 [b]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drops:
+            return x
+        if self.factors is None:
             raise RuntimeError(
                 "drop path in training mode needs its key: call model.set_drop_path_key(step=..., "
                 "global_index=...) before the forward pass"
             )
-        return self._uniform[layer]
-
-
-class KeyedDropPath(nn.Module):
-    """timm's DropPath with the random tensor replaced by the key's."""
-
-    def __init__(self, *, drop_prob: float, layer: int, key: DropPathKey) -> None:
-        super().__init__()
-        self.drop_prob, self.layer, self.key = drop_prob, layer, key
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
-            return x
-        keep_prob = 1.0 - self.drop_prob
-        kept = (self.key.uniform(self.layer) < keep_prob).to(x.dtype).div_(keep_prob)
-        return x * kept.view(-1, *[1] * (x.ndim - 1))
+        return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:
@@ -159,6 +166,6 @@ def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
             if isinstance(child, DropPath):
-                probability, layer = float(child.drop_prob), key.num_layers
-                setattr(parent, name, KeyedDropPath(drop_prob=probability, layer=layer, key=key))
-                key.num_layers += 1
+                layer = KeyedDropPath(drop_prob=float(child.drop_prob))
+                setattr(parent, name, layer)
+                key.layers.append(layer)

@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import PrecisionName, TrainConfig
+from unicl_fast.config import EfficiencyConfig, PrecisionName, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
@@ -163,6 +163,21 @@ def place_module(module: nn.Module, *, device: torch.device, precision: Precisio
                 head_width=part.out_proj.in_features // part.heads,
             )
     return module.to(device=device, dtype=precision.weight_type)
+
+
+def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) -> None:
+    """Sets torch's switches for the whole process, as `efficiency` says; those of a CPU stay.
+
+    Under autocast TF32 is for the loss, whose products of features are in fp32: the features have
+    the rounding of 16 bits already.
+    """
+    if device.type != "cuda":
+        return
+    in_16_bits = Precision(efficiency.precision).compute_type.itemsize == 2
+    tf32 = efficiency.tf32 == "on" or (efficiency.tf32 == "auto" and in_16_bits)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = efficiency.cudnn_benchmark
 
 
 # Bytes to the encoder's input.

@@ -41,6 +41,8 @@ _MY_CGROUP = Path("/proc/self/cgroup")
 _DEVICES = Path("/dev")
 _GPUS = ("nvidia[0-9]*", "kfd", "dxg")
 """Device files of NVIDIA's and AMD's drivers, and of WSL."""
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Torch's variables for its allocator; all versions from 2.6 to 2.13 take the first."""
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -166,16 +168,18 @@ def keep_freed_memory() -> bool:
     return all(mallopt(name, value) for name, value in choices.items())
 
 
-def sleep_while_waiting(device: str) -> None:
-    """Lets idle threads of OpenMP sleep where they would spin; for programs, before torch's import.
+def choose_environment(device: str) -> None:
+    """Sets variables that libraries read once; for programs, before torch's import.
 
-    They spin for the next parallel region, and so take the cores from whoever else has work: the
-    loader's threads, other programs, and the thread that they wait for. `device` is `run.device`;
-    where a GPU computes, nothing changes, and neither does what the user has set.
+    On a CPU, idle threads of OpenMP sleep where they would spin for the next parallel region, and
+    so take the cores from whoever else has work: the loader's threads, other programs, and the
+    thread that they wait for. On a GPU, torch's allocator extends the memory that it has, where it
+    would keep pieces that fit no later size. `device` is `run.device`; what the user has set stays.
     """
     if device == "cuda" or (device == "auto" and any(map(any, map(_DEVICES.glob, _GPUS)))):
-        return
-    if "OMP_WAIT_POLICY" not in os.environ:
+        if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+            os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    elif "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("KMP_BLOCKTIME", "0")  # the same for Intel's library
 

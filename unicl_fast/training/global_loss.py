@@ -33,7 +33,7 @@ from unicl_fast.distributed.ranks import (
     max_over_ranks,
     sum_over_ranks,
 )
-from unicl_fast.models.efficiency import pad_texts, round_up_length
+from unicl_fast.models.efficiency import pad_texts, round_up_length, rounds_sizes
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.objectives.loss import (
     AllReduce,
@@ -130,19 +130,20 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
 
     Returns:
         Token rows [u l]; the number of their tokens to compute, None for all with the padding;
-        class ids [u] and counts [u] of the texts. For compiled encoders sizes are rounded up.
+        class ids [u] and counts [u] of the texts. `rounds_sizes` says where sizes are rounded up.
     """
     efficiency = config.efficiency
     tokens = batch.tokens
+    rounds = rounds_sizes(config, tokens.device)
     if efficiency.text_layout != "padded":
         longest = int(batch.text_lengths.max())
-        tokens = tokens[:, : round_up_length(longest) if efficiency.compile else longest]
+        tokens = tokens[:, : round_up_length(longest) if rounds else longest]
     if not efficiency.unique_texts:
         class_ids = batch.class_ids
         return tokens[batch.text_index], None, class_ids, torch.ones_like(class_ids)
     num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
     texts = tokens, num_tokens, batch.text_class_ids, batch.text_counts
-    return pad_texts(*texts) if efficiency.compile else texts
+    return pad_texts(*texts) if rounds else texts
 
 
 class TextColumns:

@@ -170,7 +170,8 @@ def check_memory(
         f"at once). {_advice(config, world_size=ranks.world_size, **arguments)}"
     )
     # fused kernels save some of what the encoders keep as they are written
-    if found.certain > (2 if config.efficiency.compile else 1) * found.device_bytes:
+    compiled = {"blocks", "encoders", "auto" if device.type == "cuda" else ""}
+    if found.certain > (1 + (config.efficiency.compile in compiled)) * found.device_bytes:
         raise ValueError(message)
     logger.warning(message)
 

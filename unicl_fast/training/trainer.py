@@ -38,8 +38,13 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.efficiency import compile_encoders, has_batch_norm
-from unicl_fast.models.precision import Precision, place_module, resolve_precision
+from unicl_fast.models.efficiency import compile_encoders, has_batch_norm, resolve_compilation
+from unicl_fast.models.precision import (
+    Precision,
+    place_module,
+    resolve_precision,
+    set_device_arithmetic,
+)
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -142,7 +147,11 @@ class Trainer:
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
-        self.config = config = resolve_precision(config, self.device, ranks=self.ranks)
+        config = resolve_precision(config, self.device, ranks=self.ranks)
+        self.model = model or UniCL(config)
+        self.config = config = resolve_compilation(
+            config, self.model, self.device, ranks=self.ranks
+        )
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder, self._check_run_folder = run_folder, check_run_folder
@@ -154,15 +163,15 @@ class Trainer:
 
         efficiency, optim = config.efficiency, config.optim
         precision = Precision(efficiency.precision)
-        self.model = model or UniCL(config)
+        set_device_arithmetic(efficiency, self.device)
         if efficiency.micro_batch_size:
             check_micro_batches(self.model, config.objective)
         place_module(self.model, device=self.device, precision=precision)
         if efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
-        if efficiency.compile:
-            compile_encoders(self.model)
+        if efficiency.compile != "off":
+            compile_encoders(self.model, efficiency.compile)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
             # only those of BatchNorm ever change
@@ -528,7 +537,7 @@ class Trainer:
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else START_PATIENCE
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
-        if self.config.efficiency.compile and may_compile:
+        if self.config.efficiency.compile != "off" and may_compile:
             patience = 6.0
         waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
         stage += OR_WAITING if waits_for_ranks else ""
