@@ -17,6 +17,7 @@ from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
@@ -146,6 +147,11 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
         dataset.location, what, data.cache_bytes / 1e9, fitting,
     )  # fmt: skip
+
+
+def with_threads(data: DataConfig, ranks: Ranks) -> DataConfig:
+    """Returns the settings for this rank's loader: its cores decode where no number is given."""
+    return dataclasses.replace(data, threads=data.threads or ranks.cores)
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:

@@ -47,6 +47,7 @@ from unicl_fast.training.data import (
     distinct_names,
     open_datasets,
     rows_of_class_names,
+    with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.limits import check_memory
@@ -125,6 +126,11 @@ def pretrain(
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.data.decode_device == "gpu":
+        raise ValueError(
+            "data.decode_device=gpu decodes on the GPU that trains, and this run is on the CPU: "
+            "take data.decode_device=auto"
+        )
     limit = config.run.timeout_seconds
     with (
         Watchdog(
@@ -231,7 +237,7 @@ def _build_trainer(
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
     loader = build_loader(
-        config,
+        dataclasses.replace(config, data=with_threads(config.data, ranks)),
         datasets,
         weights,
         prompts,
