@@ -245,7 +245,7 @@ def _decode_device(data: DataConfig, device: torch.device) -> tuple[torch.device
         data.decode_device,
         device=device,
         has_jpeg_decoder=has_jpeg_decoder(device) if is_open else None,
-        cores=decoding_threads(data.threads),
+        threads=decoding_threads(data.threads),
     )
 
 

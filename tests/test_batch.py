@@ -99,7 +99,8 @@ def test_the_end_and_errors_of_the_source_come_through(gpu: FakeGpu) -> None:
     with pytest.raises(RuntimeError, match="storage is gone"):
         next(ahead)
     assert closed == [2]
-    ahead = copied_ahead(batches(50), CUDA)
+    source = batches(50)  # held here, nothing else closes it
+    ahead = copied_ahead(source, CUDA)
     assert next(ahead).step == 0
     ahead.close()
     assert closed == [2, 50]

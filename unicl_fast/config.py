@@ -108,8 +108,8 @@ class DataConfig:
     """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. The CPU makes
     the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the GPU
     during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a few
-    levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has 4 cores
-    or more."""
+    levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has four
+    threads (data.threads) or more."""
     hw_decoder_load: Fraction = 0.65
     """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
     decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70

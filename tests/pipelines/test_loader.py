@@ -412,7 +412,7 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
 ) -> None:
     expected = take(datasets, prompts, count=3)
     (evaluated,) = EvaluationLoader(datasets[1], make_config().data, batch_size=100)
-    FakeGpu(monkeypatch)
+    gpu = FakeGpu(monkeypatch)
     monkeypatch.setattr("unicl_fast.pipelines.loader.has_jpeg_decoder", lambda device: False)
     config = make_config(decode_device=decode_device)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=4))
@@ -422,10 +422,13 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
     assert line.startswith("images are decoded on the CPU: ")
     batches = loader.batches(0)
     for batch in expected:
-        assert_equal(next(batches), batch)
+        copied = next(batches)
+        assert_equal(copied, batch)
+        assert gpu.used_by[copied.images.data_ptr()] is gpu.compute
     loader.close()
     (shown,) = EvaluationLoader(datasets[1], config.data, batch_size=100, device=CUDA)
     assert torch.equal(shown.images, evaluated.images)
+    assert gpu.used_by[shown.images.data_ptr()] is gpu.compute
 
 
 @pytest.mark.gpu

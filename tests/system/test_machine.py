@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 from unittest import mock
 
@@ -43,37 +44,43 @@ _NODE_0, _NODE_1 = range(56), range(56, 112)
 @pytest.mark.parametrize(
     ("masks", "quota", "expected"),
     [
-        ([_NODE_0] * 4 + [_NODE_1] * 4, 112, [14] * 8),  # bound to NUMA nodes
-        ([range(112)] * 8, 112, [14] * 8),  # bound to nothing
-        ([range(14 * rank, 14 * rank + 14) for rank in range(8)], 112, [14] * 8),
-        ([range(4), range(4, 16)], 112, [4, 12]),  # bound to cores of their own
-        ([range(4), range(8)], 112, [2, 6]),  # the first four are shared
-        ([_NODE_0] * 3, 112, [18] * 3),  # a third of 56
-        ([range(12)], 112, [12]),
+        ([_NODE_0] * 4 + [_NODE_1] * 4, inf, [14] * 8),  # bound to NUMA nodes
+        ([range(112)] * 8, inf, [14] * 8),  # bound to nothing
+        ([range(14 * rank, 14 * rank + 14) for rank in range(8)], inf, [14] * 8),
+        ([range(4), range(4, 112)], inf, [4, 108]),  # bound to cores of their own
+        ([range(4), range(8)], inf, [2, 6]),  # the first four are shared
+        ([_NODE_0] * 3, inf, [18] * 3),  # a third of 56
+        ([range(12)], inf, [12]),
         ([range(112)] * 2, 9, [4, 4]),  # a quota is shared as well
         ([_NODE_0, _NODE_1], 3, [1, 1]),
         ([range(2)] * 5, 2, [1] * 5),  # never none
     ],
 )
 def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(
-    masks: list[range], quota: int, expected: list[int]
+    masks: list[range], quota: float, expected: list[int]
 ) -> None:
     cores = [("kernel", "host", mask) for mask in masks]
     assert [cores_of_rank(rank, cores, quota=quota) for rank in range(len(masks))] == expected
 
 
-def test_ranks_of_other_machines_and_containers_are_told_apart() -> None:
+def test_ranks_of_other_machines_and_containers_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     machines = [(kernel, kernel, range(56)) for kernel in "abab"]
-    assert cores_of_rank(1, machines, quota=112) == 28
+    assert cores_of_rank(1, machines, quota=inf) == 28
     # two containers on one machine share its cores, and have a quota each
     containers = [("kernel", name, range(96)) for name in ("a", "a", "b")]
     assert cores_of_rank(0, containers, quota=20) == 10
     assert cores_of_rank(2, containers, quota=20) == 20
     assert cores_of_rank(2, containers, quota=64) == 32
+    # a sandbox that hides its kernel
+    monkeypatch.setattr(machine, "_BOOT_ID", tmp_path / "none")
+    kernel, container, _ = describe_cores()
+    assert kernel == container != ""
 
 
 def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quota_of_cores() == 64
+    assert quota_of_cores() == inf
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert quota_of_cores() == 8
@@ -81,32 +88,32 @@ def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatc
     assert list(cores[0][2]) == list(range(12))
     assert cores_of_rank(0, cores, quota=quota_of_cores()) == 4
     monkeypatch.setenv(LAUNCHED_BY_US, "1")  # the number is of the launcher's task
-    assert quota_of_cores() == 64
+    assert quota_of_cores() == inf
 
 
 @pytest.mark.parametrize(
-    ("requested", "device", "has_jpeg_decoder", "cores", "expected", "reason"),
+    ("requested", "device", "has_jpeg_decoder", "threads", "expected", "reason"),
     [
         ("auto", "cpu", None, 100, "cpu", "no GPU"),
         ("gpu", "cpu", None, 100, "cpu", "no GPU"),  # a GPU's run, evaluated elsewhere
         ("cpu", "cuda", True, 1, "cpu", "data.decode_device=cpu"),
         ("gpu", "cuda", False, 100, "cuda", "data.decode_device=gpu"),
         ("auto", "cuda", True, 100, "cuda", "it has a hardware JPEG decoder"),
-        ("auto", "cuda", False, 4, "cpu", "no hardware JPEG decoder, and this rank has 4 cores"),
+        ("auto", "cuda", False, 4, "cpu", "no hardware JPEG decoder, and this rank has 4 dec"),
         ("auto", "cuda", None, 4, "cpu", "nvJPEG is not there"),
-        ("auto", "cuda", False, 1, "cuda", "but this rank has 1 core, and decoding may need 4"),
+        ("auto", "cuda", False, 1, "cuda", "but this rank has 1 decoding thread, and a fast"),
     ],
 )
 def test_where_images_are_decoded_follows_from_the_machine(
     requested: str,
     device: str,
     has_jpeg_decoder: bool | None,
-    cores: int,
+    threads: int,
     expected: str,
     reason: str,
 ) -> None:
     chosen, why = choose_decode_device(
-        requested, device=torch.device(device), has_jpeg_decoder=has_jpeg_decoder, cores=cores
+        requested, device=torch.device(device), has_jpeg_decoder=has_jpeg_decoder, threads=threads
     )
     assert chosen == torch.device(expected)
     assert reason in why

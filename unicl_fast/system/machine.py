@@ -56,10 +56,9 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _NEVER = 2**31 - 1
-_CORES_TO_DECODE = 4
-"""Cores of a rank that keep up with the fastest preset: ResNet-50 takes at most 5,250 images/s on
-an H100 (by its arithmetic), decoding and resizing one takes 0.55 ms of a core, and one core is the
-trainer's."""
+_THREADS_TO_DECODE = 4
+"""Decoding threads that keep up with the fastest preset. ResNet-50 takes at most 5,250 images/s on
+an H100 (by its arithmetic), and an image takes 0.55 ms of a core; the trainer has one core too."""
 _NVJPEG = "nvidia.nvjpeg"
 _HARDWARE = 3  # NVJPEG_BACKEND_HARDWARE
 _SPARE = 1
@@ -88,23 +87,24 @@ def usable_cores() -> int:
 
 def describe_cores() -> Cores:
     """Returns the kernel and the container that this process runs in, and its cores there."""
+    container = socket.gethostname()
     try:
         kernel = _BOOT_ID.read_text(encoding="utf-8").strip()
-    except OSError:
-        kernel = ""
-    return kernel, socket.gethostname(), sorted(os.sched_getaffinity(0))
+    except OSError:  # a sandbox, in which nobody else can be seen either
+        kernel = container
+    return kernel, container, sorted(os.sched_getaffinity(0))
 
 
-def quota_of_cores() -> int:
-    """Cores of CPU time that this container has; those of this task, where Slurm gives it some."""
-    quota = min(os.cpu_count() or 1, *_quotas(), _NEVER)
+def quota_of_cores() -> float:
+    """Cores of CPU time that the ranks in this container may take together; inf without a limit."""
+    quotas: list[float] = [math.inf, *_quotas()]
     if "SLURM_CPUS_PER_TASK" in os.environ and not _has_a_launcher():
         tasks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        quota = min(quota, tasks * int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return quota
+        quotas.append(tasks * int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return min(quotas)
 
 
-def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: int) -> int:
+def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
     """Returns the number of cores of a rank: a core is shared evenly by all that may run on it.
 
     So ranks that are bound to one NUMA node divide it, and a rank alone on its cores has them all.
@@ -112,7 +112,7 @@ def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: int) -> int:
     Args:
         rank: the rank in question.
         cores: of each rank, what its `describe_cores` returned.
-        quota: cores of CPU time that the ranks in this one's container may take together.
+        quota: what its `quota_of_cores` returned.
     """
     kernel, container, mine = cores[rank]
     num_ranks_on = collections.Counter(
@@ -120,7 +120,7 @@ def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: int) -> int:
     )
     part = sum(fractions.Fraction(1, num_ranks_on[core]) for core in mine)
     num_ranks = sum(each[:2] == (kernel, container) for each in map(tuple, cores))
-    return max(1, int(min(part, fractions.Fraction(quota, num_ranks))))
+    return max(1, int(min(part, quota / num_ranks)))
 
 
 def _has_a_launcher() -> bool:
@@ -171,7 +171,7 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
 
 
 def choose_decode_device(
-    requested: str, *, device: torch.device, has_jpeg_decoder: bool | None, cores: int
+    requested: str, *, device: torch.device, has_jpeg_decoder: bool | None, threads: int
 ) -> tuple[torch.device, str]:
     """Chooses where images are decoded for a model on `device`: there, or on the CPU.
 
@@ -179,7 +179,7 @@ def choose_decode_device(
         requested: auto, cpu or gpu, as `data.decode_device`.
         device: the model's.
         has_jpeg_decoder: whether the GPU has a hardware decoder; None where nobody can tell.
-        cores: those of this rank.
+        threads: decoding threads of this rank.
 
     Returns:
         The device, and why, for the log.
@@ -196,12 +196,10 @@ def choose_decode_device(
     lacks = "the GPU has no hardware JPEG decoder"
     if has_jpeg_decoder is None:
         lacks = "nvJPEG is not there to tell of a hardware JPEG decoder"
-    if cores >= _CORES_TO_DECODE:
-        return cpu, f"{lacks}, and this rank has {count_of(cores, 'core')}"
-    return device, (
-        f"{lacks}, but this rank has {count_of(cores, 'core')}, and decoding may need "
-        f"{_CORES_TO_DECODE}"
-    )
+    have = f"this rank has {count_of(threads, 'decoding thread')}"
+    if threads >= _THREADS_TO_DECODE:
+        return cpu, f"{lacks}, and {have}"
+    return device, f"{lacks}, but {have}, and a fast model may need {_THREADS_TO_DECODE}"
 
 
 @functools.cache
