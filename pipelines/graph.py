@@ -1,7 +1,8 @@
 """DALI's graphs: images and crop windows go in, uint8 [h w c] crops come out.
 
 One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
-on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
+on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it. The
+device is where images are decoded; the model's may be another (`data.decode_device`).
 Nothing in a graph is random; every number that shapes an image is an input (see plan/). Images
 leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision`
 normalises them. First graphs are built, then they are run over batches that `feed/` prepares; of
@@ -233,7 +234,7 @@ def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) 
         if not torch.cuda.is_available():
             raise RuntimeError(
                 "images were to be decoded on a GPU, but this machine has no usable CUDA driver; "
-                "set run.device=cpu, or check the driver with nvidia-smi"
+                "set run.device=cpu or data.decode_device=cpu, or check the driver with nvidia-smi"
             )
         device_id = torch.cuda.current_device() if device.index is None else device.index
     return {
@@ -250,6 +251,7 @@ def _decoder_settings(data: DataConfig, device: torch.device) -> dict[str, Any]:
     height, width = data.decoder_hint
     return {
         "device": "mixed",
+        "jpeg_fancy_upsampling": True,  # as on the CPU; DALI's default is the nearest chroma
         "hw_decoder_load": data.hw_decoder_load,
         "preallocate_height_hint": height,
         "preallocate_width_hint": width,

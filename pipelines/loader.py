@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,12 +21,19 @@ import torch
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch, EvaluationBatch
+from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.machine import choose_decode_device, has_jpeg_decoder
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.host_batches import HostBatch, HostBatches, ImageForm, TrainMetadata
+from .feed.host_batches import (
+    HostBatch,
+    HostBatches,
+    ImageForm,
+    TrainMetadata,
+    decoding_threads,
+)
 from .feed.reading import BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
 from .graph import (
@@ -42,6 +50,8 @@ from .graph import (
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
+
+logger = logging.getLogger(__name__)
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -76,23 +86,27 @@ class TrainLoader:
             prompts: made of the same data sets in the same order.
             rank: number of this loader's local batch in a global batch.
             world_size: how many local batches there are.
-            device: where images are decoded and batches lie.
+            device: where batches lie; `data.decode_device` says whether images are decoded there.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
         """
         data = config.data
         self._data = data
         self._rank = rank
         self._device = torch.device(device)
+        self._decode_device, reason = _decode_device(data, self._device)
+        if self._device.type != "cpu":
+            place = "GPU" if self._decode_device.type == "cuda" else "CPU"
+            logger.info("images are decoded on the %s: %s", place, reason)
         self._running: Generator[Batch, None, None] | None = None
         self._form: ImageForm = "files"
         shapes = {dataset.image_shape for dataset in datasets}
         if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
-            self._form = "crops" if is_fused(data.resample, self._device) else "pixels"
+            self._form = "crops" if is_fused(data.resample, self._decode_device) else "pixels"
         augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
         self._augmentation = parts_for(augmentations, data.mean)
         self._build = partial(
             build_train_graph,
-            device=self._device,
+            device=self._decode_device,
             form=self._form,
             augmentation=self._augmentation,
         )
@@ -132,6 +146,8 @@ class TrainLoader:
         """
         self.close()
         self._running = self._iterate(start_step)
+        if self._device != self._decode_device:
+            self._running = copied_ahead(self._running, self._device)
         return self._running
 
     def metadata_without_decoding(self, num_steps: int) -> Iterator[TrainMetadata]:
@@ -205,19 +221,32 @@ class TrainLoader:
                 self._host.batches(start_step),
                 data=self._data,
                 batch_size=self._num_images,
-                device=self._device,
+                device=self._decode_device,
             )
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
         batch = self._host.batch(failed.step)
         actual = batch.metadata.actual
-        reasons = find_undecodable(self._build, batch.inputs, data=self._data, device=self._device)
+        reasons = find_undecodable(
+            self._build, batch.inputs, data=self._data, device=self._decode_device
+        )
         for row, reason in reasons.items():
             row %= len(actual.sample_ids)  # of the second view
             source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
             self._bad.add(source, sample, f"the decoder refuses it: {reason}")
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
+
+
+def _decode_device(data: DataConfig, device: torch.device) -> tuple[torch.device, str]:
+    """Chooses where images are decoded for a model on `device`; says why."""
+    is_open = data.decode_device == "auto" and device.type == "cuda"
+    return choose_decode_device(
+        data.decode_device,
+        device=device,
+        has_jpeg_decoder=has_jpeg_decoder(device) if is_open else None,
+        threads=decoding_threads(data.threads),
+    )
 
 
 def fit_prefetch(
@@ -283,7 +312,8 @@ class EvaluationLoader:
         self._data = data
         self._batch_size = batch_size
         self._device = torch.device(device)
-        self._build = partial(build_evaluation_graph, device=self._device)
+        self._decode_device, _ = _decode_device(data, self._device)
+        self._build = partial(build_evaluation_graph, device=self._decode_device)
         ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
@@ -299,6 +329,12 @@ class EvaluationLoader:
                 more than `data.max_pixels`.
             DecodingError: images that the decoder refuses; names them.
         """
+        batches = self._decode()
+        if self._device != self._decode_device:
+            batches = copied_ahead(batches, self._device)
+        return batches
+
+    def _decode(self) -> Generator[EvaluationBatch, None, None]:
         if not self._batches:
             return
         outputs = decode(
@@ -306,7 +342,7 @@ class EvaluationLoader:
             self._host_batches(),
             data=self._data,
             batch_size=len(self._batches[0]),
-            device=self._device,
+            device=self._decode_device,
         )
         try:
             with contextlib.closing(outputs):
@@ -318,7 +354,9 @@ class EvaluationLoader:
             failed, reason = error.in_flight, reason_of(error)
         for ids in failed:
             inputs = self._host_batch(ids).inputs
-            reasons = find_undecodable(self._build, inputs, data=self._data, device=self._device)
+            reasons = find_undecodable(
+                self._build, inputs, data=self._data, device=self._decode_device
+            )
             if reasons:
                 raise DecodingError(
                     "cannot be decoded, though the bytes are those that were packed; pack the data "

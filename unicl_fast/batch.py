@@ -1,4 +1,4 @@
-"""The input of a training step, and the loaders that provide it.
+"""The input of a training step, the loaders that provide it, and its way to a GPU.
 
 The data pipeline and the trainer share this structure and nothing else. Letters used for axes
 everywhere in the project:
@@ -10,10 +10,12 @@ everywhere in the project:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -63,12 +65,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the same batch with the model's inputs on `device`; records stay on the host."""
-        moved = {
-            field: value.to(device, non_blocking=True)
-            for field in _MODEL_INPUTS
-            if (value := getattr(self, field)) is not None
+        moved: dict[str, Any] = {
+            name: send(value, device) for name, value in self.model_inputs().items()
         }
         return dataclasses.replace(self, **moved)
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The fields that `to` moves, by name."""
+        fields = {name: getattr(self, name) for name in _MODEL_INPUTS}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 _MODEL_INPUTS = ("images", "second_images", "tokens", "text_index", "class_ids", "text_class_ids",
@@ -83,6 +88,14 @@ class EvaluationBatch:
     """uint8 [b h w c], RGB."""
     sample_ids: Tensor
     """int64 [b] on the host."""
+
+    def to(self, device: torch.device) -> EvaluationBatch:
+        """Returns the same batch with the images on `device`."""
+        return dataclasses.replace(self, images=send(self.images, device))
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The fields that `to` moves, by name."""
+        return {"images": self.images}
 
 
 @runtime_checkable
@@ -119,3 +132,57 @@ class ListLoader:
 
     def close(self) -> None:
         pass
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor to the device without the host waiting for the copy.
+
+    A CUDA device gets it from pinned memory: a copy of other memory holds the host until it is
+    done. torch keeps pinned memory for later calls, and reuses none that a copy still reads.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, EvaluationBatch)
+
+
+def copied_ahead(
+    batches: Generator[AnyBatch, None, None], device: torch.device
+) -> Generator[AnyBatch, None, None]:
+    """Yields host batches on a CUDA device; the next one is copied during the step on this one.
+
+    A thread takes a batch as soon as the one before it is handed over, pins it, and lets a stream
+    of its own copy it. The device's current stream waits for that copy. The host waits for the
+    batch to be made and never for the device. Two batches lie on the device: the one in use and
+    the next.
+
+    Close the generator to stop before the end; it closes `batches`.
+    """
+    copies = torch.cuda.Stream(device)
+
+    def copy_next() -> tuple[AnyBatch, torch.cuda.Event] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(copies):
+            return batch.to(device), copies.record_event()
+
+    with (
+        contextlib.closing(batches),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-copy") as thread,
+    ):
+        coming = thread.submit(copy_next)
+        while (found := coming.result()) is not None:
+            coming = thread.submit(copy_next)
+            batch, is_copied = found
+            compute = torch.cuda.current_stream(device)
+            compute.wait_event(is_copied)
+            for tensor in batch.model_inputs().values():
+                # the memory belongs to the stream of copies, which would otherwise fill it anew as
+                # soon as the host has let go of it, under kernels that are still to read it
+                tensor.record_stream(compute)
+            del found, tensor
+            yield batch
+            del batch  # held here, its memory could not be reused

@@ -43,6 +43,7 @@ LossForm = Literal["auto", "dense", "tiled", "triton"]
 Compilation = Literal["auto", "off", "blocks", "encoders"]
 Switch = Literal["auto", "on", "off"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 OptimizerName = Literal["adamw", "lamb", "fusedadamw", "fusedlamb", "auto"]
 
@@ -98,13 +99,19 @@ class DataConfig:
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each colour channel, for values in 0 to 1."""
     threads: Count = 0
-    """Decoding threads of each rank. 0 takes the cores this job may use, divided by its ranks on
-    this machine."""
+    """Decoding threads of each rank. 0 takes the cores that the rank may use; those that several
+    ranks of the run may use are shared evenly."""
     prefetch: Count = 0
     """Batches decoded ahead of the step, in each decoding graph. There are two graphs on the CPU,
     which take turns, and one on a GPU. 0 takes four small batches (up to 5 MB of images a rank) or
     two large ones, where more cost memory and gain nothing; one, in one graph, where images are so
     large that a batch of them takes 1 GB before it is resized."""
+    decode_device: DecodeDevice = "auto"
+    """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. The CPU makes
+    the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the GPU
+    during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a few
+    levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has four
+    threads (data.threads) or more."""
     hw_decoder_load: Fraction = 0.65
     """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
     decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70
@@ -367,7 +374,7 @@ class RunConfig:
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
     device: DeviceName = "auto"
-    """Device that trains and decodes: auto, cpu or cuda. auto takes CUDA if there is any."""
+    """Device that trains: auto, cpu or cuda. auto takes CUDA if there is any."""
     max_bad_steps: Count = 0
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this

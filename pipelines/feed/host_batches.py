@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps, map_steps
-from unicl_fast.system.machine import cores_of_this_rank
+from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.prompts import ClassPrompts
 
 from ..kernels.jpeg_windows import cut_to_windows
@@ -53,8 +53,8 @@ def steps_at_once(batch_size: int) -> int:
 
 
 def decoding_threads(threads: int) -> int:
-    """Decoding threads of this rank: as given, or (0) one for each of its cores."""
-    return threads or cores_of_this_rank()
+    """Decoding threads of this rank: as given, or (0) one for each core that it may use."""
+    return threads or usable_cores()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

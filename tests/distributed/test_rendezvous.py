@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
 
@@ -17,8 +18,10 @@ from unicl_fast.distributed.rendezvous import (
     agree_on_session,
     first_host,
     interface_with,
+    process_group,
     tasks_of_node,
 )
+from unicl_fast.system.machine import usable_cores
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +71,8 @@ def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.Monke
 
 def test_one_rank_waits_for_nobody() -> None:
     assert agree(dist.HashStore(), late=0, world_size=1)
+    with process_group(torch.device("cpu")) as ranks:
+        assert (ranks.world_size, ranks.cores) == (1, usable_cores())
 
 
 @pytest.mark.dist

@@ -55,6 +55,7 @@ from unicl_fast.models.efficiency import compile_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.presets import build_preset
+from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.metrics import DatasetMeter
@@ -558,6 +559,8 @@ def exchange_objects(ranks: Ranks) -> None:
             assert from_rank_0(text if ranks.is_main else "other", ranks) == text
         assert gather_objects(None, ranks) == [None] * ranks.world_size
     assert not unpickle.called
+    # as their affinities, which they exchanged when they met
+    assert ranks.cores == max(1, usable_cores() // ranks.world_size)
 
 
 def agree_on_a_precision(ranks: Ranks) -> None:

@@ -83,6 +83,7 @@ def train_images(
     interpolation: Interpolation = "bilinear",
     resample: Resample = "fused",
     device: str = "cpu",
+    hw_decoder_load: float = 0.65,
 ) -> torch.Tensor:
     starts, shapes = windows_of(dataset)
     count = len(dataset)
@@ -100,6 +101,7 @@ def train_images(
             resample=resample,
             threads=2,
             prefetch=1,
+            hw_decoder_load=hw_decoder_load,
         ),
         batch_size=count,
         device=torch.device(device),
@@ -345,16 +347,26 @@ def test_without_dali_the_message_says_what_to_install() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_images_equal_the_cpu_s(labelled: PackedDataset) -> None:
-    """On a GPU the decoder's transform and chroma upsampling differ by a few levels."""
-    gap = differences(train_images(labelled, device="cuda"), train_images(labelled).numpy())
-    assert gap.mean() < 2
-    data = DataConfig()
-    gap = differences(
-        evaluation_images(labelled, data, device="cuda"),
-        evaluation_images(labelled, data).numpy(),
-    )
-    assert gap.mean() < 2
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 1.0])
+def test_gpu_images_equal_the_cpu_s(labelled: PackedDataset, hw_decoder_load: float) -> None:
+    """On a GPU the decoder's transform is rounded in another way; the resize is DALI's on both.
+
+    Chroma of the nearest pixel, DALI's default, makes a mean of 0.65, and 6.2 for a pixel in a
+    hundred.
+    """
+    data = DataConfig(hw_decoder_load=hw_decoder_load, resample="dali")
+    for gap in (
+        differences(
+            train_images(labelled, device="cuda", hw_decoder_load=hw_decoder_load),
+            train_images(labelled, resample="dali").numpy(),
+        ),
+        differences(
+            evaluation_images(labelled, data, device="cuda"),
+            evaluation_images(labelled, data, resample="dali").numpy(),
+        ),
+    ):
+        assert gap.mean() < 0.5
+        assert np.quantile(gap, 0.99) <= 2
 
 
 def test_threads_are_shared_out_where_graphs_can_take_turns() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_copies import CUDA, FakeGpu
+from nvidia.dali import backend
 from packed_sets import Sample, pack
 from PIL import Image
 
@@ -364,10 +366,10 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
     assert list(loader) == []
 
 
-def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
+def test_threads_are_as_given_or_as_many_as_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.cores_of_this_rank", lambda: 12)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.usable_cores", lambda: 12)
     assert decoding_threads(0) == 12
     assert decoding_threads(7) == 7
 
@@ -384,7 +386,65 @@ def test_a_gpu_decodes_with_its_own_settings() -> None:
     assert _decoder_settings(data, torch.device("cpu")) == {"device": "cpu"}
     assert _decoder_settings(data, torch.device("cuda")) == {
         "device": "mixed",
+        "jpeg_fancy_upsampling": True,
         "hw_decoder_load": 0.12,
         "preallocate_height_hint": 900,
         "preallocate_width_hint": 1200,
     }
+
+
+@pytest.mark.parametrize("operator", ["decoders__Image", "decoders__ImageSlice"])
+def test_the_decoders_of_a_gpu_know_its_settings(operator: str) -> None:
+    """Building the operator would need a driver; its schema does not."""
+    settings = _decoder_settings(DataConfig(), torch.device("cuda"))
+    assert operator in backend.RegisteredMixedOps()
+    schema = backend.GetSchema(operator)
+    assert [name for name in settings if name != "device" and not schema.HasArgument(name)] == []
+
+
+@pytest.mark.parametrize("decode_device", ["cpu", "auto"])
+def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    datasets: list[PackedDataset],
+    prompts: ClassPrompts,
+    decode_device: str,
+) -> None:
+    expected = take(datasets, prompts, count=3)
+    (evaluated,) = EvaluationLoader(datasets[1], make_config().data, batch_size=100)
+    gpu = FakeGpu(monkeypatch)
+    monkeypatch.setattr("unicl_fast.pipelines.loader.has_jpeg_decoder", lambda device: False)
+    config = make_config(decode_device=decode_device)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=4))
+    with caplog.at_level("INFO", logger="unicl_fast"):
+        loader = TrainLoader(config, datasets, None, prompts, device=CUDA)
+    (line,) = caplog.messages
+    assert line.startswith("images are decoded on the CPU: ")
+    batches = loader.batches(0)
+    for batch in expected:
+        copied = next(batches)
+        assert_equal(copied, batch)
+        assert gpu.used_by[copied.images.data_ptr()] is gpu.compute
+    loader.close()
+    (shown,) = EvaluationLoader(datasets[1], config.data, batch_size=100, device=CUDA)
+    assert torch.equal(shown.images, evaluated.images)
+    assert gpu.used_by[shown.images.data_ptr()] is gpu.compute
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decode_device", ["cpu", "gpu", "auto"])
+def test_a_gpu_gets_its_batches_from_either_decoder(
+    datasets: list[PackedDataset], prompts: ClassPrompts, decode_device: str
+) -> None:
+    """From the CPU the very same; from the GPU, images of another decoder."""
+    expected = take(datasets, prompts, count=3)
+    config = make_config(decode_device=decode_device)
+    loader = TrainLoader(config, datasets, None, prompts, device="cuda")
+    for step, batch in enumerate(itertools.islice(loader.batches(0), 3)):
+        assert all(value.is_cuda for value in batch.model_inputs().values())
+        on_host = batch.to(torch.device("cpu"))
+        torch.cuda.synchronize()
+        if decode_device != "cpu":
+            on_host = dataclasses.replace(on_host, images=expected[step].images)
+        assert_equal(on_host, expected[step])
+    loader.close()

@@ -1,20 +1,26 @@
-"""How many cores a rank takes for its own."""
+"""How many cores a rank takes for its own, and what of the machine computes what."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from unicl_fast.system import machine
 from unicl_fast.system.machine import (
     LAUNCHED_BY_US,
+    choose_decode_device,
     choose_environment,
-    cores_of_this_rank,
+    cores_of_rank,
+    describe_cores,
+    quota_of_cores,
     usable_cores,
 )
 
@@ -32,43 +38,100 @@ def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("0::/job/step\n")
 
 
-@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", LAUNCHED_BY_US])
-def test_local_ranks_share_what_their_launcher_may_use(
-    monkeypatch: pytest.MonkeyPatch, launcher: str
+_NODE_0, _NODE_1 = range(56), range(56, 112)
+
+
+@pytest.mark.parametrize(
+    ("masks", "quota", "expected"),
+    [
+        ([_NODE_0] * 4 + [_NODE_1] * 4, inf, [14] * 8),  # bound to NUMA nodes
+        ([range(112)] * 8, inf, [14] * 8),  # bound to nothing
+        ([range(14 * rank, 14 * rank + 14) for rank in range(8)], inf, [14] * 8),
+        ([range(4), range(4, 112)], inf, [4, 108]),  # bound to cores of their own
+        ([range(4), range(8)], inf, [2, 6]),  # the first four are shared
+        ([_NODE_0] * 3, inf, [18] * 3),  # a third of 56
+        ([range(12)], inf, [12]),
+        ([range(112)] * 2, 9, [4, 4]),  # a quota is shared as well
+        ([_NODE_0, _NODE_1], 3, [1, 1]),
+        ([range(2)] * 5, 2, [1] * 5),  # never none
+    ],
+)
+def test_a_core_is_shared_by_the_ranks_that_may_run_on_it(
+    masks: list[range], quota: float, expected: list[int]
 ) -> None:
-    assert cores_of_this_rank() == 12
-    monkeypatch.setenv(launcher, "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    assert cores_of_this_rank() == 2
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")  # of the launcher
-    assert cores_of_this_rank() == 2
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert cores_of_this_rank() == 1
-
-    def fails(process: int) -> set[int]:
-        if process:
-            raise ProcessLookupError
-        return set(range(12))
-
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(os, "sched_getaffinity", fails)
-    assert cores_of_this_rank() == 4
+    cores = [("kernel", "host", mask) for mask in masks]
+    assert [cores_of_rank(rank, cores, quota=quota) for rank in range(len(masks))] == expected
 
 
-def test_a_rank_that_is_bound_to_cores_has_them_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    assert cores_of_this_rank() == 12  # by Slurm, through a shell that is bound as well
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert cores_of_this_rank() == 2
+def test_ranks_of_other_machines_and_containers_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machines = [(kernel, kernel, range(56)) for kernel in "abab"]
+    assert cores_of_rank(1, machines, quota=inf) == 28
+    # two containers on one machine share its cores, and have a quota each
+    containers = [("kernel", name, range(96)) for name in ("a", "a", "b")]
+    assert cores_of_rank(0, containers, quota=20) == 10
+    assert cores_of_rank(2, containers, quota=20) == 20
+    assert cores_of_rank(2, containers, quota=64) == 32
+    # a sandbox that hides its kernel
+    monkeypatch.setattr(machine, "_BOOT_ID", tmp_path / "none")
+    kernel, container, _ = describe_cores()
+    assert kernel == container != ""
+
+
+def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quota_of_cores() == inf
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
-    assert cores_of_this_rank() == 4
-    monkeypatch.setenv(LAUNCHED_BY_US, "1")
-    monkeypatch.setattr(
-        os, "sched_getaffinity", lambda process: set(range(12 if process == 0 else 60))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert quota_of_cores() == 8
+    cores = [describe_cores()] * 2
+    assert list(cores[0][2]) == list(range(12))
+    assert cores_of_rank(0, cores, quota=quota_of_cores()) == 4
+    monkeypatch.setenv(LAUNCHED_BY_US, "1")  # the number is of the launcher's task
+    assert quota_of_cores() == inf
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "has_jpeg_decoder", "threads", "expected", "reason"),
+    [
+        ("auto", "cpu", None, 100, "cpu", "no GPU"),
+        ("gpu", "cpu", None, 100, "cpu", "no GPU"),  # a GPU's run, evaluated elsewhere
+        ("cpu", "cuda", True, 1, "cpu", "data.decode_device=cpu"),
+        ("gpu", "cuda", False, 100, "cuda", "data.decode_device=gpu"),
+        ("auto", "cuda", True, 100, "cuda", "it has a hardware JPEG decoder"),
+        ("auto", "cuda", False, 4, "cpu", "no hardware JPEG decoder, and this rank has 4 dec"),
+        ("auto", "cuda", None, 4, "cpu", "nvJPEG is not there"),
+        ("auto", "cuda", False, 1, "cuda", "but this rank has 1 decoding thread, and a fast"),
+    ],
+)
+def test_where_images_are_decoded_follows_from_the_machine(
+    requested: str,
+    device: str,
+    has_jpeg_decoder: bool | None,
+    threads: int,
+    expected: str,
+    reason: str,
+) -> None:
+    chosen, why = choose_decode_device(
+        requested, device=torch.device(device), has_jpeg_decoder=has_jpeg_decoder, threads=threads
     )
-    assert cores_of_this_rank() == 12
-    monkeypatch.setattr(os, "getppid", lambda: 1)  # a container's launcher, or an heir's wider mask
-    assert cores_of_this_rank() == 2
+    assert chosen == torch.device(expected)
+    assert reason in why
+
+
+def test_nvjpeg_is_asked_for_a_hardware_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where DALI is installed, so is nvJPEG; without a driver it finds no decoder."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    pytest.importorskip("nvidia.nvjpeg")
+    has_jpeg_decoder = machine.has_jpeg_decoder.__wrapped__
+    assert has_jpeg_decoder(torch.device("cuda", 0)) in (False, True)
+    monkeypatch.setattr(machine, "_NVJPEG", "no_such_package")
+
+    def fails(name: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", fails)
+    assert has_jpeg_decoder(torch.device("cuda", 0)) is None
 
 
 def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:

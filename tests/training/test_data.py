@@ -13,6 +13,7 @@ import pytest
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from unicl_fast.training.data import (
     describe_datasets,
     distinct_names,
     open_datasets,
+    with_threads,
 )
 
 
@@ -208,3 +210,8 @@ def test_weights_that_do_not_sum_to_1_are_warned_of(
     open_datasets(DataConfig(train=train))
     assert ("weights sum to 4, not 1" in caplog.text) == warned
     assert ("labels 25.0%" in caplog.text) == warned
+
+
+def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
+    assert with_threads(DataConfig(), Ranks(cores=14)).threads == 14
+    assert with_threads(DataConfig(threads=3), Ranks(cores=14)).threads == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import EfficiencyConfig
+from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
 from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.run import pretrain
 from unicl_fast.training.trainer import Trainer
 
 
@@ -227,3 +229,13 @@ def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor)
     with pytest.raises(ValueError, match="objective.name=clip: .* labels of -1"):
         Trainer(clip, StepLoader(images), progress=False).fit()
     Trainer(clip, labelled_loader(images, "clip"), progress=False).fit()
+
+
+def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None:
+    config = TrainConfig(data=DataConfig(decode_device="gpu"), run=RunConfig(device="cpu"))
+
+    def build(*arguments: object, **settings: object) -> NoReturn:
+        raise AssertionError("it comes too late")
+
+    with pytest.raises(ValueError, match=r"run is on the CPU: take data\.decode_device=auto"):
+        pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)

@@ -44,6 +44,8 @@ class Ranks:
     world_size: int = 1
     host_group: Any = None
     """A gloo group for values on the host, so that exchanging them waits for no device."""
+    cores: int = 0
+    """Cores of this rank, beside the other ranks of its machine; 0 where nobody counted them."""
 
     @property
     def is_main(self) -> bool:

@@ -10,6 +10,7 @@ So ranks agree on a name for each attempt first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import logging
@@ -29,8 +30,13 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.system.machine import STORE_SOCKET
+from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.system.machine import (
+    STORE_SOCKET,
+    cores_of_rank,
+    describe_cores,
+    quota_of_cores,
+)
 from unicl_fast.system.progress import START_PATIENCE, mark
 
 logger = logging.getLogger(__name__)
@@ -48,7 +54,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     Within `timeout_seconds` the ranks must have met, and each collective must be done.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks()
+        yield _with_cores(Ranks())
         return
     _prepare_sockets(int(os.environ["WORLD_SIZE"]))
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -69,15 +75,24 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         **options, store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     try:
-        yield Ranks(
+        ranks = Ranks(
             rank=rank,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             world_size=world_size,
             host_group=dist.new_group(backend="gloo", timeout=timeout),
         )
+        yield _with_cores(ranks)
     finally:
         mark("parting from the other ranks", waits_for_ranks=True)
         dist.destroy_process_group()
+
+
+def _with_cores(ranks: Ranks) -> Ranks:
+    """Finds out how many cores this rank has, by what all ranks may run on."""
+    cores: list[Any] = gather_objects(list(describe_cores()), ranks)
+    return dataclasses.replace(
+        ranks, cores=cores_of_rank(ranks.rank, cores, quota=quota_of_cores())
+    )
 
 
 def _prepare_sockets(world_size: int) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from unicl_fast.batch import EvaluationBatch, EvaluationLoader
+from unicl_fast.batch import EvaluationBatch, EvaluationLoader, send
 from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
@@ -57,6 +57,7 @@ from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
+from unicl_fast.training.data import with_threads
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class ModelOnRanks:
 
         return DaliLoader(
             dataset,
-            self.model.config.data,
+            with_threads(self.model.config.data, self.ranks),
             batch_size=self.batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -203,7 +204,7 @@ def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
     """Normalises decoded images uint8 [b h w c] for the model's image encoder, on its device."""
     config = model.config
     return normalise_images(
-        images.to(device_of(model), non_blocking=True),
+        send(images, device_of(model)),
         mean=config.data.mean,
         std=config.data.std,
         dtype=Precision(config.efficiency.precision).compute_type,

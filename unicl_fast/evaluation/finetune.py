@@ -55,7 +55,7 @@ from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder
-from unicl_fast.training.data import build_prompts
+from unicl_fast.training.data import build_prompts, with_threads
 
 _WEIGHTS_FILE = "finetuned.safetensors"
 _DESCRIPTION_FILE = "finetuned.json"
@@ -327,7 +327,7 @@ def run(command: Finetune) -> None:
             model,
             module,
             TrainLoader(
-                config,
+                dataclasses.replace(config, data=with_threads(config.data, ranks)),
                 [train.dataset],
                 weights=None,
                 prompts=build_prompts([train.dataset], config),

@@ -12,7 +12,7 @@ are left as they are, and so are their partners.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.batch import Batch
+from unicl_fast.batch import Batch, send
 from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -82,8 +82,8 @@ def mix(
     )
     device = images.device
     pairs = batch.global_index // 2
-    lambdas = _on_device(draws.lambdas, device)[pairs]
-    boxes = _on_device(draws.boxes, device)[pairs]
+    lambdas = send(torch.from_numpy(draws.lambdas), device)[pairs]
+    boxes = send(torch.from_numpy(draws.boxes), device)[pairs]
     is_labelled = batch.class_ids < CAPTION_KEYS_START
     is_mixed = is_labelled & _swapped(is_labelled)
     lambdas = torch.where(is_mixed, lambdas, 1.0)
@@ -125,12 +125,6 @@ def check_pairs_on_one_rank(config: TrainConfig, *, local_batch_size: int) -> No
             "efficiency.micro_batch_size cannot be used with objective.mixup or objective.cutmix; "
             "set it to 0, or these"
         )
-
-
-def _on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """Copies to the device from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(numbers)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _swapped(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
@@ -171,6 +172,11 @@ def _num_machines() -> int:
     """Machines of this job, if each has as many ranks as this one."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def with_threads(data: DataConfig, ranks: Ranks) -> DataConfig:
+    """Returns the settings for this rank's loader: its cores decode where no number is given."""
+    return dataclasses.replace(data, threads=data.threads or ranks.cores)
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:

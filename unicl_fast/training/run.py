@@ -48,6 +48,7 @@ from unicl_fast.training.data import (
     longest_text,
     open_datasets,
     rows_of_class_names,
+    with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.memory_plan import check_memory
@@ -126,6 +127,11 @@ def pretrain(
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif config.data.decode_device == "gpu":
+        raise ValueError(
+            "data.decode_device=gpu decodes on the GPU that trains, and this run is on the CPU: "
+            "take data.decode_device=auto"
+        )
     limit = config.run.timeout_seconds
     with (
         Watchdog(
@@ -233,7 +239,7 @@ def _build_trainer(
         check_memory(config, ranks=ranks, device=device, longest_text=longest)
     mark("opening the data and building the model", patience=START_PATIENCE)
     loader = build_loader(
-        config,
+        dataclasses.replace(config, data=with_threads(config.data, ranks)),
         datasets,
         weights,
         prompts,
