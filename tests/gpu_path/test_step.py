@@ -161,7 +161,8 @@ def warm(stand_in: ctypes.CDLL) -> Iterator[tuple[Trainer, Batch]]:
         trainer, batch = fake_trainer(mode, config, batch)
         with Kernels(may_wait=True):
             trainer.train_step(batch.to(GPU))
-        yield trainer, batch.to(GPU)
+            on_gpu = batch.to(GPU)
+        yield trainer, on_gpu
 
 
 READS = {

@@ -149,7 +149,7 @@ class Trainer:
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         config = resolve_precision(config, self.device, ranks=self.ranks)
         self.model = model or UniCL(config)
-        self.config = config = resolve_compilation(
+        self.config = config = self.model.config = resolve_compilation(
             config, self.model, self.device, ranks=self.ranks
         )
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
