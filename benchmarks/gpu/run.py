@@ -1,0 +1,236 @@
+"""Runs the stages one after another and keeps the report up to date.
+
+Each stage has a process of its own, so that a crash or an illegal access on the device ends that
+stage alone, and its memory is free afterwards. They are forked from this one, which has imported
+everything and never touches the device; where that does not work, they start anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unicl_fast.system.atomic_files import make_folder, write_text_atomically
+
+from ..harness import describe_machine
+from .dali_stages import PART_B
+from .measure import Bench, NotOnDeviceError, describe
+from .stages import PART_A, GpuStage
+
+STAGES: dict[str, GpuStage] = PART_A | PART_B
+MARKS = {
+    "product of 8192^3, bf16": (620.0, "H100, assumed"),
+    "copy of 4 GB": (2700.0, "H100, assumed"),
+    "swin-tiny, bf16, 512": (1900.0, "H100, expected of the eager step"),
+    "compiled": (3050.0, "H100, roofline of the eager step"),
+    "swin-base, bf16, 512": (1410.0, "H100, roofline of the eager step"),
+    "vit_base_patch32_224, ours": (773.0, "open_clip on an A100"),
+    "vit_base_patch32_224, open_clip": (773.0, "open_clip on an A100"),
+    "vit_base_patch16_224, ours": (332.0, "open_clip on an A100"),
+    "vit_base_patch16_224, open_clip": (332.0, "open_clip on an A100"),
+}
+"""What was modelled or published, in the unit of the figure of that name."""
+_WAIT_FOR_DEVICE = 120.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Everything there is to measure on a GPU, in one report."""
+
+    out: Path
+    """New folder for gpu.json, gpu.md, and a file of each stage."""
+    stages: str = ""
+    """Names of stages, joined by commas; empty takes all."""
+    minutes: float = 25.0
+    """Time for all stages. Later ones are skipped, and the one that runs is ended."""
+    data: Path | None = None
+    """Packed data set of JPEGs with captions or labels, for part B."""
+    dry_run: bool = False
+    """Run part A on the CPU with tiny sizes: shows that all stages work, and measures nothing."""
+
+    def run(self) -> None:
+        """Runs the stages; one that fails is reported, and the next one runs.
+
+        Raises:
+            ValueError: no such stage, a folder that holds a report, or no GPU.
+        """
+        names = self._chosen()
+        if (self.out / "gpu.json").exists():
+            raise ValueError(f"{self.out} holds a report: name another folder")
+        make_folder(self.out / "stages")
+        method = "fork" if self.dry_run else _start_method()
+        report: dict[str, Any] = {
+            "dry_run": self.dry_run,
+            "machine": describe_machine("timm", "triton", "open_clip_torch"),
+            "stand_ins": sorted(n for n, m in sys.modules.items() if _is_stand_in(m)),
+            "stages": {name: {"status": "not reached"} for name in names},
+        }
+        self._write(report)
+        gc.freeze()  # collections in the stages need not look at what was imported here
+        deadline = time.monotonic() + 60 * self.minutes
+        for name in names:
+            print(f"{STAGES[name].part} {name}: {STAGES[name].about}", flush=True)
+            result = self._run_stage(name, method, deadline)
+            print(f"  {result['status']} {result['reason']}", flush=True)
+            report["stages"][name] = result
+            self._write(report)
+
+    def _write(self, report: dict[str, Any]) -> None:
+        write_text_atomically(self.out / "gpu.json", json.dumps(report, indent=1) + "\n")
+        write_text_atomically(self.out / "gpu.md", format_page(report))
+
+    def _chosen(self) -> list[str]:
+        possible = PART_A if self.dry_run else STAGES
+        names = [name for name in self.stages.split(",") if name] or list(possible)
+        if unknown := [name for name in names if name not in possible]:
+            kind = "dry run has" if self.dry_run else "stages are"
+            raise ValueError(f"no stage {', '.join(unknown)}; {kind} {', '.join(possible)}")
+        return names
+
+    def _run_stage(self, name: str, method: str, deadline: float) -> dict[str, Any]:
+        stage = STAGES[name]
+        if missing := [package for package in stage.needs if not _is_there(package)]:
+            return _skipped(f"needs {', '.join(missing)}")
+        if stage.needs_data and self.data is None:
+            return _skipped("needs --data")
+        if time.monotonic() >= deadline:
+            return _skipped(f"the {self.minutes:g} minutes are over")
+        file = self.out / "stages" / f"{stage.part}-{name}.json"
+        started = time.monotonic()
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process(target=run_in_process, args=(name, self, file))
+        process.start()
+        process.join(max(1.0, deadline - time.monotonic()))
+        cut_off = process.is_alive()
+        _end(process)
+        found: dict[str, Any] = {"status": "failed", "reason": "", "figures": {}}
+        if file.is_file():
+            found |= json.loads(file.read_text(encoding="utf-8"))
+        if cut_off:
+            found |= {"status": "cut off", "reason": f"the {self.minutes:g} minutes are over"}
+        elif found["status"] == "unfinished" or (process.exitcode and not found["reason"]):
+            reason = f"its process ended with code {process.exitcode}"
+            found |= {"status": "failed", "reason": reason}
+        return found | {"wall_seconds": round(time.monotonic() - started, 1)}
+
+
+def run_in_process(name: str, settings: Gpu, file: Path) -> None:
+    """Runs one stage in this process; its file says how it ended."""
+    os.setpgid(0, 0)  # a stage that has to be ended takes what it started with it
+    device = torch.device("cpu" if settings.dry_run else "cuda:0")
+    torch.manual_seed(0)
+    run_stage(STAGES[name], Bench(device, file, is_tiny=settings.dry_run), settings.data)
+
+
+def run_stage(stage: GpuStage, bench: Bench, data: Path | None = None) -> None:
+    """Runs a stage; an error is its result."""
+    try:
+        stage.run(bench, *([data] if stage.needs_data else []))
+        bench.status = "done"
+    except NotOnDeviceError as error:
+        bench.status, bench.reason = "refused", str(error)
+    except Exception as error:
+        traceback.print_exc()
+        bench.status, bench.reason = "failed", f"{type(error).__name__}: {error}"[:2000]
+    bench.write()
+
+
+def _start_method() -> str:
+    """The way to start processes in which the GPU works; raises ValueError if there is none."""
+    for method in ("fork", "spawn"):
+        context: Any = multiprocessing.get_context(method)
+        process = context.Process(target=_use_device)
+        process.start()
+        process.join(_WAIT_FOR_DEVICE)
+        _end(process)
+        if process.exitcode == 0:
+            return method
+    raise ValueError("no CUDA device works here (see above); --dry-run runs the stages on the CPU")
+
+
+def _use_device() -> None:
+    os.setpgid(0, 0)
+    torch.ones(1, device="cuda").cpu()
+
+
+def _end(process: BaseProcess) -> None:
+    """Ends a process, if it still runs, with those that it started."""
+    if process.is_alive() and process.pid is not None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _is_stand_in(module: object) -> bool:
+    return getattr(type(module), "is_stand_in", False)
+
+
+def _is_there(package: str) -> bool:
+    if _is_stand_in(sys.modules.get(package)):
+        return False
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # the parent of nvidia.dali is missing
+        return False
+
+
+def _skipped(reason: str) -> dict[str, Any]:
+    return {"status": "skipped", "reason": reason, "figures": {}}
+
+
+def format_page(report: dict[str, Any]) -> str:
+    """The report as a page of Markdown: a table of stages, and one of figures for each stage."""
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines = [
+        "# Dry run on a CPU: no figure here is a GPU's" if report["dry_run"] else "# GPU report",
+        f"\n{machine}\n",
+    ]
+    if report["stand_ins"]:
+        lines.append(f"Missing, with a stand-in: {', '.join(report['stand_ins'])}\n")
+    lines += ["| part | stage | status | seconds |", "|---|---|---|---|"]
+    for name, stage in report["stages"].items():
+        status = ": ".join(filter(None, (stage["status"], stage.get("reason", ""))))
+        cells = (STAGES[name].part, name, status, stage.get("wall_seconds", ""))
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    for name, stage in report["stages"].items():
+        if stage.get("figures"):
+            lines += _table(name, stage["figures"], has_marks=not report["dry_run"])
+    lines.append(
+        "\n`busy` is the part of the time in which kernels ran; `peak` is memory allocated on the "
+        "device. A mark was modelled or published for the card that it names."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _table(name: str, figures: dict[str, Any], *, has_marks: bool) -> list[str]:
+    lines = [f"\n## {STAGES[name].part} {name}: {STAGES[name].about}\n"]
+    lines += ["| figure | | busy | peak, GB | mark | times the mark |", "|---|---|---|---|---|---|"]
+    for label, figure in figures.items():
+        value, about = MARKS.get(label, (0.0, "")) if has_marks else (0.0, "")
+        has_mark = bool(about) and "median" in figure
+        cells = (
+            label,
+            describe(figure),
+            f"{figure['busy']:.2f}" if "busy" in figure else "",
+            f"{figure['peak_gb']:.2f}" if "peak_gb" in figure else "",
+            f"{value:,g} ({about})" if has_mark else "",
+            f"{figure['median'] / value:.2f}" if has_mark else "",
+        )
+        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return lines
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
