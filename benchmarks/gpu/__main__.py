@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -100,8 +101,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-if __name__ in ("__main__", "__mp_main__"):  # the second in a process that starts anew
+if __name__ == "__main__":
+    # an import that asks whether there is a GPU would else make it unusable in forks
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     name_the_rooms()
     stand_in_for_missing()
-if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

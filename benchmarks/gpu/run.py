@@ -2,11 +2,13 @@
 
 Each stage has a process of its own, so that a crash or an illegal access on the device ends that
 stage alone, and its memory is free afterwards. They are forked from this one, which has imported
-everything and never touches the device; where that does not work, they start anew.
+everything and never touches the device. Where a library has touched it at its import, forks cannot
+use it: then the stages run in this process, and the report says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -44,6 +46,7 @@ MARKS = {
 }
 """What was modelled or published, in the unit of the figure of that name."""
 _WAIT_FOR_DEVICE = 120.0
+_FORK: Any = multiprocessing.get_context("fork")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +74,11 @@ class Gpu:
         if (self.out / "gpu.json").exists():
             raise ValueError(f"{self.out} holds a report: name another folder")
         make_folder(self.out / "stages")
-        method = "fork" if self.dry_run else _start_method()
+        forks = self.dry_run or _forks_reach_device()
         report: dict[str, Any] = {
             "dry_run": self.dry_run,
             "machine": describe_machine("timm", "triton", "open_clip_torch"),
+            "a_process_for_each_stage": forks,
             "stand_ins": sorted(n for n, m in sys.modules.items() if _is_stand_in(m)),
             "stages": {name: {"status": "not reached"} for name in names},
         }
@@ -83,10 +87,11 @@ class Gpu:
         deadline = time.monotonic() + 60 * self.minutes
         for name in names:
             print(f"{STAGES[name].part} {name}: {STAGES[name].about}", flush=True)
-            result = self._run_stage(name, method, deadline)
+            result = self._run_stage(name, deadline, forks=forks)
             print(f"  {result['status']} {result['reason']}", flush=True)
             report["stages"][name] = result
             self._write(report)
+        gc.unfreeze()
 
     def _write(self, report: dict[str, Any]) -> None:
         write_text_atomically(self.out / "gpu.json", json.dumps(report, indent=1) + "\n")
@@ -100,7 +105,7 @@ class Gpu:
             raise ValueError(f"no stage {', '.join(unknown)}; {kind} {', '.join(possible)}")
         return names
 
-    def _run_stage(self, name: str, method: str, deadline: float) -> dict[str, Any]:
+    def _run_stage(self, name: str, deadline: float, *, forks: bool) -> dict[str, Any]:
         stage = STAGES[name]
         if missing := [package for package in stage.needs if not _is_there(package)]:
             return _skipped(f"needs {', '.join(missing)}")
@@ -110,29 +115,33 @@ class Gpu:
             return _skipped(f"the {self.minutes:g} minutes are over")
         file = self.out / "stages" / f"{stage.part}-{name}.json"
         started = time.monotonic()
-        context: Any = multiprocessing.get_context(method)
-        process = context.Process(target=run_in_process, args=(name, self, file))
-        process.start()
-        process.join(max(1.0, deadline - time.monotonic()))
-        cut_off = process.is_alive()
-        _end(process)
-        found: dict[str, Any] = {"status": "failed", "reason": "", "figures": {}}
+        exit_code, cut_off = 0, False
+        if forks:
+            process = _FORK.Process(target=self._run_in_fork, args=(stage, file))
+            process.start()
+            process.join(max(1.0, deadline - time.monotonic()))
+            cut_off = process.is_alive()
+            _end(process)
+            exit_code = process.exitcode
+        else:
+            self._run_here(stage, file)
+        found: dict[str, Any] = {"status": "unfinished", "reason": "", "figures": {}}
         if file.is_file():
             found |= json.loads(file.read_text(encoding="utf-8"))
         if cut_off:
             found |= {"status": "cut off", "reason": f"the {self.minutes:g} minutes are over"}
-        elif found["status"] == "unfinished" or (process.exitcode and not found["reason"]):
-            reason = f"its process ended with code {process.exitcode}"
-            found |= {"status": "failed", "reason": reason}
+        elif found["status"] == "unfinished":
+            found |= {"status": "failed", "reason": f"its process ended with code {exit_code}"}
         return found | {"wall_seconds": round(time.monotonic() - started, 1)}
 
+    def _run_in_fork(self, stage: GpuStage, file: Path) -> None:
+        os.setpgid(0, 0)  # a stage that has to be ended takes along what it started
+        self._run_here(stage, file)
 
-def run_in_process(name: str, settings: Gpu, file: Path) -> None:
-    """Runs one stage in this process; its file says how it ended."""
-    os.setpgid(0, 0)  # a stage that has to be ended takes what it started with it
-    device = torch.device("cpu" if settings.dry_run else "cuda:0")
-    torch.manual_seed(0)
-    run_stage(STAGES[name], Bench(device, file, is_tiny=settings.dry_run), settings.data)
+    def _run_here(self, stage: GpuStage, file: Path) -> None:
+        device = torch.device("cpu" if self.dry_run else "cuda:0")
+        torch.manual_seed(0)
+        run_stage(stage, Bench(device, file, is_tiny=self.dry_run), self.data)
 
 
 def run_stage(stage: GpuStage, bench: Bench, data: Path | None = None) -> None:
@@ -148,28 +157,33 @@ def run_stage(stage: GpuStage, bench: Bench, data: Path | None = None) -> None:
     bench.write()
 
 
-def _start_method() -> str:
-    """The way to start processes in which the GPU works; raises ValueError if there is none."""
-    for method in ("fork", "spawn"):
-        context: Any = multiprocessing.get_context(method)
-        process = context.Process(target=_use_device)
-        process.start()
-        process.join(_WAIT_FOR_DEVICE)
-        _end(process)
-        if process.exitcode == 0:
-            return method
-    raise ValueError("no CUDA device works here (see above); --dry-run runs the stages on the CPU")
+def _forks_reach_device() -> bool:
+    """Whether the GPU works in forks of this process; raises ValueError where none works at all."""
+    process = _FORK.Process(target=_use_device)
+    process.start()
+    process.join(_WAIT_FOR_DEVICE)
+    _end(process)
+    if process.exitcode == 0:
+        return True
+    try:
+        _use_device()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ValueError(
+            f"no CUDA device works here ({error}); --dry-run runs the stages on the CPU"
+        ) from error
+    return False
 
 
 def _use_device() -> None:
-    os.setpgid(0, 0)
     torch.ones(1, device="cuda").cpu()
 
 
 def _end(process: BaseProcess) -> None:
     """Ends a process, if it still runs, with those that it started."""
     if process.is_alive() and process.pid is not None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has not made its group yet
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     process.join()
 
 

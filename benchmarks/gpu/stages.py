@@ -376,7 +376,9 @@ def compare_with_open_clip(bench: Bench) -> None:
         theirs = build_open_clip(trainer.model, config).to(bench.device)
         images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
         texts = batch.tokens[batch.text_index]
+        torch.backends.cudnn.allow_tf32 = False
         compare(trainer.model, theirs, batch, images, texts, rounding=1e-3)
+        torch.backends.cudnn.allow_tf32 = True  # torch's default
         del trainer
         step, _, _ = build_step(bench, size, encoder=encoder)
         works = {
