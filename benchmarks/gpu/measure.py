@@ -86,7 +86,7 @@ class Bench:
         self._add(name, {"value": value, "unit": unit})
 
     def time(
-        self, name: str, work: Work, *, count: float = 1.0, unit: str = "s", **turns: int
+        self, name: str, work: Work, *, count: float = 1.0, unit: str = "s", **turns: Any
     ) -> float:
         """Times work alone; returns the median seconds of one call. See `take_turns`."""
         return self.take_turns({name: work}, count=count, unit=unit, **turns)[name]
@@ -100,6 +100,7 @@ class Bench:
         rounds: int = 5,
         repeat: int = 3,
         warm_up: int = 2,
+        least_busy: float = _LEAST_BUSY,
     ) -> dict[str, float]:
         """Times works that take turns, and writes a figure for each.
 
@@ -110,6 +111,7 @@ class Bench:
             rounds: of which the median is taken.
             repeat: calls within a round, so that the host can run ahead as it does in training.
             warm_up: rounds before, which are not timed.
+            least_busy: least part of the time in which kernels must run.
 
         Returns:
             The median seconds of one call, by name.
@@ -130,7 +132,7 @@ class Bench:
             figure = summarise(seconds if unit == "s" else [count / s for s in seconds])
             figure |= {"unit": unit, "seconds": (median := summarise(seconds)["median"])}
             if self.device.type == "cuda":
-                figure["busy"] = self._prove(name, work, median, timed)
+                figure["busy"] = self._prove(name, work, median, timed, least_busy)
                 figure["peak_gb"] = max(one.peak_bytes for one in timed) / 1e9
             self._add(name, figure)
             medians[name] = median
@@ -172,7 +174,9 @@ class Bench:
         wall = time.perf_counter() - started
         return Round(start.elapsed_time(end) / 1e3, wall, torch.cuda.max_memory_allocated())
 
-    def _prove(self, name: str, work: Work, seconds: float, timed: list[Round]) -> float:
+    def _prove(
+        self, name: str, work: Work, seconds: float, timed: list[Round], least_busy: float
+    ) -> float:
         """Returns the part of `seconds` in which kernels ran, or raises NotOnDeviceError."""
         results: list[object] = []
         kernels = kernel_seconds(lambda: results.append(work()))
@@ -181,8 +185,7 @@ class Bench:
         slowest = max(one.wall_seconds / one.seconds for one in timed)
         reasons = {
             f"its results are on {', '.join(sorted(found)) or 'no device'}": found != {"cuda"},
-            "no memory of the device is taken": torch.cuda.memory_allocated() == 0,
-            f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < _LEAST_BUSY * seconds,
+            f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < least_busy * seconds,
             f"the clock shows {slowest:.1f} times the device's time": slowest > _MOST_WALL,
         }
         if wrong := [reason for reason, holds in reasons.items() if holds]:

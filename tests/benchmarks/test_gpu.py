@@ -73,7 +73,6 @@ class Card:
 
     seconds: float = 10.0
     kernel_seconds: float = 9.0
-    memory: int = 1 << 30
 
 
 ON_CARD = SimpleNamespace(device=torch.device("cuda:0"))
@@ -94,8 +93,7 @@ def put_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Card], None]:
 
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
-        for name in ("memory_allocated", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: card.memory)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1 << 30)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # a tenth of a second in a test run
 
@@ -127,7 +125,6 @@ def test_a_stage_that_computes_on_the_cpu_is_refused(
     [
         (Card(), ON_CARD, ""),
         (Card(kernel_seconds=0.5), ON_CARD, "kernels ran in 5.00e-01 of 1.00e+01 s"),
-        (Card(memory=0), ON_CARD, "no memory of the device is taken"),
         (Card(seconds=1e-9, kernel_seconds=1e-9), ON_CARD, "times the device's time"),
         (Card(), torch.ones(1), "its results are on cpu"),
         (Card(), 1.5, "its results are on no tensor"),
