@@ -35,7 +35,7 @@ def name_the_rooms() -> None:
 
 def stand_in_for_missing() -> None:
     """Puts a stand-in into `sys.modules` for each missing package that this program can spare."""
-    for name, attributes in {
+    stand_ins: dict[str, dict[str, Any]] = {
         "jaxtyping": dict.fromkeys(("Float", "Int", "UInt8"), _Annotation()),
         "msgspec": {
             "Meta": _Limits,
@@ -45,7 +45,8 @@ def stand_in_for_missing() -> None:
         "xxhash": {},
         "ftfy": {},
         "regex": {},
-    }.items():
+    }
+    for name, attributes in stand_ins.items():
         if not _is_installed(name):
             sys.modules[name] = _StandIn(name, attributes)
 

@@ -44,7 +44,7 @@ MARKS = {
     "vit_base_patch16_224, ours": (332.0, "open_clip on an A100"),
     "vit_base_patch16_224, open_clip": (332.0, "open_clip on an A100"),
 }
-"""What was modelled or published, in the unit of the figure of that name."""
+"""Figures that were modelled or published, in the unit of the measured one of that name."""
 _WAIT_FOR_DEVICE = 120.0
 _FORK: Any = multiprocessing.get_context("fork")
 

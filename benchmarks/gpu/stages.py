@@ -203,7 +203,7 @@ def _write_trace(bench: Bench, step: Callable[[], object]) -> None:
 
 
 def measure_switches(bench: Bench) -> None:
-    """What compile, checkpointing, TF32 and layouts of texts change about a step of Swin-T."""
+    """Steps of Swin-T with compile, checkpointing, TF32 or another layout of texts."""
     size = 256
     step, *_ = build_step(bench, size)
     bench.time("as it is", step, count=size, unit="images/s")
