@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
@@ -49,6 +48,8 @@ class Round(NamedTuple):
     wall_seconds: float
     peak_bytes: int
     """Largest memory allocated on the device; 0 on a CPU."""
+    risen_bytes: int
+    """How far that is above what was allocated before the round."""
 
 
 class Bench:
@@ -134,6 +135,7 @@ class Bench:
             if self.device.type == "cuda":
                 figure["busy"] = self._prove(name, work, median, timed, least_busy)
                 figure["peak_gb"] = max(one.peak_bytes for one in timed) / 1e9
+                figure["risen_gb"] = max(one.risen_bytes for one in timed) / 1e9
             self._add(name, figure)
             medians[name] = median
         return medians
@@ -161,10 +163,11 @@ class Bench:
             for _ in range(repeat):
                 work()
             seconds = time.perf_counter() - started
-            return Round(seconds, seconds, 0)
+            return Round(seconds, seconds, 0, 0)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         started = time.perf_counter()
         start.record()
         for _ in range(repeat):
@@ -172,7 +175,8 @@ class Bench:
         end.record()
         torch.cuda.synchronize()
         wall = time.perf_counter() - started
-        return Round(start.elapsed_time(end) / 1e3, wall, torch.cuda.max_memory_allocated())
+        peak = torch.cuda.max_memory_allocated()
+        return Round(start.elapsed_time(end) / 1e3, wall, peak, peak - before)
 
     def _prove(
         self, name: str, work: Work, seconds: float, timed: list[Round], least_busy: float
@@ -198,13 +202,14 @@ def kernel_seconds(work: Work) -> float:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    return sum(
+    seconds: float = sum(
         event.time_range.elapsed_us() / 1e6
         for event in profiler.events() or ()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type.name == "CUDA"
         and not getattr(event, "is_user_annotation", False)
         and not any(copy in event.name for copy in ("HtoD", "DtoH"))
     )
+    return seconds
 
 
 def describe(figure: Mapping[str, Any]) -> str:

@@ -223,14 +223,18 @@ def format_page(report: dict[str, Any]) -> str:
             lines += _table(name, stage["figures"], has_marks=not report["dry_run"])
     lines.append(
         "\n`busy` is the part of the time in which kernels ran; `peak` is memory allocated on the "
-        "device. A mark was modelled or published for the card that it names."
+        "device, and `of work` the part above what was allocated before. A mark was modelled or "
+        "published for the card that it names."
     )
     return "\n".join(lines) + "\n"
 
 
 def _table(name: str, figures: dict[str, Any], *, has_marks: bool) -> list[str]:
     lines = [f"\n## {STAGES[name].part} {name}: {STAGES[name].about}\n"]
-    lines += ["| figure | | busy | peak, GB | mark | times the mark |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| figure | | busy | peak, GB | of work | mark | times the mark |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for label, figure in figures.items():
         value, about = MARKS.get(label, (0.0, "")) if has_marks else (0.0, "")
         has_mark = bool(about) and "median" in figure
@@ -239,6 +243,7 @@ def _table(name: str, figures: dict[str, Any], *, has_marks: bool) -> list[str]:
             describe(figure),
             f"{figure['busy']:.2f}" if "busy" in figure else "",
             f"{figure['peak_gb']:.2f}" if "peak_gb" in figure else "",
+            f"{figure['risen_gb']:.2f}" if "risen_gb" in figure else "",
             f"{value:,g} ({about})" if has_mark else "",
             f"{figure['median'] / value:.2f}" if has_mark else "",
         )

@@ -150,7 +150,8 @@ def compare_losses(bench: Bench) -> None:
     for name, (form, dtype) in forms.items():
         on_device = [x.to(bench.device, dtype).requires_grad_() for x in (images, texts)]
         loss = unified_contrastive_loss(
-            *on_device,
+            on_device[0],
+            on_device[1],
             classes[text_index].to(bench.device),
             _SCALE,
             text_class_ids=classes.to(bench.device),
@@ -207,13 +208,14 @@ def measure_switches(bench: Bench) -> None:
     size = 256
     step, *_ = build_step(bench, size)
     bench.time("as it is", step, count=size, unit="images/s")
-    for name, changes in {
+    switches: dict[str, dict[str, Any]] = {
         "checkpointing": {"activation_checkpointing": True},
         "padded texts": {"text_layout": "padded"},
         "no channels_last": {"channels_last": False},
         "no fused optimizer": {"fused_optimizer": False},
         "fp32": {"precision": "fp32"},
-    }.items():
+    }
+    for name, changes in switches.items():
         with bench.running_out_of_memory(name):
             step, *_ = build_step(bench, size, **changes)
             bench.time(name, step, count=size, unit="images/s")
@@ -277,9 +279,8 @@ def measure_texts(bench: Bench) -> None:
 
     size = 256
     _, trainer, batch = build_step(bench, size)
-    settings = Text(
-        data=Path(), **({"width": 64, "layers": 1} if bench.is_tiny else {"batch_size": size})
-    )
+    width, layers = (64, 1) if bench.is_tiny else (512, 12)
+    settings = Text(data=Path(), width=width, layers=layers)
     lengths = torch.from_numpy(batch.text_lengths).to(bench.device)
     precision = Precision("bf16")
     layouts = text_layouts(settings, batch.tokens, lengths, precision)
@@ -313,22 +314,19 @@ def measure_losses(bench: Bench) -> None:
     """The loss alone, forward and backward, on all sizes that one GPU may meet."""
     sizes = ((4, 32), (8, 16)) if bench.is_tiny else ((512, 32_768), (4096, 32_768), (64, 65_536))
     for b, u in sizes:
-        works = {
-            f"{b:,} x {u:,}, {name}": loss_work(bench, kind, dtype, b, u)
-            for name, kind, dtype in (
-                ("dense fp32", "dense", torch.float32),
-                ("tiled fp32", "tiled", torch.float32),
-                ("tiled bf16", "tiled", torch.bfloat16),
-                ("triton fp32", "triton", torch.float32),
-                ("triton bf16", "triton", torch.bfloat16),
-                ("open_clip's formula fp32", "clip", torch.float32),
-                ("open_clip's formula bf16", "clip", torch.bfloat16),
-            )
-            if kind != "triton" or _has_triton(bench)
-        }
-        for name, work in works.items():
-            with bench.running_out_of_memory(name):
-                bench.time(name, work, repeat=10)
+        for name, kind, dtype in (
+            ("dense fp32", "dense", torch.float32),
+            ("tiled fp32", "tiled", torch.float32),
+            ("tiled bf16", "tiled", torch.bfloat16),
+            ("triton fp32", "triton", torch.float32),
+            ("triton bf16", "triton", torch.bfloat16),
+            ("open_clip's formula fp32", "clip", torch.float32),
+            ("open_clip's formula bf16", "clip", torch.bfloat16),
+        ):
+            name = f"{b:,} x {u:,}, {name}"
+            if kind != "triton" or _has_triton(bench):
+                with bench.running_out_of_memory(name):
+                    bench.time(name, loss_work(bench, kind, dtype, b, u), repeat=10)
 
 
 def loss_work(
@@ -411,7 +409,7 @@ def build_step(
         data=DataConfig(image_size=pixels, evaluation_resize=pixels),
         model=model,
         efficiency=EfficiencyConfig(**efficiency),
-        run=RunConfig(global_batch_size=batch.batch_size, steps=1 << 20, device=bench.device.type),
+        run=RunConfig(global_batch_size=batch.batch_size, steps=1 << 20),
     )
     trainer = Trainer(config, ListLoader([batch]), device=bench.device, progress=False)
     return lambda: trainer.train_step(batch), trainer, batch

@@ -93,7 +93,8 @@ def put_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Card], None]:
 
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1 << 30)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1_000_000_000)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # a tenth of a second in a test run
 
@@ -147,7 +148,13 @@ def test_each_sign_of_work_on_the_host_is_enough(
     assert reason in bench.reason
     assert bool(bench.figures) != bool(reason)
     if not reason:
-        assert bench.figures["work"]["busy"] == 0.9
+        figure = bench.figures["work"]
+        assert [figure[name] for name in ("median", "busy", "peak_gb", "risen_gb")] == [
+            10,
+            0.9,
+            3,
+            2,
+        ]
 
 
 def test_a_time_cannot_be_noted_without_being_measured(tmp_path: Path) -> None:
@@ -227,5 +234,5 @@ def test_a_page_has_the_mark_and_the_ratio_beside_a_figure() -> None:
     report = {"dry_run": False, "machine": {}, "stand_ins": [], "stages": {"machine": stage}}
     page = format_page(report)
     line = next(line for line in page.splitlines() if line.startswith("| product"))
-    assert line.count("|") == 7
-    assert "| 0.98 |  | 620 (H100, assumed) | 0.50 |" in line
+    assert line.count("|") == 8
+    assert "| 0.98 |  |  | 620 (H100, assumed) | 0.50 |" in line
