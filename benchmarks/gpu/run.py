@@ -73,8 +73,8 @@ class Gpu:
         names = self._chosen()
         if (self.out / "gpu.json").exists():
             raise ValueError(f"{self.out} holds a report: name another folder")
-        make_folder(self.out / "stages")
         forks = self.dry_run or _forks_reach_device()
+        make_folder(self.out / "stages")
         report: dict[str, Any] = {
             "dry_run": self.dry_run,
             "machine": describe_machine("timm", "triton", "open_clip_torch"),
@@ -119,9 +119,11 @@ class Gpu:
         if forks:
             process = _FORK.Process(target=self._run_in_fork, args=(stage, file))
             process.start()
-            process.join(max(1.0, deadline - time.monotonic()))
-            cut_off = process.is_alive()
-            _end(process)
+            try:
+                process.join(max(1.0, deadline - time.monotonic()))
+            finally:  # also after Ctrl-C, which the stage's process group does not get
+                cut_off = process.is_alive()
+                _end(process)
             exit_code = process.exitcode
         else:
             self._run_here(stage, file)
@@ -159,7 +161,7 @@ def run_stage(stage: GpuStage, bench: Bench, data: Path | None = None) -> None:
 
 def _forks_reach_device() -> bool:
     """Whether the GPU works in forks of this process; raises ValueError where none works at all."""
-    process = _FORK.Process(target=_use_device)
+    process = _FORK.Process(target=_exit_without_device)
     process.start()
     process.join(_WAIT_FOR_DEVICE)
     _end(process)
@@ -172,6 +174,13 @@ def _forks_reach_device() -> bool:
             f"no CUDA device works here ({error}); --dry-run runs the stages on the CPU"
         ) from error
     return False
+
+
+def _exit_without_device() -> None:
+    try:
+        _use_device()
+    except (RuntimeError, AssertionError):
+        sys.exit(1)
 
 
 def _use_device() -> None:

@@ -219,6 +219,24 @@ def test_a_stage_that_fails_dies_or_stalls_leaves_what_it_measured(
     assert [found[name]["figures"]["before"]["value"] for name in ("die", "stall")] == [1.0, 2.0]
 
 
+def test_stages_run_in_one_process_where_forks_cannot_use_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process: list[int] = []
+
+    def look(bench: Bench) -> None:
+        process.append(os.getpid())
+        bench.note("device", str(bench.device))
+
+    monkeypatch.setattr(run, "STAGES", {"look": GpuStage(part="A0", about="", run=look)})
+    monkeypatch.setattr(run, "_forks_reach_device", lambda: False)
+    Gpu(out=tmp_path / "report").run()
+    report = json.loads((tmp_path / "report" / "gpu.json").read_text())
+    assert report["stages"]["look"]["figures"]["device"]["value"] == "cuda:0"
+    assert process == [os.getpid()]
+    assert not report["a_process_for_each_stage"]
+
+
 def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no stage nothing; dry run has machine, tests"):
         Gpu(out=tmp_path / "new", dry_run=True, stages="machine,nothing").run()
@@ -232,6 +250,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path: Path) -
 def test_without_a_gpu_only_the_dry_run_is_possible(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no CUDA device works here"):
         Gpu(out=tmp_path / "new").run()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_page_has_the_mark_and_the_ratio_beside_a_figure() -> None:
