@@ -43,7 +43,6 @@ from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Stage, rate_of, ratio_of, take_turns
-from ..input.loaders import open_loader
 
 _ROUNDING = 1e-4
 """Largest difference that two orders of the same fp32 arithmetic may cause, relative to the largest
@@ -124,6 +123,8 @@ def preset_on_cpu(preset: str, **run: Any) -> TrainConfig:
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:
     """The first batch of a run on the data set, copied out of the loader's buffers."""
+    from ..input.loaders import open_loader  # with DALI; a step alone needs none
+
     with (
         PackedDataset(data) as dataset,
         contextlib.closing(open_loader(dataset, config)) as loader,
@@ -191,7 +192,7 @@ def open_clip_step(model: CLIP, images: Tensor, texts: Tensor) -> Callable[[], o
 
     def step() -> object:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             loss = loss_of(*model(images, texts)[:3])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -203,7 +204,15 @@ def open_clip_step(model: CLIP, images: Tensor, texts: Tensor) -> Callable[[], o
     return step
 
 
-def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tensor) -> None:
+def compare(
+    ours: UniCL,
+    theirs: CLIP,
+    batch: Batch,
+    images: Tensor,
+    texts: Tensor,
+    *,
+    rounding: float = _ROUNDING,
+) -> None:
     """Raises RuntimeError if features, losses or gradients differ by more than fp32 rounding."""
     ours.eval()
     theirs.eval()
@@ -217,7 +226,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tens
                 global_loss(ours, batch, config, Ranks()), ClipLoss()(*theirs(images, texts)[:3])
             )
     # gradients of the same weighted sum of the features, since on labels the losses differ
-    weights = [torch.randn(one.shape) for one, _ in (image_pair, text_pair)]
+    weights = [torch.randn(one.shape, device=one.device) for one, _ in (image_pair, text_pair)]
     for image, text in zip(image_pair, text_pair, strict=True):
         ((image * weights[0]).sum() + (text * weights[1]).sum()).backward()
     gaps["gradients"] = max(_largest_gap(*pair) for pair in _pairs(ours, theirs, _gradient))
@@ -225,7 +234,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tens
     theirs.zero_grad()
     for what, gap in gaps.items():
         print(f"{what} differ by at most {gap:.1e} of the largest")
-        if not gap < _ROUNDING:
+        if not gap < rounding:
             raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
 
 

@@ -233,8 +233,8 @@ def text_layouts(
     device = tokens.device
     trimmed, num_tokens = tokens[:, : int(lengths.max())], int(lengths.sum())
     full = torch.randint(1, 40_000, tokens.shape, generator=torch.Generator().manual_seed(0))
-    full[:, -1] = Tokenizer().end_id
     full = full.to(device)
+    full[:, -1] = tokens.max()  # the end of a text has the largest id
     encoder = TextEncoder(
         vocab_size=49408,
         context_length=tokens.shape[1],

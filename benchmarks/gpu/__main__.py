@@ -1,0 +1,110 @@
+"""Starts `unicl-bench gpu` from a bare checkout: `python benchmarks/gpu --out REPORT`.
+
+A machine that lends its GPU for half an hour may have torch and timm (which brings torchvision,
+safetensors and Pillow), tokenizers, numba and NumPy, and nothing to install from. Without an
+install the three folders beside unicl_fast/ have no import names, so they get them here. Of the
+other packages that the trainer imports some only annotate and check (jaxtyping, msgspec), and some
+are not called by what runs here (xxhash, ftfy, regex). Where one of them is missing, a stand-in
+takes its place; the report names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def name_the_rooms() -> None:
+    """Makes unicl_fast.benchmarks and its neighbours importable, where no install has done so."""
+    # started as a folder, Python searches it first, where any module of ours could hide another
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
+    if find_spec("unicl_fast") is None:
+        sys.path.insert(0, str(_CHECKOUT))
+    if find_spec("unicl_fast.benchmarks") is None:
+        importlib.import_module("unicl_fast").__path__.append(str(_CHECKOUT))
+
+
+def stand_in_for_missing() -> None:
+    """Puts a stand-in into `sys.modules` for each missing package that this program can spare."""
+    stand_ins: dict[str, dict[str, Any]] = {
+        "jaxtyping": dict.fromkeys(("Float", "Int", "UInt8"), _Annotation()),
+        "msgspec": {
+            "Meta": _Limits,
+            "convert": lambda value, kind: value,  # the settings are our own
+            "ValidationError": ValueError,
+        },
+        "xxhash": {},
+        "ftfy": {},
+        "regex": {},
+    }
+    for name, attributes in stand_ins.items():
+        if not _is_installed(name):
+            sys.modules[name] = _StandIn(name, attributes)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+class _Annotation:
+    def __getitem__(self, shape: object) -> _Annotation:
+        return self
+
+
+class _Limits:
+    def __init__(self, **limits: float) -> None:
+        pass
+
+
+class _StandIn(types.ModuleType):
+    is_stand_in = True
+
+    def __init__(self, name: str, attributes: dict[str, Any]) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # for those who ask `find_spec`
+        self.__dict__.update(attributes)
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise ModuleNotFoundError(f"{self.__name__}.{attribute} is needed: install {self.__name__}")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the stages; or `pytest` with the rest of the arguments, as the stages of tests do."""
+    if arguments[:1] == ["pytest"]:
+        return int(importlib.import_module("pytest").main(arguments[1:]))
+    program = importlib.import_module("unicl_fast.benchmarks.gpu.run")
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu", description=program.Gpu.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--stages", default="", help="names of stages, joined by commas")
+    parser.add_argument("--minutes", type=float, default=25.0, help="time for all stages")
+    parser.add_argument("--data", type=Path, help="packed data set, for part B")
+    parser.add_argument("--dry-run", action="store_true", help="part A on the CPU, tiny")
+    try:
+        program.Gpu(**vars(parser.parse_args(arguments))).run()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    # an import that asks whether there is a GPU would else make it unusable in forks
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    name_the_rooms()
+    stand_in_for_missing()
+    sys.exit(main(sys.argv[1:]))

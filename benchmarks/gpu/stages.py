@@ -1,0 +1,458 @@
+"""Part A: the card, the tests, the loss, the training step. Needs neither DALI nor a network.
+
+Images and texts are random: a step's time does not depend on what they show. Each stage takes a
+`Bench` and gives it figures; `bench.is_tiny` is a dry run on a CPU, with models and sizes that are
+small and figures that mean nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import platform
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import (
+    DataConfig,
+    EfficiencyConfig,
+    LossForm,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
+from unicl_fast.objectives.targets import collate
+from unicl_fast.training.trainer import Trainer
+
+from .measure import Bench
+
+_CONTEXT, _START, _END = 77, 49406, 49407
+_SCALE = 1 / 0.07
+TESTS = ("tests/objectives", "tests/models", "tests/training", "tests/checkpoints")
+_CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuStage:
+    """One stage: what it measures, what it needs, and how."""
+
+    part: str
+    """Its number in docs and report, such as A4."""
+    about: str
+    run: Callable[..., None]
+    """Takes the `Bench`, and, with `needs_data`, the packed data set."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is skipped."""
+    needs_data: bool = False
+
+
+def measure_machine(bench: Bench) -> None:
+    """The card, the versions, one matrix product and one copy."""
+    bench.note("python", platform.python_version())
+    for package in ("torch", "triton", "timm", "numba", "numpy", "nvidia-dali-cuda120"):
+        with contextlib.suppress(PackageNotFoundError):
+            bench.note(package, version(package))
+    if bench.device.type == "cuda":
+        bench.note("card", torch.cuda.get_device_name())
+        bench.note("CUDA", str(torch.version.cuda))
+        bench.note("memory", torch.cuda.get_device_properties(0).total_memory / 1e9, "GB")
+        query = ("nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv")
+        with contextlib.suppress(OSError):
+            found = subprocess.run(query, capture_output=True, text=True, check=False)
+            bench.note("nvidia-smi", " ".join(found.stdout.split("\n")).strip())
+    product_seconds(bench)
+    size = 1 << (10 if bench.is_tiny else 30)
+    source, target = (torch.ones(size, device=bench.device) for _ in range(2))
+    bench.time("copy of 4 GB", lambda: target.copy_(source), count=8e-9 * size, unit="GB/s")
+
+
+def product_seconds(bench: Bench) -> float:
+    """Times a product of two bf16 matrices of 8192 x 8192; returns seconds an operation."""
+    n = 64 if bench.is_tiny else 8192
+    left, right = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = bench.time(
+        "product of 8192^3, bf16",
+        lambda: left @ right,
+        count=2e-12 * n**3,
+        unit="TFLOP/s",
+        repeat=10,
+    )
+    return seconds / (2 * n**3)
+
+
+def run_tests(bench: Bench, *folders: str) -> None:
+    """Runs the tests that need a GPU, in a process of its own, and counts results."""
+    there = [
+        str(path)
+        for folder in folders or TESTS
+        for path in sorted((_CHECKOUT / folder).rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8")  # others may import what is not here
+    ]
+    if not there:
+        raise RuntimeError(f"{_CHECKOUT} holds no tests for a GPU: start from a checkout")
+    if bench.is_tiny:
+        there = ["--collect-only", f"{_CHECKOUT}/benchmarks"]  # shows that pytest starts
+    command = [sys.executable, str(Path(__file__).parent), "pytest", "-m", "gpu", "-q", "-rfE"]
+    found = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--continue-on-collection-errors", *there],
+        cwd=_CHECKOUT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    log = bench.file.with_suffix(".log")
+    log.write_text(found.stdout + found.stderr, encoding="utf-8")
+    bench.note("log", log.name)
+    summary = re.findall(r"(\d+) (passed|failed|skipped)", found.stdout[-500:])
+    counts = {name: int(count) for count, name in summary}
+    for name in ("passed", "failed", "skipped"):
+        bench.note(name, counts.get(name, 0), "tests")
+    for line in re.findall(r"^(?:FAILED|ERROR) .*", found.stdout, flags=re.MULTILINE):
+        bench.note(line[:200], "failed")
+    if not bench.is_tiny and not counts.get("passed"):
+        raise RuntimeError(f"no test passed: {(found.stderr or found.stdout)[-300:]}")
+
+
+def compare_losses(bench: Bench) -> None:
+    """Each form of the loss on the device against fp64 on the CPU: value and gradients."""
+    b, u, d = (12, 9, 16) if bench.is_tiny else (2048, 1500, 512)
+    generator = torch.Generator().manual_seed(0)
+    text_index = torch.arange(b) % u
+    texts = F.normalize(torch.randn(u, d, generator=generator), dim=1)
+    noise = torch.randn(b, d, generator=generator) / d**0.5
+    images = F.normalize(texts[text_index] + noise, dim=1)
+    classes = torch.arange(u) // 2
+    inputs = [x.double().requires_grad_() for x in (images, texts)]
+    exact = reference_loss(inputs[0], inputs[1][text_index], classes[text_index], _SCALE)
+    exact_gradients = torch.autograd.grad(exact, inputs)
+    exact = exact.detach()
+    counts = text_index.bincount(minlength=u)
+    forms: dict[str, tuple[LossForm, torch.dtype]] = {
+        "dense fp32": ("dense", torch.float32),
+        "tiled fp32": ("tiled", torch.float32),
+        "tiled bf16": ("tiled", torch.bfloat16),
+    }
+    if _has_triton(bench):
+        forms |= {
+            "triton fp32": ("triton", torch.float32),
+            "triton bf16": ("triton", torch.bfloat16),
+        }
+    for name, (form, dtype) in forms.items():
+        on_device = [x.to(bench.device, dtype).requires_grad_() for x in (images, texts)]
+        loss = unified_contrastive_loss(
+            on_device[0],
+            on_device[1],
+            classes[text_index].to(bench.device),
+            _SCALE,
+            text_class_ids=classes.to(bench.device),
+            text_counts=counts.to(bench.device),
+            form=form,
+        )
+        gradients = torch.autograd.grad(loss, on_device)
+        gaps = {"value": float((loss.detach().cpu() - exact).abs() / exact)}
+        for side, gradient, true in zip(
+            ("images", "texts"), gradients, exact_gradients, strict=True
+        ):
+            gap = (gradient.cpu().double() - true).norm() / true.norm()
+            gaps[f"gradient of {side}"] = float(gap)
+        for what, gap in gaps.items():
+            bench.note(f"{name}, {what}", gap, "relative error")
+
+
+def _has_triton(bench: Bench) -> bool:
+    return bench.device.type == "cuda" and find_spec("triton") is not None
+
+
+def measure_steps(bench: Bench) -> None:
+    """Steps of Swin-T by local batch: rate, memory, part of the product's rate; a trace."""
+    seconds_an_operation = product_seconds(bench)
+    for size in bench.first_if_tiny(64, 256, 512):
+        name = f"swin-tiny, bf16, {size}"
+        with bench.running_out_of_memory(name):
+            step, trainer, batch = build_step(bench, size)
+            seconds = bench.time(name, step, count=batch.batch_size, unit="images/s")
+            with FlopCounterMode(display=False) as counter:
+                trainer.back_propagate(batch)
+            trainer.optimizer.zero_grad()
+            operations = counter.get_total_flops()
+            bench.note(f"{name}, operations of a step", operations / 1e9, "GFLOP")
+            used = 100 * operations * seconds_an_operation / seconds
+            bench.note(f"{name}, of the product's rate", used, "%")
+            if size == 256 or bench.is_tiny:
+                _write_trace(bench, step)
+        step = trainer = batch = None  # type: ignore[assignment]  # frees the memory
+
+
+def _write_trace(bench: Bench, step: Callable[[], object]) -> None:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+    file = bench.file.with_suffix(".trace.json.gz")
+    profiler.export_chrome_trace(str(file))
+    bench.note("trace of a step", file.name)
+
+
+def measure_switches(bench: Bench) -> None:
+    """Steps of Swin-T with compile, checkpointing, TF32 or another layout of texts."""
+    size = 256
+    step, *_ = build_step(bench, size)
+    bench.time("as it is", step, count=size, unit="images/s")
+    switches: dict[str, dict[str, Any]] = {
+        "checkpointing": {"activation_checkpointing": True},
+        "padded texts": {"text_layout": "padded"},
+        "no channels_last": {"channels_last": False},
+        "no fused optimizer": {"fused_optimizer": False},
+        "fp32": {"precision": "fp32"},
+    }
+    for name, changes in switches.items():
+        with bench.running_out_of_memory(name):
+            step, *_ = build_step(bench, size, **changes)
+            bench.time(name, step, count=size, unit="images/s")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    with bench.running_out_of_memory("fp32 with TF32"):
+        step, *_ = build_step(bench, size, precision="fp32")
+        bench.time("fp32 with TF32", step, count=size, unit="images/s")
+    torch.set_float32_matmul_precision("highest")
+    # the ways to compile that this version's config has
+    kind = typing.get_type_hints(EfficiencyConfig)["compile"]
+    ways = (
+        [True]
+        if kind is bool
+        else [way for way in typing.get_args(kind) if way not in ("none", "auto", False)]
+    )
+    for way in ways:
+        name = "compiled" if way is True else f"compiled: {way}"
+        with bench.running_out_of_memory(name):
+            _measure_compiled(bench, name, size, way)
+
+
+def _measure_compiled(bench: Bench, name: str, size: int, way: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    step, trainer, batch = build_step(bench, size, compile=way)
+    if bench.is_tiny:  # without a compiler's minutes
+        compile_encoders(trainer.model, backend="eager")
+    counters.clear()
+    bench.time(name, step, count=batch.batch_size, unit="images/s", warm_up=3)
+    before, pixels = counters["stats"]["unique_graphs"], batch.images.shape[1]
+    bench.note(f"{name}, graphs", before, "graphs")
+    for number in range(1 if bench.is_tiny else 10):
+        num_texts = max(1, batch.batch_size - 23 * number)
+        other = make_batch(bench, size, pixels=pixels, num_texts=num_texts, longest=20 + 5 * number)
+        trainer.train_step(other)
+    more = counters["stats"]["unique_graphs"] - before
+    bench.note(f"{name}, more graphs over ten sizes of texts", more, "graphs")
+
+
+def measure_large(bench: Bench) -> None:
+    """Swin-B at local batches that may not fit, plain and with checkpointing."""
+    encoder = "swin_base_patch4_window7_224"
+    for size in bench.first_if_tiny(256, 512):
+        for name, changes in {
+            "": {},
+            ", checkpointing": {"activation_checkpointing": True},
+        }.items():
+            name = f"swin-base, bf16, {size}{name}"
+            with bench.running_out_of_memory(name):
+                step, _, batch = build_step(bench, size, encoder=encoder, **changes)
+                bench.time(name, step, count=batch.batch_size, unit="images/s")
+            step = batch = None  # type: ignore[assignment]
+
+
+def measure_texts(bench: Bench) -> None:
+    """The text encoder by layout of captions, and the parts of a training step."""
+    from ..training.parts import StepInParts, compare
+    from ..training.texts import Text, text_layouts
+
+    size = 256
+    _, trainer, batch = build_step(bench, size)
+    width, layers = (64, 1) if bench.is_tiny else (512, 12)
+    settings = Text(data=Path(), width=width, layers=layers)
+    lengths = torch.from_numpy(batch.text_lengths).to(bench.device)
+    precision = Precision("bf16")
+    layouts = text_layouts(settings, batch.tokens, lengths, precision)
+
+    def forward_and_backward(encode: Callable[[], Tensor]) -> Tensor:
+        with precision.autocast(bench.device.type):
+            loss = encode().float().square().sum()
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return loss.detach()
+
+    works = {
+        f"text encoder, {name}": functools.partial(forward_and_backward, encode)
+        for name, encode in layouts.items()
+    }
+    bench.take_turns(works, count=len(batch.tokens), unit="texts/s")
+    step = StepInParts(trainer, batch)
+    compare(step)
+
+    def take() -> Tensor:
+        step.take()
+        return trainer.model.logit_scale
+
+    bench.time("step, part after part", take, count=batch.batch_size, unit="images/s", repeat=1)
+    taken = [step.take() for _ in range(1 if bench.is_tiny else 5)]
+    whole = sum(sum(parts.values()) for parts in taken)
+    for part in taken[0]:
+        bench.note(part, 100 * sum(parts[part] for parts in taken) / whole, "%")
+
+
+def measure_losses(bench: Bench) -> None:
+    """The loss alone, forward and backward, on all sizes that one GPU may meet."""
+    sizes = ((4, 32), (8, 16)) if bench.is_tiny else ((512, 32_768), (4096, 32_768), (64, 65_536))
+    for b, u in sizes:
+        for name, kind, dtype in (
+            ("dense fp32", "dense", torch.float32),
+            ("tiled fp32", "tiled", torch.float32),
+            ("tiled bf16", "tiled", torch.bfloat16),
+            ("triton fp32", "triton", torch.float32),
+            ("triton bf16", "triton", torch.bfloat16),
+            ("open_clip's formula fp32", "clip", torch.float32),
+            ("open_clip's formula bf16", "clip", torch.bfloat16),
+        ):
+            name = f"{b:,} x {u:,}, {name}"
+            if kind != "triton" or _has_triton(bench):
+                with bench.running_out_of_memory(name):
+                    bench.time(name, loss_work(bench, kind, dtype, b, u), repeat=10)
+
+
+def loss_work(
+    bench: Bench, kind: str, dtype: torch.dtype, b: int, u: int, d: int = 512
+) -> Callable[[], object]:
+    """A loss of b images and u texts with its gradients; "clip" is open_clip's with local loss.
+
+    That one compares the rank's images with all texts and the rank's texts with all images, which
+    are two products of the size of our one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    texts, all_images = (
+        F.normalize(torch.randn(u, d, generator=generator), dim=1).to(bench.device, dtype)
+        for _ in range(2)
+    )
+    images = all_images[:b].clone().requires_grad_()
+    texts.requires_grad_()
+    class_ids = torch.arange(u, device=bench.device)
+
+    def work() -> tuple[Tensor, ...]:
+        if kind == "clip":
+            rows = _SCALE * images @ texts.T
+            columns = _SCALE * texts[:b] @ all_images.T
+            loss = (
+                F.cross_entropy(rows, class_ids[:b]) + F.cross_entropy(columns, class_ids[:b])
+            ) / 2
+        else:
+            form = typing.cast(LossForm, kind)
+            loss = unified_contrastive_loss(
+                images, texts, class_ids[:b], _SCALE, text_class_ids=class_ids, form=form
+            )
+        return torch.autograd.grad(loss, (images, texts))
+
+    return work
+
+
+def compare_with_open_clip(bench: Bench) -> None:
+    """Our step and open_clip's on the same architecture and data, in turns."""
+    from ..training.step import build_open_clip, compare, open_clip_step
+
+    for encoder in bench.first_if_tiny("vit_base_patch32_224", "vit_base_patch16_224"):
+        size = 256
+        _, trainer, batch = build_step(bench, size, encoder=encoder, precision="fp32")
+        config = trainer.config
+        theirs = build_open_clip(trainer.model, config).to(bench.device)
+        images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
+        texts = batch.tokens[batch.text_index]
+        torch.backends.cudnn.allow_tf32 = False
+        compare(trainer.model, theirs, batch, images, texts, rounding=1e-3)
+        torch.backends.cudnn.allow_tf32 = True  # torch's default
+        del trainer
+        step, _, _ = build_step(bench, size, encoder=encoder)
+        works = {
+            f"{encoder}, ours": step,
+            f"{encoder}, open_clip": open_clip_step(theirs, images, texts),
+        }
+        with bench.running_out_of_memory(encoder):
+            bench.take_turns(works, count=batch.batch_size, unit="images/s")
+        del step, theirs, works
+
+
+def build_step(
+    bench: Bench,
+    size: int,
+    *,
+    encoder: str = "swin_tiny_patch4_window7_224",
+    **efficiency: Any,
+) -> tuple[Callable[[], object], Trainer, Batch]:
+    """Returns a training step on a batch that lies on the device, its trainer, and the batch."""
+    efficiency = {"precision": "bf16"} | efficiency
+    model, pixels = ModelConfig(image_encoder=encoder), 224
+    if bench.is_tiny:
+        small = "unicl_convnet7_small" if "compile" in efficiency else "unicl_swin6_small"
+        small, pixels = ("test_vit", 160) if "vit" in encoder else (small, 32)
+        model = ModelConfig(
+            image_encoder=small, text_width=64, text_heads=2, text_layers=1, embed_dim=16
+        )
+    batch = make_batch(bench, size, pixels=pixels)
+    config = TrainConfig(
+        data=DataConfig(image_size=pixels, evaluation_resize=pixels),
+        model=model,
+        efficiency=EfficiencyConfig(**efficiency),
+        run=RunConfig(global_batch_size=batch.batch_size, steps=1 << 20),
+    )
+    trainer = Trainer(config, ListLoader([batch]), device=bench.device, progress=False)
+    return lambda: trainer.train_step(batch), trainer, batch
+
+
+def make_batch(
+    bench: Bench, size: int, *, pixels: int, num_texts: int = 0, longest: int = 40
+) -> Batch:
+    """A batch on the device: random images, texts of 8 to `longest` tokens."""
+    size = 4 if bench.is_tiny else size
+    num_texts = min(num_texts, size) or size
+    generator = torch.Generator().manual_seed(longest)
+    images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 40_000, (num_texts, _CONTEXT), generator=generator)
+    lengths = torch.randint(8, longest + 1, (num_texts, 1), generator=generator)
+    positions = torch.arange(_CONTEXT)
+    tokens[:, 0] = _START
+    tokens[positions == lengths - 1] = _END
+    tokens[positions >= lengths] = 0
+    of_images = tokens[torch.arange(size) % num_texts]
+    return collate(images, of_images, torch.full((size,), -1)).to(bench.device)
+
+
+PART_A = {
+    "machine": GpuStage(part="A1", about="card, product, copy", run=measure_machine),
+    "tests": GpuStage(
+        part="A2",
+        about="pytest -m gpu",
+        run=run_tests,
+        needs=("pytest", "pytest_timeout", "hypothesis", "beartype", "jaxtyping"),
+    ),
+    "parity": GpuStage(part="A3", about="the loss against fp64", run=compare_losses),
+    "step": GpuStage(part="A4", about="training steps, Swin-T", run=measure_steps),
+    "switches": GpuStage(part="A5", about="compile, checkpointing, TF32", run=measure_switches),
+    "large": GpuStage(part="A6", about="training steps, Swin-B", run=measure_large),
+    "text": GpuStage(part="A7", about="layouts of texts; parts of a step", run=measure_texts),
+    "loss": GpuStage(part="A8", about="the loss alone", run=measure_losses),
+    "open-clip": GpuStage(
+        part="A9", about="open_clip's step", run=compare_with_open_clip, needs=("open_clip",)
+    ),
+}

@@ -1,0 +1,121 @@
+"""A training step taken apart at the features, and the rate that its products could have."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast.batch import Batch
+from unicl_fast.models.precision import Precision
+from unicl_fast.training.cached_gradients import back_propagate_learnt
+from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
+from unicl_fast.training.trainer import Trainer
+
+from ..harness import timed
+
+_SQUARE = 4096
+"""Side of the matrices whose product gives the floor."""
+
+
+class StepInParts:
+    """A trainer's step on one batch, taken apart and timed."""
+
+    def __init__(self, trainer: Trainer, batch: Batch) -> None:
+        self.trainer, self.batch = trainer, batch
+        self.device = batch.images.device
+        self.precision = Precision(trainer.config.efficiency.precision)
+        self.seconds: dict[str, float] = {}
+        self.operations: dict[str, int] = {}
+        self.counter = FlopCounterMode(display=False)  # counts while it is entered
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Notes the seconds and the operations of the block."""
+        self._wait()
+        started, counted = time.perf_counter(), self.counter.get_total_flops()
+        yield
+        self._wait()
+        self.seconds[name] = time.perf_counter() - started
+        self.operations[name] = self.counter.get_total_flops() - counted
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take(self) -> dict[str, float]:
+        """Takes one step; returns the seconds of each part."""
+        trainer = self.trainer
+        trainer.model.train()
+        loss = self.back_propagate()
+        with self.part("clip and update"):
+            trainer.update(loss)
+            trainer.optimizer.zero_grad()
+        return dict(self.seconds)
+
+    def back_propagate(self) -> Tensor:
+        """Adds the step's gradient to the parameters'."""
+        trainer, batch = self.trainer, self.batch
+        model, config = trainer.model, trainer.config
+        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
+        with self.part("normalise images"):
+            pixels = encoder_input(batch.images, config)
+            tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+        with self.part("image encoder forward"), self.precision.autocast(self.device.type):
+            images = model.encode_image(pixels)
+        with self.part("text encoder forward"), self.precision.autocast(self.device.type):
+            texts = model.encode_text(tokens, num_tokens)
+            scale = model.logit_scale.exp()
+        features = [feature.detach().requires_grad_() for feature in (images, texts, scale)]
+        with self.part("loss and its gradient"):
+            loss = contrast_over_ranks(
+                *features[:2],
+                class_ids=batch.class_ids,
+                text_class_ids=text_class_ids,
+                text_counts=text_counts,
+                scale=features[2],
+                ranks=trainer.ranks,
+                form=config.efficiency.loss,
+            )
+            scaled = trainer.scaler.scale(loss)
+            image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scaled, features)
+        with self.part("image encoder backward"):
+            torch.autograd.backward(images, image_gradient)
+        with self.part("text encoder backward"):
+            back_propagate_learnt([texts, scale], [text_gradient, scale_gradient])
+        return loss.detach()
+
+    def count_operations(self) -> dict[str, int]:
+        """Floating-point operations of the matrix products and convolutions of each part."""
+        with self.counter:
+            self.back_propagate()
+        self.trainer.optimizer.zero_grad()
+        return {name: count for name, count in self.operations.items() if count}
+
+
+def compare(step: StepInParts) -> None:
+    """Raises RuntimeError if the parts do not give the gradients of the trainer's step."""
+    trainer = step.trainer
+    trainer.model.train()
+    found = []
+    take_whole = functools.partial(trainer.back_propagate, step.batch)
+    for back_propagate in (take_whole, step.back_propagate):
+        back_propagate()
+        found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.optimizer.zero_grad()
+    for whole, parts in zip(*found, strict=True):
+        gap = float((whole - parts).norm() / whole.norm().clamp_min(1e-12))
+        if not gap < 0.05:  # sums of narrow types in another order
+            raise RuntimeError(f"the parts' gradients differ by {gap:.2g}; nothing was timed")
+
+
+def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of one large square product, the best of five."""
+    left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
+    best = min(timed(lambda: float((left @ right).sum())).wall_seconds for _ in range(5))
+    return 2 * _SQUARE**3 / best

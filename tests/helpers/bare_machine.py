@@ -1,0 +1,25 @@
+"""Starts a program as on a machine that lacks packages: `bare_machine.py MISSING,... PROGRAM ...`.
+
+The packages cannot be found, and neither can an editable install, which has a finder of its own.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from typing import Any
+
+MISSING = set(sys.argv.pop(1).split(","))
+
+
+class BarePaths(PathFinder):
+    @classmethod
+    def find_spec(cls, name: str, *more: Any) -> ModuleSpec | None:
+        return None if name.split(".")[0] in MISSING else super().find_spec(name, *more)
+
+
+sys.meta_path[:] = [one for one in sys.meta_path if "editable" not in repr(one).lower()]
+sys.meta_path[sys.meta_path.index(PathFinder)] = BarePaths
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
