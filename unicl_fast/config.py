@@ -385,7 +385,7 @@ class RunConfig:
     timeout_seconds: FiniteNonNegative = 600
     """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
     has hung: it names its stage and ends the run with code 70. Before the first step is done the
-    limit is 3 times as long; with efficiency.compile 6 times, for 16 steps and in evaluations."""
+    limit is 3 times as long; with compiled encoders 6 times, for 16 steps and in evaluations."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="run")
@@ -430,12 +430,19 @@ def config_from_dict(values: Any) -> TrainConfig:
 
 
 def _as_written_now(values: Any) -> Any:
-    """Files of version 0.1 have true or false for `efficiency.compile`."""
-    efficiency = values.get("efficiency") if isinstance(values, dict) else None
-    if not isinstance(efficiency, dict) or not isinstance(efficiency.get("compile"), bool):
+    """Adapts a file of version 0.1.
+
+    It has true or false for `efficiency.compile`, and an order without `data.shuffle_groups`.
+    """
+    if not isinstance(values, dict):
         return values
-    name = "encoders" if efficiency["compile"] else "off"
-    return {**values, "efficiency": {**efficiency, "compile": name}}
+    efficiency, data = values.get("efficiency"), values.get("data")
+    if isinstance(efficiency, dict) and isinstance(efficiency.get("compile"), bool):
+        name = "encoders" if efficiency["compile"] else "off"
+        values = {**values, "efficiency": {**efficiency, "compile": name}}
+    if isinstance(data, dict) and data.get("shuffle_window"):
+        values = {**values, "data": {"shuffle_groups": 1, **data}}
+    return values
 
 
 def load_config(path: Path) -> TrainConfig:

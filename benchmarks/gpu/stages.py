@@ -220,17 +220,12 @@ def measure_switches(bench: Bench) -> None:
         "no channels_last": {"channels_last": False},
         "no fused optimizer": {"fused_optimizer": False},
         "fp32": {"precision": "fp32"},
+        "fp32 with TF32": {"precision": "fp32", "tf32": "on"},
     }
     for name, changes in switches.items():
         with bench.running_out_of_memory(name):
             step, *_ = build_step(bench, size, **changes)
             bench.time(name, step, count=size, unit="images/s")
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    with bench.running_out_of_memory("fp32 with TF32"):
-        step, *_ = build_step(bench, size, precision="fp32")
-        bench.time("fp32 with TF32", step, count=size, unit="images/s")
-    torch.set_float32_matmul_precision("highest")
     ways: tuple[Compilation, ...] = ("blocks", "encoders")
     for way in ways:
         name = f"compiled: {way}"
@@ -374,18 +369,19 @@ def compare_with_open_clip(bench: Bench) -> None:
         theirs = build_open_clip(trainer.model, config).to(bench.device)
         images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
         texts = batch.tokens[batch.text_index]
-        torch.backends.cudnn.allow_tf32 = False
         compare(trainer.model, theirs, batch, images, texts, rounding=1e-3)
-        torch.backends.cudnn.allow_tf32 = True  # torch's default
         del trainer
         step, _, _ = build_step(bench, size, encoder=encoder)
         works = {
             f"{encoder}, ours": step,
             f"{encoder}, open_clip": open_clip_step(theirs, images, texts),
         }
+        if not bench.is_tiny:
+            compiled, _, _ = build_step(bench, size, encoder=encoder, compile="blocks")
+            works[f"{encoder}, ours compiled: blocks"] = compiled
         with bench.running_out_of_memory(encoder):
             bench.take_turns(works, count=batch.batch_size, unit="images/s")
-        del step, theirs, works
+        del step, theirs, works, batch
 
 
 def build_step(
@@ -396,10 +392,11 @@ def build_step(
     **efficiency: Any,
 ) -> tuple[Callable[[], object], Trainer, Batch]:
     """Returns a training step on a batch that lies on the device, its trainer, and the batch."""
-    efficiency = {"precision": "bf16"} | efficiency
+    efficiency = {"precision": "bf16", "compile": "off"} | efficiency
     model, pixels = ModelConfig(image_encoder=encoder), 224
     if bench.is_tiny:
-        small = "unicl_convnet7_small" if "compile" in efficiency else "unicl_swin6_small"
+        is_eager = efficiency["compile"] == "off"
+        small = "unicl_swin6_small" if is_eager else "unicl_convnet7_small"
         small, pixels = ("test_vit", 160) if "vit" in encoder else (small, 32)
         model = ModelConfig(
             image_encoder=small, text_width=64, text_heads=2, text_layers=1, embed_dim=16

@@ -59,7 +59,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     assert state == {
         "step": 4,
         "run_id": trainer.run_id,
-        "config": json.loads(json.dumps(config_to_dict(config))),
+        "config": json.loads(json.dumps(config_to_dict(trainer.config))),
         "scaler": {},
         "data": DATA,
         "optimizer": {"adamw": "AdamW", "lamb": "Lamb"}[optimizer],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import inspect
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -378,12 +380,15 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
 ) -> None:
     model = UniCL(tiny_config())
     capability = (8, 0)
-    found = {"g++", "triton"}
+    found = {"g++", "gcc", "triton"}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(efficiency, "has_compiler", lambda: "g++" in found)
-    monkeypatch.setattr(efficiency.importlib.util, "find_spec", lambda name: name in found or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
     assert (resolved(model, "cpu"), resolved(model, "cuda")) == ("off", "blocks")
-    for missing in ("g++", "triton"):
+    for missing in ("g++", "gcc", "triton"):
         found.remove(missing)
         assert resolved(model, "cuda") == "off"
         found.add(missing)

@@ -102,9 +102,6 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
         raise DamagedCheckpointError(
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
-    data = values["config"].get("data")
-    if isinstance(data, dict) and data.get("shuffle_window"):
-        data.setdefault("shuffle_groups", 1)  # the order of 0.1, which had no groups
     try:
         config = config_from_dict(values["config"])
     except ValueError as error:

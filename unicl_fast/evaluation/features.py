@@ -51,7 +51,12 @@ from unicl_fast.evaluation.requests import (
     Layer,
     Metric,
 )
-from unicl_fast.models.precision import Precision, normalise_images, resolve_precision
+from unicl_fast.models.precision import (
+    Precision,
+    normalise_images,
+    resolve_precision,
+    set_device_arithmetic,
+)
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
@@ -169,6 +174,7 @@ def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
         configure_logging(ranks)
         model = load_model(command.checkpoint, weights=command.weights).to(device)
         model.config = resolve_precision(model.config, device, ranks=ranks)
+        set_device_arithmetic(model.config.efficiency, device)
         if model.config.efficiency.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1

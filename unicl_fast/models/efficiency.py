@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import os
 import shutil
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unicl_fast.config import Compilation, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.system.machine import obstacle_to_triton
 
 if TYPE_CHECKING:  # the model checkpoints its own blocks
     from unicl_fast.models.unicl import UniCL
@@ -138,10 +138,8 @@ def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
         return "a CPU gains nothing"
     if not has_compiler():
         return "no C++ compiler is found"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < _OLDEST_FOR_TRITON:
-        return "Triton does not know a GPU as old as this"
+    if obstacle := obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
+        return obstacle
     if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
         return "blocks with BatchNorm are recomputed"
     if not all(map(find_blocks, model.encoders)):

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,10 +27,12 @@ from torch import Tensor
 from unicl_fast.config import LossForm
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
+from unicl_fast.system.machine import obstacle_to_triton
 
 # "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
 # or faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
 _SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
+_OLDEST_FOR_TRITON = (8, 0)  # the instructions of its products: A100 and later
 
 
 def reference_loss(
@@ -217,12 +218,7 @@ def _fastest_form(num_logits: int, device: torch.device) -> LossForm:
 
 @functools.cache
 def _gpu_takes_triton(index: int | None) -> bool:
-    """Whether triton is installed, and the GPU has its instructions (A100 and later)."""
-    return (
-        find_spec("triton") is not None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(index) >= (8, 0)
-    )
+    return not obstacle_to_triton(index, oldest=_OLDEST_FOR_TRITON)
 
 
 def _triton_tiles() -> type[Tiles]:

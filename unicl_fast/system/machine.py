@@ -25,6 +25,7 @@ import importlib.util
 import math
 import mmap
 import os
+import shutil
 import socket
 import threading
 import weakref
@@ -225,6 +226,23 @@ def has_jpeg_decoder(device: torch.device) -> bool | None:
         if status == 0:
             nvjpeg.nvjpegDestroy(handle)
     return bool(status == 0)
+
+
+def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
+    """Says why Triton cannot run on a CUDA device, the present one for None; empty where it can.
+
+    `oldest` is the compute capability from which on its user's kernels work. Triton compiles the
+    code that starts a kernel by a C compiler.
+    """
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index) < oldest:
+        return "the GPU is too old for Triton"
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
+        return "Triton finds no C compiler"
+    return ""
 
 
 def return_freed_memory() -> None:
