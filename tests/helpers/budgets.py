@@ -26,7 +26,9 @@ def compare(file: str, name: str, found: Any, *, versions: dict[str, str] | None
     path = _FOLDER / file
     content = json.loads(path.read_text()) if path.exists() else {}
     if os.environ.get("UNICL_WRITE_BUDGETS"):
-        content |= {name: found} | ({"versions": versions} if versions else {})
+        if versions and versions != content.get("versions"):
+            content = {"versions": versions}  # figures of other versions say nothing of these
+        content |= {name: found}
         content = {key: content[key] for key in sorted(content)}
         path.write_text(json.dumps(content, indent=1) + "\n")
         return

@@ -147,17 +147,23 @@ def plan(
 
 
 def check_memory(
-    config: TrainConfig, *, ranks: Ranks, device: torch.device, longest_text: int | None = None
+    config: TrainConfig,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    longest_text: int | None = None,
+    free_bytes: int | None = None,
 ) -> None:
     """Warns where a step will hardly fit into what is free, and refuses where it cannot.
 
-    Called before the model is built.
+    Called before the model is built. `free_bytes` is what the rank with the least has; None asks
+    for this rank's own.
 
     Raises:
         ValueError: more is needed than is free, whatever the texts; says what would fit.
     """
     arguments: dict[str, Any] = {
-        "device_bytes": free_memory(device),
+        "device_bytes": free_memory(device) if free_bytes is None else free_bytes,
         "device_type": device.type,
         "longest_text": longest_text,
     }

@@ -51,7 +51,7 @@ from unicl_fast.training.data import (
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
-from unicl_fast.training.memory_plan import check_memory
+from unicl_fast.training.memory_plan import check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Evaluation, Trainer
 
@@ -234,9 +234,10 @@ def _build_trainer(
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
     mark("planning memory", patience=START_PATIENCE)
+    free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
         longest = longest_text(datasets, prompts)
-        check_memory(config, ranks=ranks, device=device, longest_text=longest)
+        check_memory(config, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
     mark("opening the data and building the model", patience=START_PATIENCE)
     loader = build_loader(
         dataclasses.replace(config, data=with_threads(config.data, ranks)),
