@@ -315,13 +315,15 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
         killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
     (copies,) = (tmp_path / "work").glob("sources-*")
     torn = next(copies.rglob("dog/*.jpg"))
-    torn.write_bytes(torn.read_bytes()[:-1])  # as if it had been killed while copying
+    changed = f"faulty://photos/dog/{torn.name}"
+    system.pipe_file(changed, system.cat_file(changed))
     system.reads.clear()
-    with pytest.raises(ValueError, match="with other sources"):  # its time has changed
+    with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos: it"):
         build_anywhere([url], str(tmp_path / "set"), work=work, **options)
-    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
+    assert not system.reads
     assert copies.is_dir(), "an error must not take what the next try needs"
     build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     assert not os.listdir(work)
     shutil.rmtree(tmp_path / "set")
@@ -329,9 +331,10 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, DatasetWriter, "add", 60, after=True)
         killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    torn.write_bytes(torn.read_bytes()[:-1])  # as if it had been killed while copying
     system.reads.clear()
     summary = build_anywhere([url], str(tmp_path / "set"), work=work, **options)
-    assert not system.reads
+    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
     assert summary.num_taken_over > 0
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     shutil.rmtree(tmp_path / "set")
@@ -350,6 +353,34 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
     shutil.rmtree(tmp_path / "set.partial")
     build_anywhere([url], str(tmp_path / "other"), work=work, **options)
     assert not os.listdir(work), "copies for a build that nobody can resume"
+    empty()
+
+
+def test_a_complete_build_from_urls_is_complete_for_the_same_command(
+    sources: list[Path], checked: list[str], tmp_path: Path
+) -> None:
+    """Its copies are gone; nothing is copied again unless a local source needs a comparison."""
+    system = FaultyStore()
+    for path in sources[0].glob("cat/*.jpg"):
+        system.pipe_file(f"faulty://photos/cat/{path.name}", path.read_bytes())
+    options = {"workers": 1, "progress": False, "work": str(tmp_path / "work")}
+    url, out = "faulty://photos", tmp_path / "set"
+    for places in ([url], [url, str(sources[1])]):
+        build_anywhere(places, str(out), **options)
+        before = contents(out)
+        system.reads.clear()
+        checked.clear()
+        assert build_anywhere(places, str(out), **options).was_complete
+        assert bool(system.reads) == (len(places) > 1)
+        assert not checked
+        with pytest.raises(ValueError, match="made with other options:\n  --seed"):
+            build_anywhere(places, str(out), seed=1, **options)
+        system.pipe_file("faulty://photos/cat/003.jpg", jpeg(3))  # the same bytes, written later
+        with pytest.raises(ValueError, match="made with other sources"):
+            build_anywhere(places, str(out), **options)
+        assert contents(out) == before
+        assert not os.listdir(tmp_path / "work")
+        shutil.rmtree(out)
     empty()
 
 

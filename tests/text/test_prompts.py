@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from unicl_fast.text.class_lists import (
     read_class_names,
     read_templates,
 )
-from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.prompts import ClassPrompts, _read_or_make
 from unicl_fast.text.tokenizer import Tokenizer
 
 Sources = Sequence[tuple[Sequence[str], Sequence[str]]]
@@ -369,6 +371,24 @@ def test_token_rows_of_many_prompts_are_kept(
     assert tokenizer.calls == 6
     build(MANY_NAMES[:99])  # few are not worth a file
     assert len(list((tmp_path / "prompts").glob("prompts-*"))) == 2
+
+
+def test_a_process_killed_while_it_writes_token_rows_leaves_nothing_for_long(
+    tmp_path: Path,
+) -> None:
+    rows = np.ones((3, 4), dtype=np.uint16)
+    child = os.fork()
+    if not child:
+        try:
+            patch = pytest.MonkeyPatch()
+            patch.setattr(Path, "replace", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            _read_or_make(tmp_path / "prompts-1", lambda: rows)
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert list(tmp_path.glob(".prompts-1.*")), "it was to be killed with the file half written"
+    _read_or_make(tmp_path / "prompts-2", lambda: rows)
+    assert sorted(os.listdir(tmp_path)) == ["prompts-2", "prompts.lock"]
 
 
 def test_prompts_are_made_where_none_can_be_kept(

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -254,6 +254,8 @@ def build_dataset(
     out: str | os.PathLike[str],
     *,
     source_names: Sequence[str] = (),
+    stored: Mapping[str, str] | None = None,
+    stage: Callable[[], None] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> BuildSummary:
@@ -270,6 +272,10 @@ def build_dataset(
         sources: class folders, lists, archives, ... (docs/sources.md).
         out: folder to make.
         source_names: names of the sources for the manifest, where these are copies.
+        stored: for each URL that they are copies of, a text that changes with what lies there,
+            where this decides all of their contents. A complete build is then known by it, and
+            nothing is read.
+        stage: makes these copies; called before the sources are read.
         progress: show progress bars.
         **options: fields of `BuildOptions`.
 
@@ -292,9 +298,16 @@ def build_dataset(
         repeated = {k: v for k, v in asdict(chosen).items() if k not in _FREE_TO_CHANGE}
         repeated["source_names"] = list(source_names)
         work.require_same("options", describe_options(paths, repeated))
-        outcome = _pack(
-            paths, out, work, chosen, images, source_names=source_names, progress=progress
-        )
+        if stored:
+            work.require_same("sources under URLs", stored)
+        if stored and work.is_complete:
+            outcome = dict(work.record["summary"])
+        else:
+            if stage is not None:
+                stage()
+            outcome = _pack(
+                paths, out, work, chosen, images, source_names=source_names, progress=progress
+            )
         manifest = Manifest.load(out)
         values = BuildSummary.values_of(manifest, out=out, started=started)
         if (pixels := manifest.pixels) is not None:

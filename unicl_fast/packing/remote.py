@@ -4,7 +4,10 @@ Nothing of a source is streamed: packing reads images in shuffled order, archive
 ends, and workers that decode have no network. So a source is copied as a whole, if it is not larger
 than the room that was given. Copies of a build lie in a folder whose name is a hash of the sources
 and the output, and stay as long as an unfinished build can resume with them (`work_folder`): the
-same command then finds the same files. A copy is used as it is if its object has not changed since.
+same command then finds the same files. A copy is used as it is if its object has not changed since,
+and has a time that its object's version decides, by which a build finds that its sources are the
+same. A complete build whose sources all lie under URLs is known by these versions, and copies
+nothing.
 
 A data set is uploaded file by file, each read back, the manifest last. It is complete when its
 manifest is there, so one that is being uploaded looks like none. An upload that was cut off can be
@@ -93,14 +96,13 @@ def build_anywhere(
         names = set(_checksums_of(folder, Manifest.load(folder))) if is_packed else set()
         there = store.list_sizes() or {}
         _require_free_url(store, folder if is_packed else None, there, names=names)
-    with _staged_sources(sources, image_root, out=folder, work=work_folder, room=staging_bytes) as (
-        paths,
-        root,
-    ):
-        if any(map(is_url, sources)):
-            options["source_names"] = list(map(without_secrets, sources))
+    if any(map(is_url, sources)):
+        options["source_names"] = list(map(without_secrets, sources))
+    with _staged_sources(
+        sources, image_root, out=folder, work=work_folder, room=staging_bytes
+    ) as staged:
         try:
-            summary = build_dataset(paths, folder, image_root=root, **options)
+            summary = build_dataset(out=folder, **staged, **options)
         except BaseException:
             if store is not None:
                 with contextlib.suppress(OSError):  # it holds finished shards, or is not there
@@ -121,14 +123,15 @@ def build_anywhere(
 @contextlib.contextmanager
 def _staged_sources(
     sources: Sequence[str], image_root: str, *, out: Path, work: Path, room: int
-) -> Iterator[tuple[list[str], str]]:
-    """Sources of a build, and the root of its images, as paths.
+) -> Iterator[dict[str, Any]]:
+    """Arguments of `build_dataset` for sources, and a root of images, that may be URLs.
 
-    Copies, of at most `room` bytes together, lie below `work`. They are removed at the end, unless
-    the build of `out` has failed and can resume with them.
+    Copies, of at most `room` bytes together, lie below `work`, and are made when the build calls
+    `stage`. They are removed at the end, unless the build of `out` has failed and can resume with
+    them.
     """
     if not any(map(is_url, (*sources, image_root))):
-        yield list(sources), image_root
+        yield {"sources": list(sources), "image_root": image_root}
         return
     out = out.absolute()
     # passwords change, and what was copied with another one is as good
@@ -141,19 +144,30 @@ def _staged_sources(
         (folder / _FOR_NAME).write_text(str(out), encoding="utf-8", errors="surrogateescape")
         wanted: list[_Wanted] = []
         staged: dict[str, str] = {}
+        stored: dict[str, str] = {}
         for number, source in enumerate(dict.fromkeys((*sources, image_root))):
             if is_url(source):
                 place = folder / str(number)
                 # without a root, a list brings the folder that it lies in
                 staged[source], found = _find(source, place, with_folder=not image_root)
                 wanted += found
+                stored[without_secrets(source)] = _describe_objects(found)
+        is_all = all(is_url(place) for place in (*sources, image_root) if place)
+        if not is_all or not all(one.found.version for one in wanted):
+            stored = {}  # they do not tell that nothing has changed
         _remove_others(folder, {one.path for one in wanted})
         advice = (
             "give more room, or fewer at a time (unicl-pack merge joins what several builds made)"
         )
         versions = _Versions(folder / _VERSIONS_NAME)
-        _fetch(wanted, work=work, room=room, advice=advice, versions=versions)
-        yield [staged.get(source, source) for source in sources], staged.get(image_root, image_root)
+        yield {
+            "sources": [staged.get(source, source) for source in sources],
+            "image_root": staged.get(image_root, image_root),
+            "stored": stored,
+            "stage": partial(
+                _fetch, wanted, work=work, room=room, advice=advice, versions=versions
+            ),
+        }
     except BaseException:
         if not _has_unfinished(out):
             _discard(folder)
@@ -197,6 +211,13 @@ class _Wanted:
     name: str
     found: StoredObject
     path: Path
+
+
+def _describe_objects(wanted: Sequence[_Wanted]) -> str:
+    """Number of objects, and a checksum of their names, sizes and versions."""
+    known = [(one.store.url_of(one.name), one.found.size, one.found.version) for one in wanted]
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(known).encode())
+    return f"{count_of(len(known), 'object')}, checksum {checksum}"
 
 
 def _has_unfinished(out: Path) -> bool:
@@ -292,6 +313,9 @@ def _copy(one: _Wanted, *, versions: _Versions | None) -> int:
     if versions is None or not versions.has(one):
         one.store.fetch_file(one.name, one.path, size=one.found.size)
         if versions is not None:
+            if one.found.version:  # a build knows files by their times: another copy has the same
+                seconds = xxhash.xxh3_64_intdigest(one.found.version.encode()) % 2**31
+                os.utime(one.path, (seconds, seconds))
             with one.path.open("rb") as file:
                 os.fsync(file.fileno())  # not noted as whole before it is
             versions.note(one)

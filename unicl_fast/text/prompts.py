@@ -264,7 +264,12 @@ def _read_rows(path: Path) -> UInt16Array | None:
 
 
 def _write_rows(path: Path, rows: UInt16Array) -> None:
-    """Writes rows as a .npy file behind its checksum; removes files that were not used for long."""
+    """Writes rows as a .npy file behind its checksum; removes files that were not used for long.
+
+    It is called with the lock held, so partial files are those of processes that were killed.
+    """
+    for partial in path.parent.glob(".prompts-*.partial"):
+        partial.unlink(missing_ok=True)
     content = io.BytesIO()
     np.save(content, rows, allow_pickle=False)
     with replacing(path, flush=False) as aside:
