@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.machine import choose_decode_device, has_jpeg_decoder
+from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import (
@@ -32,7 +31,6 @@ from .feed.host_batches import (
     HostBatches,
     ImageForm,
     TrainMetadata,
-    decoding_threads,
 )
 from .feed.reading import BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
@@ -50,8 +48,6 @@ from .graph import (
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
-
-logger = logging.getLogger(__name__)
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -87,16 +83,16 @@ class TrainLoader:
             rank: number of this loader's local batch in a global batch.
             world_size: how many local batches there are.
             device: where batches lie; `data.decode_device` says whether images are decoded there.
+                A run has replaced its `auto` for all ranks together; a loader alone decides itself.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
         """
         data = config.data
         self._data = data
         self._rank = rank
         self._device = torch.device(device)
-        self._decode_device, reason = _decode_device(data, self._device)
-        if self._device.type != "cpu":
-            place = "GPU" if self._decode_device.type == "cuda" else "CPU"
-            logger.info("images are decoded on the %s: %s", place, reason)
+        self._decode_device, _ = choose_decode_device(
+            data.decode_device, device=self._device, threads=data.threads
+        )
         self._running: Generator[Batch, None, None] | None = None
         self._form: ImageForm = "files"
         shapes = {dataset.image_shape for dataset in datasets}
@@ -238,17 +234,6 @@ class TrainLoader:
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 
-def _decode_device(data: DataConfig, device: torch.device) -> tuple[torch.device, str]:
-    """Chooses where images are decoded for a model on `device`; says why."""
-    is_open = data.decode_device == "auto" and device.type == "cuda"
-    return choose_decode_device(
-        data.decode_device,
-        device=device,
-        has_jpeg_decoder=has_jpeg_decoder(device) if is_open else None,
-        threads=decoding_threads(data.threads),
-    )
-
-
 def fit_prefetch(
     data: DataConfig, datasets: Sequence[PackedDataset], *, num_images: int
 ) -> DataConfig:
@@ -312,7 +297,9 @@ class EvaluationLoader:
         self._data = data
         self._batch_size = batch_size
         self._device = torch.device(device)
-        self._decode_device, _ = _decode_device(data, self._device)
+        self._decode_device, _ = choose_decode_device(
+            data.decode_device, device=self._device, threads=data.threads
+        )
         self._build = partial(build_evaluation_graph, device=self._decode_device)
         ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]

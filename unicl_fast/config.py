@@ -111,7 +111,8 @@ class DataConfig:
     the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the GPU
     during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a few
     levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has four
-    threads (data.threads) or more."""
+    threads (data.threads) or more. If one rank takes its GPU, all do; checkpoints hold the choice.
+    """
     hw_decoder_load: Fraction = 0.65
     """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
     decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,15 +18,18 @@ from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import (
     draw_shots,
     feature_key,
     keep_features,
     load_features,
+    model_on_ranks,
     split_folds,
     split_validation,
     weights_checksum,
 )
+from unicl_fast.evaluation.requests import Evaluation
 
 TOKENIZER = Tokenizer()
 
@@ -75,7 +79,12 @@ def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_pa
 def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> None:
     seen_as = [
         *({"image_size": 28}, {"evaluation_resize": 36}, {"interpolation": "bicubic"}),
-        *({"resample": "dali"}, {"mean": (0.5, 0.5, 0.4)}, {"std": (0.2, 0.2, 0.3)}),
+        *(
+            {"resample": "dali"},
+            {"decode_device": "gpu"},
+            {"mean": (0.5, 0.5, 0.4)},
+            {"std": (0.2, 0.2, 0.3)},
+        ),
     ]
     config = model.config
     with packed(tmp_path / "set", [0, 1]) as dataset:
@@ -88,6 +97,19 @@ def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> N
         efficiency = dataclasses.replace(config.efficiency, precision="bf16")
         model.config = dataclasses.replace(config, efficiency=efficiency)
         assert key_of(model, dataset) not in keys
+
+
+@pytest.mark.parametrize("decode_device", ["auto", "gpu"])
+def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
+    monkeypatch: pytest.MonkeyPatch, model: UniCL, decode_device: str
+) -> None:
+    """A GPU's run is evaluated on the CPU, too."""
+    data = dataclasses.replace(model.config.data, decode_device=decode_device)
+    model.config = dataclasses.replace(model.config, data=data)
+    monkeypatch.setattr(features, "load_model", lambda *_, **__: model)
+    command = Mock(spec=Evaluation, checkpoint=Path("run"), weights="auto", device="cpu")
+    with model_on_ranks(command) as on_ranks:
+        assert on_ranks.model.config.data.decode_device == "cpu"
 
 
 def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NoReturn
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,16 +17,20 @@ from torch.nn import functional as F
 from unicl_fast import UniCL
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.features import encode_images, prepare_images
+from unicl_fast.evaluation import finetune as finetune_module
+from unicl_fast.evaluation.data import EvaluationData
+from unicl_fast.evaluation.features import ModelOnRanks, encode_images, prepare_images
 from unicl_fast.evaluation.finetune import (
     FineTuned,
+    _begin_head,
     build_optimizer,
     finetune,
     load_finetuned,
     save_finetuned,
     zero_shot_head,
 )
-from unicl_fast.evaluation.requests import FinetuneRecipe, check_options
+from unicl_fast.evaluation.requests import Finetune, FinetuneRecipe, check_options
+from unicl_fast.system.progress import EvaluationStopped
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,29 @@ def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, m
     again, names = load_finetuned(tmp_path)
     assert names == ("a", "b", "c")
     torch.testing.assert_close(again(pixels), trained(pixels))
+
+
+def test_each_rank_prepares_the_first_head_on_its_own_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All ranks show the model the same images, which each decodes for itself."""
+    asked: list[Ranks] = []
+
+    def loader(on_ranks: ModelOnRanks, dataset: object) -> NoReturn:
+        asked.append(on_ranks.ranks)
+        raise EvaluationStopped
+
+    monkeypatch.setattr(ModelOnRanks, "loader", loader)
+    monkeypatch.setattr(finetune_module, "zero_shot_classifier", Mock())
+    on_ranks = ModelOnRanks(UniCL(tiny_config()), Ranks(rank=1, world_size=2, cores=3))
+    with pytest.raises(EvaluationStopped):
+        _begin_head(
+            Mock(spec=Finetune, head="zero-shot"),
+            on_ranks,
+            FineTuned(on_ranks.model, 3),
+            Mock(spec=EvaluationData, class_names=(), templates=(), dataset=None),
+        )
+    assert asked == [Ranks(cores=3)]
 
 
 def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path) -> None:

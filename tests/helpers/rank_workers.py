@@ -33,7 +33,8 @@ from small_runs import (
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
 from unicl_fast.checkpoints.state import collect_tensors
-from unicl_fast.distributed.launch import explain
+from unicl_fast.config import DataConfig, DecodeDevice, TrainConfig
+from unicl_fast.distributed.launch import SharedRefusal, explain
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
@@ -55,9 +56,12 @@ from unicl_fast.models.efficiency import compile_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.presets import build_preset
+from unicl_fast.system import machine
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
+from unicl_fast.training import run
 from unicl_fast.training.agreement import check_ranks_agree
+from unicl_fast.training.data import resolve_decode_device
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Trainer
 
@@ -571,6 +575,34 @@ def agree_on_a_precision(ranks: Ranks) -> None:
             build_preset("digits-small"), torch.device("cpu"), ranks=ranks
         )
     assert config.efficiency.precision == "bf16"
+
+
+def agree_on_a_decoder(ranks: Ranks) -> None:
+    """Ranks whose cores would choose other decoders take one; what was asked for stays."""
+    gpu = torch.device("cuda", 0)
+    with mock.patch.object(machine, "has_jpeg_decoder", return_value=False):
+        for cores, expected in (((8, 2), "gpu"), ((8, 4), "cpu")):
+            own = dataclasses.replace(ranks, cores=cores[ranks.rank])
+            config = resolve_decode_device(TrainConfig(), gpu, own)
+            assert config.data.decode_device == expected
+    requested: DecodeDevice = "cpu" if ranks.is_main else "gpu"
+    config = TrainConfig(data=DataConfig(decode_device=requested))
+    assert resolve_decode_device(config, gpu, ranks) == config
+
+
+def name_evaluations(ranks: Ranks, folders: list[str]) -> None:
+    """Each rank has a link to another folder, and evaluations have the name of rank 0's."""
+    mine = folders[ranks.rank]
+    with mock.patch.object(run, "PackedDataset"):
+        # the same one twice, on one rank
+        for evaluate in ((mine,), (mine, folders[0]), (mine, folders[1])):
+            config = TrainConfig(data=DataConfig(evaluate=evaluate))
+            try:
+                found = list(run._build_evaluations(config, [], mock.Mock(), ranks, mock.Mock()))
+            except SharedRefusal as error:
+                found = [str(error).rpartition(": ")[2]]
+            expected = "name it once" if len(evaluate) > 1 else "zero_shot/first"
+            assert found == [expected]
 
 
 def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) -> None:

@@ -100,11 +100,13 @@ def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatc
         ("gpu", "cuda", False, 100, "cuda", "data.decode_device=gpu"),
         ("auto", "cuda", True, 100, "cuda", "it has a hardware JPEG decoder"),
         ("auto", "cuda", False, 4, "cpu", "no hardware JPEG decoder, and this rank has 4 dec"),
+        ("auto", "cuda", False, 0, "cpu", "this rank has 6 decoding threads"),
         ("auto", "cuda", None, 4, "cpu", "nvJPEG is not there"),
         ("auto", "cuda", False, 1, "cuda", "but this rank has 1 decoding thread, and a fast"),
     ],
 )
 def test_where_images_are_decoded_follows_from_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
     requested: str,
     device: str,
     has_jpeg_decoder: bool | None,
@@ -112,9 +114,9 @@ def test_where_images_are_decoded_follows_from_the_machine(
     expected: str,
     reason: str,
 ) -> None:
-    chosen, why = choose_decode_device(
-        requested, device=torch.device(device), has_jpeg_decoder=has_jpeg_decoder, threads=threads
-    )
+    monkeypatch.setattr(machine, "has_jpeg_decoder", lambda device: has_jpeg_decoder)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 6)
+    chosen, why = choose_decode_device(requested, device=torch.device(device), threads=threads)
     assert chosen == torch.device(expected)
     assert reason in why
 

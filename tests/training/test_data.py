@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rank_workers import agree_on_a_decoder, name_evaluations, run_on_ranks
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
@@ -154,6 +155,7 @@ def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> No
         (["/a/x/test", "/b/x/test", "/test"], ["a-x-test", "b-x-test", "test"]),
         (["/a/test", "/b/test", "/b/a-test"], ["a-test", "b-test", "b-a-test"]),
         (["s3://bucket/a/test", "s3://bucket/b/test/"], ["a-test", "b-test"]),
+        (["https://u:pw@a/test", "https://u:pw@b:80/test"], ["a-test", "b:80-test"]),
     ],
 )
 def test_data_sets_of_one_name_are_told_apart_by_the_folders_above(
@@ -171,6 +173,10 @@ def test_one_data_set_twice_is_refused_or_numbered(tmp_path: Path) -> None:
     assert distinct_names(twice, may_repeat=True) == ["labels", "labels-2"]
     with pytest.raises(ValueError, match="would both be called a-b-c: rename"):
         distinct_names(["s3://a-b/c", "s3://a/b-c", "s3://x/c", "s3://x/b-c"])
+    with pytest.raises(ValueError, match=r"^https://a/x is the same data set as https://a/x:"):
+        distinct_names(["https://u:pw@a/x", "https://v:pw@a/x"])
+    with pytest.raises(ValueError, match=r"^https://a-b/c and https://a/b-c would both be called"):
+        distinct_names(["https://u:pw@a-b/c", "https://u:pw@a/b-c", "s3://x/c", "s3://x/b-c"])
 
 
 def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
@@ -215,3 +221,18 @@ def test_weights_that_do_not_sum_to_1_are_warned_of(
 def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
     assert with_threads(DataConfig(), Ranks(cores=14)).threads == 14
     assert with_threads(DataConfig(threads=3), Ranks(cores=14)).threads == 3
+
+
+@pytest.mark.dist
+def test_all_ranks_decode_on_the_same_kind_of_device() -> None:
+    run_on_ranks(agree_on_a_decoder, 2)
+
+
+@pytest.mark.dist
+def test_evaluations_are_named_by_rank_0(tmp_path: Path) -> None:
+    links = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
+        links.append(str(tmp_path / f"link-{name}"))
+    run_on_ranks(name_evaluations, 2, links)

@@ -15,6 +15,7 @@ from unicl_fast.batch import ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.training import run
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import pretrain
 from unicl_fast.training.trainer import Trainer
@@ -239,3 +240,19 @@ def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None
 
     with pytest.raises(ValueError, match=r"run is on the CPU: take data\.decode_device=auto"):
         pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
+
+
+def test_a_run_keeps_which_decoder_auto_took(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor
+) -> None:
+    """So checkpoints hold it, and a run that resumes with another one says so."""
+    config = dataclasses.replace(tiny_config(), run=RunConfig(device="cpu", steps=2))
+    assert config.data.decode_device == "auto"
+
+    def build(config: TrainConfig, **settings: object) -> Trainer:
+        return trainer_in(tmp_path, images, config)
+
+    monkeypatch.setattr(run, "_build_trainer", build)
+    pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
+    (*_, checkpoint) = list_checkpoints(tmp_path / "checkpoints")
+    assert read_state(checkpoint).config.data.decode_device == "cpu"

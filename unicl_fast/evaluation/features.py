@@ -62,7 +62,7 @@ from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
-from unicl_fast.training.data import with_threads
+from unicl_fast.training.data import resolve_decode_device, with_threads
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,8 @@ def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
     with process_group(device) as ranks:
         configure_logging(ranks)
         model = load_model(command.checkpoint, weights=command.weights).to(device)
-        model.config = resolve_precision(model.config, device, ranks=ranks)
+        config = resolve_precision(model.config, device, ranks=ranks)
+        model.config = resolve_decode_device(config, device, ranks)
         set_device_arithmetic(model.config.efficiency, device)
         if model.config.efficiency.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -485,7 +486,7 @@ def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: 
         "view": [data.image_size, data.evaluation_resize, data.interpolation, data.resample],
         "normalisation": [*data.mean, *data.std],
         "precision": efficiency.precision,
-        "device": device_of(model).type,
+        "device": [device_of(model).type, data.decode_device],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 

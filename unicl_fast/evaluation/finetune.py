@@ -397,7 +397,7 @@ def _begin_head(
             progress=on_ranks.progress,
         )
         # the same images on all ranks, which begin with the same head
-        alone = dataclasses.replace(on_ranks, ranks=Ranks())
+        alone = dataclasses.replace(on_ranks, ranks=Ranks(cores=on_ranks.ranks.cores))
         first = next(iter(alone.loader(train.dataset)))
         shown = encode_images(model, first.images, layer="encoder")
         module.set_head(zero_shot_head(model, classifier, shown))

@@ -174,15 +174,14 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
 
 
 def choose_decode_device(
-    requested: str, *, device: torch.device, has_jpeg_decoder: bool | None, threads: int
+    requested: str, *, device: torch.device, threads: int
 ) -> tuple[torch.device, str]:
     """Chooses where images are decoded for a model on `device`: there, or on the CPU.
 
     Args:
         requested: auto, cpu or gpu, as `data.decode_device`.
         device: the model's.
-        has_jpeg_decoder: whether the GPU has a hardware decoder; None where nobody can tell.
-        threads: decoding threads of this rank.
+        threads: decoding threads of this rank; 0 takes its cores.
 
     Returns:
         The device, and why, for the log.
@@ -194,11 +193,13 @@ def choose_decode_device(
         return device, "the model is on no GPU"
     if requested != "auto":
         return (device if requested == "gpu" else cpu), f"data.decode_device={requested}"
-    if has_jpeg_decoder:
+    has_hardware = has_jpeg_decoder(device)
+    if has_hardware:
         return device, "it has a hardware JPEG decoder"
     lacks = "the GPU has no hardware JPEG decoder"
-    if has_jpeg_decoder is None:
+    if has_hardware is None:
         lacks = "nvJPEG is not there to tell of a hardware JPEG decoder"
+    threads = threads or usable_cores()
     have = f"this rank has {count_of(threads, 'decoding thread')}"
     if threads >= _THREADS_TO_DECODE:
         return cpu, f"{lacks}, and {have}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig, TrainConfig
@@ -18,8 +19,9 @@ from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.system.wording import count_of
+from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.system.machine import choose_decode_device
+from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
@@ -96,13 +98,13 @@ def distinct_names(locations: Sequence[str], *, may_repeat: bool = False) -> lis
         ValueError: one data set is there twice, or names cannot be told apart.
     """
     paths: list[tuple[str, ...]] = []
-    given = [_parts_of(location) for location in locations]
+    shown = list(map(without_secrets, locations))  # names are shown and stored
+    given = list(map(_parts_of, shown))
     for number, path in enumerate(given):
         count = given[:number].count(path)
         if count and not may_repeat:
             raise ValueError(
-                f"{locations[number]} is the same data set as {locations[given.index(path)]}: "
-                "name it once"
+                f"{shown[number]} is the same data set as {shown[given.index(path)]}: name it once"
             )
         paths.append((*path[:-1], f"{path[-1]}-{count + 1}") if count else path)
     lengths = [1] * len(paths)
@@ -113,7 +115,7 @@ def distinct_names(locations: Sequence[str], *, may_repeat: bool = False) -> lis
             return names
         if all(lengths[number] >= len(paths[number]) for number in alike):
             raise ValueError(
-                f"{locations[alike[0]]} and {locations[alike[1]]} would both be called "
+                f"{shown[alike[0]]} and {shown[alike[1]]} would both be called "
                 f"{names[alike[0]]}: rename one of the folders"
             )
         for number in alike:
@@ -177,6 +179,30 @@ def _num_machines() -> int:
 def with_threads(data: DataConfig, ranks: Ranks) -> DataConfig:
     """Returns the settings for this rank's loader: its cores decode where no number is given."""
     return dataclasses.replace(data, threads=data.threads or ranks.cores)
+
+
+def resolve_decode_device(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
+    """Replaces `data.decode_device=auto` by gpu if any rank would take its GPU, or else by cpu.
+
+    All ranks call it together: the decoders' images differ by a few levels, and which one a rank
+    would take depends on its GPU and cores. A GPU's decoder is none for a model on the CPU.
+    """
+    requested = config.data.decode_device
+    threads = with_threads(config.data, ranks).threads
+    chosen, why = choose_decode_device(requested, device=device, threads=threads)
+    choices = gather_objects([chosen.type, why], ranks)
+    kinds = [kind for kind, _ in choices]
+    kind = "cuda" if "cuda" in kinds else "cpu"
+    if requested != "auto":  # that ranks were told different things is refused, not settled here
+        kind = chosen.type
+    elif device.type == "cuda":
+        rank = kinds.index(kind)
+        logger.info(
+            "images are decoded on the %s (data.decode_device=auto); rank %d: %s",
+            "GPU" if kind == "cuda" else "CPU", rank, choices[rank][1],
+        )  # fmt: skip
+    data = dataclasses.replace(config.data, decode_device="gpu" if kind == "cuda" else "cpu")
+    return dataclasses.replace(config, data=data)
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:

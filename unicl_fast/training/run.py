@@ -47,6 +47,7 @@ from unicl_fast.training.data import (
     distinct_names,
     longest_text,
     open_datasets,
+    resolve_decode_device,
     rows_of_class_names,
     with_threads,
 )
@@ -152,6 +153,7 @@ def pretrain(
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
+        config = resolve_decode_device(config, device, ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
         trainer = _build_trainer(
             config,
@@ -350,7 +352,10 @@ def _build_evaluations(
             "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
         )
     evaluations: dict[str, Evaluation] = {}
-    for folder, name in zip(config.data.evaluate, _evaluation_names(config), strict=True):
+    with refused_together(ranks):
+        names = _evaluation_names(config)
+    names = from_rank_0(names, ranks)  # others would have other names for links to other folders
+    for folder, name in zip(config.data.evaluate, names, strict=True):
         dataset = PackedDataset(folder, cache=cache_options(config.data))
         class_names = dataset.manifest.class_names
         if not class_names:
