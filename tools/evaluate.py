@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     try:
         check_current_folder()
-        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
         choose_environment(command.device)
+        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
         command.check()
