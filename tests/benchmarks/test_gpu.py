@@ -8,18 +8,21 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from unicl_fast.benchmarks.gpu import measure, run
+from unicl_fast.benchmarks.gpu import measure, run, stages
 from unicl_fast.benchmarks.gpu.measure import Bench
-from unicl_fast.benchmarks.gpu.run import Gpu, format_page, run_stage
+from unicl_fast.benchmarks.gpu.run import MARKS, Gpu, format_page, run_stage
 from unicl_fast.benchmarks.gpu.stages import PART_A, GpuStage
+from unicl_fast.config import TrainConfig
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 # Sure to be there are torch, timm with what it needs, tokenizers, numba and NumPy.
@@ -261,3 +264,69 @@ def test_a_page_has_the_mark_and_the_ratio_beside_a_figure() -> None:
     line = next(line for line in page.splitlines() if line.startswith("| product"))
     assert line.count("|") == 8
     assert "| 0.98 |  |  | 620 (H100, assumed) | 0.50 |" in line
+
+
+class ListingBench(Bench):
+    """Keeps by its name what would be timed."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), Path("unwritten"), is_tiny=False)
+        self.works: dict[str, Callable[[], Any]] = {}
+
+    def write(self) -> None:
+        pass
+
+    def time(self, name: str, work: Callable[[], Any], **options: Any) -> float:
+        self.works[name] = work
+        return 1.0
+
+    def take_turns(self, works: Any, **options: Any) -> Any:
+        self.works |= works
+
+
+def test_every_step_is_built_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_trainer(config: TrainConfig, *others: Any, **options: Any) -> MagicMock:
+        return MagicMock(config=config, train_step=lambda batch: config)
+
+    monkeypatch.setattr(stages, "Trainer", build_trainer)
+    monkeypatch.setattr(stages, "make_batch", lambda _, size, **more: MagicMock(batch_size=size))
+    monkeypatch.setattr(stages, "_write_trace", lambda bench, step: None)
+    monkeypatch.setattr(stages, "product_seconds", lambda bench: 1.0)
+    monkeypatch.setattr(stages, "normalise_images", MagicMock())
+    # the true one takes seconds to import
+    compiler = MagicMock(counters=defaultdict(Counter))
+    for module in ("torch._dynamo", "torch._dynamo.utils"):
+        monkeypatch.setitem(sys.modules, module, compiler)
+    monkeypatch.setattr(torch, "_dynamo", compiler, raising=False)
+    open_clips = ("build_open_clip", "compare", "open_clip_step")
+    beside = MagicMock(**{name: MagicMock() for name in open_clips})
+    monkeypatch.setitem(sys.modules, "unicl_fast.benchmarks.training.step", beside)
+    bench = ListingBench()
+    for name in ("step", "switches", "large", "open-clip"):
+        PART_A[name].run(bench)
+    steps = {name: work() for name, work in bench.works.items()}
+    for name, config in steps.items():
+        if not isinstance(config, TrainConfig):
+            assert name.endswith("open_clip")
+            continue
+        efficiency = config.efficiency
+        assert efficiency.precision == ("fp32" if "fp32" in name else "bf16"), name
+        assert efficiency.tf32 == ("on" if "TF32" in name else "auto"), name
+        assert efficiency.compile == (name.partition("compiled: ")[2] or "off"), name
+        assert efficiency.activation_checkpointing == ("checkpointing" in name), name
+        assert efficiency.channels_last == ("no channels_last" not in name), name
+        assert efficiency.fused_optimizer == ("no fused optimizer" not in name), name
+        assert (efficiency.text_layout == "padded") == ("padded texts" in name), name
+        sizes = {int(part) for part in name.split(", ") if part.isdigit()} or {256}
+        assert {config.run.global_batch_size} == sizes, name
+        encoder = next(
+            (
+                part
+                for part in ("swin-base", "vit_base_patch32", "vit_base_patch16")
+                if part in name
+            ),
+            "swin-tiny",
+        )
+        assert config.model.image_encoder.startswith(encoder.replace("-", "_")), name
+    machine = {"product of 8192^3, bf16", "copy of 4 GB"}
+    assert set(MARKS) <= set(steps) | machine

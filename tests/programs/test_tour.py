@@ -21,7 +21,7 @@ SAMPLES = {
     "flickr8k": 700,
     "coco": 100,
     "textures": 120,
-    "hostile": 176,
+    "hostile": 175,
 }
 SMALL = ("coco", "textures", "hostile")
 
