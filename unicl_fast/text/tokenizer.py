@@ -49,34 +49,19 @@ class Tokenizer:
     """
 
     name = "clip-bpe"
+    vocabulary_hash: str
+    """SHA-256 of the merges: two tokenizers with the same hash give the same ids."""
 
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         if context_length < 2:
             raise ValueError(
                 f"context_length must hold at least the start and end tokens, not {context_length}"
             )
-        merges = _read_merges()
-        vocabulary = _build_vocabulary(merges)
         self.context_length = context_length
+        self._bpe, vocabulary, self.vocabulary_hash = _load_encoding()
         self.vocab_size = len(vocabulary)
         self.start_id = vocabulary[_START]
         self.end_id = vocabulary[_END]
-        self.vocabulary_hash = hashlib.sha256(
-            "\n".join(f"{left} {right}" for left, right in merges).encode()
-        ).hexdigest()
-        """SHA-256 of the merges: two tokenizers with the same hash give the same ids."""
-        self._bpe = tokenizers.Tokenizer(
-            models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
-        )
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(
-                    tokenizers.Regex(_word_pattern()), behavior="removed", invert=True
-                ),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        self._bpe.decoder = decoders.ByteLevel()
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
         """Token ids of each text: start token, the text, end token.
@@ -179,6 +164,22 @@ def _clean(text: str) -> str:
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     # split() also drops what Python takes for white space and `regex` does not (U+001C to U+001F).
     return " ".join(repaired.split()).lower()
+
+
+@functools.cache  # it takes a tenth of a second
+def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int], str]:
+    """CLIP's byte-pair encoding, its vocabulary, and the hash of its merges."""
+    merges = _read_merges()
+    vocabulary = _build_vocabulary(merges)
+    bpe = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
+    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_word_pattern()), behavior="removed", invert=True)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    pairs = "\n".join(f"{left} {right}" for left, right in merges)
+    return bpe, vocabulary, hashlib.sha256(pairs.encode()).hexdigest()
 
 
 def _read_merges() -> list[tuple[str, str]]:
