@@ -17,6 +17,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -109,11 +110,20 @@ def take_turns(
 def timed(
     work: Callable[[], object], *, cpu_clock: Callable[[], float] = time.process_time
 ) -> Turn:
-    """One turn, after garbage was collected."""
+    """One turn, after garbage was collected; what a GPU was given is done at both ends of it."""
     gc.collect()
+    wait_for_gpu()
     wall, cpu = time.perf_counter(), cpu_clock()
     work()
+    wait_for_gpu()
     return Turn(time.perf_counter() - wall, cpu_clock() - cpu)
+
+
+def wait_for_gpu() -> None:
+    """Returns when a GPU that this process uses has done all that it was given."""
+    torch = sys.modules.get("torch")  # not every stage needs it
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio_of(
@@ -203,12 +213,19 @@ def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:
         return summarise([pool.apply(function, arguments) / 1e6])
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """How far this process's resident memory rises, at most, during `work`; Linux only.
+def peak_bytes(work: Callable[[], object], *, device_type: str = "cpu") -> int:
+    """How far this process's resident memory, or a GPU's, rises, at most, during `work`; on Linux.
 
     Call it once in a fresh process: memory that is held already and used again is not seen.
     """
     gc.collect()
+    if device_type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - held
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak, proc(5)
     before = status_bytes("VmRSS")
     work()

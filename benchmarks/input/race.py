@@ -119,9 +119,11 @@ class Input(LoaderStage):
             figures = race.measure_memory(tasks, self.seconds)
             figures |= race.measure_rates(tasks, self)
         result = {"contenders": race.described(gaps), "left_out": race.left_out}
-        self.report(figures, *_PACKAGES, **result)
+        whole = {"figures": figures, **result}
+        print(f"\n{verdict(whole)}\n\n{table(whole)}")
+        self.write_result(figures, *_PACKAGES, **result)
         if self.plot is not None:
-            plot({self.data.name: {"figures": figures, **result}}, self.plot)
+            plot({self.data.name: whole}, self.plot)
 
 
 class _Race:
@@ -227,6 +229,27 @@ def _prepare(contender: Contender, task: Task) -> None:
     if contender.prepare:
         with Worker(contender, task, prepare=True):
             pass
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """What the race says in a sentence: our rate beside the fastest peer's and the nearest limit's.
+
+    A limit does a part of the work only, so nothing can be faster than the slowest of them.
+    """
+    figures, ours = result["figures"], OURS.name
+    others = {
+        kind: [name for name, facts in _by_rate(result) if facts["kind"] == kind]
+        for kind in ("peer", "limit")
+    }
+    said = [f"{ours} makes {_spread(figures[f'{ours}, images/s'])} images/s"]
+    if peers := [name for name in others["peer"] if not name.endswith(_RAW)]:
+        ratio = _spread(figures[f"{ours} / {peers[0]}"])
+        said.append(f"{ratio} times {peers[0]}, the fastest peer of {len(peers)}")
+    if others["limit"]:
+        limit = others["limit"][-1]
+        ratio = _spread(figures[f"{ours} / {limit}"])
+        said.append(f"{ratio} of the nearest limit, {limit}")
+    return ": ".join([said[0], ", and ".join(said[1:])]) if said[1:] else said[0]
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -27,8 +27,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.models.precision import resolve_precision
@@ -47,9 +45,11 @@ from ..harness import (
     take_turns,
 )
 from .parts import StepInParts, compare, measure_rate
-from .step import StepStage, preset_on_cpu, take_batch
+from .step import StepStage, long_preset, take_batch
 
 _AS_IT_IS = "as it is"
+_COUNTS = 0.01
+"""Part of a step's operations from which on a part is compared with the time that they need."""
 _LOSSES_AGREE = 0.03
 """Relative difference allowed between the losses of a step in 16 bits and one in 32."""
 
@@ -67,7 +67,8 @@ class Efficiency(StepStage):
 
     def run(self) -> None:
         keep_freed_memory()  # as in training
-        base = resolve_precision(self.config("auto"), torch.device("cpu"))
+        device = choose_device(self.device)
+        base = resolve_precision(self.config("auto"), device)
         batch = take_batch(base, self.data)
         figures: Figures = {}
         measured = {_AS_IT_IS: base}
@@ -121,12 +122,14 @@ def switches_of(settings: Efficiency, precision: str) -> dict[str, dict[str, obj
 def steps_of(config: TrainConfig, batch: Batch) -> Callable[[], float]:
     """A function that takes a training step at each call, and returns its loss."""
     trainer = Trainer(config, ListLoader([batch]), progress=False)
+    batch = batch.to(trainer.device)
     return lambda: float(trainer.train_step(batch)[0])
 
 
 def _peak(config: TrainConfig, batch: Batch) -> float:
     keep_freed_memory()
-    return peak_bytes(steps_of(config, batch))
+    device = choose_device(config.run.device)
+    return peak_bytes(steps_of(config, batch), device_type=device.type)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,10 +210,10 @@ class Profile(Stage):
 
     def run(self) -> None:
         keep_freed_memory()
-        config = preset_on_cpu(self.preset, global_batch_size=self.batch_size)
-        batch = take_batch(config, self.data)
         device = choose_device(self.device)
-        trainer = Trainer(config, ListLoader([batch]), device=device, progress=False)
+        config = long_preset(self.preset, global_batch_size=self.batch_size, device=self.device)
+        batch = take_batch(config, self.data)
+        trainer = Trainer(config, ListLoader([batch]), progress=False)
         step = StepInParts(trainer, batch.to(device))
         compare(step)
         operations = step.count_operations()
@@ -221,6 +224,8 @@ class Profile(Stage):
         figures = {f"{part}, s": summarise([t[part] for t in taken]) for part in taken[0]}
         figures["whole step, s"] = summarise(whole)
         for part, count in operations.items():
+            if count < _COUNTS * sum(operations.values()):
+                continue  # its products are not what takes its time
             ratios = [seconds[part] / (count / rate) for seconds in taken]
             figures[f"{part}, times its floor"] = summarise(ratios)
         floor = sum(operations.values()) / rate

@@ -19,7 +19,9 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
+from unicl_fast.config import DeviceName
 from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.system.machine import choose_device
 
 from ..harness import (
     Figures,
@@ -67,10 +69,12 @@ class Loss(Stage):
     """Torch's threads. With 1, CPU time hardly depends on other jobs on the machine."""
     memory: bool = True
     """Measure memory, too."""
+    device: DeviceName = "auto"
+    """Device that computes the loss."""
 
     def run(self) -> None:
         torch.set_num_threads(self.threads)
-        compare(self.embed_dim)
+        compare(self.embed_dim, choose_device(self.device))
         figures: Figures = {}
         for n in self.sizes:
             figures |= printed(measure_time(n, self))
@@ -83,7 +87,7 @@ class Loss(Stage):
 class Contestant:
     """A loss with its inputs; calling it goes forward and backward."""
 
-    def __init__(self, name: str, n: int, embed_dim: int) -> None:
+    def __init__(self, name: str, n: int, embed_dim: int, device: torch.device) -> None:
         """Makes the inputs: images and texts that resemble each other in pairs, and the scale."""
         self.kind, dtype = CONTESTANTS[name]
         generator = torch.Generator().manual_seed(0)
@@ -93,12 +97,12 @@ class Contestant:
         self._arguments: dict[str, Any] = {}
         if self.kind == "few":
             texts, class_ids = texts[:_FEW_TEXTS], class_ids % _FEW_TEXTS
-            self._arguments["text_class_ids"] = class_ids[:_FEW_TEXTS]
-            self._arguments["text_counts"] = class_ids.bincount()
-        self.images = F.normalize(images, dim=1).to(dtype).requires_grad_()
-        self.texts = texts.to(dtype).requires_grad_()
-        self.scale = torch.tensor(_SCALE, requires_grad=True)
-        self.class_ids = class_ids
+            self._arguments["text_class_ids"] = class_ids[:_FEW_TEXTS].to(device)
+            self._arguments["text_counts"] = class_ids.bincount().to(device)
+        self.images = F.normalize(images, dim=1).to(device, dtype).requires_grad_()
+        self.texts = texts.to(device, dtype).requires_grad_()
+        self.scale = torch.tensor(_SCALE, device=device, requires_grad=True)
+        self.class_ids = class_ids.to(device)
         self._clip_loss = ClipLoss()
 
     def __call__(self) -> Tensor:
@@ -129,16 +133,16 @@ def contestants_of(n: int, settings: Loss) -> list[str]:
     ]
 
 
-def compare(embed_dim: int) -> None:
+def compare(embed_dim: int, device: torch.device) -> None:
     """Raises RuntimeError if a loss differs from the dense form in fp64 on the same features."""
     n = 3000
     for name, (kind, dtype) in CONTESTANTS.items():
-        contestant = Contestant(name, n, embed_dim)
+        contestant = Contestant(name, n, embed_dim, device)
         loss = contestant().double()
         features = contestant.images, contestant.texts
         gradients = torch.cat([x.grad.double() for x in features if x.grad is not None])
         images, texts = (x.detach().double().requires_grad_() for x in features)
-        of_all = torch.arange(n) % len(texts)  # every image has a text of its own
+        of_all = torch.arange(n, device=device) % len(texts)  # every image has a text of its own
         reference = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
         exact = torch.cat(torch.autograd.grad(reference, (images, texts)))
         gap = float((loss - reference.detach()).abs() / reference.detach())
@@ -152,11 +156,13 @@ def compare(embed_dim: int) -> None:
 
 def measure_time(n: int, settings: Loss) -> Figures:
     """Seconds of each loss, and their ratio to the baseline's (else the floor's)."""
+    device = choose_device(settings.device)
     works: dict[str, Callable[[], object]] = {
-        name: Contestant(name, n, settings.embed_dim) for name in contestants_of(n, settings)
+        name: Contestant(name, n, settings.embed_dim, device)
+        for name in contestants_of(n, settings)
     }
-    works |= {"rate fp32": _rate_products(torch.float32)}
-    works |= {"rate bf16": _rate_products(torch.bfloat16)}
+    works |= {"rate fp32": _rate_products(torch.float32, device)}
+    works |= {"rate bf16": _rate_products(torch.bfloat16, device)}
     rounds = settings.rounds if n <= settings.largest_stored else settings.rounds_of_largest
     turns = take_turns(works, rounds=rounds, warm_up=1 if n <= 4096 else 0)
     # 4 products of 2 n^2 d operations each, at the rate of those just timed
@@ -178,9 +184,9 @@ def measure_time(n: int, settings: Loss) -> Figures:
     return figures
 
 
-def _rate_products(dtype: torch.dtype) -> Callable[[], object]:
-    left, right = (torch.randn(_RATE_SIZE, _RATE_DIM).to(dtype) for _ in range(2))
-    product = torch.empty(_RATE_SIZE, _RATE_SIZE, dtype=dtype)
+def _rate_products(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    left, right = (torch.randn(_RATE_SIZE, _RATE_DIM).to(device, dtype) for _ in range(2))
+    product = torch.empty(_RATE_SIZE, _RATE_SIZE, device=device, dtype=dtype)
 
     def work() -> None:
         for _ in range(_RATE_PRODUCTS):
@@ -191,5 +197,7 @@ def _rate_products(dtype: torch.dtype) -> Callable[[], object]:
 
 def _peak(name: str, n: int, settings: Loss) -> float:
     torch.set_num_threads(settings.threads)
-    Contestant(name, 256, settings.embed_dim)()  # loads the libraries
-    return peak_bytes(Contestant(name, n, settings.embed_dim))
+    device = choose_device(settings.device)
+    Contestant(name, 256, settings.embed_dim, device)()  # loads the libraries
+    contestant = Contestant(name, n, settings.embed_dim, device)
+    return peak_bytes(contestant, device_type=device.type)

@@ -37,7 +37,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Figures, Stage, rate_of, ratio_of, seconds_of, summarise, take_turns, timed
-from .step import ModelStage, preset_on_cpu
+from .step import ModelStage, long_preset
 
 _RECORDS = 200
 """Records of a turn: one is too short to be timed alone."""
@@ -106,7 +106,6 @@ def build(settings: Checkpoint, folder: Path) -> tuple[Trainer, Batch]:
         config,
         optim=OptimConfig(ema_decay=settings.ema_decay),
         checkpoint=CheckpointConfig(keep=1),
-        run=dataclasses.replace(config.run, device="auto"),
     )
     texts = [f"image {number} of some things" for number in range(settings.batch_size)]
     batch = noise(texts, torch.full((len(texts),), -1), side=settings.image_size)
@@ -161,7 +160,7 @@ class LedgerCost(Stage):
 
 
 def _writing(settings: LedgerCost, folder: Path) -> Figures:
-    config = preset_on_cpu(settings.preset)
+    config = long_preset(settings.preset, device="cpu")
     size = config.run.global_batch_size
     labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(0))
     texts = [f"a photo of the digit {number}" for number in labels.tolist()]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import (
     DataConfig,
+    DeviceName,
     EfficiencyConfig,
     ModelConfig,
     PrecisionName,
@@ -59,13 +60,15 @@ class ModelStage(Stage):
     """Side of the images."""
     batch_size: int = 32
     """Images of a step."""
+    device: DeviceName = "auto"
+    """Device that runs the step."""
 
     def config(self, precision: PrecisionName) -> TrainConfig:
         return TrainConfig(
             data=DataConfig(image_size=self.image_size, evaluation_resize=self.image_size),
             model=ModelConfig(image_encoder=self.image_encoder),
             efficiency=EfficiencyConfig(precision=precision),
-            run=RunConfig(global_batch_size=self.batch_size, steps=1 << 20, device="cpu"),
+            run=RunConfig(global_batch_size=self.batch_size, steps=1 << 20, device=self.device),
         )
 
 
@@ -90,7 +93,8 @@ class Step(StepStage):
         config = self.config("bf16")
         batch = take_batch(config, self.data)
         trainer = Trainer(config, ListLoader([batch]), progress=False)
-        theirs = build_open_clip(trainer.model, config)
+        batch = batch.to(trainer.device)
+        theirs = build_open_clip(trainer.model, config).to(trainer.device)
         images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
         texts = batch.tokens[batch.text_index]
         compare(trainer.model, theirs, batch, images, texts)
@@ -114,10 +118,10 @@ class Step(StepStage):
         self.report(figures, "open_clip_torch", "timm", facts=facts)
 
 
-def preset_on_cpu(preset: str, **run: Any) -> TrainConfig:
-    """A preset whose run is long and on the CPU; `run` are more fields of its RunConfig."""
+def long_preset(preset: str, **run: Any) -> TrainConfig:
+    """A preset whose run is long; `run` are more fields of its RunConfig."""
     config = build_preset(preset)
-    changed = dataclasses.replace(config.run, steps=1 << 20, device="cpu", **run)
+    changed = dataclasses.replace(config.run, steps=1 << 20, **run)
     return dataclasses.replace(config, run=changed)
 
 
@@ -219,7 +223,7 @@ def compare(
     image_pair = ours.encode_image(images), theirs.encode_image(images, True)
     text_pair = ours.encode_text(batch.tokens)[batch.text_index], theirs.encode_text(texts, True)
     gaps = {"image features": _largest_gap(*image_pair), "text features": _largest_gap(*text_pair)}
-    if len(batch.tokens) == batch.batch_size:  # all texts differ: then UniCL is CLIP
+    if len(batch.text_class_ids.unique()) == batch.batch_size:  # then UniCL is CLIP
         config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
         with torch.no_grad():
             gaps["losses"] = _largest_gap(

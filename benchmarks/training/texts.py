@@ -197,7 +197,7 @@ class Text(Stage):
     """Number of its blocks."""
     precision: PrecisionName = "bf16"
     """Arithmetic."""
-    device: DeviceName = "cpu"
+    device: DeviceName = "auto"
     """Device that runs the encoder."""
 
     def run(self) -> None:
@@ -212,8 +212,6 @@ class Text(Stage):
             with precision.autocast(device.type):
                 features = encode()
             features.float().square().sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
         works = {name: functools.partial(forward_and_backward, f) for name, f in layouts.items()}
         turns = take_turns(works, rounds=self.rounds)

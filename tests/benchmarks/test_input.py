@@ -33,7 +33,7 @@ from unicl_fast.benchmarks.input.contenders import (
     comparison_task,
     gap_to,
 )
-from unicl_fast.benchmarks.input.race import Input, plot, table
+from unicl_fast.benchmarks.input.race import Input, plot, table, verdict
 from unicl_fast.benchmarks.input.worker import Worker, session_bytes
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -113,7 +113,11 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     assert set(result["left_out"]) == set(expected)
     for name, reason in expected.items():
         assert re.search(reason, result["left_out"][name]), name
-    assert "not-installed is left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not-installed is left out" in said
+    assert re.search(
+        r"unicl_fast makes .* images/s: .* times honest, the fastest peer of 1\n", said
+    )
     ratio = result["figures"]["unicl_fast / honest"]
     assert len(ratio["all"]) == 2
     assert ratio["low"] > 0
@@ -127,6 +131,21 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     plot({"small": result}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert min(image.size) > 100
+
+
+def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:
+    def figure(value: float) -> dict[str, float]:
+        return {"median": value, "low": 0.9 * value, "high": 1.1 * value}
+
+    rates = {"unicl_fast": 100, "dali": 40, "timm": 50, "decode": 125, "read": 9000}
+    figures = {f"{name}, images/s": figure(rate) for name, rate in rates.items()}
+    figures |= {f"unicl_fast / {name}": figure(100 / rate) for name, rate in rates.items()}
+    kinds = {"unicl_fast": "ours", "dali": "peer", "timm": "peer"}
+    contenders = {name: {"kind": kinds.get(name, "limit")} for name in rates}
+    assert verdict({"figures": figures, "contenders": contenders}) == (
+        "unicl_fast makes 100 (90 to 110) images/s: 2.00 (1.80 to 2.20) times timm, the fastest "
+        "peer of 2, and 0.80 (0.72 to 0.88) of the nearest limit, decode"
+    )
 
 
 def test_ours_making_something_else_ends_the_run(

@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from object_stores import upload
 
+from unicl_fast.batch import ListLoader
 from unicl_fast.benchmarks import harness
 from unicl_fast.benchmarks.run import STAGES, main
+from unicl_fast.benchmarks.training import step
+from unicl_fast.config import DataConfig, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.models.precision import normalise_images
+from unicl_fast.objectives.targets import collate
+from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main as pack
+from unicl_fast.training.trainer import Trainer
 
 SMALL = {
     "targets": ["--sizes", "64"],
@@ -130,3 +138,36 @@ def test_turns_alternate() -> None:
     )
     assert seen == ["a", "b"] * 3
     assert [len(taken) for taken in turns.values()] == [2, 2]
+
+
+def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = ModelConfig(
+        image_encoder="test_vit", text_width=64, text_heads=1, text_layers=1, embed_dim=16
+    )
+    config = TrainConfig(
+        data=DataConfig(image_size=160, evaluation_resize=160),
+        model=model,
+        efficiency=EfficiencyConfig(precision="fp32"),
+        run=RunConfig(global_batch_size=4, steps=1, device="cpu"),
+    )
+    images = torch.randint(256, (4, 160, 160, 3), dtype=torch.uint8)
+    tokens = Tokenizer()(["a photo of a cat", "a drawing of a cat", "a dog", "a photo of a dog"])
+    for labels, has_losses in (([0, 0, 1, 1], False), ([0, 1, 2, 3], True)):
+        batch = collate(images, tokens, torch.tensor(labels))
+        ours = Trainer(config, ListLoader([batch]), progress=False).model
+        theirs = step.build_open_clip(ours, config)
+        pixels = normalise_images(images, mean=config.data.mean, std=config.data.std)
+        step.compare(ours, theirs, batch, pixels, tokens)
+        assert ("losses differ by at most" in capsys.readouterr().out) == has_losses
+
+
+def test_a_turn_ends_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waits"))
+    harness.timed(lambda: seen.append("works"))
+    assert seen == ["works"]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    harness.timed(lambda: seen.append("works"))
+    assert seen == ["works", "waits", "works", "waits"]
