@@ -286,13 +286,13 @@ def test_kernels_that_are_not_interpreted_refuse_the_cpu() -> None:
 
 
 def test_fp32_is_not_tf32_unless_torch_may_use_it() -> None:
-    from unicl_fast.objectives.loss_triton import dot_precision
+    from unicl_fast.objectives.loss_triton import _precision
 
-    assert [dot_precision(t) for t in (torch.float32, torch.bfloat16)] == ["tf32x3", "ieee"]
+    assert [_precision(t) for t in (torch.float32, torch.bfloat16)] == ["tf32x3", "ieee"]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        assert [dot_precision(t) for t in (torch.float32, torch.float64)] == ["tf32", "ieee"]
+        assert [_precision(t) for t in (torch.float32, torch.float64)] == ["tf32", "ieee"]
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -369,12 +369,12 @@ def compile_ahead(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from unicl_fast.objectives.loss_triton import BLOCKS, dot_precision
+    from unicl_fast.objectives.loss_triton import BLOCKS, _precision
 
     blocks = BLOCKS[dtype]._asdict()
     constants = {
         "exclude_self": exclude_self,
-        "precision": precision or dot_precision(dtype),
+        "precision": precision or _precision(dtype),
         **{name: blocks[name] for name in ("height", "width", "depth")},
         **({} if counted else {"counts": None}),
     }

@@ -31,32 +31,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from unicl_fast.objectives.loss_triton import dot_precision
-
-LARGEST_WINDOW = 64
-"""Tokens: the scores of one window, and what backward makes of them, fit into registers."""
-LARGEST_HEAD = 64
+LARGEST_WINDOW, LARGEST_HEAD = 64, 32
+"""Tokens of a window and values of a head that fit into registers, with all that backward makes of
+them."""
 PROGRAMS = 1024
 """About so many programs share the windows. Each looks up its bias once, and leaves a sum of the
 table's gradient: 10 MB in all for windows of 49 tokens. An H100 holds a quarter of them at once."""
-NUM_WARPS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
-"""By the type of queries, keys and values. A test compiles the kernels with them."""
 _MASKED = tl.constexpr(-100.0)  # not -inf: as the released models were trained
 _PARTS = tl.constexpr(32)  # programs whose sums are read at once
 
 
-def fits_window_attention(block: nn.Module) -> bool:
-    """Whether the kernels compute the attention of this block."""
-    if not isinstance(block, SwinTransformerBlock) or block.attn.attn_drop.p:
-        return False
-    head_width = block.attn.qkv.out_features // (3 * block.attn.num_heads)
-    return bool(block.window_area <= LARGEST_WINDOW and head_width <= LARGEST_HEAD)
+def blocks_that_fit(encoder: nn.Module) -> list[SwinTransformerBlock]:
+    """The blocks whose attention the kernels compute: timm's Swin, not too large, no dropout."""
+    return [
+        block
+        for block in encoder.modules()
+        if isinstance(block, SwinTransformerBlock)
+        and block.window_area <= LARGEST_WINDOW
+        and block.attn.qkv.out_features <= 3 * block.attn.num_heads * LARGEST_HEAD
+        and not block.attn.attn_drop.p
+    ]
 
 
-def fuse_window_attention(block: SwinTransformerBlock) -> None:
-    """Makes a block of timm's Swin compute its attention by the kernels; names of weights stay.
+def fuse(block: SwinTransformerBlock) -> None:
+    """Makes a block compute its attention by the kernels; names of weights stay.
 
-    A method, which `copy.deepcopy` binds to the copy.
+    By a method, which `copy.deepcopy` binds to the copy.
     """
     block._attn = types.MethodType(_attend, block)
 
@@ -159,22 +159,33 @@ _table_gradient.register_fake(_empty_table)
 window_attention.register_autograd(_differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.unicl_fast.window_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.unicl_fast.window_attention)
 def _count_forward(qkv: Any, table: Any, layout: Sequence[int], *_: Any, **__: Any) -> int:
     """Operations of two products; counted from shapes."""
     b, height, width, channels = qkv
     return 2 * 2 * int(b * height * width * layout[0] * layout[1] * channels // 3)
 
 
-@register_flop_formula(torch.ops.unicl_fast.window_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.unicl_fast.window_attention_backward)
 def _count_backward(grad: Any, qkv: Any, *rest: Any, **_: Any) -> int:
     """Operations of five products."""
-    return 5 * _count_forward(qkv, *rest) // 2
+    return int(5 * _count_forward(qkv, *rest) // 2)
 
 
 def _num_programs(qkv: Tensor, heads: int, n: int) -> int:
     """How many programs share the windows of a head; by sizes alone, as it decides roundings."""
     return min(qkv[..., 0].numel() // n, -(-PROGRAMS // heads))
+
+
+def launch_options(dtype: torch.dtype, *, capability: int, backward: bool) -> dict[str, int]:
+    """How a kernel is compiled: with these none needs more registers than a thread can have.
+
+    fp32 is multiplied outside of tensor cores, whose three products of TF32 take too many. Stages
+    are windows that are on their way from memory while one is computed.
+    """
+    is_wide = dtype == torch.float32
+    one_at_a_time = backward and (is_wide or capability < 90)
+    return {"num_warps": 8 if is_wide else 4, "num_stages": 1 if one_at_a_time else 3}
 
 
 def _block(size: int) -> int:
@@ -192,6 +203,8 @@ def _launch(
     heads, n = table.shape[1], layout[0] * layout[1]
     head_width = qkv.shape[-1] // (3 * heads)
     programs = _num_programs(qkv, heads, n)
+    major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (8, 0)
+    capability = 10 * major + minor
     with torch.cuda.device_of(qkv):
         kernel[heads, programs](
             qkv.contiguous(),
@@ -204,23 +217,36 @@ def _launch(
             head_width=head_width,
             block=_block(n),
             depth=_block(head_width),
-            precision=dot_precision(qkv.dtype),
-            num_warps=NUM_WARPS[qkv.dtype],
+            **launch_options(qkv.dtype, capability=capability, backward=kernel is _backward),
         )
 
 
 @triton.jit
 def _bias(
-    table: tl.tensor, window_height: tl.constexpr, window_width: tl.constexpr, block: tl.constexpr
+    table: tl.tensor,
+    window_height: tl.constexpr,
+    window_width: tl.constexpr,
+    shift_down: tl.constexpr,
+    shift_right: tl.constexpr,
+    block: tl.constexpr,
 ) -> tl.tensor:
-    """This head's bias [block block]; columns beyond the window get a weight of 0."""
+    """This head's bias [block block]; columns beyond the window get a weight of 0.
+
+    Its two lowest bits tell whether, in a window at the lower or right edge of the map, a roll has
+    brought two tokens from opposite sides. A mask of its own would take 32 registers.
+    """
     rows, columns = tl.arange(0, block)[:, None], tl.arange(0, block)[None, :]
     down = rows // window_width - columns // window_width + window_height - 1
     right = rows % window_width - columns % window_width + window_width - 1
     where = (down * (2 * window_width - 1) + right) * tl.num_programs(0) + tl.program_id(0)
     n: tl.constexpr = window_height * window_width
+    low: tl.constexpr = window_height - shift_down
+    far: tl.constexpr = window_width - shift_right
     bias = tl.load(table + where, mask=(rows < n) & (columns < n), other=0).to(tl.float32)
-    return tl.where(columns < n, bias, float("-inf"))
+    apart = 2 * ((rows // window_width >= low) != (columns // window_width >= low))
+    apart += (rows % window_width >= far) != (columns % window_width >= far)
+    bits = (bias.to(tl.int32, bitcast=True) & ~3) | apart
+    return tl.where(columns < n, bits.to(tl.float32, bitcast=True), float("-inf"))
 
 
 @triton.jit
@@ -235,18 +261,25 @@ def _places(
     roll: tl.constexpr,
     block: tl.constexpr,
 ) -> tl.tensor:
-    """Where a window's image begins, its tokens' places there, and the side that they came from."""
+    """Where a window's image begins, and its tokens' places; which edges of the map it touches."""
     rows, columns = height // window_height, width // window_width
     image, of_image = window // (rows * columns), window % (rows * columns)
     row, column = of_image // columns, of_image % columns
     token = tl.arange(0, block)
     y, x = token // window_width, token % window_width
-    below = (row == rows - 1) & (y >= window_height - shift_down)
-    beyond = (column == columns - 1) & (x >= window_width - shift_right)
     y, x = y + row * window_height, x + column * window_width
     if roll:
         y, x = (y + shift_down) % height, (x + shift_right) % width
-    return image.to(tl.int64) * height * width, y * width + x, 2 * below + beyond
+    return (
+        image.to(tl.int64) * height * width,
+        y * width + x,
+        2 * (row == rows - 1) + (column == columns - 1),
+    )
+
+
+@triton.jit
+def _dot(left: tl.tensor, right: tl.tensor) -> tl.tensor:
+    return tl.dot(left, right, input_precision="ieee")
 
 
 @triton.jit
@@ -254,15 +287,14 @@ def _exps(
     query: tl.tensor,
     key: tl.tensor,
     bias: tl.tensor,
-    side: tl.tensor,
+    edges: tl.tensor,
     scale: tl.tensor,
     is_shifted: tl.constexpr,
-    precision: tl.constexpr,
 ) -> tl.tensor:
     """exp(score - largest of the row) [block block], and its sums over rows."""
-    scores = tl.dot(query, tl.trans(key), input_precision=precision) * scale + bias
+    scores = _dot(query, tl.trans(key)) * scale + bias
     if is_shifted:
-        scores += tl.where(side[:, None] == side[None, :], 0.0, _MASKED)
+        scores += tl.where((bias.to(tl.int32, bitcast=True) & edges) == 0, 0.0, _MASKED)
     exps = tl.exp(scores - tl.max(scores, 1)[:, None])
     return exps, tl.sum(exps, 1)[:, None]
 
@@ -284,24 +316,23 @@ def _forward(
     head_width: tl.constexpr,
     block: tl.constexpr,
     depth: tl.constexpr,
-    precision: tl.constexpr,
 ) -> None:
     """Stores the attention of a head in every `num_programs`th window."""
     channels = tl.num_programs(0) * head_width
     part = tl.program_id(0) * head_width + tl.arange(0, depth)[None, :]
     exists = (tl.arange(0, block) < window_height * window_width)[:, None]
     exists = exists & (tl.arange(0, depth) < head_width)[None, :]
-    bias = _bias(table, window_height, window_width, block)
+    bias = _bias(table, window_height, window_width, shift_down, shift_right, block)
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        image, token, side = _places(
+        image, token, edges = _places(
             window, height, width, window_height, window_width, shift_down, shift_right, roll, block
         )
-        tokens = qkv + image * 3 * channels + token[:, None] * 3 * channels + part
-        query = tl.load(tokens, mask=exists, other=0)
-        key = tl.load(tokens + channels, mask=exists, other=0)
-        value = tl.load(tokens + 2 * channels, mask=exists, other=0)
-        exps, sums = _exps(query, key, bias, side, scale, shift_down + shift_right > 0, precision)
-        result = tl.dot(exps.to(value.dtype), value, input_precision=precision) / sums
+        tokens, place = qkv + image * 3 * channels, token[:, None] * 3 * channels + part
+        query = tl.load(tokens + place, mask=exists, other=0)
+        key = tl.load(tokens + channels + place, mask=exists, other=0)
+        value = tl.load(tokens + 2 * channels + place, mask=exists, other=0)
+        exps, sums = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
+        result = _dot(exps.to(value.dtype), value) / sums
         where = mixed + image * channels + token[:, None] * channels + part
         tl.store(where, result.to(value.dtype), mask=exists)
 
@@ -325,37 +356,36 @@ def _backward(
     head_width: tl.constexpr,
     block: tl.constexpr,
     depth: tl.constexpr,
-    precision: tl.constexpr,
 ) -> None:
     """Stores the gradients of queries, keys and values, and the sum of the scores' gradients."""
     channels = tl.num_programs(0) * head_width
     part = tl.program_id(0) * head_width + tl.arange(0, depth)[None, :]
     n: tl.constexpr = window_height * window_width
     exists = (tl.arange(0, block) < n)[:, None] & (tl.arange(0, depth) < head_width)[None, :]
-    bias = _bias(table, window_height, window_width, block)
+    bias = _bias(table, window_height, window_width, shift_down, shift_right, block)
     bias_sum = tl.zeros((block, block), dtype=tl.float32)
     for window in range(tl.program_id(1), num_windows, tl.num_programs(1)):
-        image, token, side = _places(
+        image, token, edges = _places(
             window, height, width, window_height, window_width, shift_down, shift_right, roll, block
         )
-        place = image * 3 * channels + token[:, None] * 3 * channels + part
-        query = tl.load(qkv + place, mask=exists, other=0)
-        key = tl.load(qkv + place + channels, mask=exists, other=0)
-        value = tl.load(qkv + place + 2 * channels, mask=exists, other=0)
-        of_grad = grad + image * channels + token[:, None] * channels + part
-        given = tl.load(of_grad, mask=exists, other=0)
-        exps, sums = _exps(query, key, bias, side, scale, shift_down + shift_right > 0, precision)
+        place, given_place = token[:, None] * 3 * channels + part, token[:, None] * channels + part
+        tokens, grad_tokens = qkv + image * 3 * channels, grad_qkv + image * 3 * channels
+        query = tl.load(tokens + place, mask=exists, other=0)
+        key = tl.load(tokens + channels + place, mask=exists, other=0)
+        value = tl.load(tokens + 2 * channels + place, mask=exists, other=0)
+        given = tl.load(grad + image * channels + given_place, mask=exists, other=0)
+        exps, sums = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
         weights = exps / sums
-        by_value = tl.dot(tl.trans(weights.to(given.dtype)), given, input_precision=precision)
-        tl.store(grad_qkv + place + 2 * channels, by_value.to(given.dtype), mask=exists)
-        by_weight = tl.dot(given, tl.trans(value), input_precision=precision)
+        by_value = _dot(tl.trans(weights.to(given.dtype)), given)
+        tl.store(grad_tokens + 2 * channels + place, by_value.to(given.dtype), mask=exists)
+        by_weight = _dot(given, tl.trans(value))
         by_score = weights * (by_weight - tl.sum(weights * by_weight, 1)[:, None])
         bias_sum += by_score
         by_score = by_score.to(given.dtype)
-        by_query = tl.dot(by_score, key, input_precision=precision) * scale
-        tl.store(grad_qkv + place, by_query.to(given.dtype), mask=exists)
-        by_key = tl.dot(tl.trans(by_score), query, input_precision=precision) * scale
-        tl.store(grad_qkv + place + channels, by_key.to(given.dtype), mask=exists)
+        by_query = _dot(by_score, key) * scale
+        tl.store(grad_tokens + place, by_query.to(given.dtype), mask=exists)
+        by_key = _dot(tl.trans(by_score), query) * scale
+        tl.store(grad_tokens + channels + place, by_key.to(given.dtype), mask=exists)
     rows, columns = tl.arange(0, block)[:, None], tl.arange(0, block)[None, :]
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     where = bias_sums + program * n * n + rows * n + columns

@@ -113,7 +113,7 @@ class TritonTiles(Tiles):
                 images.shape[1],
                 rows.start - columns.start,
                 exclude_self=self.exclude_self,
-                precision=dot_precision(images.dtype),
+                precision=_precision(images.dtype),
                 **self._blocks._asdict(),
             )
 
@@ -127,7 +127,7 @@ def _aligned(features: Tensor) -> Tensor:
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply fp32: in three parts, or in one where torch may use TF32, too."""
     matmul = torch.backends.cuda.matmul
     setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and up
