@@ -183,9 +183,9 @@ def launch_options(dtype: torch.dtype, *, capability: int, backward: bool) -> di
     fp32 is multiplied outside of tensor cores, whose three products of TF32 take too many. Stages
     are windows that are on their way from memory while one is computed.
     """
-    is_wide = dtype == torch.float32
-    one_at_a_time = backward and (is_wide or capability < 90)
-    return {"num_warps": 8 if is_wide else 4, "num_stages": 1 if one_at_a_time else 3}
+    if dtype == torch.float32:
+        return {"num_warps": 8, "num_stages": 1 if backward else 2}
+    return {"num_warps": 4, "num_stages": 1 if backward and capability < 90 else 3}
 
 
 def _block(size: int) -> int:

@@ -1,4 +1,4 @@
-"""The loss and its gradients, in a process whose Triton kernels are interpreted on the CPU.
+"""What kernels compute, in a process whose Triton kernels are interpreted on the CPU.
 
 Triton reads TRITON_INTERPRET as it is imported, and torch imports triton: a process that has begun
 without the variable cannot turn to it.
@@ -6,11 +6,32 @@ without the variable cannot turn to it.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unified_contrastive_loss
+from unicl_fast.objectives.positives import Membership
+
+Compute = Callable[..., list[torch.Tensor]]
+"""Calls a function of this file where the kernels run, and returns what it returns."""
+
+
+def call_on(device: str, function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+    """Calls a function of this file with tensors and modules on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Membership):
+            return Membership(*map(move, value))
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(device)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    results = function(*map(move, arguments), **{name: move(x) for name, x in options.items()})
+    return [result.cpu() for result in results]
 
 
 def loss_and_gradients(
@@ -61,13 +82,34 @@ def loss_of_two_ranks(
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
+def attention_and_gradients(
+    block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
+) -> list[torch.Tensor]:
+    """Attention of a block of Swin, and its gradients of x and of all weights, by name."""
+    block, x = copy.deepcopy(block), x.detach().clone().requires_grad_()
+    if fused:
+        from unicl_fast.models.window_attention import blocks_that_fit, fuse
+
+        (fitting,) = blocks_that_fit(block)
+        fuse(fitting)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        mixed = block._attn(x)
+    weights = dict(sorted(block.attn.named_parameters())).values()
+    return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
+
+
 def set_up_interpreter() -> None:
-    """Blocks of 16 and tiles of 40 x 40, so that small batches have several and ragged ones."""
+    """Blocks of 16 and tiles of 40 x 40, so that small batches have several and ragged ones.
+
+    And five programs for window attention, which have several windows each.
+    """
+    from unicl_fast.models import window_attention
     from unicl_fast.objectives import loss_tiled, loss_triton
 
     for dtype in loss_triton.BLOCKS:
         loss_triton.BLOCKS[dtype] = loss_triton.Blocks(16, 16, 16, num_warps=4, num_stages=1)
     loss_tiled.LARGEST_TILE["cpu"] = 40 * 40
+    window_attention.PROGRAMS = 5
     _mend_bf16()
 
 
