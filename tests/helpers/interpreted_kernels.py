@@ -98,6 +98,44 @@ def attention_and_gradients(
     return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
 
 
+def check_operators(*, shift: int) -> list[torch.Tensor]:
+    """Whether torch may trace, compile and differentiate window attention as it is registered."""
+    from unicl_fast.models.window_attention import window_attention
+
+    qkv, table = torch.randn(1, 6, 4, 3 * 2 * 16), torch.randn(5 * 3, 2)
+    inputs = qkv.requires_grad_(), table.requires_grad_(), [3, 2, shift, shift, 1], 0.25
+    torch.library.opcheck(window_attention, inputs)
+    return []
+
+
+def gradients_of_swin(
+    images: torch.Tensor, *, backend: str = "", **efficiency: Any
+) -> list[torch.Tensor]:
+    """Gradients of a small Swin's weights, in the order of their names, eager or compiled.
+
+    Before them come the number of graphs and the number of breaks in them.
+    """
+    from small_runs import tiny_config
+    from torch._dynamo.utils import counters
+
+    from unicl_fast.models.efficiency import find_blocks, fuse_window_attention
+    from unicl_fast.models.unicl import UniCL
+
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32", **efficiency)
+    model = UniCL(config).to(images.device)
+    assert fuse_window_attention(model.image_encoder) == 6
+    model.set_drop_path_key(step=0, global_index=torch.arange(len(images), device=images.device))
+    torch.compiler.reset()
+    counters.clear()
+    for block in find_blocks(model.image_encoder) if backend else ():
+        block.compile(backend=backend)
+    features = model.encode_image(images)
+    weights = dict(sorted(model.image_encoder.named_parameters())).values()
+    gradients = torch.autograd.grad(features[:, 0].sum(), list(weights))
+    counts = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return [torch.tensor(counts), *gradients]
+
+
 def set_up_interpreter() -> None:
     """Blocks of 16 and tiles of 40 x 40, so that small batches have several and ragged ones.
 

@@ -97,7 +97,7 @@ def window_attention(qkv: Tensor, table: Tensor, layout: Sequence[int], scale: f
         [b height width, heads d] in the type of `qkv`; softmax and sums are computed in fp32.
 
     Raises:
-        ValueError: the tensors are not on a CUDA device.
+        ValueError: sizes that do not fit, or tensors that are not on a CUDA device.
     """
     mixed = _empty_mixed(qkv)
     _launch(_forward, qkv, table, layout, scale, mixed)
@@ -200,8 +200,16 @@ def _launch(
             f"window attention in Triton computes on a CUDA device, not on {qkv.device.type}; "
             "use efficiency.window_attention auto or timm there"
         )
-    heads, n = table.shape[1], layout[0] * layout[1]
-    head_width = qkv.shape[-1] // (3 * heads)
+    (rows, heads), (*_, height, width, channels) = table.shape, qkv.shape
+    n, head_width = layout[0] * layout[1], channels // (3 * heads)
+    is_whole = not (height % layout[0] or width % layout[1] or channels % (3 * heads))
+    fits = is_whole and n <= LARGEST_WINDOW and head_width <= LARGEST_HEAD
+    if not fits or rows != (2 * layout[0] - 1) * (2 * layout[1] - 1):
+        raise ValueError(
+            f"expected whole windows of {layout[0]} x {layout[1]}, at most {LARGEST_WINDOW} "
+            f"tokens in each and {LARGEST_HEAD} values in a head, and a bias for each relative "
+            f"position; got qkv {list(qkv.shape)} and a table {list(table.shape)}"
+        )
     programs = _num_programs(qkv, heads, n)
     major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (8, 0)
     capability = 10 * major + minor
@@ -212,7 +220,8 @@ def _launch(
             *results,
             scale,
             qkv[..., 0].numel() // n,
-            *qkv.shape[1:3],
+            height,
+            width,
             *layout,
             head_width=head_width,
             block=_block(n),
