@@ -32,6 +32,10 @@ from unicl_fast.models.unicl import UniCL
 pytest.importorskip("triton")
 
 
+ROUNDING = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""A relative error that the kernels may have, even if timm's is smaller."""
+
+
 def build_block(
     size: tuple[int, int], *, window: Any = 7, shift: int = 0, heads: int = 2, head_width: int = 32
 ) -> SwinTransformerBlock:
@@ -60,7 +64,7 @@ def check_against_timm(
     call = attention_and_gradients, block, x, grad
     ours, theirs = (compute(*call, fused=fused, autocast=autocast) for fused in (True, False))
     wide = copy.deepcopy(block).double(), x.double(), grad.double()
-    rounding = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    rounding = ROUNDING[torch.bfloat16 if autocast else dtype]
     for our, their, exact in zip(
         ours, theirs, attention_and_gradients(*wide, fused=False), strict=True
     ):
