@@ -214,7 +214,7 @@ def resolve_window_attention(
     chosen: WindowAttention = config.efficiency.window_attention
     if chosen == "timm" or (chosen == "auto" and not _has_swin_blocks(model)):
         return _with_window_attention(config, "timm")
-    obstacle = _obstacle_to_window_attention(config, model, device)
+    obstacle = obstacle_to_window_attention(config, model, device)
     if chosen == "triton" and obstacle:
         raise ValueError(
             f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
@@ -235,7 +235,7 @@ def _has_swin_blocks(model: UniCL) -> bool:
     return any(type(block).__name__ == _SWIN_BLOCK for block in find_blocks(model))
 
 
-def _obstacle_to_window_attention(config: TrainConfig, model: UniCL, device: torch.device) -> str:
+def obstacle_to_window_attention(config: TrainConfig, model: UniCL, device: torch.device) -> str:
     """Says why the kernels cannot compute a model's attention; empty where they can."""
     if device.type != "cuda":
         return "the kernels run on CUDA devices only"
