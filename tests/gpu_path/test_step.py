@@ -151,6 +151,43 @@ def test_the_step_of_a_preset_stays_in_its_budget(
     check_budget(name, kernels, images=512)
 
 
+SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
+"""Of texts, of a small ViT and of both stages of a small Swin: rows, heads, tokens twice."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("image_encoder", "attention", "expected"),
+    [
+        ("test_vit", "timm", set()),
+        ("unicl_swin6_small", "timm", {(48, 3, 16, 16), (12, 6, 16, 16)}),
+        ("unicl_swin6_small", "triton", set()),
+    ],
+)
+def test_no_tower_stores_scores(
+    stand_in: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    image_encoder: str,
+    attention: str,
+    expected: set[tuple[int, ...]],
+) -> None:
+    """Neither that of texts, nor those of images but for timm's windows, in which they are seen."""
+    if attention == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: "")
+        from unicl_fast.models import window_attention
+
+        # sums of the bias' gradients have the shape of scores where a program has one window
+        monkeypatch.setattr(window_attention, "PROGRAMS", 1)
+    settings = {"image_encoder": image_encoder, "window_attention": attention, "compile": "off"}
+    config, batch = config_of("unicl", precision, settings), tiny_batch()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text_heads=1))
+    with fake_gpu(stand_in) as mode:
+        kernels = second_step(*fake_trainer(mode, config, batch))
+    assert kernels.shapes & {*SCORES} == expected
+
+
 def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:
     config = config_of("unicl", "bf16", {})
     config = dataclasses.replace(

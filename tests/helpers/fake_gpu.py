@@ -187,6 +187,8 @@ class Kernels(TorchDispatchMode):
         self.num_bytes = 0
         self.seconds = 0.0
         """A roofline: each operator takes the time of its bytes or of its products on an H100."""
+        self.shapes: set[tuple[int, ...]] = set()
+        """Of all tensors that were made."""
         self.copies_to_device: Counter[str] = Counter()
         self._pinned: set[int] = set()
 
@@ -242,6 +244,7 @@ class Kernels(TorchDispatchMode):
         if not on_device or not (made or written) or name in _ALLOCATIONS:
             return 0
         self.launches[name] += 1
+        self.shapes |= {tuple(tensor.shape) for tensor in made}
         read = inputs[1:] if name in _OVERWRITING else inputs
         if name in _READS_ROWS:
             read = [*outputs, *inputs[1:]]

@@ -136,7 +136,7 @@ def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.Monke
     planned, roomy = [], dataclasses.replace(ours, device_bytes=1 << 40)
     monkeypatch.setattr(memory_plan, "plan", lambda config, **_: planned.append(config) or roomy)
     for obstacle in ("", "Triton is not installed"):
-        monkeypatch.setattr(memory_plan, "obstacle_to_window_attention", lambda *_: obstacle)
+        monkeypatch.setattr(memory_plan, "obstacle_to_window_attention", lambda *_, x=obstacle: x)
         check_memory(config, ranks=Ranks(), device=torch.device("cuda"), free_bytes=0)
     assert [one.efficiency.window_attention for one in planned] == ["triton", "timm"]
 
