@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -392,7 +392,7 @@ def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, grad: Tensor) -> 
     return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
 
 
-def _note_gaps(bench: Bench, name: str, works: dict[str, Callable[[], list[Tensor]]]) -> None:
+def _note_gaps(bench: Bench, name: str, works: Mapping[str, Callable[[], list[Tensor]]]) -> None:
     """Writes down how far our results are from timm's; both have the rounding of bf16."""
     timms, ours = (work() for work in works.values())
     gaps = [

@@ -169,7 +169,8 @@ def _count_forward(qkv: Any, table: Any, layout: Sequence[int], *_: Any, **__: A
 @register_flop_formula(torch.ops.unicl_fast.window_attention_backward)
 def _count_backward(grad: Any, qkv: Any, *rest: Any, **_: Any) -> int:
     """Operations of five products."""
-    return int(5 * _count_forward(qkv, *rest) // 2)
+    forward: int = _count_forward(qkv, *rest)
+    return 5 * forward // 2
 
 
 def _num_programs(qkv: Tensor, heads: int, n: int) -> int:
@@ -270,7 +271,7 @@ def _places(
     roll: tl.constexpr,
     block: tl.constexpr,
 ) -> tl.tensor:
-    """Where a window's image begins, and its tokens' places; which edges of the map it touches."""
+    """The start of a window's image, its tokens' places there, and the edges that it touches."""
     rows, columns = height // window_height, width // window_width
     image, of_image = window // (rows * columns), window % (rows * columns)
     row, column = of_image // columns, of_image % columns
