@@ -8,11 +8,8 @@ token by itself, so no token has to move.
 
 A row of scores is whole in a program. So backward computes the probabilities anew from queries and
 keys, and not even their log-sum-exp is stored. The table's gradient is summed up in a fixed order:
-by each program over its windows, then by a last kernel over the programs.
-
-torch's FlexAttention adds up the gradient of a captured table by atomic additions, in any order,
-stores all scores where it is not compiled, and takes windows that are cut out before. Its masks
-leave out blocks of 128 tokens, and a window has 49.
+by each program over its windows, then by a last kernel over the programs. docs/architecture.md says
+why torch's FlexAttention does not take its place.
 
 Importing this module imports triton; `efficiency.py` does so when the kernels are to be used.
 """
@@ -190,7 +187,7 @@ def launch_options(dtype: torch.dtype, *, capability: int, backward: bool) -> di
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _launch(
