@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +24,7 @@ import unicl_fast
 
 if TYPE_CHECKING:
     import torch
+    from interpreted_kernels import Compute
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -62,6 +66,30 @@ def images(shared_data: Path) -> torch.Tensor:
     from small_runs import real_images
 
     return real_images(shared_data, 12)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """A process whose Triton kernels are interpreted."""
+    from interpreted_kernels import set_up_interpreter
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=set_up_interpreter) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()  # the process begins here
+        yield pool
+
+
+@pytest.fixture(scope="module", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def compute(request: pytest.FixtureRequest) -> Compute:
+    """Calls functions of `interpreted_kernels` where Triton's kernels run."""
+    from interpreted_kernels import call_on
+
+    if request.param == "gpu":
+        return functools.partial(call_on, "cuda")
+    pool = request.getfixturevalue("interpreter")
+    return lambda *call, **options: pool.submit(*call, **options).result()
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ Resample = Literal["fused", "dali"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled", "triton"]
 Compilation = Literal["auto", "off", "blocks", "encoders"]
+WindowAttention = Literal["auto", "triton", "timm"]
 Switch = Literal["auto", "on", "off"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
@@ -311,6 +312,10 @@ class EfficiencyConfig:
     which takes minutes at the start. auto takes blocks on a GPU, if a C++ compiler and Triton are
     there, and off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new
     ones seldom compile anew. Refused with activation_checkpointing of BatchNorm."""
+    window_attention: WindowAttention = "auto"
+    """Attention of timm's Swin: as timm has it (timm), or by kernels that store no scores and move
+    no tokens (triton), for windows of up to 64 tokens on a CUDA device, with the package triton and
+    any precision but fp64. auto takes triton where it can, from an A100 on."""
     tf32: Switch = "auto"
     """Compute fp32 products on a GPU in TF32, with 10 bits of fraction: auto, on or off. They are
     faster, and rounded: not for parity in fp32. auto takes TF32 with precision bf16 or fp16, which

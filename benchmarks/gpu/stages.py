@@ -8,6 +8,7 @@ small and figures that mean nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import platform
@@ -15,13 +16,14 @@ import re
 import subprocess
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -37,7 +39,7 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
-from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.efficiency import compile_encoders, fuse_window_attention
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.targets import collate
@@ -219,6 +221,7 @@ def measure_switches(bench: Bench) -> None:
         "padded texts": {"text_layout": "padded"},
         "no channels_last": {"channels_last": False},
         "no fused optimizer": {"fused_optimizer": False},
+        "timm's window attention": {"window_attention": "timm"},
         "fp32": {"precision": "fp32"},
         "fp32 with TF32": {"precision": "fp32", "tf32": "on"},
     }
@@ -358,6 +361,48 @@ def loss_work(
     return work
 
 
+def measure_windows(bench: Bench) -> None:
+    """Window attention of Swin-T's four widths, forward and backward: timm's, and our kernels."""
+    size = 4 if bench.is_tiny else 256
+    generator = torch.Generator().manual_seed(0)
+    for width, side in bench.first_if_tiny((96, 56), (192, 28), (384, 14), (768, 7)):
+        block = SwinTransformerBlock(width, (side, side), width // 32, window_size=7, shift_size=3)
+        block.to(bench.device)
+        shape = size, side, side, width
+        x, grad = (torch.randn(shape, generator=generator).to(bench.device) for _ in range(2))
+        works = {"timm": functools.partial(_attend_in_windows, block, x, grad)}
+        if _has_triton(bench):
+            fused = copy.deepcopy(block)
+            fuse_window_attention(fused)
+            works["triton"] = functools.partial(_attend_in_windows, fused, x, grad)
+            _note_gaps(bench, f"windows of {width} values", works)
+        named = {f"windows of {width} values, {name}": work for name, work in works.items()}
+        seconds = bench.take_turns(named, count=size, unit="images/s")
+        if "triton" in works:
+            timms, ours = seconds.values()
+            bench.note(f"windows of {width} values, of timm's time", 100 * ours / timms, "%")
+
+
+def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output in bf16, and gradients of x and the weights."""
+    x = x.detach().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        mixed = block._attn(x)
+    weights = block.attn.parameters()
+    return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
+
+
+def _note_gaps(bench: Bench, name: str, works: Mapping[str, Callable[[], list[Tensor]]]) -> None:
+    """Writes down how far our results are from timm's; both have the rounding of bf16."""
+    timms, ours = (work() for work in works.values())
+    gaps = [
+        float((our.float() - their.float()).norm() / their.float().norm())
+        for our, their in zip(ours, timms, strict=True)
+    ]
+    bench.note(f"{name}, result", gaps[0], "relative error")
+    bench.note(f"{name}, gradients", max(gaps[1:]), "relative error")
+
+
 def compare_with_open_clip(bench: Bench) -> None:
     """Our step and open_clip's on the same architecture and data, in turns."""
     from ..training.step import build_open_clip, compare, open_clip_step
@@ -447,4 +492,5 @@ PART_A = {
     "open-clip": GpuStage(
         part="A9", about="open_clip's step", run=compare_with_open_clip, needs=("open_clip",)
     ),
+    "windows": GpuStage(part="A10", about="window attention alone", run=measure_windows),
 }

@@ -21,6 +21,7 @@ from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
+from unicl_fast.models import efficiency
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -100,8 +101,10 @@ def second_step(trainer: Trainer, batch: Batch) -> Kernels:
     return kernels
 
 
-def check_budget(name: str, kernels: Kernels) -> None:
+def check_budget(name: str, kernels: Kernels, *, images: int = 0) -> None:
     figures = {"launches": kernels.launches.total(), "bytes": kernels.num_bytes}
+    if images:
+        figures["images/s by the roofline of an H100"] = round(images / kernels.seconds)
     compare("gpu_step.json", name, figures | kernels.copies_to_device, versions=VERSIONS)
 
 
@@ -120,19 +123,69 @@ def test_a_step_never_waits_and_stays_in_its_budget(
 
 
 @slow
-@pytest.mark.parametrize("preset", ["swin-tiny", "vit-base", "resnet50", "focalnet-base"])
-def test_the_step_of_a_preset_stays_in_its_budget(stand_in: ctypes.CDLL, preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "attention"),
+    [
+        *((preset, "timm") for preset in ("swin-tiny", "vit-base", "resnet50", "focalnet-base")),
+        ("swin-tiny", "triton"),
+    ],
+)
+def test_the_step_of_a_preset_stays_in_its_budget(
+    stand_in: ctypes.CDLL, preset: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """512 photographs of 224 x 224 in bf16: the released recipe on eight GPUs."""
+    if attention == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: "")
     config = build_preset(preset)
+    settings = {"precision": "bf16", "compile": "off", "window_attention": attention}
     config = dataclasses.replace(
         config,
-        efficiency=dataclasses.replace(config.efficiency, precision="bf16"),
+        efficiency=dataclasses.replace(config.efficiency, **settings),
         run=dataclasses.replace(config.run, global_batch_size=512, steps=10),
     )
     batch = photographs(512, 224)
     with fake_gpu(stand_in) as mode:
         kernels = second_step(*fake_trainer(mode, config, batch))
-    check_budget(preset, kernels)
+    name = preset if attention == "timm" else f"{preset}, window attention in Triton"
+    check_budget(name, kernels, images=512)
+
+
+SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
+"""Of texts, of a small ViT and of both stages of a small Swin: rows, heads, tokens twice."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("image_encoder", "attention", "expected"),
+    [
+        ("test_vit", "timm", set()),
+        ("unicl_swin6_small", "timm", {(48, 3, 16, 16), (12, 6, 16, 16)}),
+        ("unicl_swin6_small", "triton", set()),
+    ],
+)
+def test_no_tower_stores_scores(
+    stand_in: ctypes.CDLL,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    image_encoder: str,
+    attention: str,
+    expected: set[tuple[int, ...]],
+) -> None:
+    """Neither that of texts, nor those of images but for timm's windows, in which they are seen."""
+    if attention == "triton":
+        pytest.importorskip("triton")
+        monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: "")
+        from unicl_fast.models import window_attention
+
+        # sums of the bias' gradients have the shape of scores where a program has one window
+        monkeypatch.setattr(window_attention, "PROGRAMS", 1)
+    settings = {"image_encoder": image_encoder, "window_attention": attention, "compile": "off"}
+    config, batch = config_of("unicl", precision, settings), tiny_batch()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text_heads=1))
+    with fake_gpu(stand_in) as mode:
+        kernels = second_step(*fake_trainer(mode, config, batch))
+    assert kernels.shapes & {*SCORES} == expected
 
 
 def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:

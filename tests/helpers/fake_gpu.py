@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths, library_paths
+from torch.utils.flop_counter import flop_registry
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
@@ -38,6 +39,8 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.trainer import Trainer
 
 GPU = torch.device("cuda:0")
+# NVIDIA's data sheet of the H100 SXM: memory, and products of 16 bits without sparsity.
+H100_BYTES, H100_OPERATIONS = 3.35e12, 989e12
 
 _STAND_IN = """
 #include <ATen/CPUGeneratorImpl.h>
@@ -182,6 +185,10 @@ class Kernels(TorchDispatchMode):
         self._may_wait = may_wait
         self.launches: Counter[str] = Counter()
         self.num_bytes = 0
+        self.seconds = 0.0
+        """A roofline: each operator takes the time of its bytes or of its products on an H100."""
+        self.shapes: set[tuple[int, ...]] = set()
+        """Of all tensors that were made."""
         self.copies_to_device: Counter[str] = Counter()
         self._pinned: set[int] = set()
 
@@ -208,7 +215,12 @@ class Kernels(TorchDispatchMode):
             if source.device.type != outputs[0].device.type:
                 self._check_crossing(source, non_blocking=kwargs.get("non_blocking", args[2:3]))
                 return result
-        self._count(name, inputs, outputs, written=_written(function._schema, args, kwargs))
+        num_bytes = self._count(
+            name, inputs, outputs, written=_written(function._schema, args, kwargs)
+        )
+        count = flop_registry.get(function._overloadpacket)
+        products = count(*args, **kwargs, out_val=result) if count and num_bytes else 0
+        self.seconds += max(num_bytes / H100_BYTES, products / H100_OPERATIONS)
         return result
 
     def _check_crossing(self, source: Tensor, *, non_blocking: object) -> None:
@@ -225,17 +237,20 @@ class Kernels(TorchDispatchMode):
 
     def _count(
         self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, written: list[Tensor]
-    ) -> None:
+    ) -> int:
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         made = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
         on_device = any(tensor.device.type == "cuda" for tensor in [*inputs, *outputs])
         if not on_device or not (made or written) or name in _ALLOCATIONS:
-            return
+            return 0
         self.launches[name] += 1
+        self.shapes |= {tuple(tensor.shape) for tensor in made}
         read = inputs[1:] if name in _OVERWRITING else inputs
         if name in _READS_ROWS:
             read = [*outputs, *inputs[1:]]
-        self.num_bytes += sum(map(_bytes_of, [*read, *written, *made]))
+        num_bytes = sum(map(_bytes_of, [*read, *written, *made]))
+        self.num_bytes += num_bytes
+        return num_bytes
 
 
 def _tensors(values: object) -> list[Tensor]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import re
-import subprocess
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from compiled_kernels import SHARED_BYTES, TYPES, check_fit, compile_ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted_loss import loss_and_gradients, loss_of_two_ranks, set_up_interpreter
+from interpreted_kernels import Compute, call_on, loss_and_gradients, loss_of_two_ranks
 from torch.nn import functional as F
 
 from unicl_fast.objectives import loss as loss_module
@@ -24,37 +20,6 @@ from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.positives import Membership
 
 triton = pytest.importorskip("triton")
-
-Compute = Callable[..., list[torch.Tensor]]
-"""Calls a function of `interpreted_loss` where the kernels run, and returns what it returns."""
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=set_up_interpreter) as pool:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()  # the process begins here
-        yield pool
-
-
-@pytest.fixture(scope="module", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
-def compute(request: pytest.FixtureRequest) -> Compute:
-    if request.param == "gpu":
-        return functools.partial(call_on, "cuda")
-    pool = request.getfixturevalue("interpreter")
-    return lambda *call, **options: pool.submit(*call, **options).result()
-
-
-def call_on(device: str, function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
-    def move(value: Any) -> Any:
-        if isinstance(value, Membership):
-            return Membership(*map(move, value))
-        return value.to(device) if isinstance(value, torch.Tensor) else value
-
-    results = function(*map(move, arguments), **{name: move(x) for name, x in options.items()})
-    return [result.cpu() for result in results]
 
 
 def unit_rows(n: int, d: int, *, seed: int) -> torch.Tensor:
@@ -310,12 +275,6 @@ def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
     assert form(64 * 65_536, "cpu", has_triton=True) == "tiled"
 
 
-# Shared memory that one program may have, by compute capability (CUDA C++ programming guide,
-# "technical specifications per compute capability"): A100, H100, B200.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-
-
 @pytest.mark.parametrize(
     ("capability", "dtype", "options"),
     [
@@ -344,18 +303,10 @@ def test_compiled_kernels_fit_and_spill_no_register(
     from unicl_fast.objectives import loss_triton
 
     for kernel in (loss_triton._sum_exps, loss_triton._logit_gradients):
-        compiled = compile_ahead(kernel, capability, dtype, folder=tmp_path, **options)
-        assert compiled.metadata.shared <= SHARED_BYTES[capability]
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run(
-            [tool, "-res-usage", cubin], check=True, capture_output=True, text=True
-        ).stdout
-        assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0", usage), usage
+        check_fit(compile_loss(kernel, capability, dtype, folder=tmp_path, **options), tmp_path)
 
 
-def compile_ahead(
+def compile_loss(
     kernel: Any,
     capability: int,
     dtype: torch.dtype,
@@ -366,9 +317,6 @@ def compile_ahead(
     precision: str | None = None,
 ) -> Any:
     """What a launch with such features would compile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from unicl_fast.objectives.loss_triton import BLOCKS, _precision
 
     blocks = BLOCKS[dtype]._asdict()
@@ -378,22 +326,16 @@ def compile_ahead(
         **{name: blocks[name] for name in ("height", "width", "depth")},
         **({} if counted else {"counts": None}),
     }
-    wide = NAMES[torch.promote_types(dtype, torch.float32)]
-    features = dict.fromkeys(("images", "texts", "gradient"), f"*{NAMES[dtype]}")
+    wide = TYPES[torch.promote_types(dtype, torch.float32)]
+    features = dict.fromkeys(("images", "texts", "gradient"), f"*{TYPES[dtype]}")
     sizes = dict.fromkeys(("b", "u", "d", "offset"), "i32")
     types = dict.fromkeys(kernel.arg_names, f"*{wide}") | features | sizes
-    signature = {
-        name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
-    }
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name == "d"
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(folder))
-        return triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options={name: blocks[name] for name in ("num_warps", "num_stages")},
-        )
+    return compile_ahead(
+        kernel,
+        capability,
+        types=types,
+        constants=constants,
+        multiples_of_16=("d",),
+        options={name: blocks[name] for name in ("num_warps", "num_stages")},
+        folder=folder,
+    )

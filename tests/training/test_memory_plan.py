@@ -125,6 +125,22 @@ def test_parts_follow_the_settings() -> None:
     assert on_cuda.parts["texts: activations"] < plain.parts["texts: activations"] // 2
 
 
+def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")
+    timms, ours = (plan_on_cpu(config, window_attention=way) for way in ("timm", "triton"))
+    windows, n, heads, blocks = (4, 1), 16, (3, 6), (2, 4)
+    scores = sum(w * n * n * h * b * 4 for w, h, b in zip(windows, heads, blocks, strict=True))
+    assert ours.image_bytes <= timms.image_bytes - scores
+    assert plan_on_cpu(config, window_attention="auto").image_bytes == timms.image_bytes
+    planned, roomy = [], dataclasses.replace(ours, device_bytes=1 << 40)
+    monkeypatch.setattr(memory_plan, "plan", lambda config, **_: planned.append(config) or roomy)
+    for obstacle in ("", "Triton is not installed"):
+        monkeypatch.setattr(memory_plan, "obstacle_to_window_attention", lambda *_, x=obstacle: x)
+        check_memory(config, ranks=Ranks(), device=torch.device("cuda"), free_bytes=0)
+    assert [one.efficiency.window_attention for one in planned] == ["triton", "timm"]
+
+
 @pytest.mark.parametrize("objective", ["supcon", "ce"])
 def test_objectives_without_texts_are_planned_too(objective: str) -> None:
     found = plan_on_cpu(objective_config(objective))

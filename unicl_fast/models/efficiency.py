@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from unicl_fast.config import Compilation, TrainConfig
+from unicl_fast.config import Compilation, TrainConfig, WindowAttention
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.system.machine import obstacle_to_triton
 
@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 _ALONE = Ranks()
 _MOST_GRAPHS = 128
 _OLDEST_FOR_TRITON = (7, 0)
+_OLDEST_FOR_WINDOWS = (8, 0)  # products of bf16
+_SWIN_BLOCK = "SwinTransformerBlock"
 _BLOCKS = {
-    "SwinTransformerBlock",  # Swin
+    _SWIN_BLOCK,
     "SwinTransformerV2Block",
     "Block",  # ViT
     "FocalNetBlock",
@@ -124,12 +126,21 @@ def resolve_compilation(
     if config.efficiency.compile != "auto":
         return config
     obstacle = _obstacle_to_blocks(model, device)
-    compilation: Compilation = "off" if any(gather_integers(bool(obstacle), ranks)) else "blocks"
+    blocks = _all_can("compile", "blocks", "off", obstacle, device, ranks)
+    efficiency = dataclasses.replace(config.efficiency, compile="blocks" if blocks else "off")
+    return dataclasses.replace(config, efficiency=efficiency)
+
+
+def _all_can(
+    switch: str, best: str, otherwise: str, obstacle: str, device: torch.device, ranks: Ranks
+) -> bool:
+    """Whether no rank has an obstacle to what `auto` would take; says on a GPU what it takes."""
+    can = not any(gather_integers(bool(obstacle), ranks))
     if device.type == "cuda":
         reason = f": {obstacle}" if obstacle else ""
-        logger.info("compile: %s (efficiency.compile=auto)%s", compilation, reason)
-    efficiency = dataclasses.replace(config.efficiency, compile=compilation)
-    return dataclasses.replace(config, efficiency=efficiency)
+        chosen = best if can else otherwise
+        logger.info("%s: %s (efficiency.%s=auto)%s", switch, chosen, switch, reason)
+    return can
 
 
 def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
@@ -190,6 +201,66 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
             )
         for block in blocks:
             block.compile(backend=backend)
+
+
+def resolve_window_attention(
+    config: TrainConfig, model: UniCL, device: torch.device, *, ranks: Ranks = _ALONE
+) -> TrainConfig:
+    """Replaces `efficiency.window_attention=auto` by triton where all ranks can, or timm.
+
+    Raises:
+        ValueError: triton is asked for and cannot work.
+    """
+    chosen: WindowAttention = config.efficiency.window_attention
+    if chosen == "timm" or (chosen == "auto" and not _has_swin_blocks(model)):
+        return _with_window_attention(config, "timm")
+    obstacle = obstacle_to_window_attention(config, model, device)
+    if chosen == "triton" and obstacle:
+        raise ValueError(
+            f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
+            "timm"
+        )
+    if chosen == "auto":
+        can = _all_can("window_attention", "triton", "timm", obstacle, device, ranks)
+        chosen = "triton" if can else "timm"
+    return _with_window_attention(config, chosen)
+
+
+def _with_window_attention(config: TrainConfig, chosen: WindowAttention) -> TrainConfig:
+    efficiency = dataclasses.replace(config.efficiency, window_attention=chosen)
+    return dataclasses.replace(config, efficiency=efficiency)
+
+
+def _has_swin_blocks(model: UniCL) -> bool:
+    return any(type(block).__name__ == _SWIN_BLOCK for block in find_blocks(model))
+
+
+def obstacle_to_window_attention(config: TrainConfig, model: UniCL, device: torch.device) -> str:
+    """Says why the kernels cannot compute a model's attention; empty where they can."""
+    if device.type != "cuda":
+        return "the kernels run on CUDA devices only"
+    if config.efficiency.precision == "fp64":
+        return "the kernels do not compute in fp64"
+    if obstacle := obstacle_to_triton(device.index, oldest=_OLDEST_FOR_WINDOWS):
+        return obstacle
+    from unicl_fast.models.window_attention import LARGEST_HEAD, LARGEST_WINDOW, blocks_that_fit
+
+    if not blocks_that_fit(model.image_encoder):
+        return (
+            f"the model has no block of timm's Swin with windows of at most {LARGEST_WINDOW} "
+            f"tokens, heads of at most {LARGEST_HEAD} values and no dropout in its attention"
+        )
+    return ""
+
+
+def fuse_window_attention(encoder: nn.Module) -> int:
+    """Gives the kernels the attention of all blocks that they can take; returns how many."""
+    from unicl_fast.models.window_attention import blocks_that_fit, fuse  # imports triton
+
+    blocks = blocks_that_fit(encoder)
+    for block in blocks:
+        fuse(block)
+    return len(blocks)
 
 
 def rounds_sizes(config: TrainConfig, device: torch.device) -> bool:

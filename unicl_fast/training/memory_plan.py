@@ -27,7 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 from unicl_fast.config import DataConfig, EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import find_blocks, has_batch_norm
+from unicl_fast.models.efficiency import (
+    find_blocks,
+    fuse_window_attention,
+    has_batch_norm,
+    obstacle_to_window_attention,
+)
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import stores_logits
@@ -95,8 +100,9 @@ def plan(
 ) -> MemoryPlan:
     """Plans the memory of one of `world_size` ranks.
 
-    Compiled encoders run as they are written here, and may keep less. `longest_text` is in tokens;
-    None takes the context length. Every text of a batch is taken to be as long and different.
+    Compiled encoders run as they are written here, and may keep less; so may windows whose
+    attention is `auto`. `longest_text` is in tokens; None takes the context length. Every text of a
+    batch is taken to be as long and different.
 
     Raises:
         ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
@@ -167,6 +173,10 @@ def check_memory(
         "device_type": device.type,
         "longest_text": longest_text,
     }
+    if device.type == "cuda" and config.efficiency.window_attention == "auto":
+        model = _build_on_meta(config, device.type)
+        obstacle = obstacle_to_window_attention(config, model, device)
+        config = _with(config, window_attention="timm" if obstacle else "triton")
     found = plan(config, world_size=ranks.world_size, **arguments)
     if found.fits:
         return
@@ -245,6 +255,7 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,
             text_layout=efficiency.text_layout,
+            window_attention="triton" if efficiency.window_attention == "triton" else "timm",
         ),
     )
 
@@ -257,6 +268,8 @@ def _build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
     precision, meta = Precision(config.efficiency.precision), torch.device("meta")
     with meta:
         model = UniCL(config)
+    if config.efficiency.window_attention == "triton":
+        fuse_window_attention(model.image_encoder)
     if device_type == "cpu":
         place_module(model, device=meta, precision=precision)
     return model.to(dtype=precision.weight_type)

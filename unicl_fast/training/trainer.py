@@ -38,7 +38,13 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.efficiency import compile_encoders, has_batch_norm, resolve_compilation
+from unicl_fast.models.efficiency import (
+    compile_encoders,
+    fuse_window_attention,
+    has_batch_norm,
+    resolve_compilation,
+    resolve_window_attention,
+)
 from unicl_fast.models.precision import (
     Precision,
     place_module,
@@ -149,9 +155,9 @@ class Trainer:
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         config = resolve_precision(config, self.device, ranks=self.ranks)
         self.model = model or UniCL(config)
-        self.config = config = self.model.config = resolve_compilation(
-            config, self.model, self.device, ranks=self.ranks
-        )
+        for resolve in (resolve_compilation, resolve_window_attention):
+            config = resolve(config, self.model, self.device, ranks=self.ranks)
+        self.config = self.model.config = config
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder, self._check_run_folder = run_folder, check_run_folder
@@ -169,6 +175,8 @@ class Trainer:
         place_module(self.model, device=self.device, precision=precision)
         if efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if efficiency.window_attention == "triton":
+            fuse_window_attention(self.model.image_encoder)
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
         if efficiency.compile != "off":
             compile_encoders(self.model, efficiency.compile)

@@ -1,0 +1,175 @@
+"""What kernels compute, in a process whose Triton kernels are interpreted on the CPU.
+
+Triton reads TRITON_INTERPRET as it is imported, and torch imports triton: a process that has begun
+without the variable cannot turn to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unified_contrastive_loss
+from unicl_fast.objectives.positives import Membership
+
+Compute = Callable[..., list[torch.Tensor]]
+"""Calls a function of this file where the kernels run, and returns what it returns."""
+
+
+def call_on(device: str, function: Compute, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+    """Calls a function of this file with tensors and modules on a device."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Membership):
+            return Membership(*map(move, value))
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(device)
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    results = function(*map(move, arguments), **{name: move(x) for name, x in options.items()})
+    return [result.cpu() for result in results]
+
+
+def loss_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, class_ids: Any, scale: float, **arguments: Any
+) -> list[torch.Tensor]:
+    """The loss, and its gradients of images, texts and scale."""
+    wide = torch.promote_types(images.dtype, torch.float32)
+    inputs = [x.detach().clone(memory_format=torch.preserve_format) for x in (images, texts)]
+    inputs.append(torch.tensor(scale, dtype=wide, device=images.device))
+    inputs = [x.requires_grad_() for x in inputs]
+    loss = unified_contrastive_loss(*inputs[:2], class_ids, inputs[2], **arguments)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def loss_of_two_ranks(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    class_ids: torch.Tensor,
+    scale: float,
+    **arguments: Any,
+) -> list[torch.Tensor]:
+    """The same, where another rank has half of the images and the columns are all-reduced."""
+    half = len(images) // 2
+    inputs = [x.detach().clone().requires_grad_() for x in (images, texts)]
+    options = {name: arguments[name] for name in ("text_counts", "form")}
+    rows, columns = logit_statistics(
+        inputs[0][half:],
+        inputs[1],
+        class_ids[half:],
+        arguments["text_class_ids"],
+        scale,
+        **options,
+    )
+
+    def all_reduce(
+        mine: LogitStatistics, mean: torch.Tensor
+    ) -> tuple[LogitStatistics, torch.Tensor]:
+        joined = LogitStatistics(
+            torch.logaddexp(mine.log_sum_exp, columns.log_sum_exp),
+            mine.positive_sum + columns.positive_sum,
+            mine.positive_weight + columns.positive_weight,
+        )
+        return joined, (mean + rows.losses().mean()) / 2
+
+    loss = unified_contrastive_loss(
+        inputs[0][:half], inputs[1], class_ids[:half], scale, all_reduce=all_reduce, **arguments
+    )
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def attention_and_gradients(
+    block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
+) -> list[torch.Tensor]:
+    """Attention of a block of Swin, and its gradients of x and of all weights, by name."""
+    block, x = copy.deepcopy(block), x.detach().clone().requires_grad_()
+    if fused:
+        from unicl_fast.models.window_attention import blocks_that_fit, fuse
+
+        (fitting,) = blocks_that_fit(block)
+        fuse(fitting)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        mixed = block._attn(x)
+    weights = dict(sorted(block.attn.named_parameters())).values()
+    return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
+
+
+def check_operators(*, shift: int) -> list[torch.Tensor]:
+    """Whether torch may trace, compile and differentiate window attention as it is registered."""
+    from unicl_fast.models.window_attention import window_attention
+
+    qkv, table = torch.randn(1, 6, 4, 3 * 2 * 16), torch.randn(5 * 3, 2)
+    inputs = qkv.requires_grad_(), table.requires_grad_(), [3, 2, shift, shift, 1], 0.25
+    torch.library.opcheck(window_attention, inputs)
+    return []
+
+
+def gradients_of_swin(
+    images: torch.Tensor, *, backend: str = "", **efficiency: Any
+) -> list[torch.Tensor]:
+    """Gradients of a small Swin's weights, in the order of their names, eager or compiled.
+
+    Before them come the number of graphs and the number of breaks in them.
+    """
+    from small_runs import tiny_config
+    from torch._dynamo.utils import counters
+
+    from unicl_fast.models.efficiency import find_blocks, fuse_window_attention
+    from unicl_fast.models.unicl import UniCL
+
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32", **efficiency)
+    model = UniCL(config).to(images.device)
+    assert fuse_window_attention(model.image_encoder) == 6
+    model.set_drop_path_key(step=0, global_index=torch.arange(len(images), device=images.device))
+    torch.compiler.reset()
+    counters.clear()
+    for block in find_blocks(model.image_encoder) if backend else ():
+        block.compile(backend=backend)
+    features = model.encode_image(images)
+    weights = dict(sorted(model.image_encoder.named_parameters())).values()
+    gradients = torch.autograd.grad(features[:, 0].sum(), list(weights))
+    counts = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    return [torch.tensor(counts), *gradients]
+
+
+def set_up_interpreter() -> None:
+    """Blocks of 16 and tiles of 40 x 40, so that small batches have several and ragged ones.
+
+    And five programs for window attention, which have several windows each.
+    """
+    from unicl_fast.models import window_attention
+    from unicl_fast.objectives import loss_tiled, loss_triton
+
+    for dtype in loss_triton.BLOCKS:
+        loss_triton.BLOCKS[dtype] = loss_triton.Blocks(16, 16, 16, num_warps=4, num_stages=1)
+    loss_tiled.LARGEST_TILE["cpu"] = 40 * 40
+    window_attention.PROGRAMS = 5
+    _mend_bf16()
+
+
+def _mend_bf16() -> None:
+    """Triton 3.9 interprets bf16 as integers: it multiplies them, and cuts off where GPUs round."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        wide = [
+            self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (left, right)
+        ]
+        return multiply(self, *wide, *rest)
+
+    def create_fp_trunc(self: Any, value: Any, dtype: Any) -> Any:
+        if dtype.scalar != tl.bfloat16:
+            return truncate(self, value, dtype)
+        rounded = torch.from_numpy(value.data).bfloat16().view(torch.uint16)
+        return TensorHandle(rounded.numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc

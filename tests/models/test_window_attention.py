@@ -1,0 +1,285 @@
+"""Swin's window attention in Triton against timm's: interpreted, compiled, and within a model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from compiled_kernels import TYPES, check_fit, compile_ahead
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreted_kernels import (
+    Compute,
+    attention_and_gradients,
+    check_operators,
+    gradients_of_swin,
+)
+from small_runs import tiny_config
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast.models import efficiency
+from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
+from unicl_fast.models.unicl import UniCL
+
+pytest.importorskip("triton")
+
+
+ROUNDING = {torch.float32: 5e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""A relative error that the kernels may have, even if timm's is smaller."""
+
+
+def build_block(
+    size: tuple[int, int], *, window: Any = 7, shift: int = 0, heads: int = 2, head_width: int = 32
+) -> SwinTransformerBlock:
+    """A block for maps of this size, with a bias that matters, as that of a trained one does."""
+    torch.manual_seed(0)
+    block = SwinTransformerBlock(
+        heads * head_width, size, heads, window_size=window, shift_size=shift
+    )
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    torch.nn.init.normal_(block.attn.qkv.bias)
+    return block
+
+
+def check_against_timm(
+    compute: Compute,
+    block: SwinTransformerBlock,
+    size: tuple[int, int],
+    *,
+    images: int = 2,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+) -> None:
+    """The output and gradients of x and all weights: against timm in fp64, as close as timm's."""
+    x, grad = torch.randn(2, images, *size, block.dim)
+    block, x = block.to(dtype), x.to(dtype)
+    call = attention_and_gradients, block, x, grad
+    ours, theirs = (compute(*call, fused=fused, autocast=autocast) for fused in (True, False))
+    wide = copy.deepcopy(block).double(), x.double(), grad.double()
+    rounding = ROUNDING[torch.bfloat16 if autocast else dtype]
+    for our, their, exact in zip(
+        ours, theirs, attention_and_gradients(*wide, fused=False), strict=True
+    ):
+        assert our.dtype == their.dtype
+        our_error, their_error = (float((x.double() - exact).norm()) for x in (our, their))
+        assert our_error <= max(1.5 * their_error, rounding * float(exact.norm()))
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shift"),
+    [
+        ((6, 8), (3, 4), 1),
+        ((7, 10), (3, 4), 1),  # padded on both sides
+        ((7, 7), 7, 3),  # one window, which timm does not shift
+        *(
+            pytest.param(size, 7, shift, marks=pytest.mark.slow)
+            for size in [(14, 14), (10, 15)]
+            for shift in (0, 3)
+        ),
+    ],
+    ids=str,
+)
+def test_fp32_is_timms(compute: Compute, size: tuple[int, int], window: Any, shift: int) -> None:
+    check_against_timm(compute, build_block(size, window=window, shift=shift), size)
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "shift"),
+    [((6, 4), (3, 4), 1), pytest.param((14, 14), 7, 3, marks=pytest.mark.slow)],
+    ids=str,
+)
+@pytest.mark.parametrize("form", ["autocast", "bf16", "fp16"])
+def test_narrow_types_round_no_more_than_timms(
+    compute: Compute, form: str, size: tuple[int, int], window: Any, shift: int
+) -> None:
+    block = build_block(size, window=window, shift=shift)
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = types.get(form, torch.float32)
+    check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
+
+
+def check_a_random_block(compute: Compute, draw: st.DrawFn, *, largest: int) -> None:
+    side = st.integers(1, largest)
+    window = draw(side, "height"), draw(side, "width")
+    size = tuple(draw(st.integers(w, 2 * w + 3), "map") for w in window)
+    block = build_block(
+        size,
+        window=window,
+        shift=draw(st.integers(0, min(window) - 1), "shift"),
+        heads=draw(st.integers(1, 3), "heads"),
+        head_width=draw(st.sampled_from([4, 16, 24, 32]), "head width"),
+    )
+    check_against_timm(compute, block, size, images=draw(st.integers(1, 2), "images"))
+
+
+@given(data=st.data())
+@settings(max_examples=3)
+def test_any_window(compute: Compute, data: st.DataObject) -> None:
+    check_a_random_block(compute, data.draw, largest=3)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@settings(max_examples=25)
+def test_more_windows(compute: Compute, data: st.DataObject) -> None:
+    check_a_random_block(compute, data.draw, largest=8)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_torch_may_trace_and_compile_the_operators(compute: Compute, shift: int) -> None:
+    compute(check_operators, shift=shift)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
+    """On tensors without content, forward and backward; six blocks are of three kinds."""
+    images = torch.empty(2, 3, 32, 32, device="meta")
+    settings = {"activation_checkpointing": recomputes}
+    counts, *_ = gradients_of_swin(images, backend="aot_eager", **settings)
+    assert counts.tolist() == [3, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_and_recomputed_blocks_give_the_same_gradients(
+    compute: Compute, recomputes: bool
+) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 32, 32)
+    _, *plain = compute(gradients_of_swin, images)
+    settings = {"activation_checkpointing": recomputes}
+    _, *compiled = compute(gradients_of_swin, images, backend="aot_eager", **settings)
+    for ours, eager in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
+    model = UniCL(tiny_config(image_encoder="unicl_swin6_small"))
+    names = list(model.state_dict())
+    assert fuse_window_attention(model.image_encoder) == 6
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        blocks = [m for m in one.modules() if isinstance(m, SwinTransformerBlock)]
+        assert all(block._attn.__self__ is block for block in blocks)
+
+
+def test_kernels_that_are_not_interpreted_refuse_the_cpu() -> None:
+    block = build_block((7, 7))
+    x = torch.zeros(1, 7, 7, block.dim)
+    with pytest.raises(ValueError, match="on a CUDA device, not on cpu.*auto or timm"):
+        attention_and_gradients(block, x, x, fused=True)
+
+
+def test_operations_are_counted_as_those_of_timm() -> None:
+    """Backward has a product more: it computes the scores anew."""
+    counts = []
+    for fused in (False, True):
+        block = build_block((14, 14), shift=3)
+        if fused:
+            assert fuse_window_attention(block) == 1
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            FlopCounterMode(display=False) as counter,
+        ):
+            x = mode.from_tensor(torch.zeros(2, 14, 14, block.dim))
+            block._attn(x.requires_grad_()).sum().backward()
+        counts.append(counter.get_total_flops())
+    product = 2 * 2 * 4 * 49 * block.dim * 49
+    assert counts[1] - counts[0] == product
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shift"),
+    [
+        (80, torch.bfloat16, 3),
+        (90, torch.bfloat16, 3),
+        *(
+            pytest.param(capability, dtype, shift, marks=pytest.mark.slow)
+            for capability in (80, 90, 100)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32)
+            for shift in (0, 3)
+            if (dtype, shift) != (torch.bfloat16, 3) or capability == 100
+        ),
+    ],
+)
+def test_compiled_kernels_fit_and_spill_no_register(
+    capability: int, dtype: torch.dtype, shift: int, tmp_path: Path
+) -> None:
+    """Compiled ahead of time as the windows of the presets' models are, which needs no GPU."""
+    from unicl_fast.models import window_attention
+
+    sizes = {"window_height": 7, "window_width": 7, "head_width": 32, "block": 64, "depth": 32}
+    shifts = {"shift_down": shift, "shift_right": shift, "roll": 1}
+    narrow = dict.fromkeys(("qkv", "mixed", "grad", "grad_qkv"), f"*{TYPES[dtype]}")
+    wide = dict.fromkeys(("table", "bias_sums", "sums", "gradient"), "*fp32")
+    numbers = dict.fromkeys(("num_windows", "num_parts", "height", "width"), "i32")
+    for kernel in (
+        window_attention._forward,
+        window_attention._backward,
+        window_attention._sum_table,
+    ):
+        constants = {k: v for k, v in (sizes | shifts).items() if k in kernel.arg_names}
+        compiled = compile_ahead(
+            kernel,
+            capability,
+            types=narrow | wide | numbers | {"scale": "fp32"},
+            constants=constants,
+            options=window_attention.launch_options(
+                dtype, capability=capability, backward=kernel is window_attention._backward
+            ),
+            folder=tmp_path,
+        )
+        check_fit(compiled, tmp_path)
+
+
+def resolved(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
+    config = tiny_config(**{"image_encoder": "unicl_swin6_small", "precision": "bf16"} | settings)
+    model = UniCL(config)
+    config = dataclasses.replace(
+        config, efficiency=dataclasses.replace(config.efficiency, window_attention=chosen)
+    )
+    config = resolve_window_attention(config, model, torch.device(device))
+    return config.efficiency.window_attention
+
+
+def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    obstacle = ""
+    monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: obstacle)
+    caplog.set_level(logging.INFO)
+    assert resolved("auto") == "triton"
+    assert "window_attention: triton (efficiency.window_attention=auto)" in caplog.text
+    assert resolved("auto", device="cpu") == "timm"
+    assert resolved("auto", precision="fp64") == "timm"
+    assert "timm (efficiency.window_attention=auto): the kernels do not compute in" in caplog.text
+    assert resolved("timm") == "timm"
+    obstacle = "Triton is not installed"
+    assert resolved("auto") == "timm"
+    with pytest.raises(ValueError, match=r"=triton cannot work here, since Triton is not inst"):
+        resolved("triton")
+    obstacle = ""
+    monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
+    assert resolved("auto") == "timm"
+    caplog.clear()
+    assert resolved("auto", image_encoder="test_vit") == "timm"
+    assert not caplog.text  # nothing to say where there are no windows
+    with pytest.raises(ValueError, match="no block of timm's Swin with windows of at most 64"):
+        resolved("triton", image_encoder="test_vit")
+
+
+def test_windows_that_are_too_large_stay_timms() -> None:
+    with torch.device("meta"):
+        large = timm.create_model("swin_base_patch4_window12_384", num_classes=0)
+        usual = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
+    assert fuse_window_attention(large) == 0
+    assert fuse_window_attention(usual) == 24
