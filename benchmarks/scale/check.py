@@ -42,7 +42,7 @@ from unicl_fast.training.trainer import Trainer
 from ..training.parts import StepInParts, random_batch
 from .model import Compute, Gloo, ModelSize, measure_size, simulate
 
-_PIXELS, _LOCAL_BATCH = 96, 8
+_PIXELS, _LOCAL_BATCH = 64, 8
 _CARD = "eth0"
 _PINGS = 50
 
