@@ -455,26 +455,3 @@ def binding(step: StepTime, *, compute: float, loss_growth: float) -> str:
     elif step.latencies.get(name, 0.0) > costs[name] / 2:
         name += " (latency)"
     return name
-
-
-def as_golden(sent: Mapping[str, Collective], buckets: Sequence[Any]) -> dict[str, dict[str, int]]:
-    """Calls and bytes under the names of torch's operators, as tests/golden/collectives.json."""
-    operators = {
-        "all-gather": "allgather_base",
-        "reduce-scatter": "reduce_scatter_base",
-        "all-reduce": "allreduce",
-        "broadcast": "broadcast",
-    }
-    found: dict[str, dict[str, int]] = {}
-
-    def add(name: str, num_bytes: int) -> None:
-        known = found.setdefault(name, {"calls": 0, "bytes": 0})
-        known["calls"] += 1
-        known["bytes"] += num_bytes
-
-    for one in sent.values():
-        place, dtype = "host" if one.on_host else "device", str(one.dtype).removeprefix("torch.")
-        add(f"{place} {operators[one.kind]} of {dtype}", one.num_bytes)
-    for bucket in buckets:
-        add("device all-reduce of gradients", bucket.num_bytes)
-    return found
