@@ -40,7 +40,7 @@ from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.training.trainer import Trainer
 
 from ..training.parts import StepInParts, random_batch
-from .model import Compute, Gloo, ModelSize, measure_size, simulate
+from .model import Compute, Gloo, ModelSize, measure_size, simulate, without_overlap
 
 _PIXELS, _LOCAL_BATCH = 64, 8
 _CARD = "eth0"
@@ -62,13 +62,23 @@ class Row:
     """Seconds of a step, of the slowest rank."""
     modelled: tuple[float, ...]
     """Seconds that the model gives the parts of the same round."""
+    without_overlap: tuple[float, ...]
+    """Seconds that a model without overlap gives them."""
     compute: tuple[float, ...]
     """Seconds of those parts: a step that sends nothing, beside as many others."""
 
     @property
-    def errors(self) -> tuple[float, ...]:
-        """How far the modelled step is from the measured one, relative to it, in each round."""
-        return tuple(a / b - 1 for a, b in zip(self.modelled, self.measured, strict=True))
+    def error(self) -> float:
+        """How far the modelled step is from the measured one: the median over rounds."""
+        return _median_distance(self.modelled, self.measured)
+
+    @property
+    def error_without_overlap(self) -> float:
+        return _median_distance(self.without_overlap, self.measured)
+
+
+def _median_distance(modelled: Sequence[float], measured: Sequence[float]) -> float:
+    return statistics.median(a / b - 1 for a, b in zip(modelled, measured, strict=True))
 
 
 def config_of(world_size: int) -> TrainConfig:
@@ -112,25 +122,20 @@ def _row(case: dict[str, Any], size: ModelSize, world_size: int) -> Row:
     network = Gloo(link_mbit=case["link_mbit"], hop_us=case["hop_us"])
     added = (world_size - 1) * _LOCAL_BATCH
     operations = size.step_operations(_LOCAL_BATCH, _LOCAL_BATCH)
-    modelled = [
-        simulate(
-            compute.with_columns(
-                added, size, local_batch=_LOCAL_BATCH, rate=operations / compute.total
-            ),
-            size,
-            network,
-            world_size=world_size,
-            num_texts=_LOCAL_BATCH,
-            host_ahead=False,
-        ).seconds
-        for compute in computed
-    ]
+    modelled, plain = [], []
+    for compute in computed:
+        rate = operations / compute.total
+        grown = compute.with_columns(added, size, local_batch=_LOCAL_BATCH, rate=rate)
+        ranks = {"world_size": world_size, "num_texts": _LOCAL_BATCH}
+        modelled.append(simulate(grown, size, network, host_ahead=False, **ranks).seconds)
+        plain.append(without_overlap(grown, size, network, **ranks))
     return Row(
         ranks=world_size,
         link_mbit=case["link_mbit"],
         hop_us=case["hop_us"],
         measured=tuple(case["measured"]),
         modelled=tuple(modelled),
+        without_overlap=tuple(plain),
         compute=tuple(compute.total for compute in computed),
     )
 

@@ -443,6 +443,20 @@ def _back_propagate(clocks: _Clocks, buckets: Sequence[Bucket], compute: Compute
         clocks.wait(f"bucket {number}", called="gradients")
 
 
+def without_overlap(
+    compute: Compute, size: ModelSize, network: Network, *, world_size: int, num_texts: int
+) -> float:
+    """Seconds of a step that sends nothing while it computes: what overlap saves is the rest."""
+    sent = collectives(
+        world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
+    )
+    gradients = [Collective(kind="all-reduce", num_bytes=b.num_bytes) for b in size.buckets]
+    return compute.total + sum(
+        network.latency(one, world_size) + network.transfer(one, world_size)
+        for one in [*sent.values(), *gradients]
+    )
+
+
 def binding(step: StepTime, *, compute: float, loss_growth: float) -> str:
     """Names what costs the most beside computing; "compute" where all of it is below 3 %."""
     costs = {**step.waits, "loss of the global batch": loss_growth}

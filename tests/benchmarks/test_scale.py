@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from unicl_fast.benchmarks.scale.model import (
     collectives,
     measure_size,
     simulate,
+    without_overlap,
 )
 from unicl_fast.benchmarks.scale.run import TOLERANCE, Scale, model_rows, parse_counts
 from unicl_fast.training.trainer import Trainer
@@ -172,6 +172,8 @@ def test_the_first_bucket_hides_behind_the_backward_pass_and_the_last_does_not()
     step = simulate(compute, SIZE, GradientsOnly(), world_size=4, num_texts=3)
     # the first is sent at 5 and there at 7; the last is ready at 8 and takes 10 seconds
     assert step.seconds == pytest.approx(9 + 10)
+    plain = without_overlap(compute, SIZE, GradientsOnly(), world_size=4, num_texts=3)
+    assert plain == pytest.approx(9 + 2 + 10)
     assert step.waits["gradients"] == pytest.approx(10)
     assert binding(step, compute=9, loss_growth=0) == "gradients, last bucket"
     slow_first = dataclasses.replace(compute, image_backward=0.0, text_backward=0.0)
@@ -259,7 +261,7 @@ def test_steps_on_slow_links_take_as_long_as_the_model_says() -> None:
             pass
     except LinksUnavailableError as error:
         pytest.skip(str(error))
-    rows = list(run_check(ranks=(2, 4), rates=(200, 500), rounds=5))
-    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 200), (2, 500), (4, 200), (4, 500)]
+    rows = list(run_check(ranks=(2, 4), rates=(100, 200), rounds=5))
+    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 100), (2, 200), (4, 100), (4, 200)]
     for row in rows:
-        assert abs(statistics.median(row.errors)) <= TOLERANCE, row
+        assert abs(row.error) <= TOLERANCE, row
