@@ -261,7 +261,7 @@ def test_steps_on_slow_links_take_as_long_as_the_model_says() -> None:
             pass
     except LinksUnavailableError as error:
         pytest.skip(str(error))
-    rows = list(run_check(ranks=(2, 4), rates=(100, 200), rounds=5))
-    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 100), (2, 200), (4, 100), (4, 200)]
+    rows = list(run_check(ranks=(2, 4), rates=(200, 500), rounds=5))
+    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 200), (2, 500), (4, 200), (4, 500)]
     for row in rows:
         assert abs(row.error) <= TOLERANCE, row
