@@ -27,6 +27,7 @@ STAGES = {
     "efficiency": ("training.efficiency:Efficiency", "effect of each switch of efficiency"),
     "memory": ("training.efficiency:Memory", "peak memory of a large batch in micro-batches"),
     "profile": ("training.efficiency:Profile", "a training step by its parts, against matmul"),
+    "scale": ("scale.run:Scale", "a model of steps on many GPUs; its check on slow links"),
     "gpu": ("gpu.run:Gpu", "all there is to measure on a GPU, in one report"),
     "checkpoint": ("training.records:Checkpoint", "writing a checkpoint beside training"),
     "ledger": ("training.records:LedgerCost", "a ledger's record and its proof, in draws/s"),

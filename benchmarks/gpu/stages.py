@@ -42,12 +42,11 @@ from unicl_fast.config import (
 from unicl_fast.models.efficiency import compile_encoders, fuse_window_attention
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
-from unicl_fast.objectives.targets import collate
 from unicl_fast.training.trainer import Trainer
 
+from ..training.parts import random_batch
 from .measure import Bench
 
-_CONTEXT, _START, _END = 77, 49406, 49407
 _SCALE = 1 / 0.07
 TESTS = ("tests/objectives", "tests/models", "tests/training", "tests/checkpoints")
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -463,16 +462,8 @@ def make_batch(
     """A batch on the device: random images, texts of 8 to `longest` tokens."""
     size = 4 if bench.is_tiny else size
     num_texts = min(num_texts, size) or size
-    generator = torch.Generator().manual_seed(longest)
-    images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
-    tokens = torch.randint(1, 40_000, (num_texts, _CONTEXT), generator=generator)
-    lengths = torch.randint(8, longest + 1, (num_texts, 1), generator=generator)
-    positions = torch.arange(_CONTEXT)
-    tokens[:, 0] = _START
-    tokens[positions == lengths - 1] = _END
-    tokens[positions >= lengths] = 0
-    of_images = tokens[torch.arange(size) % num_texts]
-    return collate(images, of_images, torch.full((size,), -1)).to(bench.device)
+    batch = random_batch(size, pixels=pixels, num_texts=num_texts, longest=longest)
+    return batch.to(bench.device)
 
 
 PART_A = {

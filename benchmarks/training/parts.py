@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch
 from unicl_fast.models.precision import Precision
+from unicl_fast.objectives.targets import collate
 from unicl_fast.training.cached_gradients import back_propagate_learnt
 from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
@@ -21,6 +22,7 @@ from ..harness import timed
 
 _SQUARE = 4096
 """Side of the matrices whose product gives the floor."""
+_CONTEXT, _START, _END = 77, 49406, 49407
 
 
 class StepInParts:
@@ -112,6 +114,22 @@ def compare(step: StepInParts) -> None:
         gap = float((whole - parts).norm() / whole.norm().clamp_min(1e-12))
         if not gap < 0.05:  # sums of narrow types in another order
             raise RuntimeError(f"the parts' gradients differ by {gap:.2g}; nothing was timed")
+
+
+def random_batch(
+    size: int, *, pixels: int, num_texts: int, longest: int = 40, seed: int = 0
+) -> Batch:
+    """Random images [size pixels pixels 3], and so many texts of 8 to `longest` tokens."""
+    generator = torch.Generator().manual_seed(longest + seed)
+    images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 40_000, (num_texts, _CONTEXT), generator=generator)
+    lengths = torch.randint(8, longest + 1, (num_texts, 1), generator=generator)
+    positions = torch.arange(_CONTEXT)
+    tokens[:, 0] = _START
+    tokens[positions == lengths - 1] = _END
+    tokens[positions >= lengths] = 0
+    of_images = tokens[torch.arange(size) % num_texts]
+    return collate(images, of_images, torch.full((size,), -1))
 
 
 def measure_rate(dtype: torch.dtype, device: torch.device) -> float:

@@ -38,6 +38,7 @@ SMALL = {
         *("--large", "16", "--micro", "4", "--plain", "8"),
     ],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
+    "scale": ["--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8..32"],
     "ledger": ["--draws", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "augment": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),

@@ -1,0 +1,267 @@
+"""The model of a step on many GPUs: its bytes are the real step's, its limits are known by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_ranks import fake_ranks
+from small_runs import labelled_batch, objective_config
+
+from unicl_fast.batch import ListLoader
+from unicl_fast.benchmarks.run import main
+from unicl_fast.benchmarks.scale.check import LinksUnavailableError, machines_on_links, run_check
+from unicl_fast.benchmarks.scale.model import (
+    Bucket,
+    Collective,
+    Compute,
+    Gloo,
+    ModelSize,
+    Nccl,
+    binding,
+    collectives,
+    measure_size,
+    simulate,
+    without_overlap,
+)
+from unicl_fast.benchmarks.scale.run import TOLERANCE, Scale, model_rows, parse_counts
+from unicl_fast.training.trainer import Trainer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "collectives.json"
+SIZE = ModelSize(
+    image_operations=2e9,
+    text_operations=1e9,
+    embed_dim=512,
+    buckets=(
+        Bucket(num_bytes=20_000_000, of_texts=False, ready=0.5),
+        Bucket(num_bytes=100_000_000, of_texts=True, ready=1.0),
+    ),
+    buffers={},
+)
+COMPUTE = Compute.split(0.2, SIZE, local_batch=512, num_texts=512)
+INFINITE = Nccl(
+    link_gbit=math.inf,
+    nvlink_gbyte=math.inf,
+    start_us=0.0,
+    nvlink_hop_us=0.0,
+    network_hop_us=0.0,
+    host_hop_us=0.0,
+)
+
+
+def as_golden(sent: dict[str, Collective], buckets: tuple[Bucket, ...]) -> dict[str, Any]:
+    """Calls and bytes under the names of torch's operators, as the golden table has them."""
+    operators = {
+        "all-gather": "allgather_base",
+        "reduce-scatter": "reduce_scatter_base",
+        "all-reduce": "allreduce",
+        "broadcast": "broadcast",
+    }
+    found: dict[str, dict[str, int]] = {}
+
+    def add(name: str, num_bytes: int) -> None:
+        known = found.setdefault(name, {"calls": 0, "bytes": 0})
+        known["calls"] += 1
+        known["bytes"] += num_bytes
+
+    for one in sent.values():
+        place, dtype = "host" if one.on_host else "device", str(one.dtype).removeprefix("torch.")
+        add(f"{place} {operators[one.kind]} of {dtype}", one.num_bytes)
+    for bucket in buckets:
+        add("device all-reduce of gradients", bucket.num_bytes)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "image_encoder", "world_size", "num_texts"),
+    [
+        *((f"{ranks} ranks/even", "test_vit", ranks, 5) for ranks in (8, 64, 1024)),
+        *((f"{ranks} ranks/ragged", "test_vit", ranks, 9) for ranks in (8, 64, 1024)),
+        ("64 ranks, BatchNorm", "unicl_convnet7_small", 64, 5),
+    ],
+)
+def test_calls_and_bytes_are_those_of_the_golden_table(
+    key: str, image_encoder: str, world_size: int, num_texts: int
+) -> None:
+    size = measure_size(objective_config("unicl", image_encoder=image_encoder, precision="fp32"))
+    sent = collectives(
+        world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
+    )
+    golden = json.loads(GOLDEN.read_text())
+    for part in key.split("/"):
+        golden = golden[part]
+    assert as_golden(sent, size.buckets) == golden["collectives"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated. Please use.*:FutureWarning")
+def test_buckets_are_those_of_ddp() -> None:
+    """The small first one, and the last one, which positions reach before the embedding does."""
+    config = objective_config("unicl", precision="fp32")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, text_width=160, text_layers=6),
+        run=dataclasses.replace(config.run, global_batch_size=24),
+    )
+    batch = labelled_batch(torch.zeros(12, 32, 32, 3, dtype=torch.uint8), objective="unicl")
+    found: list[int] = []
+
+    def note(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        found.append(bucket.buffer().nbytes)
+        answer: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        answer.set_result(bucket.buffer())
+        return answer
+
+    with fake_ranks(2) as ranks:
+        trainer = Trainer(config, ListLoader([batch]), ranks=ranks, progress=False)
+        trainer._encode.register_comm_hook(None, lambda _, bucket: note(bucket))
+        for _ in range(2):  # the first step orders them
+            found.clear()
+            trainer.back_propagate(batch)
+    modelled = [bucket.num_bytes for bucket in measure_size(config).buckets]
+    assert len(found) == 2
+    # a layer's weight and bias may come in either order
+    assert modelled == pytest.approx(found, abs=1024)
+    assert sum(modelled) == sum(found)
+
+
+def step_seconds(compute: Compute = COMPUTE, *, ranks: int = 64, network: Any = INFINITE) -> float:
+    return simulate(compute, SIZE, network, world_size=ranks, num_texts=512).seconds
+
+
+def test_with_an_infinite_network_only_computing_is_left() -> None:
+    assert step_seconds(ranks=1024) == pytest.approx(COMPUTE.total)
+    assert step_seconds(ranks=1, network=Nccl(link_gbit=100)) == pytest.approx(COMPUTE.total)
+
+
+def test_a_faster_network_never_makes_a_step_longer() -> None:
+    for ranks in (16, 128, 1024):
+        seconds = [
+            step_seconds(ranks=ranks, network=Nccl(link_gbit=g)) for g in (50, 100, 400, 3200)
+        ]
+        assert seconds == sorted(seconds, reverse=True)
+        assert seconds[0] > 1.05 * seconds[-1]
+
+
+def test_more_ranks_never_make_a_step_shorter() -> None:
+    seconds = [step_seconds(ranks=8 << power, network=Nccl(link_gbit=400)) for power in range(8)]
+    assert seconds == sorted(seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientsOnly:
+    """A network in which gradients take a second for each 10 MB, and all else no time."""
+
+    def latency(self, collective: Collective, world_size: int) -> float:
+        return 0.0
+
+    def transfer(self, collective: Collective, world_size: int) -> float:
+        known = {bucket.num_bytes for bucket in SIZE.buckets}
+        return collective.num_bytes / 1e7 if collective.num_bytes in known else 0.0
+
+
+def test_the_first_bucket_hides_behind_the_backward_pass_and_the_last_does_not() -> None:
+    compute = Compute(
+        text_forward=1.0, image_forward=1.0, loss=1.0, image_backward=4.0, text_backward=1.0,
+        update=1.0,
+    )  # fmt: skip
+    step = simulate(compute, SIZE, GradientsOnly(), world_size=4, num_texts=3)
+    # the first is sent at 5 and there at 7; the last is ready at 8 and takes 10 seconds
+    assert step.seconds == pytest.approx(9 + 10)
+    plain = without_overlap(compute, SIZE, GradientsOnly(), world_size=4, num_texts=3)
+    assert plain == pytest.approx(9 + 2 + 10)
+    assert step.waits["gradients"] == pytest.approx(10)
+    assert binding(step, compute=9, loss_growth=0) == "gradients, last bucket"
+    slow_first = dataclasses.replace(compute, image_backward=0.0, text_backward=0.0)
+    step = simulate(slow_first, SIZE, GradientsOnly(), world_size=4, num_texts=3)
+    assert step.seconds == pytest.approx(4 + 2 + 10)
+
+
+def test_rings_send_what_is_known_of_them() -> None:
+    ring = Gloo(link_mbit=8 * 1514 / 1448, hop_us=1e6)  # a byte of payload a microsecond
+    all_reduce = Collective(kind="all-reduce", num_bytes=4_000_000)
+    all_gather = Collective(kind="all-gather", num_bytes=4_000_000)
+    scatter = Collective(kind="reduce-scatter", num_bytes=4_000_000)
+    assert ring.transfer(all_reduce, 4) == pytest.approx(2 * 4 * 3 / 4)
+    assert ring.transfer(all_gather, 4) == pytest.approx(4 * 3 / 4)
+    assert ring.transfer(scatter, 4) == ring.transfer(all_reduce, 4)
+    assert (ring.latency(all_reduce, 4), ring.latency(all_gather, 4)) == (6, 3)
+    nccl = Nccl(link_gbit=800, achieved=1.0, nvlink_gbyte=200)
+    assert nccl.transfer(all_reduce, 8) == pytest.approx(2 * 4e6 * 7 / 8 / 200e9)
+    assert nccl.transfer(all_reduce, 16) == pytest.approx(2 * 4e6 * 15 / 16 / 100e9)
+    assert nccl.transfer(scatter, 16) == pytest.approx(nccl.transfer(all_reduce, 16) / 2)
+
+
+def test_the_loss_grows_by_four_products_of_the_added_texts() -> None:
+    grown = COMPUTE.with_columns(7 * 512, SIZE, local_batch=512, rate=1e12)
+    assert grown.total - COMPUTE.total == pytest.approx(4 * 2 * 512 * 7 * 512 * 512 / 1e12)
+
+
+def test_the_exchange_on_the_host_binds_where_steps_are_short() -> None:
+    short = Compute.split(0.02, SIZE, local_batch=64, num_texts=64)
+    step = simulate(short, SIZE, Nccl(link_gbit=math.inf), world_size=1024, num_texts=64)
+    assert step.seconds == pytest.approx(1023 * 2 * 50e-6)
+    assert binding(step, compute=short.total, loss_growth=0) == "text counts (latency)"
+
+
+def test_efficiency_is_1_at_one_machine_and_falls_from_there() -> None:
+    options = Scale(network=(100, 3200), host_seconds=0.0)
+    rows = model_rows(options, [8, 64, 512], SIZE, COMPUTE)
+    for slow, fast in zip(rows[:3], rows[3:], strict=True):
+        assert slow["efficiency"] <= fast["efficiency"] <= 1
+        assert slow["rate"] == pytest.approx(slow["gpus"] * 512 / slow["seconds"])
+    assert rows[0]["efficiency"] == rows[3]["efficiency"] == 1
+    assert rows[2]["efficiency"] < rows[1]["efficiency"] < 1
+
+
+def test_the_parts_of_a_stated_step_add_up() -> None:
+    assert COMPUTE.total == pytest.approx(0.2)
+    assert COMPUTE.image_backward == pytest.approx(2 * COMPUTE.image_forward)
+    assert COMPUTE.image_forward == pytest.approx(2 * COMPUTE.text_forward)
+
+
+def test_numbers_of_gpus_are_read() -> None:
+    assert parse_counts("8..64", per_node=8) == [8, 16, 32, 64]
+    assert parse_counts("4,24", per_node=8) == [4, 24]
+    for wrong in ("", "64..8", "0..8", "eight", "8,", "20"):
+        with pytest.raises(ValueError, match="--gpus"):
+            parse_counts(wrong, per_node=8)
+
+
+def test_a_report_of_a_gpu_gives_the_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"swin-tiny, bf16, 256": {"median": 2560.0}, "swin-tiny, bf16, 64": {"error": "x"}}
+    report = {"dry_run": False, "stages": {"step": {"figures": figures}}}
+    (tmp_path / "gpu.json").write_text(json.dumps(report))
+    asked = ["scale", "--measured", str(tmp_path / "gpu.json"), "--gpus", "8"]
+    asked += ["--preset", "cifar10-small", "--local-batch"]  # quick to build
+    main([*asked, "256", "--plot", str(tmp_path / "plot.png")])
+    assert "MODEL, not measured" in (said := capsys.readouterr().out)
+    assert "100.0 ms a step: from a report" in said
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+    for change, batch, why in (({}, "64", "can be 256"), ({"dry_run": True}, "256", "dry run")):
+        (tmp_path / "gpu.json").write_text(json.dumps(report | change))
+        with pytest.raises(SystemExit):
+            main([*asked, batch])
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+def test_steps_on_slow_links_take_as_long_as_the_model_says() -> None:
+    """Two and four ranks, each on a link of its own; nothing is fitted to their steps."""
+    try:
+        with machines_on_links(1):
+            pass
+    except LinksUnavailableError as error:
+        pytest.skip(str(error))
+    rows = list(run_check(ranks=(2, 4), rates=(200, 500), rounds=5))
+    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 200), (2, 500), (4, 200), (4, 500)]
+    for row in rows:
+        assert abs(row.error) <= TOLERANCE, row
