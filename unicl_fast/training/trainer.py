@@ -203,7 +203,8 @@ class Trainer:
         buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(self.model)}
         ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
         if self.config.efficiency.compress_gradients:
-            ddp.register_comm_hook(None, bf16_compress_hook)
+            # by another name: DDP would refuse torch's own on gloo, which sums bf16 as well
+            ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
         return ddp
 
     def _divide_encoders(self) -> None:
