@@ -5,12 +5,12 @@
 
 The first is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters: each is updated as
 one process would, so the result is the same bit for bit, with any optimizer. Torch's
-ZeroRedundancyOptimizer would do it too, but it gathers its state as pickles, which this package
-never reads, and it hides the attributes by which a fused kernel leaves out a bad step.
+ZeroRedundancyOptimizer gathers its state as pickles, which this package never reads, and hides the
+attributes by which a fused kernel leaves out a bad step.
 
-The second is torch's `fully_shard`, by block. Gradients are added up in another order than DDP's, so
-results differ in rounding. What belongs to no encoder (projections, scale, rows of classes) stays
-whole on every rank. Checkpoints hold whole tensors either way.
+The second is torch's `fully_shard`, by block. Gradients are added up in another order than by DDP,
+so results differ in rounding. What belongs to no encoder (projections, scale, rows of classes)
+stays whole on every rank. Checkpoints hold whole tensors either way.
 """
 
 from __future__ import annotations
@@ -75,6 +75,14 @@ def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
         load, owners[index] = loads[0]
         heapq.heapreplace(loads, (load + sizes[index], owners[index]))
     return owners
+
+
+def largest_load(sizes: Sequence[int], world_size: int) -> int:
+    """Numbers that are updated by the rank that has most."""
+    loads = [0] * world_size
+    for size, owner in zip(sizes, choose_owners(sizes, world_size), strict=True):
+        loads[owner] += size
+    return max(loads)
 
 
 class ParameterOwners:

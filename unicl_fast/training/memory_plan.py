@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from unicl_fast.config import DataConfig, EfficiencyConfig, TrainConfig
+from unicl_fast.config import DataConfig, EfficiencyConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import find_blocks, has_batch_norm
 from unicl_fast.models.precision import Precision, place_module
+from unicl_fast.models.sharding import check_sharding, largest_load
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import stores_logits
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
@@ -114,6 +115,11 @@ def plan(
     encoders = _measure(_only_encoders(config), device_type, length)
     number_bytes = precision.weight_type.itemsize
     weights = encoders.num_parameters * number_bytes
+    shard = efficiency.shard if world_size > 1 else "off"
+    divided = number_bytes * encoders.part_of_rank(world_size) if shard == "full" else weights
+    updated = divided
+    if shard == "optimizer":
+        updated = number_bytes * largest_load(encoders.trainable_sizes, world_size)
     num_columns = views * config.run.global_batch_size
     if objective.name == "ce":
         num_columns = sum(objective.num_classes)
@@ -124,14 +130,14 @@ def plan(
     parts = {
         "images: activations": at_once * encoders.image_bytes,
         "texts: activations": min(at_once, batch) * encoders.text_bytes,
-        "parameters": weights + encoders.buffer_bytes,
+        "parameters": divided + encoders.buffer_bytes,
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
-        "gradients": weights,
+        "gradients": divided,
         # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
         # besides, it takes when the activations are gone.
-        "optimizer": 2 * weights,
-        "moving average": weights if config.optim.ema_decay else 0,
+        "optimizer": 2 * updated,
+        "moving average": divided if config.optim.ema_decay else 0,
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
         "loss": _loss_bytes(config, views * batch, num_columns, width, device_type),
@@ -142,6 +148,11 @@ def plan(
         "checkpoint": weights * (4 if config.optim.ema_decay else 3) if device_type == "cpu" else 0,
         "fixed": FIXED_BYTES[device_type],
     }
+    if shard == "full":
+        # whole for a while: two blocks, one of them ahead of its use, a block's gradient, the copy
+        # of it that is sent, and what lies outside of blocks
+        collected = 4 * encoders.largest_block + encoders.outside_blocks
+        parts["collected parameters"] = number_bytes * collected
     parts["slack"] = int(SLACK * sum(parts.values()))
     return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
 
@@ -191,11 +202,14 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
         _build_on_meta(config, arguments["device_type"])
     )
     recomputing = _with(config, activation_checkpointing=True)
+    shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]
     kinds: list[list[tuple[str, TrainConfig, int]]] = [
         [(f"efficiency.micro_batch_size={size} (the same result)",
           _with(config, micro_batch_size=size), world_size) for size in smaller if can_split],
         [("efficiency.activation_checkpointing=True (the same result)", recomputing, world_size)],
+        [(f"efficiency.shard={shard}", _with(config, shard=shard), world_size) for shard in shards
+         if _can_shard(config, shard)],
         [(f"{n} ranks", config, n) for n in doubled if not config.run.global_batch_size % n],
     ]  # fmt: skip
     fitting = []
@@ -208,6 +222,14 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     if not fitting:
         return "No such change is enough: take a smaller image encoder or data.image_size"
     return f"What fits: {'; '.join(fitting)}"
+
+
+def _can_shard(config: TrainConfig, shard: Shard) -> bool:
+    try:
+        check_sharding(_with(config, shard=shard))
+    except ValueError:
+        return False
+    return config.efficiency.shard == "off"
 
 
 def _loss_bytes(
@@ -232,6 +254,20 @@ class _Encoders:
     image_bytes: int
     text_bytes: int
     feature_width: int
+    trainable_sizes: tuple[int, ...]
+    """Of each parameter that is updated."""
+    divided_shapes: tuple[torch.Size, ...]
+    """Of each parameter of the encoders, which `efficiency.shard=full` divides by rows."""
+    largest_block: int
+    """Its number of parameters."""
+    outside_blocks: int
+    """Parameters of the encoders that are in no block."""
+
+    def part_of_rank(self, world_size: int) -> int:
+        """Parameters that a rank holds where the encoders are divided; other ones are whole."""
+        rest = self.num_parameters - sum(shape.numel() for shape in self.divided_shapes)
+        parts = (-(-shape[0] // world_size) * shape[1:].numel() for shape in self.divided_shapes)
+        return rest + sum(parts)
 
 
 def _only_encoders(config: TrainConfig) -> TrainConfig:
@@ -315,14 +351,24 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
         if model.text_encoder is not None:
             text_bytes, more_narrow, _ = kept(encode_text, texts)
             narrow_bytes += more_narrow
+    in_blocks = [_num_parameters(block) for block in find_blocks(model)]
+    divided = [parameter.shape for one in model.encoders for parameter in one.parameters()]
     return _Encoders(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=_num_parameters(model),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         narrow_bytes=narrow_bytes,
         image_bytes=image_bytes,
         text_bytes=text_bytes,
         feature_width=width,
+        trainable_sizes=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        divided_shapes=tuple(divided),
+        largest_block=max(in_blocks, default=0),
+        outside_blocks=sum(shape.numel() for shape in divided) - sum(in_blocks),
     )
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _kept_bytes(

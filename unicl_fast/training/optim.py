@@ -27,6 +27,7 @@ from unicl_fast.models.unicl import UniCL
 
 logger = logging.getLogger(__name__)
 
+_ALONE = Ranks()
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
@@ -134,7 +135,7 @@ def load_apex_optimizers() -> ModuleType:
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, ranks: Ranks) -> Tensor:
+def gradient_norm(model: nn.Module, ranks: Ranks = _ALONE) -> Tensor:
     """Length of the gradient of all parameters together: float [], on their device.
 
     All ranks call it together if the gradients are divided over them (`efficiency.shard=full`).
