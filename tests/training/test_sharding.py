@@ -14,6 +14,7 @@ from rank_workers import run_on_ranks, train_each, train_each_compiled
 from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import has_compiler
@@ -36,15 +37,25 @@ def config_of(
     )
 
 
-def checkpoint_of(run: Path, step: int = STEPS) -> Path:
-    return run / "checkpoints" / f"step-{step:08}"
+def quick_config(shard: str) -> TrainConfig:
+    """Without an evaluation, and with one checkpoint, of the last step."""
+    config = config_of(shard)
+    return dataclasses.replace(
+        config,
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+        run=dataclasses.replace(config.run, steps=2, log_every_steps=1),
+    )
+
+
+def last_of(run: Path) -> Path:
+    return list_checkpoints(run / "checkpoints")[-1]
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
     """All tensors of the last checkpoint."""
     return {
         f"{file.stem}: {name}": tensor
-        for file in checkpoint_of(run).glob("*.safetensors")
+        for file in last_of(run).glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
 
@@ -72,6 +83,10 @@ def assert_close_runs(found: Path, expected: Path, *, rtol: float, atol: float) 
         torch.testing.assert_close(tensor, expected_states[name], rtol=rtol, atol=atol, msg=name)
 
 
+def longer(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2 * STEPS))
+
+
 IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
 
 
@@ -86,7 +101,7 @@ def test_two_ranks_that_divide_the_state_train_as_before(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
-    runs = {shard: (config_of(shard), None) for shard in ("off", "optimizer", "full")}
+    runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
@@ -163,7 +178,7 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     averaged = {"ema_decay": 0.9}
     unbroken = {"full": (config_of("full", **averaged), None)}
     run_on_ranks(train_each, 4, images, tmp_path, unbroken)
-    middle = checkpoint_of(tmp_path / "full", 2)
+    middle = tmp_path / "full" / "checkpoints" / "step-00000002"
     on_two = {
         f"{shard} on 2": (config_of(shard, **averaged), middle)
         for shard in ("off", "optimizer", "full")
@@ -176,14 +191,10 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     back = {
         "same": (config_of("full", **averaged), middle),
         **{
-            f"back from {run}": (config_of(shard, **averaged), checkpoint_of(tmp_path / run, 4))
+            f"back from {run}": (longer(config_of(shard, **averaged)), last_of(tmp_path / run))
             for run, shard in (("off on 2", "full"), ("full on 2", "optimizer"))
         },
     }
-    for name in ("back from off on 2", "back from full on 2"):
-        config, checkpoint = back[name]
-        steps = dataclasses.replace(config.run, steps=2 * STEPS)
-        back[name] = dataclasses.replace(config, run=steps), checkpoint
     run_on_ranks(train_each, 4, images, tmp_path, back)
     assert_equal_runs(tmp_path / "same", tmp_path / "full")
     for run in (*on_two, "alone"):
