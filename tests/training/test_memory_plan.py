@@ -133,6 +133,43 @@ def test_parts_follow_the_settings() -> None:
     assert on_cuda.parts["texts: activations"] < plain.parts["texts: activations"] // 2
 
 
+def with_many_parameters(**efficiency: object) -> TrainConfig:
+    """134 million of them, nearly all in one table; hardly any activations."""
+    config = tiny_config(precision="fp32", compile="off", **efficiency)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2**23))
+
+
+def test_ranks_may_divide_the_state() -> None:
+    """A table that one rank updates whole is no less for `optimizer`, and a quarter for `full`."""
+    plans = {
+        shard: plan(with_many_parameters(shard=shard), world_size=4, device_bytes=0).parts
+        for shard in ("off", "optimizer", "full")
+    }
+    weights = plans["off"]["gradients"]
+    state = ("parameters", "gradients", "optimizer")
+    assert sum(plans["off"][name] for name in state) == pytest.approx(4 * weights, rel=0.01)
+    assert plans["optimizer"] == plans["off"] | {
+        name: plans["optimizer"][name] for name in ("optimizer", "slack")
+    }
+    assert 0.99 * 2 * weights < plans["optimizer"]["optimizer"] < plans["off"]["optimizer"]
+    assert sum(plans["full"][name] for name in state) == pytest.approx(weights, rel=0.01)
+    assert plans["full"]["collected parameters"] == pytest.approx(weights, rel=0.01)
+    alone = plan(with_many_parameters(shard="full"), world_size=1, device_bytes=0).parts
+    assert sum(alone[name] for name in state) == pytest.approx(4 * weights, rel=0.01)
+
+
+def test_dividing_the_state_is_offered_where_it_fits() -> None:
+    free = plan(with_many_parameters(shard="full"), world_size=4, device_bytes=0).total
+    arguments = {"device": torch.device("cuda"), "free_bytes": free}
+    with pytest.raises(ValueError, match=r"efficiency\.shard=full: 4\.\d GB") as refused:
+        check_memory(with_many_parameters(), ranks=Ranks(world_size=4), **arguments)
+    assert "shard=optimizer" not in str(refused.value)
+    check_memory(with_many_parameters(shard="full"), ranks=Ranks(world_size=4), **arguments)
+    with pytest.raises(ValueError, match="a step may need") as refused:
+        check_memory(with_many_parameters(), ranks=Ranks(), **arguments)
+    assert "shard" not in str(refused.value)
+
+
 @pytest.mark.parametrize("objective", ["supcon", "ce"])
 def test_objectives_without_texts_are_planned_too(objective: str) -> None:
     found = plan_on_cpu(objective_config(objective))

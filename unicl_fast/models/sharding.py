@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unicl_fast.config import TrainConfig
@@ -127,9 +127,15 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
     added up over ranks; None is their own.
 
     Raises:
-        ValueError: an encoder without blocks that are known.
+        ValueError: an encoder without blocks that are known, or a torch that is too old.
     """
     device_type = model.logit_scale.device.type
+    # gloo's own averaging has been missing, and silently wrong (pytorch issue 162338)
+    if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ValueError(
+            f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}, whose "
+            "gloo cannot be told to sum: take efficiency.shard=optimizer, or update torch"
+        )
     mesh = init_device_mesh(device_type, (ranks.world_size,))
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_type)
     # encoders return views, which nothing here changes in place
@@ -142,7 +148,9 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
                 "has none that are known: take efficiency.shard=optimizer, or add its block class"
             )
         for part in (*blocks, encoder):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            divided = fully_shard(part, mesh=mesh, mp_policy=policy)
+            if device_type == "cpu":
+                divided.set_force_sum_reduction_for_comms(True)
 
 
 def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:

@@ -144,10 +144,15 @@ def plan(
         "batches in flight": (1 + _BATCHES_IN_FLIGHT)
         * batch
         * (pixels + 8 * config.model.context_length * objective.has_texts),
-        # a copy in the host's memory, from which checkpoints are written
-        "checkpoint": weights * (4 if config.optim.ema_decay else 3) if device_type == "cpu" else 0,
+        "checkpoint": 0,
         "fixed": FIXED_BYTES[device_type],
     }
+    if device_type == "cpu":
+        # a copy in the host's memory, from which checkpoints are written; rank 0 has joined what is
+        # divided before it is copied
+        copied = weights * (4 if config.optim.ema_decay else 3)
+        joined = {"off": 0, "optimizer": 2 * (weights - updated), "full": copied}
+        parts["checkpoint"] = copied + joined[shard]
     if shard == "full":
         # whole for a while: two blocks, one of them ahead of its use, a block's gradient, the copy
         # of it that is sent, and what lies outside of blocks
@@ -198,9 +203,8 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     batch = config.run.global_batch_size // world_size
     micro = min(batch, config.efficiency.micro_batch_size or batch)
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
-    can_split = config.objective.has_texts and not has_batch_norm(
-        _build_on_meta(config, arguments["device_type"])
-    )
+    model = _build_on_meta(config, arguments["device_type"])
+    can_split = config.objective.has_texts and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
     shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]
@@ -209,7 +213,7 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
           _with(config, micro_batch_size=size), world_size) for size in smaller if can_split],
         [("efficiency.activation_checkpointing=True (the same result)", recomputing, world_size)],
         [(f"efficiency.shard={shard}", _with(config, shard=shard), world_size) for shard in shards
-         if _can_shard(config, shard)],
+         if _can_shard(model, config, shard)],
         [(f"{n} ranks", config, n) for n in doubled if not config.run.global_batch_size % n],
     ]  # fmt: skip
     fitting = []
@@ -224,12 +228,13 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     return f"What fits: {'; '.join(fitting)}"
 
 
-def _can_shard(config: TrainConfig, shard: Shard) -> bool:
+def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
     try:
         check_sharding(_with(config, shard=shard))
     except ValueError:
         return False
-    return config.efficiency.shard == "off"
+    has_blocks = all(map(find_blocks, model.encoders))
+    return config.efficiency.shard == "off" and (shard == "optimizer" or has_blocks)
 
 
 def _loss_bytes(

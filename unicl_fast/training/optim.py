@@ -182,7 +182,7 @@ def update(
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for gradients in split_divided(p.grad for p in parameters if p.grad is not None):
             if gradients:
-                torch._foreach_div_(gradients, divisor)
+                torch._foreach_div_(tuple(gradients), divisor)
         divisor = None
     if not is_fused:
         optimizer.step()
