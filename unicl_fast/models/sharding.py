@@ -86,7 +86,7 @@ def largest_load(sizes: Sequence[int], world_size: int) -> int:
 
 
 class ParameterOwners:
-    """Which rank updates each trainable parameter (`efficiency.shard=optimizer`)."""
+    """The rank that updates each trainable parameter (`efficiency.shard=optimizer`)."""
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         """Decides it by the sizes of the parameters: the same on all ranks, and at every start."""
@@ -151,6 +151,8 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
             divided = fully_shard(part, mesh=mesh, mp_policy=policy)
             if device_type == "cpu":
                 divided.set_force_sum_reduction_for_comms(True)
+    # it would keep a copy in 16 bits of every block until the end of the forward pass
+    torch.set_autocast_cache_enabled(False)
 
 
 def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:

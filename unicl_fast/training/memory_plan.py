@@ -260,13 +260,13 @@ class _Encoders:
     text_bytes: int
     feature_width: int
     trainable_sizes: tuple[int, ...]
-    """Of each parameter that is updated."""
+    """The numbers of each parameter that is updated."""
     divided_shapes: tuple[torch.Size, ...]
-    """Of each parameter of the encoders, which `efficiency.shard=full` divides by rows."""
+    """The parameters of both encoders, which `efficiency.shard=full` divides by rows."""
     largest_block: int
-    """Its number of parameters."""
+    """The parameters of the largest block."""
     outside_blocks: int
-    """Parameters of the encoders that are in no block."""
+    """The parameters of both encoders that are in no block."""
 
     def part_of_rank(self, world_size: int) -> int:
         """Parameters that a rank holds where the encoders are divided; other ones are whole."""
