@@ -43,6 +43,7 @@ LossForm = Literal["auto", "dense", "tiled", "triton"]
 Compilation = Literal["auto", "off", "blocks", "encoders"]
 WindowAttention = Literal["auto", "triton", "timm"]
 Switch = Literal["auto", "on", "off"]
+Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
@@ -341,6 +342,16 @@ class EfficiencyConfig:
     fused_optimizer: bool = True
     """Use torch's fused kernel for optim.name=adamw. It also leaves out the update of a bad step
     without the host waiting for the device."""
+    shard: Shard = "off"
+    """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
+    parameter's optimizer state on one rank, and the result is that of off, bit for bit. full also
+    divides parameters, gradients and their average, by blocks of the encoders, which are sent
+    while others are computed; results differ in rounding. full is refused with fp16, LAMB, apex's
+    optimizers and compile=encoders. Checkpoints are the same, and a run may resume with another
+    choice."""
+    compress_gradients: bool = False
+    """Send gradients between ranks in bf16, half the bytes. They are added up in bf16 too, so each
+    keeps 8 bits of its fraction."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="efficiency")

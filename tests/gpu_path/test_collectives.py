@@ -42,7 +42,10 @@ def step_of(
             config, ListLoader([batch]), ranks=ranks, device=torch.device("cpu"), progress=False
         )
         steps: list[Collectives] = []
-        trainer._encode.register_comm_hook(None, lambda _, bucket: steps[-1].note_bucket(bucket))
+        if config.efficiency.shard != "full":
+            trainer._encode.register_comm_hook(
+                None, lambda _, bucket: steps[-1].note_bucket(bucket)
+            )
         with Interruption() as interruption:
             for _ in range(3):  # the first makes what stays; in the second DDP orders its buckets
                 steps.append(Collectives(ranks, text_counts=counts))
@@ -71,6 +74,9 @@ OTHERS = {
     "ce": {"objective": "ce"},
     "unicl, mixed": {"objective": "unicl, mixed"},
     "BatchNorm": {"image_encoder": "unicl_convnet7_small"},
+    "shard=optimizer": {"shard": "optimizer"},
+    "shard=full": {"shard": "full"},
+    "shard=full, micro-batches": {"shard": "full", "micro_batch_size": 6},
 }
 
 
@@ -78,6 +84,12 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_steps_send_what_the_table_says(name: str) -> None:
     check_table(f"64 ranks, {name}", step_of(64, **OTHERS[name]))
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "full"])
+def test_divided_steps_send_what_the_table_says(shard: str) -> None:
+    """All parameters once, from their owners; or each block's twice, and its gradients once."""
+    check_table(f"8 ranks, shard={shard}", step_of(8, shard=shard))
 
 
 def test_another_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

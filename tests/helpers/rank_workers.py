@@ -30,6 +30,7 @@ from small_runs import (
     ragged_features,
     tiny_config,
 )
+from torch.distributed.tensor import DTensor
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
 from unicl_fast.checkpoints.state import collect_tensors
@@ -305,6 +306,65 @@ def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = ""
     if resume:
         trainer.resume(Path(resume))
     trainer.fit()
+
+
+class PassesByRank:
+    """An evaluation that encodes the images as often as the number of its rank says."""
+
+    def __init__(self, images: torch.Tensor, ranks: Ranks) -> None:
+        self.pixels, self.ranks = images.permute(0, 3, 1, 2) / 255, ranks
+
+    @torch.no_grad()
+    def __call__(self, model: UniCL) -> dict[str, float]:
+        assert not model.training
+        pixels = self.pixels.to(model.logit_scale.dtype)
+        found = [model.encode_image(pixels).square().sum().item() for _ in range(self.ranks.rank)]
+        return {"worst": max((abs(norm - len(pixels)) for norm in found), default=0.0)}
+
+
+def train_each(
+    ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
+) -> None:
+    """Trains runs of a name, a config and a checkpoint to resume from, each in a folder of its own.
+
+    Each rank adds its weights, and the bytes that it holds of parameters and optimizer state.
+    """
+    for name, (config, checkpoint) in runs.items():
+        trainer = Trainer(
+            config,
+            StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+            run_folder=folder / name,
+            ranks=ranks,
+            evaluations={"passes": PassesByRank(images, ranks)},
+            progress=False,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        trainer.fit()
+        parameters = list(map(local_part, trainer.model.parameters()))
+        states = [
+            local_part(value)
+            for state in trainer.optimizer.state.values()
+            for value in state.values()
+        ]
+        sizes = [sum(tensor.nbytes for tensor in each) for each in (parameters, states)]
+        torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+@mock.patch(
+    "unicl_fast.training.trainer.compile_encoders",
+    functools.partial(compile_encoders, backend="aot_eager"),
+)
+def train_each_compiled(ranks, *arguments) -> None:
+    """The same, with torch's own kernels in the graphs."""
+    from torch._dynamo.utils import counters  # takes a second to import
+
+    train_each(ranks, *arguments)
+    assert counters["stats"]["unique_graphs"] >= 2
 
 
 def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], config) -> None:

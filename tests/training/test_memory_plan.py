@@ -44,7 +44,7 @@ def with_large_batch(image_encoder: str) -> TrainConfig:
 
 
 def plans_of(preset: str) -> dict[str, object]:
-    """In MB: every part on 1 and 8 GPUs, and whether it fits."""
+    """In MB: every part on 1 and 8 GPUs, and whether it fits; what differs if 8 share the state."""
     found: dict[str, object] = {}
     for world_size in (1, 8):
         for card, size in CARDS.items():
@@ -52,6 +52,14 @@ def plans_of(preset: str) -> dict[str, object]:
             found[f"{world_size} x {card}"] = "fits" if one.fits else "does not fit"
         parts = {name: round(part / 1e6) for name, part in one.parts.items()}
         found[f"on {world_size}"] = parts | {"total": round(one.total / 1e6)}
+    for shard in ("optimizer", "full"):
+        config = build_preset(preset)
+        efficiency = dataclasses.replace(config.efficiency, shard=shard)
+        config = dataclasses.replace(config, efficiency=efficiency)
+        one = plan(config, world_size=8, device_bytes=0)
+        divided = {name: round(part / 1e6) for name, part in one.parts.items()}
+        divided = {name: part for name, part in divided.items() if part != parts.get(name)}
+        found[f"on 8, shard={shard}"] = divided | {"total": round(one.total / 1e6)}
     return found
 
 
@@ -141,6 +149,43 @@ def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.Monke
     assert [one.efficiency.window_attention for one in planned] == ["triton", "timm"]
 
 
+def with_many_parameters(**efficiency: object) -> TrainConfig:
+    """134 million of them, nearly all in one table; hardly any activations."""
+    config = tiny_config(precision="fp32", compile="off", **efficiency)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2**23))
+
+
+def test_ranks_may_divide_the_state() -> None:
+    """A table that one rank updates whole is no less for `optimizer`, and a quarter for `full`."""
+    plans = {
+        shard: plan(with_many_parameters(shard=shard), world_size=4, device_bytes=0).parts
+        for shard in ("off", "optimizer", "full")
+    }
+    weights = plans["off"]["gradients"]
+    state = ("parameters", "gradients", "optimizer")
+    assert sum(plans["off"][name] for name in state) == pytest.approx(4 * weights, rel=0.01)
+    assert plans["optimizer"] == plans["off"] | {
+        name: plans["optimizer"][name] for name in ("optimizer", "slack")
+    }
+    assert 0.99 * 2 * weights < plans["optimizer"]["optimizer"] < plans["off"]["optimizer"]
+    assert sum(plans["full"][name] for name in state) == pytest.approx(weights, rel=0.01)
+    assert plans["full"]["collected parameters"] == pytest.approx(weights, rel=0.01)
+    alone = plan(with_many_parameters(shard="full"), world_size=1, device_bytes=0).parts
+    assert sum(alone[name] for name in state) == pytest.approx(4 * weights, rel=0.01)
+
+
+def test_dividing_the_state_is_offered_where_it_fits() -> None:
+    free = plan(with_many_parameters(shard="full"), world_size=4, device_bytes=0).total
+    arguments = {"device": torch.device("cuda"), "free_bytes": free}
+    with pytest.raises(ValueError, match=r"efficiency\.shard=full: 4\.\d GB") as refused:
+        check_memory(with_many_parameters(), ranks=Ranks(world_size=4), **arguments)
+    assert "shard=optimizer" not in str(refused.value)
+    check_memory(with_many_parameters(shard="full"), ranks=Ranks(world_size=4), **arguments)
+    with pytest.raises(ValueError, match="a step may need") as refused:
+        check_memory(with_many_parameters(), ranks=Ranks(), **arguments)
+    assert "shard" not in str(refused.value)
+
+
 @pytest.mark.parametrize("objective", ["supcon", "ce"])
 def test_objectives_without_texts_are_planned_too(objective: str) -> None:
     found = plan_on_cpu(objective_config(objective))
@@ -201,7 +246,7 @@ def test_files_that_were_read_are_no_obstacle(tmp_path: Path) -> None:
 
 def main() -> None:
     """Writes the committed plans anew."""
-    text = json.dumps({preset: plans_of(preset) for preset in PRESETS}, indent=1)
+    text = json.dumps({preset: plans_of(preset) for preset in sorted(PRESETS)}, indent=1)
     GOLDEN.write_text(text + "\n", encoding="utf-8")
 
 

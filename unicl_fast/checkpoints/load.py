@@ -33,6 +33,7 @@ from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
+from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 
@@ -332,8 +333,11 @@ def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
     tensors = read_tensors(path, ranks)
     try:
         for name, value in model.state_dict().items():
-            if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+            if name not in tensors:
+                continue
+            if tensors[name].is_floating_point() != value.is_floating_point():
                 raise RuntimeError(f"{name} holds {tensors[name].dtype}")
+            tensors[name] = divided_like(tensors[name], value)
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(

@@ -7,7 +7,7 @@ and its learning rate are functions of the step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from unicl_fast.checkpoints.load import (
     read_tensors,
 )
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
+from unicl_fast.models.sharding import (
+    ParameterOwners,
+    divided_like,
+    divides_optimizer,
+    whole,
+)
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import refuse_differences
 
@@ -43,14 +49,33 @@ _MUST_NOT_CHANGE = {
 
 
 def collect_tensors(
-    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+    *,
+    model: UniCL,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks = _ALONE,
 ) -> dict[str, dict[str, Tensor]]:
-    """The files of a checkpoint and their tensors, where and as they are."""
-    files = {MODEL_FILE: dict(model.state_dict())}
+    """The files of a checkpoint and their tensors, where and as they are.
+
+    Where `efficiency.shard` has divided them, all ranks call it together, and rank 0 alone gets
+    whole ones, on the host; the others' result means nothing.
+    """
+    files = {MODEL_FILE: model.state_dict()}
     if ema is not None:
-        files[EMA_FILE] = dict(ema.module.state_dict())
+        files[EMA_FILE] = ema.module.state_dict()
     files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
-    return files
+    if divides_optimizer(model.config, ranks):
+        files[OPTIMIZER_FILE] = tensors_to_rank_0(files[OPTIMIZER_FILE], ranks)
+    return {
+        file: {name: _whole_on_host(one, ranks) for name, one in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The tensor itself if it is not divided. So a device holds one whole tensor at a time."""
+    found = whole(tensor)
+    return found.cpu() if found is not tensor and ranks.is_main else tensor
 
 
 def describe_state(
@@ -138,7 +163,8 @@ def restore_checkpoint(
             f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
             "checkpoint"
         ) from error
-    _restore_optimizer(model, optimizer, tensors)
+    own = ParameterOwners(model, ranks).own if divides_optimizer(model.config, ranks) else None
+    _restore_optimizer(model, optimizer, tensors, own=own)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -188,8 +214,13 @@ def _check_optimizer_tensors(
 
 
 def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    *,
+    own: Collection[nn.Parameter] | None,
 ) -> None:
+    """Restores the state of the `own` parameters, or of all."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
@@ -198,9 +229,12 @@ def _restore_optimizer(
             optimizer.param_groups[int(name)]["step"] = step
             continue
         parameter = parameters[name]
+        if own is not None and parameter not in own:
+            continue
         if key == "step":  # on the host, unless a fused kernel counts
             if any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
         else:  # averages have the memory format of their parameter
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            averages = torch.empty_like(parameter, dtype=value.dtype)
+            value = averages.copy_(divided_like(value, parameter))
         optimizer.state[parameter][key] = value

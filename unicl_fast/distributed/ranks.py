@@ -134,21 +134,46 @@ def tensors_from_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str
     """Returns rank 0's named tensors, all on the host, on all ranks, bit for bit."""
     if ranks.world_size == 1:
         return dict(tensors)
-    kinds = [
-        (name, str(one.dtype).removeprefix("torch."), list(one.shape))
-        for name, one in tensors.items()
-    ]
+    kinds = [(name, _type_name(one), list(one.shape)) for name, one in tensors.items()]
     found = {}
     for name, dtype, shape in from_rank_0(kinds, ranks):
         if ranks.is_main:
             found[name] = tensors[name].contiguous()
         else:
             found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-        if found[name].numel():
-            content = found[name].reshape(-1).view(torch.uint8)  # gloo does not know all types
-            with WaitingForRanks():
-                dist.broadcast(content, src=0, group=ranks.host_group)
+        _send_bytes(dist.broadcast, found[name], 0, ranks)
     return found
+
+
+def tensors_to_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Returns the named tensors of all ranks on rank 0: its own as they are, others on the host.
+
+    Other ranks get an empty dictionary. Of tensors with one name the first rank's counts.
+    """
+    kinds = [(name, _type_name(one), list(one.shape)) for name, one in tensors.items()]
+    every = gather_objects(kinds, ranks)
+    if not ranks.is_main:
+        for one in tensors.values():
+            _send_bytes(dist.send, one.cpu().contiguous(), 0, ranks)
+        return {}
+    found = dict(tensors)
+    for rank, its_kinds in enumerate(every[1:], start=1):
+        for name, dtype, shape in its_kinds:
+            one = torch.empty(shape, dtype=getattr(torch, dtype))
+            _send_bytes(dist.recv, one, rank, ranks)
+            found.setdefault(name, one)
+    return found
+
+
+def _send_bytes(exchange: Callable[..., Any], tensor: Tensor, rank: int, ranks: Ranks) -> None:
+    """Broadcasts, sends or receives a tensor of the host as bytes: gloo does not know all types."""
+    if tensor.numel():
+        with WaitingForRanks():
+            exchange(tensor.reshape(-1).view(torch.uint8), rank, group=ranks.host_group)
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager

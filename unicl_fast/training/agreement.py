@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
@@ -98,18 +99,23 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def check_weights_agree(model: nn.Module, ranks: Ranks, *, step: int) -> None:
     """Compares the bits of all ranks' weights; all ranks call it together. Waits for the device.
 
-    BatchNorm's averages are not compared: they are those of each rank's local batches.
+    BatchNorm's averages are not compared: they are those of each rank's local batches. Nor is what
+    `efficiency.shard=full` has divided: no two ranks have the same part of it.
 
     Raises:
         RuntimeError: names the parameters that differ.
     """
     if ranks.world_size == 1:
         return
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    prints = torch.stack([_fingerprint(parameter.detach()) for parameter in parameters]).tolist()
+    compared = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, DTensor)
+    }
+    prints = torch.stack([_fingerprint(weights) for weights in compared.values()]).tolist()
     everyone = gather_objects(prints, ranks)
     different = [
-        name for name, each in zip(names, zip(*everyone, strict=True), strict=True)
+        name for name, each in zip(compared, zip(*everyone, strict=True), strict=True)
         if len(set(each)) > 1
     ]  # fmt: skip
     if different:

@@ -23,8 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import ObjectiveConfig, TrainConfig
-from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.models.precision import Precision
+from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.global_loss import (
     Encode,
@@ -78,6 +79,10 @@ def back_propagate_in_micro_batches(
     size = config.efficiency.micro_batch_size
     pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
     pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
+    if divides_all(config, ranks):  # all ranks send parameters for each piece
+        tokens, num_tokens, class_ids, counts = pieces[-1]
+        again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
+        pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
     texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
     columns = TextColumns(
         torch.cat([class_ids for _, _, class_ids, _ in pieces]),

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from unicl_fast.config import DataConfig, EfficiencyConfig, TrainConfig
+from unicl_fast.config import DataConfig, EfficiencyConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import (
     find_blocks,
@@ -34,6 +34,7 @@ from unicl_fast.models.efficiency import (
     obstacle_to_window_attention,
 )
 from unicl_fast.models.precision import Precision, place_module
+from unicl_fast.models.sharding import check_sharding, largest_load
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import stores_logits
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
@@ -120,6 +121,11 @@ def plan(
     encoders = _measure(_only_encoders(config), device_type, length)
     number_bytes = precision.weight_type.itemsize
     weights = encoders.num_parameters * number_bytes
+    shard = efficiency.shard if world_size > 1 else "off"
+    divided = number_bytes * encoders.part_of_rank(world_size) if shard == "full" else weights
+    updated = divided
+    if shard == "optimizer":
+        updated = number_bytes * largest_load(encoders.trainable_sizes, world_size)
     num_columns = views * config.run.global_batch_size
     if objective.name == "ce":
         num_columns = sum(objective.num_classes)
@@ -130,24 +136,34 @@ def plan(
     parts = {
         "images: activations": at_once * encoders.image_bytes,
         "texts: activations": min(at_once, batch) * encoders.text_bytes,
-        "parameters": weights + encoders.buffer_bytes,
+        "parameters": divided + encoders.buffer_bytes,
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
-        "gradients": weights,
+        "gradients": divided,
         # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
         # besides, it takes when the activations are gone.
-        "optimizer": 2 * weights,
-        "moving average": weights if config.optim.ema_decay else 0,
+        "optimizer": 2 * updated,
+        "moving average": divided if config.optim.ema_decay else 0,
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
         "loss": _loss_bytes(config, views * batch, num_columns, width, device_type),
         "batches in flight": (1 + _BATCHES_IN_FLIGHT)
         * batch
         * (pixels + 8 * config.model.context_length * objective.has_texts),
-        # a copy in the host's memory, from which checkpoints are written
-        "checkpoint": weights * (4 if config.optim.ema_decay else 3) if device_type == "cpu" else 0,
+        "checkpoint": 0,
         "fixed": FIXED_BYTES[device_type],
     }
+    if device_type == "cpu":
+        # a copy in the host's memory, from which checkpoints are written; rank 0 has joined what is
+        # divided before it is copied
+        copied = weights * (4 if config.optim.ema_decay else 3)
+        joined = {"off": 0, "optimizer": 2 * (weights - updated), "full": copied}
+        parts["checkpoint"] = copied + joined[shard]
+    if shard == "full":
+        # whole for a while: two blocks, one of them ahead of its use, a block's gradient, the copy
+        # of it that is sent, and what lies outside of blocks
+        collected = 4 * encoders.largest_block + encoders.outside_blocks
+        parts["collected parameters"] = number_bytes * collected
     parts["slack"] = int(SLACK * sum(parts.values()))
     return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
 
@@ -197,15 +213,17 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     batch = config.run.global_batch_size // world_size
     micro = min(batch, config.efficiency.micro_batch_size or batch)
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
-    can_split = config.objective.has_texts and not has_batch_norm(
-        _build_on_meta(config, arguments["device_type"])
-    )
+    model = _build_on_meta(config, arguments["device_type"])
+    can_split = config.objective.has_texts and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
+    shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]
     kinds: list[list[tuple[str, TrainConfig, int]]] = [
         [(f"efficiency.micro_batch_size={size} (the same result)",
           _with(config, micro_batch_size=size), world_size) for size in smaller if can_split],
         [("efficiency.activation_checkpointing=True (the same result)", recomputing, world_size)],
+        [(f"efficiency.shard={shard}", _with(config, shard=shard), world_size) for shard in shards
+         if _can_shard(model, config, shard)],
         [(f"{n} ranks", config, n) for n in doubled if not config.run.global_batch_size % n],
     ]  # fmt: skip
     fitting = []
@@ -218,6 +236,15 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     if not fitting:
         return "No such change is enough: take a smaller image encoder or data.image_size"
     return f"What fits: {'; '.join(fitting)}"
+
+
+def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
+    try:
+        check_sharding(_with(config, shard=shard))
+    except ValueError:
+        return False
+    has_blocks = all(map(find_blocks, model.encoders))
+    return config.efficiency.shard == "off" and (shard == "optimizer" or has_blocks)
 
 
 def _loss_bytes(
@@ -242,6 +269,20 @@ class _Encoders:
     image_bytes: int
     text_bytes: int
     feature_width: int
+    trainable_sizes: tuple[int, ...]
+    """The numbers of each parameter that is updated."""
+    divided_shapes: tuple[torch.Size, ...]
+    """The parameters of both encoders, which `efficiency.shard=full` divides by rows."""
+    largest_block: int
+    """The parameters of the largest block."""
+    outside_blocks: int
+    """The parameters of both encoders that are in no block."""
+
+    def part_of_rank(self, world_size: int) -> int:
+        """Parameters that a rank holds where the encoders are divided; other ones are whole."""
+        rest = self.num_parameters - sum(shape.numel() for shape in self.divided_shapes)
+        parts = (-(-shape[0] // world_size) * shape[1:].numel() for shape in self.divided_shapes)
+        return rest + sum(parts)
 
 
 def _only_encoders(config: TrainConfig) -> TrainConfig:
@@ -328,14 +369,24 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
         if model.text_encoder is not None:
             text_bytes, more_narrow, _ = kept(encode_text, texts)
             narrow_bytes += more_narrow
+    in_blocks = [_num_parameters(block) for block in find_blocks(model)]
+    divided = [parameter.shape for one in model.encoders for parameter in one.parameters()]
     return _Encoders(
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=_num_parameters(model),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         narrow_bytes=narrow_bytes,
         image_bytes=image_bytes,
         text_bytes=text_bytes,
         feature_width=width,
+        trainable_sizes=tuple(p.numel() for p in model.parameters() if p.requires_grad),
+        divided_shapes=tuple(divided),
+        largest_block=max(in_blocks, default=0),
+        outside_blocks=sum(shape.numel() for shape in divided) - sum(in_blocks),
     )
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _kept_bytes(

@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -38,6 +39,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
+from unicl_fast.models import sharding
 from unicl_fast.models.efficiency import (
     compile_encoders,
     fuse_window_attention,
@@ -173,20 +175,23 @@ class Trainer:
         if efficiency.micro_batch_size:
             check_micro_batches(self.model, config.objective)
         place_module(self.model, device=self.device, precision=precision)
-        if efficiency.channels_last:
+        divides_all = sharding.divides_all(config, self.ranks)
+        if efficiency.channels_last and not divides_all:  # torch divides no other order
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if efficiency.window_attention == "triton":
             fuse_window_attention(self.model.image_encoder)
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
+        self._whole_copy = sharding.WholeCopy(self.model) if divides_all else None
         if efficiency.compile != "off":
             compile_encoders(self.model, efficiency.compile)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
-        if self.ranks.world_size > 1:
-            # only those of BatchNorm ever change
-            buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(self.model)}
-            self._encode = DistributedDataParallel(
-                self.model, gradient_as_bucket_view=True, **buffers
-            )
+        if divides_all:
+            self._divide_encoders()
+        elif self.ranks.world_size > 1:
+            self._encode = self._build_ddp()
+        self._owners: sharding.ParameterOwners | None = None
+        if sharding.divides_optimizer(config, self.ranks):
+            self._owners = sharding.ParameterOwners(self.model, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
@@ -200,6 +205,22 @@ class Trainer:
             config, ranks=self.ranks, run_folder=run_folder, scaler=self.scaler
         )
         self._last_metrics: dict[str, float] = {}
+
+    def _build_ddp(self) -> DistributedDataParallel:
+        # only those of BatchNorm ever change
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(self.model)}
+        ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
+        if self.config.efficiency.compress_gradients:
+            # by another name: DDP would refuse torch's own on gloo, which sums bf16 as well
+            ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+        return ddp
+
+    def _divide_encoders(self) -> None:
+        reduce_type = torch.bfloat16 if self.config.efficiency.compress_gradients else None
+        sharding.shard_encoders(self.model, self.ranks, reduce_type=reduce_type)
+        if self.ema is not None:
+            sharding.shard_encoders(self.ema.module, self.ranks)
+            self.ema.foreach = False  # no kernel takes divided tensors and whole ones at once
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state that a checkpoint of this run holds; all ranks call it together.
@@ -275,7 +296,7 @@ class Trainer:
         self.model.train()
         if self._batch_norms is not None:
             self._batch_norms.keep()
-        self.optimizer.zero_grad()  # sets them to None; apex's takes no argument that would say so
+        self.model.zero_grad()
         loss = self.back_propagate(batch)
         self._mark("step: update", waits_for_ranks=True)  # the host may wait for the device's norm
         grad_norm = self.update(loss)
@@ -291,6 +312,15 @@ class Trainer:
 
         Under fp16 the gradient is multiplied by the loss scaler's factor.
         """
+        if self._whole_copy is None:
+            return self._back_propagate(batch)
+        if has_batch_norm(self.model):
+            self._share_buffers(self.model)  # as DDP would
+        loss = self._back_propagate(batch)
+        sharding.average_whole_gradients(self.model, self.ranks)
+        return loss
+
+    def _back_propagate(self, batch: Batch) -> Tensor:
         if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
                 self.model, self._encode, batch, self.config, self.ranks, self._scale_loss
@@ -311,10 +341,14 @@ class Trainer:
         """Updates the weights with the gradients in `.grad`; returns their norm."""
         self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = gradient_norm(self.model)
+        grad_norm = gradient_norm(self.model, self.ranks)
         leave_out = ~(loss.isfinite() & grad_norm.isfinite())
         clip_norm = self.config.optim.clip_norm
+        if self._owners is not None:
+            self._owners.drop_other_gradients()
         update(self.optimizer, grad_norm, clip_norm=clip_norm, leave_out=leave_out)
+        if self._owners is not None:
+            self._owners.send_updates()
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
@@ -335,11 +369,16 @@ class Trainer:
         if self.ledger is not None and not self.ledger.flush(required=required):
             return
         self._saved_step = self.step
+        is_divided = self._owners is not None or self._whole_copy is not None
+        if self.run_folder is None or (self._checkpoints is None and not is_divided):
+            return
+        tensors = collect_tensors(
+            model=self.model, ema=self.ema, optimizer=self.optimizer, ranks=self.ranks
+        )
         if self._checkpoints is None:
             return
         if self._check_run_folder is not None:
             self._check_run_folder()
-        tensors = collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer)
         state = describe_state(
             model=self.model,
             optimizer=self.optimizer,
@@ -422,13 +461,13 @@ class Trainer:
         pass by the order in which they came. A gradient's place decides in which order three or
         more ranks are added up, so the first step of each start would be rounded in another way.
         """
-        if self.ranks.world_size == 1:
+        if not isinstance(self._encode, DistributedDataParallel):
             return
         self._mark("step: encoding", waits_for_ranks=True)
         self.model.train()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.back_propagate(batch)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         for name, buffer in self.model.named_buffers():  # BatchNorm's averages
             buffer.copy_(buffers[name])
 
@@ -508,16 +547,21 @@ class Trainer:
         self._mark(f"evaluation {name}")
         model = self.model if self.ema is None else self.ema.module
         if self.ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
-            with WaitingForRanks():
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-        results = self.evaluations[name](model.eval())
+            self._share_buffers(model)
+        as_it_is = contextlib.nullcontext(model)
+        with as_it_is if self._whole_copy is None else self._whole_copy.filled(model) as evaluated:
+            results = self.evaluations[name](evaluated.eval())
         values = {f"{name}/{key}": value for key, value in results.items()}
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             tqdm.write(f"step {self.step}: {shown}", file=ForgivingStderr())
         return values
+
+    def _share_buffers(self, model: UniCL) -> None:
+        with WaitingForRanks():
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         """Keeps the checkpoint of this step, written now if need be, if none is better."""
@@ -559,6 +603,7 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
+    sharding.check_sharding(config)
 
 
 def _check_classes(batch: Batch, config: TrainConfig) -> None:

@@ -1,0 +1,287 @@
+"""`efficiency.shard`: ranks that divide the training state train as ranks that do not.
+
+Under `optimizer` bit for bit, under `full` within rounding; checkpoints hold whole tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import run_on_ranks, train_each, train_each_compiled
+from safetensors.torch import load_file
+from small_runs import StepLoader, tiny_config
+
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.efficiency import has_compiler
+from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.memory_plan import plan
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+STEPS = 4
+
+
+def config_of(
+    shard: str = "off", *, ema_decay: float = 0.0, clip_norm: float = 5.0, **settings: object
+) -> TrainConfig:
+    config = tiny_config(steps=STEPS, shard=shard, **settings)
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, ema_decay=ema_decay, clip_norm=clip_norm),
+        run=dataclasses.replace(config.run, evaluate_every_steps=3, check_ranks_every_steps=1),
+    )
+
+
+def quick_config(shard: str) -> TrainConfig:
+    """Without an evaluation, and with one checkpoint, of the last step."""
+    config = config_of(shard)
+    return dataclasses.replace(
+        config,
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+        run=dataclasses.replace(config.run, steps=2, log_every_steps=1),
+    )
+
+
+def last_of(run: Path) -> Path:
+    return list_checkpoints(run / "checkpoints")[-1]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint."""
+    return {
+        f"{file.stem}: {name}": tensor
+        for file in last_of(run).glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run) if "loss" in line]
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    """Bit for bit: each loss that both have, and every tensor of the last checkpoint."""
+    losses = losses_of(found)
+    assert losses == losses_of(expected)[-len(losses) :]
+    states, expected_states = state_of(found), state_of(expected)
+    assert states.keys() == expected_states.keys()
+    for name, tensor in states.items():
+        assert torch.equal(tensor, expected_states[name]), name
+
+
+def assert_close_runs(found: Path, expected: Path, *, rtol: float, atol: float) -> None:
+    losses = losses_of(found)
+    assert losses == pytest.approx(losses_of(expected)[-len(losses) :], rel=rtol)
+    states, expected_states = state_of(found), state_of(expected)
+    assert states.keys() == expected_states.keys()
+    for name, tensor in states.items():
+        torch.testing.assert_close(tensor, expected_states[name], rtol=rtol, atol=atol, msg=name)
+
+
+def longer(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2 * STEPS))
+
+
+IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def held_by(run: Path, rank: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Bytes of parameters and of optimizer state, and the parameters or its parts of them."""
+    sizes, parameters = torch.load(run / f"{rank}.pt", weights_only=True)
+    return sizes, parameters
+
+
+@pytest.mark.dist
+def test_two_ranks_that_divide_the_state_train_as_before(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
+    runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
+    assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
+    assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
+    sizes = {shard: [held_by(tmp_path / shard, rank)[0] for rank in range(2)] for shard in runs}
+    ((parameters, states), _) = sizes["off"]
+    assert [of_parameters for of_parameters, _ in sizes["optimizer"]] == [parameters] * 2
+    assert sum(of_states for _, of_states in sizes["optimizer"]) == states
+    for of_parameters, of_states in sizes["full"]:
+        assert of_parameters == pytest.approx(parameters / 2, rel=0.01)
+        assert of_states == pytest.approx(states / 2, rel=0.01)
+    for shard in ("optimizer", "full"):
+        planned = plan(quick_config(shard), world_size=2, device_bytes=0, device_type="cpu").parts
+        assert planned["gradients"] == sizes[shard][0][0]
+        largest = max(of_states for _, of_states in sizes[shard])
+        assert planned["optimizer"] == pytest.approx(
+            largest, abs=1000
+        )  # beside the counts of steps
+
+
+SETTINGS: dict[str, dict] = {
+    "clipped": {"clip_norm": 0.05, "ema_decay": 0.9},
+    "clipped, without the fused kernel": {"clip_norm": 0.05, "fused_optimizer": False},
+    "micro-batches": {"micro_batch_size": 1, "ema_decay": 0.9},
+    "recomputed micro-batches": {"micro_batch_size": 2, "activation_checkpointing": True},
+    "BatchNorm": {"image_encoder": "unicl_convnet7_small"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_divided_runs_are_the_plain_run(
+    images: torch.Tensor, tmp_path: Path, world_size: int, name: str
+) -> None:
+    """Ranks have other numbers of micro-batches of texts, and of passes in an evaluation."""
+    runs = {
+        run: (config_of(run.removesuffix(", again"), **SETTINGS[name]), None)
+        for run in ("off", "optimizer", "full", "full, again")
+    }
+    run_on_ranks(train_each, world_size, images, tmp_path, runs)
+    assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
+    assert_equal_runs(tmp_path / "full, again", tmp_path / "full")
+    assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
+    for run in runs:
+        found = [line["passes/worst"] for line in read_metrics(tmp_path / run) if len(line) == 2]
+        assert len(found) == 2
+        assert max(found) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("lamb", "fp64"), ("lamb", "fp16"), ("adamw", "fp16")]
+)
+def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
+    images: torch.Tensor, tmp_path: Path, optimizer: str, precision: str
+) -> None:
+    settings = {"optimizer": optimizer, "precision": precision}
+    runs = {shard: (config_of(shard, **settings), None) for shard in ("off", "optimizer")}
+    run_on_ranks(train_each, 4, images, tmp_path, runs)
+    assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_full_in_fp32_differs_by_its_rounding(images: torch.Tensor, tmp_path: Path) -> None:
+    """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
+    runs = {shard: (config_of(shard, precision="fp32"), None) for shard in ("off", "full")}
+    run_on_ranks(train_each, 4, images, tmp_path, runs)
+    assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """From four ranks to two and to one, and back; on as many ranks bit for bit."""
+    averaged = {"ema_decay": 0.9}
+    unbroken = {"full": (config_of("full", **averaged), None)}
+    run_on_ranks(train_each, 4, images, tmp_path, unbroken)
+    middle = tmp_path / "full" / "checkpoints" / "step-00000002"
+    on_two = {
+        f"{shard} on 2": (config_of(shard, **averaged), middle)
+        for shard in ("off", "optimizer", "full")
+    }
+    run_on_ranks(train_each, 2, images, tmp_path, on_two)
+    alone = config_of("full", **averaged)
+    trainer = Trainer(alone, StepLoader(images), run_folder=tmp_path / "alone", progress=False)
+    trainer.resume(middle)
+    trainer.fit()
+    back = {
+        "same": (config_of("full", **averaged), middle),
+        **{
+            f"back from {run}": (longer(config_of(shard, **averaged)), last_of(tmp_path / run))
+            for run, shard in (("off on 2", "full"), ("full on 2", "optimizer"))
+        },
+    }
+    run_on_ranks(train_each, 4, images, tmp_path, back)
+    assert_equal_runs(tmp_path / "same", tmp_path / "full")
+    for run in (*on_two, "alone"):
+        assert_close_runs(tmp_path / run, tmp_path / "full", **IN_FP64)
+    first, second = ("back from off on 2", "back from full on 2")
+    assert losses_of(tmp_path / first) == pytest.approx(losses_of(tmp_path / second), rel=1e-9)
+    assert len(losses_of(tmp_path / first)) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> None:
+    plain = {"off": (config_of(), None)}
+    compiled = {
+        "full": (config_of("full", compile="blocks"), None),
+        "recomputed": (
+            config_of("full", compile="blocks", activation_checkpointing=True),
+            None,
+        ),
+    }
+    run_on_ranks(train_each, 2, images, tmp_path, plain)
+    run_on_ranks(train_each_compiled, 2, images, tmp_path, compiled)
+    for run in compiled:
+        assert_close_runs(tmp_path / run, tmp_path / "off", **IN_FP64)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_gradients_in_bf16_leave_ranks_equal_and_results_near(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """By as much as 8 bits of a fraction may do in a few of AdamW's steps."""
+    sent = {"precision": "fp32", "compress_gradients": True}
+    runs = {"plain": (config_of(precision="fp32"), None)} | {
+        shard: (config_of(shard, **sent), None) for shard in ("off", "optimizer", "full")
+    }
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
+    for shard in ("off", "optimizer"):
+        ((_, one), (_, other)) = (held_by(tmp_path / shard, rank) for rank in range(2))
+        assert all(map(torch.equal, one, other))
+    assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
+    plain = losses_of(tmp_path / "plain")
+    for shard in ("off", "full"):
+        losses = losses_of(tmp_path / shard)
+        assert losses[0] == plain[0]
+        assert losses[1:] != plain[1:]
+        assert losses == pytest.approx(plain, rel=1e-3)
+
+
+def test_owners_have_nearly_as_much_each() -> None:
+    sizes = [7, 1, 1, 30, 5, 5, 4, 9, 2, 20]
+    owners = choose_owners(sizes, 3)
+    loads = [
+        sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank)
+        for rank in range(3)
+    ]
+    assert max(loads) == largest_load(sizes, 3) == 30
+    assert min(loads) >= 26
+    assert choose_owners([3, 2], 4) == [0, 1]  # two ranks have none
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lamb"}, "optim.name=lamb.*take optim.name=adamw"),
+        ({"precision": "fp16"}, "efficiency.precision=fp16.*take efficiency.precision=bf16"),
+        ({"compile": "encoders"}, "efficiency.compile=encoders.*take efficiency.compile=blocks"),
+    ],
+)
+def test_what_full_cannot_divide_is_refused(
+    images: torch.Tensor, settings: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
+        Trainer(tiny_config(shard="full", **settings), StepLoader(images), progress=False)
+
+
+def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
+    model = UniCL(tiny_config(image_encoder="test_efficientnet"))
+    with pytest.raises(ValueError, match="EfficientNet has none.*take efficiency.shard=optimizer"):
+        shard_encoders(model, Ranks(world_size=2))

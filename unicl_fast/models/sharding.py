@@ -1,0 +1,220 @@
+"""Training state divided over the ranks, as `efficiency.shard` asks.
+
+    optimizer  a parameter's optimizer state is on one rank, which updates it and sends it to all
+    full       parameters, gradients and optimizer state of both encoders are in equal parts on all
+
+The first is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters: each is updated as
+one process would, so the result is the same bit for bit, with any optimizer. Torch's
+ZeroRedundancyOptimizer gathers its state as pickles, which this package never reads, and hides the
+attributes by which a fused kernel leaves out a bad step.
+
+The second is torch's `fully_shard`, by block. Gradients are added up in another order than by DDP,
+so results differ in rounding. What belongs to no encoder (projections, scale, rows of classes)
+stays whole on every rank. Checkpoints hold whole tensors either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import heapq
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.efficiency import find_blocks, keep_activations_in_copy
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.progress import WaitingForRanks
+
+
+def check_sharding(config: TrainConfig) -> None:
+    """Refuses what `efficiency.shard=full` cannot do.
+
+    Raises:
+        ValueError: names the setting, and what to take instead.
+    """
+    efficiency, optimizer = config.efficiency, config.optim.name
+    if efficiency.shard != "full":
+        return
+    refused = {
+        f"optim.name={optimizer}, which needs whole parameters: take optim.name=adamw": (
+            optimizer not in ("adamw", "auto")
+        ),
+        "efficiency.precision=fp16, whose loss scaler sees the gradients of one rank only: take "
+        "efficiency.precision=bf16": efficiency.precision == "fp16",
+        "efficiency.compile=encoders, which cannot collect the parameters of a block when it is "
+        "needed: take efficiency.compile=blocks": efficiency.compile == "encoders",
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"efficiency.shard=full does not go with {what}, or "
+                             "efficiency.shard=optimizer")  # fmt: skip
+
+
+def divides_optimizer(config: TrainConfig, ranks: Ranks) -> bool:
+    return config.efficiency.shard == "optimizer" and ranks.world_size > 1
+
+
+def divides_all(config: TrainConfig, ranks: Ranks) -> bool:
+    return config.efficiency.shard == "full" and ranks.world_size > 1
+
+
+def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
+    """The rank of each parameter: the largest first, each to the rank that has least so far."""
+    loads = [(0, rank) for rank in range(world_size)]
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
+    return owners
+
+
+def largest_load(sizes: Sequence[int], world_size: int) -> int:
+    """Numbers that are updated by the rank that has most."""
+    loads = [0] * world_size
+    for size, owner in zip(sizes, choose_owners(sizes, world_size), strict=True):
+        loads[owner] += size
+    return max(loads)
+
+
+class ParameterOwners:
+    """The rank that updates each trainable parameter (`efficiency.shard=optimizer`)."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        """Decides it by the sizes of the parameters: the same on all ranks, and at every start."""
+        parameters = [one for one in model.parameters() if one.requires_grad]
+        owners = choose_owners([one.numel() for one in parameters], ranks.world_size)
+        self._rank = ranks.rank
+        self._parameters: list[list[nn.Parameter]] = [[] for _ in range(ranks.world_size)]
+        for parameter, owner in zip(parameters, owners, strict=True):
+            self._parameters[owner].append(parameter)
+        self.own = set(self._parameters[ranks.rank])
+
+    def drop_other_gradients(self) -> None:
+        """Leaves the optimizer the gradients of this rank's parameters; it skips those without."""
+        for rank, parameters in enumerate(self._parameters):
+            if rank != self._rank:
+                for parameter in parameters:
+                    parameter.grad = None
+
+    @torch.no_grad()
+    def send_updates(self) -> None:
+        """Gives all ranks the parameters that this one has updated, and takes the others'."""
+        for rank, parameters in enumerate(self._parameters):
+            if not parameters:  # there are more ranks than parameters
+                continue
+            flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
+            with WaitingForRanks():
+                dist.broadcast(flat, src=rank)
+            if rank != self._rank:
+                pieces = flat.split([parameter.numel() for parameter in parameters])
+                for parameter, piece in zip(parameters, pieces, strict=True):
+                    parameter.copy_(piece.view(parameter.shape))
+
+
+def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | None = None) -> None:
+    """Divides each block of the encoders, and what is left of them, over all ranks.
+
+    Blocks are compiled before this is called. `reduce_type` is the type in which gradients are
+    added up over ranks; None is their own.
+
+    Raises:
+        ValueError: an encoder without blocks that are known, or a torch that is too old.
+    """
+    device_type = model.logit_scale.device.type
+    # gloo's own averaging has been missing, and silently wrong (pytorch issue 162338)
+    if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ValueError(
+            f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}, whose "
+            "gloo cannot be told to sum: take efficiency.shard=optimizer, or update torch"
+        )
+    mesh = init_device_mesh(device_type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_type)
+    # encoders return views, which nothing here changes in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    for encoder in model.encoders:
+        blocks = find_blocks(encoder)
+        if not blocks:
+            raise ValueError(
+                f"efficiency.shard=full divides encoders by blocks, and {type(encoder).__name__} "
+                "has none that are known: take efficiency.shard=optimizer, or add its block class"
+            )
+        for part in (*blocks, encoder):
+            divided = fully_shard(part, mesh=mesh, mp_policy=policy)
+            if device_type == "cpu":
+                divided.set_force_sum_reduction_for_comms(True)
+    # it would keep a copy in 16 bits of every block until the end of the forward pass
+    torch.set_autocast_cache_enabled(False)
+
+
+def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:
+    """Those that are divided over ranks, and those that are whole: no kernel takes both at once."""
+    divided: list[DTensor] = []
+    others: list[Tensor] = []
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            divided.append(tensor)
+        else:
+            others.append(tensor)
+    return divided, others
+
+
+@torch.no_grad()
+def average_whole_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Averages the gradients of the parameters that are not divided, as DDP would."""
+    for parameter in split_divided(model.parameters())[1]:
+        if parameter.grad is not None:
+            with WaitingForRanks():
+                dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks.world_size
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with the parts of all ranks, which call it together if it is divided."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with WaitingForRanks():
+        return tensor.full_tensor()
+
+
+def divided_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, which all ranks have, where `other` is divided."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+class WholeCopy:
+    """A copy of a model whose parameters take no memory until they are needed whole.
+
+    Evaluations run on it: ranks encode different numbers of batches then, and a divided encoder
+    collects its parameters at each of them, from all ranks.
+    """
+
+    def __init__(self, model: UniCL) -> None:
+        """Takes the model before it is compiled and divided."""
+        meta = {id(one): nn.Parameter(one.detach().to("meta")) for one in model.parameters()}
+        self._model = copy.deepcopy(model, meta)
+        self._model.requires_grad_(False)
+        keep_activations_in_copy(self._model)
+        self._empty = dict(self._model.named_parameters())
+
+    @contextlib.contextmanager
+    def filled(self, model: UniCL) -> Iterator[UniCL]:
+        """The copy with the weights of a divided model; all ranks call it together."""
+        self._load({name: whole(one) for name, one in model.state_dict().items()})
+        try:
+            yield self._model
+        finally:
+            self._load(self._empty)
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        self._model.load_state_dict(tensors, assign=True, strict=False)
