@@ -99,6 +99,7 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.version.cuda", "12.8"),
         mock.patch("torch.cuda.Event", FakeEvent),
+        mock.patch("torch.cuda.current_stream", torch.device),
         # lists of tensors go to one kernel by their exact type
         mock.patch("torch.utils._foreach_utils._foreach_supported_types", [Tensor, FakeTensor]),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
@@ -133,7 +134,8 @@ class FakeEvent:
         assert enable_timing
         self.num_waits = 0
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
+        assert stream == GPU  # see `fake_gpu`
         self.seconds = FakeEvent.now
 
     def synchronize(self) -> None:

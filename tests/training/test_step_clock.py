@@ -38,6 +38,7 @@ def hours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hours]:
     hours = Hours()
     monkeypatch.setattr(step_clock.time, "perf_counter", lambda: hours.now)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", torch.device)
     yield hours
     FakeEvent.now = 0.0
 

@@ -39,7 +39,7 @@ class StepClock:
         self.recent = collections.deque(maxlen=_REMEMBERED_STEPS)
         """Seconds by part of the last steps that were read, the newest last. To a step belongs what
         came after the end of the one before, such as an evaluation."""
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._free: list[torch.cuda.Event] = []
         self._borders: list[tuple[Part, Any]] = []
         self._ends: list[int] = []
@@ -102,5 +102,5 @@ class StepClock:
         if not self._on_gpu:
             return time.perf_counter()
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # not of the current device
         return event
