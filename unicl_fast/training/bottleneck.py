@@ -131,7 +131,7 @@ def find_bottleneck(
             sentence=f"{waiting}, for decoding by data.threads={threads}, while {idle:.0%} of "
             f"{usage.cores:g} cores have no work; set data.threads=0, which takes all cores",
         )
-    help_ = "pack images with a shorter side of 256 (unicl-pack build --resize short:256), or raw"
+    help_ = "pack large images smaller (unicl-pack build --resize short:256), or raw (--format raw)"
     if not decodes_files:
         help_ = "pack smaller images (unicl-pack build --resize), or give the run more cores"
     elif on_gpu:
