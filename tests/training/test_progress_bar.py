@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import io
 import logging
 import os
 import pty
@@ -51,6 +53,16 @@ class Terminal:
                 rows[row] = rows[row][:column].ljust(column) + token + rows[row][column + 1 :]
                 column += 1
         return [row.rstrip() for row in rows]
+
+
+class FullDisk(io.StringIO):
+    """A log file for which there is no room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @contextlib.contextmanager
@@ -155,3 +167,25 @@ def test_a_hidden_bar_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None
         bar.show(VALUES)
         bar.update()
     assert capsys.readouterr().err == ""
+
+
+def test_stderr_on_a_full_disk_ends_no_run(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+
+    def with_a_line(batch: Batch) -> Batch:
+        logging.getLogger("loader").warning("reads step %d", batch.step)
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", FullDisk())
+        patch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler()])
+        trainer = Trainer(
+            tiny_config(steps=2),
+            StepLoader(images, change=with_a_line),
+            run_folder=tmp_path,
+            evaluations={"digits": lambda model: {"top1": 0.5}},
+        )
+        trainer.fit()
+    assert trainer.step == 2

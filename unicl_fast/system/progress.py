@@ -127,14 +127,14 @@ def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
 class ForgivingStderr:
     """stderr for a progress bar, which must not end a run when its log is on a full disk.
 
-    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.) It
-    equals sys.stderr, by which tqdm knows the bars that a line must not be written into.
+    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.) All
+    are equal, by which tqdm knows the bars that a line must not be written into.
     """
 
     __hash__ = None  # type: ignore[assignment]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ForgivingStderr) or other is sys.stderr
+        return isinstance(other, ForgivingStderr)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed

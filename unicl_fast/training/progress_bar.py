@@ -52,6 +52,12 @@ class ProgressBar(tqdm):  # type: ignore[misc]  # tqdm has no types
             *([f"mfu {values['mfu']:.0%}"] if "mfu" in values else []),
         ]
 
+    @classmethod
+    def write(cls, s: str, file: Any = None, end: str = "\n", nolock: bool = False) -> None:
+        """Writes a line above the bars; for stderr by the same way as they."""
+        file = ForgivingStderr() if file is sys.stderr else file
+        super().write(s, file=file, end=end, nolock=nolock)
+
     @property
     def format_dict(self) -> dict[str, Any]:
         """The fields of the line; where it is short, the less important numbers are left out."""
@@ -76,10 +82,11 @@ class ProgressBar(tqdm):  # type: ignore[misc]  # tqdm has no types
 @contextlib.contextmanager
 def progress_bar(*, done: int, total: int, hidden: bool) -> Iterator[ProgressBar]:
     """Shows a bar, and leads log and warnings for the console past it; a hidden one does not."""
+    tqdm(disable=True)  # the first bar ever makes tqdm's list of them, for its own class and below
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(ProgressBar(done=done, total=total, hidden=hidden))
         if not hidden:
-            stack.enter_context(logging_redirect_tqdm())
+            stack.enter_context(logging_redirect_tqdm(tqdm_class=ProgressBar))
             stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
             warnings.showwarning = _show_warning
         yield bar
@@ -98,4 +105,4 @@ def _show_warning(
 
 def write_line(text: str) -> None:
     """Writes a line to stderr, above the bars that are shown there."""
-    tqdm.write(text, file=ForgivingStderr())
+    ProgressBar.write(text, file=sys.stderr)
