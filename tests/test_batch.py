@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
 
-from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
+from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead
 
 
 @pytest.fixture
@@ -37,6 +39,27 @@ def make_batch(step: int) -> Batch:
 def assert_equal(one: Batch, other: Batch) -> None:
     for field in dataclasses.fields(Batch):
         assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def test_reading_counts_waiting_in_any_thread_and_no_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading = ReadingTime()
+
+    def wait() -> None:
+        with reading.measuring():
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(wait) for _ in range(2)]:
+            future.result()
+    assert reading.blocked_seconds >= 0.1
+    monkeypatch.setattr(time, "perf_counter", iter([10.0, 13.0]).__next__)
+    monkeypatch.setattr(time, "thread_time", iter([1.0, 3.0]).__next__)
+    before = reading.blocked_seconds
+    with reading.measuring():
+        pass
+    assert reading.blocked_seconds - before == pytest.approx(1.0)
 
 
 def test_on_the_cpu_nothing_is_copied() -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -96,6 +98,28 @@ class EvaluationBatch:
     def model_inputs(self) -> dict[str, Tensor]:
         """The fields that `to` moves, by name."""
         return {"images": self.images}
+
+
+class ReadingTime:
+    """How long a loader's threads waited for storage. What computes, such as checksums, is not."""
+
+    def __init__(self, *, decodes_files: bool = True) -> None:
+        """Nothing is read yet; `decodes_files` tells encoded images from raw ones."""
+        self.decodes_files = decodes_files
+        self.num_threads = 1
+        """Threads that may read at the same time."""
+        self.blocked_seconds = 0.0
+        """Summed over threads."""
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Counts what happens inside, in any thread, as reading."""
+        computed, begun = time.thread_time(), time.perf_counter()
+        yield
+        passed = time.perf_counter() - begun - (time.thread_time() - computed)
+        with self._lock:
+            self.blocked_seconds += passed
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps, map_steps
@@ -113,6 +114,8 @@ class HostBatches:
         self._batch_size = config.run.global_batch_size // world_size
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda chunk: None
+        self.reading = ReadingTime(decodes_files=form == "files")
+        """How long reading waited for storage."""
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:
@@ -155,6 +158,7 @@ class HostBatches:
             contextlib.closing(self.crop_resizer()) as resizer,
             ThreadPoolExecutor(resizer.groups_at_once, thread_name_prefix="unicl-feed") as pool,
         ):
+            self.reading.num_threads = resizer.groups_at_once
             starts = itertools.count(start_step, resizer.batches_at_once)
             try:
                 for start in itertools.islice(starts, ahead + resizer.groups_at_once - 1):
@@ -171,7 +175,8 @@ class HostBatches:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
         planned = self._plan_steps(first_step, resizer.batches_at_once)
         self._read_ahead_from(first_step // self._steps_of_chunk)
-        actual, pixels = self._bad.read_pixels([step.batch for step in planned])
+        with self.reading.measuring():
+            actual, pixels = self._bad.read_pixels([step.batch for step in planned])
         windows = np.concatenate([batch.windows for batch in actual])
         views = [
             np.split(resizer.crop(pixels, windows[:, view]), len(actual))
@@ -193,8 +198,11 @@ class HostBatches:
         self._check_arrays()
         self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
         if self._form == "files":
-            return self._host_batch(planned, *self._bad.read_files(planned.batch))
-        (actual,), pixels = self._bad.read_pixels([planned.batch])
+            with self.reading.measuring():
+                actual, files = self._bad.read_files(planned.batch)
+            return self._host_batch(planned, actual, files)
+        with self.reading.measuring():
+            (actual,), pixels = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, pixels)
 
     def _plan_steps(self, first: int, count: int) -> list[_Planned]:

@@ -101,6 +101,8 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.version.cuda", "12.8"),
+        mock.patch("torch.cuda.Event", FakeEvent),
+        mock.patch("torch.cuda.current_stream", torch.device),
         # lists of tensors go to one kernel by their exact type
         mock.patch("torch.utils._foreach_utils._foreach_supported_types", [Tensor, FakeTensor]),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
@@ -121,6 +123,29 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
             stack.callback(stand_in.end)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield stack.enter_context(FakeTensorMode())
+
+
+class FakeEvent:
+    """A CUDA event of a device whose work is done as soon as it is asked for.
+
+    Its times are seconds of `FakeEvent.now`, which a test sets.
+    """
+
+    now = 0.0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.num_waits = 0
+
+    def record(self, stream: object) -> None:
+        assert stream == GPU  # see `fake_gpu`
+        self.seconds = FakeEvent.now
+
+    def synchronize(self) -> None:
+        self.num_waits += 1
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 1e3 * (other.seconds - self.seconds)
 
 
 def _fused_attention(

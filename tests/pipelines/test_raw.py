@@ -7,6 +7,7 @@ import dataclasses
 import io
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,24 @@ def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
         for field in dataclasses.fields(Batch):
             left, right = getattr(one, field.name), getattr(other, field.name)
             assert np.array_equal(left, right), (one.step, field.name)
+
+
+@pytest.mark.parametrize("form", ["png", "raw"])
+def test_a_loader_tells_how_long_storage_kept_it_waiting(
+    sets: Sets, prompts: ClassPrompts, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make_loader(sets[form], prompts)
+    assert loader.reading.decodes_files == (form == "png")
+    name = "image_bytes" if form == "png" else "read_pixels"
+    read = getattr(PackedDataset, name)
+
+    def read_slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.01)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(PackedDataset, name, read_slowly)
+    list(loader.metadata_without_decoding(1))
+    assert loader.reading.blocked_seconds >= 0.01 * (BATCH if form == "png" else 1)
 
 
 @pytest.mark.parametrize("augment", ["none", "unicl", "supcon", "none,views=2"])
@@ -280,7 +299,9 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     # few batches are read at once, else all could have been read before the damage is done
     monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400
-    expected = take(make_loader(sets["raw"], prompts), count=count)
+    whole = make_loader(sets["raw"], prompts)
+    expected = take(whole, count=count)
+    assert whole.reading.num_threads == 2
     datasets = opened()
     loader = make_loader(datasets, prompts)
     running = loader.batches(0)

@@ -19,8 +19,10 @@ from unicl_fast.system.machine import (
     choose_decode_device,
     choose_environment,
     cores_of_rank,
+    cpu_times,
     describe_cores,
     quota_of_cores,
+    resident_bytes,
     usable_cores,
 )
 
@@ -192,3 +194,47 @@ def test_programs_choose_their_environment_before_torch_is_imported(
         f"from unicl_fast.tools import {program}; {program}.main({arguments})"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7
+
+
+def test_cpu_time_is_that_of_this_process_and_of_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real cores
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this kernel does not tell how long threads wait for a core")
+    before = cpu_times()
+    while cpu_times().own < before.own + 0.1:
+        sum(range(100_000))
+    after = cpu_times()
+    assert 0.09 < after.own - before.own < 5
+    assert after.waited >= before.waited
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    assert after.busy - before.busy >= after.own - before.own - 2 * tick * usable_cores()
+
+
+def test_the_cores_of_this_process_alone_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    per_core = {0: 10, 5: 20, 12: 400}  # the process may run on the first twelve
+    lines = [
+        f"cpu{core} {n * ticks} {ticks} 0 9999 9999 0 0 {ticks} 0 0" for core, n in per_core.items()
+    ]
+    stat = "\n".join(["cpu  1 2 3 4 5 6 7 8 9 10", *lines, "intr 5 0 0"])
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, **how: stat if path == Path("/proc/stat") else read(path, **how),
+    )
+    assert cpu_times().busy == 10 + 20 + 2 * 2
+
+
+def test_memory_is_what_lies_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resident_bytes()
+    assert before is not None
+    content = bytearray(os.urandom(1000)) * 40_000
+    assert resident_bytes() - before > 0.9 * len(content)
+
+    def fail(*arguments: object, **options: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert resident_bytes() is None  # another system than Linux
+    assert cpu_times()[1:] == (0, 0)

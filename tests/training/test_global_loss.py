@@ -109,6 +109,10 @@ def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_pat
     assert [line["grad_norm"] for line in two] == pytest.approx(
         [line["grad_norm"] for line in one], rel=1e-9
     )
+    assert not any(line["seconds/communication"] for line in one)
+    assert all(line["seconds/communication"] > 0 for line in two)
+    assert two[0]["seconds/checks"] > 0  # DDP's buckets are settled
+    assert two[-1]["images_per_second_per_device"] == two[-1]["images_per_second"] / 2
 
 
 @pytest.mark.slow

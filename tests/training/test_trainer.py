@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from small_runs import StepLoader, global_batch, labelled_loader, objective_config, tiny_config
 
 from unicl_fast import load_model
-from unicl_fast.batch import ListLoader
+from unicl_fast.batch import ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training import run
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import pretrain
@@ -256,3 +258,23 @@ def test_a_run_keeps_which_decoder_auto_took(
     pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
     (*_, checkpoint) = list_checkpoints(tmp_path / "checkpoints")
     assert read_state(checkpoint).config.data.decode_device == "cpu"
+
+
+def test_a_run_tells_its_trainer_how_long_the_loader_waits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
+) -> None:
+    config = dataclasses.replace(tiny_config(), data=DataConfig(train=(str(data / "labels"),)))
+    loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
+    monkeypatch.setattr(run, "check_memory", lambda config, **arguments: None)
+    trainer = run._build_trainer(
+        config,
+        run_folder=tmp_path,
+        build_loader=lambda *arguments, **settings: loader,
+        evaluate=dict,
+        ranks=Ranks(),
+        device=torch.device("cpu"),
+        keeps_ledger=False,
+        check_run_folder=None,
+    )
+    with trainer._session() as session:
+        assert session.bottlenecks._reading is loader.reading

@@ -56,6 +56,23 @@ def mark_progress() -> None:
     _now = Stage(*_now)
 
 
+_watch_wait: Callable[[bool], None] | None = None
+
+
+@contextlib.contextmanager
+def watching_waits(watch: Callable[[bool], None]) -> Iterator[None]:
+    """Within this context, calls `watch` where a rank begins to wait for others, and ends to.
+
+    With True and False, in the thread that waits.
+    """
+    global _watch_wait
+    before, _watch_wait = _watch_wait, watch
+    try:
+        yield
+    finally:
+        _watch_wait = before
+
+
 class WaitingForRanks:
     """Marks a collective, in which a rank waits when ANOTHER one hangs; the stage resumes after it.
 
@@ -66,6 +83,8 @@ class WaitingForRanks:
 
     def __enter__(self) -> None:
         global _now
+        if _watch_wait is not None:
+            _watch_wait(True)
         self._before = _now
         name, step, patience, _ = _now
         name = name.removesuffix(OR_WAITING)
@@ -73,6 +92,8 @@ class WaitingForRanks:
 
     def __exit__(self, *_: object) -> None:
         global _now
+        if _watch_wait is not None:
+            _watch_wait(False)
         _now = Stage(*self._before)
 
 
@@ -106,8 +127,14 @@ def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
 class ForgivingStderr:
     """stderr for a progress bar, which must not end a run when its log is on a full disk.
 
-    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.)
+    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.) All
+    are equal, by which tqdm knows the bars that a line must not be written into.
     """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ForgivingStderr)
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed

@@ -33,6 +33,7 @@ from unicl_fast.training.global_loss import (
     encoder_input,
     texts_to_encode,
 )
+from unicl_fast.training.step_clock import Part
 
 
 def check_micro_batches(model: nn.Module, objective: ObjectiveConfig) -> None:
@@ -64,12 +65,15 @@ def back_propagate_in_micro_batches(
     config: TrainConfig,
     ranks: Ranks,
     scale_loss: Callable[[Tensor], Tensor],
+    *,
+    begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
 
     `efficiency.micro_batch_size` images, and as many distinct texts, go through an encoder at once;
     it need not divide the local batch. Only the last micro-batch goes through `encode`, the DDP
-    wrapper, when all other gradients are there: one reduction over ranks a step.
+    wrapper, when all other gradients are there: one reduction over ranks a step. `begin` is told
+    which part of the step begins; the second forward pass is `forward` too.
 
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.
@@ -101,6 +105,7 @@ def back_propagate_in_micro_batches(
     with torch.no_grad(), precision.autocast(device_type):
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.logit_scale.exp()
+    begin("loss")
     loss = columns.contrast(
         image_features.requires_grad_(),
         texts_of_all,
@@ -116,15 +121,21 @@ def back_propagate_in_micro_batches(
 
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
     for images, gradient in zip(pixels[:-1], image_gradients, strict=False):
+        begin("forward")
         with precision.autocast(device_type):
             image_features = model.encode_image(input_of(*images))
+        begin("backward")
         image_features.backward(gradient)
     for rows, gradient in zip(texts[:-1], text_gradients, strict=False):
+        begin("forward")
         with precision.autocast(device_type):
             text_features = model.encode_text(*rows)
+        begin("backward")
         text_features.backward(gradient)
+    begin("forward")
     with precision.autocast(device_type):
         last_features = encode(input_of(*pixels[-1]), *texts[-1])
+    begin("backward")
     back_propagate_learnt(last_features, [image_gradients[-1], text_gradients[-1], scale_gradient])
     return loss.detach()
 

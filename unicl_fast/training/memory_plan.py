@@ -213,7 +213,7 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     batch = config.run.global_batch_size // world_size
     micro = min(batch, config.efficiency.micro_batch_size or batch)
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
-    model = _build_on_meta(config, arguments["device_type"])
+    model = build_on_meta(config, arguments["device_type"])
     can_split = config.objective.has_texts and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
     shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
@@ -301,7 +301,7 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
+def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
     """The model without content, as `place_module` sets it up.
 
     Attention for rows of any length is not planned: with texts of one length it saves nothing.
@@ -330,9 +330,9 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
     each image.
     """
     precision = Precision(config.efficiency.precision)
-    model = plain = _build_on_meta(config, device_type)
+    model = plain = build_on_meta(config, device_type)
     if config.efficiency.activation_checkpointing:
-        plain = _build_on_meta(_with(config, activation_checkpointing=False), device_type)
+        plain = build_on_meta(_with(config, activation_checkpointing=False), device_type)
     size = config.data.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
         for one in {model, plain}:

@@ -6,13 +6,13 @@ step waits for the device. A disk that fails costs lines, not the run.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,41 +25,39 @@ from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_to_rank_0, sum_integers
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
+from unicl_fast.system.machine import resident_bytes
 from unicl_fast.system.wording import encodable, shorten
+from unicl_fast.training.step_clock import NO_TRAINING, StepClock
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
+_RECENT_SUMMARIES = 20
+"""Summaries whose steps tell how long the next ones will take."""
+
 
 class StepMeter:
     """Collects what steps give between two logging steps; only reading it waits for the device."""
 
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Its clock begins now."""
+        self.clock = StepClock(device)
+        self._device = device
         self._on_device: list[Tensor] = []
-        self._wait_seconds = 0.0
-        self._started = time.perf_counter()
+        self._num_steps, self._num_summaries, self._seconds_beside = 0, 0, 0.0
+        self._recent: collections.deque[tuple[float, int]]
+        self._recent = collections.deque(maxlen=_RECENT_SUMMARIES)
+
+    def __len__(self) -> int:
+        """Steps since the last summary."""
+        return len(self._on_device)
 
     def add(self, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Notes the results of a step, which ends here."""
         self._on_device.append(torch.stack([loss.detach(), grad_norm.detach()]))
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts what happens inside as waiting for data."""
-        started = time.perf_counter()
-        yield
-        self._wait_seconds += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves what happens inside, which is no training, out of the rates."""
-        started = time.perf_counter()
-        yield
-        self._started += time.perf_counter() - started
+        self.clock.end_step()
 
     def read(self) -> list[tuple[float, float]]:
         """Loss and gradient norm before clipping, of each step since the last summary."""
@@ -67,20 +65,56 @@ class StepMeter:
             return []
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
-    def summary(self, *, global_batch_size: int) -> dict[str, float]:
-        """Means and rates since the last summary, which then start from zero."""
+    def summary(
+        self, *, global_batch_size: int, world_size: int = 1, steps_left: int = 0
+    ) -> dict[str, float]:
+        """Means and rates since the last summary, which then start from zero.
+
+        `seconds/PART` are means of the steps, and sum to all the time that has passed; rates leave
+        out the parts in `NO_TRAINING`.
+        """
         steps = self.read()
-        values = {}
+        self._on_device = []
+        values: dict[str, float] = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
         for name, column in zip(("loss", "grad_norm"), zip(*steps, strict=True), strict=True):
             if finite := [value for value in column if math.isfinite(value)]:
                 values[name] = sum(finite) / len(finite)
-        elapsed = time.perf_counter() - self._started
+        sums = self.clock.read()
+        beside = sum(sums[part] for part in NO_TRAINING)
+        elapsed = sum(sums.values()) - beside
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
-        values["data_wait_fraction"] = self._wait_seconds / elapsed
+        values["images_per_second_per_device"] = values["images_per_second"] / world_size
+        values["data_wait_fraction"] = sums["data_wait"] / elapsed
         values["step_seconds"] = elapsed / len(steps)
-        self._reset()
-        return values
+        values |= {f"seconds/{part}": seconds / len(steps) for part, seconds in sums.items()}
+        values["eta_seconds"] = steps_left * self._pace(elapsed, beside, len(steps))
+        return values | _memory(self._device)
+
+    def _pace(self, elapsed: float, beside: float, num_steps: int) -> float:
+        """Seconds that one of the next steps will take, evaluations and checkpoints included.
+
+        Steps take as long as the recent ones, and the others, which are seldom, as long as ever.
+        """
+        if self._num_summaries == 1:  # kernels were chosen and compiled, and caches filled, before
+            self._recent.clear()
+        self._recent.append((elapsed, num_steps))
+        self._num_summaries += 1
+        self._num_steps += num_steps
+        self._seconds_beside += beside
+        recent = sum(seconds for seconds, _ in self._recent) / sum(n for _, n in self._recent)
+        return recent + self._seconds_beside / self._num_steps
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """Resident memory of this process, and a GPU's largest allocation since the last question."""
+    values: dict[str, float] = {}
+    if (resident := resident_bytes()) is not None:
+        values["host_memory_bytes"] = resident
+    if device.type == "cuda":
+        values["device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    return values
 
 
 class DatasetMeter:

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views
-from unicl_fast.batch import Batch, Loader
+from unicl_fast.batch import Batch, Loader, ReadingTime
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import TrainConfig, config_to_dict
@@ -60,9 +60,13 @@ logger = logging.getLogger("unicl_fast")
 
 
 class PlannedLoader(Loader, Protocol):
-    """A loader whose batches follow a plan, which the ledger and the metrics read."""
+    """A loader whose batches follow a plan, which the ledger and the metrics read.
+
+    It tells how long it waited for storage.
+    """
 
     plan: TrainPlan
+    reading: ReadingTime
 
 
 BuildLoader = Callable[..., PlannedLoader]
@@ -277,6 +281,7 @@ def _build_trainer(
             datasets=datasets,
         ),
         ledger=ledger,
+        reading=loader.reading,
         check_run_folder=check_run_folder,
     )
 

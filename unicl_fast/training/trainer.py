@@ -11,9 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import math
 import secrets
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +20,9 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from unicl_fast.augmentation import check_views
-from unicl_fast.batch import Batch, Loader
+from unicl_fast.batch import Batch, Loader, ReadingTime
 from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.checkpoints.state import (
@@ -62,12 +59,12 @@ from unicl_fast.system.progress import (
     OR_WAITING,
     START_PATIENCE,
     EvaluationStopped,
-    ForgivingStderr,
     WaitingForRanks,
     mark,
     stopping_when,
 )
 from unicl_fast.training.agreement import check_weights_agree
+from unicl_fast.training.bottleneck import BottleneckWatch
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
     check_micro_batches,
@@ -75,6 +72,7 @@ from unicl_fast.training.cached_gradients import (
 from unicl_fast.training.global_loss import global_loss, shown_indices
 from unicl_fast.training.limits import BatchNormBackup, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, StepMeter, read_metrics
+from unicl_fast.training.mfu import Utilisation
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,
@@ -82,6 +80,8 @@ from unicl_fast.training.optim import (
     gradient_norm,
     update,
 )
+from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
+from unicl_fast.training.step_clock import Part, StepClock
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,8 @@ class _Session:
 
     metrics: MetricsWriter | None
     """None on ranks that write nothing."""
-    bar: tqdm[Any]
+    bar: ProgressBar
+    bottlenecks: BottleneckWatch
     interruption: Interruption
     meter: StepMeter
     replaced_samples: ReplacedSamples
@@ -128,6 +129,7 @@ class Trainer:
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
+        reading: ReadingTime | None = None,
         check_run_folder: Callable[[], None] | None = None,
         progress: bool = True,
     ) -> None:
@@ -145,6 +147,7 @@ class Trainer:
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
             ledger: records the samples of every step.
+            reading: how long the loader waits for storage, where it tells.
             check_run_folder: is called before rank 0 writes a checkpoint, and raises if another
                 process has taken the run folder over (`atomic_files.sole_writer`).
             progress: show a progress bar on rank 0.
@@ -161,6 +164,7 @@ class Trainer:
             config = resolve(config, self.model, self.device, ranks=self.ranks)
         self.config = self.model.config = config
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
+        self._reading = reading
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder, self._check_run_folder = run_folder, check_run_folder
         self.run_id: str = from_rank_0(secrets.token_hex(8), self.ranks)
@@ -205,6 +209,8 @@ class Trainer:
             config, ranks=self.ranks, run_folder=run_folder, scaler=self.scaler
         )
         self._last_metrics: dict[str, float] = {}
+        self._clock: StepClock | None = None
+        self._utilisation = Utilisation(config, self.device)
 
     def _build_ddp(self) -> DistributedDataParallel:
         # only those of BatchNorm ever change
@@ -292,13 +298,14 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
-        self._mark("step: encoding", waits_for_ranks=True)
+        self._mark("step: encoding", part="forward", waits_for_ranks=True)
         self.model.train()
         if self._batch_norms is not None:
             self._batch_norms.keep()
         self.model.zero_grad()
         loss = self.back_propagate(batch)
-        self._mark("step: update", waits_for_ranks=True)  # the host may wait for the device's norm
+        # the host may wait for the device's norm
+        self._mark("step: update", part="optimizer", waits_for_ranks=True)
         grad_norm = self.update(loss)
         if self._batch_norms is not None:
             is_finite = loss.isfinite()
@@ -323,17 +330,28 @@ class Trainer:
     def _back_propagate(self, batch: Batch) -> Tensor:
         if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
-                self.model, self._encode, batch, self.config, self.ranks, self._scale_loss
+                self.model,
+                self._encode,
+                batch,
+                self.config,
+                self.ranks,
+                self._scale_loss,
+                begin=self._begin,
             )
         global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
-        loss = global_loss(self._encode, batch, self.config, self.ranks)
+        loss = global_loss(self._encode_before_loss, batch, self.config, self.ranks)
         self._scale_loss(loss).backward()
         return loss.detach()
 
+    def _encode_before_loss(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        features = self._encode(*inputs, **options)
+        self._begin("loss")
+        return features
+
     def _scale_loss(self, loss: Tensor) -> Tensor:
         # the backward pass follows, at whose end DDP waits for the others
-        self._mark("step: back-propagating", waits_for_ranks=True)
+        self._mark("step: back-propagating", part="backward", waits_for_ranks=True)
         # DDP averages parameter gradients over ranks; ours are to be summed
         return self.scaler.scale(loss * self.ranks.world_size)
 
@@ -365,7 +383,7 @@ class Trainer:
         Raises:
             OSError: a required one cannot be written, or the ledger was moved or removed.
         """
-        self._mark("checkpoint", waits_for_ranks=self.ledger is not None)
+        self._mark("checkpoint", part="checkpoint", waits_for_ranks=self.ledger is not None)
         if self.ledger is not None and not self.ledger.flush(required=required):
             return
         self._saved_step = self.step
@@ -407,17 +425,7 @@ class Trainer:
                 stack.callback(metrics.close)
                 lines = read_metrics(folder)
             bar = stack.enter_context(
-                tqdm(
-                    total=self.total_steps,
-                    initial=self.step,
-                    desc="train",
-                    unit="step",
-                    # a log file wants a line now and then, a terminal a live image
-                    mininterval=0.2 if sys.stderr.isatty() else 30,
-                    dynamic_ncols=True,
-                    file=ForgivingStderr(),
-                    disable=not self._show_progress,
-                )
+                progress_bar(done=self.step, total=self.total_steps, hidden=not self._show_progress)
             )
             interruption = stack.enter_context(Interruption())
             if self.ledger is not None:
@@ -432,26 +440,34 @@ class Trainer:
                 names = self.evaluations
                 missing = [n for n in names if not any(key.startswith(f"{n}/") for key in keys)]
                 missing = from_rank_0(missing, self.ranks)
+            meter = StepMeter(self.device)
+            self._clock = meter.clock
+            stack.callback(setattr, self, "_clock", None)
+            stack.enter_context(meter.clock.watching())
             yield _Session(
                 metrics=metrics,
                 bar=bar,
+                bottlenecks=BottleneckWatch(
+                    self.config,
+                    ranks=self.ranks,
+                    on_gpu=self.device.type == "cuda",
+                    reading=self._reading,
+                ),
                 interruption=interruption,
-                meter=StepMeter(),
+                meter=meter,
                 replaced_samples=ReplacedSamples(self.config, run_folder=folder),
                 best_metric=best_metric,
                 missing_evaluations=missing,
             )
 
     def _next_batch(self, session: _Session, batches: Iterator[Batch]) -> Batch:
-        self._mark("waiting for the next batch")
-        with session.meter.waiting():
-            batch = next(batches)
+        self._mark("waiting for the next batch", part="data_wait")
+        batch = next(batches)
         if self.step > self._start_step:
             return batch.to(self.device)
         _check_classes(batch, self.config)
         batch = batch.to(self.device)
-        with session.meter.paused():
-            self._settle_buckets(batch)
+        self._settle_buckets(batch)
         return batch
 
     def _settle_buckets(self, batch: Batch) -> None:
@@ -463,10 +479,12 @@ class Trainer:
         """
         if not isinstance(self._encode, DistributedDataParallel):
             return
-        self._mark("step: encoding", waits_for_ranks=True)
+        self._mark("step: encoding", part="checks", waits_for_ranks=True)
+        clock, self._clock = self._clock, None
         self.model.train()
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.back_propagate(batch)
+        self._clock = clock
         self.model.zero_grad()
         for name, buffer in self.model.named_buffers():  # BatchNorm's averages
             buffer.copy_(buffers[name])
@@ -484,10 +502,15 @@ class Trainer:
         num_replaced = session.replaced_samples.total(self.ranks)
         self._check_finite(session.meter)
         global_batch_size = self.config.run.global_batch_size
+        num_steps = len(session.meter)
         values = {
             "step": self.step,
             "samples_seen": self.step * global_batch_size,
-            **session.meter.summary(global_batch_size=global_batch_size),
+            **session.meter.summary(
+                global_batch_size=global_batch_size,
+                world_size=self.ranks.world_size,
+                steps_left=self.total_steps - self.step,
+            ),
             "nonfinite_steps": self._nonfinite_steps.count,
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -496,29 +519,38 @@ class Trainer:
         if self.dataset_meter is not None:
             values |= self.dataset_meter.describe(batch, self.ranks, num_steps=self.step)
         self._last_metrics = values
-        if session.metrics is not None:
-            session.metrics.write(values)
-        rates = (
-            f"loss {values.get('loss', math.nan):.3f}, {values['images_per_second']:.0f} images/s, "
-            f"{values['data_wait_fraction']:.0%} waiting for data"
-        )
-        session.bar.set_postfix_str(rates, refresh=False)
+        if self.ranks.is_main:
+            self._show(session, batch, values, num_steps=num_steps)
         session.replaced_samples.check(num_replaced)
 
+    def _show(
+        self, session: _Session, batch: Batch, values: dict[str, float], *, num_steps: int
+    ) -> None:
+        """Writes a line of metrics, shows it, and says what limits; rank 0 alone."""
+        if session.metrics is not None:
+            if self.step - self._start_step > _COMPILING_STEPS:
+                self._begin("checks")
+                values |= self._utilisation.values(batch, step_seconds=values["step_seconds"])
+                self._begin("other")
+            session.metrics.write(values)
+        session.bar.show(values)
+        if advice := session.bottlenecks.look(values, num_steps=num_steps):
+            logger.warning("%s", advice)
+
     def _check_finite(self, meter: StepMeter) -> None:
-        self._mark("reading the loss", waits_for_ranks=True)
+        self._mark("reading the loss", part="other", waits_for_ranks=True)
         self._nonfinite_steps.judge(meter.read(), done=self.step, last_metrics=self._last_metrics)
 
     def _check_weights(self, session: _Session) -> None:
         if self.config.run.check_ranks_every_steps and self.ranks.world_size > 1:
-            self._mark("comparing the weights of all ranks", waits_for_ranks=True)
-            with session.meter.paused():
-                check_weights_agree(self.model, self.ranks, step=self.step)
+            self._mark("comparing the weights of all ranks", part="checks", waits_for_ranks=True)
+            check_weights_agree(self.model, self.ranks, step=self.step)
+            self._begin("other")
 
     def _save(self, session: _Session, *, required: bool) -> None:
-        with session.meter.paused():
-            self._check_finite(session.meter)
-            self.save(required=required)
+        self._check_finite(session.meter)
+        self.save(required=required)
+        self._begin("other")
 
     def _evaluate(self, session: _Session, names: Collection[str]) -> None:
         """Runs the named evaluations of the present step, and keeps its checkpoint if it is best.
@@ -528,23 +560,22 @@ class Trainer:
         """
         if not names:
             return
-        with session.meter.paused():
-            self._check_finite(session.meter)
-            values: dict[str, float] = {}
-            try:
-                with stopping_when(lambda: bool(session.interruption.signal_name)):
-                    for name in names:
-                        values |= self._evaluate_one(session, name)
-            except EvaluationStopped:
-                if self._saved_step != self.step:
-                    self.save()
-                self._stop(session)
-            # `begin` has read the best number of evaluations that ran before we resumed
-            if len(names) == len(self.evaluations) or session.best_metric in values:
-                self._keep_if_best(values)
+        self._check_finite(session.meter)
+        values: dict[str, float] = {}
+        try:
+            with stopping_when(lambda: bool(session.interruption.signal_name)):
+                for name in names:
+                    values |= self._evaluate_one(session, name)
+        except EvaluationStopped:
+            if self._saved_step != self.step:
+                self.save()
+            self._stop(session)
+        # `begin` has read the best number of evaluations that ran before we resumed
+        if len(names) == len(self.evaluations) or session.best_metric in values:
+            self._keep_if_best(values)
 
     def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
-        self._mark(f"evaluation {name}")
+        self._mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         if self.ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
             self._share_buffers(model)
@@ -555,7 +586,7 @@ class Trainer:
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            tqdm.write(f"step {self.step}: {shown}", file=ForgivingStderr())
+            write_line(f"step {self.step}: {shown}")
         return values
 
     def _share_buffers(self, model: UniCL) -> None:
@@ -584,8 +615,17 @@ class Trainer:
     def _is_due(self, every_steps: int) -> bool:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
-    def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now, and whether some of it waits in a collective."""
+    def _begin(self, part: Part) -> None:
+        if self._clock is not None:
+            self._clock.begin(part)
+
+    def _mark(self, stage: str, *, part: Part | None = None, waits_for_ranks: bool = False) -> None:
+        """Tells a watchdog what begins now, and whether some of it waits in a collective.
+
+        `part` is what the time is counted as from now on; None goes with the present part.
+        """
+        if part is not None:
+            self._begin(part)
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else START_PATIENCE
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")

@@ -1,0 +1,131 @@
+"""Model FLOP/s utilisation: what is counted, by what it is divided, what a run sees of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import StepLoader, labelled_batch, objective_config, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast.batch import ListLoader
+from unicl_fast.training import mfu, trainer
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.mfu import Utilisation, flops_of_step, measured_peak, peak_of_gpu
+from unicl_fast.training.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("unicl", {}),
+        ("unicl", {"text_layout": "padded", "unique_texts": False}),
+        ("ce", {}),
+        ("supcon", {}),
+        ("unicl", {"image_encoder": "unicl_convnet7_small", "text_layout": "trimmed"}),
+    ],
+    ids=str,
+)
+def test_the_products_are_those_of_a_real_step(
+    images: torch.Tensor, objective: str, settings: dict
+) -> None:
+    config, batch = (
+        objective_config(objective, **settings),
+        labelled_batch(images, objective=objective),
+    )
+    real = Trainer(config, ListLoader([batch]), progress=False)
+    for module in real.model.modules():
+        if hasattr(module, "fused_attn"):  # whose kernel torch's counter does not know
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        real.train_step(batch)
+    # a backward pass is less than twice its forward pass: nobody asks for the images' gradient
+    assert 0.85 < counter.get_total_flops() / flops_of_step(config, batch) <= 1.0
+
+
+def test_what_is_computed_once_more_does_not_count(images: torch.Tensor) -> None:
+    plain, batch = tiny_config(), labelled_batch(images, objective="unicl")
+    again = tiny_config(activation_checkpointing=True, micro_batch_size=5)
+    assert flops_of_step(again, batch) == flops_of_step(plain, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "narrow", "wide"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA GH200 480GB", 989e12, 67e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA L40", 181e12, 90.5e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
+        ("NVIDIA H100 NVL", None, None),
+        ("NVIDIA H200 NVL", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA RTX A4000", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(
+    name: str, narrow: float | None, wide: float | None
+) -> None:
+    assert peak_of_gpu(name, torch.bfloat16) == peak_of_gpu(name, torch.float16) == narrow
+    assert peak_of_gpu(name, torch.float32) == wide
+    assert peak_of_gpu(name, torch.float64) is None
+
+
+def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mfu, "_MEASURED_SECONDS", 0.02)
+    measured_peak.cache_clear()
+    assert 1e8 < measured_peak(torch.float32, torch.get_num_threads()) < 1e15
+    measured_peak.cache_clear()
+
+
+def test_a_run_counts_once_and_is_not_disturbed(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_COMPILING_STEPS", 2)
+    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
+    counted = []
+
+    def count(config: object, batch: object) -> float:
+        torch.rand(1), torch.manual_seed(3)
+        counted.append(flops_of_step(config, batch))
+        return counted[-1]
+
+    monkeypatch.setattr(mfu, "flops_of_step", count)
+    config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32", steps=5)
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
+    )
+    weights, numbers = [], []
+    for folder in (tmp_path / "counting", None):
+        torch.manual_seed(7)
+        run = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+        run.fit()
+        weights.append(run.model.state_dict())
+        numbers.append(torch.rand(3))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert torch.equal(*numbers)
+    lines = read_metrics(tmp_path / "counting")
+    assert ["mfu" in line for line in lines] == [False, False, True, True, True]
+    assert len(counted) == 1
+    assert lines[-1]["mfu"] == pytest.approx(counted[0] / 1e12 / lines[-1]["step_seconds"])
+
+
+def test_an_encoder_that_cannot_be_counted_costs_the_number_alone(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> float:
+        raise NotImplementedError("no fake tensors")
+
+    monkeypatch.setattr(mfu, "flops_of_step", fail)
+    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
+    batch = labelled_batch(images, objective="unicl")
+    utilisation = Utilisation(tiny_config(), torch.device("cpu"))
+    assert [utilisation.values(batch, step_seconds=1.0) for _ in range(2)] == [{}, {}]
+    assert caplog.text.count("no mfu in the metrics: NotImplementedError: no fake tensors") == 1

@@ -1,0 +1,191 @@
+"""The progress bar in a terminal: every line is whole, whatever is logged beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import io
+import logging
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import StepLoader, tiny_config
+from tqdm import tqdm
+
+from unicl_fast.batch import Batch
+from unicl_fast.training.progress_bar import progress_bar
+from unicl_fast.training.trainer import Trainer
+
+VALUES = {"eta_seconds": 3725, "loss": 3.21, "images_per_second": 1234.0,
+          "data_wait_fraction": 0.031, "mfu": 0.42}  # fmt: skip
+
+
+class Terminal:
+    """What a terminal of some columns shows: rows of text, the last one being written to."""
+
+    def __init__(self) -> None:
+        self.raw = b""
+
+    def rows(self) -> list[str]:
+        rows, row, column = [""], 0, 0
+        for token in re.findall(r"\x1b\[\w|.|\n|\r", self.raw.decode(), flags=re.DOTALL):
+            if token == "\r":
+                column = 0
+            elif token == "\n":
+                row += 1
+                rows += [""] * (row == len(rows))
+            elif token == "\x1b[A":
+                row -= 1
+            else:
+                assert len(token) == 1, f"an unknown code {token!r}"
+                rows[row] = rows[row][:column].ljust(column) + token + rows[row][column + 1 :]
+                column += 1
+        return [row.rstrip() for row in rows]
+
+
+class FullDisk(io.StringIO):
+    """A log file for which there is no room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextlib.contextmanager
+def terminal_on_stderr(monkeypatch: pytest.MonkeyPatch, *, columns: int) -> Iterator[Terminal]:
+    """A pseudo-terminal in place of stderr, where the console's log goes too."""
+    terminal, (ours, theirs) = Terminal(), pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while read := os.read(ours, 4096):
+                terminal.raw += read
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    root = logging.getLogger()
+    with open(theirs, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname).1s %(name)s: %(message)s"))
+        patch.setattr(root, "handlers", [*root.handlers, handler])
+        yield terminal
+        stream.flush()
+    listener.join()
+    os.close(ours)
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_a_run_in_a_terminal_shows_whole_lines(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread is left behind
+    config = tiny_config(steps=6)
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, evaluate_every_steps=2)
+    )
+
+    def with_a_line(batch: Batch) -> Batch:
+        if batch.step == 1:
+            logging.getLogger("loader").warning("reads step %d", batch.step)
+        if batch.step == 3:
+            warnings.warn("a library warns", stacklevel=1)
+        return batch
+
+    def evaluation(model: torch.nn.Module) -> dict[str, float]:
+        for _ in tqdm(range(3), desc="nested", leave=False):
+            pass
+        return {"top1": 0.5}
+
+    with terminal_on_stderr(monkeypatch, columns=columns) as terminal, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        trainer = Trainer(
+            config,
+            StepLoader(images, change=with_a_line),
+            run_folder=tmp_path,
+            evaluations={"digits": evaluation},
+        )
+        # every step draws
+        monkeypatch.setattr("unicl_fast.training.progress_bar._SECONDS_BETWEEN", 0)
+        trainer.fit()
+    rows = [row for row in terminal.rows() if row]
+    drawn = [text for text in re.split(r"\r|\n|\x1b\[A", terminal.raw.decode()) if "%|" in text]
+    assert len(drawn) > 6
+    assert max(map(len, drawn)) < columns
+    # the end of the warning is the line of code that warns
+    *logged, warned, code, bar = [row for row in rows if not row.startswith("step ")]
+    assert logged == ["W loader: reads step 1"]
+    assert re.fullmatch(r".*test_progress_bar\.py:\d+: UserWarning: a library warns", warned)
+    assert code == '  warnings.warn("a library warns", stacklevel=1)'
+    evaluated = [row for row in rows if row.startswith("step ")]
+    assert evaluated == [f"step {step}: digits/top1 0.5" for step in (2, 4, 6)]
+    more = r", [\d,]+ images/s, 0:00:00 left(, data wait \d+%)?" if columns == 80 else ""
+    assert re.fullmatch(r"train 100%\|\S+\| 6/6, loss \d\.\d{3}" + more, bar)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (100, ", loss 3.210, 1,234 images/s, 1:02:05 left, data wait 3%, mfu 42%"),
+        (80, ", loss 3.210, 1,234 images/s, 1:02:05 left"),
+        (50, ", loss 3.210"),
+        (30, ""),
+    ],
+)
+def test_numbers_that_do_not_fit_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, columns: int, expected: str
+) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    monkeypatch.setattr("unicl_fast.training.progress_bar.time.monotonic", lambda: 10.0)
+    with (
+        terminal_on_stderr(monkeypatch, columns=columns),
+        progress_bar(done=123456, total=500000, hidden=False) as bar,
+    ):
+        bar.show(VALUES)
+        line = str(bar)
+    assert len(line) == columns - 1  # the last one would wrap
+    assert re.fullmatch(r"train  25%\|.{3,}\| 123456/500000" + re.escape(expected), line)
+
+
+def test_a_hidden_bar_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(done=0, total=3, hidden=True) as bar:
+        bar.show(VALUES)
+        bar.update()
+    assert capsys.readouterr().err == ""
+
+
+def test_stderr_on_a_full_disk_ends_no_run(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+
+    def with_a_line(batch: Batch) -> Batch:
+        logging.getLogger("loader").warning("reads step %d", batch.step)
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", FullDisk())
+        patch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler()])
+        trainer = Trainer(
+            tiny_config(steps=2),
+            StepLoader(images, change=with_a_line),
+            run_folder=tmp_path,
+            evaluations={"digits": lambda model: {"top1": 0.5}},
+        )
+        trainer.fit()
+    assert trainer.step == 2

@@ -1,0 +1,164 @@
+"""Model FLOP/s utilisation: the products that a step needs, beside those that the device could do.
+
+The products are those of the plain step (Chowdhery et al., arXiv 2204.02311, appendix B): what
+activation checkpointing or micro-batches compute once more does not count, nor does padding to
+rounded sizes. torch's counter counts the forward pass of a second model of fake tensors, which has
+no content, so the run's model, its random numbers and its results are left alone. The backward pass
+is taken for twice as much, once for each operand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+import time
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import TrainConfig
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.memory_plan import build_on_meta
+
+logger = logging.getLogger(__name__)
+
+_TERAFLOPS: dict[str, tuple[float, float]] = {
+    "GH200": (989, 67),
+    "H200$": (989, 67),
+    "H100 80GB HBM3": (989, 67),
+    "H100 PCIe": (756, 51),
+    "A100": (312, 19.5),
+    "A40": (149.7, 37.4),
+    "A10": (125, 31.2),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "V100-SXM2": (125, 15.7),
+    "V100-PCIE": (112, 14),
+    "T4": (65, 8.1),
+}
+"""Peaks by a part of the device's name, in 16 bits with sums in fp32 and in fp32: NVIDIA's data
+sheets. Those of tensor cores are without sparsity, half of what data sheets since Hopper print."""
+_MEASURED_SECONDS, _FEWEST_TURNS = 0.2, 3
+_SHORT_SECONDS, _LARGEST_SIZE = 0.02, 4096
+"""Products on a CPU are made larger while they take less time, up to a size."""
+
+
+class Utilisation:
+    """Gives `mfu` for lines of metrics; what cannot be known is logged once and left out."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        """Counts nothing yet; `config` is the run's, with its precision resolved."""
+        self._config, self._device = config, device
+        self._step_seconds_at_peak: float | None = None
+        self._is_known = True
+
+    def values(self, batch: Batch, *, step_seconds: float) -> dict[str, float]:
+        """`mfu`, the part of the device's peak, or nothing; the first call counts and measures.
+
+        Args:
+            batch: a local batch whose size is that of all; the first one's texts stand for others.
+            step_seconds: a step's mean time.
+        """
+        if self._step_seconds_at_peak is None and self._is_known:
+            try:
+                self._step_seconds_at_peak = self._measure(batch)
+            except Exception as error:  # of an encoder that runs on no fake tensors; no run ends
+                logger.warning("no mfu in the metrics: %s: %s", type(error).__name__, error)
+            self._is_known = self._step_seconds_at_peak is not None
+        if self._step_seconds_at_peak is None:
+            return {}
+        return {"mfu": self._step_seconds_at_peak / step_seconds}
+
+    def _measure(self, batch: Batch) -> float | None:
+        precision = Precision(self._config.efficiency.precision)
+        if self._device.type == "cuda":
+            name = torch.cuda.get_device_name(self._device)
+            peak = peak_of_gpu(name, precision.compute_type)
+            if peak is None:
+                logger.info("no mfu in the metrics: the peak of %s is not known", name)
+                return None
+        else:
+            peak = measured_peak(precision.compute_type, torch.get_num_threads())
+        cuda = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):  # which building a model seeds
+            flops = flops_of_step(self._config, batch)
+        logger.info(
+            "a step needs %.3g TFLOP on a rank; mfu is relative to %.3g TFLOP/s",
+            flops / 1e12, peak / 1e12,
+        )  # fmt: skip
+        return flops / peak
+
+
+def flops_of_step(config: TrainConfig, batch: Batch) -> float:
+    """Floating-point operations of one rank's step on such a batch, forward and backward."""
+    efficiency = dataclasses.replace(config.efficiency, activation_checkpointing=False)
+    model = build_on_meta(dataclasses.replace(config, efficiency=efficiency), "cuda")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):  # the counter does not know the CPU's fused kernel
+            module.fused_attn = False  # type: ignore[assignment]
+    views = 1 if batch.second_images is None else 2
+    num_rows, num_texts = views * batch.batch_size, 0
+    weight_type = Precision(efficiency.precision).weight_type
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu").eval()
+        side = config.data.image_size
+        pixels = torch.empty(1, 3, side, side, dtype=weight_type)
+        with FlopCounterMode(display=False) as of_image:
+            features = model.encode_image(pixels)
+        with FlopCounterMode(display=False) as of_texts:
+            if model.text_encoder is not None:
+                num_texts = _encode_texts(model, config, batch)
+    world_size = config.run.global_batch_size // batch.batch_size
+    num_columns = world_size * (num_texts or num_rows)
+    if config.objective.name == "ce":
+        num_columns = sum(config.objective.num_classes)
+    logits = 2 * num_rows * num_columns * features.shape[1]
+    forward = num_rows * of_image.get_total_flops() + of_texts.get_total_flops() + logits
+    return float(3 * forward)
+
+
+def _encode_texts(model: UniCL, config: TrainConfig, batch: Batch) -> int:
+    """Encodes fake texts of the sizes of a batch's, as `texts_to_encode` gives them."""
+    layout, unique = config.efficiency.text_layout, config.efficiency.unique_texts
+    num_texts = len(batch.text_lengths) if unique else batch.batch_size
+    length = batch.tokens.shape[1] if layout == "padded" else int(batch.text_lengths.max())
+    num_tokens = int(batch.text_lengths.sum()) if unique and layout == "packed" else None
+    rows: Tensor = torch.empty(num_texts, length, dtype=torch.int64)
+    model.encode_text(rows, num_tokens)
+    return num_texts
+
+
+def peak_of_gpu(name: str, compute_type: torch.dtype) -> float | None:
+    """FLOP/s of a GPU by its name and the type that it computes in; None where they are unknown."""
+    if "MIG" in name or compute_type.itemsize > 4:  # a part of a GPU; fp64
+        return None
+    for part, (narrow, wide) in _TERAFLOPS.items():
+        if re.search(rf"\b{part}(?![0-9A-Za-z])" if part[-1].isalnum() else rf"\b{part}", name):
+            return 1e12 * (narrow if compute_type.itemsize == 2 else wide)
+    return None
+
+
+@functools.lru_cache(maxsize=4)
+def measured_peak(compute_type: torch.dtype, num_threads: int) -> float:
+    """FLOP/s of square products on the CPU, with the threads that the process has.
+
+    The best of some turns and sizes: on a busy machine threads wait for each other in most turns.
+    """
+    size, best, turns = 512, 0.0, 0
+    deadline = time.perf_counter() + _MEASURED_SECONDS
+    while turns < _FEWEST_TURNS or time.perf_counter() < deadline:
+        left = torch.ones(size, size, dtype=compute_type)
+        begun = time.perf_counter()
+        left @ left
+        seconds = time.perf_counter() - begun
+        best, turns = max(best, 2 * size**3 / seconds), turns + 1
+        if seconds < _SHORT_SECONDS and size < _LARGEST_SIZE:
+            size *= 2
+    return best

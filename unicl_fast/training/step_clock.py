@@ -1,0 +1,106 @@
+"""The parts of a step and the time that they take, noted without waiting for the device.
+
+On a GPU a border is a CUDA event on the current stream, so a part is the device's time from one
+border to the next, in which it computes or has nothing to do. `data_wait` is then the time in which
+the device really stands still for want of a batch: the host may wait for the next one as long as
+the device computes. On a CPU a border is the host's clock. Parts follow each other without a gap,
+so they sum to the elapsed time.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+
+from unicl_fast.system.progress import watching_waits
+
+Part = Literal[
+    "data_wait", "forward", "loss", "backward", "communication", "optimizer", "other",
+    "checkpoint", "evaluation", "checks",
+]  # fmt: skip
+PARTS: tuple[Part, ...] = get_args(Part)
+NO_TRAINING: tuple[Part, ...] = ("checkpoint", "evaluation", "checks")
+"""Parts that are left out of rates: `checks` compares the weights of ranks, and settles a start."""
+_REMEMBERED_STEPS = 1000
+
+
+class StepClock:
+    """Seconds of each part of each step; only `read` waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Begins with the part `other`."""
+        self.recent: collections.deque[dict[Part, float]]
+        self.recent = collections.deque(maxlen=_REMEMBERED_STEPS)
+        """Seconds by part of the last steps that were read, the newest last. To a step belongs what
+        came after the end of the one before, such as an evaluation."""
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._free: list[torch.cuda.Event] = []
+        self._borders: list[tuple[Part, Any]] = []
+        self._ends: list[int] = []
+        self._part: Part = "other"
+        self._interrupted: list[Part] = []
+        self.begin("other")
+
+    def begin(self, part: Part) -> None:
+        """Ends the present part and begins another."""
+        self._part = part
+        self._borders.append((part, self._now()))
+
+    def end_step(self) -> None:
+        """Ends a step; until another part begins, the time is `other`."""
+        self._ends.append(len(self._borders))
+        self.begin("other")
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within this context, waiting for a collective of ours is `communication`.
+
+        What DDP sends in backward is not seen: it overlaps with the computation, and what of it
+        does not is `backward`.
+        """
+        with watching_waits(self._note_wait):
+            yield
+
+    def read(self) -> dict[Part, float]:
+        """Seconds of each part since the last call; they sum to the time since then."""
+        now = self._now()
+        if self._on_gpu:
+            now.synchronize()
+        sums: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+        ends, of_step = iter([*self._ends, -1]), dict.fromkeys(PARTS, 0.0)
+        next_end = next(ends)
+        borders = [*self._borders, (self._part, now)]
+        intervals = enumerate(itertools.pairwise(borders), start=1)
+        for number, ((part, begun), (_, ended)) in intervals:
+            seconds = begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
+            sums[part] += seconds
+            of_step[part] += seconds
+            if number == next_end:
+                self.recent.append(of_step)
+                next_end, of_step = next(ends), dict.fromkeys(PARTS, 0.0)
+        if self._on_gpu:
+            self._free += [event for _, event in self._borders]
+        self._borders, self._ends = [(self._part, now)], []
+        return sums
+
+    def _note_wait(self, begins: bool) -> None:
+        if self._part in NO_TRAINING:  # which are counted with their waiting
+            return
+        if begins:
+            self._interrupted.append(self._part)
+            self.begin("communication")
+        elif self._interrupted:
+            self.begin(self._interrupted.pop())
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))  # not of the current device
+        return event
