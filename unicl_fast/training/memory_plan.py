@@ -190,7 +190,7 @@ def check_memory(
         "longest_text": longest_text,
     }
     if device.type == "cuda" and config.efficiency.window_attention == "auto":
-        model = _build_on_meta(config, device.type)
+        model = build_on_meta(config, device.type)
         obstacle = obstacle_to_window_attention(config, model, device)
         config = _with(config, window_attention="timm" if obstacle else "triton")
     found = plan(config, world_size=ranks.world_size, **arguments)
