@@ -60,7 +60,7 @@ SMALL = {
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
     *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
-    *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger"),
+    *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
 )
 REPORTS = ("gpu",)  # has no rounds and no figures of a CPU: test_gpu.py
 LONG = ("memory", "efficiency", "checkpoint")
