@@ -126,6 +126,7 @@ def test_a_run_in_a_terminal_shows_whole_lines(
     rows = [row for row in terminal.rows() if row]
     drawn = [text for text in re.split(r"\r|\n|\x1b\[A", terminal.raw.decode()) if "%|" in text]
     assert len(drawn) > 6
+    assert re.search(r"nested:[^\n]*\x1b\[A", terminal.raw.decode())  # below, and back up
     assert max(map(len, drawn)) < columns
     # the end of the warning is the line of code that warns
     *logged, warned, code, bar = [row for row in rows if not row.startswith("step ")]

@@ -82,7 +82,8 @@ class ProgressBar(tqdm):  # type: ignore[misc]  # tqdm has no types
 @contextlib.contextmanager
 def progress_bar(*, done: int, total: int, hidden: bool) -> Iterator[ProgressBar]:
     """Shows a bar, and leads log and warnings for the console past it; a hidden one does not."""
-    tqdm(disable=True)  # the first bar ever makes tqdm's list of them, for its own class and below
+    # tqdm 4.66 makes its list of bars with the first one, for that one's class alone
+    tqdm(disable=True)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(ProgressBar(done=done, total=total, hidden=hidden))
         if not hidden:
