@@ -54,6 +54,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
 from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.presets import build_preset
@@ -533,8 +534,8 @@ def recorded(batch: Batch) -> Batch:
     )
 
 
-def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> None:
-    config = tiny_config(steps=4)
+def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path, shard: str) -> None:
+    config = tiny_config(steps=4, shard=shard)
     trainer = Trainer(
         dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1)),
         StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=recorded),
@@ -545,7 +546,8 @@ def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> Non
     if ranks.rank == 1:
         poison_step(trainer, step=2)
     trainer.fit()
-    torch.save(trainer.model.state_dict(), folder / f"{ranks.rank}.pt")
+    weights = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    torch.save(weights, folder / f"{ranks.rank}.pt")
 
 
 class ZeroShotOfFour:

@@ -179,9 +179,12 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["off", "optimizer", "full"])
+def test_the_samples_of_all_ranks_are_written_down(
+    images: torch.Tensor, tmp_path: Path, shard: str
+) -> None:
     """Rank 1 alone sees the poison; both leave the step out, and stay alike."""
-    run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path)
+    run_on_ranks(train_with_a_poisoned_rank, 2, images, tmp_path, shard)
     values = json.loads((tmp_path / "run" / "non-finite-step-00000002.json").read_text())
     assert values["ranks"] == [
         {"rank": 0, **expected_samples(2, range(6))},
@@ -191,6 +194,7 @@ def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_pat
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
+        assert value.isfinite().all(), name
 
 
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:

@@ -169,9 +169,10 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_full_in_fp32_differs_by_its_rounding(images: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precision: str) -> None:
     """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
-    runs = {shard: (config_of(shard, precision="fp32"), None) for shard in ("off", "full")}
+    runs = {shard: (config_of(shard, precision=precision), None) for shard in ("off", "full")}
     run_on_ranks(train_each, 4, images, tmp_path, runs)
     assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
 
