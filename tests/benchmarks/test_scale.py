@@ -252,6 +252,7 @@ def test_a_report_of_a_gpu_gives_the_step(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.timeout(900)
 def test_steps_on_slow_links_take_as_long_as_the_model_says() -> None:

@@ -127,6 +127,7 @@ def test_any_window(compute: Compute, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @given(data=st.data())
 @settings(max_examples=25)
 def test_more_windows(compute: Compute, data: st.DataObject) -> None:

@@ -133,7 +133,7 @@ SETTINGS: dict[str, dict] = {
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_divided_runs_are_the_plain_run(
     images: torch.Tensor, tmp_path: Path, world_size: int, name: str
