@@ -232,7 +232,7 @@ def _prepare(contender: Contender, task: Task) -> None:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Says in a sentence how the race ended: our rate beside the fastest peer's and the nearest limit's.
+    """Says how the race ended: our rate beside the fastest peer's and the nearest limit's.
 
     A limit does a part of the work only, so nothing can be faster than the slowest of them.
     """

@@ -118,7 +118,7 @@ def test_buckets_are_those_of_ddp() -> None:
 
     with fake_ranks(2) as ranks:
         trainer = Trainer(config, ListLoader([batch]), ranks=ranks, progress=False)
-        trainer._encode.register_comm_hook(None, lambda _, bucket: note(bucket))
+        trainer.parallel.encode.register_comm_hook(None, lambda _, bucket: note(bucket))
         for _ in range(2):  # the first step orders them
             found.clear()
             trainer.back_propagate(batch)

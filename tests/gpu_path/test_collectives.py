@@ -43,7 +43,7 @@ def step_of(
         )
         steps: list[Collectives] = []
         if config.efficiency.shard != "full":
-            trainer._encode.register_comm_hook(
+            trainer.parallel.encode.register_comm_hook(
                 None, lambda _, bucket: steps[-1].note_bucket(bucket)
             )
         with Interruption() as interruption:

@@ -401,7 +401,7 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
         reduced[trainer.step] += bucket.buffer().numel()
         return allreduce_hook(None, bucket)
 
-    trainer._encode.register_comm_hook(None, count)
+    trainer.parallel.encode.register_comm_hook(None, count)
     batches = trainer.loader.batches(0)
     for _ in range(3):
         trainer.train_step(next(batches))

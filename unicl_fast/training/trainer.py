@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,8 +17,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Batch, Loader, ReadingTime
@@ -36,11 +33,8 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models import sharding
 from unicl_fast.models.efficiency import (
-    compile_encoders,
     fuse_window_attention,
-    has_batch_norm,
     resolve_compilation,
     resolve_window_attention,
 )
@@ -50,6 +44,7 @@ from unicl_fast.models.precision import (
     resolve_precision,
     set_device_arithmetic,
 )
+from unicl_fast.models.sharding import check_sharding, divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -59,7 +54,6 @@ from unicl_fast.system.progress import (
     OR_WAITING,
     START_PATIENCE,
     EvaluationStopped,
-    WaitingForRanks,
     mark,
     stopping_when,
 )
@@ -80,6 +74,7 @@ from unicl_fast.training.optim import (
     gradient_norm,
     update,
 )
+from unicl_fast.training.parallel import Parallel
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
 from unicl_fast.training.step_clock import Part, StepClock
 
@@ -88,11 +83,6 @@ logger = logging.getLogger(__name__)
 Evaluation = Callable[[UniCL], Mapping[str, float]]
 """Gives named numbers of a model, for example `{"top1": 0.6}`."""
 
-# torch 2.13 renames DDP's argument.
-_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
-_SYNC_BUFFERS = next(
-    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ARGUMENTS
-)
 # A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
 _COMPILING_STEPS = 16
 
@@ -179,23 +169,13 @@ class Trainer:
         if efficiency.micro_batch_size:
             check_micro_batches(self.model, config.objective)
         place_module(self.model, device=self.device, precision=precision)
-        divides_all = sharding.divides_all(config, self.ranks)
-        if efficiency.channels_last and not divides_all:  # torch divides no other order
+        # torch divides tensors in no other order of dimensions
+        if efficiency.channels_last and not divides_all(config, self.ranks):
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if efficiency.window_attention == "triton":
             fuse_window_attention(self.model.image_encoder)
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
-        self._whole_copy = sharding.WholeCopy(self.model) if divides_all else None
-        if efficiency.compile != "off":
-            compile_encoders(self.model, efficiency.compile)
-        self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
-        if divides_all:
-            self._divide_encoders()
-        elif self.ranks.world_size > 1:
-            self._encode = self._build_ddp()
-        self._owners: sharding.ParameterOwners | None = None
-        if sharding.divides_optimizer(config, self.ranks):
-            self._owners = sharding.ParameterOwners(self.model, self.ranks)
+        self.parallel = Parallel(self.model, self.ema, config, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
@@ -211,22 +191,6 @@ class Trainer:
         self._last_metrics: dict[str, float] = {}
         self._clock: StepClock | None = None
         self._utilisation = Utilisation(config, self.device)
-
-    def _build_ddp(self) -> DistributedDataParallel:
-        # only those of BatchNorm ever change
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(self.model)}
-        ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **buffers)
-        if self.config.efficiency.compress_gradients:
-            # by another name: DDP would refuse torch's own on gloo, which sums bf16 as well
-            ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-        return ddp
-
-    def _divide_encoders(self) -> None:
-        reduce_type = torch.bfloat16 if self.config.efficiency.compress_gradients else None
-        sharding.shard_encoders(self.model, self.ranks, reduce_type=reduce_type)
-        if self.ema is not None:
-            sharding.shard_encoders(self.ema.module, self.ranks)
-            self.ema.foreach = False  # no kernel takes divided tensors and whole ones at once
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state that a checkpoint of this run holds; all ranks call it together.
@@ -319,19 +283,16 @@ class Trainer:
 
         Under fp16 the gradient is multiplied by the loss scaler's factor.
         """
-        if self._whole_copy is None:
-            return self._back_propagate(batch)
-        if has_batch_norm(self.model):
-            self._share_buffers(self.model)  # as DDP would
+        self.parallel.begin_step()
         loss = self._back_propagate(batch)
-        sharding.average_whole_gradients(self.model, self.ranks)
+        self.parallel.join_gradients()
         return loss
 
     def _back_propagate(self, batch: Batch) -> Tensor:
         if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
                 self.model,
-                self._encode,
+                self.parallel.encode,
                 batch,
                 self.config,
                 self.ranks,
@@ -345,7 +306,7 @@ class Trainer:
         return loss.detach()
 
     def _encode_before_loss(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        features = self._encode(*inputs, **options)
+        features = self.parallel.encode(*inputs, **options)
         self._begin("loss")
         return features
 
@@ -362,11 +323,8 @@ class Trainer:
         grad_norm = gradient_norm(self.model, self.ranks)
         leave_out = ~(loss.isfinite() & grad_norm.isfinite())
         clip_norm = self.config.optim.clip_norm
-        if self._owners is not None:
-            self._owners.drop_other_gradients()
-        update(self.optimizer, grad_norm, clip_norm=clip_norm, leave_out=leave_out)
-        if self._owners is not None:
-            self._owners.send_updates()
+        with self.parallel.updating():
+            update(self.optimizer, grad_norm, clip_norm=clip_norm, leave_out=leave_out)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
@@ -387,8 +345,7 @@ class Trainer:
         if self.ledger is not None and not self.ledger.flush(required=required):
             return
         self._saved_step = self.step
-        is_divided = self._owners is not None or self._whole_copy is not None
-        if self.run_folder is None or (self._checkpoints is None and not is_divided):
+        if self.run_folder is None or (self._checkpoints is None and not self.parallel.is_divided):
             return
         tensors = collect_tensors(
             model=self.model, ema=self.ema, optimizer=self.optimizer, ranks=self.ranks
@@ -477,7 +434,7 @@ class Trainer:
         pass by the order in which they came. A gradient's place decides in which order three or
         more ranks are added up, so the first step of each start would be rounded in another way.
         """
-        if not isinstance(self._encode, DistributedDataParallel):
+        if not self.parallel.has_buckets:
             return
         self._mark("step: encoding", part="checks", waits_for_ranks=True)
         clock, self._clock = self._clock, None
@@ -577,10 +534,7 @@ class Trainer:
     def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
         self._mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
-        if self.ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
-            self._share_buffers(model)
-        as_it_is = contextlib.nullcontext(model)
-        with as_it_is if self._whole_copy is None else self._whole_copy.filled(model) as evaluated:
+        with self.parallel.evaluated(model) as evaluated:
             results = self.evaluations[name](evaluated.eval())
         values = {f"{name}/{key}": value for key, value in results.items()}
         if session.metrics is not None:
@@ -588,11 +542,6 @@ class Trainer:
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
             write_line(f"step {self.step}: {shown}")
         return values
-
-    def _share_buffers(self, model: UniCL) -> None:
-        with WaitingForRanks():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         """Keeps the checkpoint of this step, written now if need be, if none is better."""
@@ -643,7 +592,7 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
-    sharding.check_sharding(config)
+    check_sharding(config)
 
 
 def _check_classes(batch: Batch, config: TrainConfig) -> None:

@@ -1,0 +1,116 @@
+"""How ranks train one model together: DDP, or with their training state divided over them.
+
+The trainer asks `Parallel`, which has nothing to do where there is one rank. Under DDP and under
+`efficiency.shard=optimizer` each rank has the whole model; under `full` no rank has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models import sharding
+from unicl_fast.models.efficiency import compile_encoders, has_batch_norm
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.progress import WaitingForRanks
+
+# torch 2.13 renames DDP's argument.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = next(
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ARGUMENTS
+)
+
+
+class Parallel:
+    """A model on all ranks: encodes, joins gradients, sends updates."""
+
+    def __init__(
+        self, model: UniCL, ema: ModelEmaV3 | None, config: TrainConfig, ranks: Ranks
+    ) -> None:
+        """Compiles the encoders if asked to, and divides or replicates the model.
+
+        Raises:
+            ValueError: `efficiency.shard=full` cannot divide these encoders.
+        """
+        self._model, self._ranks = model, ranks
+        self._whole_copy: sharding.WholeCopy | None = None
+        self._owners: sharding.ParameterOwners | None = None
+        efficiency, divides_all = config.efficiency, sharding.divides_all(config, ranks)
+        if divides_all:
+            self._whole_copy = sharding.WholeCopy(model)
+        if efficiency.compile != "off":
+            compile_encoders(model, efficiency.compile)
+        self.encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
+        if divides_all:
+            reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
+            sharding.shard_encoders(model, ranks, reduce_type=reduce_type)
+            if ema is not None:
+                sharding.shard_encoders(ema.module, ranks)
+                ema.foreach = False  # no kernel takes divided tensors and whole ones at once
+        elif ranks.world_size > 1:
+            self.encode = _build_ddp(model, compress=efficiency.compress_gradients)
+        if sharding.divides_optimizer(config, ranks):
+            self._owners = sharding.ParameterOwners(model, ranks)
+
+    @property
+    def has_buckets(self) -> bool:
+        """Whether gradients travel in DDP's buckets."""
+        return isinstance(self.encode, DistributedDataParallel)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether all ranks are needed to collect the training state."""
+        return self._owners is not None or self._whole_copy is not None
+
+    def begin_step(self) -> None:
+        """Gives all ranks rank 0's averages of BatchNorm, as DDP does by itself."""
+        if self._whole_copy is not None and has_batch_norm(self._model):
+            self._share_buffers(self._model)
+
+    def join_gradients(self) -> None:
+        """Averages the gradients over ranks, as DDP and `fully_shard` do by themselves."""
+        if self._whole_copy is not None:
+            sharding.average_whole_gradients(self._model, self._ranks)
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around an update: this rank's parameters change, then all ranks get all."""
+        if self._owners is not None:
+            self._owners.drop_other_gradients()
+        yield
+        if self._owners is not None:
+            self._owners.send_updates()
+
+    @contextlib.contextmanager
+    def evaluated(self, model: UniCL) -> Iterator[UniCL]:
+        """The model, or its average, whole and the same on all ranks, which call it together."""
+        if self._ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
+            self._share_buffers(model)
+        as_it_is = contextlib.nullcontext(model)
+        with as_it_is if self._whole_copy is None else self._whole_copy.filled(model) as whole:
+            yield whole
+
+    def _share_buffers(self, model: UniCL) -> None:
+        with WaitingForRanks():
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
+def _build_ddp(model: UniCL, *, compress: bool) -> DistributedDataParallel:
+    # only those of BatchNorm ever change
+    buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(model)}
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
+    if compress:
+        # by another name: DDP would refuse torch's own on gloo, which sums bf16 as well
+        ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return ddp
