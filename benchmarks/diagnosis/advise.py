@@ -29,6 +29,8 @@ class Limit:
     """loader, step, cores, checkpoint, rank or store."""
     sentence: str
     head_room: str
+    besides: str = ""
+    """What other processes of the machine take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,12 @@ def find_limit(measured: Measured) -> Limit:
             f"{measured.checkpoint.blocking_seconds:.2f} s and written in "
             f"{measured.checkpoint.writing_seconds:.2f} s",
         )  # fmt: skip
+    if slowest == "loader" and measured.store_wall >= measured.loader.wall:
+        return _limit(
+            measured, READ, "store",
+            f"the object store gives {1 / measured.store_wall:,.0f} images/s in the first epoch, "
+            f"and the loader could take {1 / measured.cached_wall:,.0f}",
+        )  # fmt: skip
     if slowest == "loader":
         stage = _slowest_of_loader(measured)
         where = _share_of(stage, measured.loader.wall, unit="wall")
@@ -79,15 +87,9 @@ def find_limit(measured: Measured) -> Limit:
 def _cores(measured: Measured) -> Limit:
     """The cores are what loader and step share; the largest user of them is named."""
     stage = _largest(measured, {"feed", "graph", "step", "between"}, by="cpu")
-    total = measured.loader.cpu + measured.step.cpu
-    others = measured.others_cores * measured.whole.wall
-    name, where = stage.name, _share_of(stage, total, unit="cpu")
-    if others > stage.cost.cpu:
-        busiest = ", ".join(f"{who} {cores:.1f}" for who, cores in measured.others[:3])
-        name = OTHERS
-        where = f"other processes took {measured.others_cores:.1f} cores meanwhile ({busiest})"
+    where = _share_of(stage, measured.loader.cpu + measured.step.cpu, unit="cpu")
     return _limit(
-        measured, name, "cores",
+        measured, stage.name, "cores",
         f"{measured.cores:g} cores do it all: an image takes {1e3 * measured.loader.cpu:.2f} ms of "
         f"CPU time in the loader and {1e3 * measured.step.cpu:.2f} ms in the step; {where}",
     )  # fmt: skip
@@ -116,7 +118,22 @@ def _limit(measured: Measured, stage: str, resource: str, evidence: str) -> Limi
         resource=resource,
         sentence=f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}.",
         head_room=_head_room(measured, resource),
+        besides=_neighbours(measured),
     )
+
+
+def _neighbours(measured: Measured) -> str:
+    """The other processes of the machine, where they take much of it."""
+    if measured.others_cores < _MUCH * measured.cores:
+        return ""
+    return (
+        f"Other processes took {measured.others_cores:.1f} of {measured.cores:g} cores meanwhile"
+        f"{_busiest(measured)}: all rates here are those of a busy machine."
+    )
+
+
+def _busiest(measured: Measured) -> str:
+    return "".join(f"; {who}: {cores:.1f}" for who, cores in measured.others[:3])
 
 
 def _head_room(measured: Measured, resource: str) -> str:
@@ -181,10 +198,9 @@ def _without_measuring(measured: Measured) -> list[Variant]:
             )
         )
     if measured.others_cores > 0.1 * measured.cores:
-        busiest = ", ".join(f"{who} ({cores:.1f} cores)" for who, cores in measured.others[:3])
         variants.append(
             Variant(
-                option=f"end or move the other processes: {busiest}",
+                option="end or move the other processes" + _busiest(measured),
                 about=f"they took {measured.others_cores:.1f} of {measured.cores:g} cores",
                 frees_cores=measured.others_cores,
                 stage=OTHERS,

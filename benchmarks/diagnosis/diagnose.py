@@ -17,13 +17,15 @@ from tqdm import tqdm
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 
-from .advise import find_limit
+from .advise import Limit, find_limit
 from .bench import Bench, step_cost, steps_within
 from .clocks import Watch, in_turns, median, median_ratio
-from .model import Cost, Measured, RankFigures, Stage, Variant
+from .model import READ, Cost, Measured, RankFigures, Stage, Variant
 from .variants import Candidate, Trials, candidates
 
 _ROUNDS = 3
+_FEWEST_CHANGES = 2
+"""Changes that are measured even where the time is up: without one there is no advice."""
 _FEWEST_STEPS, _MOST_STEPS = 4, 400
 _LOSS = "loss and its gradient"
 """The part of a step in which ranks wait for each other."""
@@ -32,9 +34,9 @@ _LOSS = "loss and its gradient"
 class Budget:
     """The seconds that a diagnosis may take, and a bar that shows them."""
 
-    def __init__(self, seconds: float, *, is_shown: bool) -> None:
+    def __init__(self, seconds: float, *, turn: float | None = None, is_shown: bool) -> None:
         self.seconds = seconds
-        self.turn = min(1.0, seconds / 90)
+        self.turn = turn or min(1.0, seconds / 90)
         """Seconds of one turn of one contestant."""
         self._started = time.perf_counter()
         self._bar = tqdm(
@@ -166,8 +168,15 @@ def _with_variants(
     found: list[Variant] = []
     left_out: list[str] = []
     longest = 0.0
-    for one in sorted(candidates(bench), key=functools.partial(_urgency, measured)):
-        if from_rank_0(budget.left < longest, bench.ranks):
+    limit = find_limit(measured)
+    of_step = {stage.name for stage in measured.stages if stage.side == "step"}
+    sides = {"step"} if limit.resource == "step" or limit.stage in of_step else {"loader"}
+    every = sorted(candidates(bench), key=functools.partial(_urgency, limit, sides))
+    order = from_rank_0([one.option for one in every], bench.ranks)  # ranks may see other limits
+    every.sort(key=lambda one: order.index(one.option))
+    for number, one in enumerate(every):
+        has_time = number < _FEWEST_CHANGES or budget.left > longest
+        if not from_rank_0(has_time, bench.ranks):
             left_out.append(f"{one.option}: no time was left, --seconds was {budget.seconds:g}")
             continue
         budget.begin(one.option)
@@ -181,10 +190,12 @@ def _with_variants(
     return dataclasses.replace(measured, variants=tuple(found), not_measured=tuple(left_out))
 
 
-def _urgency(measured: Measured, one: Candidate) -> int:
-    """0 for changes of what limits the run."""
-    limit = find_limit(measured)
-    of_step = limit.resource in ("step", "rank") or limit.stage in {
-        stage.name for stage in measured.stages if stage.side == "step"
-    }
-    return 0 if (one.side in ("step", "both")) == of_step else 1
+def _urgency(limit: Limit, sides: set[str], one: Candidate) -> int:
+    """0 for changes of the very stage that limits, 1 for others of the same side, 2 for the rest.
+
+    `sides` are those that take part in the limit: `loader` or `step`.
+    """
+    if limit.stage.startswith(one.stage) or (limit.stage == READ and one.side == "images"):
+        return 0
+    own = {"loader", "images"} if "loader" in sides else {"step"}
+    return 1 if one.side in own or one.side == "both" else 2

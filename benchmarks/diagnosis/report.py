@@ -31,6 +31,8 @@ def report_lines(
     yield ""
     yield f"THE LIMIT: {limit.sentence}"
     yield limit.head_room
+    if limit.besides:
+        yield limit.besides
     yield ""
     yield from _advice(measured, useful, idle)
     yield ""
