@@ -43,12 +43,12 @@ from .bench import Bench
 from .clocks import in_turns, median_ratio
 from .diagnose import Budget, diagnose
 from .model import CHECKPOINT, READ, Cost, Measured
-from .run import on_bench, steps_in, try_out
+from .session import on_bench, steps_in, try_out
 
 _WITHIN = 0.2
 """Part of the measured gain by which the predicted one may miss."""
-_SECONDS, _TURN = 90.0, 0.5
-_TRY_SECONDS = 3.0
+_SECONDS, _TURN = 60.0, 0.3
+_TRY_SECONDS = 2.0
 _ROUNDS = 3
 _DISK_BYTES = 5e6
 """Bytes a second of the slow disk."""
