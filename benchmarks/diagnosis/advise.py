@@ -207,13 +207,13 @@ def _without_measuring(measured: Measured) -> list[Variant]:
             )
         )
     if (limit := slow_rank(measured)) is not None:
-        parts = {part: _without_the_slowest(measured, part) for part in ("step", "loader")}
         variants.append(
             Variant(
                 option=f"mend or replace the machine of {limit.stage}",
                 about="the rate if it were as fast as the others",
                 stage=limit.stage,
-                **parts,
+                loader=_without_the_slowest(measured, "loader"),
+                step=_without_the_slowest(measured, "step"),
             )
         )
     if measured.store_wall and measured.fits_cache:

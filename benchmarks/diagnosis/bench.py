@@ -282,7 +282,7 @@ class Bench:
         """Decode alone, with resizing, and with augmentation: what each adds to the one before."""
         held = self._held()
         data = self.data_config.data
-        where = {"device": self.decode_device, "form": self.loader.form}
+        where: dict[str, Any] = {"device": self.decode_device, "form": self.loader.form}
         plain = functools.partial(build_train_graph, **where, augmentation=None)
         builds: dict[str, Callable[..., Pipeline]] = {}
         if self.decode_device.type == "cpu":

@@ -58,8 +58,9 @@ _SLOW_SECONDS = 0.15
 # A model so small that the loader is what one waits for.
 _TINY = (
     *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--model.text-width", "16"),
-    *("--model.text-heads", "2", "--data.image-size", "64", "--data.evaluation-resize", "64"),
-    *("--data.crop-scale", "0.3", "1.0", "--run.global-batch-size", "32", "--run.device", "cpu"),
+    *("--model.text-heads", "2", "--model.text-layers", "1", "--run.device", "cpu"),
+    *("--data.image-size", "32", "--data.evaluation-resize", "32"),
+    *("--data.crop-scale", "0.3", "1.0", "--run.global-batch-size", "64"),
     *("--run.samples", "0", "--run.steps", "1000000", "--checkpoint.every-steps", "0"),
     *("--efficiency.precision", "fp32"),
 )
@@ -195,17 +196,21 @@ CAUSES = {
         data="full", stages=("JPEG decode",), remedy="unicl-pack build SOURCES --resize short"
     ),
     "PNGs": Cause(
-        data="png", stages=("PNG decode",), remedy="unicl-pack build SOURCES --format jpeg"
+        data="png", stages=("PNG decode",), remedy="unicl-pack build SOURCES --resize short"
     ),
     "heavy augmentation": Cause(
         data="small",
-        options=(*_TINY, "--data.augment", "supcon,views=1,blur=1,policy=auto"),
+        options=(
+            *_TINY,
+            *("--data.image-size", "64", "--data.evaluation-resize", "64"),
+            *("--data.augment", "supcon,views=1,blur=1,policy=auto", "--data.resample", "dali"),
+        ),
         stages=("augment",),
         remedy="--data.augment none",
     ),
     "tiny local batch": Cause(
         data="cifar",
-        options=(*_TINY, "--data.image-size", "32", "--run.global-batch-size", "2"),
+        options=(*_TINY, "--run.global-batch-size", "2"),
         stages=("clip and update", "image encoder backward", "image encoder forward"),
         remedy="--run.global-batch-size",
     ),
@@ -225,7 +230,7 @@ CAUSES = {
         data="cifar-80",
         options=(
             *_TINY,
-            *("--model.text-width", "256", "--model.text-heads", "4", "--data.image-size", "32"),
+            *("--model.text-width", "256", "--model.text-heads", "4"),
             *("--run.global-batch-size", "128"),
         ),
         stages=("text encoder backward", "text encoder forward"),
@@ -233,20 +238,18 @@ CAUSES = {
     ),
     "checkpoint every 5 steps": Cause(
         data="cifar",
-        options=(*_TINY, "--data.image-size", "32", "--checkpoint.every-steps", "5"),
+        options=(*_TINY, "--checkpoint.every-steps", "5"),
         stages=(CHECKPOINT,),
         remedy="--checkpoint.every-steps",
     ),
     "busy neighbour": Cause(
         data="cifar",
-        options=(*_TINY, "--data.image-size", "32"),
         inject=busy_neighbour,
         remedy="end or move",
         is_mended_by_ending=True,
     ),
     "slow rank": Cause(
         data="cifar",
-        options=(*_TINY, "--data.image-size", "32"),
         inject=slow_rank,
         stages=("rank 1",),
         remedy="mend or replace",
@@ -270,7 +273,7 @@ def make_data(test_data: Path, work: Path) -> None:
     builds = {
         "full": [str(decode), *listed],
         "small": [str(decode), *listed, "--resize", "short:80"],
-        "png": [str(decode), *listed, "--resize", "short:80", "--format", "png"],
+        "png": [str(decode), *listed, "--resize", "short:128", "--format", "png"],
         "cifar": [cifar, "--templates", "simple"],
         "cifar-80": [cifar, "--templates", str(work / "templates.txt")],
     }
@@ -286,8 +289,8 @@ def make_data(test_data: Path, work: Path) -> None:
 def examine(name: str, work: Path, scratch: Path) -> dict[str, Any] | None:
     """Brings a cause about, diagnoses it, follows the advice; None on ranks other than 0."""
     cause = CAUSES[name]
-    place = cause.data if "://" in cause.data else str(work / cause.data)
-    arguments = [*cause.options, "--data.train", place, "--out", str(scratch / "run")]
+    data = cause.data if "://" in cause.data else str(work / cause.data)
+    arguments = [*cause.options, "--data.train", data, "--out", str(scratch / "run")]
     config = split_config(parse_arguments(arguments))
     with cause.inject() as switch, on_bench(config, scratch) as bench:
         with contextlib.closing(Budget(_SECONDS, turn=_TURN, is_shown=False)) as budget:
@@ -336,7 +339,7 @@ def _follow(
 
         def take(is_on: bool) -> Cost:
             switch(is_on)
-            return bench.whole(int(from_rank_0(steps, bench.ranks)))
+            return bench.whole(steps)
 
         works = {"now": lambda: take(True), "then": lambda: take(False)}
         turns = in_turns(works, rounds=_ROUNDS)

@@ -118,7 +118,8 @@ def _alone_and_together(
     count = round(budget.seconds / 16 / (slowest * bench.local_batch))
     count = max(_FEWEST_STEPS, min(_MOST_STEPS, count))
     may_limit = loader.wall > first.wall / 2
-    count, may_limit = from_rank_0([count, may_limit], bench.ranks)
+    count = int(from_rank_0(count, bench.ranks))
+    may_limit = bool(from_rank_0(may_limit, bench.ranks))
     works = {
         "loader": lambda: bench.loader_cost(bench.loader, bench.config, seconds=budget.turn),
         "step": lambda: step_cost(bench.trainer, batch, count=steps),
@@ -127,8 +128,9 @@ def _alone_and_together(
     with watch.watching():
         turns = in_turns(works, rounds=_ROUNDS)
     whole = median(turns["whole"])
-    alone = (whole.times(median_ratio(turns[name], turns["whole"])) for name in ("loader", "step"))
-    return (*alone, whole)
+    loader = whole.times(median_ratio(turns["loader"], turns["whole"]))
+    step = whole.times(median_ratio(turns["step"], turns["whole"]))
+    return loader, step, whole
 
 
 def _stages(bench: Bench, budget: Budget, batch: Batch) -> list[Stage]:

@@ -143,11 +143,9 @@ def try_out(
         )
     other = Bench(config, folder=folder, ranks=bench.ranks, device=bench.device)
     may_limit = measured.loader.wall > measured.step.wall / 2
-    steps = [
-        steps_in(bench, measured.rate, seconds),
-        steps_in(other, advice.images_per_second, seconds),
-    ]
-    now_steps, then_steps, may_limit = from_rank_0([*steps, may_limit], bench.ranks)
+    may_limit = bool(from_rank_0(may_limit, bench.ranks))
+    now_steps = steps_in(bench, measured.rate, seconds)
+    then_steps = steps_in(other, advice.images_per_second, seconds)
     with contextlib.closing(other):
         turns = in_turns(
             {
@@ -169,8 +167,9 @@ def try_out(
 
 
 def steps_in(bench: Bench, rate: float, seconds: float) -> int:
-    """Steps in so many seconds at a rate of all ranks, at least as many as a turn needs."""
-    return max(_TRIED_STEPS, round(seconds * rate / bench.config.run.global_batch_size))
+    """Steps in so many seconds at a rate of all ranks, agreed by them; at least a few."""
+    steps = max(_TRIED_STEPS, round(seconds * rate / bench.config.run.global_batch_size))
+    return int(from_rank_0(steps, bench.ranks))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -243,7 +243,7 @@ class Trials:
 def pack_again(dataset: PackedDataset, out: Path, *, count: int, **image: Any) -> None:
     """Packs the first `count` samples with other images: `image` are arguments of `check_image`."""
     manifest = dataset.manifest
-    form = "raw" if image.get("format") == "raw" else "encoded"
+    form: Literal["raw", "encoded"] = "raw" if image.get("format") == "raw" else "encoded"
     shutil.rmtree(out, ignore_errors=True)
     with DatasetWriter(out, images=form) as writer:
         for index in range(min(count, len(dataset))):
