@@ -47,10 +47,10 @@ from .session import on_bench, steps_in, try_out
 
 _WITHIN = 0.2
 """Part of the measured gain by which the predicted one may miss."""
-_SECONDS, _TURN = 60.0, 0.3
+_SECONDS, _TURN = 30.0, 0.2
 _TRY_SECONDS = 2.0
 _ROUNDS = 3
-_DISK_BYTES = 5e6
+_DISK_BYTES = 8e6
 """Bytes a second of the slow disk."""
 _STORE_BYTES = 4e5
 _SLOW_SECONDS = 0.15
@@ -177,7 +177,11 @@ class Cause:
 
 CAUSES = {
     "throttled disk": Cause(
-        data="full", inject=slow_disk, stages=(READ,), remedy="unicl-pack build SOURCES --resize sh"
+        data="full",
+        options=(*_TINY, "--run.global-batch-size", "16"),
+        inject=slow_disk,
+        stages=(READ,),
+        remedy="unicl-pack build SOURCES --resize short",
     ),
     "throttled object store": Cause(
         data="slow://store/cifar",

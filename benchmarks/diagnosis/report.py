@@ -62,6 +62,10 @@ def _stages(measured: Measured) -> Iterator[str]:
         ("all together", measured.whole),
     ):
         yield f"  {name:42} {1 / cost.wall:10,.0f} {1e3 * cost.cpu:13.3f}"
+    yield (
+        f"  {'together, by the model of both alone':42} "
+        f"{measured.rate * measured.correction / measured.world_size:10,.0f}"
+    )
     for rank in measured.ranks if measured.world_size > 1 else ():
         yield (
             f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s"

@@ -22,7 +22,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
 from unicl_fast.images.codec import ImageError
-from unicl_fast.system.machine import usable_cores
 from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts, StepBench, step_cost, steps_within
@@ -51,9 +50,9 @@ class Candidate:
 
 
 def candidates(bench: Bench) -> list[Candidate]:
-    """What is worth a try with these settings, the cheapest to measure first."""
-    found = [*_of_step(bench), *_of_loader(bench), *_of_batch(bench), *_of_images(bench)]
-    return [one for one in found if one is not None]
+    """What is worth a try with these settings; of one stage, what may gain the most first."""
+    return [*_of_step(bench), *_of_batch(bench), *_more_threads(bench), *_of_images(bench),
+            *_of_loader(bench)]  # fmt: skip
 
 
 def _switch(bench: Bench, group: str, name: str, value: Any, about: str, **more: Any) -> Candidate:
@@ -86,15 +85,20 @@ def _of_step(bench: Bench) -> Iterator[Candidate]:
         yield make("compile", "blocks", "compiled encoders; a minute more at the start")
 
 
+def _more_threads(bench: Bench) -> Iterator[Candidate]:
+    if bench.config.data.threads < int(bench.cores):
+        yield _switch(
+            bench, "data", "threads", int(bench.cores), "a thread for each core",
+            side="loader", stage=f"{bench.image_kind} decode",
+        )  # fmt: skip
+
+
 def _of_loader(bench: Bench) -> Iterator[Candidate]:
     data = bench.config.data
     make = functools.partial(_switch, bench, "data", side="loader")
     decode = f"{bench.image_kind} decode"
-    cores = usable_cores() // max(1, bench.ranks.world_size)
-    if data.threads < cores:
-        yield make("threads", cores, "a thread for each core", stage=decode)
-    elif data.threads > 1:
-        yield make("threads", max(1, data.threads // 2), "fewer decoding threads", stage=decode)
+    if data.threads >= max(2, bench.cores):
+        yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
     if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
         yield make(
             "augment", "none", "crops and flips alone", stage="augment", same_results=False,
