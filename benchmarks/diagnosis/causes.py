@@ -64,6 +64,7 @@ _TINY = (
     *("--run.samples", "0", "--run.steps", "1000000", "--checkpoint.every-steps", "0"),
     *("--efficiency.precision", "fp32"),
 )
+_MANY = ("--run.global-batch-size", "192")
 # A model that takes all the time itself.
 _LARGE = (
     *_TINY,
@@ -192,15 +193,21 @@ CAUSES = {
     ),
     "one decoding thread": Cause(
         data="full",
-        options=(*_TINY, "--data.threads", "1"),
+        options=(*_TINY, *_MANY, "--data.threads", "1"),
         stages=("JPEG decode",),
         remedy="--data.threads",
     ),
     "full-size JPEGs": Cause(
-        data="full", stages=("JPEG decode",), remedy="unicl-pack build SOURCES --resize short"
+        data="full",
+        options=(*_TINY, *_MANY),
+        stages=("JPEG decode",),
+        remedy="unicl-pack build SOURCES --resize short",
     ),
     "PNGs": Cause(
-        data="png", stages=("PNG decode",), remedy="unicl-pack build SOURCES --resize short"
+        data="png",
+        options=(*_TINY, *_MANY),
+        stages=("PNG decode",),
+        remedy="unicl-pack build SOURCES --resize short",
     ),
     "heavy augmentation": Cause(
         data="small",

@@ -150,7 +150,7 @@ class Measured:
         """Seconds of an image by each resource, were it the only one."""
         variant = variant or Variant(option="", about="")
         loader, step = self.loader.times(variant.loader), self.step.times(variant.step)
-        free = max(self.cores - self.others_cores, self.cores / 4)
+        free = max(self.cores - self.others_cores, self.cores / 10)
         more = min(self.cores, free + variant.frees_cores)
         hurry = free / more  # alone on its cores, each part is faster by as much
         return {

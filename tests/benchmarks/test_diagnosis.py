@@ -143,6 +143,16 @@ def test_other_processes_are_named_beside_the_limit() -> None:
     assert advice.gain == pytest.approx(1.0)  # four of eight cores were left
 
 
+def test_on_a_busy_machine_the_cores_are_the_limit() -> None:
+    """Loader and step, each alone, look slow because they wait for others."""
+    found = measured(
+        device="cpu", cores=2, others_cores=1.7, loader=cost(1.3, 0.5), step=cost(2.4, 0.5),
+        whole=cost(5.0, 1.2),
+    )  # fmt: skip
+    assert found.resources()["cores"] == pytest.approx(1.0 / 0.3 * MS)
+    assert find_limit(found).stage == "JPEG decode"  # the most CPU time
+
+
 def test_advice_is_ordered_by_gain_and_small_gains_do_not_matter() -> None:
     variants = tuple(
         Variant(option=f"--by {ratio}", about="", step=Cost(wall=ratio, cpu=1.0))
