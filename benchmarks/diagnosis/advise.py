@@ -14,7 +14,7 @@ from .model import CHECKPOINT, OTHERS, READ, Cost, Measured, Stage, Variant
 
 LEAST_GAIN = 0.03
 """Part of the rate that a change must gain to be advice: less cannot be told from noise here."""
-_SLOW_RANK = 1.25
+_SLOW_RANK = 1.5
 """A rank that takes so many times the median's time holds up the others."""
 _MUCH = 0.2
 """Part of the time that checkpoints must take to be the limit."""

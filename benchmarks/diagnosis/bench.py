@@ -46,11 +46,12 @@ from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 
 from ..training.parts import StepInParts
-from .clocks import flow, median, repeated, wait
+from .clocks import flow, in_turns, median, repeated, wait
 from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage
 
 _FIRST_STEP = 1
 """The first step of a run draws a contact sheet, which no other does."""
+_ROUNDS = 3
 _READ_SAMPLES, _KEPT_SAMPLES = 2048, 64
 
 
@@ -291,20 +292,23 @@ class Bench:
         augmented = self.loader.augmentation is not None
         if augmented:
             builds["augment"] = self.loader.build_graph
-        costs: dict[str, Cost] = {}
-        for name, build in builds.items():
-            # the last input is the rows of the augmentation, which other graphs do not take
-            inputs = [
-                dataclasses.replace(one, inputs=one.inputs[:-1]) if augmented and name != "augment"
-                else one
-                for one in held
-            ]  # fmt: skip
-            images = self.loader.num_images
+        # the last input is the rows of the augmentation, which other graphs do not take
+        plain_inputs = [
+            dataclasses.replace(one, inputs=one.inputs[:-1]) if augmented else one for one in held
+        ]
+        images = self.loader.num_images
+        skip = batches_begun(self.data_config, images, self.decode_device)
+
+        def take(name: str) -> Cost:
+            inputs = _generator(held if name == "augment" else plain_inputs)
             batches = decode(
-                build, _generator(inputs), data=data, batch_size=images, device=self.decode_device
+                builds[name], inputs, data=data, batch_size=images, device=self.decode_device
             )
-            skip = batches_begun(self.data_config, images, self.decode_device)
-            costs[name] = flow(batches, images=self.local_batch, skip=skip, seconds=seconds)
+            return flow(batches, images=self.local_batch, skip=skip, seconds=seconds)
+
+        # in turns, since only their differences are looked at
+        turns = in_turns({name: functools.partial(take, name) for name in builds}, rounds=_ROUNDS)
+        costs = {name: median(taken) for name, taken in turns.items()}
         stages, before = [], Cost(wall=0.0, cpu=0.0)
         for name, cost in costs.items():
             added = Cost(
