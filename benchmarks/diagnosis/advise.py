@@ -22,7 +22,7 @@ _MUCH = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """What a run waits for."""
+    """The stage that a run waits for, and the evidence."""
 
     stage: str
     resource: str
@@ -30,7 +30,7 @@ class Limit:
     sentence: str
     head_room: str
     besides: str = ""
-    """What other processes of the machine take."""
+    """The cores that other processes take; empty where they take few."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

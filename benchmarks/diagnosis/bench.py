@@ -80,7 +80,7 @@ class TimedLoader:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
-    """What the loader is built of."""
+    """The data, its weights and its prompts, of which a loader is built."""
 
     datasets: Sequence[PackedDataset]
     weights: Sequence[float] | None

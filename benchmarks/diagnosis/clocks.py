@@ -90,7 +90,7 @@ def median_ratio(ones: Iterable[Cost], others: Iterable[Cost]) -> Cost:
 
 @dataclass(slots=True)
 class Watch:
-    """Who used this machine's cores while something was measured."""
+    """The users of this machine's cores while something was measured."""
 
     own: set[int] = field(default_factory=lambda: {os.getpid()})
     """Processes that are not others: the ranks of this measurement."""

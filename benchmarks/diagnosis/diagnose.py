@@ -151,7 +151,7 @@ def _seconds_of(bench: Bench, batch: Batch) -> float:
 def _figures_of_ranks(
     bench: Bench, loader: Cost, stages: Sequence[Stage]
 ) -> tuple[RankFigures, ...]:
-    """What each rank takes by itself, from all ranks."""
+    """The seconds that each rank takes by itself, from all ranks."""
     step = sum(
         stage.cost.wall
         for stage in stages

@@ -56,7 +56,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpointing:
-    """What one checkpoint takes."""
+    """The cost of one checkpoint."""
 
     blocking_seconds: float
     """The step waits as long for the copy."""
@@ -73,7 +73,7 @@ class Variant:
     """A changed setting, measured in turns with the run's own."""
 
     option: str
-    """What to type or to do."""
+    """An option to type, or a thing to do."""
     about: str
     loader: Cost = SAME
     """Times what an image costs the loader now."""
@@ -95,7 +95,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankFigures:
-    """What one rank found of itself, without waiting for others."""
+    """The costs that one rank found of itself, without waiting for others."""
 
     rank: int
     loader: float

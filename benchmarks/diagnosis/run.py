@@ -1,4 +1,4 @@
-"""What limits a run, what to do about it, and how long it will take.
+"""`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
 
     unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [OPTIONS]
 
@@ -29,7 +29,7 @@ from ..harness import Stage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Stage):
-    """What limits a run of unicl-pretrain, what to change, and how long it takes.
+    """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
 
     All options of unicl-pretrain are taken too, such as --preset and --efficiency.precision.
     """

@@ -50,7 +50,7 @@ class Candidate:
 
 
 def candidates(bench: Bench) -> list[Candidate]:
-    """What is worth a try with these settings; of one stage, what may gain the most first."""
+    """Changes worth a try with these settings; of one stage, those first that may gain the most."""
     return [*_of_step(bench), *_of_batch(bench), *_more_threads(bench), *_of_images(bench),
             *_of_loader(bench)]  # fmt: skip
 
