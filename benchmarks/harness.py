@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
@@ -39,6 +39,13 @@ class Stage(abc.ABC):
     """File for the result as JSON."""
     rounds: int = 5
     """Turns of each contestant."""
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, prog: str) -> Self:
+        """The stage with these options of the command line; exits with 2 where one is wrong."""
+        import tyro  # here: a bare checkout on a machine with a GPU has none
+
+        return tyro.cli(cls, args=list(options), prog=prog)
 
     @abc.abstractmethod
     def run(self) -> None:

@@ -6,11 +6,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-import tyro
-
 from unicl_fast.system.program import begin_program
 
 STAGES = {
+    "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
     "pack": ("packing:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
     "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # only this stage is imported: each one loads its contestants
     module, name = STAGES[stage][0].split(":")
     found = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-    chosen = tyro.cli(found, args=options, prog=f"unicl-bench {stage}")
+    chosen = found.parse(options, prog=f"unicl-bench {stage}")
     try:
         chosen.run()
     except (ValueError, OSError, RuntimeError) as error:

@@ -109,6 +109,29 @@ def build_train_graph(
     return build(**_pipeline_settings(data, batch_size, device))
 
 
+def build_decoding_graph(
+    next_inputs: NextInputs,
+    *,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+    form: ImageForm = "files",
+) -> Pipeline:
+    """Decode the windows and give their shapes alone: for measuring what decoding costs.
+
+    Inputs are those of `build_train_graph` without augmentation, and so are the arguments.
+    """
+    pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
+    with pipeline:
+        kinds = [(types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")]
+        kinds += [(types.INT32, 1, "")] * 3 + [(types.INT64, 1, "")]
+        first, starts, shapes, flips, integers = _inputs(next_inputs, kinds)
+        regions = decode_windows(first, starts, shapes, data=data, device=device, form=form)
+        # DALI warns of inputs that nothing takes
+        pipeline.set_outputs(regions.shape(), flips, integers)
+    return pipeline
+
+
 def _inputs(next_inputs: NextInputs, kinds: list[tuple[Any, int, str]]) -> list[Any]:
     """Nodes of the inputs, of each its type, number of dimensions and layout."""
     nodes = fn.external_source(

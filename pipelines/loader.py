@@ -94,17 +94,17 @@ class TrainLoader:
             data.decode_device, device=self._device, threads=data.threads
         )
         self._running: Generator[Batch, None, None] | None = None
-        self._form: ImageForm = "files"
+        self.form: ImageForm = "files"
         shapes = {dataset.image_shape for dataset in datasets}
         if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
-            self._form = "crops" if is_fused(data.resample, self._decode_device) else "pixels"
+            self.form = "crops" if is_fused(data.resample, self._decode_device) else "pixels"
         augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
-        self._augmentation = parts_for(augmentations, data.mean)
-        self._build = partial(
+        self.augmentation = parts_for(augmentations, data.mean)
+        self.build_graph = partial(
             build_train_graph,
             device=self._decode_device,
-            form=self._form,
-            augmentation=self._augmentation,
+            form=self.form,
+            augmentation=self.augmentation,
         )
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, i) for i, dataset in enumerate(datasets)],
@@ -115,11 +115,11 @@ class TrainLoader:
             augmentations=augmentations,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
-        self._num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
-        if self._form == "files":
-            self._data = fit_prefetch(data, datasets, num_images=self._num_images)
+        self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
+        if self.form == "files":
+            self._data = fit_prefetch(data, datasets, num_images=self.num_images)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
-        self._host = HostBatches(
+        self.host = HostBatches(
             config,
             list(datasets),
             prompts,
@@ -127,7 +127,7 @@ class TrainLoader:
             self._bad,
             rank=rank,
             world_size=world_size,
-            form=self._form,
+            form=self.form,
         )
         self.reading = self._host.reading
 
@@ -149,7 +149,7 @@ class TrainLoader:
 
     def metadata_without_decoding(self, num_steps: int) -> Iterator[TrainMetadata]:
         """Metadata of the first steps, each read and not decoded: for measuring storage."""
-        with self._host.reading_ahead(0), contextlib.closing(self._host.batches(0)) as batches:
+        with self.host.reading_ahead(0), contextlib.closing(self.host.batches(0)) as batches:
             for batch in itertools.islice(batches, num_steps):
                 yield batch.metadata
 
@@ -172,7 +172,7 @@ class TrainLoader:
             else:
                 return
             step = failed[0].actual.step
-            if self._form != "files":  # nothing is decoded, so no image is the cause
+            if self.form != "files":  # nothing is decoded, so no image is the cause
                 raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
             if not any(self._find_bad(metadata.actual) for metadata in failed):
                 raise DecodingError(
@@ -183,7 +183,7 @@ class TrainLoader:
     def _decode(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on, until there is one that cannot be decoded."""
         with (
-            self._host.reading_ahead(start_step),
+            self.host.reading_ahead(start_step),
             contextlib.closing(self._outputs(start_step)) as outputs,
         ):
             for (images, integers), metadata in outputs:
@@ -206,27 +206,27 @@ class TrainLoader:
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
-        if self._form == "crops" and self._augmentation is None:  # nothing is left for a graph
-            ahead = batches_ahead(self._data, self._num_images)
-            made = self._host.batches_without_graph(start_step, ahead=ahead)
+        if self.form == "crops" and self.augmentation is None:  # nothing is left for a graph
+            ahead = batches_ahead(self._data, self.num_images)
+            made = self.host.batches_without_graph(start_step, ahead=ahead)
             with contextlib.closing(made):
                 for batch in made:
                     yield [torch.from_numpy(array) for array in batch.inputs], batch.metadata
         else:
             yield from decode(
-                self._build,
-                self._host.batches(start_step),
+                self.build_graph,
+                self.host.batches(start_step),
                 data=self._data,
-                batch_size=self._num_images,
+                batch_size=self.num_images,
                 device=self._decode_device,
             )
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
-        batch = self._host.batch(failed.step)
+        batch = self.host.batch(failed.step)
         actual = batch.metadata.actual
         reasons = find_undecodable(
-            self._build, batch.inputs, data=self._data, device=self._decode_device
+            self.build_graph, batch.inputs, data=self._data, device=self._decode_device
         )
         for row, reason in reasons.items():
             row %= len(actual.sample_ids)  # of the second view

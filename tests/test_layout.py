@@ -27,7 +27,8 @@ FLOORS = [
     {"training"},
     {"packing", "conversion"},
     {"evaluation"},
-    {"tools", "benchmarks"},
+    {"tools"},
+    {"benchmarks"},
 ]
 # What only some rooms may import, whatever the floor.
 OUTSIDE = {

@@ -33,6 +33,7 @@ class StepInParts:
         self.device = batch.images.device
         self.precision = Precision(trainer.config.efficiency.precision)
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}
         self.counter = FlopCounterMode(display=False)  # counts while it is entered
 
@@ -40,10 +41,12 @@ class StepInParts:
     def part(self, name: str) -> Iterator[None]:
         """Notes the seconds and the operations of the block."""
         self._wait()
-        started, counted = time.perf_counter(), self.counter.get_total_flops()
+        started, cpu = time.perf_counter(), time.process_time()
+        counted = self.counter.get_total_flops()
         yield
         self._wait()
         self.seconds[name] = time.perf_counter() - started
+        self.cpu_seconds[name] = time.process_time() - cpu
         self.operations[name] = self.counter.get_total_flops() - counted
 
     def _wait(self) -> None:

@@ -139,11 +139,11 @@ class HostBatches:
         else:
             count = steps_at_once(self._batch_size)
             for first in itertools.count(start_step, count):
-                yield from map(self._with_images, self._plan_steps(first, count))
+                yield from map(self._with_images, self.plan_steps(first, count))
 
     def batch(self, step: int) -> HostBatch[TrainMetadata]:
         """Prepares one step whose images are files or pixels."""
-        return self._with_images(*self._plan_steps(step, 1))
+        return self._with_images(*self.plan_steps(step, 1))
 
     def batches_without_graph(
         self, start_step: int, *, ahead: int
@@ -173,7 +173,7 @@ class HostBatches:
 
     def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
-        planned = self._plan_steps(first_step, resizer.batches_at_once)
+        planned = self.plan_steps(first_step, resizer.batches_at_once)
         self._read_ahead_from(first_step // self._steps_of_chunk)
         with self.reading.measuring():
             actual, pixels = self._bad.read_pixels([step.batch for step in planned])
@@ -205,7 +205,7 @@ class HostBatches:
             (actual,), pixels = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, pixels)
 
-    def _plan_steps(self, first: int, count: int) -> list[_Planned]:
+    def plan_steps(self, first: int, count: int) -> list[_Planned]:
         """Some steps without their images, made in one go."""
         self._check_arrays()
         size = self._batch_size

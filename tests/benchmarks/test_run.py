@@ -62,7 +62,7 @@ SLOW = (
     *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
     *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
 )
-REPORTS = ("gpu",)  # has no rounds and no figures of a CPU: test_gpu.py
+REPORTS = ("gpu", "run")  # have no rounds of contestants: test_gpu.py, test_diagnosis.py
 LONG = ("memory", "efficiency", "checkpoint")
 
 

@@ -118,7 +118,7 @@ def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
         raise ValueError("enough")
 
     monkeypatch.setattr(run, "_choose_on_rank_0", choose)
-    monkeypatch.setattr(run, "_build_trainer", build)
+    monkeypatch.setattr(run, "build_trainer", build)
     config = TrainConfig(run=RunConfig(timeout_seconds=0, device="cpu"))
     with pytest.raises(ValueError, match="enough"):
         run.pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)

@@ -121,7 +121,7 @@ def test_raw_images_give_the_batches_of_files(
 ) -> None:
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
-    assert raw._form == {"fused": "crops", "dali": "pixels"}[resample]
+    assert raw.form == {"fused": "crops", "dali": "pixels"}[resample]
     batches = take(raw)
     assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
     assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
@@ -144,7 +144,7 @@ def test_raw_and_files_train_together_through_the_decoder(
     sets: Sets, prompts: ClassPrompts
 ) -> None:
     loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
-    assert loader._form == "files"
+    assert loader.form == "files"
     assert_same(take(loader), take(make_loader(sets["raw"], prompts)))
 
 
@@ -190,7 +190,7 @@ def test_crops_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -
     """For operators that follow resampling: the graph that files and pixels go through too."""
     loader = make_loader(sets["raw"], prompts)
     batches = take(loader, count=3)
-    host_batches = iter(loader._host.group(loader._host.crop_resizer(), 0))
+    host_batches = iter(loader.host.group(loader.host.crop_resizer(), 0))
     build = partial(
         build_train_graph,
         data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),

@@ -254,7 +254,7 @@ def test_a_run_keeps_which_decoder_auto_took(
     def build(config: TrainConfig, **settings: object) -> Trainer:
         return trainer_in(tmp_path, images, config)
 
-    monkeypatch.setattr(run, "_build_trainer", build)
+    monkeypatch.setattr(run, "build_trainer", build)
     pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
     (*_, checkpoint) = list_checkpoints(tmp_path / "checkpoints")
     assert read_state(checkpoint).config.data.decode_device == "cpu"

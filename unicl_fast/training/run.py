@@ -159,7 +159,7 @@ def pretrain(
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         config = resolve_decode_device(config, device, ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
-        trainer = _build_trainer(
+        trainer = build_trainer(
             config,
             run_folder=run_folder,
             build_loader=build_loader,
@@ -216,7 +216,7 @@ def _with_precision(
     return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
-def _build_trainer(
+def build_trainer(
     config: TrainConfig,
     *,
     run_folder: Path,
@@ -224,10 +224,15 @@ def _build_trainer(
     evaluate: Evaluate,
     ranks: Ranks,
     device: torch.device,
-    keeps_ledger: bool,
-    check_run_folder: Callable[[], None] | None,
+    keeps_ledger: bool = False,
+    check_run_folder: Callable[[], None] | None = None,
+    progress: bool = True,
 ) -> Trainer:
-    """Opens the data, checks that it suits the model, and puts the trainer together."""
+    """Opens the data, checks that it suits the model, and puts the trainer together.
+
+    `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. The
+    other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
+    """
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
@@ -283,6 +288,7 @@ def _build_trainer(
         ledger=ledger,
         reading=loader.reading,
         check_run_folder=check_run_folder,
+        progress=progress,
     )
 
 

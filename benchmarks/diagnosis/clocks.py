@@ -1,0 +1,146 @@
+"""Clocks of a diagnosis: what an image costs in a flow of batches or steps, and who else works."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .model import Cost
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -> Cost:
+    """The cost of an image of batches that are made ahead.
+
+    The first `skip` are not timed: they were begun before the clock. As many are timed as `seconds`
+    allow, at least two.
+    """
+    iterator = iter(batches)
+    try:
+        for _ in range(skip):
+            next(iterator)
+        gc.collect()
+        count = 0
+        wall, cpu = time.perf_counter(), time.process_time()
+        while count < 2 or time.perf_counter() - wall < seconds:
+            next(iterator)
+            count += 1
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        if hasattr(iterator, "close"):  # a generator holds what it reads
+            iterator.close()
+    return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
+
+
+def repeated(work: Callable[[], object], *, images: int, count: int, device: torch.device) -> Cost:
+    """The cost of an image of work that is done `count` times; waits for the device."""
+    wait(device)
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        work()
+    wait(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(
+    contestants: Mapping[str, Callable[[], Cost]],
+    *,
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[Cost]]:
+    """The costs of each, one a round."""
+    found: dict[str, list[Cost]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, take in contestants.items():
+            before()
+            found[name].append(take())
+    return found
+
+
+def median(costs: Iterable[Cost]) -> Cost:
+    """The medians of wall time and of CPU time."""
+    costs = list(costs)
+    return Cost(
+        wall=statistics.median(cost.wall for cost in costs),
+        cpu=statistics.median(cost.cpu for cost in costs),
+    )
+
+
+def median_ratio(ones: Iterable[Cost], others: Iterable[Cost]) -> Cost:
+    """The medians of the ratios within the rounds."""
+    return median(one.over(other) for one, other in zip(ones, others, strict=True))
+
+
+@dataclass(slots=True)
+class Watch:
+    """The users of this machine's cores while something was measured."""
+
+    own: set[int] = field(default_factory=lambda: {os.getpid()})
+    """Processes that are not others: the ranks of this measurement."""
+    seconds: float = 0.0
+    cores: float = 0.0
+    """Cores that others took."""
+    busiest: tuple[tuple[str, float], ...] = ()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches during the block."""
+        busy, processes, started = _busy_seconds(), _process_seconds(), time.perf_counter()
+        yield
+        self.seconds = time.perf_counter() - started
+        used = {
+            key: seconds - processes.get(key, 0.0) for key, seconds in _process_seconds().items()
+        }
+        mine = sum(seconds for (number, _), seconds in used.items() if number in self.own)
+        self.cores = max(0.0, _busy_seconds() - busy - mine) / self.seconds
+        rest = [(key, seconds) for key, seconds in used.items() if key[0] not in self.own]
+        rest.sort(key=lambda entry: -entry[1])
+        self.busiest = tuple(
+            (f"{name}, process {number}", round(seconds / self.seconds, 2))
+            for (number, name), seconds in rest[:3]
+            if seconds > 0.05 * self.seconds
+        )
+
+
+def _busy_seconds() -> float:
+    """Seconds that the cores which this process may use have been busy since the machine began."""
+    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
+            name, *numbers = line.split()
+            if name in cores:
+                user, nice, system, _, _, *interrupts = map(int, numbers[:8])
+                ticks += user + nice + system + sum(interrupts)
+    return ticks / _TICKS
+
+
+def _process_seconds() -> dict[tuple[int, str], float]:
+    """CPU time of all processes that can be seen, by number and name."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (folder / "stat").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        name = text[text.index("(") + 1 : text.rindex(")")]
+        numbers = text[text.rindex(")") + 2 :].split()
+        found[int(folder.name), name] = (int(numbers[11]) + int(numbers[12])) / _TICKS
+    return found

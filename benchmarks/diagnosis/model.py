@@ -1,0 +1,194 @@
+"""How fast a run is, by the costs of its parts: a model with three resources that work at once.
+
+A batch costs the loader some time, the step some time, and both together CPU time of the same
+cores. While the step works on one batch the loader makes the next, so the slowest of the three
+sets the rate, and checkpoints come on top. On a machine without a GPU the cores are nearly always
+the slowest; on one with a GPU they matter where the loader takes them all.
+
+The model is held against the run: what it misses in the run as it is (`Measured.correction`), it is
+taken to miss in every changed run too. Nothing here measures anything, so all of it can be tested
+with made-up numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+CHECKSUMS = "checksums"
+COPY = "copy to the device"
+CHECKPOINT = "checkpoint"
+OTHERS = "other processes"
+READ = "storage read"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Seconds that one image takes on one rank."""
+
+    wall: float
+    cpu: float
+    """Over all threads of the process."""
+
+    def times(self, ratio: Cost) -> Cost:
+        return Cost(wall=self.wall * ratio.wall, cpu=self.cpu * ratio.cpu)
+
+    def over(self, other: Cost) -> Cost:
+        """The ratio of two costs; 1 where there is no CPU time to compare."""
+        cpu = self.cpu / other.cpu if other.cpu else 1.0
+        return Cost(wall=self.wall / other.wall, cpu=cpu)
+
+
+SAME = Cost(wall=1.0, cpu=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A part of the batch's way, measured alone."""
+
+    name: str
+    cost: Cost
+    side: str
+    """`feed` (one thread reads and plans), `graph` (decoding threads), `step` or `between`."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpointing:
+    """The cost of one checkpoint."""
+
+    blocking_seconds: float
+    """The step waits as long for the copy."""
+    writing_seconds: float
+    """Until it is on the disk, beside training."""
+    writing_cpu_seconds: float
+    num_bytes: int
+    every_steps: int
+    """0: only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A changed setting, measured in turns with the run's own."""
+
+    option: str
+    """An option to type, or a thing to do."""
+    about: str
+    loader: Cost = SAME
+    """Times what an image costs the loader now."""
+    step: Cost = SAME
+    batch_factor: float = 1.0
+    """Times the local batch."""
+    every_steps: int | None = None
+    """Another cadence of checkpoints."""
+    frees_cores: float = 0.0
+    same_results: bool = True
+    """False where the model that comes out is another one."""
+    stage: str = ""
+    """The stage that it relieves."""
+    set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Changes of the config by group, where options alone do it."""
+    data: tuple[str, ...] = ()
+    """Data sets to train on instead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFigures:
+    """The costs that one rank found of itself, without waiting for others."""
+
+    rank: int
+    loader: float
+    """Seconds of an image."""
+    step: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """All numbers of a diagnosis; plain, so that a report or a page can be drawn from it."""
+
+    device: str
+    cores: float
+    """That this rank may use."""
+    threads: int
+    world_size: int
+    local_batch: int
+    loader: Cost
+    step: Cost
+    whole: Cost
+    """Loader and step together, by the trainer's own loop, checkpoints included."""
+    stages: tuple[Stage, ...]
+    checkpoint: Checkpointing
+    others_cores: float = 0.0
+    """Cores that other processes took meanwhile."""
+    others: tuple[tuple[str, float], ...] = ()
+    """The busiest of them, and the cores of each."""
+    ranks: tuple[RankFigures, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    store_wall: float = 0.0
+    """Seconds of an image out of the object store; 0 for folders."""
+    cached_wall: float = 0.0
+    """Seconds of an image for the loader, once all of it is in the cache."""
+    fits_cache: bool = True
+    start_seconds: float = 0.0
+    timeline: tuple[tuple[float, float], ...] = ()
+    """Seconds of waiting and of all of some steps, in order."""
+    not_measured: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Images/s of all ranks, as measured."""
+        return self.world_size / self.whole.wall
+
+    @property
+    def correction(self) -> float:
+        """Measured seconds over those of the model."""
+        return self.whole.wall / self.seconds()
+
+    def resources(self, variant: Variant | None = None) -> dict[str, float]:
+        """Seconds of an image by each resource, were it the only one."""
+        variant = variant or Variant(option="", about="")
+        loader, step = self.loader.times(variant.loader), self.step.times(variant.step)
+        free = max(self.cores - self.others_cores, self.cores / 10)
+        more = min(self.cores, free + variant.frees_cores)
+        hurry = free / more  # alone on its cores, each part is faster by as much
+        return {
+            "loader": loader.wall * hurry,
+            "step": step.wall * hurry,
+            "cores": (loader.cpu + step.cpu) / more,
+        }
+
+    def checkpoint_seconds(self, seconds: float, variant: Variant | None = None) -> float:
+        """Seconds that checkpoints add to an image which takes `seconds` without them."""
+        every = self.checkpoint.every_steps
+        batch = self.local_batch
+        if variant is not None:
+            every = every if variant.every_steps is None else variant.every_steps
+            batch = int(batch * variant.batch_factor)
+        if not every:
+            return 0.0
+        one = self.checkpoint
+        between = every * batch * seconds
+        # the thread that writes takes a core from the step where there is none to spare
+        busy = one.writing_cpu_seconds / self.cores if self.device == "cpu" else 0.0
+        waits = max(0.0, one.writing_seconds - between)  # the next one waits for the one before
+        return (one.blocking_seconds + max(busy, waits)) / (every * batch)
+
+    def seconds(self, variant: Variant | None = None) -> float:
+        """The model's seconds of an image."""
+        slowest = max(self.resources(variant).values())
+        return slowest + self.checkpoint_seconds(slowest, variant)
+
+    def predict(self, variant: Variant | None = None) -> float:
+        """Images/s of all ranks with a variant."""
+        return self.world_size / (self.correction * self.seconds(variant))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Itself for JSON, with what follows from it."""
+        return {
+            **dataclasses.asdict(self),
+            "images_per_second": self.rate,
+            "model_correction": self.correction,
+            "resources": {name: 1 / seconds for name, seconds in self.resources().items()},
+        }

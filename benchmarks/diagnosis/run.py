@@ -1,0 +1,87 @@
+"""`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
+
+    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [OPTIONS]
+
+OPTIONS are those of `unicl-pretrain`. The run is built as that program builds it, in a folder that
+is removed at the end. Its parts are measured alone and together, and then changes of its settings,
+each in turns with the run as it is. The rate of a change is what the model of model.py gives for
+it; `--try` makes the change that promises the most, and reports the rate that came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unicl_fast.distributed.launch import start_ranks
+from unicl_fast.system.checked_fields import require
+from unicl_fast.system.machine import choose_environment
+from unicl_fast.tools.pretrain import parse_arguments, split_config
+
+from ..harness import Stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Stage):
+    """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
+
+    All options of unicl-pretrain are taken too, such as --preset and --efficiency.precision.
+    """
+
+    data: tuple[str, ...] = ()
+    """Packed data sets, each DIR or DIR=WEIGHT, where DIR may be a URL; as --data.train."""
+    nproc: int = 1
+    """Ranks to start on this machine."""
+    seconds: float = 60.0
+    """Time to measure for; start and end come on top."""
+    try_it: Annotated[bool, tyro.conf.arg(name="try")] = False
+    """Make the change that promises the most, and report the rate that comes."""
+    folder: Path | None = None
+    """Folder on the disk that checkpoints go to; by default a temporary one."""
+    rounds: int = 3
+    """Turns of --try."""
+    samples: int = 0
+    """Length of the run that is planned; 0 takes run.samples or run.steps, or 32 epochs."""
+    price_per_hour: float = 0.0
+    """Price of one rank for an hour."""
+    failures_per_day: float = 0.02
+    """Failures of one rank in a day, for the cadence of checkpoints."""
+    options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """Options of unicl-pretrain."""
+    given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """All options as they were given, for the ranks."""
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, prog: str) -> Run:
+        """Takes its own options, and leaves the others to unicl-pretrain."""
+        chosen, rest = tyro.cli(cls, args=list(options), prog=prog, return_unknown_args=True)
+        return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
+
+    def run(self) -> None:
+        """Measures and reports. Raises as `unicl-pretrain` does."""
+        require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
+        if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
+            start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
+        train = ["--data.train", *self.data] if self.data else []
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
+            arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
+            config = split_config(parse_arguments(arguments))
+            # before torch is imported, which reads it once
+            choose_environment(config.run.device)
+            from .session import Request, measure
+
+            request = Request(
+                seconds=self.seconds,
+                rounds=self.rounds if self.try_it else 0,
+                samples=self.samples,
+                price_per_hour=self.price_per_hour,
+                failures_per_day=self.failures_per_day,
+            )
+            if (result := measure(config, request, scratch=Path(scratch))) is not None:
+                self.write_result({}, "timm", "nvidia-dali-cuda120", **result)
