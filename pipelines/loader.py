@@ -129,7 +129,7 @@ class TrainLoader:
             world_size=world_size,
             form=self.form,
         )
-        self.reading = self._host.reading
+        self.reading = self.host.reading
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ... without end.
