@@ -266,7 +266,7 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
     config = dataclasses.replace(tiny_config(), data=DataConfig(train=(str(data / "labels"),)))
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
     monkeypatch.setattr(run, "check_memory", lambda config, **arguments: None)
-    trainer = run._build_trainer(
+    trainer = run.build_trainer(
         config,
         run_folder=tmp_path,
         build_loader=lambda *arguments, **settings: loader,
