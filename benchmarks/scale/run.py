@@ -1,6 +1,6 @@
 """Step time, images/s and efficiency on many GPUs: a model, not a measurement.
 
-    unicl-bench scale --step-seconds 0.168 [--gpus 8..1024] [--network 100 400 3200] [--plot FILE]
+    unicl-bench scale --step-seconds 0.0864 [--gpus 8..1024] [--network 100 400 3200] [--plot FILE]
     unicl-bench scale --measured REPORT/gpu.json --local-batch 256
     unicl-bench scale --check [--json FILE]
 
@@ -307,17 +307,13 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
         counts = [row["gpus"] for row in chosen]
         values = [100 * row["efficiency"] for row in chosen]
         colour = _COLOURS[number % len(_COLOURS)]
-        panel.plot(counts, values, "o-", color=colour, markersize=4, linewidth=1.5)
         label = f"{gbit:g} Gb/s"
-        panel.annotate(
-            label, (counts[-1], values[-1]), (6, 0), textcoords="offset points", va="center",
-            fontsize=8, color=colour,
-        )  # fmt: skip
+        panel.plot(counts, values, "o-", color=colour, label=label, markersize=4, linewidth=1.5)
+    panel.legend(loc="lower left", fontsize=8, frameon=False)
     panel.set_xscale("log", base=2)
     panel.set_xticks(sorted({row["gpus"] for row in rows}), minor=False)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     panel.set_ylim(0, 105)
-    panel.margins(x=0.16)
     panel.axhline(100, color=_FAINT, linestyle="--", linewidth=1)
     panel.set_xlabel("GPUs; Gb/s are those of a machine", fontsize=8)
     panel.set_ylabel("% of so many single machines", fontsize=8)
