@@ -132,6 +132,13 @@ def test_data_that_is_not_there_is_said_in_a_sentence(
     assert "nowhere" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of garbage, which takes half a second in a process that has run tests."""
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)
+
+
+@pytest.mark.usefixtures("_no_collection")
 def test_turns_alternate() -> None:
     seen: list[str] = []
     turns = harness.take_turns(
@@ -164,6 +171,7 @@ def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
         assert ("losses differ by at most" in capsys.readouterr().out) == has_losses
 
 
+@pytest.mark.usefixtures("_no_collection")
 def test_a_turn_ends_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("waits"))
