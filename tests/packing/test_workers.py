@@ -94,7 +94,8 @@ def build(
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
 def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
     monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, workers: int
 ) -> None:

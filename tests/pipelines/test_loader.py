@@ -178,7 +178,7 @@ def test_restarting_at_a_step_gives_the_same_batches(
 AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,erase=0.5")
 
 
-@pytest.mark.parametrize("resample", ["fused", "dali"])
+@pytest.mark.parametrize("resample", ["fused", pytest.param("dali", marks=pytest.mark.slow)])
 def test_augmented_batches_are_the_same_from_any_step_and_over_any_ranks(
     datasets: list[PackedDataset], prompts: ClassPrompts, resample: str
 ) -> None:

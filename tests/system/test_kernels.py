@@ -127,6 +127,7 @@ def run(package: Path, program: str, *words: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_change_in_another_module_compiles_anew_and_nothing_else_does(package: Path) -> None:
     """Prints the results of both kernels of `upper`; then cache hits: ours, Numba's, C's."""
     assert run(package, PROGRAM) == "157 157\n0 0 0\n"
@@ -139,6 +140,7 @@ def test_a_change_in_another_module_compiles_anew_and_nothing_else_does(package:
     assert run(package, PROGRAM) == "383 383\n1 1 1\n"
 
 
+@pytest.mark.slow
 def test_closures_kept_by_different_processes_are_told_apart(package: Path) -> None:
     assert run(package, ADD, "1") == "1 0\n"
     assert run(package, ADD, "2") == "2 0\n"
