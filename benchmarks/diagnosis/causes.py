@@ -62,9 +62,9 @@ _TINY = (
     *("--data.image-size", "32", "--data.evaluation-resize", "32"),
     *("--data.crop-scale", "0.3", "1.0", "--run.global-batch-size", "64"),
     *("--run.samples", "0", "--run.steps", "1000000", "--checkpoint.every-steps", "0"),
-    *("--efficiency.precision", "fp32"),
+    *("--efficiency.precision", "fp32", "--data.prefetch", "2"),
 )
-_MANY = ("--run.global-batch-size", "192")
+_MANY = ("--run.global-batch-size", "128")
 # A model that takes all the time itself.
 _LARGE = (
     *_TINY,

@@ -218,7 +218,7 @@ def test_a_flow_is_timed_without_what_was_begun_before() -> None:
             closed.append(True)
 
     found = clocks.flow(batches(), images=4, skip=3, seconds=0)
-    assert len(taken) == 5
+    assert len(taken) == 3 + 3  # as many as may have waited in a queue
     assert closed
     assert 0 < found.wall < 1
 
