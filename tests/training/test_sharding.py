@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.run import check_request
 from unicl_fast.training.trainer import Trainer
 
 STEPS = 4
@@ -275,10 +276,24 @@ def test_owners_have_nearly_as_much_each() -> None:
     ],
 )
 def test_what_full_cannot_divide_is_refused(
-    images: torch.Tensor, settings: dict, message: str
+    images: torch.Tensor, tmp_path: Path, settings: dict, message: str
 ) -> None:
+    """By the trainer, and before the data is opened."""
+    config = tiny_config(shard="full", **settings)
     with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
-        Trainer(tiny_config(shard="full", **settings), StepLoader(images), progress=False)
+        Trainer(config, StepLoader(images), progress=False)
+    config = dataclasses.replace(config, data=DataConfig(train=("no such folder",)))
+    with pytest.raises(ValueError, match=message):
+        check_request(config, run_folder=tmp_path, nproc=2, resume="never")
+
+
+def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.models.precision.fast_precision", lambda device: "fp16")
+    config = tiny_config(shard="full", precision="auto")
+    with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
+        Trainer(config, StepLoader(images), progress=False)
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
