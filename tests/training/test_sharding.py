@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.global_loss import encoder_autocast
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import check_request
@@ -297,7 +299,25 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the other one, which would leave a model of which nothing can be made."""
     monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
+    divided = []
+    monkeypatch.setattr(
+        "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
+    )
     model = UniCL(tiny_config(image_encoder="test_efficientnet"))
     with pytest.raises(ValueError, match="EfficientNet has none.*take efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
+    model = UniCL(tiny_config())
+    model.text_encoder = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear has none.*take efficiency.shard=optimizer"):
+        shard_encoders(model, Ranks(world_size=2))
+    assert not divided
+
+
+@pytest.mark.parametrize(("shard", "keeps"), [("off", True), ("optimizer", True), ("full", False)])
+def test_weights_of_divided_blocks_are_not_kept_in_16_bits(shard: str, keeps: bool) -> None:
+    config = tiny_config(shard=shard, precision="bf16")
+    with encoder_autocast(config, Ranks(world_size=2), "cpu"):
+        assert torch.is_autocast_cache_enabled() == keeps
+    assert torch.is_autocast_cache_enabled()
