@@ -25,6 +25,7 @@ from unicl_fast.training.global_loss import encoder_autocast
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import check_request
+from unicl_fast.training.step_clock import NO_TRAINING, PARTS
 from unicl_fast.training.trainer import Trainer
 
 STEPS = 4
@@ -109,6 +110,11 @@ def test_two_ranks_that_divide_the_state_train_as_before(
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
+    for shard in runs:
+        for line in (line for line in read_metrics(tmp_path / shard) if "loss" in line):
+            seconds = {part: line[f"seconds/{part}"] for part in PARTS if part not in NO_TRAINING}
+            assert sum(seconds.values()) == pytest.approx(line["step_seconds"])
+            assert 0 < seconds["communication"] < line["step_seconds"]
     sizes = {shard: [held_by(tmp_path / shard, rank)[0] for rank in range(2)] for shard in runs}
     ((parameters, states), _) = sizes["off"]
     assert [of_parameters for of_parameters, _ in sizes["optimizer"]] == [parameters] * 2
