@@ -346,9 +346,10 @@ class EfficiencyConfig:
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
     parameter's optimizer state on one rank, and the result is that of off, bit for bit. full also
     divides parameters, gradients and their average, by blocks of the encoders, which are sent
-    while others are computed; results differ in rounding. full is refused with fp16, LAMB, apex's
-    optimizers and compile=encoders. Checkpoints are the same, and a run may resume with another
-    choice."""
+    while others are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of
+    the parameters until backward, unless activation_checkpointing is on. full is refused with fp16,
+    LAMB, apex's optimizers and compile=encoders. Checkpoints are the same, and a run may resume
+    with another choice."""
     compress_gradients: bool = False
     """Send gradients between ranks in bf16, half the bytes. They are added up in bf16 too, so each
     keeps 8 bits of its fraction."""

@@ -77,6 +77,8 @@ OTHERS = {
     "shard=optimizer": {"shard": "optimizer"},
     "shard=full": {"shard": "full"},
     "shard=full, micro-batches": {"shard": "full", "micro_batch_size": 6},
+    "shard=full, BatchNorm": {"shard": "full", "image_encoder": "unicl_convnet7_small"},
+    "shard=full, compressed": {"shard": "full", "compress_gradients": True},
 }
 
 

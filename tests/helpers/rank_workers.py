@@ -350,6 +350,7 @@ def train_each(
         ]
         sizes = [sum(tensor.nbytes for tensor in each) for each in (parameters, states)]
         torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
+        assert torch.is_autocast_cache_enabled()  # which evaluations of other models need
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -174,6 +174,18 @@ def test_ranks_may_divide_the_state() -> None:
     assert sum(alone[name] for name in state) == pytest.approx(4 * weights, rel=0.01)
 
 
+def test_gradients_are_copied_to_bf16_where_ddp_sends_them_so() -> None:
+    def planned(shard: str, world_size: int) -> dict[str, int]:
+        config = with_many_parameters(shard=shard, compress_gradients=True)
+        return plan(config, world_size=world_size, device_bytes=0).parts
+
+    for shard in ("off", "optimizer"):
+        parts = planned(shard, 4)
+        assert 2 * parts["gradients in bf16"] == parts["gradients"]
+    for parts in (planned("off", 1), planned("full", 4)):  # `full` casts a block at a time
+        assert "gradients in bf16" not in parts
+
+
 def test_dividing_the_state_is_offered_where_it_fits() -> None:
     free = plan(with_many_parameters(shard="full"), world_size=4, device_bytes=0).total
     arguments = {"device": torch.device("cuda"), "free_bytes": free}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.global_loss import encoder_autocast
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.run import check_request
+from unicl_fast.training.step_clock import NO_TRAINING, PARTS
 from unicl_fast.training.trainer import Trainer
 
 STEPS = 4
@@ -106,6 +110,11 @@ def test_two_ranks_that_divide_the_state_train_as_before(
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
+    for shard in runs:
+        for line in (line for line in read_metrics(tmp_path / shard) if "loss" in line):
+            seconds = {part: line[f"seconds/{part}"] for part in PARTS if part not in NO_TRAINING}
+            assert sum(seconds.values()) == pytest.approx(line["step_seconds"])
+            assert 0 < seconds["communication"] < line["step_seconds"]
     sizes = {shard: [held_by(tmp_path / shard, rank)[0] for rank in range(2)] for shard in runs}
     ((parameters, states), _) = sizes["off"]
     assert [of_parameters for of_parameters, _ in sizes["optimizer"]] == [parameters] * 2
@@ -275,14 +284,46 @@ def test_owners_have_nearly_as_much_each() -> None:
     ],
 )
 def test_what_full_cannot_divide_is_refused(
-    images: torch.Tensor, settings: dict, message: str
+    images: torch.Tensor, tmp_path: Path, settings: dict, message: str
 ) -> None:
+    """By the trainer, and before the data is opened."""
+    config = tiny_config(shard="full", **settings)
     with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
-        Trainer(tiny_config(shard="full", **settings), StepLoader(images), progress=False)
+        Trainer(config, StepLoader(images), progress=False)
+    config = dataclasses.replace(config, data=DataConfig(train=("no such folder",)))
+    with pytest.raises(ValueError, match=message):
+        check_request(config, run_folder=tmp_path, nproc=2, resume="never")
+
+
+def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.models.precision.fast_precision", lambda device: "fp16")
+    config = tiny_config(shard="full", precision="auto")
+    with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
+        Trainer(config, StepLoader(images), progress=False)
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the other one, which would leave a model of which nothing can be made."""
     monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
+    divided = []
+    monkeypatch.setattr(
+        "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
+    )
     model = UniCL(tiny_config(image_encoder="test_efficientnet"))
     with pytest.raises(ValueError, match="EfficientNet has none.*take efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
+    model = UniCL(tiny_config())
+    model.text_encoder = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear has none.*take efficiency.shard=optimizer"):
+        shard_encoders(model, Ranks(world_size=2))
+    assert not divided
+
+
+@pytest.mark.parametrize(("shard", "keeps"), [("off", True), ("optimizer", True), ("full", False)])
+def test_weights_of_divided_blocks_are_not_kept_in_16_bits(shard: str, keeps: bool) -> None:
+    config = tiny_config(shard=shard, precision="bf16")
+    with encoder_autocast(config, Ranks(world_size=2), "cpu"):
+        assert torch.is_autocast_cache_enabled() == keeps
+    assert torch.is_autocast_cache_enabled()

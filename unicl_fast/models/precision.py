@@ -64,11 +64,13 @@ class Precision:
     def weight_type(self) -> torch.dtype:
         return torch.float64 if self.name == "fp64" else torch.float32
 
-    def autocast(self, device_type: str) -> contextlib.AbstractContextManager[object]:
-        """The context to run encoders in."""
+    def autocast(
+        self, device_type: str, *, cache_enabled: bool = True
+    ) -> contextlib.AbstractContextManager[object]:
+        """The context to run encoders in; casts each weight once, or each time it is used."""
         if self.name in ("fp32", "fp64"):
             return contextlib.nullcontext()
-        return torch.autocast(device_type, dtype=self.compute_type)
+        return torch.autocast(device_type, dtype=self.compute_type, cache_enabled=cache_enabled)
 
     def build_scaler(self, device_type: str) -> torch.amp.GradScaler:
         """Loss scaling for fp16, whose gradients underflow; switched off for the others."""

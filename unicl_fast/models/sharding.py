@@ -105,19 +105,40 @@ class ParameterOwners:
                 for parameter in parameters:
                     parameter.grad = None
 
-    @torch.no_grad()
     def send_updates(self) -> None:
         """Gives all ranks the parameters that this one has updated, and takes the others'."""
-        for rank, parameters in enumerate(self._parameters):
-            if not parameters:  # there are more ranks than parameters
-                continue
-            flat = torch.cat([parameter.reshape(-1) for parameter in parameters])
-            with WaitingForRanks():
-                dist.broadcast(flat, src=rank)
-            if rank != self._rank:
-                pieces = flat.split([parameter.numel() for parameter in parameters])
-                for parameter, piece in zip(parameters, pieces, strict=True):
-                    parameter.copy_(piece.view(parameter.shape))
+        with WaitingForRanks():
+            for owner, parameters in enumerate(self._parameters):
+                send_from(owner, parameters, rank=self._rank)
+
+
+@torch.no_grad()
+def send_from(source: int, tensors: Iterable[Tensor], *, rank: int) -> None:
+    """Gives all ranks the values that `tensors` have on rank `source`, in a broadcast a type."""
+    for same in _by_type(tensors):
+        if rank == source:
+            dist.broadcast(_flatten(same), src=source)
+        else:
+            flat = same[0].new_empty(sum(tensor.numel() for tensor in same))
+            dist.broadcast(flat, src=source)
+            _copy_from(flat, same)
+
+
+def _by_type(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view(tensor.shape))
 
 
 def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | None = None) -> None:
@@ -136,10 +157,7 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
             f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}, whose "
             "gloo cannot be told to sum: take efficiency.shard=optimizer, or update torch"
         )
-    mesh = init_device_mesh(device_type, (ranks.world_size,))
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce_type)
-    # encoders return views, which nothing here changes in place
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    parts: list[nn.Module] = []
     for encoder in model.encoders:
         blocks = find_blocks(encoder)
         if not blocks:
@@ -147,12 +165,15 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
                 f"efficiency.shard=full divides encoders by blocks, and {type(encoder).__name__} "
                 "has none that are known: take efficiency.shard=optimizer, or add its block class"
             )
-        for part in (*blocks, encoder):
-            divided = fully_shard(part, mesh=mesh, mp_policy=policy)
-            if device_type == "cpu":
-                divided.set_force_sum_reduction_for_comms(True)
-    # it would keep a copy in 16 bits of every block until the end of the forward pass
-    torch.set_autocast_cache_enabled(False)
+        parts += [*blocks, encoder]
+    mesh = init_device_mesh(device_type, (ranks.world_size,))
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_type)
+    # encoders return views, which nothing here changes in place
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+    for part in parts:
+        divided = fully_shard(part, mesh=mesh, mp_policy=policy)
+        if device_type == "cpu":
+            divided.set_force_sum_reduction_for_comms(True)
 
 
 def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:
@@ -168,13 +189,20 @@ def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor
 
 
 @torch.no_grad()
-def average_whole_gradients(model: nn.Module, ranks: Ranks) -> None:
-    """Averages the gradients of the parameters that are not divided, as DDP would."""
-    for parameter in split_divided(model.parameters())[1]:
-        if parameter.grad is not None:
-            with WaitingForRanks():
-                dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks.world_size
+def average_whole_gradients(
+    model: nn.Module, ranks: Ranks, *, reduce_type: torch.dtype | None = None
+) -> None:
+    """Averages the gradients of the parameters that are not divided, in an all-reduce a type.
+
+    They are added up in `reduce_type`; None is their own.
+    """
+    whole_ones = split_divided(model.parameters())[1]
+    gradients = [one.grad for one in whole_ones if one.grad is not None]
+    for same in _by_type(gradients):
+        sums = _flatten(same).to(reduce_type or same[0].dtype)
+        with WaitingForRanks():
+            dist.all_reduce(sums)
+        _copy_from(sums.to(same[0].dtype) / ranks.world_size, same)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ about 4/3 of the time. Gao et al., arXiv 2101.06983.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,12 +25,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.batch import Batch
 from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
+    encoder_autocast,
     encoder_input,
     texts_to_encode,
 )
@@ -78,8 +79,7 @@ def back_propagate_in_micro_batches(
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.
     """
-    precision = Precision(config.efficiency.precision)
-    device_type = batch.images.device.type
+    autocast = functools.partial(encoder_autocast, config, ranks, batch.images.device.type)
     size = config.efficiency.micro_batch_size
     pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
     pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
@@ -99,10 +99,10 @@ def back_propagate_in_micro_batches(
         return encoder_input(images, config)
 
     # one autocast for all micro-batches of an encoder: its weights are cast once
-    with torch.no_grad(), precision.autocast(device_type):
+    with torch.no_grad(), autocast():
         text_features = torch.cat([model.encode_text(*rows) for rows in texts])
     texts_of_all = columns.send(text_features.requires_grad_())
-    with torch.no_grad(), precision.autocast(device_type):
+    with torch.no_grad(), autocast():
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.logit_scale.exp()
     begin("loss")
@@ -122,18 +122,18 @@ def back_propagate_in_micro_batches(
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
     for images, gradient in zip(pixels[:-1], image_gradients, strict=False):
         begin("forward")
-        with precision.autocast(device_type):
+        with autocast():
             image_features = model.encode_image(input_of(*images))
         begin("backward")
         image_features.backward(gradient)
     for rows, gradient in zip(texts[:-1], text_gradients, strict=False):
         begin("forward")
-        with precision.autocast(device_type):
+        with autocast():
             text_features = model.encode_text(*rows)
         begin("backward")
         text_features.backward(gradient)
     begin("forward")
-    with precision.autocast(device_type):
+    with autocast():
         last_features = encode(input_of(*pixels[-1]), *texts[-1])
     begin("backward")
     back_propagate_learnt(last_features, [image_gradients[-1], text_gradients[-1], scale_gradient])

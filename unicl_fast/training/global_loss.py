@@ -16,6 +16,7 @@ so summing parameter gradients over ranks gives the gradient of one process on t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.models.efficiency import pad_texts, round_up_length, rounds_sizes
 from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.models.sharding import divides_all
 from unicl_fast.objectives.loss import (
     AllReduce,
     LogitStatistics,
@@ -48,6 +50,16 @@ from unicl_fast.text.prompts import LABEL_BITS
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
 them to compute, to image features, the features they are contrasted with, and the scale."""
+
+
+def encoder_autocast(
+    config: TrainConfig, ranks: Ranks, device_type: str
+) -> contextlib.AbstractContextManager[object]:
+    """The context in which encoders run in training."""
+    # where ranks divide the blocks, the cache would keep a whole copy in 16 bits of every block
+    # until the end of the forward pass
+    cache_enabled = not divides_all(config, ranks)
+    return Precision(config.efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
@@ -69,7 +81,7 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         encode_both = functools.partial(
             encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
-    with Precision(config.efficiency.precision).autocast(batch.images.device.type):
+    with encoder_autocast(config, ranks, batch.images.device.type):
         image_features, contrast_features, scale = encode_both(images)
     form = config.efficiency.loss
     if columns is not None:

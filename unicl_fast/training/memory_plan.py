@@ -164,6 +164,9 @@ def plan(
         # of it that is sent, and what lies outside of blocks
         collected = 4 * encoders.largest_block + encoders.outside_blocks
         parts["collected parameters"] = number_bytes * collected
+    elif efficiency.compress_gradients and world_size > 1:
+        # DDP's hook casts each bucket, and all may be on their way at once
+        parts["gradients in bf16"] = 2 * sum(encoders.trainable_sizes)
     parts["slack"] = int(SLACK * sum(parts.values()))
     return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
 

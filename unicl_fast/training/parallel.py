@@ -51,9 +51,9 @@ class Parallel:
         if efficiency.compile != "off":
             compile_encoders(model, efficiency.compile)
         self.encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
+        self._reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
         if divides_all:
-            reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
-            sharding.shard_encoders(model, ranks, reduce_type=reduce_type)
+            sharding.shard_encoders(model, ranks, reduce_type=self._reduce_type)
             if ema is not None:
                 sharding.shard_encoders(ema.module, ranks)
                 ema.foreach = False  # no kernel takes divided tensors and whole ones at once
@@ -80,7 +80,9 @@ class Parallel:
     def join_gradients(self) -> None:
         """Averages the gradients over ranks, as DDP and `fully_shard` do by themselves."""
         if self._whole_copy is not None:
-            sharding.average_whole_gradients(self._model, self._ranks)
+            sharding.average_whole_gradients(
+                self._model, self._ranks, reduce_type=self._reduce_type
+            )
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -102,8 +104,7 @@ class Parallel:
 
     def _share_buffers(self, model: UniCL) -> None:
         with WaitingForRanks():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            sharding.send_from(0, model.buffers(), rank=self._ranks.rank)
 
 
 def _build_ddp(model: UniCL, *, compress: bool) -> DistributedDataParallel:

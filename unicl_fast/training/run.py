@@ -31,6 +31,7 @@ from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
+from unicl_fast.models.sharding import check_sharding
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder, sole_writer
 from unicl_fast.system.machine import choose_device
@@ -81,7 +82,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
 
     Raises:
         ValueError: no data, weights or augmentations that do not fit, ranks that cannot divide the
-            batch, or a run folder in use.
+            batch, a division of the training state that cannot be made, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
     Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
@@ -102,6 +103,7 @@ def _open_checked(
     config: TrainConfig,
 ) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
     """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
+    check_sharding(config)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)

@@ -62,7 +62,8 @@ class StepClock:
         """Within this context, waiting for a collective of ours is `communication`.
 
         What DDP sends in backward is not seen: it overlaps with the computation, and what of it
-        does not is `backward`.
+        does not is `backward`. So it is with the blocks that `efficiency.shard=full` sends in
+        forward and backward; updates that owners send (`optimizer`) are seen.
         """
         with watching_waits(self._note_wait):
             yield

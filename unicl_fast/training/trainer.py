@@ -152,6 +152,7 @@ class Trainer:
         self.model = model or UniCL(config)
         for resolve in (resolve_compilation, resolve_window_attention):
             config = resolve(config, self.model, self.device, ranks=self.ranks)
+        check_sharding(config)  # of what `auto` has become
         self.config = self.model.config = config
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self._reading = reading
@@ -592,7 +593,6 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
-    check_sharding(config)
 
 
 def _check_classes(batch: Batch, config: TrainConfig) -> None:
