@@ -25,6 +25,8 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from unicl_fast.distributed import ranks
+from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import efficiency
 from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
 from unicl_fast.models.unicl import UniCL
@@ -269,6 +271,11 @@ def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
     with pytest.raises(ValueError, match=r"=triton cannot work here, since Triton is not inst"):
         resolved("triton")
     obstacle = ""
+    another = "efficiency.window_attention=triton cannot work here, since Triton is not installed"
+    with monkeypatch.context() as ranks_differ:
+        ranks_differ.setattr(ranks, "gather_objects", lambda value, ranks: [value, another])
+        with pytest.raises(SharedRefusal, match="rank 1: .* since Triton is not installed"):
+            resolved("triton")
     monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
     assert resolved("auto") == "timm"
     caplog.clear()
