@@ -29,6 +29,7 @@ from unicl_fast.distributed import ranks
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import efficiency
 from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
+from unicl_fast.models.sharding import WholeCopy
 from unicl_fast.models.unicl import UniCL
 
 pytest.importorskip("triton")
@@ -169,8 +170,9 @@ def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
     names = list(model.state_dict())
     assert fuse_window_attention(model.image_encoder) == 6
     assert list(model.state_dict()) == names
-    twin = copy.deepcopy(model)
-    for one in (model, twin):
+    with WholeCopy(model).filled(model) as whole:
+        copies = (model, copy.deepcopy(model), whole)
+    for one in copies:
         blocks = [m for m in one.modules() if isinstance(m, SwinTransformerBlock)]
         assert all(block._attn.__self__ is block for block in blocks)
 
