@@ -15,8 +15,13 @@ from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints, origin_of
+from unicl_fast.checkpoints.load import CheckpointState
+from unicl_fast.checkpoints.state import refuse_another_run
 from unicl_fast.config import config_to_dict
+from unicl_fast.models import efficiency
+from unicl_fast.models.efficiency import resolve_window_attention
 from unicl_fast.system.checksums import parse_checksummed_json
+from unicl_fast.training.memory_plan import build_on_meta
 from unicl_fast.training.trainer import Trainer
 
 DATA = {"sources": [{"num_samples": 12}]}
@@ -80,6 +85,27 @@ def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Pat
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),
     }
     assert set(state) == {"step", "run_id", *("config", "scaler", "data", "optimizer", "checksums")}
+
+
+def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="bf16")
+    model, gpu = build_on_meta(config, "cuda"), torch.device("cuda")
+    obstacle = ""
+    monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda *_, **__: obstacle)
+    on_a100 = resolve_window_attention(config, model, gpu)
+    obstacle = "the GPU is too old for Triton"
+    on_t4 = resolve_window_attention(config, model, gpu)
+    state = CheckpointState(1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={})
+    refuse_another_run(state, on_a100, {})
+    assert not caplog.messages
+    refuse_another_run(state, on_t4, {})
+    assert caplog.messages == [
+        "resuming with efficiency.window_attention = 'timm'; the checkpoint was written with "
+        "'triton'"
+    ]
 
 
 @pytest.mark.slow

@@ -25,8 +25,11 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from unicl_fast.distributed import ranks
+from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import efficiency
 from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
+from unicl_fast.models.sharding import WholeCopy
 from unicl_fast.models.unicl import UniCL
 
 pytest.importorskip("triton")
@@ -167,8 +170,9 @@ def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
     names = list(model.state_dict())
     assert fuse_window_attention(model.image_encoder) == 6
     assert list(model.state_dict()) == names
-    twin = copy.deepcopy(model)
-    for one in (model, twin):
+    with WholeCopy(model).filled(model) as whole:
+        copies = (model, copy.deepcopy(model), whole)
+    for one in copies:
         blocks = [m for m in one.modules() if isinstance(m, SwinTransformerBlock)]
         assert all(block._attn.__self__ is block for block in blocks)
 
@@ -269,6 +273,11 @@ def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
     with pytest.raises(ValueError, match=r"=triton cannot work here, since Triton is not inst"):
         resolved("triton")
     obstacle = ""
+    another = "efficiency.window_attention=triton cannot work here, since Triton is not installed"
+    with monkeypatch.context() as ranks_differ:
+        ranks_differ.setattr(ranks, "gather_objects", lambda value, ranks: [value, another])
+        with pytest.raises(SharedRefusal, match="rank 1: .* since Triton is not installed"):
+            resolved("triton")
     monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
     assert resolved("auto") == "timm"
     caplog.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.training import bottleneck
 from unicl_fast.training.bottleneck import BottleneckWatch, Usage, find_bottleneck
+from unicl_fast.training.memory_plan import build_on_meta
 from unicl_fast.training.trainer import Trainer
 
 SOUND = Usage(seconds=40, data_wait_seconds=1, cores=2, cpu_seconds=70, cpu_wait_seconds=30)
@@ -137,8 +140,22 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return Machine(monkeypatch)
 
 
-def watch(reading: ReadingTime | None = None, *, ranks: Ranks | None = None) -> BottleneckWatch:
-    return BottleneckWatch(tiny_config(), ranks=ranks or Ranks(), on_gpu=False, reading=reading)
+def watch(
+    reading: ReadingTime | None = None,
+    *,
+    ranks: Ranks | None = None,
+    batch: int = 16,
+    mixup: float = 0.0,
+    image_encoder: str = "test_vit",
+) -> BottleneckWatch:
+    config = tiny_config(image_encoder=image_encoder)
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, global_batch_size=batch),
+        objective=dataclasses.replace(config.objective, mixup=mixup),
+    )
+    model = build_on_meta(config, "cpu")
+    return BottleneckWatch(model, ranks=ranks or Ranks(), on_gpu=False, reading=reading)
 
 
 def look(watch: BottleneckWatch, machine: Machine, waits: float, **cores: float) -> str | None:
@@ -163,6 +180,28 @@ def test_a_start_is_left_alone_and_a_cause_is_said_once(machine: Machine) -> Non
     assert quiet == [None] * 10
     crowded = [look(watching, machine, 0.01, own=1.1, others=0.9) for _ in range(5)]
     assert "--nproc 2" in crowded[4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advised"),
+    [
+        ({"batch": 48}, 6),
+        ({"batch": 40}, 5),
+        ({"batch": 12}, 1),  # 6 images a rank would be too few
+        ({"batch": 54}, 6),
+        ({"batch": 54, "mixup": 0.8}, 3),  # 6 ranks would part pairs
+        ({"batch": 48, "image_encoder": "unicl_convnet7_small"}, 1),  # BatchNorm
+    ],
+    ids=str,
+)
+def test_ranks_are_advised_that_train_the_same_model(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], advised: int
+) -> None:
+    monkeypatch.setattr(bottleneck, "usable_cores", lambda: 6)
+    watching = watch(**settings)
+    found = [look(watching, machine, 0.01, own=3.0, others=2.9) for _ in range(7)][-1]
+    assert "other processes hold the cores" in found
+    assert re.findall(r"--nproc (\d+)", found) == ([str(advised)] if advised > 1 else [])
 
 
 def test_short_windows_say_nothing(machine: Machine) -> None:
@@ -194,4 +233,3 @@ def test_a_run_logs_the_sentence(
         Trainer(tiny_config(steps=12), StepLoader(images, change=crowded), progress=False).fit()
     (warning,) = [one for one in caplog.messages if "other processes hold the cores" in one]
     assert "got 1.0 of 2 cores" in warning
-    assert "--nproc 2" in warning

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -147,6 +148,25 @@ def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.Monke
         monkeypatch.setattr(memory_plan, "obstacle_to_window_attention", lambda *_, x=obstacle: x)
         check_memory(config, ranks=Ranks(), device=torch.device("cuda"), free_bytes=0)
     assert [one.efficiency.window_attention for one in planned] == ["triton", "timm"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_window_attention_that_cannot_work_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Without the package triton; `auto` of the precision is that of the device planned for."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "unicl_fast.models.window_attention", raising=False)
+    without = "Triton is not installed"
+    monkeypatch.setattr("unicl_fast.models.efficiency.obstacle_to_triton", lambda *_, **__: without)
+    monkeypatch.setattr("unicl_fast.models.precision.fast_precision", measured_nowhere := Mock())
+    config = tiny_config(
+        image_encoder="unicl_swin6_small", window_attention="triton", precision="auto"
+    )
+    reason = without if device == "cuda" else "the kernels run on CUDA devices only"
+    with pytest.raises(ValueError, match=f"=triton cannot work here, since {reason}: set auto or"):
+        check_memory(config, ranks=Ranks(), device=torch.device(device), free_bytes=1 << 40)
+    measured_nowhere.assert_not_called()
 
 
 def with_many_parameters(**efficiency: object) -> TrainConfig:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -51,6 +54,16 @@ def test_what_is_computed_once_more_does_not_count(images: torch.Tensor) -> None
     assert flops_of_step(again, batch) == flops_of_step(plain, batch)
 
 
+def test_products_of_windows_are_the_same_by_either_attention(images: torch.Tensor) -> None:
+    pytest.importorskip("triton")
+    batch = labelled_batch(images, objective="unicl")
+    timms, ours = (
+        flops_of_step(tiny_config(image_encoder="unicl_swin6_small", window_attention=way), batch)
+        for way in ("timm", "triton")
+    )
+    assert timms == ours
+
+
 @pytest.mark.parametrize(
     ("name", "narrow", "wide"),
     [
@@ -76,6 +89,40 @@ def test_a_gpu_is_known_by_its_whole_name(
     assert peak_of_gpu(name, torch.bfloat16) == peak_of_gpu(name, torch.float16) == narrow
     assert peak_of_gpu(name, torch.float32) == wide
     assert peak_of_gpu(name, torch.float64) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tf32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 494.5e12),
+        ("NVIDIA H100 PCIe", 378e12),
+        ("NVIDIA A100-SXM4-80GB", 156e12),
+        ("Tesla V100-SXM2-16GB", 15.7e12),
+        ("Tesla T4", 8.1e12),
+        ("NVIDIA H100 NVL", None),
+    ],
+)
+def test_fp32_that_is_computed_in_tf32_has_its_peak(
+    name: str,
+    tf32: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(mfu, "flops_of_step", lambda config, batch: 1e12)
+    caplog.set_level(logging.INFO)
+    found = {}
+    for setting in ("on", "auto", "off"):
+        config = tiny_config(precision="fp32", tf32=setting)
+        utilisation = Utilisation(config, torch.device("cuda"))
+        found[setting] = utilisation.values(Mock(), step_seconds=1.0).get("mfu")
+    assert found["on"] == (tf32 and pytest.approx(1e12 / tf32))
+    assert found["auto"] == found["off"]
+    fp32 = peak_of_gpu(name, torch.float32)
+    assert found["off"] == (fp32 and pytest.approx(1e12 / fp32))
+    assert (f"the peak of {name} is not known" in caplog.text) == (tf32 is None)
+    assert peak_of_gpu(name, torch.bfloat16, tf32=True) == peak_of_gpu(name, torch.bfloat16)
 
 
 def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,8 @@ def refuse_another_run(
 ) -> None:
     """Compares a run with the checkpoint it resumes from; logs settings that may and did change.
 
+    Both hold the kernels that `auto` came to, so those of another device are logged.
+
     Raises:
         ValueError: another model, objective or data, or a setting that would change which samples
             come next.
@@ -112,7 +114,7 @@ def refuse_another_run(
     for group, names in _MUST_NOT_CHANGE.items():
         before, now = ({name: one[group][name] for name in names} for one in (stored, present))
         refuse_differences(group, before, now)
-    for group in ("data", "optim", "run"):
+    for group in ("data", "optim", "efficiency", "run"):
         for name, value in stored[group].items():
             if value != present[group][name]:
                 logger.warning(

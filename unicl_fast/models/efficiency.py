@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from unicl_fast.config import Compilation, TrainConfig, WindowAttention
+from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.system.machine import obstacle_to_triton
 
@@ -209,18 +210,16 @@ def resolve_window_attention(
     """Replaces `efficiency.window_attention=auto` by triton where all ranks can, or timm.
 
     Raises:
-        ValueError: triton is asked for and cannot work.
+        SharedRefusal: triton is asked for and cannot work on some rank; all ranks raise it.
     """
     chosen: WindowAttention = config.efficiency.window_attention
     if chosen == "timm" or (chosen == "auto" and not _has_swin_blocks(model)):
         return _with_window_attention(config, "timm")
     obstacle = obstacle_to_window_attention(config, model, device)
-    if chosen == "triton" and obstacle:
-        raise ValueError(
-            f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
-            "timm"
-        )
-    if chosen == "auto":
+    if chosen == "triton":
+        with refused_together(ranks):  # the others would wait for a rank that has ended
+            refuse_window_attention(obstacle)
+    else:
         can = _all_can("window_attention", "triton", "timm", obstacle, device, ranks)
         chosen = "triton" if can else "timm"
     return _with_window_attention(config, chosen)
@@ -229,6 +228,15 @@ def resolve_window_attention(
 def _with_window_attention(config: TrainConfig, chosen: WindowAttention) -> TrainConfig:
     efficiency = dataclasses.replace(config.efficiency, window_attention=chosen)
     return dataclasses.replace(config, efficiency=efficiency)
+
+
+def refuse_window_attention(obstacle: str) -> None:
+    """Raises a ValueError where there is an obstacle to the triton that was asked for."""
+    if obstacle:
+        raise ValueError(
+            f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
+            "timm"
+        )
 
 
 def _has_swin_blocks(model: UniCL) -> bool:

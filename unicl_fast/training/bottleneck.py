@@ -16,6 +16,9 @@ from typing import Literal
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.efficiency import has_batch_norm
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.system.machine import cpu_times, usable_cores
 
 Cause = Literal["other processes", "storage", "decoding", "decoding threads"]
@@ -34,6 +37,10 @@ _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
 to wait is no rule."""
 _START_STEPS = 16
 """Steps of a start that are in no window: kernels are compiled, caches and batches ahead filled."""
+
+_SMALLEST_LOCAL_BATCH = 8
+"""Images of a rank, below which more ranks are not advised: each has a fixed cost a step. An
+estimate, not measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +87,7 @@ def find_bottleneck(
     Args:
         usage: the measurements.
         on_gpu: whether a GPU trains; other processes slow it by the loader alone.
-        ranks_to_try: ranks for `--nproc` that use each core once; 1 where that is so already.
+        ranks_to_try: ranks for `--nproc` that give the same result on fewer cores each; 1 for none.
         threads: `data.threads`, 0 for as many as cores.
         decodes_files: whether images are encoded files, not raw.
         is_remote: whether data sets are under URLs.
@@ -147,16 +154,17 @@ class BottleneckWatch:
     """Looks at windows of some logging steps and says what limits, once a cause."""
 
     def __init__(
-        self, config: TrainConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
+        self, model: UniCL, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
     ) -> None:
         """Begins before the first step; `reading` is the loader's, None for one that tells not."""
+        config = model.config
         self._reading = reading or ReadingTime()
         self._cores = float(ranks.cores or usable_cores())
         self._ranks_here = max(1, round(len(os.sched_getaffinity(0)) / self._cores))
         self._find = functools.partial(
             find_bottleneck,
             on_gpu=on_gpu,
-            ranks_to_try=_ranks_to_try(config, ranks),
+            ranks_to_try=_ranks_to_try(model, ranks),
             threads=config.data.threads,
             decodes_files=self._reading.decodes_files,
             is_remote=any("://" in name for name in config.data.train),
@@ -205,9 +213,23 @@ class BottleneckWatch:
         )
 
 
-def _ranks_to_try(config: TrainConfig, ranks: Ranks) -> int:
-    """The most ranks of one core each that can share the global batch; 1 for a run of several."""
-    if ranks.world_size > 1:
+def _ranks_to_try(model: UniCL, ranks: Ranks) -> int:
+    """The most ranks of a core or more that can share the global batch; 1 for a run of several.
+
+    BatchNorm sees the local batch, so it would make another result of more ranks.
+    """
+    if ranks.world_size > 1 or has_batch_norm(model):
         return 1
-    batch = config.run.global_batch_size
-    return max(number for number in range(1, usable_cores() + 1) if batch % number == 0)
+    most = min(usable_cores(), model.config.run.global_batch_size // _SMALLEST_LOCAL_BATCH)
+    return max(filter(functools.partial(_can_share, model.config), range(2, most + 1)), default=1)
+
+
+def _can_share(config: TrainConfig, world_size: int) -> bool:
+    try:
+        local_batch_size = Ranks(world_size=world_size).local_batch_size(
+            config.run.global_batch_size
+        )
+        check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
+    except ValueError:
+        return False
+    return True

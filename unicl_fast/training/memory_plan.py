@@ -32,6 +32,7 @@ from unicl_fast.models.efficiency import (
     fuse_window_attention,
     has_batch_norm,
     obstacle_to_window_attention,
+    refuse_window_attention,
 )
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.sharding import check_sharding, largest_load
@@ -108,10 +109,9 @@ def plan(
     Raises:
         ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
     """
+    config = _with_known_precision(config, device_type)
     efficiency, objective = config.efficiency, config.objective
-    if efficiency.precision == "auto":
-        config = _with(config, precision="bf16" if device_type == "cuda" else "fp32")
-    precision = Precision(config.efficiency.precision)
+    precision = Precision(efficiency.precision)
     batch = Ranks(world_size=world_size).local_batch_size(config.run.global_batch_size)
     views = 2 if objective.name == "supcon" else 1
     at_once = min(views * batch, efficiency.micro_batch_size or views * batch)
@@ -185,16 +185,21 @@ def check_memory(
     for this rank's own.
 
     Raises:
-        ValueError: more is needed than is free, whatever the texts; says what would fit.
+        ValueError: more is needed than is free, whatever the texts; says what would fit. Or
+            `efficiency.window_attention=triton` cannot work here.
     """
     arguments: dict[str, Any] = {
         "device_bytes": free_memory(device) if free_bytes is None else free_bytes,
         "device_type": device.type,
         "longest_text": longest_text,
     }
-    if device.type == "cuda" and config.efficiency.window_attention == "auto":
-        model = build_on_meta(config, device.type)
-        obstacle = obstacle_to_window_attention(config, model, device)
+    config = _with_known_precision(config, device.type)
+    windows = config.efficiency.window_attention
+    if windows == "triton" or (windows == "auto" and device.type == "cuda"):
+        config = _with(config, window_attention="timm")  # the other way imports triton
+        obstacle = obstacle_to_window_attention(config, build_on_meta(config, device.type), device)
+        if windows == "triton":
+            refuse_window_attention(obstacle)
         config = _with(config, window_attention="timm" if obstacle else "triton")
     found = plan(config, world_size=ranks.world_size, **arguments)
     if found.fits:
@@ -323,6 +328,13 @@ def _with(config: TrainConfig, **efficiency: Any) -> TrainConfig:
     return dataclasses.replace(
         config, efficiency=dataclasses.replace(config.efficiency, **efficiency)
     )
+
+
+def _with_known_precision(config: TrainConfig, device_type: str) -> TrainConfig:
+    """Replaces `auto` by what keeps no less than what such a device can choose."""
+    if config.efficiency.precision != "auto":
+        return config
+    return _with(config, precision="bf16" if device_type == "cuda" else "fp32")
 
 
 @functools.lru_cache(maxsize=32)

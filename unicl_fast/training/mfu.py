@@ -45,6 +45,9 @@ _TERAFLOPS: dict[str, tuple[float, float]] = {
 }
 """Peaks by a part of the device's name, in 16 bits with sums in fp32 and in fp32: NVIDIA's data
 sheets. Those of tensor cores are without sparsity, half of what data sheets since Hopper print."""
+_WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4")
+"""GPUs before Ampere, where the switch does nothing. The other ones have half of the peak of 16
+bits in TF32."""
 _MEASURED_SECONDS, _FEWEST_TURNS = 0.2, 3
 _SHORT_SECONDS, _LARGEST_SIZE = 0.02, 4096
 """Products on a CPU are made larger while they take less time, up to a size."""
@@ -80,7 +83,9 @@ class Utilisation:
         precision = Precision(self._config.efficiency.precision)
         if self._device.type == "cuda":
             name = torch.cuda.get_device_name(self._device)
-            peak = peak_of_gpu(name, precision.compute_type)
+            # auto takes no TF32 with fp32
+            tf32 = self._config.efficiency.tf32 == "on"
+            peak = peak_of_gpu(name, precision.compute_type, tf32=tf32)
             if peak is None:
                 logger.info("no mfu in the metrics: the peak of %s is not known", name)
                 return None
@@ -135,13 +140,18 @@ def _encode_texts(model: UniCL, config: TrainConfig, batch: Batch) -> int:
     return num_texts
 
 
-def peak_of_gpu(name: str, compute_type: torch.dtype) -> float | None:
-    """FLOP/s of a GPU by its name and the type that it computes in; None where they are unknown."""
+def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:
+    """FLOP/s of a GPU by its name and the type that it computes in; None where they are unknown.
+
+    `tf32` is whether products of fp32 may be computed in TF32.
+    """
     if "MIG" in name or compute_type.itemsize > 4:  # a part of a GPU; fp64
         return None
     for part, (narrow, wide) in _TERAFLOPS.items():
         if re.search(rf"\b{part}(?![0-9A-Za-z])" if part[-1].isalnum() else rf"\b{part}", name):
-            return 1e12 * (narrow if compute_type.itemsize == 2 else wide)
+            if compute_type.itemsize == 2:
+                return 1e12 * narrow
+            return 1e12 * (narrow / 2 if tf32 and part not in _WITHOUT_TF32 else wide)
     return None
 
 

@@ -406,7 +406,7 @@ class Trainer:
                 metrics=metrics,
                 bar=bar,
                 bottlenecks=BottleneckWatch(
-                    self.config,
+                    self.model,
                     ranks=self.ranks,
                     on_gpu=self.device.type == "cuda",
                     reading=self._reading,
