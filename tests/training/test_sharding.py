@@ -305,7 +305,7 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is the other one, which would leave a model of which nothing can be made."""
+    """The other encoder is not divided then either: the model is left as it was."""
     monkeypatch.setattr("unicl_fast.models.sharding.init_device_mesh", lambda *_: None)
     divided = []
     monkeypatch.setattr(
