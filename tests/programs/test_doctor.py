@@ -155,13 +155,20 @@ def test_every_row_is_explained_in_the_documentation(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_program_runs_here_and_without_a_home(tmp_path: Path) -> None:
+def test_the_program_runs_here_and_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """This machine trains, so nothing here is a fault; what is slow depends on its load."""
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "file").write_bytes(b"x" * 5000)
     done = run("doctor", "--data", tmp_path, "--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [one.name for one in doctor.all_checks(tmp_path)]
     assert done.stdout.count("\nok ") > 10
+    states = {row["name"]: row["state"] for row in rows}
+    assert states["Numba kernels"] == states["cache folder"] == "warning"
 
 
 # Folders and disks.
@@ -194,6 +201,9 @@ def test_folders_that_are_full_read_only_or_without_locks(
         assert "two hosts can write" in storage.check_folder(below).found
     roomy.free = 10**9
     assert storage.check_folder(below).fix == "make room, or take another"
+    roomy.total = 0
+    assert "cannot be written" in storage.check_folder(below).found
+    roomy.total = 10**12
     roomy.free = 0
     assert storage.check_folder(below).state == "fault"
     monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -103,7 +103,7 @@ def count_cards() -> int:
 
 
 class NvmlFacts(NamedTuple):
-    """What the driver says of itself."""
+    """The answers of a driver."""
 
     driver: str
     cuda: tuple[int, int]

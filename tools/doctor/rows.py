@@ -34,7 +34,7 @@ class Row(NamedTuple):
     """ok; warning: something is slow or absent that a run may do without; fault: runs fail."""
     found: str
     fix: str = ""
-    """What to do, where something is to be done."""
+    """The remedy, where one is needed."""
 
 
 class Found(NamedTuple):

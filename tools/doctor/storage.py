@@ -52,9 +52,10 @@ def check_folder(folder: Path, *, runs_code: bool = False) -> Found:
     """
     there = next(each for each in (folder, *folder.parents) if each.exists())
     mount = mount_of(there)
-    room, inodes = shutil.disk_usage(there).free, os.statvfs(there)
+    usage, inodes = shutil.disk_usage(there), os.statvfs(there)
+    room = usage.free
     found = f"{folder}: {room / _GB:.3g} GB free ({mount.kind})"
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK) or not usage.total:  # /proc has no blocks
         return Found(
             "warning", f"{folder} cannot be written", f"chown or chmod {there}, or take another"
         )
