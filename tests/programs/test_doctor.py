@@ -24,6 +24,12 @@ _SOUND = Found("ok", "sound")
 Patch = pytest.MonkeyPatch
 
 
+def assert_found(found: Found, state: str, text: str) -> None:
+    """A row has a state, and says a text in what was found or what to do."""
+    assert found.state == state
+    assert text in f"{found.found} {found.fix}"
+
+
 # The rows, whatever a check does.
 
 
@@ -194,20 +200,20 @@ def test_folders_that_are_full_read_only_or_without_locks(
     mounted(monkeypatch, tmp_path, "nfs4", "rw,noexec,local_lock=none")
     below = tmp_path / "not" / "there"
     assert storage.check_folder(below).state == "ok"
-    assert "(nfs4)" in storage.check_folder(below).found
-    assert "noexec" in storage.check_folder(below, runs_code=True).found
+    assert_found(storage.check_folder(below), "ok", "(nfs4)")
+    assert_found(storage.check_folder(below, runs_code=True), "warning", "noexec")
     for option in ("nolock", "local_lock=all"):
         mounted(monkeypatch, tmp_path, "nfs", f"rw,{option}")
-        assert "two hosts can write" in storage.check_folder(below).found
+        assert_found(storage.check_folder(below), "warning", "two hosts can write")
     roomy.free = 10**9
-    assert storage.check_folder(below).fix == "make room, or take another"
+    assert_found(storage.check_folder(below), "warning", "make room, or take another")
     roomy.total = 0
-    assert "cannot be written" in storage.check_folder(below).found
+    assert_found(storage.check_folder(below), "warning", "cannot be written")
     roomy.total = 10**12
     roomy.free = 0
     assert storage.check_folder(below).state == "fault"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "cannot be written" in storage.check_folder(below).found
+    assert_found(storage.check_folder(below), "warning", "cannot be written")
 
 
 def test_folders_that_a_user_may_lack(
@@ -227,7 +233,7 @@ def test_folders_that_a_user_may_lack(
     assert storage.check_temporary_folder().state == "fault"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    assert "no home" in storage.check_cache_folder().found
+    assert_found(storage.check_cache_folder(), "warning", "no home")
 
 
 def test_a_current_folder_that_was_removed_is_a_fault(
@@ -248,7 +254,7 @@ def test_the_rate_of_a_data_set(monkeypatch: Patch, tmp_path: Path, roomy: Simpl
     assert storage.check_data(folder).state == "fault"
     folder.mkdir()
     (folder / "empty").touch()
-    assert "no file with anything" in storage.check_data(folder).found
+    assert_found(storage.check_data(folder), "fault", "no file with anything")
     for number in range(3):
         (folder / f"{number}.shard").write_bytes(bytes(3_000_000 + number))
     assert [file.name for file in storage.sample_files(folder)] == ["2.shard", "1.shard", "0.shard"]
@@ -257,9 +263,9 @@ def test_the_rate_of_a_data_set(monkeypatch: Patch, tmp_path: Path, roomy: Simpl
     assert seconds > 0
     assert storage.measure_reading(storage.sample_files(folder), most_seconds=0)[0] < 2**20 + 1
     monkeypatch.setattr(storage, "measure_reading", lambda files: (10**9, 1.0))
-    assert "1,000 MB/s" in storage.check_data(folder).found
+    assert_found(storage.check_data(folder), "ok", "1,000 MB/s")
     assert storage.check_data(folder / "0.shard").state == "ok"
     roomy.free = 10
-    assert "make room" in storage.check_data(folder).fix
+    assert_found(storage.check_data(folder), "warning", "make room")
     monkeypatch.setattr(storage, "measure_reading", lambda files: (10**7, 1.0))
-    assert "10 MB/s" in storage.check_data(folder).found
+    assert_found(storage.check_data(folder), "warning", "10 MB/s")

@@ -25,6 +25,7 @@ from unicl_fast.models import efficiency, precision
 from unicl_fast.system import kernels
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.tools.doctor import machine, packages
+from unicl_fast.tools.doctor.rows import Found
 from unicl_fast.training import memory_plan
 
 Patch = pytest.MonkeyPatch
@@ -33,6 +34,12 @@ Patch = pytest.MonkeyPatch
 def patch(target: Patch, where: Any, **values: object) -> None:
     for name, value in values.items():
         target.setattr(where, name, value)
+
+
+def assert_found(found: Found, state: str, text: str) -> None:
+    """A row has a state, and says a text in what was found or what to do."""
+    assert found.state == state
+    assert text in f"{found.found} {found.fix}"
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +66,7 @@ def fake_versions(monkeypatch: Patch, wanted: list[str], there: dict[str, str]) 
 def test_an_old_python_and_another_system_are_faults(monkeypatch: Patch) -> None:
     assert packages.check_python().state == "ok"
     monkeypatch.setattr(packages.platform, "system", lambda: "Darwin")
-    assert "use Linux" in packages.check_python().fix
+    assert_found(packages.check_python(), "fault", "use Linux")
     monkeypatch.setattr(packages, "_OLDEST_PYTHON", (4, 0))
     assert packages.check_python().state == "fault"
 
@@ -90,10 +97,10 @@ def test_extras_are_there_absent_or_in_part(monkeypatch: Patch) -> None:
     fake_versions(monkeypatch, wanted, {"a": "1", "b": "2"})
     assert packages.check_extras() == ("ok", "there: remote; not installed: ray", "")
     fake_versions(monkeypatch, wanted, {"a": "1"})
-    assert packages.check_extras().fix == "pip install 'unicl_fast[remote]'"
+    assert_found(packages.check_extras(), "warning", "pip install 'unicl_fast[remote]'")
     fake_versions(monkeypatch, wanted, {})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "spacy" or None)
-    assert "spacy download" in packages.check_extras().fix
+    assert_found(packages.check_extras(), "warning", "spacy download")
 
 
 def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch: Patch) -> None:
@@ -112,9 +119,9 @@ def test_torch_without_cuda_is_a_warning_only_beside_an_nvidia_device(
     monkeypatch.setattr(torch.version, "cuda", None)
     assert packages.check_cuda().state == "ok"
     (tmp_path / "nvidia0").touch()
-    assert "has no CUDA" in packages.check_cuda().found
+    assert_found(packages.check_cuda(), "warning", "has no CUDA")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert "cannot use it" in packages.check_cuda().found
+    assert_found(packages.check_cuda(), "warning", "cannot use it")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = packages.check_cuda()
     assert (found.state, found.fix) == ("warning", "unset CUDA_VISIBLE_DEVICES")
@@ -142,10 +149,10 @@ def test_dali_decodes_or_is_a_fault(monkeypatch: Patch) -> None:
     assert packages.check_dali().state == "ok"
     two = [SimpleNamespace(name=f"nvidia-dali-cuda{n}", version="2.4") for n in (110, 120)]
     monkeypatch.setattr(metadata, "distributions", lambda: two)
-    assert "overwrite each other" in packages.check_dali().found
+    assert_found(packages.check_dali(), "fault", "overwrite each other")
     monkeypatch.setattr(metadata, "distributions", list)
     monkeypatch.setattr(packages, "_decode", lambda graph, name: 1 / (name != "WebP"))
-    assert "does not decode WebP: " in packages.check_dali().found
+    assert_found(packages.check_dali(), "fault", "does not decode WebP: ")
 
 
 def test_without_dali_the_fault_says_how_to_install_it(monkeypatch: Patch) -> None:
@@ -164,9 +171,9 @@ def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
     private = tmp_path / f"unicl_fast-{os.getuid()}"
     monkeypatch.setattr(packages.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(kernels, "cache_folder", lambda: private / "of_this_code")
-    assert "lasts longer" in packages.check_kernels().fix
+    assert_found(packages.check_kernels(), "warning", "lasts longer")
     monkeypatch.setattr(kernels, "cache_folder", lambda: None)
-    assert "compiles its kernels anew" in packages.check_kernels().found
+    assert_found(packages.check_kernels(), "warning", "compiles its kernels anew")
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
     assert packages.check_kernels().state == "fault"
 
@@ -185,11 +192,11 @@ def test_the_apex_of_pypi_is_told_from_nvidias(monkeypatch: Patch, tmp_path: Pat
 def test_openblas_with_more_threads_than_cores_is_a_warning(monkeypatch: Patch) -> None:
     assert (packages.openblas_threads() or 1) >= 1
     patch(monkeypatch, packages, openblas_threads=lambda: 64, usable_cores=lambda: 2)
-    assert packages.check_blas().fix == "export OPENBLAS_NUM_THREADS=2"
+    assert_found(packages.check_blas(), "warning", "export OPENBLAS_NUM_THREADS=2")
     monkeypatch.setattr(packages, "openblas_threads", lambda: 2)
     assert packages.check_blas().state == "ok"
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
-    assert packages.check_blas().fix == "unset OPENBLAS_CORETYPE"
+    assert_found(packages.check_blas(), "warning", "unset OPENBLAS_CORETYPE")
 
 
 def test_compilers_are_wanted_where_a_gpu_computes(monkeypatch: Patch) -> None:
@@ -238,17 +245,17 @@ def test_the_driver_is_asked_where_there_is_a_device(monkeypatch: Patch, tmp_pat
     card.mkdir(parents=True)
     (card / "vendor").write_text("0x10de\n")
     (card / "class").write_text("0x030200\n")
-    assert "--gpus all" in machine.check_driver().fix
+    assert_found(machine.check_driver(), "warning", "--gpus all")
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "nvidia0").touch()
     monkeypatch.setattr(machine, "_NVML", "libno-such-library.so.1")
-    assert "is not there" in machine.check_driver().found
+    assert_found(machine.check_driver(), "warning", "is not there")
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: FakeNvml())
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     found = machine.check_driver()
     assert found == ("ok", "driver 570.1, for CUDA 12.8; NVIDIA H100, NVIDIA H100", "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "update the driver" in machine.check_driver().fix
+    assert_found(machine.check_driver(), "warning", "update the driver")
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: FakeNvml("nvmlInit_v2"))
     found = machine.check_driver()
     assert found.state == "fault"
@@ -261,10 +268,10 @@ def test_the_instructions_of_the_cpu(monkeypatch: Patch, tmp_path: Path) -> None
     info.write_text("model name\t: Xeon\nflags\t\t: sse2 avx2 avx512f amx_bf16 amx_tile\n")
     assert machine.check_cpu() == ("ok", "Xeon: AVX2, AVX-512, AMX", "")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert machine.check_cpu().fix == "unset ONEDNN_MAX_CPU_ISA"
+    assert_found(machine.check_cpu(), "warning", "unset ONEDNN_MAX_CPU_ISA")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     info.write_text("model name\t: old\nflags\t\t: sse2\n")
-    assert "without AVX2" in machine.check_cpu().found
+    assert_found(machine.check_cpu(), "warning", "without AVX2")
 
 
 def test_the_rate_of_bf16_is_the_one_that_runs_measure(monkeypatch: Patch) -> None:
@@ -274,7 +281,7 @@ def test_the_rate_of_bf16_is_the_one_that_runs_measure(monkeypatch: Patch) -> No
     assert found.state == "ok"
     assert "2 times the rate of fp32; on the CPU auto takes bf16" in found.found
     monkeypatch.setattr(machine, "usable_cores", lambda: 0)
-    assert machine.check_bf16().fix == "export OMP_NUM_THREADS=0"
+    assert_found(machine.check_bf16(), "warning", "export OMP_NUM_THREADS=0")
 
 
 def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
@@ -286,7 +293,7 @@ def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
     found = "64 in the machine, 8 for this process; one rank takes 8"
     assert machine.check_cores() == ("ok", found, "")
     patch(monkeypatch, machine, usable_cores=lambda: 1, quota_of_cores=lambda: 1)
-    assert "a quota of 1" in machine.check_cores().found
+    assert_found(machine.check_cores(), "warning", "a quota of 1")
     assert machine.check_cores().state == "warning"
 
 
@@ -313,7 +320,7 @@ def test_shared_memory_of_docker(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert machine.check_shared_memory().state == "ok"
     usage.free = usage.total = 64 << 20
-    assert "--shm-size" in machine.check_shared_memory().fix
+    assert_found(machine.check_shared_memory(), "warning", "--shm-size")
     monkeypatch.setattr(machine, "_SHARED_MEMORY", tmp_path / "none")
     assert machine.check_shared_memory().state == "fault"
 
@@ -343,11 +350,11 @@ def test_interfaces_that_are_named_and_absent_are_faults(monkeypatch: Patch) -> 
     monkeypatch.setattr(rendezvous, "interface_with", lambda address: "lo")
     assert machine.check_network().state == "ok"
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere")
-    assert "/etc/hosts" in machine.check_network().fix
+    assert_found(machine.check_network(), "warning", "/etc/hosts")
     monkeypatch.setattr(rendezvous, "interface_with", lambda address: None)
-    assert "GLOO_SOCKET_IFNAME" in machine.check_network().fix
+    assert_found(machine.check_network(), "warning", "GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("MASTER_ADDR", "nowhere")
-    assert "MASTER_ADDR=nowhere has no address" in machine.check_network().found
+    assert_found(machine.check_network(), "fault", "MASTER_ADDR=nowhere has no address")
     for variable, value in {"GLOO_SOCKET_IFNAME": "eth", "NCCL_SOCKET_IFNAME": "ib"}.items():
         with monkeypatch.context() as here:
             here.setenv(variable, value)
@@ -361,7 +368,7 @@ def test_a_machine_without_loopback_is_a_fault(monkeypatch: Patch) -> None:
         raise OSError("cannot assign")
 
     monkeypatch.setattr(socket, "create_server", fails)
-    assert machine.check_network().fix == "ip link set lo up"
+    assert_found(machine.check_network(), "fault", "ip link set lo up")
 
 
 @pytest.mark.parametrize(
