@@ -202,7 +202,7 @@ def test_folders_that_are_full_read_only_or_without_locks(
     assert storage.check_folder(below).state == "ok"
     assert_found(storage.check_folder(below), "ok", "(nfs4)")
     assert_found(storage.check_folder(below, runs_code=True), "warning", "noexec")
-    for option in ("nolock", "local_lock=all"):
+    for option in ("nolock", "local_lock=all", "localflock"):
         mounted(monkeypatch, tmp_path, "nfs", f"rw,{option}")
         assert_found(storage.check_folder(below), "warning", "two hosts can write")
     roomy.free = 10**9

@@ -330,7 +330,11 @@ def test_limits_that_are_too_low(monkeypatch: Patch, tmp_path: Path) -> None:
     endless = resource.RLIM_INFINITY
     limits = {resource.RLIMIT_NOFILE: (1024, 1 << 20)}
     monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.get(kind, (endless, endless)))
+    monkeypatch.setattr(machine, "control_groups", lambda controller="": [tmp_path])
     assert machine.check_limits().state == "ok"
+    (tmp_path / "pids.max").write_text("100\n")
+    assert_found(machine.check_limits(), "warning", "at most 100 processes and threads")
+    (tmp_path / "pids.max").write_text("max\n")
     (tmp_path / "infiniband").mkdir()
     limits |= {
         resource.RLIMIT_NOFILE: (1024, 1024),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import math
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unicl_fast.system.machine import (
+    control_groups,
     cores_of_rank,
     cpu_times,
     describe_cores,
@@ -222,7 +224,7 @@ def check_memory() -> Found:
 
     from unicl_fast.training.memory_plan import free_memory
 
-    fields = dict(line.split(":") for line in _MEMORY_INFO.read_text("utf-8").splitlines())
+    fields = dict(line.split(":") for line in _MEMORY_INFO.read_text(encoding="utf-8").splitlines())
     total = int(fields["MemTotal"].split()[0]) * 1024
     free = free_memory(torch.device("cpu"))
     found = f"{total / _GB:.1f} GB in the machine, {free / _GB:.1f} GB free for this process"
@@ -256,12 +258,14 @@ def check_limits() -> Found:
         for name in ("NOFILE", "NPROC", "AS", "DATA", "FSIZE", "MEMLOCK")
     }
     endless = resource.RLIM_INFINITY
-    files, processes = limit["NOFILE"][1], limit["NPROC"][0]
+    files = limit["NOFILE"][1]
+    processes = min([limit["NPROC"][0] % 2**64, *_limits_on_processes()])  # endless is -1
     low = []
     if files != endless and files < FILES_BESIDE_SOCKETS:
         low.append((f"{files:,} open files", f"ulimit -Hn {2 * FILES_BESIDE_SOCKETS}"))
-    if processes != endless and processes < _FEW_PROCESSES:
-        low.append((f"{processes:,} processes and threads", f"ulimit -u {2 * _FEW_PROCESSES}"))
+    if processes < _FEW_PROCESSES:
+        fix = f"ulimit -u {2 * _FEW_PROCESSES}, docker --pids-limit"
+        low.append((f"{processes:,} processes and threads", fix))
     for name, what, option in (
         ("AS", "bytes of address space", "-v"),
         ("DATA", "bytes of data", "-d"),
@@ -275,6 +279,15 @@ def check_limits() -> Found:
         allowed = ", ".join(what for what, _ in low)
         return Found("warning", f"at most {allowed}", "; ".join(fix for _, fix in low))
     return Found("ok", f"open files {'unlimited' if files == endless else format(files, ',')}")
+
+
+def _limits_on_processes() -> list[int]:
+    """Limits on processes and threads of the control groups around this process."""
+    found = []
+    for folder in (*control_groups(), *control_groups("pids")):
+        with contextlib.suppress(OSError, ValueError):  # the root has none; "max"
+            found.append(int((folder / "pids.max").read_text(encoding="utf-8")))
+    return found
 
 
 def check_network() -> Found:

@@ -18,6 +18,8 @@ from unicl_fast.system.wording import count_of
 from .rows import Check, Found
 
 _MOUNTS = Path("/proc/self/mounts")
+_NO_LOCKS = ("nolock", "noflock", "localflock")
+"""Options of NFS and Lustre by which a lock is not seen by other hosts."""
 _GB = 10**9
 _LITTLE_DISK = 2 * _GB
 """One checkpoint of Swin-B: 150 million parameters with AdamW's state, 12 bytes each."""
@@ -68,7 +70,7 @@ def check_folder(folder: Path, *, runs_code: bool = False) -> Found:
             "warning", f"{found}, mounted noexec: torch.compile cannot load what it compiled",
             "set TMPDIR to a folder on another file system",
         )  # fmt: skip
-    locks = [one for one in mount.options if one == "nolock" or one.startswith("local_lock=")]
+    locks = [one for one in mount.options if one in _NO_LOCKS or one.startswith("local_lock=")]
     if set(locks) - {"local_lock=none"}:
         return Found(
             "warning", f"{found}, mounted {locks[0]}: two hosts can write into one run folder",
