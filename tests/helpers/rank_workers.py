@@ -633,7 +633,7 @@ def exchange_objects(ranks: Ranks) -> None:
 def agree_on_a_precision(ranks: Ranks) -> None:
     """Rank 0 finds bf16 faster; the others, which find it slower, are not asked."""
     seconds = (2.0, 1.0) if ranks.is_main else (1.0, 2.0)
-    with mock.patch.object(precision, "_seconds_of_products", return_value=seconds):
+    with mock.patch.object(precision, "seconds_of_products", return_value=seconds):
         config = precision.resolve_precision(
             build_preset("digits-small"), torch.device("cpu"), ranks=ranks
         )

@@ -105,7 +105,7 @@ def test_auto_is_what_was_measured_to_be_faster(
     bf16: float,
     expected: str,
 ) -> None:
-    monkeypatch.setattr(precision, "_seconds_of_products", lambda threads: (fp32, bf16))
+    monkeypatch.setattr(precision, "seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
     with caplog.at_level("INFO"):
@@ -117,12 +117,12 @@ def test_auto_is_what_was_measured_to_be_faster(
 
 
 def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> None:
-    precision._seconds_of_products.cache_clear()
+    precision.seconds_of_products.cache_clear()
     before = torch.get_rng_state()
-    fp32, bf16 = precision._seconds_of_products(1)
+    fp32, bf16 = precision.seconds_of_products(1)
     assert 0 < min(fp32, bf16) <= max(fp32, bf16) < 10
     assert torch.equal(torch.get_rng_state(), before)
-    assert precision._seconds_of_products(1) == (fp32, bf16)
+    assert precision.seconds_of_products(1) == (fp32, bf16)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,21 @@ def test_ranks_of_other_machines_and_containers_are_told_apart(
     assert kernel == container != ""
 
 
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("150000", 2), ("-1", 12), ("900000", 9), ("9000000", 12)]
+)
+def test_a_quota_of_the_first_control_groups_counts(
+    tmp_path: Path, quota: str, expected: int
+) -> None:
+    """A container sees its own group at the place of the host's root."""
+    (tmp_path / "mine").write_text("4:memory:/m\n3:cpu,cpuacct:/docker/abc\n0::/\n")
+    group = tmp_path / "cpu,cpuacct"
+    group.mkdir()
+    (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    assert usable_cores() == expected
+
+
 def test_slurm_says_how_many_cores_its_tasks_have(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quota_of_cores() == inf
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
-_FILES_BESIDE_SOCKETS = 4096
+FILES_BESIDE_SOCKETS = 4096
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def _prepare_sockets(world_size: int) -> None:
     """
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects the ranks that talk
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * world_size + _FILES_BESIDE_SOCKETS
+    needed = 2 * world_size + FILES_BESIDE_SOCKETS
     if soft < needed:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))

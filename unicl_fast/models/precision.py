@@ -109,7 +109,7 @@ def fast_precision(device: torch.device) -> PrecisionName:
         name: PrecisionName = "bf16" if major >= 8 else "fp16"
         logger.info("precision: %s, the fastest here (efficiency.precision=auto)", name)
         return name
-    fp32, bf16 = _seconds_of_products(torch.get_num_threads())
+    fp32, bf16 = seconds_of_products(torch.get_num_threads())
     name = "bf16" if bf16 < 0.9 * fp32 else "fp32"
     logger.info(
         "precision: %s (efficiency.precision=auto); the same products took %.1f ms in fp32 and "
@@ -120,7 +120,7 @@ def fast_precision(device: torch.device) -> PrecisionName:
 
 
 @functools.lru_cache(maxsize=1)
-def _seconds_of_products(num_threads: int) -> tuple[float, float]:
+def seconds_of_products(num_threads: int) -> tuple[float, float]:
     """Measures in fp32 and bf16, once, what both encoders are made of, forward and backward.
 
     A convolution of 3 x 3 and a linear layer, large enough for all threads. The two take turns,

@@ -58,7 +58,7 @@ def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
     # two processes have kept under one name may meet in a third.
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
-    before, folder = _config.CACHE_DIR, _cache_folder()
+    before, folder = _config.CACHE_DIR, cache_folder()
     _config.CACHE_DIR = str(folder or "")  # for this function; those of others stay elsewhere
     try:
         return decorator(cache=folder is not None)(function)
@@ -67,7 +67,7 @@ def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
 
 
 @functools.cache
-def _cache_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Finds or makes the folder for this version of the code; None if kernels cannot be kept."""
     if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
         return None  # an environment variable has Numba keep them where they would become stale

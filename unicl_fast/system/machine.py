@@ -131,25 +131,36 @@ def _has_a_launcher() -> bool:
     return LAUNCHED_BY_US in os.environ or _LAUNCHED_BY_TORCHRUN in os.environ
 
 
-def control_groups() -> list[Path]:
-    """Folders of this process's control group (version 2) and of those around it."""
+def control_groups(controller: str = "") -> list[Path]:
+    """Folders of this process's control group and of those around it.
+
+    They are of version 2, or those of a `controller` (cpu, memory) of version 1, which older
+    container hosts have.
+    """
     try:
         lines = _MY_CGROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    return [_CGROUPS / own, *(_CGROUPS / own).parents]
+    groups = [line.split(":", 2)[1:] for line in lines if line.count(":") >= 2]
+    found = [each for each in groups if controller in each[0].split(",")]
+    names, own = found[0] if found else (controller, "")
+    folder = _CGROUPS / names / own.strip("/")
+    return [folder, *folder.parents]
 
 
 def _quotas() -> list[int]:
     """Quotas of CPU time in the control groups, in whole cores, rounded up."""
     found = []
-    for folder in control_groups():
+    limits: list[tuple[Path, ...]] = [(folder / "cpu.max",) for folder in control_groups()]
+    for folder in control_groups("cpu"):
+        limits.append((folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    for files in limits:
         try:
-            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+            texts = [file.read_text(encoding="utf-8") for file in files]
+            quota, period = " ".join(texts).split()
         except (OSError, ValueError):
             continue  # the root has none
-        if quota != "max":
+        if quota not in ("max", "-1"):
             found.append(-(-int(quota) // int(period)))
     return found
 

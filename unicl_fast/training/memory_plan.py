@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,8 @@ _DENSE_COPIES = 7.25
 """Matrices as large as the logits that the dense loss holds at its peak, in backward: 7.3 by the
 peak memory of a process (torch 2.13, CPU), of which the products, the logits with and without
 counts, the weighted logits twice, and two gradients make 7; masks of a byte are the rest."""
+_NO_LIMIT = 2**60
+"""Control groups of version 1 say so large a number where there is no limit on memory."""
 _BATCHES_IN_FLIGHT = 4
 """Decoded batches of a rank beside the one of the step: those of both decoding graphs."""
 
@@ -456,21 +459,25 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this rank can still have: of its device, or its part of the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
+    free: float = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
     for folder in control_groups():
-        limit = folder / "memory.max"
-        if limit.is_file() and limit.read_text(encoding="utf-8").strip() != "max":
-            free = min(free, _free_in_group(folder))
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = min(free, _free_in_group(folder))
+    for folder in control_groups("memory"):  # of version 1
+        free = min(free, _free_in_group(folder, "limit_in_bytes", "usage_in_bytes", "total_"))
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _free_in_group(folder: Path) -> int:
-    limit, used = (
-        int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
-    )
+def _free_in_group(
+    folder: Path, limit: str = "max", used: str = "current", prefix: str = ""
+) -> float:
+    path = folder / f"memory.{limit}"
+    most = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
+    if most == "max" or int(most) >= _NO_LIMIT:
+        return math.inf
     files = _fields_of(folder / "memory.stat")
     # files that were read count as used, and make room when it is needed
-    return limit - used + files["inactive_file"] + files["active_file"]
+    reclaimed = files[f"{prefix}inactive_file"] + files[f"{prefix}active_file"]
+    return int(most) - int((folder / f"memory.{used}").read_text(encoding="utf-8")) + reclaimed
 
 
 def _fields_of(path: Path) -> dict[str, int]:
