@@ -182,7 +182,7 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
 def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
     """The same, compiled, with torch's own kernels in the graphs."""
     compiled = functools.partial(compile_encoders, backend="aot_eager")
-    with mock.patch("unicl_fast.training.trainer.compile_encoders", compiled):
+    with mock.patch("unicl_fast.training.parallel.compile_encoders", compiled):
         write_gradients(ranks, images, folder, efficiency)
 
 
@@ -358,7 +358,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @mock.patch(
-    "unicl_fast.training.trainer.compile_encoders",
+    "unicl_fast.training.parallel.compile_encoders",
     functools.partial(compile_encoders, backend="aot_eager"),
 )
 def train_each_compiled(ranks, *arguments) -> None:
