@@ -35,7 +35,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training import trainer as trainer_module
+from unicl_fast.training import parallel as parallel_module
 from unicl_fast.training.trainer import Trainer
 
 
@@ -113,7 +113,7 @@ def test_padded_texts_do_not_count(
 ) -> None:
     """The sizes of a compiled step, without compiling."""
     plain_loss, plain = first_gradients(images, Ranks(), tiny_config())
-    monkeypatch.setattr(trainer_module, "compile_encoders", lambda model, what: None)
+    monkeypatch.setattr(parallel_module, "compile_encoders", lambda model, what: None)
     loss, gradients = first_gradients(images, Ranks(), tiny_config(compile="encoders", **others))
     assert loss == pytest.approx(plain_loss, rel=1e-13)
     for name, gradient in gradients.items():
@@ -177,7 +177,7 @@ def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
 ) -> None:
     """How often is the tracer's business, whatever compiles its graphs: here nothing does."""
     monkeypatch.setattr(
-        trainer_module,
+        parallel_module,
         "compile_encoders",
         lambda model, what: compile_encoders(model, what, backend="eager"),
     )
@@ -226,7 +226,7 @@ def test_alike_batches_compile_once(
 ) -> None:
     """Other steps drop other branches; equal blocks of a kind are one graph."""
     monkeypatch.setattr(
-        trainer_module,
+        parallel_module,
         "compile_encoders",
         lambda model, what: compile_encoders(model, what, backend="eager"),
     )
@@ -258,7 +258,7 @@ def test_compiled_blocks_give_the_eager_gradients(
     """With torch's own kernels, by way of the forward and backward graphs of a compiled step."""
     eager_loss, eager = first_gradients(images, Ranks(), tiny_config(**others))
     monkeypatch.setattr(
-        trainer_module,
+        parallel_module,
         "compile_encoders",
         lambda model, what: compile_encoders(model, what, backend="aot_eager"),
     )
