@@ -175,17 +175,31 @@ def steps_in(bench: Bench, rate: float, seconds: float) -> int:
 @contextlib.contextmanager
 def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
     """The run of a config on this rank's bench; caches of object stores begin empty."""
-    logging.getLogger("unicl_fast").setLevel(logging.WARNING)
     keep_freed_memory()
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     cache = dataclasses.replace(config.data, cache_folder=str(scratch / "cache"))
     config = dataclasses.replace(config, data=cache)
-    with process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks:
+    with (
+        _warnings_only(),
+        process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks,
+    ):
         bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
         with contextlib.closing(bench):
             yield bench
+
+
+@contextlib.contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Keeps what each part says at its start out of the report."""
+    logger = logging.getLogger("unicl_fast")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def seconds_since_start() -> float:
