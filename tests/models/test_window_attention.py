@@ -261,7 +261,7 @@ def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
 ) -> None:
     obstacle = ""
     monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: obstacle)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger=efficiency.logger.name)
     assert resolved("auto") == "triton"
     assert "window_attention: triton (efficiency.window_attention=auto)" in caplog.text
     assert resolved("auto", device="cpu") == "timm"
