@@ -41,7 +41,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 
-LONG = ("torchvision-v2", "webdataset", "timm")
+LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool")
 """Contestants that are like others that are tested."""
 
 

@@ -63,7 +63,7 @@ SLOW = (
     *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
 )
 REPORTS = ("gpu", "run")  # have no rounds of contestants: test_gpu.py, test_diagnosis.py
-LONG = ("memory", "efficiency", "checkpoint")
+LONG = ("memory", "efficiency", "checkpoint", "augment", "storage", "text")
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,12 @@ def small_model(encoder: str, *, image_size: int = 32) -> UniCL:
         ("unicl_resnet9_small", 32, [2, 4, 8]),
         ("resnet10t", 32, [4, 8, 16, 32]),
         pytest.param("swin_tiny_patch4_window7_224", 224, [4, 8, 16, 32], marks=pytest.mark.slow),
-        pytest.param("focalnet_tiny_srf", 224, [4, 8, 16, 32], marks=pytest.mark.slow),
+        pytest.param(
+            "focalnet_tiny_srf",
+            224,
+            [4, 8, 16, 32],
+            marks=[pytest.mark.slow, pytest.mark.long],
+        ),
     ],
 )
 def test_maps_have_the_strides_and_the_weights_of_the_encoder(

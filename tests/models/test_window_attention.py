@@ -152,6 +152,7 @@ def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_compiled_and_recomputed_blocks_give_the_same_gradients(
     compute: Compute, recomputes: bool
@@ -207,12 +208,13 @@ def test_operations_are_counted_as_those_of_timm() -> None:
     [
         (80, torch.bfloat16, 3),
         (90, torch.bfloat16, 3),
+        pytest.param(100, torch.bfloat16, 3, marks=pytest.mark.slow),
         *(
-            pytest.param(capability, dtype, shift, marks=pytest.mark.slow)
+            pytest.param(capability, dtype, shift, marks=[pytest.mark.slow, pytest.mark.long])
             for capability in (80, 90, 100)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for shift in (0, 3)
-            if (dtype, shift) != (torch.bfloat16, 3) or capability == 100
+            if (dtype, shift) != (torch.bfloat16, 3)
         ),
     ],
 )

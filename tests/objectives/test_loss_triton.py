@@ -280,8 +280,9 @@ def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
     [
         (80, torch.float32, {}),
         (90, torch.bfloat16, {}),
+        pytest.param(100, torch.bfloat16, {}, marks=pytest.mark.slow),
         *(
-            pytest.param(capability, dtype, options, marks=pytest.mark.slow)
+            pytest.param(capability, dtype, options, marks=[pytest.mark.slow, pytest.mark.long])
             for capability in SHARED_BYTES
             for dtype, options in [
                 (torch.bfloat16, {}),

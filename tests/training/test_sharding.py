@@ -143,7 +143,13 @@ SETTINGS: dict[str, dict] = {
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (number > 0))
+        for number, name in enumerate(SETTINGS)
+    ],
+)
 def test_divided_runs_are_the_plain_run(
     images: torch.Tensor, tmp_path: Path, world_size: int, name: str
 ) -> None:
@@ -178,7 +184,7 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precision: str) -> None:
     """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
     runs = {shard: (config_of(shard, precision=precision), None) for shard in ("off", "full")}

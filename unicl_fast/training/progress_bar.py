@@ -87,10 +87,20 @@ def progress_bar(*, done: int, total: int, hidden: bool) -> Iterator[ProgressBar
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(ProgressBar(done=done, total=total, hidden=hidden))
         if not hidden:
-            stack.enter_context(logging_redirect_tqdm(tqdm_class=ProgressBar))
+            if _log_is_shown():  # tqdm would show one that goes to a file alone
+                stack.enter_context(logging_redirect_tqdm(tqdm_class=ProgressBar))
             stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
             warnings.showwarning = _show_warning
         yield bar
+
+
+def _log_is_shown() -> bool:
+    """Whether lines of the log appear on the console: by a handler, or for want of any."""
+    handlers = logging.getLogger().handlers
+    return not handlers or any(
+        isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
+        for handler in handlers
+    )
 
 
 def _show_warning(
