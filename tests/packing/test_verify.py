@@ -247,6 +247,7 @@ def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
 
 @pytest.mark.dist
 def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> None:
+    others = multiprocessing.active_children()  # which fixtures of a session have started
     sound = jpeg(2)
     cut = sound[:-50] + b"\xff\xd9"
     tokens = TOKENIZER.encode(["A cat!", "the number 9"])
@@ -273,7 +274,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
     assert "would have encoded it anew" in found[4][1]
     assert found[8][1] == "its bytes are those of a .jpg, not of a .webp"
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(others)
     quick = {fault.sample for fault in faults_of(out)}
     assert quick == {5, 6, 7}
 

@@ -122,6 +122,8 @@ def _collect(pipe: int, rows: list[Row], number: int, most_seconds: float) -> bo
 def _run_in_child(checks: Sequence[Check], faults: set[str], pipe: int) -> None:
     """Writes a row a line, and ends the process; libraries' own messages lead nowhere."""
     code = 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # not what the process does that was forked
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
