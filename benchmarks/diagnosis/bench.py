@@ -39,14 +39,16 @@ from unicl_fast.pipelines.graph import (
 )
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.system.machine import choose_decode_device, usable_cores
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.data import resolve_decode_device
 from unicl_fast.training.memory_plan import free_memory
 from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 
+from ..harness import wait_for_gpu
 from ..training.parts import StepInParts
-from .clocks import flow, in_turns, median, repeated, wait
+from .clocks import flow, in_turns, median, repeated
 from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage
 
 _FIRST_STEP = 1
@@ -322,8 +324,7 @@ class Bench:
     def _note_of(self, name: str) -> str:
         if name != "decode":
             return ""
-        threads = self.data_config.data.threads
-        return f"{threads} thread{'s' * (threads != 1)}, {self.mean_size}"
+        return f"{count_of(self.data_config.data.threads, 'thread')}, {self.mean_size}"
 
     @property
     def mean_size(self) -> str:
@@ -405,9 +406,7 @@ class Bench:
         batch = next(iter(self.loader.batches(_FIRST_STEP))).to(torch.device("cpu"))
         batch = copy.deepcopy(batch)
         self.loader.close()
-        cost = repeated(
-            lambda: batch.to(self.device), images=self.local_batch, count=8, device=self.device
-        )
+        cost = repeated(lambda: batch.to(self.device), images=self.local_batch, count=8)
         return Stage(name=COPY, cost=cost, side="between")
 
     def collectives(self) -> Stage | None:
@@ -418,7 +417,7 @@ class Bench:
         gradient = torch.zeros(size, device=self.device)
         work = functools.partial(torch.distributed.all_reduce, gradient)
         work()
-        cost = repeated(work, images=self.local_batch, count=3, device=self.device)
+        cost = repeated(work, images=self.local_batch, count=3)
         return Stage(name="collectives", cost=cost, side="step", note=f"{size:,} gradients")
 
     # Together.
@@ -486,18 +485,13 @@ class StepBench:
 
 def step_cost(trainer: Trainer, batch: Batch, *, count: int) -> Cost:
     """The step alone, on one batch that is kept; an image of a rank."""
-    return repeated(
-        lambda: trainer.train_step(batch),
-        images=batch.batch_size,
-        count=count,
-        device=trainer.device,
-    )
+    return repeated(lambda: trainer.train_step(batch), images=batch.batch_size, count=count)
 
 
 def steps_within(trainer: Trainer, batch: Batch, seconds: float, *, most: int = 200) -> int:
     """Steps that take so long, agreed by all ranks; takes two to find out."""
     trainer.train_step(batch)
-    wait(trainer.device)
+    wait_for_gpu()
     one = step_cost(trainer, batch, count=1).wall * batch.batch_size
     return int(from_rank_0(max(1, min(most, round(seconds / one))), trainer.ranks))
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from unicl_fast.system.machine import cpu_times
 
+from ..harness import wait_for_gpu
 from .model import Cost
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -42,22 +43,16 @@ def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -
     return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
 
 
-def repeated(work: Callable[[], object], *, images: int, count: int, device: torch.device) -> Cost:
-    """The cost of an image of work that is done `count` times; waits for the device."""
-    wait(device)
+def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
+    """The cost of an image of work that is done `count` times; waits for a GPU."""
+    wait_for_gpu()
     gc.collect()
     wall, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
         work()
-    wait(device)
+    wait_for_gpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def in_turns(
@@ -103,14 +98,14 @@ class Watch:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watches during the block."""
-        busy, processes, started = _busy_seconds(), _process_seconds(), time.perf_counter()
+        busy, processes, started = cpu_times().busy, _process_seconds(), time.perf_counter()
         yield
         self.seconds = time.perf_counter() - started
         used = {
             key: seconds - processes.get(key, 0.0) for key, seconds in _process_seconds().items()
         }
         mine = sum(seconds for (number, _), seconds in used.items() if number in self.own)
-        self.cores = max(0.0, _busy_seconds() - busy - mine) / self.seconds
+        self.cores = max(0.0, cpu_times().busy - busy - mine) / self.seconds
         rest = [(key, seconds) for key, seconds in used.items() if key[0] not in self.own]
         rest.sort(key=lambda entry: -entry[1])
         self.busiest = tuple(
@@ -118,19 +113,6 @@ class Watch:
             for (number, name), seconds in rest[:3]
             if seconds > 0.05 * self.seconds
         )
-
-
-def _busy_seconds() -> float:
-    """Seconds that the cores which this process may use have been busy since the machine began."""
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    ticks = 0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines():
-            name, *numbers = line.split()
-            if name in cores:
-                user, nice, system, _, _, *interrupts = map(int, numbers[:8])
-                ticks += user + nice + system + sum(interrupts)
-    return ticks / _TICKS
 
 
 def _process_seconds() -> dict[tuple[int, str], float]:

@@ -31,19 +31,12 @@ class OnRanks:
     """Part of the time that checkpoints and failures take at that cadence."""
 
 
-def efficiency_of(ranks: int) -> float:
-    """Part of the rate of so many separate ranks that they reach together.
-
-    Communication is not counted: nothing here has measured it between machines.
-    """
-    del ranks
-    return 1.0
-
-
 def on_ranks(
     measured: Measured, *, samples: int, price_per_hour: float, failures_per_day: float
 ) -> list[OnRanks]:
     """Plans the run on 1, 8 and 64 ranks.
+
+    Communication is not counted: nothing here has measured it between machines.
 
     Args:
         measured: the run as it is.
@@ -53,7 +46,7 @@ def on_ranks(
     """
     plans = []
     for ranks in RANKS:
-        rate = measured.rate / measured.world_size * ranks * efficiency_of(ranks)
+        rate = measured.rate / measured.world_size * ranks
         step_seconds = measured.local_batch * ranks / rate
         steps, lost = cadence(
             cost_seconds=checkpoint_cost(measured),

@@ -18,7 +18,7 @@ from unicl_fast.training.cached_gradients import back_propagate_learnt
 from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import timed
+from ..harness import timed, wait_for_gpu
 
 _SQUARE = 4096
 """Side of the matrices whose product gives the floor."""
@@ -40,18 +40,14 @@ class StepInParts:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Notes the seconds and the operations of the block."""
-        self._wait()
+        wait_for_gpu()
         started, cpu = time.perf_counter(), time.process_time()
         counted = self.counter.get_total_flops()
         yield
-        self._wait()
+        wait_for_gpu()
         self.seconds[name] = time.perf_counter() - started
         self.cpu_seconds[name] = time.process_time() - cpu
         self.operations[name] = self.counter.get_total_flops() - counted
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def take(self) -> dict[str, float]:
         """Takes one step; returns the seconds of each part."""
