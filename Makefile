@@ -13,8 +13,11 @@ tour: $(VENV)/dev.stamp
 	$(BIN)/python -m unicl_fast.tools.tour --out tour-run
 
 # A process of tests for each core; a file's tests stay together, since they share what they made.
+# One that crashes ends the run and its test is named: with another in its place, xdist (3.8) waits
+# for ever at the end.
 JOBS ?= $(shell nproc)
-PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile \
+	--max-worker-restart 0
 
 test: $(VENV)/dev.stamp
 	$(PYTEST)

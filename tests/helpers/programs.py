@@ -121,7 +121,8 @@ class Program:
         return [path for path in new if str(path) not in used and path.exists()]
 
     def end(self) -> None:
-        for number in [self.process.pid, *self.processes()]:
+        self.process.kill()  # not by its number, which another process may have by now
+        for number in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(number, signal.SIGKILL)
         self.process.wait()
