@@ -25,6 +25,7 @@ def report_lines(
     *,
     largest_batch: int,
     priced: bool,
+    network_gbit: float = 0.0,
 ) -> Iterator[str]:
     """The report, line by line."""
     yield from _stages(measured)
@@ -36,7 +37,9 @@ def report_lines(
     yield ""
     yield from _advice(measured, useful, idle)
     yield ""
-    yield from _plan(measured, plans, largest_batch=largest_batch, priced=priced)
+    yield from _plan(
+        measured, plans, largest_batch=largest_batch, priced=priced, network_gbit=network_gbit
+    )
 
 
 def _stages(measured: Measured) -> Iterator[str]:
@@ -94,9 +97,20 @@ def _advice(measured: Measured, useful: Sequence[Advice], idle: Sequence[Advice]
 
 
 def _plan(
-    measured: Measured, plans: Sequence[OnRanks], *, largest_batch: int, priced: bool
+    measured: Measured,
+    plans: Sequence[OnRanks],
+    *,
+    largest_batch: int,
+    priced: bool,
+    network_gbit: float,
 ) -> Iterator[str]:
-    yield "THE PLAN (evaluations and communication between ranks are not counted)"
+    how = "evaluations and communication between ranks are not counted; --network-gbit counts these"
+    if network_gbit:
+        how = (
+            "evaluations are not counted; communication is that of the model of `unicl-bench "
+            f"scale` at {network_gbit:g} Gb/s"
+        )
+    yield f"THE PLAN ({how})"
     fits = f"{largest_batch:,}" if largest_batch else "none"
     yield f"  largest local batch that fits, by the memory plan: {fits}; now {measured.local_batch}"
     yield f"  start: {measured.start_seconds:.0f} s"

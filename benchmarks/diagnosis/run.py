@@ -52,6 +52,9 @@ class Run(Stage):
     """Price of one rank for an hour."""
     failures_per_day: float = 0.02
     """Failures of one rank in a day, for the cadence of checkpoints."""
+    network_gbit: float = 0.0
+    """Gb/s of a machine of 8 GPUs (of one rank on CPUs): the plan then counts communication by the
+    model of `unicl-bench scale`."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -66,6 +69,10 @@ class Run(Stage):
     def run(self) -> None:
         """Measures and reports. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
+        require(
+            self.network_gbit >= 0,
+            f"--network-gbit must not be negative, not {self.network_gbit:g}",
+        )
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
@@ -82,6 +89,7 @@ class Run(Stage):
                 samples=self.samples,
                 price_per_hour=self.price_per_hour,
                 failures_per_day=self.failures_per_day,
+                network_gbit=self.network_gbit,
             )
             if (result := measure(config, request, scratch=Path(scratch))) is not None:
                 self.write_result({}, "timm", "nvidia-dali-cuda120", **result)

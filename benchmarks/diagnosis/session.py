@@ -24,7 +24,7 @@ from .bench import Bench
 from .clocks import in_turns, median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import Measured
-from .outlook import largest_batch, on_ranks
+from .outlook import largest_batch, longer_steps, on_ranks
 from .report import report_lines
 
 _TRIED_STEPS = 5
@@ -40,6 +40,7 @@ class Request:
     samples: int
     price_per_hour: float
     failures_per_day: float
+    network_gbit: float
 
 
 def measure(config: TrainConfig, request: Request, *, scratch: Path) -> dict[str, Any] | None:
@@ -70,11 +71,15 @@ def _report(
     request: Request,
 ) -> dict[str, Any]:
     config, limit = bench.config, find_limit(measured)
+    counts_network = bool(request.network_gbit) and config.objective.name in ("unicl", "clip")
     plans = on_ranks(
         measured,
         samples=request.samples or config.run.total_steps * config.run.global_batch_size,
         price_per_hour=request.price_per_hour,
         failures_per_day=request.failures_per_day,
+        longer=longer_steps(config, measured, network_gbit=request.network_gbit)
+        if counts_network
+        else None,
     )
     batch = largest_batch(
         config,
@@ -86,6 +91,7 @@ def _report(
     lines = report_lines(
         measured, limit, useful, idle, plans,
         largest_batch=batch, priced=request.price_per_hour > 0,
+        network_gbit=request.network_gbit if counts_network else 0.0,
     )  # fmt: skip
     print("\n".join(lines), flush=True)
     if tried is not None:
