@@ -96,8 +96,13 @@ class Bench:
         self, config: TrainConfig, *, folder: Path, ranks: Ranks, device: torch.device
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
-        # evaluations are no part of a step
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, evaluate=()))
+        # Evaluations are no part of a step. Ranks are not compared: each takes the parts of a step
+        # by itself (`step_stages`), after which their weights differ.
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, evaluate=()),
+            run=dataclasses.replace(config.run, check_ranks_every_steps=0),
+        )
         config = resolve_precision(config, device, ranks=ranks)
         config = resolve_decode_device(config, device, ranks)
         self.ranks, self.device = ranks, device

@@ -289,14 +289,18 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(
 @pytest.mark.dali
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_run_is_diagnosed_from_its_options(
-    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from unicl_fast.benchmarks.run import main
-
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.dist)])
+def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, nproc: int) -> None:
     result = tmp_path / "result.json"
     options = ["--seconds", "2", "--try", "--rounds", "1", "--json", str(result), *SMALL]
-    main(["run", "--data", str(labelled), *options])
+    command = ["run", "--data", str(labelled), "--nproc", str(nproc), *options]
+    shown = subprocess.run(
+        [sys.executable, "-m", "unicl_fast.benchmarks.run", *command],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=240,
+    ).stdout
     found = json.loads(result.read_text())
     names = {stage["name"] for stage in found["measured"]["stages"]}
     assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
@@ -307,7 +311,6 @@ def test_a_run_is_diagnosed_from_its_options(
     assert found["measured"]["variants"]
     assert [plan["ranks"] for plan in found["plan"]] == [1, 8, 64]
     assert found["largest_batch"] >= 8
-    shown = capsys.readouterr().out
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
 
