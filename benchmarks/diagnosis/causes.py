@@ -48,7 +48,7 @@ from .session import on_bench, steps_in, try_out
 
 _WITHIN = 0.2
 """Part of the measured gain by which the predicted one may miss."""
-_SECONDS, _TURN = 30.0, 0.2
+_SECONDS = 60.0
 _TRY_SECONDS = 2.0
 _ROUNDS = 3
 _DISK_BYTES = 8e6
@@ -293,7 +293,7 @@ def make_data(test_data: Path, work: Path) -> None:
     builds = {
         "full": [str(decode), *listed],
         "small": [str(decode), *listed, "--resize", "short:80"],
-        "png": [str(decode), *listed, "--resize", "short:128", "--format", "png"],
+        "png": [str(decode), *listed, "--resize", "short:256", "--format", "png"],
         "cifar": [cifar, "--templates", "simple"],
         "cifar-80": [cifar, "--templates", str(work / "templates.txt")],
     }
@@ -313,7 +313,7 @@ def examine(name: str, work: Path, scratch: Path) -> dict[str, Any] | None:
     arguments = [*cause.options, "--data.train", data, "--out", str(scratch / "run")]
     config = split_config(parse_arguments(arguments))
     with cause.inject() as switch, on_bench(config, scratch) as bench:
-        with contextlib.closing(Budget(_SECONDS, turn=_TURN, is_shown=False)) as budget:
+        with contextlib.closing(Budget(_SECONDS, is_shown=False)) as budget:
             measured = diagnose(bench, budget, folder=scratch / "trial", start_seconds=0.0)
         limit = find_limit(measured)
         useful, idle = advise(measured)

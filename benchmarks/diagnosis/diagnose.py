@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
+from unicl_fast.system.machine import cpu_times
 
 from .advise import Limit, find_limit
 from .bench import Bench, step_cost, steps_within
@@ -75,7 +77,7 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
     budget.begin("loader and step, alone and together")
     batch = bench.kept_batch(bench.loader)
     watch = Watch(own=set(gather_objects(bench.process, bench.ranks)))
-    loader, step, whole = _alone_and_together(bench, budget, batch, watch)
+    loader, step, whole, step_ran = _alone_and_together(bench, budget, batch, watch)
     stages = _stages(bench, budget, batch)
     budget.begin("checkpoint")
     checkpoint = bench.checkpointing()
@@ -92,6 +94,7 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
         checkpoint=checkpoint,
         others_cores=watch.cores / bench.ranks.world_size,
         others=watch.busiest,
+        step_ran=step_ran,
         ranks=_figures_of_ranks(bench, loader, stages),
         start_seconds=start_seconds,
         timeline=tuple(bench.timeline[:20]),
@@ -109,8 +112,11 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
 
 def _alone_and_together(
     bench: Bench, budget: Budget, batch: Batch, watch: Watch
-) -> tuple[Cost, Cost, Cost]:
-    """The costs of loader, step and both, in turns: on a busy machine only their ratios hold."""
+) -> tuple[Cost, Cost, Cost, float]:
+    """The costs of loader, step and both, in turns: on a busy machine only their ratios hold.
+
+    The last number is `Measured.step_ran`.
+    """
     steps = steps_within(bench.trainer, batch, budget.turn)
     first = step_cost(bench.trainer, batch, count=1)
     loader = bench.loader_cost(bench.loader, bench.config, seconds=0)
@@ -120,9 +126,19 @@ def _alone_and_together(
     may_limit = loader.wall > first.wall / 2
     count = int(from_rank_0(count, bench.ranks))
     may_limit = bool(from_rank_0(may_limit, bench.ranks))
+    ran = []
+
+    def step_alone() -> Cost:
+        before = cpu_times()
+        cost = step_cost(bench.trainer, batch, count=steps)
+        after = cpu_times()
+        own, waited = after.own - before.own, after.waited - before.waited
+        ran.append(own / (own + max(0.0, waited)))
+        return cost
+
     works = {
         "loader": lambda: bench.loader_cost(bench.loader, bench.config, seconds=budget.turn),
-        "step": lambda: step_cost(bench.trainer, batch, count=steps),
+        "step": step_alone,
         "whole": lambda: bench.whole(count, loader_may_limit=may_limit),
     }
     with watch.watching():
@@ -130,7 +146,7 @@ def _alone_and_together(
     whole = median(turns["whole"])
     loader = whole.times(median_ratio(turns["loader"], turns["whole"]))
     step = whole.times(median_ratio(turns["step"], turns["whole"]))
-    return loader, step, whole
+    return loader, step, whole, statistics.median(ran)
 
 
 def _stages(bench: Bench, budget: Budget, batch: Batch) -> list[Stage]:

@@ -123,6 +123,8 @@ class Measured:
     """Cores that other processes took meanwhile."""
     others: tuple[tuple[str, float], ...] = ()
     """The busiest of them, and the cores of each."""
+    step_ran: float = 1.0
+    """The step alone: of the time in which its threads could run, the part in which they did."""
     ranks: tuple[RankFigures, ...] = ()
     variants: tuple[Variant, ...] = ()
     store_wall: float = 0.0
@@ -152,10 +154,9 @@ class Measured:
         loader, step = self.loader.times(variant.loader), self.step.times(variant.step)
         free = max(self.cores - self.others_cores, self.cores / 10)
         more = min(self.cores, free + variant.frees_cores)
-        hurry = free / more  # alone on its cores, each part is faster by as much
         return {
-            "loader": loader.wall * hurry,
-            "step": step.wall * hurry,
+            "loader": loader.wall,
+            "step": step.wall,
             "cores": (loader.cpu + step.cpu) / more,
         }
 

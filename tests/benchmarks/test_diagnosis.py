@@ -142,6 +142,13 @@ def test_other_processes_are_named_beside_the_limit() -> None:
     (advice, *_), _ = advise(measured(device="cpu", others_cores=4.0, step=cost(1.0, 8.0)))
     assert advice.variant.option.startswith("end or move the other processes")
     assert advice.gain == pytest.approx(1.0)  # four of eight cores were left
+    # one thread, which had a core for two thirds of the time
+    serial = measured(
+        device="cpu", cores=2, others_cores=1.4, loader=cost(0.1, 0.1), step=cost(1.5, 0.9),
+        whole=cost(1.6, 1.0), step_ran=2 / 3,
+    )  # fmt: skip
+    (advice, *_), _ = advise(serial)
+    assert advice.gain == pytest.approx(2 / 3)  # from 1.0 / 0.6 ms, on the cores, to 1.5 * 2 / 3
 
 
 def test_on_a_busy_machine_the_cores_are_the_limit() -> None:
