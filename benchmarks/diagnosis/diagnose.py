@@ -121,7 +121,7 @@ def _alone_and_together(
     first = step_cost(bench.trainer, batch, count=1)
     loader = bench.loader_cost(bench.loader, bench.config, seconds=0)
     slowest = max(loader.wall, first.wall, (loader.cpu + first.cpu) / bench.cores)
-    count = round(budget.seconds / 16 / (slowest * bench.local_batch))
+    count = round(budget.seconds / 30 / (slowest * bench.local_batch))
     count = max(_FEWEST_STEPS, min(_MOST_STEPS, count))
     may_limit = loader.wall > first.wall / 2
     count = int(from_rank_0(count, bench.ranks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -193,7 +194,11 @@ def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
     ):
         bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
         with contextlib.closing(bench):
+            # each measurement collects garbage first: 0.3 s, if it looked at all that stays
+            gc.collect()
+            gc.freeze()
             yield bench
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
