@@ -21,5 +21,9 @@ setup(
         for name in (root, *(f"{root}.{inner}" for inner in find_packages(folder)))
     ],
     package_dir=ROOTS,
-    package_data={"unicl_fast": ["py.typed"], "unicl_fast.packing": ["page.html"]},
+    package_data={
+        "unicl_fast": ["py.typed"],
+        "unicl_fast.packing": ["page.html"],
+        "unicl_fast.evaluation": ["serve.html", "serve.js"],
+    },
 )

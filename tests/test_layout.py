@@ -246,7 +246,9 @@ images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
 batches = [collate(images, texts, torch.full((12,), -1))]
 config = tiny_config(precision="fp32", steps=3)
 Trainer(config, ListLoader(batches), run_folder=Path(sys.argv[1]), progress=False).fit()
-assert isinstance(load_model(sys.argv[1]), UniCL)
+model = load_model(sys.argv[1])
+assert isinstance(model.encoders, UniCL)
+assert len(model.classify([images[0].numpy()], ["square", "dog"])[0]) == 2
 import unicl_fast.evaluation.zero_shot, unicl_fast.evaluation.retrieval
 assert not any(name.startswith("nvidia.dali.") for name in sys.modules)
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unicl_fast import load_model
+from unicl_fast.checkpoints.load import load_model
 from unicl_fast.system.checksums import file_checksum
 
 CHECKOUT = Path(__file__).resolve().parents[1]

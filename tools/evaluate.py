@@ -1,4 +1,4 @@
-"""`unicl-eval`: how good a trained model is.
+"""`unicl-eval`: how good a trained model is, and its use on images.
 
 Reads the arguments, starts ranks, and ends with the exit code of what happened; the commands and
 their options are `unicl_fast.evaluation.requests`.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
-from unicl_fast.evaluation.requests import COMMANDS, Evaluation
+from unicl_fast.evaluation.requests import COMMANDS, ModelCommand, RankedCommand
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     end_with_torchrun()
     argv = begin_program() if argv is None else list(argv)
-    command: Evaluation = tyro.extras.subcommand_cli_from_dict(
+    command: ModelCommand = tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS),
         args=argv,
         prog="unicl-eval",
-        description="Evaluates a trained model. unicl-eval COMMAND --help explains each; "
+        description="Evaluates or uses a trained model. unicl-eval COMMAND --help explains each; "
         "docs/evaluation.md has the protocols.",
     )
     try:
@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
         command.check()
-        if command.nproc > 1 and "WORLD_SIZE" not in os.environ:
-            start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
+        nproc = command.nproc if isinstance(command, RankedCommand) else 1
+        if nproc > 1 and "WORLD_SIZE" not in os.environ:
+            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
         adopt_slurm_ranks()
         keep_freed_memory()
         command.run()

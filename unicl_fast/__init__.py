@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unicl_fast.batch import Batch as Batch
-    from unicl_fast.checkpoints.load import load_model as load_model
+    from unicl_fast.evaluation.inference import Model as Model
+    from unicl_fast.evaluation.inference import load_model as load_model
     from unicl_fast.models.unicl import UniCL as UniCL
     from unicl_fast.models.unicl import build_model as build_model
     from unicl_fast.objectives.loss import unified_contrastive_loss as unified_contrastive_loss
@@ -22,7 +23,8 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "Batch": "unicl_fast.batch",
-    "load_model": "unicl_fast.checkpoints.load",
+    "load_model": "unicl_fast.evaluation.inference",
+    "Model": "unicl_fast.evaluation.inference",
     "unified_contrastive_loss": "unicl_fast.objectives.loss",
     "UniCL": "unicl_fast.models.unicl",
     "build_model": "unicl_fast.models.unicl",

@@ -14,7 +14,6 @@ from damage import limited_files
 from safetensors.torch import save_file
 from small_runs import StepLoader, tiny_config
 
-from unicl_fast import load_model
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import (
     list_checkpoints,
@@ -22,7 +21,7 @@ from unicl_fast.checkpoints.files import (
     set_later_checkpoints_aside,
     write_checkpoint,
 )
-from unicl_fast.checkpoints.load import find_sound_checkpoint, read_state
+from unicl_fast.checkpoints.load import find_sound_checkpoint, load_model, read_state
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer

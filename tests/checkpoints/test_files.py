@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
 import unicl_fast.checkpoints.files as checkpoint_files
-from unicl_fast import load_model
 from unicl_fast.checkpoints.files import (
     Best,
     choose_best_metric,
@@ -26,7 +25,12 @@ from unicl_fast.checkpoints.files import (
     save_tensors,
     write_checkpoint,
 )
-from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
+from unicl_fast.checkpoints.load import (
+    DamagedCheckpointError,
+    find_checkpoint,
+    load_model,
+    read_state,
+)
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.system.checksums import (
     dump_checksummed_json,

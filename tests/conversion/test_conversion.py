@@ -16,8 +16,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
-from unicl_fast import UniCL, load_model
+from unicl_fast import UniCL
 from unicl_fast.checkpoints.export import Preprocessing
+from unicl_fast.checkpoints.load import load_model
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion.export import new_folder, require_equal, write_export
 from unicl_fast.conversion.libraries import (

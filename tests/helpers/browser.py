@@ -55,19 +55,24 @@ document.getElementById("page").onload = () => {
 
 def look_at(page: Path, tmp_path: Path, *, width: int) -> dict[str, Any]:
     """What a browser of some width shows; skips the test where there is no Chromium."""
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
-    if program is None:
-        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
     outer = _OUTER.replace("WIDTH", str(width))
     outer = outer.replace("PAGE", html.escape(page.read_text(encoding="utf-8"), quote=True))
     path = tmp_path / f"outer-{width}.html"
     path.write_text(outer, encoding="utf-8")
+    return dump_page(path.as_uri(), tmp_path, width=max(width, 500))
+
+
+def dump_page(address: str, tmp_path: Path, *, width: int = 1000) -> dict[str, Any]:
+    """What a page leaves as JSON in an element `result`; skips the test without Chromium."""
+    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
     done = subprocess.run(
         [
             *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
             "--hide-scrollbars",
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},900"),
-            *("--virtual-time-budget=20000", "--dump-dom", path.as_uri()),
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
+            *("--virtual-time-budget=20000", "--dump-dom", address),
         ],
         capture_output=True,
         text=True,

@@ -11,9 +11,9 @@ import torch
 from program_runs import call
 from small_runs import tiny_config
 
-from unicl_fast import UniCL, load_model
+from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
-from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
+from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, load_model
 from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.tools import convert, evaluate

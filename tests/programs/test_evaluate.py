@@ -15,8 +15,10 @@ from object_stores import empty, upload
 from pasted_objects import paste_objects
 from PIL import Image
 from program_runs import SMALL, call, run
+from pyarrow import parquet
 from torchvision.datasets import DTD, MNIST
 
+from unicl_fast import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
@@ -54,6 +56,46 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         call(evaluate, *arguments)
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def test_images_of_a_folder_are_classified_and_embedded(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as from Python, for a folder as for the data set packed of it."""
+    where = ["--checkpoint", trained, "--device", "cpu"]
+    (cut,) = (folder / "cut.jpg" for folder in data.glob("classes/**/cat"))
+    call(evaluate, "embed", *where, "--data", data / "labels", "--out", tmp_path / "rows.npy")
+    for out in ("rows.parquet", "answers.jsonl"):
+        command = ["embed"] if out == "rows.parquet" else ["classify", "--classes", "cat", "frog"]
+        cut.write_bytes(b"\xff\xd8\xff no image")
+        call(evaluate, *command, *where, "--data", data / "classes", "--out", tmp_path / out)
+        cut.unlink()
+        assert "left out: 1 file" in capsys.readouterr().out
+    table = parquet.read_table(tmp_path / "rows.parquet").to_pydict()
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    model = load_model(trained, device="cpu")
+    paths = [data / "classes" / path for path in table["name"]]
+    expected = model.embed_images(paths)
+    np.testing.assert_allclose(table["feature"], expected, atol=2e-2)
+    by_name = {path.parent.name for path in paths}
+    assert {labels[0] for labels in table["labels"]} == by_name
+    rows = np.load(tmp_path / "rows.npy")
+    assert sorted(map(tuple, rows)) == sorted(map(tuple, table["feature"]))
+    assert [one["name"] for one in answers] == table["name"]
+    for answer, other in zip(answers, model.classify(paths, ["cat", "frog"]), strict=True):
+        assert answer["classes"] == pytest.approx(other, abs=0.02)
+    call(evaluate, "classify", *where, "--data", data / "labels", "--classes", "cat", "frog")
+    assert capsys.readouterr().out.count("%") == 2 * len(rows)
+
+
+def test_wrong_uses_are_refused(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--checkpoint", trained, "--device", "cpu", "--data", data / "labels"]
+    assert "end in .npy or .parquet" in refusal(
+        capsys, "embed", *where, "--out", tmp_path / "a.csv"
+    )
+    assert "two or more class names" in refusal(capsys, "classify", *where, "--classes", "a", "a")
 
 
 def make_dtd(root: Path, shared_data: Path) -> Path:

@@ -11,10 +11,9 @@ import pytest
 import torch
 from small_runs import StepLoader, global_batch, labelled_loader, objective_config, tiny_config
 
-from unicl_fast import load_model
 from unicl_fast.batch import ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import read_state
+from unicl_fast.checkpoints.load import load_model, read_state
 from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training import run

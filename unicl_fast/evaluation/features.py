@@ -44,13 +44,7 @@ from unicl_fast.distributed.ranks import (
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
-from unicl_fast.evaluation.requests import (
-    EncodingEvaluation,
-    Evaluation,
-    FrozenFeatures,
-    Layer,
-    Metric,
-)
+from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric, RankedCommand
 from unicl_fast.models.precision import (
     Precision,
     normalise_images,
@@ -66,6 +60,7 @@ from unicl_fast.training.data import resolve_decode_device, with_threads
 
 logger = logging.getLogger(__name__)
 
+_ALONE = Ranks()
 _ROWS_AT_ONCE = 8192
 """Rows that each rank sends in one collective: 25 MB of 768 numbers."""
 _SPLIT, _SHOTS, _FOLDS = 1, 2, 3
@@ -162,24 +157,28 @@ class ModelOnRanks:
 
 
 @contextlib.contextmanager
-def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
-    """The model of a command on its device; its ranks share the work.
-
-    Convolutions have the memory format that they were trained with.
-    """
+def model_on_ranks(command: RankedCommand) -> Iterator[ModelOnRanks]:
+    """The model of a command on its device; its ranks share the work."""
     device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        model = load_model(command.checkpoint, weights=command.weights).to(device)
-        config = resolve_precision(model.config, device, ranks=ranks)
-        model.config = resolve_decode_device(config, device, ranks)
-        set_device_arithmetic(model.config.efficiency, device)
-        if model.config.efficiency.channels_last:
-            model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1
+        model = load_model(command.checkpoint, weights=command.weights)
+        on_device(model, device, ranks)
+        model.config = resolve_decode_device(model.config, device, ranks)
+        batch_size = getattr(command, "batch_size", 1)
         yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=shows_progress(ranks))
+
+
+def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniCL:
+    """Moves a model to a device, with the arithmetic and the memory format it was trained with."""
+    model.to(device)
+    model.config = resolve_precision(model.config, device, ranks=ranks)
+    set_device_arithmetic(model.config.efficiency, device)
+    if model.config.efficiency.channels_last:
+        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def shows_progress(ranks: Ranks) -> bool:

@@ -52,21 +52,14 @@ def check_options(command: object) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(abc.ABC):
-    """The options of all evaluations."""
+class ModelCommand(abc.ABC):
+    """The options of all commands."""
 
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
     unicl-convert official or hf wrote."""
-    json: Path | None = None
-    """Also write all numbers into this file."""
-    markdown: Path | None = None
-    """Also write the table into this file, as Markdown."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
-    nproc: Number = 1
-    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
-    images, each of which is counted once."""
     device: DeviceName = "auto"
     """Device that runs the model."""
 
@@ -85,7 +78,26 @@ class Evaluation(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> None:
-        """Evaluates on all ranks; rank 0 prints and writes."""
+        """Does it on all ranks; rank 0 prints and writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedCommand(ModelCommand):
+    """The options of commands that several ranks share."""
+
+    nproc: Number = 1
+    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
+    images, each of which is counted once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(RankedCommand):
+    """The options of all evaluations."""
+
+    json: Path | None = None
+    """Also write all numbers into this file."""
+    markdown: Path | None = None
+    """Also write the table into this file, as Markdown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -414,11 +426,108 @@ class Detect(DetectorRecipe, Evaluation):
         detection.run(self)
 
 
-COMMANDS: dict[str, type[Evaluation]] = {
+@dataclass(frozen=True, kw_only=True)
+class Use(RankedCommand):
+    """The options of commands that use a model on images without judging it."""
+
+    data: str
+    """Images: a packed data set (a folder or a URL), a folder of them, or whatever else unicl-pack
+    reads. What cannot be read is named and left out."""
+    batch_size: Number = 256
+    """Images encoded at once by each rank."""
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.data import check_data
+
+        super().check()
+        check_data(self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Use):
+    """Names the images of a folder by classes that you type; prints a line for each image.
+
+    Example: unicl-eval classify --checkpoint runs/first --data photos/ --classes cat dog
+    """
+
+    classes: tuple[str, ...]
+    """Two or more class names in words, or one file with a name a line."""
+    templates: str = "simple"
+    """Prompt templates: a file with one a line, imagenet, simple, or clip-benchmark:KEY."""
+    top: Number = 3
+    """Classes that are given for an image, the most probable first."""
+    out: Path | None = None
+    """File for the answers: .jsonl, with a line for each image; else they are printed."""
+
+    def check(self) -> None:
+        super().check()
+        if self.out is not None:
+            refuse_other_kinds(self.out, (".jsonl",))
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import using
+
+        using.run_classify(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Use):
+    """Writes the features of images into one file, for search, clustering or another model.
+
+    Example: unicl-eval embed --checkpoint runs/first --data photos/ --out features.parquet
+    """
+
+    out: Path
+    """.npy for an array [images, width] in the data set's order, or .parquet with a row for each
+    image: its source, its name there, its labels, its feature (pip install
+    'unicl_fast[sources]')."""
+    layer: Layer = "projection"
+    """projection: unit-norm features to compare with those of texts; encoder: what comes before."""
+
+    def check(self) -> None:
+        super().check()
+        refuse_other_kinds(self.out, (".npy", ".parquet"))
+        if self.out.suffix == ".parquet":
+            import pyarrow  # noqa: F401
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import using
+
+        using.run_embed(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ModelCommand):
+    """Opens a page on this machine where images are tried against classes that you type.
+
+    Nothing is sent anywhere: the page and the model are reached from this machine alone.
+    """
+
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    """Port of the page; 0 takes a free one."""
+    classes: tuple[str, ...] = ("cat", "dog", "bird")
+    """Classes that the page begins with."""
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import serving
+
+        serving.run(self)
+
+
+def refuse_other_kinds(path: Path, endings: tuple[str, ...]) -> None:
+    """Refuses (ValueError) a file to write whose ending names no known format."""
+    if path.suffix not in endings:
+        raise ValueError(f"--out must end in {' or '.join(endings)}, not {path.name}")
+
+
+COMMANDS: dict[str, type[ModelCommand]] = {
     "zero-shot": ZeroShot,
     "linear-probe": LinearProbe,
     "knn": Knn,
     "finetune": Finetune,
     "detect": Detect,
     "retrieval": Retrieval,
+    "classify": Classify,
+    "embed": Embed,
+    "serve": Serve,
 }

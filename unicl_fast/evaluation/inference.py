@@ -1,0 +1,240 @@
+"""A trained model for use: images by path, Pillow image or array, texts as they are written.
+
+    model = unicl_fast.load_model("runs/first")
+    model.classify(["cat.jpg"], ["cat", "dog"])  # [{"cat": 0.97, "dog": 0.03}]
+    model.embed_images(["cat.jpg"]) @ model.embed_texts(["a photo of a cat"]).T
+
+Images are prepared as evaluations prepare them, by the same kernel and with the run's own sizes;
+Pillow decodes, so that neither a packed data set nor DALI is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from unicl_fast.checkpoints import load
+from unicl_fast.checkpoints.load import Weights
+from unicl_fast.evaluation.features import (
+    encode_images,
+    encode_token_rows,
+    on_device,
+    require_text_encoder,
+)
+from unicl_fast.evaluation.zero_shot import zero_shot_classifier
+from unicl_fast.images.codec import MAX_PIXELS, ImageError, open_image, pillow_limits, pixels_of
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.kernels.resample import resample_region
+from unicl_fast.pipelines.plan.crop import central_windows
+from unicl_fast.system.machine import choose_device
+from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
+from unicl_fast.text.tokenizer import Tokenizer
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
+
+
+def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
+    """Loads a trained model for use.
+
+    Args:
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, or an export.
+        weights: "ema" takes the moving average of the weights, "model" those of the last step,
+            "auto" the average where there is one.
+        device: auto, cpu or cuda.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: damaged, without the average that was asked for, or no such device.
+    """
+    return Model(on_device(load.load_model(path, weights=weights), choose_device(device)))
+
+
+class Model:
+    """A model in evaluation mode, on its device."""
+
+    def __init__(self, encoders: UniCL) -> None:
+        """Takes any UniCL where it is, such as a trainer's; it gets into evaluation mode."""
+        self.encoders = encoders.eval()
+        """The module itself, for all that is not offered here."""
+
+    def classify(
+        self,
+        images: Sequence[ImageLike],
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = SIMPLE_TEMPLATES,
+        top: int = 5,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> list[dict[str, float]]:
+        """Names each image by the class whose prompts it is most similar to.
+
+        Args:
+            images: paths, Pillow images, or arrays uint8 [h w], [h w 1] or [h w 3].
+            class_names: two or more, in words, each once.
+            templates: prompts with one "{}" for the name; several are averaged.
+            top: the number of classes that are given for an image.
+            batch_size: images that are encoded at once.
+            progress: shows a bar where there is more than one batch.
+
+        Returns:
+            For each image its most probable classes with their probabilities over all classes,
+            falling.
+
+        Raises:
+            ValueError: the model has no text encoder; an image cannot be read (an ImageError, which
+                names it); names or templates cannot be used.
+            FileNotFoundError: no such image.
+        """
+        self.require_classes(class_names)
+        features = self._encode(images, batch_size=batch_size, progress=progress)
+        return self.rank_classes(features, class_names, templates=templates, top=top)
+
+    def require_classes(self, class_names: Sequence[str]) -> None:
+        """Refuses (ValueError) names that cannot be told apart, and a model without texts."""
+        names = [class_names] if isinstance(class_names, str) else list(class_names)
+        if len(names) < 2 or len(set(names)) < len(names) or not all(map(str.strip, names)):
+            raise ValueError(f"two or more class names are needed, each once; {names} came")
+        require_text_encoder(self.encoders, "classify")
+
+    @torch.no_grad()
+    def rank_classes(
+        self,
+        features: Float[Tensor, "n d"],
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = SIMPLE_TEMPLATES,
+        top: int = 5,
+    ) -> list[dict[str, float]]:
+        """As `classify`, from features of unit norm."""
+        self.require_classes(class_names)
+        names = list(class_names)
+        classifier = zero_shot_classifier(
+            self.encoders,
+            class_names=names,
+            templates=check_templates(tuple(templates), origin="templates"),
+        )
+        features = features.to(classifier.device, classifier.dtype)
+        scores = self.encoders.logit_scale.exp() * features @ classifier.T
+        values, places = scores.float().softmax(dim=-1).cpu().topk(min(top, len(names)), dim=-1)
+        return [
+            {names[place]: value for value, place in zip(row, where, strict=True)}
+            for row, where in zip(values.tolist(), places.tolist(), strict=True)
+        ]
+
+    def embed_images(
+        self, images: Sequence[ImageLike], *, batch_size: int = 64, progress: bool = True
+    ) -> Float[np.ndarray, "n d"]:
+        """Encodes images.
+
+        Arguments and errors are those of `classify`.
+
+        Returns:
+            Features of unit norm in float32, in the order given; under cross-entropy those of the
+            image encoder and a 1.
+        """
+        return self._encode(images, batch_size=batch_size, progress=progress).numpy()
+
+    def embed_texts(
+        self, texts: Sequence[str], *, batch_size: int = 512, progress: bool = True
+    ) -> Float[np.ndarray, "m d"]:
+        """Encodes texts; those longer than the model's context are cut, as in training.
+
+        Returns:
+            Features of unit norm in float32, in the order given.
+
+        Raises:
+            ValueError: the model has no text encoder, or there are no texts.
+        """
+        if isinstance(texts, str):
+            raise ValueError("texts takes a list of texts: [text] for one")
+        require_text_encoder(self.encoders, "embed_texts")
+        rows = Tokenizer(self.encoders.config.model.context_length).encode(list(texts))
+        features = encode_token_rows(
+            self.encoders, rows, batch_size=batch_size, progress=progress and len(rows) > batch_size
+        )
+        return features.float().cpu().numpy()
+
+    def prepare(self, image: ImageLike) -> NDArray[np.uint8]:
+        """Decodes an image and cuts the part that the model sees: uint8 [size size 3].
+
+        Raises:
+            ImageError: it cannot be read, or is too large.
+            FileNotFoundError: no such image.
+        """
+        data = self.encoders.config.data
+        pixels = _pixels(image)
+        height, width = pixels.shape[:2]
+        (start,), (end,) = central_windows(
+            np.array([height]), np.array([width]), resize=data.evaluation_resize,
+            crop=data.image_size,
+        )  # fmt: skip
+        crop = np.empty((data.image_size, data.image_size, 3), np.uint8)
+        whole = np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3)))
+        cubic = data.interpolation == "bicubic"
+        resample_region(
+            crop,
+            whole,
+            float(start[0]),
+            float(end[0]),
+            float(start[1]),
+            float(end[1]),
+            False,
+            cubic,
+        )
+        return crop
+
+    def _encode(
+        self, images: Sequence[ImageLike], *, batch_size: int, progress: bool
+    ) -> Float[Tensor, "n d"]:
+        if isinstance(images, (str, os.PathLike)) or not len(images):
+            raise ValueError("images takes a list of paths, Pillow images or arrays, at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, not {batch_size}")
+        rows = []
+        shown = progress and len(images) > batch_size
+        with tqdm(total=len(images), unit=" images", disable=not shown) as bar:
+            for start in range(0, len(images), batch_size):
+                prepared = [self.prepare(image) for image in images[start : start + batch_size]]
+                batch = torch.from_numpy(np.stack(prepared))
+                rows.append(encode_images(self.encoders, batch).float().cpu())
+                bar.update(len(batch))
+        return torch.cat(rows)
+
+
+def _pixels(image: ImageLike) -> NDArray[np.uint8]:
+    """The pixels of an image, upright: uint8 [h w 1] or [h w 3]."""
+    if isinstance(image, np.ndarray):
+        pixels = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+            raise ImageError(
+                "unsupported",
+                "an array must be uint8 [h w], [h w 1] or [h w 3] (a crop of what Pillow gives), "
+                f"not {image.dtype} {list(image.shape)}",
+            )
+        if not pixels.size:
+            raise ImageError("damaged", f"the array {list(image.shape)} has no pixels")
+        return pixels
+    if isinstance(image, Image.Image):
+        return pixels_of(image)
+    with _naming(image), pillow_limits(MAX_PIXELS):
+        return pixels_of(open_image(Path(image).read_bytes()))
+
+
+@contextlib.contextmanager
+def _naming(image: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(error.kind, f"{os.fspath(image)}: {error}") from error

@@ -1,0 +1,103 @@
+"""A trained model on the images of a data set or folder: class names, or features in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import Description, SampleReader
+from unicl_fast.evaluation.data import open_data
+from unicl_fast.evaluation.features import model_on_ranks
+from unicl_fast.evaluation.inference import Model
+from unicl_fast.evaluation.requests import Classify, Embed, Layer, Use
+from unicl_fast.system.atomic_files import replacing, write_text_atomically
+from unicl_fast.system.wording import count_of
+from unicl_fast.text.class_lists import read_class_names, read_templates
+
+
+def run_classify(command: Classify) -> None:
+    """Prints or writes the most probable classes of each image, on rank 0."""
+    names: Sequence[str] = command.classes
+    if len(names) == 1:
+        names = read_class_names(names[0])
+    templates = read_templates(command.templates)
+    with _features(command, layer="projection", names=names) as (model, dataset, features):
+        if features is None:
+            return
+        found = model.rank_classes(features, names, templates=templates, top=command.top)
+        descriptions = list(_descriptions(dataset))
+    if command.out is None:
+        for answer, description in zip(found, descriptions, strict=True):
+            classes = ", ".join(f"{name} {value:.1%}" for name, value in answer.items())
+            print(f"{description.name}: {classes}")
+        return
+    rows = (
+        {"source": description.source, "name": description.name, "classes": answer}
+        for answer, description in zip(found, descriptions, strict=True)
+    )
+    write_text_atomically(
+        command.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
+    print(f"{command.out}: {count_of(len(found), 'image')}")
+
+
+def run_embed(command: Embed) -> None:
+    """Writes the features of all images, on rank 0."""
+    with _features(command, layer=command.layer) as (_, dataset, features):
+        if features is None:
+            return
+        rows = features.float().numpy()
+        if command.out.suffix == ".npy":
+            with replacing(command.out) as partial, partial.open("wb") as file:
+                np.save(file, rows)
+        else:
+            _write_parquet(command, dataset, rows)
+    print(f"{command.out}: {count_of(len(rows), 'image')}, {rows.shape[1]} numbers each")
+
+
+@contextlib.contextmanager
+def _features(
+    command: Use, *, layer: Layer, names: Sequence[str] | None = None
+) -> Iterator[tuple[Model, PackedDataset, Float[Tensor, "n d"] | None]]:
+    """The model, the data set, and on rank 0 the features of all its images."""
+    with model_on_ranks(command) as on_ranks:
+        model = Model(on_ranks.model)
+        if names is not None:
+            model.require_classes(names)  # before images are encoded
+        with open_data(command.data, ranks=on_ranks.ranks) as data:
+            features = on_ranks.features(data.dataset, layer=layer)
+            yield model, data.dataset, features
+            refused = data.dataset.manifest.num_quarantined
+            if on_ranks.ranks.is_main and refused:
+                print(f"refused when packing, and left out: {count_of(refused, 'file')}")
+
+
+def _descriptions(dataset: PackedDataset) -> Iterator[Description]:
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for index in range(len(dataset)):
+            yield reader.read_description(index)
+
+
+def _write_parquet(command: Embed, dataset: PackedDataset, rows: Float[np.ndarray, "n d"]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    described = list(_descriptions(dataset))
+    names = dataset.manifest.class_names
+    features = pyarrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
+    table = pyarrow.table(
+        {
+            "source": [one.source for one in described],
+            "name": [one.name for one in described],
+            "labels": [[names[label] for label in one.labels] for one in described],
+            "feature": features,
+        }
+    )
+    with replacing(command.out) as partial:
+        pyarrow.parquet.write_table(table, partial)
