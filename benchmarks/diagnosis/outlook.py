@@ -50,11 +50,8 @@ def longer_steps(
     seconds = measured.step.wall * batch
     alone = Compute.split(seconds, size, local_batch=batch, num_texts=batch)
     on_gpus = measured.device == "cuda"
-    network = (
-        Nccl(link_gbit=network_gbit)
-        if on_gpus
-        else Gloo(link_mbit=1000 * network_gbit, hop_us=Nccl.host_hop_us)
-    )
+    nccl = Nccl(link_gbit=network_gbit)
+    gloo = Gloo(link_mbit=1000 * network_gbit, hop_us=nccl.host_hop_us)
 
     def step_on(ranks: int) -> float:
         grown = alone.with_columns(
@@ -62,7 +59,12 @@ def longer_steps(
             rate=size.step_operations(batch, batch) / seconds,
         )  # fmt: skip
         return simulate(
-            grown, size, network, world_size=ranks, num_texts=batch, host_ahead=on_gpus
+            grown,
+            size,
+            nccl if on_gpus else gloo,
+            world_size=ranks,
+            num_texts=batch,
+            host_ahead=on_gpus,
         ).seconds
 
     now = step_on(measured.world_size)

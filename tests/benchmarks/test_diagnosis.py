@@ -213,9 +213,10 @@ def test_a_plan_has_hours_and_prices() -> None:
     assert eight.checkpoint_steps < one.checkpoint_steps
 
 
-def test_a_plan_counts_communication_where_the_network_is_stated() -> None:
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_plan_counts_communication_where_the_network_is_stated(device: str) -> None:
     config = objective_config("unicl")
-    bound = measured(loader=cost(0.1))  # by the step
+    bound = measured(loader=cost(0.1), device=device)  # by the step
     plans = {}
     for gbit in (0.001, 1e9):
         longer = outlook.longer_steps(config, bound, network_gbit=gbit)
