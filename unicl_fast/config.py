@@ -39,6 +39,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 LossForm = Literal["auto", "dense", "tiled", "triton"]
 Compilation = Literal["auto", "off", "blocks", "encoders"]
 WindowAttention = Literal["auto", "triton", "timm"]
@@ -389,6 +390,9 @@ class RunConfig:
     """Length of the run in optimizer steps, instead of samples."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers that get those lines too: tensorboard, wandb, trackio, mlflow. Projects and servers
+    are set by environment variables of theirs, such as WANDB_MODE or MLFLOW_TRACKING_URI."""
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
     device: DeviceName = "auto"

@@ -22,6 +22,16 @@ from unicl_fast.system.checksums import (
     read_checksums,
 )
 
+HOSTILE = (
+    "pay $5 or $6",
+    "$\\frac{$",
+    "$$",
+    "a_b^c \\alpha \\",
+    "<b> & % {} {0} %s",
+    "\N{PILE OF POO}\N{RIGHT-TO-LEFT OVERRIDE}\u0000",
+)
+"""Names of classes and data sets that some program would take for a command."""
+
 
 @contextlib.contextmanager
 def limited_files(num_bytes: int) -> Iterator[None]:

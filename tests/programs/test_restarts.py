@@ -138,6 +138,33 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     wait_until_gone(out)
 
 
+def test_an_mlflow_run_has_one_curve_after_three_kills(
+    data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    client = MlflowClient()
+    client.search_experiments()  # makes the database
+    out = tmp_path / "run"
+    arguments = [*FP64, *sources(data), "--out", out, "--run.trackers", "mlflow"]
+    for step in (6, 15, 27):
+        process = start(*arguments, "--resume", "auto")
+        wait_for_step(out, step, process)
+        process.kill()
+        process.communicate()
+    process = start(*arguments, "--resume", "auto")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    (experiment,) = [one for one in client.search_experiments() if one.name == "unicl_fast"]
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    curve = client.get_metric_history(tracked.info.run_id, "loss")
+    assert [one.step for one in curve] == list(range(1, STEPS_OF_A_RUN + 1))
+    assert [one.value for one in curve] == pytest.approx(losses(unbroken), rel=1e-9)
+
+
 @pytest.mark.slow
 def test_a_run_that_dies_before_its_first_checkpoint_starts_anew(
     data: Path, unbroken: Path, tmp_path: Path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import HOSTILE
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from small_runs import StepLoader, tiny_config
@@ -21,15 +22,6 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
 from unicl_fast.training.trainer import Trainer
-
-HOSTILE = (
-    "pay $5 or $6",
-    "$\\frac{$",
-    "$$",
-    "a_b^c \\alpha \\",
-    "<b> & % {} {0} %s",
-    "\N{PILE OF POO}\N{RIGHT-TO-LEFT OVERRIDE}\u0000",
-)
 
 
 @pytest.fixture
@@ -64,7 +56,7 @@ def test_a_contact_sheet_shows_any_text(
     assert "pay $ 5 or $ 6" in drawn
 
 
-def test_curves_metrics_and_tensorboard_take_any_name_of_a_data_set(
+def test_curves_and_metrics_take_any_name_of_a_data_set(
     tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     keys = [f"zero_shot/{name}/top1" for name in (*HOSTILE, "line\nbreak", "\udcff")]
@@ -117,22 +109,6 @@ def test_a_confusion_matrix_that_cannot_be_drawn_ends_nothing(
     counts.add([[0]], [[1]])
     draw_confusion(counts.result(what="test"), ["a", "b"], tmp_path, "set", title="set")
     assert "NO FIGURE" in caplog.text
-
-
-def test_a_tracker_that_fails_in_any_way_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As a protobuf of another version does when TensorBoard is imported or writes."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise TypeError("Descriptors cannot be created directly")
-
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", fail)
-    metrics = MetricsWriter(tmp_path, start_step=0)
-    metrics.write({"step": 1, "loss": 2.0})
-    metrics.close()
-    assert "NO MORE TensorBoard files: Descriptors" in caplog.text
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
 def test_a_log_on_a_full_disk_ends_nothing(

@@ -16,6 +16,7 @@ from small_runs import global_batch, tiny_config
 from unicl_fast.batch import ListLoader
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
+from unicl_fast.training.trackers import Trackers
 from unicl_fast.training.trainer import Trainer
 
 
@@ -23,13 +24,16 @@ from unicl_fast.training.trainer import Trainer
 def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
+    trackers = Trackers(
+        ["tensorboard"], tmp_path, run_id="a", config={}, start_step=0, lines=[]
+    )  # fmt: skip
+    with contextlib.closing(MetricsWriter(tmp_path, trackers=trackers)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
         size = (tmp_path / "metrics.jsonl").stat().st_size
         step, deadline = 2, time.monotonic() + 60
         with limited_files(size + 5):  # half of the next line would fit
             # until TensorBoard's thread has met the limit too
-            while "NO MORE TensorBoard files" not in caplog.text and time.monotonic() < deadline:
+            while "NO MORE LINES to tensorboard" not in caplog.text and time.monotonic() < deadline:
                 metrics.write({"step": step, "loss": 3.0})
                 step += 1
                 time.sleep(0.02)
@@ -37,7 +41,7 @@ def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, step]
     assert caplog.text.count("NO LINE of step") == 1
     assert f"is written again, from step {step} on" in caplog.text
-    assert caplog.text.count("NO MORE TensorBoard files") == 1
+    assert caplog.text.count("NO MORE LINES to tensorboard") == 1
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])

@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl with stable keys, TensorBoard, and what is averaged between.
+"""The numbers of a run: metrics.jsonl with stable keys, and what is averaged between its lines.
 
 Only rank 0 writes. Tensors are kept as they are until a logging step reads them, so that no other
 step waits for the device. A disk that fails costs lines, not the run.
@@ -7,15 +7,13 @@ step waits for the device. A disk that fails costs lines, not the run.
 from __future__ import annotations
 
 import collections
-import contextlib
 import io
 import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,13 +24,13 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_to_rank_0, sum_integers
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
-from unicl_fast.system.wording import encodable, shorten
+from unicl_fast.system.wording import shorten
 from unicl_fast.training.step_clock import NO_TRAINING, StepClock
-
-if TYPE_CHECKING:  # slow to import, and rank 0's alone
-    from torch.utils.tensorboard import SummaryWriter
+from unicl_fast.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
 
 _RECENT_SUMMARIES = 20
 """Summaries whose steps tell how long the next ones will take."""
@@ -175,19 +173,21 @@ class DatasetMeter:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard files of a run folder.
+    """Appends to `metrics.jsonl` of a run folder, and hands each line to the run's trackers.
 
-    What cannot be written is reported once and left out. Lines of metrics.jsonl continue when the
-    disk does (in a new file, where the folder has gone); TensorBoard's files end there.
+    What cannot be written is reported once and left out. Lines continue when the disk does (in a
+    new file, where the folder has gone).
     """
 
-    def __init__(self, run_folder: Path, *, start_step: int = 0) -> None:
-        """Opens the files; lines of steps after `start_step` are of a run that was cut off.
+    def __init__(
+        self, run_folder: Path, *, start_step: int = 0, trackers: Trackers | None = None
+    ) -> None:
+        """Opens the file; lines of steps after `start_step` are of a run that was cut off.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        self._path = run_folder / "metrics.jsonl"
+        self._path = run_folder / METRICS_NAME
         if self._path.is_file():
             lines = [
                 json.dumps(line) + "\n"
@@ -197,13 +197,7 @@ class MetricsWriter:
             write_text_atomically(self._path, "".join(lines))
         self._open()
         self._fails = False
-        self._tensorboard: SummaryWriter | None = None
-        with self._tensorboard_or_none():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(
-                str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-            )
+        self._trackers = trackers
 
     def write(self, values: Mapping[str, float]) -> None:
         """Writes one line; `step` is among the values."""
@@ -221,11 +215,8 @@ class MetricsWriter:
             if self._fails:
                 logger.warning("%s is written again, from step %d on", self._path, step)
             self._fails = False
-        with self._tensorboard_or_none() as tensorboard:
-            if tensorboard is not None:
-                for name, value in values.items():
-                    if name != "step":
-                        tensorboard.add_scalar(encodable(name), value, global_step=step)
+        if self._trackers is not None:
+            self._trackers.log(values)
 
     def _open(self) -> None:
         # unbuffered: what is refused does not come back later
@@ -250,20 +241,11 @@ class MetricsWriter:
             self._file.truncate(size)
             raise
 
-    @contextlib.contextmanager
-    def _tensorboard_or_none(self) -> Iterator[SummaryWriter | None]:
-        try:
-            yield self._tensorboard
-        except Exception as error:  # of the disk, a thread that died of it, protobuf's versions
-            logger.error("NO MORE TensorBoard files: %s; training continues", error)
-            self._tensorboard = None
-
     def close(self) -> None:
-        """Closes the files; what TensorBoard could not write is logged, not raised."""
+        """Closes the file and the trackers."""
         self._file.close()
-        with self._tensorboard_or_none() as tensorboard:
-            if tensorboard is not None:
-                tensorboard.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
@@ -271,7 +253,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
 
     A last line that was cut off is left out too: the run was ended there.
     """
-    path = run_folder / "metrics.jsonl"
+    path = run_folder / METRICS_NAME
     *lines, cut_off = path.read_bytes().split(b"\n")
     found = [_parse_line(line) for line in lines]
     damaged = [number for number, values in enumerate(found) if values is None]

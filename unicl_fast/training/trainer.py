@@ -29,7 +29,7 @@ from unicl_fast.checkpoints.state import (
     restore_checkpoint,
 )
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
@@ -65,7 +65,13 @@ from unicl_fast.training.cached_gradients import (
 )
 from unicl_fast.training.global_loss import global_loss, shown_indices
 from unicl_fast.training.limits import BatchNormBackup, NonfiniteSteps, ReplacedSamples
-from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, StepMeter, read_metrics
+from unicl_fast.training.metrics import (
+    METRICS_NAME,
+    DatasetMeter,
+    MetricsWriter,
+    StepMeter,
+    read_metrics,
+)
 from unicl_fast.training.mfu import Utilisation
 from unicl_fast.training.optim import (
     build_optimizer,
@@ -77,6 +83,7 @@ from unicl_fast.training.optim import (
 from unicl_fast.training.parallel import Parallel
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
 from unicl_fast.training.step_clock import Part, StepClock
+from unicl_fast.training.trackers import Trackers, require_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +160,7 @@ class Trainer:
         for resolve in (resolve_compilation, resolve_window_attention):
             config = resolve(config, self.model, self.device, ranks=self.ranks)
         check_sharding(config)  # of what `auto` has become
+        require_trackers(config.run.trackers)
         self.config = self.model.config = config
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self._reading = reading
@@ -379,7 +387,15 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if folder is not None and self.ranks.is_main:
                 make_folder(folder)
-                metrics = MetricsWriter(folder, start_step=self.step)
+                trackers = Trackers(
+                    self.config.run.trackers,
+                    folder,
+                    run_id=self.run_id,
+                    config=config_to_dict(self.config),
+                    start_step=self.step,
+                    lines=read_metrics(folder) if (folder / METRICS_NAME).is_file() else [],
+                )
+                metrics = MetricsWriter(folder, start_step=self.step, trackers=trackers)
                 stack.callback(metrics.close)
                 lines = read_metrics(folder)
             bar = stack.enter_context(

@@ -1,0 +1,320 @@
+"""Trackers get each line once, over all starts of a run, and none of them can harm it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import HOSTILE
+from PIL import Image
+from small_runs import StepLoader, tiny_config
+
+from unicl_fast.training import trackers as trackers_module
+from unicl_fast.training.metrics import METRICS_NAME, MetricsWriter, read_metrics
+from unicl_fast.training.trackers import STATE_NAME, Trackers, require_trackers
+from unicl_fast.training.trainer import Trainer
+
+Curves = dict[str, list[tuple[int, float]]]
+RUN_ID = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty one, which takes MLflow seconds to make."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each package's own local back end."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read once in a process
+    monkeypatch.setenv("TRACKIO_PROJECT", tmp_path.name)
+    monkeypatch.chdir(tmp_path)  # MLflow puts artifacts there
+
+
+def begin(folder: Path, *names: Any, start_step: int = 0) -> MetricsWriter:
+    """As a trainer does at each start."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
+    trackers = Trackers(
+        names, folder, run_id=RUN_ID, config={"run": {"seed": 1}}, start_step=start_step,
+        lines=lines,
+    )  # fmt: skip
+    return MetricsWriter(folder, start_step=start_step, trackers=trackers)
+
+
+class Recorder:
+    """A tracker that remembers."""
+
+    logged: list[tuple[int, dict[str, float]]]
+    uploaded: list[Path]
+
+    def __init__(self) -> None:
+        self.logged, self.uploaded = [], []
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        self.logged.append((step, dict(values)))
+
+    def upload(self, image: Path) -> None:
+        self.uploaded.append(image)
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(trackers_module, "WeightsAndBiases", lambda *_, **__: recorder)
+    return recorder
+
+
+def test_steps_that_are_done_again_are_not_sent_again(tmp_path: Path, recorder: Recorder) -> None:
+    """Killed after step 6, resumed from 4, killed after 5, resumed from 2."""
+    for start, end in ((0, 6), (4, 5), (2, 8)):
+        with contextlib.closing(begin(tmp_path, "wandb", start_step=start)) as metrics:
+            for step in range(start + 1, end + 1):
+                metrics.write({"step": step, "loss": step / 10})
+                if step == 6 and start:  # the kill came before it was evaluated
+                    metrics.write({"step": step, "top1": 0.5})
+    expected = [(step, {"loss": step / 10}) for step in range(1, 7)] + [(6, {"top1": 0.5})]
+    assert recorder.logged == expected + [(step, {"loss": step / 10}) for step in (7, 8)]
+
+
+def test_another_run_in_the_folder_begins_anew(tmp_path: Path, recorder: Recorder) -> None:
+    state = {"run_id": "another", "names": {"wandb": "x"}, "sent": {"loss": 50}}
+    (tmp_path / STATE_NAME).write_text(json.dumps(state))
+    with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
+        metrics.write({"step": 1, "loss": 1.0})
+    assert recorder.logged == [(1, {"loss": 1.0})]
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"run_id": 1}', f'{{"run_id": "{RUN_ID}"}}'])
+def test_a_damaged_state_is_named_and_left_out(
+    tmp_path: Path, recorder: Recorder, damaged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / STATE_NAME).write_text(damaged)
+    with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
+        metrics.write({"step": 1, "loss": 1.0})
+    assert recorder.logged == [(1, {"loss": 1.0})]
+    assert ("is left out" in caplog.text) == (damaged != '{"run_id": 1}')
+
+
+def test_the_first_line_brings_the_contact_sheet(tmp_path: Path, recorder: Recorder) -> None:
+    sheet = tmp_path / "contact-sheet.png"
+    Image.new("RGB", (8, 8)).save(sheet)
+    for start in (0, 2):
+        with contextlib.closing(begin(tmp_path, "wandb", start_step=start)) as metrics:
+            for step in (start + 1, start + 2):
+                metrics.write({"step": step, "loss": 1.0})
+    assert recorder.uploaded == [sheet]
+
+
+# Faults.
+
+
+def test_a_tracker_that_fails_in_any_way_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a protobuf of another version does when TensorBoard is imported or writes."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", fail)
+    with contextlib.closing(begin(tmp_path, "tensorboard")) as metrics:
+        metrics.write({"step": 1, "loss": 2.0})
+    assert "NO MORE LINES to tensorboard: TypeError('Descriptors" in caplog.text
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_tracker_that_hangs_keeps_no_step_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hanging(Recorder):
+        def log(self, values: Mapping[str, float], *, step: int) -> None:
+            time.sleep(30)
+
+    monkeypatch.setattr(trackers_module, "WeightsAndBiases", lambda *_, **__: Hanging())
+    monkeypatch.setattr(trackers_module, "_SECONDS_TO_CLOSE", 0.2)
+    monkeypatch.setattr(trackers_module, "_MOST_WAITING", 5)
+    started = time.monotonic()
+    with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
+        for step in range(1, 20):
+            metrics.write({"step": step, "loss": 1.0})
+    assert time.monotonic() - started < 10
+    assert "wandb does not keep up" in caplog.text
+    assert "wandb has not taken the last" in caplog.text
+    assert len(read_metrics(tmp_path)) == 19
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers_module, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install wandb, or 'unicl_fast\[trackers\]'"):
+        require_trackers(["wandb"])
+
+
+# The packages themselves.
+
+
+def curves_of_tensorboard(folder: Path) -> Curves:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def curves_of_mlflow(folder: Path) -> Curves:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "config.json", "contact-sheet.png",
+    }  # fmt: skip
+    return {
+        name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+def curves_of_trackio(folder: Path) -> Curves:
+    from trackio import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs(folder.name)
+    found: Curves = {}
+    for row in SQLiteStorage.get_logs(folder.name, name):
+        for key, value in row.items():
+            if key not in ("step", "timestamp") and isinstance(value, float):
+                found.setdefault(key, []).append((row["step"], value))
+    return found
+
+
+def curves_of_wandb(folder: Path) -> Curves:
+    from wandb.proto import wandb_internal_pb2
+
+    found: Curves = {}
+    for path in sorted(folder.glob(f"wandb/offline-run-*-{RUN_ID}*/run-{RUN_ID}.wandb")):
+        for data in records_of(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") != "history":
+                continue
+            for item in record.history.item:
+                name = item.key or "/".join(item.nested_key)
+                if not name.startswith("_") and "contact-sheet" not in name:
+                    step = record.history.step.num
+                    found.setdefault(name, []).append((step, json.loads(item.value_json)))
+    return found
+
+
+def records_of(log: bytes) -> Iterator[bytes]:
+    """The records of LevelDB's log format: blocks of 32 KiB, after the file's header in the first.
+
+    A record's parts have a header each: checksum, length, and 1 for whole, 2 first, 3 middle, 4
+    last.
+    """
+    place, whole = 7, b""
+    while place + 7 <= len(log):
+        if (1 << 15) - place % (1 << 15) < 7:
+            place += (1 << 15) - place % (1 << 15)
+            continue
+        _, length, kind = struct.unpack_from("<IHB", log, place)
+        whole = (b"" if kind in (1, 2) else whole) + log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield whole
+
+
+READ: dict[str, Callable[[Path], Curves]] = {
+    "tensorboard": curves_of_tensorboard,
+    "mlflow": curves_of_mlflow,
+    "trackio": curves_of_trackio,
+    "wandb": curves_of_wandb,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_one_curve_is_kept_over_kills_and_resumes(
+    tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    importlib.import_module(name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "contact-sheet.png")
+    for start, end in ((0, 6), (4, 5), (2, 8)):
+        with contextlib.closing(begin(tmp_path, name, start_step=start)) as metrics:
+            for step in range(start + 1, end + 1):
+                metrics.write({"step": step, "loss": step / 8, "seconds/data_wait": 0.5})
+    assert not [record for record in caplog.records if record.name.startswith("unicl_fast")]
+    curves = READ[name](tmp_path)
+    assert curves["loss"] == [(step, step / 8) for step in range(1, 9)]
+    assert [step for step, _ in curves["seconds/data_wait"]] == list(range(1, 9))
+
+
+def test_mlflow_gets_lines_that_a_kill_took_on_their_way(
+    tmp_path: Path, mlflow_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    Image.new("RGB", (8, 8)).save(tmp_path / "contact-sheet.png")
+    with contextlib.closing(begin(tmp_path, "mlflow")) as metrics:
+        metrics.write({"step": 1, "loss": 0.5})
+    with contextlib.closing(MetricsWriter(tmp_path, start_step=1)) as metrics:  # these are lost
+        metrics.write({"step": 2, "loss": 0.25})
+        metrics.write({"step": 2, "top1": 0.75})
+    with contextlib.closing(begin(tmp_path, "mlflow", start_step=1)) as metrics:
+        metrics.write({"step": 2, "loss": 0.25})
+        metrics.write({"step": 3, "loss": 0.125})
+    assert curves_of_mlflow(tmp_path) == {
+        "loss": [(1, 0.5), (2, 0.25), (3, 0.125)],
+        "top1": [(2, 0.75)],
+    }
+
+
+@pytest.mark.parametrize("name", READ)
+def test_any_name_of_a_data_set_is_taken(
+    tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(mlflow_database, tmp_path / "mlflow.db")
+    keys = [f"zero_shot/{one}/top1" for one in (*HOSTILE, "line\nbreak", "\udcff")]
+    with contextlib.closing(begin(tmp_path, name)) as metrics:
+        metrics.write({"step": 1} | dict.fromkeys(keys, 0.5))
+        metrics.write({"step": 2, "loss": 0.5})
+    assert not [record for record in caplog.records if record.name.startswith("unicl_fast")]
+    (tmp_path / "contact-sheet.png").touch()
+    if name != "mlflow":
+        assert READ[name](tmp_path)["loss"] == [(2, 0.5)]
+
+
+def test_a_trainer_sends_its_lines(
+    images: torch.Tensor, tmp_path: Path, recorder: Recorder
+) -> None:
+    config = tiny_config(steps=2)
+    run = dataclasses.replace(config.run, trackers=("wandb",))
+    config = dataclasses.replace(config, run=run)
+    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer.fit()
+    lines = read_metrics(tmp_path)
+    assert [values["loss"] for _, values in recorder.logged] == [line["loss"] for line in lines]
+    state = json.loads((tmp_path / STATE_NAME).read_text())
+    assert state["run_id"] == trainer.run_id
