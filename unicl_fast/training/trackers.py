@@ -324,14 +324,11 @@ class Mlflow:
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         now = round(1000 * time.time())
         named = {_OUTSIDE_MLFLOW.sub("_", name): value for name, value in values.items()}
-        metrics = [
-            self._metric(name, value, now, step)
-            for name, value in named.items()
-            if step > self._known.get(name, 0)
-        ]
-        if metrics:
+        new = {n: value for n, value in named.items() if step > self._known.get(n, 0)}
+        if new:
+            metrics = [self._metric(name, value, now, step) for name, value in new.items()]
             self._client.log_batch(self._run, metrics=metrics)
-        self._known |= dict.fromkeys(named, step)
+            self._known |= dict.fromkeys(new, step)
 
     def upload(self, image: Path) -> None:
         self._client.log_artifact(self._run, str(image))
