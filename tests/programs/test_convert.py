@@ -117,7 +117,7 @@ def test_two_models_are_averaged(
     assert "is there already" in refusal(capsys, "average", trained, trained, out)
     new = tmp_path / "new"
     message = refusal(capsys, "average", trained, trained, new, "--alpha", "1.5")
-    assert "--alpha must be a number in [0, 1], not 1.5" in message
+    assert "--alpha must be a number in 0 to 1, not 1.5" in message
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ Wortsman et al., arXiv 2109.01903: between the two lie models that are better on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
     differences = [
         f"{name} is {shorten(ours.get(name, 'not there'))} in the first and "
         f"{shorten(theirs.get(name, 'not there'))} in the second"
-        for name in sorted(ours.keys() | theirs.keys())
+        for name in ours | theirs
         if ours.get(name) != theirs.get(name)
     ]
     if differences:
@@ -60,8 +59,8 @@ def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
         )
 
 
-def _describe(model: UniCL) -> Mapping[str, Any]:
-    """What two models must have in common, settings before tensors."""
+def _describe(model: UniCL) -> dict[str, Any]:
+    """Describes what two models must have in common, settings before tensors."""
     settings = {name: getattr(model.config.model, name) for name in _ARCHITECTURE}
     settings |= dataclasses.asdict(Preprocessing.of(model.config))
     tensors = {f"tensor {name}": list(one.shape) for name, one in model.state_dict().items()}
