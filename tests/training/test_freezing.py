@@ -28,6 +28,7 @@ def config_of(
     unlock_at_step: int = 0,
     ema_decay: float = 0.0,
     drop_path: float | None = None,
+    every_steps: int = 1,
     **settings: object,
 ) -> TrainConfig:
     config = tiny_config(**settings)
@@ -38,7 +39,7 @@ def config_of(
     if drop_path is not None:
         model = dataclasses.replace(model, drop_path=drop_path)
     run = dataclasses.replace(config.run, check_ranks_every_steps=1)
-    checkpoint = dataclasses.replace(config.checkpoint, every_steps=1)
+    checkpoint = dataclasses.replace(config.checkpoint, every_steps=every_steps)
     return dataclasses.replace(config, optim=optim, model=model, run=run, checkpoint=checkpoint)
 
 
@@ -342,8 +343,9 @@ def assert_close_runs(found: Path, expected: Path) -> None:
 
 @pytest.mark.dist
 def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
-    """Two ranks train as one does, and resume bit for bit; also where they divide the state."""
-    settings = {"unlock_at_step": 1, "steps": 2, "ema_decay": 0.9}
+    """Two ranks train as one does, also where they divide the state, which has one owner."""
+    # without checkpoints in between, for which divided parameters would be put in order
+    settings = {"unlock_at_step": 1, "steps": 2, "every_steps": 0}
     runs = {
         shard: (config_of("image", "text:1", shard=shard, **settings), None)
         for shard in ("off", "optimizer", "full")
@@ -355,6 +357,11 @@ def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) ->
     assert_equal_checkpoints(last["optimizer"], last["off"])
     for run in runs:
         assert_close_runs(tmp_path / run, tmp_path / "alone")
+    states = {
+        run: [torch.load(tmp_path / run / f"{rank}.pt")[0][1] for rank in range(2)] for run in runs
+    }
+    assert sum(states["optimizer"]) == states["off"][0]
+    assert sum(states["full"]) == pytest.approx(states["off"][0], rel=0.01)
 
 
 @pytest.mark.slow
