@@ -52,7 +52,7 @@ _COMMON = {
     "objective": ("name", "mixup", "cutmix"),
     "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length"),
     "optim": ("name", "lr", "lr_batch_size", "warmup_fraction", "weight_decay", "clip_norm",
-              "ema_decay"),
+              "ema_decay", "freeze"),
     "efficiency": ("precision", "micro_batch_size", "compile"),
     "checkpoint": ("every_steps", "keep"),
     "run": ("global_batch_size", "samples", "steps", "seed", "evaluate_every_steps",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,6 +57,7 @@ _FINITE = Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Layers = Annotated[int, Meta(ge=1, le=1024)]
+_FREEZABLE = re.compile(r"(image|text)(:[1-9][0-9]{0,3}|_projection)?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,9 +287,40 @@ class OptimConfig:
     ema_warmup: bool = True
     """Raise the decay to ema_decay as 1 - step ** (-2/3). The first, random weights are soon
     forgotten then; False takes ema_decay from the second step on."""
+    freeze: tuple[str, ...] = ()
+    """Parts that are not trained: image, text, image:K, text:K, image_projection, text_projection.
+    image and text are the encoders, image:6 is the image encoder up to its 6th block. They keep
+    their weights and BatchNorm's averages bit for bit, and take neither gradients nor optimizer
+    state. docs/training.md has recipes."""
+    unlock_at_step: Count = 0
+    """Step from which on frozen parts are trained too; 0: never. So fresh parts can be warmed up
+    first. The schedule of the learning rate stays as it is."""
+    layer_decay: PositiveFraction = 1.0
+    """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
+    The last layers are one below the projections. Layers are timm's groups."""
+    image_rate: Positive = 1.0
+    """Factor of the learning rate of the image encoder, without its projection."""
+    text_rate: Positive = 1.0
+    """Factor of the learning rate of the text encoder, without its projection."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="optim")
+        for entry in self.freeze:
+            require(
+                _FREEZABLE.fullmatch(entry) is not None,
+                "optim.freeze takes image, text, image:K, text:K (K blocks, at least 1), "
+                f"image_projection and text_projection, not {entry!r}",
+            )
+        parts = [entry.partition(":")[0] for entry in self.freeze]
+        require(
+            len(set(parts)) == len(parts),
+            f"optim.freeze names a part twice: {' '.join(self.freeze)}",
+        )
+        require(
+            bool(self.freeze) or not self.unlock_at_step,
+            f"optim.unlock_at_step ({self.unlock_at_step}) trains what is frozen, and optim.freeze "
+            "names nothing",
+        )
         require(
             self.lr_min <= self.lr,
             f"optim.lr_min ({self.lr_min}) must not be larger than optim.lr ({self.lr})",

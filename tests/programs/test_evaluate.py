@@ -19,6 +19,7 @@ from pyarrow import parquet
 from torchvision.datasets import DTD, MNIST
 
 from unicl_fast import load_model
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
@@ -27,7 +28,7 @@ from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
 from unicl_fast.evaluation.requests import Detect, Finetune, Knn
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
-from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools import convert, evaluate, pretrain
 
 pytestmark = pytest.mark.dali
 
@@ -166,6 +167,35 @@ def test_several_data_sets_make_one_table_and_their_images(
     assert rows == ["data set", rows[1], "labels", "pets", "DTD", "mean"]
     for name in ("labels", "pets", "DTD"):
         assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
+
+
+def test_averages_of_two_models_are_evaluated(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run's first checkpoint and its last; the ends are the models themselves."""
+    first, last = list_checkpoints(trained / "checkpoints")
+    sets = ("--data", data / "labels", "--templates", "simple")
+    call(convert, "average", first, last, tmp_path / "half")
+    capsys.readouterr()
+    averages = evaluated(
+        *("zero-shot", trained, "--checkpoint", first, "--average-with", last, *sets),
+        *("--alpha", "0", "0.5", "1", "--markdown", tmp_path / "table.md"),
+    )
+    assert averages["average_with"] == str(last)
+    assert [one["alpha"] for one in averages["averages"]] == [0.0, 0.5, 1.0]
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert table.splitlines()[0].split() == ["|", "alpha", "|", "labels,", "top-1", "|"]
+    for one, model in zip(averages["averages"], (first, tmp_path / "half", last), strict=True):
+        alone = evaluated("zero-shot", trained, "--checkpoint", model, *sets)
+        (found,) = one["data_sets"]
+        assert one["mean"] == alone["top1"]
+        assert found["per_class"] == alone["per_class"]
+    message = refusal(
+        *(capsys, "zero-shot", "--checkpoint", first, "--average-with", last, *sets),
+        *("--figures", tmp_path / "figures"),
+    )
+    assert "--average-with evaluates many" in message
 
 
 def test_images_that_torchvision_decodes_keep_their_pixels(

@@ -134,6 +134,41 @@ def test_parts_follow_the_settings() -> None:
     assert on_cuda.parts["texts: activations"] < plain.parts["texts: activations"] // 2
 
 
+def test_frozen_parts_take_their_weights_and_no_more() -> None:
+    config = tiny_config(precision="fp32")
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
+
+    def freezing(*entries: str, unlock_at_step: int = 0) -> TrainConfig:
+        optim = dataclasses.replace(config.optim, freeze=entries, unlock_at_step=unlock_at_step)
+        return dataclasses.replace(config, optim=optim)
+
+    plain, locked = plan_on_cpu(config).parts, plan_on_cpu(freezing("image")).parts
+    model = UniCL(config)
+    frozen = 4 * sum(one.numel() for one in model.image_encoder.parameters())
+    weights = 4 * sum(one.numel() for one in model.parameters())
+    assert locked["parameters"] == plain["parameters"]
+    for name, copies in (("gradients", 1), ("optimizer", 2), ("moving average", 1)):
+        assert locked[name] == plain[name] - copies * frozen == copies * (weights - frozen)
+    assert locked["checkpoint"] == plain["checkpoint"] - 2 * frozen
+    assert locked["texts: activations"] == plain["texts: activations"]
+    half = plan_on_cpu(freezing("image:3")).parts["images: activations"]
+    # a block at a time is computed
+    assert 0 < locked["images: activations"] < half < plain["images: activations"]
+    assert plan_on_cpu(freezing("image", unlock_at_step=5)).parts == plain
+    divided, whole = (
+        plan(
+            dataclasses.replace(
+                one, efficiency=dataclasses.replace(one.efficiency, shard="full", compile="off")
+            ),
+            world_size=2,
+            device_bytes=0,
+        ).parts
+        for one in (freezing("image"), config)
+    )
+    assert divided["parameters"] == whole["parameters"]
+    assert divided["gradients"] == pytest.approx(whole["gradients"] - frozen / 2, rel=0.01)
+
+
 def test_windows_whose_scores_are_not_stored_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")

@@ -48,6 +48,28 @@ def test_the_products_are_those_of_a_real_step(
     assert 0.85 < counter.get_total_flops() / flops_of_step(config, batch) <= 1.0
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [("image",), ("text",), ("image", "image_projection"), ("image:3", "text:1")],
+    ids=" ".join,
+)
+def test_what_is_frozen_has_no_backward_pass(
+    images: torch.Tensor, entries: tuple[str, ...]
+) -> None:
+    config, batch = tiny_config(), labelled_batch(images, objective="unicl")
+    wide_texts = dataclasses.replace(config.model, text_width=128)
+    config = dataclasses.replace(config, model=wide_texts)
+    frozen = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze=entries))
+    real = Trainer(frozen, ListLoader([batch]), progress=False)
+    for module in real.model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        real.train_step(batch)
+    assert 0.85 < counter.get_total_flops() / flops_of_step(frozen, batch) <= 1.0
+    assert flops_of_step(frozen, batch) < 0.95 * flops_of_step(config, batch)
+
+
 def test_what_is_computed_once_more_does_not_count(images: torch.Tensor) -> None:
     plain, batch = tiny_config(), labelled_batch(images, objective="unicl")
     again = tiny_config(activation_checkpointing=True, micro_batch_size=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from types import ModuleType
@@ -11,6 +12,7 @@ import torch
 from small_runs import tiny_config
 from timm.optim import Lamb
 
+from unicl_fast.models.freezing import freeze, unfreeze
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training import optim
 from unicl_fast.training.optim import load_apex_optimizers
@@ -133,6 +135,63 @@ def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -
     assert any(parameter is model.logit_scale for parameter in spared["params"])
     grouped = [id(parameter) for parameter in decayed["params"] + spared["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_rates_follow_the_tower_and_fall_with_depth() -> None:
+    config = tiny_config()
+    rates = {"layer_decay": 0.5, "image_rate": 0.1, "text_rate": 2.0}
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **rates))
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    schedule = optim.build_schedule(optimizer, config, 10)
+    schedule.step_update(2)  # the end of the warm-up
+    found = {
+        parameter: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert found.keys() == set(model.parameters())
+    lr = found[model.logit_scale][0]
+    assert lr == found[model.image_projection][0] == found[model.text_projection][0] > 0
+    blocks = model.image_encoder.blocks
+    expected = {
+        model.image_encoder.norm.weight: 0.1 * 0.5,
+        blocks[-1].attn.qkv.weight: 0.1 * 0.5,
+        blocks[-2].attn.qkv.weight: 0.1 * 0.5**2,
+        model.image_encoder.pos_embed: 0.1 * 0.5 ** (len(blocks) + 1),
+        model.text_encoder.ln_final.weight: 2 * 0.5,
+        model.text_encoder.resblocks[1].attn.in_proj_weight: 2 * 0.5,
+        model.text_encoder.resblocks[0].attn.in_proj_weight: 2 * 0.5**2,
+        model.text_encoder.token_embedding.weight: 2 * 0.5**3,
+    }
+    for parameter, factor in expected.items():
+        assert found[parameter][0] == pytest.approx(factor * lr, rel=1e-12)
+    spared = set(optim.split_parameters(model)[1])
+    for parameter, (_, weight_decay) in found.items():
+        assert weight_decay == (0.0 if parameter in spared else 0.1)
+
+
+def test_what_is_unlocked_gets_groups_of_its_own() -> None:
+    """LAMB counts steps by group: those of fresh parameters begin with the first."""
+    config = tiny_config(optimizer="lamb")
+    config = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, freeze=("image",), unlock_at_step=2)
+    )
+    model = UniCL(config)
+    model.config = config
+    freeze(model)
+    optimizer = optim.build_optimizer(model, config)
+    known = {one for group in optimizer.param_groups for one in group["params"]}
+    assert known.isdisjoint(model.image_encoder.parameters())
+    unfreeze(model)
+    optim.add_unfrozen(optimizer, model, config)
+    optim.add_unfrozen(optimizer, model, config)  # nothing more
+    added = [group for group in optimizer.param_groups if known.isdisjoint(group["params"])]
+    assert len(added) == len(optimizer.param_groups) - 2 == 2
+    assert {one for group in added for one in group["params"]} == set(
+        model.image_encoder.parameters()
+    )
+    assert sorted(group["weight_decay"] for group in added) == [0.0, 0.1]
 
 
 def test_lamb_leaves_clipping_to_the_config() -> None:

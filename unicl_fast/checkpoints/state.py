@@ -196,7 +196,12 @@ def _check_optimizer_tensors(
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         if key == _GROUP_STEP:
-            known = name.isdecimal() and int(name) < len(optimizer.param_groups)
+            known = name.isdecimal()
+            if known and int(name) >= len(optimizer.param_groups):
+                raise ValueError(
+                    f"there is no {full_name} here, where optim.freeze, layer_decay, image_rate "
+                    f"and text_rate make {len(optimizer.param_groups)} groups of parameters"
+                )
             shape = torch.Size()
         else:
             known = name in parameters
@@ -231,7 +236,7 @@ def _restore_optimizer(
             optimizer.param_groups[int(name)]["step"] = step
             continue
         parameter = parameters[name]
-        if own is not None and parameter not in own:
+        if not parameter.requires_grad or (own is not None and parameter not in own):
             continue
         if key == "step":  # on the host, unless a fused kernel counts
             if any(group.get("fused") for group in optimizer.param_groups):

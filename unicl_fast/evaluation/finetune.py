@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from timm.data import Mixup
-from timm.optim import param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -56,6 +55,7 @@ from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.training.data import build_prompts, with_threads
+from unicl_fast.training.optim import groups_by_depth
 
 _WEIGHTS_FILE = "finetuned.safetensors"
 _DESCRIPTION_FILE = "finetuned.json"
@@ -103,16 +103,14 @@ def zero_shot_head(
 
 
 def build_optimizer(module: FineTuned, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
-    """AdamW over timm's groups by depth; the head is one layer above the encoder's last."""
+    """AdamW over groups by depth; the head is one layer above the encoder's last."""
     spared = getattr(module.encoder, "no_weight_decay", set)
-    groups = param_groups_layer_decay(
+    groups = groups_by_depth(
         module.encoder,
-        weight_decay=recipe.weight_decay,
-        no_weight_decay_list=set(cast(Any, spared)()),
         layer_decay=recipe.layer_decay,
+        weight_decay=recipe.weight_decay,
+        spared=set(cast(Any, spared)()),
     )
-    for group in groups:
-        group["lr_scale"] *= recipe.layer_decay
     groups += [
         {"params": [module.head.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
         {"params": [module.head.bias], "lr_scale": 1.0, "weight_decay": 0.0},

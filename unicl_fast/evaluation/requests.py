@@ -22,6 +22,7 @@ from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
     FiniteNonNegative,
+    Fraction,
     convert,
 )
 
@@ -147,6 +148,11 @@ class ZeroShot(EncodingEvaluation):
     """The metric in the table of several data sets: one for all or one for each. auto goes by the
     data set's name: as in CLIP's protocol mean_per_class for pets, flowers, aircraft and
     caltech101, top1 for others."""
+    average_with: Path | None = None
+    """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
+    each average is evaluated (WiSE-FT); unicl-convert average writes one."""
+    alpha: tuple[Fraction, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """With --average-with: the other model's parts of the averages."""
 
     def data_sets(self) -> Sequence[str]:
         return self.data
@@ -155,9 +161,20 @@ class ZeroShot(EncodingEvaluation):
         for name in ("class_names", "templates", "metric"):
             self.for_each(name, default="")
         super().check()
+        from unicl_fast.checkpoints.load import find_model
         from unicl_fast.evaluation.data import short_names
 
         short_names(self.data)
+        if self.average_with is None:
+            return
+        find_model(self.average_with)
+        if not self.alpha:
+            raise ValueError("--alpha takes parts of the other model, at least one")
+        if self.figures is not None:
+            raise ValueError(
+                "--figures draws the mistakes of one model, and --average-with evaluates many: "
+                "leave one of the two out"
+            )
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
         """An option's values, one for each data set; `default` where none, or own, is given.

@@ -6,7 +6,9 @@ The classifier of a class is the mean of its normalised prompt embeddings, norma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from unicl_fast.checkpoints.average import averaged_weights
+from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import open_data, short_names
 from unicl_fast.evaluation.features import (
@@ -26,9 +30,12 @@ from unicl_fast.evaluation.features import (
     require_text_encoder,
 )
 from unicl_fast.evaluation.report import (
+    RATE_NAMES,
     ClassificationResult,
     classification_table,
     draw_confusion,
+    markdown_table,
+    percent,
     write_results,
 )
 from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
@@ -111,52 +118,108 @@ def evaluate_zero_shot(
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evaluated:
+    """The result of one data set, and what is written of it."""
+
+    name: str
+    metric: Metric
+    result: ClassificationResult
+    class_names: Sequence[str]
+    values: dict[str, Any]
+
+
 def run(command: ZeroShot) -> None:
     """Evaluates one data set after the other, each reported as soon as it is done."""
+    with model_on_ranks(command) as on_ranks:
+        if command.average_with is not None:
+            _evaluate_averages(command, on_ranks)
+            return
+        found = _evaluate_each(command, on_ranks)
+        if not on_ranks.ranks.is_main:
+            return
+        table = classification_table([(one.name, one.metric, one.result) for one in found])
+        values = [one.values for one in found]
+        if len(found) == 1:
+            write_results(command, values[0], table)
+        else:
+            print(f"\n{table}")
+            write_results(command, {"mean": _mean(found), "data_sets": values}, table)
+        for one in found:
+            title = f"{one.name}, zero-shot"
+            draw_confusion(one.result, one.class_names, command.figures, one.name, title=title)
+
+
+def _mean(found: Sequence[_Evaluated]) -> float:
+    return sum(one.result.value(one.metric) for one in found) / len(found)
+
+
+def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated]:
+    """Evaluates every data set of a command; rank 0 prints."""
     names = short_names(command.data)
     class_names = command.for_each("class_names", default="")
     templates = command.for_each("templates", default="")
     metrics: list[MetricChoice] = command.for_each("metric", default="auto")
-    rows: list[tuple[str, Metric, ClassificationResult]] = []
-    values: list[dict[str, Any]] = []
-    names_of_classes: list[Sequence[str]] = []
-    with model_on_ranks(command) as on_ranks:
-        for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
-            with open_data(
-                spec,
-                ranks=on_ranks.ranks,
-                metric=metrics[number],
-                class_names=class_names[number],
-                templates=templates[number],
+    found: list[_Evaluated] = []
+    for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
+        with open_data(
+            spec,
+            ranks=on_ranks.ranks,
+            metric=metrics[number],
+            class_names=class_names[number],
+            templates=templates[number],
+            name=name,
+        ) as data:
+            result = evaluate_zero_shot(
+                on_ranks,
+                data.dataset,
+                class_names=data.class_names,
+                templates=data.templates,
+                confusion=command.figures is not None,
+            )
+            num_quarantined = data.dataset.manifest.num_quarantined
+        values: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
+        values["num_templates"] = len(data.templates)
+        values |= result.to_json() | {"num_quarantined": num_quarantined}
+        found.append(
+            _Evaluated(
                 name=name,
-            ) as data:
-                result = evaluate_zero_shot(
-                    on_ranks,
-                    data.dataset,
-                    class_names=data.class_names,
-                    templates=data.templates,
-                    confusion=command.figures is not None,
-                )
-                num_quarantined = data.dataset.manifest.num_quarantined
-            rows.append((name, data.metric, result))
-            names_of_classes.append(data.class_names)
-            value: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
-            value["num_templates"] = len(data.templates)
-            values.append(value | result.to_json() | {"num_quarantined": num_quarantined})
-            if not on_ranks.ranks.is_main:
-                continue
-            print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
-            if num_quarantined:
-                refused = count_of(num_quarantined, "file")
-                print(f"refused when packing, and not counted above: {refused}")
+                metric=data.metric,
+                result=result,
+                class_names=data.class_names,
+                values=values,
+            )
+        )
         if not on_ranks.ranks.is_main:
-            return
-        table = classification_table(rows)
-        if len(rows) == 1:
-            write_results(command, values[0], table)
-        else:
-            print(f"\n{table}")
-            mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
-            write_results(command, {"mean": mean, "data_sets": values}, table)
-        for (name, _, result), known in zip(rows, names_of_classes, strict=True):
-            draw_confusion(result, known, command.figures, name, title=f"{name}, zero-shot")
+            continue
+        print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
+        if num_quarantined:
+            refused = count_of(num_quarantined, "file")
+            print(f"refused when packing, and not counted above: {refused}")
+    return found
+
+
+def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:
+    """Evaluates averages of the model and another one, for each alpha; rank 0 prints and writes."""
+    assert command.average_with is not None
+    model, is_main = on_ranks.model, on_ranks.ranks.is_main
+    first = copy.deepcopy(model).cpu()
+    second = load_model(command.average_with, weights=command.weights)
+    rows, values = [], []
+    for alpha in command.alpha:
+        model.load_state_dict(averaged_weights(first, second, alpha))
+        if is_main:
+            print(f"\nalpha {alpha:g}")
+        found = _evaluate_each(command, on_ranks)
+        rates = [one.result.value(one.metric) for one in found] + [_mean(found)]
+        rows.append([f"{alpha:g}", *map(percent, rates[: None if len(found) > 1 else 1])])
+        data_sets = [one.values for one in found]
+        values.append({"alpha": alpha, "mean": rates[-1], "data_sets": data_sets})
+    if not is_main:
+        return
+    names = [f"{one.name}, {RATE_NAMES[one.metric]}" for one in found]
+    header = ["alpha", *names, *(["mean"] if len(names) > 1 else [])]
+    table = markdown_table(header, rows)
+    print(f"\n{table}")
+    averaged_with = {"average_with": str(command.average_with)}
+    write_results(command, averaged_with | {"averages": values}, table)

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import find_blocks, keep_activations_in_copy
+from unicl_fast.models.freezing import ever_trained
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.progress import WaitingForRanks
 
@@ -88,9 +89,12 @@ def largest_load(sizes: Sequence[int], world_size: int) -> int:
 class ParameterOwners:
     """The rank that updates each trainable parameter (`efficiency.shard=optimizer`)."""
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        """Decides it by the sizes of the parameters: the same on all ranks, and at every start."""
-        parameters = [one for one in model.parameters() if one.requires_grad]
+    def __init__(self, model: UniCL, ranks: Ranks) -> None:
+        """Decides it by the sizes of the parameters: the same on all ranks, and at every start.
+
+        Parameters that are trained later have their rank already, so that no state moves then.
+        """
+        parameters = ever_trained(model)
         owners = choose_owners([one.numel() for one in parameters], ranks.world_size)
         self._rank = ranks.rank
         self._parameters: list[list[nn.Parameter]] = [[] for _ in range(ranks.world_size)]
@@ -109,7 +113,8 @@ class ParameterOwners:
         """Gives all ranks the parameters that this one has updated, and takes the others'."""
         with WaitingForRanks():
             for owner, parameters in enumerate(self._parameters):
-                send_from(owner, parameters, rank=self._rank)
+                trained = [one for one in parameters if one.requires_grad]
+                send_from(owner, trained, rank=self._rank)
 
 
 @torch.no_grad()
@@ -171,7 +176,10 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
     # encoders return views, which nothing here changes in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for part in parts:
-        divided = fully_shard(part, mesh=mesh, mp_policy=policy)
+        # torch keeps what is outside of blocks whole until backward, which never reaches a part
+        # without gradients
+        reshards = None if any(one.requires_grad for one in part.parameters()) else True
+        divided = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
         if device_type == "cpu":
             divided.set_force_sum_reduction_for_comms(True)
 

@@ -8,7 +8,7 @@ converting them is renaming. Padding can be left out: the tokens of a batch are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -189,6 +189,17 @@ class TextEncoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=_INIT_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for learning rates that decay with depth, in timm's form.
+
+        The norm is in the layer of the last block, as in timm's encoders.
+        """
+        with_last_block = (99999,)
+        return {
+            "stem": r"^token_embedding|^positional_embedding",
+            "blocks": [(r"^resblocks\.(\d+)", None), (r"^ln_final", with_last_block)],
+        }
 
     def forward(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.efficiency import checkpoint_blocks
+from unicl_fast.models.freezing import FrozenParts
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder
 
@@ -36,6 +37,7 @@ class UniCL(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.frozen = FrozenParts()
         model, objective = config.model, config.objective
         classifies = objective.name == "ce"
         if classifies and not sum(objective.num_classes):
@@ -76,6 +78,13 @@ class UniCL(nn.Module):
         if config.efficiency.activation_checkpointing:
             for encoder in self.encoders:
                 checkpoint_blocks(encoder)
+
+    def train(self, mode: bool = True) -> UniCL:
+        """Sets training mode, in which frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen.modules:
+            module.eval()
+        return self
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.batch import Batch
 from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.models.freezing import is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.global_loss import (
@@ -37,14 +38,18 @@ from unicl_fast.training.global_loss import (
 from unicl_fast.training.step_clock import Part
 
 
-def check_micro_batches(model: nn.Module, objective: ObjectiveConfig) -> None:
+def check_micro_batches(model: UniCL, objective: ObjectiveConfig) -> None:
     """Refuses what cannot be trained in micro-batches.
 
     Raises:
-        ValueError: the model has BatchNorm, or the objective has no texts.
+        ValueError: the model has BatchNorm that is not frozen for good, or the objective has no
+            texts.
     """
+    frozen: set[nn.Module] = set()
+    if not model.config.optim.unlock_at_step:
+        frozen = {module for part in model.frozen.modules for module in part.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and module not in frozen:
             raise ValueError(
                 f"efficiency.micro_batch_size: {name} is a {type(module).__name__}, whose "
                 "statistics would be those of a micro-batch instead of the batch; set "
@@ -119,14 +124,17 @@ def back_propagate_in_micro_batches(
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
 
+    # a tower without anything to train is not encoded again, but for its last micro-batch
+    pixels_again = pixels[:-1] if is_trained(model, "image") else []
+    texts_again = texts[:-1] if is_trained(model, "text") else []
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
-    for images, gradient in zip(pixels[:-1], image_gradients, strict=False):
+    for images, gradient in zip(pixels_again, image_gradients, strict=False):
         begin("forward")
         with autocast():
             image_features = model.encode_image(input_of(*images))
         begin("backward")
         image_features.backward(gradient)
-    for rows, gradient in zip(texts[:-1], text_gradients, strict=False):
+    for rows, gradient in zip(texts_again, text_gradients, strict=False):
         begin("forward")
         with autocast():
             text_features = model.encode_text(*rows)
@@ -141,7 +149,10 @@ def back_propagate_in_micro_batches(
 
 
 def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Continues from the gradients of features, leaving out those without a graph (fixed scale)."""
+    """Continues from the gradients of features, leaving out those without a graph.
+
+    That is a fixed scale, or the features of a tower that is frozen.
+    """
     learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
     torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
 

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from unicl_fast.config import DataConfig, EfficiencyConfig, Shard, TrainConfig
+from unicl_fast.config import DataConfig, EfficiencyConfig, OptimConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.efficiency import (
     find_blocks,
@@ -35,6 +35,7 @@ from unicl_fast.models.efficiency import (
     obstacle_to_window_attention,
     refuse_window_attention,
 )
+from unicl_fast.models.freezing import freeze, without_freezing
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.sharding import check_sharding, largest_load
 from unicl_fast.models.unicl import UniCL
@@ -124,11 +125,16 @@ def plan(
     encoders = _measure(_only_encoders(config), device_type, length)
     number_bytes = precision.weight_type.itemsize
     weights = encoders.num_parameters * number_bytes
+    trained = sum(encoders.trainable_sizes) * number_bytes
     shard = efficiency.shard if world_size > 1 else "off"
-    divided = number_bytes * encoders.part_of_rank(world_size) if shard == "full" else weights
-    updated = divided
+    divided, gradients = weights, trained
+    if shard == "full":
+        divided, gradients = (number_bytes * n for n in encoders.parts_of_rank(world_size))
+    updated = gradients
     if shard == "optimizer":
         updated = number_bytes * largest_load(encoders.trainable_sizes, world_size)
+    # frozen parameters are their own average, but where they are divided
+    averages = (divided if shard == "full" else gradients) if config.optim.ema_decay else 0
     num_columns = views * config.run.global_batch_size
     if objective.name == "ce":
         num_columns = sum(objective.num_classes)
@@ -142,11 +148,11 @@ def plan(
         "parameters": divided + encoders.buffer_bytes,
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
-        "gradients": divided,
+        "gradients": gradients,
         # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
         # besides, it takes when the activations are gone.
         "optimizer": 2 * updated,
-        "moving average": divided if config.optim.ema_decay else 0,
+        "moving average": averages,
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
         "loss": _loss_bytes(config, views * batch, num_columns, width, device_type),
@@ -159,8 +165,8 @@ def plan(
     if device_type == "cpu":
         # a copy in the host's memory, from which checkpoints are written; rank 0 has joined what is
         # divided before it is copied
-        copied = weights * (4 if config.optim.ema_decay else 3)
-        joined = {"off": 0, "optimizer": 2 * (weights - updated), "full": copied}
+        copied = weights * (2 if config.optim.ema_decay else 1) + 2 * trained
+        joined = {"off": 0, "optimizer": 2 * (trained - updated), "full": copied}
         parts["checkpoint"] = copied + joined[shard]
     if shard == "full":
         # whole for a while: two blocks, one of them ahead of its use, a block's gradient, the copy
@@ -282,27 +288,41 @@ class _Encoders:
     feature_width: int
     trainable_sizes: tuple[int, ...]
     """The numbers of each parameter that is updated."""
-    divided_shapes: tuple[torch.Size, ...]
-    """The parameters of both encoders, which `efficiency.shard=full` divides by rows."""
+    divided_shapes: tuple[tuple[torch.Size, bool], ...]
+    """The parameters of both encoders, which `efficiency.shard=full` divides by rows, and whether
+    they are updated."""
     largest_block: int
     """The parameters of the largest block."""
     outside_blocks: int
     """The parameters of both encoders that are in no block."""
 
-    def part_of_rank(self, world_size: int) -> int:
-        """Parameters that a rank holds where the encoders are divided; other ones are whole."""
-        rest = self.num_parameters - sum(shape.numel() for shape in self.divided_shapes)
-        parts = (-(-shape[0] // world_size) * shape[1:].numel() for shape in self.divided_shapes)
-        return rest + sum(parts)
+    def parts_of_rank(self, world_size: int) -> tuple[int, int]:
+        """Parameters that a rank holds where the encoders are divided, and those it updates.
+
+        What belongs to no encoder is whole.
+        """
+
+        def part(of_all: int, shapes: list[torch.Size]) -> int:
+            whole = of_all - sum(shape.numel() for shape in shapes)
+            return whole + sum(-(-shape[0] // world_size) * shape[1:].numel() for shape in shapes)
+
+        every = [shape for shape, _ in self.divided_shapes]
+        updated = [shape for shape, is_updated in self.divided_shapes if is_updated]
+        return part(self.num_parameters, every), part(sum(self.trainable_sizes), updated)
 
 
 def _only_encoders(config: TrainConfig) -> TrainConfig:
-    """The config with defaults for all that leaves the encoders alone, so that plans share them."""
+    """The config with defaults for all that leaves the encoders alone, so that plans share them.
+
+    Of a run that unlocks frozen parts, the steps after that are planned.
+    """
     size, efficiency = config.data.image_size, config.efficiency
+    freeze = () if config.optim.unlock_at_step else config.optim.freeze
     return TrainConfig(
         data=DataConfig(image_size=size, evaluation_resize=size),
         model=config.model,
         objective=config.objective,
+        optim=OptimConfig(freeze=freeze),
         efficiency=EfficiencyConfig(
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,
@@ -313,13 +333,14 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
 
 
 def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
-    """The model without content, as `place_module` sets it up.
+    """The model without content, as `place_module` sets it up and `freeze` leaves it.
 
     Attention for rows of any length is not planned: with texts of one length it saves nothing.
     """
     precision, meta = Precision(config.efficiency.precision), torch.device("meta")
     with meta:
         model = UniCL(config)
+    freeze(model)
     if config.efficiency.window_attention == "triton":
         fuse_window_attention(model.image_encoder)
     if device_type == "cpu":
@@ -349,8 +370,9 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
     """
     precision = Precision(config.efficiency.precision)
     model = plain = build_on_meta(config, device_type)
-    if config.efficiency.activation_checkpointing:
-        plain = build_on_meta(_with(config, activation_checkpointing=False), device_type)
+    if config.efficiency.activation_checkpointing or config.optim.freeze:
+        all_kept = without_freezing(_with(config, activation_checkpointing=False))
+        plain = build_on_meta(all_kept, device_type)
     size = config.data.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
         for one in {model, plain}:
@@ -367,14 +389,18 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
             packed = config.efficiency.text_layout == "packed"
             return one.encode_text(rows, rows.numel() if packed else None)
 
-        def kept(encode: Callable[[UniCL, Tensor], Tensor], make: Any) -> tuple[int, int, int]:
+        def kept(
+            tower: str, encode: Callable[[UniCL, Tensor], Tensor], make: Any
+        ) -> tuple[int, int, int]:
             """Bytes of one sample, of all samples together, and the width of a feature."""
             (few, _, features), (more, _, _) = (
                 _kept_bytes(model, encode, make(count), precision, device_type) for count in (2, 4)
             )
             of_one = (more - few) // 2
             again = 0
-            if plain is not model:  # backward recomputes one block at a time
+            # backward recomputes one block at a time; what is frozen is computed so, too
+            is_frozen = any(name.startswith(f"{tower}_encoder.") for name in model.frozen.names)
+            if config.efficiency.activation_checkpointing or is_frozen:
                 (_, few_block, _), (_, more_block, _) = (
                     _kept_bytes(plain, encode, make(count), precision, device_type)
                     for count in (2, 4)
@@ -382,13 +408,17 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
                 again = (more_block - few_block) // 2
             return of_one + again, few - 2 * of_one, features.shape[1]
 
-        image_bytes, narrow_bytes, width = kept(UniCL.encode_image, images)
+        image_bytes, narrow_bytes, width = kept("image", UniCL.encode_image, images)
         text_bytes = 0
         if model.text_encoder is not None:
-            text_bytes, more_narrow, _ = kept(encode_text, texts)
+            text_bytes, more_narrow, _ = kept("text", encode_text, texts)
             narrow_bytes += more_narrow
     in_blocks = [_num_parameters(block) for block in find_blocks(model)]
-    divided = [parameter.shape for one in model.encoders for parameter in one.parameters()]
+    divided = [
+        (parameter.shape, parameter.requires_grad)
+        for one in model.encoders
+        for parameter in one.parameters()
+    ]
     return _Encoders(
         num_parameters=_num_parameters(model),
         buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
@@ -399,7 +429,7 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
         trainable_sizes=tuple(p.numel() for p in model.parameters() if p.requires_grad),
         divided_shapes=tuple(divided),
         largest_block=max(in_blocks, default=0),
-        outside_blocks=sum(shape.numel() for shape in divided) - sum(in_blocks),
+        outside_blocks=sum(shape.numel() for shape, _ in divided) - sum(in_blocks),
     )
 
 

@@ -4,7 +4,7 @@ The products are those of the plain step (Chowdhery et al., arXiv 2204.02311, ap
 activation checkpointing or micro-batches compute once more does not count, nor does padding to
 rounded sizes. torch's counter counts the forward pass of a second model of fake tensors, which has
 no content, so the run's model, its random numbers and its results are left alone. The backward pass
-is taken for twice as much, once for each operand.
+is taken for twice as much, once for each operand; frozen parts have none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import functools
 import logging
 import re
 import time
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
+from unicl_fast.models.freezing import is_trained
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.memory_plan import build_on_meta
@@ -102,42 +105,67 @@ class Utilisation:
 
 
 def flops_of_step(config: TrainConfig, batch: Batch) -> float:
-    """Floating-point operations of one rank's step on such a batch, forward and backward."""
+    """Floating-point operations of one rank's step on such a batch, forward and backward.
+
+    What `optim.freeze` names has no backward pass, whatever the step.
+    """
     efficiency = dataclasses.replace(config.efficiency, activation_checkpointing=False)
     model = build_on_meta(dataclasses.replace(config, efficiency=efficiency), "cuda")
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # the counter does not know the CPU's fused kernel
             module.fused_attn = False  # type: ignore[assignment]
     views = 1 if batch.second_images is None else 2
-    num_rows, num_texts = views * batch.batch_size, 0
+    num_rows, num_texts, of_texts = views * batch.batch_size, 0, 0
     weight_type = Precision(efficiency.precision).weight_type
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu").eval()
         side = config.data.image_size
         pixels = torch.empty(1, 3, side, side, dtype=weight_type)
-        with FlopCounterMode(display=False) as of_image:
-            features = model.encode_image(pixels)
-        with FlopCounterMode(display=False) as of_texts:
-            if model.text_encoder is not None:
-                num_texts = _encode_texts(model, config, batch)
+        of_image, features = _count(model, "image", lambda: model.encode_image(pixels))
+        if model.text_encoder is not None:
+            rows, num_tokens = _fake_texts(config, batch)
+            num_texts = len(rows)
+            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens))
     world_size = config.run.global_batch_size // batch.batch_size
     num_columns = world_size * (num_texts or num_rows)
     if config.objective.name == "ce":
         num_columns = sum(config.objective.num_classes)
-    logits = 2 * num_rows * num_columns * features.shape[1]
-    forward = num_rows * of_image.get_total_flops() + of_texts.get_total_flops() + logits
-    return float(3 * forward)
+    sides = is_trained(model, "image"), model.text_encoder is None or is_trained(model, "text")
+    logits = (1 + sum(sides)) * 2 * num_rows * num_columns * features.shape[1]
+    return float(num_rows * of_image + of_texts + logits)
 
 
-def _encode_texts(model: UniCL, config: TrainConfig, batch: Batch) -> int:
-    """Encodes fake texts of the sizes of a batch's, as `texts_to_encode` gives them."""
+def _count(
+    model: UniCL, tower: Literal["image", "text"], encode: Callable[[], Tensor]
+) -> tuple[int, Tensor]:
+    """Operations of a tower, forward and backward, and the features that it makes."""
+    frozen, begun = 0, 0
+
+    def begin(*_: object) -> None:
+        nonlocal begun
+        begun = counter.get_total_flops()
+
+    def end(*_: object) -> None:
+        nonlocal frozen
+        frozen += counter.get_total_flops() - begun
+
+    handles = [module.register_forward_pre_hook(begin) for module in model.frozen.modules]
+    handles += [module.register_forward_hook(end) for module in model.frozen.modules]
+    with FlopCounterMode(display=False) as counter:
+        features = encode()
+    for handle in handles:
+        handle.remove()
+    forward = counter.get_total_flops()
+    return frozen + (3 if is_trained(model, tower) else 1) * (forward - frozen), features
+
+
+def _fake_texts(config: TrainConfig, batch: Batch) -> tuple[Tensor, int | None]:
+    """Texts of the sizes of a batch's, as `texts_to_encode` gives them, and how many tokens."""
     layout, unique = config.efficiency.text_layout, config.efficiency.unique_texts
     num_texts = len(batch.text_lengths) if unique else batch.batch_size
     length = batch.tokens.shape[1] if layout == "padded" else int(batch.text_lengths.max())
     num_tokens = int(batch.text_lengths.sum()) if unique and layout == "packed" else None
-    rows: Tensor = torch.empty(num_texts, length, dtype=torch.int64)
-    model.encode_text(rows, num_tokens)
-    return num_texts
+    return torch.empty(num_texts, length, dtype=torch.int64), num_tokens
 
 
 def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:

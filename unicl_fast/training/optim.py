@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from timm.optim import Lamb
+from timm.optim import Lamb, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
@@ -79,21 +80,69 @@ def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
     return "adamw" if name == "auto" else name
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """`optim.name` over two groups, at the learning rate that the global batch size asks for.
+def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by weight decay and by the factor of their rate, which is `lr_scale`.
+
+    That is 1 for what belongs to no encoder. Parameters that are divided over ranks are in groups
+    of their own.
+    """
+    factors: dict[nn.Parameter, float] = {}
+    towers = (model.image_encoder, optim.image_rate), (model.text_encoder, optim.text_rate)
+    for encoder, rate in towers:
+        if encoder is None:
+            continue
+        factors |= dict.fromkeys(encoder.parameters(), rate)
+        if optim.layer_decay != 1:
+            for group in groups_by_depth(encoder, layer_decay=optim.layer_decay):
+                factors |= dict.fromkeys(group["params"], rate * group["lr_scale"])
+    groups: list[dict[str, Any]] = []
+    for kind, weight_decay in zip(split_parameters(model), (optim.weight_decay, 0.0), strict=True):
+        by_factor: dict[float, list[nn.Parameter]] = {}
+        for parameter in kind:
+            by_factor.setdefault(factors.get(parameter, 1.0), []).append(parameter)
+        groups += [
+            {"params": parameters, "weight_decay": weight_decay, "lr_scale": factor}
+            for factor, alike in by_factor.items()
+            for parameters in split_divided(alike)
+            if parameters
+        ]
+    return groups
+
+
+def groups_by_depth(
+    encoder: nn.Module,
+    *,
+    layer_decay: float,
+    weight_decay: float = 0.0,
+    spared: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Takes timm's groups of an encoder's trainable parameters, by layer and weight decay.
+
+    `lr_scale` is the factor of a group's rate: `layer_decay` for the last layer, its square for the
+    one below, and so on. What stands on an encoder has the factor 1. Parameters named in `spared`,
+    and those of one dimension, have no weight decay.
+    """
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        encoder,
+        weight_decay=weight_decay,
+        no_weight_decay_list=spared,
+        layer_decay=layer_decay,
+    )
+    for group in groups:
+        group["lr_scale"] *= layer_decay
+    return groups
+
+
+def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
+    """`optim.name` over `parameter_groups`, at the rate that the global batch size asks for.
 
     Raises:
         ValueError: the optimizer is not installed, or cannot work with this device or precision.
     """
     optim, efficiency = config.optim, config.efficiency
-    decayed, undecayed = split_parameters(model)
-    groups = [
-        {"params": parameters, "weight_decay": weight_decay}
-        for kind, weight_decay in ((decayed, optim.weight_decay), (undecayed, 0.0))
-        for parameters in split_divided(kind)
-        if parameters
-    ]
-    name = choose_optimizer(optim.name, device=decayed[0].device, precision=efficiency.precision)
+    groups = parameter_groups(model, optim)
+    device = model.logit_scale.device
+    name = choose_optimizer(optim.name, device=device, precision=efficiency.precision)
     logger.info("optimizer: %s", name)
     lr = scaled_lr(optim.lr, config)
     common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
@@ -108,6 +157,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         case "fusedlamb":
             return load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **common)  # type: ignore[no-any-return]
     raise AssertionError(name)
+
+
+def add_unfrozen(optimizer: torch.optim.Optimizer, model: UniCL, config: TrainConfig) -> None:
+    """Adds the parameters that begin to be trained, in groups of their own.
+
+    They begin without a state, and with counts of steps of their own. The schedule is to be built
+    anew for them.
+    """
+    known = {one for group in optimizer.param_groups for one in group["params"]}
+    for group in parameter_groups(model, config.optim):
+        unknown = [one for one in group["params"] if one not in known]
+        if unknown:
+            optimizer.add_param_group({**group, "params": unknown})
 
 
 def load_apex_optimizers() -> ModuleType:
@@ -216,7 +278,60 @@ def scaled_lr(lr: float, config: TrainConfig) -> float:
     return lr * config.run.global_batch_size / reference if reference else lr
 
 
-def build_weight_average(model: UniCL, optim: OptimConfig) -> ModelEmaV3:
+class WeightAverage(ModelEmaV3):  # type: ignore[misc]
+    """timm's average, which keeps no copy of frozen parameters: their average is themselves."""
+
+    _shared: frozenset[str] = frozenset()
+
+    @torch.no_grad()
+    def share_frozen(self, model: UniCL) -> None:
+        """Takes the model's own frozen parameters for their average, where the two are equal.
+
+        They may differ in a run that resumes and did not freeze them before. Parameters that are
+        divided over ranks stay copies, which are no longer updated.
+        """
+        averages, shared = dict(self.module.named_parameters()), set()
+        for name, parameter in model.named_parameters():
+            if name not in model.frozen.names:
+                continue
+            pair = [
+                one.to_local() if isinstance(one, DTensor) else one
+                for one in (averages[name], parameter)
+            ]
+            if torch.equal(*pair):
+                shared.add(name)
+                if pair[1] is parameter:
+                    averages[name].data = parameter.data
+        self._shared = frozenset(shared)
+
+    @torch.no_grad()
+    def separate(self) -> None:
+        """Makes copies of what is shared, before the model's may change."""
+        for name, average in self.module.named_parameters():
+            if name in self._shared and not isinstance(average, DTensor):
+                average.data = average.data.clone()
+        self._shared = frozenset()
+
+    def apply_update_(self, model: UniCL, decay: float) -> None:
+        """Makes timm's update of all that is not shared."""
+        if not self._shared:
+            super().apply_update_(model, decay)
+            return
+        weights, moving = model.state_dict(), []
+        for name, average in self.module.state_dict().items():
+            if not average.is_floating_point():
+                average.copy_(weights[name])
+            elif name not in self._shared:
+                moving.append((average, weights[name]))
+        if self.foreach and moving:
+            averages, others = map(list, zip(*moving, strict=True))
+            torch._foreach_lerp_(averages, others, weight=1 - decay)
+            return
+        for average, weight in moving:
+            average.lerp_(weight, 1 - decay)
+
+
+def build_weight_average(model: UniCL, optim: OptimConfig) -> WeightAverage:
     """The moving average of the weights, which begins as a copy of the model.
 
     It is a function of the weights after each step, and of the step, so it is equal on all ranks.
@@ -226,7 +341,7 @@ def build_weight_average(model: UniCL, optim: OptimConfig) -> ModelEmaV3:
     compiled, and keeps its activations.
     """
     # timm's own defaults of the warm-up, named here since they decide the result
-    average = ModelEmaV3(
+    average = WeightAverage(
         model,
         decay=optim.ema_decay,
         use_warmup=optim.ema_warmup,

@@ -72,6 +72,13 @@ class Parallel:
         """Whether all ranks are needed to collect the training state."""
         return self._owners is not None or self._whole_copy is not None
 
+    def take_up_unfrozen(self) -> None:
+        """Gives parameters that begin to be trained a place in DDP's buckets."""
+        self._model.zero_grad()  # gradients are parts of the old buckets
+        if self.has_buckets:
+            self.encode = self._model  # which frees the old ones
+            self.encode = _build_ddp(self._model, compress=self._reduce_type is not None)
+
     def begin_step(self) -> None:
         """Gives all ranks rank 0's averages of BatchNorm, as DDP does by itself."""
         if self._whole_copy is not None and has_batch_norm(self._model):

@@ -38,6 +38,7 @@ from unicl_fast.models.efficiency import (
     resolve_compilation,
     resolve_window_attention,
 )
+from unicl_fast.models.freezing import freeze, unfreeze, without_freezing
 from unicl_fast.models.precision import (
     Precision,
     place_module,
@@ -74,6 +75,7 @@ from unicl_fast.training.metrics import (
 )
 from unicl_fast.training.mfu import Utilisation
 from unicl_fast.training.optim import (
+    add_unfrozen,
     build_optimizer,
     build_schedule,
     build_weight_average,
@@ -162,6 +164,7 @@ class Trainer:
         check_sharding(config)  # of what `auto` has become
         require_trackers(config.run.trackers)
         self.config = self.model.config = config
+        freeze(self.model)
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self._reading = reading
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
@@ -170,6 +173,8 @@ class Trainer:
         """The run, over all its starts: in every file of its checkpoints, and in its ledger."""
         self.total_steps = config.run.total_steps
         self.step = self._start_step = self._saved_step = 0
+        self._compiled_from = 0
+        """The step before which nothing was compiled that is used now."""
         self._show_progress = progress and self.ranks.is_main
 
         efficiency, optim = config.efficiency, config.optim
@@ -212,6 +217,9 @@ class Trainer:
         """
         state = read_state(checkpoint, self.ranks)
         refuse_another_run(state, self.config, self.data)
+        self._unfreeze_at(state.step)
+        if self.ema is not None:
+            self.ema.separate()
         restore_checkpoint(
             checkpoint,
             state,
@@ -271,6 +279,8 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
+        if self._unfreeze_at(self.step):
+            self._settle_buckets(batch)
         self._mark("step: encoding", part="forward", waits_for_ranks=True)
         self.model.train()
         if self._batch_norms is not None:
@@ -286,6 +296,22 @@ class Trainer:
                 is_finite &= grad_norm.isfinite()
             self._batch_norms.restore_where(~is_finite)
         return loss, grad_norm
+
+    def _unfreeze_at(self, step: int) -> bool:
+        """Begins to train what is frozen, if it is due at this step; returns whether it is."""
+        unlock_at = self.config.optim.unlock_at_step
+        if not self.model.frozen.names or not 0 < unlock_at <= step:
+            return False
+        logger.info("from step %d on all is trained (optim.unlock_at_step)", unlock_at)
+        if self.ema is not None:
+            self.ema.separate()
+        unfreeze(self.model)
+        self.parallel.take_up_unfrozen()
+        add_unfrozen(self.optimizer, self.model, self.config)
+        self.schedule = build_schedule(self.optimizer, self.config, self.total_steps)
+        self._utilisation = Utilisation(without_freezing(self.config), self.device)
+        self._compiled_from = step
+        return True
 
     def back_propagate(self, batch: Batch) -> Tensor:
         """Returns the loss of the global batch, and adds its gradient to the parameters' `.grad`.
@@ -381,7 +407,9 @@ class Trainer:
     def _session(self) -> Iterator[_Session]:
         """Opens what a `fit` writes to, from the present step on, and closes it at the end."""
         folder = self.run_folder
-        self._start_step = self.step
+        self._start_step = self._compiled_from = self.step
+        if self.ema is not None:
+            self.ema.share_frozen(self.model)
         best_metric = choose_best_metric(self.config.checkpoint.best, self.evaluations)
         metrics, lines = None, []
         with contextlib.ExitStack() as stack:
@@ -487,7 +515,7 @@ class Trainer:
             ),
             "nonfinite_steps": self._nonfinite_steps.count,
             "logit_scale": float(self.model.logit_scale.detach()),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._learning_rate(),
             "replaced_samples": num_replaced,
         }
         if self.dataset_meter is not None:
@@ -497,12 +525,18 @@ class Trainer:
             self._show(session, batch, values, num_steps=num_steps)
         session.replaced_samples.check(num_replaced)
 
+    def _learning_rate(self) -> float:
+        """The rate of what belongs to no encoder."""
+        group = self.optimizer.param_groups[0]
+        rate: float = group["lr"] / group["lr_scale"]
+        return rate
+
     def _show(
         self, session: _Session, batch: Batch, values: dict[str, float], *, num_steps: int
     ) -> None:
         """Writes a line of metrics, shows it, and says what limits; rank 0 alone."""
         if session.metrics is not None:
-            if self.step - self._start_step > _COMPILING_STEPS:
+            if self.step - self._compiled_from > _COMPILING_STEPS:
                 self._begin("checks")
                 values |= self._utilisation.values(batch, step_seconds=values["step_seconds"])
                 self._begin("other")
@@ -592,7 +626,7 @@ class Trainer:
         """
         if part is not None:
             self._begin(part)
-        steps_done = self.step - self._start_step
+        steps_done = self.step - self._compiled_from
         patience = 1.0 if steps_done else START_PATIENCE
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
         if self.config.efficiency.compile != "off" and may_compile:

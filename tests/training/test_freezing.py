@@ -1,0 +1,443 @@
+"""`optim.freeze`: what is frozen stays as it is, costs nothing, and is taken up when it is due."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import first_gradients, run_on_ranks, train_each, train_each_compiled
+from safetensors.torch import load_file
+from small_runs import StepLoader, objective_config, tiny_config
+
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.config import OptimConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.efficiency import find_blocks, has_compiler
+from unicl_fast.models.freezing import freeze
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+TOWER = ("image", "image_projection")
+
+
+def config_of(
+    *frozen: str,
+    unlock_at_step: int = 0,
+    ema_decay: float = 0.0,
+    drop_path: float | None = None,
+    every_steps: int = 1,
+    **settings: object,
+) -> TrainConfig:
+    config = tiny_config(**settings)
+    optim = dataclasses.replace(
+        config.optim, freeze=frozen, unlock_at_step=unlock_at_step, ema_decay=ema_decay
+    )
+    model = config.model
+    if drop_path is not None:
+        model = dataclasses.replace(model, drop_path=drop_path)
+    run = dataclasses.replace(config.run, check_ranks_every_steps=1)
+    checkpoint = dataclasses.replace(config.checkpoint, every_steps=every_steps)
+    return dataclasses.replace(config, optim=optim, model=model, run=run, checkpoint=checkpoint)
+
+
+def trainer_of(images: torch.Tensor, config: TrainConfig, folder: Path | None = None) -> Trainer:
+    return Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+
+
+def train(trainer: Trainer, *, steps: int) -> None:
+    batches = trainer.loader.batches(trainer.step)
+    for _ in range(steps):
+        trainer.train_step(next(batches))
+
+
+def copy_of(model: UniCL) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters whose bits have changed."""
+    names = {name for name, _ in model.named_parameters()}
+    after = model.state_dict()
+    return {name for name in names if not torch.equal(after[name], before[name])}
+
+
+ENTRIES = {
+    "an image encoder": (("image",), ("image_encoder.",)),
+    "a text encoder": (("text",), ("text_encoder.",)),
+    "a whole tower": (TOWER, ("image_encoder.", "image_projection")),
+    "blocks of both": (
+        ("image:2", "text:1"),
+        (
+            *("image_encoder.pos_embed", "image_encoder.cls_token", "image_encoder.patch_embed."),
+            *("image_encoder.blocks.0.", "image_encoder.blocks.1."),
+            *("text_encoder.token_embedding.", "text_encoder.positional_embedding"),
+            "text_encoder.resblocks.0.",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_is_frozen_keeps_its_bits_and_all_else_is_trained(
+    images: torch.Tensor, name: str
+) -> None:
+    entries, prefixes = ENTRIES[name]
+    trainer = trainer_of(images, config_of(*entries, ema_decay=0.9))
+    before = copy_of(trainer.model)
+    frozen = {name for name in before if name.startswith(prefixes)}
+    train(trainer, steps=3)
+    assert moved(trainer.model, before) == before.keys() - frozen
+    parameters = dict(trainer.model.named_parameters())
+    assert all(parameters[name].grad is None for name in frozen)
+    assert all(parameters[name] not in trainer.optimizer.state for name in frozen)
+    assert trainer.ema is not None
+    averages = trainer.ema.module.state_dict()
+    assert all(torch.equal(averages[name], before[name]) for name in frozen)
+
+
+@pytest.mark.parametrize(("entry", "last"), [("image", 3), ("image:2", 2)])
+def test_frozen_batchnorm_keeps_its_averages(images: torch.Tensor, entry: str, last: int) -> None:
+    config = config_of(entry, image_encoder="unicl_convnet7_small", precision="fp32")
+    trainer = trainer_of(images, config)
+    before = copy_of(trainer.model)
+    train(trainer, steps=2)
+    after = trainer.model.state_dict()
+    for number, block in enumerate(find_blocks(trainer.model.image_encoder)):
+        is_frozen = number < last
+        for name, _ in block.named_buffers():
+            full_name = f"image_encoder.blocks.{number}.{name}"
+            assert torch.equal(after[full_name], before[full_name]) == is_frozen, full_name
+        assert all(module.training != is_frozen for module in block.modules())
+
+
+def test_there_is_no_graph_before_the_first_trained_layer(images: torch.Tensor) -> None:
+    trainer = trainer_of(images, config_of("image:2", "text"))
+    keeps_graph = []
+    model = trainer.model
+    assert model.text_encoder is not None
+    for module in (*find_blocks(model.image_encoder)[1:3], model.text_encoder):
+        module.register_forward_hook(lambda *found: keeps_graph.append(found[-1].requires_grad))
+    train(trainer, steps=1)
+    assert keeps_graph == [False, False, True]  # texts come first
+
+
+def test_a_frozen_encoder_drops_no_branches(images: torch.Tensor) -> None:
+    model = trainer_of(images, config_of("image")).model
+    pixels = torch.randn(12, 3, 32, 32, dtype=torch.float64)
+    model.set_drop_path_key(step=0, global_index=torch.arange(12))
+    in_training = model.train().encode_image(pixels)
+    assert torch.equal(in_training, model.eval().encode_image(pixels))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "dense"},
+        {"loss": "tiled"},
+        {"micro_batch_size": 5},
+        {"activation_checkpointing": True},
+        {"micro_batch_size": 4, "activation_checkpointing": True, "loss": "tiled"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("entries", [TOWER, ("text", "text_projection"), ("image:3", "text:1")])
+def test_gradients_are_those_of_a_step_that_trains_all(
+    images: torch.Tensor, entries: tuple[str, ...], settings: dict
+) -> None:
+    """Of what is trained; drop path is off."""
+    plain_loss, plain = first_gradients(images, Ranks(), config_of(drop_path=0.0))
+    config = config_of(*entries, drop_path=0.0, **settings)
+    loss, gradients = first_gradients(images, Ranks(), config)
+    assert loss == pytest.approx(plain_loss, rel=1e-13)
+    trained = {name for name, gradient in gradients.items() if gradient is not None}
+    model = UniCL(config)
+    freeze(model)
+    assert trained == plain.keys() - model.frozen.names
+    for name in trained:
+        torch.testing.assert_close(gradients[name], plain[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_a_frozen_tower_is_encoded_once_in_micro_batches(images: torch.Tensor) -> None:
+    """But for the last micro-batch, which goes through DDP with that of the other tower."""
+    trainer = trainer_of(images, config_of(*TOWER, micro_batch_size=5))
+    sizes = []
+    trainer.model.image_encoder.register_forward_hook(
+        lambda module, inputs, features: sizes.append(len(features))
+    )
+    train(trainer, steps=1)
+    assert sizes == [5, 5, 2, 2]
+
+
+def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.Tensor) -> None:
+    settings = {"image_encoder": "unicl_convnet7_small", "micro_batch_size": 5}
+    loss, _ = first_gradients(images, Ranks(), config_of("image", **settings))
+    whole, _ = first_gradients(images, Ranks(), config_of("image", **settings, **{"loss": "dense"}))
+    assert loss == pytest.approx(whole, rel=1e-12)
+    for config in (
+        config_of("image", unlock_at_step=2, **settings),
+        config_of("image:2", **settings),
+    ):
+        with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
+            trainer_of(images, config)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "settings"),
+    [
+        ("adamw", "fp32", {"ema_decay": 0.9}),
+        ("lamb", "fp64", {}),
+        pytest.param("adamw", "bf16", {"micro_batch_size": 5}, marks=pytest.mark.slow),
+        pytest.param(
+            *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small", "ema_decay": 0.9}),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_that_unlocks_resumes_bit_for_bit_from_any_step(
+    images: torch.Tensor, tmp_path: Path, optimizer: str, precision: str, settings: dict
+) -> None:
+    """A checkpoint from before, at and after the step, which is the third of five."""
+    config = config_of(
+        *("image:2", "text"),
+        unlock_at_step=3,
+        steps=5,
+        optimizer=optimizer,
+        precision=precision,
+        **settings,
+    )
+    unbroken = trainer_of(images, config, tmp_path / "unbroken")
+    unbroken.fit()
+    *earlier, last = list_checkpoints(tmp_path / "unbroken" / "checkpoints")
+    locked = {name for name in unbroken.model.state_dict() if name.startswith("text_encoder.")}
+    first, at_unlock, after = (
+        load_file(earlier[step - 1] / "model.safetensors") for step in (1, 3, 4)
+    )
+    assert all(torch.equal(first[name], at_unlock[name]) for name in locked)
+    assert not any(torch.equal(after[name], at_unlock[name]) for name in locked)
+    for checkpoint in earlier[1:]:
+        folder = tmp_path / checkpoint.name
+        resumed = trainer_of(images, config, folder)
+        resumed.resume(checkpoint)
+        resumed.fit()
+        assert_equal_checkpoints(list_checkpoints(folder / "checkpoints")[-1], last)
+    losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
+    assert [line["loss"] for line in read_metrics(folder)] == losses[-1:]
+
+
+def assert_equal_checkpoints(found: Path, expected: Path) -> None:
+    files = sorted(file.name for file in expected.glob("*.safetensors"))
+    assert sorted(file.name for file in found.glob("*.safetensors")) == files
+    for file in files:
+        tensors, others = load_file(found / file), load_file(expected / file)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, others[name]), f"{file}: {name}"
+
+
+def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """And the average, which is not the weights, moves towards them and is not taken for them."""
+    trainer_of(images, config_of(ema_decay=0.9, steps=3), tmp_path / "all").fit()
+    (*_, checkpoint) = list_checkpoints(tmp_path / "all" / "checkpoints")
+    trainer = trainer_of(images, config_of("image", ema_decay=0.9, steps=5), tmp_path / "some")
+    trainer.resume(checkpoint)
+    assert trainer.ema is not None
+    weight = trainer.model.image_encoder.blocks[0].attn.qkv.weight
+    average = trainer.ema.module.image_encoder.blocks[0].attn.qkv.weight
+    before, apart = weight.clone(), (average - weight).abs().max()
+    trainer.fit()
+    assert torch.equal(weight, before)
+    assert weight not in trainer.optimizer.state
+    assert 0 < (average - weight).abs().max() < apart
+
+
+def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Path) -> None:
+    config = config_of("image", unlock_at_step=3, ema_decay=0.9, steps=4)
+    trainer = trainer_of(images, config, tmp_path)
+    assert trainer.ema is not None
+    places = []
+    step_of = trainer.train_step
+
+    def train_step(batch):
+        result = step_of(batch)
+        pair = trainer.model.image_encoder.pos_embed, trainer.ema.module.image_encoder.pos_embed
+        places.append(len({one.data_ptr() for one in pair}))
+        return result
+
+    trainer.train_step = train_step
+    trainer.fit()
+    assert places == [1, 1, 1, 2]
+    plain = trainer_of(images, config)
+    train(plain, steps=4)  # without `fit`, which shares them
+    for name, average in plain.ema.module.state_dict().items():
+        assert torch.equal(average, trainer.ema.module.state_dict()[name]), name
+
+
+def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    plain = trainer_of(images, config_of(steps=2), tmp_path / "plain")
+    plain.fit()
+    config = config_of(*("image_projection", "text_projection"), steps=2)
+    optim = dataclasses.replace(config.optim, image_rate=0.1, layer_decay=0.5)
+    trainer_of(images, dataclasses.replace(config, optim=optim), tmp_path / "scaled").fit()
+    rates = [[line["lr"] for line in read_metrics(tmp_path / run)] for run in ("plain", "scaled")]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("objective", "entries", "message"),
+    [
+        ("unicl", ("image:7",), "image:7 names 7 blocks, and this VisionTransformer has 6"),
+        ("unicl", ("text:3",), "text:3 names 3 blocks, and this TextEncoder has 2"),
+        ("supcon", ("text",), "objective.name=supcon the model has no text_encoder"),
+        ("ce", ("image_projection",), "objective.name=ce the model has no image_projection"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused(
+    images: torch.Tensor, objective: str, entries: tuple[str, ...], message: str
+) -> None:
+    config = objective_config(objective)
+    optim = dataclasses.replace(config.optim, freeze=entries)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(images, dataclasses.replace(config, optim=optim))
+
+
+def test_a_run_with_nothing_to_train_is_refused(images: torch.Tensor) -> None:
+    config = config_of("image", "text", "image_projection", "text_projection")
+    assert trainer_of(images, config).optimizer.param_groups  # the scale is left
+    model = dataclasses.replace(config.model, learn_logit_scale=False)
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        trainer_of(images, dataclasses.replace(config, model=model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"freeze": ("images",)}, "optim.freeze takes image, text, .* not 'images'"),
+        ({"freeze": ("image:0",)}, "not 'image:0'"),
+        ({"freeze": ("image", "image:2")}, "names a part twice: image image:2"),
+        ({"unlock_at_step": 3}, r"unlock_at_step \(3\) .*names nothing"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**settings)
+
+
+IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def assert_close_runs(found: Path, expected: Path) -> None:
+    one, other = (list_checkpoints(run / "checkpoints")[-1] for run in (found, expected))
+    for file in sorted(other.glob("*.safetensors")):
+        tensors, others = load_file(one / file.name), load_file(file)
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, others[name], **IN_FP64, msg=name)
+
+
+@pytest.mark.dist
+def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
+    """Two ranks train as one does, also where they divide the state, which has one owner."""
+    # without checkpoints in between, for which divided parameters would be put in order
+    settings = {"unlock_at_step": 1, "steps": 2, "every_steps": 0}
+    runs = {
+        shard: (config_of("image", "text:1", shard=shard, **settings), None)
+        for shard in ("off", "optimizer", "full")
+    }
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
+    alone = trainer_of(images, runs["off"][0], tmp_path / "alone")
+    alone.fit()
+    last = {run: list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in (*runs, "alone")}
+    assert_equal_checkpoints(last["optimizer"], last["off"])
+    for run in runs:
+        assert_close_runs(tmp_path / run, tmp_path / "alone")
+    states = {
+        run: [torch.load(tmp_path / run / f"{rank}.pt")[0][1] for rank in range(2)] for run in runs
+    }
+    assert sum(states["optimizer"]) == states["off"][0]
+    assert sum(states["full"]) == pytest.approx(states["off"][0], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("entries", "settings"),
+    [
+        (("image", "text:1"), {}),
+        pytest.param(
+            *(TOWER, {"micro_batch_size": 1, "activation_checkpointing": True}),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *(("image:2",), {"image_encoder": "unicl_convnet7_small"}), marks=pytest.mark.long
+        ),
+    ],
+    ids=["plain", "recomputed micro-batches", "BatchNorm"],
+)
+def test_three_ranks_resume_bit_for_bit_around_the_step_that_unlocks(
+    images: torch.Tensor, tmp_path: Path, entries: tuple[str, ...], settings: dict
+) -> None:
+    """The order in which DDP's buckets are added up shows from three ranks on."""
+    config = {
+        shard: config_of(
+            *entries, shard=shard, unlock_at_step=2, ema_decay=0.9, steps=4, **settings
+        )
+        for shard in ("off", "optimizer", "full")
+    }
+    run_on_ranks(
+        train_each, 3, images, tmp_path, {shard: (config[shard], None) for shard in config}
+    )
+    checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
+    again = {
+        f"{shard} from {number + 1}": (config[shard], checkpoints[shard][number])
+        for shard in config
+        for number in range(3)
+    }
+    run_on_ranks(train_each, 3, images, tmp_path, again)
+    for run, (resumed, _) in again.items():
+        found = list_checkpoints(tmp_path / run / "checkpoints")[-1]
+        assert_equal_checkpoints(found, checkpoints[resumed.efficiency.shard][-1])
+    assert_equal_checkpoints(checkpoints["optimizer"][-1], checkpoints["off"][-1])
+    alone = trainer_of(images, config["off"], tmp_path / "alone")
+    if "convnet" not in str(settings):  # BatchNorm sees the local batch
+        alone.fit()
+        for shard in config:
+            assert_close_runs(tmp_path / shard, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_gradients_in_bf16_are_those_of_what_is_trained(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    settings = {"precision": "fp32", "compress_gradients": True, "unlock_at_step": 1, "steps": 3}
+    runs = {
+        shard: (config_of("image", shard=shard, **settings), None)
+        for shard in ("off", "optimizer", "full")
+    }
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
+    last = {run: list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in runs}
+    assert_equal_checkpoints(last["optimizer"], last["off"])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_compiled_blocks_are_frozen_and_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
+    settings = {"unlock_at_step": 1, "steps": 2}
+    entries = ("image:2", "text")
+    runs = {
+        shard: (config_of(*entries, shard=shard, compile="blocks", **settings), None)
+        for shard in ("off", "full")
+    }
+    run_on_ranks(train_each_compiled, 2, images, tmp_path, runs)
+    trainer_of(images, config_of(*entries, **settings), tmp_path / "alone").fit()
+    for run in runs:
+        assert_close_runs(tmp_path / run, tmp_path / "alone")

@@ -1,0 +1,132 @@
+"""Parts of a model that are not trained: encoders, their first blocks, projections.
+
+`optim.freeze` names them. Their parameters take no gradient, so torch keeps no graph of what comes
+before the first layer that is trained. Their modules stay in evaluation mode: drop path is off, and
+BatchNorm takes its averages and leaves them alone. From `optim.unlock_at_step` on all is trained.
+
+A frozen image encoder under a trained text encoder is LiT (Zhai et al., arXiv 2111.07991).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.models.efficiency import find_blocks
+from unicl_fast.system.wording import count_of
+
+if TYPE_CHECKING:  # the model keeps its frozen parts in evaluation mode
+    from unicl_fast.models.unicl import UniCL
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenParts:
+    """The parts of one model that are not trained now."""
+
+    names: frozenset[str] = frozenset()
+    """The names of their parameters."""
+    modules: tuple[nn.Module, ...] = ()
+    """The modules that are frozen whole, the outermost ones."""
+
+
+def freeze(model: UniCL) -> None:
+    """Freezes what `optim.freeze` in the model's config names, and nothing else.
+
+    The model is neither compiled nor divided over ranks yet: both hide its blocks.
+
+    Raises:
+        ValueError: the model has no such part or fewer blocks, or nothing would be left to train.
+    """
+    unfreeze(model)
+    found = _find(model)
+    for name, parameter in model.named_parameters():
+        if name in found.names:
+            parameter.requires_grad_(False)
+    model.frozen = found
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"optim.freeze={' '.join(model.config.optim.freeze)} leaves nothing to train: leave "
+            "something out"
+        )
+
+
+def unfreeze(model: UniCL) -> None:
+    """Lets the frozen parts be trained; their modules follow at the next `model.train()`."""
+    for name, parameter in model.named_parameters():
+        if name in model.frozen.names:
+            parameter.requires_grad_(True)
+    model.frozen = FrozenParts()
+
+
+def without_freezing(config: TrainConfig) -> TrainConfig:
+    """The settings as they are when frozen parts have been unlocked."""
+    optim = dataclasses.replace(config.optim, freeze=(), unlock_at_step=0)
+    return dataclasses.replace(config, optim=optim)
+
+
+def ever_trained(model: UniCL) -> list[nn.Parameter]:
+    """The parameters that are trained now, or from `optim.unlock_at_step` on."""
+    later = model.frozen.names if model.config.optim.unlock_at_step else frozenset()
+    return [one for name, one in model.named_parameters() if one.requires_grad or name in later]
+
+
+def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
+    """Whether gradients of a tower's features are for something: its encoder or its projection."""
+    parts = getattr(model, f"{tower}_encoder"), getattr(model, f"{tower}_projection")
+    parameters = [
+        one
+        for part in parts
+        if part is not None
+        for one in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    ]
+    return any(one.requires_grad for one in parameters)
+
+
+def _find(model: UniCL) -> FrozenParts:
+    names: set[str] = set()
+    modules: list[nn.Module] = []
+    for entry in model.config.optim.freeze:
+        kind, _, count = entry.partition(":")
+        attribute = kind if kind.endswith("_projection") else f"{kind}_encoder"
+        part = getattr(model, attribute)
+        if part is None:
+            raise ValueError(
+                f"optim.freeze: with objective.name={model.config.objective.name} the model has no "
+                f"{attribute}: leave {entry} out"
+            )
+        if isinstance(part, nn.Parameter):
+            names.add(attribute)
+            continue
+        begun, whole = list(part.modules()), [part]
+        if count:
+            begun, whole = _first_blocks(part, int(count), entry)
+        own = {id(one) for module in begun for one in module.parameters(recurse=False)}
+        names |= {f"{attribute}.{name}" for name, one in part.named_parameters() if id(one) in own}
+        modules += whole
+    return FrozenParts(frozenset(names), tuple(modules))
+
+
+def _first_blocks(
+    encoder: nn.Module, count: int, entry: str
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules up to block `count` and in it, in their order; and those that are frozen whole.
+
+    An encoder or a stage, which holds later modules too, is among the first only: what it has of
+    its own, such as a position table, comes before its blocks.
+    """
+    blocks = find_blocks(encoder)
+    if count > len(blocks):
+        raise ValueError(
+            f"optim.freeze: {entry} names {count_of(count, 'block')}, and this "
+            f"{type(encoder).__name__} has {len(blocks)} that are known: name no more, or "
+            f"{entry.partition(':')[0]} for the whole encoder"
+        )
+    order, last = list(encoder.modules()), blocks[count - 1]
+    begun = order[: order.index(last) + len(list(last.modules()))]
+    later = set(order[len(begun) :])
+    whole = [module for module in begun if later.isdisjoint(module.modules())]
+    within = {child for module in whole for child in module.modules() if child is not module}
+    return begun, [module for module in whole if module not in within]
