@@ -21,5 +21,10 @@ setup(
         for name in (root, *(f"{root}.{inner}" for inner in find_packages(folder)))
     ],
     package_dir=ROOTS,
-    package_data={"unicl_fast": ["py.typed"], "unicl_fast.packing": ["page.html"]},
+    package_data={
+        "unicl_fast": ["py.typed"],
+        "unicl_fast.system": ["page_base.html", "page_parts.html"],
+        "unicl_fast.packing": ["page.html"],
+        "unicl_fast.benchmarks.diagnosis": ["page.html"],
+    },
 )

@@ -94,12 +94,12 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
         others=watch.busiest,
         ranks=_figures_of_ranks(bench, loader, stages),
         start_seconds=start_seconds,
-        timeline=tuple(bench.timeline[:20]),
+        timeline=tuple(bench.timeline),
     )
     if store is not None:
         measured = dataclasses.replace(
             measured,
-            loader=Cost(wall=max(loader.wall, store.wall), cpu=loader.cpu),
+            loader=max(loader, Cost(wall=store.wall, cpu=loader.cpu), key=lambda cost: cost.wall),
             store_wall=store.wall,
             cached_wall=loader.wall,
             fits_cache=bench.fits_cache,
