@@ -55,7 +55,8 @@ _FIRST_STEP = 1
 """The first step of a run draws a contact sheet, which no other does."""
 _ROUNDS = 3
 _READ_SAMPLES, _KEPT_SAMPLES = 2048, 64
-_SHOWN_STEPS = 20
+SHOWN_STEPS = 20
+"""Steps of the time line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ class Bench:
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
         self.process = os.getpid()
         self.timeline: list[StepTimes] = []
+        self.made_meanwhile: list[tuple[float, float]] = []
         # ranks of this machine share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -201,7 +203,7 @@ class Bench:
             digests = (xxhash.xxh3_64_intdigest(image) for image in _again(kept))
             return flow(digests, images=1, skip=1, seconds=0.1 / _ROUNDS)
 
-        works = {
+        works: dict[str, Callable[[], Cost]] = {
             "cold": functools.partial(read, cold=True),
             "warm": functools.partial(read, cold=False),
             "plan": plan,
@@ -420,7 +422,8 @@ class Bench:
         """The cost of an image in the trainer's own loop, checkpoints and log included.
 
         The first steps are not timed: where the loader may limit the run, as many as there are
-        batches that it makes ahead. `timeline` then has the first steps that are.
+        batches that it makes ahead. `timeline` then has the first steps that are, and
+        `made_meanwhile` what the loader did in that time.
         """
         self.meet()
         images = self.loader.num_images
@@ -434,7 +437,8 @@ class Bench:
             self.loader.close()
         (first, _, cpu), (last, _, last_cpu) = moments[skip], moments[-1]
         count = (len(moments) - 1 - skip) * self.local_batch
-        self.timeline = self.timed_loader.timeline(skip, min(steps, _SHOWN_STEPS))
+        shown = self.timed_loader.timeline(skip, min(steps, SHOWN_STEPS))
+        self.timeline, self.made_meanwhile = shown
         return Cost(wall=(last - first) / count, cpu=(last_cpu - cpu) / count)
 
     def checkpointing(self) -> Checkpointing:

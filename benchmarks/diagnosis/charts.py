@@ -12,6 +12,7 @@ import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import markupsafe
 from matplotlib import rc_context
@@ -51,12 +52,19 @@ def part_of(name: str) -> str:
     return name if name in PARTS else "other"
 
 
-def draw_timeline(steps: Sequence[StepTimes]) -> markupsafe.Markup:
-    """Draws a row for each step: its batch being made and kept ready, and the step's parts."""
+def draw_timeline(
+    steps: Sequence[StepTimes], made_meanwhile: Sequence[tuple[float, float]]
+) -> markupsafe.Markup:
+    """Draws a row for each step: its batch being made and kept ready, and the step's parts.
+
+    The row above them has all batches that were made meanwhile: a loader works for later steps.
+    """
 
     def draw(axis: Axes) -> None:
         end = max(step.begin + sum(step.parts.values()) for step in steps)
         unit, scale = ("seconds", 1.0) if end > 2 else ("milliseconds", 1e3)
+        spans = [(scale * begun, scale * (ended - begun)) for begun, ended in made_meanwhile]
+        axis.broken_barh(spans, (-0.4, 0.8), color=colour("made"))
         for row, step in enumerate(steps, 1):
             if step.made is not None:
                 begun, ended = (scale * moment for moment in step.made)
@@ -68,14 +76,14 @@ def draw_timeline(steps: Sequence[StepTimes]) -> markupsafe.Markup:
                 axis.broken_barh([span], (row - 0.4, 0.8), color=colour(part_of(name)))
                 left += span[1]
         axis.set_xlim(0, scale * end)
-        axis.set_ylim(len(steps) + 0.7, 0.3)
-        axis.set_yticks([row for row in range(1, len(steps) + 1) if row == 1 or row % 5 == 0])
-        axis.set_ylabel("step")
+        axis.set_ylim(len(steps) + 0.7, -0.7)
+        rows = [row for row in range(1, len(steps) + 1) if row == 1 or row % 5 == 0]
+        axis.set_yticks([0, *rows], ["loader", *(f"step {row}" for row in rows)])
         axis.set_xlabel(f"{unit} since the first of these steps began")
         axis.grid(axis="x", color=colour("line"), linewidth=1)
 
     return _in_both_widths(
-        draw, height=64 + 17 * len(steps), label=f"Time line of {len(steps)} steps"
+        draw, height=81 + 17 * len(steps), label=f"Time line of {len(steps)} steps"
     )
 
 
@@ -114,6 +122,7 @@ def draw_bars(bars: Sequence[Bar], *, label: str) -> markupsafe.Markup:
         axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.set_xlim(0, 1.22 * top)
         axis.locator_params(axis="x", nbins=4)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.set_xlabel("images/s: median and spread")
 
     return _in_both_widths(draw, height=52 + 27 * len(bars), label=label)
@@ -130,7 +139,7 @@ def _in_both_widths(draw: Callable[[Axes], None], *, height: int, label: str) ->
     both = []
     for name, width in WIDTHS.items():
         # texts stay texts, and none is a formula; a salt keeps the names inside two charts apart
-        settings = {
+        settings: dict[Any, Any] = {
             **{"svg.fonttype": "none", "svg.hashsalt": f"{label}, {name}"},
             **{"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": False},
             **{"font.size": 12, "axes.linewidth": 1},

@@ -126,9 +126,9 @@ class TimedLoader:
                     del batch
                     begun = time.perf_counter()
 
-        def timed_group(resizer: CropResizer, step: int) -> list[HostBatch[TrainMetadata]]:
+        def timed_group(resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
             begun = time.perf_counter()
-            made = group(resizer, step)
+            made = group(resizer, first_step)
             self._note(made, begun)
             return made
 
@@ -158,31 +158,34 @@ class TimedLoader:
             yield batch
             del batch  # held here, its buffers could not be reused
 
-    def timeline(self, first: int, count: int) -> list[StepTimes]:
-        """The way of `count` batches since `clear`, from number `first` on.
+    def timeline(self, first: int, count: int) -> tuple[list[StepTimes], list[tuple[float, float]]]:
+        """The way of `count` batches since `clear`, from number `first` on; and what was made then.
 
         Only the parts of steps tell where a GPU waits. They follow each other without a gap from
         the first question for a batch on, when a GPU has nothing to do.
         """
         steps = [] if self._clock is None else list(self._clock.recent)
         if len(steps) != len(self.moments):  # more than a clock remembers
-            return []
+            return [], []
         begin = self.moments[0][0] - sum(steps[0][part] for part in _BETWEEN_STEPS)
         begins = [begin, *(begin + passed for passed in accumulate(sum(s.values()) for s in steps))]
-        origin = begins[first]
+        last = min(first + count, len(steps))
+        origin, end = begins[first], begins[last] - begins[first]
+        made = {step: (one - origin, two - origin) for step, (one, two) in self._made.items()}
         found = []
-        for number in range(first, min(first + count, len(steps))):
-            made = self._made.get(self._steps[number])
+        for number in range(first, last):
             order = sorted(steps[number], key=lambda part: part not in _BETWEEN_STEPS)
             found.append(
                 StepTimes(
-                    made=None if made is None else (made[0] - origin, made[1] - origin),
+                    made=made.get(self._steps[number]),
                     given=self.moments[number][1] - origin,
                     begin=begins[number] - origin,
                     parts={part: steps[number][part] for part in order if steps[number][part]},
                 )
             )
-        return found
+        # a group's batches have one span
+        meanwhile = {span for span in made.values() if span[1] > 0 and span[0] < end}
+        return found, sorted(meanwhile)
 
     def close(self) -> None:
         """As the loader's."""

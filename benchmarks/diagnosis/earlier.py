@@ -200,7 +200,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peers:
-    """What `unicl-bench input` or `step` has measured of a part of a run, by us and by others."""
+    """Rates of a part of a run, ours and others', by `unicl-bench input` or `step`."""
 
     file: str
     is_of_loader: bool

@@ -160,6 +160,8 @@ class Measured:
     start_seconds: float = 0.0
     timeline: tuple[StepTimes, ...] = ()
     """Some steps of the whole run, in order."""
+    made_meanwhile: tuple[tuple[float, float], ...] = ()
+    """When the loader made batches during these steps, most of them for later ones."""
     not_measured: tuple[str, ...] = ()
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def make_page(
         together=_together(found),
         ranks=_ranks(found),
         num_steps=len(steps),
-        timeline=draw_timeline(steps) if steps else None,
+        timeline=draw_timeline(steps, measured.made_meanwhile) if steps else None,
         waits=waits_sentence(measured),
         legend=_legend(measured),
         advice=advice_table(found.useful),
@@ -96,7 +97,8 @@ def _tiles(found: Diagnosis) -> list[tuple[str, str]]:
     tiles = [(f"{measured.rate:,.0f}", "images/s"), (found.limit.stage, "is the bottleneck")]
     if found.useful:
         best = found.useful[0]
-        tiles.append((f"{best.gain:+.0%}", f"by {best.variant.option}"))
+        option = textwrap.shorten(best.variant.option, 40, placeholder=" ...")
+        tiles.append((f"{best.gain:+.0%}", f"by {option}"))
     else:
         tiles.append((f"< {LEAST_GAIN:.0%}", "by any change that was tried"))
     if measured.timeline:
@@ -116,7 +118,7 @@ def _boxes(found: Diagnosis) -> list[dict[str, Any]]:
     def shown(stage: Stage) -> dict[str, Any]:
         return {
             "name": stage.name,
-            "rate": f"{rate_text(stage.cost)} images/s",
+            "rate": rate_text(stage.cost),
             "cpu": f"{1e3 * stage.cost.cpu:.3f} ms CPU",
             "width": 100 * stage.cost.wall / longest,
             "note": stage.note,
@@ -152,7 +154,7 @@ def _together(found: Diagnosis) -> list[dict[str, Any]]:
     names = {
         "loader": "the loader alone",
         "step": "the step alone",
-        "cores": "the CPU time of both on the cores that are left",
+        "cores": "both, on the cores that are left",
     }
     rates = {text: 1 / seconds[name] for name, text in names.items()}
     rates["all together, as measured"] = 1 / measured.whole.wall
@@ -196,7 +198,7 @@ def _legend(measured: Measured) -> list[tuple[str, str]]:
     shown = [
         (name, f"{text}, {_part(measured, name):.0%}")
         for name, text in PARTS.items()
-        if _part(measured, name) > 0
+        if _part(measured, name) >= 0.005
     ]
     if any(step.made is not None for step in measured.timeline):
         shown = [

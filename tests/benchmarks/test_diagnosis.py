@@ -272,6 +272,7 @@ def check_spreads_and_steps(found: dict[str, Any]) -> None:
     assert steps[0]["begin"] == 0
     for step, following in itertools.pairwise(steps):
         assert following["begin"] == pytest.approx(step["begin"] + sum(step["parts"].values()))
+    assert found["made_meanwhile"]
     for step in steps:
         assert {"data_wait", "forward", "loss", "backward", "optimizer"} <= step["parts"].keys()
         begun, ended = step["made"]

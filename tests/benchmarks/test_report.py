@@ -64,6 +64,7 @@ VARIANTS = (
 def run_of(**changes: Any) -> Measured:
     plain = measured(
         whole=cost(1.0, 1.6, spread=0.02), timeline=STEPS, variants=VARIANTS,
+        made_meanwhile=((-0.05, 0.01), (0.05, 0.11)),
         not_measured=(f"--x {HOSTILE}: no time was left",), **changes,
     )  # fmt: skip
     return plain
@@ -387,7 +388,7 @@ def test_the_way_of_a_batch_is_on_one_clock(
         clock.end_step()
         tick(0.125)  # a line of the log
     clock.read()
-    found = timed.timeline(2, 3)
+    found, meanwhile = timed.timeline(2, 3)
     assert len(found) == 3
     assert found[0].begin == 0.0
     first = found[0]
@@ -401,5 +402,8 @@ def test_the_way_of_a_batch_is_on_one_clock(
     if in_groups:  # the second of its group was made with it
         assert found[1].made == first.made
         assert "data_wait" not in found[1].parts
+        assert meanwhile == [found[0].made, found[2].made]
+    else:
+        assert meanwhile == [step.made for step in found]
     timed.clear()
     assert timed.moments == []
