@@ -137,21 +137,21 @@ def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) ->
     gap = 1 - fastest / slowest
     change = before[WHOLE].wall / after[WHOLE].wall - 1
     is_regression = gap > tolerance
-    rates = f"{_rate(after[WHOLE])} images/s, in {name} {_rate(before[WHOLE])}"
     speed = f"{abs(change):.1%} {'slower' if change < 0 else 'faster'}"
+    rates = f"{_rate(after[WHOLE])} images/s, and {_rate(before[WHOLE])} in {name}"
     if is_regression:
         verdict = (
-            f"REGRESSION: the run is {speed} ({rates}): even its fastest round is {gap:.1%} below "
+            f"REGRESSION: the run is {speed}: {rates}. Even its fastest round is {gap:.1%} below "
             f"the slowest one before, and --tolerance is {tolerance:.1%}."
         )
     elif change < -tolerance:
         verdict = (
-            f"No regression that can be told: the run is {speed} ({rates}), but the rounds of the "
+            f"No regression that can be told: the run is {speed}: {rates}. But the rounds of the "
             f"two do not lie more than the tolerance of {tolerance:.1%} apart; measure longer "
             "(--seconds), on a quieter machine."
         )
     else:
-        verdict = f"No regression: the run is {speed} ({rates})."
+        verdict = f"No regression: the run is {speed}: {rates}."
     return Comparison(
         changes=changes,
         is_regression=is_regression,

@@ -85,6 +85,10 @@ class Run(Stage):
         """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
         require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
+        require(
+            self.out is not None or not self.peers,
+            "--peers are shown in the report: give a folder for it too, --out FOLDER",
+        )
         # files that cannot be read or written are refused before anything is measured
         earlier = None if self.against is None else read_report(self.against)
         peers = [read_peers(path) for path in self.peers]

@@ -270,6 +270,23 @@ def test_what_is_no_report_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--tolerance", "1"), "--tolerance must be in 0 to 1, not 1"),
+        (("--peers", str(INPUT)), "--peers are shown in the report: give a folder for it too"),
+        (("--against", "/nowhere.json"), "/nowhere.json"),
+    ],
+)
+def test_options_that_make_no_report_are_refused(
+    options: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *options])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_report_whose_run_took_no_time_is_refused(tmp_path: Path) -> None:
     values = json.loads(result_of(diagnosis(measured())))
     values["measured"]["whole"]["wall"] = 0
