@@ -65,7 +65,7 @@ def run_of(**changes: Any) -> Measured:
     plain = measured(
         whole=cost(1.0, 1.6, spread=0.02), timeline=STEPS, variants=VARIANTS,
         made_meanwhile=((-0.05, 0.01), (0.05, 0.11)),
-        not_measured=(f"--x {HOSTILE}: no time was left",), **changes,
+        not_measured=(f"--x {HOSTILE}: no time was left", f"{SECRET} cannot be read"), **changes,
     )  # fmt: skip
     return plain
 
@@ -142,6 +142,8 @@ def test_a_page_asks_for_nothing_outside_of_itself(full_page: Path) -> None:
         f"#{name}" for name in re.findall(r'<clipPath id="([^"]+)"', text)
     }
     assert re.search(r"#0000[0-9a-f]{2}", text) is None  # every colour is the page's
+    names = re.findall(r'\sid="([^"]+)"', text)
+    assert len(names) == len(set(names))
     assert len(text) < 300_000
 
 
@@ -321,7 +323,9 @@ def test_a_report_is_written_and_a_regression_ends_with_1(
         result_of(diagnosis(measured(whole=cost(1.0, 1.6, spread=0.01))))
     )
     given = ("--data", SECRET)
-    run = Run(out=out, against=out / "report.json", given=given, data=(SECRET,))
+    run = Run(
+        out=out, against=out / "report.json", json=out / "again.json", given=given, data=(SECRET,)
+    )
     found = diagnosis(dataclasses.replace(run_of(), whole=cost(wall, 1.6, spread=0.01)))
     expected = pytest.raises(SystemExit) if code else contextlib.nullcontext()
     with expected as stopped:
@@ -329,7 +333,7 @@ def test_a_report_is_written_and_a_regression_ends_with_1(
     assert getattr(getattr(stopped, "value", None), "code", None) == code
     verdict = "REGRESSION: the run is 50.0% slower" if code else "No regression: the run is"
     assert verdict in capsys.readouterr().out
-    for name in ("report.html", "report.md", "report.json"):
+    for name in ("report.html", "report.md", "report.json", "again.json"):
         text = (out / name).read_text(encoding="utf-8")
         assert verdict in text
         assert "secret" not in text
