@@ -63,18 +63,24 @@ def draw_timeline(
     def draw(axis: Axes) -> None:
         end = max(step.begin + sum(step.parts.values()) for step in steps)
         unit, scale = ("seconds", 1.0) if end > 2 else ("milliseconds", 1e3)
-        spans = [(scale * begun, scale * (ended - begun)) for begun, ended in made_meanwhile]
-        axis.broken_barh(spans, (-0.4, 0.8), color=colour("made"))
+
+        def bar(row: int, span: tuple[float, float], name: str, *, height: float = 0.8) -> None:
+            # cut here: elements that are only hidden would still reach over a phone's edge
+            begun, ended = (min(max(0.0, moment), end) for moment in span)
+            if begun < ended:
+                where = [(scale * begun, scale * (ended - begun))]
+                axis.broken_barh(where, (row - height / 2, height), color=colour(name))
+
+        for span in made_meanwhile:
+            bar(0, span, "made")
         for row, step in enumerate(steps, 1):
             if step.made is not None:
-                begun, ended = (scale * moment for moment in step.made)
-                axis.broken_barh([(begun, ended - begun)], (row - 0.2, 0.4), color=colour("made"))
-                axis.hlines(row, ended, scale * step.given, color=colour("ready"), linewidth=1.5)
-            left = scale * step.begin
+                bar(row, step.made, "made", height=0.4)
+                bar(row, (step.made[1], step.given), "ready", height=0.1)
+            left = step.begin
             for name, seconds in step.parts.items():
-                span = (left, scale * seconds)
-                axis.broken_barh([span], (row - 0.4, 0.8), color=colour(part_of(name)))
-                left += span[1]
+                bar(row, (left, left + seconds), part_of(name))
+                left += seconds
         axis.set_xlim(0, scale * end)
         axis.set_ylim(len(steps) + 0.7, -0.7)
         rows = [row for row in range(1, len(steps) + 1) if row == 1 or row % 5 == 0]

@@ -47,7 +47,7 @@ SECRET = "s3://user:secret@bucket/set"
 INPUT = Path(__file__).parents[2] / "docs" / "results" / "input-256.json"
 STEPS = tuple(
     StepTimes(
-        made=(0.1 * number - 0.25, 0.1 * number - 0.19),
+        made=(0.1 * number - 0.65, 0.1 * number - 0.59),  # the first ones before the time line
         given=0.1 * number + 0.02,
         begin=0.1 * number,
         parts={"data_wait": 0.02, "forward": 0.03, "loss": 0.003, "backward": 0.04,
@@ -64,7 +64,7 @@ VARIANTS = (
 def run_of(**changes: Any) -> Measured:
     plain = measured(
         whole=cost(1.0, 1.6, spread=0.02), timeline=STEPS, variants=VARIANTS,
-        made_meanwhile=((-0.05, 0.01), (0.05, 0.11)),
+        made_meanwhile=((-0.65, 0.01), (0.05, 0.11), (1.9, 2.8)),
         not_measured=(f"--x {HOSTILE}: no time was left", f"{SECRET} cannot be read"), **changes,
     )  # fmt: skip
     return plain
