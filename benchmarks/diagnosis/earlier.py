@@ -175,13 +175,16 @@ def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
         for one in (old, new)
     ]
     ranks = [{"nproc": one.measured.world_size} for one in (old, new)]
-    for what, pair in (("machine", machines), ("settings", configs), ("number of ranks", ranks)):
+    pairs = {
+        "comes from another machine": machines,
+        "has other settings": configs,
+        "has another number of ranks": ranks,
+    }
+    for what, pair in pairs.items():
         if differences := list(config_diff(*pair)):
             more = len(differences) - _NAMED_DIFFERENCES
             rest = f"; and {more} more" if more > 0 else ""
-            yield (
-                f"{name} is of another {what}: {'; '.join(differences[:_NAMED_DIFFERENCES])}{rest}."
-            )
+            yield f"{name} {what}: {'; '.join(differences[:_NAMED_DIFFERENCES])}{rest}."
     for one, when in ((old, name), (new, "this run")):
         taken, cores = one.measured.others_cores, one.measured.cores * one.measured.world_size
         taken *= one.measured.world_size

@@ -240,8 +240,11 @@ def test_another_machine_other_settings_and_other_programs_are_warned_of() -> No
     machine = old.machine | {"processor": "Z80", "commit": "another", "load_average": [9, 9, 9]}
     other = dataclasses.replace(old, config=config, machine=machine, measured=busy)
     machine_text, settings, programs = compare(other, old, name="o.json", tolerance=0).warnings
-    assert machine_text.startswith("o.json is of another machine: processor was 'Z80' and is now ")
+    assert machine_text.startswith(
+        "o.json comes from another machine: processor was 'Z80' and is now "
+    )
     assert machine_text.count(" was ") == 1
+    assert settings.startswith("o.json has other settings: ")
     assert "run.global_batch_size was 7 and is now" in settings
     assert "run.seed was 5" in settings
     assert "cache_folder" not in settings
