@@ -192,23 +192,28 @@ class Bench:
         first = list(zip(sources, samples, strict=True))[:_KEPT_SAMPLES]
         kept = [self.parts.datasets[source].image_bytes(sample) for source, sample in first]
         size = sum(map(len, kept)) / len(kept)
-        read = functools.partial(self.read, sources, samples, seconds=seconds / _ROUNDS)
+        turn = seconds / _ROUNDS
+        num_read = 0
+
+        def cold() -> Cost:
+            nonlocal num_read
+            cost = self.read(sources, samples, cold=True, seconds=turn)
+            num_read = max(2, int(turn / cost.wall))
+            return cost
+
+        def warm() -> Cost:
+            # of the others, nothing is in memory any more
+            return self.read(sources[:num_read], samples[:num_read], cold=False, seconds=turn)
 
         def plan() -> Cost:
             plans = (host.plan_steps(start, count) for start in range(0, 1 << 40, count))
-            part = min(seconds, 0.2) / _ROUNDS
-            return flow(plans, images=count * batch, skip=1, seconds=part)
+            return flow(plans, images=count * batch, skip=1, seconds=min(turn, 0.2 / _ROUNDS))
 
         def check() -> Cost:
             digests = (xxhash.xxh3_64_intdigest(image) for image in _again(kept))
             return flow(digests, images=1, skip=1, seconds=0.1 / _ROUNDS)
 
-        works: dict[str, Callable[[], Cost]] = {
-            "cold": functools.partial(read, cold=True),
-            "warm": functools.partial(read, cold=False),
-            "plan": plan,
-            "checksums": check,
-        }
+        works = {"cold": cold, "warm": warm, "plan": plan, "checksums": check}
         costs = {name: median(taken) for name, taken in in_turns(works, rounds=_ROUNDS).items()}
         note = f"{size / 1e3:,.0f} kB an image"
         mine, other = ("cold", "warm") if self.reads_cold else ("warm", "cold")

@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,28 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(
             assert min(small.samples["height"].min(), small.samples["width"].min()) == 40
             assert small.labels_of(5).tolist() == dataset.labels_of(5).tolist()
             assert small.manifest.templates == dataset.manifest.templates
+
+
+@pytest.mark.dali
+def test_images_in_memory_are_those_that_were_read_just_before() -> None:
+    from unicl_fast.benchmarks.diagnosis.bench import Bench
+
+    reads: list[tuple[bool, int]] = []
+
+    def read(sources: list[int], samples: list[int], *, cold: bool, seconds: float) -> Cost:
+        reads.append((cold, len(samples)))
+        return Cost(wall=seconds / (9.5 if cold else 100), cpu=0.0)
+
+    bench: Any = SimpleNamespace(
+        loader=SimpleNamespace(host=SimpleNamespace(plan_steps=lambda first, count: None)),
+        parts=SimpleNamespace(datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")]),
+        planned_samples=lambda most: ([0] * 100, list(range(100))),
+        local_batch=8, reads_cold=False, read=read,
+    )  # fmt: skip
+    first, *_ = Bench._feed_stages(bench, seconds=0.03)
+    assert reads == [(True, 100), (False, 9)] * 3
+    assert first.cost.wall == pytest.approx(1e-4)
+    assert "cold: 950 images/s" in first.note
 
 
 @pytest.mark.dali
