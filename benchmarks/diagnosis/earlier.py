@@ -181,7 +181,7 @@ def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
         "has another number of ranks": ranks,
     }
     for what, pair in pairs.items():
-        if differences := list(config_diff(*pair)):
+        if differences := list(config_diff(pair[0], pair[1])):
             more = len(differences) - _NAMED_DIFFERENCES
             rest = f"; and {more} more" if more > 0 else ""
             yield f"{name} {what}: {'; '.join(differences[:_NAMED_DIFFERENCES])}{rest}."
