@@ -23,7 +23,9 @@ setup(
     package_dir=ROOTS,
     package_data={
         "unicl_fast": ["py.typed"],
+        "unicl_fast.system": ["page_base.html", "page_parts.html"],
         "unicl_fast.packing": ["page.html"],
         "unicl_fast.evaluation": ["serve.html", "serve.js"],
+        "unicl_fast.benchmarks.diagnosis": ["page.html"],
     },
 )

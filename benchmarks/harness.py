@@ -24,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from unicl_fast.system.wording import without_secrets
+
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
 Figures = dict[str, Figure]
@@ -60,16 +62,18 @@ class Stage(abc.ABC):
 
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
-        if self.json is None:
-            return
+        if self.json is not None:
+            text = self.result_text(figures, *packages, **more)
+            self.json.write_text(text, encoding="utf-8")
+
+    def result_text(self, figures: Figures, *packages: str, **more: Any) -> str:
+        """The JSON that `write_result` writes; URLs are without their secrets."""
         settings = dataclasses.asdict(self)
         for private in ("json", "plot"):
             settings.pop(private, None)
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
-        self.json.write_text(
-            json.dumps(result, indent=1, default=_last_parts) + "\n", encoding="utf-8"
-        )
+        return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,9 +208,12 @@ def describe_machine(*packages: str) -> dict[str, Any]:
     for package in ("torch", *packages):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    torch = sys.modules.get("torch")
+    has_gpu = torch is not None and torch.cuda.is_initialized()
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        **({"gpu": torch.cuda.get_device_name()} if torch is not None and has_gpu else {}),
         "load_average": os.getloadavg(),  # above `threads`: other jobs were running
         "python": platform.python_version(),
         "commit": commit or "unknown",

@@ -217,7 +217,12 @@ def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
     in_checkout = {module_of(path).replace(".", "/") for path in ALL_FILES}
     packed = {name.removesuffix(".py").removesuffix("/__init__") for name in names}
     assert in_checkout <= packed
-    assert {"unicl_fast/py.typed", "unicl_fast/packing/page.html"} <= set(names)
+    templates = [
+        module_of(path).replace(".", "/") + ".html"
+        for folder in ("unicl_fast", *MAPPED)
+        for path in (CHECKOUT / folder).rglob("*.html")
+    ]
+    assert {"unicl_fast/py.typed", "unicl_fast/packing/page.html", *templates} <= set(names)
 
 
 def test_only_the_rooms_are_importable() -> None:

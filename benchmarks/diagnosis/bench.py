@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from unicl_fast.batch import Batch, ListLoader, Loader
+from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import CONNECTIONS
@@ -48,36 +48,15 @@ from unicl_fast.training.trainer import Trainer
 
 from ..harness import wait_for_gpu
 from ..training.parts import StepInParts
-from .clocks import flow, in_turns, median, repeated
-from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage
+from .clocks import TimedLoader, flow, in_turns, median, repeated
+from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage, StepTimes
 
 _FIRST_STEP = 1
 """The first step of a run draws a contact sheet, which no other does."""
 _ROUNDS = 3
 _READ_SAMPLES, _KEPT_SAMPLES = 2048, 64
-
-
-class TimedLoader:
-    """Notes when batches are asked for and when they come."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self.moments: list[tuple[float, float, float]] = []
-        """Asked, given, and the CPU time of the process when asked."""
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """As the loader's."""
-        batches = self._loader.batches(start_step)
-        while True:
-            asked, cpu = time.perf_counter(), time.process_time()
-            batch = next(batches)
-            self.moments.append((asked, time.perf_counter(), cpu))
-            yield batch
-            del batch  # held here, its buffers could not be reused
-
-    def close(self) -> None:
-        """As the loader's."""
-        self._loader.close()
+SHOWN_STEPS = 20
+"""Steps of the time line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,11 +111,12 @@ class Bench:
         )
         (self.loader,) = built
         self.config = dataclasses.replace(self.trainer.config, data=self.data_config.data)
-        self.timed_loader = TimedLoader(self.trainer.loader)
+        self.timed_loader = TimedLoader(self.trainer.loader, self.trainer, self.loader.host)
         self.trainer.loader = self.timed_loader
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
         self.process = os.getpid()
-        self.timeline: list[tuple[float, float]] = []
+        self.timeline: list[StepTimes] = []
+        self.made_meanwhile: list[tuple[float, float]] = []
         # ranks of this machine share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -196,7 +176,9 @@ class Bench:
         stages = self._feed_stages(seconds=seconds)
         if self.loader.form == "crops":
             # made in threads from plan to crop: one stage
-            return [*stages, Stage(name="crop and resize", cost=self._crops(seconds), side="graph")]
+            crops = in_turns({"crops": lambda: self._crops(seconds / _ROUNDS)}, rounds=_ROUNDS)
+            cost = median(crops["crops"])
+            return [*stages, Stage(name="crop and resize", cost=cost, side="graph")]
         return stages + self._graph_stages(seconds=seconds)
 
     def _crops(self, seconds: float) -> Cost:
@@ -211,25 +193,41 @@ class Bench:
     def _feed_stages(self, *, seconds: float) -> list[Stage]:
         host, batch = self.loader.host, self.local_batch
         count = steps_at_once(batch)
-        plans = (host.plan_steps(first, count) for first in range(0, 1 << 40, count))
-        plan = flow(plans, images=count * batch, skip=1, seconds=min(seconds, 0.2))
         sources, samples = self.planned_samples(_READ_SAMPLES)
-        cold = self.read(sources, samples, cold=True, seconds=seconds)
-        warm = self.read(sources, samples, cold=False, seconds=seconds)
         first = list(zip(sources, samples, strict=True))[:_KEPT_SAMPLES]
         kept = [self.parts.datasets[source].image_bytes(sample) for source, sample in first]
         size = sum(map(len, kept)) / len(kept)
-        digests = (xxhash.xxh3_64_intdigest(image) for image in _again(kept))
-        checksums = flow(digests, images=1, skip=1, seconds=0.1)
+        turn = seconds / _ROUNDS
+        num_read = 0
+
+        def cold() -> Cost:
+            nonlocal num_read
+            cost = self.read(sources, samples, cold=True, seconds=turn)
+            num_read = max(2, int(turn / cost.wall))
+            return cost
+
+        def warm() -> Cost:
+            # of the others, nothing is in memory any more
+            return self.read(sources[:num_read], samples[:num_read], cold=False, seconds=turn)
+
+        def plan() -> Cost:
+            plans = (host.plan_steps(start, count) for start in range(0, 1 << 40, count))
+            return flow(plans, images=count * batch, skip=1, seconds=min(turn, 0.2 / _ROUNDS))
+
+        def check() -> Cost:
+            digests = (xxhash.xxh3_64_intdigest(image) for image in _again(kept))
+            return flow(digests, images=1, skip=1, seconds=0.1 / _ROUNDS)
+
+        works = {"cold": cold, "warm": warm, "plan": plan, "checksums": check}
+        costs = {name: median(taken) for name, taken in in_turns(works, rounds=_ROUNDS).items()}
         note = f"{size / 1e3:,.0f} kB an image"
-        read = cold if self.reads_cold else warm
-        other = f"{'warm' if self.reads_cold else 'cold'}: "
-        other += f"{1 / (warm if self.reads_cold else cold).wall:,.0f} images/s"
+        mine, other = ("cold", "warm") if self.reads_cold else ("warm", "cold")
         kind = "cold" if self.reads_cold else "in memory"
+        rest = f"{other}: {1 / costs[other].wall:,.0f} images/s"
         return [
-            Stage(name=READ, cost=read, side="feed", note=f"{kind}, {note}; {other}"),
-            Stage(name=CHECKSUMS, cost=checksums, side="feed"),
-            Stage(name="plan and target map", cost=plan, side="feed"),
+            Stage(name=READ, cost=costs[mine], side="feed", note=f"{kind}, {note}; {rest}"),
+            Stage(name=CHECKSUMS, cost=costs["checksums"], side="feed"),
+            Stage(name="plan and target map", cost=costs["plan"], side="feed"),
         ]
 
     @functools.cached_property
@@ -318,8 +316,11 @@ class Bench:
         costs = {name: median(taken) for name, taken in turns.items()}
         stages, before = [], Cost(wall=0.0, cpu=0.0)
         for name, cost in costs.items():
+            rounds = zip(cost.rounds, before.rounds or (0.0,) * len(cost.rounds), strict=True)
             added = Cost(
-                wall=max(0.0, cost.wall - before.wall), cpu=max(0.0, cost.cpu - before.cpu)
+                wall=max(0.0, cost.wall - before.wall),
+                cpu=max(0.0, cost.cpu - before.cpu),
+                rounds=tuple(max(0.0, with_it - without) for with_it, without in rounds),
             )
             shown = f"{self.image_kind} decode" if name == "decode" else name
             stages.append(Stage(name=shown, cost=added, side="graph", note=self._note_of(name)))
@@ -431,13 +432,14 @@ class Bench:
         """The cost of an image in the trainer's own loop, checkpoints and log included.
 
         The first steps are not timed: where the loader may limit the run, as many as there are
-        batches that it makes ahead. `timeline` then has each step's seconds of waiting, and all.
+        batches that it makes ahead. `timeline` then has the first steps that are, and
+        `made_meanwhile` what the loader did in that time.
         """
         self.meet()
         images = self.loader.num_images
         skip = batches_begun(self.data_config, images, self.device) if loader_may_limit else 2
         trainer, moments = self.trainer, self.timed_loader.moments
-        moments.clear()
+        self.timed_loader.clear()
         trainer.total_steps = trainer.step + skip + steps + 1
         try:
             trainer.fit()
@@ -445,10 +447,8 @@ class Bench:
             self.loader.close()
         (first, _, cpu), (last, _, last_cpu) = moments[skip], moments[-1]
         count = (len(moments) - 1 - skip) * self.local_batch
-        self.timeline = [
-            (given - asked, after[0] - asked)
-            for (asked, given, _), after in zip(moments[skip:], moments[skip + 1 :], strict=False)
-        ]
+        shown = self.timed_loader.timeline(skip, min(steps, SHOWN_STEPS))
+        self.timeline, self.made_meanwhile = shown
         return Cost(wall=(last - first) / count, cpu=(last_cpu - cpu) / count)
 
     def checkpointing(self) -> Checkpointing:

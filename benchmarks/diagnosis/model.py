@@ -30,9 +30,20 @@ class Cost:
     wall: float
     cpu: float
     """Over all threads of the process."""
+    rounds: tuple[float, ...] = ()
+    """Wall seconds of each round, of which `wall` is the median; empty where it was timed once."""
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The shortest and the longest round."""
+        return min(self.rounds, default=self.wall), max(self.rounds, default=self.wall)
 
     def times(self, ratio: Cost) -> Cost:
-        return Cost(wall=self.wall * ratio.wall, cpu=self.cpu * ratio.cpu)
+        return Cost(
+            wall=self.wall * ratio.wall,
+            cpu=self.cpu * ratio.cpu,
+            rounds=tuple(self.wall * one for one in ratio.rounds),
+        )
 
     def over(self, other: Cost) -> Cost:
         """The ratio of two costs; 1 where there is no CPU time to compare."""
@@ -104,6 +115,22 @@ class RankFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """The way of one batch through a run, in seconds since the first step that is shown began."""
+
+    made: tuple[float, float] | None
+    """When the loader began and ended to plan and read it; raw images are also resized then."""
+    given: float
+    """When the trainer had it."""
+    begin: float
+    """When the step before had ended."""
+    parts: dict[str, float]
+    """Seconds of the parts that follow `begin`, in order; `data_wait` is waiting for the batch.
+
+    On a GPU they are the device's, see `unicl_fast.training.step_clock`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
     """All numbers of a diagnosis; plain, so that a report or a page can be drawn from it."""
 
@@ -133,10 +160,11 @@ class Measured:
     """Seconds of an image for the loader, once all of it is in the cache."""
     fits_cache: bool = True
     start_seconds: float = 0.0
-    timeline: tuple[tuple[float, float], ...] = ()
-    """Seconds of waiting and of all of some steps, in order."""
+    timeline: tuple[StepTimes, ...] = ()
+    """Some steps of the whole run, in order."""
+    made_meanwhile: tuple[tuple[float, float], ...] = ()
+    """When the loader made batches during these steps, most of them for later ones."""
     not_measured: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:

@@ -1,30 +1,40 @@
 """`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
 
-    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [OPTIONS]
+    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
+        [--against OLD.json] [--peers INPUT.json...] [OPTIONS]
 
 OPTIONS are those of `unicl-pretrain`. The run is built as that program builds it, in a folder that
 is removed at the end. Its parts are measured alone and together, and then changes of its settings,
 each in turns with the run as it is. The rate of a change is what the model of model.py gives for
-it; `--try` makes the change that promises the most, and reports the rate that came.
+it; `--try` makes the change that promises the most, and reports the rate that came. `--out` leaves
+a page, its Markdown and the JSON; `--against` an earlier JSON ends with 1 if the run became slower.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from unicl_fast.distributed.launch import start_ranks
+from unicl_fast.system.atomic_files import make_folder, write_text_atomically
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_environment
+from unicl_fast.system.wording import without_secrets
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 from ..harness import Stage
+from .earlier import Comparison, KeptReport, Peers, as_kept, compare, read_peers, read_report
+
+if TYPE_CHECKING:  # it imports torch, which reads the environment once
+    from .report import Diagnosis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,14 @@ class Run(Stage):
     """Time to measure for; start and end come on top."""
     try_it: Annotated[bool, tyro.conf.arg(name="try")] = False
     """Make the change that promises the most, and report the rate that comes."""
+    out: Path | None = None
+    """Folder for the report: report.html, report.md and report.json."""
+    against: Path | None = None
+    """The report.json of an earlier run to compare with; ends with 1 on a regression."""
+    tolerance: float = 0.05
+    """Part of the rate by which a run may be slower, beyond the spread of both, with --against."""
+    peers: tuple[Path, ...] = ()
+    """JSON files of `unicl-bench input` or `step`, whose rates are shown in the report."""
     folder: Path | None = None
     """Folder on the disk that checkpoints go to; by default a temporary one."""
     rounds: int = 3
@@ -67,12 +85,22 @@ class Run(Stage):
         return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
 
     def run(self) -> None:
-        """Measures and reports. Raises as `unicl-pretrain` does."""
+        """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
         require(
             self.network_gbit >= 0,
             f"--network-gbit must not be negative, not {self.network_gbit:g}",
         )
+        require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
+        require(
+            self.out is not None or not self.peers,
+            "--peers are shown in the report: give a folder for it too, --out FOLDER",
+        )
+        # files that cannot be read or written are refused before anything is measured
+        earlier = None if self.against is None else read_report(self.against)
+        peers = [read_peers(path) for path in self.peers]
+        if self.out is not None:
+            make_folder(self.out)
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
@@ -91,5 +119,46 @@ class Run(Stage):
                 failures_per_day=self.failures_per_day,
                 network_gbit=self.network_gbit,
             )
-            if (result := measure(config, request, scratch=Path(scratch))) is not None:
-                self.write_result({}, "timm", "nvidia-dali-cuda120", **result)
+            found = measure(config, request, scratch=Path(scratch))
+        if found is not None:
+            self.conclude(found, earlier, peers)
+
+    def conclude(
+        self, found: Diagnosis, earlier: KeptReport | None, peers: Sequence[Peers]
+    ) -> None:
+        """Prints and writes the report; ends with 1 on a regression."""
+        from .report import report_lines
+
+        print("\n".join(report_lines(found)), flush=True)
+        text = self.result_text({}, "timm", "nvidia-dali-cuda120", **found.as_dict())
+        comparison = None
+        if earlier is not None and self.against is not None:
+            comparison = compare(
+                earlier, as_kept(text), name=self.against.name, tolerance=self.tolerance
+            )
+            result = json.loads(text) | {"against": dataclasses.asdict(comparison)}
+            text = json.dumps(result, indent=1) + "\n"
+            print("\n".join(["", comparison.verdict, *comparison.warnings]), flush=True)
+        if self.json is not None:
+            self.json.write_text(text, encoding="utf-8")
+        if self.out is not None:
+            self._write(found, text, comparison, peers)
+        if comparison is not None and comparison.is_regression:
+            sys.exit(1)
+
+    def _write(
+        self, found: Diagnosis, text: str, comparison: Comparison | None, peers: Sequence[Peers]
+    ) -> None:
+        from .page import make_page
+        from .report import markdown
+
+        assert self.out is not None
+        result = json.loads(text)
+        texts = {
+            "report.html": make_page(found, result, comparison=comparison, peers=peers),
+            "report.md": markdown(found, result["machine"], comparison=comparison, peers=peers),
+            "report.json": text,
+        }
+        for name, content in texts.items():
+            write_text_atomically(self.out / name, without_secrets(content))
+        print(f"written to {self.out}: {', '.join(texts)}")

@@ -26,7 +26,7 @@ from .clocks import in_turns, median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import Measured
 from .outlook import largest_batch, longer_steps, on_ranks
-from .report import report_lines
+from .report import Diagnosis
 
 _TRIED_STEPS = 5
 
@@ -44,8 +44,8 @@ class Request:
     network_gbit: float
 
 
-def measure(config: TrainConfig, request: Request, *, scratch: Path) -> dict[str, Any] | None:
-    """Measures a run, prints the report, and returns it for JSON; None on ranks other than 0.
+def measure(config: TrainConfig, request: Request, *, scratch: Path) -> Diagnosis | None:
+    """Measures a run; None on ranks other than 0.
 
     `scratch` is an empty folder. Raises as `unicl-pretrain` does.
     """
@@ -60,18 +60,18 @@ def measure(config: TrainConfig, request: Request, *, scratch: Path) -> dict[str
             tried = _try(bench, useful, measured, scratch, request)
         if not bench.ranks.is_main:
             return None
-        return _report(bench, measured, useful, idle, tried, request)
+        return _diagnosis(bench, measured, useful, idle, tried, request)
 
 
-def _report(
+def _diagnosis(
     bench: Bench,
     measured: Measured,
     useful: Sequence[Advice],
     idle: Sequence[Advice],
     tried: dict[str, Any] | None,
     request: Request,
-) -> dict[str, Any]:
-    config, limit = bench.config, find_limit(measured)
+) -> Diagnosis:
+    config = bench.config
     counts_network = bool(request.network_gbit) and config.objective.name in ("unicl", "clip")
     plans = on_ranks(
         measured,
@@ -89,28 +89,18 @@ def _report(
         device_type=bench.device.type,
         longest_text=longest_text(bench.parts.datasets, bench.parts.prompts),
     )
-    lines = report_lines(
-        measured, limit, useful, idle, plans,
-        largest_batch=batch, priced=request.price_per_hour > 0,
+    return Diagnosis(
+        measured=measured,
+        limit=find_limit(measured),
+        useful=tuple(useful),
+        idle=tuple(idle),
+        plans=tuple(plans),
+        largest_batch=batch,
+        is_priced=request.price_per_hour > 0,
         network_gbit=request.network_gbit if counts_network else 0.0,
-    )  # fmt: skip
-    print("\n".join(lines), flush=True)
-    if tried is not None:
-        print(
-            f"TRIED {tried['option']}: {tried['predicted_gain']:.2f} times the rate was predicted, "
-            f"{tried['measured_gain']:.2f} times came ({tried['now']:,.0f} and "
-            f"{tried['then']:,.0f} images/s in the same turns)"
-        )
-    return {
-        "measured": measured.as_dict(),
-        "limit": dataclasses.asdict(limit),
-        "advice": [dataclasses.asdict(one) for one in useful],
-        "does_not_matter": [dataclasses.asdict(one) for one in idle],
-        "plan": [dataclasses.asdict(one) for one in plans],
-        "largest_batch": batch,
-        "tried": tried,
-        "config": config_to_dict(config),
-    }
+        tried=tried,
+        config=config_to_dict(config),
+    )
 
 
 def _try(

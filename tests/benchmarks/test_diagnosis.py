@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from browser import look_at
+from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
 from packed_sets import Sample, pack
 from program_runs import SMALL
 from small_runs import objective_config
 
 from unicl_fast.benchmarks.diagnosis import clocks, outlook
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, sparse_cadence
+from unicl_fast.benchmarks.diagnosis.earlier import as_kept, compare
 from unicl_fast.benchmarks.diagnosis.model import (
     CHECKPOINT,
     READ,
-    Checkpointing,
     Cost,
-    Measured,
     RankFigures,
     Stage,
     Variant,
@@ -31,47 +34,6 @@ from unicl_fast.benchmarks.diagnosis.model import (
 from unicl_fast.benchmarks.diagnosis.report import report_lines
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.tokenizer import Tokenizer
-
-MS = 1e-3
-
-
-def cost(wall: float, cpu: float = 0.0) -> Cost:
-    """Of milliseconds."""
-    return Cost(wall=wall * MS, cpu=cpu * MS)
-
-
-STAGES = (
-    Stage(name=READ, cost=cost(0.1, 0.1), side="feed"),
-    Stage(name="plan and target map", cost=cost(0.01, 0.01), side="feed"),
-    Stage(name="JPEG decode", cost=cost(0.5, 1.0), side="graph"),
-    Stage(name="augment", cost=cost(0.2, 0.4), side="graph"),
-    Stage(name="image encoder backward", cost=cost(0.6, 0.01), side="step"),
-    Stage(name="text encoder backward", cost=cost(0.2, 0.01), side="step"),
-)
-NO_CHECKPOINT = Checkpointing(
-    blocking_seconds=0.1,
-    writing_seconds=1.0,
-    writing_cpu_seconds=0.2,
-    num_bytes=10**8,
-    every_steps=0,
-)
-
-
-def measured(**changes: Any) -> Measured:
-    """A run on a GPU with 8 cores: the step takes 1 ms an image, the loader 0.8."""
-    plain = Measured(
-        device="cuda",
-        cores=8,
-        threads=8,
-        world_size=1,
-        local_batch=100,
-        loader=cost(0.8, 1.5),
-        step=cost(1.0, 0.1),
-        whole=cost(1.0, 1.6),
-        stages=STAGES,
-        checkpoint=NO_CHECKPOINT,
-    )
-    return dataclasses.replace(plain, **changes)
 
 
 def test_the_slowest_resource_sets_the_rate() -> None:
@@ -261,11 +223,7 @@ def test_who_else_works_is_seen() -> None:
 
 def test_the_report_has_limit_advice_and_plan() -> None:
     found = measured(not_measured=("--x 1: no time was left",))
-    useful, idle = advise(found)
-    plans = outlook.on_ranks(found, samples=10**6, price_per_hour=1, failures_per_day=0)
-    text = "\n".join(
-        report_lines(found, find_limit(found), useful, idle, plans, largest_batch=64, priced=True)
-    )
+    text = "\n".join(report_lines(diagnosis(found)))
     for words in ("THE LIMIT: image encoder backward", "ADVICE", "not measured: --x 1", "64 ranks"):
         assert words in text
 
@@ -295,13 +253,36 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(
 
 
 @pytest.mark.dali
+def test_images_in_memory_are_those_that_were_read_just_before() -> None:
+    from unicl_fast.benchmarks.diagnosis.bench import Bench
+
+    reads: list[tuple[bool, int]] = []
+
+    def read(sources: list[int], samples: list[int], *, cold: bool, seconds: float) -> Cost:
+        reads.append((cold, len(samples)))
+        return Cost(wall=seconds / (9.5 if cold else 100), cpu=0.0)
+
+    bench: Any = SimpleNamespace(
+        loader=SimpleNamespace(host=SimpleNamespace(plan_steps=lambda first, count: None)),
+        parts=SimpleNamespace(datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")]),
+        planned_samples=lambda most: ([0] * 100, list(range(100))),
+        local_batch=8, reads_cold=False, read=read,
+    )  # fmt: skip
+    first, *_ = Bench._feed_stages(bench, seconds=0.03)
+    assert reads == [(True, 100), (False, 9)] * 3
+    assert first.cost.wall == pytest.approx(1e-4)
+    assert "cold: 950 images/s" in first.note
+
+
+@pytest.mark.dali
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.dist)])
 def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, nproc: int) -> None:
     result = tmp_path / "result.json"
     options = ["--seconds", "2", "--try", "--rounds", "1", "--json", str(result), *SMALL]
-    command = ["run", "--data", str(labelled), "--nproc", str(nproc), *options]
+    out = tmp_path / "report"
+    command = ["run", "--data", str(labelled), "--nproc", str(nproc), "--out", str(out), *options]
     shown = subprocess.run(
         [sys.executable, "-m", "unicl_fast.benchmarks.run", *command],
         check=True,
@@ -309,6 +290,10 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
         text=True,
         timeout=240,
     ).stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        "report.html", "report.json", "report.md",
+    ]  # fmt: skip
+    assert (out / "report.json").read_text() == result.read_text()
     found = json.loads(result.read_text())
     names = {stage["name"] for stage in found["measured"]["stages"]}
     assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
@@ -321,6 +306,33 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
+    check_spreads_and_steps(found["measured"])
+    kept = as_kept(result.read_text())
+    assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
+    page = look_at(out / "report.html", tmp_path, width=390)
+    assert (page["scroll_width"], page["beside"], page["broken"]) == (390, [], False)
+    assert page["shown_plots"] == 1  # the time line
+
+
+def check_spreads_and_steps(found: dict[str, Any]) -> None:
+    """Loader, step, whole and stages have rounds, and steps follow each other on one clock."""
+    for part in ("loader", "step", "whole"):
+        assert min(found[part]["rounds"]) <= found[part]["wall"] <= max(found[part]["rounds"])
+    assert all(len(stage["cost"]["rounds"]) >= 2 for stage in found["stages"])
+    steps = found["timeline"]
+    assert 4 <= len(steps) <= 20
+    assert steps[0]["begin"] == 0
+    for step, following in itertools.pairwise(steps):
+        assert following["begin"] == pytest.approx(step["begin"] + sum(step["parts"].values()))
+    assert found["made_meanwhile"]
+    for step in steps:
+        assert {"data_wait", "forward", "loss", "backward", "optimizer"} <= step["parts"].keys()
+        begun, ended = step["made"]
+        assert begun < ended <= step["given"]
+        # the trainer has its batch when it has waited for it
+        before = sum(step["parts"].get(part, 0.0) for part in ("other", "checkpoint", "checks"))
+        waited = step["begin"] + before + step["parts"]["data_wait"]
+        assert step["given"] == pytest.approx(waited, abs=0.002)
 
 
 def test_wrong_options_are_refused_in_a_sentence(

@@ -15,7 +15,8 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable
 
 # A frame is as narrow as a phone where a window cannot be; srcdoc keeps the page's own policy and
 # lets the outer page look in.
-_OUTER = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
+_OUTER = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<body style="margin:0">
 <iframe id="page" style="border:0;width:WIDTHpx;height:4000px" srcdoc="PAGE"></iframe>
 <script>
 window.broken = false;
@@ -41,6 +42,13 @@ document.getElementById("page").onload = () => {
     smallest_font: Math.min(...[...page.querySelectorAll("main *")]
       .filter((one) => one.childNodes.length && one.textContent.trim() && !one.closest("svg"))
       .map((one) => parseFloat(getComputedStyle(one).fontSize))),
+    smallest_drawn_font: Math.min(...[...page.querySelectorAll("svg text")]
+      .map((one) => [one.closest("svg"), parseFloat(getComputedStyle(one).fontSize)])
+      .filter(([svg]) => svg.getBoundingClientRect().width > 0)
+      .map(([svg, size]) => size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)),
+    shown_plots: [...page.querySelectorAll("svg")]
+      .filter((one) => one.getBoundingClientRect().width > 0).length,
+    background: getComputedStyle(page.body).backgroundColor,
     text: page.body.innerText,
     broken: window.broken || Boolean(document.getElementById("page").contentWindow.broken),
   };
@@ -53,16 +61,18 @@ document.getElementById("page").onload = () => {
 """
 
 
-def look_at(page: Path, tmp_path: Path, *, width: int) -> dict[str, Any]:
+def look_at(page: Path, tmp_path: Path, *, width: int, dark: bool = False) -> dict[str, Any]:
     """What a browser of some width shows; skips the test where there is no Chromium."""
     outer = _OUTER.replace("WIDTH", str(width))
     outer = outer.replace("PAGE", html.escape(page.read_text(encoding="utf-8"), quote=True))
     path = tmp_path / f"outer-{width}.html"
     path.write_text(outer, encoding="utf-8")
-    return dump_page(path.as_uri(), tmp_path, width=max(width, 500))
+    return dump_page(path.as_uri(), tmp_path, width=max(width, 500), dark=dark)
 
 
-def dump_page(address: str, tmp_path: Path, *, width: int = 1000) -> dict[str, Any]:
+def dump_page(
+    address: str, tmp_path: Path, *, width: int = 1000, dark: bool = False
+) -> dict[str, Any]:
     """What a page leaves as JSON in an element `result`; skips the test without Chromium."""
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
@@ -70,7 +80,7 @@ def dump_page(address: str, tmp_path: Path, *, width: int = 1000) -> dict[str, A
     done = subprocess.run(
         [
             *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            "--hide-scrollbars",
+            *("--hide-scrollbars", f"--blink-settings=preferredColorScheme={0 if dark else 1}"),
             *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
             *("--virtual-time-budget=20000", "--dump-dom", address),
         ],

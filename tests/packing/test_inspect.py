@@ -234,10 +234,6 @@ def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
     assert "https://" not in page
 
 
-def test_characters_that_cannot_be_seen_are_written_out() -> None:
-    assert inspect_page._visible("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
-
-
 def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
     rows = list(csv.DictReader((written / "list.csv").open(newline="")))
     assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]

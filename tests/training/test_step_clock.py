@@ -66,6 +66,9 @@ def test_parts_are_summed_and_kept_for_each_step(hours: Hours, device: torch.dev
     assert [nonzero(step) for step in clock.recent] == [first, {"evaluation": 16, "forward": 32}]
     hours.pass_by(3)
     assert nonzero(clock.read()) == {"other": 3}  # without a gap
+    clock.end_step()  # the step began when the one before had ended, and not when one read
+    clock.read()
+    assert nonzero(clock.recent[-1]) == {"other": 67}
 
 
 def test_only_reading_waits_for_the_device_and_events_are_used_again(

@@ -202,14 +202,17 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"{percent(interval[0])} to {percent(interval[1])}"
 
 
+def markdown_text(text: str) -> str:
+    """A text in one line, shown as it is: what would be markup in Markdown or HTML is escaped."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that reads well on a screen too; the first column is aligned left.
 
     A cell is shown as it is: what would be markup in Markdown or HTML is escaped.
     """
-    cells = [
-        [_MARKUP.sub(r"\\\g<0>", " ".join(cell.split())) for cell in row] for row in (header, *rows)
-    ]
+    cells = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]
     rule[0] = rule[0][::-1]

@@ -1,9 +1,7 @@
-"""An inspection as one HTML page that needs nothing else: no script, no font, no other file.
+"""An inspection as one HTML page that needs nothing else (`unicl_fast.system.pages`).
 
 The page is the template page.html beside this file; here are its numbers in words, its plots and
-its small images. Names, captions and paths come from anywhere: Jinja escapes every value, and the
-page's own policy (Content-Security-Policy) forbids scripts and addresses outside it should one slip
-through. The numbers are those of `inspect_dataset`.
+its small images. The numbers are those of `inspect_dataset`.
 """
 
 from __future__ import annotations
@@ -13,20 +11,18 @@ import contextlib
 import io
 import math
 import statistics
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-import markupsafe
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.inspect import Group, Inspection, Spread
+from unicl_fast.system.pages import fill_page
 from unicl_fast.system.wording import count_of
 
 _SIDE = 200
@@ -95,16 +91,6 @@ def make_page(
 
     `sheet` are the images of the contact sheet, `exact` and `near` groups of copies to show.
     """
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["thousands"] = "{:,}".format
-    environment.globals["count_of"] = count_of
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
@@ -121,7 +107,8 @@ def make_page(
         (inspection.num_quarantined, "left out when packed"),
     ]
     size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
-    return environment.from_string(page).render(
+    return fill_page(
+        Path(__file__).with_name("page.html"),
         data=inspection,
         name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
         tiles=tiles,
@@ -146,18 +133,6 @@ def make_page(
         ],
         exact=exact,
         near=near,
-    )
-
-
-def _visible(value: Any) -> Any:
-    """Writes out what cannot be seen of a text; what is HTML already stays as it is."""
-    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
-        return value
-    return "".join(
-        character
-        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs")
-        else character.encode("unicode_escape").decode("ascii")
-        for character in value
     )
 
 

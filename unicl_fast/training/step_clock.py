@@ -43,6 +43,7 @@ class StepClock:
         self._free: list[torch.cuda.Event] = []
         self._borders: list[tuple[Part, Any]] = []
         self._ends: list[int] = []
+        self._of_step = dict.fromkeys(PARTS, 0.0)  # since the last end of a step
         self._part: Part = "other"
         self._interrupted: list[Part] = []
         self.begin("other")
@@ -74,17 +75,17 @@ class StepClock:
         if self._on_gpu:
             now.synchronize()
         sums: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-        ends, of_step = iter([*self._ends, -1]), dict.fromkeys(PARTS, 0.0)
+        ends = iter([*self._ends, -1])
         next_end = next(ends)
         borders = [*self._borders, (self._part, now)]
         intervals = enumerate(itertools.pairwise(borders), start=1)
         for number, ((part, begun), (_, ended)) in intervals:
             seconds = begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
             sums[part] += seconds
-            of_step[part] += seconds
+            self._of_step[part] += seconds
             if number == next_end:
-                self.recent.append(of_step)
-                next_end, of_step = next(ends), dict.fromkeys(PARTS, 0.0)
+                self.recent.append(self._of_step)
+                next_end, self._of_step = next(ends), dict.fromkeys(PARTS, 0.0)
         if self._on_gpu:
             self._free += [event for _, event in self._borders]
         self._borders, self._ends = [(self._part, now)], []

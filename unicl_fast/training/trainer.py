@@ -206,6 +206,11 @@ class Trainer:
         self._clock: StepClock | None = None
         self._utilisation = Utilisation(config, self.device)
 
+    @property
+    def clock(self) -> StepClock | None:
+        """The clock of the `fit` that is under way; None beside one."""
+        return self._clock
+
     def resume(self, checkpoint: Path) -> None:
         """Restores the state that a checkpoint of this run holds; all ranks call it together.
 

@@ -1,0 +1,273 @@
+"""Results that were kept, read again: the run before a change, and peers of its parts.
+
+`compare` says whether a run became slower. Rates of two days differ by more than the rounds of one
+day show, so a regression has to be larger than the spread of both and a tolerance beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from unicl_fast.system.wording import config_diff
+
+from .model import Cost, Stage
+
+WHOLE = "all together"
+_MUCH = 0.1
+"""Part of the cores that other processes may take without a warning."""
+_NAMED_DIFFERENCES = 4
+_RATE = ", images/s"
+# differs in every run, and changes no rate
+_NO_MACHINE = ("load_average", "commit")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptCosts:
+    """The costs in a report that are compared; fields as in `model.Measured`."""
+
+    cores: float
+    world_size: int
+    loader: Cost
+    step: Cost
+    whole: Cost
+    stages: tuple[Stage, ...]
+    others_cores: float = 0.0
+
+    def named(self) -> dict[str, Cost]:
+        """The stages, and all together on all ranks."""
+        ranks = self.world_size
+        whole = Cost(
+            wall=self.whole.wall / ranks,
+            cpu=self.whole.cpu,
+            rounds=tuple(one / ranks for one in self.whole.rounds),
+        )
+        stages = {stage.name: stage.cost for stage in self.stages}
+        whole_run = {"the loader alone": self.loader, "the step alone": self.step, WHOLE: whole}
+        return stages | whole_run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptReport:
+    """A report of `unicl-bench run`, as far as another one is compared with it."""
+
+    measured: KeptCosts
+    config: dict[str, dict[str, Any]]
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """A stage before and now; None where it is not part of the run."""
+
+    name: str
+    old: Cost | None
+    new: Cost | None
+
+    @property
+    def rate(self) -> float | None:
+        """The change of the rate, 0.1 for a tenth more; None where it cannot be told."""
+        if self.old is None or self.new is None or not self.old.wall or not self.new.wall:
+            return None
+        return self.old.wall / self.new.wall - 1
+
+    @property
+    def cpu(self) -> float | None:
+        """The change of the CPU time of an image."""
+        if self.old is None or self.new is None or not self.old.cpu:
+            return None
+        return self.new.cpu / self.old.cpu - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """A run beside an earlier one."""
+
+    changes: list[Change]
+    is_regression: bool
+    verdict: str
+    warnings: list[str]
+    """Reasons why the two rates may differ though nothing was changed."""
+
+
+_Type = TypeVar("_Type")
+
+
+def _decode(text: bytes | str, kind: type[_Type]) -> _Type:
+    return msgspec.json.decode(text, type=kind)
+
+
+def read_report(path: Path) -> KeptReport:
+    """Reads a report; ValueError where the file holds none."""
+    try:
+        return as_kept(path.read_bytes())
+    except ValueError as error:  # msgspec's are
+        raise ValueError(
+            f"--against: {path} is no report of `unicl-bench run` ({error}); give the report.json "
+            "in the folder of an earlier --out, or the file of an earlier --json"
+        ) from error
+
+
+def as_kept(text: bytes | str) -> KeptReport:
+    """The part of a report's JSON that is compared. Raises ValueError as `read_report` does."""
+    found = _decode(text, KeptReport)
+    whole = found.measured.whole
+    if min(whole.wall, *whole.spread) <= 0 or found.measured.world_size < 1:
+        raise ValueError("its run took no time")
+    return found
+
+
+def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) -> Comparison:
+    """Compares a run with an earlier one; `name` is that of the earlier one's file.
+
+    It is a regression if the fastest of its rounds is slower than the slowest round before by more
+    than `tolerance`, a part of the rate. So what the rounds' spread explains is none. Of three
+    rounds each, chance alone puts all new ones below all old ones once in twenty, and the tolerance
+    comes on top of that.
+    """
+    before, after = old.measured.named(), new.measured.named()
+    names = [*after, *(one for one in before if one not in after)]
+    changes = [Change(name=one, old=before.get(one), new=after.get(one)) for one in names]
+    changes.sort(key=lambda change: change.name == WHOLE)  # the last row
+    slowest, fastest = 1 / before[WHOLE].spread[1], 1 / after[WHOLE].spread[0]
+    gap = 1 - fastest / slowest
+    change = before[WHOLE].wall / after[WHOLE].wall - 1
+    is_regression = gap > tolerance
+    speed = f"{abs(change):.1%} {'slower' if change < 0 else 'faster'}"
+    rates = f"{_rate(after[WHOLE])} images/s, and {_rate(before[WHOLE])} in {name}"
+    if is_regression:
+        verdict = (
+            f"REGRESSION: the run is {speed}: {rates}. Even its fastest round is {gap:.1%} below "
+            f"the slowest one before, and --tolerance is {tolerance:.1%}."
+        )
+    elif change < -tolerance:
+        verdict = (
+            f"No regression that can be told: the run is {speed}: {rates}. But the rounds of the "
+            f"two do not lie more than the tolerance of {tolerance:.1%} apart; measure longer "
+            "(--seconds), on a quieter machine."
+        )
+    else:
+        verdict = f"No regression: the run is {speed}: {rates}."
+    return Comparison(
+        changes=changes,
+        is_regression=is_regression,
+        verdict=verdict,
+        warnings=list(_warnings(old, new, name)),
+    )
+
+
+def _rate(cost: Cost) -> str:
+    low, high = cost.spread
+    return f"{1 / cost.wall:,.0f} ({1 / high:,.0f} to {1 / low:,.0f})"
+
+
+def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
+    machines = [
+        {key: value for key, value in one.machine.items() if key not in _NO_MACHINE}
+        for one in (old, new)
+    ]
+    configs = [
+        one.config | {"data": one.config.get("data", {}) | {"cache_folder": ""}}
+        for one in (old, new)
+    ]
+    ranks = [{"nproc": one.measured.world_size} for one in (old, new)]
+    pairs = {
+        "comes from another machine": machines,
+        "has other settings": configs,
+        "has another number of ranks": ranks,
+    }
+    for what, pair in pairs.items():
+        if differences := list(config_diff(pair[0], pair[1])):
+            more = len(differences) - _NAMED_DIFFERENCES
+            rest = f"; and {more} more" if more > 0 else ""
+            yield f"{name} {what}: {'; '.join(differences[:_NAMED_DIFFERENCES])}{rest}."
+    for one, when in ((old, name), (new, "this run")):
+        taken, cores = one.measured.others_cores, one.measured.cores * one.measured.world_size
+        taken *= one.measured.world_size
+        if taken > _MUCH * cores:
+            yield f"Other processes took {taken:.1f} of {cores:g} cores during {when}."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rate:
+    """Images/s: the median of some rounds, the lowest and the highest."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peers:
+    """Rates of a part of a run, ours and others', by `unicl-bench input` or `step`."""
+
+    file: str
+    is_of_loader: bool
+    """False: of the step."""
+    rates: dict[str, Rate]
+    """By name, the fastest first."""
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+
+    def differences(self, own: Mapping[str, Any]) -> list[str]:
+        """How its conditions differ from a run's: `own` has settings, processor and cores."""
+        theirs = self.settings | self.machine
+        both = [key for key in own if key in theirs]
+        return list(
+            config_diff({key: theirs[key] for key in both}, {key: own[key] for key in both})
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Result:
+    """A result file of another stage of `unicl-bench`."""
+
+    figures: dict[str, Rate]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def read_peers(path: Path) -> Peers:
+    """Reads a result of `unicl-bench input` or `step`; ValueError where the file holds none."""
+    try:
+        found = _decode(path.read_bytes(), _Result)
+        rates = _rates_of_whole(found)
+        if not rates:
+            raise ValueError(f"it has no figure whose name ends with {_RATE!r}")
+    except ValueError as error:
+        raise ValueError(
+            f"--peers: {path} is no result of `unicl-bench input` or `step` ({error}); give the "
+            "file of their --json"
+        ) from error
+    return Peers(
+        file=path.name,
+        is_of_loader=bool(found.contenders),
+        rates=dict(sorted(rates.items(), key=lambda item: -item[1].median)),
+        settings=found.settings,
+        machine=found.machine,
+    )
+
+
+def _rates_of_whole(found: _Result) -> dict[str, Rate]:
+    """Rates of contestants by name, without the limits and stages, which do a part of the work."""
+    rates = {
+        name.removesuffix(_RATE): rate
+        for name, rate in found.figures.items()
+        if name.endswith(_RATE)
+    }
+    return {
+        name: rate
+        for name, rate in rates.items()
+        if not found.contenders or found.contenders.get(name, {}).get("kind") in ("ours", "peer")
+    }
+
+
+def rate_of(cost: Cost, *, ranks: int = 1) -> Rate:
+    """A cost as images/s."""
+    low, high = cost.spread
+    return Rate(median=ranks / cost.wall, low=ranks / high, high=ranks / low)

@@ -1,0 +1,24 @@
+"""Pages: texts from anywhere are shown as they are, and a template asks for nothing in vain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from unicl_fast.system.pages import fill_page, visible
+
+
+def test_characters_that_cannot_be_seen_are_written_out() -> None:
+    assert visible("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
+
+
+def test_a_page_escapes_its_values_and_misses_none(tmp_path: Path) -> None:
+    template = tmp_path / "page.html"
+    template.write_text("{% extends 'page_base.html' %}{% block main %}{{ text }}{% endblock %}")
+    text = fill_page(template, text="<b>\x07")
+    assert "&lt;b&gt;\\x07" in text
+    assert "default-src 'none'" in text
+    with pytest.raises(jinja2.UndefinedError, match="'text' is undefined"):
+        fill_page(template)

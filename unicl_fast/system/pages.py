@@ -1,0 +1,45 @@
+"""HTML pages that need nothing else: no script, no font, no other file.
+
+A page is a Jinja template that extends page_base.html, here, which has the head, the policy and the
+style of all of them, for dark and light screens and for phones. Values come from anywhere: Jinja
+escapes every one, and the page's own policy (Content-Security-Policy) forbids scripts and addresses
+outside it should one slip through.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from unicl_fast.system.wording import count_of
+
+
+def fill_page(template: Path, **values: Any) -> str:
+    """Returns the page as text, to be written in UTF-8; a missing value is an UndefinedError."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    environment.globals["count_of"] = count_of
+    return environment.get_template(template.name).render(**values)
+
+
+def visible(value: Any) -> Any:
+    """Writes out what cannot be seen of a text; what is HTML already stays as it is."""
+    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
+        return value
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in value
+    )
