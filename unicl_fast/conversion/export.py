@@ -224,6 +224,7 @@ def _publishable(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment),
+        model=replace(config.model, init="", init_image="", init_text=""),
         efficiency=replace(
             config.efficiency,
             precision="fp32" if precision == "fp64" else precision,
@@ -304,7 +305,8 @@ known to the program that wrote this card: add it before you publish the model.
 def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
     """The README.md of an exported model, which the hub shows."""
     config, of = model.config.model, Preprocessing.of(model.config)
-    text = f"{config.text_layers} causal blocks, width {config.text_width}"
+    causal = "causal " if config.text_causal else ""
+    text = f"{config.text_layers} {causal}blocks, width {config.text_width}"
     rows = {
         "image encoder": f"{config.image_encoder} (timm)",
         "text encoder": f"{text}, {config.text_heads} heads",
