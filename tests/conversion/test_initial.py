@@ -17,7 +17,9 @@ from hub_server import COMMIT, Hub, ask_hub_at, serve_hub
 from open_clip_folders import (
     LIKE_SIGLIP,
     SMALL_MODELS,
+    SMALL_VIT,
     config_for,
+    different_images,
     draw_open_clip,
     largest_difference,
     write_folder,
@@ -55,12 +57,17 @@ def started(config: TrainConfig) -> UniCL:
     return model.eval()
 
 
+def tokens_for(config: TrainConfig) -> torch.Tensor:
+    """Tokens of CLIP, as far as they are in the vocabulary."""
+    tokens = Tokenizer(config.model.context_length)(TEXTS)
+    return tokens.clamp(max=config.model.vocab_size - 1)
+
+
 def inputs(config: TrainConfig) -> dict[str, torch.Tensor]:
     size = config.data.image_size
-    generator = torch.Generator().manual_seed(1)
     return {
-        "images": torch.randn(3, 3, size, size, generator=generator),
-        "tokens": Tokenizer(config.model.context_length)(TEXTS),
+        "images": different_images(size),
+        "tokens": tokens_for(config),
     }
 
 
@@ -79,6 +86,13 @@ def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -
     write_open_clip(ours, tmp_path / "back")
     back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
     assert max(largest_difference(ours, back.eval(), **inputs(config))) < 1e-5
+
+
+def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
+    theirs = draw_open_clip(SMALL_VIT)
+    config = config_for(write_folder(theirs, SMALL_VIT, tmp_path / "theirs"))
+    assert config.model.image_encoder == "vit_xsmall_patch16_clip_224"
+    assert max(largest_difference(started(config), theirs, **inputs(config))) < 1e-5
 
 
 def test_what_is_loaded_and_what_is_not_is_said(
@@ -111,9 +125,10 @@ def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_cl
         started(with_model(config_for(like_clip), image_encoder="resnet50"))
 
 
-def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(tmp_path: Path) -> None:
-    theirs = draw_open_clip(SMALL_MODELS["gelu"])
-    config = config_for(write_folder(theirs, SMALL_MODELS["gelu"], tmp_path / "known"))
+def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
+    like_clip: Path, tmp_path: Path
+) -> None:
+    config = config_for(like_clip)
     for number, (tower, change, message) in enumerate(
         [
             ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
@@ -130,7 +145,11 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(tmp_path: Path) -
     ):
         model_cfg = json.loads(json.dumps(SMALL_MODELS["gelu"]))
         model_cfg[tower] |= change
-        folder = write_folder(theirs, model_cfg, tmp_path / str(number))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+        weights = "open_clip_model.safetensors"
+        (folder / weights).symlink_to(like_clip / weights)
         with pytest.raises(ValueError, match=message):
             started(with_model(config, init=str(folder)))
         if tower == "text_cfg":  # its image encoder alone can be had

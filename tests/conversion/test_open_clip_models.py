@@ -11,7 +11,13 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from open_clip_folders import config_for, draw_open_clip, largest_difference, write_folder
+from open_clip_folders import (
+    config_for,
+    different_images,
+    draw_open_clip,
+    largest_difference,
+    write_folder,
+)
 
 from unicl_fast import UniCL
 from unicl_fast.conversion.initial import initialise
@@ -49,7 +55,7 @@ def test_a_model_of_open_clip_gives_its_features(
     ours.eval()
     size = config.data.image_size
     tokens = Tokenizer(config.model.context_length)(TEXTS).clamp(max=config.model.vocab_size - 1)
-    inputs = {"images": torch.randn(2, 3, size, size), "tokens": tokens}
+    inputs = {"images": different_images(size), "tokens": tokens}
     image, text = largest_difference(ours, theirs, **inputs)
     assert max(image, text) < 1e-4
     del theirs
@@ -64,7 +70,7 @@ def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path: Path) -> No
     """By itself timm resizes its table at every forward pass; here that is done once."""
     model_cfg = open_clip.get_model_config("RN50")
     folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "theirs")
-    images = torch.randn(2, 3, 256, 256)
+    images = different_images(256)
     features = []
     for size in (224, 256):
         model = UniCL(config_for(folder, image_size=size))

@@ -149,6 +149,8 @@ class Samples:
         """Samples of the size that a model takes; it has texts, fp32 and evaluation mode."""
         images = images_for(model)
         tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+        # a model of another tokenizer may have a smaller vocabulary
+        tokens.clamp_(max=model.config.model.vocab_size - 1)
         return cls(images, tokens, model.encode_image(images), model.encode_text(tokens))
 
 

@@ -180,7 +180,7 @@ def _read_pretrained(given: str, name: str) -> Source:
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")
     if registered.custom_load:
         raise ValueError(f"{given}: its weights are in a format that timm alone reads")
-    names = _TIMM_WEIGHTS
+    names: tuple[str, ...] = _TIMM_WEIGHTS
     if registered.hf_hub_filename:
         file_name = registered.hf_hub_filename
         names = (
