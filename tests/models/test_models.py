@@ -446,6 +446,26 @@ def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
     assert encoder.train()(torch.randn(2, 3, 64, 64)).shape == (2, 192)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "blocks"),
+    [
+        ("eva02_tiny_patch14_224", 56, 12),
+        pytest.param("resnet50_clip", 64, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_encoders_of_open_clip_give_the_same_gradients_when_recomputed(
+    name: str, size: int, blocks: int
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+    images = torch.randn(2, 3, size, size)
+    parameters = [one for one in encoder.train().parameters() if one.requires_grad]
+    gradients = torch.autograd.grad(encoder(images).square().sum(), parameters)
+    assert checkpoint_blocks(encoder) == blocks
+    again = torch.autograd.grad(encoder(images).square().sum(), parameters)
+    torch.testing.assert_close(again, gradients)
+
+
 def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="add its block class"):
         checkpoint_blocks(torch.nn.Linear(2, 2))

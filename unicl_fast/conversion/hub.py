@@ -6,10 +6,14 @@ file that is in the cache is taken without a network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+logger = logging.getLogger("unicl_fast")
 
 
 class NotOnHubError(FileNotFoundError):
@@ -31,18 +35,20 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
         OSError: a disk that failed.
     """
     name, _, revision = repository.partition("@")
+    logger.info("hf-hub:%s: looking for %s", repository, file_names[0])
     for file_name in file_names:
         try:
-            return Path(hf_hub_download(name, file_name, revision=revision or None))
+            with _silent_retries():
+                return Path(hf_hub_download(name, file_name, revision=revision or None))
         except errors.LocalEntryNotFoundError as error:  # no network, and not in the cache
             for other in file_names:
                 cached = try_to_load_from_cache(name, other, revision=revision or None)
                 if isinstance(cached, str):
                     return Path(cached)
             raise FileNotFoundError(
-                f"hf-hub:{repository}: the hub cannot be reached, and {' or '.join(file_names)} is "
-                "not in the cache: download the repository where there is a network, and give its "
-                f"folder ({_first_line(error.__cause__ or error)})"
+                f"hf-hub:{repository}: the hub cannot be reached, and the cache has none of "
+                f"{', '.join(file_names)}: download the repository where there is a network, and "
+                f"give its folder ({_first_line(error.__cause__ or error)})"
             ) from error
         except errors.EntryNotFoundError:
             continue
@@ -66,6 +72,21 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
         f"hf-hub:{repository} has none of {', '.join(file_names)}: expected a repository of ours, "
         "open_clip's or timm's"
     )
+
+
+@contextlib.contextmanager
+def _silent_retries() -> Iterator[None]:
+    """Keeps warnings of huggingface_hub back, which tries six times in 24 seconds; errors say all.
+
+    Without a network it would print eleven lines before one of ours.
+    """
+    theirs = logging.getLogger("huggingface_hub")
+    before = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(before)
 
 
 def _broken_off(repository: str, file_name: str, error: Exception) -> FileNotFoundError:
