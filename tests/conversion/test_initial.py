@@ -410,11 +410,13 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
 def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = "hf-hub:them/clip"
-    read_source(given, image_encoder="")
+    sources = "hf-hub:them/clip", "hf-hub:us/small"
+    for given in sources:
+        read_source(given, image_encoder="")
     ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
-    read_source(given, image_encoder="")
+    for given in sources:
+        read_source(given, image_encoder="")
     with pytest.raises(FileNotFoundError, match="the hub cannot be reached") as refusal:
         download("them/vit", ["model.safetensors"])
     assert "\n" not in str(refusal.value)

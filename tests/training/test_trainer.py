@@ -316,6 +316,18 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     )
 
 
+def test_a_checkpoint_is_resumed_whatever_it_started_from(
+    tmp_path: Path, images: torch.Tensor
+) -> None:
+    config = tiny_config(steps=2)
+    trainer_in(tmp_path, images, config).fit()
+    (newest,) = list_checkpoints(tmp_path / "checkpoints")
+    settings = dataclasses.replace(config.model, init="elsewhere", init_text="somewhere")
+    trainer = trainer_in(tmp_path, images, dataclasses.replace(config, model=settings))
+    trainer.resume(newest)
+    assert trainer.step == 2
+
+
 def test_a_run_tells_its_trainer_how_long_the_loader_waits(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: Path
 ) -> None:
