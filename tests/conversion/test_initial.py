@@ -110,6 +110,7 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert line.endswith("Left out: logit_bias")
     assert "Fresh" not in line
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
+    assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
 
 
 def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:

@@ -67,7 +67,11 @@ def write_folder(model: torch.nn.Module, model_cfg: dict[str, Any], folder: Path
     folder.mkdir(parents=True)
     values = {
         "model_cfg": model_cfg,
-        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.3, 0.2, 0.25]},
+        "preprocess_cfg": {
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.3, 0.2, 0.25],
+            "interpolation": "bicubic",
+        },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(values))
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

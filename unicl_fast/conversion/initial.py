@@ -218,14 +218,20 @@ class _Loading:
         raise ValueError(f"model.{self._option}={self._source.name}: {reason}")
 
     def _warn_of_other_images(self) -> None:
-        data = self._model.config.data
-        for name in ("mean", "std"):
-            known, present = self._source.data.get(name), getattr(data, name)
-            if known and max(abs(a - b) for a, b in zip(known, present, strict=True)) > 1e-3:
+        for name in ("mean", "std", "interpolation"):
+            known = self._source.data.get(name)
+            present = getattr(self._model.config.data, name)
+            if known is not None and _shown(known) != _shown(present):
                 logger.warning(
                     "model.%s=%s was trained on images of another %s: add --data.%s %s",
-                    self._option, self._source.name, name, name, " ".join(map(str, known)),
+                    self._option, self._source.name, name, name,
+                    known if name == "interpolation" else " ".join(map(str, known)),
                 )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """Statistics without the digits in which libraries round them."""
+    return value if isinstance(value, str) else [round(number, 3) for number in value]
 
 
 def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:

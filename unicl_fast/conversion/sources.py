@@ -17,13 +17,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import timm
 from torch import Tensor
 
 from unicl_fast.checkpoints.load import find_weights, read_tensors
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import Interpolation, TrainConfig
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.hub import download
 from unicl_fast.conversion.torch_files import read_torch_file
@@ -34,6 +34,7 @@ TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
     *("text_pool", "text_mlp_ratio", "text_norm_eps"),
 )
+_IMAGES = ("image_size", "mean", "std", "interpolation")
 _SPACE = ("embed_dim", "image_projection", "text_projection")
 _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
@@ -210,7 +211,7 @@ def _own_source(given: str, path: Path) -> Source:
             for name, tensor in tensors.items()
             if name != "logit_scale" or config.objective.name != "ce"  # which has none
         },
-        data={name: getattr(config.data, name) for name in ("image_size", "mean", "std")},
+        data={name: getattr(config.data, name) for name in _IMAGES},
     )
 
 
@@ -307,6 +308,8 @@ def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]
         numbers = values.get(name)
         if isinstance(numbers, list | tuple) and len(numbers) == 3:
             found[name] = tuple(map(float, numbers))
+    if values.get("interpolation") in get_args(Interpolation):
+        found["interpolation"] = values["interpolation"]
     side = image_size[-1] if isinstance(image_size, list | tuple) and image_size else image_size
     return found | ({"image_size": side} if isinstance(side, int) else {})
 

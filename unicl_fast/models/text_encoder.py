@@ -216,7 +216,9 @@ class TextEncoder(nn.Module):
         settings: TextSettings = TextSettings(),
     ) -> None:
         super().__init__()
-        self.context_length, self.settings = context_length, settings
+        self.context_length = context_length
+        # plain values, which torch.compile knows
+        self.ignores_padding, self.reads_end = settings.ignores_padding, settings.pool == "end"
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.resblocks = nn.ModuleList(
@@ -245,10 +247,10 @@ class TextEncoder(nn.Module):
                 f"texts have {l} tokens, the text encoder takes {self.context_length}: "
                 "tokenize with its context length"
             )
-        if not self.settings.ignores_padding:
+        if not self.ignores_padding:
             tokens, num_tokens = F.pad(tokens, (0, self.context_length - l)), None
             l = self.context_length  # noqa: E741
-        ends = tokens.argmax(dim=1) if self.settings.pool == "end" else tokens.new_full((u,), l - 1)
+        ends = tokens.argmax(dim=1) if self.reads_end else tokens.new_full((u,), l - 1)
         row = None if num_tokens is None else TokenRow.build(ends, num_tokens, (u, l))
         if row is None:
             x = self.token_embedding(tokens) + self.positional_embedding[:l]
