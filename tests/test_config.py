@@ -171,6 +171,18 @@ def test_compile_may_still_be_a_switch(flags: list[str], expected: str) -> None:
     assert arguments.efficiency.compile == expected
 
 
+@pytest.mark.parametrize("name", ["init", "init_image", "init_text"])
+def test_initial_weights_have_a_short_option(name: str) -> None:
+    flag = f"--{name}".replace("_", "-")
+    for flags in (
+        [flag, "runs/first"],
+        [f"{flag}=runs/first"],
+        [f"--model.{flag[2:]}", "runs/first"],
+    ):
+        arguments = parse_arguments(["--data.train", "x", "--out", "y", *flags])
+        assert getattr(arguments.model, name) == "runs/first"
+
+
 def test_every_field_is_documented() -> None:
     """The sentence under a field is its line of --help."""
     from unicl_fast.tools.pretrain import _first_sentences

@@ -1,6 +1,6 @@
 """No file that this project loads can run code: pickles are read in two places, with whitelists.
 
-microsoft/UniCL's checkpoints and CIFAR's Python files exist as pickles only. Their modules read
+Checkpoints of others and CIFAR's Python files exist as pickles only. Their modules read
 tensors, and arrays and lists, out of them and nothing else.
 """
 
@@ -22,7 +22,7 @@ ROOMS = ("unicl_fast", "pipelines", "tools", "benchmarks")
 
 # Files of others that exist as pickles only, read with weights_only=True: path -> which, and why.
 READS_WEIGHTS_OF_OTHERS: dict[str, str] = {
-    "unicl_fast/conversion/official.py": "checkpoints of microsoft/UniCL",
+    "unicl_fast/conversion/torch_files.py": "checkpoints of microsoft/UniCL, open_clip and timm",
 }
 # Files that others load with torch.load alone: path -> which, and why.
 WRITES_WEIGHTS_FOR_OTHERS: dict[str, str] = {

@@ -50,7 +50,8 @@ _COMMON = {
     "data": ("train", "evaluate", "fraction", "text", "augment", "image_size", "crop_scale",
              "threads"),
     "objective": ("name", "mixup", "cutmix"),
-    "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length"),
+    "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length",
+              "init", "init_image", "init_text"),
     "optim": ("name", "lr", "lr_batch_size", "warmup_fraction", "weight_decay", "clip_norm",
               "ema_decay", "freeze"),
     "efficiency": ("precision", "micro_batch_size", "compile"),
@@ -111,6 +112,7 @@ def _main(argv: Sequence[str]) -> None:
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
     check_current_folder()
     choose_environment(config.run.device)
+    from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader
     from unicl_fast.training.run import check_request, pretrain
@@ -133,6 +135,7 @@ def _main(argv: Sequence[str]) -> None:
         run_folder=run_folder,
         build_loader=TrainLoader,
         evaluate=_evaluate,
+        initialise=initialise,
         resume=resume,
         ledger=arguments.ledger,
     )
@@ -159,7 +162,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     Raises:
         ValueError: there is no such preset.
     """
-    argv = _with_value_of_compile(argv)
+    argv = _in_full(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=_DEFAULT_PRESET)
     finder.add_argument("-h", "--help", action="store_true")
@@ -181,11 +184,16 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     )
 
 
-def _with_value_of_compile(argv: Sequence[str]) -> list[str]:
-    """Reads --efficiency.compile and --efficiency.no-compile as the switches that they were."""
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """Writes out short forms: --init, --init-image, --init-text, and --efficiency.compile alone.
+
+    --efficiency.compile and --efficiency.no-compile are read as the switches that they were.
+    """
     spelt: list[str] = []
     for index, flag in enumerate(argv):
-        if flag == "--efficiency.no-compile":
+        if flag.split("=")[0] in ("--init", "--init-image", "--init-text"):
+            spelt.append(flag.replace("--", "--model.", 1))
+        elif flag == "--efficiency.no-compile":
             spelt.append("--efficiency.compile=off")
         elif flag == "--efficiency.compile" and (argv[index + 1 :] or ["--"])[0].startswith("--"):
             spelt.append("--efficiency.compile=encoders")

@@ -49,7 +49,13 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+TextPool = Literal["end", "last"]
+Projection = Literal["linear", "biased", "none"]
 OptimizerName = Literal["adamw", "lamb", "fusedadamw", "fusedlamb", "auto"]
+
+INITIAL_WEIGHTS = ("init", "init_image", "init_text")
+"""Fields of `ModelConfig` that a run needs at its first start alone."""
 
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 _FINITE = Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)
@@ -194,6 +200,25 @@ class ModelConfig:
     """Longest text in tokens, start and end tokens included."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
+    text_activation: Activation = "quick_gelu"
+    """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. quick_gelu is that of CLIP and
+    of the paper; most of open_clip's models have gelu, SigLIP 2 has gelu_tanh."""
+    text_causal: bool = True
+    """Let a token see only itself and those before it; False lets it see all, as SigLIP does. All
+    padding is computed then, whatever efficiency.text_layout says."""
+    text_pool: TextPool = "end"
+    """Token whose features are the text's: end or last. end is the end-of-text token, last the last
+    of the context, padding included, as in SigLIP."""
+    text_mlp_ratio: Annotated[float, Meta(gt=0, le=64)] = 4.0
+    """Width of the text encoder's MLPs, as a multiple of text_width."""
+    text_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12
+    """Added to the variance in the text encoder's LayerNorms. The paper's code has 1e-12,
+    open_clip's models 1e-5, SigLIP 1e-6."""
+    image_projection: Projection = "linear"
+    """Projection of the image encoder's features: linear, biased or none. none takes them as they
+    are, so embed_dim is their width."""
+    text_projection: Projection = "linear"
+    """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
     logit_scale_init: Annotated[float, _FINITE] = math.log(1 / 0.07)
@@ -202,6 +227,17 @@ class ModelConfig:
     """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
     learn_logit_scale: bool = True
     """Learn the scale; False keeps its initial value, as SupCon does (1 / 0.1)."""
+    init: str = ""
+    """Weights to start from; empty draws fresh ones. A run, checkpoint or export of ours; a folder
+    of open_clip's; open-clip:MODEL/TAG, as open_clip lists them; or hf-hub:OWNER/NAME. They must be
+    of the model that the settings describe, or the start is refused with the settings that they
+    need. Tables of positions are resized to image_size and context_length. A run that is resumed
+    does not need them again."""
+    init_image: str = ""
+    """Weights of the image encoder, instead of those of init. As init; or timm:NAME for timm's
+    pretrained ones, timm-file:PATH for a file of timm's names. See docs/checkpoints.md."""
+    init_text: str = ""
+    """Weights of the text encoder, instead of those of init; as init."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")
@@ -209,6 +245,11 @@ class ModelConfig:
             self.text_width % self.text_heads == 0,
             f"model.text_heads ({self.text_heads}) must divide model.text_width "
             f"({self.text_width})",
+        )
+        require(
+            self.text_projection != "none" or self.text_width == self.embed_dim,
+            f"model.text_projection=none takes features as they are: model.embed_dim "
+            f"({self.embed_dim}) must be model.text_width ({self.text_width})",
         )
 
 

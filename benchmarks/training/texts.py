@@ -35,7 +35,7 @@ from torch import Tensor
 from unicl_fast.config import DeviceName, PrecisionName
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, VarlenAttention
+from unicl_fast.models.text_encoder import TextAttention, TextEncoder, VarlenAttention
 from unicl_fast.objectives.targets import map_targets
 from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.text.class_lists import fill_template, imagenet_class_names, imagenet_templates
@@ -241,7 +241,7 @@ def text_layouts(
         heads=settings.width // 64,
     )
     place_module(encoder, device=device, precision=precision)
-    attentions = [part for part in encoder.modules() if isinstance(part, CausalAttention)]
+    attentions = [part for part in encoder.modules() if isinstance(part, TextAttention)]
     varlen = attentions[0].varlen_attn
 
     def encode(rows: Tensor, *packed: int, attention: VarlenAttention | None = None) -> Tensor:

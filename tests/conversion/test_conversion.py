@@ -24,9 +24,9 @@ from unicl_fast.conversion.export import new_folder, require_equal, write_export
 from unicl_fast.conversion.libraries import (
     write_exported_programs,
     write_onnx,
-    write_open_clip,
     write_timm,
 )
+from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pickle
 from collections.abc import Callable
@@ -177,6 +178,12 @@ def test_a_model_with_another_image_encoder_has_no_place_in_their_layout() -> No
     small = UniCL(build_preset("digits-small"))
     with pytest.raises(ValueError, match="image encoder is unicl_convnet7_small"):
         official_entries(small)
+    released = build_preset("swin-tiny")
+    text = dataclasses.replace(released.model, text_layers=1, text_activation="gelu")
+    with torch.device("meta"):
+        other = UniCL(dataclasses.replace(released, model=text))
+    with pytest.raises(ValueError, match="knows no model.text_activation=gelu: convert"):
+        official_entries(other)
 
 
 class Trap:

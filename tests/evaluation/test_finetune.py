@@ -42,10 +42,17 @@ def with_ids(batch: Batch) -> Batch:
     return dataclasses.replace(batch, sample_ids=torch.arange(12))
 
 
-def test_the_zero_shot_head_ranks_as_zero_shot_does(images: torch.Tensor) -> None:
-    model = UniCL(tiny_config()).double().eval()
+@pytest.mark.parametrize("projection", ["linear", "biased", "none"])
+def test_the_zero_shot_head_ranks_as_zero_shot_does(images: torch.Tensor, projection: str) -> None:
+    config = tiny_config()
+    width = 64 if projection == "none" else 8
+    settings = dataclasses.replace(config.model, image_projection=projection, embed_dim=width)
+    model = UniCL(dataclasses.replace(config, model=settings)).double().eval()
     generator = torch.Generator().manual_seed(0)
-    classifier = F.normalize(torch.randn(5, 8, dtype=torch.float64, generator=generator), dim=1)
+    if model.image_projection_bias is not None:
+        torch.nn.init.normal_(model.image_projection_bias, generator=generator)
+    classifier = torch.randn(5, width, dtype=torch.float64, generator=generator)
+    classifier = F.normalize(classifier, dim=1)
     features = encode_images(model, images, layer="encoder")
     head = zero_shot_head(model, classifier, features)
     scores = encode_images(model, images) @ classifier.T

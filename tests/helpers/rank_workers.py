@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
 from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.config import DataConfig, DecodeDevice, TrainConfig
+from unicl_fast.conversion.initial import initialise
 from unicl_fast.distributed.launch import SharedRefusal, explain
 from unicl_fast.distributed.ranks import (
     Ranks,
@@ -351,6 +352,33 @@ def train_each(
         sizes = [sum(tensor.nbytes for tensor in each) for each in (parameters, states)]
         torch.save((sizes, parameters), folder / name / f"{ranks.rank}.pt")
         assert torch.is_autocast_cache_enabled()  # which evaluations of other models need
+
+
+def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path) -> None:
+    """Each rank writes the weights that its trainer has before the first step, and a refusal.
+
+    Rank 1 has no disk to read them from.
+    """
+    not_here = mock.Mock(side_effect=AssertionError("rank 0 alone reads"))
+    with contextlib.ExitStack() as stack:
+        if not ranks.is_main:
+            stack.enter_context(mock.patch("unicl_fast.conversion.initial.read_source", not_here))
+        model = UniCL(config)
+        initialise(model, ranks)
+        nowhere = dataclasses.replace(config.model, init=str(folder / "nowhere"))
+        refusal = ""
+        try:
+            initialise(UniCL(dataclasses.replace(config, model=nowhere)), ranks)
+        except SharedRefusal as error:
+            refusal = str(error)
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(config, loader, model=model, ranks=ranks, progress=False)
+    tensors = {
+        what: {name: whole(tensor) for name, tensor in module.state_dict().items()}
+        for what, module in (("model", trainer.model), ("average", trainer.ema.module))
+    }
+    torch.save(tensors | {"refusal": refusal}, folder / f"{ranks.rank}.pt")
+    trainer.train_step(next(loader.batches(0)))
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = [
         text_encoder.TokenRow,
         text_encoder.QuickGELU,
-        text_encoder.CausalAttention,
+        text_encoder.TextAttention,
         text_encoder.TextBlock,
         text_encoder.TextEncoder,
         image_encoder.KeyedDropPath,

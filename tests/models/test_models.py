@@ -19,7 +19,7 @@ from unicl_fast.models import text_encoder
 from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.image_encoder import DropPathKey, KeyedDropPath, build_image_encoder
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, find_varlen_attention
+from unicl_fast.models.text_encoder import TextAttention, TextEncoder, find_varlen_attention
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.text.tokenizer import Tokenizer
@@ -62,6 +62,59 @@ def test_packed_texts_equal_padded_ones_and_their_gradients(model: UniCL) -> Non
         results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
     for packed in results[1:]:
         torch.testing.assert_close(packed, results[0], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("causal", "pool"), [(False, "end"), (True, "last"), (False, "last")])
+def test_padding_that_is_part_of_a_text_is_computed_in_every_layout(
+    causal: bool, pool: str
+) -> None:
+    config = tiny_config()
+    settings = dataclasses.replace(config.model, text_causal=causal, text_pool=pool)
+    model = UniCL(dataclasses.replace(config, model=settings)).double().eval()
+    tokens = Tokenizer()(TEXTS)
+    features = model.encode_text(tokens)
+    changed = tokens.clone()
+    changed[:, -1] = 5
+    assert (model.encode_text(changed) - features).abs().max() > 1e-4
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    for texts, known in ((tokens[:, :20], None), (tokens[:, :20], num_tokens)):
+        torch.testing.assert_close(model.encode_text(texts, known), features, rtol=0, atol=1e-14)
+    for part in model.modules():
+        if isinstance(part, TextAttention):
+            part.fused_attn = False
+    torch.testing.assert_close(model.encode_text(tokens), features, rtol=1e-11, atol=1e-13)
+
+
+def test_a_projection_may_be_missing_or_have_a_bias() -> None:
+    config = tiny_config()
+
+    def with_projections(**settings: object) -> UniCL:
+        model = dataclasses.replace(config.model, **settings)
+        return UniCL(dataclasses.replace(config, model=model)).double().eval()
+
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    tokens = Tokenizer()(TEXTS)
+    biased = with_projections(image_projection="biased", text_projection="biased")
+    before = biased.encode_image(images), biased.encode_text(tokens)
+    with torch.no_grad():
+        biased.image_projection_bias += 3
+        biased.text_projection_bias += 3
+    after = biased.encode_image(images), biased.encode_text(tokens)
+    for one, other in zip(before, after, strict=True):
+        assert (one - other).abs().max() > 0.01
+    assert "text_projection_bias" in biased.state_dict()
+    plain = with_projections(
+        image_projection="none", text_projection="none", embed_dim=64, text_width=64
+    )
+    expected = torch.nn.functional.normalize(plain.image_encoder(images), dim=1)
+    torch.testing.assert_close(plain.encode_image(images), expected)
+    expected = torch.nn.functional.normalize(plain.text_encoder(tokens), dim=1)
+    torch.testing.assert_close(plain.encode_text(tokens), expected)
+    assert not any("projection" in name for name in plain.state_dict())
+    with pytest.raises(ValueError, match="must be the width of the image encoder's, 64"):
+        with_projections(image_projection="none")
+    with pytest.raises(ValueError, match=r"embed_dim \(8\) must be model.text_width \(16\)"):
+        with_projections(text_projection="none")
 
 
 def attend_each_text(
@@ -108,7 +161,7 @@ def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
     results = []
     for attention in (attend_each_text, None):
         for part in model.modules():
-            if isinstance(part, CausalAttention):
+            if isinstance(part, TextAttention):
                 part.varlen_attn = attention
         features = model.encode_text(tokens, min(num_tokens + more, tokens.numel()))
         results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
@@ -162,11 +215,11 @@ def test_outside_autocast_texts_are_spread_out_as_ever(model: UniCL) -> None:
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
     expected = model.encode_text(tokens, num_tokens)
     for part in model.modules():
-        if isinstance(part, CausalAttention):
+        if isinstance(part, TextAttention):
             part.varlen_attn = known_of_torch_2_10  # would fail if it were called
     features = model.encode_text(tokens, num_tokens)
     for part in model.modules():
-        if isinstance(part, CausalAttention):
+        if isinstance(part, TextAttention):
             part.varlen_attn = None
     assert torch.equal(features, expected)
 
@@ -184,7 +237,7 @@ def test_torchs_kernel_for_rows_of_any_length_equals_padded_rows(more: int) -> N
     device = torch.device("cuda")
     encoder = TextEncoder(vocab_size=49408, context_length=77, width=256, layers=2, heads=4)
     place_module(encoder, device=device, precision=Precision("bf16"))
-    blocks = [part for part in encoder.modules() if isinstance(part, CausalAttention)]
+    blocks = [part for part in encoder.modules() if isinstance(part, TextAttention)]
     assert all(part.varlen_attn is not None for part in blocks)
     tokens = Tokenizer()(TEXTS).to(device)
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
@@ -209,7 +262,7 @@ def test_attention_is_plain_in_16_bits_on_a_cpu_and_equals_the_fused_one() -> No
     assert all(part.fused_attn for part in model.modules() if hasattr(part, "fused_attn"))
     place_module(model, device=torch.device("cpu"), precision=Precision("bf16"))
     switches = [part for part in model.modules() if hasattr(part, "fused_attn")]
-    assert {type(part).__name__ for part in switches} >= {"CausalAttention", "Attention"}
+    assert {type(part).__name__ for part in switches} >= {"TextAttention", "Attention"}
     assert not any(part.fused_attn for part in switches)
     model.double()
     torch.testing.assert_close(model.encode_text(tokens), features, rtol=1e-12, atol=1e-14)
@@ -391,6 +444,26 @@ def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
     encoder = build_image_encoder("unicl_swin6_small", image_size=64, drop_path=0.2, key=key)
     key.set(step=0, global_index=torch.arange(2))
     assert encoder.train()(torch.randn(2, 3, 64, 64)).shape == (2, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "blocks"),
+    [
+        ("eva02_tiny_patch14_224", 56, 12),
+        pytest.param("resnet50_clip", 64, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_encoders_of_open_clip_give_the_same_gradients_when_recomputed(
+    name: str, size: int, blocks: int
+) -> None:
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+    images = torch.randn(2, 3, size, size)
+    parameters = [one for one in encoder.train().parameters() if one.requires_grad]
+    gradients = torch.autograd.grad(encoder(images).square().sum(), parameters)
+    assert checkpoint_blocks(encoder) == blocks
+    again = torch.autograd.grad(encoder(images).square().sum(), parameters)
+    torch.testing.assert_close(again, gradients)
 
 
 def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_server import serve_hub
 from PIL import Image
 from program_runs import (
     SMALL,
@@ -30,7 +31,7 @@ from program_runs import (
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import TrainConfig
-from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools import convert, evaluate, pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset
 from unicl_fast.training.metrics import read_metrics
 
@@ -72,6 +73,36 @@ def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
     run("pretrain", *arguments, "--resume", "auto")
     assert losses(out) == losses(unbroken)
     assert weights(out) == weights(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_starts_from_the_hub_and_resumes_without_it(
+    data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(convert, "hf", unbroken, tmp_path / "hub" / "us" / "first")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    out = tmp_path / "run"
+    sources = ["--data.train", data / "labels", data / "captions"]
+    arguments = [*SMALL, *sources, "--nproc", "2", "--run.steps", "4", "--init", "hf-hub:us/first"]
+    with serve_hub(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        done = run("pretrain", *arguments, "--out", out)
+    assert done.stderr.count("model.init=hf-hub:us/first: loaded image encoder test_vit") == 1
+    downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
+    assert len(downloads) == 2
+    trained, fresh = losses(out)[0], losses(unbroken)[0]
+    assert abs(trained - losses(unbroken)[-1]) < abs(fresh - losses(unbroken)[-1])
+    shutil.rmtree(tmp_path / "home")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments[arguments.index("4")] = "6"
+    run("pretrain", *arguments, "--out", out, "--resume", "auto")
+    assert len(losses(out)) == 6
+    assert json.loads((out / "config.json").read_text())["model"]["init"] == "hf-hub:us/first"
+    refused = run("pretrain", *arguments, "--out", tmp_path / "other", expect=2)
+    assert refused.stderr.count("the hub cannot be reached") == 1
+    assert "Traceback" not in refused.stderr
 
 
 LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -16,6 +17,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import load_model, read_state
 from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.training import run
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import pretrain
@@ -257,6 +259,72 @@ def test_a_run_keeps_which_decoder_auto_took(
     pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
     (*_, checkpoint) = list_checkpoints(tmp_path / "checkpoints")
     assert read_state(checkpoint).config.data.decode_device == "cpu"
+
+
+def test_a_run_reads_initial_weights_at_its_first_start_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    data: Path,
+    images: torch.Tensor,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = dataclasses.replace(
+        tiny_config(steps=2),
+        data=DataConfig(train=(str(data / "labels"),), image_size=32, evaluation_resize=32),
+    )
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="somewhere"))
+    loader = StepLoader(images)
+    loader.plan = SimpleNamespace(epochs=list)
+    loader.reading = ReadingTime()
+    started: list[torch.Tensor] = []
+
+    def initialise(model: UniCL, ranks: Ranks) -> None:
+        with torch.no_grad():
+            model.image_projection.fill_(0.5)
+        started.append(model.image_projection.detach().clone())
+
+    def start(config: TrainConfig, *, resume: str) -> None:
+        pretrain(
+            config,
+            run_folder=tmp_path,
+            build_loader=lambda *arguments, **settings: loader,
+            evaluate=dict,
+            initialise=initialise,
+            resume=resume,
+        )
+
+    monkeypatch.setattr(run, "check_memory", lambda config, **arguments: None)
+    monkeypatch.setattr(run, "DatasetMeter", lambda *arguments, **settings: None)
+    monkeypatch.setattr(run, "_report", lambda *arguments: None)
+    start(config, resume="never")
+    assert len(started) == 1
+    (newest,) = list_checkpoints(tmp_path / "checkpoints")
+    weights = load_model(newest).image_projection
+    assert (weights - 0.5).abs().max() < 0.1  # it trained from there
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=4))
+    for name in ("", "elsewhere"):
+        settings = dataclasses.replace(longer.model, init=name)
+        start(dataclasses.replace(longer, model=settings), resume="auto")
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["init"] == "somewhere"
+    assert len(started) == 1
+    assert "model.init=elsewhere is not read: the run resumes, and started from somewhere" in (
+        caplog.text
+    )
+    assert read_state(list_checkpoints(tmp_path / "checkpoints")[-1]).config.model.init == (
+        "somewhere"
+    )
+
+
+def test_a_checkpoint_is_resumed_whatever_it_started_from(
+    tmp_path: Path, images: torch.Tensor
+) -> None:
+    config = tiny_config(steps=2)
+    trainer_in(tmp_path, images, config).fit()
+    (newest,) = list_checkpoints(tmp_path / "checkpoints")
+    settings = dataclasses.replace(config.model, init="elsewhere", init_text="somewhere")
+    trainer = trainer_in(tmp_path, images, dataclasses.replace(config, model=settings))
+    trainer.resume(newest)
+    assert trainer.step == 2
 
 
 def test_a_run_tells_its_trainer_how_long_the_loader_waits(

@@ -15,7 +15,10 @@ from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of, shorten
 
-_ARCHITECTURE = ("image_encoder", "text_width", "text_layers", "text_heads", "embed_dim")
+_ARCHITECTURE = (
+    "image_encoder", "text_width", "text_layers", "text_heads", "text_activation", "text_causal",
+    "text_pool", "text_norm_eps", "embed_dim",
+)  # fmt: skip
 
 
 def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Tensor]:

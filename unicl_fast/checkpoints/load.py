@@ -231,6 +231,16 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
         FileNotFoundError: no model there.
         ValueError: damaged, or without the average that was asked for.
     """
+    config, file = find_weights(path, weights=weights)
+    model = UniCL(config)
+    # weights, and their average, are in the type of the run
+    model.to(Precision(config.efficiency.precision).weight_type)
+    load_weights(model, file)
+    return model.eval()
+
+
+def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path]:
+    """The config and the file that `load_model` reads, checked; raises as it does."""
     found = find_model(path)
     if is_export(found):
         if weights == "ema":
@@ -250,11 +260,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
         config = state.config
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
     _require_sizes(file, config)
-    model = UniCL(config)
-    # weights, and their average, are in the type of the run
-    model.to(Precision(config.efficiency.precision).weight_type)
-    load_weights(model, file)
-    return model.eval()
+    return config, file
 
 
 _checksums_read: dict[tuple[int, ...], str] = {}
@@ -307,8 +313,12 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         expected = {
             "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
-            "text_projection": [model.text_width, model.embed_dim],
+            "text_encoder.resblocks.0.mlp.c_fc.bias": [
+                int(model.text_width * model.text_mlp_ratio)
+            ],
         }
+        if model.text_projection != "none":
+            expected["text_projection"] = [model.text_width, model.embed_dim]
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}

@@ -24,7 +24,7 @@ from unicl_fast.checkpoints.load import (
     load_weights,
     read_tensors,
 )
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
 from unicl_fast.models.sharding import (
     ParameterOwners,
@@ -108,6 +108,8 @@ def refuse_another_run(
             come next.
     """
     stored, present = config_to_dict(state.config), config_to_dict(config)
+    for name in INITIAL_WEIGHTS:  # which no resumed run reads
+        del stored["model"][name], present["model"][name]
     for group in ("model", "objective"):
         refuse_differences(group, stored[group], present[group])
     refuse_differences("data", state.data, data)

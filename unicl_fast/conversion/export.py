@@ -149,6 +149,8 @@ class Samples:
         """Samples of the size that a model takes; it has texts, fp32 and evaluation mode."""
         images = images_for(model)
         tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+        # a model of another tokenizer may have a smaller vocabulary
+        tokens.clamp_(max=model.config.model.vocab_size - 1)
         return cls(images, tokens, model.encode_image(images), model.encode_text(tokens))
 
 
@@ -224,6 +226,7 @@ def _publishable(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment),
+        model=replace(config.model, init="", init_image="", init_text=""),
         efficiency=replace(
             config.efficiency,
             precision="fp32" if precision == "fp64" else precision,
@@ -304,7 +307,8 @@ known to the program that wrote this card: add it before you publish the model.
 def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
     """The README.md of an exported model, which the hub shows."""
     config, of = model.config.model, Preprocessing.of(model.config)
-    text = f"{config.text_layers} causal blocks, width {config.text_width}"
+    causal = "causal " if config.text_causal else ""
+    text = f"{config.text_layers} {causal}blocks, width {config.text_width}"
     rows = {
         "image encoder": f"{config.image_encoder} (timm)",
         "text encoder": f"{text}, {config.text_heads} heads",

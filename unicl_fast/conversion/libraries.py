@@ -1,8 +1,6 @@
-"""Folders that other libraries read: open_clip, timm, ONNX runtimes, torch.export.
+"""Folders that other libraries read: timm, ONNX runtimes, torch.export; `open_clip` writes its own.
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` builds the model, and whatever takes
-open_clip's models runs on it. Our text encoder is CLIP's and the image encoder timm's on both
-sides, so that this is renaming. timm gets the image encoder alone, with its size and preprocessing:
+timm gets the image encoder alone, with its size and preprocessing:
 `timm.create_model("local-dir:FOLDER", pretrained=True)` from timm 1.0.16 on.
 
 `image` and `text` as programs for any number of samples are a file each, ONNX or torch.export's.
@@ -18,7 +16,6 @@ import contextlib
 import importlib.util
 import io
 import logging
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -39,77 +36,15 @@ from unicl_fast.conversion.export import (
     write_tensors,
 )
 from unicl_fast.models.image_encoder import feature_width
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, project
 
-_TEXT_BLOCKS = re.compile(r"^text_encoder\.resblocks\.")
-_LAYER_NORM_EPS = 1e-12
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
 """Samples of a batch, beside one and as many as were traced: an export may be fixed to a size."""
 _OPSET = 18  # of 2022: current runtimes all have it
 
 
-@torch.no_grad()
-def write_open_clip(model: UniCL, folder: Path) -> float:
-    """Writes a folder, and reads it with open_clip.
-
-    Args:
-        model: in fp32 and evaluation mode.
-        folder: a new one.
-
-    Returns:
-        The largest difference of a feature's coordinates, open_clip's from ours.
-
-    Raises:
-        ValueError: open_clip cannot build this image encoder at this size, or the folder is there.
-        RuntimeError: the features are not ours.
-        OSError: it cannot be written.
-    """
-    import open_clip  # seconds to import
-
-    _require_convertible(model)
-    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
-        raise ValueError(
-            f"open_clip {open_clip.__version__} reads no folders: pip install 'open_clip_torch>=3'"
-        )
-    values = {
-        "model_cfg": _open_clip_config(model),
-        "preprocess_cfg": Preprocessing.of(model.config).for_open_clip(),
-    }
-    with new_folder(folder) as aside:
-        write_json(aside / "open_clip_config.json", values)
-        write_tensors(aside / "open_clip_model.safetensors", _open_clip_tensors(model))
-        theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
-        theirs.eval()
-        ours = Samples.of(model)
-        images, texts = theirs.encode_image(ours.images), theirs.encode_text(ours.tokens)
-        return max(
-            require_equal(ours.image_features, images, what="image features"),
-            require_equal(ours.text_features, texts, what="text features"),
-        )
-
-
-def _require_convertible(model: UniCL) -> None:
-    """Refuses an image encoder that open_clip's wrapper of timm's models cannot express.
-
-    It builds encoders at timm's own image size only, and takes num_features for the width of what
-    they return.
-    """
-    name, size = model.config.model.image_encoder, model.config.data.image_size
-    if (own_size := _fixed_size(name)) not in (None, size):
-        raise ValueError(
-            f"open_clip builds {name} for images of {own_size} pixels alone, this model was "
-            f"trained at {size}: convert it to timm, hf, onnx or export instead"
-        )
-    width = feature_width(model.image_encoder)
-    if width != int(model.image_encoder.num_features):  # type: ignore[arg-type]
-        raise ValueError(
-            f"{name} returns features of width {width}, open_clip expects "
-            f"{model.image_encoder.num_features}: convert it to timm, hf, onnx or export instead"
-        )
-
-
-def _fixed_size(name: str) -> int | None:
+def fixed_size(name: str) -> int | None:
     """The image size that timm builds an encoder for, where its tables depend on it."""
     registered = timm.get_pretrained_cfg(name)
     if registered is None or not registered.fixed_input_size:
@@ -117,46 +52,14 @@ def _fixed_size(name: str) -> int | None:
     return int(registered.input_size[-1])
 
 
-def _open_clip_config(model: UniCL) -> dict[str, Any]:
-    config = model.config.model
-    return {
-        "embed_dim": config.embed_dim,
-        "quick_gelu": True,  # of the text encoder; timm's models have their own
-        "vision_cfg": {
-            "timm_model_name": config.image_encoder,
-            "timm_model_pretrained": False,
-            "timm_pool": "",  # the model's own
-            "timm_proj": "linear",
-            "image_size": model.config.data.image_size,
-        },
-        "text_cfg": {
-            "context_length": config.context_length,
-            "vocab_size": config.vocab_size,
-            "width": config.text_width,
-            "heads": config.text_heads,
-            "layers": config.text_layers,
-            "norm_kwargs": {"eps": _LAYER_NORM_EPS},
-        },
-    }
-
-
-def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
-    """The model's tensors by open_clip's names."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name == "image_projection":
-            tensors["visual.head.proj.weight"] = tensor.T  # theirs is a Linear
-        elif name.startswith("image_encoder."):
-            tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
-        else:
-            renamed = _TEXT_BLOCKS.sub("transformer.resblocks.", name)
-            tensors[renamed.removeprefix("text_encoder.")] = tensor
-    return tensors
-
-
 @torch.no_grad()
 def write_timm(model: UniCL, folder: Path) -> float:
-    """Writes a folder of the image encoder, read back and compared as by `write_open_clip`."""
+    """Writes a folder of the image encoder, and reads it with timm.
+
+    Takes a model in fp32 and evaluation mode, and a new folder; returns the largest difference of a
+    feature's coordinates, timm's from ours. A folder that is there is a ValueError, features that
+    are not ours a RuntimeError, a disk that fails an OSError.
+    """
     config, name = model.config, model.config.model.image_encoder
     registered = timm.get_pretrained_cfg(name)
     known = {} if registered is None else registered.to_dict()
@@ -184,20 +87,22 @@ def write_timm(model: UniCL, folder: Path) -> float:
 def timm_arguments(model: UniCL) -> dict[str, Any]:
     """Arguments of timm.create_model beside the name: the size, where tables depend on it."""
     size = model.config.data.image_size
-    known = _fixed_size(model.config.model.image_encoder)
+    known = fixed_size(model.config.model.image_encoder)
     return {} if known in (None, size) else {"img_size": size}
 
 
 class Tower(nn.Module):
     """Normalised images [b 3 h w], or token rows [b l], to unit-norm features [b d]."""
 
-    def __init__(self, encoder: nn.Module, projection: nn.Parameter) -> None:
+    def __init__(
+        self, encoder: nn.Module, projection: nn.Parameter | None, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.projection = projection
+        self.projection, self.bias = projection, bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.normalize(self.encoder(inputs) @ self.projection, dim=-1)
+        return F.normalize(project(self.encoder(inputs), self.projection, self.bias), dim=-1)
 
 
 Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
@@ -207,7 +112,7 @@ Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
 def write_onnx(model: UniCL, folder: Path) -> float:
     """Writes a folder, and runs both files with onnxruntime at three batch sizes.
 
-    The rest is as in `write_open_clip`; a package that is not installed is a ValueError, and what
+    The rest is as in `write_timm`; a package that is not installed is a ValueError, and what
     the exporter does not know in an encoder a RuntimeError.
     """
     require_packages()
@@ -238,12 +143,10 @@ def write_exported_programs(model: UniCL, folder: Path) -> float:
 
 def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
     """Writes a file for each tower, and runs it at three batch sizes."""
-    assert model.image_projection is not None
     assert model.text_encoder is not None
-    assert model.text_projection is not None
     samples = Samples.of(model)
-    image = Tower(model.image_encoder, model.image_projection).eval()
-    text = Tower(model.text_encoder, model.text_projection).eval()
+    image = Tower(model.image_encoder, model.image_projection, model.image_projection_bias).eval()
+    text = Tower(model.text_encoder, model.text_projection, model.text_projection_bias).eval()
     differences = []
     with new_folder(folder) as aside:
         for name, tower, inputs, features in (

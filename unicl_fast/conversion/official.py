@@ -6,9 +6,7 @@ entries. Their text encoder has the names of ours. `official_entries` gives a mo
 by the names they have there: reading copies into them, writing takes them out, and both know the
 same names.
 
-This is the one place of the project that touches a pickle, since those checkpoints exist in no
-other form. torch reads them by a machine of its own that knows tensors and containers and calls
-nothing else (`weights_only`); the files that are written hold tensors alone.
+Their files are pickles, which `torch_files` reads; those that are written hold tensors alone.
 """
 
 from __future__ import annotations
@@ -16,15 +14,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import ModelConfig, TrainConfig
+from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
 
@@ -40,12 +37,16 @@ _OLD_NAMES = (
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
-# torch says it in two ways: of modules that it knows as dangerous (os.system), and of all others
-_FOREIGN_OBJECT = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
-_NEW_PROTOCOL = "Unsupported operand 149"
-"""The operation FRAME, with which pickles of protocols 4 and 5 begin."""
-_TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
-_ZIP = b"PK\x03\x04"
+_OF_THE_PAPER = (
+    "text_activation",
+    "text_causal",
+    "text_pool",
+    "text_mlp_ratio",
+    "text_norm_eps",
+    "image_projection",
+    "text_projection",
+)
+"""Settings of a model that their code has in one way alone, our default."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
@@ -80,7 +81,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
     """The model's own tensors (no copies) by their names in a released file.
 
     Raises:
-        ValueError: its image encoder is not one of theirs.
+        ValueError: its image encoder is not one of theirs, or its text encoder of another kind.
     """
     name = model.config.model.image_encoder
     known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
@@ -88,6 +89,16 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         raise ValueError(
             f"microsoft/UniCL's files hold {' or '.join(known)}, this model's image encoder is "
             f"{name}: convert it to open_clip, hf or onnx"
+        )
+    others = [
+        f"model.{field}={getattr(model.config.model, field)}"
+        for field in _OF_THE_PAPER
+        if getattr(model.config.model, field) != getattr(ModelConfig(), field)
+    ]
+    if others:
+        raise ValueError(
+            f"microsoft/UniCL's code knows no {', '.join(others)}: convert the model to open_clip, "
+            "hf or onnx"
         )
 
     def official_name(name: str) -> str:
@@ -186,84 +197,12 @@ def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> lis
 def read_official_file(path: Path) -> dict[str, Tensor]:
     """The entries of a checkpoint, `{"model": {name: tensor}}` or the names without the wrapper.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is cut short, no checkpoint, or holds more than tensors.
+    Raises as `read_torch_file`.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise FileNotFoundError(
-            f"{path} {what}: expected a file of microsoft/UniCL, such as in1k.pth"
-        )
-    with path.open("rb") as file:
-        is_zip = file.read(4) == _ZIP
-    if is_zip and not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"{path} is cut short ({path.stat().st_size:,} bytes, and the end of the archive is "
-            "missing): copy or download it again"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused in a sentence
-            values = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # UnpicklingError, EOFError, KeyError, RuntimeError, ...
-        raise ValueError(_why_not(path, error)) from error
-    for wrapper in ("model", "state_dict"):
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-            break
-    if not isinstance(values, dict) or not values:
-        if isinstance(values, Tensor):
-            kind = f"one tensor of shape {list(values.shape)}"
-        else:
-            kind = "nothing" if values in ({}, None) else f"a {type(values).__name__}"
-        raise ValueError(
-            f"{path} holds {kind}: expected {{'model': {{name: tensor}}}}, as "
-            "microsoft/UniCL's released files do"
-        )
-    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(
-            f"{path} holds no weights at {', '.join(others)}: expected "
-            "{'model': {name: tensor}}"
-        )
-    return {str(name): tensor for name, tensor in values.items()}
+    return read_torch_file(path, expected="a file of microsoft/UniCL, such as in1k.pth")
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
     """Writes `{"model": entries}`, each tensor with memory of its own."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
     torch.save({"model": copies}, path)
-
-
-def _printable(name: str) -> str:
-    """A name out of a file of somebody's, which the terminal must not obey."""
-    return name.encode("unicode_escape").decode("ascii")[:200]
-
-
-def _why_not(path: Path, error: Exception) -> str:
-    text = str(error)
-    foreign = _FOREIGN_OBJECT.search(text)
-    if foreign is not None:
-        return (
-            f"{path} holds Python objects besides tensors ({_printable(foreign[1])}), which could "
-            "run any code: it was not read. If it is a training checkpoint that you made yourself, "
-            "save its weights alone where you made it: "
-            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW)'
-        )
-    if _NEW_PROTOCOL in text or "TorchScript" in text:
-        kind = "a TorchScript program" if "TorchScript" in text else "a pickle of protocol 4 or 5"
-        return (
-            f"{path} is {kind}, which torch reads only together with any code in it: it was not "
-            'read. Save its weights alone where it was made: torch.save({"model": '
-            "MODEL.state_dict()}, NEW)"
-        )
-    # torch advises to read the file all the same, code included: that is cut off
-    reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
-    return (
-        f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected a "
-        "file of torch.save with {'model': {name: tensor}}, such as microsoft/UniCL's in1k.pth; "
-        "copy or download it again"
-    )

@@ -162,7 +162,7 @@ class ToOpenClip(ModelConversion):
 
     def run(self) -> None:
         from unicl_fast.conversion.export import load_source, print_written
-        from unicl_fast.conversion.libraries import write_open_clip
+        from unicl_fast.conversion.open_clip import write_open_clip
 
         model = load_source(self)
         print_written(self.out, difference=write_open_clip(model, self.out))

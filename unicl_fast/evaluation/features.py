@@ -422,7 +422,7 @@ def extract_sets(
     opened: list[EvaluationData] = []
     with model_on_ranks(command) as on_ranks:
         model, ranks = on_ranks.model, on_ranks.ranks
-        if command.layer == "projection" and model.image_projection is None:
+        if command.layer == "projection" and model.class_rows is not None:
             raise ValueError(
                 "features after the projection were asked for, and this model, trained by "
                 "cross-entropy, has no projection: take those of the encoder (--layer encoder)"

@@ -52,7 +52,7 @@ from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, project
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.training.data import build_prompts, with_threads
 from unicl_fast.training.optim import groups_by_depth
@@ -92,14 +92,19 @@ def zero_shot_head(
     """A head on the encoder's features that ranks classes as zero-shot classification does.
 
     Zero-shot scores are s (x P) . t / |x P|, for features x, the unit-norm t of a class, and the
-    model's projection P and scale s. A linear head cannot divide by an image's own norm, which
-    changes no ranking; it divides by the mean norm, so that probabilities begin near the model's.
+    model's projection P, which may have a bias, and scale s. A linear head cannot divide by an
+    image's own norm, which changes no ranking; it divides by the mean norm, so that probabilities
+    begin near the model's.
     """
-    assert model.image_projection is not None  # it has texts to compare with
-    projection = model.image_projection.to(features.dtype)
-    norm = (features.to(projection.device) @ projection).norm(dim=1).mean()
-    weight = classifier.to(projection.dtype) @ projection.T * (model.logit_scale.exp() / norm)
-    return LinearClassifier(weight, weight.new_zeros(len(weight)))
+    projection, bias = (
+        None if one is None else one.to(features.dtype)
+        for one in (model.image_projection, model.image_projection_bias)
+    )
+    features = features.to(model.logit_scale.device)
+    norm = project(features, projection, bias).norm(dim=1).mean()
+    weight = classifier.to(features) * (model.logit_scale.exp() / norm)
+    offset = weight.new_zeros(len(weight)) if bias is None else weight @ bias
+    return LinearClassifier(weight if projection is None else weight @ projection.T, offset)
 
 
 def build_optimizer(module: FineTuned, recipe: FinetuneRecipe) -> torch.optim.Optimizer:

@@ -44,9 +44,11 @@ _BLOCKS = {
     _SWIN_BLOCK,
     "SwinTransformerV2Block",
     "Block",  # ViT
+    "EvaBlock",
     "FocalNetBlock",
     "BasicBlock",  # ResNet
     "Bottleneck",
+    "BottleneckBlock",  # timm's ResNets of CLIP
     "ConvNeXtBlock",
     "SmallConvBlock",  # ours
     "SmallResidualBlock",

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from unicl_fast.config import EfficiencyConfig, PrecisionName, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
-from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
+from unicl_fast.models.text_encoder import TextAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.machine import HostBuffers, choose_device
 
@@ -158,7 +158,7 @@ def place_module(module: nn.Module, *, device: torch.device, precision: Precisio
     for part in module.modules():
         if fused_is_slow and hasattr(part, "fused_attn"):
             part.fused_attn = False  # type: ignore[assignment]  # never on: timm has some off
-        if isinstance(part, CausalAttention):
+        if isinstance(part, TextAttention):
             part.varlen_attn = find_varlen_attention(
                 device=device,
                 compute_type=precision.compute_type,

@@ -3,11 +3,15 @@
 Parameter names follow the released checkpoints (`resblocks.N.attn`, `mlp.c_fc`, ...), so that
 converting them is renaming. Padding can be left out: the tokens of a batch are then in one row
 (`TokenRow`), which only attention has to know.
+
+`TextSettings` holds what open_clip's encoders do in another way, SigLIP's among them. Without a
+causal mask, or read at the last token, the padding is part of the text, and is always computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LAYER_NORM_EPS = 1e-12  # as released; PyTorch's default is 1e-5
+from unicl_fast.config import Activation, TextPool
+
 _INIT_STD = 0.02
 
 VarlenAttention = Callable[..., Tensor]
@@ -104,15 +109,40 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class CausalAttention(nn.Module):
+_ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSettings:
+    """The kind of a text encoder, by the names of `ModelConfig`; the defaults are the paper's."""
+
+    activation: Activation = "quick_gelu"
+    causal: bool = True
+    pool: TextPool = "end"
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-12
+    """As released; PyTorch's default is 1e-5."""
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether nothing that comes after the end-of-text token can reach the features."""
+        return self.causal and self.pool == "end"
+
+
+class TextAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before.
 
     Causality is what lets padding be cut off: nothing after the end-of-text token can reach it.
+    Without it (`causal`) a token sees all others, and there are no rows without padding.
     """
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    def __init__(self, *, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         # `place_module` sets both to what fits the device. The first is timm's name for its switch.
         self.fused_attn = True
         self.varlen_attn: VarlenAttention | None = None
@@ -139,16 +169,16 @@ class CausalAttention(nn.Module):
         heads = qkv.view(u, l, 3, self.heads, w3 // 3 // self.heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         attend = F.scaled_dot_product_attention if self.fused_attn else _plain_attention
-        mixed = attend(query, key, value, is_causal=True)
+        mixed = attend(query, key, value, is_causal=self.causal)
         return mixed.transpose(1, 2).reshape(u, l, w3 // 3)
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
     """The twin of `scaled_dot_product_attention`, written as products of matrices."""
-    assert is_causal
-    l = query.shape[-2]  # noqa: E741
-    future = query.new_full((l, l), float("-inf")).triu(diagonal=1)
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + future
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if is_causal:
+        l = query.shape[-2]  # noqa: E741
+        scores = scores + query.new_full((l, l), float("-inf")).triu(diagonal=1)
     mixed: Tensor = scores.softmax(dim=-1) @ value
     return mixed
 
@@ -156,15 +186,16 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bo
 class TextBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    def __init__(self, *, width: int, heads: int, settings: TextSettings) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
-        self.attn = CausalAttention(width=width, heads=heads)
-        self.ln_2 = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
+        self.ln_1 = nn.LayerNorm(width, eps=settings.norm_eps)
+        self.attn = TextAttention(width=width, heads=heads, causal=settings.causal)
+        self.ln_2 = nn.LayerNorm(width, eps=settings.norm_eps)
+        hidden = int(width * settings.mlp_ratio)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
+        self.mlp.add_module("gelu", _ACTIVATIONS[settings.activation]())
+        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, row: TokenRow | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), row)
@@ -175,14 +206,25 @@ class TextEncoder(nn.Module):
     """Token ids to one feature vector a text, before the projection."""
 
     def __init__(
-        self, *, vocab_size: int, context_length: int, width: int, layers: int, heads: int
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        settings: TextSettings = TextSettings(),
     ) -> None:
         super().__init__()
         self.context_length = context_length
+        # plain values, which torch.compile knows
+        self.ignores_padding, self.reads_end = settings.ignores_padding, settings.pool == "end"
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.resblocks = nn.ModuleList(TextBlock(width=width, heads=heads) for _ in range(layers))
-        self.ln_final = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
+        self.resblocks = nn.ModuleList(
+            TextBlock(width=width, heads=heads, settings=settings) for _ in range(layers)
+        )
+        self.ln_final = nn.LayerNorm(width, eps=settings.norm_eps)
         nn.init.trunc_normal_(self.positional_embedding, std=_INIT_STD)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -207,7 +249,8 @@ class TextEncoder(nn.Module):
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
         `num_tokens`, where given, computes so many tokens only: those that are not padding; or
-        more, and some padding is computed too.
+        more, and some padding is computed too. Where padding is part of the text, all is computed,
+        and texts that were cut to the longest are padded with 0 again.
         """
         u, l = tokens.shape  # noqa: E741
         if l > self.context_length:
@@ -215,7 +258,10 @@ class TextEncoder(nn.Module):
                 f"texts have {l} tokens, the text encoder takes {self.context_length}: "
                 "tokenize with its context length"
             )
-        ends = tokens.argmax(dim=1)
+        if not self.ignores_padding:
+            tokens, num_tokens = F.pad(tokens, (0, self.context_length - l)), None
+            l = self.context_length  # noqa: E741
+        ends = tokens.argmax(dim=1) if self.reads_end else tokens.new_full((u,), l - 1)
         row = None if num_tokens is None else TokenRow.build(ends, num_tokens, (u, l))
         if row is None:
             x = self.token_embedding(tokens) + self.positional_embedding[:l]

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import Projection, TrainConfig
 from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.freezing import FrozenParts
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
-from unicl_fast.models.text_encoder import TextEncoder
+from unicl_fast.models.text_encoder import TextEncoder, TextSettings
 
 
 class UniCL(nn.Module):
@@ -25,15 +25,17 @@ class UniCL(nn.Module):
 
     `text_encoder` and `text_projection` are None where the objective has no texts. SupCon compares
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
-    each class a row of weights whose last entry is the bias.
+    each class a row of weights whose last entry is the bias. A projection may be None, or have a
+    bias beside it, as `model.image_projection` and `model.text_projection` say.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         """Builds the model with fresh weights drawn from `run.seed`.
 
         Raises:
-            ValueError: an encoder that timm does not know or that cannot be built so, or
-                cross-entropy without a number of classes.
+            ValueError: an encoder that timm does not know or that cannot be built so,
+                cross-entropy without a number of classes, or no projection between an encoder and a
+                space of another width.
         """
         super().__init__()
         self.config = config
@@ -61,16 +63,28 @@ class UniCL(nn.Module):
                     width=model.text_width,
                     layers=model.text_layers,
                     heads=model.text_heads,
+                    settings=TextSettings(
+                        activation=model.text_activation,
+                        causal=model.text_causal,
+                        pool=model.text_pool,
+                        mlp_ratio=model.text_mlp_ratio,
+                        norm_eps=model.text_norm_eps,
+                    ),
                 )
             image_width = feature_width(self.image_encoder)
-            self.image_projection = self.text_projection = self.class_rows = None
+            self.image_projection = self.image_projection_bias = self.class_rows = None
+            self.text_projection = self.text_projection_bias = None
             if classifies:
-                self.class_rows = _projection(sum(objective.num_classes), image_width + 1)
+                self.class_rows = _matrix(sum(objective.num_classes), image_width + 1)
                 nn.init.zeros_(self.class_rows.data[:, -1])
             else:
-                self.image_projection = _projection(image_width, model.embed_dim)
+                self.image_projection, self.image_projection_bias = _projection(
+                    model.image_projection, image_width, model.embed_dim
+                )
             if objective.has_texts:
-                self.text_projection = _projection(model.text_width, model.embed_dim)
+                self.text_projection, self.text_projection_bias = _projection(
+                    model.text_projection, model.text_width, model.embed_dim
+                )
         self.logit_scale = nn.Parameter(
             torch.tensor(0.0 if classifies else model.logit_scale_init),
             requires_grad=model.learn_logit_scale and not classifies,
@@ -98,9 +112,9 @@ class UniCL(nn.Module):
         encoder, and a 1 for the bias.
         """
         features: Tensor = self.image_encoder(images)
-        if self.image_projection is None:
+        if self.class_rows is not None:
             return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
-        return _unit_norm(features @ self.image_projection)
+        return _unit_norm(project(features, self.image_projection, self.image_projection_bias))
 
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
@@ -113,12 +127,13 @@ class UniCL(nn.Module):
         Raises:
             ValueError: the model was trained without texts.
         """
-        if self.text_encoder is None or self.text_projection is None:
+        if self.text_encoder is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
                 "no text encoder: take unicl-eval linear-probe, knn, finetune or detect"
             )
-        return _unit_norm(self.text_encoder(tokens, num_tokens) @ self.text_projection)
+        features = self.text_encoder(tokens, num_tokens)
+        return _unit_norm(project(features, self.text_projection, self.text_projection_bias))
 
     def forward(
         self,
@@ -152,7 +167,30 @@ class UniCL(nn.Module):
         self.logit_scale.clamp_(max=self.config.model.logit_scale_max)
 
 
-def _projection(rows: int, columns: int) -> nn.Parameter:
+def project(
+    features: Float[Tensor, "n w"], weight: Tensor | None, bias: Tensor | None
+) -> Float[Tensor, "n d"]:
+    """Features in the common space: times [w d], plus [d]; None leaves a step out."""
+    if weight is not None:
+        features = features @ weight
+    return features if bias is None else features + bias
+
+
+def _projection(
+    kind: Projection, width: int, embed_dim: int
+) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    if kind == "none":
+        if width != embed_dim:
+            raise ValueError(
+                f"model.image_projection=none takes features as they are: model.embed_dim "
+                f"({embed_dim}) must be the width of the image encoder's, {width}"
+            )
+        return None, None
+    bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
+    return _matrix(width, embed_dim), bias
+
+
+def _matrix(rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, columns), std=0.02))
 
 

@@ -1,7 +1,7 @@
 """A training run on this rank: data, model and trainer are put together from a config, and run.
 
-What builds the loader and what evaluates a model are arguments, so that this room needs neither
-DALI nor the protocols of evaluation.
+What builds the loader, what evaluates a model and what reads its first weights are arguments, so
+that this room needs neither DALI nor the protocols of evaluation, nor the formats of others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader, ReadingTime
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
@@ -32,6 +32,7 @@ from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
 from unicl_fast.models.sharding import check_sharding
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder, sole_writer
 from unicl_fast.system.machine import choose_device
@@ -75,6 +76,9 @@ BuildLoader = Callable[..., PlannedLoader]
 Evaluate = Callable[..., Mapping[str, float]]
 """Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
 and ranks."""
+Initialise = Callable[[UniCL, Ranks], None]
+"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
+together."""
 
 
 def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
@@ -116,13 +120,15 @@ def pretrain(
     run_folder: Path,
     build_loader: BuildLoader,
     evaluate: Evaluate,
+    initialise: Initialise | None = None,
     resume: str = "never",
     ledger: bool = False,
 ) -> None:
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
-    `resume` is "never", "auto" or the path of a checkpoint. `ledger` asks for a ledger; a run that
-    has one continues it anyway.
+    `resume` is "never", "auto" or the path of a checkpoint, whose weights are taken in place of
+    those that `initialise` reads. `ledger` asks for a ledger; a run that has one continues it
+    anyway.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -159,6 +165,7 @@ def pretrain(
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
+        config = _with_first_weights(config, checkpoint=checkpoint, ranks=ranks)
         config = resolve_decode_device(config, device, ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
         trainer = build_trainer(
@@ -166,6 +173,7 @@ def pretrain(
             run_folder=run_folder,
             build_loader=build_loader,
             evaluate=evaluate,
+            initialise=None if checkpoint is not None else initialise,
             ranks=ranks,
             device=device,
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,
@@ -218,12 +226,30 @@ def _with_precision(
     return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
+def _with_first_weights(
+    config: TrainConfig, *, checkpoint: Path | None, ranks: Ranks
+) -> TrainConfig:
+    """Replaces `model.init` of a run that resumes by what it started from, which stays stored."""
+    if checkpoint is None:
+        return config
+    stored = read_state(checkpoint, ranks).config.model
+    first = {name: getattr(stored, name) for name in INITIAL_WEIGHTS}
+    for name, value in first.items():
+        if (given := getattr(config.model, name)) not in ("", value):
+            logger.warning(
+                "model.%s=%s is not read: the run resumes, and started from %s",
+                name, given, value or "fresh weights",
+            )  # fmt: skip
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **first))
+
+
 def build_trainer(
     config: TrainConfig,
     *,
     run_folder: Path,
     build_loader: BuildLoader,
     evaluate: Evaluate,
+    initialise: Initialise | None = None,
     ranks: Ranks,
     device: torch.device,
     keeps_ledger: bool = False,
@@ -232,8 +258,9 @@ def build_trainer(
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
-    `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. The
-    other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
+    `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. Without
+    `initialise` the weights are fresh. The other arguments are those of `pretrain` and of
+    `Trainer`. Raises as `pretrain` does.
     """
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
@@ -251,6 +278,11 @@ def build_trainer(
     with refused_together(ranks):
         longest = longest_text(datasets, prompts)
         check_memory(config, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
+    model = None
+    if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
+        mark("reading the initial weights", patience=START_PATIENCE)
+        model = UniCL(config)
+        initialise(model, ranks)
     mark("opening the data and building the model", patience=START_PATIENCE)
     loader = build_loader(
         dataclasses.replace(config, data=with_threads(config.data, ranks)),
@@ -278,6 +310,7 @@ def build_trainer(
         config,
         _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
         run_folder=run_folder,
+        model=model,
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),

@@ -1,0 +1,448 @@
+"""Models that start from weights that are there: open_clip's, timm's and our own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import open_clip
+import pytest
+import timm
+import torch
+from hub_server import COMMIT, Hub, ask_hub_at, serve_hub
+from open_clip_folders import (
+    LIKE_SIGLIP,
+    SMALL_MODELS,
+    SMALL_VIT,
+    config_for,
+    different_images,
+    draw_open_clip,
+    largest_difference,
+    write_folder,
+)
+from rank_workers import run_on_ranks, train_from_initial_weights
+from safetensors.torch import load_file, save_file
+from small_runs import tiny_config
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+
+from unicl_fast import UniCL
+from unicl_fast.checkpoints.files import write_checkpoint
+from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
+from unicl_fast.config import ObjectiveConfig, TrainConfig, config_to_dict
+from unicl_fast.conversion.export import write_export
+from unicl_fast.conversion.hub import NotOnHubError, download
+from unicl_fast.conversion.initial import initialise, resize_positions
+from unicl_fast.conversion.open_clip import write_open_clip
+from unicl_fast.conversion.sources import read_source
+from unicl_fast.text.tokenizer import Tokenizer
+
+TEXTS = ["a photo of a dog", "", "two people in the snow"]
+
+
+@pytest.fixture(scope="module")
+def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of open_clip with GELU, in its folder."""
+    model_cfg = SMALL_MODELS["gelu"]
+    folder = tmp_path_factory.mktemp("open_clip") / "model"
+    return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
+
+
+def started(config: TrainConfig) -> UniCL:
+    model = UniCL(config)
+    initialise(model)
+    return model.eval()
+
+
+def tokens_for(config: TrainConfig) -> torch.Tensor:
+    """Tokens of CLIP, as far as they are in the vocabulary."""
+    tokens = Tokenizer(config.model.context_length)(TEXTS)
+    return tokens.clamp(max=config.model.vocab_size - 1)
+
+
+def inputs(config: TrainConfig) -> dict[str, torch.Tensor]:
+    size = config.data.image_size
+    return {
+        "images": different_images(size),
+        "tokens": tokens_for(config),
+    }
+
+
+def with_model(config: TrainConfig, **settings: object) -> TrainConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings))
+
+
+@pytest.mark.parametrize("kind", SMALL_MODELS)
+def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -> None:
+    model_cfg = SMALL_MODELS[kind]
+    theirs = draw_open_clip(model_cfg)
+    config = config_for(write_folder(theirs, model_cfg, tmp_path / "theirs"))
+    ours = started(config)
+    assert max(largest_difference(ours, theirs, **inputs(config))) < 1e-5
+    torch.testing.assert_close(ours.logit_scale, theirs.logit_scale)
+    write_open_clip(ours, tmp_path / "back")
+    back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
+    assert max(largest_difference(ours, back.eval(), **inputs(config))) < 1e-5
+
+
+def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
+    theirs = draw_open_clip(SMALL_VIT)
+    config = config_for(write_folder(theirs, SMALL_VIT, tmp_path / "theirs"))
+    assert config.model.image_encoder == "vit_xsmall_patch16_clip_224"
+    assert max(largest_difference(started(config), theirs, **inputs(config))) < 1e-5
+
+
+def test_what_is_loaded_and_what_is_not_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(draw_open_clip(LIKE_SIGLIP), LIKE_SIGLIP, tmp_path / "theirs")
+    caplog.set_level(logging.INFO, logger="unicl_fast")
+    started(config_for(folder))
+    (line,) = [
+        record.getMessage() for record in caplog.records if ": loaded " in record.getMessage()
+    ]
+    assert f"model.init={folder}: loaded" in line
+    for part in ("image encoder test_vit (", "text encoder (", "text_projection", "logit_scale"):
+        assert part in line
+    assert line.endswith("Left out: logit_bias")
+    assert "Fresh" not in line
+    assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
+    assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
+
+
+def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:
+    config = with_model(
+        config_for(like_clip), text_activation="quick_gelu", text_width=64, embed_dim=16
+    )
+    with pytest.raises(ValueError, match="it is of another model") as refusal:
+        started(config)
+    assert "model.text_activation is quick_gelu and its is gelu" in str(refusal.value)
+    added = "Add --model.text-width 32 --model.text-activation gelu --model.embed-dim 24"
+    assert str(refusal.value).endswith(added)
+    with pytest.raises(ValueError, match=r"model.image_encoder is resnet50 .* Add .* test_vit"):
+        started(with_model(config_for(like_clip), image_encoder="resnet50"))
+
+
+def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
+    like_clip: Path, tmp_path: Path
+) -> None:
+    config = config_for(like_clip)
+    for number, (tower, change, message) in enumerate(
+        [
+            ("text_cfg", {"hf_model_name": "roberta-base"}, "hf_model_name='roberta-base'"),
+            ("text_cfg", {"embed_cls": True}, "embed_cls=True"),
+            ("text_cfg", {"pool_type": "eos"}, "pool_type='eos'"),
+            ("vision_cfg", {"timm_pool": "rot_attn"}, "timm_pool='rot_attn'"),
+            ("vision_cfg", {"timm_pool": "avg"}, "pools by 'avg', timm's by 'token'"),
+            ("vision_cfg", {"timm_model_name": "", "width": 384}, "no encoder with vision_cfg"),
+            ("vision_cfg", {"timm_model_name": "", "layers": [1, 1, 1, 1]}, r"layers=\[1, 1"),
+            ("text_cfg", {"hf_tokenizer_name": "T5"}, "tokenized by T5.*CLIP's.*--init-image"),
+            ("text_cfg", {"width": "wide"}, "model.text_width is 32 and its is wide"),
+            ("vision_cfg", {"head_width": 0, "timm_model_name": ""}, "could have written: ZeroDiv"),
+        ]
+    ):
+        model_cfg = json.loads(json.dumps(SMALL_MODELS["gelu"]))
+        model_cfg[tower] |= change
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+        weights = "open_clip_model.safetensors"
+        (folder / weights).symlink_to(like_clip / weights)
+        with pytest.raises(ValueError, match=message):
+            started(with_model(config, init=str(folder)))
+        if tower == "text_cfg":  # its image encoder alone can be had
+            started(with_model(config, init="", init_image=str(folder)))
+
+
+def test_tables_are_resized_to_the_run_s_images(like_clip: Path) -> None:
+    model = started(config_for(like_clip, image_size=96))
+    given = load_file(like_clip / "open_clip_model.safetensors")
+    expected = resample_abs_pos_embed(given["visual.trunk.pos_embed"], [6, 6])
+    torch.testing.assert_close(model.image_encoder.pos_embed.detach(), expected)
+
+
+def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -> None:
+    config = config_for(like_clip)
+    short = started(with_model(config, context_length=16))
+    tokens = Tokenizer(16)(TEXTS)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            short.encode_text(tokens), started(config).encode_text(tokens), rtol=0, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("length", "causal"), [(50, True), (50, False), (16, False)])
+def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool) -> None:
+    text = SMALL_MODELS["gelu"]["text_cfg"] | {"context_length": length}
+    theirs = draw_open_clip(SMALL_MODELS["gelu"] | {"text_cfg": text})
+    table = torch.randn(30, 32)
+    state = {"positional_embedding": table}
+    open_clip.model.resize_text_pos_embed(state, theirs)
+    found = resize_positions(table, length, causal=causal)
+    torch.testing.assert_close(found, state["positional_embedding"])
+
+
+def write_run(folder: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """A run as training leaves it; returns the average, which differs from the last weights."""
+    own = UniCL(config).state_dict()
+    average = {name: one * 0.9 if one.is_floating_point() else one for name, one in own.items()}
+    write_checkpoint(
+        folder / "checkpoints",
+        step=2,
+        files={MODEL_FILE: own, EMA_FILE: average, OPTIMIZER_FILE: {}},
+        state={
+            "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+        },
+    )  # fmt: skip
+    return average
+
+
+def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
+    config = tiny_config()
+    average = write_run(tmp_path / "run", tiny_config(precision="fp32"))
+    for start in ("fp64", "fp32"):
+        model = started(with_model(tiny_config(precision=start), init=str(tmp_path / "run")))
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, average[name].to(tensor.dtype)), name
+    assert model.image_projection.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"expected a run folder.*open-clip:MODEL/TAG"):
+        started(with_model(config, init=str(tmp_path / "nowhere")))
+
+
+def test_an_export_does_not_name_what_its_run_started_from(tmp_path: Path) -> None:
+    config = tiny_config(precision="fp32")
+    model = UniCL(with_model(config, init="/home/somebody/secret", init_text="secret"))
+    write_export(model, tmp_path / "out", origin={})
+    assert "secret" not in (tmp_path / "out" / "config.json").read_text()
+    again = started(with_model(config, init=str(tmp_path / "out")))
+    assert torch.equal(again.text_projection, model.text_projection)
+
+
+def test_towers_come_from_different_sources(
+    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(like_clip)
+    average = write_run(tmp_path / "run", with_model(config, embed_dim=12, init=""))
+    caplog.set_level(logging.INFO, logger="unicl_fast")
+    model = started(with_model(config, init_text=str(tmp_path / "run")))
+    theirs = load_file(like_clip / "open_clip_model.safetensors")
+    assert torch.equal(model.image_encoder.norm.bias, theirs["visual.trunk.norm.bias"])
+    assert torch.equal(model.image_projection, theirs["visual.head.proj.weight"].T)
+    assert torch.equal(model.text_encoder.ln_final.weight, average["text_encoder.ln_final.weight"])
+    assert torch.equal(model.text_projection, UniCL(config).text_projection)
+    assert "text_projection, since the source has [32, 12] and [32, 24] is needed" in caplog.text
+
+
+def test_an_objective_without_texts_takes_what_it_has(
+    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="unicl_fast")
+    config = config_for(like_clip)
+    classes = ObjectiveConfig(name="ce", num_classes=(3,))
+    model = started(dataclasses.replace(config, objective=classes))
+    assert "class_rows, since the source has none" in caplog.text
+    average = write_run(tmp_path / "ce", dataclasses.replace(model.config, objective=classes))
+    again = started(
+        dataclasses.replace(with_model(config, init=str(tmp_path / "ce")), objective=classes)
+    )
+    assert torch.equal(again.class_rows, average["class_rows"])
+    unicl = started(with_model(config, init=str(tmp_path / "ce")))
+    assert "the text encoder and its projection, which the source lacks" in caplog.text
+    assert unicl.logit_scale.item() == pytest.approx(config.model.logit_scale_init)
+    assert torch.equal(unicl.image_encoder.norm.bias, average["image_encoder.norm.bias"])
+    with pytest.raises(ValueError, match="has no text encoder"):
+        started(with_model(config, init="", init_text=str(tmp_path / "ce")))
+
+
+def write_timm_file(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of timm's own of a model with a classifier."""
+    torch.manual_seed(2)
+    tensors = timm.create_model("test_vit", num_classes=10).state_dict()
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path: Path, name: str) -> None:
+    tensors = write_timm_file(tmp_path / name)
+    given = f"timm-file:{tmp_path / name}"
+    model = started(with_model(tiny_config(precision="fp32"), init_image=given))
+    assert torch.equal(
+        model.image_encoder.blocks[5].mlp.fc2.weight, tensors["blocks.5.mlp.fc2.weight"]
+    )
+    with pytest.raises(ValueError, match="an image encoder alone: give it as --init-image"):
+        started(with_model(tiny_config(), init=given))
+    other = with_model(tiny_config(image_encoder="unicl_convnet7_small"), init_image=given)
+    with pytest.raises(ValueError, match=r"is another one: missing: stem\.0.* \(38\); left over: "):
+        started(other)
+
+
+def test_swin_s_windows_are_resized(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    source = timm.create_model("unicl_swin6_small", img_size=32, num_classes=0, window_size=8)
+    save_file(source.state_dict(), tmp_path / "swin.safetensors")
+    config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32")
+    given = f"timm-file:{tmp_path / 'swin.safetensors'}"
+    model = started(with_model(config, init_image=given))
+    table = model.image_encoder.layers[0].blocks[0].attn.relative_position_bias_table
+    wide = source.layers[0].blocks[0].attn.relative_position_bias_table
+    assert (wide.shape, table.shape) == ((225, 3), (49, 3))
+    expected = resize_rel_pos_bias_table(wide, new_window_size=(4, 4), new_bias_shape=(49, 3))
+    torch.testing.assert_close(table, expected)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_file_of_weights_is_run(tmp_path: Path) -> None:
+    sprung, file = tmp_path / "sprung", tmp_path / "weights.pth"
+    torch.save({"state_dict": {"norm.weight": Trap(sprung)}}, file)
+    with pytest.raises(ValueError, match="holds Python objects besides tensors"):
+        started(with_model(tiny_config(), init_image=f"timm-file:{file}"))
+    file.write_bytes(pickle.dumps(Trap(sprung)))
+    with pytest.raises(ValueError, match="weights.pth"):
+        started(with_model(tiny_config(), init_image=f"timm-file:{file}"))
+    assert not sprung.exists()
+
+
+def test_weights_that_are_not_numbers_are_refused(like_clip: Path, tmp_path: Path) -> None:
+    tensors = load_file(like_clip / "open_clip_model.safetensors")
+    tensors["ln_final.bias"][3] = float("nan")
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    config = (like_clip / "open_clip_config.json").read_text()
+    (folder / "open_clip_config.json").write_text(config)
+    with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
+        started(with_model(config_for(like_clip), init=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of open_clip's, one of timm's and one of ours."""
+    root = tmp_path_factory.mktemp("hub")
+    (root / "them").mkdir()
+    (root / "them" / "clip").symlink_to(like_clip)
+    timms = root / "them" / "vit"
+    timms.mkdir()
+    write_timm_file(timms / "model.safetensors")
+    (timms / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
+    write_export(UniCL(tiny_config(precision="fp32")), root / "us" / "small", origin={})
+    strange = root / "them" / "strange"
+    strange.mkdir()
+    (strange / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    (root / "them" / "nothing").mkdir()
+    return root
+
+
+@pytest.fixture
+def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serve_hub(repositories) as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        yield hub
+
+
+def test_repositories_of_the_hub_are_read_once(
+    hub: Hub, repositories: Path, like_clip: Path
+) -> None:
+    expected = started(config_for(like_clip)).state_dict()
+    for given in ("hf-hub:them/clip", f"hf-hub:them/clip@{COMMIT}"):
+        found = started(with_model(config_for(like_clip), init=given)).state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
+    assert len(downloads) == len(set(downloads)) == 2
+    assert "open_clip_config.json" in downloads[0]
+    config = tiny_config(precision="fp32")
+    ours = started(with_model(config, init="hf-hub:us/small"))
+    assert torch.equal(ours.text_projection, UniCL(config).text_projection)
+    theirs = started(with_model(config, init_image="hf-hub:them/vit")).image_encoder
+    file = load_file(repositories / "them" / "vit" / "model.safetensors")
+    assert torch.equal(theirs.blocks[0].attn.qkv.weight, file["blocks.0.attn.qkv.weight"])
+    for given, kind, message in (
+        ("hf-hub:them/strange", ValueError, "names no architecture"),
+        ("hf-hub:them/nothing", NotOnHubError, "has none of open_clip_config.json"),
+        ("hf-hub:them/nobody", FileNotFoundError, "no such repository or revision"),
+        ("hf-hub:them/clip@old", FileNotFoundError, "no such repository or revision"),
+        ("hf-hub:a/b/c", ValueError, "expected hf-hub:OWNER/NAME"),
+    ):
+        with pytest.raises(kind, match=message) as refusal:
+            read_source(given, image_encoder="")
+        assert "\n" not in str(refusal.value)
+
+
+def test_names_that_open_clip_and_timm_list_are_downloaded(
+    hub: Hub, like_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_cfg = json.loads((like_clip / "open_clip_config.json").read_text())["model_cfg"]
+    registered = {"hf_hub": "them/clip/", "quick_gelu": True, "mean": (0.1, 0.2, 0.3)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "ViT-tiny", {"mine": registered})
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: dict(model_cfg))
+    source = read_source("open-clip:ViT-tiny/mine", image_encoder="")
+    assert source.settings["text_activation"] == "quick_gelu"  # the tag knows better
+    assert source.data["mean"] == (0.1, 0.2, 0.3)
+    with pytest.raises(ValueError, match="no such model and tag; similar ones: ViT-B-32/openai"):
+        read_source("open-clip:ViT-B-32/openia", image_encoder="")
+    registered = timm.get_pretrained_cfg("test_vit.r160_in1k")
+    monkeypatch.setattr(
+        timm,
+        "get_pretrained_cfg",
+        lambda name: dataclasses.replace(registered, hf_hub_id="them/vit"),
+    )
+    source = read_source("timm:test_vit.r160_in1k", image_encoder="", text=False)
+    assert source.classifier == ("head",)
+    assert source.settings == {"image_encoder": "test_vit"}
+    with pytest.raises(ValueError, match="timm has no weights of that name; similar ones: "):
+        read_source("timm:tset_vit", image_encoder="", text=False)
+
+
+def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = "hf-hub:them/clip", "hf-hub:us/small"
+    for given in sources:
+        read_source(given, image_encoder="")
+    ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
+    for given in sources:
+        read_source(given, image_encoder="")
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached") as refusal:
+        download("them/vit", ["model.safetensors"])
+    assert "\n" not in str(refusal.value)
+    assert "the cache has none of model.safetensors" in str(refusal.value)
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("shard", [pytest.param("off", marks=pytest.mark.slow), "full"])
+def test_rank_0_alone_reads_and_all_ranks_start_from_it(
+    like_clip: Path, images: torch.Tensor, tmp_path: Path, shard: str
+) -> None:
+    config = config_for(like_clip, image_size=32)
+    base = tiny_config(shard=shard, steps=1)
+    config = dataclasses.replace(
+        base,
+        data=config.data,
+        model=config.model,
+        optim=dataclasses.replace(base.optim, ema_decay=0.9),
+    )
+    run_on_ranks(train_from_initial_weights, 2, images, config, tmp_path)
+    expected = started(config).state_dict()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for found in (first["model"], first["average"], second["model"]):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert first["refusal"] == second["refusal"]
+    assert "expected a run folder" in first["refusal"]

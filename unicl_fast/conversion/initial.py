@@ -1,0 +1,316 @@
+"""Starts a model from weights that are there already: `model.init`, `init_image`, `init_text`.
+
+A source is compared with the settings before anything is copied, and refused with the settings that
+it needs: weights of another architecture have no place, and those of another activation or mask
+would fit and be wrong. Tables of positions and of windows are the exception: timm resizes those of
+an image encoder to the run's image size; those of texts are cut or interpolated here. What is
+loaded, what stays fresh and why is logged.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from timm.layers import AttentionPool2d, resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unicl_fast.conversion.libraries import fixed_size
+from unicl_fast.conversion.sources import IMAGE_SETTINGS, TEXT_SETTINGS, Source, read_source
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.wording import count_of
+
+logger = logging.getLogger("unicl_fast")
+
+_ALONE = Ranks()
+_WINDOW_AND_SIZE = re.compile(r"(_window\d+)?(_\d+)?$")
+_SHOWN = 6
+
+
+@torch.no_grad()
+def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
+    """Replaces fresh weights by those that the model's config names; all ranks call it together.
+
+    Rank 0 alone reads or downloads them, and says what was loaded; the others get its tensors. The
+    model has whole weights, in the type of the run's precision afterwards.
+
+    Raises:
+        SharedRefusal: a source that is not there, damaged, or of another model; on all ranks.
+        OSError: a disk that failed.
+    """
+    model.to(Precision(model.config.efficiency.precision).weight_type)
+    tensors: dict[str, Tensor] = {}
+    with refused_together(ranks), rank_0_alone(ranks):
+        if ranks.is_main:
+            tensors = initial_tensors(model)
+    model.load_state_dict(tensors_from_rank_0(tensors, ranks), strict=False)
+
+
+def initial_tensors(model: UniCL) -> dict[str, Tensor]:
+    """Weights for a model by its own names, as its config asks for; logs what they are.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: as `read_source`, or a source of another model.
+    """
+    config = model.config.model
+    tensors: dict[str, Tensor] = {}
+    for option, given, image, text in (
+        ("init", config.init, not config.init_image, not config.init_text),
+        ("init_image", config.init_image, True, False),
+        ("init_text", config.init_text, False, True),
+    ):
+        if not given:
+            continue
+        source = read_source(given, image_encoder=config.image_encoder, image=image, text=text)
+        loading = _Loading(model, source, option)
+        loading.check_settings(image=image, text=text)
+        if image:
+            loading.take_image()
+        if text:
+            loading.take_text()
+        if option == "init":
+            loading.take_scale_and_classes()
+        loading.say()
+        tensors |= loading.tensors
+    return tensors
+
+
+class _Loading:
+    """One source on its way into a model."""
+
+    def __init__(self, model: UniCL, source: Source, option: str) -> None:
+        self._model, self._source, self._option = model, source, option
+        self._own = model.state_dict()
+        self.tensors: dict[str, Tensor] = {}
+        self._taken: list[str] = []
+        self._fresh: list[str] = []
+
+    def check_settings(self, *, image: bool, text: bool) -> None:
+        """Refuses a source whose towers are not those of the settings; names all that differ.
+
+        The common space has to be the same for `init` alone: a single tower may bring another.
+        """
+        model, source = self._model, self._source
+        has_text = text and model.text_encoder is not None
+        if text and not has_text and self._option == "init_text":
+            self._refuse(f"objective.name={model.config.objective.name} has no text encoder")
+        if has_text and source.tokenizer:
+            self._refuse(
+                f"its texts are tokenized by {source.tokenizer}, those of packed data sets by "
+                "CLIP's tokenizer: take its image encoder alone, --init-image"
+            )
+        names = [*IMAGE_SETTINGS] if image else []
+        names += TEXT_SETTINGS if has_text else ()
+        if self._option == "init" and model.class_rows is None:
+            names += ["embed_dim", "image_projection"]
+        if self._option == "init" and model.text_encoder is not None:
+            names += ["text_projection"]
+        config, needed = model.config.model, source.settings
+        wrong = {
+            name: needed[name]
+            for name in names
+            if name in needed and not _means_the_same(name, getattr(config, name), needed[name])
+        }
+        if wrong:
+            phrases = [
+                f"model.{name} is {getattr(config, name)} and its is {value}"
+                for name, value in wrong.items()
+            ]
+            flags = " ".join(_flag(name, value) for name, value in wrong.items())
+            self._refuse(f"it is of another model: {'; '.join(phrases)}. Add {flags}")
+
+    def take_image(self) -> None:
+        """Takes the image encoder, and its projection if it fits."""
+        encoder, source = self._model.image_encoder, self._source
+        name = self._model.config.model.image_encoder
+        pooling = getattr(encoder, "global_pool", "")
+        if source.pooling and isinstance(pooling, str) and pooling != source.pooling:
+            self._refuse(f"its image encoder pools by {source.pooling!r}, timm's by {pooling!r}")
+        given = _after("image_encoder.", source.tensors)
+        try:
+            found = _as_timm_has_them_now(encoder, given, source.classifier)
+        except Exception as error:  # of names or shapes that it does not expect
+            self._refuse(f"timm cannot read it as {name}: {error!r}")
+        kind = f"image encoder {name}"
+        size = self._model.config.data.image_size
+        if source.data.get("image_size", size) != size and fixed_size(name):
+            kind += f", its tables resized from {source.data['image_size']} pixels to {size}"
+        self._take("image_encoder.", found, kind)
+        if self._model.class_rows is None:
+            self._take_projection("image_projection")
+        self._warn_of_other_images()
+
+    def take_text(self) -> None:
+        """Takes the text encoder, and its projection if it fits, where both sides have one."""
+        encoder, source = self._model.text_encoder, self._source
+        if encoder is None:
+            return
+        if "text_width" not in source.settings:
+            if self._option == "init_text":
+                self._refuse("it has no text encoder")
+            self._fresh.append("the text encoder and its projection, which the source lacks")
+            return
+        found = _after("text_encoder.", source.tensors)
+        length, table = encoder.context_length, found.get("positional_embedding")
+        kind = "text encoder"
+        if table is not None and table.ndim == 2 and len(table) != length:
+            causal = self._model.config.model.text_causal
+            found["positional_embedding"] = resize_positions(table, length, causal=causal)
+            kind += f", its positions resized from {len(table)} to {length}"
+        self._take("text_encoder.", found, kind)
+        self._take_projection("text_projection")
+
+    def take_scale_and_classes(self) -> None:
+        """Takes the scale of the logits where it is learnt, and rows of the same classes."""
+        if self._model.logit_scale.requires_grad and "logit_scale" in self._source.tensors:
+            self._take("", {"logit_scale": self._source.tensors["logit_scale"]}, "logit_scale")
+        if self._model.class_rows is not None:
+            rows = self._source.tensors.get("class_rows")
+            if rows is not None and rows.shape == self._model.class_rows.shape:
+                self._take("", {"class_rows": rows}, "class_rows")
+            else:
+                found = "has none" if rows is None else f"has {list(rows.shape)}"
+                self._fresh.append(f"class_rows, since the source {found}")
+
+    def say(self) -> None:
+        """Logs what was taken, what stays fresh and what was left out."""
+        source = self._source
+        text = f"model.{self._option}={source.name}: loaded {'; '.join(self._taken)}"
+        for what, names in (("fresh", self._fresh), ("left out", source.left_out)):
+            text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
+        logger.info("%s", text)
+
+    def _take_projection(self, name: str) -> None:
+        """Takes a projection, or leaves a fresh one where it is of another space."""
+        names = [one for one in (name, f"{name}_bias") if one in self._own]
+        given = self._source.tensors
+        if not names:
+            return
+        fits = [one in given and given[one].shape == self._own[one].shape for one in names]
+        if all(fits) and (f"{name}_bias" in given) == (f"{name}_bias" in names):
+            self._take("", {one: given[one] for one in names}, name)
+            return
+        found = f"[{', '.join(map(str, given[name].shape))}]" if name in given else "none"
+        wanted = f"[{', '.join(map(str, self._own[name].shape))}]"
+        self._fresh.append(f"{name}, since the source has {found} and {wanted} is needed")
+
+    def _take(self, prefix: str, found: Mapping[str, Tensor], kind: str) -> None:
+        """Checks tensors of a part by name, shape and content, and takes all of them."""
+        own = _after(prefix, self._own) if prefix else {name: self._own[name] for name in found}
+        faults = _faults(own, found)
+        if faults:
+            self._refuse(f"its {kind} is another one: {'; '.join(faults)}")
+        for name, tensor in found.items():
+            self.tensors[prefix + name] = tensor.to(own[name].dtype).contiguous()
+        size = f" ({count_of(len(found), 'tensor')})" if len(found) > 1 else ""
+        self._taken.append(kind + size)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ValueError(f"model.{self._option}={self._source.name}: {reason}")
+
+    def _warn_of_other_images(self) -> None:
+        for name in ("mean", "std", "interpolation"):
+            known = self._source.data.get(name)
+            present = getattr(self._model.config.data, name)
+            if known is not None and _shown(known) != _shown(present):
+                logger.warning(
+                    "model.%s=%s was trained on images of another %s: add --data.%s %s",
+                    self._option, self._source.name, name, name,
+                    known if name == "interpolation" else " ".join(map(str, known)),
+                )  # fmt: skip
+
+
+def _shown(value: Any) -> Any:
+    """Statistics without the digits in which libraries round them."""
+    return value if isinstance(value, str) else [round(number, 3) for number in value]
+
+
+def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:
+    """Positions [l w] for another context length, as [length w].
+
+    Those of causal texts are cut, which changes nothing for texts that fit. Longer ones, and those
+    of texts whose padding counts, are interpolated, as open_clip does it.
+    """
+    if causal and length <= len(table):
+        return table[:length]
+    rows = F.interpolate(table.T[None].float(), size=length, mode="linear", align_corners=False)
+    return rows[0].T.to(table.dtype)
+
+
+def _as_timm_has_them_now(
+    encoder: nn.Module, given: Mapping[str, Tensor], classifier: Iterable[str]
+) -> dict[str, Tensor]:
+    """An image encoder's tensors under timm's present names and for this size, by timm's functions.
+
+    Each architecture of timm has one function that renames what was published and resizes tables.
+    """
+    module = sys.modules[type(encoder).__module__]
+    convert: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)
+    found = dict(given)
+    if convert is not None:
+        takes_model = len(inspect.signature(convert).parameters) > 1
+        found = dict(convert(found, encoder) if takes_model else convert(found))
+    head = getattr(encoder, "head", None)
+    table = found.get("head.pos_embed")
+    if isinstance(head, AttentionPool2d) and table is not None and table.ndim == 2:
+        found["head.pos_embed"] = resample_abs_pos_embed(table[None], list(head.feat_size))[0]
+    own = encoder.state_dict()
+    layers = [f"{name}." for name in classifier]
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if name in own or not any(name.startswith(layer) for layer in layers)
+    }
+
+
+def _after(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _faults(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """How tensors differ from those that are needed; empty where all fit."""
+    both = [name for name in own if name in found]
+    kinds = {
+        "missing": [name for name in own if name not in found],
+        "left over": [name for name in found if name not in own],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(own[name].shape)}"
+            for name in both
+            if found[name].shape != own[name].shape
+        ],
+        "not finite numbers": [name for name in both if not bool(found[name].isfinite().all())],
+    }
+    return [
+        f"{kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} "
+        f"({len(names)})"
+        for kind, names in kinds.items()
+        if names
+    ]
+
+
+def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:
+    """Whether a setting needs no change; an encoder may be known for several image sizes."""
+    if name == "image_encoder":
+        stems = {_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs)}
+        return len(stems) == 1
+    return bool(ours == theirs)
+
+
+def _flag(name: str, value: Any) -> str:
+    option = f"model.{name}".replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{option}" if value else f"--model.no-{name.replace('_', '-')}"
+    return f"--{option} {value}"

@@ -1,0 +1,343 @@
+"""Models of open_clip to ours and back: the meaning of their configs, the names of their tensors.
+
+Text encoders differ in a few settings, which `ModelConfig` has. Image encoders are timm's here, so
+open_clip's own (ViT and ResNet of CLIP) become timm's of the same architecture, whose functions
+rename the tensors, and `timm_model_name` is taken as it is. In the other direction every image
+encoder is written as timm's, whatever it came from.
+
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` builds what `write_open_clip` writes,
+and whatever takes open_clip's models runs on it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from unicl_fast.checkpoints.export import Preprocessing
+from unicl_fast.conversion.export import (
+    Samples,
+    new_folder,
+    require_equal,
+    write_json,
+    write_tensors,
+)
+from unicl_fast.conversion.libraries import fixed_size
+from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.unicl import UniCL
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+_TEXT_BLOCKS = re.compile(r"^text_encoder\.resblocks\.")
+_NATIVE_EPS = 1e-5
+
+# A config says more than we need, and some of it is for training alone.
+_IGNORED = {
+    *("image_size", "head_width", "patch_dropout", "output_tokens", "pos_embed_type"),
+    *("attn_pooler_queries", "attn_pooler_heads"),
+    *("timm_model_pretrained", "timm_drop", "timm_drop_path"),
+    *("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"),
+    *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+_READ = {
+    *("width", "layers", "heads", "mlp_ratio", "patch_size", "act_kwargs", "norm_kwargs"),
+    *("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"),
+    *("context_length", "vocab_size", "no_causal_mask", "pool_type", "proj_bias", "proj_type"),
+}
+_VITS = {
+    (256, 10, 4): "xsmall",
+    (512, 12, 8): "medium",
+    (640, 12, 10): "betwixt",
+    (768, 12, 12): "base",
+    (1024, 24, 16): "large",
+    (1280, 32, 16): "huge",
+    (1408, 40, 16): "giant",
+    (1664, 48, 16): "gigantic",
+}
+"""By width, layers and heads: the word for it in the names of timm's ViTs of CLIP."""
+_RESNETS = {
+    (64, 3, 4, 6, 3): "resnet50_clip",
+    (64, 3, 4, 23, 3): "resnet101_clip",
+    (80, 4, 6, 10, 6): "resnet50x4_clip",
+    (96, 6, 8, 18, 8): "resnet50x16_clip",
+    (128, 3, 15, 36, 10): "resnet50x64_clip",
+}
+"""By width and layers of the stages: timm's name."""
+_LEFT_OUT = {
+    "logit_bias": "a constant added to all logits, which no softmax sees",
+    **dict.fromkeys(
+        ("attn_mask", "input_resolution", "context_length", "vocab_size"), "no weights"
+    ),
+}
+
+
+class UnknownArchitectureError(ValueError):
+    """A model of open_clip has something that ours cannot have."""
+
+
+def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that mean the image encoder of an open_clip `model_cfg`.
+
+    Raises:
+        UnknownArchitectureError: names what ours cannot have.
+    """
+    vision = model_cfg["vision_cfg"]
+    _refuse_others("vision_cfg", vision)
+    if vision.get("timm_model_name"):
+        if vision.get("timm_proj") == "mlp" or pooling(model_cfg) in ("abs_attn", "rot_attn"):
+            _refuse("vision_cfg", vision, ("timm_proj", "timm_pool"))
+        return {"image_encoder": vision["timm_model_name"]}
+    width, layers = vision.get("width", 768), vision.get("layers", 12)
+    if isinstance(layers, list | tuple):
+        name = _RESNETS.get((width, *layers))
+        return {"image_encoder": _known(name, vision)}
+    if vision.get("pool_type", "tok") != "tok" or vision.get("act_kwargs"):
+        _refuse("vision_cfg", vision, ("pool_type", "act_kwargs"))
+    if (vision.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS) != _NATIVE_EPS:
+        _refuse("vision_cfg", vision, ("norm_kwargs",))
+    word = _VITS.get((width, layers, width // vision.get("head_width", 64)))
+    quick = "_quickgelu" if model_cfg.get("quick_gelu") else ""
+    stem = f"vit_{word}_patch{vision.get('patch_size', 16)}_clip{quick}_"
+    names = [name for name in timm.list_models(f"{stem}*") if name[len(stem) :].isdigit()]
+    own = f"{stem}{_side(vision)}"
+    name = own if own in names else next(iter(names), None)
+    return {"image_encoder": _known(name, vision)}
+
+
+def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that mean the text encoder of an open_clip `model_cfg`.
+
+    Raises:
+        UnknownArchitectureError: names what ours cannot have.
+    """
+    text = model_cfg["text_cfg"]
+    _refuse_others("text_cfg", text)
+    pools = {"argmax": "end", "last": "last"}
+    activations = {None: "gelu", "none": "gelu", "tanh": "gelu_tanh"}
+    pool, approximate = text.get("pool_type", "argmax"), (text.get("act_kwargs") or {})
+    if pool not in pools or approximate.get("approximate") not in activations:
+        _refuse("text_cfg", text, ("pool_type", "act_kwargs"))
+    return {
+        "text_width": text.get("width", 512),
+        "text_layers": text.get("layers", 12),
+        "text_heads": text.get("heads", 8),
+        "vocab_size": text.get("vocab_size", 49408),
+        "context_length": text.get("context_length", 77),
+        "text_activation": (
+            "quick_gelu"
+            if model_cfg.get("quick_gelu")
+            else activations[approximate.get("approximate")]
+        ),
+        "text_causal": not text.get("no_causal_mask", False),
+        "text_pool": pools[pool],
+        "text_mlp_ratio": float(text.get("mlp_ratio", 4.0)),
+        "text_norm_eps": float((text.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS)),
+    }
+
+
+def pooling(model_cfg: Mapping[str, Any]) -> str:
+    """The pooling that timm's model must have, under timm's name; empty for its own."""
+    vision = model_cfg["vision_cfg"]
+    return str(vision.get("timm_pool", "avg")) if vision.get("timm_model_name") else ""
+
+
+def _side(vision: Mapping[str, Any]) -> int:
+    size = vision.get("image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _known(name: str | None, vision: Mapping[str, Any]) -> str:
+    if name is None:
+        _refuse("vision_cfg", vision, ("width", "layers", "head_width", "patch_size"))
+    return str(name)
+
+
+def _refuse_others(group: str, values: Mapping[str, Any]) -> None:
+    """Refuses settings that are on and unknown here, such as attentional_pool."""
+    others = [name for name, value in values.items() if value and name not in _READ | _IGNORED]
+    if others:
+        _refuse(group, values, others)
+
+
+def _refuse(group: str, values: Mapping[str, Any], names: Any) -> None:
+    found = ", ".join(f"{name}={values[name]!r}" for name in names if name in values)
+    raise UnknownArchitectureError(f"ours has no encoder with {group} {found}")
+
+
+def from_open_clip(
+    model_cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """An open_clip model's tensors by our names, and the names of those that we have no place for.
+
+    Those of its own image encoders keep their names after `image_encoder.`: timm renames them.
+    """
+    vision = model_cfg["vision_cfg"]
+    classifier: tuple[str, ...] = ()
+    if vision.get("timm_model_name") and not vision.get("timm_proj", "linear"):
+        # timm's classifier projects; its name has no tag
+        registered = timm.get_pretrained_cfg(vision["timm_model_name"])
+        names = getattr(registered, "classifier", None) or "head"
+        classifier = (names,) if isinstance(names, str) else tuple(names)[:1]
+    projections = ("head.proj", "attnpool.c_proj", *(f"trunk.{name}" for name in classifier))
+    ours: dict[str, Tensor] = {}
+    left_out = []
+    for original, tensor in tensors.items():
+        name = original.removeprefix("module.")
+        part, dot, kind = name.removeprefix("visual.").rpartition(".")
+        if name in _LEFT_OUT:
+            left_out.append(name)
+        elif name == "logit_scale":
+            ours[name] = tensor.reshape([])
+        elif name == "visual.proj":
+            ours["image_projection"] = tensor
+        elif name.startswith("visual.") and dot and part in projections:
+            bias = kind == "bias"
+            ours["image_projection_bias" if bias else "image_projection"] = (
+                tensor if bias else tensor.T
+            )
+        elif name.startswith("visual.trunk."):
+            ours["image_encoder." + name.removeprefix("visual.trunk.")] = tensor
+        elif name.startswith("visual."):
+            ours["image_encoder." + name] = tensor
+        else:
+            _put_text(ours, name.removeprefix("text."), tensor)
+    return ours, left_out
+
+
+def _put_text(ours: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    if name == "text_projection.weight":
+        ours["text_projection"] = tensor.T
+    elif name == "text_projection.bias":
+        ours["text_projection_bias"] = tensor
+    elif name == "text_projection":
+        ours[name] = tensor
+    elif name.startswith("transformer."):
+        ours["text_encoder." + name.removeprefix("transformer.")] = tensor
+    else:
+        ours["text_encoder." + name] = tensor
+
+
+@torch.no_grad()
+def write_open_clip(model: UniCL, folder: Path) -> float:
+    """Writes a folder, and reads it with open_clip.
+
+    Args:
+        model: in fp32 and evaluation mode.
+        folder: a new one.
+
+    Returns:
+        The largest difference of a feature's coordinates, open_clip's from ours.
+
+    Raises:
+        ValueError: open_clip cannot build this image encoder at this size, or the folder is there.
+        RuntimeError: the features are not ours.
+        OSError: it cannot be written.
+    """
+    import open_clip  # seconds to import
+
+    _require_convertible(model)
+    if not hasattr(open_clip.factory, "LOCAL_DIR_PREFIX"):
+        raise ValueError(
+            f"open_clip {open_clip.__version__} reads no folders: pip install 'open_clip_torch>=3'"
+        )
+    values = {
+        "model_cfg": _open_clip_config(model),
+        "preprocess_cfg": Preprocessing.of(model.config).for_open_clip(),
+    }
+    with new_folder(folder) as aside:
+        write_json(aside / CONFIG_FILE, values)
+        write_tensors(aside / WEIGHTS_FILE, _open_clip_tensors(model))
+        theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
+        theirs.eval()
+        ours = Samples.of(model)
+        images, texts = theirs.encode_image(ours.images), theirs.encode_text(ours.tokens)
+        return max(
+            require_equal(ours.image_features, images, what="image features"),
+            require_equal(ours.text_features, texts, what="text features"),
+        )
+
+
+def _require_convertible(model: UniCL) -> None:
+    """Refuses an image encoder that open_clip's wrapper of timm's models cannot express.
+
+    It builds encoders at timm's own image size only, and takes num_features for the width of what
+    they return.
+    """
+    name, size = model.config.model.image_encoder, model.config.data.image_size
+    if (own_size := fixed_size(name)) not in (None, size):
+        raise ValueError(
+            f"open_clip builds {name} for images of {own_size} pixels alone, this model was "
+            f"trained at {size}: convert it to timm, hf, onnx or export instead"
+        )
+    width = feature_width(model.image_encoder)
+    if width != int(model.image_encoder.num_features):  # type: ignore[arg-type]
+        raise ValueError(
+            f"{name} returns features of width {width}, open_clip expects "
+            f"{model.image_encoder.num_features}: convert it to timm, hf, onnx or export instead"
+        )
+
+
+def _open_clip_config(model: UniCL) -> dict[str, Any]:
+    config = model.config.model
+    vision: dict[str, Any] = {
+        "timm_model_name": config.image_encoder,
+        "timm_model_pretrained": False,
+        "timm_pool": "",  # the model's own
+        "timm_proj": "linear",
+        "timm_proj_bias": config.image_projection == "biased",
+        "image_size": model.config.data.image_size,
+    }
+    if config.image_projection == "none":  # open_clip asks for the pooling by name then
+        vision |= {
+            "timm_proj": "none",
+            "timm_pool": getattr(model.image_encoder, "global_pool", ""),
+        }
+    text: dict[str, Any] = {
+        "context_length": config.context_length,
+        "vocab_size": config.vocab_size,
+        "width": config.text_width,
+        "heads": config.text_heads,
+        "layers": config.text_layers,
+        "mlp_ratio": config.text_mlp_ratio,
+        "norm_kwargs": {"eps": config.text_norm_eps},
+        "no_causal_mask": not config.text_causal,
+        "pool_type": "argmax" if config.text_pool == "end" else "last",
+        "proj_bias": config.text_projection == "biased",
+        "proj_type": "none" if config.text_projection == "none" else "linear",
+    }
+    if config.text_activation == "gelu_tanh":
+        text["act_kwargs"] = {"approximate": "tanh"}
+    return {
+        "embed_dim": config.embed_dim,
+        # of the text encoder; timm's models have their own
+        "quick_gelu": config.text_activation == "quick_gelu",
+        "vision_cfg": vision,
+        "text_cfg": text,
+    }
+
+
+def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
+    """The model's tensors by open_clip's names."""
+    tensors = {}
+    text_bias = model.text_projection_bias is not None
+    for name, tensor in model.state_dict().items():
+        if name == "image_projection":
+            tensors["visual.head.proj.weight"] = tensor.T  # theirs is a Linear
+        elif name == "image_projection_bias":
+            tensors["visual.head.proj.bias"] = tensor
+        elif name == "text_projection" and text_bias:
+            tensors["text_projection.weight"] = tensor.T
+        elif name == "text_projection_bias":
+            tensors["text_projection.bias"] = tensor
+        elif name.startswith("image_encoder."):
+            tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
+        else:
+            renamed = _TEXT_BLOCKS.sub("transformer.resblocks.", name)
+            tensors[renamed.removeprefix("text_encoder.")] = tensor
+    return tensors
