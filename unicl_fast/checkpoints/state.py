@@ -199,8 +199,8 @@ def _check_optimizer_tensors(
             known = name.isdecimal()
             if known and int(name) >= len(optimizer.param_groups):
                 raise ValueError(
-                    f"there is no {full_name} here, where optim.freeze, layer_decay, image_rate and "
-                    f"text_rate make {len(optimizer.param_groups)} groups of parameters"
+                    f"there is no {full_name} here, where optim.freeze, layer_decay, image_rate "
+                    f"and text_rate make {len(optimizer.param_groups)} groups of parameters"
                 )
             shape = torch.Size()
         else:
