@@ -79,6 +79,15 @@ class Parallel:
             self.encode = self._model  # which frees the old ones
             self.encode = _build_ddp(self._model, compress=self._reduce_type is not None)
 
+    def order_buckets(self) -> None:
+        """Orders DDP's buckets as gradients came in the first backward pass; none are there now.
+
+        DDP does it at its next forward pass. Gradients of earlier micro-batches, which are there
+        by then, it would divide by the number of ranks once, and later multiply by the inverse.
+        """
+        if isinstance(self.encode, DistributedDataParallel):
+            self.encode.reducer._rebuild_buckets()
+
     def begin_step(self) -> None:
         """Gives all ranks rank 0's averages of BatchNorm, as DDP does by itself."""
         if self._whole_copy is not None and has_batch_norm(self._model):

@@ -493,6 +493,7 @@ class Trainer:
         self.back_propagate(batch)
         self._clock = clock
         self.model.zero_grad()
+        self.parallel.order_buckets()
         for name, buffer in self.model.named_buffers():  # BatchNorm's averages
             buffer.copy_(buffers[name])
 
