@@ -1,11 +1,13 @@
-"""The cost of `unicl-pack build`: beside a bare loop over images, and for a million small samples.
+"""The cost of `unicl-pack build`: beside other packers, and for a million small samples.
 
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
     unicl-bench many-samples --samples 1000000
 
-`pack`: the contestant is a bare loop over the same files in as many processes, with the same
-libraries and settings; docs/performance.md says what it leaves out. Both start their processes on
-the clock; the start is measured with one image, and left out of the ratios that say so.
+`pack`: all contestants read, decode strictly and encode the same files in as many processes, with
+the same libraries and settings. The bare loop then does no more; webdataset's and img2dataset's
+writers get its images, and each process writes shards of its own, as img2dataset runs them.
+`CONTESTANTS` and docs/performance.md say what each leaves out. All start their processes on the
+clock; the start is measured with one image each, and left out of the ratios that say so.
 
 `many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
 with captions of their own, so that reading, ordering and writing are those of as many pairs while
@@ -15,20 +17,24 @@ grow with the number.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import multiprocessing
 import resource
+import runpy
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +61,24 @@ from .harness import (
     timed,
 )
 
-_OURS, _BARE = "unicl-pack", "bare loop"
+_OURS, _BARE, _WEBDATASET, _IMG2DATASET = "unicl-pack", "bare loop", "webdataset", "img2dataset"
+CONTESTANTS = {
+    _OURS: "checks headers and limits, hashes each image, writes tar, index and arrays in one "
+    "shuffled order, checksums every file, syncs, resumes after a kill",
+    _BARE: "reads, decodes strictly, encodes and hashes; checks no headers and writes nothing",
+    _WEBDATASET: "the bare loop without the hash, and ShardWriter in each process: tar and JSON "
+    "in the order of the files; no hash, checksum, index or sync, and no resuming",
+    _IMG2DATASET: "the bare loop without the hash, and its WebDatasetSampleWriter in each process: "
+    "tar, JSON and Parquet; no hash (its downloader makes SHA-256), checksum, index or sync",
+}
+_NEEDS = {_WEBDATASET: ("webdataset",), _IMG2DATASET: ("img2dataset", "webdataset", "pyarrow")}
+_INSTALL = {
+    _WEBDATASET: "pip install 'unicl_fast[bench]'",
+    _IMG2DATASET: "pip install --no-deps img2dataset",
+}
 _CHUNK = 64
+_SHARD_IMAGES = 10_000
+"""Images of a shard of img2dataset by default; fewer where a process would have none."""
 _JPEG = b"\xff\xd8\xff"
 _BUILD = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
 _SMALL_IMAGES = 1000
@@ -64,7 +86,7 @@ _SMALL_IMAGES = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack(Stage):
-    """Images/s of packing, against decoding, scaling and encoding them alone."""
+    """Images/s of packing, against other writers, and against decoding and encoding alone."""
 
     data: Path
     """Folder or zip with plain JPEGs in it, at any depth; other files are skipped."""
@@ -78,10 +100,14 @@ class Pack(Stage):
     """Pack each so many times: a run should be much longer than the start of its processes."""
 
     def run(self) -> None:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
+        left_out = {name: why for name in _NEEDS if (why := _missing(name))}
+        for name, why in left_out.items():
+            print(f"{name} is left out: {why}", flush=True)
+        names = [name for name in CONTESTANTS if name not in left_out]
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
             paths = write_images(self, folder / "images")
-            starts = start_turns(paths[0], folder, self.rounds)
+            starts = start_turns(paths[0], folder, names, self.rounds)
             num_bytes = sum(path.stat().st_size for path in paths)
             figures: Figures = {
                 "images": summarise([len(paths)]),
@@ -91,20 +117,42 @@ class Pack(Stage):
                 figures[f"start of {name}, s"] = seconds_of(mine)
             for format in self.formats:
                 recipe = _Recipe(format, self.resize)
-                compare(paths, recipe, folder)
-                turns = take_turns_of(paths, recipe, folder, self.rounds)
-                less = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
-                by_cpu_time = ratio_of(less, _BARE, _OURS, unit="cpu_seconds")
-                for name, mine in turns.items():
-                    figures[f"{format}: {name}, images/s"] = rate_of(mine, len(paths))
-                figures[f"{format}: rate against the bare loop"] = ratio_of(turns, _BARE, _OURS)
-                figures[f"{format}: the same, starts left out"] = ratio_of(less, _BARE, _OURS)
-                figures[f"{format}: the same by CPU time"] = by_cpu_time
-        self.report(figures, "pillow", "simplejpeg", "numpy", "tokenizers")
+                compare(paths, recipe, folder, names)
+                turns = take_turns_of(paths, recipe, folder, names, self.rounds)
+                figures |= _figures(format, turns, starts, len(paths))
+        self.report(
+            figures,
+            *("pillow", "simplejpeg", "numpy", "tokenizers", "webdataset", "img2dataset"),
+            contestants={name: CONTESTANTS[name] for name in names},
+            left_out=left_out,
+        )
+
+
+def _missing(name: str) -> str:
+    """Says what a contestant lacks here; nothing if it can run."""
+    lacking = [package for package in _NEEDS[name] if importlib.util.find_spec(package) is None]
+    if not lacking:
+        return ""
+    return f"{' and '.join(lacking)} not installed; to have it: {_INSTALL[name]}"
+
+
+def _figures(
+    format: str, turns: Mapping[str, list[Turn]], starts: Mapping[str, list[Turn]], count: int
+) -> Figures:
+    """Rates of all, and our rate against that of each other."""
+    less = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
+    figures = {f"{format}: {name}, images/s": rate_of(mine, count) for name, mine in turns.items()}
+    for name in turns:
+        if name != _OURS:
+            ratio = f"{format}: {_OURS} / {name}"
+            figures[ratio] = ratio_of(turns, name, _OURS)
+            figures[f"{ratio}, starts left out"] = ratio_of(less, name, _OURS)
+            figures[f"{ratio}, by CPU time"] = ratio_of(less, name, _OURS, unit="cpu_seconds")
+    return figures
 
 
 class _Recipe(NamedTuple):
-    """The form of an image that the bare loop makes, by options of unicl-pack build."""
+    """The form of images that all contestants make, by options of unicl-pack build."""
 
     format: ImageFormat
     resize: str
@@ -134,24 +182,31 @@ def _find_jpegs(place: Path) -> list[bytes]:
         return [data for data in contents if data.startswith(_JPEG)]
 
 
-def start_turns(image: Path, folder: Path, rounds: int) -> dict[str, list[Turn]]:
-    """Turns of both with an image for each process: the cost of starting them."""
+def start_turns(
+    image: Path, folder: Path, names: Sequence[str], rounds: int
+) -> dict[str, list[Turn]]:
+    """Turns of all with an image for each process: the cost of starting them."""
     (folder / "one" / "class").mkdir(parents=True)
     few = [folder / "one" / "class" / f"{number}.jpg" for number in range(usable_cores())]
     for path in few:
         shutil.copy(image, path)
-    return take_turns_of(few, _Recipe("keep", ""), folder, rounds)
+    return take_turns_of(few, _Recipe("keep", ""), folder, names, rounds)
 
 
 def take_turns_of(
-    paths: Sequence[Path], recipe: _Recipe, folder: Path, rounds: int
+    paths: Sequence[Path], recipe: _Recipe, folder: Path, names: Sequence[str], rounds: int
 ) -> dict[str, list[Turn]]:
-    """Turns of both contestants; the data set that is packed is removed each time."""
-    turns: dict[str, list[Turn]] = {_OURS: [], _BARE: []}
+    """Turns of the contestants; what one has written is removed each time, off the clock."""
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
+    out = folder / "packed"
     for _ in range(rounds):
-        turns[_OURS].append(pack(paths[0].parents[1], folder / "packed", recipe))
-        shutil.rmtree(folder / "packed")
-        turns[_BARE].append(timed(lambda: loop(paths, recipe), cpu_clock=_cpu_seconds))
+        for name in names:
+            if name == _OURS:
+                turn = pack(paths[0].parents[1], out, recipe)
+            else:
+                turn = timed(lambda: loop(paths, recipe, name, out), cpu_clock=_cpu_seconds)  # noqa: B023
+            turns[name].append(turn)
+            shutil.rmtree(out, ignore_errors=True)  # the bare loop writes nothing
     return turns
 
 
@@ -176,16 +231,64 @@ def pack(source: Path, out: Path, recipe: _Recipe) -> Turn:
     return Turn(seconds, _cpu_seconds() - before)
 
 
-def loop(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
-    """The bare loop; returns the XXH3 of its images, in order."""
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+def loop(paths: Sequence[Path], recipe: _Recipe, name: str, out: Path) -> None:
+    """Makes all images in processes, and has them written into the folder `out` by `name`."""
+    size = _CHUNK
+    if name != _BARE:
+        size = min(_SHARD_IMAGES, -(-len(paths) // usable_cores()))
+        out.mkdir()
+    chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("spawn")) as pool:
-        hashes = pool.map(_work, chunks, [recipe] * len(chunks))
-        return [one for chunk in hashes for one in chunk]
+        numbers, more = range(len(chunks)), [(recipe, name, out)] * len(chunks)
+        for _ in pool.map(_work, numbers, chunks, more):
+            pass
 
 
-def _work(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
-    return [xxhash.xxh3_64_intdigest(_make(path.read_bytes(), recipe)) for path in paths]
+def _work(number: int, paths: Sequence[Path], more: tuple[_Recipe, str, Path]) -> list[int]:
+    """Makes images; writes them as shard `number`, or returns their XXH3 where none is written."""
+    recipe, name, out = more
+    images = ((path, _make(path.read_bytes(), recipe)) for path in paths)
+    if name == _BARE:
+        return [xxhash.xxh3_64_intdigest(image) for _, image in images]
+    with _WRITERS[name](out, number, _EXTENSIONS.get(recipe.format, recipe.format)) as write:
+        for path, image in images:
+            write(path.stem, image, {"label": path.parent.name})
+    return []
+
+
+_EXTENSIONS = {"keep": "jpg", "jpeg": "jpg"}
+_Write = Callable[[str, bytes, dict[str, str]], object]
+"""Writes one sample: its key, its image, and what else is known of it."""
+
+
+@contextlib.contextmanager
+def _webdataset(folder: Path, number: int, extension: str) -> Iterator[_Write]:
+    import webdataset
+
+    with webdataset.ShardWriter(f"{folder}/{number:05d}-%03d.tar", verbose=0) as writer:
+        yield lambda key, image, facts: writer.write(
+            {"__key__": key, extension: image, "json": facts}
+        )
+
+
+@contextlib.contextmanager
+def _img2dataset(folder: Path, number: int, extension: str) -> Iterator[_Write]:
+    import pyarrow
+
+    # by its file: the package itself imports albumentations, wandb and more, which no writer needs
+    package = importlib.util.find_spec("img2dataset")
+    assert package is not None
+    assert package.submodule_search_locations
+    path = f"{package.submodule_search_locations[0]}/writer.py"
+    module = runpy.run_path(path)
+    schema = pyarrow.schema([("key", pyarrow.string()), ("label", pyarrow.string())])
+    writer = module["WebDatasetSampleWriter"](number, str(folder), False, 5, schema, extension)
+    yield lambda key, image, facts: writer.write(image, key, None, {"key": key, **facts})
+    writer.close()
+
+
+_WRITERS: dict[str, Callable[[Path, int, str], contextlib.AbstractContextManager[_Write]]]
+_WRITERS = {_WEBDATASET: _webdataset, _IMG2DATASET: _img2dataset}
 
 
 def _make(data: bytes, recipe: _Recipe) -> bytes:
@@ -224,19 +327,38 @@ def _scale(pixels: Any, height: int, width: int, recipe: _Recipe) -> tuple[Any, 
     return scaled if scaled.ndim == 3 else scaled[..., None], True
 
 
-def compare(paths: Sequence[Path], recipe: _Recipe, folder: Path) -> None:
-    """Raises RuntimeError if the two do not make the same files."""
-    pack(paths[0].parents[1], folder / "packed", recipe)
-    with PackedDataset(folder / "packed") as dataset:
-        packed = Counter(dataset.samples["xxh3"].tolist())
-    shutil.rmtree(folder / "packed")
-    made = Counter(loop(paths, recipe))
-    if made != packed:
-        raise RuntimeError(
-            f"{recipe.format}: {(made - packed).total()} of {len(paths)} images of the bare loop "
-            "differ from the packed ones; nothing was timed. It takes plain JPEGs only"
-        )
+def compare(paths: Sequence[Path], recipe: _Recipe, folder: Path, names: Sequence[str]) -> None:
+    """Raises RuntimeError if they do not all make the same files."""
+    made = Counter(_work(0, paths, (recipe, _BARE, folder)))
+    out = folder / "packed"
+    for name in names:
+        if name == _BARE:
+            continue
+        if name == _OURS:
+            pack(paths[0].parents[1], out, recipe)
+            with PackedDataset(out) as dataset:
+                packed = Counter(dataset.samples["xxh3"].tolist())
+        else:
+            loop(paths, recipe, name, out)
+            packed = Counter(_hashes_in(out))
+        shutil.rmtree(out)
+        if made != packed:
+            raise RuntimeError(
+                f"{recipe.format}: {(made - packed).total()} of {len(paths)} images of the bare "
+                f"loop differ from those that {name} has packed; nothing was timed. It takes plain "
+                "JPEGs only"
+            )
     print(f"{recipe.format}: all {len(paths):,} images are packed as the bare loop makes them")
+
+
+def _hashes_in(folder: Path) -> Iterator[int]:
+    """XXH3 of each image in the tars of a folder."""
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                if file is not None and not member.name.endswith(".json"):
+                    yield xxhash.xxh3_64_intdigest(file.read())
 
 
 def _cpu_seconds() -> float:

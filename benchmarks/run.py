@@ -11,7 +11,8 @@ from unicl_fast.system.program import begin_program
 STAGES = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
-    "pack": ("packing:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
+    "imread": ("input.imread:Imread", "decoders and DataLoaders, by arXiv 2605.08731's protocol"),
+    "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
     "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
     "storage": (
         "input.loaders:Storage",

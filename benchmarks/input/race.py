@@ -241,13 +241,13 @@ def verdict(result: Mapping[str, Any]) -> str:
         kind: [name for name, facts in _by_rate(result) if facts["kind"] == kind]
         for kind in ("peer", "limit")
     }
-    said = [f"{ours} makes {_spread(figures[f'{ours}, images/s'])} images/s"]
+    said = [f"{ours} makes {spread(figures[f'{ours}, images/s'])} images/s"]
     if peers := [name for name in others["peer"] if not name.endswith(_RAW)]:
-        ratio = _spread(figures[f"{ours} / {peers[0]}"])
+        ratio = spread(figures[f"{ours} / {peers[0]}"])
         said.append(f"{ratio} times {peers[0]}, the fastest peer of {len(peers)}")
     if others["limit"]:
         limit = others["limit"][-1]
-        ratio = _spread(figures[f"{ours} / {limit}"])
+        ratio = spread(figures[f"{ours} / {limit}"])
         said.append(f"{ratio} of the nearest limit, {limit}")
     return ": ".join([said[0], ", and ".join(said[1:])]) if said[1:] else said[0]
 
@@ -267,9 +267,9 @@ def table(result: Mapping[str, Any]) -> str:
         if name.endswith(_RAW) and f"{ours}{_RAW}" in result["contenders"]:
             ours += _RAW
         cells = [
-            _spread(figures[f"{name}, images/s"]),
-            _spread(figures.get(f"{ours} / {name}")),
-            _spread(figures.get(f"{ours} / {name}, by CPU time")),
+            spread(figures[f"{name}, images/s"]),
+            spread(figures.get(f"{ours} / {name}")),
+            spread(figures.get(f"{ours} / {name}, by CPU time")),
         ]
         memory, gap = figures.get(f"{name}, MB"), facts.get("levels_from_pillow")
         cells.append(_number(memory["median"]) if memory else "")
@@ -337,7 +337,8 @@ def _bars(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
     return [row for row in limits if rate[row[0]] <= most] + whole, beyond
 
 
-def _spread(figure: Mapping[str, float] | None) -> str:
+def spread(figure: Mapping[str, float] | None) -> str:
+    """Median and spread as text; empty for no figure."""
     if figure is None:
         return ""
     low, middle, high = (_number(figure[key]) for key in ("low", "median", "high"))

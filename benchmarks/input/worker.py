@@ -86,6 +86,11 @@ class Worker:
             self._ask("warm", seconds)
             return Turn(*self._ask("turn", seconds))
 
+    def next_batch(self) -> Turn:
+        """Runs for one batch, which may be an epoch, without a warm-up; the turn is an image's."""
+        with self._running():
+            return Turn(*self._ask("turn", 0))
+
     def memory(self, seconds: float) -> list[int]:
         """`session_bytes` of its processes, a few times while it runs for `seconds`."""
         with self._running():
@@ -191,11 +196,11 @@ def warm_up(batches: Iterator[Any], seconds: float) -> None:
 
 
 def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """Seconds of wall time and of CPU time for an image."""
+    """Seconds of wall time and of CPU time for an image, over one batch at least."""
     session = os.getsid(0)
     images = 0
     cpu_start, start = session_seconds(session), time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while not images or time.perf_counter() - start < seconds:
         batch = next(batches)
         images += batch if isinstance(batch, int) else len(batch)
         del batch  # its buffer can be used again

@@ -62,7 +62,8 @@ SLOW = (
     *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
     *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
 )
-REPORTS = ("gpu", "run")  # have no rounds of contestants: test_gpu.py, test_diagnosis.py
+# have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_imread.py
+REPORTS = ("gpu", "run", "imread")
 LONG = ("memory", "efficiency", "checkpoint", "augment", "storage", "text")
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
@@ -92,6 +93,17 @@ def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
             writer.add(one)
         assert writer.finish(**FACTS).version == 3
     PackedDataset(tmp_path / "set").close()
+
+
+@given(st.lists(st.text(), max_size=3), st.lists(st.integers(0, 2**31 - 1), max_size=3), st.text())
+def test_a_description_is_what_a_json_encoder_makes(
+    captions: list[str], labels: list[int], name: str
+) -> None:
+    odd = f'"{name}"\\\udcff\n'
+    told = sample(0, captions=[*captions, odd], tokens=[], labels=labels, source=odd, name=name)
+    fields = {"captions": [*captions, odd], "labels": labels, "source": odd, "name": name}
+    expected = json.dumps(fields, separators=(",", ":")).encode("ascii")
+    assert shard_writer._describe(told) == expected
 
 
 def test_array_rows_are_packed_as_the_format_says() -> None:

@@ -145,6 +145,27 @@ def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white() -> None:
     assert (grey[8:] == 4).all()
 
 
+def test_images_that_begin_alike_are_checked_each_and_their_header_is_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As small images of one data set do: their header takes longer to read than they to decode."""
+    walked: list[bytes] = []
+    walk = images._walk_to_scan
+    monkeypatch.setattr(images, "_walk_to_scan", lambda data: walked.append(data) or walk(data))
+    monkeypatch.setattr(images, "_last_header", None)
+    alike = [saved(Image.fromarray(255 - photo()), format="JPEG"), jpeg()]
+    assert [check_image(data).data for data in alike] == alike
+    assert walked == alike[:1]
+    start = read_jpeg_header(jpeg()).scan_start
+    for damaged in (jpeg()[: start - 1], jpeg()[:start], jpeg()[: start + 20]):
+        with pytest.raises(ImageError) as caught:
+            check_image(damaged)
+        assert caught.value.kind == "damaged"
+    other = jpeg(quality=30)
+    assert (check_image(other).height, check_image(jpeg()).width) == (40, 56)
+    assert [each for each in walked if each in (other, jpeg())] == [other, jpeg()]
+
+
 def test_a_cut_jpeg_closed_with_an_end_marker_is_damaged() -> None:
     """Pillow and DALI decode such a file to a grey tail without a word."""
     data = saved(Image.fromarray(photo(400, 600)), format="JPEG")

@@ -56,6 +56,23 @@ def kinds(source: Source) -> list[str]:
     return found
 
 
+def test_a_file_is_read_whole_however_the_kernel_hands_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_files(tmp_path, "cat/a name of 25 bytes.jpg")
+    entry = FileEntry(str(tmp_path / "cat/a name of 25 bytes.jpg"), 0)
+    cut = os.read
+    monkeypatch.setattr(os, "read", lambda file, size: cut(file, min(size, 7)))
+    assert entry.read() == b"cat/a name of 25 bytes.jpg"
+    assert entry.read(max_bytes=26) == b"cat/a name of 25 bytes.jpg"
+    with pytest.raises(EntryError, match="26 bytes; files of at most 25"):
+        entry.read(max_bytes=25)
+    without_size = FileEntry("/proc/self/status", 0)
+    assert b"Threads:" in without_size.read()
+    with pytest.raises(EntryError, match="files of at most 10 are read"):
+        without_size.read(max_bytes=10)
+
+
 def test_class_is_the_folder_that_holds_the_image(tmp_path: Path) -> None:
     make_files(tmp_path, "old/big_cat/1.jpg", "old/dog/2.PNG", "new/dog/3", "dog/4.odd")
     items = by_name(read_source(str(tmp_path)))

@@ -95,6 +95,26 @@ def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
         store[count]
 
 
+def test_many_items_are_read_in_any_order_by_few_statements() -> None:
+    """One for each would take as long as reading a small image."""
+    store = new_store()
+    for number in range(700):
+        store.append(Item(str(number), FileEntry(f"{number}.jpg", number), labels=["cat"]))
+    store.add_row(5, Item("5", labels=["dog"]))
+    numbers = np.random.default_rng(0).permutation(700)
+    source = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
+    statements: list[str] = []
+    store._database.set_trace_callback(statements.append)
+    shuffled = list(reorder(all_samples([source]), numbers))
+    assert [item.name for _, item in shuffled] == [str(number) for number in numbers]
+    assert [item.entry for _, item in shuffled] == [
+        FileEntry(f"{number}.jpg", number) for number in numbers
+    ]
+    joined = [item for _, item in shuffled if item.name == "5"]
+    assert [item.labels for item in joined] == [["cat", "dog"]]
+    assert sum("SELECT" in statement for statement in statements) <= 4
+
+
 def test_stores_of_a_spool_do_not_mix_and_close_with_it(tmp_path: Path) -> None:
     with Spool(tmp_path / "spool") as spool:
         one, two = spool.new_items(), spool.new_items()
@@ -133,7 +153,8 @@ def test_names_are_found_among_many_and_told_apart_by_more_than_a_checksum(
 
 
 def source(name: str, count: int) -> Source:
-    items = [Item(f"{name}{number}") for number in range(count)]
+    items = new_store()
+    items.extend(Item(f"{name}{number}", labels=["cat"]) for number in range(count))
     return Source(name=name, items=items, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
 
 

@@ -33,10 +33,10 @@ pytestmark = pytest.mark.dist
 
 # expected of each: what stands in quarantine.csv
 BAD: dict[str, tuple[Entry, str, str]] = {
-    "dog/fault.jpg": (Crashing(signal.SIGSEGV), "crash", "a decoder crashed (SIGSEGV)"),
-    "cat/abort.jpg": (Crashing(signal.SIGABRT), "crash", "a decoder crashed (SIGABRT)"),
+    "dog/fault.jpg": (Crashing(int(signal.SIGSEGV)), "crash", "a decoder crashed (SIGSEGV)"),
+    "cat/abort.jpg": (Crashing(int(signal.SIGABRT)), "crash", "a decoder crashed (SIGABRT)"),
     "cat/killed.jpg": (
-        Crashing(signal.SIGKILL),
+        Crashing(int(signal.SIGKILL)),
         "crash",
         "the process was killed, for want of memory maybe",
     ),
@@ -81,9 +81,10 @@ def build(
     def replaced(places: Sequence[str], lists: ListOptions, spool: Spool) -> list[Source]:
         sources = read(places, lists, spool)
         for number, source in enumerate(sources):
-            items = list(source.items)
-            for item in items:
+            items = spool.new_items()
+            for item in source.items:
                 item.entry = entries.get(item.name, item.entry)
+                items.append(item)
             sources[number] = dataclasses.replace(source, items=items)
         return sources
 

@@ -104,12 +104,14 @@ class ShardFile(GrowingFile):
 
     def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
         """Appends the members of one sample; returns the offset of the first one's bytes."""
-        entries, first = [], self.num_bytes + BLOCK
+        entries, parts, position = [], list[bytes](), self.num_bytes
         for extension, data in members:
-            name = f"{key}.{extension}"
-            entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
-            padding = bytes(padded_bytes(len(data)) - len(data))
-            self.append(b"".join([tar_header(name, len(data)), data, padding]))
+            name, size = f"{key}.{extension}", len(data)
+            entries.append(f"{extension} {position + BLOCK} {size} {name}")
+            parts += (tar_header(name, size), data, bytes(-size % BLOCK))
+            position += BLOCK + padded_bytes(size)
+        first = self.num_bytes + BLOCK
+        self.append(b"".join(parts))
         self._index.append(" ".join(entries))
         return first
 
@@ -241,6 +243,7 @@ def padded_bytes(size: int) -> int:
 
 
 _TAR_TEMPLATE = tarfile.TarInfo("").tobuf(format=tarfile.USTAR_FORMAT)  # its mode is 0644
+_AFTER_NAME, _TIME, _REST = _TAR_TEMPLATE[:124], _TAR_TEMPLATE[136:148], _TAR_TEMPLATE[156:]
 # Sum of all bytes but name and size, with blanks in the place of the checksum itself.
 _TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[148:156]) + 8 * 32
 
@@ -251,11 +254,9 @@ def tar_header(name: str, size: int) -> bytes:
     A tenth of tarfile's time, which matters when images are smaller than a kilobyte.
     """
     name_bytes, size_bytes = name.encode("ascii"), b"%011o\0" % size
-    header = bytearray(_TAR_TEMPLATE)
-    header[: len(name_bytes)] = name_bytes
-    header[124:136] = size_bytes
-    header[148:156] = b"%06o\0 " % (_TEMPLATE_SUM + sum(name_bytes) + sum(size_bytes))
-    return bytes(header)
+    checksum = b"%06o\0 " % (_TEMPLATE_SUM + sum(name_bytes) + sum(size_bytes))
+    fields = (name_bytes, _AFTER_NAME[len(name_bytes) :], size_bytes, _TIME, checksum, _REST)
+    return b"".join(fields)
 
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:

@@ -92,7 +92,7 @@ _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
 """Extensions of the plain images that keep their bytes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # not frozen, which takes three times as long to make
 class CheckedImage:
     """An image that every decoder reads alike, or its pixels."""
 
@@ -158,7 +158,7 @@ def check_image(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Target:
     """The size that an image is scaled to."""
 
@@ -226,7 +226,7 @@ def _decode_any_jpeg(
     else:
         with pillow_limits(max_pixels):
             decoded = _jpeg_pixels(data, header)
-    if header.process not in _LOSSLESS:
+    if header.process not in _LOSSLESS and not header.is_one_scan:
         _require_all_scans(data, header)
     return decoded
 
@@ -317,14 +317,32 @@ class JpegHeader:
     """Exif orientation 1 to 8; 1 where there is none."""
     is_plain: bool
     """8-bit grey or YCbCr, Huffman coded, the right way up for every decoder."""
+    is_one_scan: bool
+    """The first scan brings all coefficients of all components."""
+
+
+_last_header: tuple[bytes, JpegHeader] | None = None
+"""The header read last, and the bytes that it was read from."""
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
-    """Walks the markers up to the first scan.
+    """Reads the markers up to the first scan.
+
+    Small images of one data set mostly begin with the same bytes, up to the first scan, and then
+    have the same header: it takes longer to read than the rest to decode.
 
     Raises:
         ImageError: the markers do not lead to a frame and a scan.
     """
+    global _last_header
+    known = _last_header  # which another thread may replace
+    if known is None or not data.startswith(known[0]):
+        header = _walk_to_scan(data)
+        known = _last_header = data[: header.scan_start], header
+    return known[1]
+
+
+def _walk_to_scan(data: bytes) -> JpegHeader:
     frame: tuple[int, bytes] | None = None
     jfif, adobe_transform = False, None
     orientations: list[int | None] = []
@@ -371,7 +389,18 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
             and len(orientations) <= 1
             and known == 1
         ),
+        is_one_scan=(
+            process not in _PROGRESSIVE
+            and first_scan != b""
+            and len(first_scan) >= 4 + 2 * first_scan[0]
+            and set(body[6 : 6 + 3 * num_components : 3]) <= set(_components_of(first_scan))
+        ),
     )
+
+
+def _components_of(scan: bytes) -> bytes:
+    """The ids of the components of a scan, by the body of its header."""
+    return scan[1 : 1 + 2 * scan[0] : 2]
 
 
 def _require_all_scans(data: bytes, header: JpegHeader) -> None:
@@ -379,7 +408,6 @@ def _require_all_scans(data: bytes, header: JpegHeader) -> None:
 
     One that was cut between two scans and closed with an end marker reads without a warning, as a
     coarse image. T.81 allows to leave bits out for good (annex G.1.1), which no usual encoder does.
-    The first scan of a baseline JPEG has all components as a rule: then nothing more is read.
     """
     scan, position, num_scans = header.first_scan, header.scan_start, 1
     missing = dict.fromkeys(header.component_ids, _ALL_COEFFICIENTS)
@@ -391,7 +419,7 @@ def _require_all_scans(data: bytes, header: JpegHeader) -> None:
             first, last, bits = scan[1 + 2 * scan[0] : 4 + 2 * scan[0]]
             # the lower half of `bits` counts those that later scans bring
             brought = 0 if bits & 15 else (1 << last + 1) - (1 << first)
-        for component in scan[1 : 1 + 2 * scan[0] : 2]:
+        for component in _components_of(scan):
             missing[component] = missing.get(component, 0) & ~brought
         if not any(missing.values()):
             return

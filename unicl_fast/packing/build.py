@@ -413,7 +413,7 @@ def _read(
     if listed is not None:  # labels keep the numbers that they have in the build of all
         require_same_classes(Path(options.retry), space.names)
         chosen = choose_listed(listed, read, passed_over)
-        samples = Samples(len(chosen), chosen.__getitem__)
+        samples = Samples(len(chosen), lambda numbers: [chosen[number] for number in numbers])
     if unwanted:
         wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
@@ -436,7 +436,7 @@ def _number_labels(
     labels: dict[Label, None] = {}
     checksums = {}
     for number, source in enumerate(read, start=1):
-        own, checksums[f"source {number}, {source.name}"] = survey_source(source, spool)
+        own, checksums[f"source {number}, {source.name}"] = survey_source(source)
         if not class_names and not source.labels_are_names:
             refuse_numbers(own, source.name)
         labels |= own
@@ -515,5 +515,6 @@ def _write(
                 name=item.name,
             )
         )
-        num_reencoded += image.reencoded
-        writer.notes["num_reencoded"] = num_reencoded
+        if image.reencoded:
+            num_reencoded += 1
+            writer.notes["num_reencoded"] = num_reencoded

@@ -32,7 +32,7 @@ from unicl_fast.packing.sources.items import (
     Problem,
     Source,
 )
-from unicl_fast.packing.sources.spool import ItemStore
+from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
 from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
 
 _AHEAD = 64
@@ -44,34 +44,45 @@ Sample = tuple[str, Item]
 class Samples:
     """Samples that are made when they are asked for."""
 
-    def __init__(self, count: int, make: Callable[[int], Sample]) -> None:
+    def __init__(self, count: int, make: Callable[[Sequence[int]], list[Sample]]) -> None:
+        """`make` is given numbers, and makes the samples of all of them."""
         self._count = count
-        self._make = make
+        self.make = make
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, number: int) -> Sample:
-        return self._make(number)
+        return self.make([number])[0]
 
     def __iter__(self) -> Iterator[Sample]:
-        return map(self._make, range(self._count))
+        for first in range(0, self._count, READ_ITEMS):
+            yield from self.make(range(first, min(first + READ_ITEMS, self._count)))
 
 
 def all_samples(sources: Sequence[Source]) -> Samples:
     """The samples of all sources, in the order of the sources."""
     starts = [0, *accumulate(len(source.items) for source in sources)]
 
-    def make(number: int) -> Sample:
-        which = bisect_right(starts, number) - 1
-        return sources[which].name, sources[which].items[number - starts[which]]
+    def make(numbers: Sequence[int]) -> list[Sample]:
+        which = [bisect_right(starts, number) - 1 for number in numbers]
+        wanted: dict[int, list[int]] = {each: [] for each in which}
+        for each, number in zip(which, numbers, strict=True):
+            wanted[each].append(number - starts[each])
+        items = {each: iter(_items_of(sources[each], wanted[each])) for each in wanted}
+        return [(sources[each].name, next(items[each])) for each in which]
 
     return Samples(starts[-1], make)
 
 
+def _items_of(source: Source, numbers: Sequence[int]) -> list[Item]:
+    assert isinstance(source.items, ItemStore), "which all readers make"
+    return source.items.at(numbers)
+
+
 def reorder(samples: Samples, numbers: npt.NDArray[np.int64]) -> Samples:
     """Samples by their numbers in another sequence, in any order."""
-    return Samples(len(numbers), lambda number: samples[int(numbers[number])])
+    return Samples(len(numbers), lambda some: samples.make(numbers[some].tolist()))
 
 
 def choose(samples: Samples, wanted: Callable[[Sample], bool]) -> Samples:
@@ -126,9 +137,11 @@ def join_duplicates(
         for number, item in _joined(samples, numbers):
             rows[number] = changed.append(item)
 
-    def make(number: int) -> Sample:
-        source, item = samples[number]
-        return source, item if rows[number] < 0 else changed[int(rows[number])]
+    def make(numbers: Sequence[int]) -> list[Sample]:
+        return [
+            (source, item if rows[number] < 0 else changed[int(rows[number])])
+            for number, (source, item) in zip(numbers, samples.make(numbers), strict=True)
+        ]
 
     return Samples(len(samples), make)
 

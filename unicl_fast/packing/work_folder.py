@@ -22,9 +22,8 @@ import xxhash
 import unicl_fast
 from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
-from unicl_fast.packing.sources.items import Entry, Label, Source, field_names
-from unicl_fast.packing.sources.spool import Spool, stamp
-from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.packing.sources.items import Label, Source
+from unicl_fast.packing.sources.spool import ItemStore, stamp
 from unicl_fast.system.atomic_files import (
     flush_to_disk,
     is_at,
@@ -43,7 +42,6 @@ _FILES = ("class_names", "templates", "leave_out", "retry")
 _LISTS = ("where", "source_names")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
-_ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 class WorkFolder:
@@ -241,8 +239,8 @@ def describe_options(
     return described
 
 
-def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]:
-    """Reads all samples of a source once, for its labels and a checksum.
+def survey_source(source: Source) -> tuple[dict[Label, None], str]:
+    """The labels of a source, and a checksum.
 
     The checksum covers what was read of every sample (name, place of the image, texts) and size and
     time of the files that hold the images. Two builds with the same checksums pack the same, unless
@@ -251,18 +249,9 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
     Returns:
         Distinct labels in the order of their first sample; number of samples and checksum as text.
     """
-    labels: dict[Label, None] = {}
-    digest = xxhash.xxh3_128()
-    holders: dict[str, None] = {}
-    for item in source.items:
-        labels.update(dict.fromkeys(item.labels))
-        problem = item.problem and (item.problem.kind, item.problem.message)
-        entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
-        fields = [item.name, entry, item.captions, item.labels, problem, item.position]
-        digest.update(_ENCODER.encode(fields).encode("ascii"))
-    for path in holders:
-        digest.update(json.dumps(stamp(path)).encode("ascii"))
-    return labels, f"{count_of(len(source.items), 'sample')}, checksum {digest.hexdigest()}"
+    items = source.items
+    assert isinstance(items, ItemStore), "which all readers make"
+    return items.labels(), f"{count_of(len(items), 'sample')}, checksum {items.checksum()}"
 
 
 def stamp_all(paths: Sequence[str]) -> str:
@@ -272,17 +261,3 @@ def stamp_all(paths: Sequence[str]) -> str:
         f"{count_of(len(paths), 'file')}, checksum "
         f"{xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
     )
-
-
-def _spell_entry(entry: Entry, spool: Spool, holders: dict[str, None]) -> list[Any]:
-    """An entry as values that are equal for equal entries; notes the file that holds its image."""
-    spelled: list[Any] = [type(entry).__name__]
-    for name in field_names(type(entry)):
-        value = getattr(entry, name)
-        if name in ("path", "archive"):
-            inside = spool.locate(value)
-            if inside is None and not isinstance(entry, FileEntry):  # which knows its own time
-                holders[value] = None
-            value = value if inside is None else f"unpacked {inside}"
-        spelled.append(value)
-    return spelled

@@ -46,7 +46,13 @@ from unicl_fast.packing.limited_processes import (
     enter,
     in_order,
 )
-from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError, Problem
+from unicl_fast.packing.sources.items import (
+    MAX_FILE_BYTES,
+    Entry,
+    EntryError,
+    Problem,
+    fields_of,
+)
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -67,7 +73,7 @@ _PNG_GROWTH = 8
 """A photograph as PNG takes up to this many times the bytes of its JPEG."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)  # not frozen, as `Checked`: that takes three times as long
 class Task:
     """One sample to check; `name` is for messages."""
 
@@ -80,7 +86,7 @@ class Task:
     """Most bytes of the checked image, where that is more than its file."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Checked:
     """A sound image, and the tokens of its captions."""
 
@@ -252,7 +258,7 @@ class ImageWorker:
         self._num_finished.value = 0
         process = self._running()
         try:
-            process.connection.send(tasks)
+            process.connection.send([_spell(task) for task in tasks])
             while len(results) < len(tasks):
                 results += map(_unpack, process.connection.recv())
             return results, None
@@ -277,21 +283,42 @@ class ImageWorker:
         return self._process
 
 
+# Tasks and results travel as plain values: pickling the classes takes as long as decoding.
+
+
+def _spell(task: Task) -> tuple[Any, ...]:
+    """A task as plain values, without what a worker does not need."""
+    return type(task.entry), fields_of(task.entry), task.captions, task.size
+
+
+def _read_task(spelled: tuple[Any, ...]) -> Task:
+    """Makes a task again of what `_spell` made of it."""
+    kind, fields, captions, size = spelled
+    return Task(name="", entry=kind(*fields), captions=captions, size=size)
+
+
+def _pack(result: Checked | Problem) -> tuple[Any, ...]:
+    """A result as plain values."""
+    if isinstance(result, Problem):
+        return result.kind, result.message
+    image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
+    properties = image.extension, image.height, image.width, image.reencoded
+    return (image.data, *properties, result.xxh3, tokens)
+
+
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    image, xxh3, tokens = answer
-    return Checked(
-        image=CheckedImage(**dict(zip(_IMAGE_FIELDS, image, strict=True))),
-        xxh3=xxh3,
-        tokens=[np.frombuffer(ids, np.uint16) for ids in tokens],
+    data, extension, height, width, reencoded, xxh3, tokens = answer
+    image = CheckedImage(
+        data=data, extension=extension, height=height, width=width, reencoded=reencoded
     )
+    ids = [np.frombuffer(each, np.uint16) for each in tokens]
+    return Checked(image=image, xxh3=xxh3, tokens=ids)
 
 
 # From here on: what runs inside the process.
-
-_IMAGE_FIELDS = tuple(field.name for field in dataclasses.fields(CheckedImage))
 
 
 def _serve(
@@ -305,27 +332,22 @@ def _serve(
         while True:
             answers: list[tuple[Any, ...]] = []
             num_bytes = 0
-            for task in connection.recv():
+            tasks = [_read_task(spelled) for spelled in connection.recv()]
+            for task in tasks:
                 checker.prepare(task)
+            for task in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
                 result = checker.check(task)
                 answers.append(_pack(result))
-                signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
                 num_finished.value += 1
                 num_bytes += len(result.image.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
+                    signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
                     connection.send(answers)
                     answers, num_bytes = [], 0
+            signal.setitimer(signal.ITIMER_REAL, 0)
             if answers:
                 connection.send(answers)
-
-
-def _pack(result: Checked | Problem) -> tuple[Any, ...]:
-    """A result as plain values: pickling the classes takes as long as decoding."""
-    if isinstance(result, Problem):
-        return result.kind, result.message
-    image = tuple(getattr(result.image, name) for name in _IMAGE_FIELDS)
-    return image, result.xxh3, [ids.tobytes() for ids in result.tokens]
 
 
 class ImageChecker:

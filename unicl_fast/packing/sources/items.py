@@ -13,6 +13,7 @@ import binascii
 import dataclasses
 import functools
 import io
+import operator
 import os
 import stat
 from collections import Counter
@@ -27,6 +28,7 @@ from unicl_fast.system.wording import shorten
 
 MAX_FILE_BYTES = 512_000_000
 """Size of the largest file read as an image; no larger one could be used in training."""
+_READ_BYTES = 1 << 20
 MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
 TOO_MANY = "too many texts"
@@ -64,6 +66,19 @@ class Entry(Protocol):
 def field_names(kind: type[Entry]) -> tuple[str, ...]:
     """Returns the fields of an entry, in order: entries are stored and compared by them."""
     return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+
+
+def fields_of(entry: Entry) -> tuple[Any, ...]:
+    """Returns an entry as values, of which its class makes it again."""
+    return _getter(type(entry))(entry)
+
+
+@functools.cache
+def _getter(kind: type[Entry]) -> Callable[[Entry], tuple[Any, ...]]:
+    names = field_names(kind)
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda entry: tuple(getattr(entry, name) for name in names)
 
 
 def check_file_size(num_bytes: int, max_bytes: int) -> None:
@@ -162,18 +177,48 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def open_regular(path: str) -> io.BufferedReader:
-    """Opens a regular file; anything else is an OSError.
+    """Opens a regular file; anything else is an OSError."""
+    return open(open_descriptor(path)[0], "rb")
+
+
+def open_descriptor(path: str) -> tuple[int, int]:
+    """Opens a regular file, as a descriptor, and returns its size too; else raises OSError.
 
     Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
     once it is open, since it may be another one by then. The call does not block: a pipe that lies
     among images must not stop the program.
     """
     if stat.S_ISREG(os.stat(path).st_mode):
-        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb")  # noqa: SIM115
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return file
-        file.close()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            return descriptor, status.st_size
+        os.close(descriptor)
     raise OSError(f"{path} is not a regular file")
+
+
+def read_regular(path: str, *, max_bytes: int) -> bytes:
+    """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many.
+
+    With a Python file object 900 bytes take 12 us instead of 7, since it asks the kernel for more.
+    """
+    descriptor, size = open_descriptor(path)
+    try:
+        check_file_size(size, max_bytes)
+        # `read` takes memory for all that it is asked for, which for `max_bytes` takes longer than
+        # reading a small file
+        data = os.read(descriptor, size + 1)
+        if len(data) == size:
+            return data
+        parts, num_bytes = [data], len(data)  # cut short; or some files, as of /proc, have no size
+        while data and num_bytes <= max_bytes:
+            data = os.read(descriptor, _READ_BYTES)
+            parts.append(data)
+            num_bytes += len(data)
+    finally:
+        os.close(descriptor)
+    check_file_size(num_bytes, max_bytes)
+    return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

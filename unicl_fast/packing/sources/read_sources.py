@@ -17,6 +17,7 @@ from pathlib import Path
 from unicl_fast.packing.sources import arrays, lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
 from unicl_fast.packing.sources.image_folders import (
+    METADATA_NAMES,
     NOT_IMAGES,
     find_metadata,
     has_text_files,
@@ -165,15 +166,16 @@ def _read_class_folders(
     passed_over: Counter[str] = Counter()
     tops, classes = set[str](), set[str]()
     for name, entry in open_tree(path).entries():
-        *folders, file_name = name.split("/")
+        parts = name.split("/")
+        *folders, file_name = parts
         suffix = os.path.splitext(file_name)[1].lower()
         if isinstance(entry, RefusedEntry):
             items.append(refused(name, entry.kind, entry.message))
-        elif any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+        elif name[0] == "." or "/." in name or "__MACOSX" in parts:
             passed_over["hidden files"] += 1
         elif name in beside:
             passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
-        elif is_metadata(name, entry):
+        elif file_name in METADATA_NAMES and is_metadata(name, entry):
             holder = "/".join([str(path), *folders])
             raise ValueError(
                 f"{path} holds {name}, a list of images with their texts, which class folders do "

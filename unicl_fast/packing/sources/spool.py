@@ -17,7 +17,7 @@ import os
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 from urllib.parse import quote
@@ -28,12 +28,15 @@ from unicl_fast.packing.sources.items import (
     TOO_MANY,
     Entry,
     Item,
+    Label,
     Problem,
     field_names,
+    fields_of,
     join_rows,
     open_regular,
     require_text,
 )
+from unicl_fast.packing.sources.trees import FileEntry
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 
@@ -46,8 +49,10 @@ _SMALL = 16_000_000
 
 _CACHE_KILOBYTES = 16_000
 """Memory of the database, whatever the number of samples; 64 MB were not faster."""
-_READ_ITEMS = 256
-"""Items read at once where all are read in order."""
+READ_ITEMS = 256
+"""Items read at once where many are read; SQLite below 3.32 takes 999 values in a statement."""
+_WRITE_ROWS = 64
+_MOST_PENDING_BYTES = 1_000_000
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -64,6 +69,7 @@ class Spool:
         None allows no file; items then wait in the system's folder for temporary files.
         """
         self._folder = folder
+        self._prefix = f"{folder}/"
         self._num_files = 0
         self._database: sqlite3.Connection | None = None
         self._num_stores = 0
@@ -79,8 +85,7 @@ class Spool:
 
     def locate(self, path: str) -> str | None:
         """Returns a file's name in the spool, equal in every build; None for files elsewhere."""
-        prefix = f"{self._folder}/"
-        return path.removeprefix(prefix) if path.startswith(prefix) else None
+        return path.removeprefix(self._prefix) if path.startswith(self._prefix) else None
 
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
@@ -96,7 +101,7 @@ class Spool:
         if self._database is None:
             self._database = _open_database(self._folder)
         self._num_stores += 1
-        return ItemStore(self._database, self._num_stores)
+        return ItemStore(self._database, self._num_stores, self.locate)
 
     def remember(self, paths: Sequence[Path], made_of: Any, values: Mapping[str, Any]) -> None:
         """Notes that files are complete, for a build that resumes.
@@ -211,13 +216,16 @@ class ItemStore(Sequence[Item]):
 
     Lists name an image in several rows, not always one after another. A record is never changed:
     a later row is a record of its own, with a larger number. Names are found by their checksums,
-    and compared with the stored ones. A sample takes 5 us more to write and 3 us more to read in
-    any order than in the file format of our own that this replaced, and no memory.
+    and compared with the stored ones. Records are written some at a time, and read many at a time
+    where many are wanted: a statement for each takes as long as reading a small image.
     """
 
-    def __init__(self, database: sqlite3.Connection, number: int) -> None:
-        """Makes the tables number `number` of a database."""
+    def __init__(
+        self, database: sqlite3.Connection, number: int, locate: Callable[[str], str | None]
+    ) -> None:
+        """Makes the tables number `number` of a database; `locate` is the spool's."""
         self._database = database
+        self._locate = locate
         self._count = 0
         self._num_rows = 0
         self._last = ("", -1)
@@ -225,12 +233,20 @@ class ItemStore(Sequence[Item]):
         self._kinds: list[type[Entry]] = []
         """Classes of entries; a record has the index of its own."""
         rows, names = f"rows_{number}", f"names_{number}"
+        self._rows = rows
+        self._pending: list[tuple[int, str]] = []
+        """Rows that are not in the table yet."""
+        self._pending_bytes = 0
         self._insert_row = f"INSERT INTO {rows} VALUES (?, ?)"
         self._insert_name = f"INSERT INTO {names} VALUES (?, ?)"
         self._find_name = f"SELECT item FROM {names} WHERE checksum = ?"
         self._select = f"SELECT id >> 32, record FROM {rows} WHERE id >= ? AND id < ? ORDER BY id"
         # the id of a row is (number of the item << 32) + number of the row
         self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record TEXT)")
+        self._digest = xxhash.xxh3_128()
+        self._holders: dict[str, None] = {}
+        """Files that hold images of entries which do not know its size and time."""
+        self._labels: dict[Label, None] = {}
         self._execute(
             f"CREATE TABLE {names} (checksum INTEGER, item INTEGER, PRIMARY KEY (checksum, item)) "
             "WITHOUT ROWID"
@@ -245,24 +261,41 @@ class ItemStore(Sequence[Item]):
     def __getitem__(self, number: slice) -> list[Item]: ...
     def __getitem__(self, number: int | slice) -> Item | list[Item]:
         if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(self._count))]
+            return self.at(range(*number.indices(self._count)))
         number = range(self._count)[number]  # with its IndexError
-        return self._read(number, number + 1)[0]
+        return self._read(number, number + 1)[number]
 
     def __iter__(self) -> Iterator[Item]:
-        for first in range(0, self._count, _READ_ITEMS):
-            yield from self._read(first, first + _READ_ITEMS)
+        for first in range(0, self._count, READ_ITEMS):
+            yield from self._read(first, first + READ_ITEMS).values()
+
+    def at(self, numbers: Sequence[int]) -> list[Item]:
+        """Returns the items of these numbers, in this order; each is one of the store."""
+        found: dict[int, Item] = {}
+        for start in range(0, len(numbers), READ_ITEMS):
+            some = numbers[start : start + READ_ITEMS]
+            values = ", ".join(["(?)"] * len(some))
+            # CROSS JOIN: SQLite looks up each item's rows, and never walks through the table
+            statement = (
+                f"WITH wanted (item) AS (VALUES {values}) SELECT id >> 32, record FROM wanted "
+                f"CROSS JOIN {self._rows} ON id >= item << 32 AND id < (item + 1) << 32 ORDER BY id"
+            )
+            found |= self._made_of(self._select_rows(statement, *some))
+        return [found[number] for number in numbers]
 
     def append(self, item: Item) -> int:
         """Adds an item; returns its number."""
-        number = self._count
-        kind, fields = -1, []
+        number, kind = self._count, -1
+        fields: tuple[Any, ...] = ()
+        spelled: tuple[Any, ...] = ()
         if item.entry is not None:
             if type(item.entry) not in self._kinds:
                 self._kinds.append(type(item.entry))
             kind = self._kinds.index(type(item.entry))
-            fields = [getattr(item.entry, name) for name in field_names(type(item.entry))]
-        self._write(number, [*_texts_of(item), item.name, item.position, kind, *fields])
+            fields = spelled = fields_of(item.entry)
+            if not isinstance(item.entry, FileEntry):  # which knows its own time
+                spelled = self._spell(item.entry, fields)
+        self._write(number, item, (item.name, item.position, kind), fields, spelled)
         self._count += 1
         return number
 
@@ -289,35 +322,100 @@ class ItemStore(Sequence[Item]):
 
     def add_row(self, number: int, row: Item) -> None:
         """Adds to an item what one more row says of it: captions, labels, a problem."""
-        self._write(number, _texts_of(row))
+        self._write(number, row, ())
 
-    def _write(self, number: int, record: list[Any]) -> None:
-        self._execute(self._insert_row, (number << 32) + self._num_rows, _encode(record))
+    def labels(self) -> dict[Label, None]:
+        """All labels, in the order of their first item."""
+        if self._num_rows == self._count:
+            return self._labels
+        # an item that has too many texts takes no more labels
+        return dict.fromkeys(label for item in self for label in item.labels)
+
+    def checksum(self) -> str:
+        """XXH3-128 of all that was appended, and of size and time of the files with the images.
+
+        Of a file in the spool its name counts, and not where the spool lies.
+        """
+        digest = self._digest.copy()
+        stamps = [stamp(path) for path in self._holders]
+        digest.update(ascii([[kind.__name__ for kind in self._kinds], stamps]).encode("ascii"))
+        return digest.hexdigest()
+
+    def _spell(self, entry: Entry, fields: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The fields as they are in every build; notes the file that holds the image."""
+        spelled = list(fields)
+        for place, name in enumerate(field_names(type(entry))):
+            if name in ("path", "archive"):
+                inside = self._locate(fields[place])
+                if inside is None:
+                    self._holders[fields[place]] = None
+                else:
+                    spelled[place] = f"unpacked {inside}"
+        return tuple(spelled)
+
+    def _write(
+        self,
+        number: int,
+        item: Item,
+        head: tuple[Any, ...],
+        fields: tuple[Any, ...] = (),
+        spelled: tuple[Any, ...] = (),
+    ) -> None:
+        """Writes a row: texts and problem of an item, and what else it is made of."""
+        problem = item.problem and (item.problem.kind, item.problem.message)
+        record = (number, item.captions, item.labels, problem, *head)
+        text = _encode((*record, *fields))
+        seen = text if spelled is fields else _encode((*record, *spelled))
+        self._digest.update(seen.encode("ascii"))
+        for label in item.labels:
+            self._labels[label] = None
+        self._pending.append(((number << 32) + self._num_rows, text))
+        self._pending_bytes += len(text)
         self._num_rows += 1
+        if len(self._pending) >= _WRITE_ROWS or self._pending_bytes > _MOST_PENDING_BYTES:
+            self._flush()
 
-    def _read(self, first: int, end: int) -> list[Item]:
-        """Returns the items from `first` to before `end`."""
-        items: list[Item] = []
-        for number, text in self._execute(self._select, first << 32, end << 32):
-            captions, labels, problem, *others = json.loads(text)
+    def _flush(self) -> None:
+        rows, self._pending, self._pending_bytes = self._pending, [], 0
+        self._run(self._database.executemany, self._insert_row, rows)
+
+    def _read(self, first: int, end: int) -> dict[int, Item]:
+        """Returns the items from `first` to before `end`, by number and in order."""
+        return self._made_of(self._select_rows(self._select, first << 32, end << 32))
+
+    def _made_of(self, rows: list[tuple[int, str]]) -> dict[int, Item]:
+        """Makes items of their rows, which lie in order; by number."""
+        items: dict[int, Item] = {}
+        for number, text in rows:
+            _, captions, labels, problem, *others = json.loads(text)
             if problem is not None:
                 problem = Problem(*problem)
-            if number - first == len(items):
+            if number not in items:
                 name, position, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
-                items.append(Item(name, entry, captions, labels, problem, position))
+                items[number] = Item(name, entry, captions, labels, problem, position)
             else:
-                item = items[-1]  # as if `add_texts` had been called with it
+                item = items[number]  # as if `add_texts` had been called with it
                 if item.problem is None or item.problem.kind != TOO_MANY:
                     item.problem = problem or item.problem
                     join_rows(item, captions, labels)
-        for item in items:
+        for item in items.values():
             require_text(item)
         return items
 
+    def _select_rows(self, statement: str, *values: int) -> list[tuple[int, str]]:
+        if self._pending:
+            self._flush()
+        return self._execute(statement, *values)
+
     def _execute(self, statement: str, *values: int | str) -> list[Any]:
+        return self._run(self._database.execute, statement, values).fetchall()
+
+    def _run(
+        self, execute: Callable[..., sqlite3.Cursor], statement: str, values: Sequence[Any]
+    ) -> sqlite3.Cursor:
         try:
-            return self._database.execute(statement, values).fetchall()
+            return execute(statement, values)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_WRITE"):
                 raise OSError(
@@ -326,11 +424,6 @@ class ItemStore(Sequence[Item]):
                     f"the disk of --out, or without one in {tempfile.gettempdir()}",
                 ) from error
             raise
-
-
-def _texts_of(item: Item) -> list[Any]:
-    problem = item.problem and [item.problem.kind, item.problem.message]
-    return [item.captions, item.labels, problem]
 
 
 def _checksum(name: str) -> int:

@@ -29,7 +29,7 @@ from unicl_fast.packing.sources.items import (
     Item,
     RefusedEntry,
     check_file_size,
-    open_regular,
+    read_regular,
     refused,
 )
 
@@ -41,9 +41,9 @@ _MADE_ON_UNIX = 3
 """Only then do the upper 16 bits of the attributes say what kind of file a member was."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class FileEntry:
-    """A file in a folder."""
+    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
 
     path: str
     num_bytes: int
@@ -52,18 +52,9 @@ class FileEntry:
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         try:
-            with open_regular(self.path) as file:
-                size = os.fstat(file.fileno()).st_size
-                check_file_size(size, max_bytes)
-                # `read` takes memory for all that it is asked for, which for `max_bytes` takes
-                # longer than reading a small file. Some files, as those of /proc, have no size.
-                data = file.read(size + 1)
-                if len(data) > size:
-                    data += file.read(max_bytes + 1 - len(data))
+            return read_regular(self.path, max_bytes=max_bytes)
         except OSError as error:
             raise EntryError("unreadable", error.strerror or str(error)) from error
-        check_file_size(len(data), max_bytes)
-        return data
 
 
 class FolderTree:
