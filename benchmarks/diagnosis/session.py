@@ -187,8 +187,10 @@ def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
             # each measurement collects garbage first: 0.3 s, if it looked at all that stays
             gc.collect()
             gc.freeze()
-            yield bench
-            gc.unfreeze()
+            try:
+                yield bench
+            finally:
+                gc.unfreeze()
 
 
 @contextlib.contextmanager

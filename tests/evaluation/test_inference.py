@@ -9,7 +9,6 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -177,8 +176,8 @@ def test_the_page_s_questions_are_answered(
     server: Server, model: Model, photos: list[Path]
 ) -> None:
     question = json.dumps({"classes": list(NAMES), "template": "a photo of a {}."})
-    url = "/classify?" + urlencode({"question": question})
-    status, content = ask(server, "POST", url, photos[0].read_bytes())
+    body = question.encode() + b"\n" + photos[0].read_bytes()
+    status, content = ask(server, "POST", "/classify", body)
     (expected,) = model.classify(photos[:1], NAMES)
     assert (status, json.loads(content)) == (200, {"classes": [list(x) for x in expected.items()]})
     for body, asked in (
@@ -187,13 +186,15 @@ def test_the_page_s_questions_are_answered(
         (photos[0].read_bytes(), "{"),
         (photos[0].read_bytes(), json.dumps({"classes": ["dog"], "template": "{}"})),
     ):
-        status, content = ask(server, "POST", "/classify?" + urlencode({"question": asked}), body)
+        status, content = ask(server, "POST", "/classify", asked.encode() + b"\n" + body)
         assert (status, list(json.loads(content))) == (200, ["error"])
 
 
 def test_only_this_machine_and_known_files_are_served(server: Server) -> None:
     assert server.server_address[0] == "127.0.0.1"
     assert ask(server, "GET", "/", Host="evil.example:80")[0] == 403
+    assert ask(server, "POST", "/classify", b"{}\n", Origin="http://evil.example")[0] == 403
+    assert ask(server, "POST", "/classify", b"{}\n", Origin=server.address[:-1])[0] == 200
     assert ask(server, "GET", "/serving.py")[0] == 404
     assert ask(server, "GET", "/../serving.py")[0] == 404
     assert ask(server, "GET", "/")[0] == 200

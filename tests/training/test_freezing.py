@@ -64,6 +64,20 @@ def moved(model: UniCL, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in names if not torch.equal(after[name], before[name])}
 
 
+@pytest.mark.parametrize("micro_batch_size", [0, 4])
+def test_a_projection_is_frozen_or_trained_with_its_bias(
+    images: torch.Tensor, micro_batch_size: int
+) -> None:
+    for entries, frozen in ((TOWER, True), (("image",), False)):
+        config = config_of(*entries, micro_batch_size=micro_batch_size)
+        model = dataclasses.replace(config.model, image_projection="biased")
+        trainer = trainer_of(images, dataclasses.replace(config, model=model))
+        before = copy_of(trainer.model)
+        train(trainer, steps=2)
+        changed = {name for name in moved(trainer.model, before) if name.startswith("image_")}
+        assert changed == (set() if frozen else {"image_projection", "image_projection_bias"})
+
+
 ENTRIES = {
     "an image encoder": (("image",), ("image_encoder.",)),
     "a text encoder": (("text",), ("text_encoder.",)),
@@ -424,6 +438,11 @@ def test_gradients_in_bf16_are_those_of_what_is_trained(
     run_on_ranks(train_each, 2, images, tmp_path, runs)
     last = {run: list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in runs}
     assert_equal_checkpoints(last["optimizer"], last["off"])
+    # a run that resumes has nothing frozen when its first pass chooses the type of gradients
+    resumed = runs["full"][0], list_checkpoints(tmp_path / "full" / "checkpoints")[1]
+    run_on_ranks(train_each, 2, images, tmp_path, {"resumed": resumed})
+    (*_, found) = list_checkpoints(tmp_path / "resumed" / "checkpoints")
+    assert_equal_checkpoints(found, last["full"])
 
 
 @pytest.mark.slow

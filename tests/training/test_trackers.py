@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import shutil
 import struct
@@ -51,7 +50,6 @@ def _local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def begin(folder: Path, *names: Any, start_step: int = 0) -> MetricsWriter:
     """As a trainer does at each start."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
     lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
     trackers = Trackers(
         names, folder, run_id=RUN_ID, config={"run": {"seed": 1}}, start_step=start_step,
@@ -64,7 +62,7 @@ class Recorder:
     """A tracker that remembers."""
 
     logged: list[tuple[int, dict[str, float]]]
-    uploaded: list[Path]
+    uploaded: list[tuple[Path, int]]
 
     def __init__(self) -> None:
         self.logged, self.uploaded = [], []
@@ -72,8 +70,8 @@ class Recorder:
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         self.logged.append((step, dict(values)))
 
-    def upload(self, image: Path) -> None:
-        self.uploaded.append(image)
+    def upload(self, image: Path, *, step: int) -> None:
+        self.uploaded.append((image, step))
 
     def close(self) -> None: ...
 
@@ -98,8 +96,10 @@ def test_steps_that_are_done_again_are_not_sent_again(tmp_path: Path, recorder: 
 
 
 def test_another_run_in_the_folder_begins_anew(tmp_path: Path, recorder: Recorder) -> None:
-    state = {"run_id": "another", "names": {"wandb": "x"}, "sent": {"loss": 50}}
+    """One that was killed before its first checkpoint, and so begins at step 0 with another id."""
+    state = {"run_id": "another", "names": {"wandb": "x"}, "sent": {"wandb": {"loss": 50}}}
     (tmp_path / STATE_NAME).write_text(json.dumps(state))
+    (tmp_path / METRICS_NAME).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
     with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
         metrics.write({"step": 1, "loss": 1.0})
     assert recorder.logged == [(1, {"loss": 1.0})]
@@ -116,6 +116,16 @@ def test_a_damaged_state_is_named_and_left_out(
     assert ("is left out" in caplog.text) == (damaged != '{"run_id": 1}')
 
 
+def test_a_tracker_that_is_added_gets_all_steps_from_then_on(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    for names, start, end in (((), 0, 6), (("wandb",), 2, 4), (("wandb",), 3, 5)):
+        with contextlib.closing(begin(tmp_path, *names, start_step=start)) as metrics:
+            for step in range(start + 1, end + 1):
+                metrics.write({"step": step, "loss": 1.0})
+    assert [step for step, _ in recorder.logged] == [3, 4, 5]
+
+
 def test_the_first_line_brings_the_contact_sheet(tmp_path: Path, recorder: Recorder) -> None:
     sheet = tmp_path / "contact-sheet.png"
     Image.new("RGB", (8, 8)).save(sheet)
@@ -123,7 +133,7 @@ def test_the_first_line_brings_the_contact_sheet(tmp_path: Path, recorder: Recor
         with contextlib.closing(begin(tmp_path, "wandb", start_step=start)) as metrics:
             for step in (start + 1, start + 2):
                 metrics.write({"step": step, "loss": 1.0})
-    assert recorder.uploaded == [sheet]
+    assert recorder.uploaded == [(sheet, 1)]
 
 
 # Faults.
@@ -221,11 +231,13 @@ def curves_of_wandb(folder: Path) -> Curves:
             record.ParseFromString(data)
             if record.WhichOneof("record_type") != "history":
                 continue
-            for item in record.history.item:
-                name = item.key or "/".join(item.nested_key)
-                if not name.startswith("_") and "contact-sheet" not in name:
-                    step = record.history.step.num
-                    found.setdefault(name, []).append((step, json.loads(item.value_json)))
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
+            for name, value in items.items():
+                if not name.startswith("_") and name != "step" and "contact-sheet" not in name:
+                    found.setdefault(name, []).append((items["step"], value))
     return found
 
 
@@ -260,15 +272,18 @@ def test_one_curve_is_kept_over_kills_and_resumes(
     tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(mlflow_database, tmp_path / "mlflow.db")
-    importlib.import_module(name)
+    pytest.importorskip(name)
     Image.new("RGB", (8, 8)).save(tmp_path / "contact-sheet.png")
     for start, end in ((0, 6), (4, 5), (2, 8)):
         with contextlib.closing(begin(tmp_path, name, start_step=start)) as metrics:
             for step in range(start + 1, end + 1):
                 metrics.write({"step": step, "loss": step / 8, "seconds/data_wait": 0.5})
+                if step % 4 == 0:  # an evaluation, on a line of its own
+                    metrics.write({"step": step, "top1": step / 16})
     assert not [record for record in caplog.records if record.name.startswith("unicl_fast")]
     curves = READ[name](tmp_path)
     assert curves["loss"] == [(step, step / 8) for step in range(1, 9)]
+    assert curves["top1"] == [(4, 0.25), (8, 0.5)]
     assert [step for step, _ in curves["seconds/data_wait"]] == list(range(1, 9))
 
 

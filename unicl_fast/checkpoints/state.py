@@ -33,7 +33,7 @@ from unicl_fast.models.sharding import (
     whole,
 )
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.wording import refuse_differences
+from unicl_fast.system.wording import count_of, refuse_differences
 
 logger = logging.getLogger(__name__)
 
@@ -195,15 +195,17 @@ def _check_optimizer_tensors(
     """
     parameters = dict(model.named_parameters())
     keys_of: dict[str, set[str]] = {}
+    num_groups = len(optimizer.param_groups)
+    stored = [name for name in tensors if name.partition(".")[0] == _GROUP_STEP]
+    if stored and len(stored) != num_groups:
+        raise ValueError(
+            f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze, "
+            f"layer_decay, image_rate and text_rate make {num_groups} here: give them as they were"
+        )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")
         if key == _GROUP_STEP:
-            known = name.isdecimal()
-            if known and int(name) >= len(optimizer.param_groups):
-                raise ValueError(
-                    f"there is no {full_name} here, where optim.freeze, layer_decay, image_rate "
-                    f"and text_rate make {len(optimizer.param_groups)} groups of parameters"
-                )
+            known = name.isdecimal() and int(name) < num_groups
             shape = torch.Size()
         else:
             known = name in parameters

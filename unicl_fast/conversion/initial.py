@@ -110,9 +110,9 @@ class _Loading:
             )
         names = [*IMAGE_SETTINGS] if image else []
         names += TEXT_SETTINGS if has_text else ()
-        if self._option == "init" and model.class_rows is None:
+        if self._option == "init" and image and model.class_rows is None:
             names += ["embed_dim", "image_projection"]
-        if self._option == "init" and model.text_encoder is not None:
+        if self._option == "init" and has_text:
             names += ["text_projection"]
         config, needed = model.config.model, source.settings
         wrong = {

@@ -200,6 +200,15 @@ def require_text_encoder(model: UniCL, what: str) -> None:
         )
 
 
+def require_layer(model: UniCL, layer: Layer) -> None:
+    """Refuses (ValueError) features after a projection that the model does not have."""
+    if layer == "projection" and model.class_rows is not None:
+        raise ValueError(
+            "features after the projection were asked for, and this model, trained by "
+            "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
+        )
+
+
 def require_finite(*features: Tensor) -> None:
     """Refuses (ValueError) features that a broken model made."""
     if not all(bool(one.isfinite().all()) for one in features):
@@ -422,11 +431,7 @@ def extract_sets(
     opened: list[EvaluationData] = []
     with model_on_ranks(command) as on_ranks:
         model, ranks = on_ranks.model, on_ranks.ranks
-        if command.layer == "projection" and model.class_rows is not None:
-            raise ValueError(
-                "features after the projection were asked for, and this model, trained by "
-                "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
-            )
+        require_layer(model, command.layer)
         folder, keeps = Path(command.features), command.features != "none"
         if command.features == "auto":
             run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...

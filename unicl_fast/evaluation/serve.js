@@ -12,8 +12,8 @@ async function ask() {
   };
   let answer;
   try {
-    const url = "/classify?" + new URLSearchParams({ question: JSON.stringify(question) });
-    const response = await fetch(url, { method: "POST", body: image });
+    const body = new Blob([JSON.stringify(question), "\n", image]);
+    const response = await fetch("/classify", { method: "POST", body });
     answer = await response.json();
   } catch (error) {
     answer = { error: "The program does not answer: is unicl-eval serve still running?" };

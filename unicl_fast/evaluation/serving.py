@@ -1,8 +1,8 @@
 """A page on this machine where images are tried against typed classes.
 
 The server of Python's standard library suffices: one user, on the loopback interface. Only requests
-that name this host are answered, so that no page of another site reaches the model through the
-user's browser (DNS rebinding). Images are decoded as `Model` decodes them, with its limits.
+that name this host and come from its own page are answered, so that no page of another site reaches
+the model through the user's browser. Images are decoded as `Model` decodes them, with its limits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from unicl_fast.evaluation.inference import Model, load_model
 from unicl_fast.evaluation.requests import Serve
@@ -41,8 +40,12 @@ class Server(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://{_HOSTS[0]}:{self.server_port}/"
 
-    def classify(self, image: bytes, question: str) -> dict[str, Any]:
-        """The answer to a question of the page. Raises ValueError if it cannot be answered."""
+    def classify(self, body: bytes) -> dict[str, Any]:
+        """The answer to a question of the page: a line of JSON, and then the image's file.
+
+        Raises ValueError if it cannot be answered.
+        """
+        question, _, image = body.partition(b"\n")
         asked = json.loads(question)
         if not isinstance(asked, dict):
             raise ValueError("a question is an object with classes and template")
@@ -51,9 +54,8 @@ class Server(ThreadingHTTPServer):
             raise ValueError("classes are a list of names")
         if len(classes) > _MOST_CLASSES or not isinstance(template, str):
             raise ValueError(f"at most {_MOST_CLASSES:,} classes are taken, and one prompt")
-        with pillow_limits(MAX_PIXELS):
+        with self.working, pillow_limits(MAX_PIXELS):  # which holds for the whole process
             pixels = pixels_of(open_image(image))
-        with self.working:
             (found,) = self.model.classify([pixels], classes, templates=[template], top=20)
         return {"classes": list(found.items())}
 
@@ -75,24 +77,27 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_for_this_host():
             return
-        url = urlsplit(self.path)
         size = self.headers.get("Content-Length", "")
-        if url.path != "/classify" or not size.isdecimal():
+        if self.path != "/classify" or not size.isdecimal():
             self.send_error(HTTPStatus.NOT_FOUND)
-        elif int(size) > _MOST_BYTES:
+        elif (left := int(size)) > _MOST_BYTES:
+            while left > 0 and (part := self.rfile.read(min(left, 1 << 20))):
+                left -= len(part)  # a browser reads no answer before it has sent everything
             self._answer({"error": f"an image of at most {_MOST_BYTES >> 20} MB is taken"})
         else:
-            image = self.rfile.read(int(size))
+            body = self.rfile.read(left)
             try:
-                self._answer(self.server.classify(image, parse_qs(url.query)["question"][0]))
-            except (ValueError, KeyError) as error:
+                self._answer(self.server.classify(body))
+            except ValueError as error:
                 self._answer({"error": str(error)})
 
     def _is_for_this_host(self) -> bool:
-        host = self.headers.get("Host", "").rsplit(":", 1)[0]
-        if host not in _HOSTS:
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin", f"http://{host}")
+        is_ours = host.rsplit(":", 1)[0] in _HOSTS and origin == f"http://{host}"
+        if not is_ours:
             self.send_error(HTTPStatus.FORBIDDEN)
-        return host in _HOSTS
+        return is_ours
 
     def _answer(self, values: dict[str, Any]) -> None:
         self._send(json.dumps(values).encode(), kind="application/json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.features import model_on_ranks
+from unicl_fast.evaluation.features import model_on_ranks, require_layer
 from unicl_fast.evaluation.inference import Model
 from unicl_fast.evaluation.requests import Classify, Embed, Layer, Use
 from unicl_fast.system.atomic_files import replacing, write_text_atomically
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, encodable, print_text
 from unicl_fast.text.class_lists import read_class_names, read_templates
 
 
@@ -35,15 +36,13 @@ def run_classify(command: Classify) -> None:
     if command.out is None:
         for answer, description in zip(found, descriptions, strict=True):
             classes = ", ".join(f"{name} {value:.1%}" for name, value in answer.items())
-            print(f"{description.name}: {classes}")
+            print_text(f"{description.name}: {classes}\n", sys.stdout)
         return
     rows = (
         {"source": description.source, "name": description.name, "classes": answer}
         for answer, description in zip(found, descriptions, strict=True)
     )
-    write_text_atomically(
-        command.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
+    write_text_atomically(command.out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{command.out}: {count_of(len(found), 'image')}")
 
 
@@ -70,6 +69,7 @@ def _features(
         model = Model(on_ranks.model)
         if names is not None:
             model.require_classes(names)  # before images are encoded
+        require_layer(model.encoders, layer)
         with open_data(command.data, ranks=on_ranks.ranks) as data:
             features = on_ranks.features(data.dataset, layer=layer)
             yield model, data.dataset, features
@@ -93,8 +93,8 @@ def _write_parquet(command: Embed, dataset: PackedDataset, rows: Float[np.ndarra
     features = pyarrow.FixedSizeListArray.from_arrays(rows.reshape(-1), rows.shape[1])
     table = pyarrow.table(
         {
-            "source": [one.source for one in described],
-            "name": [one.name for one in described],
+            "source": [encodable(one.source) for one in described],
+            "name": [encodable(one.name) for one in described],
             "labels": [[names[label] for label in one.labels] for one in described],
             "feature": features,
         }

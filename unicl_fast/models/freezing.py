@@ -46,7 +46,8 @@ def freeze(model: UniCL) -> None:
         if name in found.names:
             parameter.requires_grad_(False)
     model.frozen = found
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    left = {name for name, one in model.named_parameters() if one.requires_grad}
+    if not left - {"logit_scale"}:
         raise ValueError(
             f"optim.freeze={' '.join(model.config.optim.freeze)} leaves nothing to train: leave "
             "something out"
@@ -75,14 +76,8 @@ def ever_trained(model: UniCL) -> list[nn.Parameter]:
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
     """Whether gradients of a tower's features are for something: its encoder or its projection."""
-    parts = getattr(model, f"{tower}_encoder"), getattr(model, f"{tower}_projection")
-    parameters = [
-        one
-        for part in parts
-        if part is not None
-        for one in ([part] if isinstance(part, nn.Parameter) else part.parameters())
-    ]
-    return any(one.requires_grad for one in parameters)
+    own = (f"{tower}_encoder.", f"{tower}_projection")
+    return any(one.requires_grad for name, one in model.named_parameters() if name.startswith(own))
 
 
 def _find(model: UniCL) -> FrozenParts:
@@ -94,11 +89,13 @@ def _find(model: UniCL) -> FrozenParts:
         part = getattr(model, attribute)
         if part is None:
             raise ValueError(
-                f"optim.freeze: with objective.name={model.config.objective.name} the model has no "
-                f"{attribute}: leave {entry} out"
+                f"optim.freeze: with objective.name={model.config.objective.name} and "
+                f"model.{kind.split('_')[0]}_projection="
+                f"{getattr(model.config.model, kind.split('_')[0] + '_projection')} the model has "
+                f"no {attribute}: leave {entry} out"
             )
         if isinstance(part, nn.Parameter):
-            names.add(attribute)
+            names |= {attribute, f"{attribute}_bias"} & {n for n, _ in model.named_parameters()}
             continue
         begun, whole = list(part.modules()), [part]
         if count:

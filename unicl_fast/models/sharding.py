@@ -146,6 +146,18 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(piece.view(tensor.shape))
 
 
+def take_up_unfrozen(model: nn.Module) -> None:
+    """Lets divided encoders reduce gradients of what was frozen in the type of the others.
+
+    torch looks once, before the first forward pass, which types a part's gradients have.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group._init_mp_dtypes()
+
+
 def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | None = None) -> None:
     """Divides each block of the encoders, and what is left of them, over all ranks.
 

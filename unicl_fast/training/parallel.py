@@ -73,8 +73,9 @@ class Parallel:
         return self._owners is not None or self._whole_copy is not None
 
     def take_up_unfrozen(self) -> None:
-        """Gives parameters that begin to be trained a place in DDP's buckets."""
+        """Gives parameters that begin to be trained a place in what ranks exchange."""
         self._model.zero_grad()  # gradients are parts of the old buckets
+        sharding.take_up_unfrozen(self._model)
         if self.has_buckets:
             self.encode = self._model  # which frees the old ones
             self.encode = _build_ddp(self._model, compress=self._reduce_type is not None)

@@ -46,6 +46,8 @@ _KNOW_THEIR_STEPS = ("tensorboard", "mlflow")
 _SECONDS_TO_CLOSE = 60.0
 _MOST_WAITING = 10_000
 """Lines that wait for a tracker that does not keep up; further ones are left out."""
+_STEP = "step"
+"""The axis of W&B's curves."""
 _OUTSIDE_MLFLOW = re.compile(r"[^\w\-. :/]", re.ASCII)
 
 
@@ -55,7 +57,7 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Adds numbers to the curves."""
 
-    def upload(self, image: Path) -> None:
+    def upload(self, image: Path, *, step: int) -> None:
         """Shows an image file."""
 
     def close(self) -> None:
@@ -85,23 +87,27 @@ class Trackers:
         start_step: int,
         lines: Iterable[Mapping[str, float]],
     ) -> None:
-        """`lines` are those that metrics.jsonl has, also of steps after `start_step`."""
+        """`lines` are those that metrics.jsonl has, also of steps after `start_step`.
+
+        At step 0 they are of another run, which ended before its first checkpoint.
+        """
         self._state_path = run_folder / STATE_NAME
-        state = _read_state(self._state_path, run_id)
-        sent: dict[str, int] = state["sent"]
-        lines = list(lines)
-        for line in lines:
-            for name in line:
-                sent[name] = max(sent.get(name, 0), int(line["step"]))
-        self._sent = sent
-        self._state = state
+        self._state = state = _read_state(self._state_path, run_id)
+        lines = list(lines) if start_step else []
+        before: dict[str, dict[str, int]] = state["sent"]
+        self._sent = {name: before.get(name, {}) for name in names}
+        for name in before.keys() & self._sent.keys():
+            sent = self._sent[name]
+            for line in lines:
+                sent |= {key: max(sent.get(key, 0), int(line["step"])) for key in line}
+        state["sent"] = self._sent
         self._sheet: Path | None = run_folder / "contact-sheet.png" if start_step == 0 else None
         as_run: dict[str, Any] = {"run_id": run_id, "config": config}
         builders: dict[TrackerName, Callable[[], Tracker]] = {
             "tensorboard": functools.partial(TensorBoard, run_folder, start_step=start_step),
             "wandb": functools.partial(WeightsAndBiases, run_folder, **as_run),
             "trackio": functools.partial(Trackio, run_folder, **as_run),
-            "mlflow": functools.partial(Mlflow, run_folder, run_id=run_id, keep=self._keep),
+            "mlflow": functools.partial(Mlflow, run_folder, keep=self._keep, **as_run),
         }
         self._keep({})
         self._workers = [_Worker(name, builders[name]) for name in names]
@@ -112,14 +118,14 @@ class Trackers:
     def log(self, values: Mapping[str, float]) -> None:
         """Hands a line over; `step` is among the values."""
         step = int(values["step"])
-        new = {
-            n: value for n, value in values.items() if n == "step" or step > self._sent.get(n, 0)
-        }
         for worker in self._workers:
-            line = values if worker.name in _KNOW_THEIR_STEPS else new
-            worker.call(functools.partial(_log_lines, lines=[dict(line)]))
+            line = dict(values)
+            if worker.name not in _KNOW_THEIR_STEPS:
+                sent = self._sent[worker.name]
+                line = {name: value for name, value in line.items() if step > sent.get(name, 0)}
+            worker.call(functools.partial(_log_lines, lines=[line | {"step": step}]))
             if self._sheet is not None and self._sheet.is_file():
-                worker.call(functools.partial(_upload, image=self._sheet))
+                worker.call(functools.partial(_upload, image=self._sheet, step=step))
         self._sheet = None
 
     def close(self) -> None:
@@ -151,8 +157,8 @@ def _log_lines(tracker: Tracker, lines: Iterable[Mapping[str, float]]) -> None:
             tracker.log(shown, step=int(line["step"]))
 
 
-def _upload(tracker: Tracker, image: Path) -> None:
-    tracker.upload(image)
+def _upload(tracker: Tracker, image: Path, step: int) -> None:
+    tracker.upload(image, step=step)
 
 
 def _read_state(path: Path, run_id: str) -> dict[str, Any]:
@@ -160,7 +166,10 @@ def _read_state(path: Path, run_id: str) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["run_id"] == run_id:
-            sent = {str(name): int(step) for name, step in state["sent"].items()}
+            sent = {
+                str(name): {str(key): int(step) for key, step in steps.items()}
+                for name, steps in state["sent"].items()
+            }
             names = {str(name): str(value) for name, value in state["names"].items()}
             return {"run_id": run_id, "names": names, "sent": sent}
     except FileNotFoundError:
@@ -175,7 +184,7 @@ class _Worker:
 
     def __init__(self, name: TrackerName, build: Callable[[], Tracker]) -> None:
         self.name, self._build = name, build
-        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MOST_WAITING)
+        self._calls: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
         self._failed = self._is_full = False
         self._thread = threading.Thread(target=self._work, name=f"unicl-{name}", daemon=True)
         self._thread.start()
@@ -184,17 +193,15 @@ class _Worker:
         """Does it in the thread, later."""
         if self._failed:
             return
-        try:
-            self._calls.put_nowait(work)
-            self._is_full = False
-        except queue.Full:
-            if not self._is_full:
-                logger.error("%s does not keep up: lines are left out there", self.name)
-            self._is_full = True
+        was_full, self._is_full = self._is_full, self._calls.qsize() >= _MOST_WAITING
+        if not self._is_full:
+            self._calls.put(work)
+        elif not was_full:
+            logger.error("%s does not keep up: lines are left out there", self.name)
 
     def close(self) -> None:
         """Asks for the end."""
-        self._calls.put(None) if not self._failed else None
+        self._calls.put(None)
 
     def join(self, seconds: float) -> None:
         """Waits for the end."""
@@ -222,15 +229,13 @@ class TensorBoard:
     def __init__(self, run_folder: Path, *, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(
-            str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self._writer = SummaryWriter(str(run_folder / "tensorboard"), purge_step=start_step + 1)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, global_step=step)
 
-    def upload(self, image: Path) -> None:
+    def upload(self, image: Path, *, step: int) -> None:
         """Nothing: the image lies beside these files."""
 
     def close(self) -> None:
@@ -253,12 +258,15 @@ class WeightsAndBiases:
             config=dict(config),
             settings=wandb.Settings(console="off", silent=True),
         )
+        # its own steps only rise: a second line of one step, after a resume, would be dropped
+        self._run.define_metric(_STEP)
+        self._run.define_metric("*", step_metric=_STEP)
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log(dict(values) | {_STEP: step})
 
-    def upload(self, image: Path) -> None:
-        self._run.log({image.stem: self._wandb.Image(str(image))})
+    def upload(self, image: Path, *, step: int) -> None:
+        self._run.log({image.stem: self._wandb.Image(str(image)), _STEP: step})
 
     def close(self) -> None:
         self._run.finish()
@@ -282,8 +290,8 @@ class Trackio:
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         self._run.log(dict(values), step=step)
 
-    def upload(self, image: Path) -> None:
-        self._run.log({image.stem: self._trackio.Image(str(image))})
+    def upload(self, image: Path, *, step: int) -> None:
+        self._run.log({image.stem: self._trackio.Image(str(image))}, step=step)
 
     def close(self) -> None:
         self._run.finish()  # type: ignore[no-untyped-call]
@@ -297,6 +305,7 @@ class Mlflow:
         run_folder: Path,
         *,
         run_id: str,
+        config: Mapping[str, Any],
         keep: Callable[[Mapping[str, str]], Mapping[str, str]],
     ) -> None:
         from mlflow.entities import Metric
@@ -319,7 +328,7 @@ class Mlflow:
         run = self._client.create_run(number, run_name=run_folder.name, tags=tags)
         self._run = run.info.run_id
         keep({"mlflow": self._run})
-        self._client.log_artifact(self._run, str(run_folder / "config.json"))
+        self._client.log_dict(self._run, dict(config), "config.json")
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         now = round(1000 * time.time())
@@ -330,7 +339,7 @@ class Mlflow:
             self._client.log_batch(self._run, metrics=metrics)
             self._known |= dict.fromkeys(new, step)
 
-    def upload(self, image: Path) -> None:
+    def upload(self, image: Path, *, step: int) -> None:
         self._client.log_artifact(self._run, str(image))
 
     def close(self) -> None:
