@@ -220,6 +220,7 @@ CAUSES = {
         options=(
             *_TINY,
             *("--data.image-size", "64", "--data.evaluation-resize", "64"),
+            *("--optim.freeze", "image"),  # LiT: the step is a forward pass, and texts
             *("--data.augment", "supcon,views=1,blur=1,policy=auto", "--data.resample", "dali"),
         ),
         stages=("augment",),
@@ -264,7 +265,8 @@ CAUSES = {
         remedy="--checkpoint.every-steps",
     ),
     "busy neighbour": Cause(
-        data="cifar",
+        data="small",
+        options=_LARGE,
         inject=busy_neighbour,
         remedy="end or move",
         is_mended_by_ending=True,
