@@ -100,8 +100,9 @@ def _of_loader(bench: Bench) -> Iterator[Candidate]:
     if data.threads >= max(2, bench.cores):
         yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
     if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
-        yield make(
-            "augment", "none", "crops and flips alone", stage="augment", same_results=False,
+        yield Candidate(
+            option="--data.augment none", about="crops and flips alone", stage="augment",
+            side="loader", set={"data": {"augment": ()}}, same_results=False,
         )  # fmt: skip
     if data.resample == "dali" and bench.device.type == "cpu":
         yield make("resample", "fused", "our operators", stage="resize and flip")
