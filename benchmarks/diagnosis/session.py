@@ -150,6 +150,7 @@ def try_out(
                 "then": lambda: other.whole(then_steps, loader_may_limit=may_limit),
             },
             rounds=rounds,
+            before=os.sync,  # checkpoints of one turn are not still being written in the next
         )
     now, then = median(turns["now"]), median(turns["then"])
     # the machine may be slower now than it was for the diagnosis: the ratio is what was predicted
