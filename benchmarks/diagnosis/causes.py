@@ -259,7 +259,7 @@ CAUSES = {
         options=(
             *_TINY,
             *("--model.text-width", "256", "--model.text-heads", "4"),
-            *("--checkpoint.every-steps", "5"),
+            *("--run.global-batch-size", "16", "--checkpoint.every-steps", "5"),
         ),
         stages=(CHECKPOINT,),
         remedy="--checkpoint.every-steps",

@@ -199,8 +199,11 @@ class Measured:
             return 0.0
         one = self.checkpoint
         between = every * batch * seconds
-        # the thread that writes takes a core from the step where there is none to spare
-        busy = one.writing_cpu_seconds / self.cores if self.device == "cpu" else 0.0
+        # the thread that writes takes a core from the others where there is none to spare
+        variant = variant or Variant(option="", about="")
+        used = self.loader.times(variant.loader).cpu + self.step.times(variant.step).cpu
+        idle = max(0.0, self.cores * seconds - used) * every * batch
+        busy = max(0.0, one.writing_cpu_seconds - idle) / self.cores
         waits = max(0.0, one.writing_seconds - between)  # the next one waits for the one before
         return (one.blocking_seconds + max(busy, waits)) / (every * batch)
 
