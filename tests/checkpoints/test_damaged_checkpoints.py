@@ -295,7 +295,7 @@ def test_states_that_cannot_be_are_refused_before_anything_is_built(
         ({"exp_avg.text_projection": torch.zeros(1)}, r"exp_avg\.text_projection is \[1\]"),
         ({"exp_avg.text_projection": None}, "some parameters have more of it"),
         ({"exp_avg.nothing": torch.zeros(3)}, r"no exp_avg\.nothing"),
-        ({"group_step.77": torch.tensor(1)}, r"counts steps by 1 group .* make 2 here"),
+        ({"group_step.77": torch.tensor(1)}, r"no group_step\.77"),
         ({"step.text_projection": torch.tensor(float("nan"))}, "no count"),
         ({"exp_avg.logit_scale": torch.tensor(1)}, r"logit_scale holds torch\.int64"),
     ],

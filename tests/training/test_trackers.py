@@ -310,6 +310,7 @@ def test_mlflow_gets_lines_that_a_kill_took_on_their_way(
 def test_any_name_of_a_data_set_is_taken(
     tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pytest.importorskip(name)
     shutil.copy(mlflow_database, tmp_path / "mlflow.db")
     keys = [f"zero_shot/{one}/top1" for one in (*HOSTILE, "line\nbreak", "\udcff")]
     with contextlib.closing(begin(tmp_path, name)) as metrics:

@@ -197,7 +197,7 @@ def _check_optimizer_tensors(
     keys_of: dict[str, set[str]] = {}
     num_groups = len(optimizer.param_groups)
     stored = [name for name in tensors if name.partition(".")[0] == _GROUP_STEP]
-    if stored and len(stored) != num_groups:
+    if len(stored) > num_groups:  # fewer are those before optim.unlock_at_step
         raise ValueError(
             f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze, "
             f"layer_decay, image_rate and text_rate make {num_groups} here: give them as they were"

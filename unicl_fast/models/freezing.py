@@ -88,11 +88,11 @@ def _find(model: UniCL) -> FrozenParts:
         attribute = kind if kind.endswith("_projection") else f"{kind}_encoder"
         part = getattr(model, attribute)
         if part is None:
+            cause = f"objective.name={model.config.objective.name}"
+            if getattr(model.config.model, attribute, "") == "none":
+                cause = f"model.{attribute}=none"
             raise ValueError(
-                f"optim.freeze: with objective.name={model.config.objective.name} and "
-                f"model.{kind.split('_')[0]}_projection="
-                f"{getattr(model.config.model, kind.split('_')[0] + '_projection')} the model has "
-                f"no {attribute}: leave {entry} out"
+                f"optim.freeze: with {cause} the model has no {attribute}: leave {entry} out"
             )
         if isinstance(part, nn.Parameter):
             names |= {attribute, f"{attribute}_bias"} & {n for n, _ in model.named_parameters()}
