@@ -95,7 +95,7 @@ class Trackers:
         self._state = state = _read_state(self._state_path, run_id)
         lines = list(lines) if start_step else []
         before: dict[str, dict[str, int]] = state["sent"]
-        self._sent = {name: before.get(name, {}) for name in names}
+        self._sent: dict[str, dict[str, int]] = {name: before.get(name, {}) for name in names}
         for name in before.keys() & self._sent.keys():
             sent = self._sent[name]
             for line in lines:
@@ -279,7 +279,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        self._run = trackio.init(
+        self._run: Any = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", PROJECT),
             name=f"{run_folder.name}-{run_id[:8]}",
             config=dict(config),
@@ -294,7 +294,7 @@ class Trackio:
         self._run.log({image.stem: self._trackio.Image(str(image))}, step=step)
 
     def close(self) -> None:
-        self._run.finish()  # type: ignore[no-untyped-call]
+        self._run.finish()
 
 
 class Mlflow:
