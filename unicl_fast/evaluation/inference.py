@@ -10,9 +10,8 @@ Pillow decodes, so that neither a packed data set nor DALI is needed.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -187,17 +186,9 @@ class Model:
         )  # fmt: skip
         crop = np.empty((data.image_size, data.image_size, 3), np.uint8)
         whole = np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3)))
+        (top, left), (bottom, right) = start.tolist(), end.tolist()
         cubic = data.interpolation == "bicubic"
-        resample_region(
-            crop,
-            whole,
-            float(start[0]),
-            float(end[0]),
-            float(start[1]),
-            float(end[1]),
-            False,
-            cubic,
-        )
+        resample_region(crop, whole, top, bottom, left, right, False, cubic)
         return crop
 
     def _encode(
@@ -233,13 +224,8 @@ def _pixels(image: ImageLike) -> NDArray[np.uint8]:
         return pixels
     if isinstance(image, Image.Image):
         return pixels_of(image)
-    with _naming(image), pillow_limits(MAX_PIXELS):
-        return pixels_of(open_image(Path(image).read_bytes()))
-
-
-@contextlib.contextmanager
-def _naming(image: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        yield
+        with pillow_limits(MAX_PIXELS):
+            return pixels_of(open_image(Path(image).read_bytes()))
     except ImageError as error:
         raise ImageError(error.kind, f"{os.fspath(image)}: {error}") from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 import os
 import queue
 import re
@@ -95,7 +96,9 @@ class Trackers:
         self._state = state = _read_state(self._state_path, run_id)
         lines = list(lines) if start_step else []
         before: dict[str, dict[str, int]] = state["sent"]
-        self._sent: dict[str, dict[str, int]] = {name: before.get(name, {}) for name in names}
+        self._sent: dict[str, dict[str, int]] = {
+            name: before.get(name, {}) for name in names if name not in _KNOW_THEIR_STEPS
+        }
         for name in before.keys() & self._sent.keys():
             sent = self._sent[name]
             for line in lines:
@@ -119,13 +122,11 @@ class Trackers:
         """Hands a line over; `step` is among the values."""
         step = int(values["step"])
         for worker in self._workers:
-            line = dict(values)
-            if worker.name not in _KNOW_THEIR_STEPS:
-                sent = self._sent[worker.name]
-                line = {name: value for name, value in line.items() if step > sent.get(name, 0)}
+            sent = self._sent.get(worker.name, {})
+            line = {name: value for name, value in values.items() if step > sent.get(name, 0)}
             worker.call(functools.partial(_log_lines, lines=[line | {"step": step}]))
             if self._sheet is not None and self._sheet.is_file():
-                worker.call(functools.partial(_upload, image=self._sheet, step=step))
+                worker.call(operator.methodcaller("upload", self._sheet, step=step))
         self._sheet = None
 
     def close(self) -> None:
@@ -155,10 +156,6 @@ def _log_lines(tracker: Tracker, lines: Iterable[Mapping[str, float]]) -> None:
         shown = {encodable(name): value for name, value in line.items() if name != "step"}
         if shown:
             tracker.log(shown, step=int(line["step"]))
-
-
-def _upload(tracker: Tracker, image: Path, step: int) -> None:
-    tracker.upload(image, step=step)
 
 
 def _read_state(path: Path, run_id: str) -> dict[str, Any]:

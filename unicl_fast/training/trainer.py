@@ -416,21 +416,24 @@ class Trainer:
         if self.ema is not None:
             self.ema.share_frozen(self.model)
         best_metric = choose_best_metric(self.config.checkpoint.best, self.evaluations)
-        metrics, lines = None, []
+        metrics: MetricsWriter | None = None
+        lines: list[dict[str, float]] = []
         with contextlib.ExitStack() as stack:
             if folder is not None and self.ranks.is_main:
                 make_folder(folder)
+                if (folder / METRICS_NAME).is_file():
+                    lines = read_metrics(folder)
                 trackers = Trackers(
                     self.config.run.trackers,
                     folder,
                     run_id=self.run_id,
                     config=config_to_dict(self.config),
                     start_step=self.step,
-                    lines=read_metrics(folder) if (folder / METRICS_NAME).is_file() else [],
+                    lines=lines,
                 )
                 metrics = MetricsWriter(folder, start_step=self.step, trackers=trackers)
                 stack.callback(metrics.close)
-                lines = read_metrics(folder)
+                lines = [line for line in lines if line["step"] <= self.step]
             bar = stack.enter_context(
                 progress_bar(done=self.step, total=self.total_steps, hidden=not self._show_progress)
             )
