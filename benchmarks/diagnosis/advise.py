@@ -10,6 +10,9 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.object_store import CONNECTIONS
+
 from .model import CHECKPOINT, OTHERS, READ, Cost, Measured, Stage, Variant
 
 LEAST_GAIN = 0.03
@@ -220,12 +223,52 @@ def _without_measuring(measured: Measured) -> list[Variant]:
                 step=_without_the_slowest(measured, "step"),
             )
         )
-    if measured.store_wall and measured.fits_cache:
-        cached = Cost(wall=measured.cached_wall / measured.loader.wall, cpu=1.0)
+    if measured.ranks_per_machine < measured.gpus:
+        variants.append(
+            Variant(
+                option=f"--nproc {measured.gpus}",
+                about=f"a rank for each of the {measured.gpus} GPUs; the global batch stays",
+                ranks_factor=measured.gpus / measured.ranks_per_machine,
+                batch_factor=measured.ranks_per_machine / measured.gpus,
+                stage="ranks",
+            )
+        )
+    return variants + _of_the_store(measured)
+
+
+def _of_the_store(measured: Measured) -> list[Variant]:
+    """Changes of cache and read-ahead, for data sets under a URL."""
+    if not measured.store_wall:
+        return []
+    variants = []
+    cached = Cost(wall=measured.cached_wall / measured.loader.wall, cpu=1.0)
+    if measured.ahead_wall:
+        size = TrainConfig().data.read_ahead
+        seconds = max(measured.ahead_wall, measured.cached_wall)
+        variants.append(
+            Variant(
+                option=f"--data.read-ahead {size}",
+                about=f"{CONNECTIONS} requests at once, before the images are needed",
+                loader=Cost(wall=seconds / measured.loader.wall, cpu=1.0),
+                stage=READ,
+                set={"data": {"read_ahead": size}},
+            )
+        )
+    if measured.fits_cache:
         variants.append(
             Variant(
                 option="wait: from the second epoch on, images come from --data.cache-folder",
                 about="or copy the data set to a disk of the machine before the run",
+                loader=cached,
+                stage=READ,
+            )
+        )
+    elif measured.larger_cache:
+        variants.append(
+            Variant(
+                option=f"--data.cache-bytes {measured.larger_cache}",
+                about="from the second epoch on, all images come from --data.cache-folder, whose "
+                "disk must have as much room",
                 loader=cached,
                 stage=READ,
             )

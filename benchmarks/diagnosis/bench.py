@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,7 +25,6 @@ import xxhash
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
-from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.models.precision import resolve_precision
@@ -247,8 +247,20 @@ class Bench:
     @property
     def fits_cache(self) -> bool:
         """Whether data sets under URLs stay in the cache after the first epoch."""
-        remote = [dataset for dataset in self.parts.datasets if dataset.remote is not None]
-        return sum(map(self.bytes_of, remote)) <= self.data_config.data.cache_bytes
+        return self._remote_bytes <= self.data_config.data.cache_bytes
+
+    @property
+    def larger_cache(self) -> int:
+        """A --data.cache-bytes that holds all images; 0 where they fit."""
+        return 0 if self.fits_cache else math.ceil(1.05 * self._remote_bytes / 1e9) * 10**9
+
+    @property
+    def _remote_bytes(self) -> int:
+        return sum(map(self.bytes_of, self._remote))
+
+    @property
+    def _remote(self) -> list[PackedDataset]:
+        return [dataset for dataset in self.parts.datasets if dataset.remote is not None]
 
     def planned_samples(self, most: int, step: int = 0) -> tuple[list[int], list[int]]:
         """Sources and samples that the plan asks for, in order."""
@@ -361,13 +373,16 @@ class Bench:
         with contextlib.closing(self.loader.host.batches(_FIRST_STEP)) as batches:
             return [next(batches) for _ in range(count)]
 
-    def store_cost(self, cache: Path, *, seconds: float) -> Cost | None:
-        """An image out of the object store, fetched as read-ahead does; None for folders."""
-        remote = [dataset for dataset in self.parts.datasets if dataset.remote is not None]
-        if not remote:
+    def store_cost(self, cache: Path, *, connections: int, seconds: float) -> Cost | None:
+        """An image out of the object store by so many requests at once; None for folders.
+
+        Read-ahead makes `CONNECTIONS` of them, a loader without it one.
+        """
+        if not self._remote:
             return None
         options = CacheOptions(folder=cache, block_bytes=self.data_config.data.block_bytes)
-        with PackedDataset(remote[0].location, cache=options, max_bad_fraction=None) as dataset:
+        location = self._remote[0].location
+        with PackedDataset(location, cache=options, max_bad_fraction=None) as dataset:
             assert dataset.remote is not None
             traffic = dataset.remote.store.traffic
             blocks = iter(dataset.blocks_of(np.arange(len(dataset))))
@@ -379,8 +394,8 @@ class Bench:
                         return
                     dataset.fetch_ahead(*block)
 
-            with ThreadPoolExecutor(CONNECTIONS) as pool:
-                list(pool.map(fetch, range(CONNECTIONS)))
+            with ThreadPoolExecutor(connections) as pool:
+                list(pool.map(fetch, range(connections)))
             taken = time.perf_counter() - started
             num_bytes = max(1, traffic.read_bytes - before)
             wall = taken / num_bytes * self.bytes_of(dataset) / len(dataset)

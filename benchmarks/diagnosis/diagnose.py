@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch
+from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.system.machine import cpu_times
 
@@ -73,7 +76,10 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
     `folder` is for small data sets that are packed anew and for blocks of object stores.
     """
     budget.begin("object store")
-    store = bench.store_cost(folder / "store", seconds=4 * budget.turn)
+    reads_ahead = bench.config.data.read_ahead > 0
+    cost_of_store = functools.partial(bench.store_cost, seconds=4 * budget.turn)
+    store = cost_of_store(folder / "store", connections=CONNECTIONS if reads_ahead else 1)
+    ahead = None if reads_ahead else cost_of_store(folder / "ahead", connections=CONNECTIONS)
     budget.begin("loader and step, alone and together")
     batch = bench.kept_batch(bench.loader)
     watch = Watch(own=set(gather_objects(bench.process, bench.ranks)))
@@ -95,6 +101,8 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
         others_cores=watch.cores / bench.ranks.world_size,
         others=watch.busiest,
         step_ran=step_ran,
+        gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
+        ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ranks=_figures_of_ranks(bench, loader, stages),
         start_seconds=start_seconds,
         timeline=tuple(bench.timeline),
@@ -106,7 +114,9 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
             loader=max(loader, Cost(wall=store.wall, cpu=loader.cpu), key=lambda cost: cost.wall),
             store_wall=store.wall,
             cached_wall=loader.wall,
+            ahead_wall=0.0 if ahead is None else ahead.wall,
             fits_cache=bench.fits_cache,
+            larger_cache=bench.larger_cache,
         )
     return _with_variants(bench, budget, measured, batch, folder=folder)
 

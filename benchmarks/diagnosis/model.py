@@ -94,6 +94,8 @@ class Variant:
     every_steps: int | None = None
     """Another cadence of checkpoints."""
     frees_cores: float = 0.0
+    ranks_factor: float = 1.0
+    """Times the ranks, on the same machines and cores."""
     same_results: bool = True
     """False where the model that comes out is another one."""
     stage: str = ""
@@ -159,6 +161,13 @@ class Measured:
     cached_wall: float = 0.0
     """Seconds of an image for the loader, once all of it is in the cache."""
     fits_cache: bool = True
+    larger_cache: int = 0
+    """Bytes of a cache that would hold all images; 0 where they fit or the disk has no room."""
+    ahead_wall: float = 0.0
+    """`store_wall` with read-ahead; 0 where it is that already."""
+    gpus: int = 0
+    """CUDA devices of each machine."""
+    ranks_per_machine: int = 1
     start_seconds: float = 0.0
     timeline: tuple[StepTimes, ...] = ()
     """Some steps of the whole run, in order."""
@@ -185,7 +194,7 @@ class Measured:
         return {
             "loader": loader.wall,
             "step": step.wall,
-            "cores": (loader.cpu + step.cpu) / more,
+            "cores": (loader.cpu + step.cpu) * variant.ranks_factor / more,
         }
 
     def checkpoint_seconds(self, seconds: float, variant: Variant | None = None) -> float:
@@ -214,7 +223,8 @@ class Measured:
 
     def predict(self, variant: Variant | None = None) -> float:
         """Images/s of all ranks with a variant."""
-        return self.world_size / (self.correction * self.seconds(variant))
+        ranks = self.world_size * (variant.ranks_factor if variant else 1)
+        return ranks / (self.correction * self.seconds(variant))
 
     def as_dict(self) -> dict[str, Any]:
         """Itself for JSON, with what follows from it."""

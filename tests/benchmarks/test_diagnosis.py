@@ -159,6 +159,37 @@ def test_a_store_is_a_limit_of_the_first_epoch_only() -> None:
     assert advice.images_per_second == pytest.approx(1000)  # then the step limits
 
 
+@pytest.mark.parametrize(
+    ("changes", "option", "rate"),
+    [
+        (
+            {"fits_cache": False, "larger_cache": 40_000_000_000},
+            "--data.cache-bytes 40000000000",
+            1000,
+        ),
+        ({"fits_cache": False, "ahead_wall": 2 * MS}, "--data.read-ahead 65536", 500),
+    ],
+)
+def test_cache_and_read_ahead_are_advised_where_they_help(
+    changes: dict[str, Any], option: str, rate: float
+) -> None:
+    found = measured(loader=cost(10.0, 1.0), whole=cost(10.0), store_wall=10 * MS,
+                     cached_wall=0.5 * MS, **changes)  # fmt: skip
+    (advice, *more), idle = advise(found)
+    assert (advice.variant.option, more, idle) == (option, [], [])
+    assert advice.images_per_second == pytest.approx(rate)
+
+
+def test_a_rank_for_each_gpu_is_advised_as_far_as_the_cores_carry_them() -> None:
+    found = measured(gpus=8)  # a step takes 1 ms, and both together 0.5 ms of each of 8 cores
+    (advice, *_), _ = advise(found)
+    assert advice.variant.option == "--nproc 8"
+    busy = found.resources()["cores"]
+    assert advice.images_per_second == pytest.approx(8 / max(1 * MS, 8 * busy))
+    useful, idle = advise(measured(gpus=1))
+    assert all(one.variant.stage != "ranks" for one in (*useful, *idle))
+
+
 def test_the_cadence_is_young_s() -> None:
     steps, lost = outlook.cadence(cost_seconds=2.0, failure_seconds=40_000, step_seconds=0.5)
     assert steps == 800  # sqrt(2 * 2 * 40,000) = 400 s
