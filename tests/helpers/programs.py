@@ -103,9 +103,10 @@ class Program:
         while (files := self._unused_shared_memory()) and time.monotonic() < deadline:
             time.sleep(0.5)
         assert not files, f"left in memory: {files}\n{self.messages}"
-        of_torch = ("elastic", "torchinductor")  # torchrun's folder, and a cache that all share
+        # torchrun's folder, a cache that all share, and what wandb makes when timm imports it
+        of_others = ("elastic", "torchinductor", "wandb")
         names = [path.name for path in self.temporary.iterdir()]
-        left_on_disk = [name for name in names if not any(word in name for word in of_torch)]
+        left_on_disk = [name for name in names if not any(word in name for word in of_others)]
         assert not left_on_disk
 
     def _unused_shared_memory(self) -> list[Path]:

@@ -28,6 +28,7 @@ from unicl_fast.packing.sources.image_folders import (
     require_one_split,
 )
 from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
+from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -43,7 +44,8 @@ def read_sources(
 ) -> list[Source]:
     """Reads all sources of a build; COCO's files become one, whatever stands between them."""
     spool = spool or Spool(None)
-    coco = list(dict.fromkeys(Path(path) for path in paths if is_coco(Path(path))))
+    files = dict.fromkeys(map(Path, paths))
+    coco = [path for path in files if is_coco(path) and not is_karpathy(path)]
     sources = []
     is_coco_read = False
     for path in paths:
@@ -105,6 +107,8 @@ def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".tsv" and lists.holds_images(path):
         return lists.read_tsv(path, options, spool)
+    if is_karpathy(path):
+        return read_karpathy(path, options, spool)
     if is_coco(path):
         return read_coco([path], options, spool)
     if suffix in LIST_SUFFIXES:

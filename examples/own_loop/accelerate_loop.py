@@ -1,0 +1,62 @@
+"""A plain loop of Hugging Face Accelerate with our loader, target map and loss.
+
+Run it on data sets that `unicl-pack build` wrote:
+
+    python accelerate_loop.py packed/photos --steps 100
+    accelerate launch --num_processes 2 accelerate_loop.py packed/photos
+"""
+
+import argparse
+import dataclasses
+import itertools
+
+import torch
+from accelerate import Accelerator
+
+from unicl_fast.config import EfficiencyConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.presets import build_preset
+from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.global_loss import global_loss
+from unicl_fast.training.optim import build_optimizer, build_schedule
+
+
+def train(config: TrainConfig, steps: int) -> list[float]:
+    """Takes so many steps; returns their losses."""
+    accelerator = Accelerator()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    ranks = Ranks(rank, accelerator.local_process_index, world_size)
+    datasets, weights = open_datasets(config.data)
+    prompts = build_prompts(datasets, config)
+    loader = TrainLoader(config, datasets, weights, prompts, rank, world_size, accelerator.device)
+    model = UniCL(config).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, steps)
+    encode, optimizer = accelerator.prepare(model, optimizer)
+    losses = []
+    for batch in itertools.islice(loader.batches(0), steps):
+        schedule.step_update(batch.step + 1)
+        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
+        loss = global_loss(encode, batch, config, ranks)
+        accelerator.backward(loss * world_size)  # DDP averages what is to be summed
+        accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.clamp_logit_scale()
+        losses.append(float(loss))
+        accelerator.print(f"step {batch.step + 1}: loss {losses[-1]:.4f}")
+    loader.close()
+    return losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
+    parser.add_argument("--preset", default="mixed-small")
+    parser.add_argument("--steps", type=int, default=100)
+    given = parser.parse_args()
+    preset = build_preset(given.preset)
+    data = dataclasses.replace(preset.data, train=tuple(given.data))
+    train(dataclasses.replace(preset, data=data, efficiency=EfficiencyConfig()), given.steps)

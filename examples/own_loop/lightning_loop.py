@@ -1,0 +1,89 @@
+"""A Lightning module with our loader, target map and loss.
+
+Run it on data sets that `unicl-pack build` wrote:
+
+    python lightning_loop.py packed/photos --steps 100 --devices 1
+"""
+
+import argparse
+import dataclasses
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import EfficiencyConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.presets import build_preset
+from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.global_loss import global_loss
+from unicl_fast.training.optim import build_optimizer, build_schedule
+
+
+class UniCLModule(lightning.LightningModule):
+    """Image and text encoder, trained by the unified contrastive loss."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = UniCL(config).to(memory_format=torch.channels_last)
+        self.losses: list[float] = []
+
+    def train_dataloader(self) -> Any:
+        datasets, weights = open_datasets(self.config.data)
+        prompts = build_prompts(datasets, self.config)
+        rank, world_size = self.global_rank, self.trainer.world_size
+        self.ranks = Ranks(rank, self.local_rank, world_size)
+        loader = TrainLoader(self.config, datasets, weights, prompts, rank, world_size, self.device)
+        return loader.batches(self.global_step)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, _: int) -> Batch:
+        return batch.to(device)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        self.schedule.step_update(batch.step + 1)
+        self.model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
+        loss = global_loss(self.model, batch, self.config, self.ranks)
+        self.losses.append(float(loss))
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.batch_size)
+        return loss * self.ranks.world_size  # DDP averages what is to be summed
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        self.model.clamp_logit_scale()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(self.model, self.config)
+        self.schedule = build_schedule(optimizer, self.config, self.trainer.max_steps)
+        return optimizer
+
+
+def train(config: TrainConfig, steps: int, *, devices: int = 1) -> list[float]:
+    """Takes so many steps; returns their losses."""
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        devices=devices,
+        gradient_clip_val=config.optim.clip_norm or None,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    module = UniCLModule(config)
+    trainer.fit(module)
+    return module.losses
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
+    parser.add_argument("--preset", default="mixed-small")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--devices", type=int, default=1)
+    given = parser.parse_args()
+    preset = build_preset(given.preset)
+    data = dataclasses.replace(preset.data, train=tuple(given.data))
+    config = dataclasses.replace(preset, data=data, efficiency=EfficiencyConfig())
+    train(config, given.steps, devices=given.devices)

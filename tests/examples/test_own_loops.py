@@ -1,0 +1,118 @@
+"""Loops of other libraries with our loader, target map and loss, beside our trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packed_sets import Sample, pack
+from small_runs import tiny_config
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.torch_dataset import TorchDataset
+from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.trainer import Trainer
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "own_loop"
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
+    """Every third image has a label alone, every third a caption alone, the others both."""
+    files = sorted((shared_data / "captions" / "flickr8k" / "images").glob("*.jpg"))[:24]
+    samples = [
+        Sample(
+            file.read_bytes(),
+            captions=["" if n % 3 == 0 else f"photo {n}"] * (n % 3 > 0),
+            labels=[n % 4] * (n % 3 != 1),
+        )
+        for n, file in enumerate(files)
+    ]
+    folder = tmp_path_factory.mktemp("loops") / "packed"
+    names = ["dog", "cat", "horse", "bird"]
+    with pack(folder, samples, class_names=names, tokenizer=Tokenizer()):
+        return folder
+
+
+@pytest.fixture
+def config(packed: Path) -> TrainConfig:
+    config = tiny_config(precision="fp32", steps=20)
+    data = dataclasses.replace(config.data, train=(str(packed),))
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.fixture
+def expected(config: TrainConfig) -> list[float]:
+    """The losses of our trainer."""
+    from unicl_fast.pipelines.loader import TrainLoader
+
+    datasets, weights = open_datasets(config.data)
+    loader = TrainLoader(config, datasets, weights, build_prompts(datasets, config))
+    trainer = Trainer(config, loader, progress=False)
+    batches = itertools.islice(loader.batches(0), 20)
+    losses = [float(trainer.train_step(batch)[0]) for batch in batches]
+    loader.close()
+    return losses
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("library", ["accelerate", "lightning"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_loop_of_another_library_has_the_losses_of_the_trainer(
+    library: str, config: TrainConfig, expected: list[float], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    losses = example(f"{library}_loop").train(config, 20)
+    assert max(expected) - min(expected) > 0.1  # it learns, so steps that differ would show
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
+    def square(image: Any) -> Any:
+        return image.resize((32, 32))
+
+    with PackedDataset(packed) as source:
+        dataset = TorchDataset(source, transform=square, context_length=16)
+        loader = torch.utils.data.DataLoader(dataset, batch_size=24)
+        (images, tokens, labels), *more = loader
+        assert not more
+        assert (images.shape, images.dtype) == ((24, 32, 32, 3), torch.uint8)
+        batch = collate(images, tokens, labels, prompts=dataset.prompts)
+        assert isinstance(batch, Batch)
+        for index, label in enumerate(labels.tolist()):
+            known = source.labels_of(index).tolist()
+            if label < 0:
+                caption = source.caption_tokens(index, 0)
+                assert tokens[index, : len(caption)].tolist() == caption.tolist()
+                assert batch.class_ids[index] >= CAPTION_KEYS_START
+            else:
+                assert known == [label] == [int(batch.class_ids[index])]
+                rows = dataset.prompts.rows_of(0, label, range(dataset.prompts.num_templates[0]))
+                assert tokens[index, :8].tolist() in dataset.prompts.tokens[rows][:, :8].tolist()
+        kinds = {label < 0 for n, label in enumerate(labels.tolist()) if n % 3 == 2}
+        assert kinds == {True, False}  # those that have both show either
+        assert dataset[5][1].tolist() == tokens[5].tolist()
+        dataset.epoch = 1
+        assert any(dataset[n][1].tolist() != tokens[n].tolist() for n in range(24))
