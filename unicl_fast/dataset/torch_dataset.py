@@ -75,17 +75,20 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
         tokens = np.zeros(self.context_length, np.int64)
         row = row[: self.context_length]
         tokens[: len(row)] = row
-        return torch.from_numpy(pixels_of(image)), torch.from_numpy(tokens), label
+        return torch.from_numpy(np.array(pixels_of(image))), torch.from_numpy(tokens), label
 
     def _text(self, index: int) -> tuple[Any, int]:
         """Token ids of the sample's text in this epoch, and its class or -1."""
         labels = self.packed.labels_of(index) if self.prompts.num_templates[0] else ()
         num_captions = int(self.packed.samples[index]["captions_count"])
 
-        def below(kind: int, bound: int) -> int:
-            return int(random_below(fold_key(self.seed, self.epoch, kind), index, bound))
+        def key(kind: int) -> np.uint64:
+            return np.uint64(fold_key(self.seed, self.epoch, kind))
 
-        wants_caption = random_unit(fold_key(self.seed, self.epoch, _KIND_KEY), index) < 0.5
+        def below(kind: int, bound: int) -> int:
+            return int(random_below(key(kind), np.uint64(index), bound))
+
+        wants_caption = random_unit(key(_KIND_KEY), np.uint64(index)) < 0.5
         if num_captions and (wants_caption or len(labels) == 0):
             return self.packed.caption_tokens(index, below(_CAPTION_KEY, num_captions)), -1
         if len(labels) == 0:
