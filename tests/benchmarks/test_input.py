@@ -41,7 +41,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 
-LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool")
+LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv")
 """Contestants that are like others that are tested."""
 
 
@@ -198,6 +198,7 @@ def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> None:
     with pack_images(tmp_path / "raw", raw=True) as raw:
         out = tmp_path / "result.json"

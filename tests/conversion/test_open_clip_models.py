@@ -30,6 +30,7 @@ MODELS = [
     *("swin_base_patch4_window7_224", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "MobileCLIP-S1"),
     *("ViT-L-14", "ViT-L-14-quickgelu"),
 ]
+LARGE = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP-256", "swin_base_patch4_window7_224")
 TEXTS = ("a photo of a dog", "", "two people and a horse in the snow, seen from far away")
 
 
@@ -41,7 +42,9 @@ def rows() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LARGE)) for name in MODELS]
+)
 def test_a_model_of_open_clip_gives_its_features(
     name: str, rows: list[str], tmp_path: Path
 ) -> None:

@@ -167,7 +167,8 @@ def test_the_schedule_is_the_1x_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masks", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("masks", [False, True])
 def test_a_detector_learns_four_images_by_heart(pasted: Path, masks: bool) -> None:
     torch.manual_seed(0)
     images = CocoImages(pasted / "instances.json", pasted / "images", masks=masks)

@@ -91,7 +91,7 @@ def has_come_to(program: Program, moment: str, number: signal.Signals) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("victim", ["rank", "torchrun"])
+@pytest.mark.parametrize("victim", ["rank", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_under_torchrun_a_signal_before_training_leaves_nothing(
     data: Path, tmp_path: Path, victim: str
 ) -> None:

@@ -138,7 +138,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path, nproc: str) -> None:
     """As when a scheduler starts a job again beside its own zombie."""
     out = tmp_path / "run"

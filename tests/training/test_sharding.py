@@ -193,6 +193,7 @@ def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precisio
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     images: torch.Tensor, tmp_path: Path

@@ -162,7 +162,8 @@ class Trainer:
         for resolve in (resolve_compilation, resolve_window_attention):
             config = resolve(config, self.model, self.device, ranks=self.ranks)
         check_sharding(config)  # of what `auto` has become
-        require_trackers(config.run.trackers)
+        if run_folder is not None:
+            require_trackers(config.run.trackers)
         self.config = self.model.config = config
         freeze(self.model)
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
