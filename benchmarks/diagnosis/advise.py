@@ -147,7 +147,7 @@ def _head_room(measured: Measured, resource: str) -> str:
     if resource in ("checkpoint", "rank"):
         rest = seconds
     following = max(rest, key=lambda name: rest[name])
-    rate = measured.world_size / rest[following]
+    rate = measured.world_size / (measured.correction * rest[following])
     names = {"loader": "the loader alone", "step": "the step alone", "cores": "the cores"}
     return (
         f"Next comes {names[following]}, at {rate:,.0f} images/s: "
