@@ -29,7 +29,7 @@ def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
 
 
 FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
-FORMATS += [("fp16", "lamb")]
+FORMATS += [("fp16", "lamb"), ("fp32", "muon")]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+            if key != "use_muon":  # what Muon notes of its groups
+                tensors[f"{key}.{name}"] = torch.as_tensor(value)
     for index, group in enumerate(optimizer.param_groups):
         if "step" in group:
             tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
@@ -220,7 +221,13 @@ def _check_optimizer_tensors(
             raise ValueError(f"{full_name} is no count")
         if not counts and not value.is_floating_point():
             raise ValueError(f"{full_name} holds {value.dtype}")
-    if len({frozenset(keys) for keys in keys_of.values()}) > 1:
+    for_muon = {
+        parameter: group.get("use_muon", False)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    kinds = {(for_muon.get(parameters[name]), frozenset(keys)) for name, keys in keys_of.items()}
+    if len({kind for kind, _ in kinds}) < len(kinds):
         raise ValueError("some parameters have more of it than others")
 
 

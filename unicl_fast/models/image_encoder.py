@@ -1,9 +1,10 @@
 """Image encoders: timm's models without their classifier, whose drop path needs no generator.
 
-A drop-path mask is a function of (seed, step, layer, global index). So a sample drops the same
-branches whichever rank holds it and however often its forward pass is run, and resuming, other
-numbers of ranks, activation checkpointing and cached gradients need no random state. Drop path
-itself, "stochastic depth": Huang et al., arXiv 1603.09382.
+A drop-path mask is a function of (seed, step, layer, global index), and so are the tokens that a
+ViT leaves out. So a sample drops the same whichever rank holds it and however often its forward
+pass is run, and resuming, other numbers of ranks, activation checkpointing and cached gradients
+need no random state. Drop path, "stochastic depth": Huang et al., arXiv 1603.09382. Leaving out
+tokens: Li et al., "Scaling Language-Image Pre-training via Masking", arXiv 2212.00794.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from torch import Tensor, nn
 import unicl_fast.models.small  # noqa: F401  registers the small networks with timm
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
-_PURPOSE = 0xD409
+_PURPOSE, _TOKENS = 0xD409, 0x70C3
 _NOT_BUILT = (TypeError, ValueError, AssertionError, RuntimeError)
 _TRIED_SIZES = 12
 
 
 def build_image_encoder(
-    name: str, *, image_size: int, drop_path: float, key: DropPathKey
+    name: str, *, image_size: int, drop_path: float, token_drop: float = 0.0, key: DropPathKey
 ) -> nn.Module:
     """A timm model that maps images [b 3 image_size image_size] to features [b num_features].
 
+    In training it leaves out the part `token_drop` of its tokens, at the steps that `key` says.
+
     Raises:
-        ValueError: timm knows no such model, or the model cannot take this size.
+        ValueError: timm knows no such model, or the model cannot take this size or drop tokens.
     """
     if not timm.is_model(name):
         similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
@@ -47,6 +50,14 @@ def build_image_encoder(
             f"model.drop_path={drop_path}: {error}{_suggest_sizes(name, image_size)}"
         ) from error
     _replace_drop_path(encoder, key)
+    if token_drop:
+        if not isinstance(getattr(encoder, "patch_drop", None), nn.Module):
+            raise ValueError(
+                f"model.token_drop leaves out tokens of timm's ViTs, and {name} is none: set it to "
+                "0; other encoders save by a smaller data.image_size"
+            )
+        prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
+        key.tokens = encoder.patch_drop = KeyedTokenDrop(token_drop, num_prefix_tokens=prefix)
     return encoder
 
 
@@ -116,13 +127,20 @@ def feature_width(encoder: nn.Module) -> int:
 class DropPathKey:
     """Decides the masks of one forward pass; shared by all layers of a model."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, *, all_tokens_from: int = 0) -> None:
+        """From step `all_tokens_from` on no token is left out."""
+        self.seed, self.all_tokens_from = seed, all_tokens_from
         self.layers: list[KeyedDropPath] = []
+        self.tokens: KeyedTokenDrop | None = None
         self._keep_probs: Tensor | None = None
 
     def set(self, *, step: int, global_index: Tensor) -> None:
         """Fixes the masks of the forward passes of samples `global_index` (int64 [b]) at `step`."""
+        if self.tokens is not None:
+            key = fold_key(self.seed, _TOKENS, step)
+            self.tokens.keys = None
+            if step < self.all_tokens_from:
+                self.tokens.keys = fold_key_tensor(key, global_index)
         if not self.layers:
             return
         device = global_index.device
@@ -159,6 +177,28 @@ class KeyedDropPath(nn.Module):
                 "global_index=...) before the forward pass"
             )
         return x * self.factors.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class KeyedTokenDrop(nn.Module):
+    """Leaves out tokens [b t w] in training, as many of each image and others of each image."""
+
+    def __init__(self, part: float, *, num_prefix_tokens: int) -> None:
+        """Leaves out the part `part` of the tokens behind the first, which are no patches."""
+        super().__init__()
+        self.part, self.num_prefix_tokens = part, num_prefix_tokens
+        self.keys: Tensor | None = None
+        """int64 [b], of the images of this forward pass; None leaves out nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.keys is None:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        count = max(1, round(patches.shape[1] * (1 - self.part)))
+        numbers = torch.arange(patches.shape[1], device=x.device)
+        order = uniform_tensor(self.keys.unsqueeze(1), numbers.unsqueeze(0)).argsort(dim=1)
+        kept = order[:, :count].sort(dim=1).values  # in their order, so that sums are the same
+        index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return torch.cat([prefix, patches.gather(1, index)], dim=1)
 
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:

@@ -46,13 +46,17 @@ class UniCL(nn.Module):
             raise ValueError(
                 "objective.num_classes: cross-entropy needs classes, and there are none"
             )
-        self.drop_path_key = DropPathKey(config.run.seed)
+        self.drop_path_key = DropPathKey(
+            config.run.seed,
+            all_tokens_from=round((1 - model.token_drop_end) * config.run.total_steps),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             self.image_encoder = build_image_encoder(
                 model.image_encoder,
                 image_size=config.data.image_size,
                 drop_path=model.drop_path,
+                token_drop=model.token_drop,
                 key=self.drop_path_key,
             )
             self.text_encoder = None

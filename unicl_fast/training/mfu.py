@@ -121,6 +121,9 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         model.to_empty(device="cpu").eval()
         side = config.data.image_size
         pixels = torch.empty(1, 3, side, side, dtype=weight_type)
+        if (tokens := model.drop_path_key.tokens) is not None:
+            model.set_drop_path_key(step=batch.step, global_index=torch.zeros(1, dtype=torch.int64))
+            tokens.train()
         of_image, features = _count(model, "image", lambda: model.encode_image(pixels))
         if model.text_encoder is not None:
             rows, num_tokens = _fake_texts(config, batch)

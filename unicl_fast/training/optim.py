@@ -1,8 +1,8 @@
 """Parameter groups of the released recipe, an optimizer over them, its schedule, weight averages.
 
-AdamW is torch's, LAMB (You et al., arXiv 1904.00962) is timm's, and the fused twins of both are
-NVIDIA apex's, which is imported here alone, and only when it is asked for. Warm-up, cosine and the
-moving average of the weights are timm's.
+AdamW is torch's; LAMB (You et al., arXiv 1904.00962) and Muon (Jordan et al., 2024) are timm's; the
+fused twins of the first two are NVIDIA apex's, which is imported here alone, and only when it is
+asked for. Warm-up, cosine and the moving average of the weights are timm's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,15 @@ from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
 
+try:
+    from timm.optim import Muon
+except ImportError:  # timm before 1.0.22
+    Muon = None
+
 logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
+_MUON_MOMENTUM = 0.95
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
@@ -84,7 +90,7 @@ def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters by weight decay and by the factor of their rate, which is `lr_scale`.
 
     That is 1 for what belongs to no encoder. Parameters that are divided over ranks are in groups
-    of their own.
+    of their own; under Muon so are the matrices that it takes, `use_muon`.
     """
     factors: dict[nn.Parameter, float] = {}
     towers = (model.image_encoder, optim.image_rate), (model.text_encoder, optim.text_rate)
@@ -106,7 +112,32 @@ def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
             for parameters in split_divided(alike)
             if parameters
         ]
-    return groups
+    return _split_for_muon(groups, model) if optim.name == "muon" else groups
+
+
+def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str, Any]]:
+    """Divides groups into the matrices for Muon and the others, for AdamW.
+
+    Rows of an embedding are not the columns of a map: a step gives a gradient to few of them.
+    """
+    embeddings = {one.weight for one in model.modules() if isinstance(one, nn.Embedding)}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def takes(parameter: nn.Parameter) -> bool:
+        spared = names[parameter].rsplit(".", 1)[-1] in _UNDECAYED_NAMES
+        # (1, tokens, width) is a table of positions, and (c, 1, h, w) a convolution of each channel
+        return (
+            not spared
+            and parameter not in embeddings
+            and min(parameter.shape[:2]) > 1 < parameter.ndim
+        )
+
+    return [
+        {**group, "params": chosen, "use_muon": for_muon}
+        for group in groups
+        for for_muon in (True, False)
+        if (chosen := [one for one in group["params"] if takes(one) == for_muon])
+    ]
 
 
 def groups_by_depth(
@@ -152,6 +183,10 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
             return torch.optim.AdamW(groups, fused=efficiency.fused_optimizer, **common)
         case "lamb":
             return Lamb(groups, max_grad_norm=None, **common)  # type: ignore[no-any-return]
+        case "muon":
+            if Muon is None:
+                raise ValueError("optim.name=muon needs a newer timm: pip install -U timm")
+            return Muon(groups, lr=lr, betas=optim.betas, momentum=_MUON_MOMENTUM)
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":

@@ -287,6 +287,10 @@ class Trainer:
         """
         if self._unfreeze_at(self.step):
             self._settle_buckets(batch)
+        drops = self.model.drop_path_key
+        if drops.tokens is not None and self.step == drops.all_tokens_from:
+            self._utilisation = Utilisation(self.config, self.device)
+            self._compiled_from = self.step
         self._mark("step: encoding", part="forward", waits_for_ranks=True)
         self.model.train()
         if self._batch_norms is not None:
