@@ -49,6 +49,7 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
+ObjectiveForm = Literal["softmax", "sigmoid"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -221,12 +222,16 @@ class ModelConfig:
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
-    logit_scale_init: Annotated[float, _FINITE] = math.log(1 / 0.07)
-    """Initial logarithm of the learnt scale; the paper's code starts at 1.0."""
+    logit_scale_init: Annotated[float, _FINITE] | None = None
+    """Initial logarithm of the learnt scale; None takes ln(1/0.07), or ln 10 under
+    objective.form=sigmoid. The paper's code starts at 1.0."""
     logit_scale_max: Annotated[float, Meta(ge=-LARGEST_FLOAT)] = math.log(100)
     """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
     learn_logit_scale: bool = True
     """Learn the scale; False keeps its initial value, as SupCon does (1 / 0.1)."""
+    logit_bias_init: Annotated[float, _FINITE] = -10.0
+    """Initial value of the learnt bias of objective.form=sigmoid. At -10 all pairs are taken for
+    negatives at first, as nearly all of them are."""
     init: str = ""
     """Weights to start from; empty draws fresh ones. A run, checkpoint or export of ours; a folder
     of open_clip's; open-clip:MODEL/TAG, as open_clip lists them; or hf-hub:OWNER/NAME. They must be
@@ -263,6 +268,10 @@ class ObjectiveConfig:
     ignored. supcon compares two views of each image with all others, by label, without texts
     (data.augment must give two views). ce is cross-entropy over one learnt row for each class,
     without texts."""
+    form: ObjectiveForm = "softmax"
+    """Form of the loss of images and texts: softmax or sigmoid. softmax compares the positives of
+    an image (a text) with all other texts (images). sigmoid, SigLIP's, asks of each pair whether it
+    is a positive one, with a bias that is learnt. For unicl and clip."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -283,6 +292,11 @@ class ObjectiveConfig:
             not self.mixes or self.name in ("unicl", "ce"),
             f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
             "take unicl or ce, or set both to 0",
+        )
+        require(
+            self.form == "softmax" or self.has_texts,
+            f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
+            "not have: take unicl or clip, or softmax",
         )
 
     @property
