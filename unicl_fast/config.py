@@ -141,6 +141,11 @@ class DataConfig:
     """Groups of a global batch that each take a part of every shuffle window, so that a machine
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
+    balance: Count = 0
+    """Most samples of a class in an epoch; 0 takes all. A class with more of them gives others to
+    each epoch, in turns, so that none comes twice in an epoch and each as often as the others of
+    its class. MetaCLIP's rule, by labels; samples without one are not limited. Not together with
+    shuffle_window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -174,6 +179,11 @@ class DataConfig:
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
+        )
+        require(
+            not (self.balance and self.shuffle_window),
+            "data.balance takes samples from all over a data set, and data.shuffle_window from a "
+            "part of it: set one of them to 0",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,
