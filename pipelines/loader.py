@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.machine import choose_decode_device
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import (
@@ -48,6 +50,8 @@ from .graph import (
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
+
+logger = logging.getLogger("unicl_fast")
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -115,6 +119,8 @@ class TrainLoader:
             augmentations=augmentations,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
+        if rank == 0:
+            self._say_what_is_limited(datasets)
         self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
         if self.form == "files":
             self._data = fit_prefetch(data, datasets, num_images=self.num_images)
@@ -130,6 +136,15 @@ class TrainLoader:
             form=self.form,
         )
         self.reading = self.host.reading
+
+    def _say_what_is_limited(self, datasets: Sequence[PackedDataset]) -> None:
+        for dataset, balance in zip(datasets, self.plan.balances, strict=True):
+            if balance is not None:
+                logger.info(
+                    "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
+                    self._data.balance, balance.num_draws, len(dataset), dataset.location,
+                    count_of(balance.num_capped, "class"),
+                )  # fmt: skip
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ... without end.

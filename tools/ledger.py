@@ -25,6 +25,7 @@ from unicl_fast.system.wording import count_of, print_text
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
+    from unicl_fast.pipelines.plan.balance import Balance
 
 _MOST_LINES = 10
 
@@ -35,7 +36,8 @@ class LedgerArguments:
 
     Proven is: every step from the first to the last has its record of every rank, across all
     restarts and changes of the number of ranks; each complete epoch of each data set scheduled each
-    of its samples exactly once, and the epoch in progress none twice. The sample ids in the ledger
+    of its samples exactly once (under data.balance, as many as it should, none twice), and the
+    epoch in progress none twice. The sample ids in the ledger
     are enough for that; the program that planned them is not trusted. Substitutes that were shown
     for damaged samples are counted, and steps that were done twice because the run resumed from a
     checkpoint. The run may be still in progress.
@@ -51,6 +53,9 @@ class LedgerArguments:
     """Also write the result, with all substitutes, into this file."""
     replan: bool = False
     """Also plan the whole run again from its seed, and compare every draw with the ledger."""
+    data: tuple[str, ...] = ()
+    """The run's packed data sets in their order: --replan takes their labels where the run was
+    balanced (data.balance), and finds that no epoch has too many of a class."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     from unicl_fast.ledger.proof import prove
 
-    replan = Replan() if arguments.replan else None
     try:
+        replan = Replan(arguments.data) if arguments.replan else None
         steps_done, run = newest_checkpoint(arguments.run)
         folder = arguments.run / LEDGER_FOLDER
         proof = prove(folder, steps_done=steps_done, run=run, watch=replan)
@@ -101,6 +106,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
             seed=state["config"]["run"]["seed"],
             global_batch_size=state["config"]["run"]["global_batch_size"],
             sizes=[source["num_samples"] for source in state["data"]["sources"]],
+            balance=state["config"]["data"].get("balance", 0),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return newest, None
@@ -110,7 +116,12 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
 class Replan:
     """Plans the draws of a ledger again (a `watch` of `prove`), and counts those that differ."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: Sequence[str] = ()) -> None:
+        """Opens the packed data sets, of which only balanced runs need labels."""
+        from unicl_fast.dataset.reader import PackedDataset
+
+        self._datasets = [PackedDataset(location) for location in data]
+        self._balances: list[Balance | None] = []
         self.num_draws = 0
         self.num_different = 0
         self._first = ""
@@ -129,6 +140,8 @@ class Replan:
         draws = first_step * header.global_batch_size + np.arange(ids.size, dtype=np.int64)
         planned_sources, source_draws = assign_sources(draws, header.shares)
         planned = np.empty_like(draws)
+        if header.balance and not self._balances:
+            self._balances = self._balances_of(header)
         for number, source in enumerate(header.sources):
             mine = np.flatnonzero(planned_sources == number)
             planned[mine] = samples_of_draws(
@@ -141,6 +154,7 @@ class Replan:
                 global_batch_size=header.global_batch_size,
                 shuffle_window=header.shuffle_window,
                 shuffle_groups=header.shuffle_groups,
+                balance=self._balances[number] if header.balance else None,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size
@@ -153,6 +167,26 @@ class Replan:
                 f"{planned[at]} of source {planned_sources[at]}, the ledger has "
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )
+
+    def _balances_of(self, header: SegmentHeader) -> list[Balance | None]:
+        """Finds the classes of each source's samples, which are the first ones of its data set."""
+        from unicl_fast.pipelines.plan.balance import balance_classes
+
+        if len(self._datasets) != len(header.sources):
+            raise ValueError(
+                f"--replan of a balanced run takes its {count_of(len(header.sources), 'data set')} "
+                f"as --data, in their order, and {len(self._datasets)} came"
+            )
+        for dataset, source in zip(self._datasets, header.sources, strict=True):
+            if len(dataset) < source.num_samples:
+                raise ValueError(
+                    f"{dataset.location} has {len(dataset)} samples, and the run took "
+                    f"{source.num_samples} of {source.name}: give the data sets in their order"
+                )
+        return [
+            balance_classes(dataset.samples[: source.num_samples], dataset.labels, header.balance)
+            for dataset, source in zip(self._datasets, header.sources, strict=True)
+        ]
 
     def in_words(self) -> str:
         return f"planned again: {self.num_different} of {self.num_draws} draws differ{self._first}"
@@ -171,7 +205,8 @@ def in_words(proof: LedgerProof) -> str:
     lines += [
         f"{source.name}: {count_of(source.draws, 'draw')} "
         f"of {count_of(source.num_samples, 'sample')}, "
-        f"{count_of(source.complete_epochs, 'epoch')} complete; lost {source.lost}, "
+        + ("" if source.epoch_size == source.num_samples else f"{source.epoch_size} in an epoch, ")
+        + f"{count_of(source.complete_epochs, 'epoch')} complete; lost {source.lost}, "
         f"scheduled twice in an epoch {source.scheduled_twice}"
         for source in proof.sources
     ]
@@ -194,7 +229,13 @@ def in_words(proof: LedgerProof) -> str:
     if len(proof.holes) > _MOST_LINES:
         lines.append(f"and {count_of(len(proof.holes) - _MOST_LINES, 'more hole')}")
     if proof.holds:
-        lines.append("PROVEN: no step is missing, and every epoch schedules each sample once")
+        balanced = any(source.epoch_size < source.num_samples for source in proof.sources)
+        which = (
+            "no epoch schedules a sample twice"
+            if balanced
+            else "every epoch schedules each sample once"
+        )
+        lines.append(f"PROVEN: no step is missing, and {which}")
     elif proof.holes:
         lines.append(f"NOT PROVEN: the lines above are about the steps before {proof.steps}")
     else:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unicl_fast.evaluation.inference import load_model as load_model
     from unicl_fast.models.unicl import UniCL as UniCL
     from unicl_fast.models.unicl import build_model as build_model
+    from unicl_fast.objectives.loss import sigmoid_contrastive_loss as sigmoid_contrastive_loss
     from unicl_fast.objectives.loss import unified_contrastive_loss as unified_contrastive_loss
     from unicl_fast.text.tokenizer import Tokenizer as Tokenizer
     from unicl_fast.training.trainer import Trainer as Trainer
@@ -25,6 +26,7 @@ _HOMES = {
     "Batch": "unicl_fast.batch",
     "load_model": "unicl_fast.evaluation.inference",
     "Model": "unicl_fast.evaluation.inference",
+    "sigmoid_contrastive_loss": "unicl_fast.objectives.loss",
     "unified_contrastive_loss": "unicl_fast.objectives.loss",
     "UniCL": "unicl_fast.models.unicl",
     "build_model": "unicl_fast.models.unicl",

@@ -49,6 +49,7 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
+ObjectiveForm = Literal["softmax", "sigmoid"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -140,6 +141,11 @@ class DataConfig:
     """Groups of a global batch that each take a part of every shuffle window, so that a machine
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
+    balance: Count = 0
+    """Most samples of a class in an epoch; 0 takes all. A class with more of them gives others to
+    each epoch, in turns, so that none comes twice in an epoch and each as often as the others of
+    its class. MetaCLIP's rule, by labels; samples without one are not limited. Not together with
+    shuffle_window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -173,6 +179,11 @@ class DataConfig:
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
+        )
+        require(
+            not (self.balance and self.shuffle_window),
+            "data.balance takes samples from all over a data set, and data.shuffle_window from a "
+            "part of it: set one of them to 0",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,
@@ -227,12 +238,16 @@ class ModelConfig:
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
-    logit_scale_init: Annotated[float, _FINITE] = math.log(1 / 0.07)
-    """Initial logarithm of the learnt scale; the paper's code starts at 1.0."""
+    logit_scale_init: Annotated[float, _FINITE] | None = None
+    """Initial logarithm of the learnt scale; None takes ln(1/0.07), or ln 10 under
+    objective.form=sigmoid. The paper's code starts at 1.0."""
     logit_scale_max: Annotated[float, Meta(ge=-LARGEST_FLOAT)] = math.log(100)
     """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
     learn_logit_scale: bool = True
     """Learn the scale; False keeps its initial value, as SupCon does (1 / 0.1)."""
+    logit_bias_init: Annotated[float, _FINITE] = -10.0
+    """Initial value of the learnt bias of objective.form=sigmoid. At -10 all pairs are taken for
+    negatives at first, as nearly all of them are."""
     init: str = ""
     """Weights to start from; empty draws fresh ones. A run, checkpoint or export of ours; a folder
     of open_clip's; open-clip:MODEL/TAG, as open_clip lists them; or hf-hub:OWNER/NAME. They must be
@@ -269,6 +284,10 @@ class ObjectiveConfig:
     ignored. supcon compares two views of each image with all others, by label, without texts
     (data.augment must give two views). ce is cross-entropy over one learnt row for each class,
     without texts."""
+    form: ObjectiveForm = "softmax"
+    """Form of the loss of images and texts: softmax or sigmoid. softmax compares the positives of
+    an image (a text) with all other texts (images). sigmoid, SigLIP's, asks of each pair whether it
+    is a positive one, with a bias that is learnt. For unicl and clip."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -289,6 +308,11 @@ class ObjectiveConfig:
             not self.mixes or self.name in ("unicl", "ce"),
             f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
             "take unicl or ce, or set both to 0",
+        )
+        require(
+            self.form == "softmax" or self.has_texts,
+            f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
+            "not have: take unicl or clip, or softmax",
         )
 
     @property

@@ -11,11 +11,12 @@ import tyro
 from unicl_fast.system.program import begin_program
 
 from .full_size import FullSize
-from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
+from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
     "labels-and-captions": LabelsAndCaptions,
+    "long-tail": LongTail,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

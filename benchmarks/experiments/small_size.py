@@ -1,4 +1,4 @@
-"""Four experiments that two CPU cores can train: three on CIFAR-10, one on labels and captions.
+"""Experiments that two CPU cores can train: three on CIFAR-10, two on Tiny ImageNet and others.
 
 docs/results.md has their commands, designs and numbers. `run` of each trains the missing runs, then
 writes the tables, the plot and the numbers. The UniCL runs of `objectives` are one side of
@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import xxhash
 
 from .harness import (
     ExperimentSettings,
@@ -321,14 +324,7 @@ def pack(data: Path, packed: Path) -> None:
             for name, split in (("tiny-learnt", "train"), ("tiny-learnt-new", "val"))
         },
     }
-    in_zip = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"), "--label-column", "words")
-    for name, chosen in lists.items():
-        source = packed / f"{name}.csv"
-        with source.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(chosen)
-        _build(source, packed / name, *in_zip)
+    _pack_lists(lists, tiny, packed)
     lines = (flickr / "captions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"flickr-train": lines[:_FLICKR_TRAIN], "flickr-new": lines[_FLICKR_TRAIN:]}
     for name, chosen_lines in parts.items():
@@ -338,8 +334,102 @@ def pack(data: Path, packed: Path) -> None:
     _build(data / "captions/coco/captions.jsonl", packed / "coco", *_SMALL)
 
 
+def _pack_lists(lists: Mapping[str, list[Row]], tiny: Path, packed: Path) -> None:
+    """Packs rows of Tiny ImageNet's labels.csv, under the names that they have."""
+    in_zip = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"), "--label-column", "words")
+    for name, chosen in lists.items():
+        source = packed / f"{name}.csv"
+        with source.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(chosen[0]))
+            writer.writeheader()
+            writer.writerows(chosen)
+        _build(source, packed / name, *in_zip)
+
+
 def _build(source: Path, out: Path, *options: str) -> None:
     if (out / "manifest.json").is_file():
         return
     command = ("build", str(source), "--out", str(out), *options)
     run_program("pack", command, out.with_suffix(".log"), threads=1)
+
+
+_LARGEST_CLASS = 15  # training images of each class in the test data
+_GROUPS = ("common third", "middle third", "rare third")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongTail(ExperimentSettings):
+    """A long-tailed Tiny ImageNet, as it is and with `data.balance`.
+
+    Class number r of 200, in an order of no meaning, keeps 15 ** (1 - r / 199) training images: 15
+    to 1. Every arm sees as many samples; test images are five of each class.
+    """
+
+    data: Path
+    """Folder with tiny-imagenet."""
+    balance: tuple[int, ...] = (1, 3)
+    """Values of data.balance beside 0."""
+
+    def run(self) -> None:
+        counts = pack_long_tail(self.data / "tiny-imagenet", self.out / "packed")
+        arms = {f"balance {most}" if most else "all": most for most in (0, *self.balance)}
+        rows = self.train_arms(arms, lambda arm, seed: self._make_run(arms[arm], seed))
+        names = sorted(counts, key=lambda name: -counts[name])
+        thirds = [names[len(names) * i // 3 : len(names) * (i + 1) // 3] for i in range(3)]
+        cells = {
+            group: {
+                arm: mean_of([100 * _accuracy_of(row["new"], classes) for row in rows[arm]])
+                for arm in arms
+            }
+            for group, classes in zip((*_GROUPS, "all classes"), (*thirds, names), strict=True)
+        }
+        pairs = {
+            f"{group}: {arm} - all": (means[arm], means["all"])
+            for group, means in cells.items()
+            for arm in arms
+            if arm != "all"
+        }
+        table = self.table("zero-shot top-1", cells, pairs, dict.fromkeys(cells, 100 / len(names)))
+        write_report("long-tail", self, [table], rows, training_images=counts)
+
+    def _make_run(self, most: int, seed: int) -> Run:
+        packed = self.out / "packed"
+        return Run(
+            name=f"balance{most}/seed{seed}",
+            pretrain=(
+                *("--preset", "mixed-small", *_RECIPE, "--data.train", str(packed / "long-tail")),
+                *("--data.balance", str(most), "--run.seed", str(seed)),
+                *("--run.samples", str(round(self.length * _SAMPLES))),
+                *("--efficiency.precision", self.precision),
+            ),
+            execution=self.execution(),
+            evaluations={"new": ("zero-shot", "--data", str(packed / "new"))},
+        )
+
+
+def _accuracy_of(evaluated: Row, classes: list[str]) -> float:
+    """The mean over some classes of their own accuracy, among all."""
+    found = {one["class"]: one["top1"] for one in evaluated["per_class"]}
+    return float(sum(found[name] for name in classes) / len(classes))
+
+
+def pack_long_tail(tiny: Path, packed: Path) -> dict[str, int]:
+    """Packs the long-tailed training images and all test images; returns the counts by class."""
+    packed.mkdir(parents=True, exist_ok=True)
+    with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    order = sorted(
+        {row["wnid"] for row in rows}, key=lambda wnid: xxhash.xxh3_64_intdigest(wnid.encode())
+    )
+    last = len(order) - 1
+    kept = {wnid: round(_LARGEST_CLASS ** (1 - rank / last)) for rank, wnid in enumerate(order)}
+    counts: dict[str, int] = {}
+    lists: dict[str, list[Row]] = {"long-tail": [], "new": []}
+    for row in rows:
+        if row["split"] == "val":
+            lists["new"].append(row)
+        elif counts.get(row["words"], 0) < kept[row["wnid"]]:
+            counts[row["words"]] = counts.get(row["words"], 0) + 1
+            lists["long-tail"].append(row)
+    _pack_lists(lists, tiny, packed)
+    return counts

@@ -72,7 +72,8 @@ class StepInParts:
         with self.part("text encoder forward"), self.precision.autocast(self.device.type):
             texts = model.encode_text(tokens, num_tokens)
             scale = model.logit_scale.exp()
-        features = [feature.detach().requires_grad_() for feature in (images, texts, scale)]
+        bias = () if model.logit_bias is None else (model.logit_bias,)
+        features = [one.detach().requires_grad_() for one in (images, texts, scale, *bias)]
         with self.part("loss and its gradient"):
             loss = contrast_over_ranks(
                 *features[:2],
@@ -80,15 +81,16 @@ class StepInParts:
                 text_class_ids=text_class_ids,
                 text_counts=text_counts,
                 scale=features[2],
+                bias=features[3] if bias else None,
                 ranks=trainer.ranks,
                 form=config.efficiency.loss,
             )
             scaled = trainer.scaler.scale(loss)
-            image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scaled, features)
+            image_gradient, *gradients = torch.autograd.grad(scaled, features)
         with self.part("image encoder backward"):
             torch.autograd.backward(images, image_gradient)
         with self.part("text encoder backward"):
-            back_propagate_learnt([texts, scale], [text_gradient, scale_gradient])
+            back_propagate_learnt([texts, scale, *bias], gradients)
         return loss.detach()
 
     def count_operations(self) -> dict[str, int]:

@@ -49,15 +49,16 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
     # (chi-square over the 24 orders of 4 elements: 14 deviations too high on 16, none on 64).
     half_bits = max(3, ((size - 1).bit_length() + 1) // 2)
     flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
-    result: Int64Array = _permute(flat, np.uint64(size), np.uint64(half_bits), np.uint64(key))
+    result: Int64Array = permute_kernel(flat, np.uint64(size), np.uint64(half_bits), np.uint64(key))
     return result.reshape(index.shape)
 
 
 @kernel
-def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
-    """Permutes many at once, round by round, and again those outside until none is left.
+def permute_kernel(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
+    """`permute` of many [n], round by round, and again of those outside until none is left.
 
-    The rounds of one value wait for each other, those of several do not, and fit into vectors.
+    `half_bits` is at least 3, and 4**half_bits at least `size`; all but `index` are uint64. The
+    rounds of one value wait for each other, those of several do not, and fit into vectors.
     """
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = np.empty(index.size, np.uint64)
@@ -227,7 +228,7 @@ def _permute_in_groups(
         size, half_bits = edges[group + 1] - edges[group], 3
         while np.int64(1) << (2 * half_bits) < size:
             half_bits += 1
-        part = _permute(
+        part = permute_kernel(
             numbers[start:end], np.uint64(size), np.uint64(half_bits), random_bits(key, group)
         )
         for i in range(start, end):

@@ -30,6 +30,7 @@ from unicl_fast.system.keyed_random import (
 )
 
 from .augment import draw_rows, num_stages, row_width
+from .balance import Balance, balance_classes
 from .crop import random_windows
 from .order import (
     Int64Array,
@@ -131,6 +132,7 @@ class _Purpose(enum.IntEnum):
     SUBSTITUTE = 8
     SECOND_VIEW = 9
     AUGMENT = 10
+    BALANCE = 11
 
 
 def samples_of_draws(
@@ -144,8 +146,11 @@ def samples_of_draws(
     global_batch_size: int,
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
+    balance: Balance | None = None,
 ) -> Int64Array:
     """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
+
+    N is the `size` of the source; with a `balance` it is the number of draws of an epoch of that.
 
     `draws` [b] are step * global batch size + global index, `source_draws` [b] the same counted
     among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
@@ -156,6 +161,7 @@ def samples_of_draws(
         groups = shuffle_groups_of(
             shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
         )
+    size = size if balance is None else balance.num_draws
     epochs, positions = np.divmod(source_draws, size)
     found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
     ids = np.empty_like(positions)
@@ -170,6 +176,8 @@ def samples_of_draws(
             epoch=int(epoch),
             draws=draws[chosen],
         )
+    if balance is not None:
+        ids = balance.samples(epochs, ids, key=fold_key(seed, _Purpose.BALANCE, source))
     return ids
 
 
@@ -194,7 +202,7 @@ class TrainPlan:
             global_batch_size: samples of one step over all ranks.
             seed: decides everything that is drawn.
             weights: each source's part of every batch, in any unit; None takes the numbers of
-                samples, so that all sources finish an epoch together.
+                samples in an epoch, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
 
         Raises:
@@ -203,13 +211,22 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source, text=data.text)
+        self.balances = [
+            balance_classes(source.samples, source.labels, data.balance) if data.balance else None
+            for source in sources
+        ]
+        self.epoch_sizes = [
+            len(source.samples) if balance is None else balance.num_draws
+            for source, balance in zip(sources, self.balances, strict=True)
+        ]
         if weights is None:
-            weights = [len(source.samples) for source in sources]
+            weights = self.epoch_sizes
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights were given for {len(sources)} data sets")
         self.weights = integer_weights(weights)
         self.global_batch_size = global_batch_size
-        _check_sizes(sources, self.weights, global_batch_size=global_batch_size)
+        names = [source.name for source in sources]
+        _check_sizes(names, self.epoch_sizes, self.weights, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
@@ -255,8 +272,7 @@ class TrainPlan:
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""
         draws = draws_before(num_steps * self.global_batch_size, self.weights)
-        sizes = [len(source.samples) for source in self._sources]
-        return [count / size for count, size in zip(draws, sizes, strict=True)]
+        return [count / size for count, size in zip(draws, self.epoch_sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """Plans substitutes for planned samples that turned out to be bad.
@@ -304,6 +320,7 @@ class TrainPlan:
                 global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
                 shuffle_groups=self.shuffle_groups,
+                balance=self.balances[number],
             )
         return source_ids, sample_ids
 
@@ -486,14 +503,18 @@ def _check_source(source: PlanSource, *, text: Literal["any", "captions", "label
 
 
 def _check_sizes(
-    sources: Sequence[PlanSource], weights: tuple[int, ...], *, global_batch_size: int
+    names: Sequence[str],
+    epoch_sizes: Sequence[int],
+    weights: tuple[int, ...],
+    *,
+    global_batch_size: int,
 ) -> None:
-    """Refuses a source that one batch would need more samples of than it has."""
+    """Refuses a source that one batch would need more samples of than an epoch has."""
     total = sum(weights)
-    for source, weight in zip(sources, weights, strict=True):
-        if len(source.samples) * total < global_batch_size * weight:
+    for name, size, weight in zip(names, epoch_sizes, weights, strict=True):
+        if size * total < global_batch_size * weight:
             raise ValueError(
-                f"{source.name} has {len(source.samples)} samples, fewer than its part of one "
+                f"{name} has {size} samples in an epoch, fewer than its part of one "
                 f"global batch, {global_batch_size * weight / total:.1f} of {global_batch_size}: "
                 "a batch would hold a sample twice. Give it a smaller weight, or make "
                 "run.global_batch_size smaller"

@@ -23,6 +23,7 @@ from unicl_fast.benchmarks.experiments.harness import (
 )
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
+    LongTail,
     Objectives,
     Switches,
     Templates,
@@ -186,6 +187,19 @@ def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
         for name in ("tiny-held-back", "tiny-learnt")
     )
     assert held_back & learnt == {"wnid"}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_long_tail(shared_data: Path, tmp_path: Path) -> None:
+    LongTail(data=shared_data, out=tmp_path, length=0.01, seeds=(0, 1), balance=(1,)).run()
+    found = json.loads((tmp_path / "long-tail.json").read_text())
+    counts = sorted(found["training_images"].values())
+    assert (len(counts), counts[0], counts[-1]) == (200, 1, 15)
+    [table] = found["tables"]
+    assert list(table["cells"]) == ["common third", "middle third", "rare third", "all classes"]
+    assert {tuple(means) for means in table["cells"].values()} == {("all", "balance 1")}
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:

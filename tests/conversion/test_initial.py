@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,24 @@ def test_features_are_open_clip_s_and_go_back_to_it(kind: str, tmp_path: Path) -
     assert max(largest_difference(ours, back.eval(), **inputs(config))) < 1e-5
 
 
+def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_path: Path) -> None:
+    theirs = draw_open_clip(LIKE_SIGLIP)
+    with torch.no_grad():
+        theirs.logit_bias.fill_(-12.5)
+    config = config_for(write_folder(theirs, LIKE_SIGLIP, tmp_path / "theirs"))
+    ours = started(dataclasses.replace(config, objective=ObjectiveConfig(form="sigmoid")))
+    assert ours.logit_bias.item() == -12.5
+    write_open_clip(ours, tmp_path / "back")
+    back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
+    assert back.logit_bias.item() == -12.5
+    write_export(ours, tmp_path / "export", origin={})
+    again = dataclasses.replace(
+        ours.config, model=dataclasses.replace(ours.config.model, init=str(tmp_path / "export"))
+    )
+    assert started(again).logit_bias.item() == -12.5
+    assert started(with_model(config, init=str(tmp_path / "export"))).logit_bias is None
+
+
 def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
     theirs = draw_open_clip(SMALL_VIT)
     config = config_for(write_folder(theirs, SMALL_VIT, tmp_path / "theirs"))
@@ -107,7 +126,7 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert f"model.init={folder}: loaded" in line
     for part in ("image encoder test_vit (", "text encoder (", "text_projection", "logit_scale"):
         assert part in line
-    assert line.endswith("Left out: logit_bias")
+    assert line.endswith("Left out: logit_bias, which objective.form=softmax does not see")
     assert "Fresh" not in line
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
     assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
@@ -251,7 +270,7 @@ def test_an_objective_without_texts_takes_what_it_has(
     assert torch.equal(again.class_rows, average["class_rows"])
     unicl = started(with_model(config, init=str(tmp_path / "ce")))
     assert "the text encoder and its projection, which the source lacks" in caplog.text
-    assert unicl.logit_scale.item() == pytest.approx(config.model.logit_scale_init)
+    assert unicl.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert torch.equal(unicl.image_encoder.norm.bias, average["image_encoder.norm.bias"])
     with pytest.raises(ValueError, match="has no text encoder"):
         started(with_model(config, init="", init_text=str(tmp_path / "ce")))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import signal
@@ -187,14 +188,16 @@ def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficienc
         write_gradients(ranks, images, folder, efficiency)
 
 
-def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectives: list) -> None:
+def write_objective_gradients(
+    ranks, images: torch.Tensor, folder: str, objectives: list, efficiency: dict
+) -> None:
     """Loss and parameter gradients of this rank under each objective, with both forms."""
     for objective in objectives:
         for form in ("dense", "tiled"):
             result = first_gradients(
                 images,
                 ranks,
-                objective_config(objective, loss=form),
+                objective_config(objective, loss=form, **efficiency),
                 labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
             )
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
@@ -202,7 +205,7 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
 
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_feature_gradients(ranks, folder: str) -> None:
-    """Loss and gradients of this rank's images and of the table of texts, as above."""
+    """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
     from unicl_fast.training.global_loss import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
@@ -210,20 +213,27 @@ def write_feature_gradients(ranks, folder: str) -> None:
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
-    for form in ("dense", "tiled"):
-        inputs = images[mine].clone().requires_grad_(), texts.clone().requires_grad_()
+    for name, form in itertools.product(("softmax", "sigmoid"), ("dense", "tiled")):
+        inputs = [
+            images[mine].clone().requires_grad_(),
+            texts.clone().requires_grad_(),
+            torch.tensor(40.0, dtype=torch.float64, requires_grad=True),
+        ]
+        if name == "sigmoid":
+            inputs.append(torch.tensor(-10.0, dtype=torch.float64, requires_grad=True))
         loss = contrast_over_ranks(
             inputs[0],
             inputs[1][distinct],
             class_ids=class_ids[mine],
             text_class_ids=torch.tensor([class_of_text[text] for text in distinct.tolist()]),
             text_counts=counts,
-            scale=torch.tensor(40.0, dtype=torch.float64),
+            scale=inputs[2],
+            bias=inputs[3] if name == "sigmoid" else None,
             ranks=ranks,
             form=form,
         )
         gradients = torch.autograd.grad(loss, inputs)
-        torch.save((loss.item(), *gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+        torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
 
 def count_work_of_the_loss(ranks, folder: str) -> None:

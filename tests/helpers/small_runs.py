@@ -123,6 +123,8 @@ OBJECTIVES = {
     "supcon": ObjectiveConfig(name="supcon"),
     "ce": ObjectiveConfig(name="ce", num_classes=(2, 3)),
     "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
+    "sigmoid": ObjectiveConfig(form="sigmoid"),
+    "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
     "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
 }
 
@@ -143,13 +145,13 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where images are mixed by UniCL the last two are captions without a label.
+    Where images are mixed by UniCL the last three are captions without a label.
     """
     which = (torch.arange(12) * 7 + step) % 5
     labels = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**32 + 2])[which]
     prompts = [TEXTS[0], TEXTS[1], TEXTS[4], "a fish", "a bird"]
     tokens = Tokenizer()(prompts)[which]
-    if objective == "unicl, mixed":
+    if objective in ("unicl, mixed", "sigmoid, mixed"):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
     if objective == "clip":

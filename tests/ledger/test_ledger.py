@@ -356,6 +356,40 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     assert replan.num_different > STEPS
 
 
+def test_balanced_epochs_are_proven_by_their_own_length(tmp_path: Path) -> None:
+    """20 of 37 samples an epoch: none twice in it, whatever the others hold."""
+    generator = np.random.default_rng(3)
+    epochs = [generator.permutation(37)[:20] for _ in range(STEPS * N // 20)]
+    ids = np.concatenate(epochs).reshape(STEPS, N)
+    source = dataclasses.replace(SOURCES[0], epoch_draws=20)
+    head = dataclasses.replace(header(1, 0), sources=(source,), shares=(1,), balance=5)
+    path = tmp_path / segment_name(1, 0)
+
+    def prove_of(ids: np.ndarray) -> tuple:
+        nothing = np.zeros(N, dtype=np.int64)
+        records = [
+            encode_record(head, step=i, source_ids=nothing, scheduled_ids=row, shown_ids=row)
+            for i, row in enumerate(ids)
+        ]
+        path.write_bytes(encode_header(head) + b"".join(records))
+        proof = prove(tmp_path)
+        return proof, ledger_program.in_words(proof)
+
+    proof, words = prove_of(ids)
+    assert proof.holds
+    assert proof.sources[0].complete_epochs == STEPS * N // 20
+    assert "37 samples, 20 in an epoch, " in words
+    assert "PROVEN: no step is missing, and no epoch schedules a sample twice" in words
+    twice = ids.copy()
+    twice[0, 1] = twice[0, 0]
+    proof, words = prove_of(twice)
+    assert not proof.holds
+    assert (proof.sources[0].scheduled_twice, proof.sources[0].lost) == (1, 0)
+    assert "epoch 0 of labels schedules sample" in words
+    other = Run(run_id="", seed=0, global_batch_size=N, sizes=[37], balance=6)
+    assert not prove(tmp_path, steps_done=STEPS, run=other).holds
+
+
 def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, 30)
     other = dataclasses.replace(header(2, 30), sources=(SOURCES[0], LedgerSource("captions", 301)))

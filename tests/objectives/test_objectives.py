@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch
     config, model = evaluated("clip")
     batch = labelled_batch(images, objective="clip")
     assert len(batch.tokens) < len(images)
-    pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+    pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
     logits = scale * pixels @ texts[batch.text_index].T
     # an equal text is as good as one's own: its logit is the same
     diagonal = torch.arange(len(images))
@@ -117,7 +118,7 @@ def test_unicl_of_mixed_images_takes_labels_times_labels(
     for step in range(3):
         batch = labelled_batch(images, objective="unicl, mixed", step=step)
         mixed, shares = mixed_by_hand(batch, config)
-        pixels, texts, scale = model(mixed, batch.tokens)
+        pixels, texts, scale, _ = model(mixed, batch.tokens)
         logits = scale * pixels @ texts[batch.text_index].T
         affinity = shares @ shares.T
         targets = affinity / affinity.sum(1, keepdim=True)
@@ -132,6 +133,25 @@ def test_ce_of_mixed_images_takes_mixed_labels(images: torch.Tensor) -> None:
     logits = model.encode_image(mixed) @ model.class_rows.T
     expected = F.cross_entropy(logits, shares)  # the batch has all five classes, in their order
     torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("objective", ["sigmoid", "sigmoid, mixed"])
+def test_the_sigmoid_form_asks_of_each_pair(images: torch.Tensor, objective: str) -> None:
+    """Weights are cosines of labels, so that a mixed image's own text is wholly its own."""
+    config, model = evaluated(objective)
+    assert model.logit_scale.item() == pytest.approx(math.log(10))
+    assert model.logit_bias.item() == -10
+    batch = labelled_batch(images, objective=objective)
+    if objective == "sigmoid":
+        mixed = encoder_input(batch.images, config)
+        shares = F.one_hot(batch.class_ids.unique(return_inverse=True)[1]).double()
+    else:
+        mixed, shares = mixed_by_hand(batch, config)
+    pixels, texts, scale, bias = model(mixed, batch.tokens)
+    logits = scale * pixels @ texts[batch.text_index].T + bias
+    rows = F.normalize(shares, dim=1)
+    expected = F.binary_cross_entropy_with_logits(logits, rows @ rows.T, reduction="sum") / 12
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
@@ -209,7 +229,7 @@ def test_ranks_give_the_objectives_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
     """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
-    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), list(OBJECTIVES))
+    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), list(OBJECTIVES), {})
     for objective in OBJECTIVES:
         config = objective_config(objective, loss="dense")
         alone_loss, alone = first_gradients(
@@ -240,6 +260,7 @@ def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
         ("supcon", {"micro_batch_size": 4}, "supcon has no texts"),
         ("ce", {"micro_batch_size": 4}, "ce has no texts"),
         ("unicl, mixed", {"micro_batch_size": 4}, "cannot be used with objective.mixup"),
+        ("sigmoid", {"loss": "triton"}, "triton has kernels for objective.form=softmax only"),
     ],
 )
 def test_what_an_objective_cannot_do_is_refused(
@@ -260,6 +281,8 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
         Trainer(objective_config("unicl, mixed"), loader, ranks=Ranks(world_size=4))
     with pytest.raises(ValueError, match="mix labels, which clip does not have"):
         ObjectiveConfig(name="clip", mixup=0.1)
+    with pytest.raises(ValueError, match="which ce does not have: take unicl or clip, or softmax"):
+        ObjectiveConfig(name="ce", form="sigmoid")
     with pytest.raises(ValueError, match="needs classes"):
         UniCL(dataclasses.replace(tiny_config(), objective=ObjectiveConfig(name="ce")))
 
@@ -281,4 +304,4 @@ def test_a_fixed_scale_stays(images: torch.Tensor) -> None:
     )
     trainer = Trainer(fixed, ListLoader([global_batch(images)]), progress=False)
     trainer.fit()
-    assert trainer.model.logit_scale.item() == pytest.approx(config.model.logit_scale_init)
+    assert trainer.model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))

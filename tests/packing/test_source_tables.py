@@ -83,6 +83,8 @@ def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) 
     }
     assert outcomes(source)["a.parquet:3"] == "no text"
     assert source.passed_over == {"rows that --where left out": 3}
+    source = read_source(str(tmp_path / "a.parquet"), ListOptions(min_score=["label=1"]), spool)
+    assert sorted(outcomes(source).values()) == ["low score"] * 3 + ["read"] * 3
 
 
 def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spool) -> None:

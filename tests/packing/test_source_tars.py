@@ -25,7 +25,13 @@ from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
 def three_samples(path: Path) -> Path:
     """A caption, a label, and both with more in JSON."""
-    fields = {"caption": "one", "captions": ["two", "one"], "label": ["cat", 3], "split": "val"}
+    fields = {
+        "caption": "one",
+        "captions": ["two", "one"],
+        "label": ["cat", 3],
+        "split": "val",
+        "score": 0.7,
+    }
     return write_tar(
         path,
         {
@@ -52,6 +58,10 @@ def test_a_key_is_a_sample_with_its_texts(tmp_path: Path) -> None:
     only = read_source(place, ListOptions(caption_column="captions", where=["split=val"]))
     assert texts(only) == {"a.tar/f/002": (["two", "one"], ["cat", 3])}
     assert only.passed_over == {"rows that --where left out": 2}
+    scored = read_source(place, ListOptions(min_score=["score=0.5"]))
+    assert outcomes(scored) == {
+        "a.tar/000": "low score", "a.tar/001": "low score", "a.tar/f/002": "read"
+    }  # fmt: skip
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:

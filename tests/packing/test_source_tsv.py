@@ -109,6 +109,9 @@ def test_lines_that_cannot_be_read_are_named_whatever_where_asks_for(tmp_path: P
         **{"a": "read", "line 4": "bad row", "json": "bad row", "line 6": "ambiguous"},
     }
     assert source.passed_over == {"rows that --where left out": 2}
+    scored = outcomes(read_source(str(path), ListOptions(min_score=["label=2"])))
+    assert (scored["a"], scored["b"], scored["line 3"]) == ("low score", "low score", "ambiguous")
+    assert outcomes(read_source(str(path), ListOptions(min_score=["label=1"])))["a"] == "read"
 
 
 def test_lists_with_a_header_stay_lists(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from program_runs import (
     SMALL,
@@ -26,6 +27,7 @@ from program_runs import (
 from safetensors.torch import load_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.tools import ledger, pretrain
 from unicl_fast.training.metrics import read_metrics
 
@@ -320,6 +322,30 @@ def test_a_run_resumes_with_any_number_of_ranks(
     assert values["num_changes_of_world_size"] == len(stopped)
     assert [segment["start_step"] for segment in values["segments"]] == started
     assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
+
+
+def test_a_balanced_run_is_proven_and_planned_again_from_its_labels(
+    data: Path, tmp_path: Path
+) -> None:
+    """One of each class an epoch; it is not resumed with another limit."""
+    settings = [
+        *[word if word != str(STEPS) else str(STEPS_OF_A_RUN) for word in SMALL],
+        *("--run.global-batch-size", "10", "--ledger", "--data.balance", "1"),
+        *("--data.train", data / "labels", "--out", tmp_path / "run"),
+    ]
+    said = run("pretrain", *settings).stderr
+    labels = PackedDataset(data / "labels")
+    counts = np.bincount(labels.labels)
+    assert counts.max() > 1
+    values = proven(tmp_path / "run", "--replan", "--data", str(data / "labels"))
+    assert values["num_different_from_plan"] == 0
+    (source,) = values["sources"]
+    assert source["epoch_size"] == len(counts) < source["num_samples"]
+    assert f"an epoch takes {source['epoch_size']} of the {len(labels)} samples" in said
+    with pytest.raises(SystemExit):
+        call(ledger, tmp_path / "run", "--replan")
+    with pytest.raises(SystemExit):
+        call(pretrain, *settings, "--resume", "auto", "--data.balance", "2")
 
 
 def test_unicl_ledger_says_what_is_missing(

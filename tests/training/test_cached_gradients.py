@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from rank_workers import (
     with_fixed_scale,
     write_fixed_scale_gradients,
     write_gradients,
+    write_objective_gradients,
 )
-from small_runs import StepLoader, tiny_config
+from small_runs import StepLoader, labelled_loader, objective_config, tiny_config
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.trainer import Trainer
@@ -88,6 +90,28 @@ def test_micro_batches_with_a_fixed_scale(
         assert gradients.pop("logit_scale") is None
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, plain[1][name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_micro_batches_of_the_sigmoid_form(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    """Its bias has a gradient too, which every rank adds to once."""
+    plain = first_gradients(
+        images, Ranks(), objective_config("sigmoid"), labelled_loader(images, "sigmoid")
+    )
+    assert "logit_bias" in plain[1]
+    arguments = images, str(tmp_path), ["sigmoid"], {"micro_batch_size": 5}
+    if world_size == 1:
+        write_objective_gradients(Ranks(), *arguments)
+    else:
+        run_on_ranks(write_objective_gradients, world_size, *arguments)
+    for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
+        path = tmp_path / f"sigmoid-{form}{rank}.pt"
+        loss, gradients = torch.load(path, weights_only=True)
+        assert loss == pytest.approx(plain[0], rel=1e-13)
+        assert_equal_gradients(gradients, plain[1])
 
 
 @pytest.mark.slow

@@ -20,7 +20,11 @@ from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
+from unicl_fast.objectives.loss import (
+    reference_loss,
+    sigmoid_contrastive_loss,
+    unified_contrastive_loss,
+)
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -57,27 +61,31 @@ def test_ranks_with_ragged_texts_give_the_gradients_of_one_process(
     tmp_path: Path, world_size: int
 ) -> None:
     """Features instead of a model: one rank with a single text, one with distinct captions only."""
-    images, texts, text_index, class_ids = ragged_features()
-    inputs = images.requires_grad_(), texts.requires_grad_()
-    alone = unified_contrastive_loss(
-        images, texts[text_index], class_ids, 40.0, form="dense", text_class_ids=class_ids
-    )
-    gradients = torch.autograd.grad(alone, inputs)
     if world_size == 1:
         write_feature_gradients(Ranks(), str(tmp_path))
     else:
         run_on_ranks(write_feature_gradients, world_size, str(tmp_path))
-    for form in ("dense", "tiled"):
-        results = [
-            torch.load(tmp_path / f"{form}{rank}.pt", weights_only=True)
-            for rank in range(world_size)
-        ]
-        for loss, _, _ in results:
-            assert loss == pytest.approx(alone.item(), rel=1e-13)
-        of_images = torch.cat([of_images for _, of_images, _ in results])
-        of_texts = torch.stack([of_texts for _, _, of_texts in results]).sum(dim=0)
-        torch.testing.assert_close(of_images, gradients[0], rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(of_texts, gradients[1], rtol=1e-10, atol=1e-14)
+    images, texts, text_index, class_ids = ragged_features()
+    scale, bias = torch.tensor([40.0, -10.0], dtype=torch.float64).requires_grad_().unbind()
+    inputs = [images.requires_grad_(), texts.requires_grad_(), scale, bias]
+    plain = images, texts[text_index], class_ids
+    for name, alone in (
+        ("softmax", unified_contrastive_loss(*plain, scale, form="dense")),
+        ("sigmoid", sigmoid_contrastive_loss(*plain, scale, bias, form="dense")),
+    ):
+        learnt = inputs if name == "sigmoid" else inputs[:3]
+        gradients = torch.autograd.grad(alone, learnt, retain_graph=True)
+        for form in ("dense", "tiled"):
+            results = [
+                torch.load(tmp_path / f"{name}-{form}{rank}.pt", weights_only=True)
+                for rank in range(world_size)
+            ]
+            for loss, *_ in results:
+                assert loss == pytest.approx(alone.item(), rel=1e-13)
+            _, of_images, *of_all = zip(*results, strict=True)
+            found = [torch.cat(of_images), *(torch.stack(parts).sum(dim=0) for parts in of_all)]
+            for ours, expected in zip(found, gradients, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.dist

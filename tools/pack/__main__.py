@@ -22,7 +22,8 @@ import tyro
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.distributed.signals import EXIT_FAULT
-from unicl_fast.packing.build import BuildOptions, BuildSummary
+from unicl_fast.packing.build import BuildSummary
+from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
@@ -93,6 +94,11 @@ class Build(BuildOptions, _SourcesAndOut):
     ] = ()
     """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
     then all must hold."""
+    min_score: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=NUMBER")
+    ] = ()
+    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
+    several times."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""

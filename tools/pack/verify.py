@@ -14,7 +14,7 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import sample_key
 from unicl_fast.images.check import MAX_PIXELS
-from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.packing.verify import VerifySummary, verify_dataset

@@ -207,7 +207,7 @@ def write_export(
                 "model_type": "unicl",
                 "architectures": ["UniCL"],
                 "num_parameters": num_parameters(model),
-                "logit_scale": model.logit_scale.item(),
+                **logits_of(model),
                 "origin": dict(origin),
                 "config": _finite(config_to_dict(config)),
                 "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},
@@ -216,6 +216,12 @@ def write_export(
         write_json(aside / "preprocessor_config.json", Preprocessing.of(config).for_transformers())
         card = _model_card(model, origin=origin, license=license)
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def logits_of(model: UniCL) -> dict[str, float]:
+    """The logarithm of the scale of the logits, and their bias where the model has one."""
+    bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias.item()}
+    return {"logit_scale": model.logit_scale.item(), **bias}
 
 
 def _publishable(config: TrainConfig) -> TrainConfig:
@@ -294,7 +300,7 @@ with torch.inference_mode():
     images = prepare(Image.open("FILE").convert("RGB")).unsqueeze(0)
     tokens = {tokenizer}(["a photo of a cat", "a photo of a dog"])
     products = model.encode_image(images) @ model.encode_text(tokens).T
-    print((model.logit_scale.exp() * products).softmax(dim=-1))
+    print({probabilities})
 ```
 
 Or: `unicl-eval zero-shot --checkpoint FOLDER --data DIR`.
@@ -317,6 +323,10 @@ def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str
         "scale of the logits": f"{model.logit_scale.detach().exp().item():.4g}",
         **origin,
     }
+    probabilities = "(model.logit_scale.exp() * products).softmax(dim=-1)"
+    if model.logit_bias is not None:
+        rows["bias of the logits"] = f"{model.logit_bias.item():.4g}"
+        probabilities = "(model.logit_scale.exp() * products + model.logit_bias).sigmoid()"
 
     def in_a_cell(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
@@ -329,5 +339,6 @@ def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str
         rows="\n".join(f"| {key} | {in_a_cell(value)} |" for key, value in rows.items()),
         of=of,
         interpolation=of.interpolation.upper(),
+        probabilities=probabilities,
         tokenizer=f"Tokenizer({'' if of.context_length == 77 else of.context_length})",
     )

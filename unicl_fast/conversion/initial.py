@@ -93,6 +93,7 @@ class _Loading:
         self.tensors: dict[str, Tensor] = {}
         self._taken: list[str] = []
         self._fresh: list[str] = []
+        self._left_out = list(source.left_out)
 
     def check_settings(self, *, image: bool, text: bool) -> None:
         """Refuses a source whose towers are not those of the settings; names all that differ.
@@ -173,6 +174,13 @@ class _Loading:
         """Takes the scale of the logits where it is learnt, and rows of the same classes."""
         if self._model.logit_scale.requires_grad and "logit_scale" in self._source.tensors:
             self._take("", {"logit_scale": self._source.tensors["logit_scale"]}, "logit_scale")
+        bias = self._source.tensors.get("logit_bias")
+        if bias is not None and self._model.logit_bias is not None:
+            self._take("", {"logit_bias": bias}, "logit_bias")
+        elif bias is not None:
+            self._left_out.append("logit_bias, which objective.form=softmax does not see")
+        elif self._model.logit_bias is not None:
+            self._fresh.append("logit_bias, which the source lacks")
         if self._model.class_rows is not None:
             rows = self._source.tensors.get("class_rows")
             if rows is not None and rows.shape == self._model.class_rows.shape:
@@ -185,7 +193,7 @@ class _Loading:
         """Logs what was taken, what stays fresh and what was left out."""
         source = self._source
         text = f"model.{self._option}={source.name}: loaded {'; '.join(self._taken)}"
-        for what, names in (("fresh", self._fresh), ("left out", source.left_out)):
+        for what, names in (("fresh", self._fresh), ("left out", self._left_out)):
             text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
         logger.info("%s", text)
 

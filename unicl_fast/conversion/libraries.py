@@ -30,6 +30,7 @@ from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.conversion.export import (
     Samples,
     images_for,
+    logits_of,
     new_folder,
     require_equal,
     write_json,
@@ -159,7 +160,7 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
                 found = run(inputs[rows])
                 differences.append(require_equal(features[rows], found, what=f"{name}_features"))
         values = Preprocessing.of(model.config).as_words()
-        values["logit_scale"] = model.logit_scale.item()
+        values |= logits_of(model)
         write_json(aside / "preprocessing.json", values)
     return max(differences)
 

@@ -70,7 +70,6 @@ _RESNETS = {
 }
 """By width and layers of the stages: timm's name."""
 _LEFT_OUT = {
-    "logit_bias": "a constant added to all logits, which no softmax sees",
     **dict.fromkeys(
         ("attn_mask", "input_resolution", "context_length", "vocab_size"), "no weights"
     ),
@@ -192,7 +191,7 @@ def from_open_clip(
         part, dot, kind = name.removeprefix("visual.").rpartition(".")
         if name in _LEFT_OUT:
             left_out.append(name)
-        elif name == "logit_scale":
+        elif name in ("logit_scale", "logit_bias"):
             ours[name] = tensor.reshape([])
         elif name == "visual.proj":
             ours["image_projection"] = tensor
@@ -313,8 +312,10 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
     }
     if config.text_activation == "gelu_tanh":
         text["act_kwargs"] = {"approximate": "tanh"}
+    bias = {} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}
     return {
         "embed_dim": config.embed_dim,
+        **bias,
         # of the text encoder; timm's models have their own
         "quick_gelu": config.text_activation == "quick_gelu",
         "vision_cfg": vision,

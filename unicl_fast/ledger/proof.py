@@ -2,7 +2,8 @@
 
 Nothing of the plan is used: the ids alone must say it. An epoch of a source of N samples is N draws
 of it one after another; it is complete and right when no sample came twice, for then each came
-once. Memory is one bit a sample and some megabytes, however long the run.
+once. Under `data.balance` an epoch has fewer draws, by the headers, and no sample comes twice.
+Memory is one bit a sample and some megabytes, however long the run.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Run:
     global_batch_size: int
     sizes: list[int]
     """Samples of each source."""
+    balance: int = 0
+    """`data.balance`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +59,19 @@ class SourceProof:
 
     name: str
     num_samples: int
+    epoch_size: int
+    """Draws of an epoch: the samples, or fewer under `data.balance`."""
     draws: int
     scheduled_twice: int
     """Draws of a sample that the same epoch had drawn before."""
     lost: int
-    """Samples that a complete epoch did not draw."""
+    """Samples that a complete epoch did not draw, where an epoch draws all."""
     unknown: int
     """Draws of samples that the source does not have."""
 
     @property
     def complete_epochs(self) -> int:
-        return self.draws // self.num_samples
+        return self.draws // self.epoch_size
 
     @property
     def holds(self) -> bool:
@@ -297,6 +302,7 @@ def _run_of(header: SegmentHeader) -> Run:
         seed=header.seed,
         global_batch_size=header.global_batch_size,
         sizes=[source.num_samples for source in header.sources],
+        balance=header.balance,
     )
 
 
@@ -384,13 +390,22 @@ class EpochCounter:
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
         self._sources = list(sources)
         sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
+        epoch_sizes = np.array([source.epoch_size for source in sources], dtype=np.int64)
         first_words = np.concatenate([[0], np.cumsum((sizes + 63) // 64)]).astype(np.int64)
         seen = np.zeros(first_words[-1], dtype=np.uint64)
         self._draws = np.zeros(len(sizes), dtype=np.int64)
         self._counts = np.zeros((len(sizes), 3), dtype=np.int64)
         # kind, source, epoch, sample, number of the draw in the whole run (-1 for lost ones)
         self._examples = np.full((_MOST_EXAMPLES, 5), -1, dtype=np.int64)
-        self._state = (sizes, first_words, seen, self._draws, self._counts, self._examples)
+        self._state = (
+            sizes,
+            epoch_sizes,
+            first_words,
+            seen,
+            self._draws,
+            self._counts,
+            self._examples,
+        )
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
         """Counts draws in their order: rows `ids` of the sources, both of any shape.
@@ -406,6 +421,7 @@ class EpochCounter:
             SourceProof(
                 name=source.name,
                 num_samples=source.num_samples,
+                epoch_size=source.epoch_size,
                 draws=int(draws),
                 scheduled_twice=int(counts[_TWICE]),
                 lost=int(counts[_LOST]),
@@ -433,11 +449,11 @@ class EpochCounter:
 
 @kernel
 def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
-    sizes, first_words, seen, draws, counts, examples = state
+    sizes, epoch_sizes, first_words, seen, draws, counts, examples = state
     one = np.uint64(1)
     for i in range(ids.size):
         source, sample = source_ids[i], ids[i]
-        epoch = draws[source] // sizes[source]
+        epoch = draws[source] // epoch_sizes[source]
         kind = -1
         if sample < 0 or sample >= sizes[source]:
             kind = _UNKNOWN
@@ -450,9 +466,9 @@ def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
         if kind >= 0:
             _add_fault(counts, examples, kind, source, epoch, sample, first + i)
         draws[source] += 1
-        if draws[source] % sizes[source] == 0:
-            # the epoch is over: samples that were not seen in it are lost
-            for sample in range(sizes[source]):
+        if draws[source] % epoch_sizes[source] == 0:
+            # the epoch is over: samples that were not seen in it are lost, if it is of all
+            for sample in range(sizes[source] if epoch_sizes[source] == sizes[source] else 0):
                 word = first_words[source] + (sample >> 6)
                 if not seen[word] & (one << np.uint64(sample & 63)):
                     _add_fault(counts, examples, _LOST, source, epoch, sample, -1)

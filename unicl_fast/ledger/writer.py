@@ -51,6 +51,7 @@ class Ledger:
         shares: Sequence[int],
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
+        balance: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -71,6 +72,7 @@ class Ledger:
             shares=tuple(shares),
             shuffle_window=shuffle_window,
             shuffle_groups=shuffle_groups,
+            balance=balance,
         )
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1

@@ -47,7 +47,7 @@ def freeze(model: UniCL) -> None:
             parameter.requires_grad_(False)
     model.frozen = found
     left = {name for name, one in model.named_parameters() if one.requires_grad}
-    if not left - {"logit_scale"}:
+    if not left - {"logit_scale", "logit_bias"}:
         raise ValueError(
             f"optim.freeze={' '.join(model.config.optim.freeze)} leaves nothing to train: leave "
             "something out"

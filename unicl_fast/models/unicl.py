@@ -6,6 +6,7 @@ This is the model and how it is built from a config. Files of weights are the bu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,8 @@ class UniCL(nn.Module):
     `text_encoder` and `text_projection` are None where the objective has no texts. SupCon compares
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
-    bias beside it, as `model.image_projection` and `model.text_projection` say.
+    bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
+    None but under `objective.form=sigmoid`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -90,9 +92,12 @@ class UniCL(nn.Module):
                     model.text_projection, model.text_width, model.embed_dim
                 )
         self.logit_scale = nn.Parameter(
-            torch.tensor(0.0 if classifies else model.logit_scale_init),
+            torch.tensor(_initial_logit_scale(config)),
             requires_grad=model.learn_logit_scale and not classifies,
         )
+        self.logit_bias = None
+        if objective.form == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(model.logit_bias_init))
         if config.efficiency.activation_checkpointing:
             for encoder in self.encoders:
                 checkpoint_blocks(encoder)
@@ -145,8 +150,8 @@ class UniCL(nn.Module):
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"], Float[Tensor, ""]]:
-        """Computes image features, the features they are contrasted with, and their scale.
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"], Float[Tensor, ""], Tensor | None]:
+        """Computes image features, the features they are contrasted with, their scale and bias.
 
         Those are the features of texts if there are tokens, else the learnt rows of classes, else
         the images' own. `after_texts` may begin to send the texts' to other ranks, and returns what
@@ -159,7 +164,7 @@ class UniCL(nn.Module):
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        return features, contrast, self.logit_scale.exp()
+        return features, contrast, self.logit_scale.exp(), self.logit_bias
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
@@ -169,6 +174,14 @@ class UniCL(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keeps the learnt log-scale at or below its maximum; called after each update."""
         self.logit_scale.clamp_(max=self.config.model.logit_scale_max)
+
+
+def _initial_logit_scale(config: TrainConfig) -> float:
+    if config.objective.name == "ce":  # which has none
+        return 0.0
+    if config.model.logit_scale_init is not None:
+        return config.model.logit_scale_init
+    return math.log(10) if config.objective.form == "sigmoid" else math.log(1 / 0.07)
 
 
 def project(

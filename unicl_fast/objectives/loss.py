@@ -10,6 +10,8 @@ texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of co
 times; positives need only sums over classes (`positives.py`); from 2^20 logits on none is stored
 (`loss_tiled.py`, and on a GPU `loss_triton.py`).
 
+`sigmoid_contrastive_loss` is SigLIP's form with the same positives: a question for each pair.
+
 The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
 complete; the function `all_reduce` that the training step hands in completes its columns.
 """
@@ -23,10 +25,18 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from unicl_fast.config import LossForm
+from unicl_fast.objectives.loss_sigmoid import TiledSigmoid
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
-from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
+from unicl_fast.objectives.positives import (
+    Membership,
+    Positives,
+    as_membership,
+    find_positives,
+    of_unit_length,
+)
 from unicl_fast.system.machine import obstacle_to_triton
 
 # "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
@@ -168,6 +178,79 @@ def unified_contrastive_loss(
         return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
+def sigmoid_contrastive_loss(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    class_ids: Int[Tensor, " b"] | Membership,
+    scale: Float[Tensor, ""] | float,
+    bias: Float[Tensor, ""] | float,
+    *,
+    text_class_ids: Int[Tensor, " u"] | Membership | None = None,
+    text_counts: Int[Tensor, " u"] | None = None,
+    form: LossForm = "auto",
+    all_reduce: AllReduce = one_rank,
+) -> Float[Tensor, ""]:
+    """The sigmoid form: each pair of an image and a text is a positive one or not.
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, with any number
+    of positives: with the logits z_ik = s u_i.v_k + bias, m_k samples that have text k, and the
+    weights W_ik of pairs as positives, it is the cross-entropy of sigmoid(z_ik) against W_ik,
+
+        L = 1/b sum_ik m_k ( log(1 + exp(z_ik)) - W_ik z_ik )
+
+    All classes distinct is SigLIP's loss.
+
+    Args:
+        image_features: of unit norm.
+        text_features: of unit norm, the distinct texts.
+        class_ids: any int64; or a `Membership`, for several labels an image. W is then the cosine
+            of the rows of Y: 1 for the same labels, 0 for none in common, and never more, which no
+            sigmoid could reach.
+        scale: factor of the products, exp(logit_scale).
+        bias: added to all logits.
+        text_class_ids: None takes `class_ids`, one text for each image.
+        text_counts: how many samples have each text; None means 1.
+        form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
+        all_reduce: is handed the images' mean loss alone, as rows need nothing of other ranks.
+
+    Returns:
+        A scalar of the types of `unified_contrastive_loss`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or "triton", which has no kernels for it.
+    """
+    if form == "triton":
+        raise ValueError(
+            "form triton has kernels for the softmax form only: take auto, dense or tiled"
+        )
+    if text_class_ids is None:
+        text_class_ids = class_ids
+    b, u = len(image_features), len(text_features)
+    _check_shapes(image_features, text_features, class_ids, text_class_ids, text_counts, False)
+    dense = stores_logits(form, b * u, image_features.device.type)
+    with torch.autocast(image_features.device.type, enabled=False):
+        images, texts, arithmetic = _as_operands(image_features, text_features, dense=dense)
+        if isinstance(class_ids, Membership):
+            class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
+        if isinstance(text_class_ids, Membership):
+            text_class_ids = of_unit_length(
+                as_membership(text_class_ids, arithmetic), num_samples=u
+            )
+        scale, bias = (
+            torch.as_tensor(one, dtype=arithmetic, device=images.device) for one in (scale, bias)
+        )
+        counts = None if text_counts is None else text_counts.to(arithmetic)
+        if dense:
+            weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+            logits = scale * (images @ texts.T) + bias
+            pairs = F.softplus(logits, threshold=40) - weights * logits
+            losses = pairs.sum(dim=1) if counts is None else pairs @ counts
+        else:
+            positives = find_positives(class_ids, text_class_ids, b, u, dtype=arithmetic)
+            losses = TiledSigmoid.apply(images, texts, scale, bias, counts, *positives)  # type: ignore[no-untyped-call]
+        return all_reduce(None, losses.mean())[1]
+
+
 def stores_logits(form: LossForm, num_logits: int, device_type: str) -> bool:
     """Whether a form holds all logits at once; "auto" does while they are few."""
     smallest_tiled = _SMALLEST_TILED.get(device_type, _SMALLEST_TILED["cpu"])
@@ -192,12 +275,8 @@ def logit_statistics(
     b, u = len(image_features), len(text_features)
     if form == "auto":
         form = _fastest_form(b * u, image_features.device)
-    operands = torch.promote_types(image_features.dtype, text_features.dtype)
-    arithmetic = torch.promote_types(operands, torch.float32)
-    if operands == torch.float16 or form == "dense":
-        operands = arithmetic  # the gradients of logits are too small for fp16
+    images, texts, arithmetic = _as_operands(image_features, text_features, dense=form == "dense")
     counts = None if text_counts is None else text_counts.to(arithmetic)
-    images, texts = image_features.to(operands), text_features.to(operands)
     scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
     if form == "dense":
         weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
@@ -208,6 +287,17 @@ def logit_statistics(
     )
     tiles_type = _triton_tiles() if form == "triton" else TorchTiles
     return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type)
+
+
+def _as_operands(
+    image_features: Tensor, text_features: Tensor, *, dense: bool
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Features in the type of the products, and the type of all else."""
+    operands = torch.promote_types(image_features.dtype, text_features.dtype)
+    arithmetic = torch.promote_types(operands, torch.float32)
+    if operands == torch.float16 or dense:
+        operands = arithmetic  # the gradients of logits are too small for fp16
+    return image_features.to(operands), text_features.to(operands), arithmetic
 
 
 def _fastest_form(num_logits: int, device: torch.device) -> LossForm:

@@ -100,9 +100,9 @@ class TiledStatistics(torch.autograd.Function):
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for rows, columns, gradient in tiles.gradients(*of_logs):
             if grad_images is not None:
-                _add_product(grad_images[rows], gradient, texts[columns])
+                add_product(grad_images[rows], gradient, texts[columns])
             if grad_texts is not None:
-                _add_product(grad_texts[columns], gradient.T, images[rows])
+                add_product(grad_texts[columns], gradient.T, images[rows])
         if grad_images is not None:
             grad_scale = (grad_images * images).sum() if want_scale else None
             grad_images = grad_images.mul_(scale).to(images.dtype)
@@ -226,7 +226,7 @@ def _accumulate(logits: Tensor, scratch: Tensor, dim: int, maxima: Tensor, sums:
     sums.add_(torch.sub(logits, grown.unsqueeze(dim), out=scratch).exp2_().sum(dim))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

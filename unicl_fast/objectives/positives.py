@@ -126,6 +126,23 @@ def as_membership(class_ids: Int[Tensor, " n"] | Membership, dtype: torch.dtype)
     return Membership(samples, class_ids, torch.ones_like(class_ids, dtype=dtype))
 
 
+def of_unit_length(membership: Membership, *, num_samples: int) -> Membership:
+    """Divides each row of Y by its Euclidean length, so that Y Y^T holds cosines, 1 at the most.
+
+    Entries of the same (sample, label) are one entry of Y. A sample without labels stays so.
+    """
+    order = membership.labels.argsort(stable=True)
+    order = order[membership.samples[order].argsort(stable=True)]
+    samples, labels, weights = (field[order] for field in membership)
+    begins = torch.ones_like(samples)
+    begins[1:] = (samples[1:] != samples[:-1]) | (labels[1:] != labels[:-1])
+    entry_of_y = begins.cumsum(0) - 1
+    sums = torch.zeros_like(weights).index_add(0, entry_of_y, weights)[entry_of_y]
+    squares = weights.new_zeros(num_samples).index_add(0, samples, weights * sums)
+    lengths = torch.where(squares > 0, squares.sqrt(), 1)
+    return membership._replace(weights=membership.weights / lengths[membership.samples])
+
+
 def _by_rows(rows: Tensor, columns: Tensor, values: Tensor, *, num_rows: int) -> SparseRows:
     rows, order = rows.sort(stable=True)
     offsets = torch.searchsorted(rows, torch.arange(num_rows, device=rows.device))

@@ -6,30 +6,33 @@ The chapters: read the sources (`sources`), number their labels, choose and shuf
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
+from unicl_fast.packing.build_options import BuildOptions
+from unicl_fast.packing.filters import apply_filters
 from unicl_fast.packing.quarantine import (
     LeaveOut,
     choose_listed,
+    count_left_out,
     describe_left_out,
     read_retry,
     require_same_classes,
 )
-from unicl_fast.packing.ray_engine import Engine, check_on_ray, require_engine
+from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import (
     LabelSpace,
     Samples,
@@ -42,7 +45,7 @@ from unicl_fast.packing.samples import (
     reorder,
     shuffled_order,
 )
-from unicl_fast.packing.sources.items import Item, Label, ListOptions, Problem, Source
+from unicl_fast.packing.sources.items import Item, Label, Problem, Source
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import require_there
@@ -53,158 +56,6 @@ from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.wording import count_of_kind
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
-
-DEFAULT_IMAGE_SECONDS = 30.0
-"""A hundred times what the largest ordinary photograph takes."""
-
-_FREE_TO_CHANGE = {"restart", "workers", "engine"}
-"""Options that a build need not repeat to resume: they leave no trace in the data set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildOptions:
-    """The options of a build; the texts below are the help of `unicl-pack build`."""
-
-    seed: int = 0
-    """Decides the order of the samples, shuffled over all sources."""
-    class_names: str = ""
-    """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
-    (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
-    n01440764). By default the labels found are the names, sorted, blanks for underscores."""
-    templates: str = ""
-    """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
-    (80 prompts) or simple (1). By default imagenet where there are labels."""
-    image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file, path or
-    file_name."""
-    caption_column: str = ""
-    """Column with captions, if it is not called caption, captions or text; in tars, field of
-    KEY.json."""
-    label_column: str = ""
-    """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
-    into --class-names. For CIFAR-100, coarse_labels."""
-    image_root: str = ""
-    """Folder or zip that image paths in lists are relative to; by default the list's folder, and
-    for COCO's files the one that is called as they are (val2017) or images."""
-    where: Sequence[str] = ()
-    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
-    then all must hold."""
-    leave_out: str = ""
-    """A CSV file with the columns source and name: images to leave out, such as inspect's
-    --duplicates-list writes."""
-    duplicates: Literal["keep", "join"] = "keep"
-    """Files that are equal byte for byte: keep them all, or join them into one sample with the
-    captions and labels of all. Those that were joined into another are listed in
-    OUT/quarantine.csv. Files that share their size with another are then read twice."""
-    retry: str = ""
-    """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
-    labels numbered as in that build, so that both can be trained on together."""
-    resize: str = ""
-    """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
-    them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
-    down or up until the shorter side has so many, and cuts the longer one at both ends."""
-    quality: int | None = None
-    """1 to 100, by default 90: of images that become JPEG or WebP with --format, or were scaled
-    with --resize. Refused where nothing would be encoded with it."""
-    format: ImageFormat = "keep"
-    """keep: images stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
-    png: all become files of that format; plain ones that are already, and need no scaling, stay
-    byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
-    makes training's input several times as fast; all must be of one size, and take 3 bytes a
-    pixel. docs/data.md compares them."""
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    """Largest size of a shard, in bytes."""
-    max_pixels: int = MAX_PIXELS
-    """An image with more pixels is left out by what its header says, before it is decoded. A
-    worker's memory is limited to what so many pixels may need: 5 GB by default."""
-    image_seconds: float = DEFAULT_IMAGE_SECONDS
-    """An image that takes longer to read and check is left out, as is one that crashes a decoder;
-    both are tried twice. 0 waits for ever."""
-    workers: int = 0
-    """Processes that read and check images; 0 takes one for each core, here or of the cluster."""
-    engine: Engine = "local"
-    """Read and check images in processes of this machine, or on a Ray cluster (pip install
-    'unicl_fast[ray]'), whose machines must see sources, --out and --work under the same paths. The
-    data set is the same."""
-    restart: bool = False
-    """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
-
-    def check(self) -> ImageOptions:
-        """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
-        _require_in("--seed", self.seed, 0, 2**63 - 1)
-        _require_in("--workers", self.workers, 0, 1024)
-        _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
-        _require_in("--image-seconds", self.image_seconds, 0, 86_400)
-        require_engine(self.engine)
-        self.lists.conditions()
-        short_side, square_side = self._resized_to()
-        return ImageOptions(
-            short_side=short_side,
-            square_side=square_side,
-            quality=self._used_quality(),
-            max_pixels=self.max_pixels,
-            seconds=self.image_seconds,
-            format=self.format,
-        )
-
-    @property
-    def lists(self) -> ListOptions:
-        """The options of lists."""
-        return ListOptions(
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            label_column=self.label_column,
-            image_root=self.image_root,
-            where=tuple(self.where),
-        )
-
-    def _resized_to(self) -> tuple[int, int]:
-        """`short:256` -> (256, 0), `square:32` -> (0, 32), nothing -> (0, 0)."""
-        if not self.resize:
-            return 0, 0
-        kind, _, number = self.resize.partition(":")
-        if kind not in ("short", "square") or not number.isdecimal() or not int(number) >= 1:
-            raise ValueError(
-                "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as "
-                f"square:32, not {self.resize!r}"
-            )
-        pixels = int(number)
-        if kind == "short":
-            return pixels, 0
-        if pixels > MAX_SIDE or pixels**2 > self.max_pixels:
-            raise ValueError(
-                f"--resize {self.resize} would make images of {pixels**2:,} pixels; at most "
-                f"{self.max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are taken"
-            )
-        return 0, pixels
-
-    def _used_quality(self) -> int:
-        """The quality of what is encoded; one that nothing would be encoded with is refused."""
-        known = get_args(ImageFormat)
-        if self.format not in known:
-            raise ValueError(
-                f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {self.format!r}"
-            )
-        if self.quality is None:
-            return RESIZE_QUALITY
-        _require_in("--quality", self.quality, 1, 100)
-        if self.format in ("png", "raw"):
-            raise ValueError(
-                f"--quality has no meaning with --format {self.format}, which keeps every pixel as "
-                "it is: leave it out, or take --format jpeg or webp"
-            )
-        if self.format == "keep" and not self.resize:
-            raise ValueError(
-                "--quality would change nothing: without --resize, --format keep encodes only what "
-                "no decoder should meet, at 95; leave it out, or add --resize or --format jpeg or "
-                "webp"
-            )
-        return self.quality
-
-
-def _require_in(name: str, value: float, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,8 +90,10 @@ class BuildSummary(PackedSummary):
     num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
+    left_out_by_kind: dict[str, int]
+    """How many images quarantine.csv lists of each kind: damage, duplicates and filters."""
     passed_over: dict[str, int]
-    """Files and rows that were not tried, by reason."""
+    """Files and rows that were not tried, and captions that were dropped, by reason."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
@@ -295,7 +148,7 @@ def build_dataset(
     with WorkFolder(out, restart=chosen.restart) as work:
         if not work.is_complete:
             require_free(out)
-        repeated = {k: v for k, v in asdict(chosen).items() if k not in _FREE_TO_CHANGE}
+        repeated = chosen.repeated()
         repeated["source_names"] = list(source_names)
         work.require_same("options", describe_options(paths, repeated))
         if stored:
@@ -314,8 +167,9 @@ def build_dataset(
             values["image_size"] = (pixels.height, pixels.width)
         if work.is_complete:
             outcome |= {"num_taken_over": values["num_samples"], "was_complete": True}
+        kinds = count_left_out(out / QUARANTINE_NAME)
         quarantined = describe_left_out(out / QUARANTINE_NAME)
-        summary = BuildSummary(**values, **outcome, quarantined=quarantined)
+        summary = BuildSummary(**values, **outcome, quarantined=quarantined, left_out_by_kind=kinds)
         work.remove()
     return summary
 
@@ -426,7 +280,46 @@ def _read(
             workers=options.workers or usable_cores(),
             progress=progress,
         )
-    return samples, space, numbers, templates, passed_over
+    samples, dropped = apply_filters(
+        samples,
+        functools.partial(_hash_all, images=images, options=options, progress=progress),
+        caption_words=(options.min_caption_words, options.max_caption_words),
+        near_duplicates=options.near_duplicates,
+        concepts=options.concepts,
+        concept_cap=options.concept_cap,
+        seed=options.seed,
+    )
+    return samples, space, numbers, templates, passed_over + dropped
+
+
+def _hash_all(
+    samples: Samples, *, images: ImageOptions, options: BuildOptions, progress: bool
+) -> Iterator[int | None]:
+    """The perceptual hash of each sound sample in order, by workers; None for damaged ones."""
+    check = check_on_ray if options.engine == "ray" else check_in_order
+    results = check(
+        (
+            Task(name=item.name, entry=item.entry)
+            for _, item in samples
+            if item.problem is None and item.entry is not None
+        ),
+        # decoded and not encoded
+        options=replace(
+            images, format="raw", short_side=0, square_side=0, return_images=False, hash_images=True
+        ),
+        context_length=0,
+        workers=options.workers,
+    )
+    bar = tqdm(
+        results,
+        total=len(samples),
+        desc="hashing",
+        unit=" images",
+        disable=not progress,
+        smoothing=0.1,
+    )
+    for result in bar:
+        yield None if isinstance(result, Problem) else result.phash
 
 
 def _number_labels(

@@ -10,6 +10,7 @@ refused.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import re
 from collections import Counter
@@ -77,14 +78,16 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
         )
 
 
+def count_left_out(path: Path) -> dict[str, int]:
+    """How many samples a quarantine.csv lists by kind, most first."""
+    return dict(Counter(row.kind for row in read_left_out(path)).most_common())
+
+
 def describe_left_out(path: Path) -> str:
-    """How many samples a quarantine.csv lists by kind, and the first few reasons, as text."""
-    counts: Counter[str] = Counter()
-    reasons: list[str] = []
-    for row in read_left_out(path):
-        counts[row.kind] += 1
-        if len(reasons) < _REASONS_SHOWN:
-            reasons.append(f"  {row.name}: {row.message}")
+    """The counts by kind and the first few reasons, as text."""
+    counts = Counter(count_left_out(path))
+    first = itertools.islice(read_left_out(path), _REASONS_SHOWN)
+    reasons = [f"  {row.name}: {row.message}" for row in first]
     return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts.most_common()), *reasons])
 
 

@@ -30,7 +30,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
-from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order

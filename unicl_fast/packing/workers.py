@@ -93,6 +93,8 @@ class Checked:
     image: CheckedImage
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
+    phash: int = 0
+    """The perceptual hash, of 64 bits, where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +113,11 @@ class ImageOptions:
     """The format of sound images; packed only looks at them (`images.check_image`)."""
     return_images: bool = True
     """Results bring the images' bytes; a verification needs only their properties."""
+    min_side: int = 0
+    max_aspect: float = 0.0
+    """Images that are smaller or longer are refused, as by `images.check_image`."""
+    hash_images: bool = False
+    """Results bring the images' perceptual hashes, for which they are decoded once more."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -303,19 +310,19 @@ def _pack(result: Checked | Problem) -> tuple[Any, ...]:
         return result.kind, result.message
     image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
     properties = image.extension, image.height, image.width, image.reencoded
-    return (image.data, *properties, result.xxh3, tokens)
+    return (image.data, *properties, result.xxh3, tokens, result.phash)
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    data, extension, height, width, reencoded, xxh3, tokens = answer
+    data, extension, height, width, reencoded, xxh3, tokens, phash = answer
     image = CheckedImage(
         data=data, extension=extension, height=height, width=width, reencoded=reencoded
     )
     ids = [np.frombuffer(each, np.uint16) for each in tokens]
-    return Checked(image=image, xxh3=xxh3, tokens=ids)
+    return Checked(image=image, xxh3=xxh3, tokens=ids, phash=phash)
 
 
 # From here on: what runs inside the process.
@@ -377,14 +384,22 @@ class ImageChecker:
             return Problem("failed", f"{type(error).__name__}: {error}")
 
     def _check(self, task: Task) -> Checked | Problem:
+        data = task.entry.read(max_bytes=self._options.max_file_bytes)
         image = check_image(
-            task.entry.read(max_bytes=self._options.max_file_bytes),
+            data,
             short_side=self._options.short_side,
             square_side=self._options.square_side,
             quality=self._options.quality,
             max_pixels=self._options.max_pixels,
+            min_side=self._options.min_side,
+            max_aspect=self._options.max_aspect,
             format=self._options.format,
         )
+        phash = 0
+        if self._options.hash_images:
+            from unicl_fast.packing.near_duplicates import perceptual_hash  # few builds need it
+
+            phash = perceptual_hash(data)
         if task.size is not None and (image.height, image.width) != task.size:
             image = dataclasses.replace(image, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []
@@ -397,4 +412,4 @@ class ImageChecker:
         xxh3 = xxhash.xxh3_64_intdigest(image.data)
         if not self._options.return_images:
             image = dataclasses.replace(image, data=b"")
-        return Checked(image=image, xxh3=xxh3, tokens=tokens)
+        return Checked(image=image, xxh3=xxh3, tokens=tokens, phash=phash)

@@ -110,16 +110,19 @@ def back_propagate_in_micro_batches(
     with torch.no_grad(), autocast():
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.logit_scale.exp()
+    bias = None if model.logit_bias is None else model.logit_bias.detach()
+    logits_are_of = [scale] if bias is None else [scale, bias]
     begin("loss")
     loss = columns.contrast(
         image_features.requires_grad_(),
         texts_of_all,
         class_ids=batch.class_ids,
         scale=scale.requires_grad_(),
+        bias=None if bias is None else bias.requires_grad_(),
         form=config.efficiency.loss,
     )
-    image_gradient, text_gradient, scale_gradient = torch.autograd.grad(
-        scale_loss(loss), [image_features, text_features, scale]
+    image_gradient, text_gradient, *others = torch.autograd.grad(
+        scale_loss(loss), [image_features, text_features, *logits_are_of]
     )
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
@@ -142,9 +145,9 @@ def back_propagate_in_micro_batches(
         text_features.backward(gradient)
     begin("forward")
     with autocast():
-        last_features = encode(input_of(*pixels[-1]), *texts[-1])
+        last = [one for one in encode(input_of(*pixels[-1]), *texts[-1]) if one is not None]
     begin("backward")
-    back_propagate_learnt(last_features, [image_gradients[-1], text_gradients[-1], scale_gradient])
+    back_propagate_learnt(last, [image_gradients[-1], text_gradients[-1], *others])
     return loss.detach()
 
 

@@ -8,7 +8,8 @@
 The other objectives are the same loss with other operands: for SupCon the texts are the images
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
 gathered. For CLIP it is the same call: whoever makes the batch gives each text a class of its own.
-docs/objectives.md.
+Under the sigmoid form images and texts go to `sigmoid_contrastive_loss`, which needs nothing of
+other ranks' images. docs/objectives.md.
 
 Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
 so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
@@ -41,15 +42,17 @@ from unicl_fast.objectives.loss import (
     AllReduce,
     LogitStatistics,
     one_rank,
+    sigmoid_contrastive_loss,
     unified_contrastive_loss,
 )
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.text.prompts import LABEL_BITS
 
-Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Encode = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 """The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
-them to compute, to image features, the features they are contrasted with, and the scale."""
+them to compute, to image features, the features they are contrasted with, the scale, and the bias
+of the sigmoid form."""
 
 
 def encoder_autocast(
@@ -82,11 +85,16 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
             encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
-        image_features, contrast_features, scale = encode_both(images)
+        image_features, contrast_features, scale, bias = encode_both(images)
     form = config.efficiency.loss
     if columns is not None:
         return columns.contrast(
-            image_features, contrast_features, class_ids=class_ids, scale=scale, form=form
+            image_features,
+            contrast_features,
+            class_ids=class_ids,
+            scale=scale,
+            bias=bias,
+            form=form,
         )
     one_direction = functools.partial(
         unified_contrastive_loss, directions="i2t", form=form, all_reduce=all_reduce_over(ranks)
@@ -216,11 +224,18 @@ class TextColumns:
         *,
         class_ids: Int[Tensor, " b"] | Membership,
         scale: Tensor,
+        bias: Tensor | None = None,
         form: LossForm = "auto",
     ) -> Float[Tensor, ""]:
-        """The loss of this rank's images against what `send` returned: equal on all ranks."""
+        """The loss of this rank's images against what `send` returned: equal on all ranks.
+
+        A bias asks for the sigmoid form.
+        """
         text_class_ids, text_counts = self._receive_tables()
-        return unified_contrastive_loss(
+        loss = unified_contrastive_loss
+        if bias is not None:
+            loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
+        return loss(
             image_features,
             self._features.receive(text_features),
             class_ids,
@@ -252,13 +267,16 @@ def contrast_over_ranks(
     text_class_ids: Int[Tensor, " u"] | Membership,
     text_counts: Int[Tensor, " u"],
     scale: Tensor,
+    bias: Tensor | None = None,
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
     """UniCL and CLIP: this rank's images against all ranks' texts, each logit computed once."""
     columns = TextColumns(text_class_ids, text_counts, ranks)
     texts = columns.send(text_features)
-    return columns.contrast(image_features, texts, class_ids=class_ids, scale=scale, form=form)
+    return columns.contrast(
+        image_features, texts, class_ids=class_ids, scale=scale, bias=bias, form=form
+    )
 
 
 def all_reduce_over(ranks: Ranks) -> AllReduce:

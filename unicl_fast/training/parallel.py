@@ -50,7 +50,7 @@ class Parallel:
             self._whole_copy = sharding.WholeCopy(model)
         if efficiency.compile != "off":
             compile_encoders(model, efficiency.compile)
-        self.encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
+        self.encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = model
         self._reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
         if divides_all:
             sharding.shard_encoders(model, ranks, reduce_type=self._reduce_type)

@@ -298,12 +298,16 @@ def build_trainer(
     if keeps_ledger:
         ledger = Ledger(
             run_folder / LEDGER_FOLDER,
-            sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
+            sources=[
+                LedgerSource(dataset.folder.name, len(dataset), size if size < len(dataset) else 0)
+                for dataset, size in zip(datasets, loader.plan.epoch_sizes, strict=True)
+            ],
             global_batch_size=loader.plan.global_batch_size,
             seed=loader.plan.seed,
             shares=loader.plan.weights,
             shuffle_window=loader.plan.shuffle_window,
             shuffle_groups=loader.plan.shuffle_groups,
+            balance=config.data.balance,
             ranks=ranks,
         )
     return Trainer(

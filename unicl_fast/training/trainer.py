@@ -350,7 +350,9 @@ class Trainer:
         self._scale_loss(loss).backward()
         return loss.detach()
 
-    def _encode_before_loss(self, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_before_loss(
+        self, *inputs: Any, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         features = self.parallel.encode(*inputs, **options)
         self._begin("loss")
         return features
@@ -529,6 +531,7 @@ class Trainer:
             ),
             "nonfinite_steps": self._nonfinite_steps.count,
             "logit_scale": float(self.model.logit_scale.detach()),
+            **self._logit_bias(),
             "lr": self._learning_rate(),
             "replaced_samples": num_replaced,
         }
@@ -538,6 +541,10 @@ class Trainer:
         if self.ranks.is_main:
             self._show(session, batch, values, num_steps=num_steps)
         session.replaced_samples.check(num_replaced)
+
+    def _logit_bias(self) -> dict[str, float]:
+        bias = self.model.logit_bias
+        return {} if bias is None else {"logit_bias": float(bias.detach())}
 
     def _learning_rate(self) -> float:
         """The rate of what belongs to no encoder."""
@@ -655,6 +662,10 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_views(config.data.augment, objective=config.objective.name)
     local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
     check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
+    if config.objective.form == "sigmoid" and config.efficiency.loss == "triton":
+        raise ValueError(
+            "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or tiled"
+        )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
 

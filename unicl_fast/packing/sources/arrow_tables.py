@@ -27,6 +27,7 @@ from unicl_fast.packing.sources.items import (
     choose_columns,
     meets,
     open_regular,
+    too_low,
 )
 from unicl_fast.packing.sources.tables import TableResult, TableTask
 
@@ -71,8 +72,8 @@ def convert(task: TableTask) -> TableResult:
     columns = _choose_columns(task.path, header, task.options)
     names = _class_names(table.schema, task.features, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
-    conditions = task.options.conditions()
-    others = [column for column, _ in conditions]
+    conditions, scores = task.options.conditions(), task.options.scores()
+    others = [column for column, _ in [*conditions, *scores]]
     if set(header) >= _IMG2DATASET:
         others.append("status")
     wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
@@ -80,7 +81,7 @@ def convert(task: TableTask) -> TableResult:
         open(task.rows_file, "w", encoding="ascii") as rows,
         open(task.images_file, "wb") as images,
     ):
-        writer = _RowWriter(columns, others, names, conditions, rows, images)
+        writer = _RowWriter(columns, others, names, conditions, scores, rows, images)
         for first, batch in table.batches(wanted, result.damaged):
             try:
                 writer.write(first, batch, table.offset_of)
@@ -243,9 +244,10 @@ class _RowWriter:
 
     columns: Columns
     others: Sequence[str]
-    """The columns of `conditions`, and img2dataset's `status`."""
+    """The columns of `conditions` and `scores`, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
+    scores: Sequence[tuple[str, float]]
     rows: TextIO
     images: BinaryIO
     num_written: int = 0
@@ -269,7 +271,8 @@ class _RowWriter:
             if not meets(row, self.conditions):
                 passed_over[LEFT_OUT] += 1
                 continue
-            found = self._texts_of(row)
+            low = too_low(row, self.scores)
+            found = self._texts_of(row) if low is None else {"problem": [low.kind, low.message]}
             if "problem" not in found:  # the image of a bad row would be copied for nothing
                 found |= self._image(images, number, offset_of)
             lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")

@@ -13,6 +13,7 @@ import binascii
 import dataclasses
 import functools
 import io
+import math
 import operator
 import os
 import stat
@@ -36,6 +37,8 @@ MAX_CAPTION_BYTES = 100_000
 """Size of the longest caption that is read, in UTF-8. Encoders see its first words, and tokenizing
 takes 140 bytes of memory for each byte."""
 
+LOW_SCORE = "low score"
+"""The kind of rows that `--min-score` leaves out."""
 LEFT_OUT = "rows that --where left out"
 FAILED_DOWNLOADS = "failed downloads of img2dataset"
 """Both are counted in `Source.passed_over` by several readers."""
@@ -285,6 +288,8 @@ class ListOptions:
     """Folder or zip that image paths are relative to; by default the folder of the list."""
     where: Sequence[str] = ()
     """`COLUMN=VALUE` conditions, all of which a row must meet."""
+    min_score: Sequence[str] = ()
+    """`COLUMN=NUMBER`: rows with less there, or no number, have the problem `too_low` finds."""
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; what is not COLUMN=VALUE is a ValueError."""
@@ -294,6 +299,19 @@ class ListOptions:
         return [
             (column, value) for column, _, value in (each.partition("=") for each in self.where)
         ]
+
+    def scores(self) -> list[tuple[str, float]]:
+        """`min_score` as columns and numbers; what is not COLUMN=NUMBER is a ValueError."""
+        found = []
+        for condition in self.min_score:
+            column, _, value = condition.rpartition("=")
+            try:
+                found.append((column, float(value)))
+            except ValueError:
+                column = ""
+            if not column or math.isnan(found[-1][1]):
+                raise ValueError(f"--min-score takes COLUMN=NUMBER, not {condition!r}")
+        return found
 
     def text_columns(self, captions: tuple[str, ...], labels: tuple[str, ...]) -> Columns:
         """The columns of texts, with these for those that are not named."""
@@ -326,7 +344,9 @@ def choose_columns(
         "label": options.label_column,
     }
     asked = [(name, f"--{what}-column") for what, name in named.items() if name]
-    for column, option in [*asked, *((column, "--where") for column, _ in options.conditions())]:
+    asked += [(column, "--where") for column, _ in options.conditions()]
+    asked += [(column, "--min-score") for column, _ in options.scores()]
+    for column, option in asked:
         if column not in header:
             raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
     images, captions, labels = ((name,) if name else find(what) for what, name in named.items())
@@ -343,6 +363,19 @@ def choose_columns(
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
     """Whether a row has all the values that `--where` asks for."""
     return all(_matches(row.get(column), value) for column, value in conditions)
+
+
+def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem | None:
+    """The problem of a row whose scores are below those that `--min-score` asks for."""
+    for column, lowest in scores:
+        value = row.get(column)
+        try:
+            is_enough = float(value) >= lowest  # type: ignore[arg-type]  # or it is no number
+        except (TypeError, ValueError, OverflowError):
+            is_enough = False
+        if not is_enough:
+            return Problem(LOW_SCORE, f"{column} is {shorten(value)}, below {lowest:g}")
+    return None
 
 
 def _matches(found: Any, wanted: str) -> bool:

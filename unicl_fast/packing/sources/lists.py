@@ -35,6 +35,7 @@ from unicl_fast.packing.sources.items import (
     meets,
     open_regular,
     refused,
+    too_low,
 )
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
@@ -127,7 +128,7 @@ def _collect_rows(
 
     `find` makes the item of an image that is named for the first time.
     """
-    conditions = options.conditions()
+    conditions, scores = options.conditions(), options.scores()
     items, broken = spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
     for number, row in rows:
@@ -138,6 +139,8 @@ def _collect_rows(
             passed_over[LEFT_OUT] += 1
         elif not isinstance(name := row.get(columns.image), str) or not name:
             broken.append(refused(line, "bad row", f"no image path in {columns.image!r}"))
+        elif (low := too_low(row, scores)) is not None:
+            broken.append(Item(name, problem=low, position=number))
         else:
             add_named(items, name, row, columns, number, line, find)
     if not items and not broken:
@@ -259,7 +262,7 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
     label; in .caption.tsv a caption.
     """
     columns = options.text_columns(CAPTION_COLUMNS, (*LABEL_COLUMNS, "class"))
-    conditions = options.conditions()
+    conditions, scores = options.conditions(), options.scores()
     passed_over: Counter[str] = Counter()
     items, broken = spool.new_items(), spool.new_items()
     with open_regular(str(path)) as file:
@@ -273,6 +276,9 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
                 passed_over[LEFT_OUT] += 1
                 continue
             item.position = number
+            low = [too_low(row, scores) for row in rows] if is_read else []
+            if item.problem is None and low and all(low):
+                item.problem = low[0]
             for row in rows if item.problem is None else ():
                 add_texts(item, row, columns, where)
             if item.entry is None:

@@ -37,6 +37,7 @@ from unicl_fast.packing.sources.items import (
     meets,
     open_regular,
     refused,
+    too_low,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.spool import Spool
@@ -140,8 +141,8 @@ class _SampleMaker:
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls say nothing where a field of .json is asked for by name
         self._columns = options.text_columns(("txt", *CAPTION_COLUMNS), ("cls", *LABEL_COLUMNS))
-        self._conditions = options.conditions()
-        asked = {column for column, _ in self._conditions}
+        self._conditions, self._scores = options.conditions(), options.scores()
+        asked = {column for column, _ in [*self._conditions, *self._scores]}
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
         self._items = spool.new_items()
@@ -193,13 +194,14 @@ class _SampleMaker:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
-            problem = group.problem or Problem("missing", "a sample without an image")
-            self.append(Item(key, problem=problem, position=group.position))
+            missing = group.problem or Problem("missing", "a sample without an image")
+            self.append(Item(key, problem=missing, position=group.position))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
             return
-        item = Item(key, problem=group.problem, position=group.position)
+        problem = group.problem or too_low(group.row, self._scores)
+        item = Item(key, problem=problem, position=group.position)
         _, image = group.images[0]
         if len(group.images) > 1 and item.problem is None:
             names = " and ".join(f".{name}" for name, _ in group.images)

@@ -1,0 +1,60 @@
+"""Features and labels for tests of the losses, and how much memory an operation takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unicl_fast.objectives.positives import Membership
+
+CAPTION_KEY = 2**62
+D = 8
+
+
+def rows(n: int, *, seed: int, unit: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, D, dtype=torch.float64, generator=generator)
+    return F.normalize(features, dim=1) if unit else features
+
+
+def random_membership(random: np.random.Generator, n: int, *, mixed: bool) -> Membership:
+    """Up to 3 of 5 labels a sample (some have none), in no order; weights 1 or shares."""
+    matrix = random.random((n, 5)) * (random.random((n, 5)) < 0.3)
+    samples, labels = matrix.nonzero()
+    if not len(samples):
+        return random_membership(random, n, mixed=mixed)
+    order = random.permutation(len(samples))
+    weights = matrix[samples, labels] if mixed else np.ones(len(samples))
+    return Membership(
+        torch.from_numpy(samples[order]),
+        torch.from_numpy(labels[order] * (CAPTION_KEY // 4) - 3),
+        torch.from_numpy(weights[order]),
+    )
+
+
+def as_matrix(membership: Membership, n: int) -> np.ndarray:
+    labels = np.unique(membership.labels.numpy())
+    matrix = np.zeros((n, 5))
+    columns = (membership.labels.numpy() + 3) // (CAPTION_KEY // 4)
+    assert len(labels) <= 5
+    matrix[membership.samples.numpy(), columns] = membership.weights.numpy()
+    return matrix
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most memory that the result of an operation lies in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
+        return result

@@ -1,0 +1,234 @@
+"""The sigmoid form against its formula in NumPy, open_clip's SigLipLoss, and its edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_inputs import LargestTensor, as_matrix, random_membership, rows
+from open_clip.loss import SigLipLoss
+from reference_loss import sigmoid_contrastive_loss as reference_loss
+
+from unicl_fast import sigmoid_contrastive_loss
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.objectives.positives import Membership
+
+FORMS = ("dense", "tiled")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Of 5 rows and columns, so that small batches have several and ragged ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LARGEST_TILE, "cpu", 5 * 5)
+        yield
+
+
+def loss_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, *rest: object, scale: float, bias: float, **options
+) -> list[torch.Tensor]:
+    """The loss, and its gradients of images, texts, scale and bias."""
+    learnt = [
+        images.clone().requires_grad_(),
+        texts.clone().requires_grad_(),
+        torch.tensor(scale, dtype=torch.float64, requires_grad=True),
+        torch.tensor(bias, dtype=torch.float64, requires_grad=True),
+    ]
+    loss = sigmoid_contrastive_loss(*learnt[:2], *rest, *learnt[2:], **options)
+    return [loss.detach(), *torch.autograd.grad(loss, learnt)]
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12 * max(1, largest))
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    num_classes=st.integers(1, 12),
+    padded=st.booleans(),
+    scale=st.floats(0.1, 120),
+    bias=st.floats(-20, 20),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=60)
+def test_equals_the_formula(
+    sizes: tuple[int, int], num_classes: int, padded: bool, scale: float, bias: float, seed: int
+) -> None:
+    """Any classes, images without a positive text, counts, and texts of count 0."""
+    random = np.random.default_rng(seed)
+    b, u = sizes
+    of_images, of_texts = (random.integers(-1, num_classes, n) for n in sizes)
+    counts = random.integers(0 if padded else 1, 5, u)
+    images, texts = rows(b, seed=seed), rows(u, seed=seed + 1)
+    weights = of_images[:, None] == of_texts
+    expected = reference_loss(images.numpy(), texts.numpy(), weights, counts, scale, bias)
+    found = [
+        loss_and_gradients(
+            images,
+            texts,
+            torch.from_numpy(of_images),
+            scale=scale,
+            bias=bias,
+            text_class_ids=torch.from_numpy(of_texts),
+            text_counts=torch.from_numpy(counts),
+            form=form,
+        )
+        for form in FORMS
+    ]
+    assert found[0][0].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_equal_differences_of_the_formula(form: str) -> None:
+    images, texts = rows(7, seed=3).numpy(), rows(6, seed=4).numpy()
+    of_images, of_texts = np.array([0, 0, 1, 1, 1, 7, 8]), np.array([0, 1, 1, 7, 9, 0])
+    counts = np.array([1, 2, 3, 1, 4, 1])
+    values = [images, texts, np.array(12.0), np.array(-3.0)]
+    found = loss_and_gradients(
+        torch.from_numpy(images),
+        torch.from_numpy(texts),
+        torch.from_numpy(of_images),
+        scale=12.0,
+        bias=-3.0,
+        text_class_ids=torch.from_numpy(of_texts),
+        text_counts=torch.from_numpy(counts),
+        form=form,
+    )
+    weights, h = of_images[:, None] == of_texts, 1e-6
+    for which, gradient in enumerate(found[1:]):
+        for index in np.ndindex(values[which].shape):
+            around = []
+            for moved_by in (h, -h):
+                moved = [value.copy() for value in values]
+                moved[which][index] += moved_by
+                u, v, scale, bias = moved
+                around.append(reference_loss(u, v, weights, counts, float(scale), float(bias)))
+            expected = (around[0] - around[1]) / (2 * h)
+            assert gradient[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_classes_distinct_is_siglip(form: str) -> None:
+    images, texts = rows(12, seed=1), rows(12, seed=2)
+    learnt = [images.clone().requires_grad_(), texts.clone().requires_grad_()]
+    learnt += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (10, -10)]
+    theirs = SigLipLoss()(*learnt)
+    expected = [theirs.detach(), *torch.autograd.grad(theirs, learnt)]
+    class_ids = torch.arange(12) + 1000
+    assert_equal(
+        loss_and_gradients(images, texts, class_ids, scale=10.0, bias=-10.0, form=form), expected
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_distinct_texts_with_counts_equal_all_texts(form: str) -> None:
+    index = torch.tensor([0, 1, 1, 2, 0, 3, 1, 4])
+    classes = torch.tensor([0, 1, 1, 7, 2**62])[index]
+    images, texts = rows(8, seed=1), rows(5, seed=2)
+    plain, *gradients = loss_and_gradients(
+        images, texts[index], classes, scale=20.0, bias=-4.0, form="dense"
+    )
+    gradients[1] = torch.zeros_like(texts).index_add(0, index, gradients[1])
+    counted = loss_and_gradients(
+        images,
+        texts,
+        classes,
+        scale=20.0,
+        bias=-4.0,
+        text_class_ids=torch.tensor([0, 1, 1, 7, 2**62]),
+        text_counts=torch.bincount(index),
+        form=form,
+    )
+    assert_equal(counted, [plain, *gradients])
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    mixed=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=40)
+def test_several_labels_weigh_by_the_cosine_of_their_rows(
+    sizes: tuple[int, int], mixed: bool, seed: int
+) -> None:
+    """Entries of a label that stands twice add up before a row's length is taken."""
+    random = np.random.default_rng(seed)
+    members = [random_membership(random, n, mixed=mixed) for n in sizes]
+    lengths = [as_matrix(one, n) for one, n in zip(members, sizes, strict=True)]
+    of_images, of_texts = (
+        matrix / np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), 1e-300)
+        for matrix in lengths
+    )
+    weights = of_images @ of_texts.T
+    assert weights.max() <= 1 + 1e-15
+    images, texts = rows(sizes[0], seed=seed), rows(sizes[1], seed=seed + 1)
+    expected = reference_loss(
+        images.numpy(), texts.numpy(), weights, np.ones(sizes[1]), scale=30.0, bias=-5.0
+    )
+    halves = [
+        Membership(*(torch.cat([field, field]) for field in one[:2]), torch.cat([one[2] / 2] * 2))
+        for one in members
+    ]
+    for given_images, given_texts in (members, halves):
+        found = [
+            loss_and_gradients(
+                images,
+                texts,
+                given_images,
+                scale=30.0,
+                bias=-5.0,
+                text_class_ids=given_texts,
+                form=form,
+            )
+            for form in FORMS
+        ]
+        assert found[0][0].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+        assert_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_types_are_near_fp64_and_finite_at_scale_100(dtype: torch.dtype, form: str) -> None:
+    """Pairs that resemble each other, and those that are as wrong as it gets."""
+    class_ids = torch.arange(60) % 20
+    classes = rows(20, seed=3)[class_ids]
+    images = torch.nn.functional.normalize(classes + 0.4 * rows(60, seed=1), dim=1).to(dtype)
+    for texts in (classes.to(dtype), -classes.to(dtype)):
+        exact = loss_and_gradients(
+            images.double(), texts.double(), class_ids, scale=100.0, bias=-10.0, form="dense"
+        )
+        found = loss_and_gradients(images, texts, class_ids, scale=100.0, bias=-10.0, form=form)
+        assert found[0].dtype == torch.float32
+        rel = 0.01 if (dtype, form) == (torch.bfloat16, "tiled") else 1e-4
+        assert found[0].item() == pytest.approx(exact[0].item(), rel=rel)
+        for ours, theirs in zip(found[1:3], exact[1:3], strict=True):
+            assert ours.dtype == dtype
+            assert ours.isfinite().all()
+            assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+def test_no_tensor_is_as_large_as_the_logits() -> None:
+    n = 300
+    images, texts = rows(n, seed=1), rows(n, seed=2)
+    sizes = {}
+    for form in FORMS:
+        with LargestTensor() as largest:
+            loss_and_gradients(
+                images, texts, torch.arange(n) // 3, scale=10.0, bias=-10.0, form=form
+            )
+        sizes[form] = largest.num_bytes
+    assert sizes["dense"] >= n * n * 8
+    assert sizes["tiled"] <= images.numel() * 8
+
+
+def test_kernels_of_the_softmax_form_are_not_taken_for_it() -> None:
+    images = rows(4, seed=1)
+    with pytest.raises(ValueError, match="for the softmax form only: take auto, dense or tiled"):
+        sigmoid_contrastive_loss(images, images, torch.arange(4), 10.0, -10.0, form="triton")

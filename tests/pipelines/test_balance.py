@@ -1,0 +1,143 @@
+"""Balanced epochs: at most so many of a class, none twice, each sample of a class as often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.config import DataConfig
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
+from unicl_fast.pipelines.plan.balance import balance_classes
+from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
+
+
+def source_of(labels: list[list[int]], *, name: str = "data") -> PlanSource:
+    """A sample for each list of labels, whose labels stand in the reverse order of the samples."""
+    samples = np.zeros(len(labels), dtype=SAMPLE_DTYPE)
+    samples["height"] = samples["width"] = 100
+    samples["captions_count"] = 1
+    counts = np.array([len(one) for one in labels])
+    samples["labels_count"] = counts
+    samples["labels_start"] = counts.sum() - np.cumsum(counts)
+    flat = [label for one in labels[::-1] for label in one]
+    return PlanSource(
+        name=name, samples=samples, labels=np.array(flat, dtype=np.int32), num_templates=3,
+        class_ids=np.arange(50),
+    )  # fmt: skip
+
+
+def plan_of(*sources: PlanSource, batch: int, balance: int, **options: Any) -> TrainPlan:
+    return TrainPlan(
+        sources,
+        data=DataConfig(balance=balance),
+        global_batch_size=batch,
+        **({"seed": 0} | options),
+    )
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    num_unlabelled=st.integers(0, 5),
+    most=st.integers(1, 30),
+    first_epoch=st.integers(0, 10**7),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=60)
+def test_an_epoch_has_so_many_of_each_class_and_none_twice(
+    sizes: list[int],
+    num_unlabelled: int,
+    most: int,
+    first_epoch: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """From any epoch on, on any ranks; over the epochs all samples of a class come as often."""
+    labels = [[label] for label, size in enumerate(sizes) for _ in range(size)]
+    labels += [[]] * num_unlabelled
+    order = np.random.default_rng(seed).permutation(len(labels))
+    source = source_of([labels[i] for i in order])
+    classes = np.array([(labels[i] or [-1])[0] for i in order])
+    drawn = {label: min(size, most) for label, size in enumerate(sizes)}
+    epoch_size = sum(drawn.values()) + num_unlabelled
+    world_size = data.draw(st.sampled_from([1, 2, 3]))
+    if epoch_size < world_size:
+        return
+    batch = world_size * data.draw(st.integers(1, epoch_size // world_size))
+    plan = plan_of(source, batch=batch, balance=most, seed=seed)
+    assert plan.epoch_sizes == [epoch_size]
+    num_epochs = 5
+    start, end = first_epoch * epoch_size, (first_epoch + num_epochs) * epoch_size
+    steps = range(start // batch, -(-end // batch))
+    seen = np.concatenate(
+        [
+            plan.batch(step, rank=rank, world_size=world_size).sample_ids
+            for step in steps
+            for rank in range(world_size)
+        ]
+    )
+    epochs = seen[start - steps[0] * batch :][: end - start].reshape(num_epochs, epoch_size)
+    times = np.zeros(len(labels), dtype=np.int64)
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == epoch_size
+        found = np.bincount(classes[epoch] + 1, minlength=len(sizes) + 1)
+        assert found.tolist() == [num_unlabelled, *drawn.values()]
+        times[epoch] += 1
+    for label in range(len(sizes)):
+        of_class = times[classes == label]
+        assert of_class.max() - of_class.min() <= 1
+
+
+@given(
+    labels=st.lists(st.lists(st.integers(0, 6), max_size=3, unique=True), min_size=1, max_size=60),
+    most=st.integers(1, 20),
+)
+@settings(deadline=None)
+def test_a_sample_of_several_labels_counts_for_the_rarest(
+    labels: list[list[int]], most: int
+) -> None:
+    counts = np.bincount([label for one in labels for label in one], minlength=7)
+    rarest = [min(one, key=lambda label: (counts[label], label)) if one else -1 for one in labels]
+    source = source_of(labels)
+    balance = balance_classes(source.samples, source.labels, most)
+    expected = 0
+    for label in set(rarest):
+        size = rarest.count(label)
+        limited = label >= 0 and counts[label] > most
+        expected += -(-size * most // counts[label]) if limited else size
+    assert balance.num_draws == expected
+    positions = np.arange(balance.num_draws)
+    for epoch in (0, 1, 10**12):
+        found = balance.samples(np.full_like(positions, epoch), positions, key=epoch)
+        assert len(np.unique(found)) == balance.num_draws
+        assert {i for i, label in enumerate(rarest) if label < 0 or counts[label] <= most} <= set(
+            found.tolist()
+        )
+
+
+def test_epochs_differ_and_take_turns() -> None:
+    """60 of one class by tens: six epochs hold each once, in another order than the samples'."""
+    source = source_of([[0]] * 60 + [[1]] * 5)
+    plan = plan_of(source, batch=15, balance=10)
+    epochs = [plan.batch(step, rank=0, world_size=1).sample_ids for step in range(6)]
+    common = [epoch[epoch < 60] for epoch in epochs]
+    assert np.array_equal(np.sort(np.concatenate(common)), np.arange(60))
+    assert not np.array_equal(np.sort(common[0]), np.arange(10))
+    other = plan_of(source, batch=15, balance=10, seed=1).batch(0, rank=0, world_size=1)
+    assert set(other.sample_ids.tolist()) != set(epochs[0].tolist())
+
+
+def test_weights_and_progress_count_the_draws_of_balanced_epochs() -> None:
+    sources = [source_of([[0]] * 90 + [[1]] * 10), source_of([[]] * 20)]
+    plan = plan_of(*sources, batch=4, balance=10)
+    assert plan.epoch_sizes == [20, 20]
+    assert plan.weights == (1, 1)
+    assert plan.epochs(10) == [1, 1]
+    with pytest.raises(ValueError, match="has 20 samples in an epoch, fewer than its part"):
+        plan_of(sources[0], batch=21, balance=10)
+    with pytest.raises(ValueError, match=r"data.shuffle_window .* set one of them to 0"):
+        DataConfig(balance=10, shuffle_window=100)

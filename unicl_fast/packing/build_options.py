@@ -1,0 +1,225 @@
+"""The options of `unicl-pack build`, their help, and what is refused of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
+from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
+from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
+from unicl_fast.packing.ray_engine import Engine, require_engine
+from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.workers import ImageOptions
+
+DEFAULT_IMAGE_SECONDS = 30.0
+"""A hundred times what the largest ordinary photograph takes."""
+
+_FREE_TO_CHANGE = {"restart", "workers", "engine"}
+"""Options that a build need not repeat to resume: they leave no trace in the data set."""
+
+_FILTERS = {
+    *("min_score", "min_caption_words", "max_caption_words", "min_side", "max_aspect"),
+    *("near_duplicates", "concept_cap", "concepts"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options of a build; the texts below are the help of `unicl-pack build`."""
+
+    seed: int = 0
+    """Decides the order of the samples, shuffled over all sources."""
+    class_names: str = ""
+    """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
+    (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
+    n01440764). By default the labels found are the names, sorted, blanks for underscores."""
+    templates: str = ""
+    """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
+    (80 prompts) or simple (1). By default imagenet where there are labels."""
+    image_column: str = ""
+    """Column with image paths, or images, if it is not called image, file, path or
+    file_name."""
+    caption_column: str = ""
+    """Column with captions, if it is not called caption, captions or text; in tars, field of
+    KEY.json."""
+    label_column: str = ""
+    """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
+    into --class-names. For CIFAR-100, coarse_labels."""
+    image_root: str = ""
+    """Folder or zip that image paths in lists are relative to; by default the list's folder, and
+    for COCO's files the one that is called as they are (val2017) or images."""
+    where: Sequence[str] = ()
+    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
+    then all must hold."""
+    min_score: Sequence[str] = ()
+    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
+    several times."""
+    min_caption_words: int = 0
+    """Drop captions of fewer words, and images that have no other text."""
+    max_caption_words: int = 0
+    """Drop captions of more words; 0 drops none."""
+    min_side: int = 0
+    """Leave out images whose shorter side has fewer pixels, before any scaling."""
+    max_aspect: float = 0.0
+    """Leave out images whose longer side is more times as long as the shorter; 0 leaves out
+    none."""
+    near_duplicates: int | None = None
+    """Leave out images that look like an earlier one: whose perceptual hash differs in so many of
+    64 bits at most, 0 to 12. All images are decoded once more for it, and again when a build
+    resumes. Takes pip install imagehash."""
+    concept_cap: int = 0
+    """Keep about so many images of each class, and of each concept of --concepts: each with the
+    probability min(1, cap / count) of its rarest one, as MetaCLIP does; 0 keeps all."""
+    concepts: str = ""
+    """A file of concepts, one a line, which captions name as words that follow each other."""
+    leave_out: str = ""
+    """A CSV file with the columns source and name: images to leave out, such as inspect's
+    --duplicates-list writes."""
+    duplicates: Literal["keep", "join"] = "keep"
+    """Files that are equal byte for byte: keep them all, or join them into one sample with the
+    captions and labels of all. Those that were joined into another are listed in
+    OUT/quarantine.csv. Files that share their size with another are then read twice."""
+    retry: str = ""
+    """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
+    labels numbered as in that build, so that both can be trained on together."""
+    resize: str = ""
+    """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
+    them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
+    down or up until the shorter side has so many, and cuts the longer one at both ends."""
+    quality: int | None = None
+    """1 to 100, by default 90: of images that become JPEG or WebP with --format, or were scaled
+    with --resize. Refused where nothing would be encoded with it."""
+    format: ImageFormat = "keep"
+    """keep: images stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
+    png: all become files of that format; plain ones that are already, and need no scaling, stay
+    byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
+    makes training's input several times as fast; all must be of one size, and take 3 bytes a
+    pixel. docs/data.md compares them."""
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    """Largest size of a shard, in bytes."""
+    max_pixels: int = MAX_PIXELS
+    """An image with more pixels is left out by what its header says, before it is decoded. A
+    worker's memory is limited to what so many pixels may need: 5 GB by default."""
+    image_seconds: float = DEFAULT_IMAGE_SECONDS
+    """An image that takes longer to read and check is left out, as is one that crashes a decoder;
+    both are tried twice. 0 waits for ever."""
+    workers: int = 0
+    """Processes that read and check images; 0 takes one for each core, here or of the cluster."""
+    engine: Engine = "local"
+    """Read and check images in processes of this machine, or on a Ray cluster (pip install
+    'unicl_fast[ray]'), whose machines must see sources, --out and --work under the same paths. The
+    data set is the same."""
+    restart: bool = False
+    """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
+
+    def repeated(self) -> dict[str, Any]:
+        """The options that a build must repeat to resume, by name.
+
+        Filters that are not asked for are left out, as in builds from before there were any.
+        """
+        unused = {name for name in _FILTERS if getattr(self, name) == getattr(BuildOptions, name)}
+        return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE | unused}
+
+    def check(self) -> ImageOptions:
+        """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
+        _require_in("--seed", self.seed, 0, 2**63 - 1)
+        _require_in("--workers", self.workers, 0, 1024)
+        _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
+        _require_in("--image-seconds", self.image_seconds, 0, 86_400)
+        require_engine(self.engine)
+        self.lists.conditions()
+        self.lists.scores()
+        self._check_filters()
+        short_side, square_side = self._resized_to()
+        return ImageOptions(
+            short_side=short_side,
+            square_side=square_side,
+            quality=self._used_quality(),
+            max_pixels=self.max_pixels,
+            seconds=self.image_seconds,
+            min_side=self.min_side,
+            max_aspect=self.max_aspect,
+            format=self.format,
+        )
+
+    def _check_filters(self) -> None:
+        for name in ("min_caption_words", "max_caption_words", "concept_cap"):
+            _require_in(f"--{name.replace('_', '-')}", getattr(self, name), 0, 2**31)
+        _require_in("--min-side", self.min_side, 0, MAX_SIDE)
+        if self.max_caption_words:
+            _require_in(
+                "--max-caption-words", self.max_caption_words, self.min_caption_words, 2**31
+            )
+        if self.max_aspect and not self.max_aspect >= 1:  # also refuses NaN
+            raise ValueError(f"--max-aspect must be 1 or more, not {self.max_aspect}")
+        if self.concepts and not self.concept_cap:
+            raise ValueError("--concepts says what --concept-cap counts: add --concept-cap")
+        if self.concepts and not Path(self.concepts).is_file():
+            raise FileNotFoundError(f"--concepts: there is no file {self.concepts}")
+        if self.near_duplicates is not None:
+            _require_in("--near-duplicates", self.near_duplicates, 0, MAX_DISTANCE)
+            if not has_imagehash():
+                raise ValueError("--near-duplicates takes perceptual hashes: pip install imagehash")
+
+    @property
+    def lists(self) -> ListOptions:
+        """The options of lists."""
+        return ListOptions(
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            label_column=self.label_column,
+            image_root=self.image_root,
+            where=tuple(self.where),
+            min_score=tuple(self.min_score),
+        )
+
+    def _resized_to(self) -> tuple[int, int]:
+        """`short:256` -> (256, 0), `square:32` -> (0, 32), nothing -> (0, 0)."""
+        if not self.resize:
+            return 0, 0
+        kind, _, number = self.resize.partition(":")
+        if kind not in ("short", "square") or not number.isdecimal() or not int(number) >= 1:
+            raise ValueError(
+                "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as "
+                f"square:32, not {self.resize!r}"
+            )
+        pixels = int(number)
+        if kind == "short":
+            return pixels, 0
+        if pixels > MAX_SIDE or pixels**2 > self.max_pixels:
+            raise ValueError(
+                f"--resize {self.resize} would make images of {pixels**2:,} pixels; at most "
+                f"{self.max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are taken"
+            )
+        return 0, pixels
+
+    def _used_quality(self) -> int:
+        """The quality of what is encoded; one that nothing would be encoded with is refused."""
+        known = get_args(ImageFormat)
+        if self.format not in known:
+            raise ValueError(
+                f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {self.format!r}"
+            )
+        if self.quality is None:
+            return RESIZE_QUALITY
+        _require_in("--quality", self.quality, 1, 100)
+        if self.format in ("png", "raw"):
+            raise ValueError(
+                f"--quality has no meaning with --format {self.format}, which keeps every pixel as "
+                "it is: leave it out, or take --format jpeg or webp"
+            )
+        if self.format == "keep" and not self.resize:
+            raise ValueError(
+                "--quality would change nothing: without --resize, --format keep encodes only what "
+                "no decoder should meet, at 95; leave it out, or add --resize or --format jpeg or "
+                "webp"
+            )
+        return self.quality
+
+
+def _require_in(name: str, value: float, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")
