@@ -21,7 +21,13 @@ import unicl_fast
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
+from unicl_fast.images.check import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    REENCODE_QUALITY,
+    RESIZE_QUALITY,
+    ImageFormat,
+)
 from unicl_fast.packing.quarantine import (
     LeaveOut,
     choose_listed,
@@ -128,6 +134,16 @@ class BuildOptions:
     data set is the same."""
     restart: bool = False
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
+
+    @property
+    def encoding(self) -> str:
+        """Format and quality of the images that are re-encoded, in words."""
+        quality = RESIZE_QUALITY if self.quality is None else self.quality
+        if self.format == "keep":
+            scaled = f"JPEG q{quality}, those not scaled q" if self.resize else "JPEG q"
+            return f"{scaled}{REENCODE_QUALITY}"
+        names = {"jpeg": f"JPEG q{quality}", "webp": f"WebP q{quality}", "png": "PNG"}
+        return names.get(self.format, "pixels")
 
     def check(self) -> ImageOptions:
         """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
