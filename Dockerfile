@@ -15,7 +15,8 @@ COPY benchmarks benchmarks
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON}-slim-bookworm AS base
-# A C++ compiler is for efficiency.compile. Debian's newest is as good as any.
+# A C++ compiler is for efficiency.compile. Versions are not pinned, here and below: the ranges are
+# those of pyproject.toml, and Debian's newest compiler is as good as any.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -29,13 +30,15 @@ CMD ["unicl-doctor"]
 # https://pytorch.org/get-started/locally names for it.
 FROM base AS cpu
 ARG TORCH_INDEX=
+# hadolint ignore=DL3013
 RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         "torch>=2.6" "torchvision>=0.21" \
     && set -- /wheels/*.whl \
     && python -m pip install --no-cache-dir "$1[cpu]"
-USER unicl
+USER 1000
 
 FROM base AS cuda12
+# hadolint ignore=DL3013
 RUN set -- /wheels/*.whl \
     && python -m pip install --no-cache-dir "$1[cuda12]"
-USER unicl
+USER 1000

@@ -12,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MAPPED = ("pipelines", "tools", "benchmarks")
@@ -173,6 +176,30 @@ def test_no_extra_names_a_package_twice() -> None:
     for extra, requirements in lists.items():
         names = [re.split(r"[^\w-]", one)[0] for one in requirements]
         assert len(set(names)) == len(names), extra
+
+
+def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone() -> None:
+    lock = (CHECKOUT / "uv.lock").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^/\"]+", lock)) == {
+        "https://pypi.org",
+        "https://files.pythonhosted.org",
+    }
+    (own,) = re.findall(
+        r'^\[\[package\]\]\nname = "unicl-fast"\n.*?(?=^\[\[package\]\])', lock, re.M | re.S
+    )
+    (package,) = tomllib.loads(own)["package"]
+    locked = {
+        (one["name"], one.get("specifier", ""), one.get("marker", "").partition("extra == ")[2])
+        for one in package["metadata"]["requires-dist"]
+    }
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    asked = {
+        (canonicalize_name(one.name), one.specifier, f"'{extra}'" if extra else "")
+        for extra, lines in lists.items()
+        for one in map(Requirement, lines)
+    }
+    assert {(name, SpecifierSet(versions), extra) for name, versions, extra in locked} == asked
 
 
 def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:

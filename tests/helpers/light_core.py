@@ -22,7 +22,8 @@ from unicl_fast import Tokenizer, Trainer, UniCL, load_model  # noqa: E402
 from unicl_fast.batch import ListLoader  # noqa: E402
 from unicl_fast.objectives.targets import collate  # noqa: E402
 
-NEEDS_TRITON = "unicl_fast.objectives.loss_triton"
+NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.arrow_tables")
+"""Modules that are imported where triton and pyarrow are there."""
 
 
 def main(folder: Path) -> None:
@@ -30,7 +31,7 @@ def main(folder: Path) -> None:
     for room in ("checkpoints", "conversion", "dataset", "evaluation", "objectives", "packing"):
         package = importlib.import_module(f"unicl_fast.{room}")
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if module.name != NEEDS_TRITON:
+            if not module.name.endswith(NEED_EXTRAS):
                 importlib.import_module(module.name)
     assert "open_clip" not in sys.modules
     texts = Tokenizer()(["a red square", "a blue square", "a dog"] * 4)

@@ -14,10 +14,11 @@ from unicl_fast.training.trainer import Trainer
 def describe_run(trainer: Trainer, run_folder: Path) -> list[str]:
     """Returns the summary, a line for each subject; `run_folder` is where the run is saved."""
     config = trainer.config
-    evaluated = ", ".join(map(without_secrets, config.data.evaluate)) or "nothing"
+    evaluated = ", ".join(map(without_secrets, config.data.evaluate))
+    evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
     return [
         *_describe_data(trainer),
-        f"evaluated: {evaluated}, {_every(config.run.evaluate_every_steps)}",
+        f"evaluated: {evaluated}",
         _describe_model(trainer),
         _describe_length(trainer),
         _describe_device(trainer),
