@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo tour test test-slow faults test-all lint types docs clean
+.PHONY: demo tour test test-slow faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -47,6 +47,12 @@ types: $(VENV)/dev.stamp
 # The site of docs/, read from build/site/index.html; a link that leads nowhere is an error.
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The sdist, and the wheel that is built out of it, as they would be uploaded.
+package: $(VENV)/dev.stamp
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist demo-run tour-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

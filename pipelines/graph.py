@@ -35,9 +35,9 @@ try:
     from nvidia.dali.pipeline import Pipeline as Pipeline
     from nvidia.dali.pipeline import pipeline_def
 except ImportError as error:
-    raise ImportError(
-        "the data pipeline runs on NVIDIA DALI, which is not installed here; "
-        "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
+    raise type(error)(
+        "the data pipeline runs on NVIDIA DALI, which is not installed here: "
+        "pip install 'unicl_fast[cuda12]', or [cuda13], or [cpu] where there is no GPU"
     ) from error
 
 from unicl_fast.system.machine import return_freed_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 MAPPED = ("pipelines", "tools", "benchmarks")
@@ -174,10 +178,39 @@ def test_no_extra_names_a_package_twice() -> None:
         assert len(set(names)) == len(names), extra
 
 
+def test_the_lock_file_is_of_these_requirements_and_names_public_hosts_alone() -> None:
+    lock = (CHECKOUT / "uv.lock").read_text(encoding="utf-8")
+    assert set(re.findall(r"https?://[^/\"]+", lock)) == {
+        "https://pypi.org",
+        "https://files.pythonhosted.org",
+    }
+    (own,) = re.findall(
+        r'^\[\[package\]\]\nname = "unicl-fast"\n.*?(?=^\[\[package\]\])', lock, re.M | re.S
+    )
+    (package,) = tomllib.loads(own)["package"]
+    locked = {
+        (one["name"], one.get("specifier", ""), one.get("marker", "").partition("extra == ")[2])
+        for one in package["metadata"]["requires-dist"]
+    }
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    lists = {"": project["dependencies"], **project["optional-dependencies"]}
+    asked = {
+        (canonicalize_name(one.name), one.specifier, f"'{extra}'" if extra else "")
+        for extra, lines in lists.items()
+        for one in map(Requirement, lines)
+    }
+    assert {(name, SpecifierSet(versions), extra) for name, versions, extra in locked} == asked
+
+
 def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
     """What neither `make test` nor a line of CONTRIBUTING brings would be skipped for ever."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    brought = "\n".join(project["dependencies"] + project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["dev"]]
+    for line in lines:  # which grows by what extras of ours name
+        if line.startswith("unicl_fast["):
+            lines += [one for extra in line[11:-1].split(",") for one in extras[extra]]
+    brought = "\n".join(lines)
     named = (CHECKOUT / "CONTRIBUTING.md").read_text().lower()
     asked = {
         found.replace("_", "-")
@@ -202,14 +235,18 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
-            *("--wheel-dir", str(tmp_path), str(CHECKOUT)),
-        ],
+    """It is built out of the sdist, as others build it, and setuptools warns of nothing."""
+    done = subprocess.run(
+        [*(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path), CHECKOUT],
+        env={name: os.environ[name] for name in os.environ if name != "PYTHONDONTWRITEBYTECODE"},
+        capture_output=True,
+        text=True,
         check=True,
         timeout=120,
     )
+    said = done.stdout + done.stderr
+    assert not re.search(r"^.*(warning|deprecat).*$", said, re.IGNORECASE | re.MULTILINE), said
+    assert len(list(tmp_path.glob("*.tar.gz"))) == 1
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
@@ -234,40 +271,75 @@ def test_only_the_rooms_are_importable() -> None:
     subprocess.run([sys.executable, "-c", code], cwd="/", check=True, timeout=60)
 
 
-WITHOUT_DALI = """
-import sys
-sys.modules["nvidia"] = None       # any import of DALI now fails
-sys.modules["nvidia.dali"] = None
-import torch
-from unicl_fast import Batch, Tokenizer, Trainer, UniCL, build_model, load_model
-from unicl_fast import unified_contrastive_loss
-from unicl_fast.batch import ListLoader
-from unicl_fast.objectives.targets import collate
-from small_runs import tiny_config
-from pathlib import Path
+def imports_at_once(path: Path) -> set[str]:
+    """Packages that importing a file imports, as far as the file itself says."""
+    found: set[str] = set()
+    waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef):
+            waiting += ast.iter_child_nodes(node)
+    return found
 
-texts = Tokenizer()(["a red square", "a blue square", "a dog"] * 4)
-images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
-batches = [collate(images, texts, torch.full((12,), -1))]
-config = tiny_config(precision="fp32", steps=3)
-Trainer(config, ListLoader(batches), run_folder=Path(sys.argv[1]), progress=False).fit()
-model = load_model(sys.argv[1])
-assert isinstance(model.encoders, UniCL)
-assert len(model.classify([images[0].numpy()], ["square", "dog"])[0]) == 2
-import unicl_fast.evaluation.zero_shot, unicl_fast.evaluation.retrieval
-assert not any(name.startswith("nvidia.dali.") for name in sys.modules)
-"""
+
+def test_the_library_imports_what_only_some_functions_need_when_they_do() -> None:
+    later = {"nvidia", "matplotlib", "open_clip", "tensorboard", "jinja2", "ftfy", "onnx"}
+    wrong = {
+        path.relative_to(CHECKOUT).as_posix(): sorted(found)
+        for path in files_of("unicl_fast")
+        if (found := imports_at_once(path) & later)
+    }
+    assert not wrong
 
 
 @pytest.mark.slow
-def test_the_library_trains_from_a_list_of_batches_without_dali(tmp_path: Path) -> None:
-    path = str(CHECKOUT / "tests" / "helpers")
+def test_an_install_without_extras_has_model_loss_evaluation_and_conversion(
+    tmp_path: Path,
+) -> None:
+    helpers = CHECKOUT / "tests" / "helpers"
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_DALI, str(tmp_path)],
-        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
+        [sys.executable, helpers / "light_core.py", tmp_path],
+        env={"PATH": "/usr/bin:/bin"},
         check=True,
         timeout=120,
     )
+
+
+HELP = """
+import contextlib, importlib, io, sys
+module, *words = sys.argv[1:]
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+    importlib.import_module(f"unicl_fast.{module}").main(words)
+heavy = "torch torchvision timm numba nvidia.dali matplotlib open_clip pandas scipy ftfy jinja2"
+sys.exit(" ".join(set(heavy.split()) & set(sys.modules)) or 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tools.pretrain --help",
+        "tools.pretrain --help-all",
+        "tools.evaluate --help",
+        "tools.pack.__main__ build --help",
+        "tools.convert onnx --help",
+        "tools.ledger --help",
+        "tools.doctor.__main__ --help",
+        "benchmarks.run --help",
+    ],
+)
+def test_help_does_not_wait_for_what_it_does_not_need(words: str) -> None:
+    """It takes less than half a second so; the clock of a busy machine would say little."""
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *words.split()], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("module", ["unicl_fast.text.tokenizer", "unicl_fast.tools.pack.__main__"])

@@ -28,10 +28,12 @@ from unicl_fast.distributed.signals import (
     Interrupted,
     exit_immediately_on_signals,
 )
-from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.presets import PRESETS
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
+
+from .run_settings import DEFAULT_PRESET, as_yaml, first_settings, list_presets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,11 +44,11 @@ if TYPE_CHECKING:
     from unicl_fast.models.unicl import UniCL
 
 _PROGRAM = "unicl-pretrain"
-_DEFAULT_PRESET = "swin-tiny"
 _COLUMN = 36  # where the sentences of the short help begin
 # The options that `--help` shows; `--help-all` shows the others too.
 _COMMON = {
-    "": ("out", "preset", "nproc", "resume", "max_restarts", "ledger"),
+    "": ("out", "preset", "config", "resume", "dry_run", "print_config", "quiet", "nproc",
+         "max_restarts", "ledger"),
     "data": ("train", "evaluate", "fraction", "text", "augment", "image_size", "crop_scale",
              "threads"),
     "objective": ("name", "mixup", "cutmix"),
@@ -67,15 +69,26 @@ class PretrainArguments(TrainConfig):
 
     out: Path
     """Run folder: settings, metrics, curves, checkpoints. These are config.json, metrics.jsonl,
-    curves.png, contact-sheet.png, checkpoints/ and tensorboard/; quarantine.csv lists unreadable
-    samples."""
-    preset: str = _DEFAULT_PRESET
-    """Preset that all other settings start from."""
+    curves.png, contact-sheet.png, log.txt, checkpoints/ and tensorboard/; quarantine.csv lists
+    unreadable samples."""
+    preset: str = DEFAULT_PRESET
+    """Preset that all other settings start from; list shows all."""
+    config: Path | None = None
+    """YAML or JSON file with any of the settings. It comes after the preset, which it may name
+    (preset: NAME), and before the options given here."""
+    print_config: bool = False
+    """Print all settings as YAML that --config takes, and end. Needs neither --out nor data."""
+    dry_run: bool = False
+    """Do all that comes before the first step, and end. Data, checkpoint, settings and memory are
+    checked, the model is built, and the summary is shown; nothing is written."""
+    quiet: bool = False
+    """Show warnings and errors alone. The log is in --out/log.txt in any case."""
     nproc: int = 1
     """Ranks to start on this machine; 1 under torchrun or SLURM."""
     resume: str = "never"
     """never; auto: from the newest checkpoint in --out; or a path. auto skips damaged checkpoints,
-    and starts a new run if there is none."""
+    and starts a new run if there is none. Without --preset it keeps the settings in
+    --out/config.json; options change some of them."""
     max_restarts: int = 0
     """Times to restart all ranks after one has died. They resume from the newest checkpoint. (Only
     ranks that --nproc starts; torchrun has a flag of that name for its own.)"""
@@ -85,13 +98,13 @@ class PretrainArguments(TrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
+    """Entry point; exits with 2 on wrong input, and as docs/programs.md says otherwise."""
     # first of all: a scheduler that wants the machine back may say so at any time
     with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
         try:
             _main(begin_program() if argv is None else list(argv))
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
@@ -107,6 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     config, run_folder, resume = split_config(arguments), arguments.out, arguments.resume
+    if arguments.print_config:
+        print(as_yaml(config), end="")
+        return
+    _refuse_shortened_urls(config)
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
@@ -138,7 +155,19 @@ def _main(argv: Sequence[str]) -> None:
         initialise=initialise,
         resume=resume,
         ledger=arguments.ledger,
+        dry_run=arguments.dry_run,
+        quiet=arguments.quiet,
     )
+
+
+def _refuse_shortened_urls(config: TrainConfig) -> None:
+    """Refuses URLs out of a config.json, in which their queries are left out."""
+    for url in (*config.data.train, *config.data.evaluate):
+        require(
+            not url.endswith("?..."),
+            f"{url} is a URL without its query, which files of settings do not keep: give "
+            "--data.train and --data.evaluate again",
+        )
 
 
 def _evaluate(
@@ -149,38 +178,51 @@ def _evaluate(
     ranks: Ranks,
 ) -> Mapping[str, float]:
     from unicl_fast.evaluation.features import ModelOnRanks
+    from unicl_fast.evaluation.retrieval import evaluate_captions
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
     on_ranks = ModelOnRanks(model=model, ranks=ranks)
+    if not dataset.manifest.class_names:
+        return evaluate_captions(on_ranks, dataset)
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
     return {"top1": result.top1, "top5": result.top5}
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
-    """Takes the preset first, then every other flag on top of it; prints the help if asked to.
+    """Takes preset and file first, then every other flag on top; prints the help if asked to.
 
     Raises:
-        ValueError: there is no such preset.
+        ValueError: there is no such preset, or the file does not hold settings.
+        FileNotFoundError: there is no such file.
     """
     argv = _in_full(argv)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default=_DEFAULT_PRESET)
-    finder.add_argument("-h", "--help", action="store_true")
-    finder.add_argument("--help-all", action="store_true")
+    finder = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
+    for option in ("--preset", "--resume"):
+        finder.add_argument(option)
+    for option in ("--config", "--out"):
+        finder.add_argument(option, type=Path)
+    for flag in ("--help", "--help-all", "--print-config"):
+        finder.add_argument(flag, *["-h"] * (flag == "--help"), action="store_true")
     found = finder.parse_known_args(argv)[0]
-    groups = _groups_of(build_preset(found.preset))
+    if found.preset == "list":
+        print(list_presets())
+        sys.exit()
+    origin, config = first_settings(
+        preset=found.preset, file=found.config, run_folder=found.out, resume=found.resume
+    )
+    groups = _groups_of(config)
     if found.help:
-        print(_short_help(PretrainArguments(**groups, preset=found.preset, out=Path("DIR"))))
+        print(_short_help(PretrainArguments(**groups, out=Path("DIR")), origin))
         sys.exit()
     import tyro
 
     return tyro.cli(
         PretrainArguments,
-        default=PretrainArguments(**groups, preset=found.preset, out=tyro.MISSING),
+        default=PretrainArguments(**groups, out=Path() if found.print_config else tyro.MISSING),
         args=["--help"] if found.help_all else argv,
         prog=_PROGRAM,
-        description=f"{PretrainArguments.__doc__} The defaults below are those of the preset "
-        f"{found.preset}; presets are {', '.join(PRESETS)}.",
+        description=f"{PretrainArguments.__doc__} The defaults below are those of {origin}; "
+        f"presets are {', '.join(PRESETS)}.",
     )
 
 
@@ -211,16 +253,17 @@ def _groups_of(config: TrainConfig) -> dict[str, Any]:
     return {group.name: getattr(config, group.name) for group in dataclasses.fields(TrainConfig)}
 
 
-def _short_help(arguments: PretrainArguments) -> str:
-    """Returns one line for each common option: name, value in the preset, first sentence."""
+def _short_help(arguments: PretrainArguments, origin: str) -> str:
+    """Returns one line for each common option: name, value at the start, first sentence."""
     lines = [
         f"usage: {_PROGRAM} [--preset NAME] --data.train DIR [DIR ...] --out DIR [OPTIONS]",
-        f"\n{PretrainArguments.__doc__}\nThese are the common options, with their values in the "
-        f"preset {arguments.preset}.\n{_PROGRAM} --help-all explains every option.",
+        f"\n{PretrainArguments.__doc__}\nThese are the common options, with their values in "
+        f"{origin}.\n{_PROGRAM} --help-all explains every option.",
         "\nexamples:",
         f"  {_PROGRAM} --preset cifar10-small --data.train packed/cifar10 --out runs/cifar10",
         f"  {_PROGRAM} --data.train packed/photos=0.5 packed/pairs=0.5 --out runs/mix --nproc 8 \\",
         "      --run.global-batch-size 1024 --efficiency.micro-batch-size 64 --resume auto",
+        f"  {_PROGRAM} --out runs/mix --resume auto --nproc 8",
         "\npresets:",
         *(f"  {name:{_COLUMN - 2}}{about}" for name, (about, _) in PRESETS.items()),
     ]
@@ -233,7 +276,7 @@ def _short_help(arguments: PretrainArguments) -> str:
             value = getattr(settings, name)
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
             value = f"{value:.6g}" if isinstance(value, float) else value
-            shown = "" if isinstance(value, bool) else str(value)
+            shown = "" if isinstance(value, bool) or value is None else str(value)
             head = f"  {option.replace('_', '-')} {shown}".ljust(_COLUMN - 1)
             lines += textwrap.wrap(
                 f"{head} {sentences[name]}", width=100, subsequent_indent=" " * _COLUMN

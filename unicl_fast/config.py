@@ -78,7 +78,8 @@ class DataConfig:
     """Part of each data set that is used. One number for all or one for each; 0.5 is the first
     half, which is a random half, since packing has shuffled the samples."""
     evaluate: tuple[str, ...] = ()
-    """Packed data sets with labels, for zero-shot accuracy in training."""
+    """Packed data sets that are evaluated in training. With labels it is zero-shot accuracy; with
+    captions alone, the loss of held-out batches and the recalls of retrieval."""
     text: Literal["any", "captions", "labels"] = "any"
     """Text of samples that have both: any, captions or labels. It is one of its captions, the
     prompt of one of its labels, or (any) one of the two with equal chance, drawn anew each time."""
@@ -474,7 +475,8 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
     """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1. Empty takes top1 of
-    the first data set in data.evaluate; none keeps no best checkpoint."""
+    the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has captions alone;
+    none keeps no best checkpoint. The largest value is the best."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="checkpoint")

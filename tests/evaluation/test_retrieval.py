@@ -12,7 +12,13 @@ from pack_runs import jpeg
 from packed_sets import Sample, pack
 from torch.nn import functional as F
 
-from unicl_fast.evaluation.retrieval import RetrievalFeatures, _read_captions, retrieval
+from unicl_fast.evaluation.retrieval import (
+    RetrievalFeatures,
+    _read_captions,
+    held_out_loss,
+    retrieval,
+)
+from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -43,6 +49,29 @@ def test_a_collapsed_model_finds_nothing() -> None:
     result = retrieval(same, same, torch.arange(20))
     assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
     assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(4, [(0, 4), (4, 8)]), (100, [(0, 10)])])
+def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
+    batch_size: int, batches: list[tuple[int, int]]
+) -> None:
+    """Ten images, of which two have the same first caption; what two batches leave is left out."""
+    generator = torch.Generator().manual_seed(1)
+    images, texts = (
+        F.normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=1)
+        for n in (10, 17)
+    )
+    image_of_text = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 9])
+    first = [image_of_text.tolist().index(image) for image in range(10)]
+    class_ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7, 8, 9])
+    texts[first[3]] = texts[first[1]]
+    loss = held_out_loss(
+        images, texts, image_of_text, class_ids=class_ids, scale=10.0, batch_size=batch_size
+    )
+    expected = [
+        reference_loss(images[a:b], texts[first][a:b], class_ids[a:b], 10.0) for a, b in batches
+    ]
+    assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-12)
 
 
 def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     code, text, _ = run(str(folder), "--out", out, "--workers", "1", capsys=capsys)
     assert code == 0
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
-    assert "1 encoded anew" in text
+    assert "1 re-encoded as JPEG q95, 90 copied unchanged" in text
     assert "passed over: 1 .txt file\n" in text
     assert "dog/page.jpg: no known image format" in text
     assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text

@@ -157,7 +157,7 @@ def test_the_program_scales_counts_and_writes_what_it_did(
         capsys=capsys,
     )
     assert code == 0
-    assert "15 encoded anew, 0 byte for byte" in text
+    assert "15 re-encoded as WebP q40, 0 copied unchanged" in text
     summary: dict[str, Any] = json.loads(told.read_text())
     assert summary.keys() == set(BuildSummary.__dataclass_fields__)
     assert (summary["num_samples"], summary["num_reencoded"]) == (15, 15)

@@ -342,8 +342,8 @@ def test_without_dali_the_message_says_what_to_install() -> None:
     )
     assert result.returncode == 1
     last_line = result.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("ImportError")
-    assert "pip install nvidia-dali-cuda120" in last_line
+    assert last_line.startswith("ModuleNotFoundError")
+    assert "pip install 'unicl_fast[cuda12]'" in last_line
 
 
 @pytest.mark.gpu

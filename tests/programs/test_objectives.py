@@ -85,6 +85,11 @@ def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
 
 
 def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
+    """Also in what is evaluated: cross-entropy knows no captions."""
+    settings = ["--objective.name", "ce", "--data.train", data / "labels", "--out", data / "none"]
+    with pytest.raises(SystemExit) as stopped:
+        call(pretrain, *SMALL, *settings, "--data.evaluate", data / "captions")
+    assert stopped.value.code == 2
     config = build_preset("digits-small")
     with_captions = dataclasses.replace(config.data, train=(str(data / "captions"),))
     datasets, _ = open_datasets(with_captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import unicl_fast
 from unicl_fast.system import program
 
 _LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -39,6 +41,23 @@ def test_a_library_call_under_another_locale_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
     with pytest.raises(ValueError, match="names for ascii .* start Python with PYTHONUTF8=1"):
         program.require_utf8_names()
+
+
+def test_every_program_knows_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["unicl-eval", "--version"])
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit) as ended:
+        program.begin_program()
+    assert not ended.value.code
+    assert out.getvalue() == f"unicl_fast {unicl_fast.__version__}\n"
+
+
+def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for() -> None:
+    warn = "import warnings; warnings.warn('old', FutureWarning); warnings.warn('odd')"
+    assert b"odd" in run(warn).stderr
+    assert b"old" not in run(warn).stderr
+    assert b"old" in run(warn, PYTHONWARNINGS="default").stderr
 
 
 @pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()", "; raise SystemExit(3)"])

@@ -198,9 +198,16 @@ def test_a_run_without_a_length_is_refused(images: torch.Tensor) -> None:
         Trainer(tiny_config(steps=0), StepLoader(images))
 
 
+@pytest.mark.parametrize("level", ["WARNING", "INFO"])
 def test_evaluations_run_at_their_steps_and_are_written(
-    images: torch.Tensor, tmp_path: Path
+    images: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    level: str,
 ) -> None:
+    """A program has them in its log, and so in its log file; a notebook without a log sees them."""
+    caplog.set_level(level)
     config = tiny_config()
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every_steps=6))
     config = dataclasses.replace(
@@ -218,6 +225,10 @@ def test_evaluations_run_at_their_steps_and_are_written(
     assert modes == [False, False]
     lines = [line for line in read_metrics(tmp_path) if "digits/top1" in line]
     assert [line["step"] for line in lines] == [4, 6]
+    shown = {"WARNING": capsys.readouterr().err, "INFO": caplog.text}
+    assert ["step 4: digits/top1 0.5" in text for text in shown.values()] == [
+        level == name for name in shown
+    ]
 
 
 def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:

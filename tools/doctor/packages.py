@@ -194,11 +194,13 @@ def check_dali() -> Found:
         for one in metadata.distributions()
         if (one.name or "").startswith("nvidia-dali-cuda")
     )
-    anew = "pip install --force-reinstall nvidia-dali-cuda120"
+    package = installed[0].split()[0] if installed else "nvidia-dali-cuda120"
+    anew = f"pip install --force-reinstall {package}"
     try:
         from unicl_fast.pipelines import graph
     except ImportError as error:
-        return Found("fault", f"{error}", "pip install nvidia-dali-cuda120")
+        what, _, how = str(error).partition(": ")
+        return Found("fault", what, how)
     if len(installed) > 1:
         return Found(
             "fault", f"{' and '.join(installed)} overwrite each other",

@@ -114,7 +114,7 @@ class Build(BuildOptions, _SourcesAndOut):
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_atomically(path, json.dumps(values, indent=1) + "\n")
-        return _report_build(summary), 0
+        return _report_build(summary, encoding=self.encoding), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         advice = "make room there, then give the same command again" if is_full else ""
         lines = [str(error), advice, _how_to_resume(error)]
         _fail("\n".join(filter(None, lines)), code=EXIT_FAULT if is_full else 2)
-    except ValueError as error:
+    except (ValueError, ModuleNotFoundError) as error:
         _fail(str(error), code=2)
     print_text(report, sys.stdout)
     if code:
@@ -251,11 +251,12 @@ def _how_to_resume(error: BaseException) -> str:
     return "\n".join(getattr(error, "__notes__", ()))
 
 
-def _report_build(summary: BuildSummary) -> str:
-    """The closing summary, and what to do next."""
+def _report_build(summary: BuildSummary, *, encoding: str) -> str:
+    """The closing summary, and what to do next; `encoding` is that of re-encoded images."""
     if summary.image_size is None:
         kept = summary.num_samples - summary.num_reencoded
-        treatment = f"{summary.num_reencoded:,} encoded anew, {kept:,} byte for byte"
+        how = f" as {encoding}" if summary.num_reencoded else ""
+        treatment = f"{summary.num_reencoded:,} re-encoded{how}, {kept:,} copied unchanged"
     else:
         height, width = summary.image_size
         treatment = f"decoded, {width} x {height} pixels each"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -47,7 +46,7 @@ from unicl_fast.pipelines.plan.crop import random_windows
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.figures import plain_texts
+from unicl_fast.training.figures import new_figure, plain_texts
 
 if TYPE_CHECKING:
     from .__main__ import Show
@@ -268,7 +267,8 @@ def _text_of(dataset: PackedDataset, index: int) -> str:
 
 def _draw(strips: list[tuple[str, list[Any], list[str]]], options: Show) -> None:
     columns = len(strips[0][1])
-    figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")
+    size = (1.5 * columns + 0.6, 1.72 * len(strips) + 0.4)
+    figure = new_figure(*size, layout="constrained")
     title = Path(options.folder).name + (f": {options.augment}" if options.augment else "")
     figure.suptitle(title, fontsize=10, color=_INK)
     axes = figure.subplots(len(strips), columns, squeeze=False)

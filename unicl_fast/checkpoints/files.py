@@ -158,10 +158,13 @@ def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
     names = list(evaluations)
     if choice == "none" or not (choice or names):
         return None
+    first_numbers = [
+        f"{name}/{'recall_at_1' if name.startswith('retrieval/') else 'top1'}" for name in names
+    ]
     if not choice:
-        return f"{names[0]}/top1"
+        return first_numbers[0]
     if not any(choice.startswith(f"{name}/") for name in names):
-        known = ", ".join(f"{name}/top1" for name in names) or "none: set data.evaluate"
+        known = ", ".join(first_numbers) or "none: set data.evaluate"
         raise ValueError(
             f"checkpoint.best={choice}: no evaluation of this run gives that number; it has {known}"
         )

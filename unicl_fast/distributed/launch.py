@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import logging.handlers
 import math
 import os
 import signal
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -241,6 +243,9 @@ def stop(program: str, error: Exception, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
 class _LogWithoutSecrets(logging.Formatter):
     """Formats lines of the log; URLs in them lose user, password and query."""
 
@@ -248,11 +253,60 @@ class _LogWithoutSecrets(logging.Formatter):
         return without_secrets(super().format(record))
 
 
-def configure_logging(ranks: Ranks) -> None:
-    """Lets rank 0 log; the others log only errors."""
+_FORMATTER = _LogWithoutSecrets("%(asctime)s %(levelname).1s %(name)s: %(message)s", _DATE_FORMAT)
+
+
+def configure_logging(ranks: Ranks, *, quiet: bool = False) -> None:
+    """Lets rank 0 log, with the time; the others log only errors, a quiet rank 0 warnings too."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogWithoutSecrets("%(levelname).1s %(name)s: %(message)s"))
+    handler.setFormatter(_FORMATTER)
+    handler.setLevel(logging.WARNING if quiet else logging.NOTSET)
     level = logging.INFO if ranks.is_main else logging.ERROR
     logging.basicConfig(level=level, handlers=[handler])
     if not ranks.is_main:
         warnings.simplefilter("ignore")
+
+
+class _LogFile(logging.FileHandler):
+    """A log that ends no run: what cannot be written is lost."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the file is opened with the first line
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        pass
+
+
+@contextlib.contextmanager
+def keeping_log() -> Iterator[Callable[[Path], None]]:
+    """Within this context, keeps the log for a file that is named later; adds lines to it then.
+
+    An error that leaves the context is the file's last line. Without a name nothing is written.
+
+    Yields:
+        A function that takes the file, whose folder is there.
+    """
+    root = logging.getLogger()
+    file: logging.Handler = logging.NullHandler()
+    kept = logging.handlers.MemoryHandler(0)  # passes every line on, once it has a target
+
+    def write_to(path: Path) -> None:
+        nonlocal file
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        file.setFormatter(_FORMATTER)
+        kept.setTarget(file)
+        kept.flush()
+
+    root.addHandler(kept)
+    try:
+        yield write_to
+    except BaseException as error:
+        text = f"ended by {type(error).__name__}: {error}"
+        kept.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None))
+        raise
+    finally:
+        root.removeHandler(kept)
+        kept.close()
+        with contextlib.suppress(OSError):
+            file.close()

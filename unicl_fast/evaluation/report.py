@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +26,7 @@ from unicl_fast.evaluation.requests import Evaluation, Metric
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import WaitingForRanks
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.training.figures import INK, drawing, save_figure
+from unicl_fast.training.figures import INK, drawing, new_figure, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
@@ -307,7 +306,7 @@ def _draw_confusion(
     names = [_short(class_names[i], 24) for i in present.tolist()]
     parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
     side = max(4.5, min(0.24 * len(names), 12.0))
-    figure = Figure(figsize=(side + 5.5, side + 1.6), layout="constrained")
+    figure = new_figure(side + 5.5, side + 1.6, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
     image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     left.set_title(title, loc="left", color=INK)

@@ -13,20 +13,18 @@ import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.distributed.ranks import rank_0_alone
+from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -45,8 +43,12 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import Retrieval
+from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.system.wording import count_of
-from unicl_fast.training.figures import FAINT, INK, drawing, save_figure
+from unicl_fast.training.figures import FAINT, INK, drawing, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KS = (1, 5, 10)
 _CHUNK = 1024
@@ -212,6 +214,75 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     )
 
 
+def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[str, float]:
+    """The held-out loss and the recalls of a data set with captions; on all ranks.
+
+    The loss is that of training with as large a batch (`held_out_loss`), `recall_at_1` the mean of
+    both directions.
+
+    Raises:
+        ValueError: no captions, or a model without texts or with features that are not finite.
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    model, ranks = on_ranks.model, on_ranks.ranks
+    found = encode_captioned(on_ranks, dataset)
+    values: dict[str, float] = {}
+    with rank_0_alone(ranks):
+        if found is not None:
+            device = device_of(model)
+            features = [
+                one.to(device)
+                for one in (found.image_features, found.text_features, found.image_of_text)
+            ]
+            result = retrieval(*features)
+            tokens = [
+                dataset.caption_tokens(sample, 0).tobytes() for sample in found.samples.tolist()
+            ]
+            number_of = {text: number for number, text in enumerate(dict.fromkeys(tokens))}
+            values["loss"] = held_out_loss(
+                *features,
+                class_ids=torch.tensor([number_of[text] for text in tokens], device=device),
+                scale=float(model.logit_scale.detach().exp()),
+                batch_size=model.config.run.global_batch_size,
+            )
+            both = result.image_to_text[0].rate + result.text_to_image[0].rate
+            values["recall_at_1"] = both / 2
+            for name in ("image_to_text", "text_to_image"):
+                for recall in getattr(result, name):
+                    values[f"{name}_recall_at_{recall.k}"] = recall.rate
+    return from_rank_0(values, ranks)
+
+
+def held_out_loss(
+    image_features: Float[Tensor, "n d"],
+    text_features: Float[Tensor, "m d"],
+    image_of_text: Int[Tensor, " m"],
+    *,
+    class_ids: Int[Tensor, " n"],
+    scale: float,
+    batch_size: int,
+) -> float:
+    """The mean loss of whole batches in the data set's order, each image with its first caption.
+
+    `image_of_text` rises. Images of equal `class_ids` are positives. What is left after the last
+    whole batch is left out, since the loss grows with the batch; fewer images than one batch are a
+    batch.
+    """
+    n = len(image_features)
+    first = torch.searchsorted(image_of_text, torch.arange(n, device=image_of_text.device))
+    size = min(batch_size, n)
+    losses = [
+        unified_contrastive_loss(
+            image_features[start : start + size],
+            text_features[first[start : start + size]],
+            class_ids[start : start + size],
+            scale,
+        )
+        for start in range(0, n - size + 1, size)
+    ]
+    return float(torch.stack(losses).mean())
+
+
 def run(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints and writes."""
     with model_on_ranks(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
@@ -248,7 +319,7 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
     columns = 4
     rows = -(-len(chosen) // columns)
     height = rows * (_SIDE + _CAPTIONS)
-    figure = Figure(figsize=(1.05 * _SIDE * columns, height))
+    figure = new_figure(1.05 * _SIDE * columns, height)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     figure.subplots_adjust(
         *(0.01, _CAPTIONS / height, 0.99, 1 - 0.05 / height), wspace=0.05, hspace=_CAPTIONS / _SIDE
@@ -276,7 +347,7 @@ def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: P
     """Draws 8 captions over the 5 images they find; its own has a green frame, as a PNG."""
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
-    figure = Figure(figsize=(2.1 * columns, 2.35 * len(chosen)), layout="constrained")
+    figure = new_figure(2.1 * columns, 2.35 * len(chosen), layout="constrained")
     grid = figure.subplots(len(chosen), columns, squeeze=False)
     best = (found.text_features[chosen] @ found.image_features.T).topk(columns).indices
     texts = _read_captions(found, dataset, chosen)

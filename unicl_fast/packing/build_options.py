@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
+from unicl_fast.images.check import (
+    MAX_PIXELS,
+    MAX_SIDE,
+    REENCODE_QUALITY,
+    RESIZE_QUALITY,
+    ImageFormat,
+)
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.ray_engine import Engine, require_engine
 from unicl_fast.packing.sources.items import ListOptions
@@ -122,6 +128,16 @@ class BuildOptions:
         """
         unused = {name for name in _FILTERS if getattr(self, name) == getattr(BuildOptions, name)}
         return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE | unused}
+
+    @property
+    def encoding(self) -> str:
+        """Format and quality of the images that are re-encoded, in words."""
+        quality = RESIZE_QUALITY if self.quality is None else self.quality
+        if self.format == "keep":
+            scaled = f"JPEG q{quality}, those not scaled q" if self.resize else "JPEG q"
+            return f"{scaled}{REENCODE_QUALITY}"
+        names = {"jpeg": f"JPEG q{quality}", "webp": f"WebP q{quality}", "png": "PNG"}
+        return names.get(self.format, "pixels")
 
     def check(self) -> ImageOptions:
         """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""

@@ -55,14 +55,7 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
         ValueError: a field is unknown, missing or of another type, or its value out of range.
     """
     types_of = _field_types(cls)  # type: ignore[arg-type]  # mypy: a type is not Hashable
-    if not isinstance(values, dict):
-        raise ValueError(f"{name or 'the whole'} must be an object, not {shorten(values)}")
-    for field in values:
-        if field not in types_of:
-            raise ValueError(
-                f"{_dotted(name, field)[:100]} is not a field of this version; known are "
-                f"{', '.join(types_of)}"
-            )
+    _refuse_unknown(values, types_of, name=name)
     missing = {
         field.name
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -76,6 +69,30 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
             for field, value in values.items()
         }
     )
+
+
+def with_values(instance: T, values: Any, *, name: str = "") -> T:
+    """Returns a copy of a dataclass with some fields, and fields of those within it, replaced.
+
+    Each value is checked as in `from_json_values`, but not what fields must be together: others may
+    be replaced afterwards. Whoever makes an object of the result's values checks that.
+
+    Raises:
+        ValueError: a field is unknown or of another type, or its value out of range.
+    """
+    types_of = _field_types(type(instance))  # type: ignore[arg-type]
+    _refuse_unknown(values, types_of, name=name)
+    changed = object.__new__(type(instance))
+    for field, kind in types_of.items():
+        value = getattr(instance, field)
+        if field in values:
+            given, dotted = values[field], _dotted(name, field)
+            if dataclasses.is_dataclass(value):
+                value = with_values(value, given, name=dotted)
+            else:
+                value = convert(given, kind, name=dotted)
+        object.__setattr__(changed, field, value)
+    return changed
 
 
 def convert(value: Any, kind: Any, *, name: str) -> Any:
@@ -106,6 +123,17 @@ def parse_json(data: bytes | str, *, where: str) -> Any:
 @functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
+
+
+def _refuse_unknown(values: Any, types_of: dict[str, Any], *, name: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name or 'the whole'} must be an object, not {shorten(values)}")
+    for field in values:
+        if field not in types_of:
+            raise ValueError(
+                f"{_dotted(name, str(field))[:100]} is not a field of this version; known are "
+                f"{', '.join(types_of)}"
+            )
 
 
 def _dotted(name: str, field: str) -> str:

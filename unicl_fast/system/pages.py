@@ -12,7 +12,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import markupsafe
 
 from unicl_fast.system.wording import count_of
@@ -20,6 +19,8 @@ from unicl_fast.system.wording import count_of
 
 def fill_page(template: Path, **values: Any) -> str:
     """Returns the page as text, to be written in UTF-8; a missing value is an UndefinedError."""
+    import jinja2  # here, for --help of programs that make pages need not wait for it
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,

@@ -9,19 +9,30 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 from typing import Any, TextIO
+
+from unicl_fast import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
 
 
 def begin_program() -> list[str]:
-    """Prepares this process as that of a program; returns its arguments."""
+    """Prepares this process as that of a program; returns its arguments.
+
+    `--version` alone is answered here, and ends it.
+    """
     # Under LC_ALL=C or a locale of ISO-8859-1 Python may take file names for other characters than
     # under C.UTF-8, and class names come from them. It knows no way to change its mind.
     if not has_utf8_names() and os.environ.get(_UTF8_MODE) != "1":
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
+    if sys.argv[1:] == ["--version"]:
+        print(f"unicl_fast {__version__}")
+        sys.exit()
+    if not sys.warnoptions:  # what libraries tell their callers is for tests; -W shows it
+        warnings.simplefilter("ignore", FutureWarning)
     return sys.argv[1:]
 
 

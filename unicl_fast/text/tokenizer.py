@@ -17,10 +17,8 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import ftfy
 import numpy as np
 import numpy.typing as npt
-import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -161,6 +159,8 @@ def _clean(text: str) -> str:
     """
     if text.isascii() and text.isprintable() and "&" not in text:
         return text.lower()
+    import ftfy  # here, as `regex` below: a tenth of a second, for which --help need not wait
+
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
     # split() also drops what Python takes for white space and `regex` does not (U+001C to U+001F).
     return " ".join(repaired.split()).lower()
@@ -229,6 +229,8 @@ def _word_pattern() -> str:
     The pattern ignores case. In lower-case text that concerns two characters: the long s (U+017F)
     equals "s", and U+0345 is a letter because it equals a small iota.
     """
+    import regex
+
     everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
 
     def ranges(character_class: str) -> str:

@@ -24,7 +24,10 @@ from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.system.kernels import source_files
 from unicl_fast.system.wording import count_of, shorten
 
-_PACKAGES = ("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "tokenizers", "triton")
+_PACKAGES = (
+    *("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    *("tokenizers", "triton"),
+)
 # Where the data lie and how they are fetched may differ from node to node.
 _OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes", "block_bytes")
 

@@ -1,7 +1,8 @@
 """Figures of a run for people: its curves, and its first batch.
 
-No figure is worth a run: what goes wrong while one is drawn is logged (`drawing`). Texts of users
-are drawn as they are: two dollar signs in a caption are no formula.
+matplotlib is imported with the first one, since the library works without it. No figure is worth a
+run: what goes wrong while one is drawn is logged (`drawing`). Texts of users are drawn as they are:
+two dollar signs in a caption are no formula.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-
-from matplotlib import colormaps, rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any
 
 from unicl_fast.batch import Batch
 from unicl_fast.system.wording import encodable
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,25 @@ def drawing(path: Path) -> Iterator[None]:
 
 
 def plain_texts() -> contextlib.AbstractContextManager[None]:
-    """Lets matplotlib draw texts as they are, without looking for formulas in them."""
+    """Lets matplotlib draw texts as they are, without looking for formulas in them.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; says how to install it.
+    """
+    try:
+        from matplotlib import rc_context
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "figures are drawn by matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     return rc_context({"text.parse_math": False, "text.usetex": False})
+
+
+def new_figure(width: float, height: float, **settings: Any) -> Figure:
+    """Returns an empty figure, `width` x `height` in inches; `settings` are matplotlib's."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), **settings)
 
 
 def draw_curves(run_folder: Path, path: Path) -> None:
@@ -54,10 +72,10 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     evaluations: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if key.endswith("top1"):
+            if key.endswith(("/top1", "/recall_at_1")):
                 point = (line["step"] * samples_of_step, 100 * value)
                 evaluations.setdefault(key, []).append(point)
-    figure = Figure(figsize=(10 if evaluations else 6, 4), layout="constrained")
+    figure = new_figure(10 if evaluations else 6, 4, layout="constrained")
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     seen = [line["samples_seen"] for line in trained]
     axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
@@ -68,11 +86,14 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     rate.tick_params(colors=FAINT)
     for name, points in evaluations.items():
         label = encodable(name.removeprefix("zero_shot/").removesuffix("/top1"))
+        label = label.removeprefix("retrieval/").replace("/recall_at_1", ", recall at 1")
         axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
         axes[1].annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points",
                          xytext=(-4, 8), ha="right")  # fmt: skip
     if evaluations:
-        _label(axes[1], title="Zero-shot top-1", y="%")
+        recalls = any(name.startswith("retrieval/") for name in evaluations)
+        title = "Zero-shot top-1" + ", recall at 1 of both directions" * recalls
+        _label(axes[1], title=title, y="%")
         axes[1].set_ylim(0, 105)
         axes[1].legend(loc="lower right", frameon=False)
     save_figure(figure, path)
@@ -83,13 +104,15 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
 
     The colour of a frame is the class: equal colours are positives of each other.
     """
+    from matplotlib import colormaps
+
     count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
     rows = math.ceil(count / _COLUMNS)
     tokenizer = Tokenizer()
     class_ids = batch.class_ids[:count].tolist()
     # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
-    figure = Figure(figsize=(1.6 * _COLUMNS, 2.05 * rows), layout="constrained")
+    figure = new_figure(1.6 * _COLUMNS, 2.05 * rows, layout="constrained")
     for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
         axis.set_yticks([])
@@ -108,6 +131,8 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
 
 
 def _label(axis: Axes, *, title: str, y: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     axis.set_title(title, loc="left", color=INK)
     axis.set_xlabel("samples seen")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -24,7 +24,12 @@ from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
+from unicl_fast.distributed.launch import (
+    configure_logging,
+    is_restarted,
+    keeping_log,
+    refused_together,
+)
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
@@ -34,7 +39,7 @@ from unicl_fast.models.precision import resolve_precision
 from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
-from unicl_fast.system.atomic_files import make_folder, sole_writer
+from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
@@ -56,9 +61,12 @@ from unicl_fast.training.data import (
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.memory_plan import check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
+
+LOG_NAME = "log.txt"
 
 
 class PlannedLoader(Loader, Protocol):
@@ -95,12 +103,10 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         _choose_checkpoint(resume, run_folder)
     _, datasets, _ = _open_checked(config)
     augmentations_of(config.data.augment, [dataset.location for dataset in datasets])
-    datasets += [
-        PackedDataset(each, cache=cache_options(config.data)) for each in config.data.evaluate
-    ]
-    for dataset in datasets:
+    evaluated = _open_evaluated(config)
+    for dataset in (*datasets, *evaluated):
         dataset.close()
-    choose_best_metric(config.checkpoint.best, _evaluation_names(config))
+    choose_best_metric(config.checkpoint.best, _evaluation_names(config, evaluated))
 
 
 def _open_checked(
@@ -123,12 +129,15 @@ def pretrain(
     initialise: Initialise | None = None,
     resume: str = "never",
     ledger: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
     `resume` is "never", "auto" or the path of a checkpoint, whose weights are taken in place of
     those that `initialise` reads. `ledger` asks for a ledger; a run that has one continues it
-    anyway.
+    anyway. A `dry_run` ends before the first step and writes nothing. Where it is `quiet`, only
+    warnings and errors are shown; log.txt in the run folder has all lines in any case.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -155,13 +164,14 @@ def pretrain(
         process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
         contextlib.ExitStack() as stack,
     ):
-        configure_logging(ranks)
+        configure_logging(ranks, quiet=quiet and not dry_run)
+        write_log_to = stack.enter_context(keeping_log())
         watchdog.meet(ranks)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             ranks.local_batch_size(config.run.global_batch_size)
             check_run_folder: Callable[[], None] | None = None
-            if ranks.is_main:
+            if ranks.is_main and not dry_run:
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
@@ -178,22 +188,37 @@ def pretrain(
             device=device,
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,
             check_run_folder=check_run_folder,
+            progress=not quiet,
         )
         if checkpoint is not None:
             mark("reading the checkpoint", patience=START_PATIENCE)
             with refused_together(ranks):
                 trainer.resume(checkpoint)
-        if ranks.is_main:
-            make_folder(run_folder)
-            text = json.dumps(config_to_dict(trainer.config), indent=1)
-            (run_folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        try:
+        for line in describe_run(trainer, run_folder):
+            logger.info("%s", line)
+        if ranks.is_main and not dry_run:
+            _write_settings(trainer, run_folder)
+            write_log_to(run_folder / LOG_NAME)
+        _train_and_report(trainer, run_folder, dry_run=dry_run)
+
+
+def _write_settings(trainer: Trainer, run_folder: Path) -> None:
+    make_folder(run_folder)
+    text = json.dumps(config_to_dict(trainer.config), indent=1)
+    write_text_atomically(run_folder / "config.json", text + "\n")
+
+
+def _train_and_report(trainer: Trainer, run_folder: Path, *, dry_run: bool) -> None:
+    try:
+        if not dry_run:
             trainer.fit()
-        finally:
-            mark("closing the data")
-            trainer.loader.close()
-        if ranks.is_main:
-            _report(trainer, run_folder)
+    finally:
+        mark("closing the data")
+        trainer.loader.close()
+    if dry_run:
+        logger.info("dry run: all is ready, and nothing was trained or written")
+    elif trainer.ranks.is_main:
+        _report(trainer, run_folder)
 
 
 def _report(trainer: Trainer, run_folder: Path) -> None:
@@ -380,13 +405,28 @@ def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
     return None
 
 
-def _evaluation_names(config: TrainConfig) -> list[str]:
+def _open_evaluated(config: TrainConfig) -> list[PackedDataset]:
+    """Opens `data.evaluate`; ValueError where a data set has nothing that could be evaluated."""
+    datasets = [PackedDataset(each, cache=cache_options(config.data))
+                for each in config.data.evaluate]  # fmt: skip
+    for dataset in datasets:
+        if not dataset.manifest.class_names and config.objective.name == "ce":
+            raise ValueError(
+                f"data.evaluate: {dataset.location} has no labels, and a model trained with "
+                "objective.name=ce knows no texts: name data sets with labels"
+            )
+    return datasets
+
+
+def _evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
     """The names of `data.evaluate` in metrics; ValueError where one is there twice."""
-    kind = "accuracy" if config.objective.name == "ce" else "zero_shot"
+    with_labels = "accuracy" if config.objective.name == "ce" else "zero_shot"
+    kinds = [with_labels if one.manifest.class_names else "retrieval" for one in datasets]
     try:
-        return [f"{kind}/{name}" for name in distinct_names(config.data.evaluate)]
+        names = distinct_names(config.data.evaluate)
     except ValueError as error:
         raise ValueError(f"data.evaluate: {error}") from error
+    return [f"{kind}/{name}" for kind, name in zip(kinds, names, strict=True)]
 
 
 def _build_evaluations(
@@ -403,16 +443,13 @@ def _build_evaluations(
         )
     evaluations: dict[str, Evaluation] = {}
     with refused_together(ranks):
-        names = _evaluation_names(config)
+        datasets = _open_evaluated(config)
+        names = _evaluation_names(config, datasets)
     names = from_rank_0(names, ranks)  # others would have other names for links to other folders
-    for folder, name in zip(config.data.evaluate, names, strict=True):
-        dataset = PackedDataset(folder, cache=cache_options(config.data))
-        class_names = dataset.manifest.class_names
-        if not class_names:
-            raise ValueError(f"data.evaluate: {dataset.location} has no labels for zero-shot")
+    for dataset, name in zip(datasets, names, strict=True):
         rows = None
         if config.objective.name == "ce":
-            rows = rows_of_class_names(trained, class_names, prompts=prompts)
+            rows = rows_of_class_names(trained, dataset.manifest.class_names, prompts=prompts)
         evaluations[name] = functools.partial(
             evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks
         )

@@ -612,7 +612,9 @@ class Trainer:
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            write_line(f"step {self.step}: {shown}")
+            # a program's log shows it, and keeps it in a file; without one it is still shown
+            say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
+            say(f"step {self.step}: {shown}")
         return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:

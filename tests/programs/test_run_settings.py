@@ -1,0 +1,194 @@
+"""Settings of a run: preset or the run's own, then a file, then the command line; and as YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program_runs import call
+
+from unicl_fast.config import DataConfig, TrainConfig, config_to_dict
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.pretrain import parse_arguments, split_config
+from unicl_fast.tools.run_settings import as_yaml
+
+
+def settings_of(*options: str | Path) -> TrainConfig:
+    return split_config(parse_arguments(["--out", "out", *map(str, options)]))
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_command_line_comes_after_the_file_and_the_file_after_the_preset(
+    tmp_path: Path,
+) -> None:
+    file = write(
+        tmp_path / "run.yaml",
+        "data:\n  train: [a, b=0.5]  # two data sets\noptim: {lr: 1e-2, warmup_fraction: .2}\n",
+    )
+    preset = build_preset("cifar10-small")
+    config = settings_of("--preset", "cifar10-small", "--config", file, "--optim.lr", "0.5")
+    assert config.optim.lr == 0.5
+    assert config.optim.warmup_fraction == 0.2
+    assert config.data.train == ("a", "b=0.5")
+    assert config.data.image_size == preset.data.image_size
+    assert config.run == preset.run
+
+
+def test_a_file_may_name_its_preset_and_an_option_another(tmp_path: Path) -> None:
+    file = write(tmp_path / "run.yaml", "preset: digits-small\nrun:\n  seed: 7\n")
+    config = settings_of("--config", file)
+    assert config.data == build_preset("digits-small").data
+    config = settings_of("--config", file, "--preset", "mixed-small")
+    assert config.data == build_preset("mixed-small").data
+    assert config.run.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "group", "field", "value"),
+    [
+        ("efficiency: {shard: off}", "efficiency", "shard", "off"),
+        ("efficiency: {tf32: on}", "efficiency", "tf32", "on"),
+        ("efficiency: {unique_texts: false}", "efficiency", "unique_texts", False),
+        ("optim: {lr: 1e-3}", "optim", "lr", 0.001),
+        ("optim: {lr: 1}", "optim", "lr", 1),
+        ("model: {logit_scale_max: .inf}", "model", "logit_scale_max", math.inf),
+        ("data: {train: ['1e3']}", "data", "train", ("1e3",)),
+        ("data: {train: [no, 2026-11-27]}", "data", "train", ("no", "2026-11-27")),
+        ("", "run", "seed", 0),
+    ],
+)
+def test_yaml_is_read_by_the_rules_of_json(
+    tmp_path: Path, text: str, group: str, field: str, value: object
+) -> None:
+    """PyYAML alone takes `off` for false, 1e-3 for a text and a date for an object."""
+    config = settings_of("--config", write(tmp_path / "run.yaml", text))
+    assert getattr(getattr(config, group), field) == value
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_printed_settings_are_a_file_that_gives_them_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(pretrain, "--preset", name, "--print-config")
+    file = write(tmp_path / "run.yaml", capsys.readouterr().out)
+    assert settings_of("--config", file) == build_preset(name)
+
+
+def test_texts_that_look_like_other_values_survive_as_yaml(tmp_path: Path) -> None:
+    names = ("1e5", "off", "10", "null", "~", "1_0", "a: b", "#", "ä", "-", "", ".inf", "=0.5")
+    config = TrainConfig(data=DataConfig(train=names))
+    assert settings_of("--config", write(tmp_path / "run.yaml", as_yaml(config))) == config
+
+
+def test_a_config_json_is_a_file_of_settings_too(tmp_path: Path) -> None:
+    config = build_preset("digits-small")
+    file = write(tmp_path / "config.json", json.dumps(config_to_dict(config)))
+    assert settings_of("--config", file) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {colour: 1}", "data.colour is not a field of this version; known are train, "),
+        ("colour: {}", "colour is not a field of this version; known are data, "),
+        ("data: 3", "data must be an object, not 3"),
+        ("optim: {lr: fast}", "optim.lr must be a number above 0, not 'fast'"),
+        ("run: {seed: 010}", "run.seed must be a whole number, not 10.0"),
+        ("run: {seed: 1, seed: 2}", "a name stands twice among ['seed', 'seed']"),
+        ("run: {1: 2}", "run.1 is not a field"),
+        ("run: !!python/object/apply:os.getcwd []", "is not YAML: could not determine a constr"),
+        ("run: [1", "is not YAML: while parsing a flow sequence"),
+        ("[" * 5000, "is not YAML: "),
+        ("- run", "must hold groups of settings such as run:, not ['run']"),
+        ("preset: 3", "preset must be a text, not 3"),
+        ("preset: large", "no preset 'large'; presets are swin-tiny, "),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused_by_name(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ValueError) as refused:
+        settings_of("--config", file)
+    assert message in str(refused.value)
+    assert "preset" in text or str(file) in str(refused.value)
+
+
+def test_a_file_that_is_not_there_ends_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (tmp_path, tmp_path / "run.yaml"):
+        with pytest.raises(SystemExit) as stopped:
+            call(pretrain, "--config", path, "--out", tmp_path / "run")
+        assert stopped.value.code == 2
+        assert f"--config: there is no file {path}" in capsys.readouterr().err
+
+
+def test_what_fields_must_be_together_is_checked_after_the_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "run.yaml", "data: {fraction: [1.0, 0.5]}")
+    assert settings_of("--config", file, "--data.train", "a", "b").data.fraction == (1.0, 0.5)
+    with pytest.raises(SystemExit) as stopped:
+        settings_of("--config", file)
+    assert stopped.value.code == 2
+    assert "data.fraction takes one number" in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_with_its_own_settings_and_with_what_is_given(tmp_path: Path) -> None:
+    def resumed(*options: str) -> TrainConfig:
+        return settings_of("--out", tmp_path, "--resume", "auto", *options)
+
+    assert resumed() == build_preset("swin-tiny")  # nothing to resume yet
+    own = build_preset("digits-small")
+    own = dataclasses.replace(own, run=dataclasses.replace(own.run, seed=5, steps=3))
+    write(tmp_path / "config.json", json.dumps(config_to_dict(own)))
+    assert resumed() == own
+    longer = resumed("--run.steps", "9")
+    assert (longer.run.steps, longer.run.seed, longer.data) == (9, 5, own.data)
+    file = write(tmp_path / "more.yaml", "run: {seed: 6}")
+    assert resumed("--config", str(file)) == dataclasses.replace(
+        own, run=dataclasses.replace(own.run, seed=6)
+    )
+    # who names a preset starts from it, and who does not resume starts from the default
+    assert resumed("--preset", "mixed-small") == build_preset("mixed-small")
+    assert settings_of("--out", tmp_path) == build_preset("swin-tiny")
+
+
+def test_urls_without_the_query_that_a_config_json_leaves_out_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed = DataConfig(train=("https://host/set?token=secret",))
+    values: dict[str, Any] = config_to_dict(TrainConfig(data=signed))
+    write(tmp_path / "config.json", json.dumps(values))
+    with pytest.raises(SystemExit) as stopped:
+        call(pretrain, "--out", tmp_path, "--resume", "auto")
+    assert stopped.value.code == 2
+    assert "is a URL without its query" in capsys.readouterr().err
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        call(pretrain, "--preset", "list")
+    assert not ended.value.code
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == list(PRESETS)
+    assert all(preset.about in line for line, preset in zip(shown, PRESETS.values(), strict=True))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_gets_a_script_that_completes_options(shell: str, tmp_path: Path) -> None:
+    script = tmp_path / "completion"
+    with pytest.raises(SystemExit) as ended:
+        call(pretrain, "--tyro-write-completion", shell, script)
+    assert not ended.value.code
+    assert "--efficiency.micro-batch-size" in script.read_text()

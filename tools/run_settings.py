@@ -1,0 +1,117 @@
+"""The settings that a command line of `unicl-pretrain` starts from, and settings as a file.
+
+The command line comes last. Before it comes the file of `--config`, and first a preset, or the
+run's own config.json where `--resume auto` continues it. The file holds any part of the settings;
+YAML or JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from unicl_fast.config import TrainConfig, config_to_dict, load_config
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.system.checked_fields import parse_json, with_values
+
+DEFAULT_PRESET = "swin-tiny"
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")
+
+
+def first_settings(
+    *, preset: str | None, file: Path | None, run_folder: Path | None, resume: str | None
+) -> tuple[str, TrainConfig]:
+    """Returns where the settings come from, for messages, and the settings before any option.
+
+    A preset that is named, on the command line or in the file, is taken in any case. What fields
+    must be together is not checked yet, since options may still change some of them.
+
+    Raises:
+        ValueError: no such preset, or a file that does not hold settings.
+        FileNotFoundError: no such file.
+    """
+    values = {} if file is None else _read_file(file)
+    named = values.pop("preset", None)
+    preset = named if preset is None else preset
+    own = None if run_folder is None else run_folder / "config.json"
+    if preset is None and resume == "auto" and own is not None and own.is_file():
+        origin, config = str(own), load_config(own)
+    else:
+        preset = DEFAULT_PRESET if preset is None else preset
+        origin, config = f"the preset {preset}", build_preset(preset)
+    if file is None:
+        return origin, config
+    try:
+        return f"{origin}, with those in {file}", with_values(config, values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def as_yaml(config: TrainConfig) -> str:
+    """Returns all settings as YAML that `--config` takes: URLs without their secrets."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
+        """Puts a text in quotes if YAML 1.1 or 1.2 would take it for something else."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+    values = json.loads(json.dumps(config_to_dict(config)))  # lists for tuples
+    text: str = yaml.dump(
+        values, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True
+    )
+    return text
+
+
+def list_presets() -> str:
+    """Returns a line for each preset: its name, and what it is for."""
+    return "\n".join(f"{name:22}{about}" for name, (about, _) in PRESETS.items())
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """Reads a file of settings: groups with fields, and perhaps preset."""
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(f"--config: there is no file {path}")
+    data = path.read_bytes()
+    values = (
+        parse_json(data, where=str(path)) if path.suffix == ".json" else _parse_yaml(data, path)
+    )
+    values = {} if values is None else values  # an empty file
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold groups of settings such as run:, not {values!r:.100}")
+    if not isinstance(values.get("preset", ""), str):
+        raise ValueError(f"{path}: preset must be a text, not {values['preset']!r:.100}")
+    return values
+
+
+def _parse_yaml(data: bytes, path: Path) -> Any:
+    """Parses YAML by the core schema of version 1.2, as a reader of JSON expects it.
+
+    So `off` is a text and 1e-3 a number, which PyYAML, of version 1.1, has the other way round.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Builds plain values only, and refuses a name that stands twice."""
+
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [str(name.value) for name, _ in node.value]
+            if len(set(names)) < len(names):
+                raise yaml.YAMLError(f"a name stands twice among {names!r:.100}{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    for tag, pattern, first in (
+        ("bool", re.compile(r"([tT]rue|[fF]alse|TRUE|FALSE)\Z"), "tTfF"),
+        ("null", re.compile(r"(null|~|)\Z"), ["n", "~", ""]),
+        ("int", _INT, "-+0123456789"),
+        ("float", _FLOAT, "-+.0123456789"),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list(first))
+    try:
+        return yaml.load(data, Loader=Loader)
+    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error

@@ -1,0 +1,94 @@
+"""The summary that a run logs before its first step: data, model, length, device, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.training.data import with_threads
+from unicl_fast.training.trainer import Trainer
+
+
+def describe_run(trainer: Trainer, run_folder: Path) -> list[str]:
+    """Returns the summary, a line for each subject; `run_folder` is where the run is saved."""
+    config = trainer.config
+    evaluated = ", ".join(map(without_secrets, config.data.evaluate))
+    evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
+    return [
+        *_describe_data(trainer),
+        f"evaluated: {evaluated}",
+        _describe_model(trainer),
+        _describe_length(trainer),
+        _describe_device(trainer),
+        f"saved: checkpoints in {run_folder}/checkpoints, "
+        f"{_every(config.checkpoint.every_steps)}; metrics.jsonl every "
+        f"{count_of(config.run.log_every_steps, 'step')}",
+    ]
+
+
+def _every(steps: int) -> str:
+    return f"every {count_of(steps, 'step')} and at the end" if steps else "at the end"
+
+
+def _describe_data(trainer: Trainer) -> list[str]:
+    """Sizes, classes and epochs of each data set, and its part of a batch."""
+    sources = trainer.data.get("sources", [])
+    sizes = [source["num_samples"] for source in sources]
+    weights = trainer.data.get("shares") or sizes
+    drawn = trainer.total_steps * trainer.config.run.global_batch_size
+    lines = []
+    for name, source, weight in zip(trainer.config.data.train, sources, weights, strict=True):
+        part, size, classes = weight / sum(weights), source["num_samples"], source["num_classes"]
+        kinds = count_of(classes, "class") if classes else "captions alone"
+        lines.append(
+            f"data: {without_secrets(name)}: {count_of(size, 'image')}, {kinds}; {part:.1%} of "
+            f"each batch, {part * drawn / max(size, 1):,.1f} epochs"
+        )
+    return lines
+
+
+def _describe_model(trainer: Trainer) -> str:
+    """Names and sizes of the encoders, and how many parameters are trained."""
+    config = trainer.config
+    parameters = list(trainer.model.named_parameters())
+    parts = [f"{config.model.image_encoder}, {_millions(parameters, 'image_encoder.')}"]
+    if config.objective.has_texts:
+        text = _millions(parameters, "text_encoder.")
+        parts.append(
+            f"text encoder of {count_of(config.model.text_layers, 'layer')}, width "
+            f"{config.model.text_width}, {text}"
+        )
+    trained = [(name, one) for name, one in parameters if one.requires_grad]
+    return (
+        f"model: {'; '.join(parts)}; {_millions(parameters)} parameters in all, "
+        f"{_millions(trained)} trained, by {config.objective.name}, {config.optim.name}"
+    )
+
+
+def _millions(parameters: list[tuple[str, torch.nn.Parameter]], prefix: str = "") -> str:
+    return f"{sum(one.numel() for name, one in parameters if name.startswith(prefix)) / 1e6:,.2f} M"
+
+
+def _describe_length(trainer: Trainer) -> str:
+    """Steps, and how a batch is divided."""
+    config, world_size = trainer.config, trainer.ranks.world_size
+    local = config.run.global_batch_size // world_size
+    at_once = config.efficiency.micro_batch_size or local
+    return (
+        f"run: {trainer.step:,} of {count_of(trainer.total_steps, 'step')} done; "
+        f"{count_of(config.run.global_batch_size, 'image')} a step at {config.data.image_size} "
+        f"pixels, {count_of(world_size, 'rank')} of {local:,} each, {min(at_once, local):,} at once"
+    )
+
+
+def _describe_device(trainer: Trainer) -> str:
+    config, device = trainer.config, trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    decodes = "CPU" if config.data.decode_device != "gpu" else "GPU"
+    threads = with_threads(config.data, trainer.ranks).threads
+    return (
+        f"device: {name}, {config.efficiency.precision}; images are decoded on the {decodes}, in "
+        f"{count_of(threads, 'thread')} a rank"
+    )
