@@ -340,7 +340,8 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
         for line, (place, text) in enumerate(
             zip(shown_places[number], rows_of_texts[number], strict=True)
         ):
-            right = int(found.image_of_text[text]) == image
+            # another image's caption may have the same words
+            right = texts[text] == texts[int(order[number, first_own[number]])]
             words = f"{place + 1:,}. ({float(scores[number, text]):.2f}) {texts[text]}"
             shown = "\n".join(textwrap.wrap(words, 46, max_lines=2, placeholder=" ..."))
             axis.annotate(

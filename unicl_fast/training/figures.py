@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
 _PARTED = re.compile(r" (n't|'(?:s|t|re|ve|m|ll|d)\b)| ([,.!?;:)])")
+_HYPHENS = re.compile(r"(?<=\w) - (?=\w)")
 _OPENED = re.compile(r"(\() ")
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
@@ -127,7 +128,7 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
     class_ids = batch.class_ids[:count].tolist()
     # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
-    figure = new_figure(1.6 * _COLUMNS, 2.05 * rows, layout="constrained")
+    figure = new_figure(1.6 * _COLUMNS, 2.35 * rows, layout="constrained")
     for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
         axis.set_yticks([])
@@ -153,7 +154,7 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
 
 def as_written(text: str) -> str:
     """Joins what the tokenizer has parted: "it 's red , too" becomes "it's red, too"."""
-    return _PARTED.sub(r"\1\2", _OPENED.sub(r"\1", text))
+    return _HYPHENS.sub("-", _PARTED.sub(r"\1\2", _OPENED.sub(r"\1", text)))
 
 
 def _class_name(class_id: int) -> str:
