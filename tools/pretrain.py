@@ -185,7 +185,8 @@ def _evaluate(
     if not dataset.manifest.class_names:
         return evaluate_captions(on_ranks, dataset)
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
-    return {"top1": result.top1, "top5": result.top5}
+    chance = 1 / len(dataset.manifest.class_names)
+    return {"top1": result.top1, "top5": result.top5, "chance": chance}
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:

@@ -19,7 +19,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.evaluation.report import ClassificationCounts, draw_confusion
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
+from unicl_fast.training.figures import as_written, draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -54,6 +54,45 @@ def test_a_contact_sheet_shows_any_text(
     assert path.is_file()
     assert not caplog.records
     assert "pay $ 5 or $ 6" in drawn
+    assert drawn.count("caption") == 12
+    assert any("frames of one colour are positives" in text for text in drawn)
+
+
+@pytest.mark.parametrize(
+    ("parted", "written"),
+    [
+        ("it 's my daughter 's , too .", "it's my daughter's, too."),
+        ("they do n't ( always ) high - five", "they don't (always) high-five"),
+        ("at 5 : 30 ; or so ?", "at 5: 30; or so?"),
+    ],
+)
+def test_texts_are_spaced_as_they_were_written(parted: str, written: str) -> None:
+    assert as_written(parted) == written
+
+
+def test_classes_are_named_by_data_set_and_label(
+    images: torch.Tensor, tmp_path: Path, drawn: list[str]
+) -> None:
+    labels = torch.tensor([0, 1, (1 << 32) + 7] * 4)
+    texts = ["a dog", "a cat", "a horse"] * 4
+    with drawing(tmp_path / "sheet.png"):
+        draw_contact_sheet(collate(images, Tokenizer()(texts), labels), tmp_path / "sheet.png")
+    assert {"class 0", "class 1", "class 7 of data set 2"} <= set(drawn)
+
+
+def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
+        metrics.write({"step": 1, "samples_seen": 8, "loss": 1.0, "lr": 0.1})
+        metrics.write({"step": 1, "zero_shot/x/top1": 0.042, "zero_shot/x/chance": 0.005})
+    figures: list[Figure] = []
+    monkeypatch.setattr("unicl_fast.training.figures.save_figure", lambda f, _: figures.append(f))
+    draw_curves(tmp_path, tmp_path / "curves.png")
+    (figure,) = figures
+    axes = figure.axes[1]
+    assert axes.get_ylim()[1] == pytest.approx(1.3 * 4.2)
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [0.5]
 
 
 def test_curves_and_metrics_take_any_name_of_a_data_set(

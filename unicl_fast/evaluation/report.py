@@ -33,7 +33,7 @@ RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
 _MARKUP = re.compile(r"[\\|<&$*`\[]")
-_MAX_NAMED_CLASSES = 60
+_MAX_NAMED_CLASSES = 120
 """More names would not be legible."""
 
 
@@ -305,7 +305,7 @@ def _draw_confusion(
     shown = confusion[np.ix_(present, present)]
     names = [_short(class_names[i], 24) for i in present.tolist()]
     parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
-    side = max(4.5, min(0.24 * len(names), 12.0))
+    side = max(4.5, min(0.24 * len(names), 14.0))
     figure = new_figure(side + 5.5, side + 1.6, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
     image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
@@ -313,8 +313,9 @@ def _draw_confusion(
     left.set_xlabel("taken for")
     left.set_ylabel("class")
     if len(names) <= _MAX_NAMED_CLASSES:
-        left.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        left.set_yticks(range(len(names)), names, fontsize=7)
+        size = min(7.0, 0.75 * 72 * side / len(names))  # of a row's height, in points
+        left.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+        left.set_yticks(range(len(names)), names, fontsize=size)
     if len(names) <= 20:
         for row, column in np.argwhere(shown).tolist():
             part = parts[row, column]

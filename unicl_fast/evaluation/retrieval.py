@@ -314,7 +314,10 @@ def _report(
 
 
 def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 12 images over the 3 captions they find; an image's own are green, as a PNG."""
+    """Draws 12 images over the 3 captions they find, with cosines; its own are green, as a PNG.
+
+    Where none is its own, its best one follows with its place.
+    """
     chosen = _spread(len(found.samples), 12)
     columns = 4
     rows = -(-len(chosen) // columns)
@@ -325,15 +328,24 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
         *(0.01, _CAPTIONS / height, 0.99, 1 - 0.05 / height), wspace=0.05, hspace=_CAPTIONS / _SIDE
     )
     scores = found.image_features[chosen] @ found.text_features.T
-    best = scores.topk(min(3, scores.shape[1])).indices
-    texts = _read_captions(found, dataset, best.unique().tolist())
-    for axis, image, row in zip(axes, chosen, best.tolist(), strict=False):
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    is_own = found.image_of_text[order] == torch.tensor(chosen)[:, None]
+    first_own = is_own.int().argmax(dim=1).tolist()
+    shown_places = [[0, 1, place if place > 2 else 2] for place in first_own]
+    shown_places = [[p for p in row if p < scores.shape[1]] for row in shown_places]
+    rows_of_texts = [order[row, places].tolist() for row, places in enumerate(shown_places)]
+    texts = _read_captions(found, dataset, sorted({text for row in rows_of_texts for text in row}))
+    for number, (axis, image) in enumerate(zip(axes, chosen, strict=False)):
         _show_image(axis, dataset, int(found.samples[image]))
-        for line, text in enumerate(row):
-            right = int(found.image_of_text[text]) == image
-            shown = "\n".join(textwrap.wrap(texts[text], 44, max_lines=2))
+        for line, (place, text) in enumerate(
+            zip(shown_places[number], rows_of_texts[number], strict=True)
+        ):
+            # another image's caption may have the same words
+            right = texts[text] == texts[int(order[number, first_own[number]])]
+            words = f"{place + 1:,}. ({float(scores[number, text]):.2f}) {texts[text]}"
+            shown = "\n".join(textwrap.wrap(words, 46, max_lines=2, placeholder=" ..."))
             axis.annotate(
-                f"{line + 1}. {shown}",
+                shown,
                 *((0, 0), (0, -5 - 24 * line)),
                 xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7,
                 color=_RIGHT if right else _WRONG,
@@ -344,17 +356,29 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
 
 
 def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 8 captions over the 5 images they find; its own has a green frame, as a PNG."""
+    """Draws 8 captions over the 5 images they find, with cosines; its own has a green frame.
+
+    Where none is its own, that one stands in the last place, under the number of its own.
+    """
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
     figure = new_figure(2.1 * columns, 2.35 * len(chosen), layout="constrained")
     grid = figure.subplots(len(chosen), columns, squeeze=False)
-    best = (found.text_features[chosen] @ found.image_features.T).topk(columns).indices
+    scores = found.text_features[chosen] @ found.image_features.T
+    order = scores.argsort(dim=1, descending=True, stable=True)
     texts = _read_captions(found, dataset, chosen)
-    for axes, text, images in zip(grid, chosen, best.tolist(), strict=True):
-        for axis, image in zip(axes, images, strict=True):
+    for row, (axes, text) in enumerate(zip(grid, chosen, strict=True)):
+        own = int(found.image_of_text[text])
+        place = order[row].tolist().index(own)
+        places = [*range(columns - 1), max(place, columns - 1)]
+        for axis, number in zip(axes, places, strict=True):
+            image = int(order[row, number])
             _show_image(axis, dataset, int(found.samples[image]))
-            right = image == int(found.image_of_text[text])
+            right = image == own
+            axis.set_xlabel(
+                f"{number + 1:,}. ({float(scores[row, image]):.2f})",
+                fontsize=7, color=_RIGHT if right else FAINT,
+            )  # fmt: skip
             for spine in axis.spines.values():
                 spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
         axes[0].set_title(

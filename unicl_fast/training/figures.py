@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unicl_fast.batch import Batch
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.wording import encodable
+from unicl_fast.text.prompts import LABEL_BITS
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
+_PARTED = re.compile(r" (n't|'(?:s|t|re|ve|m|ll|d)\b)| ([,.!?;:)])")
+_HYPHENS = re.compile(r"(?<=\w) - (?=\w)")
+_OPENED = re.compile(r"(\() ")
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
@@ -91,18 +97,28 @@ def draw_curves(run_folder: Path, path: Path) -> None:
         axes[1].annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points",
                          xytext=(-4, 8), ha="right")  # fmt: skip
     if evaluations:
+        chances = sorted(
+            {100 * line[key] for line in lines for key in line if key.endswith("/chance")}
+        )
+        for chance in chances:
+            axes[1].axhline(chance, color=FAINT, linewidth=1, linestyle=":")
+        if chances:
+            axes[1].annotate("chance", (0.01, chances[-1]), xycoords=("axes fraction", "data"),
+                             textcoords="offset points", xytext=(0, 3), color=FAINT)  # fmt: skip
         recalls = any(name.startswith("retrieval/") for name in evaluations)
         title = "Zero-shot top-1" + ", recall at 1 of both directions" * recalls
         _label(axes[1], title=title, y="%")
-        axes[1].set_ylim(0, 105)
-        axes[1].legend(loc="lower right", frameon=False)
+        best = max(value for points in evaluations.values() for _, value in points)
+        axes[1].set_ylim(0, min(105, 1.3 * max(best, *chances, 1)))  # a weak run is seen to learn
+        axes[1].legend(loc="best", frameon=False)
     save_figure(figure, path)
 
 
 def draw_contact_sheet(batch: Batch, path: Path) -> None:
-    """Draws the first images of a batch over their texts, exactly as the model gets them, as a PNG.
+    """Draws the first images of a batch over their classes and texts, as a PNG.
 
-    The colour of a frame is the class: equal colours are positives of each other.
+    Images are exactly as the model gets them; texts are its tokens, spaced as people write. The
+    colour of a frame is the class: equal colours are positives of each other.
     """
     from matplotlib import colormaps
 
@@ -112,7 +128,7 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
     class_ids = batch.class_ids[:count].tolist()
     # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
-    figure = new_figure(1.6 * _COLUMNS, 2.05 * rows, layout="constrained")
+    figure = new_figure(1.6 * _COLUMNS, 2.35 * rows, layout="constrained")
     for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
         axis.set_yticks([])
@@ -120,14 +136,33 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
             axis.set_axis_off()
             continue
         axis.imshow(batch.images[number].cpu().numpy())
-        text = tokenizer.decode(batch.tokens[batch.text_index[number]].tolist())
+        text = as_written(tokenizer.decode(batch.tokens[batch.text_index[number]].tolist()))
         lines = textwrap.wrap(text, width=22, max_lines=3, placeholder=" ...")
         axis.set_xlabel("\n".join(lines), fontsize=7, color=INK)
+        axis.set_title(_class_name(class_ids[number]), fontsize=6, color=FAINT, pad=3)
         for spine in axis.spines.values():
             spine.set(
                 color=colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1), linewidth=3
             )
+    figure.supxlabel(
+        "Images with frames of one colour are positives of each other, and so are their texts. "
+        "A caption that is no class's prompt is a class of its own.",
+        x=0.01, ha="left", fontsize=8, color=INK,
+    )  # fmt: skip
     save_figure(figure, path)
+
+
+def as_written(text: str) -> str:
+    """Joins what the tokenizer has parted: "it 's red , too" becomes "it's red, too"."""
+    return _HYPHENS.sub("-", _PARTED.sub(r"\1\2", _OPENED.sub(r"\1", text)))
+
+
+def _class_name(class_id: int) -> str:
+    """A class id in few characters: data set and label, or that it is a caption's."""
+    if class_id >= CAPTION_KEYS_START:
+        return "caption"
+    source, label = divmod(class_id, 1 << LABEL_BITS)
+    return f"class {label}" + f" of data set {source + 1}" * (source > 0)
 
 
 def _label(axis: Axes, *, title: str, y: str) -> None:
