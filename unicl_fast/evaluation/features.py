@@ -412,6 +412,7 @@ class ExtractedSets:
         return {
             "train": command.train,
             "data": command.data,
+            "name": self.test_name,
             "layer": command.layer,
             "num_train": len(self.train),
             "num_test": len(self.test),

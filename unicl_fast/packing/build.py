@@ -112,6 +112,9 @@ class BuildOptions:
     byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
     pixel. docs/data.md compares them."""
+    license: str = ""
+    """What may be done with the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
+    of models that are trained on it."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
@@ -380,6 +383,7 @@ def _pack(
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
+                    license=options.license,
                     made_of={**work.record, "summary": summary},
                 )
                 return summary | {"num_taken_over": num_taken_over}

@@ -6,9 +6,12 @@ leaves early, as `head` does, is no fault of the program.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 _UTF8_MODE = "PYTHONUTF8"
@@ -23,6 +26,18 @@ def begin_program() -> list[str]:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
     return sys.argv[1:]
+
+
+@contextlib.contextmanager
+def logging_at(name: str, level: int) -> Iterator[None]:
+    """Keeps messages of a logger that are below a level back while the block lasts."""
+    chosen = logging.getLogger(name)
+    before = chosen.level
+    chosen.setLevel(level)
+    try:
+        yield
+    finally:
+        chosen.setLevel(before)
 
 
 def has_utf8_names() -> bool:
