@@ -80,15 +80,10 @@ def serve_hub(root: Path) -> Iterator[Hub]:
                     files = json.loads(body)["files"]
                     return self.say({"files": [self.mode_of(file["path"]) for file in files]})
                 case [_, _, "info", "lfs", "objects", "batch"]:
-                    return self.say(
-                        {
-                            "objects": [
-                                one
-                                | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}}
-                                for one in json.loads(body)["objects"]
-                            ]
-                        }
-                    )
+                    objects = json.loads(body)["objects"]
+                    for one in objects:
+                        one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}
+                    return self.say({"objects": objects})
                 case ["api", "models", owner, name, "commit", _]:
                     if hub.breaks_off:
                         return self.refuse(500, "", "Internal error")

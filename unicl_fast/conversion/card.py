@@ -1,8 +1,8 @@
 """The model card of an export, and the facts that it states.
 
-The facts of a run (recipe, data, the ledger's proof, figures of evaluations) are collected once, kept
-in the export's config.json, and taken over when that is exported again. The card states nothing
-else: what is not known is called so.
+The facts of a run (recipe, data, the ledger's proof, figures of evaluations) are collected once,
+kept in the export's config.json, and taken over when that is exported again. The card states
+nothing else: what is not known is called so.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Facts:
         return dataclasses.asdict(self)
 
 
-def collect_facts(path: Path, *, weights: Weights, evaluations: Sequence[Path]) -> Facts:
+def collect_facts(path: str | Path, *, weights: Weights, evaluations: Sequence[Path]) -> Facts:
     """The facts of a model, with the figures of all evaluations of these very weights.
 
     Args:
