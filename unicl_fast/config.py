@@ -91,7 +91,8 @@ class DataConfig:
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Smallest and largest part of an image's area in a crop."""
+    """Smallest and largest part of an image's area in a crop. With 1 1, and one crop_ratio, nothing
+    is drawn: it is the largest central crop of that ratio."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a training crop."""
     flip_probability: Fraction = 0.5
@@ -414,6 +415,12 @@ class EfficiencyConfig:
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
     the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
     device and needs the package triton. auto takes the fastest that the machine has."""
+    image_features: str = ""
+    """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
+    is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded
+    and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
+    Needs images that are the same in every epoch: data.crop_scale 1 1, data.crop_ratio 1 1,
+    data.flip_probability 0, and no augmentation. All ranks must see the folder."""
     fused_optimizer: bool = True
     """Use torch's fused kernel for optim.name=adamw. It also leaves out the update of a bad step
     without the host waiting for the device."""

@@ -242,6 +242,7 @@ def _publishable(config: TrainConfig) -> TrainConfig:
             precision="fp32" if precision == "fp64" else precision,
             activation_checkpointing=False,
             compile="auto",
+            image_features="",
         ),
         checkpoint=replace(config.checkpoint, best=""),
     )

@@ -120,8 +120,9 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu").eval()
         side = config.data.image_size
-        pixels = torch.empty(1, 3, side, side, dtype=weight_type)
-        of_image, features = _count(model, "image", lambda: model.encode_image(pixels))
+        shape = (3, side, side) if batch.images.ndim == 4 else batch.images.shape[1:]
+        shown = torch.empty(1, *shape, dtype=weight_type)
+        of_image, features = _count(model, "image", lambda: model.encode_image(shown))
         if model.text_encoder is not None:
             rows, num_tokens = _fake_texts(config, batch)
             num_texts = len(rows)
