@@ -337,6 +337,9 @@ class OptimConfig:
     unlock_at_step: Count = 0
     """Step from which on frozen parts are trained too; 0: never. So fresh parts can be warmed up
     first. The schedule of the learning rate stays as it is."""
+    unlock_warmup_steps: Count = 0
+    """Steps from unlock_at_step on during which the rate of what was frozen rises linearly from 0
+    to the schedule's; 0: it is the schedule's at once."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
     The last layers are one below the projections. Layers are timm's groups."""
@@ -362,6 +365,11 @@ class OptimConfig:
             bool(self.freeze) or not self.unlock_at_step,
             f"optim.unlock_at_step ({self.unlock_at_step}) trains what is frozen, and optim.freeze "
             "names nothing",
+        )
+        require(
+            bool(self.unlock_at_step) or not self.unlock_warmup_steps,
+            f"optim.unlock_warmup_steps ({self.unlock_warmup_steps}) warms up what is unlocked, and "
+            "optim.unlock_at_step names no step",
         )
         require(
             self.lr_min <= self.lr,

@@ -94,12 +94,16 @@ def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[st
     """Raises ValueError, naming the first difference, if a checkpoint is of another `what`."""
     differences = list(config_diff(stored, present))
     if differences:
-        more = len(differences) - 1
-        others = f" ({count_of(more, 'more difference')})" if more else ""
         raise ValueError(
-            f"the checkpoint is of another {what}: {differences[0]}{others}; train into another "
-            "--out, or give what the checkpoint was trained with"
+            f"the checkpoint is of another {what}: {first_difference(differences)}; train into "
+            "another --out, or give what the checkpoint was trained with"
         )
+
+
+def first_difference(differences: Sequence[str]) -> str:
+    """The first of some phrases, and how many more there are."""
+    more = len(differences) - 1
+    return differences[0] + (f" ({count_of(more, 'more difference')})" if more else "")
 
 
 def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
