@@ -368,8 +368,8 @@ class OptimConfig:
         )
         require(
             bool(self.unlock_at_step) or not self.unlock_warmup_steps,
-            f"optim.unlock_warmup_steps ({self.unlock_warmup_steps}) warms up what is unlocked, and "
-            "optim.unlock_at_step names no step",
+            f"optim.unlock_warmup_steps ({self.unlock_warmup_steps}) warms up what is unlocked: "
+            "optim.unlock_at_step must say when that is",
         )
         require(
             self.lr_min <= self.lr,
