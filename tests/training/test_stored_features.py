@@ -65,7 +65,9 @@ def trained(config: TrainConfig, folder: Path) -> tuple[list[torch.Tensor], Trai
     return found, trainer, fed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bf16", "fp64"))]
+)
 def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
