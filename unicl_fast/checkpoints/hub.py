@@ -20,7 +20,6 @@ from huggingface_hub import (
     hf_hub_download,
     try_to_load_from_cache,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from unicl_fast.checkpoints.export import CONFIG_FILE, WEIGHTS_FILE
 from unicl_fast.system.program import logging_at
@@ -101,12 +100,7 @@ def check_upload(repository: str) -> None:
         ValueError: no repository's name, no token, or the repository is there already.
         OSError: the hub cannot be reached or refuses the token.
     """
-    name, _, _ = repository.partition("/")
-    try:
-        validate_repo_id(repository)
-    except errors.HFValidationError as error:
-        raise _no_name(repository, error) from error
-    if name == repository:
+    if "/" not in repository:
         raise ValueError(f"hf-hub:{repository}: expected OWNER/NAME, the owner being you or yours")
     with _one_sentence(repository):
         if get_token() is None:
@@ -142,6 +136,8 @@ def _one_sentence(repository: str) -> Iterator[None]:
     try:
         with _silent_retries():
             yield
+    except errors.HFValidationError as error:
+        raise _no_name(repository, error) from error
     except ValueError:
         raise
     except errors.OfflineModeIsEnabled as error:

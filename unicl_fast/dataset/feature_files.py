@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+
+RowsFile: TypeAlias = "np.memmap[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +57,9 @@ def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
 
 
-def open_rows(path: Path) -> NDArray[Any]:
+def open_rows(path: Path) -> RowsFile:
     """Opens rows for writing; processes may write different ones at the same time."""
-    rows: NDArray[Any] = np.load(path, mmap_mode="r+", allow_pickle=False)
+    rows: RowsFile = np.load(path, mmap_mode="r+", allow_pickle=False)
     return rows
 
 

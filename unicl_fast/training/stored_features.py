@@ -29,6 +29,7 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.feature_files import (
     FeatureFile,
+    RowsFile,
     feature_key,
     has_features,
     make_rows,
@@ -71,7 +72,7 @@ def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]
         )
     augmentations = augmentations_of(data.augment, [each.location for each in datasets])
     drawn = [
-        *(["crops"] if data.crop_scale != (1, 1) or len(set(data.crop_ratio)) > 1 else []),
+        *(["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []),
         *(["flips"] if data.flip_probability else []),
         *(["augmentation"] if any(one != Augmentation() for one in augmentations) else []),
     ]
@@ -159,7 +160,7 @@ def _store(
     asides = {number: folder / f".{keys[number]}{name}.partial" for number in missing}
     total = sum(map(len, datasets))
     logger.info("encoding %s once, for %s", count_of(total, "image"), folder)
-    rows_of: dict[int, NDArray[Any]] = {}
+    rows_of: dict[int, RowsFile] = {}
     unreadable: dict[int, set[int]] = {number: set() for number in missing}
     dtype = ""
     model.train()  # as in a step: what is frozen is in evaluation mode
@@ -222,7 +223,7 @@ def _bits_of(features: Tensor) -> NDArray[Any]:
 def _write(
     batch: Batch,
     bits: NDArray[Any],
-    rows_of: dict[int, NDArray[Any]],
+    rows_of: dict[int, RowsFile],
     unreadable: dict[int, set[int]],
 ) -> None:
     """Writes the rows of a batch, and remembers the samples that others stood in for."""
