@@ -82,11 +82,11 @@ class Facts:
     """All that is known about a model's training and quality."""
 
     origin: dict[str, Any] = field(default_factory=dict)
-    """Where the weights come from, as rows of the card's first table."""
+    """The origin of the weights, as rows of the card's first table."""
     recipe: dict[str, str] = field(default_factory=dict)
     data: tuple[TrainedOn, ...] = ()
     ledger: str = ""
-    """What the ledger proves, in a sentence; empty without a run."""
+    """The ledger's proof, in a sentence; empty without a run."""
     figures: tuple[Figure, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ _NO_LEDGER = "The run kept no ledger, so there is no proof of which samples it s
 
 
 def _proven(folder: Path, state: CheckpointState) -> str:
-    """What a ledger proves about the steps up to a checkpoint and after it, in a sentence."""
+    """The proof of a ledger about the steps up to a checkpoint and after it, in a sentence."""
     run = Run(
         run_id=state.run_id,
         seed=state.config.run.seed,

@@ -70,7 +70,7 @@ class Manifest:
     seed: Count
     tool_version: str
     license: str = ""
-    """What may be done with the data, in the words of who packed it; without it (and no field in
+    """The license of the data, in the words of who packed it; without it (and no field in
     the file) nothing was said."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""

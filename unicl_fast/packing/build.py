@@ -113,7 +113,7 @@ class BuildOptions:
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
     pixel. docs/data.md compares them."""
     license: str = ""
-    """What may be done with the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
+    """The license of the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
     of models that are trained on it."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
