@@ -141,7 +141,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     wait_until_gone(out)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(900)  # seven starts of a program, each 12 s of CPU time
 def test_a_locked_run_from_initial_weights_is_killed_five_times_and_ends_bit_for_bit(
     data: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +177,7 @@ def test_a_locked_run_from_initial_weights_is_killed_five_times_and_ends_bit_for
     assert (values["steps"], values["num_starts"]) == (200, 6)
 
 
+@pytest.mark.timeout(900)  # five starts of a program, of which mlflow takes 2 s of CPU time each
 def test_an_mlflow_run_has_one_curve_after_three_kills(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
