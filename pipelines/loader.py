@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
 from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of
@@ -98,6 +99,7 @@ class TrainLoader:
             data.decode_device, device=self._device, threads=data.threads
         )
         self._running: Generator[Batch, None, None] | None = None
+        self._feature_type: torch.dtype | None = None
         self.form: ImageForm = "files"
         shapes = {dataset.image_shape for dataset in datasets}
         if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
@@ -158,9 +160,19 @@ class TrainLoader:
         """
         self.close()
         self._running = self._iterate(start_step)
-        if self._device != self._decode_device:
+        lie_on = self._decode_device if self._feature_type is None else torch.device("cpu")
+        if self._device != lie_on:
             self._running = copied_ahead(self._running, self._device)
         return self._running
+
+    def feed_features(self, features: Sequence[FeatureFile]) -> None:
+        """Feeds stored features of a frozen encoder in place of images from now on.
+
+        `features` are those of each data set, of one type. Nothing is drawn for the images.
+        """
+        self.close()
+        self.form, self._feature_type = "features", getattr(torch, features[0].dtype)
+        self.host.feed_features(features)
 
     def metadata_without_decoding(self, num_steps: int) -> Iterator[TrainMetadata]:
         """Metadata of the first steps, each read and not decoded: for measuring storage."""
@@ -221,7 +233,11 @@ class TrainLoader:
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
-        if self.form == "crops" and self.augmentation is None:  # nothing is left for a graph
+        if self._feature_type is not None:
+            for batch in self.host.batches(start_step):
+                rows, integers = map(torch.from_numpy, batch.inputs)
+                yield [rows.view(self._feature_type), integers], batch.metadata
+        elif self.form == "crops" and self.augmentation is None:  # nothing is left for a graph
             ahead = batches_ahead(self._data, self.num_images)
             made = self.host.batches_without_graph(start_step, ahead=ahead)
             with contextlib.closing(made):

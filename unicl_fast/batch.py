@@ -36,7 +36,8 @@ class Batch:
     step: int
     """The optimizer step this batch belongs to, counted from 0."""
     images: Tensor
-    """uint8 [b h w c], RGB."""
+    """uint8 [b h w c], RGB; or in their place the features that a frozen image encoder gives of
+    them, [b w] of its type (`efficiency.image_features`)."""
     tokens: Tensor
     """int64 [u l]: distinct token rows, padded with 0 to the context length."""
     text_lengths: NDArray[np.int64]

@@ -93,7 +93,8 @@ class DataConfig:
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Smallest and largest part of an image's area in a crop."""
+    """Smallest and largest part of an image's area in a crop. With 1 1, and one crop_ratio, nothing
+    is drawn: it is the largest central crop of that ratio."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a training crop."""
     flip_probability: Fraction = 0.5
@@ -368,6 +369,9 @@ class OptimConfig:
     unlock_at_step: Count = 0
     """Step from which on frozen parts are trained too; 0: never. So fresh parts can be warmed up
     first. The schedule of the learning rate stays as it is."""
+    unlock_warmup_steps: Count = 0
+    """Steps from unlock_at_step on during which the rate of what was frozen rises linearly from 0
+    to the schedule's; 0: it is the schedule's at once."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
     The last layers are one below the projections. Layers are timm's groups."""
@@ -393,6 +397,11 @@ class OptimConfig:
             bool(self.freeze) or not self.unlock_at_step,
             f"optim.unlock_at_step ({self.unlock_at_step}) trains what is frozen, and optim.freeze "
             "names nothing",
+        )
+        require(
+            bool(self.unlock_at_step) or not self.unlock_warmup_steps,
+            f"optim.unlock_warmup_steps ({self.unlock_warmup_steps}) warms up what is unlocked: "
+            "optim.unlock_at_step must say when that is",
         )
         require(
             self.lr_min <= self.lr,
@@ -446,6 +455,12 @@ class EfficiencyConfig:
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
     the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
     device and needs the package triton. auto takes the fastest that the machine has."""
+    image_features: str = ""
+    """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
+    is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded
+    and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
+    Needs images that are the same in every epoch: data.crop_scale 1 1, data.crop_ratio 1 1,
+    data.flip_probability 0, and no augmentation. All ranks must see the folder."""
     fused_optimizer: bool = True
     """Use torch's fused kernel for optim.name=adamw. It also leaves out the update of a bad step
     without the host waiting for the device."""

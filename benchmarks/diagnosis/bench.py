@@ -38,6 +38,7 @@ from unicl_fast.pipelines.graph import (
     split_threads,
 )
 from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_decode_device, usable_cores
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
@@ -81,6 +82,11 @@ class Bench:
             config,
             data=dataclasses.replace(config.data, evaluate=()),
             run=dataclasses.replace(config.run, check_ranks_every_steps=0),
+        )
+        require(
+            not config.efficiency.image_features,
+            "unicl-bench measures runs that decode and encode images: leave "
+            "efficiency.image_features out",
         )
         config = resolve_precision(config, device, ranks=ranks)
         config = resolve_decode_device(config, device, ranks)

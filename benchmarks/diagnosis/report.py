@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unicl_fast.evaluation.report import markdown_table, markdown_text
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, markdown_table, markdown_text
 
 from .advise import Advice, Limit
 from .earlier import Comparison, Peers, Rate, rate_of

@@ -18,6 +18,7 @@ from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.system.machine import choose_device, keep_freed_memory
+from unicl_fast.system.program import logging_at
 from unicl_fast.training.data import longest_text
 
 from .advise import Advice, advise, find_limit
@@ -180,7 +181,7 @@ def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
     cache = dataclasses.replace(config.data, cache_folder=str(scratch / "cache"))
     config = dataclasses.replace(config, data=cache)
     with (
-        _warnings_only(),
+        logging_at("unicl_fast", logging.WARNING),  # what each part says at its start
         process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks,
     ):
         bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
@@ -192,18 +193,6 @@ def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
                 yield bench
             finally:
                 gc.unfreeze()
-
-
-@contextlib.contextmanager
-def _warnings_only() -> Iterator[None]:
-    """Keeps what each part says at its start out of the report."""
-    logger = logging.getLogger("unicl_fast")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def seconds_since_start() -> float:

@@ -12,6 +12,7 @@ from unicl_fast.system.program import begin_program
 
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
+from .stored_features import StoredFeatures
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
@@ -20,6 +21,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,
+    "stored-features": StoredFeatures,
 }
 
 

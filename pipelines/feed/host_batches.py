@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps, map_steps
 from unicl_fast.system.machine import usable_cores
@@ -36,8 +37,9 @@ from .reading import BadSamples, reading_ahead
 from .text_block import gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
-ImageForm = Literal["files", "pixels", "crops"]
-"""The form of a graph's images: encoded files, raw images, or crops that were made of those."""
+ImageForm = Literal["files", "pixels", "crops", "features"]
+"""The form of a graph's images: encoded files, raw images, or crops that were made of those.
+Features of a frozen encoder, in place of images, go through no graph."""
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
@@ -117,9 +119,16 @@ class HostBatches:
         self.reading = ReadingTime(decodes_files=form == "files")
         """How long reading waited for storage."""
 
+    def feed_features(self, features: Sequence[FeatureFile]) -> None:
+        """Feeds stored features in place of images from now on, those of each data set."""
+        self._form, self._bad.features = "features", features
+
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:
         """Within this context, samples under a URL are fetched before their turn."""
+        if self._form == "features":
+            yield
+            return
         count = self._steps_of_chunk
         samples = count * self._config.run.global_batch_size
         with reading_ahead(
@@ -194,13 +203,16 @@ class HostBatches:
         return CropResizer(self._config.data, batch_size=self._batch_size, image_shape=shape)
 
     def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
-        """A step with its images as files or pixels."""
+        """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
         self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
         if self._form == "files":
             with self.reading.measuring():
                 actual, files = self._bad.read_files(planned.batch)
             return self._host_batch(planned, actual, files)
+        if self._form == "features":
+            actual, rows = self._bad.read_files(planned.batch)
+            return self._host_batch(planned, actual, np.stack(rows))
         with self.reading.measuring():
             (actual,), pixels = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, pixels)
@@ -220,15 +232,16 @@ class HostBatches:
         self,
         planned: _Planned,
         actual: PlannedBatch,
-        images: list[NDArray[np.uint8]] | NDArray[np.uint8],
+        images: list[NDArray[np.uint8]] | NDArray[Any],
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
         integers, text_lengths = planned.integers, planned.text_lengths
         if actual is not planned.batch:  # substitutes come with texts of their own
             targets, integers = self._texts_of(actual, actual.global_index)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
+        is_ready = self._form in ("crops", "features")
         return HostBatch(
-            inputs=graph_inputs(actual, images, integers, are_crops=self._form == "crops"),
+            inputs=graph_inputs(actual, images, integers, are_ready=is_ready),
             metadata=TrainMetadata(
                 actual=actual, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
             ),
@@ -258,23 +271,24 @@ class HostBatches:
 
 def graph_inputs(
     planned: PlannedBatch,
-    images: list[NDArray[np.uint8]] | NDArray[np.uint8],
+    images: list[NDArray[np.uint8]] | NDArray[Any],
     integers: NDArray[np.int64],
     *,
-    are_crops: bool,
+    are_ready: bool,
 ) -> tuple[Any, ...]:
     """The inputs of `graph.build_train_graph`: all first views, then all second ones.
 
     Args:
         planned: the batch.
         images: encoded images, a list of uint8 arrays, which are cut to what their windows need;
-            or pixels uint8 [b h w 3]; or the crops of all views, uint8 [v*b size size 3].
+            or pixels uint8 [b h w 3]; or the crops of all views, uint8 [v*b size size 3]; or
+            features [b w].
         integers: see `pack_integers`.
-        are_crops: whether `images` are crops.
+        are_ready: whether `images` are crops or features, to which nothing is done.
     """
     num_views, rows = planned.num_views, planned.augment_rows
     inputs: list[Any] = [images]
-    if not are_crops:
+    if not are_ready:
         starts, shapes, flips = split_windows(planned.windows.transpose(1, 0, 2).reshape(-1, 5))
         if isinstance(images, list):
             inputs[0], starts = cut_to_windows(images * num_views, starts, shapes)

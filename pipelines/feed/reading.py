@@ -25,10 +25,12 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.dataset.reader import (
     DamagedSampleError,
@@ -80,14 +82,21 @@ class BadSamples:
         self._datasets = list(datasets)
         self._max_pixels = max_pixels
         self._plan = plan
+        self.features: Sequence[FeatureFile] | None = None
+        """Those of each data set, which are read in place of images."""
         self._known: set[tuple[int, int]] = set()
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
-    def read(self, source: int, sample: int) -> NDArray[np.uint8] | None:
-        """The encoded image, its checksum compared; None if the sample is bad."""
+    def read(self, source: int, sample: int) -> NDArray[Any] | None:
+        """The encoded image, its checksum compared, or its features; None if the sample is bad."""
         if (source, sample) in self._known:
             return None
+        if self.features is not None:
+            row = self.features[source].row(sample)
+            if row is None:
+                self.add(source, sample, "its image could not be read when features were stored")
+            return row
         dataset = self._datasets[source]
         try:
             return dataset.image_bytes(sample, verify=True, max_pixels=self._max_pixels)
@@ -115,8 +124,8 @@ class BadSamples:
             where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
-    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        """The encoded images of a batch, and the batch with substitutes where they were needed.
+    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[Any]]]:
+        """The encoded images of a batch, or their features, and the batch with substitutes.
 
         Raises:
             TooManyBadSamplesError: no good sample was found in place of a bad one.

@@ -32,7 +32,8 @@ def random_windows(
 
     Up to ten tries draw an area (uniform part of the image's) and an aspect ratio (uniform in
     its logarithm) and take the first window that fits; otherwise the largest central window of a
-    permitted ratio is taken.
+    permitted ratio is taken. Where the whole area is asked for, in one ratio, that is taken at
+    once: rounding would let windows of nearly square images fit, and move by a pixel.
 
     Images' `heights` and `widths` are [b], and `counters` the number of each image's window in the
     stream of `key`. `scale` has the smallest and largest part of the area, `ratio` of width/height.
@@ -56,10 +57,11 @@ def _random_windows(
     starts = np.empty((heights.size, 2), np.int32)
     shapes = np.empty((heights.size, 2), np.int32)
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    tries = 0 if scale[0] == 1 and ratio[0] == ratio[1] else _TRIES
     for i in range(heights.size):
         image_key = random_bits(key, np.uint64(counters[i]))
         height, width = heights[i], widths[i]
-        for attempt in range(_TRIES):
+        for attempt in range(tries):
             draw = 4 * attempt
             part = scale[0] + (scale[1] - scale[0]) * random_unit(image_key, draw)
             area = part * height * width

@@ -28,6 +28,7 @@ from unicl_fast.benchmarks.experiments.small_size import (
     Switches,
     Templates,
 )
+from unicl_fast.benchmarks.experiments.stored_features import StoredFeatures
 from unicl_fast.config import TrainConfig
 from unicl_fast.packing.samples import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
@@ -211,3 +212,12 @@ def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> Non
     (tmp_path / "one" / "row.json").write_text(json.dumps({"name": "one"}))
     again = Run(name="one", pretrain=("--preset", "x"), execution=("--data.threads", "1"))
     assert run_all([again], tmp_path, jobs=1) == {"one": {"name": "one"}}
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_stored_features_are_compared_with_encoding(
+    cifar10: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    StoredFeatures(data=cifar10, encoder="test_vit", image_size=32, turns=2, steps=(1, 1)).run()
+    assert "with stored features," in capsys.readouterr().out

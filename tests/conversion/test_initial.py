@@ -32,10 +32,10 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
 from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
+from unicl_fast.checkpoints.hub import NotOnHubError, download
 from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_to_dict
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.hub import NotOnHubError, download
 from unicl_fast.conversion.initial import initialise, resize_positions
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import read_source
@@ -234,7 +234,7 @@ def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
 def test_an_export_does_not_name_what_its_run_started_from(tmp_path: Path) -> None:
     config = tiny_config(precision="fp32")
     model = UniCL(with_model(config, init="/home/somebody/secret", init_text="secret"))
-    write_export(model, tmp_path / "out", origin={})
+    write_export(model, tmp_path / "out")
     assert "secret" not in (tmp_path / "out" / "config.json").read_text()
     again = started(with_model(config, init=str(tmp_path / "out")))
     assert torch.equal(again.text_projection, model.text_projection)
@@ -359,7 +359,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     timms.mkdir()
     write_timm_file(timms / "model.safetensors")
     (timms / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
-    write_export(UniCL(tiny_config(precision="fp32")), root / "us" / "small", origin={})
+    write_export(UniCL(tiny_config(precision="fp32")), root / "us" / "small")
     strange = root / "them" / "strange"
     strange.mkdir()
     (strange / "config.json").write_text(json.dumps({"model_type": "clip"}))

@@ -27,9 +27,9 @@ from unicl_fast.evaluation.features import (
     model_on_ranks,
     split_folds,
     split_validation,
-    weights_checksum,
 )
 from unicl_fast.evaluation.requests import Evaluation
+from unicl_fast.models.unicl import weights_digest
 
 TOKENIZER = Tokenizer()
 
@@ -40,7 +40,8 @@ def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> Packed
 
 
 def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
-    return feature_key(model, dataset, layer=layer, weights=weights_checksum(model))
+    weights = weights_digest(model, "image_encoder.", "image_projection")
+    return feature_key(model, dataset, layer=layer, weights=weights)
 
 
 @pytest.fixture

@@ -9,17 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import tiny_config
 
+from unicl_fast import UniCL
+from unicl_fast.conversion.export import write_export
 from unicl_fast.evaluation.report import (
     ClassificationCounts,
     classification_table,
     draw_confusion,
-    markdown_table,
     most_confused,
     wilson_interval,
     write_results,
 )
 from unicl_fast.evaluation.requests import Knn
+from unicl_fast.system.wording import markdown_table
 
 HOSTILE = (
     "$\\frac{$",
@@ -66,8 +69,9 @@ def test_texts_of_users_are_written_and_drawn_as_they_are(
     draw_confusion(result, HOSTILE, tmp_path, "hostile", title=title)
     assert "NO FIGURE" not in caplog.text
     assert Image.open(tmp_path / "confusion-hostile.png").size[0] > 500
+    write_export(UniCL(tiny_config(precision="fp32")), tmp_path / "model")
     command = Knn(
-        checkpoint=tmp_path, train="x", data="y",
+        checkpoint=tmp_path / "model", train="x", data="y",
         json=tmp_path / "values.json", markdown=tmp_path / "table.md",
     )  # fmt: skip
     table = classification_table([(name, "top1", result) for name in HOSTILE])

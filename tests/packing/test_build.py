@@ -21,6 +21,7 @@ from inline_checks import check_inline
 from pack_runs import jpeg
 from PIL import Image
 
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -229,8 +230,10 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "set")
-    code, text, _ = run(str(folder), "--out", out, "--workers", "1", capsys=capsys)
+    options = ("--out", out, "--workers", "1", "--license", "CC-BY-4.0")
+    code, text, _ = run(str(folder), *options, capsys=capsys)
     assert code == 0
+    assert Manifest.load(out).license == "CC-BY-4.0"
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
     assert "1 re-encoded as JPEG q95, 90 copied unchanged" in text
     assert "passed over: 1 .txt file\n" in text

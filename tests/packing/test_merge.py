@@ -68,7 +68,10 @@ def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     """Each source packed, and both in one build."""
     out = tmp_path_factory.mktemp("packed")
     for name, source in sources.items():
-        build_dataset([source], out / name, workers=1, shard_bytes=20_000, progress=False)
+        license = "CC0-1.0" if name == "photos" else ""
+        build_dataset(
+            [source], out / name, license=license, workers=1, shard_bytes=20_000, progress=False
+        )
     build_dataset(list(sources.values()), out / "both", workers=1, progress=False)
     return {name: out / name for name in (*sources, "both")}
 
@@ -116,6 +119,8 @@ def test_a_merge_is_one_build_of_all_sources(packed: dict[str, Path], tmp_path: 
     with PackedDataset(tmp_path / "set") as merged, PackedDataset(packed["both"]) as both:
         assert merged.manifest.templates == both.manifest.templates
         assert merged.manifest.source == both.manifest.source
+        assert merged.manifest.license == "CC0-1.0; not stated for a part"
+        assert "license" not in (packed["both"] / "manifest.json").read_text()
         has_caption = merged.samples["captions_count"] > 0
     assert 3 < has_caption[:25].sum() < 22  # shuffled over both
 

@@ -67,6 +67,27 @@ def test_images_too_narrow_for_any_try_get_the_central_window(height: int, width
     assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "ratio", "expected"),
+    [
+        (100, 101, 1.0, [0, 0, 100, 100]),  # rounding would let a window of 100 move
+        (101, 100, 1.0, [0, 0, 100, 100]),
+        (64, 64, 1.0, [0, 0, 64, 64]),
+        (90, 300, 1.0, [0, 105, 90, 90]),
+        (90, 300, 2.0, [0, 60, 90, 180]),
+    ],
+)
+def test_the_whole_area_in_one_ratio_is_the_central_window_for_every_draw(
+    height: int, width: int, ratio: float, expected: list[int]
+) -> None:
+    starts, shapes = random_windows(
+        np.full(200, height), np.full(200, width), np.arange(200),
+        key=5, scale=(1.0, 1.0), ratio=(ratio, ratio),
+    )  # fmt: skip
+    found = np.unique(np.concatenate([starts, shapes], axis=1), axis=0)
+    assert found.tolist() == [expected]
+
+
 @given(
     height=st.integers(1, 65535),
     width=st.integers(1, 65535),

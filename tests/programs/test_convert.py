@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import official_forward
 import pytest
 import torch
+from hub_server import Hub, ask_hub_at, serve_hub
 from program_runs import call
 from small_runs import tiny_config
 
+import unicl_fast
 from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, load_model
 from unicl_fast.config import config_to_dict
+from unicl_fast.conversion.card import collect_facts
 from unicl_fast.conversion.export import write_export
+from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.official import read_official_file, write_official_file
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.report import ClassificationCounts, write_results
+from unicl_fast.evaluation.requests import Knn
+from unicl_fast.ledger.format import (
+    LedgerSource,
+    SegmentHeader,
+    encode_header,
+    encode_record,
+    segment_name,
+)
 from unicl_fast.tools import convert, evaluate
+from unicl_fast.training.data import describe_datasets
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +101,166 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
     assert "is there already" in refusal(capsys, format, trained, out)
 
 
+@pytest.fixture(scope="module")
+def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a data set whose license is stated, a ledger, and evaluations in its folder."""
+    folder = tmp_path_factory.mktemp("documented")
+    packed, run = folder / "secret" / "labels", folder / "run"
+    shutil.copytree(data / "labels", packed)
+    manifest = json.loads((packed / "manifest.json").read_text()) | {"license": "CC|BY 4.0"}
+    with PackedDataset(packed) as dataset:
+        described, num_samples = describe_datasets([dataset], None), len(dataset)
+    (packed / "manifest.json").write_text(json.dumps(manifest))
+    config = tiny_config(precision="fp32")
+    train = dataclasses.replace(config.data, train=(str(packed),), augment=("labels:clip",))
+    config = dataclasses.replace(config, data=train)
+    write_checkpoint(
+        run / "checkpoints",
+        step=2,
+        files={MODEL_FILE: UniCL(config).state_dict(), OPTIMIZER_FILE: {}},
+        state={
+            "config": config_to_dict(config), "scaler": {}, "data": described,
+            "optimizer": "AdamW", "run_id": "",
+        },
+    )  # fmt: skip
+    header = SegmentHeader(
+        segment=0, start_step=0, rank=0, world_size=1, global_batch_size=12,
+        sources=(LedgerSource("labels", num_samples),), seed=0, shares=(1,),
+    )  # fmt: skip
+    ids = np.arange(24).reshape(2, 12) % num_samples
+    records = [
+        encode_record(
+            header, step=step, source_ids=0 * ids[step], scheduled_ids=ids[step],
+            shown_ids=ids[step],
+        )
+        for step in range(2)
+    ]  # fmt: skip
+    (run / "ledger").mkdir()
+    (run / "ledger" / segment_name(0, 0)).write_bytes(b"".join([encode_header(header), *records]))
+    counts = ClassificationCounts(["cat", "dog"])
+    counts.add([[0, 1], [0, 1], [1, 0]], [[0], [1], [1]])
+    command = Knn(checkpoint=run, train="x", data="y", json=run / "results" / "knn.json")
+    measured = counts.result(what="this").to_json()
+    found = {"name": "held-out", "metric": "top1", "results": [{"k": 20} | measured]}
+    write_results(command, found, "")
+    values = json.loads((run / "results" / "knn.json").read_text())
+    other = json.dumps(values | {"weights_xxh3": "another"})
+    (run / "other.json").write_text(other)
+    return run
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    (tmp_path / "hub" / "us" / "old").mkdir(parents=True)
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        yield hub
+
+
+def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
+    documented: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    call(convert, "hf", documented, out, "--push", "us/first", "--license", "mit")
+    said = capsys.readouterr().out
+    assert f"uploaded to {hub.url}/us/first" in said
+    assert "left out of the card" in said
+    assert "other.json is about other weights" in said
+    sent = tmp_path / "hub" / "us" / "first"
+    assert all((sent / file.name).read_bytes() == file.read_bytes() for file in out.iterdir())
+    assert len(list(sent.iterdir())) == 4
+
+    card = re.sub(" +", " ", (out / "README.md").read_text())
+    for line in (
+        "license: mit",
+        "| labels | 21 | 10 | 0 | by its size | CC\\|BY 4.0 |",
+        "| held-out | knn, k = 20 | top1 | 66.67 | 20.77 to 93.85 | 3 |",
+        "each of its 2 steps of 12 samples has a record",
+        "1 complete epoch of labels",
+        "| optimizer | AdamW |",
+        "measured on the data sets above alone",
+        'load_model("hf-hub:us/first")',
+    ):
+        assert line in card
+    assert "secret" not in card + (out / "config.json").read_text()
+    assert "before you publish" not in card
+
+    expected = unicl_fast.load_model(documented, device="cpu")
+    photo = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    again = unicl_fast.load_model("hf-hub:us/first", device="cpu")
+    assert np.array_equal(again.embed_images([photo]), expected.embed_images([photo]))
+    assert np.array_equal(again.embed_texts(["a cat"]), expected.embed_texts(["a cat"]))
+    config = again.encoders.config
+    settings = dataclasses.replace(config.model, init="hf-hub:us/first")
+    started = UniCL(dataclasses.replace(config, model=settings))
+    initialise(started)
+    assert torch.equal(started.text_projection, expected.encoders.text_projection)
+    assert collect_facts("hf-hub:us/first", weights="auto", evaluations=()).data[0].license
+    use = card.split("```python\n")[1].split("```")[0].replace("photo.jpg", str(tmp_path / "p.png"))
+    unicl_fast.evaluation.inference.Image.fromarray(photo).save(tmp_path / "p.png")
+    exec(use, {})
+    assert "'cat': 0." in capsys.readouterr().out
+
+
+def test_an_upload_that_cannot_work_is_refused_before_a_model_is_read(
+    documented: Path,
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def said(repository: str, *, code: int) -> str:
+        with pytest.raises(SystemExit) as ended:
+            call(convert, "hf", documented, tmp_path / "out", "--push", repository)
+        assert ended.value.code == code
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "Traceback" not in message
+        return message
+
+    assert "us/old is there already: name a new one" in said("us/old", code=2)
+    assert "expected OWNER/NAME" in said("first", code=2)
+    assert "expected hf-hub:OWNER/NAME" in said("us/a/b", code=2)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "no token to write with: log in with hf auth login" in said("us/first", code=2)
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    assert not (tmp_path / "out").exists()
+    message = said("us/first", code=1)
+    assert "the hub refuses the token" in message
+    assert f"{tmp_path / 'out'} is complete: hf upload us/first" in message
+    shutil.rmtree(tmp_path / "out")
+    ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
+    assert "the hub cannot be reached" in said("us/first", code=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_upload_that_breaks_off_leaves_the_folder_and_says_how_to_continue(
+    documented: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.breaks_off = True
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        call(convert, "hf", documented, out, "--push", "us/first")
+    message = capsys.readouterr().err
+    assert f"{out} is complete: hf upload us/first {out} tries again" in message
+    assert load_model(out).config.model.embed_dim == 8
+
+
+def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
+    documented: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("hf", documented, tmp_path / "out", "--evaluations")
+    other = documented / "other.json"
+    assert "is about other weights (xxh3 another)" in refusal(capsys, *arguments, other)
+    state = documented / "checkpoints" / "step-00000002" / "state.json"
+    assert "is no result of an evaluation" in refusal(capsys, *arguments, state)
+    damaged = tmp_path / "damaged.json"
+    values = json.loads((documented / "results" / "knn.json").read_text())
+    values["results"][0]["top1"] = 7
+    damaged.write_text(json.dumps(values))
+    assert "damaged.json is damaged: value must be" in refusal(capsys, *arguments, damaged)
+
+
 def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path) -> None:
     for weights in ("ema", "model", "auto"):
         call(convert, "hf", trained, tmp_path / weights, "--weights", weights)
@@ -141,7 +320,7 @@ def test_models_that_differ_are_not_averaged(
         known = {name: value for name, value in changes.items() if hasattr(settings, name)}
         config = dataclasses.replace(config, **{group: dataclasses.replace(settings, **known)})
     other = tmp_path / "other"
-    write_export(UniCL(config), other, origin={})
+    write_export(UniCL(config), other)
     message = refusal(capsys, "average", trained, other, tmp_path / "out")
     assert f"the models cannot be averaged: {difference}" in message
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from program_runs import (
     SMALL,
     STARTED,
@@ -23,8 +25,9 @@ from program_runs import (
     run,
     start,
     wait_until_gone,
+    weights,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.dataset.reader import PackedDataset
@@ -140,6 +143,43 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     wait_until_gone(out)
 
 
+@pytest.mark.timeout(900)  # seven starts of a program, each 12 s of CPU time
+def test_a_locked_run_from_initial_weights_is_killed_five_times_and_ends_bit_for_bit(
+    data: Path, tmp_path: Path
+) -> None:
+    """The killed run takes stored features; the unbroken one encodes in each step."""
+    file = tmp_path / "tower.safetensors"
+    tower = timm.create_model("test_vit", num_classes=0, img_size=32).state_dict()
+    save_file(tower, file)
+    arguments = [
+        *[word if word != str(STEPS_OF_A_RUN) else "200" for word in FP64],
+        *("--optim.freeze", "image", "--init-image", f"timm-file:{file}"),
+        *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1"),
+        *sources(data),
+    ]
+    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
+    run("pretrain", *arguments, "--out", unbroken)
+    arguments += ["--efficiency.image-features", tmp_path / "features", "--resume", "auto"]
+    reached = 0
+    for _ in range(5):
+        process = start(*arguments, "--out", out)
+        wait_for_step(out, reached + 6, process)
+        process.kill()
+        process.communicate()
+        reached = int(list_checkpoints(out / "checkpoints")[-1].name[5:])
+    process = start(*arguments, "--out", out)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    assert losses(out) == losses(unbroken)
+    assert weights(out) == weights(unbroken)
+    kept = load_file(list_checkpoints(out / "checkpoints")[-1] / "model.safetensors")
+    for name, tensor in tower.items():
+        assert torch.equal(kept[f"image_encoder.{name}"], tensor.double()), name
+    values = proven(out, "--replan")
+    assert (values["steps"], values["num_starts"]) == (200, 6)
+
+
+@pytest.mark.timeout(900)  # five starts of a program, of which mlflow takes 2 s of CPU time each
 def test_an_mlflow_run_has_one_curve_after_three_kills(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

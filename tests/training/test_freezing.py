@@ -26,6 +26,7 @@ TOWER = ("image", "image_projection")
 def config_of(
     *frozen: str,
     unlock_at_step: int = 0,
+    unlock_warmup_steps: int = 0,
     ema_decay: float = 0.0,
     drop_path: float | None = None,
     every_steps: int = 1,
@@ -33,7 +34,11 @@ def config_of(
 ) -> TrainConfig:
     config = tiny_config(**settings)
     optim = dataclasses.replace(
-        config.optim, freeze=frozen, unlock_at_step=unlock_at_step, ema_decay=ema_decay
+        config.optim,
+        freeze=frozen,
+        unlock_at_step=unlock_at_step,
+        unlock_warmup_steps=unlock_warmup_steps,
+        ema_decay=ema_decay,
     )
     model = config.model
     if drop_path is not None:
@@ -157,7 +162,9 @@ def test_a_frozen_encoder_drops_no_branches(images: torch.Tensor) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("entries", [TOWER, ("text", "text_projection"), ("image:3", "text:1")])
+@pytest.mark.parametrize(
+    "entries", [TOWER, ("image",), ("text", "text_projection"), ("image:3", "text:1")]
+)
 def test_gradients_are_those_of_a_step_that_trains_all(
     images: torch.Tensor, entries: tuple[str, ...], settings: dict
 ) -> None:
@@ -174,15 +181,17 @@ def test_gradients_are_those_of_a_step_that_trains_all(
         torch.testing.assert_close(gradients[name], plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_a_frozen_tower_is_encoded_once_in_micro_batches(images: torch.Tensor) -> None:
-    """But for the last micro-batch, which goes through DDP with that of the other tower."""
-    trainer = trainer_of(images, config_of(*TOWER, micro_batch_size=5))
+@pytest.mark.parametrize("entries", [TOWER, ("image",)], ids=["whole", "under a projection"])
+def test_a_frozen_image_encoder_is_run_once_in_micro_batches(
+    images: torch.Tensor, entries: tuple[str, ...]
+) -> None:
+    trainer = trainer_of(images, config_of(*entries, micro_batch_size=5))
     sizes = []
     trainer.model.image_encoder.register_forward_hook(
         lambda module, inputs, features: sizes.append(len(features))
     )
     train(trainer, steps=1)
-    assert sizes == [5, 5, 2, 2]
+    assert sizes == [5, 5, 2]
 
 
 def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.Tensor) -> None:
@@ -202,7 +211,7 @@ def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.T
     ("optimizer", "precision", "settings"),
     [
         ("adamw", "fp32", {"ema_decay": 0.9}),
-        ("lamb", "fp64", {}),
+        ("lamb", "fp64", {"unlock_warmup_steps": 3}),
         pytest.param("adamw", "bf16", {"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param(
             *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small", "ema_decay": 0.9}),
@@ -239,6 +248,27 @@ def test_a_run_that_unlocks_resumes_bit_for_bit_from_any_step(
         assert_equal_checkpoints(list_checkpoints(folder / "checkpoints")[-1], last)
     losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
     assert [line["loss"] for line in read_metrics(folder)] == losses[-1:]
+
+
+def test_what_is_unlocked_is_warmed_up_and_the_rest_keeps_its_rate(images: torch.Tensor) -> None:
+    settings = {"unlock_at_step": 2, "steps": 8}
+    trainers = [
+        trainer_of(images, config_of("image", unlock_warmup_steps=steps, **settings))
+        for steps in (0, 4)
+    ]
+    batches = trainers[0].loader.batches(0)
+    parts = []
+    for _, batch in zip(range(8), batches, strict=False):
+        for trainer in trainers:
+            trainer.train_step(batch)
+        plain, warmed = (
+            {group.get("unlocked", False): group["lr"] for group in trainer.optimizer.param_groups}
+            for trainer in trainers
+        )
+        assert warmed[False] == plain[False]
+        if True in warmed:
+            parts.append(warmed[True] / plain[True])
+    assert parts == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
 def assert_equal_checkpoints(found: Path, expected: Path) -> None:

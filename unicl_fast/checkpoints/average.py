@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.wording import count_of, shorten
+from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
     "image_encoder", "text_width", "text_layers", "text_heads", "text_activation", "text_causal",
@@ -54,11 +54,9 @@ def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
         if ours.get(name) != theirs.get(name)
     ]
     if differences:
-        more = len(differences) - 1
         raise ValueError(
-            f"the models cannot be averaged: {differences[0]}"
-            + (f" ({count_of(more, 'more difference')})" if more else "")
-            + "; take two of one architecture and preprocessing"
+            f"the models cannot be averaged: {first_difference(differences)}; take two of one "
+            "architecture and preprocessing"
         )
 
 

@@ -214,7 +214,20 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The export, or the checkpoint, that a path stands for; raises as `find_checkpoint`."""
+    """The export, or the checkpoint, that a path stands for.
+
+    hf-hub:OWNER/NAME, with @REVISION or without, stands for an export on the Hugging Face hub,
+    which is downloaded if the hub's cache lacks it.
+
+    Raises:
+        FileNotFoundError: no model there, or it cannot be downloaded.
+        ValueError: best.json is damaged, or no repository's name.
+    """
+    scheme, _, repository = str(path).partition(":")
+    if scheme == "hf-hub":
+        from unicl_fast.checkpoints.hub import download_export  # 0.2 s, for those who need it
+
+        return download_export(repository)
     path = Path(path)
     return path if is_export(path) else find_checkpoint(path)
 
@@ -223,7 +236,8 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
     """The trained model that a path stands for (`find_model`), in evaluation mode on the CPU.
 
     Args:
-        path: RUN for its newest checkpoint, RUN/best, a checkpoint, or an export.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
+            hf-hub:OWNER/NAME for one on the Hugging Face hub.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one. An export has one set, which "ema" refuses.
 
@@ -261,6 +275,11 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
     _require_sizes(file, config)
     return config, file
+
+
+def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
+    """The xxh3 of the file that `load_model` reads, which tells models apart; raises as it does."""
+    return _checksum_read_once(find_weights(path, weights=weights)[1])
 
 
 _checksums_read: dict[tuple[int, ...], str] = {}

@@ -4,9 +4,9 @@ Features are compared with those of the files as another library reads them. Bot
 the same tensors, so that resizing, which each library does in its own way, is left out.
 
 A folder in the layout of the Hugging Face hub (weights, config, preprocessing, model card) is what
-`load_model` takes (`unicl_fast.checkpoints.export` reads it), and `hf upload NAME FOLDER` publishes
-it as it is: it names no path of the machine that it was trained on. The card claims nothing that
-the program does not know.
+`load_model` takes (`unicl_fast.checkpoints.export` reads it), and `unicl-convert hf --push`
+publishes it as it is: it names no path of the machine that it was trained on. Its card is
+`unicl_fast.conversion.card`'s.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from unicl_fast.checkpoints.export import (
 from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.conversion.card import Facts, model_card
 from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
@@ -184,18 +185,27 @@ def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
 
 
 def write_export(
-    model: UniCL, folder: Path, *, origin: Mapping[str, Any], license: str = ""
+    model: UniCL,
+    folder: Path,
+    *,
+    facts: Facts | None = None,
+    name: str = "FOLDER",
+    license: str = "",
 ) -> None:
     """Writes a model in fp32 without its run, into a new folder.
 
-    `origin` says, in JSON's types, where the weights come from; it stands in the config and on the
-    card. `license` is an identifier of the hub, for example apache-2.0; empty leaves it open.
+    Args:
+        model: is written as it is.
+        folder: a new one.
+        facts: are kept in the config and stand on the card; None where nothing is known.
+        name: by which users of the card will load the model.
+        license: an identifier of the hub, for example apache-2.0; empty leaves it open.
 
     Raises:
         ValueError: the folder is there already.
         OSError: it cannot be written.
     """
-    config = _publishable(model.config)
+    config, facts = _publishable(model.config), facts or Facts()
     with new_folder(folder) as aside:
         write_tensors(aside / WEIGHTS_FILE, model.state_dict())
         write_json(
@@ -208,13 +218,13 @@ def write_export(
                 "architectures": ["UniCL"],
                 "num_parameters": num_parameters(model),
                 **logits_of(model),
-                "origin": dict(origin),
+                "facts": facts.to_json(),
                 "config": _finite(config_to_dict(config)),
                 "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},
             },
         )
         write_json(aside / "preprocessor_config.json", Preprocessing.of(config).for_transformers())
-        card = _model_card(model, origin=origin, license=license)
+        card = model_card(model, facts, name=name, license=license)
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -238,6 +248,7 @@ def _publishable(config: TrainConfig) -> TrainConfig:
             precision="fp32" if precision == "fp64" else precision,
             activation_checkpointing=False,
             compile="auto",
+            image_features="",
         ),
         checkpoint=replace(config.checkpoint, best=""),
     )
@@ -248,97 +259,3 @@ def _finite(values: Any) -> Any:
     if isinstance(values, dict):
         return {name: _finite(value) for name, value in values.items()}
     return 1e300 if values == float("inf") else values
-
-
-_CARD = """\
----
-library_name: {library}
-pipeline_tag: zero-shot-image-classification
-{license}tags:
-- unicl
-- clip
-- image-text-label
-- contrastive-learning
----
-
-# UniCL, {encoder}
-
-An image encoder and a text encoder that meet in one space, trained with unified
-contrastive learning in image-text-label space (Yang et al., CVPR 2022, arXiv
-2204.03610).
-
-| | |
-|---|---|
-{rows}
-
-## Preprocessing
-
-RGB; the shorter side scaled to {of.resize} pixels ({of.interpolation}, antialiased);
-the central {of.image_size} x {of.image_size}; values in 0 to 1; minus the mean
-{of.mean}, divided by the standard deviation {of.std}.
-Texts: CLIP's byte-pair encoding, {of.context_length} tokens, padded with 0.
-
-## Use
-
-```python
-import torch
-from PIL import Image
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
-from unicl_fast import Tokenizer, load_model
-
-model = load_model("FOLDER")  # where this repository was downloaded to
-prepare = transforms.Compose(
-    [
-        transforms.Resize({of.resize}, InterpolationMode.{interpolation}),
-        transforms.CenterCrop({of.image_size}),
-        transforms.ToTensor(),
-        transforms.Normalize({of.mean}, {of.std}),
-    ]
-)
-with torch.inference_mode():
-    images = prepare(Image.open("FILE").convert("RGB")).unsqueeze(0)
-    tokens = {tokenizer}(["a photo of a cat", "a photo of a dog"])
-    products = model.encode_image(images) @ model.encode_text(tokens).T
-    print({probabilities})
-```
-
-Or: `unicl-eval zero-shot --checkpoint FOLDER --data DIR`.
-
-What it was trained on, how good it is and what it should not be used for is not
-known to the program that wrote this card: add it before you publish the model.
-"""
-
-
-def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
-    """The README.md of an exported model, which the hub shows."""
-    config, of = model.config.model, Preprocessing.of(model.config)
-    causal = "causal " if config.text_causal else ""
-    text = f"{config.text_layers} {causal}blocks, width {config.text_width}"
-    rows = {
-        "image encoder": f"{config.image_encoder} (timm)",
-        "text encoder": f"{text}, {config.text_heads} heads",
-        "dimensions of the common space": config.embed_dim,
-        "parameters": f"{num_parameters(model):,}",
-        "scale of the logits": f"{model.logit_scale.detach().exp().item():.4g}",
-        **origin,
-    }
-    probabilities = "(model.logit_scale.exp() * products).softmax(dim=-1)"
-    if model.logit_bias is not None:
-        rows["bias of the logits"] = f"{model.logit_bias.item():.4g}"
-        probabilities = "(model.logit_scale.exp() * products + model.logit_bias).sigmoid()"
-
-    def in_a_cell(value: Any) -> str:
-        text = value if isinstance(value, str) else json.dumps(value)
-        return text.replace("|", "\\|").replace("\n", " ")
-
-    return _CARD.format(
-        library=LIBRARY,
-        license=f"license: {license}\n" if license else "",
-        encoder=config.image_encoder,
-        rows="\n".join(f"| {key} | {in_a_cell(value)} |" for key, value in rows.items()),
-        of=of,
-        interpolation=of.interpolation.upper(),
-        probabilities=probabilities,
-        tokenizer=f"Tokenizer({'' if of.context_length == 77 else of.context_length})",
-    )

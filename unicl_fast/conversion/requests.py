@@ -55,6 +55,7 @@ class FromOfficial(Conversion):
 
     def run(self) -> None:
         from unicl_fast.conversion import official
+        from unicl_fast.conversion.card import Facts
         from unicl_fast.conversion.export import print_written, require_new, write_export
         from unicl_fast.system.checksums import file_checksum
 
@@ -67,7 +68,7 @@ class FromOfficial(Conversion):
             "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
             "xxh3 of that file": file_checksum(self.file),
         }
-        write_export(model, self.out, origin=origin)
+        write_export(model, self.out, facts=Facts(origin=origin))
         print_written(self.out)
         print(
             f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
@@ -81,8 +82,8 @@ class ModelConversion(Conversion):
     """A command that takes a model of ours."""
 
     model: Path
-    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export.
-    """
+    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, an export, or
+    hf-hub:OWNER/NAME."""
     out: Path
     """OUT: a new folder; for to-official a new file, ending in .pth."""
     weights: Literal["auto", "ema", "model"] = "auto"
@@ -210,38 +211,56 @@ class ToTimm(ModelConversion):
 
 @dataclass(frozen=True, kw_only=True)
 class ToHub(ModelConversion):
-    """A folder in the layout of the Hugging Face hub: safetensors, config, preprocessing, card.
+    """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
 
-    unicl-eval and unicl_fast.load_model take it. It holds no path of this machine and no names of
-    data sets. Read README.md before you publish it: only you can say what the model is good for.
+    Safetensors, config, preprocessing, and a card that is filled from the run: its data sets (names
+    of folders, counts, licenses), the recipe, what its ledger proves, and the figures, with
+    intervals, of all evaluations of these weights whose --json lies in the run's folder. OUT holds
+    no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model take OUT,
+    and hf-hub:OWNER/NAME once it is there.
 
     Example:
-      unicl-convert hf runs/first/best models/first --license apache-2.0
-      hf upload YOU/first models/first
+      unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json
+      unicl-convert hf runs/first models/first --license apache-2.0 --push YOU/first
     """
 
     license: str = ""
-    """An identifier of the hub, for example apache-2.0; left out, the card names none."""
+    """An identifier of the hub for the model, for example apache-2.0; else the card names none."""
+    evaluations: tuple[Path, ...] = ()
+    """Files that unicl-eval --json wrote about these weights elsewhere."""
+    push: str = ""
+    """OWNER/NAME: also make this repository on the hub, with your token (hf auth login, or
+    HF_TOKEN). It must not be there yet."""
+    private: bool = False
+    """With --push: only you and those you invite see it."""
 
     def run(self) -> None:
-        from unicl_fast.checkpoints.export import is_export
-        from unicl_fast.checkpoints.load import find_model, read_state
+        from unicl_fast.conversion.card import collect_facts
         from unicl_fast.conversion.export import load_source, print_written, write_export
 
+        if self.private and not self.push:
+            raise ValueError("--private is about a repository: add --push OWNER/NAME")
+        if self.push:  # huggingface_hub takes 0.2 s to import
+            from unicl_fast.checkpoints.hub import check_upload, upload
+
+            check_upload(self.push)
         model = load_source(self)
-        checkpoint = find_model(self.model)
-        origin: dict[str, int] = {}
-        if not is_export(checkpoint):  # where the weights come from, as far as it may be published
-            step = read_state(checkpoint).step
-            seen = step * model.config.run.global_batch_size
-            origin = {"steps": step, "samples seen in training": seen}
-        write_export(model, self.out, origin=origin, license=self.license)
+        facts = collect_facts(self.model, weights=self.weights, evaluations=self.evaluations)
+        name = f"hf-hub:{self.push}" if self.push else "FOLDER"
+        write_export(model, self.out, facts=facts, name=name, license=self.license)
         print_written(self.out)
-        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
-        print(
-            f"to publish it: say in {self.out / 'README.md'} what it was trained on and what it is "
-            f"good for{'' if self.license else ', add a license'}; hf upload NAME {self.out}"
-        )
+        if self.push:
+            try:
+                address = upload(self.out, self.push, private=self.private)
+            except (OSError, ValueError) as error:
+                raise RuntimeError(
+                    f"{error}. {self.out} is complete: hf upload {self.push} {self.out} tries again"
+                ) from error
+            print(f"uploaded to {address}")
+        where = name if self.push else self.out
+        print(f"next: unicl-eval zero-shot --checkpoint {where} --data DIR")
+        if not self.push:
+            print(f"to publish it: hf upload OWNER/NAME {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +331,7 @@ class Average(Conversion):
     def run(self) -> None:
         from unicl_fast.checkpoints.average import averaged_weights, whole_numbers
         from unicl_fast.checkpoints.load import load_model
+        from unicl_fast.conversion.card import Facts
         from unicl_fast.conversion.export import print_written, require_new, write_export
 
         convert(self.alpha, Fraction, name="--alpha")
@@ -326,9 +346,8 @@ class Average(Conversion):
                 + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
             )
         first.load_state_dict(tensors)
-        write_export(
-            first, self.out, origin={"average of two models, part of the second": self.alpha}
-        )
+        origin = {"average of two models, part of the second": self.alpha}
+        write_export(first, self.out, facts=Facts(origin=origin))
         print_written(self.out)
         print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
 

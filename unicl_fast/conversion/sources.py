@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, get_args
 import timm
 from torch import Tensor
 
+from unicl_fast.checkpoints.hub import download, download_export
 from unicl_fast.checkpoints.load import find_weights, read_tensors
 from unicl_fast.config import Interpolation, TrainConfig
 from unicl_fast.conversion import open_clip as open_clip_models
-from unicl_fast.conversion.hub import download
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.system.checked_fields import parse_json
 
@@ -129,7 +129,7 @@ def _read_repository(given: str, repository: str, towers: _Towers) -> Source:
             f"{given} is neither a model of ours nor of open_clip or timm: its {_CONFIG} names no "
             "architecture; most models of transformers have a twin among open_clip's"
         )
-    return _own_source(given, download(repository, _TIMM_WEIGHTS[:1]).parent)
+    return _own_source(given, download_export(repository))
 
 
 def _read_registered(given: str, name: str, towers: _Towers) -> Source:

@@ -69,6 +69,9 @@ class Manifest:
     source: tuple[str, ...]
     seed: Count
     tool_version: str
+    license: str = ""
+    """The license of the data, in the words of who packed it; without it (and no field in
+    the file) nothing was said."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""
 
@@ -82,6 +85,8 @@ class Manifest:
         values = dataclasses.asdict(self)
         if self.pixels is None:
             del values["pixels"]
+        if not self.license:
+            del values["license"]
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod

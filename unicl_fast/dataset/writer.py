@@ -223,6 +223,7 @@ class DatasetWriter:
         source: Sequence[str],
         seed: int,
         tool_version: str,
+        license: str = "",
         made_of: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Closes and syncs all files, writes the manifest and renames the folder into place.
@@ -256,6 +257,7 @@ class DatasetWriter:
             source=tuple(source),
             seed=seed,
             tool_version=tool_version,
+            license=license,
             pixels=pixels,
         )
         for array in self._arrays.values():

@@ -37,12 +37,12 @@ from unicl_fast.evaluation.coco import (
     training_batches,
 )
 from unicl_fast.evaluation.features import device_of, model_on_ranks
-from unicl_fast.evaluation.report import markdown_table, percent, write_results
+from unicl_fast.evaluation.report import percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import heartbeat_and_check_stop
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, markdown_table
 
 _FITTING = (
     "take timm's ResNet, Swin, ConvNeXt or FocalNet, or unicl_resnet9_small or unicl_convnet7_small"

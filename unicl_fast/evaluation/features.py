@@ -51,7 +51,7 @@ from unicl_fast.models.precision import (
     resolve_precision,
     set_device_arithmetic,
 )
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.machine import choose_device
@@ -412,6 +412,7 @@ class ExtractedSets:
         return {
             "train": command.train,
             "data": command.data,
+            "name": self.test_name,
             "layer": command.layer,
             "num_train": len(self.train),
             "num_test": len(self.test),
@@ -436,7 +437,7 @@ def extract_sets(
         if command.features == "auto":
             run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
             folder = (run.parent if run.name == "checkpoints" else run) / "features"
-        weights = weights_checksum(model)
+        weights = weights_digest(model, "image_encoder.", "image_projection")
         for spec in command.data_sets():
             with open_data(spec, ranks=ranks, metric=command.metric) as data:
                 opened.append(data)
@@ -465,16 +466,6 @@ def extract_sets(
         test_name=opened[1].name,
         metric=opened[1].metric,
     )
-
-
-def weights_checksum(model: UniCL) -> str:
-    """XXH3 of everything that turns images into features, as 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    for name, value in sorted(model.state_dict().items()):
-        if name.startswith(("image_encoder.", "image_projection")):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:

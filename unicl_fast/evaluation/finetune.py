@@ -357,6 +357,7 @@ def run(command: Finetune) -> None:
     values = {
         "train": command.train,
         "data": command.data,
+        "name": test.name,
         "metric": test.metric,
         "settings": settings,
         "train_batch_size": command.train_batch_size,

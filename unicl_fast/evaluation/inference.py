@@ -49,7 +49,8 @@ def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "au
     """Loads a trained model for use.
 
     Args:
-        path: RUN for its newest checkpoint, RUN/best, a checkpoint, or an export.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
+            hf-hub:OWNER/NAME for one on the Hugging Face hub.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one.
         device: auto, cpu or cuda.

@@ -47,14 +47,13 @@ from unicl_fast.evaluation.report import (
     classification_table,
     draw_confusion,
     interval_text,
-    markdown_table,
     percent,
     rank_classes,
     write_results,
 )
 from unicl_fast.evaluation.requests import Knn, LinearProbe, Metric
 from unicl_fast.system.progress import heartbeat_and_check_stop
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, markdown_table
 
 logger = logging.getLogger(__name__)
 

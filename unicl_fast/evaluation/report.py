@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,18 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicl_fast.checkpoints.load import weights_checksum
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.requests import Evaluation, Metric
+from unicl_fast.evaluation.requests import COMMANDS, Evaluation, Metric
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import WaitingForRanks
-from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 from unicl_fast.training.figures import INK, drawing, new_figure, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
-_MARKUP = re.compile(r"[\\|<&$*`\[]")
 _MAX_NAMED_CLASSES = 120
 """More names would not be legible."""
 
@@ -201,27 +200,6 @@ def interval_text(interval: tuple[float, float]) -> str:
     return f"{percent(interval[0])} to {percent(interval[1])}"
 
 
-def markdown_text(text: str) -> str:
-    """A text in one line, shown as it is: what would be markup in Markdown or HTML is escaped."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well on a screen too; the first column is aligned left.
-
-    A cell is shown as it is: what would be markup in Markdown or HTML is escaped.
-    """
-    cells = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    rule[0] = rule[0][::-1]
-    lines = [
-        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in [cells[0], rule, *cells[1:]]
-    ]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def classification_table(
     results: Sequence[tuple[str, Metric, ClassificationResult]], *, mean: bool = True
 ) -> str:
@@ -247,8 +225,18 @@ def classification_table(
 
 
 def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """Writes the JSON (which it returns) and the Markdown that a command asks for."""
-    described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
+    """Writes the JSON (which it returns) and the Markdown that a command asks for.
+
+    It names the protocol, and the file of weights by its checksum, by which a model card knows
+    figures of its own model (`unicl_fast.conversion.card`).
+    """
+    described = {
+        "protocol": next(name for name, kind in COMMANDS.items() if kind is type(command)),
+        "checkpoint": str(command.checkpoint),
+        "weights": command.weights,
+        "weights_xxh3": weights_checksum(command.checkpoint, weights=command.weights),
+        **values,
+    }
     for path, content in (
         (command.json, without_secrets(json.dumps(described, indent=1))),
         (command.markdown, table.rstrip()),

@@ -57,8 +57,8 @@ class ModelCommand(abc.ABC):
     """The options of all commands."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
-    unicl-convert official or hf wrote."""
+    """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, what
+    unicl-convert official or hf wrote, or hf-hub:OWNER/NAME for such a model on the hub."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
     device: DeviceName = "auto"

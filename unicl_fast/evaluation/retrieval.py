@@ -25,7 +25,7 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
-from unicl_fast.evaluation.data import open_data
+from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
     collect_rows,
@@ -35,16 +35,10 @@ from unicl_fast.evaluation.features import (
     require_finite,
     require_text_encoder,
 )
-from unicl_fast.evaluation.report import (
-    interval_text,
-    markdown_table,
-    percent,
-    wilson_interval,
-    write_results,
-)
+from unicl_fast.evaluation.report import interval_text, percent, wilson_interval, write_results
 from unicl_fast.evaluation.requests import Retrieval
 from unicl_fast.objectives.loss import unified_contrastive_loss
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, markdown_table
 from unicl_fast.training.figures import FAINT, INK, drawing, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -289,11 +283,11 @@ def run(command: Retrieval) -> None:
         found = encode_captioned(on_ranks, data.dataset)
         with rank_0_alone(on_ranks.ranks):
             if found is not None:
-                _report(command, found, data.dataset, device=device_of(on_ranks.model))
+                _report(command, found, data, device=device_of(on_ranks.model))
 
 
 def _report(
-    command: Retrieval, found: RetrievalFeatures, dataset: PackedDataset, *, device: torch.device
+    command: Retrieval, found: RetrievalFeatures, data: EvaluationData, *, device: torch.device
 ) -> None:
     """Compares, prints, writes and draws."""
     result = retrieval(
@@ -302,14 +296,16 @@ def _report(
         found.image_of_text.to(device),
     )
     print(result.to_markdown())
-    write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
+    write_results(
+        command, {"data": command.data, "name": data.name} | result.to_json(), result.to_markdown()
+    )
     if command.figures is not None:
         for name, draw in (
             ("captions-found.png", _draw_captions_found),
             ("images-found.png", _draw_images_found),
         ):
             with drawing(command.figures / name):
-                draw(found, dataset, command.figures / name)
+                draw(found, data.dataset, command.figures / name)
                 print(f"written to {command.figures / name}")
 
 

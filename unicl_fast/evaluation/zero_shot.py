@@ -34,13 +34,12 @@ from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
     draw_confusion,
-    markdown_table,
     percent,
     write_results,
 )
 from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, markdown_table
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -64,7 +64,7 @@ def unfreeze(model: UniCL) -> None:
 
 def without_freezing(config: TrainConfig) -> TrainConfig:
     """The settings as they are when frozen parts have been unlocked."""
-    optim = dataclasses.replace(config.optim, freeze=(), unlock_at_step=0)
+    optim = dataclasses.replace(config.optim, freeze=(), unlock_at_step=0, unlock_warmup_steps=0)
     return dataclasses.replace(config, optim=optim)
 
 
@@ -78,6 +78,13 @@ def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
     """Whether gradients of a tower's features are for something: its encoder or its projection."""
     own = (f"{tower}_encoder.", f"{tower}_projection")
     return any(one.requires_grad for name, one in model.named_parameters() if name.startswith(own))
+
+
+def encoder_is_frozen(model: UniCL, tower: Literal["image", "text"]) -> bool:
+    """Whether nothing of a tower's encoder is trained now, whatever its projection."""
+    names = (name for name, _ in model.named_parameters())
+    own = {name for name in names if name.startswith(f"{tower}_encoder.")}
+    return own <= model.frozen.names
 
 
 def _find(model: UniCL) -> FrozenParts:

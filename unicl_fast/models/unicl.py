@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,13 +115,17 @@ class UniCL(nn.Module):
         """The image encoder and, where there is one, the text encoder."""
         return [one for one in (self.image_encoder, self.text_encoder) if one is not None]
 
-    def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+    def encode_image(
+        self, images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"]
+    ) -> Float[Tensor, "b d"]:
         """Features of normalised images, of unit norm.
+
+        In place of images, what the image encoder gives of them may come: it is not run then.
 
         Under cross-entropy they are what `class_rows` is multiplied by, [b width + 1]: those of the
         encoder, and a 1 for the bias.
         """
-        features: Tensor = self.image_encoder(images)
+        features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
         if self.class_rows is not None:
             return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
         return _unit_norm(project(features, self.image_projection, self.image_projection_bias))
@@ -146,7 +151,7 @@ class UniCL(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "b c h w"],
+        images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"],
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
@@ -191,6 +196,16 @@ def project(
     if weight is not None:
         features = features @ weight
     return features if bias is None else features + bias
+
+
+def weights_digest(model: UniCL, *prefixes: str) -> str:
+    """XXH3 of all weights and buffers whose names begin so, as 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    for name, value in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _projection(

@@ -234,6 +234,7 @@ def _pack(
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
+                    license=options.license,
                     made_of={**work.record, "summary": summary},
                 )
                 return summary | {"num_taken_over": num_taken_over}

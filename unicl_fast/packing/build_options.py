@@ -104,6 +104,9 @@ class BuildOptions:
     byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
     pixel. docs/data.md compares them."""
+    license: str = ""
+    """The license of the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
+    of models that are trained on it."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS

@@ -154,9 +154,17 @@ def merge_datasets(
             source=[source for one in manifests.values() for source in one.source],
             seed=seed,
             tool_version=unicl_fast.__version__,
+            license=_join_licenses([one.license for one in manifests.values()]),
             made_of={**origin, "summary": summary},
         )
     return MergeSummary(**MergeSummary.values_of(manifest, out=out, started=started), **summary)
+
+
+def _join_licenses(licenses: Sequence[str]) -> str:
+    """All licenses, each once; those of whom nothing was said are named too, unless none was."""
+    if not any(licenses):
+        return ""
+    return "; ".join(dict.fromkeys(license or "not stated for a part" for license in licenses))
 
 
 def _summarize_complete(

@@ -6,10 +6,13 @@ leaves early, as `head` does, is no fault of the program.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from unicl_fast import __version__
@@ -34,6 +37,18 @@ def begin_program() -> list[str]:
     if not sys.warnoptions:  # what libraries tell their callers is for tests; -W shows it
         warnings.simplefilter("ignore", FutureWarning)
     return sys.argv[1:]
+
+
+@contextlib.contextmanager
+def logging_at(name: str, level: int) -> Iterator[None]:
+    """Keeps messages of a logger that are below a level back while the block lasts."""
+    chosen = logging.getLogger(name)
+    before = chosen.level
+    chosen.setLevel(level)
+    try:
+        yield
+    finally:
+        chosen.setLevel(before)
 
 
 def has_utf8_names() -> bool:

@@ -1,4 +1,4 @@
-"""Values in messages: counts, shortened values, URLs without secrets, how two configs differ."""
+"""Values in messages and tables: counts, shortened values, URLs without secrets, differences."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
 # user:password, and over http a token alone; abfs://container@account names no user
 _USER = re.compile(rf"({_SCHEME})[^/\s?#@:]*:[^/\s?#]*@|(https?://)[^/\s?#]*@")
+_MARKUP = re.compile(r"[\\|<&$*`\[]")
 _QUERY = re.compile(rf"({_SCHEME}[^\s?]*)\?[^\s'\",;)]+")
 
 
@@ -68,16 +69,41 @@ def print_text(text: str, file: TextIO) -> None:
     print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
+def markdown_text(text: str) -> str:
+    """A text in one line, shown as it is: what would be markup in Markdown or HTML is escaped."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well on a screen too; the first column is aligned left.
+
+    A cell is shown as it is: what would be markup in Markdown or HTML is escaped.
+    """
+    cells = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    rule[0] = rule[0][::-1]
+    lines = [
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in [cells[0], rule, *cells[1:]]
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
 def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the first difference, if a checkpoint is of another `what`."""
     differences = list(config_diff(stored, present))
     if differences:
-        more = len(differences) - 1
-        others = f" ({count_of(more, 'more difference')})" if more else ""
         raise ValueError(
-            f"the checkpoint is of another {what}: {differences[0]}{others}; train into another "
-            "--out, or give what the checkpoint was trained with"
+            f"the checkpoint is of another {what}: {first_difference(differences)}; train into "
+            "another --out, or give what the checkpoint was trained with"
         )
+
+
+def first_difference(differences: Sequence[str]) -> str:
+    """The first of some phrases, and how many more there are."""
+    more = len(differences) - 1
+    return differences[0] + (f" ({count_of(more, 'more difference')})" if more else "")
 
 
 def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.batch import Batch
 from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.models.freezing import is_trained
+from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.global_loss import (
@@ -107,6 +107,10 @@ def back_propagate_in_micro_batches(
     with torch.no_grad(), autocast():
         text_features = torch.cat([model.encode_text(*rows) for rows in texts])
     texts_of_all = columns.send(text_features.requires_grad_())
+    if encoder_is_frozen(model, "image") and not divides_all(config, ranks):
+        # encoded once, and its features taken for images: its projection may be trained
+        with torch.no_grad(), autocast():
+            pixels = [(model.image_encoder(input_of(*piece)), piece[1]) for piece in pixels]
     with torch.no_grad(), autocast():
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.logit_scale.exp()
@@ -127,7 +131,7 @@ def back_propagate_in_micro_batches(
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
 
-    # a tower without anything to train is not encoded again, but for its last micro-batch
+    # a tower without anything to train is not encoded again, but for a text encoder's last piece
     pixels_again = pixels[:-1] if is_trained(model, "image") else []
     texts_again = texts[:-1] if is_trained(model, "text") else []
     # one autocast for each graph: weights cast in one must not be found in the cache of the next

@@ -43,7 +43,7 @@ def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | 
     """
     if not data.train:
         raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
-    folders, weights = zip(*map(_folder_and_weight, data.train), strict=True)
+    folders, weights = zip(*map(folder_and_weight, data.train), strict=True)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(weights):
         raise ValueError(
@@ -69,7 +69,7 @@ def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | 
     return datasets, given or None
 
 
-def _folder_and_weight(spec: str) -> tuple[str, float | None]:
+def folder_and_weight(spec: str) -> tuple[str, float | None]:
     """Splits DIR=WEIGHT; the folder's own name may have a = in it."""
     folder, equals, weight = spec.rpartition("=")
     try:

@@ -137,7 +137,12 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
-    """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w]."""
+    """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w].
+
+    Stored features [b w] stay as they are.
+    """
+    if images.ndim == 2:
+        return images
     data, channels_last = config.data, config.efficiency.channels_last
     dtype = Precision(config.efficiency.precision).compute_type
     return normalise_images(

@@ -120,11 +120,12 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu").eval()
         side = config.data.image_size
-        pixels = torch.empty(1, 3, side, side, dtype=weight_type)
+        shape = (3, side, side) if batch.images.ndim == 4 else batch.images.shape[1:]
+        shown = torch.empty(1, *shape, dtype=weight_type)
         if (tokens := model.drop_path_key.tokens) is not None:
             model.set_drop_path_key(step=batch.step, global_index=torch.zeros(1, dtype=torch.int64))
             tokens.train()
-        of_image, features = _count(model, "image", lambda: model.encode_image(pixels))
+        of_image, features = _count(model, "image", lambda: model.encode_image(shown))
         if model.text_encoder is not None:
             rows, num_tokens = _fake_texts(config, batch)
             num_texts = len(rows)

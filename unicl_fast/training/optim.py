@@ -204,7 +204,16 @@ def add_unfrozen(optimizer: torch.optim.Optimizer, model: UniCL, config: TrainCo
     for group in parameter_groups(model, config.optim):
         unknown = [one for one in group["params"] if one not in known]
         if unknown:
-            optimizer.add_param_group({**group, "params": unknown})
+            optimizer.add_param_group({**group, "params": unknown, "unlocked": True})
+
+
+def warm_up_unlocked(optimizer: torch.optim.Optimizer, optim: OptimConfig, *, step: int) -> None:
+    """Lowers a step's rate, which the schedule has set, of what was unlocked shortly before."""
+    done = step + 1 - optim.unlock_at_step
+    if done < optim.unlock_warmup_steps:
+        for group in optimizer.param_groups:
+            if group.get("unlocked"):
+                group["lr"] *= done / optim.unlock_warmup_steps
 
 
 def load_apex_optimizers() -> ModuleType:

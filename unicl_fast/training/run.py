@@ -23,6 +23,7 @@ from unicl_fast.batch import Batch, Loader, ReadingTime
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
+from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import (
     configure_logging,
@@ -61,6 +62,7 @@ from unicl_fast.training.data import (
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.memory_plan import check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.stored_features import check_stored_features, stored_features
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Evaluation, Trainer
 
@@ -77,6 +79,10 @@ class PlannedLoader(Loader, Protocol):
 
     plan: TrainPlan
     reading: ReadingTime
+
+    def feed_features(self, features: Sequence[FeatureFile]) -> None:
+        """Feeds stored features of a frozen encoder in place of images from now on."""
+        ...
 
 
 BuildLoader = Callable[..., PlannedLoader]
@@ -117,6 +123,7 @@ def _open_checked(
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
+    check_stored_features(config, datasets)
     return adapt_objective_to_data(config, datasets), datasets, weights
 
 
@@ -189,11 +196,8 @@ def pretrain(
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,
             check_run_folder=check_run_folder,
             progress=not quiet,
+            checkpoint=checkpoint,
         )
-        if checkpoint is not None:
-            mark("reading the checkpoint", patience=START_PATIENCE)
-            with refused_together(ranks):
-                trainer.resume(checkpoint)
         for line in describe_run(trainer, run_folder):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
@@ -279,13 +283,14 @@ def build_trainer(
     device: torch.device,
     keeps_ledger: bool = False,
     check_run_folder: Callable[[], None] | None = None,
+    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
     `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. Without
-    `initialise` the weights are fresh. The other arguments are those of `pretrain` and of
-    `Trainer`. Raises as `pretrain` does.
+    `initialise` the weights are fresh; with a `checkpoint` the trainer resumes from it. The other
+    arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
@@ -309,16 +314,17 @@ def build_trainer(
         model = UniCL(config)
         initialise(model, ranks)
     mark("opening the data and building the model", patience=START_PATIENCE)
-    loader = build_loader(
-        dataclasses.replace(config, data=with_threads(config.data, ranks)),
-        datasets,
-        weights,
-        prompts,
+    build = functools.partial(
+        build_loader,
+        datasets=datasets,
+        prompts=prompts,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
+    on_threads = dataclasses.replace(config, data=with_threads(config.data, ranks))
+    loader = build(on_threads, weights=weights)
     ledger = None
     if keeps_ledger:
         ledger = Ledger(
@@ -335,7 +341,7 @@ def build_trainer(
             balance=config.data.balance,
             ranks=ranks,
         )
-    return Trainer(
+    trainer = Trainer(
         config,
         _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
         run_folder=run_folder,
@@ -354,6 +360,22 @@ def build_trainer(
         check_run_folder=check_run_folder,
         progress=progress,
     )
+    if checkpoint is not None:
+        mark("reading the checkpoint", patience=START_PATIENCE)
+        with refused_together(ranks):
+            trainer.resume(checkpoint)
+    if config.efficiency.image_features:
+        whole = dataclasses.replace(on_threads.data, shuffle_window=0, balance=0)
+        of_epoch = dataclasses.replace(on_threads, data=whole)
+        features = stored_features(
+            trainer.model,
+            datasets,
+            build_loader=lambda: build(of_epoch, weights=None),
+            ranks=ranks,
+            device=device,
+        )
+        loader.feed_features(features)
+    return trainer
 
 
 class _DrawsFirstBatch:
@@ -364,7 +386,7 @@ class _DrawsFirstBatch:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         for batch in self._loader.batches(start_step):
-            if batch.step == 0:
+            if batch.step == 0 and batch.images.ndim == 4:  # features are nothing to look at
                 with drawing(self._path):
                     draw_contact_sheet(batch, self._path)
             yield batch

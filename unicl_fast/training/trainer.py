@@ -81,6 +81,7 @@ from unicl_fast.training.optim import (
     build_weight_average,
     gradient_norm,
     update,
+    warm_up_unlocked,
 )
 from unicl_fast.training.parallel import Parallel
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
@@ -366,6 +367,7 @@ class Trainer:
     def update(self, loss: Tensor) -> Tensor:
         """Updates the weights with the gradients in `.grad`; returns their norm."""
         self.schedule.step_update(self.step + 1)
+        warm_up_unlocked(self.optimizer, self.config.optim, step=self.step)
         self.scaler.unscale_(self.optimizer)
         grad_norm = gradient_norm(self.model, self.ranks)
         leave_out = ~(loss.isfinite() & grad_norm.isfinite())

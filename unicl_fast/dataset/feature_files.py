@@ -1,0 +1,102 @@
+"""Features of a frozen image encoder: a row for each sample of a data set, in place of its image.
+
+    KEY.npy    [N width], of the type that the encoder gives; bfloat16 as its bits, uint16
+    KEY.json   the type, the checksum of KEY.npy, and the samples whose image cannot be read
+
+The key is a hash of all that the features depend on, so a file of other weights, images or
+preprocessing is never found. The second file is written last: without it there are no features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+
+RowsFile: TypeAlias = "np.memmap[Any, np.dtype[Any]]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureFile:
+    """The features of one data set, read where they lie."""
+
+    rows: NDArray[Any]
+    """[N width]."""
+    dtype: str
+    """The name of their type; rows of bfloat16 are uint16."""
+    unreadable: frozenset[int]
+    """Samples that have no features."""
+
+    def row(self, sample: int) -> NDArray[Any] | None:
+        """The features of a sample [width]; None where its image could not be read."""
+        return None if sample in self.unreadable else self.rows[sample]
+
+
+def feature_key(facts: Mapping[str, Any]) -> str:
+    """The key of features that depend on nothing but these facts, in JSON's types."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def has_features(folder: Path, key: str) -> bool:
+    """Whether features of that key are stored whole."""
+    return (folder / f"{key}.json").is_file()
+
+
+def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
+    """Makes a file for rows of NumPy's type `kind`, which `open_rows` opens for writing."""
+    shape = (num_samples, width)
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
+
+
+def open_rows(path: Path) -> RowsFile:
+    """Opens rows for writing; processes may write different ones at the same time."""
+    rows: RowsFile = np.load(path, mmap_mode="r+", allow_pickle=False)
+    return rows
+
+
+def seal_features(
+    aside: Path, folder: Path, key: str, *, dtype: str, unreadable: Iterable[int]
+) -> None:
+    """Gives a file whose rows are written its name, and states what is in it."""
+    values = {
+        "dtype": dtype,
+        "xxh3": file_checksum(aside),
+        "unreadable": sorted(unreadable),
+    }
+    flush_to_disk(aside)
+    aside.rename(folder / f"{key}.npy")
+    write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
+
+
+def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:
+    """Opens stored features; `check` compares the checksum, which reads all of them.
+
+    Raises:
+        ValueError: they are damaged.
+        OSError: they cannot be read.
+    """
+    path = folder / f"{key}.npy"
+    try:
+        values = parse_checksummed_json((folder / f"{key}.json").read_bytes())
+        if check and (found := file_checksum(path)) != values["xxh3"]:
+            raise ValueError(f"its xxh3 is {found}, {key}.json says {values['xxh3']}")
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        if rows.ndim != 2 or len(rows) != num_samples:
+            raise ValueError(f"{num_samples} rows are expected, {list(rows.shape)} came")
+        return FeatureFile(
+            rows=rows, dtype=str(values["dtype"]), unreadable=frozenset(values["unreadable"])
+        )
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(
+            f"the stored features {path} are damaged: {error}; remove {key}.npy and {key}.json, "
+            "and they are made again"
+        ) from error

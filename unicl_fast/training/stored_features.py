@@ -1,0 +1,238 @@
+"""Features of a frozen image encoder: stored in one epoch, and fed in place of images from then on.
+
+A frozen encoder gives the same features of the same image in every epoch. Where nothing is drawn
+for an image, no crop, flip or augmentation, they are encoded once, and a step costs the text
+encoder alone. They are stored as the encoder gives them, unrounded, and found again by a hash of
+all that they depend on (`efficiency.image_features`).
+
+The epoch is one of the run's own loader: so what is stored is what a step would have encoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unicl_fast.augmentation import Augmentation, augmentations_of
+from unicl_fast.batch import Batch, Loader
+from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.feature_files import (
+    FeatureFile,
+    RowsFile,
+    feature_key,
+    has_features,
+    make_rows,
+    open_rows,
+    read_features,
+    seal_features,
+)
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects, rank_0_alone
+from unicl_fast.models.unicl import UniCL, weights_digest
+from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.progress import START_PATIENCE, mark, mark_progress
+from unicl_fast.system.wording import count_of
+from unicl_fast.training.global_loss import encoder_autocast, encoder_input
+
+logger = logging.getLogger("unicl_fast")
+
+_VERSION = 1
+"""Part of the keys; another one leaves all that is stored behind."""
+
+
+class EpochLoader(Loader, Protocol):
+    """A loader of whole epochs, by its plan."""
+
+    plan: TrainPlan
+
+
+def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]) -> None:
+    """Refuses (ValueError) a run whose features would not be those of every epoch."""
+    data, optim = config.data, config.optim
+    if not config.efficiency.image_features:
+        return
+    option = "efficiency.image_features stores what a frozen image encoder gives"
+    if "image" not in optim.freeze or optim.unlock_at_step:
+        raise ValueError(
+            f"{option}, and this run trains it: add --optim.freeze image, and no "
+            "--optim.unlock-at-step"
+        )
+    augmentations = augmentations_of(data.augment, [each.location for each in datasets])
+    drawn = [
+        *(["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []),
+        *(["flips"] if data.flip_probability else []),
+        *(["augmentation"] if any(one != Augmentation() for one in augmentations) else []),
+    ]
+    if drawn:
+        raise ValueError(
+            f"{option} of images that are the same in every epoch, and this run draws "
+            f"{', '.join(drawn)}: add --data.crop-scale 1 1 --data.crop-ratio 1 1 "
+            "--data.flip-probability 0 --data.augment none"
+        )
+    if config.objective.mixes:
+        raise ValueError(f"{option}, and mixup and CutMix mix images: set both to 0")
+    if config.efficiency.shard == "full":
+        raise ValueError(f"{option}, and shard=full divides it: take off or optimizer")
+
+
+def stored_features(
+    model: UniCL,
+    datasets: Sequence[PackedDataset],
+    *,
+    build_loader: Callable[[], EpochLoader],
+    ranks: Ranks,
+    device: torch.device,
+) -> list[FeatureFile]:
+    """The features of all samples, encoded now where they are not stored; all ranks call it.
+
+    Args:
+        model: in its place on the device, its image encoder with the weights that it keeps.
+        datasets: those of the run.
+        build_loader: gives a loader of all of them by their sizes, with the run's own views.
+        ranks: share the work; all see the same folder, which the model's config names.
+        device: holds the model.
+
+    Raises:
+        SharedRefusal: stored features are damaged.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(model.config.efficiency.image_features)
+    mark("looking for stored features", patience=START_PATIENCE)
+    weights = weights_digest(model, "image_encoder.")
+    keys = from_rank_0([_key_of(model, one, weights, device) for one in datasets], ranks)
+    missing = from_rank_0([n for n, key in enumerate(keys) if not has_features(folder, key)], ranks)
+    if missing:
+        _store(model, datasets, keys, missing, build_loader, ranks)
+    mark("reading stored features", patience=START_PATIENCE)
+    files: list[FeatureFile] = []
+    with refused_together(ranks):
+        for dataset, key in zip(datasets, keys, strict=True):
+            check = ranks.is_main  # reads all of them, once
+            files.append(read_features(folder, key, num_samples=len(dataset), check=check))
+    for number, dataset in enumerate(datasets):
+        how = "stored" if number in missing else "found again"
+        logger.info("features of %s: %s in %s", dataset.location, how, folder)
+    return files
+
+
+def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
+    data, efficiency = model.config.data, model.config.efficiency
+    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    return feature_key(
+        {
+            "version": _VERSION,
+            "encoder": model.config.model.image_encoder,
+            "weights": weights,
+            "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
+            "view": [data.image_size, data.crop_ratio[0], data.interpolation, data.resample],
+            "normalisation": [*data.mean, *data.std],
+            "precision": efficiency.precision,
+            "device": [device.type, data.decode_device],
+            "max_pixels": data.max_pixels,
+        }
+    )
+
+
+def _store(
+    model: UniCL,
+    datasets: Sequence[PackedDataset],
+    keys: Sequence[str],
+    missing: Sequence[int],
+    build_loader: Callable[[], EpochLoader],
+    ranks: Ranks,
+) -> None:
+    """Encodes one epoch, each rank its local batches, into files that all ranks write to."""
+    config, folder = model.config, Path(model.config.efficiency.image_features)
+    name = from_rank_0(f".{os.getpid()}", ranks)
+    asides = {number: folder / f".{keys[number]}{name}.partial" for number in missing}
+    total = sum(map(len, datasets))
+    logger.info("encoding %s once, for %s", count_of(total, "image"), folder)
+    rows_of: dict[int, RowsFile] = {}
+    unreadable: dict[int, set[int]] = {number: set() for number in missing}
+    dtype = ""
+    model.train()  # as in a step: what is frozen is in evaluation mode
+    try:
+        with contextlib.closing(build_loader()) as loader:
+            steps = -(-total // config.run.global_batch_size)
+            while min(loader.plan.epochs(steps)) < 1:
+                steps += 1
+            mark("storing features", patience=START_PATIENCE, waits_for_ranks=True)
+            for batch in itertools.islice(loader.batches(0), steps):
+                features = _encode(model, batch, ranks)
+                dtype, bits = str(features.dtype).removeprefix("torch."), _bits_of(features)
+                if not rows_of:
+                    with rank_0_alone(ranks):
+                        if ranks.is_main:
+                            make_folder(folder)
+                            for number, aside in asides.items():
+                                make_rows(
+                                    aside,
+                                    num_samples=len(datasets[number]),
+                                    width=bits.shape[1],
+                                    kind=bits.dtype.str,
+                                )
+                    rows_of = {number: open_rows(aside) for number, aside in asides.items()}
+                _write(batch, bits, rows_of, unreadable)
+                mark_progress()
+        for rows in rows_of.values():
+            rows.flush()
+        found = gather_objects([sorted(unreadable[number]) for number in missing], ranks)
+        with rank_0_alone(ranks):
+            if ranks.is_main:
+                for place, number in enumerate(missing):
+                    seal_features(
+                        asides[number],
+                        folder,
+                        keys[number],
+                        dtype=dtype,
+                        unreadable=set().union(*(one[place] for one in found)),
+                    )
+    finally:
+        if ranks.is_main:
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _encode(model: UniCL, batch: Batch, ranks: Ranks) -> Tensor:
+    """Features of a batch as the encoder gives them in a step, on the host."""
+    with encoder_autocast(model.config, ranks, batch.images.device.type):
+        features: Tensor = model.image_encoder(encoder_input(batch.images, model.config))
+    return features.cpu()
+
+
+def _bits_of(features: Tensor) -> NDArray[Any]:
+    """Features as NumPy knows them, which has no bfloat16."""
+    known = features.view(torch.uint16) if features.dtype == torch.bfloat16 else features
+    return known.contiguous().numpy()
+
+
+def _write(
+    batch: Batch,
+    bits: NDArray[Any],
+    rows_of: dict[int, RowsFile],
+    unreadable: dict[int, set[int]],
+) -> None:
+    """Writes the rows of a batch, and remembers the samples that others stood in for."""
+    assert batch.source_ids is not None
+    assert batch.sample_ids is not None
+    assert batch.scheduled_ids is not None
+    sources, shown = batch.source_ids.numpy(), batch.sample_ids.numpy()
+    scheduled = batch.scheduled_ids.numpy()
+    for number, rows in rows_of.items():
+        mine = np.flatnonzero(sources == number)
+        rows[scheduled[mine]] = bits[mine]
+        unreadable[number].update(scheduled[mine][shown[mine] != scheduled[mine]].tolist())
