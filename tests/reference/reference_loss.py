@@ -1,8 +1,11 @@
-"""The loss written out with loops and NumPy in fp64, straight from equations 2 and 3."""
+"""The loss written out, in fp64: with loops and NumPy, and, for gradients, with a dense matrix."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:
@@ -32,3 +35,31 @@ def unified_contrastive_loss(
         return total / n
 
     return one_direction(logits), one_direction(logits.T)
+
+
+def several_labels_loss(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    image_classes: Sequence[set[int]],
+    text_classes: Sequence[int],
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """Equations 2 and 3 of n images of several classes and their n texts of one class each.
+
+    A text is a positive of an image when its class is one of the image's.
+    """
+    weights = torch.tensor(
+        [[float(of_text in of_image) for of_text in text_classes] for of_image in image_classes],
+        dtype=torch.float64,
+    )
+    return weighted_loss(images, texts, weights, scale)
+
+
+def weighted_loss(
+    images: torch.Tensor, texts: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Equations 2 and 3 with the weight [n n] of each text as a positive of each image."""
+    logits = scale * images @ texts.T
+    i2t = -(weights / weights.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+    t2i = -(weights / weights.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+    return (i2t + t2i) / 2

@@ -93,6 +93,9 @@ class Build(BuildOptions, _SourcesAndOut):
     ] = ()
     """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
     then all must hold."""
+    hierarchy_columns: tuple[str, ...] = ()
+    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
+    itself may be given if it has such columns."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
@@ -272,6 +275,8 @@ def _report_build(summary: BuildSummary) -> str:
             f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
             + summary.quarantined
         )
+    if summary.hierarchy:
+        lines.append(f"hierarchy: {summary.hierarchy}")
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
         lines.append(
             "note: the class names are WordNet ids, from which no text encoder learns much; "

@@ -37,6 +37,7 @@ from unicl_fast.packing.samples import (
     choose,
     collect_label_space,
     join_duplicates,
+    place_classes,
     read_label_space,
     refuse_numbers,
     reorder,
@@ -52,6 +53,7 @@ from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.wording import count_of_kind
 from unicl_fast.text.class_lists import read_templates
+from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_IMAGE_SECONDS = 30.0
@@ -71,6 +73,16 @@ class BuildOptions:
     """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
     (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
     n01440764). By default the labels found are the names, sorted, blanks for underscores."""
+    hierarchy: str = ""
+    """A file that says which class is above which, by their names or keys: .json with
+    {"child": "parent", ...}, .csv or .tsv with names from the top down to a class in each row, or
+    lines PARENT CHILD as in WordNet's wordnet.is_a.txt. See docs/objectives.md."""
+    hierarchy_columns: Sequence[str] = ()
+    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
+    itself may be given if it has such columns."""
+    hierarchy_names: str = ""
+    """Names for keys in --hierarchy that are not those of labels: a file with lines KEY<TAB>NAME,
+    as WordNet's words.txt."""
     templates: str = ""
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
@@ -137,6 +149,11 @@ class BuildOptions:
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
         require_engine(self.engine)
         self.lists.conditions()
+        if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:
+            raise ValueError(
+                "--hierarchy-columns and --hierarchy-names say how --hierarchy FILE is read: give "
+                "that too"
+            )
         short_side, square_side = self._resized_to()
         return ImageOptions(
             short_side=short_side,
@@ -219,6 +236,8 @@ class PackedSummary:
     num_quarantined: int
     """Rows of its quarantine.csv; a merge includes those of its inputs."""
     class_names: tuple[str, ...]
+    hierarchy: str
+    """How many classes have a place in a hierarchy, in words; empty where there is none."""
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
@@ -229,7 +248,12 @@ class PackedSummary:
         names = ("samples", "captions", "labels", "quarantined", "bytes")
         numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
         seconds = time.perf_counter() - started
-        return numbers | {"out": out, "class_names": manifest.class_names, "seconds": seconds}
+        return numbers | {
+            "out": out,
+            "class_names": manifest.class_names,
+            "hierarchy": "" if manifest.hierarchy is None else manifest.hierarchy.describe(),
+            "seconds": seconds,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +365,7 @@ def _pack(
         samples, space, numbers, templates, passed_over = _read(
             paths, options, images, spool, work, progress=progress
         )
+        hierarchy = _read_hierarchy(options, space)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
@@ -377,6 +402,7 @@ def _pack(
                     context_length=tokenizer.context_length,
                     class_names=space.names,
                     templates=templates,
+                    hierarchy=hierarchy,
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
@@ -444,6 +470,15 @@ def _number_labels(
     work.require_same("sources", checksums)
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
     return space, {label: space.number_of(label) for label in labels}
+
+
+def _read_hierarchy(options: BuildOptions, space: LabelSpace) -> Hierarchy | None:
+    """The places of the classes, where --hierarchy says what they are."""
+    if not options.hierarchy:
+        return None
+    path, names = Path(options.hierarchy), options.hierarchy_names
+    parents = read_parents(path, columns=options.hierarchy_columns)
+    return place_classes(space, parents, read_names(Path(names)) if names else {}, origin=str(path))
 
 
 def _check(
