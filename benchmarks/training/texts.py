@@ -170,9 +170,11 @@ def make_contestants(rows: Rows, labels: npt.NDArray[np.int64]) -> dict[str, Cal
         if not len(pairs) == len(ours.tokens) == groups.max() + 1:
             raise RuntimeError(f"map_targets and {name} group the rows differently")
     timed = {name: work for name, (work, _) in others.items()}
+    random = np.random.default_rng(1)
+    classes = random.integers(0, _CLASSES, (len(rows), _LABELS_OF_AN_IMAGE))
+    classes[:, 0] = np.where(labels >= 0, labels, classes[:, 0])
     several = ImageLabels(
-        classes=np.random.default_rng(1).integers(0, _CLASSES, _LABELS_OF_AN_IMAGE * len(rows)),
-        starts=np.arange(0, _LABELS_OF_AN_IMAGE * len(rows) + 1, _LABELS_OF_AN_IMAGE),
+        classes=classes.reshape(-1), starts=np.arange(len(rows) + 1) * _LABELS_OF_AN_IMAGE
     )
     return {
         "map_targets": lambda: map_targets(rows, labels),
