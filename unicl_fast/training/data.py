@@ -216,7 +216,7 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     return ClassPrompts(
         [
             (
-                dataset.manifest.class_names + (() if hierarchy is None else hierarchy.names),
+                (*dataset.manifest.class_names, *(() if hierarchy is None else hierarchy.names)),
                 dataset.manifest.templates,
             )
             for dataset, hierarchy in zip(datasets, hierarchies, strict=True)
