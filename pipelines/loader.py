@@ -21,12 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead
+from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead, send
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of
+from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import (
@@ -113,7 +114,7 @@ class TrainLoader:
             augmentation=self.augmentation,
         )
         self.plan = TrainPlan(
-            [_plan_source(dataset, prompts, i) for i, dataset in enumerate(datasets)],
+            [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
@@ -215,6 +216,7 @@ class TrainLoader:
         ):
             for (images, integers), metadata in outputs:
                 first, *second = images.chunk(self.plan.num_views)
+                classes = metadata.image_classes
                 texts = unpack_integers(
                     integers[: len(first)], num_texts=len(metadata.text_lengths)
                 )
@@ -226,6 +228,9 @@ class TrainLoader:
                     sample_ids=torch.from_numpy(metadata.actual.sample_ids),
                     scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
                     source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
+                    image_classes=None
+                    if classes is None
+                    else send(torch.from_numpy(classes), self._decode_device),
                     **texts,
                 )
                 # held here, their buffers could not be reused
@@ -291,14 +296,18 @@ def fit_prefetch(
     return dataclasses.replace(data, prefetch=1)
 
 
-def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
+def _plan_source(
+    dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
+) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
+    hierarchy = dataset.manifest.hierarchy if data.prompts == "ancestors" else None
     return PlanSource(
         name=dataset.location,
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
+        chains=None if hierarchy is None else flat_chains(hierarchy),
     )
 
 

@@ -32,6 +32,7 @@ def make_batch(step: int) -> Batch:
         text_class_ids=numbers[:3] + 2,
         text_counts=numbers[:3] + 3,
         global_index=numbers + 4,
+        image_classes=torch.stack([numbers, numbers + 6]),
         sample_ids=numbers + 5,
     )
 
@@ -89,7 +90,7 @@ def test_a_batch_is_copied_during_the_step_before_it(gpu: FakeGpu) -> None:
         assert_equal(batch, make_batch(batch.step))
         # its memory may be filled anew only after this stream's kernels
         used_by = [gpu.used_by[value.data_ptr()] for value in batch.model_inputs().values()]
-        assert used_by == [gpu.compute] * 7
+        assert used_by == [gpu.compute] * 8
         steps.append(batch.step)
         if batch.step < 3:
             gpu.wait_for_events(batch.step + 2)  # the next one is on its way

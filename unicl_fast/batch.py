@@ -29,8 +29,9 @@ from torch import Tensor
 class Batch:
     """One rank's local batch: images, distinct texts, and the classes of both.
 
-    Two samples are positives of each other when their class ids are equal. These are any int64;
-    `objectives.targets.map_targets` says how they are found, and why ranks agree on them.
+    A text is a positive of an image when their class ids are equal, or when its class is one of the
+    image's where these are several. Class ids are any int64; `objectives.targets.map_targets` says
+    how they are found, and why ranks agree on them.
     """
 
     step: int
@@ -52,6 +53,10 @@ class Batch:
     """int64 [u]: the number of samples of this batch with each text; they sum to b."""
     global_index: Tensor
     """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
+    image_classes: Tensor | None = None
+    """int64 [2 e]: a sample, 0 to b - 1, and a class of its image, for every class that the image
+    has: its `class_ids` and those of its other labels, each once. The texts of all of them are its
+    positives. None where `objective.positives` is text."""
     second_images: Tensor | None = None
     """uint8 [b h w c], RGB: the second view of each image, where `data.augment` asks for two."""
     sample_ids: Tensor | None = None
@@ -80,7 +85,7 @@ class Batch:
 
 
 _MODEL_INPUTS = ("images", "second_images", "tokens", "text_index", "class_ids", "text_class_ids",
-                 "text_counts", "global_index")  # fmt: skip
+                 "text_counts", "global_index", "image_classes")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,6 +50,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 ObjectiveForm = Literal["softmax", "sigmoid"]
+PositivesName = Literal["text", "labels", "ancestors"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -87,6 +88,10 @@ class DataConfig:
     """Draw the prompt template for each sample, or for each class. per_sample is the paper's;
     per_class draws once for each class and batch, so that a batch has no more prompts to encode
     than classes."""
+    prompts: Literal["labels", "ancestors"] = "labels"
+    """Class whose prompt is the text of a label: labels or ancestors. labels takes the label
+    itself; ancestors takes it or one of the classes above it with equal chance, drawn anew each
+    time, and needs objective.positives=ancestors."""
     label_space: Literal["separate", "shared"] = "separate"
     """Whether label 3 of two data sets is two classes, or the same one. Separate classes still meet
     if their names are equal; shared needs equal lists of class names."""
@@ -290,6 +295,14 @@ class ObjectiveConfig:
     """Form of the loss of images and texts: softmax or sigmoid. softmax compares the positives of
     an image (a text) with all other texts (images). sigmoid, SigLIP's, asks of each pair whether it
     is a positive one, with a bias that is learnt. For unicl and clip."""
+    positives: PositivesName = "text"
+    """Classes of an image: text, labels or ancestors. text takes the class of the text that it is
+    shown with; labels takes those of all its labels too, whatever its text; ancestors takes these
+    and all classes above them, where data sets have a hierarchy. For unicl, and labels for ce."""
+    ancestor_weights: tuple[Fraction, ...] = ()
+    """For ancestors: weight of a text as a positive of an image that has no more than a class above
+    the text's in common with it, by the depth of the lowest such class, the top first; the last one
+    holds for all below. They must not fall. Empty: 0. For example 0,0.1,0.3."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -315,6 +328,35 @@ class ObjectiveConfig:
             self.form == "softmax" or self.has_texts,
             f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
             "not have: take unicl or clip, or softmax",
+        )
+        require(
+            self.form == "softmax" or self.positives == "text",
+            f"objective.form=sigmoid takes one class an image, not objective.positives="
+            f"{self.positives}: take objective.form=softmax or objective.positives=text",
+        )
+        require(
+            self.positives != "ancestors" or self.name == "unicl",
+            f"objective.positives=ancestors is for unicl, not for {self.name}: take labels or text",
+        )
+        require(
+            not self.ancestor_weights or self.positives == "ancestors",
+            f"objective.ancestor_weights needs objective.positives=ancestors, not {self.positives}",
+        )
+        require(
+            list(self.ancestor_weights) == sorted(self.ancestor_weights),
+            "objective.ancestor_weights must not fall from the top down, as "
+            f"{self.ancestor_weights} do: classes further down have more in common",
+        )
+        require(
+            self.positives == "text" or self.name in ("unicl", "ce"),
+            f"objective.positives={self.positives} takes several labels an image, which "
+            f"{self.name} does not: take unicl or ce, or objective.positives=text",
+        )
+        require(
+            self.positives == "text" or not self.mixes,
+            f"objective.positives={self.positives} cannot be used with objective.mixup or "
+            "objective.cutmix, which mix one label an image: take objective.positives=text, or "
+            "set both to 0",
         )
 
     @property
@@ -551,6 +593,13 @@ class TrainConfig:
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.prompts == "labels" or self.objective.positives == "ancestors",
+            "data.prompts=ancestors shows images with prompts of classes above their labels, which "
+            "must be their positives: set objective.positives=ancestors too",
+        )
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

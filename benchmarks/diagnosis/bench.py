@@ -410,10 +410,13 @@ class Bench:
     # The step.
 
     def step_stages(self, batch: Batch, *, rounds: int) -> list[Stage]:
-        """The parts of a step; none where micro-batches or an objective without texts split it."""
-        config = self.trainer.config
+        """The parts of a step; none where micro-batches or an objective without texts split it.
+
+        Nor are there any where positives are weighted or mixed.
+        """
+        config, objective = self.trainer.config, self.trainer.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
-        if micro or config.objective.name not in ("unicl", "clip") or config.objective.mixes:
+        if micro or not objective.has_texts or objective.mixes or objective.ancestor_weights:
             return []
         step = StepInParts(self.trainer, batch)
         step.take()
@@ -501,7 +504,12 @@ class StepBench:
         """Builds the trainer as a run does. Raises ValueError for settings that do not fit."""
         self.device, self.batch = bench.device, batch
         self.trainer = Trainer(
-            config, ListLoader([batch]), ranks=bench.ranks, device=bench.device, progress=False
+            config,
+            ListLoader([batch]),
+            ranks=bench.ranks,
+            device=bench.device,
+            ancestors=bench.parts.prompts.ancestors,
+            progress=False,
         )
 
     def cost(self, *, count: int) -> Cost:

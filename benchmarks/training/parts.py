@@ -15,7 +15,12 @@ from unicl_fast.batch import Batch
 from unicl_fast.models.precision import Precision
 from unicl_fast.objectives.targets import collate
 from unicl_fast.training.cached_gradients import back_propagate_learnt
-from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
+from unicl_fast.training.global_loss import (
+    classes_of_images,
+    contrast_over_ranks,
+    encoder_input,
+    texts_to_encode,
+)
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import timed, wait_for_gpu
@@ -77,7 +82,7 @@ class StepInParts:
         with self.part("loss and its gradient"):
             loss = contrast_over_ranks(
                 *features[:2],
-                class_ids=batch.class_ids,
+                class_ids=classes_of_images(batch),
                 text_class_ids=text_class_ids,
                 text_counts=text_counts,
                 scale=features[2],

@@ -34,7 +34,7 @@ from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
 from .reading import BadSamples, reading_ahead
-from .text_block import gather_texts, pack_integers
+from .text_block import gather_labels, gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
 ImageForm = Literal["files", "pixels", "crops", "features"]
@@ -80,6 +80,8 @@ class TrainMetadata:
     """The plan, with substitutes for bad samples: what the batch holds."""
     scheduled_ids: NDArray[np.int64]
     text_lengths: NDArray[np.int64]
+    image_classes: NDArray[np.int64] | None
+    """As in `Batch`; there are as many as there are, which a block of DALI's cannot hold."""
 
 
 class _Planned(NamedTuple):
@@ -88,6 +90,7 @@ class _Planned(NamedTuple):
     batch: PlannedBatch
     integers: NDArray[np.int64]
     text_lengths: NDArray[np.int64]
+    image_classes: NDArray[np.int64] | None
 
 
 class HostBatches:
@@ -114,6 +117,10 @@ class HostBatches:
         self._ranks = {"rank": rank, "world_size": world_size}
         self._form = form
         self._batch_size = config.run.global_batch_size // world_size
+        self._classes_of_labels = [
+            prompts.classes_of(number, np.arange(num_classes))
+            for number, num_classes in enumerate(prompts.num_classes)
+        ]
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda chunk: None
         self.reading = ReadingTime(decodes_files=form == "files")
@@ -226,7 +233,8 @@ class HostBatches:
         targets, integers = self._texts_of(long, steps[0].global_index)
         parts = zip(range(0, count * size, size), targets.num_texts.tolist(), strict=True)
         lengths = [targets.text_lengths[start : start + num_texts] for start, num_texts in parts]
-        return list(map(_Planned, steps, integers.reshape(count, size, -1), lengths))
+        parts_of_steps = integers.reshape(count, size, -1), lengths, targets.image_classes
+        return list(map(_Planned, steps, *parts_of_steps))
 
     def _host_batch(
         self,
@@ -236,14 +244,19 @@ class HostBatches:
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
         integers, text_lengths = planned.integers, planned.text_lengths
-        if actual is not planned.batch:  # substitutes come with texts of their own
+        image_classes = planned.image_classes
+        if actual is not planned.batch:  # substitutes come with texts and labels of their own
             targets, integers = self._texts_of(actual, actual.global_index)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
+            image_classes = targets.image_classes[0]
         is_ready = self._form in ("crops", "features")
         return HostBatch(
             inputs=graph_inputs(actual, images, integers, are_ready=is_ready),
             metadata=TrainMetadata(
-                actual=actual, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
+                actual=actual,
+                scheduled_ids=planned.batch.sample_ids,
+                text_lengths=text_lengths,
+                image_classes=image_classes,
             ),
         )
 
@@ -259,9 +272,14 @@ class HostBatches:
         length = self._config.model.context_length
         rows, labels = gather_texts(planned, self._datasets, self._prompts, context_length=length)
         prompts: ClassPrompts | None = self._prompts
+        image_labels = None
         if self._config.objective.name == "clip":  # a text is its own class
             labels, prompts = np.full_like(labels, -1), None
-        targets = map_steps(rows, labels, prompts, size=self._batch_size)
+        elif self._config.objective.positives != "text":
+            image_labels = gather_labels(
+                planned, self._datasets, self._classes_of_labels, self._prompts.ancestors
+            )
+        targets = map_steps(rows, labels, prompts, size=self._batch_size, image_labels=image_labels)
         return targets, pack_integers(targets, global_index, context_length=length)
 
     def _check_arrays(self) -> None:

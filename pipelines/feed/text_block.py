@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.objectives.targets import TargetSteps
+from unicl_fast.objectives.targets import ImageLabels, TargetSteps
 from unicl_fast.system.kernels import kernel
+from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.text.prompts import ClassPrompts
 
 from ..plan.plan import PlannedBatch
@@ -63,6 +64,39 @@ def gather_texts(
             _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
             classes[chosen] = prompts.classes_of(number, labels)
     return rows, classes
+
+
+def gather_labels(
+    planned: PlannedBatch,
+    datasets: Sequence[PackedDataset],
+    classes_of_labels: Sequence[NDArray[np.int64]],
+    ancestors: AncestorTable | None,
+) -> ImageLabels:
+    """Gathers all labels of each sample of a planned batch, whatever text it is shown with.
+
+    `classes_of_labels` has the training class of each label of each data set, `ancestors` those
+    above them.
+    """
+    firsts, counts = np.zeros((2, len(planned.global_index)), dtype=np.int64)
+    of_dataset = [np.flatnonzero(planned.source_ids == number) for number in range(len(datasets))]
+    for mine, dataset in zip(of_dataset, datasets, strict=True):
+        samples = dataset.samples.take(planned.sample_ids[mine])
+        firsts[mine], counts[mine] = samples["labels_start"], samples["labels_count"]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    found = np.empty(starts[-1], dtype=np.int64)
+    for mine, dataset, classes in zip(of_dataset, datasets, classes_of_labels, strict=True):
+        _copy_classes(np.asarray(dataset.labels), firsts, counts, mine, classes, starts, found)
+    return ImageLabels(classes=found, starts=starts, ancestors=ancestors)
+
+
+@kernel
+def _copy_classes(
+    labels: Any, firsts: Any, counts: Any, samples: Any, classes: Any, starts: Any, found: Any
+) -> None:
+    """Writes the classes of labels[firsts[i]:][:counts[i]] for each i of `samples`."""
+    for i in samples:
+        for j in range(counts[i]):
+            found[starts[i] + j] = classes[labels[firsts[i] + j]]
 
 
 @kernel

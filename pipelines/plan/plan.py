@@ -57,6 +57,9 @@ class PlanSource:
     """Prompt templates of its classes; 0 if it has no class names."""
     class_ids: NDArray[np.int64]
     """Training class of each label [num_classes]."""
+    chains: tuple[Int64Array, Int64Array] | None = None
+    """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
+    labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +77,9 @@ class PlannedBatch:
     captions: Int64Array
     """Number of the caption that is the sample's text; -1 where the text is a prompt."""
     labels: Int64Array
-    """The label whose prompt is the text; -1 where the text is a caption: an image shown with a
-    caption is an image-text pair, and its labels, if any, are set aside for this draw."""
+    """The label whose prompt is the text, one of the sample's or one above it (`data.prompts`); -1
+    where the text is a caption: an image shown with a caption is an image-text pair. Its labels are
+    set aside for this draw, unless `objective.positives` asks for all of them."""
     templates: Int64Array
     """Number of the template that fills the prompt; -1 where the text is a caption."""
     augment_rows: NDArray[np.float32]
@@ -133,6 +137,7 @@ class _Purpose(enum.IntEnum):
     SECOND_VIEW = 9
     AUGMENT = 10
     BALANCE = 11
+    ANCESTOR = 12
 
 
 def samples_of_draws(
@@ -418,6 +423,12 @@ class TrainPlan:
         labels = np.full(len(rows), -1, dtype=np.int64)
         positions = rows["labels_start"][prompted].astype(np.int64) + chosen_labels[prompted]
         labels[prompted] = source.labels[positions]
+        if source.chains is not None:
+            starts, chains = source.chains
+            begins, ends = starts[labels[prompted]], starts[labels[prompted] + 1]
+            own = np.uint64(self._key(*streams, _Purpose.ANCESTOR))
+            down = (random_units(own, draws[prompted]) * (ends - begins)).astype(np.int64)
+            labels[prompted] = chains[begins + down]
         templates = np.full(len(rows), -1, dtype=np.int64)
         if self._data.templates == "per_class":
             # The class as counter, the step in the key: all ranks draw the same for a class, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,9 @@ from torch.nn import functional as F
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
+from unicl_fast.evaluation.levels import classify_at_levels
 from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
+from unicl_fast.text.hierarchies import Hierarchy
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
@@ -87,3 +90,38 @@ def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
     texts = ["a b c d e f", "a", "one two three", "a b"]
     ours = encode_token_rows(model, Tokenizer().encode(texts), batch_size=2)
     torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)
+
+
+def test_levels_are_counted_by_their_own_names_and_by_the_classes_below() -> None:
+    """Features are the similarities with each name, so every answer is known."""
+    names = ("beagle", "poodle", "cat", "car", "dog", "mammal")
+    hierarchy = Hierarchy(names=names[4:], parents=(4, 4, 5, -1, 5, -1))
+    images = [
+        ([0], {"beagle": 9, "dog": 8, "mammal": 7}),  # right at all levels
+        ([0], {"poodle": 9, "cat": 5, "dog": 1, "mammal": 7}),  # a cat at level 1
+        ([0], {"cat": 9, "car": 2, "beagle": 1}),  # a car at level 0, a cat at level 1
+        ([0, 2], {"car": 8, "mammal": 9, "cat": 1, "poodle": 2}),  # a poodle at level 2
+        ([3], {"car": 9}),  # has no other level
+        ([2], {"beagle": 9, "dog": 5, "mammal": 1}),  # a dog at level 1, the last one of cats
+        ([], {"beagle": 9}),
+    ]
+    one_hot = torch.eye(len(names), dtype=torch.float64)
+    result = classify_at_levels(
+        torch.tensor([[shown.get(name, 0.0) for name in names] for _, shown in images]).double(),
+        lambda chosen: one_hot[[names.index(name) for name in chosen]],
+        labels=[labels for labels, _ in images],
+        class_names=names[:4],
+        hierarchy=hierarchy,
+    )
+    levels = [dataclasses.astuple(level) for level in result.levels]
+    assert levels == [(0, 2, 6, 5, 5), (1, 2, 5, 2, 2), (2, 2, 4, 2, 1)]
+    # 1 for the poodle, 2 for the cat (from the beagle), 2 for the car (from the cat), and 2
+    assert (result.num_samples, result.num_mistakes, result.sum_of_distances) == (6, 4, 7)
+    values = result.to_json()
+    assert values["distance_of_mistakes"] == 7 / 4
+    assert values["levels"][1]["top1"] == 2 / 5
+    assert "1.750 for 4 mistakes, 1.167 over all" in result.to_table()
+    with pytest.raises(ValueError, match="levels need some"):
+        classify_at_levels(
+            one_hot, lambda chosen: one_hot, labels=[[]] * 6, class_names=names, hierarchy=hierarchy
+        )

@@ -12,6 +12,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
+from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
@@ -32,6 +33,7 @@ def pack(
     *,
     class_names: Sequence[str],
     tokenizer: Tokenizer,
+    hierarchy: Hierarchy | None = None,
     raw: bool = False,
 ) -> PackedDataset:
     with DatasetWriter(out, shard_bytes=1_000_000, images="raw" if raw else "encoded") as writer:
@@ -58,5 +60,6 @@ def pack(
             source=["tests"],
             seed=0,
             tool_version="0",
+            hierarchy=hierarchy,
         )
     return PackedDataset(out)

@@ -29,6 +29,7 @@ from small_runs import (
     objective_config,
     poison_step,
     ragged_features,
+    small_ancestors,
     tiny_config,
 )
 from torch.distributed.tensor import DTensor
@@ -146,10 +147,12 @@ def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
     )
 
 
-def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
+def first_gradients(
+    images: torch.Tensor, ranks, config, loader=None, ancestors=None
+) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
     loader = loader or StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    trainer = Trainer(config, loader, ranks=ranks, ancestors=ancestors, progress=False)
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
     # GradScaler's first scale is found by trial: it would overflow here, and skip the step
@@ -199,6 +202,7 @@ def write_objective_gradients(
                 ranks,
                 objective_config(objective, loss=form, **efficiency),
                 labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
+                small_ancestors(objective),
             )
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
@@ -644,9 +648,9 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
         (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
 
 
-def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None:
+def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
     """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    loader = labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])

@@ -9,26 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_loss
+import reference_targets
 import torch
 from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
 from small_runs import (
     OBJECTIVES,
+    PARENTS,
     global_batch,
     labelled_batch,
     labelled_loader,
     objective_config,
+    small_ancestors,
     tiny_config,
 )
 from timm.data import Mixup
 from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.config import ObjectiveConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
+from unicl_fast.objectives.positives import weigh_ancestors
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.global_loss import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
 
@@ -124,6 +130,92 @@ def test_unicl_of_mixed_images_takes_labels_times_labels(
         targets = affinity / affinity.sum(1, keepdim=True)
         expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+def assert_equal_with_gradients(model: UniCL, loss: torch.Tensor, expected: torch.Tensor) -> None:
+    """The loss, and its gradient with respect to every parameter, in fp64."""
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(one, parameters) for one in (loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("unique_texts", [True, False])
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_images_of_several_labels_have_the_texts_of_all_of_them(
+    images: torch.Tensor, form: str, unique_texts: bool
+) -> None:
+    """Against the oracle; the last images have captions, and the very last one no label."""
+    config, model = evaluated("unicl, labels", loss=form, unique_texts=unique_texts)
+    for step in range(2):
+        batch = labelled_batch(images, objective="unicl, labels", step=step)
+        pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+        samples, classes = batch.image_classes
+        of_images = [set(classes[samples == sample].tolist()) for sample in range(len(images))]
+        assert max(map(len, of_images)) > 2
+        assert (batch.class_ids >= CAPTION_KEYS_START).sum() == 2
+        expected = reference_loss.several_labels_loss(
+            pixels, texts[batch.text_index], of_images, batch.class_ids.tolist(), scale
+        )
+        assert_equal_with_gradients(model, loss_of(model, batch, config), expected)
+
+
+def texts_near_images(batch: Batch, weights: tuple[float, ...]) -> torch.Tensor:
+    """The oracle's weight of the text of each sample (columns) for each image (rows)."""
+    samples, classes = batch.image_classes
+    return torch.tensor(
+        [
+            [
+                reference_targets.hierarchical_weight(
+                    classes[samples == image].tolist(), int(text), PARENTS, weights
+                )
+                for text in batch.class_ids
+            ]
+            for image in range(len(batch.images))
+        ],
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize("weights", [(), (0.0,), (0.1, 0.1, 0.4), (0.0, 0.5, 0.5, 1.0)])
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_texts_of_classes_that_are_near_are_positives_by_the_depth_in_common(
+    images: torch.Tensor, form: str, weights: tuple[float, ...]
+) -> None:
+    """Against the oracle, with gradients."""
+    config, model = evaluated("unicl, ancestors", loss=form)
+    objective = dataclasses.replace(config.objective, ancestor_weights=weights)
+    config = dataclasses.replace(config, objective=objective)
+    ancestors = weigh_ancestors(small_ancestors("unicl, ancestors"), objective, torch.device("cpu"))
+    found = set()
+    for step in range(2):
+        batch = labelled_batch(images, objective="unicl, ancestors", step=step)
+        pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+        near = texts_near_images(batch, weights)
+        found |= set(near.flatten().tolist())
+        expected = reference_loss.weighted_loss(pixels, texts[batch.text_index], near, scale)
+        loss = global_loss(model, batch, config, Ranks(), ancestors=ancestors)
+        assert_equal_with_gradients(model, loss, expected)
+    assert found == {0.0, 1.0, *weights[1:2], *weights[2:3]}
+
+
+def test_ancestors_are_needed_for_weights(images: torch.Tensor) -> None:
+    loader = labelled_loader(images, "unicl, ancestors")
+    with pytest.raises(ValueError, match="needs to know which class is above which: hand the"):
+        Trainer(objective_config("unicl, ancestors"), loader, progress=False)
+
+
+def test_ce_of_several_labels_takes_them_in_equal_parts(images: torch.Tensor) -> None:
+    config, model = evaluated("ce, labels")
+    batch = labelled_batch(images, objective="ce, labels")
+    samples, classes = batch.image_classes
+    parts = torch.zeros(len(images), 5, dtype=torch.float64)
+    parts[samples, 2 * (classes >> 32) + (classes & 0xFFFFFFFF)] = 1
+    assert parts.sum(1).max() == 3
+    features = model.encode_image(encoder_input(batch.images, config))
+    expected = F.cross_entropy(features @ model.class_rows.T, parts / parts.sum(1, keepdim=True))
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
 
 
 def test_ce_of_mixed_images_takes_mixed_labels(images: torch.Tensor) -> None:
@@ -224,16 +316,20 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+)
 def test_ranks_give_the_objectives_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
     """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
-    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), list(OBJECTIVES), {})
-    for objective in OBJECTIVES:
+    # four ranks would part pairs
+    chosen = [name for name in OBJECTIVES if world_size < 4 or "mixed" not in name]
+    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), chosen, {})
+    for objective in chosen:
         config = objective_config(objective, loss="dense")
         alone_loss, alone = first_gradients(
-            images, Ranks(), config, labelled_loader(images, objective)
+            images, Ranks(), config, labelled_loader(images, objective), small_ancestors(objective)
         )
         for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
             written = f"{form}{rank}"
@@ -249,6 +345,17 @@ def test_ranks_give_the_objectives_of_one_process(
                 )
 
 
+@pytest.mark.parametrize("objective", ["unicl, labels", "unicl, ancestors"])
+def test_micro_batches_of_images_of_several_classes(images: torch.Tensor, objective: str) -> None:
+    data = labelled_loader(images, objective), small_ancestors(objective)
+    loss, expected = first_gradients(images, Ranks(), objective_config(objective), *data)
+    config = objective_config(objective, micro_batch_size=5)
+    in_parts, gradients = first_gradients(images, Ranks(), config, *data)
+    assert in_parts == pytest.approx(loss, rel=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
 def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
     share = labelled_batch(images, objective="supcon", rank=1, world_size=3)
     assert shown_indices(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
@@ -257,6 +364,7 @@ def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("objective", "efficiency", "message"),
     [
+        ("ce, labels", {"micro_batch_size": 4}, "ce has no texts"),
         ("supcon", {"micro_batch_size": 4}, "supcon has no texts"),
         ("ce", {"micro_batch_size": 4}, "ce has no texts"),
         ("unicl, mixed", {"micro_batch_size": 4}, "cannot be used with objective.mixup"),
@@ -283,8 +391,30 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
         ObjectiveConfig(name="clip", mixup=0.1)
     with pytest.raises(ValueError, match="which ce does not have: take unicl or clip, or softmax"):
         ObjectiveConfig(name="ce", form="sigmoid")
+    with pytest.raises(ValueError, match="several labels an image, which supcon does not"):
+        ObjectiveConfig(name="supcon", positives="labels")
+    with pytest.raises(ValueError, match="positives=ancestors is for unicl, not for ce"):
+        ObjectiveConfig(name="ce", positives="ancestors")
+    with pytest.raises(ValueError, match="ancestor_weights needs objective.positives=ancestors"):
+        ObjectiveConfig(positives="labels", ancestor_weights=(0.5,))
+    with pytest.raises(ValueError, match="must not fall from the top down"):
+        ObjectiveConfig(positives="ancestors", ancestor_weights=(0.5, 0.1))
+    with pytest.raises(ValueError, match="set objective.positives=ancestors too"):
+        TrainConfig(data=DataConfig(prompts="ancestors"))
+    with pytest.raises(ValueError, match="positives=labels cannot be used with objective.mixup"):
+        ObjectiveConfig(positives="labels", cutmix=0.1)
     with pytest.raises(ValueError, match="needs classes"):
         UniCL(dataclasses.replace(tiny_config(), objective=ObjectiveConfig(name="ce")))
+
+
+@pytest.mark.parametrize("objectives", [("unicl", "unicl, labels"), ("unicl, labels", "unicl")])
+def test_batches_with_other_classes_than_the_objective_takes_are_refused(
+    images: torch.Tensor, objectives: tuple[str, str]
+) -> None:
+    loader = labelled_loader(images, objectives[1])
+    trainer = Trainer(objective_config(objectives[0]), loader, progress=False)
+    with pytest.raises(ValueError, match="but the loader's batches have .* Batch.image_classes"):
+        trainer.fit()
 
 
 def test_a_model_without_texts_says_so(images: torch.Tensor) -> None:

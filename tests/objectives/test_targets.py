@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,10 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import reference_targets as reference
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.objectives.targets import Targets, map_steps, map_targets, slice_targets
+from unicl_fast.objectives.targets import (
+    ImageLabels,
+    Targets,
+    collate,
+    map_steps,
+    map_targets,
+    slice_targets,
+)
+from unicl_fast.text.ancestors import join_hierarchies
+from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.token_rows import (
     find_rows,
     hash_rows,
@@ -101,6 +112,90 @@ def test_any_batch_gets_the_targets_of_the_oracle(
     rows, labels, prompts = batch
     assert_equal(map_targets(rows, labels, prompts), rows, labels, prompts)
     assert_equal(map_targets(rows, labels), rows, labels, PlainPrompts())
+
+
+def as_image_labels(image_labels: list[list[int]]) -> ImageLabels:
+    return ImageLabels(
+        classes=np.array([one for labels in image_labels for one in labels], dtype=np.int64),
+        starts=np.cumsum([0, *map(len, image_labels)]),
+    )
+
+
+def by_image(image_classes: npt.NDArray[np.int64] | None, size: int) -> list[list[int]]:
+    """The classes of each image, as they are listed."""
+    assert image_classes is not None
+    samples, classes = image_classes
+    assert sorted(samples.tolist()) == samples.tolist()
+    return [classes[samples == sample].tolist() for sample in range(size)]
+
+
+@settings(max_examples=300)
+@given(batches(), st.data())
+def test_images_of_several_labels_get_all_their_classes_once(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
+) -> None:
+    """In one batch, in steps mapped together, and in a rank's slice."""
+    rows, labels, prompts = batch
+    few = st.lists(st.sampled_from([0, 1, 2, 3, 6, 9, BIG]), max_size=5)
+    image_labels = data.draw(st.lists(few, min_size=len(rows), max_size=len(rows)))
+    lists = as_image_labels(image_labels)
+    targets = map_targets(rows, labels, prompts, lists)
+    plain = map_targets(rows, labels, prompts)
+    for name in ("tokens", "text_index", "class_ids", "text_class_ids", "text_counts"):
+        assert np.array_equal(getattr(targets, name), getattr(plain, name)), name
+    assert plain.image_classes is None
+    found = by_image(targets.image_classes, len(rows))
+    expected = reference.classes_of_images(
+        rows.tolist(), labels.tolist(), prompts.classes, image_labels
+    )
+    for of_image, of_oracle, class_id in zip(found, expected, targets.class_ids, strict=True):
+        assert of_image[0] == class_id
+        assert len(of_image) == len(of_oracle)
+        assert set(of_image) == of_oracle
+
+    start = data.draw(st.integers(0, len(rows) - 1))
+    stop = data.draw(st.integers(start + 1, len(rows)))
+    part = slice_targets(targets, start, stop)
+    assert by_image(part.image_classes, stop - start) == found[start:stop]
+
+    size = data.draw(st.sampled_from([n for n in range(1, len(rows) + 1) if len(rows) % n == 0]))
+    steps = map_steps(rows, labels, prompts, size=size, image_labels=lists)
+    for step, of_step in enumerate(steps.image_classes):
+        own = slice(step * size, (step + 1) * size)
+        alone = map_targets(rows[own], labels[own], prompts, as_image_labels(image_labels[own]))
+        assert by_image(of_step, size) == by_image(alone.image_classes, size)
+    assert set(map_steps(rows, labels, prompts, size=size).image_classes) == {None}
+
+
+@given(
+    parents=st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    image_labels=st.lists(st.lists(st.integers(0, 13), max_size=5), min_size=1, max_size=8),
+)
+def test_classes_above_an_image_s_are_its_classes_too(
+    parents: list[int], image_labels: list[list[int]]
+) -> None:
+    """A class's parent has a smaller number; classes beyond the hierarchy have no place."""
+    forest = [(parent % (child + 1)) - 1 for child, parent in enumerate(parents)]
+    table, _ = join_hierarchies(
+        [Hierarchy(names=(), parents=tuple(forest))], [np.arange(len(forest))]
+    )
+    lists = dataclasses.replace(as_image_labels(image_labels), ancestors=table)
+    rows = as_rows(*([number + 1] for number in range(len(image_labels))))
+    labels = as_labels(*(of_image[0] if of_image else -1 for of_image in image_labels))
+    targets = map_targets(rows, labels, None, lists)
+    above = dict(enumerate(forest))
+    found = by_image(targets.image_classes, len(rows))
+    for of_image, own, class_id in zip(found, image_labels, targets.class_ids, strict=True):
+        expected = {one for label in own for one in reference.with_ancestors(label, above)}
+        assert len(of_image) == len(set(of_image))
+        assert set(of_image) == expected | {class_id}
+
+
+def test_labels_of_other_images_are_refused() -> None:
+    rows, labels = torch.ones((2, 8)), torch.tensor([0, 1])
+    images = torch.zeros((2, 4, 4, 3), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="image_labels are of 3 images, the batch has 2"):
+        collate(images, rows, labels, image_labels=[[0], [1], [2]])
 
 
 @settings(max_examples=150)

@@ -372,3 +372,51 @@ def test_wordnet_ids_take_their_names_from_imagenet(shared_data: Path, tmp_path:
     with PackedDataset(tmp_path / "set") as dataset:
         assert dataset.labels_of(0).tolist() == [0]
         assert dataset.manifest.class_names[0] == "tench"
+
+
+def test_classes_get_their_places_in_a_hierarchy(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By names, by WordNet-style keys with words, and by columns of a list."""
+    by_name, by_key, words = (tmp_path / name for name in ("a.json", "is_a.txt", "words.txt"))
+    by_name.write_text('{"cat": "mammal", "sea_lion": "mammal", "mammal": "animal", "ox": "cow"}')
+    by_key.write_text("n1 n2\nn2 n3\nn2 n4\nn9 n8\n")
+    words.write_text("n1\tanimal, beast\nn2\tmammal\nn3\tcat, true cat\nn4\tsea lion\nn8\tox\n")
+    table = tmp_path / "taxa.csv"
+    table.write_text("kingdom,class,name\nanimal,mammal,cat\nanimal,mammal,sea lion\n")
+    for number, options in enumerate(
+        (
+            ["--hierarchy", by_name],
+            ["--hierarchy", by_key, "--hierarchy-names", words],
+            ["--hierarchy", table, "--hierarchy-columns", "kingdom", "class", "name"],
+        )
+    ):
+        out = tmp_path / str(number)
+        main(["build", *map(str, [folder, "--out", out, "--workers", 1, *options])])
+        assert "hierarchy: 2 of 3 classes placed, 2 classes above" in capsys.readouterr().out
+        with PackedDataset(out) as dataset:
+            hierarchy = dataset.manifest.hierarchy
+            assert dataset.manifest.class_names == ("cat", "dog", "sea lion")
+        assert hierarchy is not None
+        names = (*dataset.manifest.class_names, *hierarchy.names)
+        chains = [[names[one] for one in chain] for chain in hierarchy.chains()[:3]]
+        assert chains == [["animal", "mammal", "cat"], ["dog"], ["animal", "mammal", "sea lion"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hierarchy": '{"ox": "cow"}'}, "places none of the 3 classes .cat, dog, sea lion, ...."),
+        ({"hierarchy": '{"cat": "dog", "dog": "cat"}'}, "above itself"),
+        ({"hierarchy_names": "words.txt"}, "say how --hierarchy FILE is read: give that too"),
+    ],
+)
+def test_a_hierarchy_of_other_classes_is_refused_before_anything_is_packed(
+    folder: Path, tmp_path: Path, options: dict[str, str], message: str
+) -> None:
+    if "hierarchy" in options:
+        (tmp_path / "tree.json").write_text(options["hierarchy"])
+        options = {"hierarchy": str(tmp_path / "tree.json")}
+    with pytest.raises(ValueError, match=message):
+        build_dataset([folder], tmp_path / "set", workers=1, progress=False, **options)
+    assert not (tmp_path / "set").exists()

@@ -462,3 +462,24 @@ def test_a_stopped_merge_leaves_nothing(packed: dict[str, Path], tmp_path: Path)
     assert process.returncode == 128 + signal.SIGTERM
     assert b"Traceback" not in errors
     assert not os.listdir(tmp_path)
+
+
+def test_hierarchies_are_joined_or_refused_if_they_differ(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, parents in {"photos": {"cat": "mammal"}, "pairs": {"ape": "mammal"}}.items():
+        tree = tmp_path / f"{name}.json"
+        tree.write_text(json.dumps(parents | {"dog": "pet" if name == "pairs" else "mammal"}))
+        build_dataset([sources[name]], tmp_path / name, hierarchy=tree, workers=1, progress=False)
+    both = [tmp_path / "photos", tmp_path / "pairs"]
+    with pytest.raises(ValueError, match="puts the class 'dog' under 'pet', another data set"):
+        merge_datasets(both, tmp_path / "both", progress=False)
+    tree.write_text(json.dumps({"ape": "mammal", "mammal": "animal"}))
+    build_dataset([sources["pairs"]], tmp_path / "new", hierarchy=tree, workers=1, progress=False)
+    merge_datasets([both[0], tmp_path / "new"], tmp_path / "both", progress=False)
+    with PackedDataset(tmp_path / "both") as dataset:
+        manifest = dataset.manifest
+    assert manifest.class_names == ("cat", "dog", "sea lion", "ape")
+    assert manifest.hierarchy is not None
+    assert manifest.hierarchy.names == ("mammal", "animal")
+    assert manifest.hierarchy.parents == (4, 4, -1, 4, 5, -1)

@@ -16,7 +16,7 @@ import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
@@ -53,6 +53,7 @@ def make_loader(
             templates="per_class",
             augment=("unicl,views=2",),
         ),
+        objective=ObjectiveConfig(positives="labels"),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
     return TrainLoader(config, datasets, None, prompts, **more)
@@ -224,6 +225,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     for one, other in zip(batches, take(loader), strict=True):
         assert torch.equal(views_of(one), views_of(other))
         assert torch.equal(texts_of(one), texts_of(other))
+        assert torch.equal(one.image_classes, other.image_classes)
 
 
 def planned_pairs_of(planned: Any) -> list[tuple[int, int]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,14 @@ from packed_sets import Sample, pack
 from PIL import Image
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PositivesName,
+    RunConfig,
+    TrainConfig,
+)
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.pipelines.feed.host_batches import decoding_threads
@@ -25,8 +34,10 @@ from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, fit_prefetch
 from unicl_fast.text.class_lists import fill_template
+from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import build_prompts
 
 pytestmark = pytest.mark.dali
 
@@ -36,8 +47,11 @@ LEVELS_APART = 3
 mirrored images are 8 levels away and other images 37, or more."""
 
 
-def make_config(*, context_length: int = 77, **data: Any) -> TrainConfig:
+def make_config(
+    *, context_length: int = 77, positives: PositivesName = "text", **data: Any
+) -> TrainConfig:
     return TrainConfig(
+        objective=ObjectiveConfig(positives=positives),
         data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
         model=ModelConfig(context_length=context_length),
         run=RunConfig(global_batch_size=BATCH, seed=3),
@@ -173,6 +187,101 @@ def test_restarting_at_a_step_gives_the_same_batches(
     whole = take(datasets, prompts, count=6)
     for one, other in zip(whole[3:], take(datasets, prompts, start=3, count=3), strict=True):
         assert_equal(one, other)
+
+
+@pytest.fixture
+def several(shared_data: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[PackedDataset]:
+    """24 photographs of COCO with their captions and all their categories; some have none."""
+    folder = shared_data / "captions" / "coco"
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()[:24]
+    rows = [json.loads(line) for line in lines]
+    names = sorted({name for row in rows for name in row["labels"]})
+    samples = [
+        Sample(
+            (folder / row["image"]).read_bytes(),
+            captions=row["captions"],
+            labels=[names.index(name) for name in row["labels"]],
+        )
+        for row in rows
+    ]
+    # COCO's own groups, as far as these images need them
+    groups = {"person": 0, "dog": 1, "cow": 1, "teddy bear": 2}
+    groups |= dict.fromkeys(["bottle", "bowl", "cup", "fork", "knife", "spoon"], 3)
+    tree = Hierarchy(
+        names=("living being", "animal", "toy", "kitchenware"),
+        parents=(
+            *(len(names) + groups[name] if name in groups else -1 for name in names),
+            *(-1, len(names), -1, -1),
+        ),
+    )
+    with pack(
+        tmp_path / "coco", samples, class_names=names, tokenizer=tokenizer, hierarchy=tree
+    ) as dataset:
+        yield dataset
+
+
+def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
+    several: PackedDataset, captioned: PackedDataset, tokenizer: Tokenizer
+) -> None:
+    """From any step, and on any rank; texts are those of a run that takes one label alone."""
+    datasets = [captioned, several]
+    prompts = ClassPrompts(
+        [(d.manifest.class_names, d.manifest.templates) for d in datasets], tokenizer
+    )
+    config = make_config(positives="labels")
+    batches = take(datasets, prompts, count=4, config=config)
+    most, num_captions = 0, 0
+    for batch, of_one_label in zip(batches, take(datasets, prompts, count=4), strict=True):
+        assert_equal(dataclasses.replace(batch, image_classes=None), of_one_label)
+        samples, classes = batch.image_classes
+        for i in range(BATCH):
+            expected = {int(batch.class_ids[i])}
+            if batch.source_ids[i] == 1:
+                labels = several.labels_of(int(batch.sample_ids[i]))
+                expected |= set(prompts.classes_of(1, labels).tolist())
+                num_captions += int(batch.class_ids[i]) >= 2**62 and len(labels) > 1
+            found = classes[samples == i].tolist()
+            assert len(found) == len(expected)
+            assert set(found) == expected
+            most = max(most, len(found))
+    assert most > 3
+    assert num_captions > 0
+    (later,) = take(datasets, prompts, start=3, count=1, config=config)
+    assert_equal(later, batches[3])
+    for rank in range(2):
+        (part,) = take(datasets, prompts, start=1, count=1, rank=rank, world_size=2, config=config)
+        samples, classes = batches[1].image_classes
+        mine = (samples >= 6 * rank) & (samples < 6 * rank + 6)
+        assert torch.equal(
+            part.image_classes, torch.stack([samples[mine] - 6 * rank, classes[mine]])
+        )
+
+
+def test_texts_are_prompts_of_any_level_and_images_have_all_classes_above_their_labels(
+    several: PackedDataset, captioned: PackedDataset
+) -> None:
+    """With the prompts that a run makes of the data sets."""
+    datasets = [captioned, several]
+    config = make_config(prompts="ancestors", text="labels", positives="ancestors")
+    prompts = build_prompts(datasets, config)
+    hierarchy = several.manifest.hierarchy
+    assert hierarchy is not None
+    chains = hierarchy.chains()
+    shown = Counter()
+    for batch in take(datasets, prompts, count=16, config=config, weights=[1, 3]):
+        samples, classes = batch.image_classes
+        for i in np.flatnonzero(batch.source_ids == 1):
+            labels = several.labels_of(int(batch.sample_ids[i]))
+            above = {one for label in labels for one in chains[label]}
+            expected = {int(one) for one in prompts.classes_of(1, np.array([*above], np.int64))}
+            found = classes[samples == i].tolist()
+            assert len(found) == len(expected | {int(batch.class_ids[i])})
+            assert set(found) == expected | {int(batch.class_ids[i])}
+            if len(labels):
+                assert int(batch.class_ids[i]) in expected
+                shown[int(batch.class_ids[i]) & 0xFFFFFFFF] += 1
+    assert sum(shown[number] for number in range(hierarchy.num_classes, len(chains))) > 10
+    assert sum(shown[number] for number in range(hierarchy.num_classes)) > 10
 
 
 AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,erase=0.5")

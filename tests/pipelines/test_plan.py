@@ -525,3 +525,27 @@ def test_passes_are_counted_by_source() -> None:
     plan = make_plan(*sources, batch=10, weights=[1, 1])
     assert plan.epochs(0) == [0, 0]
     assert plan.epochs(16) == [2, 0.8]
+
+
+def test_a_label_s_text_may_be_the_prompt_of_any_class_above_it() -> None:
+    """Each level about equally often, drawn anew each time, and the same over any ranks."""
+    starts, chains = np.array([0, 3, 5, *range(6, 14)]), np.array([7, 2, 0, 7, 1, *range(2, 10)])
+    plain = make_source(60, labels=1)
+    source = dataclasses.replace(plain, labels=plain.labels % 2, chains=(starts, chains))
+    plan = make_plan(source, batch=60)
+    own = make_plan(dataclasses.replace(source, chains=None), batch=60)
+    shown: dict[int, Counter[int]] = {0: Counter(), 1: Counter()}
+    for step in range(40):
+        whole, labels = (
+            plan.batch(step, rank=0, world_size=1),
+            own.batch(step, rank=0, world_size=1),
+        )
+        assert np.array_equal(whole.templates, labels.templates)
+        for label, text in zip(labels.labels.tolist(), whole.labels.tolist(), strict=True):
+            shown[label][text] += 1
+        halves = [plan.batch(step, rank=rank, world_size=2).labels for rank in range(2)]
+        assert np.array_equal(np.concatenate(halves), whole.labels)
+    assert set(shown[0]) == {7, 2, 0}
+    assert set(shown[1]) == {7, 1}
+    assert min(shown[0].values()) > 0.8 * 1200 / 3
+    assert min(shown[1].values()) > 0.8 * 1200 / 2

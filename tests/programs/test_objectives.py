@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from program_runs import SMALL, STEPS, call, losses, weights
+from program_runs import SMALL, STEPS, call, losses, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, load_model
@@ -19,6 +20,7 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.pack import __main__ as pack_program
 from unicl_fast.training.data import (
     adapt_objective_to_data,
     build_prompts,
@@ -57,6 +59,55 @@ def test_a_classifier_is_trained_resumed_and_evaluated(
         call(evaluate, "knn", "--checkpoint", tmp_path / "one", *sets, "--device", "cpu")
     assert end.value.code == 2
     assert "take those of the encoder (--layer encoder)" in capsys.readouterr().err
+
+
+def test_images_of_several_labels_in_a_hierarchy(
+    shared_data: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """COCO's photographs, mixed with captions; a run that resumes on two ranks; its levels."""
+    coco, tree = shared_data / "captions" / "coco", tmp_path / "tree.json"
+    groups = {"animal": ["dog", "cat", "bear", "cow", "horse", "sheep", "bird", "zebra", "giraffe"]}
+    groups["kitchenware"] = ["bottle", "bowl", "cup", "fork", "knife", "spoon", "wine glass"]
+    groups["living being"] = ["animal", "person"]
+    tree.write_text(json.dumps({child: top for top, below in groups.items() for child in below}))
+    packed = tmp_path / "coco"
+    call(pack_program, "build", coco / "captions.jsonl", "--out", packed, "--hierarchy", tree)
+    assert "classes placed, 3 classes above" in capsys.readouterr().out
+    arguments = [
+        *SMALL,
+        "--data.train",
+        packed,
+        data / "captions",
+        "--efficiency.precision",
+        "fp64",
+    ]
+    arguments += ["--objective.positives", "ancestors", "--data.prompts", "ancestors"]
+    arguments += ["--objective.ancestor-weights", "0.1", "0.3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    call(pretrain, *arguments, "--out", one)
+    run("pretrain", *arguments, "--out", two, "--nproc", "2")
+    assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    positives = [line["positives_per_row/coco"] for line in read_metrics(one) if "loss" in line]
+    assert max(positives) > 1.5
+    unbroken = losses(one), weights(one)
+    for checkpoint in list_checkpoints(one / "checkpoints")[STEPS // 4 :]:
+        shutil.rmtree(checkpoint)
+    call(pretrain, *arguments, "--resume", "auto", "--out", one)
+    assert (losses(one), weights(one)) == unbroken
+    written = tmp_path / "levels.json"
+    sets = ["--checkpoint", one, "--data", packed, "--device", "cpu", "--json", written]
+    call(evaluate, "zero-shot", *sets, "--hierarchy")
+    assert "top-1 by its names" in capsys.readouterr().out
+    found = json.loads(written.read_text())
+    levels = found["hierarchy"]["levels"]
+    assert [level["depth"] for level in levels] == [0, 1, 2]
+    assert levels[0]["num_samples"] == found["num_samples"] == 97
+    assert 0 < found["hierarchy"]["distance_of_mistakes"] <= 3
+    labels = ["--data", data / "labels", "--hierarchy", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        call(evaluate, "zero-shot", "--checkpoint", one, *labels)
+    assert end.value.code == 2
+    assert "labels has no hierarchy of classes" in capsys.readouterr().err
 
 
 def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from damage import limited_files
 from rank_workers import describe_sources_of_slices, run_on_ranks
-from small_runs import global_batch, tiny_config
+from small_runs import global_batch, labelled_batch, tiny_config
 
 from unicl_fast.batch import ListLoader
 from unicl_fast.distributed.ranks import Ranks
@@ -98,6 +98,23 @@ def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
     }
 
 
+def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
+    """Texts of classes 1, 1, 2 and captions; the first image has both classes, the last 2 and 3."""
+    captions = [2**62 + i for i in range(9)]
+    several = [[1, 2], [1], [2], *[[one] for one in captions]]
+    several[-1] += [2, 3]
+    entries = [(sample, one) for sample, classes in enumerate(several) for one in classes]
+    batch = dataclasses.replace(
+        global_batch(images),
+        class_ids=torch.tensor([1, 1, 2, *captions]),
+        image_classes=torch.tensor(entries).T.contiguous(),
+        source_ids=torch.tensor([0, 1] + [2] * 9 + [3]),
+    )
+    meter = DatasetMeter(["a", "b", "c", "d"], epochs=lambda step: [0.0] * 4)
+    found = meter.describe(batch, Ranks(), num_steps=1)
+    assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
+
+
 def test_a_source_without_a_row_in_the_batch_is_left_out(images: torch.Tensor) -> None:
     batch = dataclasses.replace(global_batch(images), source_ids=torch.zeros(12, dtype=torch.int64))
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 0.0])
@@ -107,9 +124,13 @@ def test_a_source_without_a_row_in_the_batch_is_left_out(images: torch.Tensor) -
 
 
 @pytest.mark.dist
-def test_positives_are_counted_over_ranks(images: torch.Tensor, tmp_path: Path) -> None:
-    run_on_ranks(describe_sources_of_slices, 2, images, str(tmp_path))
-    batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
+@pytest.mark.parametrize("objective", ["unicl", "unicl, labels"])
+def test_positives_are_counted_over_ranks(
+    images: torch.Tensor, tmp_path: Path, objective: str
+) -> None:
+    run_on_ranks(describe_sources_of_slices, 2, images, str(tmp_path), objective)
+    batch = labelled_batch(images, objective=objective)
+    batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
     expected = meter.describe(batch, Ranks(), num_steps=1)
     epochs = {name: value for name, value in expected.items() if name.startswith("epochs")}

@@ -99,6 +99,9 @@ class Build(BuildOptions, _SourcesAndOut):
     ] = ()
     """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
     several times."""
+    hierarchy_columns: tuple[str, ...] = ()
+    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
+    itself may be given if it has such columns."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
@@ -279,6 +282,8 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
             f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
             + summary.quarantined
         )
+    if summary.hierarchy:
+        lines.append(f"hierarchy: {summary.hierarchy}")
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
         lines.append(
             "note: the class names are WordNet ids, from which no text encoder learns much; "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from unicl_fast.system.checked_fields import Count, from_json_values, parse_json
 from unicl_fast.system.wording import shorten
+from unicl_fast.text.hierarchies import Hierarchy
 
 FORMAT_VERSION = 1
 """Version of data sets whose shards hold JPEGs and PNGs; earlier programs also put WebPs there."""
@@ -74,6 +75,8 @@ class Manifest:
     the file) nothing was said."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""
+    hierarchy: Hierarchy | None = None
+    """The parents of the classes; None (and no field in the file) if nothing is known of them."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,10 +86,9 @@ class Manifest:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        if self.pixels is None:
-            del values["pixels"]
-        if not self.license:
-            del values["license"]
+        for name in ("pixels", "hierarchy", "license"):
+            if not values[name]:
+                del values[name]
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -109,6 +111,12 @@ class Manifest:
         if (manifest.pixels is None) == (version == RAW_FORMAT_VERSION):
             wanted = "needs the" if version == RAW_FORMAT_VERSION else "has no"
             raise ValueError(f"{where}: format version {version} {wanted} field pixels")
+        hierarchy, num_classes = manifest.hierarchy, len(manifest.class_names)
+        if hierarchy is not None and hierarchy.num_classes != num_classes:
+            raise ValueError(
+                f"{where}: the hierarchy is of {hierarchy.num_classes} classes, class_names has "
+                f"{num_classes}"
+            )
         return manifest
 
     @classmethod

@@ -55,6 +55,7 @@ from unicl_fast.system.checksums import (
     format_checksums,
     parse_checksummed_json,
 )
+from unicl_fast.text.hierarchies import Hierarchy
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
@@ -224,6 +225,7 @@ class DatasetWriter:
         seed: int,
         tool_version: str,
         license: str = "",
+        hierarchy: Hierarchy | None = None,
         made_of: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Closes and syncs all files, writes the manifest and renames the folder into place.
@@ -259,6 +261,7 @@ class DatasetWriter:
             tool_version=tool_version,
             license=license,
             pixels=pixels,
+            hierarchy=hierarchy,
         )
         for array in self._arrays.values():
             array.finish()

@@ -148,6 +148,9 @@ class ZeroShot(EncodingEvaluation):
     """The metric in the table of several data sets: one for all or one for each. auto goes by the
     data set's name: as in CLIP's protocol mean_per_class for pets, flowers, aircraft and
     caltech101, top1 for others."""
+    hierarchy: bool = False
+    """Also classify among the classes of each level of the hierarchy that the data was packed with,
+    and tell how far mistakes are off. Images are encoded once more."""
     average_with: Path | None = None
     """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
     each average is evaluated (WiSE-FT); unicl-convert average writes one."""

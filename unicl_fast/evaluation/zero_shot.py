@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.average import averaged_weights
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.evaluation.data import open_data, short_names
+from unicl_fast.distributed.ranks import rank_0_alone
+from unicl_fast.evaluation.data import EvaluationData, open_data, short_names
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
     encode_images,
@@ -29,6 +30,7 @@ from unicl_fast.evaluation.features import (
     model_on_ranks,
     require_text_encoder,
 )
+from unicl_fast.evaluation.levels import LevelsResult, classify_at_levels
 from unicl_fast.evaluation.report import (
     RATE_NAMES,
     ClassificationResult,
@@ -176,10 +178,13 @@ def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated
                 templates=data.templates,
                 confusion=command.figures is not None,
             )
+            levels = _classify_at_levels(on_ranks, data) if command.hierarchy else None
             num_quarantined = data.dataset.manifest.num_quarantined
         values: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
         values["num_templates"] = len(data.templates)
         values |= result.to_json() | {"num_quarantined": num_quarantined}
+        if levels is not None:
+            values["hierarchy"] = levels.to_json()
         found.append(
             _Evaluated(
                 name=name,
@@ -192,10 +197,46 @@ def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated
         if not on_ranks.ranks.is_main:
             continue
         print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
+        if levels is not None:
+            print(f"\n{levels.to_table()}")
         if num_quarantined:
             refused = count_of(num_quarantined, "file")
             print(f"refused when packing, and not counted above: {refused}")
     return found
+
+
+def _classify_at_levels(on_ranks: ModelOnRanks, data: EvaluationData) -> LevelsResult | None:
+    """The results at each level of the data's hierarchy on rank 0; None on the other ranks.
+
+    Raises:
+        ValueError: the data has no hierarchy.
+    """
+    hierarchy, dataset = data.dataset.manifest.hierarchy, data.dataset
+    if hierarchy is None:
+        raise ValueError(
+            f"--hierarchy: {data.name} has no hierarchy of classes; pack it by unicl-pack build "
+            "--hierarchy FILE"
+        )
+    features = on_ranks.features(dataset)
+    with rank_0_alone(on_ranks.ranks):
+        if features is None:
+            return None
+
+        def classifier_of(class_names: Sequence[str]) -> Tensor:
+            return zero_shot_classifier(
+                on_ranks.model,
+                class_names=class_names,
+                templates=data.templates,
+                progress=on_ranks.progress,
+            )
+
+        return classify_at_levels(
+            features,
+            classifier_of,
+            labels=[dataset.labels_of(sample).tolist() for sample in range(len(dataset))],
+            class_names=data.class_names,
+            hierarchy=hierarchy,
+        )
 
 
 def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:

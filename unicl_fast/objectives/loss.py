@@ -376,11 +376,9 @@ def _positive_weights(
     """The pairs' weights as positives [b u]: 1 in one class, (Y Y^T)_ik with several labels."""
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
-    images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
-    of_entries = (images.labels.unsqueeze(1) == texts.labels.unsqueeze(0)).to(dtype)
-    of_entries = images.weights.unsqueeze(1) * of_entries * texts.weights
-    of_rows = of_entries.new_zeros(b, of_entries.shape[1]).index_add(0, images.samples, of_entries)
-    return of_rows.new_zeros(b, u).index_add(1, texts.samples, of_rows)
+    positives, _ = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
+    labels = class_ids if isinstance(class_ids, Tensor) else class_ids.labels
+    return positives.times(torch.eye(u, dtype=dtype, device=labels.device))
 
 
 def _check_shapes(

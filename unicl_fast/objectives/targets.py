@@ -1,19 +1,22 @@
 """TargetM, the paper's Algorithm 1: from labels and token rows to class ids.
 
-Two samples are positives of each other when their class ids are equal. `map_targets` decides the
-ids of one batch and finds equal texts, so that each is encoded once. It works on the host, on NumPy
-arrays, with Numba for the loops; only `collate` needs torch. The loss turns ids into positives.
+A text is a positive of an image when it is of its class, or of one of its classes where images have
+several labels. `map_targets` decides the ids of one batch and finds equal texts, so that each is
+encoded once. It works on the host, on NumPy arrays, with Numba for the loops; only `collate` needs
+torch. The loss turns ids into positives.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.system.kernels import kernel
+from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
@@ -33,6 +36,23 @@ if TYPE_CHECKING:  # the data pipeline maps targets without torch
 
 CAPTION_KEYS_START = 1 << 62
 """Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
+_NOTHING_MERGED = (np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLabels:
+    """All labels of each image, as classes, in any number; not only the one whose prompt it has."""
+
+    classes: Int64Array
+    """int64 [c]: classes from 0 to 2**62 - 1, one image's after another's; they may repeat."""
+    starts: Int64Array
+    """int64 [b + 1]: image i has classes[starts[i]:starts[i + 1]]."""
+    ancestors: AncestorTable | None = None
+    """The classes above these, which are classes of the images too; None where there are none."""
+
+    def part(self, start: int, stop: int) -> ImageLabels:
+        """Those of images `start` to `stop - 1`, without a copy."""
+        return dataclasses.replace(self, starts=self.starts[start : stop + 1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +68,7 @@ class Targets:
     text_class_ids: Int64Array
     text_counts: Int64Array
     text_lengths: Int64Array
+    image_classes: Int64Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +76,8 @@ class TargetSteps:
     """Targets of several batches of `size` samples, concatenated.
 
     Fields are those of `Targets` but for class_ids, which are text_class_ids[text_index]. The texts
-    of batch s begin at s * size, and only its first num_texts[s] entries are valid.
+    of batch s begin at s * size, and only its first num_texts[s] entries are valid. image_classes
+    has an array, or None, for each batch.
     """
 
     size: int
@@ -65,6 +87,7 @@ class TargetSteps:
     text_class_ids: Int64Array
     text_counts: Int64Array
     text_lengths: Int64Array
+    image_classes: Sequence[Int64Array | None]
 
 
 @runtime_checkable
@@ -77,7 +100,10 @@ class PromptLookup(Protocol):
 
 
 def map_targets(
-    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None = None
+    rows: UInt16Array,
+    labels: Int64Array,
+    prompts: PromptLookup | None = None,
+    image_labels: ImageLabels | None = None,
 ) -> Targets:
     """TargetM (Algorithm 1 of the paper): gives every sample a class id, and finds distinct texts.
 
@@ -100,6 +126,8 @@ def map_targets(
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
         labels: int64 [b], the class of each sample or -1. Label 0 is a class.
         prompts: finds captions that are prompts of classes; None where there are no prompts.
+        image_labels: all labels of each image, for `image_classes`; None where only that of its
+            text counts. They change nothing for texts.
 
     Raises:
         ValueError: no rows, or arrays of other shapes, types or ranges.
@@ -108,23 +136,35 @@ def map_targets(
     tokens, keys, text_index, text_counts, text_lengths, *known = _group_texts(
         rows, labels, position_factors(rows.shape[1])
     )
-    text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
+    text_class_ids, merged = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
+    class_ids = text_class_ids[text_index]
+    image_classes = None
+    if image_labels is not None:
+        image_classes = _classes_of_images(class_ids, image_labels, merged)
     return Targets(
         tokens=tokens,
         text_index=text_index,
-        class_ids=text_class_ids[text_index],
+        class_ids=class_ids,
         text_class_ids=text_class_ids,
         text_counts=text_counts,
         text_lengths=text_lengths,
+        image_classes=image_classes,
     )
 
 
 def map_steps(
-    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None, *, size: int
+    rows: UInt16Array,
+    labels: Int64Array,
+    prompts: PromptLookup | None,
+    *,
+    size: int,
+    image_labels: ImageLabels | None = None,
 ) -> TargetSteps:
     """`map_targets` of consecutive batches of `size` samples, in one call for small batches."""
+    images: list[Int64Array | None]
     if size == len(rows):
-        only = map_targets(rows, labels, prompts)
+        only = map_targets(rows, labels, prompts, image_labels)
+        images = [only.image_classes]
         tokens, index, classes = only.tokens, only.text_index, only.text_class_ids
         counts, lengths, num_texts = only.text_counts, only.text_lengths, np.array([len(tokens)])
     else:
@@ -132,10 +172,18 @@ def map_steps(
         tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
             rows, labels, position_factors(rows.shape[1]), size
         )
+        images = [None] * len(num_texts)
         for step in np.flatnonzero(~is_plain).tolist():
             own = slice(step * size, (step + 1) * size)
-            targets = map_targets(rows[own], labels[own], prompts)
+            mine = None if image_labels is None else image_labels.part(own.start, own.stop)
+            targets = map_targets(rows[own], labels[own], prompts, mine)
             classes[own.start : own.start + num_texts[step]] = targets.text_class_ids
+            images[step] = targets.image_classes
+        if image_labels is not None:
+            for step in np.flatnonzero(is_plain).tolist():
+                own = slice(step * size, (step + 1) * size)
+                mine = image_labels.part(own.start, own.stop)
+                images[step] = _classes_of_images(classes[own][index[own]], mine)
     return TargetSteps(
         size=size,
         num_texts=num_texts,
@@ -144,6 +192,7 @@ def map_steps(
         text_class_ids=classes,
         text_counts=counts,
         text_lengths=lengths,
+        image_classes=images,
     )
 
 
@@ -163,6 +212,10 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
     order = np.argsort(first)
     position = np.argsort(order)
     texts = texts[order]
+    image_classes = targets.image_classes
+    if image_classes is not None:
+        first_entry, end_entry = np.searchsorted(image_classes[0], [start, stop])
+        image_classes = image_classes[:, first_entry:end_entry] - np.array([[start], [0]])
     return Targets(
         tokens=targets.tokens[texts],
         text_index=position[inverse],
@@ -170,6 +223,7 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         text_class_ids=targets.text_class_ids[texts],
         text_counts=counts[order],
         text_lengths=targets.text_lengths[texts],
+        image_classes=image_classes,
     )
 
 
@@ -179,6 +233,8 @@ def collate(
     labels: Tensor,
     *,
     prompts: PromptLookup | None = None,
+    image_labels: Sequence[Sequence[int]] | None = None,
+    ancestors: AncestorTable | None = None,
     step: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -190,6 +246,8 @@ def collate(
         tokens: [n l] token rows padded with 0, as `Tokenizer` makes them.
         labels: int64 [n]; -1 is a caption without a class.
         prompts: as in `map_targets`.
+        image_labels: all labels of each of the n images, for `objective.positives`.
+        ancestors: the classes above others, for `objective.positives=ancestors`.
         step: optimizer step of the batch.
         rank: whose local batch is made.
         world_size: number of ranks; divides n.
@@ -204,9 +262,18 @@ def collate(
             f"expected as many images as tokens and labels, and a multiple of {world_size} ranks, "
             f"got {n}, {len(tokens)} and {len(labels)}"
         )
+    lists = None
+    if image_labels is not None:
+        counts = [len(of_image) for of_image in image_labels]
+        lists = ImageLabels(
+            classes=np.array([one for of_image in image_labels for one in of_image], np.int64),
+            starts=np.cumsum([0, *counts], dtype=np.int64),
+            ancestors=ancestors,
+        )
     start, stop = rank * n // world_size, (rank + 1) * n // world_size
-    whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts)
+    whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts, lists)
     targets = slice_targets(whole, start, stop)
+    of_images = targets.image_classes
     return Batch(
         step=step,
         images=images[start:stop],
@@ -217,6 +284,7 @@ def collate(
         text_class_ids=torch.from_numpy(targets.text_class_ids),
         text_counts=torch.from_numpy(targets.text_counts),
         global_index=torch.arange(start, stop),
+        image_classes=None if of_images is None else torch.from_numpy(of_images),
     )
 
 
@@ -230,10 +298,15 @@ def _classes_of_texts(
     unlabelled: npt.NDArray[np.bool_],
     num_conflicts: int,
     num_unlabelled: int,
-) -> Int64Array:
-    """int64 [u]: the rules of `map_targets` for each text; the last four are `_group_texts`'."""
+) -> tuple[Int64Array, tuple[Int64Array, Int64Array]]:
+    """The rules of `map_targets` for each text; the last four arguments are `_group_texts`'.
+
+    Returns:
+        int64 [u], the class of each text; and what `merge_classes` returned of this batch's.
+    """
+    merged = _NOTHING_MERGED
     if not num_unlabelled and not num_conflicts:
-        return classes
+        return classes, merged
     pairs = [np.empty((0, 2), dtype=np.int64)]  # of classes that turn out to be one
     if num_conflicts:
         of_text = classes[text_index]
@@ -247,8 +320,35 @@ def _classes_of_texts(
         pairs.append(np.stack([found[differs], classes[texts][differs]], axis=1))
         classes[texts] = found
     if sum(map(len, pairs)):
-        classes = replace_classes(classes, *merge_classes(np.concatenate(pairs)))
-    return np.where(classes >= 0, classes, keys)
+        merged = merge_classes(np.concatenate(pairs))
+        classes = replace_classes(classes, *merged)
+    return np.where(classes >= 0, classes, keys), merged
+
+
+def _classes_of_images(
+    class_ids: Int64Array,
+    labels: ImageLabels,
+    merged: tuple[Int64Array, Int64Array] = _NOTHING_MERGED,
+) -> Int64Array:
+    """int64 [2 e]: sample and class of every class of each image, that of its text first.
+
+    Where classes have ancestors, those are among them.
+
+    Args:
+        class_ids: int64 [b], the class of each image's text.
+        labels: of the images.
+        merged: what `merge_classes` returned of the batch's classes.
+    """
+    if len(labels.starts) != len(class_ids) + 1:
+        raise ValueError(
+            f"image_labels are of {len(labels.starts) - 1} images, the batch has {len(class_ids)}"
+        )
+    classes = replace_classes(labels.classes, *merged)
+    entries = _distinct_classes(class_ids, classes, labels.starts)
+    if labels.ancestors is not None:
+        table = labels.ancestors
+        entries = _with_ancestors(entries, table.classes, table.starts, table.chains)
+    return entries
 
 
 def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Array]:
@@ -321,6 +421,67 @@ def _group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) ->
         keys[text] = np.int64((hashes[first[text]] >> np.uint64(2)) | np.uint64(CAPTION_KEYS_START))
     known = text_labels, unlabelled, num_conflicts, unlabelled.sum()
     return tokens, keys, index, counts, lengths, *known
+
+
+@kernel(inline="always")
+def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: Any) -> Any:
+    """Writes a class of a sample to entry `end`, unless it has it from entry `first` on.
+
+    `seen` has a bit for each of its classes, one of 64 by the class's last bits. So most are known
+    to be new without comparing, which takes twice as long.
+
+    Returns:
+        The end and `seen` after it, and whether it was new.
+    """
+    bit = np.uint64(1) << (np.uint64(one) & np.uint64(63))
+    is_new = True
+    if seen & bit:
+        for other in range(first, end):
+            if entries[1, other] == one:
+                is_new = False
+                break
+    entries[0, end], entries[1, end] = sample, one
+    return end + np.uint64(is_new), seen | bit, is_new
+
+
+@kernel
+def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64Array) -> Int64Array:
+    """Sample and class of each entry [2 e]; a class that an image has twice is one entry."""
+    entries = np.empty((2, class_ids.size + starts[-1] - starts[0]), np.int64)
+    end = np.uint64(0)
+    for sample in range(class_ids.size):
+        first, seen = end, np.uint64(0)
+        end, seen, _ = _add_entry(entries, first, end, seen, sample, class_ids[sample])
+        for position in range(np.uint64(starts[sample]), np.uint64(starts[sample + 1])):
+            end, seen, _ = _add_entry(entries, first, end, seen, sample, classes[position])
+    return entries[:, : np.int64(end)]
+
+
+@kernel
+def _with_ancestors(
+    entries: Int64Array, known: Int64Array, starts: Int64Array, chains: Int64Array
+) -> Int64Array:
+    """The entries of `_distinct_classes`, and the classes above each, again each once an image."""
+    samples, classes = entries[0], entries[1]
+    rows = np.searchsorted(known, classes)
+    lengths = np.ones(classes.size, np.int64)
+    for entry in range(classes.size):
+        row = rows[entry]
+        if row < known.size and known[row] == classes[entry]:
+            lengths[entry] = starts[row + 1] - starts[row]
+    found = np.empty((2, lengths.sum()), np.int64)
+    first = end = seen = np.uint64(0)
+    for entry in range(classes.size):
+        if end and found[0, end - np.uint64(1)] != samples[entry]:
+            first, seen = end, np.uint64(0)
+        one = classes[entry]
+        for up in range(lengths[entry]):
+            if up:
+                one = chains[starts[rows[entry] + 1] - 1 - up]
+            end, seen, is_new = _add_entry(found, first, end, seen, samples[entry], one)
+            if not is_new:  # nor is what is above it
+                break
+    return found[:, : np.int64(end)]
 
 
 @kernel

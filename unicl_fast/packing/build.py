@@ -40,6 +40,7 @@ from unicl_fast.packing.samples import (
     choose,
     collect_label_space,
     join_duplicates,
+    place_classes,
     read_label_space,
     refuse_numbers,
     reorder,
@@ -55,6 +56,7 @@ from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.wording import count_of_kind
 from unicl_fast.text.class_lists import read_templates
+from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -70,6 +72,8 @@ class PackedSummary:
     num_quarantined: int
     """Rows of its quarantine.csv; a merge includes those of its inputs."""
     class_names: tuple[str, ...]
+    hierarchy: str
+    """How many classes have a place in a hierarchy, in words; empty where there is none."""
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
@@ -80,7 +84,12 @@ class PackedSummary:
         names = ("samples", "captions", "labels", "quarantined", "bytes")
         numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
         seconds = time.perf_counter() - started
-        return numbers | {"out": out, "class_names": manifest.class_names, "seconds": seconds}
+        return numbers | {
+            "out": out,
+            "class_names": manifest.class_names,
+            "hierarchy": "" if manifest.hierarchy is None else manifest.hierarchy.describe(),
+            "seconds": seconds,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +204,7 @@ def _pack(
         samples, space, numbers, templates, passed_over = _read(
             paths, options, images, spool, work, progress=progress
         )
+        hierarchy = _read_hierarchy(options, space)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
@@ -231,6 +241,7 @@ def _pack(
                     context_length=tokenizer.context_length,
                     class_names=space.names,
                     templates=templates,
+                    hierarchy=hierarchy,
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
@@ -338,6 +349,15 @@ def _number_labels(
     work.require_same("sources", checksums)
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
     return space, {label: space.number_of(label) for label in labels}
+
+
+def _read_hierarchy(options: BuildOptions, space: LabelSpace) -> Hierarchy | None:
+    """The places of the classes, where --hierarchy says what they are."""
+    if not options.hierarchy:
+        return None
+    path, names = Path(options.hierarchy), options.hierarchy_names
+    parents = read_parents(path, columns=options.hierarchy_columns)
+    return place_classes(space, parents, read_names(Path(names)) if names else {}, origin=str(path))
 
 
 def _check(

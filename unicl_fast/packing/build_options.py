@@ -42,6 +42,16 @@ class BuildOptions:
     """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
     (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
     n01440764). By default the labels found are the names, sorted, blanks for underscores."""
+    hierarchy: str = ""
+    """A file that says which class is above which, by their names or keys: .json with
+    {"child": "parent", ...}, .csv or .tsv with names from the top down to a class in each row, or
+    lines PARENT CHILD as in WordNet's wordnet.is_a.txt. See docs/objectives.md."""
+    hierarchy_columns: Sequence[str] = ()
+    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
+    itself may be given if it has such columns."""
+    hierarchy_names: str = ""
+    """Names for keys in --hierarchy that are not those of labels: a file with lines KEY<TAB>NAME,
+    as WordNet's words.txt."""
     templates: str = ""
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
@@ -150,6 +160,11 @@ class BuildOptions:
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
         require_engine(self.engine)
         self.lists.conditions()
+        if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:
+            raise ValueError(
+                "--hierarchy-columns and --hierarchy-names say how --hierarchy FILE is read: give "
+                "that too"
+            )
         self.lists.scores()
         self._check_filters()
         short_side, square_side = self._resized_to()

@@ -46,7 +46,7 @@ from unicl_fast.packing.quarantine import (
     duplicate_message,
     read_left_out,
 )
-from unicl_fast.packing.samples import shuffled_order
+from unicl_fast.packing.samples import LabelSpace, place_classes, shuffled_order
 from unicl_fast.packing.sources.items import JoinedTexts
 from unicl_fast.packing.work_folder import describe_options, require_same_origin
 from unicl_fast.system.checksums import (
@@ -57,6 +57,7 @@ from unicl_fast.system.checksums import (
 )
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import read_templates
+from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
 
 _DAMAGED, _UNWANTED = "damaged", "left out"
@@ -124,6 +125,7 @@ def merge_datasets(
         manifests = {str(dataset.folder): dataset.manifest for dataset in datasets}
         names, label_maps = join_classes([one.class_names for one in manifests.values()])
         template_list = join_templates(manifests, templates)
+        hierarchy = _join_hierarchies(manifests, names)
         context_length = max(manifest.context_length for manifest in manifests.values())
         inputs = []
         for dataset, labels in zip(datasets, label_maps, strict=True):
@@ -151,6 +153,7 @@ def merge_datasets(
             context_length=context_length,
             class_names=names,
             templates=template_list,
+            hierarchy=hierarchy,
             source=[source for one in manifests.values() for source in one.source],
             seed=seed,
             tool_version=unicl_fast.__version__,
@@ -327,6 +330,27 @@ def join_templates(manifests: dict[str, Manifest], given: str) -> tuple[str, ...
                 "imagenet or simple"
             )
     return first.templates
+
+
+def _join_hierarchies(manifests: dict[str, Manifest], names: tuple[str, ...]) -> Hierarchy | None:
+    """The hierarchies of all data sets as one of the joined classes; None where none has any.
+
+    Raises:
+        ValueError: they put a class under different ones.
+    """
+    parents: dict[str, str] = {}
+    for origin, one in manifests.items():
+        if one.hierarchy is None:
+            continue
+        own = (*one.class_names, *one.hierarchy.names)
+        for name, number in zip(own, one.hierarchy.parents, strict=True):
+            parent = own[number]
+            if number >= 0 and parents.setdefault(name, parent) != parent:
+                raise ValueError(
+                    f"{origin} puts the class {name!r} under {parent!r}, another data set under "
+                    f"{parents[name]!r}: pack one of them again with the other's --hierarchy"
+                )
+    return place_classes(LabelSpace(names), parents, {}, origin="the merge") if parents else None
 
 
 class _Samples:

@@ -9,9 +9,10 @@ The list of class names is given, or made of the labels found.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +35,7 @@ from unicl_fast.packing.sources.items import (
 )
 from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
 from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
+from unicl_fast.text.hierarchies import Hierarchy
 
 _AHEAD = 64
 """Files under way for each thread that looks for duplicates."""
@@ -213,6 +215,10 @@ class LabelSpace:
             numbers.pop(display_name(name), None)
         self._numbers = numbers | {key: number for number, key in enumerate(keys)}
 
+    def find(self, label: str) -> int | None:
+        """The class that has a text as its key or name, also with blanks for underscores."""
+        return self._numbers.get(label, self._numbers.get(display_name(label)))
+
     def number_of(self, label: Label) -> int:
         """The class number of a label.
 
@@ -222,10 +228,8 @@ class LabelSpace:
         Raises:
             ValueError: no class fits; the message names the label.
         """
-        if isinstance(label, str):
-            for spelling in (label, display_name(label)):
-                if spelling in self._numbers:
-                    return self._numbers[spelling]
+        if isinstance(label, str) and (number := self.find(label)) is not None:
+            return number
         if isinstance(label, int) or label.isdecimal():
             if 0 <= int(label) < len(self.names):
                 return int(label)
@@ -275,6 +279,48 @@ def collect_label_space(labels: Iterable[Label]) -> LabelSpace:
         if not name.isprintable():  # also true of bytes that are no UTF-8
             raise ValueError(f"the class name {name!r} cannot be printed; rename it")
     return LabelSpace(tuple(names))
+
+
+def place_classes(
+    space: LabelSpace, parents: Mapping[str, str], names: Mapping[str, str], *, origin: str
+) -> Hierarchy:
+    """The classes' places among those above them; a class that `parents` does not name has none.
+
+    Args:
+        space: the classes.
+        parents: the parent of each class that has one, by keys or names of classes.
+        names: names of the classes above, and perhaps of others, by key.
+        origin: where `parents` comes from, for messages.
+
+    Raises:
+        ValueError: none of the classes is there, or one is above itself.
+    """
+    numbers: dict[str, int] = {}
+    for key in dict.fromkeys([*parents, *parents.values()]):
+        for spelling in (key, names.get(key, key)):
+            if (number := space.find(spelling)) is not None:
+                numbers.setdefault(key, number)
+    if not numbers:
+        raise ValueError(
+            f"{origin} places none of the {len(space.names)} classes "
+            f"({', '.join((space.keys or space.names)[:3])}, ...), but others such as "
+            f"{', '.join(itertools.islice(parents, 3))}: it must name them by key or name"
+        )
+    placed, above = [-1] * len(space.names), []
+    to_place = list(numbers)
+    while to_place:
+        key = to_place.pop()
+        parent = parents.get(key)
+        if parent is None:
+            continue
+        if parent not in numbers:
+            numbers[parent] = len(placed)
+            placed.append(-1)
+            above.append(names.get(parent, display_name(parent)))
+            to_place.append(parent)
+        if placed[numbers[key]] < 0 and numbers[parent] != numbers[key]:
+            placed[numbers[key]] = numbers[parent]
+    return Hierarchy(names=tuple(above), parents=tuple(placed))
 
 
 def refuse_numbers(labels: Iterable[Label], source: str) -> None:

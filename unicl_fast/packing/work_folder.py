@@ -37,9 +37,12 @@ from unicl_fast.system.wording import count_of, shorten
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
 _SHOWN = 5
-_FILES = ("class_names", "templates", "leave_out", "retry", "concepts")
+_FILES = (
+    *("class_names", "templates", "leave_out", "retry", "concepts"),
+    *("hierarchy", "hierarchy_names"),
+)
 """Options that may name a file, whose contents then matter and not its name."""
-_LISTS = ("where", "min_score", "source_names")
+_LISTS = ("where", "min_score", "source_names", "hierarchy_columns")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
 

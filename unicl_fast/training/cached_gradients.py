@@ -28,9 +28,11 @@ from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.positives import Ancestors
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
+    classes_of_images,
     encoder_autocast,
     encoder_input,
     texts_to_encode,
@@ -72,6 +74,7 @@ def back_propagate_in_micro_batches(
     ranks: Ranks,
     scale_loss: Callable[[Tensor], Tensor],
     *,
+    ancestors: Ancestors | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
@@ -97,6 +100,7 @@ def back_propagate_in_micro_batches(
         torch.cat([class_ids for _, _, class_ids, _ in pieces]),
         torch.cat([counts for _, _, _, counts in pieces]),
         ranks,
+        ancestors=ancestors,
     )
 
     def input_of(images: Tensor, global_index: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ def back_propagate_in_micro_batches(
     loss = columns.contrast(
         image_features.requires_grad_(),
         texts_of_all,
-        class_ids=batch.class_ids,
+        class_ids=classes_of_images(batch, ancestors),
         scale=scale.requires_grad_(),
         bias=None if bias is None else bias.requires_grad_(),
         form=config.efficiency.loss,

@@ -22,6 +22,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
@@ -211,12 +212,29 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
     are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
     """
+    hierarchies = hierarchies_of(datasets, config)
     return ClassPrompts(
-        [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
+        [
+            (
+                (*dataset.manifest.class_names, *(() if hierarchy is None else hierarchy.names)),
+                dataset.manifest.templates,
+            )
+            for dataset, hierarchy in zip(datasets, hierarchies, strict=True)
+        ],
         Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
         label_space=config.data.label_space,
+        hierarchies=hierarchies,
         cache_folder=cache_options(config.data).place / "prompts",
     )
+
+
+def hierarchies_of(
+    datasets: Sequence[PackedDataset], config: TrainConfig
+) -> list[Hierarchy | None]:
+    """The hierarchy of each data set's classes, where the objective takes classes above others."""
+    if config.objective.positives != "ancestors":
+        return [None] * len(datasets)
+    return [dataset.manifest.hierarchy for dataset in datasets]
 
 
 def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> int:
@@ -233,7 +251,10 @@ def describe_datasets(
     Checkpoints hold it, and a run that is resumed compares it.
     """
     manifests = [dataset.manifest for dataset in datasets]
-    return {
+    known = [manifest.hierarchy for manifest in manifests]
+    hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
+    # without any, as in checkpoints of versions that knew none
+    return ({"hierarchies": hierarchies} if any(hierarchies) else {}) | {
         "shares": list(weights) if weights else None,
         "sources": [
             {
@@ -256,9 +277,15 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
     Captions are not used then, and cross-entropy gets as many rows as there are classes.
 
     Raises:
-        ValueError: samples without labels, or another number of classes than the config says.
+        ValueError: samples without labels, another number of classes than the config says, or
+            classes above others where no data set has a hierarchy.
     """
     objective = config.objective
+    if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
+        raise ValueError(
+            "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
+            "data.train has one: pack with --hierarchy, or take objective.positives=labels"
+        )
     if objective.has_texts:
         return config
     for dataset in datasets:

@@ -46,7 +46,7 @@ from unicl_fast.objectives.loss import (
     unified_contrastive_loss,
 )
 from unicl_fast.objectives.mixup import mix
-from unicl_fast.objectives.positives import Membership
+from unicl_fast.objectives.positives import Ancestors, Membership
 from unicl_fast.text.prompts import LABEL_BITS
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
@@ -65,22 +65,32 @@ def encoder_autocast(
     return Precision(config.efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
 
 
-def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
-    """The loss of the global batch under `objective.name`: a scalar, equal on all ranks."""
+def global_loss(
+    encode: Encode,
+    batch: Batch,
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    ancestors: Ancestors | None = None,
+) -> Tensor:
+    """The loss of the global batch under `objective.name`: a scalar, equal on all ranks.
+
+    `ancestors` are those of `objective.ancestor_weights`.
+    """
     objective = config.objective
     images = encoder_input(shown_images(batch), config)
-    class_ids: Tensor | Membership = batch.class_ids
+    class_ids = classes_of_images(batch, ancestors)
     if objective.mixes:
         images, class_ids = mix(images, batch, config)
     columns, encode_both = None, encode
     if objective.has_texts:
         tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
-        if isinstance(class_ids, Membership):
+        if objective.mixes:
             # equal texts have other labels now, and are columns of their own
             rows = batch.text_index if config.efficiency.unique_texts else None
             columns = TextColumns(class_ids, torch.ones_like(batch.class_ids), ranks, rows=rows)
         else:
-            columns = TextColumns(text_class_ids, text_counts, ranks)
+            columns = TextColumns(text_class_ids, text_counts, ranks, ancestors=ancestors)
         encode_both = functools.partial(
             encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
@@ -136,6 +146,20 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
     return torch.cat([batch.global_index, batch.global_index + global_batch_size])
 
 
+def classes_of_images(
+    batch: Batch, ancestors: Ancestors | None = None
+) -> Int[Tensor, " b"] | Membership:
+    """The class of each image, or all its classes where it has several.
+
+    Texts keep the one class that they have, so other ranks need to know nothing more.
+    """
+    if batch.image_classes is None:
+        return batch.class_ids
+    samples, labels = batch.image_classes
+    classes = Membership(samples, labels, torch.ones_like(labels, dtype=torch.float64))
+    return classes if ancestors is None else ancestors.of_images(classes)
+
+
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
     """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w].
 
@@ -186,6 +210,7 @@ class TextColumns:
         ranks: Ranks,
         *,
         rows: Int[Tensor, " u"] | None = None,
+        ancestors: Ancestors | None = None,
     ) -> None:
         """Tells the other ranks how many texts this one has; all ranks come here together.
 
@@ -194,8 +219,10 @@ class TextColumns:
             counts: how many samples have each text.
             ranks: the ranks of the run.
             rows: which rows of the encoded texts to take; None means all.
+            ancestors: the classes above those of the texts, which all ranks know.
         """
         self._class_ids, self._counts, self._ranks, self._rows = class_ids, counts, ranks, rows
+        self._ancestors = ancestors
         self._num_texts = PendingMaximum(len(counts), ranks)
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
@@ -237,6 +264,8 @@ class TextColumns:
         A bias asks for the sigmoid form.
         """
         text_class_ids, text_counts = self._receive_tables()
+        if self._ancestors is not None and isinstance(text_class_ids, Tensor):
+            text_class_ids = self._ancestors.of_texts(text_class_ids)
         loss = unified_contrastive_loss
         if bias is not None:
             loss = functools.partial(sigmoid_contrastive_loss, bias=bias)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_to_rank_0, sum_integers
+from unicl_fast.distributed.ranks import Ranks, gather_rows, gather_to_rank_0, sum_integers
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
 from unicl_fast.system.wording import shorten
@@ -158,18 +159,30 @@ class DatasetMeter:
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        own = torch.stack([batch.class_ids.cpu(), batch.source_ids])
-        every = gather_to_rank_0(own, ranks)
+        text_classes = gather_rows(batch.class_ids, ranks).cpu().numpy()
+        own = _count_positives(batch, text_classes)
+        every = gather_to_rank_0(torch.stack([torch.from_numpy(own), batch.source_ids]), ranks)
         if not every:
             return values
-        class_ids, source_ids = torch.cat(every, dim=1).numpy()
-        _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
-        positives = counts[index]
+        positives, source_ids = torch.cat(every, dim=1).numpy()
         for number, name in enumerate(self._names):
             of_dataset = positives[source_ids == number]
             if len(of_dataset):
                 values[f"positives_per_row/{name}"] = float(of_dataset.mean())
         return values
+
+
+def _count_positives(batch: Batch, text_classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many samples of the global batch have a text of the classes of each image: int64 [b]."""
+    samples, classes = np.arange(batch.batch_size), batch.class_ids.cpu().numpy()
+    if batch.image_classes is not None:
+        samples, classes = batch.image_classes.cpu().numpy()
+    known, counts = np.unique(text_classes, return_counts=True)
+    rows = np.searchsorted(known, classes).clip(max=len(known) - 1)
+    found = np.where(known[rows] == classes, counts[rows], 0)
+    positives = np.zeros(batch.batch_size, np.int64)
+    np.add.at(positives, samples, found)
+    return positives
 
 
 class MetricsWriter:

@@ -349,6 +349,7 @@ def build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
+        ancestors=prompts.ancestors,
         data=data,
         dataset_meter=DatasetMeter(
             distinct_names([dataset.location for dataset in datasets], may_repeat=True),

@@ -48,6 +48,7 @@ from unicl_fast.models.precision import (
 from unicl_fast.models.sharding import check_sharding, divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
+from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import choose_device
@@ -58,6 +59,7 @@ from unicl_fast.system.progress import (
     mark,
     stopping_when,
 )
+from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.training.agreement import check_weights_agree
 from unicl_fast.training.bottleneck import BottleneckWatch
 from unicl_fast.training.cached_gradients import (
@@ -126,6 +128,7 @@ class Trainer:
         ranks: Ranks | None = None,
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
+        ancestors: AncestorTable | None = None,
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
@@ -143,6 +146,7 @@ class Trainer:
             ranks: None is one process alone.
             device: None takes the one that `run.device` means.
             evaluations: by name; all ranks call them together.
+            ancestors: the classes above others, for `objective.ancestor_weights`.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
@@ -195,6 +199,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
+        self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -343,11 +348,14 @@ class Trainer:
                 self.config,
                 self.ranks,
                 self._scale_loss,
+                ancestors=self._ancestors,
                 begin=self._begin,
             )
         global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
-        loss = global_loss(self._encode_before_loss, batch, self.config, self.ranks)
+        loss = global_loss(
+            self._encode_before_loss, batch, self.config, self.ranks, ancestors=self._ancestors
+        )
         self._scale_loss(loss).backward()
         return loss.detach()
 
@@ -675,10 +683,18 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
 
 
 def _check_classes(batch: Batch, config: TrainConfig) -> None:
-    """Refuses samples with classes under CLIP's objective, whose loss would take them for UniCL's.
+    """Refuses batches whose classes are not those of the objective.
 
-    That a text is its own class is decided where the batch is made.
+    The classes of images and texts are decided where the batch is made: the loss takes them as they
+    are, and would take CLIP's for UniCL's.
     """
+    if (batch.image_classes is None) != (config.objective.positives == "text"):
+        found = "none" if batch.image_classes is None else "some"
+        raise ValueError(
+            f"objective.positives={config.objective.positives}, but the loader's batches have "
+            f"{found} of Batch.image_classes: objective.positives=text goes without, and labels "
+            "needs all classes of each image (collate makes them of image_labels)"
+        )
     if config.objective.name == "clip" and (batch.text_class_ids < CAPTION_KEYS_START).any():
         raise ValueError(
             "objective.name=clip: the loader's samples have classes, and the loss would take those "

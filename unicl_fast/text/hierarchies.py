@@ -1,0 +1,141 @@
+"""Hierarchies of classes: read from files, checked, and walked from the top to a class.
+
+A hierarchy is a forest: a class has one parent or none. WordNet gives some synsets several parents,
+of which the first one counts. Classes above others that are no labels of the data set have names
+too, so that prompts can be made of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unicl_fast.system.checked_fields import parse_json
+from unicl_fast.system.wording import count_of
+
+_MOST_LEVELS = 100
+"""WordNet has 20; without a limit, a damaged file would take any amount of memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hierarchy:
+    """The parents of the classes of a data set, and the classes above them."""
+
+    names: tuple[str, ...]
+    """Names of the classes above, which are numbered after those of the data set."""
+    parents: tuple[int, ...]
+    """The number of each class's parent, those above included; -1 for one at the top."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if a parent does not exist, or a class is above itself."""
+        for number, parent in enumerate(self.parents):
+            if not -1 <= parent < len(self.parents):
+                raise ValueError(
+                    f"hierarchy: class {number} has the parent {parent}, which must be one of the "
+                    f"{len(self.parents)} classes or -1"
+                )
+        self.chains()
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, without those above."""
+        return len(self.parents) - len(self.names)
+
+    def describe(self) -> str:
+        """How many classes have a place, and how many are above them, in words."""
+        own = set(range(self.num_classes))
+        placed = {number for number in own if self.parents[number] >= 0}
+        placed |= own & set(self.parents)
+        above = count_of(len(self.names), "class")
+        return f"{len(placed):,} of {count_of(len(own), 'class')} placed, {above} above"
+
+    def chains(self) -> list[tuple[int, ...]]:
+        """For each class all classes from the top down to itself."""
+        chains: list[tuple[int, ...] | None] = [None] * len(self.parents)
+        for number in range(len(self.parents)):
+            missing: list[int] = []
+            above = number
+            while above >= 0 and chains[above] is None and len(missing) <= _MOST_LEVELS:
+                missing.append(above)
+                above = self.parents[above]
+            chain = chains[above] or () if above >= 0 else ()
+            if len(chain) + len(missing) > _MOST_LEVELS:
+                raise ValueError(
+                    f"hierarchy: class {number} is above itself, or has {_MOST_LEVELS} classes or "
+                    "more above it"
+                )
+            for below in reversed(missing):
+                chain = chains[below] = (*chain, below)
+        return [chain for chain in chains if chain is not None]
+
+
+def read_parents(path: Path, *, columns: Sequence[str] = ()) -> dict[str, str]:
+    """Reads the parent of each class that has one, by their names or keys.
+
+    A .json file holds {"child": "parent", ...}. A .csv or .tsv file has a header and, in `columns`
+    (by default in all), names from the top down to a class; empty cells are passed over. Any other
+    file has lines PARENT CHILD, as WordNet's wordnet.is_a.txt; a child's first line counts.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a class with two parents in JSON or a table.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with a hierarchy of classes")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from error
+    if path.suffix in (".csv", ".tsv"):
+        return _parents_in_table(text, path, columns)
+    if columns:
+        raise ValueError(f"{path}: only a .csv or .tsv file has columns ({', '.join(columns)})")
+    if path.suffix == ".json":
+        values = parse_json(text, where=str(path))
+        if not isinstance(values, dict) or not all(isinstance(one, str) for one in values.values()):
+            raise ValueError(f'{path} must hold {{"child": "parent", ...}}, names as texts')
+        return values
+    parents: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        words = line.split()
+        if len(words) != 2:
+            raise ValueError(
+                f"{path}: line {number} must be PARENT CHILD, two words, not {line[:80]!r}"
+            )
+        parents.setdefault(words[1], words[0])
+    return parents
+
+
+def _parents_in_table(text: str, path: Path, columns: Sequence[str]) -> dict[str, str]:
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    header = list(rows.fieldnames or ())
+    if unknown := [column for column in columns if column not in header]:
+        raise ValueError(f"{path} has no column {unknown[0]!r}; it has {', '.join(header)}")
+    parents: dict[str, str] = {}
+    for row in rows:
+        names = [" ".join((row[column] or "").split()) for column in columns or header]
+        names = [name for name, _ in itertools.groupby(filter(None, names))]  # Gorilla gorilla
+        for parent, child in itertools.pairwise(names):
+            if parents.setdefault(child, parent) != parent:
+                raise ValueError(
+                    f"{path}: line {rows.line_num} puts {child!r} under {parent!r}, an earlier "
+                    f"line under {parents[child]!r}; a class has one parent: make the names differ"
+                )
+    return parents
+
+
+def read_names(path: Path) -> dict[str, str]:
+    """Reads lines KEY<TAB>NAME, as WordNet's words.txt; of several names by commas the first."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with names of classes")
+    names = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        key, tab, name = line.partition("\t")
+        if not tab or not name.strip():
+            raise ValueError(f"{path}: line {number} must be KEY<TAB>NAME, not {line[:80]!r}")
+        names[key] = name.split(",")[0].strip()
+    return names
