@@ -10,12 +10,14 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
+from .first_weights import FirstWeights
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
     "labels-and-captions": LabelsAndCaptions,
+    "first-weights": FirstWeights,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

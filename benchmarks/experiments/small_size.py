@@ -227,13 +227,11 @@ _FLICKR_TRAIN = 600
 _SAMPLES = 32_000
 
 # data sets with their weights in a batch, and which text a sample with both shows
-_ARMS = {
+MIXES = {
     "labels": ({"tiny-learnt": 0.9, "coco": 0.1}, "labels"),
     "captions": ({"flickr-train": 0.85, "coco": 0.15}, "captions"),
     "both": ({"tiny-learnt": 0.45, "flickr-train": 0.45, "coco": 0.1}, "any"),
 }
-# training sees 32 pixels: decoding photographs of 500 would be most of the time
-_SMALL = ("--resize", "short:64", "--quality", "95")
 # beside the preset mixed-small; 32 of 64 pixels let fifteen runs fit into half an hour
 _RECIPE = (
     *("--model.image-encoder", "unicl_resnet9_small", "--data.image-size", "32"),
@@ -262,10 +260,10 @@ class LabelsAndCaptions(ExperimentSettings):
 
     def run(self) -> None:
         pack(self.data, self.out / "packed")
-        rows = self.train_arms(_ARMS, self._make_run)
+        rows = self.train_arms(MIXES, self._make_run)
         cells = {
             title: {
-                arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in _ARMS
+                arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in MIXES
             }
             for title, (evaluation, key) in _MEASURED.items()
         }
@@ -283,7 +281,7 @@ class LabelsAndCaptions(ExperimentSettings):
         write_report("labels-and-captions", self, [table], rows)
 
     def _make_run(self, arm: str, seed: int) -> Run:
-        packed, (weights, text) = self.out / "packed", _ARMS[arm]
+        packed, (weights, text) = self.out / "packed", MIXES[arm]
         return Run(
             name=f"{arm}/seed{seed}",
             pretrain=(
@@ -307,8 +305,13 @@ def _chance(evaluated: Row, key: str) -> float:
     return round(float(evaluated[f"{key}_chance"]), 3)
 
 
-def pack(data: Path, packed: Path) -> None:
-    """Makes the lists and packs them; existing data sets are kept."""
+def pack(data: Path, packed: Path, *, side: int = 64) -> None:
+    """Makes the lists and packs them; existing data sets are kept.
+
+    Photographs are stored with `side` pixels on the shorter side, twice as many as training sees:
+    decoding those of 500 would be most of the time.
+    """
+    small = ("--resize", f"short:{side}", "--quality", "95")
     packed.mkdir(parents=True, exist_ok=True)
     tiny, flickr = data / "tiny-imagenet", data / "captions/flickr8k"
     with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:
@@ -328,17 +331,18 @@ def pack(data: Path, packed: Path) -> None:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(chosen)
-        _build(source, packed / name, *in_zip)
+        build_once(source, packed / name, *in_zip)
     lines = (flickr / "captions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"flickr-train": lines[:_FLICKR_TRAIN], "flickr-new": lines[_FLICKR_TRAIN:]}
     for name, chosen_lines in parts.items():
         source = packed / f"{name}.jsonl"
         source.write_text("".join(chosen_lines), encoding="utf-8")
-        _build(source, packed / name, "--image-root", str(flickr), *_SMALL)
-    _build(data / "captions/coco/captions.jsonl", packed / "coco", *_SMALL)
+        build_once(source, packed / name, "--image-root", str(flickr), *small)
+    build_once(data / "captions/coco/captions.jsonl", packed / "coco", *small)
 
 
-def _build(source: Path, out: Path, *options: str) -> None:
+def build_once(source: Path, out: Path, *options: str) -> None:
+    """Packs a data set unless it is there."""
     if (out / "manifest.json").is_file():
         return
     command = ("build", str(source), "--out", str(out), *options)

