@@ -227,7 +227,7 @@ _FLICKR_TRAIN = 600
 _SAMPLES = 32_000
 
 # data sets with their weights in a batch, and which text a sample with both shows
-MIXES = {
+_ARMS = {
     "labels": ({"tiny-learnt": 0.9, "coco": 0.1}, "labels"),
     "captions": ({"flickr-train": 0.85, "coco": 0.15}, "captions"),
     "both": ({"tiny-learnt": 0.45, "flickr-train": 0.45, "coco": 0.1}, "any"),
@@ -260,10 +260,10 @@ class LabelsAndCaptions(ExperimentSettings):
 
     def run(self) -> None:
         pack(self.data, self.out / "packed")
-        rows = self.train_arms(MIXES, self._make_run)
+        rows = self.train_arms(_ARMS, self._make_run)
         cells = {
             title: {
-                arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in MIXES
+                arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in _ARMS
             }
             for title, (evaluation, key) in _MEASURED.items()
         }
@@ -281,7 +281,7 @@ class LabelsAndCaptions(ExperimentSettings):
         write_report("labels-and-captions", self, [table], rows)
 
     def _make_run(self, arm: str, seed: int) -> Run:
-        packed, (weights, text) = self.out / "packed", MIXES[arm]
+        packed, (weights, text) = self.out / "packed", _ARMS[arm]
         return Run(
             name=f"{arm}/seed{seed}",
             pretrain=(

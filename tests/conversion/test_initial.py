@@ -331,9 +331,10 @@ def test_a_package_of_other_weights_is_refused(
         ("swapped", r"in their order: at bn1.weight expected weight \[32\], found bias \[32\]"),
         ("cut", "its 295 tensors are not timm's 296"),
     ):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+        with monkeypatch.context() as patch:
             patch.syspath_prepend(tmp_path / folder)
-            read_source(given, image_encoder="", text=False)
+            with pytest.raises(ValueError, match=message):
+                read_source(given, image_encoder="", text=False)
     with pytest.raises(ValueError, match="known for efficientnet-lite0, efficientnet-lite1"):
         read_source("pypi:resnet50", image_encoder="", text=False)
     monkeypatch.setattr("unicl_fast.conversion.sources.find_spec", lambda name: None)

