@@ -305,7 +305,7 @@ def _chance(evaluated: Row, key: str) -> float:
     return round(float(evaluated[f"{key}_chance"]), 3)
 
 
-def pack(data: Path, packed: Path, *, side: int = 64) -> None:
+def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet") -> None:
     """Makes the lists and packs them; existing data sets are kept.
 
     Photographs are stored with `side` pixels on the shorter side, twice as many as training sees:
@@ -325,6 +325,7 @@ def pack(data: Path, packed: Path, *, side: int = 64) -> None:
         },
     }
     in_zip = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"), "--label-column", "words")
+    in_zip += ("--templates", templates)
     for name, chosen in lists.items():
         source = packed / f"{name}.csv"
         with source.open("w", newline="", encoding="utf-8") as file:
