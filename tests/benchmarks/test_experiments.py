@@ -135,20 +135,18 @@ def test_what_was_measured_stands_beside_what_was_published(tmp_path: Path) -> N
 
 def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> None:
     settings = FirstWeights(data=tmp_path, out=tmp_path / "out")
-    arms = {*first_weights._GRID, *first_weights._PROBED.values()}
-    assert len(arms) == 9
     names = set()
-    for arm in arms:
+    for arm in first_weights.ARMS:
         run = settings._make_run(arm, seed=1)
         names.add(run.name)
         config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
-        assert config.run.total_steps == 150
+        assert config.run.total_steps == 200
         assert bool(config.model.init_image) == (arm.start != "from scratch")
         assert bool(config.optim.freeze) == (arm.start in ("locked", "unlocked"))
-        assert config.optim.unlock_at_step == (75 if arm.start == "unlocked" else 0)
+        assert config.optim.unlock_at_step == (100 if arm.start == "unlocked" else 0)
         assert config.objective.name == arm.loss.lower()
         assert ("zero_shot" in run.evaluations) == config.objective.has_texts
-    assert len(names) == len(arms)
+    assert len(names) == len(first_weights.ARMS) == 9
 
 
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
