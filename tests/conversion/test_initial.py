@@ -366,7 +366,7 @@ def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
             one == int(row["imagenet_index"]) for one, row in zip(found, some, strict=True)
         )
     assert len(rows) == 280
-    assert num_right / 280 == pytest.approx(0.914, abs=0.008)
+    assert num_right / 280 == pytest.approx(0.918, abs=0.008)
 
 
 def test_swin_s_windows_are_resized(tmp_path: Path) -> None:
