@@ -7,7 +7,6 @@ import base64
 import csv
 import io
 import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -104,7 +103,7 @@ def main() -> None:
 
 
 def shipped_photos(folder: Path) -> Task:
-    """Copies the photographs of installed packages into a folder; SystemExit where one is not."""
+    """Takes the photographs of installed packages into a folder; SystemExit where one is not."""
     train, asked = [], []
     for path, captions in CAPTIONS.items():
         package, _, inside = path.partition("/")
@@ -114,9 +113,10 @@ def shipped_photos(folder: Path) -> Task:
                 f"the photographs are those of packages, and {package} is not installed: "
                 "pip install 'unicl_fast[photos]', or name a folder: --photos DIR"
             )
-        name = path.replace("/", "-")
+        name = f"{Path(inside).stem}.jpg"
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(found.origin).parent / inside, folder / name)
+        # as JPEG: a PNG of theirs has a colour profile that libpng complains of at each reading
+        (folder / name).write_bytes(_as_jpeg(Path(found.origin).parent / inside, side=640))
         train.append(Photo(name=name, captions=captions[:-1]))
         asked.append(Photo(name=name, captions=captions[-1:]))
     about = (
@@ -235,15 +235,20 @@ def make_page(task: Task, trained: Path) -> tuple[str, float]:
     return page, num_right / total
 
 
-def _thumbnail(path: Path, side: int = 320) -> str:
+def _thumbnail(path: Path) -> str:
     """The photograph, scaled down, as an address that a page carries in itself."""
+    return f"data:image/jpeg;base64,{base64.b64encode(_as_jpeg(path, side=320)).decode('ascii')}"
+
+
+def _as_jpeg(path: Path, *, side: int) -> bytes:
+    """The photograph, upright and at most so many pixels wide and high."""
     with pillow_limits(MAX_PIXELS):
         pixels = pixels_of(open_image(path.read_bytes()))
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels)
     image.thumbnail((side, side))
     file = io.BytesIO()
-    image.save(file, format="jpeg", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+    image.save(file, format="jpeg", quality=90)
+    return file.getvalue()
 
 
 if __name__ == "__main__":
