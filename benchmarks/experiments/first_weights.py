@@ -32,7 +32,9 @@ _MIXES = {
     "labels": {"tiny-learnt": 1.0},
     "captions": {"flickr-train": 0.85, "coco": 0.15},
     "both": {"tiny-learnt": 0.5, "flickr-train": 0.425, "coco": 0.075},
+    "both x2": {"tiny-learnt": 0.5, "flickr-train": 0.425, "coco": 0.075},
 }
+"""The last takes twice the steps: as many labels as "labels" and as many captions as "captions"."""
 _TEXTS = ("labels", "captions")
 _TEMPLATES = (
     *("a photo of a {}.", "a photo of the {}.", "a small photo of a {}.", "{}."),
@@ -111,7 +113,7 @@ class FirstWeights(ExperimentSettings):
 
     def _make_run(self, arm: Arm, seed: int) -> Run:
         packed, weights = self.out / "packed", _MIXES[arm.mix]
-        steps = max(2, round(self.length * _STEPS))
+        steps = max(2, round(self.length * _STEPS)) * (2 if arm.mix == "both x2" else 1)
         unlocking = ("--optim.unlock-at-step", str(steps // 2)) if arm.start == "unlocked" else ()
         size = str(self.image_size)
         evaluations = {}
@@ -165,8 +167,9 @@ class FirstWeights(ExperimentSettings):
             for title in _MEASURED
         }
         pairs = {
-            f"{title}: both - {mix}": (means["both"], means[mix])
+            f"{title}: {both} - {mix}": (means[both], means[mix])
             for title, means in cells.items()
+            for both in ("both", "both x2")
             for mix in _TEXTS
         }
         return self.table("locked", cells, pairs, _chances(rows))

@@ -140,13 +140,13 @@ def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> 
         run = settings._make_run(arm, seed=1)
         names.add(run.name)
         config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
-        assert config.run.total_steps == 200
+        assert config.run.total_steps == (400 if arm.mix == "both x2" else 200)
         assert bool(config.model.init_image) == (arm.start != "from scratch")
         assert bool(config.optim.freeze) == (arm.start in ("locked", "unlocked"))
         assert config.optim.unlock_at_step == (100 if arm.start == "unlocked" else 0)
         assert config.objective.name == arm.loss.lower()
         assert ("zero_shot" in run.evaluations) == config.objective.has_texts
-    assert len(names) == len(first_weights.ARMS) == 9
+    assert len(names) == len(first_weights.ARMS) == 10
 
 
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
