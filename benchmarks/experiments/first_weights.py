@@ -51,7 +51,6 @@ _MEASURED = {
     "caption finds its image, in 10 of 100": ("retrieval", "text_to_image_recall_at_10"),
 }
 _PROBE_TITLE = "linear probe top-1, Tiny ImageNet, 160 classes"
-_PROBE_C = "0.1"
 
 
 class Arm(NamedTuple):
@@ -122,9 +121,8 @@ class FirstWeights(ExperimentSettings):
             evaluations["zero_shot"] = ("zero-shot", "--data", *sets)
             evaluations["retrieval"] = ("retrieval", "--data", str(packed / "flickr-new"))
         if arm in _PROBED.values():
-            probed = ("--train", str(packed / "tiny-learnt"))
-            probed += ("--data", str(packed / "tiny-learnt-new"))
-            evaluations["probe"] = ("linear-probe", *probed, "--c", _PROBE_C)
+            learnt, new = (str(packed / name) for name in ("tiny-learnt", "tiny-learnt-new"))
+            evaluations["probe"] = ("linear-probe", "--train", learnt, "--data", new, "--c", "0.1")
         return Run(
             name="/".join([*arm, f"seed{seed}"]).replace(" ", "-"),
             pretrain=(

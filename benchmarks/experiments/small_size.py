@@ -324,8 +324,8 @@ def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet
             for name, split in (("tiny-learnt", "train"), ("tiny-learnt-new", "val"))
         },
     }
-    in_zip = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"), "--label-column", "words")
-    in_zip += ("--templates", templates)
+    archive = str(tiny / "tiny-imagenet-200-subset.zip")
+    in_zip = ("--image-root", archive, "--label-column", "words", "--templates", templates)
     for name, chosen in lists.items():
         source = packed / f"{name}.csv"
         with source.open("w", newline="", encoding="utf-8") as file:

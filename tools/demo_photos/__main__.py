@@ -205,7 +205,8 @@ def make_page(task: Task, trained: Path) -> tuple[str, float]:
     paths = [task.folder / photo.name for photo in task.asked]
     similarity = model.embed_images(paths) @ model.embed_texts(list(texts.values())).T
     names = list(texts)
-    photos, num_right, num_near, guessed = [], 0, 0, 0.0
+    photos: list[dict[str, Any]] = []
+    num_right, num_near, guessed = 0, 0, 0.0
     for photo, path, row in zip(task.asked, paths, similarity, strict=True):
         right = {photo.label, *photo.captions}
         nearest = [

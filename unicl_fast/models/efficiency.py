@@ -50,7 +50,8 @@ _BLOCKS = {
     "Bottleneck",
     "BottleneckBlock",  # timm's ResNets of CLIP
     "ConvNeXtBlock",
-    "InvertedResidual",  # MobileNets and EfficientNets
+    "DepthwiseSeparableConv",  # MobileNets and EfficientNets
+    "InvertedResidual",
     "SmallConvBlock",  # ours
     "SmallResidualBlock",
     "TextBlock",
