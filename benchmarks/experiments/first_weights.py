@@ -63,7 +63,11 @@ class Arm(NamedTuple):
 
 _GRID = [*(Arm("locked", mix) for mix in _MIXES)]
 _GRID += [Arm(start, "both") for start in _STARTS if start != "locked"]
-_COMPARED = {"UniCL": Arm("locked", "both"), "CLIP": Arm("locked", "both", "CLIP")}
+_COMPARED = {
+    f"{loss}, {mix}": Arm("locked", mix, loss)
+    for mix in ("labels", "both")
+    for loss in ("CLIP", "UniCL")
+}
 _PROBED = {
     "ImageNet's": Arm("locked", "both"),
     "CE, labels": Arm("unlocked", "labels", "CE"),
@@ -173,16 +177,17 @@ class FirstWeights(ExperimentSettings):
         return self.table("locked", cells, pairs, _chances(rows))
 
     def _loss_table(self, rows: dict[Arm, list[Row]]) -> Table:
-        """UniCL and CLIP's loss on the same batches of labels and captions."""
+        """UniCL and CLIP's loss on the same batches."""
         cells = {
-            title: {loss: _mean(rows[arm], title) for loss, arm in _COMPARED.items()}
+            title: {label: _mean(rows[arm], title) for label, arm in _COMPARED.items()}
             for title in _MEASURED
         }
         pairs = {
-            f"{title}: UniCL - CLIP": (means["UniCL"], means["CLIP"])
+            f"{title}, {mix}: UniCL - CLIP": (means[f"UniCL, {mix}"], means[f"CLIP, {mix}"])
             for title, means in cells.items()
+            for mix in ("labels", "both")
         }
-        return self.table("locked, labels and captions", cells, pairs)
+        return self.table("locked", cells, pairs, _chances(rows))
 
     def _probe_table(self, rows: dict[Arm, list[Row]]) -> Table:
         """The image encoders under a linear probe, after each loss and before."""

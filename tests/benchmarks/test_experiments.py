@@ -146,7 +146,7 @@ def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> 
         assert config.optim.unlock_at_step == (100 if arm.start == "unlocked" else 0)
         assert config.objective.name == arm.loss.lower()
         assert ("zero_shot" in run.evaluations) == config.objective.has_texts
-    assert len(names) == len(first_weights.ARMS) == 10
+    assert len(names) == len(first_weights.ARMS) == 11
 
 
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
@@ -254,7 +254,9 @@ def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
     assert [len(table["cells"]) for table in tables] == [6, 6]
     assert tables[1]["chance"]["zero-shot top-1, 40 classes never labelled"] == 2.5
     losses, probes = json.loads((tmp_path / "losses-from-weights.json").read_text())["tables"]
-    assert set(losses["cells"]["zero-shot top-1, 10 textures of DTD"]) == {"UniCL", "CLIP"}
+    assert set(losses["cells"]["zero-shot top-1, 10 textures of DTD"]) == {
+        "CLIP, labels", "UniCL, labels", "CLIP, both", "UniCL, both",
+    }  # fmt: skip
     [means] = probes["cells"].values()
     assert {"ImageNet's", "CE, labels"} < set(means)
 
