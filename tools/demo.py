@@ -50,12 +50,7 @@ def main() -> None:
     arguments = parser.parse_args(begin_program())
     out: Path = arguments.out
     started = time.perf_counter()
-    is_ours = not out.exists() or (out / _MARK).is_file()
-    if not is_ours and (not out.is_dir() or any(out.iterdir())):
-        raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    (out / _MARK).touch()
+    make_anew(out)
 
     print("1. Writing the images as somebody might have them: class folders, and a list")
     write_images(out / "images")
@@ -83,6 +78,16 @@ def main() -> None:
 
     print_next_steps(trained, seconds=time.perf_counter() - started)
     print(f"zero-shot top-1: {100 * json.loads(result.read_text(encoding='utf-8'))['top1']:.1f}")
+
+
+def make_anew(out: Path) -> None:
+    """Makes a demo's folder, instead of that of an earlier one; SystemExit where it is another."""
+    is_ours = not out.exists() or (out / _MARK).is_file()
+    if not is_ours and (not out.is_dir() or any(out.iterdir())):
+        raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
 
 
 def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:

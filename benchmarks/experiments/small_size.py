@@ -235,8 +235,6 @@ _ARMS = {
     "captions": ({"flickr-train": 0.85, "coco": 0.15}, "captions"),
     "both": ({"tiny-learnt": 0.45, "flickr-train": 0.45, "coco": 0.1}, "any"),
 }
-# training sees 32 pixels: decoding photographs of 500 would be most of the time
-_SMALL = ("--resize", "short:64", "--quality", "95")
 # beside the preset mixed-small; 32 of 64 pixels let fifteen runs fit into half an hour
 _RECIPE = (
     *("--model.image-encoder", "unicl_resnet9_small", "--data.image-size", "32"),
@@ -310,8 +308,13 @@ def _chance(evaluated: Row, key: str) -> float:
     return round(float(evaluated[f"{key}_chance"]), 3)
 
 
-def pack(data: Path, packed: Path) -> None:
-    """Makes the lists and packs them; existing data sets are kept."""
+def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet") -> None:
+    """Makes the lists and packs them; existing data sets are kept.
+
+    Photographs are stored with `side` pixels on the shorter side, twice as many as training sees:
+    decoding those of 500 would be most of the time.
+    """
+    small = ("--resize", f"short:{side}", "--quality", "95")
     packed.mkdir(parents=True, exist_ok=True)
     tiny, flickr = data / "tiny-imagenet", data / "captions/flickr8k"
     with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:
@@ -324,29 +327,35 @@ def pack(data: Path, packed: Path) -> None:
             for name, split in (("tiny-learnt", "train"), ("tiny-learnt-new", "val"))
         },
     }
-    _pack_lists(lists, tiny, packed)
+    _pack_lists(lists, tiny, packed, templates=templates)
     lines = (flickr / "captions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"flickr-train": lines[:_FLICKR_TRAIN], "flickr-new": lines[_FLICKR_TRAIN:]}
     for name, chosen_lines in parts.items():
         source = packed / f"{name}.jsonl"
         source.write_text("".join(chosen_lines), encoding="utf-8")
-        _build(source, packed / name, "--image-root", str(flickr), *_SMALL)
-    _build(data / "captions/coco/captions.jsonl", packed / "coco", *_SMALL)
+        build_once(source, packed / name, "--image-root", str(flickr), *small)
+    build_once(data / "captions/coco/captions.jsonl", packed / "coco", *small)
 
 
-def _pack_lists(lists: Mapping[str, list[Row]], tiny: Path, packed: Path) -> None:
+def _pack_lists(
+    lists: Mapping[str, list[Row]], tiny: Path, packed: Path, *, templates: str = ""
+) -> None:
     """Packs rows of Tiny ImageNet's labels.csv, under the names that they have."""
-    in_zip = ("--image-root", str(tiny / "tiny-imagenet-200-subset.zip"), "--label-column", "words")
+    archive = str(tiny / "tiny-imagenet-200-subset.zip")
+    options = ("--image-root", archive, "--label-column", "words")
+    if templates:
+        options += ("--templates", templates)
     for name, chosen in lists.items():
         source = packed / f"{name}.csv"
         with source.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(chosen[0]))
             writer.writeheader()
             writer.writerows(chosen)
-        _build(source, packed / name, *in_zip)
+        build_once(source, packed / name, *options)
 
 
-def _build(source: Path, out: Path, *options: str) -> None:
+def build_once(source: Path, out: Path, *options: str) -> None:
+    """Packs a data set unless it is there."""
     if (out / "manifest.json").is_file():
         return
     command = ("build", str(source), "--out", str(out), *options)

