@@ -24,7 +24,7 @@ from unicl_fast.distributed.signals import EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 from unicl_fast.tools.run_settings import as_yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SBATCH = EXAMPLES / "slurm" / "train.sbatch"
 TWO_NODES = EXAMPLES / "torchrun" / "two-nodes.sh"
