@@ -55,7 +55,7 @@ class LedgerArguments:
     """Also plan the whole run again from its seed, and compare every draw with the ledger."""
     data: tuple[str, ...] = ()
     """The run's packed data sets in their order: --replan takes their labels where the run was
-    balanced (data.balance), and finds that no epoch has too many of a class."""
+    balanced (data.balance), and compares what epochs took of each class with the plan."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -149,10 +149,10 @@ class DataConfig:
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
     balance: Count = 0
-    """Most samples of a class in an epoch; 0 takes all. A class with more of them gives others to
-    each epoch, in turns, so that none comes twice in an epoch and each as often as the others of
-    its class. MetaCLIP's rule, by labels; samples without one are not limited. Not together with
-    shuffle_window."""
+    """Most samples that an epoch takes of a class; 0 takes all. A class with more of them gives
+    others to each epoch, in turns, so that none comes twice in an epoch and each as often as the
+    others of its class. MetaCLIP's rule, by labels; of several labels the rarest counts, and
+    samples without one are not limited. Not together with shuffle_window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -549,8 +549,8 @@ class RunConfig:
     global_batch_size: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 512
     """Samples of one step over all ranks, which must divide it."""
     samples: Count = 0
-    """Length of the run in samples; 0 and no steps: 32 epochs. It is rounded up to whole steps; 32
-    epochs are the released recipe's."""
+    """Length of the run in samples; 0 and no steps: 32 times all samples, the released recipe's 32
+    epochs. It is rounded up to whole steps."""
     steps: Count = 0
     """Length of the run in optimizer steps, instead of samples."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10

@@ -9,6 +9,7 @@ Run it on data sets that `unicl-pack build` wrote:
 import argparse
 import dataclasses
 import itertools
+import math
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +42,7 @@ def train(config: TrainConfig, steps: int) -> list[float]:
         model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
         loss = global_loss(encode, batch, config, ranks)
         accelerator.backward(loss * world_size)  # DDP averages what is to be summed
-        accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+        accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
         model.clamp_logit_scale()

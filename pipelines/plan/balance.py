@@ -1,4 +1,7 @@
-"""Epochs in which no class has more than a given number of samples: `data.balance`.
+"""Epochs that take no more than a given number of samples of a class: `data.balance`.
+
+A sample counts for one class: with several labels the rarest, so a common class that others bring
+along may have more.
 
 MetaCLIP's rule (Xu et al., arXiv 2309.16671) keeps a sample of a class of n with the probability
 min(1, t / n). Here a class of n > t gives exactly t samples to every epoch, in turns: its samples

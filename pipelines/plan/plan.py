@@ -527,6 +527,6 @@ def _check_sizes(
             raise ValueError(
                 f"{name} has {size} samples in an epoch, fewer than its part of one "
                 f"global batch, {global_batch_size * weight / total:.1f} of {global_batch_size}: "
-                "a batch would hold a sample twice. Give it a smaller weight, or make "
-                "run.global_batch_size smaller"
+                "a batch would hold a sample twice. Give it a smaller weight, make "
+                "run.global_batch_size smaller, or raise data.balance where it is set"
             )

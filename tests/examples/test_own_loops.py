@@ -114,5 +114,8 @@ def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
         kinds = {label < 0 for n, label in enumerate(labels.tolist()) if n % 3 == 2}
         assert kinds == {True, False}  # those that have both show either
         assert dataset[5][1].tolist() == tokens[5].tolist()
+        short = TorchDataset(source, context_length=3)
+        for index in range(24):  # the end token stays, by which texts are pooled
+            assert short[index][1][-1] == tokens.max()
         dataset.epoch = 1
         assert any(dataset[n][1].tolist() != tokens[n].tolist() for n in range(24))

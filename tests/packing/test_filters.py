@@ -172,7 +172,7 @@ def test_concepts_are_kept_by_the_rarest_with_their_probability() -> None:
     items += [Item(f"car{i}", captions=["the Red, car", "red"]) for i in range(500)]
     items += [Item(f"both{i}", captions=["dog"], labels=["tabby_cat"]) for i in range(10)]
     items += [Item(f"other{i}", captions=["a carpet, red cars"]) for i in range(5)]
-    arguments = {"most": 100, "seed": 3}
+    arguments: dict[str, Any] = {"most": 100, "seed": 3, "class_of": str}
     capped = cap_concepts(samples_of(items), ("dog", "red car", "sheep"), **arguments)
     kept = Counter(item.name.rstrip("0123456789") for _, item in capped if not item.problem)
     assert kept["both"] == 10
@@ -184,8 +184,39 @@ def test_concepts_are_kept_by_the_rarest_with_their_probability() -> None:
     assert messages == {"500 samples have the concept 'red car', and 100 are kept"}
     again = cap_concepts(samples_of(items[::-1]), ("dog", "red car", "sheep"), **arguments)
     assert {item.name for _, item in again if item.problem} == dropped.keys()
-    other = cap_concepts(samples_of(items), ("dog", "red car"), most=100, seed=4)
+    other = cap_concepts(samples_of(items), ("dog", "red car"), **arguments | {"seed": 4})
     assert {item.name for _, item in other if item.problem} != dropped.keys()
+    classes = {"n1": "tench", "tench": "tench"}  # two spellings of a class
+    items = [Item(f"image {i}", labels=["n1" if i % 2 else "tench"]) for i in range(1000)]
+    capped = cap_concepts(samples_of(items), (), **arguments | {"class_of": classes.__getitem__})
+    assert sum(not item.problem for _, item in capped) == pytest.approx(100, abs=30)
+
+
+def test_a_retry_packs_nothing_that_filters_did_not_want(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_inline(monkeypatch)
+    build_dataset([source], tmp_path / "set", progress=False, near_duplicates=6, min_side=30)
+    assert {kind for kind, _ in listed(tmp_path / "set").values()} == {
+        "too small", "near duplicate"
+    }  # fmt: skip
+    retry = str(tmp_path / "set" / "quarantine.csv")
+    build_dataset([source], tmp_path / "again", progress=False, near_duplicates=6, retry=retry)
+    assert captions(tmp_path / "again").keys() == {"02.jpg"}
+
+
+def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_inline(monkeypatch)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows.append(rows[10] | {"captions": ["a low caption"], "clip": 0.1})
+    source.write_text("\n".join(map(json.dumps, rows)))
+    build_dataset([source], tmp_path / "set", progress=False, min_score=("clip=0.15",))
+    left_out = listed(tmp_path / "set")
+    assert left_out.keys() == {"05.jpg", "06.jpg", "line 13"}
+    assert left_out["line 13"] == ("low score", "10.jpg: clip is 0.1, below 0.15")
+    assert captions(tmp_path / "set")["10.jpg"] == ["a photo of number 10"]
 
 
 @pytest.mark.parametrize(

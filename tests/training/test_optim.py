@@ -12,6 +12,7 @@ import torch
 from small_runs import tiny_config
 from timm.optim import Lamb
 
+from unicl_fast.config import ObjectiveConfig
 from unicl_fast.models.freezing import freeze, unfreeze
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training import optim
@@ -241,3 +242,21 @@ def test_the_norm_of_a_large_gradient_is_exact_to_fp32() -> None:
     layer.weight.grad = torch.randn(49408, 512, generator=torch.Generator().manual_seed(1))
     exact = layer.weight.grad.double().norm()
     torch.testing.assert_close(optim.gradient_norm(layer).double(), exact, rtol=1e-6, atol=0)
+
+
+def test_muon_takes_matrices_alone() -> None:
+    """The token table, tables of positions, scale and bias are AdamW's."""
+    config = tiny_config(optimizer="muon")
+    config = dataclasses.replace(config, objective=ObjectiveConfig(form="sigmoid"))
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    chosen = {True: set[str](), False: set[str]()}
+    for group in optimizer.param_groups:
+        assert group["eps"] == config.optim.eps
+        chosen[group["use_muon"]] |= {names[one] for one in group["params"]}
+    assert chosen[True] | chosen[False] == set(names.values())
+    assert {"image_projection", "text_projection"} <= chosen[True]
+    spared = {"logit_scale", "logit_bias", "text_encoder.token_embedding.weight"}
+    assert spared <= chosen[False]
+    assert all(names[one] in chosen[False] for one in names if one.ndim < 2)

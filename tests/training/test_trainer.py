@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -165,6 +166,25 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
     other.data = {"train": ["other images"]}
     with pytest.raises(ValueError, match="another data"):
         other.resume(checkpoint)
+
+
+def test_the_first_scale_of_a_run_may_be_written_otherwise(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """Versions before 0.2 wrote the number that is the default now."""
+    config = tiny_config()
+    old = dataclasses.replace(config.model, logit_scale_init=math.log(1 / 0.07))
+    trainer_in(tmp_path, images, dataclasses.replace(config, model=old)).fit()
+    trainer_in(tmp_path / "b", images).resume(tmp_path / "checkpoints" / "step-00000006")
+
+
+def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: Path) -> None:
+    config = tiny_config(optimizer="muon", precision="fp32")
+    trainer_in(tmp_path, images, config).fit()
+    optim = dataclasses.replace(config.optim, freeze=("text",))
+    resumed = trainer_in(tmp_path / "b", images, dataclasses.replace(config, optim=optim))
+    resumed.resume(tmp_path / "checkpoints" / "step-00000006")
+    assert resumed.step == 6
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(

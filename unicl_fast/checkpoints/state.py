@@ -110,6 +110,8 @@ def refuse_another_run(
     stored, present = config_to_dict(state.config), config_to_dict(config)
     for name in INITIAL_WEIGHTS:  # which no resumed run reads
         del stored["model"][name], present["model"][name]
+    for name in ("logit_scale_init", "logit_bias_init"):  # a checkpoint has the values learnt since
+        stored["model"].pop(name, None), present["model"].pop(name, None)
     for group in ("model", "objective"):
         refuse_differences(group, stored[group], present[group])
     refuse_differences("data", state.data, data)
@@ -226,7 +228,11 @@ def _check_optimizer_tensors(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    kinds = {(for_muon.get(parameters[name]), frozenset(keys)) for name, keys in keys_of.items()}
+    kinds = {
+        (for_muon[parameters[name]], frozenset(keys))
+        for name, keys in keys_of.items()
+        if parameters[name] in for_muon  # the others are frozen now
+    }
     if len({kind for kind, _ in kinds}) < len(kinds):
         raise ValueError("some parameters have more of it than others")
 

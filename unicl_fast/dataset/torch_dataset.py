@@ -73,8 +73,9 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
             image = self.transform(image)
         row, label = self._text(index)
         tokens = np.zeros(self.context_length, np.int64)
-        row = row[: self.context_length]
-        tokens[: len(row)] = row
+        length = min(len(row), self.context_length)
+        tokens[:length] = row[:length]
+        tokens[length - 1] = row[-1]  # the end token, also of a text that is cut off
         return torch.from_numpy(np.array(pixels_of(image))), torch.from_numpy(tokens), label
 
     def _text(self, index: int) -> tuple[Any, int]:

@@ -164,6 +164,7 @@ def finetune(
         keep_activations_in_copy(average.module)
     forward = DistributedDataParallel(module) if ranks.world_size > 1 else module
     module.train()
+    model.drop_path_key.all_tokens_from = 0  # it counted the steps of the run before
     batches = loader.batches(0)
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress)
     for step in bar:
@@ -376,6 +377,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
         fraction=(1.0,),
         evaluate=(),
         text="labels",
+        balance=0,
         augment=config.data.augment if command.augment is None else tuple(command.augment.split()),
         max_bad_fraction=0.0,
     )

@@ -298,6 +298,7 @@ def _read(
         caption_words=(options.min_caption_words, options.max_caption_words),
         near_duplicates=options.near_duplicates,
         concepts=options.concepts,
+        class_of=lambda label: space.names[numbers[label]] if label in numbers else str(label),
         concept_cap=options.concept_cap,
         seed=options.seed,
     )

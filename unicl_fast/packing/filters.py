@@ -17,12 +17,11 @@ import numpy as np
 import xxhash
 
 from unicl_fast.packing.near_duplicates import count_bits, find_leaders
-from unicl_fast.packing.samples import Sample, Samples, display_name
-from unicl_fast.packing.sources.items import Item, Problem
+from unicl_fast.packing.quarantine import CONCEPT_CAP, NEAR_DUPLICATE, looks_like
+from unicl_fast.packing.samples import Sample, Samples
+from unicl_fast.packing.sources.items import Item, Label, Problem
 
 CAPTION_LENGTH = "caption length"
-NEAR_DUPLICATE = "near duplicate"
-CONCEPT_CAP = "concept cap"
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 
@@ -98,7 +97,7 @@ def drop_near_duplicates(samples: Samples, hashes: Iterator[int | None], bits: i
         if leaders[number] == number:
             return None
         source, leader = samples[int(leaders[number])]
-        looks = f"it looks like {leader.name} of {source} ({differing[number]} of 64 bits differ)"
+        looks = f"{looks_like(source, leader.name)} ({differing[number]} of 64 bits differ)"
         return Problem(NEAR_DUPLICATE, looks)
 
     return _with_problems(samples, problem_of)
@@ -113,18 +112,26 @@ def read_concepts(path: str) -> tuple[str, ...]:
     return concepts
 
 
-def cap_concepts(samples: Samples, concepts: Sequence[str], *, most: int, seed: int) -> Samples:
+def cap_concepts(
+    samples: Samples,
+    concepts: Sequence[str],
+    *,
+    class_of: Callable[[Label], str],
+    most: int,
+    seed: int,
+) -> Samples:
     """Keeps about `most` samples of each concept: MetaCLIP's rule (Xu et al., arXiv 2309.16671).
 
-    A concept is a class, or one of `concepts` that a caption names as words that follow each other.
-    A sample is kept with the probability min(1, most / count) of the rarest of its concepts, by a
-    number that its source, its name and the seed decide; one without a concept is kept.
+    A concept is a class, by the name that `class_of` finds for a label, or one of `concepts` that a
+    caption names as words that follow each other. A sample is kept with the probability
+    min(1, most / count) of the rarest of its concepts, by a number that its source, its name and
+    the seed decide; one without a concept is kept.
     """
     known = frozenset(concepts)
     longest = max((concept.count(" ") + 1 for concept in concepts), default=0)
 
     def concepts_of(item: Item) -> set[tuple[str, str]]:
-        named = {("class", display_name(str(label))) for label in item.labels}
+        named = {("class", class_of(label)) for label in item.labels}
         for caption in item.captions if known else ():
             words = _as_words(caption).split(" ")
             for first in range(len(words)):
@@ -161,6 +168,7 @@ def apply_filters(
     near_duplicates: int | None,
     concepts: str,
     concept_cap: int,
+    class_of: Callable[[Label], str],
     seed: int,
 ) -> tuple[Samples, Counter[str]]:
     """Applies those that are asked for, one after another, each to what the one before leaves.
@@ -172,6 +180,7 @@ def apply_filters(
         near_duplicates: bits, or None.
         concepts: a file of concepts, or empty.
         concept_cap: samples of a concept; 0 sets no limit.
+        class_of: the class's name of a label.
         seed: decides which samples of a concept are kept.
 
     Returns:
@@ -187,7 +196,7 @@ def apply_filters(
         samples = drop_near_duplicates(samples, hash_all(samples), near_duplicates)
     if concept_cap:
         known = read_concepts(concepts) if concepts else ()
-        samples = cap_concepts(samples, known, most=concept_cap, seed=seed)
+        samples = cap_concepts(samples, known, class_of=class_of, most=concept_cap, seed=seed)
     return samples, dropped
 
 

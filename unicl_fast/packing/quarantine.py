@@ -25,6 +25,8 @@ from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
+NEAR_DUPLICATE = "near duplicate"
+CONCEPT_CAP = "concept cap"
 """The kind of images that were joined into equal ones."""
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
@@ -94,6 +96,11 @@ def describe_left_out(path: Path) -> str:
 def duplicate_message(source: str, name: str) -> str:
     """The message of an image that was joined into an equal one, which is named."""
     return f"the same bytes as {name} of {source}, which has its texts too"
+
+
+def looks_like(source: str, name: str) -> str:
+    """The beginning of the message of an image that looks like another, which is named."""
+    return f"it looks like {name} of {source}"
 
 
 def as_listed(name: str) -> str:
@@ -171,7 +178,8 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
     """Reads the quarantine.csv whose samples are packed again.
 
     Duplicates are taken only if the image that they were joined into was left out itself: else they
-    are packed, with their texts, in the first build.
+    are packed, with their texts, in the first build. So are images that look like one that was left
+    out; what a concept's cap left out is not wanted.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -180,12 +188,14 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
     beside = f", and {MANIFEST_NAME} beside it, whose class numbers are kept"
     _require_file("--retry", path, beside)
     rows = list(read_left_out(Path(path)))
-    found: Listed = Counter((row.source, row.name) for row in rows if row.kind != DUPLICATE)
-    into_left_out = {duplicate_message(*key) for key in found}
+    others = (DUPLICATE, NEAR_DUPLICATE, CONCEPT_CAP)
+    found: Listed = Counter((row.source, row.name) for row in rows if row.kind not in others)
+    like_left_out = {message(*key) for key in found for message in (duplicate_message, looks_like)}
     found.update(
         (row.source, row.name)
         for row in rows
-        if row.kind == DUPLICATE and row.message in into_left_out
+        if (row.kind == DUPLICATE and row.message in like_left_out)
+        or (row.kind == NEAR_DUPLICATE and row.message.rpartition(" (")[0] in like_left_out)
     )
     if not found:
         only = ", only duplicates of what it packed" if rows else ""

@@ -126,11 +126,8 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
     def takes(parameter: nn.Parameter) -> bool:
         spared = names[parameter].rsplit(".", 1)[-1] in _UNDECAYED_NAMES
         # (1, tokens, width) is a table of positions, and (c, 1, h, w) a convolution of each channel
-        return (
-            not spared
-            and parameter not in embeddings
-            and min(parameter.shape[:2]) > 1 < parameter.ndim
-        )
+        is_matrix = parameter.ndim > 1 and min(parameter.shape[:2]) > 1
+        return is_matrix and not spared and parameter not in embeddings
 
     return [
         {**group, "params": chosen, "use_muon": for_muon}
@@ -186,7 +183,7 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
         case "muon":
             if Muon is None:
                 raise ValueError("optim.name=muon needs a newer timm: pip install -U timm")
-            return Muon(groups, lr=lr, betas=optim.betas, momentum=_MUON_MOMENTUM)
+            return Muon(groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=_MUON_MOMENTUM)
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":

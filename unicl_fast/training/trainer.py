@@ -295,7 +295,9 @@ class Trainer:
             self._settle_buckets(batch)
         drops = self.model.drop_path_key
         if drops.tokens is not None and self.step == drops.all_tokens_from:
-            self._utilisation = Utilisation(self.config, self.device)
+            still_frozen = bool(self.model.frozen.names)
+            trained = self.config if still_frozen else without_freezing(self.config)
+            self._utilisation = Utilisation(trained, self.device)
             self._compiled_from = self.step
         self._mark("step: encoding", part="forward", waits_for_ranks=True)
         self.model.train()

@@ -48,6 +48,8 @@ def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
     Raises:
         ValueError: not such a file, a condition that it cannot meet, or no image that meets it.
     """
+    if options.scores():
+        raise ValueError(f"{path} has no scores, which --min-score asks for: leave it out")
     conditions = options.conditions()
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     items = spool.new_items()

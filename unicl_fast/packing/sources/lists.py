@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -129,7 +130,7 @@ def _collect_rows(
     `find` makes the item of an image that is named for the first time.
     """
     conditions, scores = options.conditions(), options.scores()
-    items, broken = spool.new_items(), spool.new_items()
+    items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
     for number, row in rows:
         line = f"line {number}"
@@ -140,9 +141,15 @@ def _collect_rows(
         elif not isinstance(name := row.get(columns.image), str) or not name:
             broken.append(refused(line, "bad row", f"no image path in {columns.image!r}"))
         elif (low := too_low(row, scores)) is not None:
-            broken.append(Item(name, problem=low, position=number))
+            low_rows.append(Item(name, problem=low, position=number))
         else:
             add_named(items, name, row, columns, number, line, find)
+    for item in low_rows:
+        if items.find(item.name) is not None and item.problem is not None:
+            # another row keeps the image, whose name is not to be found among those left out
+            item.problem = Problem(item.problem.kind, f"{item.name}: {item.problem.message}")
+            item.name = f"line {item.position}"
+        broken.append(item)
     if not items and not broken:
         left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
@@ -276,10 +283,11 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
                 passed_over[LEFT_OUT] += 1
                 continue
             item.position = number
-            low = [too_low(row, scores) for row in rows] if is_read else []
+            low = [too_low(row, scores) for row in rows or [{}]] if scores and is_read else []
             if item.problem is None and low and all(low):
                 item.problem = low[0]
-            for row in rows if item.problem is None else ():
+            kept = [row for row, problem in zip_longest(rows, low) if row and problem is None]
+            for row in kept if item.problem is None else ():
                 add_texts(item, row, columns, where)
             if item.entry is None:
                 broken.append(item)
