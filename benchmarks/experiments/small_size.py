@@ -342,9 +342,9 @@ def _pack_lists(
 ) -> None:
     """Packs rows of Tiny ImageNet's labels.csv, under the names that they have."""
     archive = str(tiny / "tiny-imagenet-200-subset.zip")
-    options = ("--image-root", archive, "--label-column", "words")
+    options = ["--image-root", archive, "--label-column", "words"]
     if templates:
-        options += ("--templates", templates)
+        options += ["--templates", templates]
     for name, chosen in lists.items():
         source = packed / f"{name}.csv"
         with source.open("w", newline="", encoding="utf-8") as file:

@@ -105,7 +105,7 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     write_open_clip(ours, tmp_path / "back")
     back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
     assert back.logit_bias.item() == -12.5
-    write_export(ours, tmp_path / "export", origin={})
+    write_export(ours, tmp_path / "export")
     again = dataclasses.replace(
         ours.config, model=dataclasses.replace(ours.config.model, init=str(tmp_path / "export"))
     )

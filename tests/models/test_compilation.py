@@ -365,8 +365,8 @@ def test_recomputed_batchnorm_is_not_compiled() -> None:
 
 
 def test_an_encoder_of_unknown_blocks_is_not_compiled_by_block() -> None:
-    model = UniCL(tiny_config(image_encoder="test_efficientnet"))
-    with pytest.raises(ValueError, match="EfficientNet has none.*compile=encoders"):
+    model = UniCL(tiny_config(image_encoder="test_nfnet"))
+    with pytest.raises(ValueError, match="NormFreeNet has none.*compile=encoders"):
         compile_encoders(model, "blocks", backend="eager")
 
 
@@ -395,7 +395,7 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
     capability = (6, 1)
     assert resolved(model, "cuda") == "off"
     capability = (7, 0)
-    assert resolved(UniCL(tiny_config(image_encoder="test_efficientnet")), "cuda") == "off"
+    assert resolved(UniCL(tiny_config(image_encoder="test_nfnet")), "cuda") == "off"
     norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
     assert resolved(UniCL(tiny_config(**norms)), "cuda") == "off"
     monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])

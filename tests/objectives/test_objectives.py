@@ -150,7 +150,7 @@ def test_images_of_several_labels_have_the_texts_of_all_of_them(
     config, model = evaluated("unicl, labels", loss=form, unique_texts=unique_texts)
     for step in range(2):
         batch = labelled_batch(images, objective="unicl, labels", step=step)
-        pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+        pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
         samples, classes = batch.image_classes
         of_images = [set(classes[samples == sample].tolist()) for sample in range(len(images))]
         assert max(map(len, of_images)) > 2
@@ -191,7 +191,7 @@ def test_texts_of_classes_that_are_near_are_positives_by_the_depth_in_common(
     found = set()
     for step in range(2):
         batch = labelled_batch(images, objective="unicl, ancestors", step=step)
-        pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+        pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
         near = texts_near_images(batch, weights)
         found |= set(near.flatten().tolist())
         expected = reference_loss.weighted_loss(pixels, texts[batch.text_index], near, scale)

@@ -318,8 +318,8 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
     )
-    model = UniCL(tiny_config(image_encoder="test_efficientnet"))
-    with pytest.raises(ValueError, match="EfficientNet has none.*take efficiency.shard=optimizer"):
+    model = UniCL(tiny_config(image_encoder="test_nfnet"))
+    with pytest.raises(ValueError, match="NormFreeNet has none.*take efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
     model = UniCL(tiny_config())
     model.text_encoder = torch.nn.Linear(2, 2)

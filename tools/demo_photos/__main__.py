@@ -160,7 +160,7 @@ def _parted(group: Sequence[Photo], *, held_out: bool) -> list[Photo]:
 
 def read_captions(path: Path) -> list[list[Photo]]:
     """One group of photographs with their captions, from JSONL or CSV with image and caption."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows: Iterable[dict[str, Any]] = (
             csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
         )

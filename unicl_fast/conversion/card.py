@@ -151,7 +151,7 @@ def facts_of(model: Path) -> Facts:
         },
         recipe=_recipe(state),
         data=tuple(_data_of(state)),
-        ledger=_proven(folder, state) if in_run and folder.is_dir() else _NO_LEDGER,
+        ledger=_proven(folder, state) if in_run and folder.is_dir() else _without_ledger(in_run),
     )
 
 
@@ -229,11 +229,18 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
         "optimizer": state.optimizer,
         "learning rate": f"{rates} by a cosine, after {optim.warmup_fraction:.3g} of warm-up",
         "weight decay": f"{optim.weight_decay:g}",
-        "augmentation": ", ".join(_without_names(config.data.augment)) or "crops and flips",
+        "augmentation": ", ".join(_without_names(config.data.augment)) or _drawn(config),
         "precision": config.efficiency.precision,
         "seed": str(config.run.seed),
         "program": f"{LIBRARY} {__version__}",
     }
+
+
+def _drawn(config: TrainConfig) -> str:
+    """What is drawn for an image without augmentation."""
+    data = config.data
+    crops = ["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []
+    return " and ".join([*crops, *(["flips"] if data.flip_probability else [])]) or "none"
 
 
 def _without_names(augment: tuple[str, ...]) -> list[str]:
@@ -306,6 +313,10 @@ def _manifest_of(folder: str, source: Mapping[str, Any]) -> Manifest | None:
 _NO_LEDGER = "The run kept no ledger, so there is no proof of which samples it saw."
 
 
+def _without_ledger(in_run: bool) -> str:
+    return _NO_LEDGER if in_run else "Whether the run kept a ledger is not known here."
+
+
 def _proven(folder: Path, state: CheckpointState) -> str:
     """The proof of a ledger about the steps up to a checkpoint and after it, in a sentence."""
     run = Run(
@@ -313,18 +324,22 @@ def _proven(folder: Path, state: CheckpointState) -> str:
         seed=state.config.run.seed,
         global_batch_size=state.config.run.global_batch_size,
         sizes=[source["num_samples"] for source in state.data["sources"]],
+        balance=state.config.data.balance,
     )
     proof = prove(folder, steps_done=state.step, run=run)
     if not proof.holds:
         return f"The run's ledger is no proof of which samples it saw: {_why_not(proof)}."
+    scheduled = "every epoch schedules each sample once"
+    if state.config.data.balance:
+        scheduled = "no epoch schedules a sample twice (data.balance limits classes)"
     epochs = ", ".join(
         f"{count_of(one.complete_epochs, 'complete epoch')} of {markdown_text(one.name)}"
         for one in proof.sources
     )
     return (
         f"The run's ledger proves it (`unicl-ledger`): each of its {count_of(proof.steps, 'step')} "
-        f"of {count_of(proof.global_batch_size, 'sample')} has a record, and every epoch schedules "
-        f"each sample once; {epochs}. For {count_of(proof.num_substituted, 'draw')} another sample "
+        f"of {count_of(proof.global_batch_size, 'sample')} has a record, and {scheduled}; "
+        f"{epochs}. For {count_of(proof.num_substituted, 'draw')} another sample "
         "was shown, since the scheduled one could not be read. The run was started "
         f"{count_of(len(proof.segments), 'time')}."
     )

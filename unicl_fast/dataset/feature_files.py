@@ -9,11 +9,13 @@ preprocessing is never found. The second file is written last: without it there 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -21,8 +23,6 @@ from numpy.typing import NDArray
 
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
-
-RowsFile: TypeAlias = "np.memmap[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,21 +52,50 @@ def has_features(folder: Path, key: str) -> bool:
 
 
 def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
-    """Makes a file for rows of NumPy's type `kind`, which `open_rows` opens for writing."""
+    """Makes a file for rows of NumPy's type `kind`, which `RowsWriter` fills."""
     shape = (num_samples, width)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
 
 
-def open_rows(path: Path) -> RowsFile:
-    """Opens rows for writing; processes may write different ones at the same time."""
-    rows: RowsFile = np.load(path, mmap_mode="r+", allow_pickle=False)
-    return rows
+class RowsWriter:
+    """Writes rows into a file of `make_rows`; processes may write different ones at once.
+
+    By `pwrite`: a network file system sends just these bytes, where pages of a mapped file would
+    bring along what this machine knows of the rows beside them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, which `make_rows` has made."""
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._offset, self._row_bytes = int(rows.offset), rows.shape[1] * rows.itemsize
+        self._file = os.open(path, os.O_WRONLY)
+
+    def write(self, samples: NDArray[np.int64], rows: NDArray[Any]) -> None:
+        """Writes `rows` [k width] as those of these samples."""
+        for sample, row in zip(samples.tolist(), rows, strict=True):
+            data, place = row.tobytes(), self._offset + sample * self._row_bytes
+            if os.pwrite(self._file, data, place) != len(data):
+                raise OSError(errno.ENOSPC, "features could not be written whole")
+
+    def flush(self) -> None:
+        """Returns when all is on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
 
 
 def seal_features(
     aside: Path, folder: Path, key: str, *, dtype: str, unreadable: Iterable[int]
 ) -> None:
-    """Gives a file whose rows are written its name, and states what is in it."""
+    """Gives a file whose rows are written its name, and states what is in it.
+
+    Another run may have stored the same meanwhile; its file, which others read, stays.
+    """
+    if has_features(folder, key):
+        aside.unlink()
+        return
     values = {
         "dtype": dtype,
         "xxh3": file_checksum(aside),

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unicl_fast.evaluation.report import interval_text, markdown_table, percent, wilson_interval
+from unicl_fast.evaluation.report import interval_text, percent, wilson_interval
+from unicl_fast.system.wording import markdown_table
 from unicl_fast.text.hierarchies import Hierarchy
 
 _ROWS_AT_ONCE = 8192

@@ -7,6 +7,7 @@ similar of all captions; a caption counts if its image is among the k most simil
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 import textwrap
@@ -37,7 +38,7 @@ from unicl_fast.evaluation.features import (
 )
 from unicl_fast.evaluation.report import interval_text, percent, wilson_interval, write_results
 from unicl_fast.evaluation.requests import Retrieval
-from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.loss import sigmoid_contrastive_loss, unified_contrastive_loss
 from unicl_fast.system.wording import count_of, markdown_table
 from unicl_fast.training.figures import FAINT, INK, drawing, new_figure, save_figure
 
@@ -237,6 +238,7 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
                 *features,
                 class_ids=torch.tensor([number_of[text] for text in tokens], device=device),
                 scale=float(model.logit_scale.detach().exp()),
+                bias=None if model.logit_bias is None else float(model.logit_bias.detach()),
                 batch_size=model.config.run.global_batch_size,
             )
             both = result.image_to_text[0].rate + result.text_to_image[0].rate
@@ -254,19 +256,23 @@ def held_out_loss(
     *,
     class_ids: Int[Tensor, " n"],
     scale: float,
+    bias: float | None = None,
     batch_size: int,
 ) -> float:
     """The mean loss of whole batches in the data set's order, each image with its first caption.
 
-    `image_of_text` rises. Images of equal `class_ids` are positives. What is left after the last
-    whole batch is left out, since the loss grows with the batch; fewer images than one batch are a
-    batch.
+    A `bias` asks for the sigmoid form. `image_of_text` rises. Images of equal `class_ids` are
+    positives. What is left after the last whole batch is left out, since the loss grows with the
+    batch; fewer images than one batch are a batch.
     """
     n = len(image_features)
     first = torch.searchsorted(image_of_text, torch.arange(n, device=image_of_text.device))
     size = min(batch_size, n)
+    loss = unified_contrastive_loss
+    if bias is not None:
+        loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
     losses = [
-        unified_contrastive_loss(
+        loss(
             image_features[start : start + size],
             text_features[first[start : start + size]],
             class_ids[start : start + size],

@@ -293,20 +293,31 @@ def place_classes(
         origin: where `parents` comes from, for messages.
 
     Raises:
-        ValueError: none of the classes is there, or one is above itself.
+        ValueError: none of the classes is there, one is above itself, or several keys have the name
+            of a class that has none.
     """
-    numbers: dict[str, int] = {}
-    for key in dict.fromkeys([*parents, *parents.values()]):
-        for spelling in (key, names.get(key, key)):
-            if (number := space.find(spelling)) is not None:
-                numbers.setdefault(key, number)
+    keys = dict.fromkeys([*parents, *parents.values()])
+    numbers = {key: number for key in keys if (number := space.find(key)) is not None}
+    with_key, by_name = set(numbers.values()), dict[int, str]()
+    for key in keys:  # a name may be that of several: beaver is an animal and a hat
+        number = space.find(names[key]) if key not in numbers and key in names else None
+        if number is None or number in with_key:
+            continue
+        if number in by_name:
+            raise ValueError(
+                f"{origin}: {by_name[number]} and {key} are both called {names[key]!r}, and the "
+                "class of this name has no key: give --class-names with lines KEY<TAB>NAME"
+            )
+        by_name[number] = key
+        numbers[key] = number
     if not numbers:
         raise ValueError(
             f"{origin} places none of the {len(space.names)} classes "
             f"({', '.join((space.keys or space.names)[:3])}, ...), but others such as "
             f"{', '.join(itertools.islice(parents, 3))}: it must name them by key or name"
         )
-    placed, above = [-1] * len(space.names), []
+    placed, above = [-1] * len(space.names), list[str]()
+    taken = set(space.names)
     to_place = list(numbers)
     while to_place:
         key = to_place.pop()
@@ -316,7 +327,11 @@ def place_classes(
         if parent not in numbers:
             numbers[parent] = len(placed)
             placed.append(-1)
-            above.append(names.get(parent, display_name(parent)))
+            name = names.get(parent, display_name(parent))
+            if name in taken:  # equal names would be one class in training
+                name = f"{name} ({display_name(parent)})"
+            taken.add(name)
+            above.append(name)
             to_place.append(parent)
         if placed[numbers[key]] < 0 and numbers[parent] != numbers[key]:
             placed[numbers[key]] = numbers[parent]

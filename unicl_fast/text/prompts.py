@@ -103,7 +103,14 @@ class ClassPrompts:
             if names:
                 check_templates(tuple(templates), origin=f"the templates of source {source}")
         if label_space == "shared":
-            _check_equal_names([names for names, _ in sources])
+            placed = hierarchies or [None] * len(sources)
+            above = [() if one is None else one.names for one in placed]
+            named = [
+                names[: len(names) - len(more)]
+                for (names, _), more in zip(sources, above, strict=True)
+            ]
+            _check_equal_names(named)
+            _check_equal_names(above)
         self._source_step = 0 if label_space == "shared" else 1 << LABEL_BITS
         self._names = [tuple(names) for names, _ in sources]
         self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)

@@ -111,7 +111,8 @@ def back_propagate_in_micro_batches(
     with torch.no_grad(), autocast():
         text_features = torch.cat([model.encode_text(*rows) for rows in texts])
     texts_of_all = columns.send(text_features.requires_grad_())
-    if encoder_is_frozen(model, "image") and not divides_all(config, ranks):
+    is_stored = batch.images.ndim == 2  # features of a frozen encoder
+    if encoder_is_frozen(model, "image") and not is_stored and not divides_all(config, ranks):
         # encoded once, and its features taken for images: its projection may be trained
         with torch.no_grad(), autocast():
             pixels = [(model.image_encoder(input_of(*piece)), piece[1]) for piece in pixels]

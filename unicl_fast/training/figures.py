@@ -145,7 +145,7 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
                 color=colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1), linewidth=3
             )
     figure.supxlabel(
-        "Images with frames of one colour are positives of each other, and so are their texts. "
+        "Images with frames of one colour have one class: they and their texts are positives. "
         "A caption that is no class's prompt is a class of its own.",
         x=0.01, ha="left", fontsize=8, color=INK,
     )  # fmt: skip

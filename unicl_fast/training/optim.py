@@ -183,7 +183,9 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
         case "muon":
             if Muon is None:
                 raise ValueError("optim.name=muon needs a newer timm: pip install -U timm")
-            return Muon(groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=_MUON_MOMENTUM)
+            return Muon(  # type: ignore[no-any-return]
+                groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=_MUON_MOMENTUM
+            )
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":

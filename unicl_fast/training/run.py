@@ -197,18 +197,26 @@ def pretrain(
             check_run_folder=check_run_folder,
             progress=not quiet,
             checkpoint=checkpoint,
+            encodes_features=not dry_run,
         )
         for line in describe_run(trainer, run_folder):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
-            _write_settings(trainer, run_folder)
+            _write_settings(trainer, run_folder, given=config)
             write_log_to(run_folder / LOG_NAME)
         _train_and_report(trainer, run_folder, dry_run=dry_run)
 
 
-def _write_settings(trainer: Trainer, run_folder: Path) -> None:
+def _write_settings(trainer: Trainer, run_folder: Path, *, given: TrainConfig) -> None:
+    """Writes config.json; what `auto` chose for this machine's kernels is chosen anew elsewhere."""
     make_folder(run_folder)
-    text = json.dumps(config_to_dict(trainer.config), indent=1)
+    efficiency = dataclasses.replace(
+        trainer.config.efficiency,
+        compile=given.efficiency.compile,
+        window_attention=given.efficiency.window_attention,
+    )
+    kept = dataclasses.replace(trainer.config, efficiency=efficiency)
+    text = json.dumps(config_to_dict(kept), indent=1)
     write_text_atomically(run_folder / "config.json", text + "\n")
 
 
@@ -284,12 +292,14 @@ def build_trainer(
     keeps_ledger: bool = False,
     check_run_folder: Callable[[], None] | None = None,
     checkpoint: Path | None = None,
+    encodes_features: bool = True,
     progress: bool = True,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
     `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. Without
-    `initialise` the weights are fresh; with a `checkpoint` the trainer resumes from it. The other
+    `initialise` the weights are fresh; with a `checkpoint` the trainer resumes from it. Features that
+    efficiency.image_features asks for are looked up, and encoded, with `encodes_features`. The other
     arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
     config, datasets, weights = _open_checked(config)
@@ -365,7 +375,7 @@ def build_trainer(
         mark("reading the checkpoint", patience=START_PATIENCE)
         with refused_together(ranks):
             trainer.resume(checkpoint)
-    if config.efficiency.image_features:
+    if config.efficiency.image_features and encodes_features:
         whole = dataclasses.replace(on_threads.data, shuffle_window=0, balance=0)
         of_epoch = dataclasses.replace(on_threads, data=whole)
         features = stored_features(
@@ -382,8 +392,9 @@ def build_trainer(
 class _DrawsFirstBatch:
     """A loader that draws the first batch of the run, which shows what the model really gets."""
 
-    def __init__(self, loader: Loader, path: Path) -> None:
+    def __init__(self, loader: PlannedLoader, path: Path) -> None:
         self._loader, self._path = loader, path
+        self.plan = loader.plan
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         for batch in self._loader.batches(start_step):

@@ -29,11 +29,10 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.feature_files import (
     FeatureFile,
-    RowsFile,
+    RowsWriter,
     feature_key,
     has_features,
     make_rows,
-    open_rows,
     read_features,
     seal_features,
 )
@@ -113,7 +112,11 @@ def stored_features(
     mark("looking for stored features", patience=START_PATIENCE)
     weights = weights_digest(model, "image_encoder.")
     keys = from_rank_0([_key_of(model, one, weights, device) for one in datasets], ranks)
-    missing = from_rank_0([n for n, key in enumerate(keys) if not has_features(folder, key)], ranks)
+    # of data sets with the same images, the first is stored for all
+    missing = from_rank_0(
+        [n for n, key in enumerate(keys) if not has_features(folder, key) and key not in keys[:n]],
+        ranks,
+    )
     if missing:
         _store(model, datasets, keys, missing, build_loader, ranks)
     mark("reading stored features", patience=START_PATIENCE)
@@ -160,7 +163,7 @@ def _store(
     asides = {number: folder / f".{keys[number]}{name}.partial" for number in missing}
     total = sum(map(len, datasets))
     logger.info("encoding %s once, for %s", count_of(total, "image"), folder)
-    rows_of: dict[int, RowsFile] = {}
+    rows_of: dict[int, RowsWriter] = {}
     unreadable: dict[int, set[int]] = {number: set() for number in missing}
     dtype = ""
     model.train()  # as in a step: what is frozen is in evaluation mode
@@ -184,7 +187,7 @@ def _store(
                                     width=bits.shape[1],
                                     kind=bits.dtype.str,
                                 )
-                    rows_of = {number: open_rows(aside) for number, aside in asides.items()}
+                    rows_of = {number: RowsWriter(aside) for number, aside in asides.items()}
                 _write(batch, bits, rows_of, unreadable)
                 mark_progress()
         for rows in rows_of.values():
@@ -201,6 +204,8 @@ def _store(
                         unreadable=set().union(*(one[place] for one in found)),
                     )
     finally:
+        for rows in rows_of.values():
+            rows.close()
         if ranks.is_main:
             for aside in asides.values():
                 aside.unlink(missing_ok=True)
@@ -209,9 +214,10 @@ def _store(
 @torch.no_grad()
 def _encode(model: UniCL, batch: Batch, ranks: Ranks) -> Tensor:
     """Features of a batch as the encoder gives them in a step, on the host."""
+    pieces = batch.images.split(model.config.efficiency.micro_batch_size or len(batch.images))
     with encoder_autocast(model.config, ranks, batch.images.device.type):
-        features: Tensor = model.image_encoder(encoder_input(batch.images, model.config))
-    return features.cpu()
+        features = [model.image_encoder(encoder_input(one, model.config)) for one in pieces]
+    return torch.cat(features).cpu()
 
 
 def _bits_of(features: Tensor) -> NDArray[Any]:
@@ -223,7 +229,7 @@ def _bits_of(features: Tensor) -> NDArray[Any]:
 def _write(
     batch: Batch,
     bits: NDArray[Any],
-    rows_of: dict[int, RowsFile],
+    rows_of: dict[int, RowsWriter],
     unreadable: dict[int, set[int]],
 ) -> None:
     """Writes the rows of a batch, and remembers the samples that others stood in for."""
@@ -234,5 +240,5 @@ def _write(
     scheduled = batch.scheduled_ids.numpy()
     for number, rows in rows_of.items():
         mine = np.flatnonzero(sources == number)
-        rows[scheduled[mine]] = bits[mine]
+        rows.write(scheduled[mine], bits[mine])
         unreadable[number].update(scheduled[mine][shown[mine] != scheduled[mine]].tolist())

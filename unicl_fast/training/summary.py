@@ -35,16 +35,18 @@ def _every(steps: int) -> str:
 def _describe_data(trainer: Trainer) -> list[str]:
     """Sizes, classes and epochs of each data set, and its part of a batch."""
     sources = trainer.data.get("sources", [])
-    sizes = [source["num_samples"] for source in sources]
-    weights = trainer.data.get("shares") or sizes
-    drawn = trainer.total_steps * trainer.config.run.global_batch_size
+    plan = trainer.loader.plan  # type: ignore[attr-defined]  # a run's loader has one
+    epochs = plan.epochs(trainer.total_steps)
     lines = []
-    for name, source, weight in zip(trainer.config.data.train, sources, weights, strict=True):
-        part, size, classes = weight / sum(weights), source["num_samples"], source["num_classes"]
+    for name, source, weight, drawn in zip(
+        trainer.config.data.train, sources, plan.weights, epochs, strict=True
+    ):
+        part, size = weight / sum(plan.weights), source["num_samples"]
+        classes = source["num_classes"]
         kinds = count_of(classes, "class") if classes else "captions alone"
         lines.append(
             f"data: {without_secrets(name)}: {count_of(size, 'image')}, {kinds}; {part:.1%} of "
-            f"each batch, {part * drawn / max(size, 1):,.1f} epochs"
+            f"each batch, {drawn:,.1f} epochs"
         )
     return lines
 
