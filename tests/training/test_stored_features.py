@@ -94,6 +94,23 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     trainer.train_step(fed[0])  # the encoder is not run
 
 
+def test_features_are_stored_and_fed_in_micro_batches_and_once_for_equal_images(
+    data: Path, tmp_path: Path
+) -> None:
+    """The same images packed twice have one file of features."""
+    sources = [data / "labels", Path(shutil.copytree(data / "labels", tmp_path / "again"))]
+
+    def config(features: Path | None) -> TrainConfig:
+        one = config_of(*sources, features=features)
+        micro = dataclasses.replace(one.efficiency, micro_batch_size=5)
+        return dataclasses.replace(one, efficiency=micro)
+
+    expected, *_ = trained(config(None), tmp_path / "encoding")
+    found, *_ = trained(config(tmp_path / "features"), tmp_path / "stored")
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 1
+
+
 def test_a_sample_without_an_image_is_replaced_as_in_every_run(data: Path, tmp_path: Path) -> None:
     packed = tmp_path / "labels"
     shutil.copytree(data / "labels", packed)

@@ -105,11 +105,8 @@ class ClassPrompts:
         if label_space == "shared":
             placed = hierarchies or [None] * len(sources)
             above = [() if one is None else one.names for one in placed]
-            named = [
-                names[: len(names) - len(more)]
-                for (names, _), more in zip(sources, above, strict=True)
-            ]
-            _check_equal_names(named)
+            pairs = zip(sources, above, strict=True)
+            _check_equal_names([names[: len(names) - len(more)] for (names, _), more in pairs])
             _check_equal_names(above)
         self._source_step = 0 if label_space == "shared" else 1 << LABEL_BITS
         self._names = [tuple(names) for names, _ in sources]

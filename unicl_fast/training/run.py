@@ -298,9 +298,9 @@ def build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
     `efficiency.precision` and `data.decode_device` are those of all ranks, no longer auto. Without
-    `initialise` the weights are fresh; with a `checkpoint` the trainer resumes from it. Features that
-    efficiency.image_features asks for are looked up, and encoded, with `encodes_features`. The other
-    arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
+    `initialise` the weights are fresh; with a `checkpoint` the trainer resumes from it. Without
+    `encodes_features` those of efficiency.image_features are neither looked for nor encoded. The
+    other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
