@@ -55,7 +55,7 @@ def test_a_contact_sheet_shows_any_text(
     assert not caplog.records
     assert "pay $ 5 or $ 6" in drawn
     assert drawn.count("caption") == 12
-    assert any("frames of one colour are positives" in text for text in drawn)
+    assert any("frames of one colour have one class" in text for text in drawn)
 
 
 @pytest.mark.parametrize(

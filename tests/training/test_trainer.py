@@ -305,7 +305,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     )
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="somewhere"))
     loader = StepLoader(images)
-    loader.plan = SimpleNamespace(epochs=list)
+    loader.plan = SimpleNamespace(epochs=lambda steps: [1.0], weights=(1,))
     loader.reading = ReadingTime()
     started: list[torch.Tensor] = []
 

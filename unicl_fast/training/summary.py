@@ -35,6 +35,8 @@ def _every(steps: int) -> str:
 def _describe_data(trainer: Trainer) -> list[str]:
     """Sizes, classes and epochs of each data set, and its part of a batch."""
     sources = trainer.data.get("sources", [])
+    if not sources:
+        return []
     plan = trainer.loader.plan  # type: ignore[attr-defined]  # a run's loader has one
     epochs = plan.epochs(trainer.total_steps)
     lines = []
