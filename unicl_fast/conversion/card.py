@@ -237,7 +237,7 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
 
 
 def _drawn(config: TrainConfig) -> str:
-    """What is drawn for an image without augmentation."""
+    """Names what is drawn for an image without augmentation."""
     data = config.data
     crops = ["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []
     return " and ".join([*crops, *(["flips"] if data.flip_probability else [])]) or "none"
