@@ -148,6 +148,7 @@ def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_run_starts_from_the_hub_and_resumes_without_it(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

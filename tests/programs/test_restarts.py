@@ -179,6 +179,7 @@ def test_a_locked_run_from_initial_weights_is_killed_five_times_and_ends_bit_for
     assert (values["steps"], values["num_starts"]) == (200, 6)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # five starts of a program, of which mlflow takes 2 s of CPU time each
 def test_an_mlflow_run_has_one_curve_after_three_kills(
     data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
