@@ -198,6 +198,12 @@ class DataConfig:
             f"{self.block_bytes} of {self.cache_bytes}",
         )
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Names what differs between epochs of an image without augmentation: crops, flips."""
+        crops = self.crop_scale[0] < 1 or len(set(self.crop_ratio)) > 1
+        return ("crops",) * crops + ("flips",) * (self.flip_probability > 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:

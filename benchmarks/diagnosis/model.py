@@ -162,7 +162,7 @@ class Measured:
     """Seconds of an image for the loader, once all of it is in the cache."""
     fits_cache: bool = True
     larger_cache: int = 0
-    """Bytes of a cache that would hold all images; 0 where they fit or the disk has no room."""
+    """Bytes of a cache that would hold all images; 0 where they fit."""
     ahead_wall: float = 0.0
     """`store_wall` with read-ahead; 0 where it is that already."""
     gpus: int = 0

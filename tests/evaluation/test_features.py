@@ -21,8 +21,8 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import (
     draw_shots,
-    feature_key,
     keep_features,
+    key_of_features,
     load_features,
     model_on_ranks,
     split_folds,
@@ -41,7 +41,7 @@ def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> Packed
 
 def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
     weights = weights_digest(model, "image_encoder.", "image_projection")
-    return feature_key(model, dataset, layer=layer, weights=weights)
+    return key_of_features(model, dataset, layer=layer, weights=weights)
 
 
 @pytest.fixture

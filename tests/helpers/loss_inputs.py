@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.positives import Membership
 
 CAPTION_KEY = 2**62
@@ -43,6 +46,21 @@ def as_matrix(membership: Membership, n: int) -> np.ndarray:
     assert len(labels) <= 5
     matrix[membership.samples.numpy(), columns] = membership.weights.numpy()
     return matrix
+
+
+def tiles_of(side: int) -> Any:
+    """A fixture of a module's tests: tiles of so many rows and columns.
+
+    So small batches have several tiles, and ragged ones.
+    """
+
+    @pytest.fixture(autouse=True, scope="module")
+    def small_tiles() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(LARGEST_TILE, "cpu", side * side)
+            yield
+
+    return small_tiles
 
 
 class LargestTensor(TorchDispatchMode):

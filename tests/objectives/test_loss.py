@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_inputs import CAPTION_KEY, tiles_of
 from reference_loss import unified_contrastive_loss as reference_loss
 from torch.nn import functional as F
 
 from unicl_fast import unified_contrastive_loss
-from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.positives import Membership
 
-CAPTION_KEY = 2**62
 FORMS = ("dense", "tiled")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Of 5 rows and columns, so that small batches have several and ragged ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LARGEST_TILE, "cpu", 5 * 5)
-        yield
+small_tiles = tiles_of(5)
 
 
 def unit_rows(n: int, d: int = 16, *, seed: int = 0) -> torch.Tensor:

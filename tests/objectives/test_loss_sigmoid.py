@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import LargestTensor, as_matrix, random_membership, rows
+from loss_inputs import LargestTensor, as_matrix, random_membership, rows, tiles_of
 from open_clip.loss import SigLipLoss
 from reference_loss import sigmoid_contrastive_loss as reference_loss
 
 from unicl_fast import sigmoid_contrastive_loss
-from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.positives import Membership
 
 FORMS = ("dense", "tiled")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Of 5 rows and columns, so that small batches have several and ragged ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LARGEST_TILE, "cpu", 5 * 5)
-        yield
+small_tiles = tiles_of(5)
 
 
 def loss_and_gradients(

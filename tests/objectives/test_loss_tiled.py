@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import CAPTION_KEY, D, LargestTensor, as_matrix, random_membership, rows
+from loss_inputs import CAPTION_KEY, D, LargestTensor, as_matrix, random_membership, rows, tiles_of
 
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE, _blocks
 from unicl_fast.objectives.positives import Membership
 
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles() -> Iterator[None]:
-    """Of 7 rows and columns, so that small batches have several and ragged ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LARGEST_TILE, "cpu", 7 * 7)
-        yield
+small_tiles = tiles_of(7)
 
 
 def assert_forms_agree(

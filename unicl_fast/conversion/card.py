@@ -219,6 +219,7 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
         for name, value in started.items()
         if value
     ]
+    drawn = " and ".join(config.data.drawn) or "none"
     rates = f"{scaled_lr(optim.lr, config):.4g}, falling to {scaled_lr(optim.lr_min, config):.4g}"
     return {
         "objective": config.objective.name,
@@ -229,18 +230,11 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
         "optimizer": state.optimizer,
         "learning rate": f"{rates} by a cosine, after {optim.warmup_fraction:.3g} of warm-up",
         "weight decay": f"{optim.weight_decay:g}",
-        "augmentation": ", ".join(_without_names(config.data.augment)) or _drawn(config),
+        "augmentation": ", ".join(_without_names(config.data.augment)) or drawn,
         "precision": config.efficiency.precision,
         "seed": str(config.run.seed),
         "program": f"{LIBRARY} {__version__}",
     }
-
-
-def _drawn(config: TrainConfig) -> str:
-    """Names what is drawn for an image without augmentation."""
-    data = config.data
-    crops = ["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []
-    return " and ".join([*crops, *(["flips"] if data.flip_probability else [])]) or "none"
 
 
 def _without_names(augment: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 
@@ -41,8 +43,37 @@ class FeatureFile:
         return None if sample in self.unreadable else self.rows[sample]
 
 
-def feature_key(facts: Mapping[str, Any]) -> str:
-    """The key of features that depend on nothing but these facts, in JSON's types."""
+def feature_key(
+    config: TrainConfig,
+    dataset: PackedDataset,
+    *,
+    weights: str,
+    device_type: str,
+    view: float,
+    **more: Any,
+) -> str:
+    """The key of a data set's features: equal if and only if the features would be.
+
+    Args:
+        config: of the model.
+        dataset: whose images are encoded.
+        weights: digest of the weights that decide them.
+        device_type: of the device that encodes.
+        view: what decides the part of an image that is shown, beside the sizes in the config.
+        more: what else they depend on, in JSON's types; a version among them.
+    """
+    data = config.data
+    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    facts = {
+        **more,
+        "encoder": config.model.image_encoder,
+        "weights": weights,
+        "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
+        "view": [data.image_size, view, data.interpolation, data.resample],
+        "normalisation": [*data.mean, *data.std],
+        "precision": config.efficiency.precision,
+        "device": [device_type, data.decode_device],
+    }
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 

@@ -11,7 +11,6 @@ is ever read.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import xxhash
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,6 +30,7 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationBatch, EvaluationLoader, send
 from unicl_fast.checkpoints.load import find_model, load_model
+from unicl_fast.dataset.feature_files import feature_key
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
 from unicl_fast.distributed.ranks import (
@@ -442,7 +441,7 @@ def extract_sets(
             with open_data(spec, ranks=ranks, metric=command.metric) as data:
                 opened.append(data)
                 labels = data.labels_among(opened[0])
-                key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
+                key = key_of_features(model, data.dataset, layer=command.layer, weights=weights)
                 path = folder / f"{key}.npy"
                 features, is_kept = None, from_rank_0(keeps and path.is_file(), ranks)
                 if not is_kept:
@@ -468,22 +467,17 @@ def extract_sets(
     )
 
 
-def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
-    """A name for the features of a data set: equal if and only if the features would be."""
-    data, efficiency = model.config.data, model.config.efficiency
-    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
-    facts = {
-        "version": _KEY_VERSION,
-        "weights": weights,
-        "layer": layer,
-        "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
-        "encoder": model.config.model.image_encoder,
-        "view": [data.image_size, data.evaluation_resize, data.interpolation, data.resample],
-        "normalisation": [*data.mean, *data.std],
-        "precision": efficiency.precision,
-        "device": [device_of(model).type, data.decode_device],
-    }
-    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
+    """A name for the features of a data set in evaluations, whose view is a central crop."""
+    return feature_key(
+        model.config,
+        dataset,
+        weights=weights,
+        device_type=device_of(model).type,
+        view=model.config.data.evaluation_resize,
+        version=_KEY_VERSION,
+        layer=layer,
+    )
 
 
 def load_features(path: Path, *, num_samples: int) -> Float[Tensor, "n d"]:

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -71,8 +70,7 @@ def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]
         )
     augmentations = augmentations_of(data.augment, [each.location for each in datasets])
     drawn = [
-        *(["crops"] if data.crop_scale[0] < 1 or len(set(data.crop_ratio)) > 1 else []),
-        *(["flips"] if data.flip_probability else []),
+        *data.drawn,
         *(["augmentation"] if any(one != Augmentation() for one in augmentations) else []),
     ]
     if drawn:
@@ -132,20 +130,15 @@ def stored_features(
 
 
 def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
-    data, efficiency = model.config.data, model.config.efficiency
-    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    data = model.config.data
     return feature_key(
-        {
-            "version": _VERSION,
-            "encoder": model.config.model.image_encoder,
-            "weights": weights,
-            "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
-            "view": [data.image_size, data.crop_ratio[0], data.interpolation, data.resample],
-            "normalisation": [*data.mean, *data.std],
-            "precision": efficiency.precision,
-            "device": [device.type, data.decode_device],
-            "max_pixels": data.max_pixels,
-        }
+        model.config,
+        dataset,
+        weights=weights,
+        device_type=device.type,
+        view=data.crop_ratio[0],
+        version=_VERSION,
+        max_pixels=data.max_pixels,
     )
 
 

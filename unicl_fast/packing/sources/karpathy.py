@@ -53,7 +53,6 @@ def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
     conditions = options.conditions()
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     items = spool.new_items()
-    found: list[Item] = []
     splits: Counter[str] = Counter()
     passed_over: Counter[str] = Counter()
     for kind, image in iter_elements(path):
@@ -65,12 +64,11 @@ def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
         if not meets(row, conditions):
             passed_over[LEFT_OUT] += 1
             continue
-        found.append(_item_of(fields, tree, number=sum(splits.values())))
-    if not found:
+        items.append(_item_of(fields, tree, number=splits.total()))
+    if not items:
         known = ", ".join(f"{name} ({count:,})" for name, count in splits.most_common(8))
         asked = ", ".join(options.where)
         raise ValueError(f"{path} has no image with {asked}; its splits are {known or 'none'}")
-    items.extend(found)
     return Source(name=path.name, items=items, labels_are_names=True, passed_over=passed_over)
 
 
