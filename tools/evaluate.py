@@ -35,9 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
         command.check()
+        command = command.settled()
         nproc = command.nproc if isinstance(command, RankedCommand) else 1
         if nproc > 1 and "WORLD_SIZE" not in os.environ:
-            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
+            start_ranks(
+                "unicl_fast.tools.evaluate",
+                nproc=nproc,
+                argv=[*argv, "--checkpoint", str(command.checkpoint)],
+            )
         adopt_slurm_ranks()
         keep_freed_memory()
         command.run()

@@ -20,6 +20,8 @@ from torchvision.datasets import DTD, MNIST
 
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import Weights, weights_checksum
+from unicl_fast.checkpoints.load import load_model as load_weights_of
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
@@ -27,6 +29,7 @@ from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
 from unicl_fast.evaluation.requests import Detect, Finetune, Knn
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import convert, evaluate, pretrain
 
@@ -50,6 +53,27 @@ def evaluated(kind: str, trained: Path, *more: str | Path, nproc: int = 1) -> di
     else:
         run("evaluate", *arguments, "--nproc", str(nproc))
     return json.loads(path.read_text())
+
+
+def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that still trains writes its next checkpoint while images are encoded."""
+    run_folder, aside = tmp_path / "run", tmp_path / "aside"
+    shutil.copytree(trained, run_folder)
+    first, last = list_checkpoints(run_folder / "checkpoints")
+    last.rename(aside)
+
+    def load_meanwhile(path: Path, *, weights: Weights) -> UniCL:
+        model = load_weights_of(path, weights=weights)
+        aside.rename(last)
+        return model
+
+    monkeypatch.setattr("unicl_fast.evaluation.features.load_model", load_meanwhile)
+    found = evaluated("zero-shot", run_folder, "--data", data / "labels")
+    assert last.is_dir()
+    assert found["checkpoint"] == str(first)
+    assert found["weights_xxh3"] == weights_checksum(first)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:

@@ -4,8 +4,9 @@
     for images, tokens, labels in DataLoader(dataset, batch_size=256, shuffle=True, num_workers=8):
         batch = objectives.targets.collate(images, tokens, labels, prompts=dataset.prompts)
 
-An item has one text, chosen as the training plan chooses it: a caption, with label -1, or a prompt
-of a label. The order of samples is the DataLoader's, so a resumed run is not an unbroken one here.
+An item has one text, drawn by the rule of the training plan: a caption, with label -1, or a prompt
+of a label. The order of samples is the DataLoader's, so texts are drawn by epoch and sample rather
+than by the place in a run, and a resumed run is not an unbroken one here.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ A command checks itself before ranks are started or a model is loaded (`check`),
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
@@ -76,6 +77,17 @@ class ModelCommand(abc.ABC):
 
         check_options(self)
         find_model(self.checkpoint)
+
+    def settled(self) -> Self:
+        """This command with the checkpoint that a run folder stands for now.
+
+        All ranks, and the checksum in the results, mean that one, whatever the run writes next.
+        """
+        from unicl_fast.checkpoints.load import find_model
+
+        if str(self.checkpoint).startswith("hf-hub:"):
+            return self
+        return dataclasses.replace(self, checkpoint=find_model(self.checkpoint))
 
     @abc.abstractmethod
     def run(self) -> None:
