@@ -80,7 +80,8 @@ def parse_stage(text: str) -> StageEntry:
 
 
 def _parse_value(name: str, value: str, *, where: str) -> Any:
-    expected = "a whole number"
+    least = int(name != "micro_batch_size")
+    expected = f"a whole number of at least {least}"
     try:
         if name == "crop_scale":
             expected = "a range LOW..HIGH"
@@ -90,7 +91,7 @@ def _parse_value(name: str, value: str, *, where: str) -> Any:
             expected = "a number"
             return float(value)
         number = int(value)
-        require(number > 0 or name == "micro_batch_size", "")
+        require(number >= least, "")
         return number
     except ValueError:
         raise ValueError(

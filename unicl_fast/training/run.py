@@ -58,7 +58,7 @@ from unicl_fast.training.data import (
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.memory_plan import check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
-from unicl_fast.training.staged_loader import PlannedLoader, StagedLoader
+from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import check_stored_features, stored_features
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Evaluation, Trainer

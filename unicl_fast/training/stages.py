@@ -1,4 +1,4 @@
-"""The batches of a run of several stages (`run.stages`): a loader of each, one after the other."""
+"""A run of several stages (`run.stages`): a loader of each, one after the other, and their words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from unicl_fast.batch import Batch, Loader, ReadingTime
+from unicl_fast.config import Stage
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.pipelines.plan.plan import TrainPlan
-from unicl_fast.stages import Span, span_at
+from unicl_fast.stages import Span
+from unicl_fast.system.wording import count_of
 
 
 class PlannedLoader(Loader, Protocol):
@@ -58,3 +60,21 @@ class StagedLoader:
         """Stops the loader that is running."""
         for loader in self._loaders:
             loader.close()
+
+
+def describe_stage(stage: Stage) -> str:
+    """Returns what a stage shows, and how much of it at once."""
+    config, steps = stage.config, stage.span.end_step - stage.span.first_step
+    crops = "{:g} to {:g}".format(*config.data.crop_scale)
+    parts = [
+        f"stage {stage.span.number + 1}, {count_of(steps, 'step')} of "
+        f"{count_of(config.run.global_batch_size, 'image')} at {config.data.image_size} pixels",
+        f"crops of {crops} of the area",
+    ]
+    if config.objective.has_texts:
+        parts.append(f"texts of up to {count_of(config.model.context_length, 'token')}")
+    if config.model.token_drop:
+        parts.append(f"without {config.model.token_drop:.0%} of the image tokens")
+    if size := config.efficiency.micro_batch_size:
+        parts.append(f"{count_of(size, 'image')} at once")
+    return ", ".join(parts)
