@@ -158,7 +158,9 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
 ) -> None:
     trainer_in(tmp_path, config_of(*STAGES), images).fit()
     after_4 = tmp_path / "checkpoints" / "step-00000004"
-    with pytest.raises(ValueError, match=r"run\.stages shows 48 samples before step 4, .* after 36"):
+    with pytest.raises(
+        ValueError, match=r"run\.stages shows 48 samples before step 4, .* after 36"
+    ):
         trainer_in(None, config_of(), images).resume(after_4)
     longer = config_of(STAGES[0].replace("0.4", "24"), "24:token_drop=0.5", samples=120)
     trainer_in(None, longer, images).resume(after_4)

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
 import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views

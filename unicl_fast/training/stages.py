@@ -1,4 +1,4 @@
-"""A run of several stages (`run.stages`): a loader of each, one after the other, and their words."""
+"""Stages of a run (`run.stages`) in training: their loaders, one after the other, and a summary."""
 
 from __future__ import annotations
 

@@ -354,7 +354,9 @@ class Trainer:
 
     def _begin_anew(self) -> None:
         """Counts the work of a step again, which has changed."""
-        config = self.stage.config if self.model.frozen.names else without_freezing(self.stage.config)
+        config = (
+            self.stage.config if self.model.frozen.names else without_freezing(self.stage.config)
+        )
         self._utilisation = Utilisation(config, self.device)
         self._compiled_from = self.step
 
