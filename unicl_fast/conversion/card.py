@@ -333,7 +333,8 @@ def _proven(folder: Path, state: CheckpointState) -> str:
     )
     return (
         "The run's ledger proves it (`unicl-ledger`): each of its "
-        f"{count_of(proof.steps, 'step')}, {count_of(proof.num_draws, 'sample')} in all, has a record, and {scheduled}; "
+        f"{count_of(proof.steps, 'step')}, "
+        f"{count_of(proof.num_draws, 'sample')} in all, has a record, and {scheduled}; "
         f"{epochs}. For {count_of(proof.num_substituted, 'draw')} another sample "
         "was shown, since the scheduled one could not be read. The run was started "
         f"{count_of(len(proof.starts), 'time')}."

@@ -43,6 +43,7 @@ class StagedLoader:
 
         The first batch of a stage is waited for: nothing is decoded ahead from one to the next.
         """
+        self.close()
         for loader, span in zip(self._loaders, self._spans, strict=True):
             if span is self._spans[-1]:
                 yield from loader.batches(max(start_step, span.first_step))
