@@ -60,8 +60,8 @@ TEXT_KINDS: tuple[TextKind, ...] = ("labels", "captions")
 """The kinds of texts, prompts of labels and captions, in the order of their numbers in tensors."""
 KIND_OPTIONS = "model.source_token, model.projections=per_kind and objective.temperature=per_kind"
 EVALUATED_KIND: TextKind = "captions"
-"""What evaluations take texts for unless told otherwise: captions are the wider kind, and gave the
-better zero-shot results in arXiv 2206.01125."""
+"""Kind that evaluations take texts for unless told otherwise: zero-shot evaluation took captions,
+whose words and images are the wider ones, in arXiv 2206.01125."""
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb", "auto"]
 
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
@@ -264,8 +264,8 @@ class ModelConfig:
     each kind that is learnt and added to the first token (prefix conditioning)."""
     projections: PerKind = "shared"
     """Projections into the common space: shared or per_kind. per_kind has two of images and two of
-    texts: images are compared with prompts of labels through one pair, with captions through the
-    other. Both pairs begin equal."""
+    texts. Images are compared with prompts of labels through one pair, with captions through the
+    other, and both pairs begin equal."""
     logit_scale_init: Annotated[float, _FINITE] | None = None
     """Initial logarithm of the learnt scale; None takes ln(1/0.07), or ln 10 under
     objective.form=sigmoid. The paper's code starts at 1.0."""

@@ -95,8 +95,8 @@ class OneKindConversion(ModelConversion):
     """A command whose output knows one kind of texts."""
 
     kind: TextKind = EVALUATED_KIND
-    """What the output takes texts for, labels (prompts) or captions, where MODEL tells these apart:
-    model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
+    """Kind that the output takes texts for, labels (prompts) or captions, where MODEL tells these
+    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
 
 
 def _view(data: DataConfig) -> str:

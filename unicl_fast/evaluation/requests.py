@@ -62,8 +62,8 @@ class ModelCommand(abc.ABC):
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
     kind: TextKind = EVALUATED_KIND
-    """What texts are taken for, labels (prompts) or captions, by a model that tells these apart:
-    model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
+    """Kind that texts are taken for, labels (prompts) or captions, by a model that tells these
+    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
     device: DeviceName = "auto"
     """Device that runs the model."""
 

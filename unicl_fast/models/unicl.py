@@ -179,7 +179,10 @@ class UniCL(nn.Module):
         features = project(features, self.text_projection, self.text_projection_bias)
         features = self._of_each_kind(features)
         if features.shape[1] > 1:
-            features = features * F.one_hot(kinds, len(TEXT_KINDS)).unsqueeze(2)
+            numbers = torch.arange(len(TEXT_KINDS), device=kinds.device)
+            features = features * (kinds[:, None] == numbers).unsqueeze(
+                2
+            )  # one_hot reads the device
         if self.logit_scale.ndim:
             # not by an index: the gradient of one is added up in any order by several threads
             scales = F.embedding(kinds, self.logit_scale.exp().unsqueeze(1))
