@@ -180,9 +180,8 @@ class UniCL(nn.Module):
         features = self._of_each_kind(features)
         if features.shape[1] > 1:
             numbers = torch.arange(len(TEXT_KINDS), device=kinds.device)
-            features = features * (kinds[:, None] == numbers).unsqueeze(
-                2
-            )  # one_hot reads the device
+            # F.one_hot would read the device
+            features = features * (kinds[:, None] == numbers).unsqueeze(2)
         if self.logit_scale.ndim:
             # not by an index: the gradient of one is added up in any order by several threads
             scales = F.embedding(kinds, self.logit_scale.exp().unsqueeze(1))
