@@ -10,7 +10,7 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
-from .first_weights import FirstWeights
+from .first_weights import Clash, FirstWeights
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
@@ -20,6 +20,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "labels-and-captions": LabelsAndCaptions,
     "long-tail": LongTail,
     "first-weights": FirstWeights,
+    "clash": Clash,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

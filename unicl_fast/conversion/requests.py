@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from unicl_fast.config import DataConfig
+from unicl_fast.config import EVALUATED_KIND, DataConfig, TextKind
 from unicl_fast.system.checked_fields import Fraction, convert
 from unicl_fast.system.wording import count_of
 
@@ -90,6 +90,15 @@ class ModelConversion(Conversion):
     """The moving average of the weights, those of the last step, or the average if there is one."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneKindConversion(ModelConversion):
+    """A command whose output knows one kind of texts."""
+
+    kind: TextKind = EVALUATED_KIND
+    """Kind that the output takes texts for, labels (prompts) or captions, where MODEL tells these
+    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
+
+
 def _view(data: DataConfig) -> str:
     """How an evaluation shows images to a model, in words."""
     return (
@@ -104,7 +113,7 @@ def _print_registration(image_encoder: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOfficial(ModelConversion):
+class ToOfficial(OneKindConversion):
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
 
     The other way round of official, entry for entry. Their code normalises images with ImageNet's
@@ -150,7 +159,7 @@ class ToOfficial(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOpenClip(ModelConversion):
+class ToOpenClip(OneKindConversion):
     """A folder for open_clip, and what builds on it, CLIP_benchmark for example.
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
@@ -264,7 +273,7 @@ class ToHub(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOnnx(ModelConversion):
+class ToOnnx(OneKindConversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
     They are run with onnxruntime at three batch sizes and compared before OUT appears. Takes
@@ -285,7 +294,7 @@ class ToOnnx(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToExport(ModelConversion):
+class ToExport(OneKindConversion):
     """Both encoders as programs of torch.export for any batch size, image.pt2 and text.pt2.
 
     torch.export.load("image.pt2").module()(images) runs without this package or timm.

@@ -274,6 +274,7 @@ def _own_settings(config: TrainConfig) -> dict[str, Any]:
         names += ["embed_dim", "image_projection"]
     if config.objective.has_texts:
         names += [*TEXT_SETTINGS, "text_projection", "context_length"]
+        names += ["source_token", "projections"]
     return {name: getattr(config.model, name) for name in names}
 
 

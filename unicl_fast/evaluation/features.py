@@ -163,7 +163,7 @@ def model_on_ranks(command: RankedCommand) -> Iterator[ModelOnRanks]:
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        model = load_model(command.checkpoint, weights=command.weights)
+        model = load_model(command.checkpoint, weights=command.weights).of_kind(command.kind)
         on_device(model, device, ranks)
         model.config = resolve_decode_device(model.config, device, ranks)
         batch_size = getattr(command, "batch_size", 1)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
-from unicl_fast.config import DeviceName
+from unicl_fast.config import EVALUATED_KIND, DeviceName, TextKind
 from unicl_fast.system.atomic_files import refuse_file
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
@@ -62,6 +62,9 @@ class ModelCommand(abc.ABC):
     unicl-convert official or hf wrote, or hf-hub:OWNER/NAME for such a model on the hub."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
+    kind: TextKind = EVALUATED_KIND
+    """Kind that texts are taken for, labels (prompts) or captions, by a model that tells these
+    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
     device: DeviceName = "auto"
     """Device that runs the model."""
 

@@ -244,7 +244,7 @@ def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:
     assert command.average_with is not None
     model, is_main = on_ranks.model, on_ranks.ranks.is_main
     first = copy.deepcopy(model).cpu()
-    second = load_model(command.average_with, weights=command.weights)
+    second = load_model(command.average_with, weights=command.weights).of_kind(command.kind)
     rows, values = [], []
     for alpha in command.alpha:
         model.load_state_dict(averaged_weights(first, second, alpha))

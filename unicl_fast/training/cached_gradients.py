@@ -35,6 +35,7 @@ from unicl_fast.training.global_loss import (
     classes_of_images,
     encoder_autocast,
     encoder_input,
+    kinds_of_texts,
     texts_to_encode,
 )
 from unicl_fast.training.step_clock import Part
@@ -95,7 +96,10 @@ def back_propagate_in_micro_batches(
         tokens, num_tokens, class_ids, counts = pieces[-1]
         again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
         pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
-    texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
+    texts = [
+        (tokens, num_tokens, kinds_of_texts(class_ids, config))
+        for tokens, num_tokens, class_ids, _ in pieces
+    ]
     columns = TextColumns(
         torch.cat([class_ids for _, _, class_ids, _ in pieces]),
         torch.cat([counts for _, _, _, counts in pieces]),
@@ -118,7 +122,7 @@ def back_propagate_in_micro_batches(
             pixels = [(model.image_encoder(input_of(*piece)), piece[1]) for piece in pixels]
     with torch.no_grad(), autocast():
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
-        scale = model.logit_scale.exp()
+        scale = model.scale
     bias = None if model.logit_bias is None else model.logit_bias.detach()
     logits_are_of = [scale] if bias is None else [scale, bias]
     begin("loss")
@@ -134,7 +138,7 @@ def back_propagate_in_micro_batches(
         scale_loss(loss), [image_features, text_features, *logits_are_of]
     )
     image_gradients = image_gradient.split(size)
-    text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
+    text_gradients = text_gradient.split([len(tokens) for tokens, *_ in texts])
 
     # a tower without anything to train is not encoded again, but for a text encoder's last piece
     pixels_again = pixels[:-1] if is_trained(model, "image") else []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config import KIND_OPTIONS, DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
@@ -277,8 +277,9 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
     Captions are not used then, and cross-entropy gets as many rows as there are classes.
 
     Raises:
-        ValueError: samples without labels, another number of classes than the config says, or
-            classes above others where no data set has a hierarchy.
+        ValueError: samples without labels, another number of classes than the config says,
+            classes above others where no data set has a hierarchy, or texts of one kind alone for
+            a model that tells kinds apart.
     """
     objective = config.objective
     if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
@@ -286,6 +287,8 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
             "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
             "data.train has one: pack with --hierarchy, or take objective.positives=labels"
         )
+    if config.tells_kinds:
+        _require_both_kinds(datasets, config)
     if objective.has_texts:
         return config
     for dataset in datasets:
@@ -312,6 +315,24 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
         )
     objective = dataclasses.replace(objective, num_classes=counts)
     return dataclasses.replace(config, objective=objective)
+
+
+def _require_both_kinds(datasets: Sequence[PackedDataset], config: TrainConfig) -> None:
+    """Refuses (ValueError) data whose texts are all prompts, or all captions."""
+    shown = np.zeros(2, dtype=bool)
+    for dataset in datasets:
+        for rows in blocks_of(dataset.samples):
+            labelled, captioned = rows["labels_count"] > 0, rows["captions_count"] > 0
+            shown |= [
+                bool((labelled & (~captioned | (config.data.text != "captions"))).any()),
+                bool((captioned & (~labelled | (config.data.text != "labels"))).any()),
+            ]
+    if not shown.all():
+        only = "prompts of labels" if shown[0] else "captions"
+        raise ValueError(
+            f"{KIND_OPTIONS} tell prompts of labels from captions, and data.train shows {only} "
+            f"alone (data.text={config.data.text}): add data of the other kind, or leave them out"
+        )
 
 
 def rows_of_class_names(

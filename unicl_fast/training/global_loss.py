@@ -47,12 +47,13 @@ from unicl_fast.objectives.loss import (
 )
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Ancestors, Membership
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.text.prompts import LABEL_BITS
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-"""The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
-them to compute, to image features, the features they are contrasted with, the scale, and the bias
-of the sigmoid form."""
+"""The model, or its DDP wrapper: from images and, where there are texts, tokens, how many of them
+to compute and the kinds of texts, to image features, the features they are contrasted with, the
+scale, and the bias of the sigmoid form."""
 
 
 def encoder_autocast(
@@ -92,7 +93,11 @@ def global_loss(
         else:
             columns = TextColumns(text_class_ids, text_counts, ranks, ancestors=ancestors)
         encode_both = functools.partial(
-            encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
+            encode,
+            tokens=tokens,
+            num_tokens=num_tokens,
+            kinds=kinds_of_texts(text_class_ids, config),
+            after_texts=columns.send,
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
         image_features, contrast_features, scale, bias = encode_both(images)
@@ -193,6 +198,14 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
     num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
     texts = tokens, num_tokens, batch.text_class_ids, batch.text_counts
     return pad_texts(*texts) if rounds else texts
+
+
+def kinds_of_texts(class_ids: Int[Tensor, " u"], config: TrainConfig) -> Int[Tensor, " u"] | None:
+    """The kind of each text by its class id, a number of `TEXT_KINDS`; None if it does not matter.
+
+    A caption that equals a prompt of a class has that class, and is of the kind of labels.
+    """
+    return (class_ids >= CAPTION_KEYS_START).long() if config.tells_kinds else None
 
 
 class TextColumns:

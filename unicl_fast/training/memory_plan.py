@@ -387,7 +387,8 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
 
         def encode_text(one: UniCL, rows: Tensor) -> Tensor:
             packed = config.efficiency.text_layout == "packed"
-            return one.encode_text(rows, rows.numel() if packed else None)
+            kinds = rows.new_zeros(len(rows))
+            return one.encode_text(rows, rows.numel() if packed else None, kinds)
 
         def kept(
             tower: str, encode: Callable[[UniCL, Tensor], Tensor], make: Any

@@ -129,7 +129,8 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         if model.text_encoder is not None:
             rows, num_tokens = _fake_texts(config, batch)
             num_texts = len(rows)
-            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens))
+            kinds = rows.new_zeros(num_texts)
+            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens, kinds))
     world_size = config.run.global_batch_size // batch.batch_size
     num_columns = world_size * (num_texts or num_rows)
     if config.objective.name == "ce":

@@ -30,7 +30,7 @@ from unicl_fast.checkpoints.state import (
     restore_checkpoint,
 )
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import EVALUATED_KIND, TEXT_KINDS, TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
@@ -572,8 +572,7 @@ class Trainer:
                 steps_left=self.total_steps - self.step,
             ),
             "nonfinite_steps": self._nonfinite_steps.count,
-            "logit_scale": float(self.model.logit_scale.detach()),
-            **self._logit_bias(),
+            **self._scale_and_bias(),
             "lr": self._learning_rate(),
             "replaced_samples": num_replaced,
         }
@@ -584,9 +583,12 @@ class Trainer:
             self._show(session, batch, values, num_steps=num_steps)
         session.replaced_samples.check(num_replaced)
 
-    def _logit_bias(self) -> dict[str, float]:
-        bias = self.model.logit_bias
-        return {} if bias is None else {"logit_bias": float(bias.detach())}
+    def _scale_and_bias(self) -> dict[str, float]:
+        scales, bias = self.model.logit_scale.tolist(), self.model.logit_bias
+        values = {"logit_scale": scales}
+        if isinstance(scales, list):
+            values = {f"logit_scale/{k}": one for k, one in zip(TEXT_KINDS, scales, strict=True)}
+        return values if bias is None else values | {"logit_bias": bias.item()}
 
     def _learning_rate(self) -> float:
         """The rate of what belongs to no encoder."""
@@ -649,7 +651,7 @@ class Trainer:
         self._mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         with self.parallel.evaluated(model) as evaluated, self._at_full_size(evaluated):
-            results = self.evaluations[name](evaluated.eval())
+            results = self.evaluations[name](evaluated.eval().of_kind(EVALUATED_KIND))
         values = {f"{name}/{key}": value for key, value in results.items()}
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
