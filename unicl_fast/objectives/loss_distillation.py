@@ -77,7 +77,7 @@ def affinity_loss(
         teacher = Teacher(
             teacher_images.to(arithmetic),
             teacher_texts.to(arithmetic),
-            scale.new_tensor(teacher_scale),
+            torch.full_like(scale, teacher_scale),  # no number of the host's is copied
             None if text_counts is None else text_counts.to(arithmetic),
             exclude_self=exclude_self,
             dense=dense,

@@ -46,7 +46,7 @@ from unicl_fast.models.precision import (
     set_device_arithmetic,
 )
 from unicl_fast.models.sharding import check_sharding, divides_all
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import Encoded, UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -363,10 +363,10 @@ class Trainer:
 
     def _encode_before_loss(
         self, *inputs: Any, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        features = self.parallel.encode(*inputs, **options)
+    ) -> Encoded:
+        encoded = self.parallel.encode(*inputs, **options)
         self._begin("loss")
-        return features
+        return encoded
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         # the backward pass follows, at whose end DDP waits for the others
@@ -680,6 +680,12 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
         raise ValueError(
             "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or tiled"
         )
+    objective = config.objective
+    if objective.distillation == "affinity" and not objective.distillation_scale:
+        raise ValueError(
+            "objective.distillation_scale is 0, and the trainer knows no teacher's own: set it, for "
+            "example to 100"
+        )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
 
@@ -696,6 +702,12 @@ def _check_classes(batch: Batch, config: TrainConfig) -> None:
             f"objective.positives={config.objective.positives}, but the loader's batches have "
             f"{found} of Batch.image_classes: objective.positives=text goes without, and labels "
             "needs all classes of each image (collate makes them of image_labels)"
+        )
+    if (batch.teacher_images is None) != (config.objective.distillation == "off"):
+        found = "no" if batch.teacher_images is None else "some"
+        raise ValueError(
+            f"objective.distillation={config.objective.distillation}, but the loader's batches "
+            f"have {found} Batch.teacher_images"
         )
     if config.objective.name == "clip" and (batch.text_class_ids < CAPTION_KEYS_START).any():
         raise ValueError(
