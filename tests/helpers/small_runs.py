@@ -215,7 +215,7 @@ def labelled_batch(
 
 
 def with_teacher(batch: Batch, objective: str) -> Batch:
-    """Features of a teacher, that are functions of global index and tokens; it may know no texts."""
+    """Adds a teacher's features, functions of global index and tokens; it may know no texts."""
     width = OBJECTIVES[objective].teacher_width
     generator = torch.Generator().manual_seed(batch.step)
     of_all = torch.randn(12, width, generator=generator)

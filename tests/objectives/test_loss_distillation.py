@@ -95,7 +95,9 @@ def test_gradients_equal_differences_of_the_formula(form: str, exclude_self: boo
 
     def loss(values: list[np.ndarray]) -> float:
         student = values[0], values[1]
-        return reference_loss(*student, *(k.numpy() for k in known), float(values[2]), 9.0, **options)
+        return reference_loss(
+            *student, *(k.numpy() for k in known), float(values[2]), 9.0, **options
+        )
 
     assert found[0].item() == pytest.approx(loss(values), rel=1e-10)
     if exclude_self:  # rows alone are looked at, and the formula's gradient is that of both

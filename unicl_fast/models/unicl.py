@@ -21,10 +21,9 @@ from unicl_fast.models.freezing import FrozenParts
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings
 
-
 Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""Image features [b d], the features they are contrasted with [n d], their scale [], the bias of the
-sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
+"""Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
+the sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
 
 
 class UniCL(nn.Module):
@@ -172,9 +171,9 @@ class UniCL(nn.Module):
     ) -> Encoded:
         """Computes features, and what else is learnt that the loss needs.
 
-        Images are contrasted with the features of texts if there are tokens, else with the learnt rows of
-        classes, else with their own. `after_texts` may begin to send the texts' to other ranks, and
-        returns what takes their place.
+        Images are contrasted with the features of texts if there are tokens, else with the learnt
+        rows of classes, else with their own. `after_texts` may begin to send the texts' to other
+        ranks, and returns what takes their place.
         """
         # texts first: their order decides how gradients are added up, and sending takes time
         contrast = None if tokens is None else self.encode_text(tokens, num_tokens)

@@ -70,7 +70,8 @@ def affinity_loss(
         A scalar, in fp64 if features are, else in fp32; 0 where the matrices agree. It is
         differentiable in the student's features and scale.
     """
-    dense = stores_logits(form, len(image_features) * len(text_features), image_features.device.type)
+    num_logits = len(image_features) * len(text_features)
+    dense = stores_logits(form, num_logits, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
         images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
         scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 

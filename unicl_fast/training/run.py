@@ -52,6 +52,7 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
+    describe_teachers,
     distinct_names,
     longest_text,
     open_datasets,
@@ -307,6 +308,8 @@ def build_trainer(
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights)
+    with refused_together(ranks):  # rank 0 reads all of them, once
+        data |= describe_teachers(datasets, config, check=ranks.is_main)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):

@@ -361,9 +361,7 @@ class Trainer:
         self._scale_loss(loss).backward()
         return loss.detach()
 
-    def _encode_before_loss(
-        self, *inputs: Any, **options: Any
-    ) -> Encoded:
+    def _encode_before_loss(self, *inputs: Any, **options: Any) -> Encoded:
         encoded = self.parallel.encode(*inputs, **options)
         self._begin("loss")
         return encoded
@@ -683,8 +681,8 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     objective = config.objective
     if objective.distillation == "affinity" and not objective.distillation_scale:
         raise ValueError(
-            "objective.distillation_scale is 0, and the trainer knows no teacher's own: set it, for "
-            "example to 100"
+            "objective.distillation_scale is 0, and the trainer knows no teacher: set it to "
+            "a number, for example 100"
         )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
