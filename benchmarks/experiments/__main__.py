@@ -10,6 +10,7 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
+from .distillation import Distillation
 from .first_weights import FirstWeights
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
@@ -20,6 +21,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "labels-and-captions": LabelsAndCaptions,
     "long-tail": LongTail,
     "first-weights": FirstWeights,
+    "distillation": Distillation,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

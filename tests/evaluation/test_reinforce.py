@@ -106,8 +106,8 @@ def test_a_run_is_shown_what_the_teacher_saw_with_what_it_said(
             if kind == "images":
                 assert batch.teacher_texts is None
                 continue
-            rows = [row[:length].numpy().astype(np.uint16)
-                    for row, length in zip(batch.tokens, batch.text_lengths, strict=True)]  # fmt: skip
+            pairs = zip(batch.tokens.numpy(), batch.text_lengths, strict=True)
+            rows = [row[:length].astype(np.uint16) for row, length in pairs]
             texts = encode_token_rows(model, rows)
             torch.testing.assert_close(batch.teacher_texts.float(), texts, rtol=0, atol=1e-3)
         loader.close()
@@ -249,7 +249,7 @@ def test_the_program_is_killed_and_resumes_and_so_do_runs_that_learn_from_it(
         *("--image-size", "32", "--crop-scale", "0.6", "1.0", "--crop-ratio", "0.9", "1.1"),
         *("--flip-probability", "0", "--batch-size", "5"),
     ]
-    program = [sys.executable, "-m", "unicl_fast.tools.pack.__main__", *command]
+    program = [sys.executable, "-m", "unicl_fast.tools.pack", *command]
     killed = subprocess.Popen(program)
     progress = folder / "teacher.partial" / "images.npy"
     while not progress.exists():

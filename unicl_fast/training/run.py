@@ -352,6 +352,7 @@ def build_trainer(
             shuffle_window=loader.plan.shuffle_window,
             shuffle_groups=loader.plan.shuffle_groups,
             balance=config.data.balance,
+            teachers=data.get("teachers", ()),
             ranks=ranks,
         )
     trainer = Trainer(
