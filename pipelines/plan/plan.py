@@ -87,7 +87,7 @@ class PlannedBatch:
     """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
     is 0 where no source augments."""
     view_numbers: Int64Array
-    """Which of the stored views it is; -1 where views are drawn anew in each draw."""
+    """The number of the stored view; -1 where views are drawn anew in each draw."""
 
     @property
     def num_views(self) -> int:
@@ -397,7 +397,7 @@ class TrainPlan:
     def _draw_view_numbers(
         self, source_ids: NDArray[np.int32], draws: Int64Array, *, streams: tuple[int, ...]
     ) -> Int64Array:
-        """Which stored view each draw shows; -1 where none are stored."""
+        """The stored view that each draw shows; -1 where none are stored."""
         if self._stored_views is None:
             return np.full(len(draws), -1, dtype=np.int64)
         counts = np.array([views.count for views in self._stored_views], dtype=np.int64)[source_ids]

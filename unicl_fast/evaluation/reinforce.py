@@ -92,7 +92,7 @@ Chunk = tuple[NDArray[np.int64], NDArray[np.float16], Iterable[int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reinforcement:
-    """What was stored."""
+    """The outcome of `reinforce`."""
 
     folder: Path
     num_images: int
@@ -232,11 +232,12 @@ class _Making:
             self.width = feature_width(model.image_encoder)
 
     def facts(self, teacher: str) -> dict[str, Any]:
-        """What teacher.json says of it, but for what is found on the way."""
+        """The facts for teacher.json, but for those that are found on the way."""
         views, seed = self._views, self._seed
         (augmentation,) = augmentations_of(views.augment, [self._dataset.location])
         described = describe_views(views, augmentation)
-        weights = weights_digest(self._model, "")
+        # what comes after the encoder of a teacher of images alone is not looked at
+        weights = weights_digest(self._model, "" if self._knows_texts else "image_encoder.")
         return {
             "version": TEACHER_VERSION,
             "teacher": without_secrets(teacher),

@@ -142,7 +142,7 @@ class Teacher:
         dense: bool,
     ) -> None:
         self.images, self.texts, self.scale, self.counts = images, texts, scale, counts
-        self._exclude_self, self._dense = exclude_self, dense
+        self.exclude_self, self._dense = exclude_self, dense
         if dense:
             self._logits = self._masked(scale * images @ texts.T)
             self.row_logs = self._counted(self._logits).logsumexp(1)
@@ -155,7 +155,7 @@ class Teacher:
 
     def tiles(self) -> TorchTiles:
         operands = self.images, self.texts, self.scale, self.counts
-        return TorchTiles(*operands, exclude_self=self._exclude_self)
+        return TorchTiles(*operands, exclude_self=self.exclude_self)
 
     def complete_columns(self, column_logs: Float[Tensor, " u"]) -> None:
         """Takes the columns' log-sum-exps over the images of all ranks."""
@@ -173,7 +173,7 @@ class Teacher:
         row_weight = torch.ones_like(self.row_logs)
         column_weight = (self._own_logs - self.column_logs).exp()
         if not self._dense:
-            found = TiledAffinities.apply(images, texts, scale, self, self._exclude_self)  # type: ignore[no-untyped-call]
+            found = TiledAffinities.apply(images, texts, scale, self)  # type: ignore[no-untyped-call]
             row_logs, column_logs, row_sums, column_sums = found
         else:
             logits = self._masked(scale * images @ texts.T)
@@ -188,7 +188,7 @@ class Teacher:
         )
 
     def _masked(self, logits: Tensor) -> Tensor:
-        if not self._exclude_self:
+        if not self.exclude_self:
             return logits
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         return logits.masked_fill(itself, torch.finfo(logits.dtype).min)
@@ -200,27 +200,29 @@ class Teacher:
 class TiledAffinities(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, teacher: Teacher, exclude_self: bool
+        ctx: Any, images: Tensor, texts: Tensor, scale: Tensor, teacher: Teacher
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-sum-exps of the student's rows [b] and columns [u], and the sums of `compare`.
 
         Differentiable in its features and scale; types are those of `TiledStatistics`.
         """
-        student = TorchTiles(images, texts, scale, teacher.counts, exclude_self=exclude_self)
+        student = TorchTiles(
+            images, texts, scale, teacher.counts, exclude_self=teacher.exclude_self
+        )
         row_logs, column_logs = student.log2_sum_exps()
         row_sums, column_sums = torch.zeros_like(row_logs), torch.zeros_like(column_logs)
         for (rows, columns, logits, _), (_, _, known, scratch) in zip(
             student, teacher.tiles(), strict=True
         ):
             difference = logits.sub_(known)
-            if exclude_self:  # where both are -inf
+            if teacher.exclude_self:  # where both are -inf
                 difference.nan_to_num_(nan=0.0)
             weights = _row_weights(teacher, known, rows, columns, scratch)
             row_sums[rows] += weights.mul_(difference).sum(1)
             weights = _column_weights(teacher, known, columns)
             column_sums[columns] += weights.mul_(difference).sum(0)
         ctx.save_for_backward(images, texts, scale, row_logs, column_logs)
-        ctx.teacher, ctx.exclude_self = teacher, exclude_self
+        ctx.teacher = teacher
         return (
             row_logs / LOG2_E,
             column_logs / LOG2_E,
@@ -242,7 +244,9 @@ class TiledAffinities(torch.autograd.Function):
         teacher = ctx.teacher
         grad_images = torch.zeros_like(images, dtype=scale.dtype)
         grad_texts = torch.zeros_like(texts, dtype=scale.dtype)
-        student = TorchTiles(images, texts, scale, teacher.counts, exclude_self=ctx.exclude_self)
+        student = TorchTiles(
+            images, texts, scale, teacher.counts, exclude_self=teacher.exclude_self
+        )
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for (rows, columns, gradient), (_, _, known, scratch) in zip(
             student.gradients(*of_logs), teacher.tiles(), strict=True
@@ -255,7 +259,7 @@ class TiledAffinities(torch.autograd.Function):
         grad_scale = (grad_images * images).sum()  # the logits are products of all three
         grad_images = grad_images.mul_(scale).to(images.dtype)
         grad_texts = grad_texts.mul_(scale).to(texts.dtype)
-        return grad_images, grad_texts, grad_scale, None, None
+        return grad_images, grad_texts, grad_scale, None
 
 
 def _row_weights(

@@ -30,7 +30,7 @@ from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 logger = logging.getLogger(__name__)
 
 _SCALE_OF_IMAGES = 10.0
-"""Of affinities between images, where a teacher knows no texts and has no scale of its own."""
+"""The scale of affinities between images: a teacher that knows no texts has none of its own."""
 _MOST_TIMES = 1.2
 """Machines that together read a remote data set more often in an epoch get a warning."""
 
@@ -337,7 +337,7 @@ def _with_teacher(objective: ObjectiveConfig, teachers: Sequence[StoredTeacher])
 def describe_teachers(
     datasets: Sequence[PackedDataset], config: TrainConfig, *, check: bool
 ) -> dict[str, Any]:
-    """What a run that distils adds to `describe_datasets`; `check` compares checksums.
+    """The teachers, which a run that distils adds to `describe_datasets`; `check` reads them all.
 
     Raises:
         ValueError: the teacher's features of a data set are damaged.

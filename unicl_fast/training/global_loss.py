@@ -364,7 +364,7 @@ def distillation_loss(
     form: LossForm,
     ranks: Ranks,
 ) -> Float[Tensor, ""]:
-    """What is learnt from a teacher: equal on all ranks.
+    """The loss against a teacher: equal on all ranks.
 
     Its `texts` and the student's are those of all ranks. A teacher that knows none is learnt from
     by images alone: their affinities are those of images with all other images, by one fixed scale
