@@ -25,6 +25,7 @@ from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead, 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.teacher_files import StoredTeacher, read_teachers
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of
@@ -52,7 +53,7 @@ from .graph import (
 )
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
-from .plan.plan import PlannedBatch, PlanSource, TrainPlan
+from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
 
 logger = logging.getLogger("unicl_fast")
 
@@ -80,6 +81,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
         spans: tuple[Span, ...] = (),
+        in_order: StoredViews | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -94,9 +96,11 @@ class TrainLoader:
                 A run has replaced its `auto` for all ranks together; a loader alone decides itself.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
             spans: those of the run, if it has stages; `config` is of one of them.
+            in_order: show these views of the one data set, sample by sample: for a teacher.
 
         Raises:
-            ValueError: the data cannot be planned, or `config` has stages.
+            ValueError: data that cannot be planned or shared, or without the teacher's features
+                that `objective.distillation` needs; or `config` has stages.
         """
         if config.run.stages:
             raise ValueError(
@@ -124,6 +128,10 @@ class TrainLoader:
             form=self.form,
             augmentation=self.augmentation,
         )
+        teachers: Sequence[StoredTeacher] = ()
+        if config.objective.distillation != "off":
+            teachers = read_teachers(datasets, data)
+        views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
@@ -132,6 +140,8 @@ class TrainLoader:
             weights=weights,
             augmentations=augmentations,
             spans=spans,
+            stored_views=[in_order] if in_order is not None else views or None,
+            in_order=in_order is not None,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         if rank == 0:
@@ -140,6 +150,9 @@ class TrainLoader:
         if self.form == "files":
             self._data = fit_prefetch(data, datasets, num_images=self.num_images)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
+        for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=False)):
+            for sample in sorted(teacher.unreadable.intersection(range(len(dataset)))):
+                self._bad.add(number, sample, "the teacher could not read its image")
         self.host = HostBatches(
             config,
             list(datasets),
@@ -149,6 +162,7 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
             form=self.form,
+            teachers=teachers,
         )
 
     @property
@@ -236,7 +250,11 @@ class TrainLoader:
         ):
             for (images, integers), metadata in outputs:
                 first, *second = images.chunk(self.plan.num_views)
-                classes = metadata.image_classes
+                beside = {
+                    name: send(torch.from_numpy(values), self._decode_device)
+                    for name in ("image_classes", "teacher_images", "teacher_texts")
+                    if (values := getattr(metadata, name)) is not None
+                }
                 texts = unpack_integers(
                     integers[: len(first)], num_texts=len(metadata.text_lengths)
                 )
@@ -248,13 +266,11 @@ class TrainLoader:
                     sample_ids=torch.from_numpy(metadata.actual.sample_ids),
                     scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
                     source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
-                    image_classes=None
-                    if classes is None
-                    else send(torch.from_numpy(classes), self._decode_device),
+                    **beside,
                     **texts,
                 )
                 # held here, their buffers could not be reused
-                del images, first, second, integers, texts
+                del images, first, second, integers, texts, beside
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""

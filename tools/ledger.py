@@ -107,6 +107,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
             global_batch_size=state["config"]["run"]["global_batch_size"],
             sizes=[source["num_samples"] for source in state["data"]["sources"]],
             balance=state["config"]["data"].get("balance", 0),
+            teachers=tuple(state["data"].get("teachers", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return newest, None

@@ -10,6 +10,7 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
+from .distillation import Distillation
 from .first_weights import Clash, FirstWeights
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
@@ -21,6 +22,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "long-tail": LongTail,
     "first-weights": FirstWeights,
     "clash": Clash,
+    "distillation": Distillation,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import first_weights, full_size
+from unicl_fast.benchmarks.experiments import distillation, first_weights, full_size
+from unicl_fast.benchmarks.experiments.distillation import Distillation
 from unicl_fast.benchmarks.experiments.first_weights import Clash, FirstWeights
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
@@ -171,6 +172,17 @@ def test_each_option_that_tells_texts_apart_is_a_run_that_can_start(tmp_path: Pa
     }
 
 
+def test_each_student_is_a_run_that_can_start(tmp_path: Path) -> None:
+    settings = Distillation(data=tmp_path, out=tmp_path / "out")
+    for arm, (kind, *_) in distillation._ARMS.items():
+        run = settings._make_run(arm, seed=1)
+        config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+        assert config.objective.distillation == kind
+        assert config.data.crop_scale == (0.4, 1.0)
+    options = ["unicl-pretrain", *settings._teacher(), "--out", str(tmp_path)]
+    assert config_of(options).optim.unlock_at_step == 150
+
+
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +320,13 @@ def test_clash(shared_data: Path, tmp_path: Path) -> None:
         ("plain", "source token", "projections", "all")
     }
     assert [len(table["cells"]) for table in (captions, labels)] == [6, 4]
+
+
+def test_distillation(shared_data: Path, tmp_path: Path) -> None:
+    Distillation(data=shared_data, out=tmp_path, length=0.01, seeds=(0,), views=1).run()
+    (table,) = json.loads((tmp_path / "distillation.json").read_text())["tables"]
+    (means, *_) = table["cells"].values()
+    assert set(means) == {"teacher", *distillation._ARMS}
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -345,10 +345,14 @@ def train_each(
 
     Each rank adds its weights, and the bytes that it holds of parameters and optimizer state.
     """
+    place = {"rank": ranks.rank, "world_size": ranks.world_size}
     for name, (config, checkpoint) in runs.items():
+        distils = config.objective.distillation != "off"
         trainer = Trainer(
             config,
-            StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+            labelled_loader(images, "features", **place)
+            if distils
+            else StepLoader(images, **place),
             run_folder=folder / name,
             ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},

@@ -494,7 +494,7 @@ def test_each_preset_runs_forward_and_backward(name: str) -> None:
     size = config.data.image_size
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        image_features, text_features, scale, _ = model(
+        image_features, text_features, scale, *_ = model(
             torch.randn(2, 3, size, size), Tokenizer(config.model.context_length)(TEXTS[:2])
         )
     (scale * (image_features * text_features).sum()).backward()

@@ -85,7 +85,7 @@ def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch
     config, model = evaluated("clip")
     batch = labelled_batch(images, objective="clip")
     assert len(batch.tokens) < len(images)
-    pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
+    pixels, texts, scale, *_ = model(encoder_input(batch.images, config), batch.tokens)
     logits = scale * pixels @ texts[batch.text_index].T
     # an equal text is as good as one's own: its logit is the same
     diagonal = torch.arange(len(images))
@@ -124,7 +124,7 @@ def test_unicl_of_mixed_images_takes_labels_times_labels(
     for step in range(3):
         batch = labelled_batch(images, objective="unicl, mixed", step=step)
         mixed, shares = mixed_by_hand(batch, config)
-        pixels, texts, scale, _ = model(mixed, batch.tokens)
+        pixels, texts, scale, *_ = model(mixed, batch.tokens)
         logits = scale * pixels @ texts[batch.text_index].T
         affinity = shares @ shares.T
         targets = affinity / affinity.sum(1, keepdim=True)
@@ -150,7 +150,7 @@ def test_images_of_several_labels_have_the_texts_of_all_of_them(
     config, model = evaluated("unicl, labels", loss=form, unique_texts=unique_texts)
     for step in range(2):
         batch = labelled_batch(images, objective="unicl, labels", step=step)
-        pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
+        pixels, texts, scale, *_ = model(encoder_input(batch.images, config), batch.tokens)
         samples, classes = batch.image_classes
         of_images = [set(classes[samples == sample].tolist()) for sample in range(len(images))]
         assert max(map(len, of_images)) > 2
@@ -191,7 +191,7 @@ def test_texts_of_classes_that_are_near_are_positives_by_the_depth_in_common(
     found = set()
     for step in range(2):
         batch = labelled_batch(images, objective="unicl, ancestors", step=step)
-        pixels, texts, scale, _ = model(encoder_input(batch.images, config), batch.tokens)
+        pixels, texts, scale, *_ = model(encoder_input(batch.images, config), batch.tokens)
         near = texts_near_images(batch, weights)
         found |= set(near.flatten().tolist())
         expected = reference_loss.weighted_loss(pixels, texts[batch.text_index], near, scale)
@@ -239,7 +239,7 @@ def test_the_sigmoid_form_asks_of_each_pair(images: torch.Tensor, objective: str
         shares = F.one_hot(batch.class_ids.unique(return_inverse=True)[1]).double()
     else:
         mixed, shares = mixed_by_hand(batch, config)
-    pixels, texts, scale, bias = model(mixed, batch.tokens)
+    pixels, texts, scale, bias, _ = model(mixed, batch.tokens)
     logits = scale * pixels @ texts[batch.text_index].T + bias
     rows = F.normalize(shares, dim=1)
     expected = F.binary_cross_entropy_with_logits(logits, rows @ rows.T, reduction="sum") / 12
@@ -345,11 +345,20 @@ def test_ranks_give_the_objectives_of_one_process(
                 )
 
 
-@pytest.mark.parametrize("objective", ["unicl, labels", "unicl, ancestors"])
-def test_micro_batches_of_images_of_several_classes(images: torch.Tensor, objective: str) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *("unicl, labels", "unicl, ancestors"),
+        *("affinity", "affinity, images", "features", "features, images"),
+    ],
+)
+@pytest.mark.parametrize("unique_texts", [True, False])
+def test_micro_batches_of_images_that_know_more_than_one_class(
+    images: torch.Tensor, objective: str, unique_texts: bool
+) -> None:
     data = labelled_loader(images, objective), small_ancestors(objective)
     loss, expected = first_gradients(images, Ranks(), objective_config(objective), *data)
-    config = objective_config(objective, micro_batch_size=5)
+    config = objective_config(objective, micro_batch_size=5, unique_texts=unique_texts)
     in_parts, gradients = first_gradients(images, Ranks(), config, *data)
     assert in_parts == pytest.approx(loss, rel=1e-13)
     for name, gradient in gradients.items():
@@ -368,6 +377,7 @@ def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
         ("supcon", {"micro_batch_size": 4}, "supcon has no texts"),
         ("ce", {"micro_batch_size": 4}, "ce has no texts"),
         ("unicl, mixed", {"micro_batch_size": 4}, "cannot be used with objective.mixup"),
+        ("affinity", {}, "distillation=affinity, but the loader's batches have no Batch.teacher"),
         ("sigmoid", {"loss": "triton"}, "triton has kernels for objective.form=softmax only"),
     ],
 )
@@ -376,7 +386,7 @@ def test_what_an_objective_cannot_do_is_refused(
 ) -> None:
     loader = ListLoader([global_batch(images)])
     with pytest.raises(ValueError, match=message):
-        Trainer(objective_config(objective, **efficiency), loader)
+        Trainer(objective_config(objective, **efficiency), loader, progress=False).fit()
 
 
 def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
@@ -391,6 +401,16 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
         ObjectiveConfig(name="clip", mixup=0.1)
     with pytest.raises(ValueError, match="which ce does not have: take unicl or clip, or softmax"):
         ObjectiveConfig(name="ce", form="sigmoid")
+    with pytest.raises(ValueError, match="distillation=affinity is for unicl and clip, not for ce"):
+        ObjectiveConfig(name="ce", distillation="affinity")
+    with pytest.raises(ValueError, match="shows images as the teacher saw them"):
+        ObjectiveConfig(distillation="features", cutmix=0.1)
+    unknown = dataclasses.replace(tiny_config(), objective=ObjectiveConfig(distillation="features"))
+    with pytest.raises(ValueError, match="teacher_width: .* it is 0"):
+        Trainer(unknown, loader)
+    unknown = dataclasses.replace(unknown, objective=ObjectiveConfig(distillation="affinity"))
+    with pytest.raises(ValueError, match="distillation_scale is 0"):
+        Trainer(unknown, loader)
     with pytest.raises(ValueError, match="several labels an image, which supcon does not"):
         ObjectiveConfig(name="supcon", positives="labels")
     with pytest.raises(ValueError, match="positives=ancestors is for unicl, not for ce"):

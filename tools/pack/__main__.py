@@ -31,6 +31,7 @@ from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of, count_of_kind, print_text
 
 from .inspect import Inspect, contents_of
+from .reinforce import Reinforce
 from .verify import Verify
 
 _COMPLETE = "complete already: an earlier run of this command has written all of it"
@@ -223,6 +224,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": Inspect,
     "merge": Merge,
     "show": Show,
+    "reinforce": Reinforce,
     "upload": Upload,
 }
 

@@ -107,7 +107,11 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         )
 
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {official_name(name): tensor.detach() for name, tensor in tensors}
+    return {
+        official_name(name): tensor.detach()
+        for name, tensor in tensors
+        if name != "teacher_projection"  # of training alone
+    }
 
 
 def num_parameters(entries: Mapping[str, Tensor]) -> int:

@@ -328,6 +328,8 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
     tensors = {}
     text_bias = model.text_projection_bias is not None
     for name, tensor in model.state_dict().items():
+        if name == "teacher_projection":
+            continue  # of training alone
         if name == "image_projection":
             tensors["visual.head.proj.weight"] = tensor.T  # theirs is a Linear
         elif name == "image_projection_bias":

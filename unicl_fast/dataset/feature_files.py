@@ -49,7 +49,7 @@ def feature_key(
     *,
     weights: str,
     device_type: str,
-    view: float,
+    view: Any,
     **more: Any,
 ) -> str:
     """The key of a data set's features: equal if and only if the features would be.
@@ -59,7 +59,8 @@ def feature_key(
         dataset: whose images are encoded.
         weights: digest of the weights that decide them.
         device_type: of the device that encodes.
-        view: what decides the part of an image that is shown, beside the sizes in the config.
+        view: what decides the part of an image that is shown, beside the sizes in the config; in
+            JSON's types.
         more: what else they depend on, in JSON's types; a version among them.
     """
     data = config.data

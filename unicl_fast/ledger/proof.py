@@ -53,6 +53,8 @@ class Run:
     """Samples of each source."""
     balance: int = 0
     """`data.balance`."""
+    teachers: tuple[str, ...] = ()
+    """Keys of the stored teachers whose views are shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -320,6 +322,7 @@ def _run_of(header: SegmentHeader) -> Run:
         global_batch_size=header.run_batch_size,
         sizes=[source.num_samples for source in header.sources],
         balance=header.balance,
+        teachers=header.teachers,
     )
 
 
@@ -334,6 +337,7 @@ def _origin(run: Run) -> str:
     return (
         f"run {run.run_id or 'without an id'} with seed {run.seed} and batches of "
         f"{run.global_batch_size} out of sources of {run.sizes} samples"
+        + (f", in views that the teachers {' '.join(run.teachers)} saw" if run.teachers else "")
     )
 
 

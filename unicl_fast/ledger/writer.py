@@ -54,6 +54,7 @@ class Ledger:
         shuffle_groups: int = 1,
         balance: int = 0,
         spans: Sequence[Span] = (),
+        teachers: Sequence[str] = (),
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -76,6 +77,7 @@ class Ledger:
             shuffle_window=shuffle_window,
             shuffle_groups=shuffle_groups,
             balance=balance,
+            teachers=tuple(teachers),
         )
         self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)

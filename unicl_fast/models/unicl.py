@@ -27,6 +27,10 @@ from unicl_fast.models.image_encoder import (
 )
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings, shallow_copy
 
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
+the sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
+
 
 class UniCL(nn.Module):
     """Images and texts to unit vectors of one space, and the scale of their products.
@@ -35,7 +39,8 @@ class UniCL(nn.Module):
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
-    None but under `objective.form=sigmoid`.
+    None but under `objective.form=sigmoid`, `teacher_projection` but where distillation compares
+    features of another width.
 
     A model that `tells_kinds` takes the kind of each text, a number of `TEXT_KINDS`. With a
     projection for each kind, [w 2d], an image has two features one after the other and a text has
@@ -104,6 +109,14 @@ class UniCL(nn.Module):
                 self.text_projection, self.text_projection_bias = _projection(
                     model.text_projection, model.text_width, model
                 )
+            self.teacher_projection = None
+            if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
+                if not objective.teacher_width:
+                    raise ValueError(
+                        "objective.teacher_width: distillation of features needs the width of the "
+                        "teacher's, and it is 0"
+                    )
+                self.teacher_projection = _matrix(model.embed_dim, objective.teacher_width)
         per_kind = objective.temperature == "per_kind"
         self.logit_scale = nn.Parameter(
             torch.full([len(TEXT_KINDS)] if per_kind else [], _initial_logit_scale(config)),
@@ -245,12 +258,12 @@ class UniCL(nn.Module):
         num_tokens: int | None = None,
         kinds: Int[Tensor, " u"] | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"], Float[Tensor, ""], Tensor | None]:
-        """Computes image features, the features they are contrasted with, their scale and bias.
+    ) -> Encoded:
+        """Computes features, and what else is learnt that the loss needs.
 
-        Those are the features of texts if there are tokens, else the learnt rows of classes, else
-        the images' own. `after_texts` may begin to send the texts' to other ranks, and returns what
-        takes their place.
+        Images are contrasted with the features of texts if there are tokens, else with the learnt
+        rows of classes, else with their own. `after_texts` may begin to send the texts' to other
+        ranks, and returns what takes their place.
         """
         # texts first: their order decides how gradients are added up, and sending takes time
         contrast = None if tokens is None else self.encode_text(tokens, num_tokens, kinds)
@@ -259,7 +272,7 @@ class UniCL(nn.Module):
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        return features, contrast, self.scale, self.logit_bias
+        return features, contrast, self.scale, self.logit_bias, self.teacher_projection
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

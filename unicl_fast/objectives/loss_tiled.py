@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from unicl_fast.objectives.positives import Positives
 
-_LOG2_E = 1 / math.log(2)
+LOG2_E = 1 / math.log(2)
 LARGEST_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Logits of a tile, by device. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache
 while products run at full rate. On a GPU they are there to bound memory, and large ones fill it."""
@@ -62,7 +62,7 @@ class TiledStatistics(torch.autograd.Function):
         ctx.save_for_backward(images, texts, scale, counts, row_logs, column_logs)
         ctx.positives, ctx.transposed, ctx.tiles_type = positives, transposed, tiles_type
         positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
-        return row_logs / _LOG2_E, column_logs / _LOG2_E, *positive_sums
+        return row_logs / LOG2_E, column_logs / LOG2_E, *positive_sums
 
     @staticmethod
     @once_differentiable
@@ -124,7 +124,7 @@ class Tiles:
         exclude_self: bool,
     ) -> None:
         self.images, self.texts, self.exclude_self = images, texts, exclude_self
-        self.factor = scale * _LOG2_E
+        self.factor = scale * LOG2_E
         self.log2_counts = None if counts is None else counts.log2()
         self.rows, self.columns = _blocks(len(images), len(texts), images.device.type)
 

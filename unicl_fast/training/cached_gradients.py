@@ -36,6 +36,7 @@ from unicl_fast.training.global_loss import (
     encoder_autocast,
     encoder_input,
     kinds_of_texts,
+    rows_of_teacher,
     texts_to_encode,
 )
 from unicl_fast.training.step_clock import Part
@@ -100,11 +101,13 @@ def back_propagate_in_micro_batches(
         (tokens, num_tokens, kinds_of_texts(class_ids, config))
         for tokens, num_tokens, class_ids, _ in pieces
     ]
+    text_counts = torch.cat([counts for _, _, _, counts in pieces])
     columns = TextColumns(
         torch.cat([class_ids for _, _, class_ids, _ in pieces]),
-        torch.cat([counts for _, _, _, counts in pieces]),
+        text_counts,
         ranks,
         ancestors=ancestors,
+        teacher=rows_of_teacher(batch, config, text_counts),
     )
 
     def input_of(images: Tensor, global_index: Tensor) -> Tensor:
@@ -123,19 +126,24 @@ def back_propagate_in_micro_batches(
     with torch.no_grad(), autocast():
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.scale
-    bias = None if model.logit_bias is None else model.logit_bias.detach()
-    logits_are_of = [scale] if bias is None else [scale, bias]
+    scale.requires_grad_()
+    bias, projection = (
+        None if one is None else one.detach().requires_grad_()
+        for one in (model.logit_bias, model.teacher_projection)
+    )
+    learnt = [one for one in (scale, bias, projection) if one is not None]
     begin("loss")
     loss = columns.contrast(
         image_features.requires_grad_(),
         texts_of_all,
         class_ids=classes_of_images(batch, ancestors),
-        scale=scale.requires_grad_(),
-        bias=None if bias is None else bias.requires_grad_(),
+        scale=scale,
+        bias=bias,
+        projection=projection,
         form=config.efficiency.loss,
     )
     image_gradient, text_gradient, *others = torch.autograd.grad(
-        scale_loss(loss), [image_features, text_features, *logits_are_of]
+        scale_loss(loss), [image_features, text_features, *learnt]
     )
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, *_ in texts])

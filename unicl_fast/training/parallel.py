@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +20,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import sharding
 from unicl_fast.models.efficiency import compile_encoders, has_batch_norm
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import Encoded, UniCL
 from unicl_fast.system.progress import WaitingForRanks
 
 # torch 2.13 renames DDP's argument.
@@ -50,7 +49,7 @@ class Parallel:
             self._whole_copy = sharding.WholeCopy(model)
         if efficiency.compile != "off":
             compile_encoders(model, efficiency.compile)
-        self.encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = model
+        self.encode: Callable[..., Encoded] = model
         self._reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
         if divides_all:
             sharding.shard_encoders(model, ranks, reduce_type=self._reduce_type)

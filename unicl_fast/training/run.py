@@ -49,6 +49,7 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
+    describe_teachers,
     distinct_names,
     longest_text,
     open_datasets,
@@ -296,6 +297,8 @@ def build_trainer(
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights)
+    with refused_together(ranks):  # rank 0 reads all of them, once
+        data |= describe_teachers(datasets, config, check=ranks.is_main)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
@@ -341,6 +344,7 @@ def build_trainer(
             shuffle_window=loader.plan.shuffle_window,
             shuffle_groups=loader.plan.shuffle_groups,
             balance=config.data.balance,
+            teachers=data.get("teachers", ()),
             ranks=ranks,
         )
     trainer = Trainer(

@@ -47,7 +47,7 @@ from unicl_fast.models.precision import (
     set_device_arithmetic,
 )
 from unicl_fast.models.sharding import check_sharding, divides_all
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import Encoded, UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -391,12 +391,10 @@ class Trainer:
         self._scale_loss(loss).backward()
         return loss.detach()
 
-    def _encode_before_loss(
-        self, *inputs: Any, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        features = self.parallel.encode(*inputs, **options)
+    def _encode_before_loss(self, *inputs: Any, **options: Any) -> Encoded:
+        encoded = self.parallel.encode(*inputs, **options)
         self._begin("loss")
-        return features
+        return encoded
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         # the backward pass follows, at whose end DDP waits for the others
@@ -722,6 +720,12 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
         raise ValueError(
             "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or tiled"
         )
+    objective = config.objective
+    if objective.distillation == "affinity" and not objective.distillation_scale:
+        raise ValueError(
+            "objective.distillation_scale is 0, and the trainer knows no teacher: set it to "
+            "a number, for example 100"
+        )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
 
@@ -738,6 +742,12 @@ def _check_classes(batch: Batch, config: TrainConfig) -> None:
             f"objective.positives={config.objective.positives}, but the loader's batches have "
             f"{found} of Batch.image_classes: objective.positives=text goes without, and labels "
             "needs all classes of each image (collate makes them of image_labels)"
+        )
+    if (batch.teacher_images is None) != (config.objective.distillation == "off"):
+        found = "no" if batch.teacher_images is None else "some"
+        raise ValueError(
+            f"objective.distillation={config.objective.distillation}, but the loader's batches "
+            f"have {found} Batch.teacher_images"
         )
     if config.objective.name == "clip" and (batch.text_class_ids < CAPTION_KEYS_START).any():
         raise ValueError(
