@@ -310,6 +310,12 @@ class ObjectiveConfig:
     """For ancestors: weight of a text as a positive of an image that has no more than a class above
     the text's in common with it, by the depth of the lowest such class, the top first; the last one
     holds for all below. They must not fall. Empty: 0. For example 0,0.1,0.3."""
+    words: FiniteNonNegative = 0.0
+    """Weight of a second term that predicts the words of an image's text (SuperCLIP); 0: without. A
+    linear layer on the image's feature learns by cross-entropy which tokens the text has that the
+    image is shown with, rare words the most. For unicl and clip, and not with mixup or cutmix."""
+    num_words: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    """For words: rows of that layer; 0 takes as many as the texts of the data have tokens."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -340,6 +346,12 @@ class ObjectiveConfig:
             self.form == "softmax" or self.positives == "text",
             f"objective.form=sigmoid takes one class an image, not objective.positives="
             f"{self.positives}: take objective.form=softmax or objective.positives=text",
+        )
+        require(
+            not self.words or (self.has_texts and not self.mixes),
+            "objective.words predicts the words of the one text that an image has: take "
+            "objective.name=unicl or clip without objective.mixup and objective.cutmix, or set it "
+            "to 0",
         )
         require(
             self.positives != "ancestors" or self.name == "unicl",

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.arrays import positions_of_ranges
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_bits
 
@@ -71,9 +72,7 @@ def balance_classes(samples: NDArray[Any], labels: NDArray[np.int32], most: int)
     """
     counts = samples["labels_count"].astype(np.int64)
     ends = np.cumsum(counts)
-    # the entries of all samples, one after another, wherever their labels stand
-    first_labels = samples["labels_start"].astype(np.int64)
-    entries = np.arange(counts.sum()) + np.repeat(first_labels - (ends - counts), counts)
+    entries = positions_of_ranges(samples["labels_start"], counts)
     of_entry = labels[entries].astype(np.int64)
     sizes = np.bincount(of_entry, minlength=1)
     unlabelled = len(sizes)

@@ -24,6 +24,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives.targets import collate
+from unicl_fast.objectives.words import Words, find_words
 from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
@@ -127,6 +128,7 @@ OBJECTIVES = {
     "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
     "sigmoid": ObjectiveConfig(form="sigmoid"),
     "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
+    "unicl, words": ObjectiveConfig(words=0.7, num_words=21),
     "unicl, labels": ObjectiveConfig(positives="labels"),
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
@@ -146,6 +148,18 @@ def small_ancestors(objective: str) -> AncestorTable | None:
     parents = (classes.index(PARENTS[one]) if one in PARENTS else -1 for one in classes)
     hierarchy = Hierarchy(names=(), parents=tuple(parents))
     return join_hierarchies([hierarchy], [np.array(classes, dtype=np.int64)])[0]
+
+
+def small_words(objective: ObjectiveConfig) -> Words | None:
+    """The words of the texts of `labelled_batch`, each text as often as another."""
+    if not objective.words:
+        return None
+    tokenizer, texts = Tokenizer(), [*TEXTS, "a fish", "a bird"]
+    chances = np.zeros(tokenizer.vocab_size)
+    for tokens in tokenizer.encode(texts):
+        chances[list(set(tokens.tolist()))] += 1 / len(texts)
+    no_words = [0, tokenizer.start_id, tokenizer.end_id]
+    return find_words(chances, num_samples=len(texts), no_words=no_words)
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
@@ -182,7 +196,8 @@ def labelled_batch(
     if objective == "unicl, ancestors":  # some prompts are those of classes above
         labels[1], labels[2] = 9, 8
         tokens[1:3] = Tokenizer()(["a photo of a mammal", "a photo of a hound"])
-    if objective in ("unicl, mixed", "sigmoid, mixed", "unicl, labels", "unicl, ancestors"):
+    captioned = ("unicl, mixed", "sigmoid, mixed", "unicl, words", "unicl, labels")
+    if objective in (*captioned, "unicl, ancestors"):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
     if objective == "clip":

@@ -338,6 +338,8 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
+        if config.objective.words:
+            expected["word_rows"] = [config.objective.num_words, model.embed_dim + 1]
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}

@@ -29,7 +29,8 @@ class UniCL(nn.Module):
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
-    None but under `objective.form=sigmoid`.
+    None but under `objective.form=sigmoid`. So is `word_rows` but with `objective.words`: rows
+    [k embed_dim + 1] as those of classes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -37,8 +38,8 @@ class UniCL(nn.Module):
 
         Raises:
             ValueError: an encoder that timm does not know or that cannot be built so,
-                cross-entropy without a number of classes, or no projection between an encoder and a
-                space of another width.
+                cross-entropy without a number of classes or `objective.words` without one of words,
+                or no projection between an encoder and a space of another width.
         """
         super().__init__()
         self.config = config
@@ -49,6 +50,8 @@ class UniCL(nn.Module):
             raise ValueError(
                 "objective.num_classes: cross-entropy needs classes, and there are none"
             )
+        if objective.words and not objective.num_words:
+            raise ValueError("objective.num_words: objective.words needs words, and there are none")
         self.drop_path_key = DropPathKey(
             config.run.seed,
             all_tokens_from=round((1 - model.token_drop_end) * config.run.total_steps),
@@ -82,8 +85,7 @@ class UniCL(nn.Module):
             self.image_projection = self.image_projection_bias = self.class_rows = None
             self.text_projection = self.text_projection_bias = None
             if classifies:
-                self.class_rows = _matrix(sum(objective.num_classes), image_width + 1)
-                nn.init.zeros_(self.class_rows.data[:, -1])
+                self.class_rows = _rows(sum(objective.num_classes), image_width)
             else:
                 self.image_projection, self.image_projection_bias = _projection(
                     model.image_projection, image_width, model.embed_dim
@@ -92,6 +94,9 @@ class UniCL(nn.Module):
                 self.text_projection, self.text_projection_bias = _projection(
                     model.text_projection, model.text_width, model.embed_dim
                 )
+            self.word_rows = None
+            if objective.words:
+                self.word_rows = _rows(objective.num_words, model.embed_dim)
         self.logit_scale = nn.Parameter(
             torch.tensor(_initial_logit_scale(config)),
             requires_grad=model.learn_logit_scale and not classifies,
@@ -220,6 +225,13 @@ def _projection(
         return None, None
     bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
     return _matrix(width, embed_dim), bias
+
+
+def _rows(count: int, width: int) -> nn.Parameter:
+    """Rows of a linear layer [count width + 1], whose last column holds the biases."""
+    rows = _matrix(count, width + 1)
+    nn.init.zeros_(rows.data[:, -1])
+    return rows
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

@@ -376,9 +376,11 @@ def _positive_weights(
     """The pairs' weights as positives [b u]: 1 in one class, (Y Y^T)_ik with several labels."""
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
-    positives, _ = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
+    positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
     labels = class_ids if isinstance(class_ids, Tensor) else class_ids.labels
-    return positives.times(torch.eye(u, dtype=dtype, device=labels.device))
+    # times the smaller unit matrix: there may be many more learnt rows than images
+    unit = torch.eye(min(b, u), dtype=dtype, device=labels.device)
+    return positives.times(unit) if u <= b else transposed.times(unit).T
 
 
 def _check_shapes(

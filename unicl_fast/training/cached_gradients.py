@@ -29,9 +29,11 @@ from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.positives import Ancestors
+from unicl_fast.objectives.words import Words
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
+    add_word_loss,
     classes_of_images,
     encoder_autocast,
     encoder_input,
@@ -75,6 +77,7 @@ def back_propagate_in_micro_batches(
     scale_loss: Callable[[Tensor], Tensor],
     *,
     ancestors: Ancestors | None = None,
+    words: Words | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
@@ -121,6 +124,7 @@ def back_propagate_in_micro_batches(
         scale = model.logit_scale.exp()
     bias = None if model.logit_bias is None else model.logit_bias.detach()
     logits_are_of = [scale] if bias is None else [scale, bias]
+    word_rows = [] if model.word_rows is None else [model.word_rows]
     begin("loss")
     loss = columns.contrast(
         image_features.requires_grad_(),
@@ -130,8 +134,9 @@ def back_propagate_in_micro_batches(
         bias=None if bias is None else bias.requires_grad_(),
         form=config.efficiency.loss,
     )
+    loss = add_word_loss(loss, image_features, model.word_rows, words, batch, config, ranks)
     image_gradient, text_gradient, *others = torch.autograd.grad(
-        scale_loss(loss), [image_features, text_features, *logits_are_of]
+        scale_loss(loss), [image_features, text_features, *logits_are_of, *word_rows]
     )
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
@@ -156,6 +161,8 @@ def back_propagate_in_micro_batches(
     with autocast():
         last = [one for one in encode(input_of(*pixels[-1]), *texts[-1]) if one is not None]
     begin("backward")
+    # the rows of words are in no forward pass: DDP hears of their gradient from themselves
+    last += word_rows
     back_propagate_learnt(last, [image_gradients[-1], text_gradients[-1], *others])
     return loss.detach()
 

@@ -51,12 +51,14 @@ from unicl_fast.training.data import (
     build_prompts,
     cache_options,
     check_tokenizer,
+    count_words,
     describe_datasets,
     distinct_names,
     longest_text,
     open_datasets,
     resolve_decode_device,
     rows_of_class_names,
+    with_num_words,
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
@@ -313,6 +315,11 @@ def build_trainer(
             check_ranks_agree(describe_rank(config, data), ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
+    words = None
+    if config.objective.words:
+        mark("counting words", patience=START_PATIENCE)
+        words = count_words(datasets, weights, prompts, config)
+        config = with_num_words(config, words)
     mark("planning memory", patience=START_PATIENCE)
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
@@ -360,6 +367,7 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         ancestors=prompts.ancestors,
+        words=words,
         data=data,
         dataset_meter=DatasetMeter(
             distinct_names([dataset.location for dataset in datasets], may_repeat=True),
