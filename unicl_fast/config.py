@@ -153,6 +153,10 @@ class DataConfig:
     others to each epoch, in turns, so that none comes twice in an epoch and each as often as the
     others of its class. MetaCLIP's rule, by labels; of several labels the rarest counts, and
     samples without one are not limited. Not together with shuffle_window."""
+    balance_concepts: str = ""
+    """File of concepts, one a line, that count as classes in balance where a caption names them.
+    A caption names a concept that has its words one after another; of all of a sample's concepts
+    and labels the rarest counts."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -191,6 +195,11 @@ class DataConfig:
             not (self.balance and self.shuffle_window),
             "data.balance takes samples from all over a data set, and data.shuffle_window from a "
             "part of it: set one of them to 0",
+        )
+        require(
+            self.balance > 0 or not self.balance_concepts,
+            "data.balance_concepts says what data.balance counts: set data.balance too, or leave "
+            "it empty",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,
@@ -341,11 +350,6 @@ class ObjectiveConfig:
             self.form == "softmax" or self.has_texts,
             f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
             "not have: take unicl or clip, or softmax",
-        )
-        require(
-            self.form == "softmax" or self.positives == "text",
-            f"objective.form=sigmoid takes one class an image, not objective.positives="
-            f"{self.positives}: take objective.form=softmax or objective.positives=text",
         )
         require(
             not self.words or (self.has_texts and not self.mixes),

@@ -60,6 +60,8 @@ class PlanSource:
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
+    named: tuple[Int64Array, Int64Array] | None = None
+    """What `find_named` found, for `data.balance_concepts`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +219,9 @@ class TrainPlan:
         for source in sources:
             _check_source(source, text=data.text)
         self.balances = [
-            balance_classes(source.samples, source.labels, data.balance) if data.balance else None
+            balance_classes(source.samples, source.labels, data.balance, source.named)
+            if data.balance
+            else None
             for source in sources
         ]
         self.epoch_sizes = [

@@ -129,6 +129,10 @@ OBJECTIVES = {
     "sigmoid": ObjectiveConfig(form="sigmoid"),
     "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
     "unicl, words": ObjectiveConfig(words=0.7, num_words=21),
+    "sigmoid, labels": ObjectiveConfig(form="sigmoid", positives="labels"),
+    "sigmoid, ancestors": ObjectiveConfig(
+        form="sigmoid", positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)
+    ),
     "unicl, labels": ObjectiveConfig(positives="labels"),
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
@@ -142,7 +146,7 @@ PARENTS = {0: 8, 1: 9, 8: 9, 9: 10, 2**32: 9, 2**32 + 1: 10}
 
 def small_ancestors(objective: str) -> AncestorTable | None:
     """`PARENTS` as a trainer takes them."""
-    if objective != "unicl, ancestors":
+    if not objective.endswith("ancestors"):
         return None
     classes = sorted({*PARENTS, *PARENTS.values()})
     parents = (classes.index(PARENTS[one]) if one in PARENTS else -1 for one in classes)
@@ -193,11 +197,10 @@ def labelled_batch(
             [all_labels[label], *others[sample % 3]] for sample, label in enumerate(which.tolist())
         ]
         image_labels[-1] = image_labels[-1] if objective.startswith("ce") else []
-    if objective == "unicl, ancestors":  # some prompts are those of classes above
+    if objective.endswith("ancestors"):  # some prompts are those of classes above
         labels[1], labels[2] = 9, 8
         tokens[1:3] = Tokenizer()(["a photo of a mammal", "a photo of a hound"])
-    captioned = ("unicl, mixed", "sigmoid, mixed", "unicl, words", "unicl, labels")
-    if objective in (*captioned, "unicl, ancestors"):
+    if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
     if objective == "clip":

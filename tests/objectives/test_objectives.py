@@ -330,6 +330,27 @@ def test_words_that_do_not_fit_are_refused(images: torch.Tensor) -> None:
             ObjectiveConfig(words=1.0, **settings)
 
 
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+@pytest.mark.parametrize("objective", ["sigmoid, labels", "sigmoid, ancestors"])
+def test_the_sigmoid_form_takes_texts_of_all_classes_of_an_image(
+    images: torch.Tensor, objective: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair weighs 1 if the text's class is one of the image's, however many these are."""
+    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
+    config, model = evaluated(objective, loss=form)
+    table, weights = small_ancestors(objective), config.objective.ancestor_weights
+    ancestors = weigh_ancestors(table, config.objective, torch.device("cpu"))
+    for step in range(2):
+        batch = labelled_batch(images, objective=objective, step=step)
+        pixels, texts, scale, bias = model(encoder_input(batch.images, config), batch.tokens)
+        near = texts_near_images(batch, weights)
+        assert near.sum(dim=1).max() > 2
+        logits = scale * pixels @ texts[batch.text_index].T + bias
+        expected = F.binary_cross_entropy_with_logits(logits, near, reduction="sum") / len(images)
+        loss = global_loss(model, batch, config, Ranks(), ancestors=ancestors)
+        assert_equal_with_gradients(model, loss, expected)
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
 def test_a_pair_is_mixed_as_timm_mixes_it(
     images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mixup: float, cutmix: float
@@ -429,7 +450,14 @@ def test_ranks_give_the_objectives_of_one_process(
                 )
 
 
-@pytest.mark.parametrize("objective", ["unicl, labels", "unicl, ancestors", "unicl, words"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        name
+        for name in OBJECTIVES
+        if name.endswith(("labels", "ancestors", "words")) and "ce" not in name
+    ],
+)
 def test_micro_batches_of_images_of_several_classes_and_of_words(
     images: torch.Tensor, objective: str
 ) -> None:

@@ -104,6 +104,8 @@ class SegmentHeader:
     """The run's, as in its checkpoints; not in the files of 0.1."""
     balance: Count = 0
     """`data.balance`; not in the file where it is 0."""
+    concepts: str = ""
+    """The digest of `data.balance_concepts`; not in the file where it is empty."""
 
     @property
     def local_batch_size(self) -> int:
@@ -144,7 +146,7 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
-    for name in ("shuffle_window", "run_id", "balance"):
+    for name in ("shuffle_window", "run_id", "balance", "concepts"):
         if not values[name]:
             del values[name]
     for source in values["sources"]:

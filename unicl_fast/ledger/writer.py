@@ -52,6 +52,7 @@ class Ledger:
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
         balance: int = 0,
+        concepts: str = "",
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -73,6 +74,7 @@ class Ledger:
             shuffle_window=shuffle_window,
             shuffle_groups=shuffle_groups,
             balance=balance,
+            concepts=concepts,
         )
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1

@@ -21,6 +21,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.objectives.words import Words, find_words
+from unicl_fast.pipelines.plan.concepts import read_concepts
 from unicl_fast.pipelines.plan.plan import CAPTION_CHANCE
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
@@ -248,17 +249,20 @@ def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> in
 
 
 def describe_datasets(
-    datasets: Sequence[PackedDataset], weights: Sequence[float] | None
+    datasets: Sequence[PackedDataset], weights: Sequence[float] | None, concepts: str = ""
 ) -> dict[str, Any]:
     """Describes what a run is trained on: contents, not paths, so that data may be moved.
 
-    Checkpoints hold it, and a run that is resumed compares it.
+    Checkpoints hold it, and a run that is resumed compares it. `concepts` is the file of
+    `data.balance_concepts`.
     """
     manifests = [dataset.manifest for dataset in datasets]
     known = [manifest.hierarchy for manifest in manifests]
     hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
+    digest = concepts and read_concepts(Path(concepts)).digest
+    optional = {"hierarchies": hierarchies if any(hierarchies) else None, "concepts": digest}
     # without any, as in checkpoints of versions that knew none
-    return ({"hierarchies": hierarchies} if any(hierarchies) else {}) | {
+    return {name: value for name, value in optional.items() if value} | {
         "shares": list(weights) if weights else None,
         "sources": [
             {

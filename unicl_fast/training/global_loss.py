@@ -300,7 +300,9 @@ class TextColumns:
             text_class_ids = self._ancestors.of_texts(text_class_ids)
         loss = unified_contrastive_loss
         if bias is not None:
-            loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
+            # texts have several classes where images are mixed, and nowhere else
+            mixed = isinstance(self._class_ids, Membership)
+            loss = functools.partial(sigmoid_contrastive_loss, bias=bias, cosines=mixed)
         return loss(
             image_features,
             self._features.receive(text_features),

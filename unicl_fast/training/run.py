@@ -308,7 +308,7 @@ def build_trainer(
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    data = describe_datasets(datasets, weights)
+    data = describe_datasets(datasets, weights, config.data.balance_concepts)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
@@ -356,6 +356,7 @@ def build_trainer(
             shuffle_window=loader.plan.shuffle_window,
             shuffle_groups=loader.plan.shuffle_groups,
             balance=config.data.balance,
+            concepts=data.get("concepts", ""),
             ranks=ranks,
         )
     trainer = Trainer(
@@ -384,7 +385,9 @@ def build_trainer(
         with refused_together(ranks):
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
-        whole = dataclasses.replace(on_threads.data, shuffle_window=0, balance=0)
+        whole = dataclasses.replace(
+            on_threads.data, shuffle_window=0, balance=0, balance_concepts=""
+        )
         of_epoch = dataclasses.replace(on_threads, data=whole)
         features = stored_features(
             trainer.model,
