@@ -52,6 +52,7 @@ from .graph import (
     reason_of,
 )
 from .kernels.operators import parts_for
+from .plan.concepts import Concepts, find_named, read_concepts
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
 
@@ -132,8 +133,14 @@ class TrainLoader:
         if config.objective.distillation != "off":
             teachers = read_teachers(datasets, data)
         views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
+        concepts = None
+        if data.balance_concepts:
+            concepts = read_concepts(Path(data.balance_concepts))
         self.plan = TrainPlan(
-            [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
+            [
+                _plan_source(dataset, prompts, data, i, concepts)
+                for i, dataset in enumerate(datasets)
+            ],
             data=data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
@@ -175,12 +182,13 @@ class TrainLoader:
         self.host.reading = reading
 
     def _say_what_is_limited(self, datasets: Sequence[PackedDataset]) -> None:
+        kind = "class or concept" if self._data.balance_concepts else "class"
         for dataset, balance in zip(datasets, self.plan.balances, strict=True):
             if balance is not None:
                 logger.info(
                     "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
                     self._data.balance, balance.num_draws, len(dataset), dataset.location,
-                    count_of(balance.num_capped, "class"),
+                    count_of(balance.num_capped, kind),
                 )  # fmt: skip
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -333,7 +341,11 @@ def fit_prefetch(
 
 
 def _plan_source(
-    dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
+    dataset: PackedDataset,
+    prompts: ClassPrompts,
+    data: DataConfig,
+    number: int,
+    concepts: Concepts | None,
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     hierarchy = dataset.manifest.hierarchy if data.prompts == "ancestors" else None
@@ -344,6 +356,9 @@ def _plan_source(
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
         chains=None if hierarchy is None else flat_chains(hierarchy),
+        named=None
+        if concepts is None
+        else find_named(dataset.samples, dataset.captions, dataset.tokens, concepts),
     )
 
 

@@ -56,6 +56,8 @@ class LedgerArguments:
     data: tuple[str, ...] = ()
     """The run's packed data sets in their order: --replan takes their labels where the run was
     balanced (data.balance), and compares what epochs took of each class with the plan."""
+    concepts: Path | None = None
+    """The run's data.balance_concepts, where it had one, which --replan takes too."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from unicl_fast.ledger.proof import prove
 
     try:
-        replan = Replan(arguments.data) if arguments.replan else None
+        replan = Replan(arguments.data, arguments.concepts) if arguments.replan else None
         steps_done, run = newest_checkpoint(arguments.run)
         folder = arguments.run / LEDGER_FOLDER
         proof = prove(folder, steps_done=steps_done, run=run, watch=replan)
@@ -117,11 +119,12 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
 class Replan:
     """Plans the draws of a ledger again (a `watch` of `prove`), and counts those that differ."""
 
-    def __init__(self, data: Sequence[str] = ()) -> None:
+    def __init__(self, data: Sequence[str] = (), concepts: Path | None = None) -> None:
         """Opens the packed data sets, of which only balanced runs need labels."""
         from unicl_fast.dataset.reader import PackedDataset
 
         self._datasets = [PackedDataset(location) for location in data]
+        self._concepts = concepts
         self._balances: list[Balance | None] = []
         self.num_draws = 0
         self.num_different = 0
@@ -173,7 +176,15 @@ class Replan:
     def _balances_of(self, header: SegmentHeader) -> list[Balance | None]:
         """Finds the classes of each source's samples, which are the first ones of its data set."""
         from unicl_fast.pipelines.plan.balance import balance_classes
+        from unicl_fast.pipelines.plan.concepts import find_named, read_concepts
 
+        concepts = None if self._concepts is None else read_concepts(self._concepts)
+        if header.concepts != ("" if concepts is None else concepts.digest):
+            took = "those of a file" if header.concepts else "none"
+            raise ValueError(
+                f"--replan: the run counted concepts by data.balance_concepts, {took}, and "
+                f"--concepts is {self._concepts or 'not given'}: give the file as it was"
+            )
         if len(self._datasets) != len(header.sources):
             raise ValueError(
                 f"--replan of a balanced run takes its {count_of(len(header.sources), 'data set')} "
@@ -185,10 +196,13 @@ class Replan:
                     f"{dataset.location} has {len(dataset)} samples, and the run took "
                     f"{source.num_samples} of {source.name}: give the data sets in their order"
                 )
-        return [
-            balance_classes(dataset.samples[: source.num_samples], dataset.labels, header.balance)
-            for dataset, source in zip(self._datasets, header.sources, strict=True)
-        ]
+        balances: list[Balance | None] = []
+        for dataset, source in zip(self._datasets, header.sources, strict=True):
+            samples, named = dataset.samples[: source.num_samples], None
+            if concepts is not None:
+                named = find_named(samples, dataset.captions, dataset.tokens, concepts)
+            balances.append(balance_classes(samples, dataset.labels, header.balance, named))
+        return balances
 
     def in_words(self) -> str:
         return f"planned again: {self.num_different} of {self.num_draws} draws differ{self._first}"

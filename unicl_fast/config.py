@@ -163,6 +163,10 @@ class DataConfig:
     others to each epoch, in turns, so that none comes twice in an epoch and each as often as the
     others of its class. MetaCLIP's rule, by labels; of several labels the rarest counts, and
     samples without one are not limited. Not together with shuffle_window."""
+    balance_concepts: str = ""
+    """File of concepts, one a line, that count as classes in balance where a caption names them.
+    A caption names a concept that has its words one after another; of all of a sample's concepts
+    and labels the rarest counts."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -201,6 +205,11 @@ class DataConfig:
             not (self.balance and self.shuffle_window),
             "data.balance takes samples from all over a data set, and data.shuffle_window from a "
             "part of it: set one of them to 0",
+        )
+        require(
+            self.balance > 0 or not self.balance_concepts,
+            "data.balance_concepts says what data.balance counts: set data.balance too, or leave "
+            "it empty",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,
@@ -336,6 +345,12 @@ class ObjectiveConfig:
     """For ancestors: weight of a text as a positive of an image that has no more than a class above
     the text's in common with it, by the depth of the lowest such class, the top first; the last one
     holds for all below. They must not fall. Empty: 0. For example 0,0.1,0.3."""
+    words: FiniteNonNegative = 0.0
+    """Weight of a second term that predicts the words of an image's text (SuperCLIP); 0: without. A
+    linear layer on the image's feature learns by cross-entropy which tokens the text has that the
+    image is shown with, rare words the most. For unicl and clip, and not with mixup or cutmix."""
+    num_words: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    """For words: rows of that layer; 0 takes as many as the texts of the data have tokens."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -387,9 +402,10 @@ class ObjectiveConfig:
             "not have: take unicl or clip, or softmax",
         )
         require(
-            self.form == "softmax" or self.positives == "text",
-            f"objective.form=sigmoid takes one class an image, not objective.positives="
-            f"{self.positives}: take objective.form=softmax or objective.positives=text",
+            not self.words or (self.has_texts and not self.mixes),
+            "objective.words predicts the words of the one text that an image has: take "
+            "objective.name=unicl or clip without objective.mixup and objective.cutmix, or set it "
+            "to 0",
         )
         require(
             self.positives != "ancestors" or self.name == "unicl",

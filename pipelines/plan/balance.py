@@ -1,7 +1,7 @@
 """Epochs that take no more than a given number of samples of a class: `data.balance`.
 
 A sample counts for one class: with several labels the rarest, so a common class that others bring
-along may have more.
+along may have more. With `data.balance_concepts` what its captions name counts as further classes.
 
 MetaCLIP's rule (Xu et al., arXiv 2309.16671) keeps a sample of a class of n with the probability
 min(1, t / n). Here a class of n > t gives exactly t samples to every epoch, in turns: its samples
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.dataset.arrays import positions_of_ranges
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_bits
 
@@ -57,7 +58,12 @@ class Balance:
         return found
 
 
-def balance_classes(samples: NDArray[Any], labels: NDArray[np.int32], most: int) -> Balance:
+def balance_classes(
+    samples: NDArray[Any],
+    labels: NDArray[np.int32],
+    most: int,
+    named: tuple[Int64Array, Int64Array] | None = None,
+) -> Balance:
     """Limits the samples of each class in an epoch to `most`.
 
     A sample of several labels is counted for each, and belongs to the rarest of them: a class whose
@@ -68,13 +74,16 @@ def balance_classes(samples: NDArray[Any], labels: NDArray[np.int32], most: int)
         samples: structured [N] with labels_start and labels_count.
         labels: flat; a sample's labels are a range of it.
         most: samples of a class, at least 1.
+        named: what `find_named` found in the captions: classes too, none of them a label.
     """
     counts = samples["labels_count"].astype(np.int64)
+    of_entry = labels[positions_of_ranges(samples["labels_start"], counts)].astype(np.int64)
+    if named is not None:
+        of_sample = np.repeat(np.tile(np.arange(len(samples)), 2), np.append(counts, named[0]))
+        of_entry = np.append(of_entry, named[1] + of_entry.max(initial=-1) + 1)
+        of_entry = of_entry[np.argsort(of_sample, kind="stable")]
+        counts = counts + named[0]
     ends = np.cumsum(counts)
-    # the entries of all samples, one after another, wherever their labels stand
-    first_labels = samples["labels_start"].astype(np.int64)
-    entries = np.arange(counts.sum()) + np.repeat(first_labels - (ends - counts), counts)
-    of_entry = labels[entries].astype(np.int64)
     sizes = np.bincount(of_entry, minlength=1)
     unlabelled = len(sizes)
     rarest = np.full(len(samples), unlabelled, dtype=np.int64)

@@ -62,6 +62,8 @@ class PlanSource:
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
+    named: tuple[Int64Array, Int64Array] | None = None
+    """What `find_named` found, for `data.balance_concepts`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -242,7 +244,9 @@ class TrainPlan:
         for source in sources:
             _check_source(source, text=data.text)
         self.balances = [
-            balance_classes(source.samples, source.labels, data.balance) if data.balance else None
+            balance_classes(source.samples, source.labels, data.balance, source.named)
+            if data.balance
+            else None
             for source in sources
         ]
         self.epoch_sizes = [
@@ -478,7 +482,7 @@ class TrainPlan:
             draws,
             rows["captions_count"].astype(np.int64),
             labels_count.astype(np.int64),
-            _CAPTION_CHANCE[self._data.text],
+            CAPTION_CHANCE[self._data.text],
         )
         prompted = chosen_labels >= 0
         labels = np.full(len(rows), -1, dtype=np.int64)
@@ -516,7 +520,7 @@ class TrainPlan:
 
 
 # How often a sample that has both kinds of text shows a caption.
-_CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
+CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
 
 
 @kernel

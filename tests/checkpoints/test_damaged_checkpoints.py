@@ -268,6 +268,10 @@ def test_a_state_from_before_shuffle_groups_keeps_its_order(
         ({"config__model__text_layers": 1000}, "not of the model that its config describes"),
         ({"config__model__text_width": 65_536}, "not of the model that its config describes"),
         (
+            {"config__objective__words": 1.0, "config__objective__num_words": 2**24},
+            "not of the model that its config describes",
+        ),
+        (
             {"config__model__text_width": 10**9},
             "model.text_width must be .* in 1 to 65536",
         ),

@@ -30,6 +30,7 @@ from small_runs import (
     poison_step,
     ragged_features,
     small_ancestors,
+    small_words,
     tiny_config,
 )
 from torch.distributed.tensor import DTensor
@@ -152,7 +153,14 @@ def first_gradients(
 ) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
     loader = loader or StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(config, loader, ranks=ranks, ancestors=ancestors, progress=False)
+    trainer = Trainer(
+        config,
+        loader,
+        ranks=ranks,
+        ancestors=ancestors,
+        words=small_words(config.objective),
+        progress=False,
+    )
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
     # GradScaler's first scale is found by trial: it would overflow here, and skip the step

@@ -25,6 +25,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives.targets import collate
+from unicl_fast.objectives.words import Words, find_words
 from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
@@ -128,6 +129,11 @@ OBJECTIVES = {
     "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
     "sigmoid": ObjectiveConfig(form="sigmoid"),
     "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
+    "unicl, words": ObjectiveConfig(words=0.7, num_words=21),
+    "sigmoid, labels": ObjectiveConfig(form="sigmoid", positives="labels"),
+    "sigmoid, ancestors": ObjectiveConfig(
+        form="sigmoid", positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)
+    ),
     "unicl, labels": ObjectiveConfig(positives="labels"),
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
@@ -154,12 +160,24 @@ PARENTS = {0: 8, 1: 9, 8: 9, 9: 10, 2**32: 9, 2**32 + 1: 10}
 
 def small_ancestors(objective: str) -> AncestorTable | None:
     """`PARENTS` as a trainer takes them."""
-    if objective != "unicl, ancestors":
+    if not objective.endswith("ancestors"):
         return None
     classes = sorted({*PARENTS, *PARENTS.values()})
     parents = (classes.index(PARENTS[one]) if one in PARENTS else -1 for one in classes)
     hierarchy = Hierarchy(names=(), parents=tuple(parents))
     return join_hierarchies([hierarchy], [np.array(classes, dtype=np.int64)])[0]
+
+
+def small_words(objective: ObjectiveConfig) -> Words | None:
+    """The words of the texts of `labelled_batch`, each text as often as another."""
+    if not objective.words:
+        return None
+    tokenizer, texts = Tokenizer(), [*TEXTS, "a fish", "a bird"]
+    chances = np.zeros(tokenizer.vocab_size)
+    for tokens in tokenizer.encode(texts):
+        chances[list(set(tokens.tolist()))] += 1 / len(texts)
+    no_words = [0, tokenizer.start_id, tokenizer.end_id]
+    return find_words(chances, num_samples=len(texts), no_words=no_words)
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
@@ -198,11 +216,10 @@ def labelled_batch(
             [all_labels[label], *others[sample % 3]] for sample, label in enumerate(which.tolist())
         ]
         image_labels[-1] = image_labels[-1] if objective.startswith("ce") else []
-    if objective == "unicl, ancestors":  # some prompts are those of classes above
+    if objective.endswith("ancestors"):  # some prompts are those of classes above
         labels[1], labels[2] = 9, 8
         tokens[1:3] = Tokenizer()(["a photo of a mammal", "a photo of a hound"])
-    with_captions = "mixed", "labels", "ancestors", "kinds"
-    if objective.endswith(with_captions) and not objective.startswith("ce"):
+    if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
     if objective == "clip":

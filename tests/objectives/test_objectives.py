@@ -21,6 +21,7 @@ from small_runs import (
     labelled_loader,
     objective_config,
     small_ancestors,
+    small_words,
     tiny_config,
 )
 from timm.data import Mixup
@@ -32,9 +33,12 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
-from unicl_fast.objectives.positives import weigh_ancestors
+from unicl_fast.objectives.positives import Membership, weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.objectives.words import Words, find_words
+from unicl_fast.text.token_rows import add_chances
 from unicl_fast.training.global_loss import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
 
@@ -246,6 +250,107 @@ def test_the_sigmoid_form_asks_of_each_pair(images: torch.Tensor, objective: str
     torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-9, atol=0)
 
 
+def words_by_hand(model: UniCL, batch: Batch, features: torch.Tensor, words: Words) -> torch.Tensor:
+    """SuperCLIP's second term: each text's words once, IDFs that sum to 1, one softmax over all."""
+    targets = torch.zeros(len(features), words.num_words, dtype=torch.float64)
+    for image, text in enumerate(batch.text_index.tolist()):
+        found = set(batch.tokens[text].tolist()) - {0, 49406, 49407}
+        total = sum(words.weights[token].item() for token in found)
+        for token in found if total else ():
+            targets[image, words.rows[token]] += words.weights[token] / total
+    weight, bias = model.word_rows[:, :-1], model.word_rows[:, -1]
+    return F.cross_entropy(F.linear(features * math.sqrt(8), weight, bias), targets)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_images_predict_the_words_of_their_texts(
+    images: torch.Tensor, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
+    config, model = evaluated("unicl, words", loss=form)
+    torch.nn.init.normal_(model.word_rows.data[:, -1])
+    contrast = dataclasses.replace(config, objective=ObjectiveConfig())
+    batch = labelled_batch(images, objective="unicl, words")
+    batch.tokens[0, :5] = torch.tensor([49406, 320, 320, 49407, 0])  # "a a", of weight 0
+    batch.tokens[1, 4] = batch.tokens[1, 5]  # a word comes twice
+    words = small_words(config.objective)
+    words.weights[320] = 0
+    features = model.encode_image(encoder_input(batch.images, config))
+    loss = global_loss(model, batch, config, Ranks(), words=words, word_rows=model.word_rows)
+    expected = loss_of(model, batch, contrast) + 0.7 * words_by_hand(model, batch, features, words)
+    assert_equal_with_gradients(model, loss, expected)
+
+
+def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tensor) -> None:
+    """In the dense form, which is taken for few logits: the weights of pairs are 3 x 10,000."""
+    rows = torch.nn.functional.normalize(torch.randn(10_000, 4), dim=1)
+    several = Membership(torch.arange(3), torch.arange(3) * 3_333, torch.ones(3))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        unified_contrastive_loss(
+            rows[:3],
+            rows,
+            several,
+            10.0,
+            text_class_ids=torch.arange(10_000),
+            directions="i2t",
+            form="dense",
+        )
+    assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 20e6
+
+
+def test_words_are_counted_by_the_chance_of_their_texts() -> None:
+    """A text's token counts once; start and end do not; what all texts have weighs nothing."""
+    tokens = np.array([1, 5, 5, 7, 2, 1, 5, 2, 1, 9, 5, 2], np.uint16)
+    chances, seen = np.zeros(12), np.zeros(12, np.int64)
+    for texts in ([0, 1], [2]):  # in two calls
+        starts = np.array([0, 5, 8])[texts]
+        lengths, probabilities = np.array([5, 3, 4])[texts], np.array([0.25, 0.25, 0.5])[texts]
+        add_chances(chances, seen, tokens, starts, lengths, probabilities)
+    np.testing.assert_allclose(chances[[1, 2, 5, 7, 9]], [1, 1, 1, 0.25, 0.5])
+    words = find_words(chances, num_samples=8, no_words=[0, 1, 2])
+    assert words.num_words == 3
+    assert words.rows[[5, 7, 9]].tolist() == [0, 1, 2]
+    assert words.weights.nonzero().flatten().tolist() == [7, 9]
+    np.testing.assert_allclose(words.weights[[7, 9]], np.log([9 / 3, 9 / 5]))
+
+
+def test_words_that_do_not_fit_are_refused(images: torch.Tensor) -> None:
+    config = objective_config("unicl, words")
+    loader = labelled_loader(images, "unicl, words")
+    with pytest.raises(ValueError, match="needs the 21 words .* and none came"):
+        Trainer(config, loader, progress=False)
+    fewer = dataclasses.replace(config, objective=ObjectiveConfig(words=1.0, num_words=20))
+    words = small_words(config.objective)
+    with pytest.raises(ValueError, match="needs the 20 words .* and 21 came"):
+        Trainer(fewer, loader, words=words, progress=False)
+    with pytest.raises(ValueError, match="objective.words needs words, and there are none"):
+        UniCL(dataclasses.replace(config, objective=ObjectiveConfig(words=1.0)))
+    for settings in ({"name": "ce"}, {"name": "supcon"}, {"mixup": 0.8}):
+        with pytest.raises(ValueError, match="predicts the words of the one text"):
+            ObjectiveConfig(words=1.0, **settings)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+@pytest.mark.parametrize("objective", ["sigmoid, labels", "sigmoid, ancestors"])
+def test_the_sigmoid_form_takes_texts_of_all_classes_of_an_image(
+    images: torch.Tensor, objective: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair weighs 1 if the text's class is one of the image's, however many these are."""
+    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
+    config, model = evaluated(objective, loss=form)
+    table, weights = small_ancestors(objective), config.objective.ancestor_weights
+    ancestors = weigh_ancestors(table, config.objective, torch.device("cpu"))
+    for step in range(2):
+        batch = labelled_batch(images, objective=objective, step=step)
+        pixels, texts, scale, bias = model(encoder_input(batch.images, config), batch.tokens)
+        near = texts_near_images(batch, weights)
+        assert near.sum(dim=1).max() > 2
+        logits = scale * pixels @ texts[batch.text_index].T + bias
+        expected = F.binary_cross_entropy_with_logits(logits, near, reduction="sum") / len(images)
+        loss = global_loss(model, batch, config, Ranks(), ancestors=ancestors)
+        assert_equal_with_gradients(model, loss, expected)
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
 def test_a_pair_is_mixed_as_timm_mixes_it(
     images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mixup: float, cutmix: float
@@ -348,12 +453,14 @@ def test_ranks_give_the_objectives_of_one_process(
 @pytest.mark.parametrize(
     "objective",
     [
-        *("unicl, labels", "unicl, ancestors"),
-        *("affinity", "affinity, images", "features", "features, images"),
-    ],
+        name
+        for name in OBJECTIVES
+        if name.endswith(("labels", "ancestors", "words", "kinds")) and "ce" not in name
+    ]
+    + ["affinity", "affinity, images", "features", "features, images"],
 )
 @pytest.mark.parametrize("unique_texts", [True, False])
-def test_micro_batches_of_images_that_know_more_than_one_class(
+def test_micro_batches_of_images_of_several_classes_of_words_and_of_teachers(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:
     data = labelled_loader(images, objective), small_ancestors(objective)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.config import DataConfig
-from unicl_fast.dataset.arrays import SAMPLE_DTYPE
+from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
 from unicl_fast.pipelines.plan.balance import balance_classes
+from unicl_fast.pipelines.plan.concepts import find_named, read_concepts
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
+from unicl_fast.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer()
 
 
 def source_of(labels: list[list[int]], *, name: str = "data") -> PlanSource:
@@ -141,3 +150,111 @@ def test_weights_and_progress_count_the_draws_of_balanced_epochs() -> None:
         plan_of(sources[0], batch=21, balance=10)
     with pytest.raises(ValueError, match=r"data.shuffle_window .* set one of them to 0"):
         DataConfig(balance=10, shuffle_window=100)
+
+
+WORDS = ["red", "dog", "bulldog", "dogs", "fish", "sea", "\u00fcber", "antidisestablishment", "7"]
+
+
+@given(
+    captions=st.lists(
+        st.lists(st.lists(st.sampled_from([*WORDS, "a", "the"]), max_size=6), max_size=3),
+        min_size=1,
+        max_size=8,
+    ),
+    phrases=st.lists(
+        st.lists(st.sampled_from(WORDS), min_size=1, max_size=3), min_size=1, max_size=8
+    ),
+)
+@settings(deadline=None, max_examples=60)
+def test_captions_name_concepts_word_by_word(
+    captions: list[list[list[str]]], phrases: list[list[str]]
+) -> None:
+    """Against the words themselves, which the tokenizer cuts into several tokens or keeps whole."""
+    samples, stored, tokens = stored_captions(captions)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "concepts.txt")
+        path.write_text("\n".join([" ".join(phrase) for phrase in phrases] + ["", " "]), "utf-8")
+        concepts = read_concepts(path)
+        path.write_text("\n".join(" ".join(phrase).upper() for phrase in phrases[::-1]), "utf-8")
+        assert read_concepts(path).digest == concepts.digest
+    counts, named = find_named(samples, stored, tokens, concepts)
+    phrase_of = {
+        tuple(TOKENIZER.encode([" ".join(phrase)])[0][1:-1].tolist()): tuple(phrase)
+        for phrase in phrases
+    }
+    pairs = itertools.pairwise(concepts.starts)
+    known = [phrase_of[tuple(concepts.tokens[start:end].tolist())] for start, end in pairs]
+    found = np.split(named, np.cumsum(counts)[:-1])
+    for texts, concepts_of_sample in zip(captions, found, strict=True):
+        expected = {
+            phrase
+            for phrase in known
+            for words in texts
+            for first in range(len(words))
+            if tuple(words[first : first + len(phrase)]) == phrase
+        }
+        assert len(concepts_of_sample) == len(expected)
+        assert {known[one] for one in concepts_of_sample} == expected
+
+
+def stored_captions(captions: list[list[list[str]]]) -> tuple[Any, Any, Any]:
+    """Samples, captions and tokens as they are stored."""
+    rows = TOKENIZER.encode([" ".join(words) for texts in captions for words in texts])
+    samples = np.zeros(len(captions), dtype=SAMPLE_DTYPE)
+    samples["captions_count"] = counts = np.array(list(map(len, captions)))
+    samples["captions_start"] = np.cumsum(counts) - counts
+    stored = np.zeros(len(rows), dtype=CAPTION_DTYPE)
+    stored["tokens_length"] = lengths = np.array(list(map(len, rows)), dtype=np.int64)
+    stored["tokens_start"] = np.cumsum(lengths) - lengths
+    return samples, stored, np.concatenate([*rows, np.empty(0, np.uint16)])
+
+
+@given(
+    labels=st.lists(st.lists(st.integers(0, 3), max_size=2, unique=True), min_size=1, max_size=40),
+    most=st.integers(1, 12),
+    seed=st.integers(0, 1000),
+    first_epoch=st.integers(0, 10**7),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_captions_name_counts_as_a_class(
+    labels: list[list[int]], most: int, seed: int, first_epoch: int
+) -> None:
+    """An epoch is the same on any ranks, holds none twice, and so many of each rarest concept."""
+    random = np.random.default_rng(seed)
+    named = [sorted(set(random.integers(0, 4, random.integers(0, 3)).tolist())) for _ in labels]
+    counts, flat = np.array(list(map(len, named))), [one for each in named for one in each]
+    source = dataclasses.replace(source_of(labels), named=(counts, np.array(flat, dtype=np.int64)))
+    largest = max((label for one in labels for label in one), default=-1)
+    concepts = [
+        one + [largest + 1 + k for k in more] for one, more in zip(labels, named, strict=True)
+    ]
+    sizes = Counter(one for each in concepts for one in each)
+    rarest = [min(each, key=lambda one: (sizes[one], one)) if each else -1 for each in concepts]
+    plan = plan_of(source, batch=1, balance=most, seed=seed)
+    (size,) = plan.epoch_sizes
+    start = first_epoch * size
+    epoch = np.concatenate(
+        [plan.batch(start + i, rank=0, world_size=1).sample_ids for i in range(size)]
+    )
+    assert len(np.unique(epoch)) == size
+    again = plan_of(source, batch=size, balance=most, seed=seed)
+    ranks = [
+        again.batch(first_epoch, rank=rank, world_size=size).sample_ids for rank in range(size)
+    ]
+    assert np.array_equal(np.concatenate(ranks), epoch)
+    held = Counter(rarest[sample] for sample in epoch)
+    for concept, number in Counter(rarest).items():
+        limited = concept >= 0 and sizes[concept] > most
+        expected = -(-number * most // sizes[concept]) if limited else number
+        assert held[concept] == expected <= max(most, number if not limited else 0)
+
+
+def test_lists_of_concepts_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="names none; it should have one a line"):
+        read_concepts(tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        read_concepts(tmp_path / "latin.txt")
+    with pytest.raises(ValueError, match=r"set data.balance too"):
+        DataConfig(balance_concepts="words.txt")

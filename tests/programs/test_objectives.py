@@ -64,7 +64,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(
 def test_images_of_several_labels_in_a_hierarchy(
     shared_data: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """COCO's photographs, mixed with captions; a run that resumes on two ranks; its levels."""
+    """COCO's photographs, mixed with captions, and their words; it resumes on two ranks; levels."""
     coco, tree = shared_data / "captions" / "coco", tmp_path / "tree.json"
     groups = {"animal": ["dog", "cat", "bear", "cow", "horse", "sheep", "bird", "zebra", "giraffe"]}
     groups["kitchenware"] = ["bottle", "bowl", "cup", "fork", "knife", "spoon", "wine glass"]
@@ -82,7 +82,7 @@ def test_images_of_several_labels_in_a_hierarchy(
         "fp64",
     ]
     arguments += ["--objective.positives", "ancestors", "--data.prompts", "ancestors"]
-    arguments += ["--objective.ancestor-weights", "0.1", "0.3"]
+    arguments += ["--objective.ancestor-weights", "0.1", "0.3", "--objective.words", "0.5"]
     one, two = tmp_path / "one", tmp_path / "two"
     call(pretrain, *arguments, "--out", one)
     run("pretrain", *arguments, "--out", two, "--nproc", "2")

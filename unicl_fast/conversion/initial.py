@@ -188,6 +188,10 @@ class _Loading:
             self._left_out.append("logit_bias, which objective.form=softmax does not see")
         elif self._model.logit_bias is not None:
             self._fresh.append("logit_bias, which the source lacks")
+        if self._model.word_rows is not None:
+            self._fresh.append("word_rows, which are of the words of the data")
+        elif "word_rows" in self._source.tensors:
+            self._left_out.append("word_rows, which are for objective.words")
         if self._model.class_rows is not None:
             rows = self._source.tensors.get("class_rows")
             if rows is not None and rows.shape == self._model.class_rows.shape:

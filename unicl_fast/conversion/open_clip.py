@@ -340,7 +340,7 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
             tensors["text_projection.bias"] = tensor
         elif name.startswith("image_encoder."):
             tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
-        else:
+        elif name != "word_rows":  # which training alone needs
             renamed = _TEXT_BLOCKS.sub("transformer.resblocks.", name)
             tensors[renamed.removeprefix("text_encoder.")] = tensor
     return tensors

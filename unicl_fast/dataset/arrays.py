@@ -157,6 +157,15 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def positions_of_ranges(
+    starts: npt.NDArray[Any], counts: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """All positions of ranges, one range after another: starts[i] to starts[i] + counts[i] - 1."""
+    counts = counts.astype(np.int64)
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) + np.repeat(starts.astype(np.int64) - (ends - counts), counts)
+
+
 def mapping_of(array: Rows) -> mmap.mmap | None:
     """The mapped file that an array, or the array that it is a part of, lies in; or None."""
     base: Any = array

@@ -104,6 +104,8 @@ class SegmentHeader:
     """The run's, as in its checkpoints; not in the files of 0.1."""
     balance: Count = 0
     """`data.balance`; not in the file where it is 0."""
+    concepts: str = ""
+    """The digest of `data.balance_concepts`; not in the file where it is empty."""
     teachers: tuple[str, ...] = ()
     """Keys of the stored teachers whose views are shown, by source; not in the file where there are
     none. With the seed they decide the pixels of each draw."""
@@ -166,7 +168,7 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
     for name in (
-        *("shuffle_window", "run_id", "balance", "teachers"),
+        *("shuffle_window", "run_id", "balance", "concepts", "teachers"),
         *("first_draw", "last_batch_size", "follows"),
     ):
         if not values[name]:

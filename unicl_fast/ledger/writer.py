@@ -55,6 +55,7 @@ class Ledger:
         balance: int = 0,
         spans: Sequence[Span] = (),
         teachers: Sequence[str] = (),
+        concepts: str = "",
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -78,6 +79,7 @@ class Ledger:
             shuffle_groups=shuffle_groups,
             balance=balance,
             teachers=tuple(teachers),
+            concepts=concepts,
         )
         self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)

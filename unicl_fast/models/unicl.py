@@ -27,9 +27,10 @@ from unicl_fast.models.image_encoder import (
 )
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings, shallow_copy
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
-the sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
+the sigmoid form [], the projection to a teacher's features [d t], and the rows of words [k d + 1];
+None where there is none."""
 
 
 class UniCL(nn.Module):
@@ -40,7 +41,8 @@ class UniCL(nn.Module):
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
     None but under `objective.form=sigmoid`, `teacher_projection` but where distillation compares
-    features of another width.
+    features of another width, `word_rows` [k d + 1], rows as those of classes, but under
+    `objective.words`.
 
     A model that `tells_kinds` takes the kind of each text, a number of `TEXT_KINDS`. With a
     projection for each kind, [w 2d], an image has two features one after the other and a text has
@@ -54,8 +56,8 @@ class UniCL(nn.Module):
 
         Raises:
             ValueError: an encoder that timm does not know or that cannot be built so,
-                cross-entropy without a number of classes, or no projection between an encoder and a
-                space of another width.
+                cross-entropy without a number of classes or `objective.words` without one of words,
+                or no projection between an encoder and a space of another width.
         """
         super().__init__()
         self.config = config
@@ -66,6 +68,8 @@ class UniCL(nn.Module):
             raise ValueError(
                 "objective.num_classes: cross-entropy needs classes, and there are none"
             )
+        if objective.words and not objective.num_words:
+            raise ValueError("objective.num_words: objective.words needs words, and there are none")
         self.drop_path_key = DropPathKey(config.run.seed)
         settings = config.settings_of_stages
         with torch.random.fork_rng(devices=[]):
@@ -99,8 +103,7 @@ class UniCL(nn.Module):
             self.image_projection = self.image_projection_bias = self.class_rows = None
             self.text_projection = self.text_projection_bias = None
             if classifies:
-                self.class_rows = _matrix(sum(objective.num_classes), image_width + 1)
-                nn.init.zeros_(self.class_rows.data[:, -1])
+                self.class_rows = _rows(sum(objective.num_classes), image_width)
             else:
                 self.image_projection, self.image_projection_bias = _projection(
                     model.image_projection, image_width, model
@@ -109,6 +112,9 @@ class UniCL(nn.Module):
                 self.text_projection, self.text_projection_bias = _projection(
                     model.text_projection, model.text_width, model
                 )
+            self.word_rows = None
+            if objective.words:
+                self.word_rows = _rows(objective.num_words, model.projected_width)
             self.teacher_projection = None
             if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
                 if not objective.teacher_width:
@@ -272,7 +278,8 @@ class UniCL(nn.Module):
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        return features, contrast, self.scale, self.logit_bias, self.teacher_projection
+        learnt = self.scale, self.logit_bias, self.teacher_projection, self.word_rows
+        return features, contrast, *learnt
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
@@ -327,6 +334,13 @@ def _projection(
     weight.data = weight.data.repeat(1, model.projected_width // embed_dim)
     bias = nn.Parameter(torch.zeros(model.projected_width)) if kind == "biased" else None
     return weight, bias
+
+
+def _rows(count: int, width: int) -> nn.Parameter:
+    """Rows of a linear layer [count width + 1], whose last column holds the biases."""
+    rows = _matrix(count, width + 1)
+    nn.init.zeros_(rows.data[:, -1])
+    return rows
 
 
 def _matrix(rows: int, columns: int) -> nn.Parameter:

@@ -187,6 +187,7 @@ def sigmoid_contrastive_loss(
     *,
     text_class_ids: Int[Tensor, " u"] | Membership | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
+    cosines: bool = True,
     form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:
@@ -203,13 +204,15 @@ def sigmoid_contrastive_loss(
     Args:
         image_features: of unit norm.
         text_features: of unit norm, the distinct texts.
-        class_ids: any int64; or a `Membership`, for several labels an image. W is then the cosine
-            of the rows of Y: 1 for the same labels, 0 for none in common, and never more, which no
-            sigmoid could reach.
+        class_ids: any int64; or a `Membership`, for several labels an image.
         scale: factor of the products, exp(logit_scale).
         bias: added to all logits.
         text_class_ids: None takes `class_ids`, one text for each image.
         text_counts: how many samples have each text; None means 1.
+        cosines: whether W is the cosine of the rows of Y where one is a `Membership`, as mixed
+            images need it: 1 for the same labels, 0 for none in common, and never more, which no
+            sigmoid could reach. Else it is Y Y^T, as for texts of one class each, which are
+            positives of an image if it is among the image's; it must not be above 1.
         form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
         all_reduce: is handed the images' mean loss alone, as rows need nothing of other ranks.
 
@@ -230,9 +233,9 @@ def sigmoid_contrastive_loss(
     dense = stores_logits(form, b * u, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
         images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
-        if isinstance(class_ids, Membership):
+        if isinstance(class_ids, Membership) and cosines:
             class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
-        if isinstance(text_class_ids, Membership):
+        if isinstance(text_class_ids, Membership) and cosines:
             text_class_ids = of_unit_length(
                 as_membership(text_class_ids, arithmetic), num_samples=u
             )
@@ -376,9 +379,11 @@ def _positive_weights(
     """The pairs' weights as positives [b u]: 1 in one class, (Y Y^T)_ik with several labels."""
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
-    positives, _ = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
+    positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
     labels = class_ids if isinstance(class_ids, Tensor) else class_ids.labels
-    return positives.times(torch.eye(u, dtype=dtype, device=labels.device))
+    # times the smaller unit matrix: there may be many more learnt rows than images
+    unit = torch.eye(min(b, u), dtype=dtype, device=labels.device)
+    return positives.times(unit) if u <= b else transposed.times(unit).T
 
 
 def _check_shapes(

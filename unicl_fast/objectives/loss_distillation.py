@@ -154,7 +154,7 @@ class Teacher:
         """log sum_i exp(logit) of each text over these images; `column_logs` may be of all."""
 
     def tiles(self) -> TorchTiles:
-        operands = self.images, self.texts, self.scale, self.counts
+        operands = self.images, self.texts, self.scale * LOG2_E, self.counts
         return TorchTiles(*operands, exclude_self=self.exclude_self)
 
     def complete_columns(self, column_logs: Float[Tensor, " u"]) -> None:
@@ -207,7 +207,7 @@ class TiledAffinities(torch.autograd.Function):
         Differentiable in its features and scale; types are those of `TiledStatistics`.
         """
         student = TorchTiles(
-            images, texts, scale, teacher.counts, exclude_self=teacher.exclude_self
+            images, texts, scale * LOG2_E, teacher.counts, exclude_self=teacher.exclude_self
         )
         row_logs, column_logs = student.log2_sum_exps()
         row_sums, column_sums = torch.zeros_like(row_logs), torch.zeros_like(column_logs)
@@ -245,7 +245,7 @@ class TiledAffinities(torch.autograd.Function):
         grad_images = torch.zeros_like(images, dtype=scale.dtype)
         grad_texts = torch.zeros_like(texts, dtype=scale.dtype)
         student = TorchTiles(
-            images, texts, scale, teacher.counts, exclude_self=teacher.exclude_self
+            images, texts, scale * LOG2_E, teacher.counts, exclude_self=teacher.exclude_self
         )
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for (rows, columns, gradient), (_, _, known, scratch) in zip(

@@ -43,7 +43,9 @@ class TiledSigmoid(torch.autograd.Function):
         row_weights = positives.times(ones, counts).squeeze(1)
         losses = positives.times(texts.to(scale.dtype), counts).mul_(images).sum(dim=1)
         losses.mul_(scale).addcmul_(row_weights, bias).neg_()
-        for rows, columns, logits, scratch in _tiles(images, texts, scale):
+        for rows, columns, logits, scratch in TorchTiles(
+            images, texts, scale, None, exclude_self=False
+        ):
             # log(1 + exp(z)) = max(z, 0) + log(1 + exp(-|z|)), which never overflows
             torch.abs(logits.add_(bias), out=scratch)
             scratch.neg_().exp_().log1p_().add_(logits.clamp_(min=0))
@@ -70,7 +72,7 @@ class TiledSigmoid(torch.autograd.Function):
         wide = None
         grad_bias = -(grad * row_weights).sum()
         narrow = images.dtype != scale.dtype
-        for rows, columns, logits, _ in _tiles(images, texts, scale):
+        for rows, columns, logits, _ in TorchTiles(images, texts, scale, None, exclude_self=False):
             gradient = logits.add_(bias).sigmoid_().mul_(grad[rows].unsqueeze(1))
             if counts is not None:
                 gradient.mul_(counts[columns])
@@ -83,10 +85,3 @@ class TiledSigmoid(torch.autograd.Function):
         grad_images = grad_images.mul_(scale).to(images.dtype)
         grad_texts = grad_texts.mul_(scale).to(texts.dtype)
         return grad_images, grad_texts, grad_scale, grad_bias, None, None, None
-
-
-def _tiles(images: Tensor, texts: Tensor, scale: Tensor) -> TorchTiles:
-    """Tiles of s u_i.v_k itself, not of its multiple for base 2."""
-    tiles = TorchTiles(images, texts, scale, None, exclude_self=False)
-    tiles.factor = scale
-    return tiles

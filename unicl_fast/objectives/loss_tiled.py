@@ -54,7 +54,8 @@ class TiledStatistics(torch.autograd.Function):
             sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
         """
         exclude_self = positives.self_weights is not None
-        tiles = tiles_type(images, texts, scale, counts, exclude_self=exclude_self)
+        factor = scale * _LOG2_E
+        tiles = tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         row_logs, column_logs = tiles.log2_sum_exps()
         dtype = scale.dtype
         row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
@@ -96,7 +97,8 @@ class TiledStatistics(torch.autograd.Function):
             grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
         exclude_self = positives.self_weights is not None
-        tiles = ctx.tiles_type(images, texts, scale, counts, exclude_self=exclude_self)
+        factor = scale * _LOG2_E
+        tiles = ctx.tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for rows, columns, gradient in tiles.gradients(*of_logs):
             if grad_images is not None:
@@ -112,19 +114,22 @@ class TiledStatistics(torch.autograd.Function):
 
 
 class Tiles:
-    """The logits with base 2, tile by tile, and what is made of them."""
+    """The products of features times a factor, tile by tile, and what is made of them.
+
+    With the factor s log2(e) they are the logits with base 2.
+    """
 
     def __init__(
         self,
         images: Tensor,
         texts: Tensor,
-        scale: Tensor,
+        factor: Tensor,
         counts: Tensor | None,
         *,
         exclude_self: bool,
     ) -> None:
         self.images, self.texts, self.exclude_self = images, texts, exclude_self
-        self.factor = scale * LOG2_E
+        self.factor = factor
         self.log2_counts = None if counts is None else counts.log2()
         self.rows, self.columns = _blocks(len(images), len(texts), images.device.type)
 

@@ -29,9 +29,11 @@ from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.positives import Ancestors
+from unicl_fast.objectives.words import Words
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
+    add_word_loss,
     classes_of_images,
     encoder_autocast,
     encoder_input,
@@ -77,6 +79,7 @@ def back_propagate_in_micro_batches(
     scale_loss: Callable[[Tensor], Tensor],
     *,
     ancestors: Ancestors | None = None,
+    words: Words | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
@@ -127,11 +130,11 @@ def back_propagate_in_micro_batches(
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         scale = model.scale
     scale.requires_grad_()
-    bias, projection = (
+    bias, projection, word_rows = (
         None if one is None else one.detach().requires_grad_()
-        for one in (model.logit_bias, model.teacher_projection)
+        for one in (model.logit_bias, model.teacher_projection, model.word_rows)
     )
-    learnt = [one for one in (scale, bias, projection) if one is not None]
+    learnt = [one for one in (scale, bias, projection, word_rows) if one is not None]
     begin("loss")
     loss = columns.contrast(
         image_features.requires_grad_(),
@@ -142,6 +145,7 @@ def back_propagate_in_micro_batches(
         projection=projection,
         form=config.efficiency.loss,
     )
+    loss = add_word_loss(loss, image_features, word_rows, words, batch, config, ranks)
     image_gradient, text_gradient, *others = torch.autograd.grad(
         scale_loss(loss), [image_features, text_features, *learnt]
     )

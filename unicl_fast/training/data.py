@@ -15,16 +15,21 @@ import torch
 from numpy.typing import NDArray
 
 from unicl_fast.config import KIND_OPTIONS, DataConfig, ObjectiveConfig, TrainConfig
-from unicl_fast.dataset.arrays import blocks_of
+from unicl_fast.dataset.arrays import blocks_of, positions_of_ranges
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.teacher_files import StoredTeacher, read_teacher, read_teachers
 from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.objectives.words import Words, find_words
+from unicl_fast.pipelines.plan.concepts import read_concepts
+from unicl_fast.pipelines.plan.plan import CAPTION_CHANCE
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
+from unicl_fast.text.token_rows import add_chances
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -247,17 +252,20 @@ def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> in
 
 
 def describe_datasets(
-    datasets: Sequence[PackedDataset], weights: Sequence[float] | None
+    datasets: Sequence[PackedDataset], weights: Sequence[float] | None, concepts: str = ""
 ) -> dict[str, Any]:
     """Describes what a run is trained on: contents, not paths, so that data may be moved.
 
-    Checkpoints hold it, and a run that is resumed compares it.
+    Checkpoints hold it, and a run that is resumed compares it. `concepts` is the file of
+    `data.balance_concepts`.
     """
     manifests = [dataset.manifest for dataset in datasets]
     known = [manifest.hierarchy for manifest in manifests]
     hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
+    digest = concepts and read_concepts(Path(concepts)).digest
+    optional = {"hierarchies": hierarchies if any(hierarchies) else None, "concepts": digest}
     # without any, as in checkpoints of versions that knew none
-    return ({"hierarchies": hierarchies} if any(hierarchies) else {}) | {
+    return {name: value for name, value in optional.items() if value} | {
         "shares": list(weights) if weights else None,
         "sources": [
             {
@@ -365,6 +373,80 @@ def describe_teachers(
     if config.objective.distillation == "off":
         return {}
     return {"teachers": [read_teacher(dataset, check=check).key for dataset in datasets]}
+
+
+def count_words(
+    datasets: Sequence[PackedDataset],
+    weights: Sequence[float] | None,
+    prompts: ClassPrompts,
+    config: TrainConfig,
+) -> Words:
+    """Counts, for `objective.words`, how often the plan draws texts that have each token.
+
+    Captions and prompts count by the chance with which they are drawn: of each data set's part of a
+    batch (`data.balance` aside) each sample has an equal one, of it each kind of text that
+    `data.text` allows, then each caption, label, class above it (`data.prompts`) and template.
+    """
+    tokenizer = Tokenizer()
+    chances, seen = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size, np.int64)
+    shares = np.array(weights or [len(dataset) for dataset in datasets], np.float64)
+    for number, dataset in enumerate(datasets):
+        of_labels = np.zeros(int(prompts.num_classes[number]))
+        of_sample = shares[number] / shares.sum() / len(dataset)
+        for rows in blocks_of(dataset.samples):
+            num_captions, num_labels = rows["captions_count"], rows["labels_count"]
+            shown = np.where(num_labels > 0, CAPTION_CHANCE[config.data.text], 1.0)
+            if not len(of_labels):
+                shown[:] = 1.0
+            shown[num_captions == 0] = 0.0
+            positions = positions_of_ranges(rows["captions_start"], num_captions)
+            captions = dataset.captions[positions]
+            add_chances(
+                chances,
+                seen,
+                np.asarray(dataset.tokens),
+                captions["tokens_start"].astype(np.int64),
+                captions["tokens_length"].astype(np.int64),
+                np.repeat(of_sample * shown / np.maximum(num_captions, 1), num_captions),
+            )
+            if len(of_labels):
+                labels = dataset.labels[positions_of_ranges(rows["labels_start"], num_labels)]
+                each = of_sample * (1 - shown) / np.maximum(num_labels, 1)
+                of_labels += np.bincount(labels, np.repeat(each, num_labels), len(of_labels))
+        if config.data.prompts == "ancestors" and dataset.manifest.hierarchy is not None:
+            starts, chains = flat_chains(dataset.manifest.hierarchy)
+            lengths = np.diff(starts)
+            of_labels = np.bincount(chains, np.repeat(of_labels / lengths, lengths), len(lengths))
+        num_templates, length = int(prompts.num_templates[number]), prompts.tokens.shape[1]
+        first = prompts.first_prompt_rows[number]
+        prompt_rows = first + np.arange(len(of_labels) * num_templates)
+        add_chances(
+            chances,
+            seen,
+            prompts.tokens.reshape(-1),
+            prompt_rows * length,
+            np.full_like(prompt_rows, length),
+            np.repeat(of_labels / max(num_templates, 1), num_templates),
+        )
+    num_samples = sum(map(len, datasets))
+    no_words = [0, tokenizer.start_id, tokenizer.end_id]  # 0 pads rows, and is "!"
+    return find_words(chances, num_samples=num_samples, no_words=no_words)
+
+
+def with_num_words(config: TrainConfig, words: Words) -> TrainConfig:
+    """Sets `objective.num_words` to what the data has.
+
+    Raises:
+        ValueError: the config says another number.
+    """
+    objective = config.objective
+    if objective.num_words not in (0, words.num_words):
+        raise ValueError(
+            f"objective.num_words is {objective.num_words}, but the texts of the data have "
+            f"{words.num_words}: leave it at 0"
+        )
+    objective = dataclasses.replace(objective, num_words=words.num_words)
+    return dataclasses.replace(config, objective=objective)
 
 
 def rows_of_class_names(

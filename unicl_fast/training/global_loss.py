@@ -9,7 +9,8 @@ The other objectives are the same loss with other operands: for SupCon the texts
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
 gathered. For CLIP it is the same call: whoever makes the batch gives each text a class of its own.
 Under the sigmoid form images and texts go to `sigmoid_contrastive_loss`, which needs nothing of
-other ranks' images. docs/objectives.md.
+other ranks' images. `objective.words` adds a second term, of a rank's own images and learnt rows of
+words. docs/objectives.md.
 
 Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
 so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
@@ -51,6 +52,7 @@ from unicl_fast.objectives.loss_distillation import affinity_loss, feature_loss
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Ancestors, Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.objectives.words import Words, word_loss
 from unicl_fast.text.prompts import LABEL_BITS
 
 Encode = Callable[..., Encoded]
@@ -75,10 +77,11 @@ def global_loss(
     ranks: Ranks,
     *,
     ancestors: Ancestors | None = None,
+    words: Words | None = None,
 ) -> Tensor:
     """The loss of the global batch under `objective.name`: a scalar, equal on all ranks.
 
-    `ancestors` are those of `objective.ancestor_weights`.
+    `ancestors` are those of `objective.ancestor_weights`, `words` those of `objective.words`.
     """
     objective = config.objective
     images = encoder_input(shown_images(batch), config)
@@ -108,10 +111,10 @@ def global_loss(
             after_texts=columns.send,
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
-        image_features, contrast_features, scale, bias, projection = encode_both(images)
+        image_features, contrast_features, scale, bias, projection, word_rows = encode_both(images)
     form = config.efficiency.loss
     if columns is not None:
-        return columns.contrast(
+        loss = columns.contrast(
             image_features,
             contrast_features,
             class_ids=class_ids,
@@ -120,6 +123,7 @@ def global_loss(
             projection=projection,
             form=form,
         )
+        return add_word_loss(loss, image_features, word_rows, words, batch, config, ranks)
     one_direction = functools.partial(
         unified_contrastive_loss, directions="i2t", form=form, all_reduce=all_reduce_over(ranks)
     )
@@ -143,6 +147,32 @@ def global_loss(
         scale,
         text_class_ids=gather_rows(view_ids, ranks).roll(shift, 0),
         exclude_self=True,
+    )
+
+
+def add_word_loss(
+    loss: Float[Tensor, ""],
+    image_features: Float[Tensor, "b d"],
+    word_rows: Float[Tensor, "k e"] | None,
+    words: Words | None,
+    batch: Batch,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> Float[Tensor, ""]:
+    """The loss, and that of the words of the images' texts with its weight, where there are words.
+
+    No rank needs anything of another but its mean: all have the rows of all words.
+    """
+    if words is None or word_rows is None:
+        return loss
+    return loss + config.objective.words * word_loss(
+        image_features,
+        word_rows,
+        words,
+        tokens=batch.tokens[:, : int(batch.text_lengths.max())],
+        text_index=batch.text_index,
+        form=config.efficiency.loss,
+        all_reduce=all_reduce_over(ranks),
     )
 
 
@@ -324,7 +354,9 @@ class TextColumns:
             text_class_ids = self._ancestors.of_texts(text_class_ids)
         loss = unified_contrastive_loss
         if bias is not None:
-            loss = functools.partial(sigmoid_contrastive_loss, bias=bias)
+            # texts have several classes where images are mixed, and nowhere else
+            mixed = isinstance(self._class_ids, Membership)
+            loss = functools.partial(sigmoid_contrastive_loss, bias=bias, cosines=mixed)
         own = loss(
             image_features,
             texts,

@@ -141,6 +141,9 @@ def plan(
     width = encoders.feature_width
     is_gathered = world_size > 1 and objective.name != "ce"
     gathered = num_columns * width * number_bytes if is_gathered else 0
+    loss = _loss_bytes(config, views * batch, num_columns, width, device_type)
+    if objective.words:
+        loss += _loss_bytes(config, batch, objective.num_words, width + 1, device_type)
     pixels = views * 3 * config.data.image_size**2
     parts = {
         "images: activations": at_once * encoders.image_bytes,
@@ -155,7 +158,7 @@ def plan(
         "moving average": averages,
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
-        "loss": _loss_bytes(config, views * batch, num_columns, width, device_type),
+        "loss": loss,
         "batches in flight": (1 + _BATCHES_IN_FLIGHT)
         * batch
         * (pixels + 8 * config.model.context_length * objective.has_texts),

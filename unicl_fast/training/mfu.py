@@ -137,6 +137,8 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         num_columns = sum(config.objective.num_classes)
     sides = is_trained(model, "image"), model.text_encoder is None or is_trained(model, "text")
     logits = (1 + sum(sides)) * 2 * num_rows * num_columns * features.shape[1]
+    if model.word_rows is not None:
+        logits += (2 + sides[0]) * 2 * num_rows * model.word_rows.numel()
     return float(num_rows * of_image + of_texts + logits)
 
 

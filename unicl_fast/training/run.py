@@ -48,6 +48,7 @@ from unicl_fast.training.data import (
     build_prompts,
     cache_options,
     check_tokenizer,
+    count_words,
     describe_datasets,
     describe_teachers,
     distinct_names,
@@ -55,6 +56,7 @@ from unicl_fast.training.data import (
     open_datasets,
     resolve_decode_device,
     rows_of_class_names,
+    with_num_words,
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
@@ -296,7 +298,7 @@ def build_trainer(
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    data = describe_datasets(datasets, weights)
+    data = describe_datasets(datasets, weights, config.data.balance_concepts)
     with refused_together(ranks):  # rank 0 reads all of them, once
         data |= describe_teachers(datasets, config, check=ranks.is_main)
     if ranks.world_size > 1:
@@ -305,6 +307,11 @@ def build_trainer(
             check_ranks_agree(describe_rank(config, data), ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
+    words = None
+    if config.objective.words:
+        mark("counting words", patience=START_PATIENCE)
+        words = count_words(datasets, weights, prompts, config)
+        config = with_num_words(config, words)
     mark("planning memory", patience=START_PATIENCE)
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
@@ -345,6 +352,7 @@ def build_trainer(
             shuffle_groups=loader.plan.shuffle_groups,
             balance=config.data.balance,
             teachers=data.get("teachers", ()),
+            concepts=data.get("concepts", ""),
             ranks=ranks,
         )
     trainer = Trainer(
@@ -356,6 +364,7 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         ancestors=prompts.ancestors,
+        words=words,
         data=data,
         dataset_meter=DatasetMeter(
             distinct_names([dataset.location for dataset in datasets], may_repeat=True),
@@ -372,7 +381,9 @@ def build_trainer(
         with refused_together(ranks):
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
-        whole = dataclasses.replace(on_threads.data, shuffle_window=0, balance=0)
+        whole = dataclasses.replace(
+            on_threads.data, shuffle_window=0, balance=0, balance_concepts=""
+        )
         of_epoch = dataclasses.replace(on_threads.settings_of_stages[-1], data=whole)
         features = stored_features(
             trainer.model,

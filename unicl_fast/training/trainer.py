@@ -51,6 +51,7 @@ from unicl_fast.models.unicl import Encoded, UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.objectives.words import Words, place_words
 from unicl_fast.stages import span_at
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import choose_device
@@ -133,6 +134,7 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         ancestors: AncestorTable | None = None,
+        words: Words | None = None,
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
@@ -151,6 +153,7 @@ class Trainer:
             device: None takes the one that `run.device` means.
             evaluations: by name; all ranks call them together.
             ancestors: the classes above others, for `objective.ancestor_weights`.
+            words: the words of the texts, for `objective.words`.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
@@ -208,6 +211,7 @@ class Trainer:
         self.scaler = precision.build_scaler(self.device.type)
         self.model.set_stage(self.stage.config)
         self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
+        self._words = place_words(words, config.objective, self.device)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -381,12 +385,18 @@ class Trainer:
                 self.ranks,
                 self._scale_loss,
                 ancestors=self._ancestors,
+                words=self._words,
                 begin=self._begin,
             )
         global_index = shown_indices(batch, global_batch_size=config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
         loss = global_loss(
-            self._encode_before_loss, batch, config, self.ranks, ancestors=self._ancestors
+            self._encode_before_loss,
+            batch,
+            config,
+            self.ranks,
+            ancestors=self._ancestors,
+            words=self._words,
         )
         self._scale_loss(loss).backward()
         return loss.detach()
