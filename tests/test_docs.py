@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import os
 import re
+import subprocess
+import sys
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from browser import dump_page
 
 import unicl_fast
 from unicl_fast.distributed import signals
@@ -43,3 +50,92 @@ def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))
+
+
+_MEASURE = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
+<iframe id="frame" style="border:0;height:900px"></iframe><script>
+const frame = document.getElementById("frame"), found = {};
+const load = (page, width) => new Promise((done) => {
+  frame.style.width = `${width}px`;
+  frame.onload = () => setTimeout(done, 200);
+  frame.src = `${page}?${width}`;
+});
+const beyond = (page) => [...page.querySelectorAll("main *")].filter((one) => {
+  if (one.closest(".md-nav, .md-sidebar")) return false;
+  for (let box = one.parentElement; box; box = box.parentElement)
+    if (/auto|scroll/.test(page.defaultView.getComputedStyle(box).overflowX)) return false;
+  return one.getBoundingClientRect().right > page.documentElement.clientWidth + 1;
+});
+const wide = (one) => one.scrollWidth > one.clientWidth + 1;
+const measure = async () => {
+  for (const name of PAGES) {
+    await load(name, 390);
+    const page = frame.contentDocument;
+    const code = [...page.querySelectorAll("pre > code")];
+    found[name] = {
+      width: page.documentElement.scrollWidth,
+      beyond: beyond(page).map((one) => one.outerHTML.slice(0, 120)),
+      cut: code.filter((one) => wide(one)
+        && !/auto|scroll/.test(page.defaultView.getComputedStyle(one).overflowX)).length,
+      broken: [...page.images].filter((image) => !image.naturalWidth).map((image) => image.src),
+    };
+    await load(name, 1280);
+    found[name].scrolled = [...frame.contentDocument.querySelectorAll("pre > code")]
+      .filter(wide).map((one) => one.textContent.slice(0, 200));
+  }
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(found);
+  document.body.replaceChildren(result);
+};
+measure();
+</script>
+"""
+
+_WAIT_FOR_RESULTS = """<script>
+setInterval(() => {
+  const said = document.querySelector(".md-search-result__meta").textContent;
+  if (!/matching/.test(said)) return;
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(said);
+  document.body.replaceChildren(result);
+}, 100);
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site, in a folder of its own."""
+    pytest.importorskip("material", reason="the site is built with the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run([*command, str(folder)], cwd=ROOT, check=True, env=environment)
+    return folder
+
+
+@pytest.mark.slow
+def test_pages_fit_a_phone_and_code_fits_a_laptop(site: Path, tmp_path: Path) -> None:
+    pages = sorted(page.name for page in site.glob("*.html") if page.name != "404.html")
+    (site / "measure.html").write_text(_MEASURE.replace("PAGES", str(pages)), encoding="utf-8")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/measure.html"
+        found = dump_page(address, tmp_path, width=1280)
+        server.shutdown()
+    assert sorted(found) == pages
+    for name, page in found.items():
+        assert (page["width"], page["beyond"]) == (390, []), name
+        assert (page["cut"], page["broken"]) == (0, []), name
+        if name != "api.html":  # signatures are as long as they are
+            assert page["scrolled"] == [], name
+
+
+@pytest.mark.slow
+def test_search_works_in_a_site_that_is_opened_from_the_disk(site: Path, tmp_path: Path) -> None:
+    page = (site / "index.html").read_text(encoding="utf-8").replace("</body>", _WAIT_FOR_RESULTS)
+    (site / "searched.html").write_text(page, encoding="utf-8")
+    said = dump_page(f"{(site / 'searched.html').as_uri()}?q=quarantine", tmp_path)
+    assert int(str(said).split()[0]) >= 3
