@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import http.server
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -41,6 +43,38 @@ def test_every_exit_code_is_in_the_one_table() -> None:
     named = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     known = {value for name, value in vars(signals).items() if name.startswith("EXIT_")}
     assert named == known | {0, 143}  # done; SIGTERM to unicl-pack
+
+
+def test_ratios_on_the_page_about_performance_are_those_of_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    tables = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    told = re.findall(r"[\d.,]+ \([\d.,]+ to [\d.,]+\)", page)
+    assert len(told) > 10
+    assert [one for one in told if one not in tables] == []
+
+
+def test_every_committed_result_is_on_the_benchmark_page() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert [one.name for one in results if f"/{one.name}" not in page] == []
+
+
+@pytest.mark.slow  # imports every stage
+def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    try:
+        import benchmark_page
+    finally:
+        sys.path.pop(0)
+    assert benchmark_page.page() == benchmark_page.PAGE.read_text(encoding="utf-8"), (
+        "run python docs/site/benchmark_page.py"
+    )
+    for stage, *options in map(
+        shlex.split, re.findall(r"`unicl-bench (.+?)`", benchmark_page.page())
+    ):
+        module, name = benchmark_page.STAGES[stage][0].split(":")
+        kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
+        kind.parse(options, prog=stage)  # an option that is no more ends the test
 
 
 def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
