@@ -77,6 +77,59 @@ def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
         kind.parse(options, prog=stage)  # an option that is no more ends the test
 
 
+_PROGRAMS = {  # with how many words before the options
+    "unicl-pack": ("unicl_fast.tools.pack.__main__", 1),
+    "unicl-pretrain": ("unicl_fast.tools.pretrain", 0),
+    "unicl-eval": ("unicl_fast.tools.evaluate", 1),
+    "unicl-convert": ("unicl_fast.tools.convert", 1),
+    "unicl-ledger": ("unicl_fast.tools.ledger", 0),
+    "unicl-doctor": ("unicl_fast.tools.doctor.__main__", 0),
+    "unicl-bench": ("unicl_fast.benchmarks.run", 1),
+}
+
+
+def _commands() -> list[tuple[str, tuple[str, ...], set[str]]]:
+    """Page, program with its command, and options of all commands in the pages' blocks of code."""
+    found = []
+    for page in [*PAGES, ROOT / "examples" / "README.md"]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^(?: {4}|\$ )+(?:\$ )?(unicl-.*)", text, re.MULTILINE):
+            words = line.partition(" #")[0].split()
+            if words[0] not in _PROGRAMS or len(words) == 1:
+                continue
+            named = tuple(words[: 1 + _PROGRAMS[words[0]][1]])
+            options = {word.partition("=")[0] for word in words if word.startswith("--")}
+            if all(re.fullmatch(r"[a-z-]+", word) for word in named):  # not `unicl-convert FORMAT`
+                found.append((page.name, named, options - {"--help", "--version"}))
+    return found
+
+
+@pytest.mark.slow  # a help text for each command of each program
+def test_options_of_commands_in_the_docs_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    commands = _commands()
+    assert len(commands) > 100
+    more = {  # that no help lists: short forms, and what a program hands on to another
+        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"},
+        ("unicl-bench", "run"): {"--run.global-batch-size"},
+    }
+    known: dict[tuple[str, ...], set[str]] = {}
+    for named in sorted({named for _, named, _ in commands}):
+        program = importlib.import_module(_PROGRAMS[named[0]][0])
+        with pytest.raises(SystemExit) as ended:
+            program.main([*named[1:], "--help-all" if named == ("unicl-pretrain",) else "--help"])
+        assert ended.value.code == 0, named
+        known[named] = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    wrong = [
+        f"{page}: {' '.join(named)} has no {option}"
+        for page, named, options in commands
+        for option in sorted(options - known[named] - more.get(named, set()))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
