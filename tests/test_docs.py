@@ -77,6 +77,24 @@ def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
         kind.parse(options, prog=stage)  # an option that is no more ends the test
 
 
+def test_what_examples_and_pages_import_is_on_the_page_about_the_api() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    # the folders beside unicl_fast/ are read there under their own names
+    shown = re.findall(r"^(?::::| +heading:) (\S+)", page, re.MULTILINE)
+    imported = {f"{home}.{name}" for name, home in unicl_fast._HOMES.items()}
+    for path in [*PAGES, *(ROOT / "examples").rglob("*.py")]:
+        for module, names in re.findall(
+            r"^from (unicl_fast\.[\w.]+) import ([\w, ]+)",
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ):
+            imported |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    assert len(imported) > 20
+    assert [
+        one for one in sorted(imported) if one not in shown and one.rpartition(".")[0] not in shown
+    ] == []
+
+
 _PROGRAMS = {  # with how many words before the options
     "unicl-pack": ("unicl_fast.tools.pack.__main__", 1),
     "unicl-pretrain": ("unicl_fast.tools.pretrain", 0),
