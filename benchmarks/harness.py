@@ -191,7 +191,7 @@ def _last_parts(value: object) -> str:
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Describes processor and commit; the versions of Python, torch and installed `packages`."""
+    """Describes processor, commit and day; versions of Python, torch and installed `packages`."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -217,6 +217,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "load_average": os.getloadavg(),  # above `threads`: other jobs were running
         "python": platform.python_version(),
         "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
         **versions,
     }
 

@@ -6,8 +6,8 @@
 `pack`: all contestants read, decode strictly and encode the same files in as many processes, with
 the same libraries and settings. The bare loop then does no more; webdataset's and img2dataset's
 writers get its images, and each process writes shards of its own, as img2dataset runs them.
-`CONTESTANTS` and docs/performance.md say what each leaves out. All start their processes on the
-clock; the start is measured with one image each, and left out of the ratios that say so.
+`CONTESTANTS` and docs/performance-notes.md say what each leaves out. All start their processes on
+the clock; the start is measured with one image each, and left out of the ratios that say so.
 
 `many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
 with captions of their own, so that reading, ordering and writing are those of as many pairs while

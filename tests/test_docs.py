@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
+import importlib
+import os
 import re
+import shlex
+import subprocess
+import sys
+import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from browser import dump_page
 
 import unicl_fast
 from unicl_fast.distributed import signals
@@ -36,10 +45,204 @@ def test_every_exit_code_is_in_the_one_table() -> None:
     assert named == known | {0, 143}  # done; SIGTERM to unicl-pack
 
 
+def test_ratios_on_the_page_about_performance_are_those_of_the_benchmarks() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    tables = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    told = re.findall(r"[\d.,]+ \([\d.,]+ to [\d.,]+\)", page)
+    assert len(told) > 10
+    assert [one for one in told if one not in tables] == []
+
+
+def test_every_committed_result_is_on_the_benchmark_page() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert [one.name for one in results if f"/{one.name}" not in page] == []
+
+
+@pytest.mark.slow  # imports every stage
+def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    try:
+        import benchmark_page
+    finally:
+        sys.path.pop(0)
+    assert benchmark_page.page() == benchmark_page.PAGE.read_text(encoding="utf-8"), (
+        "run python docs/site/benchmark_page.py"
+    )
+    for stage, *options in map(
+        shlex.split, re.findall(r"`unicl-bench (.+?)`", benchmark_page.page())
+    ):
+        module, name = benchmark_page.STAGES[stage][0].split(":")
+        kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
+        kind.parse(options, prog=stage)  # an option that is no more ends the test
+
+
+def test_what_examples_and_pages_import_is_on_the_page_about_the_api() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    # the folders beside unicl_fast/ are read there under their own names
+    shown = re.findall(r"^(?::::| +heading:) (\S+)", page, re.MULTILINE)
+    imported = {f"{home}.{name}" for name, home in unicl_fast._HOMES.items()}
+    for path in [*PAGES, *(ROOT / "examples").rglob("*.py")]:
+        for module, names in re.findall(
+            r"^from (unicl_fast\.[\w.]+) import ([\w, ]+)",
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ):
+            imported |= {f"{module}.{name.strip()}" for name in names.split(",")}
+    assert len(imported) > 20
+    assert [
+        one for one in sorted(imported) if one not in shown and one.rpartition(".")[0] not in shown
+    ] == []
+
+
+_PROGRAMS = {  # with how many words before the options
+    "unicl-pack": ("unicl_fast.tools.pack.__main__", 1),
+    "unicl-pretrain": ("unicl_fast.tools.pretrain", 0),
+    "unicl-eval": ("unicl_fast.tools.evaluate", 1),
+    "unicl-convert": ("unicl_fast.tools.convert", 1),
+    "unicl-ledger": ("unicl_fast.tools.ledger", 0),
+    "unicl-doctor": ("unicl_fast.tools.doctor.__main__", 0),
+    "unicl-bench": ("unicl_fast.benchmarks.run", 1),
+}
+
+
+def _commands() -> list[tuple[str, tuple[str, ...], set[str]]]:
+    """Page, program with its command, and options of all commands in the pages' blocks of code."""
+    found = []
+    for page in [*PAGES, ROOT / "examples" / "README.md"]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^(?: {4}|\$ )+(?:\$ )?(unicl-.*)", text, re.MULTILINE):
+            words = line.partition(" #")[0].split()
+            if words[0] not in _PROGRAMS or len(words) == 1:
+                continue
+            named = tuple(words[: 1 + _PROGRAMS[words[0]][1]])
+            options = {word.partition("=")[0] for word in words if word.startswith("--")}
+            if all(re.fullmatch(r"[a-z-]+", word) for word in named):  # not `unicl-convert FORMAT`
+                found.append((page.name, named, options - {"--help", "--version"}))
+    return found
+
+
+@pytest.mark.slow  # a help text for each command of each program
+def test_options_of_commands_in_the_docs_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    commands = _commands()
+    assert len(commands) > 100
+    more = {  # that no help lists: short forms, and what a program hands on to another
+        ("unicl-pretrain",): {"--init", "--init-image", "--init-text", "--tyro-write-completion"},
+        ("unicl-bench", "run"): {"--run.global-batch-size"},
+    }
+    known: dict[tuple[str, ...], set[str]] = {}
+    for named in sorted({named for _, named, _ in commands}):
+        program = importlib.import_module(_PROGRAMS[named[0]][0])
+        with pytest.raises(SystemExit) as ended:
+            program.main([*named[1:], "--help-all" if named == ("unicl-pretrain",) else "--help"])
+        assert ended.value.code == 0, named
+        known[named] = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    wrong = [
+        f"{page}: {' '.join(named)} has no {option}"
+        for page, named, options in commands
+        for option in sorted(options - known[named] - more.get(named, set()))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert citation["version"] == project["version"] == unicl_fast.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == unicl_fast.__version__  # type: ignore[index]
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))
+
+
+_MEASURE = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
+<iframe id="frame" style="border:0;height:900px"></iframe><script>
+const frame = document.getElementById("frame"), found = {};
+const load = (page, width) => new Promise((done) => {
+  frame.style.width = `${width}px`;
+  frame.onload = () => setTimeout(done, 200);
+  frame.src = `${page}?${width}`;
+});
+const beyond = (page) => [...page.querySelectorAll("main *")].filter((one) => {
+  if (one.closest(".md-nav, .md-sidebar")) return false;
+  for (let box = one.parentElement; box; box = box.parentElement)
+    if (/auto|scroll/.test(page.defaultView.getComputedStyle(box).overflowX)) return false;
+  return one.getBoundingClientRect().right > page.documentElement.clientWidth + 1;
+});
+const wide = (one) => one.scrollWidth > one.clientWidth + 1;
+const measure = async () => {
+  for (const name of PAGES) {
+    await load(name, 390);
+    const page = frame.contentDocument;
+    const code = [...page.querySelectorAll("pre > code")];
+    found[name] = {
+      width: page.documentElement.scrollWidth,
+      beyond: beyond(page).map((one) => one.outerHTML.slice(0, 120)),
+      cut: code.filter((one) => wide(one)
+        && !/auto|scroll/.test(page.defaultView.getComputedStyle(one).overflowX)).length,
+      broken: [...page.images].filter((image) => !image.naturalWidth).map((image) => image.src),
+    };
+    await load(name, 1280);
+    found[name].scrolled = [...frame.contentDocument.querySelectorAll("pre > code")]
+      .filter(wide).map((one) => one.textContent.slice(0, 200));
+  }
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(found);
+  document.body.replaceChildren(result);
+};
+measure();
+</script>
+"""
+
+_WAIT_FOR_RESULTS = """<script>
+setInterval(() => {
+  const said = document.querySelector(".md-search-result__meta").textContent;
+  if (!/matching/.test(said)) return;
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(said);
+  document.body.replaceChildren(result);
+}, 100);
+</script></body>"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site, in a folder of its own."""
+    pytest.importorskip("material", reason="the site is built with the extra `docs`")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    subprocess.run([*command, str(folder)], cwd=ROOT, check=True, env=environment)
+    return folder
+
+
+@pytest.mark.slow
+def test_pages_fit_a_phone_and_code_fits_a_laptop(site: Path, tmp_path: Path) -> None:
+    pages = sorted(page.name for page in site.glob("*.html") if page.name != "404.html")
+    (site / "measure.html").write_text(_MEASURE.replace("PAGES", str(pages)), encoding="utf-8")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/measure.html"
+        found = dump_page(address, tmp_path, width=1280)
+        server.shutdown()
+    assert sorted(found) == pages
+    for name, page in found.items():
+        assert (page["width"], page["beyond"]) == (390, []), name
+        assert (page["cut"], page["broken"]) == (0, []), name
+        if name != "api.html":  # signatures are as long as they are
+            assert page["scrolled"] == [], name
+
+
+@pytest.mark.slow
+def test_search_works_in_a_site_that_is_opened_from_the_disk(site: Path, tmp_path: Path) -> None:
+    page = (site / "index.html").read_text(encoding="utf-8").replace("</body>", _WAIT_FOR_RESULTS)
+    (site / "searched.html").write_text(page, encoding="utf-8")
+    said = dump_page(f"{(site / 'searched.html').as_uri()}?q=quarantine", tmp_path)
+    assert int(str(said).split()[0]) >= 3

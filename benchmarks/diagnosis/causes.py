@@ -5,7 +5,7 @@
 Each cause is a run on real images with one thing wrong. It is diagnosed without being told; then
 the advice is followed, in turns with the run as it was, so that both see the same machine. A cause
 counts as found if the stage is named, if the change that mends it is among the advice, and if what
-it gains is predicted within a fifth. The table is that of docs/performance.md.
+it gains is predicted within a fifth. The table is that of docs/performance-notes.md.
 
 DATA is the folder of test data that CONTRIBUTING.md names.
 """

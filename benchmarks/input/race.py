@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -282,21 +283,23 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A panel of bars for each result: median rate and spread; memory beside it."""
+    """Draws a panel of bars for each titled result, one below the other: median rate and spread.
+
+    Letters are large for the width, so that a page of 360 pixels still shows them.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     bars = [_bars(result) for result in results.values()]
-    height = 1.2 + 0.36 * max(len(rows) for rows, _ in bars)
-    figure = Figure(figsize=(6.4 * len(results), height), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False)
-    for panel, (title, result), (rows, beyond) in zip(
-        panels[0], results.items(), bars, strict=True
-    ):
+    heights = [1.5 + 0.3 * len(rows) for rows, _ in bars]
+    figure = Figure(figsize=(6.6, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(bars), squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (title, result), (rows, beyond) in zip(panels, results.items(), bars, strict=True):
         rates = [result["figures"][f"{name}, images/s"] for name, _ in rows]
         top = max(rate["high"] for rate in rates)
         spreads = [(rate["median"] - rate["low"], rate["high"] - rate["median"]) for rate in rates]
         panel.barh(
-            [f"limit: {name}" if kind == "limit" else name for name, kind in rows],
+            [name for name, _ in rows],
             [rate["median"] for rate in rates],
             color=[_COLOURS[kind] for _, kind in rows],
             edgecolor=["#4a4a4a" if kind == "limit" else _COLOURS[kind] for _, kind in rows],
@@ -305,17 +308,44 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
         )
         panel.invert_yaxis()
-        for row, ((name, _), rate) in enumerate(zip(rows, rates, strict=True)):
-            memory = result["figures"].get(f"{name}, MB")
-            label = f"{rate['median']:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
-            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
-        panel.set_xlim(0, 1.32 * top)
-        off_the_scale = f"\nlimits off the scale: {', '.join(beyond)}" if beyond else ""
-        label = f"images/s: median and spread (memory of all processes){off_the_scale}"
-        panel.set_xlabel(label, fontsize=8)
-        panel.set_title(title, fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+        for row, rate in enumerate(rates):
+            text = f"{rate['median']:,.0f}"
+            panel.text(rate["high"] + 0.015 * top, row, text, va="center", fontsize=11)
+        panel.set_xlim(0, 1.16 * top)
+        panel.set_xticks([])
+        panel.tick_params("y", length=0, labelsize=11)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.set_title(title, fontsize=13, fontweight="bold", loc="left")
+        panel.set_xlabel(_small_print(result, beyond), fontsize=10, loc="left")
+    kinds = {"ours": "unicl_fast", "peer": "others", "limit": "a part of the work alone"}
+    shown = {kind for rows, _ in bars for _, kind in rows}
+    patches = [
+        Patch(
+            facecolor=_COLOURS[kind],
+            edgecolor="#4a4a4a",
+            hatch="///" * (kind == "limit"),
+            label=text,
+        )
+        for kind, text in kinds.items()
+        if kind in shown
+    ]
+    panels[0].legend(handles=patches, loc="lower right", fontsize=11, frameon=False)
+    figure.savefig(path, dpi=160)
+
+
+def _small_print(result: Mapping[str, Any], beyond: list[str]) -> str:
+    settings, machine = result["settings"], result["machine"]
+    lines = [
+        f"images/s, median and spread of {settings['rounds']} rounds: batches of "
+        f"{settings['batch_size']} at {settings['image_size']} pixels,",
+        f"{settings['threads']} threads or workers on {machine['cores']} cores of "
+        f"{machine['processor']}",
+    ]
+    if any(name.endswith(_RAW) for name in result["contenders"]):
+        lines.append(f"{_RAW}: of images that are stored decoded")
+    if beyond:
+        lines.append(f"parts that are faster than drawn: {', '.join(beyond)}")
+    return "\n".join(lines)
 
 
 def _by_rate(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -357,6 +387,8 @@ class Report:
     """JSON files of `unicl-bench input`."""
     plot: Path | None = None
     """File for the bar charts, as PNG."""
+    titles: tuple[str, ...] = ()
+    """A title for each panel of it, instead of the name of the packed data set."""
 
 
 def main() -> None:
@@ -364,11 +396,16 @@ def main() -> None:
     report = tyro.cli(
         Report, args=begin_program(), prog="python -m unicl_fast.benchmarks.input.race"
     )
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in report.results}
-    for name, result in results.items():
-        print(f"\n{name}\n\n{table(result)}")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in report.results]
+    for path, result in zip(report.results, results, strict=True):
+        print(f"\n{path.stem}\n\n{table(result)}")
     if report.plot is not None:
-        plot(results, report.plot)
+        titles = report.titles or [Path(result["settings"]["data"]).name for result in results]
+        if len(titles) != len(results):
+            sys.exit(
+                f"--titles needs a title for each of {len(results)} results, not {len(titles)}"
+            )
+        plot(dict(zip(titles, results, strict=True)), report.plot)
 
 
 if __name__ == "__main__":

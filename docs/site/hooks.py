@@ -23,6 +23,9 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         for name in known:
             if f"{name}.".startswith(f"{module}."):
                 return f"[{link['text']}](api.md#{name})"
-        return f"{link['text']} (`{link['path']}`)"
+        path = Path(link["path"])
+        if link["text"].strip("`") in (link["path"], path.name, path.stem):
+            return f"`{path}`"
+        return f"{link['text']} (`{path}`)"
 
     return _LINK.sub(replace, markdown)

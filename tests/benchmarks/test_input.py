@@ -39,7 +39,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.tokenizer import Tokenizer
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-
+ROOT = HELPERS.parents[1]
 
 LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv")
 """Contestants that are like others that are tested."""
@@ -131,6 +131,31 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     plot({"small": result}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as image:
         assert min(image.size) > 100
+
+
+def test_the_chart_of_the_readme_can_be_read_on_a_phone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    results = [str(ROOT / "docs/results" / f"input-{name}.json") for name in ("256", "32")]
+    titles = ["JPEGs of 256 pixels", "JPEGs of 32 pixels"]
+    command = ["race", *results, "--plot", str(tmp_path / "plot.png"), "--titles", *titles]
+    monkeypatch.setattr(sys, "argv", command)
+    race.main()
+    (figure,) = drawn
+    assert [panel.get_title(loc="left") for panel in figure.axes] == titles
+    assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
+    letters = [one for one in figure.findobj(Text) if one.get_text()]
+    pixels_a_point = 360 / figure.get_figwidth() / 72
+    assert min(one.get_fontsize() for one in letters) * pixels_a_point > 7
+
+    monkeypatch.setattr(sys, "argv", command[:-1])
+    with pytest.raises(SystemExit, match="a title for each of 2 results, not 1"):
+        race.main()
 
 
 def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:

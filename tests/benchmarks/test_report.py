@@ -238,6 +238,7 @@ def test_another_machine_other_settings_and_other_programs_are_warned_of() -> No
     config |= {"data": old.config["data"] | {"cache_folder": "elsewhere"}}
     busy = dataclasses.replace(old.measured, others_cores=4.0)
     machine = old.machine | {"processor": "Z80", "commit": "another", "load_average": [9, 9, 9]}
+    machine |= {"date": "2025-01-01"}
     other = dataclasses.replace(old, config=config, machine=machine, measured=busy)
     machine_text, settings, programs = compare(other, old, name="o.json", tolerance=0).warnings
     assert machine_text.startswith(

@@ -116,7 +116,7 @@ def run_small(stage: str, path: Path, *more: str) -> None:
     main([stage, *SMALL[stage], "--rounds", "1", "--json", str(path), *more])
     result = json.loads(path.read_text())
     assert result["settings"]["rounds"] == 1
-    assert {"processor", "cores", "torch", "commit"} <= result["machine"].keys()
+    assert {"processor", "cores", "torch", "commit", "date"} <= result["machine"].keys()
     assert len(result["figures"]) >= 3
     for name, figure in result["figures"].items():
         # a cost may be noise around 0, and the first shard of a build may not be seen

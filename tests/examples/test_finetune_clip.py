@@ -46,6 +46,26 @@ def test_each_command_of_the_page_is_a_run_that_can_start(tmp_path: Path) -> Non
     assert config.model.embed_dim == model_cfg["embed_dim"]
     assert config.data.image_size == model_cfg["vision_cfg"].get("image_size", 224)
 
+    recipe = (FOLDER.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^    unicl-pretrain (.*--init .*)$", recipe.replace("\\\n", " "), re.M)
+    same = split_config(parse_arguments(shlex.split(words)))
+    assert (same.model, same.optim) == (config.model, config.optim)
+    assert same.run.steps == config.run.steps
+
+
+def test_each_run_of_the_recipes_could_start() -> None:
+    recipes = (FOLDER.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    settings = str(FOLDER.parent / "run.yaml")
+    commands = re.findall(
+        r"^ *unicl-pretrain ([^#\n]*--(?:preset|config) [^#\n]*)",
+        recipes.replace("\\\n", " "),
+        re.M,
+    )
+    assert len(commands) >= 4
+    for words in commands:
+        given = shlex.split(words.replace("run.yaml", settings))
+        assert split_config(parse_arguments(given)).data.train, words
+
 
 @pytest.mark.slow
 @pytest.mark.dali

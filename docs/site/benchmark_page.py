@@ -1,0 +1,223 @@
+"""Writes docs/benchmarks.md from the results that are committed as JSON.
+
+    python docs/site/benchmark_page.py
+
+A table for each stage of `unicl-bench`, and below it the command, machine, commit and month of each
+of its results, so that no figure is copied by hand. `tests/test_docs.py` compares the page with
+the results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unicl_fast.benchmarks.input.race import table
+from unicl_fast.benchmarks.run import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+_INTRODUCTION = """# Benchmarks
+
+All tables of this page are made from committed results, by `python docs/site/benchmark_page.py`.
+[Performance](performance.md) says what follows from them,
+[benchmarks/README.md](../benchmarks/README.md) how they are measured, and
+[Notes on performance](performance-notes.md) how the data sets of the commands are packed.
+
+A cell is the median of the rounds, with the lowest and the highest. A ratio is taken within a
+round, in which all contestants take turns. Nothing here was measured on a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A stage's results, and how its figures become rows and columns."""
+
+    title: str
+    stage: str
+    files: str
+    """Glob under the checkout."""
+    figure: str = r"(?P<row>.+)"
+    """Names of the figures that are shown, with the groups `row` and `column`, or one of them."""
+    about: str = ""
+
+
+_RESULTS = "benchmarks/results"
+_PACK = r"(?P<row>keep|raw|jpeg|webp|png): (?P<column>unicl-pack, images/s|rate .*|the same.*)"
+SECTIONS = (
+    Section(
+        "Loading images", "input", "docs/results/input-*.json",
+        about="The ratios are our loader's images/s to the row's; loaders of decoded images "
+        '("-raw") are compared with ours of decoded images. Limits and stages do a part of the '
+        "work.",
+    ),
+    Section(
+        "Decoders, by the protocol of arXiv 2605.08731", "imread", f"{_RESULTS}/imread_*.json",
+        r"(?P<row>[^,/]+), (?P<column>one thread|\d workers), images/s",
+        "Images/s. `unicl_fast` cuts and resizes crops, `unicl_fast-whole` resizes whole images; "
+        "the others only decode.",
+    ),
+    Section(
+        "Augmentation", "augment", f"{_RESULTS}/augment_*.json",
+        r"(?P<row>.*): (?P<column>images/s|rate .*)",
+    ),
+    Section("Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK),
+    Section(
+        "Packing beside other writers", "pack", f"{_RESULTS}/pack_writers_*.json",
+        r"keep: (?P<column>unicl-pack / [\w ]+)(, (?P<row>.*))?",
+        "Ratios of images/s, of whole runs with the starts of their processes, and without.",
+    ),
+    Section("Tokenizer", "tokenize", f"{_RESULTS}/tokenize_*.json"),
+    Section(
+        "Target map", "targets", f"{_RESULTS}/targets_*.json",
+        r"(?P<column>[\d,]+ rows), (?P<row>map_targets, ms|times .*)",
+        "The others take so many times as long as `map_targets` to find equal rows of 77 tokens.",
+    ),
+    Section(
+        "Layouts of texts", "text", f"{_RESULTS}/text_*.json",
+        r"(?P<row>.*), (?P<column>s|times the cost of its real tokens)",
+    ),
+    Section(
+        "Loss", "loss", f"{_RESULTS}/loss_*.json",
+        r"(?P<column>\d+): (?P<row>[^/]+) / ClipLoss fp32",
+        "Time of value and gradients, in times that of open_clip's ClipLoss in fp32, by the "
+        "number of images and texts.",
+    ),
+    Section(
+        "Training step", "step", f"{_RESULTS}/step_*.json", r"(?P<column>.+)",
+        "Images/s of a whole step, and the ratio of the two.",
+    ),
+    Section(
+        "Switches of `efficiency`", "efficiency", f"{_RESULTS}/efficiency_*.json",
+        r"(?P<row>.*), (?P<column>times as long|MB above the model)",
+        "Each switch is set the other way than `unicl-pretrain` has it on that machine.",
+    ),
+    Section(
+        "A step by its parts", "profile", f"{_RESULTS}/profile_*.json",
+        r"(?P<row>.*?), (?P<column>s|times .*)",
+        "The floor of a part is the time of its products at the rate of one large product.",
+    ),
+    Section(
+        "Batches larger than memory", "memory", f"{_RESULTS}/memory_*.json",
+        r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
+    ),
+    Section("Ledger", "ledger", f"{_RESULTS}/ledger_*.json"),
+    Section(
+        "The model of many ranks, checked on slow links", "scale", f"{_RESULTS}/scale_check_*.json",
+        r"(?P<row>\d ranks, \d+ Mb/s): (?P<column>.*)",
+    ),
+)  # fmt: skip
+
+
+def page() -> str:
+    """The whole page, which ends with a line break."""
+    return "\n\n".join([_INTRODUCTION, *map(_section, SECTIONS)]) + "\n"
+
+
+def _section(section: Section) -> str:
+    paths = sorted(ROOT.glob(section.files))
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    parts = [f"## {section.title}", section.about] if section.about else [f"## {section.title}"]
+    if section.stage == "input":
+        for path, result in zip(paths, results, strict=True):
+            parts += [_origin(section.stage, path, result), table(result)]
+    else:
+        parts.append(_table(section, results))
+        origins = zip(paths, results, strict=True)
+        parts.append("\n".join(f"- {_origin(section.stage, *origin)}" for origin in origins))
+    return "\n\n".join(parts)
+
+
+def _table(section: Section, results: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each result, or for each part of it; what tells the results apart comes first."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for label, result in zip(_labels(results), results, strict=True):
+        for name, figure in result["figures"].items():
+            if found := re.fullmatch(section.figure, name):
+                groups = found.groupdict()
+                cells = rows.setdefault((label, groups.get("row") or ""), {})
+                cells[groups.get("column") or "median (lowest to highest)"] = _cell(figure)
+    columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    shown = [part for part in (0, 1) if any(key[part] for key in rows)]
+    lines = [[*("" for _ in shown), *columns], ["---"] * (len(shown) + len(columns))]
+    lines += [
+        [*(key[part] for part in shown), *(cells.get(column, "") for column in columns)]
+        for key, cells in rows.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(figure: Mapping[str, float]) -> str:
+    low, middle, high = (_number(figure[key]) for key in ("low", "median", "high"))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _labels(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The settings in which results of one stage differ."""
+    names = dict.fromkeys(name for result in results for name in result["settings"])
+    values = {name: [result["settings"].get(name) for result in results] for name in names}
+    differ = [
+        name
+        for name in names
+        if name not in ("rounds", "formats", "memory")
+        and values[name] != values[name][:1] * len(results)
+    ]
+    for result in results:
+        told = []
+        for name in differ:
+            value, words = result["settings"].get(name), name.replace("_", " ")
+            if isinstance(value, bool):
+                told += [words] if value else []
+            elif isinstance(value, int):
+                told.append(f"{words} {value}")
+            elif value:
+                told.append(value.rsplit("/", 1)[-1])
+        yield ", ".join(told)
+
+
+def _origin(stage: str, path: Path, result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    month = re.search(r"_(\d{4})(\d\d)$", path.stem)
+    when = machine.get("date") or (f"{month[1]}-{month[2]}" if month else "")
+    facts = [
+        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average'][0]:.1f}",
+        f"commit {machine['commit']}",
+        *([when] if when else []),
+    ]
+    link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
+    return f"{link}: `{command(stage, result['settings'])}`; {'; '.join(facts)}"
+
+
+def command(stage: str, settings: Mapping[str, Any]) -> str:
+    """The command of a result: its settings that are not the stage's defaults today."""
+    module, name = STAGES[stage][0].split(":")
+    kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
+    words = ["unicl-bench", stage]
+    for field in dataclasses.fields(kind):
+        value = settings.get(field.name)
+        default = None if field.default is dataclasses.MISSING else field.default
+        usual = list(default) if isinstance(default, tuple) else default
+        if value == usual and field.name != "threads":  # whose default may be the machine's
+            continue
+        option = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{option}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
