@@ -48,8 +48,8 @@ def first_settings(
     named = values.pop("preset", None)
     preset = named if preset is None else preset
     own = None if run_folder is None else run_folder / "config.json"
-    resumes = resume == "auto" if preset is None else preset == AUTO and resume != "never"
-    if resumes and own is not None and own.is_file():
+    resumes = resume == "auto" or (preset == AUTO and resume not in (None, "never"))
+    if resumes and preset in (None, AUTO) and own is not None and own.is_file():
         origin, config = str(own), load_config(own)
     elif preset == AUTO:
         data, run = values.get("data"), values.get("run")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pack_runs import jpeg
 from packed_sets import Sample, pack
+from PIL import Image
 from program_runs import call
 
 from unicl_fast.config import DataConfig, TrainConfig, config_to_dict
@@ -225,7 +226,9 @@ def test_the_micro_batch_that_auto_takes_fits_by_the_memory_plan() -> None:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("auto") / "photos"
-    samples = [Sample(image=jpeg(number), captions=(f"photo {number}",)) for number in range(5)]
+    with io.BytesIO() as file:
+        Image.new("RGB", (64, 72)).save(file, format="png")
+        samples = [Sample(file.getvalue(), (f"photo {number}",)) for number in range(5)]
     pack(out, samples, class_names=(), tokenizer=Tokenizer()).close()
     return out
 

@@ -344,6 +344,11 @@ def build_trainer(
     )
     on_threads = dataclasses.replace(config, data=with_threads(config.data, ranks))
     loader = build(on_threads, weights=weights)
+
+    def drawn(loader: PlannedLoader) -> PlannedLoader | _DrawsFirstBatch:
+        path = run_folder / "contact-sheet.png"
+        return _DrawsFirstBatch(loader, path) if ranks.is_main else loader
+
     ledger = None
     if keeps_ledger:
         ledger = Ledger(
@@ -362,7 +367,7 @@ def build_trainer(
         )
     trainer = Trainer(
         config,
-        _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
+        drawn(loader),
         run_folder=run_folder,
         model=model,
         ranks=ranks,
@@ -390,7 +395,7 @@ def build_trainer(
         features = stored_features(
             trainer.model,
             datasets,
-            build_loader=lambda: build(of_epoch, weights=None),
+            build_loader=lambda: drawn(build(of_epoch, weights=None)),
             ranks=ranks,
             device=device,
         )
