@@ -368,8 +368,8 @@ def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: P
     columns = min(5, len(found.image_features))
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    layout = ConstrainedLayoutEngine(h_pad=0.15)  # inches, for the captions over the rows
-    figure = new_figure(2.1 * columns, 2.45 * len(chosen), layout=layout)
+    layout = ConstrainedLayoutEngine(h_pad=0.21)  # inches, for the captions over the rows
+    figure = new_figure(2.1 * columns, 2.5 * len(chosen), layout=layout)
     grid = figure.subplots(len(chosen), columns, squeeze=False)
     scores = found.text_features[chosen] @ found.image_features.T
     order = scores.argsort(dim=1, descending=True, stable=True)
