@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-photos tour test test-slow faults test-all lint types docs package clean
+.PHONY: demo demo-photos tour notebook test test-slow faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -16,6 +16,10 @@ demo-photos: $(VENV)/photos.stamp
 # All real data from its sources to one verified data set; UNICL_TEST_DATA says where it is.
 tour: $(VENV)/dev.stamp
 	$(BIN)/python -m unicl_fast.tools.tour --out tour-run
+
+# examples/first_run.ipynb with what it shows when it is run now.
+notebook: $(VENV)/dev.stamp
+	$(BIN)/python examples/renew_notebook.py
 
 # A process of tests for each core; a file's tests stay together, since they share what they made.
 # One that crashes ends the run and its test is named: with another in its place, xdist (3.8) waits

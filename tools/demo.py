@@ -133,8 +133,7 @@ Done in {seconds:.0f} s. Look at
 The same with your own images:
    unicl-pack build CLASS_FOLDERS --out packed/labels
    unicl-pack build LIST.csv --out packed/captions       # columns image, caption
-   unicl-pretrain --preset swin-tiny --data.train packed/labels packed/captions --out runs/first \\
-       --run.global-batch-size 512 --efficiency.micro-batch-size 64
+   unicl-pretrain --preset auto --data.train packed/labels packed/captions --out runs/first
    unicl-eval zero-shot --checkpoint runs/first --data HELD_OUT_CLASS_FOLDERS
 """
     )

@@ -28,7 +28,7 @@ from unicl_fast.distributed.signals import (
     Interrupted,
     exit_immediately_on_signals,
 )
-from unicl_fast.presets import PRESETS
+from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
@@ -72,7 +72,8 @@ class PretrainArguments(TrainConfig):
     curves.png, contact-sheet.png, log.txt, checkpoints/ and tensorboard/; quarantine.csv lists
     unreadable samples."""
     preset: str = DEFAULT_PRESET
-    """Preset that all other settings start from; list shows all."""
+    """Preset that all other settings start from; list shows all. auto takes one by the data and the
+    machine."""
     config: Path | None = None
     """YAML or JSON file with any of the settings. It comes after the preset, which it may name
     (preset: NAME), and before the options given here."""
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    arguments = parse_arguments(argv)
+    origin, arguments = parse_with_origin(argv)
     config, run_folder, resume = split_config(arguments), arguments.out, arguments.resume
     if arguments.print_config:
         print(as_yaml(config), end="")
@@ -154,6 +155,7 @@ def _main(argv: Sequence[str]) -> None:
         evaluate=_evaluate,
         initialise=initialise,
         resume=resume,
+        origin=origin,
         ledger=arguments.ledger,
         dry_run=arguments.dry_run,
         quiet=arguments.quiet,
@@ -190,7 +192,15 @@ def _evaluate(
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
+    """The arguments of `parse_with_origin` alone."""
+    return parse_with_origin(argv)[1]
+
+
+def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     """Takes preset and file first, then every other flag on top; prints the help if asked to.
+
+    Returns:
+        Where the settings come from that no flag gives, in words, and all settings.
 
     Raises:
         ValueError: there is no such preset, or the file does not hold settings.
@@ -198,8 +208,9 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     """
     argv = _in_full(argv)
     finder = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
-    for option in ("--preset", "--resume"):
+    for option in ("--preset", "--resume", "--run.device"):
         finder.add_argument(option)
+    finder.add_argument("--data.train", nargs="*")
     for option in ("--config", "--out"):
         finder.add_argument(option, type=Path)
     for flag in ("--help", "--help-all", "--print-config"):
@@ -208,8 +219,15 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     if found.preset == "list":
         print(list_presets())
         sys.exit()
+    values = vars(found)
+    has_help = found.help or found.help_all
     origin, config = first_settings(
-        preset=found.preset, file=found.config, run_folder=found.out, resume=found.resume
+        preset=None if has_help and found.preset == AUTO else found.preset,
+        file=found.config,
+        run_folder=found.out,
+        resume=found.resume,
+        train=values["data.train"],
+        device=values["run.device"],
     )
     groups = _groups_of(config)
     if found.help:
@@ -217,14 +235,15 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
         sys.exit()
     import tyro
 
-    return tyro.cli(
+    arguments = tyro.cli(
         PretrainArguments,
         default=PretrainArguments(**groups, out=Path() if found.print_config else tyro.MISSING),
         args=["--help"] if found.help_all else argv,
         prog=_PROGRAM,
         description=f"{PretrainArguments.__doc__} The defaults below are those of {origin}; "
-        f"presets are {', '.join(PRESETS)}.",
+        f"presets are {', '.join([*PRESETS, AUTO])}.",
     )
+    return origin, arguments
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
@@ -266,7 +285,7 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
         "      --run.global-batch-size 1024 --efficiency.micro-batch-size 64 --resume auto",
         f"  {_PROGRAM} --out runs/mix --resume auto --nproc 8",
         "\npresets:",
-        *(f"  {name:{_COLUMN - 2}}{about}" for name, (about, _) in PRESETS.items()),
+        textwrap.indent(list_presets(), "  "),
     ]
     for group, names in _COMMON.items():
         settings = getattr(arguments, group) if group else arguments

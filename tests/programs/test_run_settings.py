@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packed_sets import Sample, pack
+from PIL import Image
 from program_runs import call
 
 from unicl_fast.config import DataConfig, TrainConfig, config_to_dict
-from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools import pretrain
-from unicl_fast.tools.pretrain import parse_arguments, split_config
+from unicl_fast.presets import PRESETS, Facts, build_preset, choose_preset
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools import pretrain, run_settings
+from unicl_fast.tools.pretrain import parse_arguments, parse_with_origin, split_config
 from unicl_fast.tools.run_settings import as_yaml
+from unicl_fast.training.memory_plan import plan
 
 
 def settings_of(*options: str | Path) -> TrainConfig:
@@ -164,6 +169,100 @@ def test_a_run_is_resumed_with_its_own_settings_and_with_what_is_given(tmp_path:
     assert settings_of("--out", tmp_path) == build_preset("swin-tiny")
 
 
+GB = 10**9
+MANY = {"num_images": 10**7, "largest_batch": 10**7}
+PHOTOS = Facts(num_images=560, side=150, largest_batch=560, gpu_bytes=0, has_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "preset", "batch", "micro_batch"),
+    [
+        ({}, "photos-features", 128, 0),
+        ({"num_images": 60, "largest_batch": 60}, "photos-features", 32, 0),
+        ({"num_images": 1, "largest_batch": 1}, "photos-features", 1, 0),
+        ({"has_weights": False}, "mixed-small", 128, 0),
+        ({"num_images": 20_000, "largest_batch": 20_000}, "photos-features", 128, 0),
+        ({"num_images": 20_001, "largest_batch": 20_001}, "photos-small", 128, 0),
+        ({"num_images": 20_001, "gpu_bytes": 24 * GB}, "photos-features", 128, 0),
+        (MANY, "photos-small", 128, 0),
+        (MANY | {"has_weights": False}, "mixed-small", 128, 0),
+        (MANY | {"gpu_bytes": 80 * GB}, "swin-tiny", 4096, 512),
+        (MANY | {"largest_batch": 3000, "gpu_bytes": 24 * GB}, "swin-tiny", 2048, 128),
+        (MANY | {"gpu_bytes": 8 * GB}, "photos-small", 128, 0),
+        ({"num_images": 50_000, "largest_batch": 50_000, "side": 32}, "cifar10-small", 128, 0),
+        ({"num_images": 10**7, "side": 32, "gpu_bytes": 80 * GB}, "cifar10-small", 128, 0),
+    ],
+)  # fmt: skip
+def test_auto_takes_a_preset_that_the_data_and_the_machine_suit(
+    facts: dict[str, Any], preset: str, batch: int, micro_batch: int
+) -> None:
+    given = PHOTOS._replace(**facts)
+    name, config, reasons = choose_preset(given, features="run/features")
+    assert name == preset
+    assert config.run.global_batch_size == batch
+    assert config.run.samples <= 100 * given.num_images
+    assert config.efficiency.micro_batch_size == micro_batch
+    stored = "run/features" if name == "photos-features" else ""
+    assert config.efficiency.image_features == stored
+    assert ("pip install" in reasons) == (name == "mixed-small")
+    assert f"{given.num_images:,} image" in reasons
+
+
+def test_the_micro_batch_that_auto_takes_fits_by_the_memory_plan() -> None:
+    config = build_preset("swin-tiny")
+    for size in (11, 16, 24, 40, 48, 80, 141):
+        facts = PHOTOS._replace(num_images=10**7, largest_batch=10**7, gpu_bytes=size * GB)
+        name, chosen, _ = choose_preset(facts, features="")
+        assert name == "swin-tiny"
+        efficiency = dataclasses.replace(
+            config.efficiency,
+            micro_batch_size=chosen.efficiency.micro_batch_size,
+            precision="bf16",
+        )
+        planned = dataclasses.replace(config, efficiency=efficiency)
+        assert plan(planned, world_size=1, device_bytes=size * GB).fits, size
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("auto") / "photos"
+    with io.BytesIO() as file:
+        Image.new("RGB", (64, 72)).save(file, format="png")
+        samples = [Sample(file.getvalue(), (f"photo {number}",)) for number in range(5)]
+    pack(out, samples, class_names=(), tokenizer=Tokenizer()).close()
+    return out
+
+
+def test_auto_looks_at_the_data_and_comes_before_file_and_options(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_settings, "find_spec", lambda name: None)
+    data = ("--data.train", photos, "--run.device", "cpu")
+    origin, arguments = parse_with_origin(["--preset", "auto", *map(str, data), "--out", "out"])
+    assert origin.startswith(
+        "the preset mixed-small, which auto took: 5 images, no GPU, no package"
+    )
+    assert arguments.run.global_batch_size == 4
+    assert arguments.model == build_preset("mixed-small").model
+    file = write(
+        tmp_path / "run.yaml",
+        f"preset: auto\ndata: {{train: [{photos}=1.0]}}\nrun: {{global_batch_size: 2, seed: 3}}",
+    )
+    config = settings_of("--config", file, "--run.seed", "4")
+    assert (config.run.global_batch_size, config.run.seed) == (2, 4)
+    with pytest.raises(ValueError, match="auto chooses by the data: give --data.train DIR"):
+        settings_of("--preset", "auto")
+
+
+def test_a_run_that_resumes_keeps_what_auto_took(photos: Path, tmp_path: Path) -> None:
+    data = ("--preset", "auto", "--data.train", photos, "--out", tmp_path)
+    own = dataclasses.replace(build_preset("digits-small"), data=DataConfig(train=(str(photos),)))
+    write(tmp_path / "config.json", json.dumps(config_to_dict(own)))
+    for resume in ("auto", "checkpoints/step-1"):
+        assert settings_of(*data, "--resume", resume) == own
+    assert settings_of(*data).model != own.model
+
+
 def test_urls_without_the_query_that_a_config_json_leaves_out_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,8 +280,8 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         call(pretrain, "--preset", "list")
     assert not ended.value.code
     shown = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in shown] == list(PRESETS)
-    assert all(preset.about in line for line, preset in zip(shown, PRESETS.values(), strict=True))
+    assert [line.split()[0] for line in shown] == [*PRESETS, "auto"]
+    assert all(preset.about in line for line, preset in zip(shown, PRESETS.values(), strict=False))
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -298,7 +298,7 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
             "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words"
         )
-    lines.append(f"next: unicl-pretrain --preset NAME --data.train {summary.out} --out RUN")
+    lines.append(f"next: unicl-pretrain --preset auto --data.train {summary.out} --out runs/first")
     return "\n".join(lines)
 
 

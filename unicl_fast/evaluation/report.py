@@ -293,14 +293,15 @@ def _draw_confusion(
     shown = confusion[np.ix_(present, present)]
     names = [_short(class_names[i], 24) for i in present.tolist()]
     parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
-    side = max(4.5, min(0.24 * len(names), 14.0))
+    has_names = len(names) <= _MAX_NAMED_CLASSES
+    side = max(4.5, min(0.24 * len(names), 14.0 if has_names else 7.0))
     figure = new_figure(side + 5.5, side + 1.6, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
     image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     left.set_title(title, loc="left", color=INK)
     left.set_xlabel("taken for")
     left.set_ylabel("class")
-    if len(names) <= _MAX_NAMED_CLASSES:
+    if has_names:
         size = min(7.0, 0.75 * 72 * side / len(names))  # of a row's height, in points
         left.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
         left.set_yticks(range(len(names)), names, fontsize=size)
@@ -312,15 +313,16 @@ def _draw_confusion(
                 ha="center", va="center", fontsize=6, color="white" if part > 0.6 else INK,
             )  # fmt: skip
     figure.colorbar(image, ax=left, shrink=0.6, label="part of the class")
+    left.set_anchor("N")  # the list beside it begins at the top too
     right.set_axis_off()
-    right.set_title("most frequent mistakes", loc="left", fontsize=9, color=INK)
+    right.set_title("most frequent mistakes", loc="left", color=INK)
     lines = [
         f"{100 * part:5.1f} %  {count:5,}   {_short(own, 22)} -> {_short(taken, 22)}"
         for own, taken, count, part in most_confused(confusion, class_names)
     ]
     right.text(
         *(0, 0.98, "\n".join(lines) or "none"),
-        va="top", fontsize=7.5, family="monospace", color=INK, transform=right.transAxes,
+        va="top", fontsize=8, family="monospace", color=INK, transform=right.transAxes,
     )  # fmt: skip
     save_figure(figure, path)
 

@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 KS = (1, 5, 10)
 _CHUNK = 1024
 _RIGHT, _WRONG = "#1a7f37", "#b42318"
-_SIDE, _CAPTIONS = 2.9, 1.15
+_SIDE, _CAPTIONS = 2.9, 1.3
 """Height of an image, and of three captions under it, in inches."""
+_LEGEND = "Green is right. Places count from the most similar; the similarity is in brackets."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -349,11 +350,12 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
             axis.annotate(
                 shown,
                 *((0, 0), (0, -5 - 24 * line)),
-                xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7,
+                xycoords="axes fraction", textcoords="offset points", va="top", fontsize=8,
                 color=_RIGHT if right else _WRONG,
             )  # fmt: skip
     for axis in axes[len(chosen) :]:
         axis.set_axis_off()
+    figure.text(0.01, 0.06 / height, _LEGEND, fontsize=8, color=INK)
     save_figure(figure, path)
 
 
@@ -364,7 +366,10 @@ def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: P
     """
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
-    figure = new_figure(2.1 * columns, 2.35 * len(chosen), layout="constrained")
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(h_pad=0.21)  # inches, for the captions over the rows
+    figure = new_figure(2.1 * columns, 2.5 * len(chosen), layout=layout)
     grid = figure.subplots(len(chosen), columns, squeeze=False)
     scores = found.text_features[chosen] @ found.image_features.T
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -379,14 +384,17 @@ def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: P
             right = image == own
             axis.set_xlabel(
                 f"{number + 1:,}. ({float(scores[row, image]):.2f})",
-                fontsize=7, color=_RIGHT if right else FAINT,
+                fontsize=8, color=_RIGHT if right else FAINT,
             )  # fmt: skip
             for spine in axis.spines.values():
                 spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
-        axes[0].set_title(
-            textwrap.shorten(texts[text], 26 * columns, placeholder=" ..."),
-            loc="left", fontsize=8, color=INK,
+        above = axes[0].annotate(
+            textwrap.shorten(texts[text], 24 * columns, placeholder=" ..."),
+            *((0, 1), (0, 5)),
+            xycoords="axes fraction", textcoords="offset points", fontsize=9, color=INK,
         )  # fmt: skip
+        above.set_in_layout(False)  # or its column becomes as wide as half of the text
+    figure.supxlabel(_LEGEND, x=0.01, ha="left", fontsize=8, color=INK)
     save_figure(figure, path)
 
 

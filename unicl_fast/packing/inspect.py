@@ -40,6 +40,17 @@ MORE_THAN = 5
 HowToCount = Literal["auto", "words", "noun-phrases"]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
+_STOP_WORDS = frozenset(
+    """a about above after again against all along also am among an and another any are around as at
+    away back be because been before behind being below beside between both but by can could did do
+    does down during each either else ever every few for from front had has have having he her here
+    hers him his how i if in inside into is it its itself just like many me more most much my near
+    next no nor not of off on once only onto or other others our out outside over own per she
+    should so some something such than that the their them then there these they this those through
+    to together too toward towards under until up upon us very was we were what when where which
+    while who whose why will with within without would you your""".split()  # noqa: SIM905 - as a list it would take 160 lines
+)
+"""Words that name nothing to be seen, in English, as noun phrases have none."""
 _BINS = 30
 _FAR = 3
 """Histograms end at the 99th percentile if the largest value lies this many times as far."""
@@ -279,10 +290,11 @@ def count_concepts(
             "--concepts words"
         )
     if how == "words" or missing:
-        kind = f"distinct words that occur more than {MORE_THAN} times"
+        kind = f"distinct words, without stop words, that occur more than {MORE_THAN} times"
         if missing:
             kind += f" (no noun phrases as in the paper, since {missing} is not installed)"
-        counts = Counter(word for text in texts for word in _WORD.findall(text.lower()))
+        words = (word for text in texts for word in _WORD.findall(text.lower()))
+        counts = Counter(word for word in words if word not in _STOP_WORDS)
     else:
         kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {model}"
         counts = Counter(_noun_phrases(texts, model))

@@ -94,8 +94,8 @@ def make_page(
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
-            _histogram("Tokens of a caption", inspection.caption_tokens),
-            _histogram("Captions of an image", inspection.captions_per_image),
+            _histogram("Tokens of a caption", inspection.caption_tokens, "tokens", of="caption"),
+            _histogram("Captions of an image", inspection.captions_per_image, "captions"),
         ]
     near_copies = inspection.near_copies
     tiles = [
@@ -126,10 +126,10 @@ def make_page(
         classes=_classes(inspection) if inspection.class_counts else None,
         caption_plots=caption_plots,
         image_plots=[
-            _histogram("Width", inspection.widths, " pixels"),
-            _histogram("Height", inspection.heights, " pixels"),
+            _histogram("Width", inspection.widths, "pixels"),
+            _histogram("Height", inspection.heights, "pixels"),
             _histogram("Width / height", inspection.aspects),
-            _histogram(size_of, inspection.image_bytes, " bytes"),
+            _histogram(size_of, inspection.image_bytes, "bytes"),
         ],
         exact=exact,
         near=near,
@@ -168,6 +168,8 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
         values["plot"] = _Plot(
             title=f"Images of each class, largest class first{scale}",
             counts=[math.log1p(count) for count in counts] if is_skewed else counts,
+            top=count_of(largest, "image"),
+            unit="classes",
             ends=("1", f"{len(present):,}"),
         )
         values["first"], values["last"] = present[:_ENDS_OF_CLASSES], present[-_ENDS_OF_CLASSES:]
@@ -181,6 +183,10 @@ class _Plot:
     title: str
     words: str = ""
     counts: Sequence[float] = ()
+    top: str = ""
+    """The number that the highest column stands for."""
+    unit: str = ""
+    """Of the numbers below."""
     ends: tuple[str, str] = ("", "")
     """Texts below the first and the last column."""
     hovers: Sequence[str] = ()
@@ -210,9 +216,11 @@ class _Plot:
             )
 
 
-def _histogram(title: str, spread: Spread, unit: str = "") -> _Plot:
+def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image") -> _Plot:
+    """Columns of how many `of` have values in each bin; `unit` is that of the values."""
+    words_of = f" {unit}" if unit else ""
     if spread.smallest == spread.largest:
-        return _Plot(title=title, words=f"all {_number(spread.smallest)}{unit}")
+        return _Plot(title=title, words=f"all {_number(spread.smallest)}{words_of}")
     first, second, *_, before_last, last = (*spread.edges[:2], *spread.edges)
     if last - before_last > second - first + 1e-6:
         end = f"{_number(before_last)} and more"
@@ -220,9 +228,11 @@ def _histogram(title: str, spread: Spread, unit: str = "") -> _Plot:
         end = _number(last - 1 if second - first == 1 else last)
     return _Plot(
         title=title,
-        words=f"{_number(spread.smallest)} to {_number(spread.largest)}{unit}, median "
+        words=f"{_number(spread.smallest)} to {_number(spread.largest)}{words_of}, median "
         f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}",
         counts=spread.counts,
+        top=count_of(max(spread.counts), of),
+        unit=unit,
         ends=(_number(first), end),
         hovers=[
             f"{_number(low)} to {_number(high)}: {count:,}"

@@ -184,6 +184,16 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def gpu_bytes(name: str) -> int:
+    """Memory of the smallest GPU that `run.device` may mean; 0 where it means the CPU."""
+    import torch
+
+    if choose_device(name).type == "cpu":
+        return 0
+    gpus = range(torch.cuda.device_count())
+    return min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+
+
 def choose_decode_device(
     requested: str, *, device: torch.device, threads: int
 ) -> tuple[torch.device, str]:

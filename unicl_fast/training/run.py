@@ -127,6 +127,7 @@ def pretrain(
     evaluate: Evaluate,
     initialise: Initialise | None = None,
     resume: str = "never",
+    origin: str = "",
     ledger: bool = False,
     dry_run: bool = False,
     quiet: bool = False,
@@ -134,9 +135,10 @@ def pretrain(
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
     `resume` is "never", "auto" or the path of a checkpoint, whose weights are taken in place of
-    those that `initialise` reads. `ledger` asks for a ledger; a run that has one continues it
-    anyway. A `dry_run` ends before the first step and writes nothing. Where it is `quiet`, only
-    warnings and errors are shown; log.txt in the run folder has all lines in any case.
+    those that `initialise` reads. `origin` says where the settings come from, for the log. `ledger`
+    asks for a ledger; a run that has one continues it anyway. A `dry_run` ends before the first
+    step and writes nothing. Where it is `quiet`, only warnings and errors are shown; log.txt in the
+    run folder has all lines in any case.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -191,6 +193,8 @@ def pretrain(
             checkpoint=checkpoint,
             encodes_features=not dry_run,
         )
+        if origin:
+            logger.info("settings: %s", origin)
         for line in describe_run(trainer, run_folder):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
@@ -238,11 +242,16 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
     with drawing(curves):
         draw_curves(run_folder, curves)
         logger.info("curves in %s", curves)
-    objective = trainer.config.objective
-    following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
-    if not objective.has_texts:  # SupCon's and cross-entropy's models know no texts
-        following = f"unicl-eval knn --checkpoint {run_folder} --train DIR --data DIR"
-    logger.info("%s done. Next: %s", count_of(trainer.step, "step"), following)
+    logger.info("%s done. Next: %s", count_of(trainer.step, "step"), _next(trainer, run_folder))
+
+
+def _next(trainer: Trainer, run_folder: Path) -> str:
+    """The evaluation that the model and its data suit."""
+    if not trainer.config.objective.has_texts:  # SupCon's and cross-entropy's models know no texts
+        return f"unicl-eval knn --checkpoint {run_folder} --train DIR --data DIR"
+    has_classes = any(source["num_classes"] for source in trainer.data.get("sources", []))
+    kind = "zero-shot" if has_classes else "retrieval"
+    return f"unicl-eval {kind} --checkpoint {run_folder} --data DIR"
 
 
 def _with_precision(
@@ -336,6 +345,11 @@ def build_trainer(
     )
     on_threads = dataclasses.replace(config, data=with_threads(config.data, ranks))
     loader = _build_stages(on_threads, functools.partial(build, weights=weights), datasets, prompts)
+
+    def drawn(loader: PlannedLoader) -> PlannedLoader | _DrawsFirstBatch:
+        path = run_folder / "contact-sheet.png"
+        return _DrawsFirstBatch(loader, path) if ranks.is_main else loader
+
     ledger = None
     if keeps_ledger:
         ledger = Ledger(
@@ -357,7 +371,7 @@ def build_trainer(
         )
     trainer = Trainer(
         config,
-        _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
+        drawn(loader),
         run_folder=run_folder,
         model=model,
         ranks=ranks,
@@ -388,7 +402,7 @@ def build_trainer(
         features = stored_features(
             trainer.model,
             datasets,
-            build_loader=lambda: build(of_epoch, prompts=prompts, weights=None),
+            build_loader=lambda: drawn(build(of_epoch, prompts=prompts, weights=None)),
             ranks=ranks,
             device=device,
         )

@@ -1,0 +1,60 @@
+"""Runs first_run.ipynb in an empty folder and keeps what it shows: `make notebook`.
+
+The cells are written in the notebook itself. What is kept is a page for readers: of a progress bar
+its last state, no path of the machine, and no more bytes than a repository should carry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).with_name("first_run.ipynb")
+MAX_BYTES = 1_500_000
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)")
+
+
+def run_notebook(folder: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in that folder; raises CellExecutionError."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    programs = str(Path(sys.executable).parent)
+    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    os.environ["COLUMNS"] = "100"
+    NotebookClient(
+        notebook, timeout=900, record_timing=False, resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    notebook.metadata["language_info"] = {"name": "python"}  # not this machine's version
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = _OVERWRITTEN.sub("", output.text.replace("\r\n", "\n"))
+    return notebook
+
+
+def check_page(text: str) -> None:
+    """Refuses a page that is large or that names folders of a machine; raises ValueError."""
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        raise ValueError(f"the notebook would have {size:,} bytes; at most {MAX_BYTES:,} are kept")
+    for path in (str(Path.home()), sys.prefix, tempfile.gettempdir(), "site-packages"):
+        if (place := text.find(f"{path}/")) >= 0:
+            around = text[max(0, place - 200) : place + 200]
+            raise ValueError(f"the notebook shows {path}, a folder of this machine: {around}")
+
+
+def main() -> None:
+    """Entry point of `make notebook`."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = nbformat.writes(run_notebook(Path(folder)))
+    check_page(text)
+    NOTEBOOK.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
