@@ -12,13 +12,16 @@ from unicl_fast.system.program import begin_program
 
 from .first_weights import FirstWeights
 from .full_size import FullSize
-from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
+from .labels import Hierarchies, LongTail, SeveralLabels
+from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
     "labels-and-captions": LabelsAndCaptions,
     "long-tail": LongTail,
+    "several-labels": SeveralLabels,
+    "hierarchies": Hierarchies,
     "first-weights": FirstWeights,
     "templates": Templates,
     "switches": Switches,

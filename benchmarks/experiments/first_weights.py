@@ -90,9 +90,7 @@ class FirstWeights(ExperimentSettings):
 
     def run(self) -> None:
         packed = self.out / "packed"
-        templates = packed / "templates.txt"
-        packed.mkdir(parents=True, exist_ok=True)
-        templates.write_text("\n".join(_TEMPLATES) + "\n", encoding="utf-8")
+        templates = write_templates(packed)
         pack(self.data, packed, side=2 * self.image_size, templates=str(templates))
         tiny, dtd = self.data / "tiny-imagenet", self.data / "transfer/dtd10"
         for source, name, *options in (
@@ -205,6 +203,14 @@ class FirstWeights(ExperimentSettings):
             )
         }
         return self.table("unlocked", {_PROBE_TITLE: means}, pairs)
+
+
+def write_templates(packed: Path) -> Path:
+    """Writes the five prompt templates beside the packed data; returns the file."""
+    packed.mkdir(parents=True, exist_ok=True)
+    path = packed / "templates.txt"
+    path.write_text("\n".join(_TEMPLATES) + "\n", encoding="utf-8")
+    return path
 
 
 def _found(row: Row, title: str) -> Row:

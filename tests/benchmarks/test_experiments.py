@@ -26,9 +26,9 @@ from unicl_fast.benchmarks.experiments.harness import (
     without_nan,
     write_report,
 )
+from unicl_fast.benchmarks.experiments.labels import LongTail
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
-    LongTail,
     Objectives,
     Switches,
     Templates,
