@@ -15,6 +15,7 @@ from .full_size import FullSize
 from .labels import Hierarchies, LongTail, SeveralLabels
 from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
+from .time_to_accuracy import TimeToAccuracy
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
@@ -27,6 +28,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "switches": Switches,
     "full-size": FullSize,
     "stored-features": StoredFeatures,
+    "time-to-accuracy": TimeToAccuracy,
 }
 
 

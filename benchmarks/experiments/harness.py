@@ -155,6 +155,7 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
         "pretrain": list(run.pretrain),
         "precision": config["efficiency"]["precision"],
         "last": last,
+        "train_cpu_seconds": round(cpu_seconds, 1),
     }
     for name, arguments in run.evaluations.items():
         result = folder / f"{name}.json"
@@ -337,7 +338,7 @@ def _shortened(row: Row) -> Row:
         for key, value in _evaluations(row).items()
     }
     described = {"name": row["name"], "pretrain": options, "precision": row["precision"]}
-    taken = {key: row[key] for key in ("cpu_seconds",) if key in row}
+    taken = {key: row[key] for key in ("cpu_seconds", "train_cpu_seconds") if key in row}
     return {**described, **taken, "last": last, **evaluated}
 
 

@@ -8,8 +8,10 @@ of one core.
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +137,7 @@ _LABEL_ARMS = {
 """The ending of the data sets' names, and objective.positives."""
 _HALVES = ("a", "b")
 _MEASURED_LABELS = {
-    "mAP of categories": ("zero_shot", "mean"),
+    "mAP of categories": ("zero_shot", "average_precision", "mean"),
     "zero-shot top-1, one of its categories": ("zero_shot", "top1"),
     "image finds a caption, in 10": ("retrieval", "image_to_text_recall_at_10"),
     "caption finds its image, in 10": ("retrieval", "text_to_image_recall_at_10"),
@@ -163,10 +165,10 @@ class SeveralLabels(_FromFeatures):
         rows = self.train_arms(arms, lambda arm, seed: self._make_run(*arm, seed))
         cells = {
             title: {
-                arm: self._over_halves([rows[arm, half] for half in _HALVES], *measured)
+                arm: self._over_halves([rows[arm, half] for half in _HALVES], keys)
                 for arm in _LABEL_ARMS
             }
-            for title, measured in _MEASURED_LABELS.items()
+            for title, keys in _MEASURED_LABELS.items()
         }
         pairs = {
             f"{title}: all labels - {arm}": (means["all labels"], means[arm])
@@ -174,25 +176,27 @@ class SeveralLabels(_FromFeatures):
             for arm in _LABEL_ARMS
             if arm != "all labels"
         }
-        some = [rows[arms[0][0], half] for half in _HALVES]
+        some = [rows[arms[0]], rows[arms[1]]]
         chance = {
-            title: round(
-                self._over_halves(some, name, f"{key.removeprefix('mean')}_chance").mean, 2
-            )
-            for title, (name, key) in _MEASURED_LABELS.items()
-            if name == "retrieval"
+            title: self._over_halves(some, (*where, "chance" if key == "mean" else f"{key}_chance"))
+            for title, (*where, key) in _MEASURED_LABELS.items()
+            if key != "top1"
         }
         table = self.table("50 photographs held out", cells, pairs)
-        write_report("several-labels", self, [table], rows, chance=chance)
-
-    def _over_halves(self, halves: list[list[Row]], name: str, key: str) -> Mean:
-        """For each seed the mean of both halves."""
-        return mean_of(
-            [
-                100 * sum(row[name][key] for row in both) / len(both)
-                for both in zip(*halves, strict=True)
-            ]
+        write_report(
+            "several-labels",
+            self,
+            [table],
+            rows,
+            chance={name: one.mean for name, one in chance.items()},
         )
+
+    def _over_halves(self, halves: list[list[Row]], keys: tuple[str, ...]) -> Mean:
+        """For each seed the mean of both halves, in %."""
+        found = [
+            [100 * functools.reduce(operator.getitem, keys, row) for row in rows] for rows in halves
+        ]
+        return mean_of([sum(both) / len(both) for both in zip(*found, strict=True)])
 
     def _pack_halves(self, seed: int, templates: Path) -> None:
         """Packs both halves of COCO, with all labels and with the largest alone."""
@@ -242,7 +246,6 @@ _HIERARCHY_ARMS = {
     },
     "prompts": (*_ANCESTORS, "--data.prompts", "ancestors"),
 }
-_LEVELS = (3, 5, 7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +257,8 @@ class Hierarchies(_FromFeatures):
 
     wordnet: Path
     """The file data.noun of WordNet 3.0, which is in Debian's package wordnet-base."""
+    levels: tuple[int, ...] = (3, 5, 7)
+    """Levels to report, the top's being 0."""
 
     def run(self) -> None:
         self._pack()
@@ -262,7 +267,7 @@ class Hierarchies(_FromFeatures):
         takes: dict[str, Callable[[Row], float]] = {
             "top-1 of 200 classes": lambda new: 100 * new["top1"]
         }
-        for depth in _LEVELS:
+        for depth in self.levels:
             level = _level(some["new"], depth)
             for words, key in (
                 ("its names", "top1"),

@@ -1,0 +1,194 @@
+"""CPU time to an accuracy: what makes training cheaper, each alone and all together.
+
+Every lever is given a part of the preset's samples, and has to reach the preset's accuracy. CPU
+time is that of the whole training program, its start and the storing of features included, which
+other programs on the machine change little; evaluations come after it and do not count.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .first_weights import write_templates
+from .harness import ExperimentSettings, Row, Run, mean_of, write_report
+from .small_size import build_once
+
+_CIFAR10 = ("--preset", "cifar10-small", "--run.global-batch-size", "128")
+_MUON = ("--optim.name", "muon")
+_AS_IT_IS = (
+    *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1"),
+    *("--data.flip-probability", "0"),
+)
+_SMALL_PART = 0.75
+_SMALL_PART_LR = 6e-4
+"""What is left of 2e-3 after that part: both parts together have nearly the cosine of one run."""
+
+
+class Arm(NamedTuple):
+    """A way to train."""
+
+    length: float = 1.0
+    """Part of the task's samples."""
+    options: tuple[str, ...] = ()
+    """Beside the task's."""
+    small_side: int = 0
+    """Side of the images in the first three quarters of the samples; 0: the task's."""
+    stores: bool = False
+    """Store the features of the images, crops and flips left out, instead of encoding in steps."""
+
+
+class Task(NamedTuple):
+    """A data set, a preset, and ways to train it; the first is the preset's."""
+
+    data: str
+    samples: int
+    options: tuple[str, ...]
+    arms: Mapping[str, Arm]
+
+
+TASKS = {
+    "CIFAR-10": Task(
+        "cifar10",
+        32_000,
+        _CIFAR10,
+        {
+            "preset": Arm(),
+            "half": Arm(0.5),
+            "small images first": Arm(small_side=20),
+            "muon, half": Arm(0.5, _MUON),
+            "all, half": Arm(0.5, _MUON, small_side=20),
+        },
+    ),
+    "CIFAR-10, ViT": Task(
+        "cifar10",
+        16_000,
+        (
+            *(*_CIFAR10, "--model.image-encoder", "test_vit", "--optim.lr", "1e-3"),
+            *("--data.image-size", "128", "--data.evaluation-resize", "146"),
+        ),
+        {"preset": Arm(), "token drop": Arm(options=("--model.token-drop", "0.5"))},
+    ),
+    "Tiny ImageNet": Task(
+        "tiny",
+        9_600,
+        (
+            *("--preset", "photos-small", "--run.global-batch-size", "64", "--optim.lr", "1.5e-3"),
+            *("--data.image-size", "64", "--data.evaluation-resize", "64"),
+        ),
+        {
+            "preset": Arm(),
+            "half": Arm(0.5),
+            "stored": Arm(stores=True),
+            "stored, short texts": Arm(options=("--model.context-length", "12"), stores=True),
+            "stored, muon, half": Arm(0.5, _MUON, stores=True),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeToAccuracy(ExperimentSettings):
+    """CPU seconds and accuracy of presets, and of what may make them cheaper."""
+
+    data: Path
+    """Folder with cifar10 and tiny-imagenet."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Those to do."""
+
+    def run(self) -> None:
+        packed = self._pack()
+        tables, done, ratios = [], {}, {}
+        for name in self.tasks:
+            task = TASKS[name]
+            small = [arm for arm in task.arms if task.arms[arm].small_side]
+            first = self.train_arms(
+                small, lambda arm, seed, name=name: self._small_run(name, arm, seed, packed)
+            )
+            rows = self.train_arms(
+                task.arms, lambda arm, seed, name=name: self._last_run(name, arm, seed, packed)
+            )
+            accuracy = {
+                arm: mean_of([100 * row["new"]["top1"] for row in rows[arm]]) for arm in rows
+            }
+            seconds = {arm: mean_of(_seconds(rows[arm], first.get(arm))) for arm in rows}
+            preset, *others = rows
+            ratios[name] = {arm: seconds[arm].mean / seconds[preset].mean for arm in rows}
+            for what, means, unit in (
+                ("zero-shot top-1", accuracy, "%"),
+                ("training", seconds, "CPU seconds"),
+            ):
+                pairs = {f"{arm} - {preset}": (means[arm], means[preset]) for arm in others}
+                tables.append(self.table(what, {name: means}, pairs, unit=unit))
+            done |= {(name, arm): rows[arm] for arm in rows}
+        write_report("time-to-accuracy", self, tables, done, cpu_time_ratios=ratios)
+
+    def _run(
+        self, name: str, arm: str, seed: int, train: Path, part: float, *more: str, last: bool
+    ) -> Run:
+        """A run of a part of the samples; only the last one is evaluated."""
+        task, chosen = TASKS[name], TASKS[name].arms[arm]
+        samples = round(self.length * chosen.length * part * task.samples)
+        folder = "/".join([name, arm, *(() if last else ("small",)), f"seed{seed}"])
+        stored = ("--efficiency.image-features", str(self.out / "features" / folder))
+        return Run(
+            name=folder.replace(" ", "-").replace(",", ""),
+            pretrain=(
+                *(*task.options, *chosen.options, *more, "--data.train", str(train)),
+                *((*_AS_IT_IS, *stored) if chosen.stores else ()),
+                *("--run.samples", str(samples), "--run.seed", str(seed)),
+                *("--run.evaluate-every-steps", "0", "--checkpoint.every-steps", "0"),
+                *("--efficiency.precision", self.precision),
+            ),
+            execution=self.execution(),
+            evaluations={"new": ("zero-shot", "--data", f"{train}-new")} if last else {},
+        )
+
+    def _small_run(self, name: str, arm: str, seed: int, packed: Path) -> Run:
+        """The first part of a run, on small images; the rate falls as in one run of all samples."""
+        side, lr = str(TASKS[name].arms[arm].small_side), _SMALL_PART_LR
+        return self._run(
+            *(name, arm, seed, packed / TASKS[name].data, _SMALL_PART),
+            *("--data.image-size", side, "--optim.lr-min", str(lr)),
+            last=False,
+        )
+
+    def _last_run(self, name: str, arm: str, seed: int, packed: Path) -> Run:
+        """A whole run, or the part of it after that on small images."""
+        train = packed / TASKS[name].data
+        if not TASKS[name].arms[arm].small_side:
+            return self._run(name, arm, seed, train, 1, last=True)
+        before = self.out / self._small_run(name, arm, seed, packed).name / "run"
+        start = ("--model.init", str(before), "--optim.warmup-fraction", "0")
+        rest = ("--optim.lr", str(_SMALL_PART_LR))
+        return self._run(name, arm, seed, train, 1 - _SMALL_PART, *start, *rest, last=True)
+
+    def _pack(self) -> Path:
+        """Packs what is missing; of CIFAR-10's test images every fifth."""
+        packed = self.out / "packed"
+        templates = ("--templates", str(write_templates(packed)))
+        cifar10, tiny = self.data / "cifar10", self.data / "tiny-imagenet"
+        archive = cifar10 / "cifar10-test.zip"
+        with zipfile.ZipFile(archive) as file:
+            images = [one for one in file.namelist() if one.endswith(".jpg")][::5]
+        listed = packed / "cifar10-new.csv"
+        lines = ["image,label", *(f"{image},{image.split('/')[1]}" for image in images)]
+        listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        build_once(cifar10 / "cifar10-train.zip", packed / "cifar10", "--format", "raw")
+        build_once(listed, packed / "cifar10-new", "--format", "raw", "--image-root", str(archive))
+        for split, name in (("train", "tiny"), ("val", "tiny-new")):
+            build_once(
+                *(tiny / "labels.csv", packed / name, "--where", f"split={split}", *templates),
+                *("--label-column", "words", "--image-root"),
+                str(tiny / "tiny-imagenet-200-subset.zip"),
+            )
+        return packed
+
+
+def _seconds(rows: list[Row], first: list[Row] | None) -> list[float]:
+    """CPU seconds of training for each seed, those of its first part included."""
+    before = [row["train_cpu_seconds"] for row in first] if first else [0.0] * len(rows)
+    return [row["train_cpu_seconds"] + one for row, one in zip(rows, before, strict=True)]
