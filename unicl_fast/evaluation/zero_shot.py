@@ -213,7 +213,7 @@ def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated
 def _from_features(
     command: ZeroShot, on_ranks: ModelOnRanks, data: EvaluationData
 ) -> tuple[LevelsResult | None, PrecisionResult | None]:
-    """What is asked for beyond counts, on rank 0; None where it is not, and on the other ranks.
+    """Levels and average precision, where asked for, on rank 0; None on the other ranks.
 
     Raises:
         ValueError: levels are asked for, and the data has no hierarchy.
