@@ -83,8 +83,8 @@ TASKS = {
             "preset": Arm(),
             "half": Arm(0.5),
             "stored": Arm(stores=True),
-            "stored, short texts": Arm(options=("--model.context-length", "12"), stores=True),
-            "stored, muon, half": Arm(0.5, _MUON, stores=True),
+            "stored, half": Arm(0.5, stores=True),
+            "all, half": Arm(0.5, _MUON, stores=True),
         },
     ),
 }
