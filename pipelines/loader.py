@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch, EvaluationBatch, copied_ahead, send
+from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead, send
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.ancestors import flat_chains
@@ -78,6 +79,7 @@ class TrainLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -91,7 +93,16 @@ class TrainLoader:
             device: where batches lie; `data.decode_device` says whether images are decoded there.
                 A run has replaced its `auto` for all ranks together; a loader alone decides itself.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
+            spans: those of the run, if it has stages; `config` is of one of them.
+
+        Raises:
+            ValueError: the data cannot be planned, or `config` has stages.
         """
+        if config.run.stages:
+            raise ValueError(
+                "a TrainLoader is of one stage: make one of each of config.stages, with "
+                "spans=config.run.spans, or train by unicl_fast.training.run"
+            )
         data = config.data
         self._data = data
         self._rank = rank
@@ -120,6 +131,7 @@ class TrainLoader:
             seed=config.run.seed,
             weights=weights,
             augmentations=augmentations,
+            spans=spans,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         if rank == 0:
@@ -138,7 +150,15 @@ class TrainLoader:
             world_size=world_size,
             form=self.form,
         )
-        self.reading = self.host.reading
+
+    @property
+    def reading(self) -> ReadingTime:
+        """How long reading waited for storage; several loaders may count together."""
+        return self.host.reading
+
+    @reading.setter
+    def reading(self, reading: ReadingTime) -> None:
+        self.host.reading = reading
 
     def _say_what_is_limited(self, datasets: Sequence[PackedDataset]) -> None:
         for dataset, balance in zip(datasets, self.plan.balances, strict=True):

@@ -23,7 +23,7 @@ MAPPED = ("pipelines", "tools", "benchmarks")
 # unicl_fast/ is a room too. `benchmarks` measures everything and is known by nobody.
 FLOORS = [
     {"system", "batch"},
-    {"augmentation"},
+    {"augmentation", "stages"},
     {"images", "text", "distributed", "config"},
     {"dataset", "objectives", "ledger", "presets"},
     {"models", "pipelines"},

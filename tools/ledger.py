@@ -137,7 +137,7 @@ class Replan:
         from unicl_fast.pipelines.plan.order import assign_sources
         from unicl_fast.pipelines.plan.plan import samples_of_draws
 
-        draws = first_step * header.global_batch_size + np.arange(ids.size, dtype=np.int64)
+        draws = header.draws_before(first_step) + np.arange(ids.size, dtype=np.int64)
         planned_sources, source_draws = assign_sources(draws, header.shares)
         planned = np.empty_like(draws)
         if header.balance and not self._balances:
@@ -161,9 +161,9 @@ class Replan:
         self.num_different += int(np.count_nonzero(different))
         if different.any() and not self._first:
             at = int(np.argmax(different))
-            step, index = divmod(int(draws[at]), header.global_batch_size)
+            step, index = divmod(at, header.global_batch_size)
             self._first = (
-                f"; the first at step {step}, global index {index}: planned was sample "
+                f"; the first at step {first_step + step}, global index {index}: planned was sample "
                 f"{planned[at]} of source {planned_sources[at]}, the ledger has "
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )
@@ -194,9 +194,12 @@ class Replan:
 
 def in_words(proof: LedgerProof) -> str:
     """The result for a person."""
-    sizes = [segment.header.world_size for segment in proof.segments]
+    sizes = [segment.header.world_size for segment in proof.starts]
+    batch = count_of(proof.global_batch_size, "sample")
+    if proof.has_stages:
+        batch = f"several stages, {count_of(proof.num_draws, 'sample')} in all,"
     lines = [
-        f"{count_of(proof.steps, 'step')} of {count_of(proof.global_batch_size, 'sample')} "
+        f"{count_of(proof.steps, 'step')} of {batch} "
         f"{'is' if proof.steps == 1 else 'are'} covered, "
         f"by {count_of(len(sizes), 'start')} of the program on "
         f"{', then '.join(count_of(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
@@ -245,7 +248,7 @@ def in_words(proof: LedgerProof) -> str:
 
 def as_json(proof: LedgerProof) -> dict[str, Any]:
     """The result for a program."""
-    sizes = [segment.header.world_size for segment in proof.segments]
+    sizes = [segment.header.world_size for segment in proof.starts]
     return {
         "proven": proof.holds,
         "steps": proof.steps,
@@ -259,6 +262,7 @@ def as_json(proof: LedgerProof) -> dict[str, Any]:
             {
                 "segment": segment.header.segment,
                 "start_step": segment.header.start_step,
+                "global_batch_size": segment.header.global_batch_size,
                 "world_size": segment.header.world_size,
                 "steps": segment.steps,
                 "num_superseded": segment.num_superseded,

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from unicl_fast.augmentation import read_entries
+from unicl_fast.stages import STAGE_SETTINGS, Span, lay_out, parse_stage, span_at
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -217,9 +218,7 @@ class ModelConfig:
     token_drop: FractionBelowOne = 0.0
     """Part of a ViT's tokens that is left out in training, others of each image at each step, as in
     FLIP. 0.5 takes about half the time of all of them; the accuracy lost comes back where the end
-    of a run sees all."""
-    token_drop_end: Fraction = 0.1
-    """Last part of the run, in which no token is left out."""
+    of a run sees all: run.stages 0.9:token_drop=0.5 leaves out none in the last tenth."""
     text_width: Width = 512
     """Width of the text encoder."""
     text_layers: Layers = 12
@@ -559,6 +558,12 @@ class RunConfig:
     epochs. It is rounded up to whole steps."""
     steps: Count = 0
     """Length of the run in optimizer steps, instead of samples."""
+    stages: tuple[str, ...] = ()
+    """Parts of the run with other settings, such as smaller images; the rest of the run, which must
+    not be empty, has the run's own. Each is LENGTH:NAME=VALUE,NAME=VALUE. LENGTH is a part of the
+    run's samples (0.8) or a number of them (1000000). NAME is image_size, crop_scale (LOW..HIGH),
+    context_length, token_drop, global_batch_size or micro_batch_size. For example
+    0.8:image_size=112,global_batch_size=1024. See docs/training.md."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -582,11 +587,33 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, name="run")
+        sizes = {parse_stage(text).settings.get("global_batch_size") for text in self.stages}
+        require(
+            not self.steps or sizes <= {None, self.global_batch_size},
+            "run.steps does not say how many samples stages of other batch sizes take: set "
+            "run.samples instead",
+        )
+        if self.stages and self.total_steps:
+            self.spans  # noqa: B018  refuses what leaves nothing to the last stage
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; 0 if no length is given."""
-        return self.steps or -(-self.samples // self.global_batch_size)
+        return self.spans[-1].end_step if self.steps or self.samples else 0
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Steps and samples of the run's stages; the last is that of its own settings."""
+        has_length = bool(self.steps or self.samples)
+        return lay_out(
+            self.stages if has_length else (),
+            samples=self.steps * self.global_batch_size or self.samples,
+            global_batch_size=self.global_batch_size,
+        )
+
+    def draws_before(self, step: int) -> int:
+        """Samples that the run has been shown before a step."""
+        return span_at(self.spans, step).draws_before(step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -607,6 +634,79 @@ class TrainConfig:
             "data.prompts=ancestors shows images with prompts of classes above their labels, which "
             "must be their positives: set objective.positives=ancestors too",
         )
+        self.settings_of_stages  # noqa: B018  checks them
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run in their order, of which the last has the run's own settings."""
+        return tuple(map(Stage, self.run.spans, self.settings_of_stages))
+
+    @property
+    def settings_of_stages(self) -> tuple[TrainConfig, ...]:
+        """The config of each stage, also while the run's length is not known.
+
+        Raises:
+            ValueError: a stage that the run's last one could not follow; names it.
+        """
+        configs = []
+        for text in self.run.stages:
+            settings = parse_stage(text).settings
+            try:
+                _check_stage(self, settings)
+                configs.append(_with_settings(self, settings))
+            except ValueError as error:
+                raise ValueError(f"run.stages: {text!r}: {error}") from error
+        return (*configs, _with_settings(self, {}) if configs else self)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of a run with settings of its own."""
+
+    span: Span
+    config: TrainConfig
+    """The settings of a run that would be this stage from its first step to its last."""
+
+
+def _with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """The config of one stage, which has no stages."""
+    changes: dict[str, dict[str, Any]] = {"run": {"stages": ()}}
+    for name, value in settings.items():
+        changes.setdefault(STAGE_SETTINGS[name], {})[name] = value
+    groups = {
+        group: dataclasses.replace(getattr(config, group), **values)
+        for group, values in changes.items()
+    }
+    return dataclasses.replace(config, **groups)
+
+
+def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Refuses a stage that the run's last one could not follow."""
+    own = {name: getattr(getattr(config, group), name) for name, group in STAGE_SETTINGS.items()}
+    stage = own | settings
+    for name in ("image_size", "context_length"):
+        require(
+            stage[name] <= own[name],
+            f"{name} must not be larger than the run's own, {own[name]}, for which the model is",
+        )
+    objective, data = config.objective, config.data
+    require(
+        stage["context_length"] == own["context_length"]
+        or (objective.has_texts and objective.positives != "ancestors"),
+        "context_length is for objectives with texts, and not for objective.positives=ancestors",
+    )
+    require(
+        not config.efficiency.image_features
+        or all(stage[name] == own[name] for name in ("image_size", "crop_scale")),
+        "efficiency.image_features needs images that are the same in every step: leave out "
+        "image_size and crop_scale, or image_features",
+    )
+    require(
+        stage["global_batch_size"] == own["global_batch_size"]
+        or not data.shuffle_window
+        or data.shuffle_groups == 1,
+        "with data.shuffle_window, global batches of other sizes need data.shuffle_groups=1",
+    )
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

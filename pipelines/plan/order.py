@@ -1,11 +1,11 @@
 """The order of samples in closed formulas: no state, no array of all samples.
 
-The draws of a run are numbered: step * n + global index, for global batches of n. Two questions
-about a draw are answered in constant time. Which source (data set) does it take, and how many draws
-did that source have before? Fixed weights say so (`assign_sources`). Which sample is draw `q` of an
-epoch? A keyed permutation says so (`permute`). With shuffle windows it also depends on the global
-index, so that each machine reads a part of them (`ShuffleGroups`); that takes a table for each
-window. This module knows neither images nor texts; plan.py puts the answers together.
+The draws of a run are numbered: step * n + global index, for global batches of n (where a run has
+stages, from the end of the one before). Two questions about a draw are answered in constant time.
+Which source (data set) does it take, and how many draws did that source have before? Fixed weights
+say so (`assign_sources`). Which sample is draw `q` of an epoch? A keyed permutation says so
+(`permute`). With shuffle windows it also depends on the global index, so that each machine reads a
+part of them (`ShuffleGroups`); that takes a table for each window. This module knows neither images nor texts; plan.py puts the answers together.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import blocks_of
+from unicl_fast.stages import Span, span_at
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import (
     fold_key,
@@ -157,7 +158,7 @@ def samples_of_draws(
 
     N is the `size` of the source; with a `balance` it is the number of draws of an epoch of that.
 
-    `draws` [b] are step * global batch size + global index, `source_draws` [b] the same counted
+    `draws` [b] are numbered over the whole run, step by step, `source_draws` [b] the same counted
     among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
     `shuffle_groups` means nothing then, and otherwise is as `data.shuffle_groups`.
     """
@@ -198,6 +199,7 @@ class TrainPlan:
         seed: int,
         weights: Sequence[float] | None = None,
         augmentations: Sequence[Augmentation] | None = None,
+        spans: tuple[Span, ...] = (),
     ) -> None:
         """Checks that every draw will have something to show.
 
@@ -209,6 +211,7 @@ class TrainPlan:
             weights: each source's part of every batch, in any unit; None takes the numbers of
                 samples in an epoch, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
+            spans: of all stages of the run, one of which is planned here; none is a run of one.
 
         Raises:
             ValueError: an empty source, one smaller than its part of a batch, a sample without
@@ -239,6 +242,9 @@ class TrainPlan:
         self.seed = seed
         self.shuffle_window = data.shuffle_window
         self.shuffle_groups = data.shuffle_groups
+        whole = Span(number=0, first_step=0, end_step=0, first_draw=0,
+                     global_batch_size=global_batch_size)  # fmt: skip
+        self._spans = spans or (whole,)
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -274,9 +280,12 @@ class TrainPlan:
         firsts = self.global_batch_size * np.arange(count, dtype=np.int64)
         return (firsts[:, None] + local).reshape(-1)
 
+    def _draws_before(self, step: int) -> int:
+        return span_at(self._spans, step).draws_before(step)
+
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""
-        draws = draws_before(num_steps * self.global_batch_size, self.weights)
+        draws = draws_before(self._draws_before(num_steps), self.weights)
         return [count / size for count, size in zip(draws, self.epoch_sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
@@ -294,7 +303,7 @@ class TrainPlan:
             attempt: counted from 1; the next one is for those whose substitute is bad too.
         """
         source_ids, sample_ids = self._scheduled(step, global_index)
-        draws = step * self.global_batch_size + global_index
+        draws = self._draws_before(step) + global_index
         for i, (draw, number) in enumerate(zip(draws.tolist(), source_ids.tolist(), strict=True)):
             size = len(self._sources[number].samples)
             num_substitutes = max(1, size - 1)
@@ -310,7 +319,7 @@ class TrainPlan:
         self, step: int, global_index: Int64Array
     ) -> tuple[NDArray[np.int32], Int64Array]:
         """Source and sample at each global index."""
-        draws = step * self.global_batch_size + global_index
+        draws = self._draws_before(step) + global_index
         source_ids, source_draws = assign_sources(draws, self.weights)
         sample_ids = np.empty(len(global_index), dtype=np.int64)
         for number, source in enumerate(self._sources):
@@ -342,14 +351,14 @@ class TrainPlan:
 
         `streams` gives a substitute its own random streams.
         """
-        draws = step * self.global_batch_size + global_index
+        draws = self._draws_before(step) + global_index
         sizes = np.empty((2, len(draws)), dtype=np.int64)
         texts = np.empty((3, len(draws)), dtype=np.int64)
         for number, source in enumerate(self._sources):
             mine = self._rows_of(number, source_ids)
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
-            texts[:, mine] = self._draw_texts(source, rows, draws[mine], streams=streams)
+            texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
         windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
@@ -403,6 +412,7 @@ class TrainPlan:
 
     def _draw_texts(
         self,
+        step: int,
         source: PlanSource,
         rows: NDArray[Any],
         draws: Int64Array,
@@ -434,7 +444,7 @@ class TrainPlan:
             # The class as counter, the step in the key: all ranks draw the same for a class, and
             # so do substitutes.
             key = self._key(_Purpose.TEMPLATE)
-            steps = draws[prompted] // self.global_batch_size
+            steps = step + (draws[prompted] - self._draws_before(step)) // self.global_batch_size
             classes = source.class_ids[labels[prompted]]
             templates[prompted] = _draw_by_step(
                 np.uint64(key), steps, classes, source.num_templates

@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--checkpoint-kills", type=int, default=6, help="of them, during a write")
     parser.add_argument("--ranks", type=int, default=0, help="always so many; 0: 1 to 4 in turns")
     parser.add_argument("--damage", choices=("before", "midway"), default="before")
+    parser.add_argument("--stages", action="store_true", help="train in three stages")
     parser.add_argument("--seed", type=int, default=0, help="of the kills; moments still differ")
     parser.add_argument("--json", type=Path, help="where the report goes")
     arguments = parser.parse_args()
@@ -110,6 +111,7 @@ def main() -> None:
         checkpoint_kills=arguments.checkpoint_kills,
         ranks=arguments.ranks,
         damage=arguments.damage,
+        stages=arguments.stages,
         seed=arguments.seed,
     )
     report = dataclasses.asdict(chaos.run())
@@ -124,13 +126,29 @@ class Chaos:
     """One such run."""
 
     def __init__(
-        self, out: Path, *, kills: int, checkpoint_kills: int, ranks: int, damage: str, seed: int
+        self,
+        out: Path,
+        *,
+        kills: int,
+        checkpoint_kills: int,
+        ranks: int,
+        damage: str,
+        stages: bool,
+        seed: int,
     ) -> None:
         self.out, self.damage, self.ranks = out, damage, ranks
         self.random = random.Random(seed)
         self.mark = uuid.uuid4().hex
         # the last life must still have something to do
         self.steps = kills * STEPS_OF_A_LIFE[1] + 30
+        self.length = ["--run.steps", str(self.steps)]
+        if stages:  # of as many steps each; the first one has batches of twice the size
+            of_one, size = self.steps // 3, GLOBAL_BATCH_SIZE
+            self.length = [
+                *("--run.samples", str((self.steps + of_one) * size), "--run.stages"),
+                f"{2 * of_one * size}:image_size=16,global_batch_size={2 * size}",
+                f"{of_one * size}:token_drop=0.5,context_length=12",
+            ]
         self.lives = self._plan_lives(kills, checkpoint_kills)
         self.report = Report(damage=damage, steps=self.steps)
         self.run_folder = out / "run"
@@ -190,7 +208,7 @@ class Chaos:
         return [
             *(sys.executable, "-m", "unicl_fast.tools.pretrain", *MODEL, "--out", str(out)),
             *("--data.train", *(str(self.out / name) for name in SOURCES)),
-            *("--run.steps", str(self.steps), "--resume", "auto", "--ledger"),
+            *(*self.length, "--resume", "auto", "--ledger"),
             *("--nproc", str(nproc)),
         ]
 

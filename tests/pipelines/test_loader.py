@@ -38,6 +38,7 @@ from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import build_prompts
+from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali
 
@@ -124,6 +125,48 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
             tensor = getattr(batch, name)
             assert tensor.dtype == torch.int64
             assert tensor.is_contiguous()
+
+
+def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    """Two steps of 18 small images with short texts, one of crops, and then as the run says."""
+    config = make_config()
+    stages = ("36:image_size=16,global_batch_size=18,context_length=6", "12:crop_scale=1..1")
+    run = dataclasses.replace(config.run, samples=84, stages=stages)
+    config = dataclasses.replace(config, run=run)
+
+    def batches_from(step: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        loaders = [
+            TrainLoader(
+                stage, datasets, None, build_prompts(datasets, stage), rank=rank,
+                world_size=world_size, spans=run.spans,
+            )
+            for stage in config.settings_of_stages
+        ]  # fmt: skip
+        loader = StagedLoader(loaders, run.spans)
+        found = list(itertools.islice(loader.batches(step), 6 - step))
+        loader.close()
+        return found
+
+    whole = batches_from(0)
+    assert [batch.step for batch in whole] == list(range(6))
+    assert [len(batch.images) for batch in whole] == [18, 18, 12, 12, 12, 12]
+    assert [batch.images.shape[1] for batch in whole] == [16, 16, 32, 32, 32, 32]
+    assert [batch.tokens.shape[1] for batch in whole] == [6, 6, 77, 77, 77, 77]
+    for step in (1, 2, 3, 4):
+        for one, other in zip(batches_from(step), whole[step:], strict=True):
+            assert_equal(one, other)
+    halves = [batches_from(1, rank=rank, world_size=2) for rank in (0, 1)]
+    for one, left, right in zip(whole[1:], *halves, strict=True):
+        assert torch.equal(one.images, torch.cat([left.images, right.images]))
+    # samples and texts in the order of a run of one stage
+    plain = take(datasets, prompts, count=7)
+    for name in ("sample_ids", "source_ids"):
+        shown, expected = (torch.cat([getattr(b, name) for b in run]) for run in (whole, plain))
+        assert torch.equal(shown, expected)
+    with pytest.raises(ValueError, match="a TrainLoader is of one stage"):
+        TrainLoader(config, datasets, None, prompts)
 
 
 def test_each_image_comes_with_a_text_of_its_own_sample(

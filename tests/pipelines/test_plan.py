@@ -25,6 +25,7 @@ from unicl_fast.pipelines.plan.plan import (
     split_steps,
     split_windows,
 )
+from unicl_fast.stages import lay_out
 
 NUM_CLASSES = 10
 EVERYTHING = "supcon,policy=rand,policy_probability=1,jitter_probability=1,erase=0.5"
@@ -51,6 +52,7 @@ def make_source(
 def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
     weights = options.pop("weights", None)
     augment = options.pop("augment", "none")
+    spans = options.pop("spans", ())
     return TrainPlan(
         sources,
         data=DataConfig(**options),
@@ -58,6 +60,7 @@ def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: An
         seed=seed,
         weights=weights,
         augmentations=[parse_augmentation(augment)] * len(sources),
+        spans=spans,
     )
 
 
@@ -518,6 +521,60 @@ def test_a_source_of_one_sample_has_no_other() -> None:
     for attempt in (1, 2, 3):
         substitute = plan.substitute(5, np.zeros(1, dtype=np.int64), attempt=attempt)
         assert substitute.sample_ids.tolist() == [0]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=2, max_size=4),
+    steps=st.integers(1, 6),
+    window=st.sampled_from([0, 16]),
+)
+@settings(max_examples=25)
+def test_a_stage_continues_the_order_where_the_one_before_ended(
+    sizes: list[int], steps: int, window: int
+) -> None:
+    """Whatever its batches, every draw is what it would be in batches of one."""
+    sources = [make_source(40, labels=1), make_source(23, captions=2)]
+    *others, own = sizes
+    entries = tuple(f"{steps * size}:global_batch_size={size}" for size in others)
+    spans = lay_out(entries, samples=steps * sum(sizes), global_batch_size=own)
+    options = {"shuffle_window": window, "shuffle_groups": 1}
+    shown: dict[str, list[np.ndarray]] = {}
+    for span in spans:
+        plan = make_plan(*sources, batch=span.global_batch_size, spans=spans, **options)
+        long = plan.long_batch(span.first_step, steps, rank=0, world_size=1)
+        singly = [
+            arrays(plan.batch(span.first_step + step, rank=rank, world_size=size))
+            for size in divisors(span.global_batch_size)[:2]
+            for step in range(steps)
+            for rank in range(size)
+        ]
+        for name in ("source_ids", "sample_ids", "windows", "captions", "labels"):
+            of_span = getattr(long, name)
+            shown.setdefault(name, []).append(of_span)
+            joined = np.concatenate([one[name] for one in singly])
+            assert np.array_equal(joined, np.concatenate([of_span] * (len(joined) // len(long.labels))))
+    plain = make_plan(*sources, batch=1, **options)
+    expected = plain.long_batch(0, steps * sum(sizes), rank=0, world_size=1)
+    for name, parts in shown.items():
+        assert np.array_equal(np.concatenate(parts), getattr(expected, name)), name
+    assert plan.epochs(spans[-1].end_step) == plain.epochs(steps * sum(sizes))
+    assert plan.epochs(1) == plain.epochs(sizes[0])
+
+
+def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:
+    spans = lay_out(("70:global_batch_size=7",), samples=1000, global_batch_size=100)
+    source = make_source(200, labels=1)
+    plan = make_plan(source, batch=100, templates="per_class", spans=spans)
+    long = split_steps(plan.long_batch(10, 3, rank=0, world_size=1), 3, global_batch_size=100)
+    drawn = []
+    for step, planned in enumerate(long, start=10):
+        assert np.array_equal(
+            plan.batch(step, rank=0, world_size=1).templates, planned.templates
+        )
+        pairs = set(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
+        assert len(pairs) == NUM_CLASSES
+        drawn.append(pairs)
+    assert drawn[0] != drawn[1]
 
 
 def test_passes_are_counted_by_source() -> None:

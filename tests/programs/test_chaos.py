@@ -13,7 +13,12 @@ pytestmark = [pytest.mark.dali, pytest.mark.dist]
 
 
 def run_chaos(
-    folder: Path, *, kills: int, checkpoint_kills: int, damage: str, ranks: int = 0
+    folder: Path,
+    *more: str,
+    kills: int,
+    checkpoint_kills: int,
+    damage: str,
+    ranks: int = 0,
 ) -> dict:
     report = folder / "report.json"
     done = subprocess.run(
@@ -25,7 +30,7 @@ def run_chaos(
                 folder / "chaos",
             ),
             *("--kills", str(kills), "--checkpoint-kills", str(checkpoint_kills)),
-            *("--damage", damage, "--ranks", str(ranks), "--json", report),
+            *("--damage", damage, "--ranks", str(ranks), "--json", report, *more),
         ],
         capture_output=True,
         text=True,
@@ -44,6 +49,13 @@ def run_chaos(
 @pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
     run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_run_in_stages_that_is_killed_four_times_loses_nothing(tmp_path: Path) -> None:
+    run_chaos(tmp_path, "--stages", kills=4, checkpoint_kills=1, damage="before")
 
 
 @pytest.mark.slow

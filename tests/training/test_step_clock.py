@@ -116,7 +116,7 @@ def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
             meter.clock.begin("forward")
             hours.pass_by(pace / 2)
             meter.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(2.0))
-        found.append(meter.summary(global_batch_size=12, world_size=4, steps_left=10))
+        found.append(meter.summary(samples=24, world_size=4, steps_left=10))
         meter.clock.begin("evaluation")
         hours.pass_by(6)
     assert [line["step_seconds"] for line in found] == [50, 2, 4]

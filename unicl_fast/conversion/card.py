@@ -147,7 +147,7 @@ def facts_of(model: Path) -> Facts:
     return Facts(
         origin={
             "steps": state.step,
-            "samples seen in training": state.step * state.config.run.global_batch_size,
+            "samples seen in training": state.config.run.draws_before(state.step),
         },
         recipe=_recipe(state),
         data=tuple(_data_of(state)),
@@ -226,6 +226,7 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
         "preset": _nearest_preset(config),
         "started from": ", ".join(given) or "fresh weights",
         "schedule": count_of(config.run.total_steps, "step"),
+        **({"stages": "; ".join(config.run.stages)} if config.run.stages else {}),
         "global batch": f"{batch:,} samples",
         "optimizer": state.optimizer,
         "learning rate": f"{rates} by a cosine, after {optim.warmup_fraction:.3g} of warm-up",
@@ -331,11 +332,11 @@ def _proven(folder: Path, state: CheckpointState) -> str:
         for one in proof.sources
     )
     return (
-        f"The run's ledger proves it (`unicl-ledger`): each of its {count_of(proof.steps, 'step')} "
-        f"of {count_of(proof.global_batch_size, 'sample')} has a record, and {scheduled}; "
+        f"The run's ledger proves it (`unicl-ledger`): each of its {count_of(proof.steps, 'step')}, "
+        f"{count_of(proof.num_draws, 'sample')} in all, has a record, and {scheduled}; "
         f"{epochs}. For {count_of(proof.num_substituted, 'draw')} another sample "
         "was shown, since the scheduled one could not be read. The run was started "
-        f"{count_of(len(proof.segments), 'time')}."
+        f"{count_of(len(proof.starts), 'time')}."
     )
 
 

@@ -385,7 +385,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
     # images in two views, of which one would be for nothing, are refused
     check_views(data.augment, objective=objective.name)
     run = dataclasses.replace(
-        config.run, global_batch_size=command.train_batch_size, seed=command.seed
+        config.run, global_batch_size=command.train_batch_size, seed=command.seed, stages=()
     )
     return dataclasses.replace(config, data=data, run=run, objective=objective)
 

@@ -1,7 +1,7 @@
 """The ledger's files byte by byte: what a rank was fed at each step, and how that is read again.
 
-Each start of the program opens a segment, one file a rank: a header, then one record a step. The
-text of the format is in docs/reliability.md. Reading skips damage up to the next sound record; what
+Each start of the program, and each stage of a run, opens a segment, one file a rank: a header, then
+one record a step. The text of the format is in docs/reliability.md. Reading skips damage up to the next sound record; what
 that means for a run is decided in `unicl_fast.ledger.proof`.
 """
 
@@ -83,7 +83,7 @@ class SegmentHeader:
     """Describes one rank at a start of the program; sizes of records follow from it."""
 
     segment: Count
-    """Starts of the program are numbered from 1."""
+    """Starts of the program, and beginnings of stages, are numbered from 1."""
     start_step: _Step
     """The first step of this start. It supersedes what earlier segments have of it and of later
     steps."""
@@ -104,6 +104,24 @@ class SegmentHeader:
     """The run's, as in its checkpoints; not in the files of 0.1."""
     balance: Count = 0
     """`data.balance`; not in the file where it is 0."""
+    first_draw: Count = 0
+    """Draws of all steps before the first one, where stages before had other batches; not in the
+    file where it is 0: then they are those of as many steps of this size."""
+    last_batch_size: Count = 0
+    """`run.global_batch_size`, which the last stage has; not in the file where it is 0: then it is
+    this segment's."""
+    follows: bool = False
+    """Whether a stage begins here, and the program has been running; not in the file where not."""
+
+    @property
+    def run_batch_size(self) -> int:
+        """`run.global_batch_size`, which may be that of a later stage."""
+        return self.last_batch_size or self.global_batch_size
+
+    def draws_before(self, step: int) -> int:
+        """Draws of the run before a step of this segment."""
+        first = self.first_draw or self.start_step * self.global_batch_size
+        return first + (step - self.start_step) * self.global_batch_size
 
     @property
     def local_batch_size(self) -> int:
@@ -144,7 +162,7 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
-    for name in ("shuffle_window", "run_id", "balance"):
+    for name in ("shuffle_window", "run_id", "balance", "first_draw", "last_batch_size", "follows"):
         if not values[name]:
             del values[name]
     for source in values["sources"]:

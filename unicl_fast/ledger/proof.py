@@ -8,6 +8,7 @@ Memory is one bit a sample and some megabytes, however long the run.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections import Counter
@@ -47,6 +48,7 @@ class Run:
     """Empty where 0.1 wrote it."""
     seed: int
     global_batch_size: int
+    """`run.global_batch_size`; stages may have others."""
     sizes: list[int]
     """Samples of each source."""
     balance: int = 0
@@ -80,7 +82,7 @@ class SourceProof:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """One start of the program, over all its ranks."""
+    """One start of the program, or a stage that began while it ran, over all its ranks."""
 
     header: SegmentHeader
     """The header of one of its ranks."""
@@ -89,7 +91,7 @@ class Segment:
     steps: tuple[Steps, ...]
     """Steps of which all ranks have a record."""
     counts_until: int
-    """A later start resumes from this step, or from before: what is here beyond is superseded."""
+    """A later segment begins at this step, or before: what is here beyond is superseded."""
 
     @property
     def counts(self) -> bool:
@@ -110,9 +112,14 @@ class LedgerProof:
     """Steps 0 up to this are proven, without a hole."""
     holes: tuple[Steps, ...]
     """Steps that were done, since later ones or a checkpoint are there, but have no records."""
+    num_draws: int
+    """Draws of those steps."""
+    num_lost_draws: int
+    """Draws of the steps without records."""
     global_batch_size: int
+    """`run.global_batch_size`; stages may have others."""
     segments: tuple[Segment, ...]
-    """Starts of the program, oldest first."""
+    """Starts of the program and beginnings of stages, oldest first."""
     sources: tuple[SourceProof, ...]
     substitutes: dict[tuple[int, int], Counter[int]]
     """(source, scheduled sample) -> samples shown instead, with counts."""
@@ -126,9 +133,15 @@ class LedgerProof:
         return not (self.holes or self.faults) and all(source.holds for source in self.sources)
 
     @property
-    def num_lost_draws(self) -> int:
-        """Draws of the steps without records."""
-        return sum(end - start for start, end in self.holes) * self.global_batch_size
+    def starts(self) -> list[Segment]:
+        """The segments with which a program began."""
+        return [segment for segment in self.segments if not segment.header.follows]
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether steps are of several sizes."""
+        headers = [segment.header for segment in self.segments]
+        return any(one.global_batch_size != self.global_batch_size for one in headers)
 
     @property
     def num_superseded(self) -> int:
@@ -178,15 +191,15 @@ def prove(
     holes = _gaps(covered, done)
     steps = holes[0][0] if holes else done
 
-    global_batch_size = counting[0].header.global_batch_size if counting else 0
-    epochs = EpochCounter(counting[0].header.sources if counting else ())
+    headers = [segment.header for segment in counting]
+    epochs = EpochCounter(headers[0].sources if headers else ())
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
         for segment, start, source_ids, ids in _read_draws(counting, steps):
             if fault := _impossible_record(segment, start, source_ids):
                 faults.append(fault)
                 break
-            epochs.add(start * global_batch_size, source_ids, ids)
+            epochs.add(segment.header.draws_before(start), source_ids, ids)
             for file in segment.files:
                 first = file.header.rank * file.header.local_batch_size
                 for step, index, shown in file.substitutes(start, start + len(ids)):
@@ -195,11 +208,15 @@ def prove(
                     substitutes.setdefault(key, Counter())[shown] += 1
             if watch is not None:
                 watch(segment.header, start, source_ids, ids)
-        faults += epochs.examples(global_batch_size=global_batch_size)
+        faults += epochs.examples(headers)
     return LedgerProof(
         steps=steps,
         holes=tuple(holes),
-        global_batch_size=global_batch_size,
+        num_draws=_draws_before(headers, steps),
+        num_lost_draws=sum(
+            _draws_before(headers, end) - _draws_before(headers, start) for start, end in holes
+        ),
+        global_batch_size=headers[0].run_batch_size if headers else 0,
         segments=tuple(segments),
         sources=tuple(epochs.results()),
         substitutes=substitutes,
@@ -300,7 +317,7 @@ def _run_of(header: SegmentHeader) -> Run:
     return Run(
         run_id=header.run_id,
         seed=header.seed,
-        global_batch_size=header.global_batch_size,
+        global_batch_size=header.run_batch_size,
         sizes=[source.num_samples for source in header.sources],
         balance=header.balance,
     )
@@ -368,6 +385,12 @@ def _read_draws(
             yield segment, start, source_ids, ids
 
 
+def _draws_before(headers: Sequence[SegmentHeader], step: int) -> int:
+    """Draws of the run before a step, which a segment of these counts or lies behind."""
+    began = [header for header in headers if header.start_step <= step] or headers[:1]
+    return began[-1].draws_before(step) if began else 0
+
+
 def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> str:
     """Names records from step `start` on that lead out of the batch or its sources; or nothing."""
     num_sources = len(segment.header.sources)
@@ -410,7 +433,7 @@ class EpochCounter:
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
         """Counts draws in their order: rows `ids` of the sources, both of any shape.
 
-        `first` is the number of the first one in the run, step * n + global index, for messages.
+        `first` is the number of the first one in the run, for messages.
         """
         if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sources):
             raise ValueError(f"draws of source {source_ids.max()} of {len(self._sources)}")
@@ -430,14 +453,17 @@ class EpochCounter:
             for source, draws, counts in zip(self._sources, self._draws, self._counts, strict=True)
         ]
 
-    def examples(self, *, global_batch_size: int) -> list[str]:
-        """The first faults, in words."""
+    def examples(self, headers: Sequence[SegmentHeader]) -> list[str]:
+        """The first faults, in words; the headers are of all segments that were counted."""
         found = []
+        firsts = [header.draws_before(header.start_step) for header in headers]
         for kind, source, epoch, sample, draw in self._examples.tolist():
             if kind < 0:
                 break
             name = self._sources[source].name
-            where = f"step {draw // global_batch_size}, global index {draw % global_batch_size}"
+            header = headers[max(0, bisect.bisect_right(firsts, draw) - 1)]
+            step, index = divmod(draw - header.draws_before(0), header.global_batch_size)
+            where = f"step {step}, global index {index}"
             words = {
                 _TWICE: f"epoch {epoch} of {name} schedules sample {sample} again at {where}",
                 _LOST: f"epoch {epoch} of {name} did not schedule sample {sample}",

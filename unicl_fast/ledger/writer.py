@@ -28,6 +28,7 @@ from unicl_fast.ledger.format import (
     list_segments,
     segment_name,
 )
+from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import flush_to_disk, is_at
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,14 @@ class Ledger:
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
         balance: int = 0,
+        spans: Sequence[Span] = (),
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
 
         `folder` is shared by all ranks and all starts of a run; source ids count `sources`. The
-        facts are explained in `SegmentHeader`; without `ranks` this is one process alone.
+        facts are explained in `SegmentHeader`; `spans` are the run's stages, if it has several.
+        Without `ranks` this is one process alone.
         """
         self.folder = folder
         self._ranks = ranks or Ranks()
@@ -74,6 +77,7 @@ class Ledger:
             shuffle_groups=shuffle_groups,
             balance=balance,
         )
+        self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1
         self._path = folder
@@ -93,32 +97,59 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
         number: int = from_rank_0(newest + 1, self._ranks)
-        self._header = dataclasses.replace(
-            self._header, segment=number, start_step=step, run_id=run_id
-        )
-        self._path = self.folder / segment_name(number, self._ranks.rank)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        self._header = dataclasses.replace(self._header, run_id=run_id, follows=False)
         try:
-            self._waiting = bytearray(encode_header(self._header))
-            self._next_step = step
-            self._write()
-            flush_to_disk(self.folder)  # so that the file's name survives a power cut too
+            self._open(number, step)
             if number == 1 and step and self._ranks.is_main:
                 logger.warning(
                     "the ledger begins at step %d: what was fed before cannot be proven", step
                 )
             yield
         finally:
-            self._write()
-            os.close(self._file)
+            if self._file >= 0:
+                self._write()
+                os.close(self._file)
             self._file = -1
+
+    def _open(self, number: int, step: int) -> None:
+        """Begins a rank's file of segment `number`, whose first record is of `step`."""
+        header = dataclasses.replace(self._header, segment=number, start_step=step)
+        if self._spans:
+            span = span_at(self._spans, step)
+            header = dataclasses.replace(
+                header,
+                global_batch_size=span.global_batch_size,
+                first_draw=span.draws_before(step),
+                last_batch_size=self._spans[-1].global_batch_size,
+            )
+        self._header, self._path = header, self.folder / segment_name(number, self._ranks.rank)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        self._waiting = bytearray(encode_header(header))
+        self._next_step = step
+        self._write()
+        flush_to_disk(self.folder)  # so that the file's name survives a power cut too
+
+    def _open_next_stage(self) -> None:
+        """Leaves the file of a stage that is over, all of which must be on the disk by then."""
+        self._write()
+        if self._failure is not None:
+            raise OSError(
+                f"the ledger in {self.folder} cannot be written ({self._failure}), and another "
+                "stage of the run begins: make room there"
+            )
+        os.fdatasync(self._file)
+        os.close(self._file)
+        self._file = -1
+        self._header = dataclasses.replace(self._header, follows=True)
+        self._open(self._header.segment + 1, self._next_step)
 
     def record(self, batch: Batch) -> None:
         """Hands the record of a finished step to the kernel, which keeps it if we are killed.
 
         Raises:
             ValueError: the batch does not say what it holds, or ids that its sources do not have.
-            OSError: nothing could be written for so long that memory would fill.
+            OSError: nothing could be written for so long that memory would fill, or until the next
+                stage.
         """
         assert self._file >= 0, "records belong into a segment"
         assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
@@ -135,6 +166,8 @@ class Ledger:
         for column in (scheduled_ids, shown_ids):
             if column.min() < 0 or (column >= sizes).any():
                 raise ValueError(f"step {batch.step} has sample ids that its sources do not have")
+        if any(self._header.start_step < span.first_step == batch.step for span in self._spans):
+            self._open_next_stage()
         self._waiting += encode_record(
             self._header,
             step=batch.step,

@@ -12,11 +12,15 @@ from __future__ import annotations
 import bisect
 import difflib
 import itertools
+import math
+from collections.abc import Collection
 from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import DropPath, Format, PatchEmbed
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import unicl_fast.models.small  # noqa: F401  registers the small networks with timm
@@ -28,14 +32,21 @@ _TRIED_SIZES = 12
 
 
 def build_image_encoder(
-    name: str, *, image_size: int, drop_path: float, token_drop: float = 0.0, key: DropPathKey
+    name: str,
+    *,
+    image_size: int,
+    drop_path: float,
+    key: DropPathKey,
+    drops_tokens: bool = False,
+    other_sizes: Collection[int] = (),
 ) -> nn.Module:
     """A timm model that maps images [b 3 image_size image_size] to features [b num_features].
 
-    In training it leaves out the part `token_drop` of its tokens, at the steps that `key` says.
+    In training it leaves out tokens, if `drops_tokens`, as `key` says. It takes images of
+    `other_sizes` after `set_image_size`.
 
     Raises:
-        ValueError: timm knows no such model, or the model cannot take this size or drop tokens.
+        ValueError: timm knows no such model, or the model cannot take these sizes or drop tokens.
     """
     if not timm.is_model(name):
         similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
@@ -49,16 +60,74 @@ def build_image_encoder(
             f"model.image_encoder: {name} cannot be built for data.image_size={image_size} and "
             f"model.drop_path={drop_path}: {error}{_suggest_sizes(name, image_size)}"
         ) from error
+    for size in sorted(set(other_sizes) - {image_size}):
+        try:
+            set_image_size(encoder, size)
+            _try_size(encoder, size)
+        except _NOT_BUILT as error:
+            raise ValueError(
+                f"run.stages: {name} of data.image_size={image_size} cannot take images of {size} "
+                f"pixels: {error}{_suggest_sizes(name, size)}"
+            ) from error
+    set_image_size(encoder, image_size)
     _replace_drop_path(encoder, key)
-    if token_drop:
+    if drops_tokens:
         if not isinstance(getattr(encoder, "patch_drop", None), nn.Module):
             raise ValueError(
                 f"model.token_drop leaves out tokens of timm's ViTs, and {name} is none: set it to "
                 "0; other encoders save by a smaller data.image_size"
             )
         prefix = int(encoder.num_prefix_tokens)  # type: ignore[arg-type]
-        key.tokens = encoder.patch_drop = KeyedTokenDrop(token_drop, num_prefix_tokens=prefix)
+        key.tokens = encoder.patch_drop = KeyedTokenDrop(num_prefix_tokens=prefix)
     return encoder
+
+
+def set_image_size(encoder: nn.Module, image_size: int) -> None:
+    """Lets an encoder take images of another size, with the weights that it has.
+
+    Position tables stay those of the size for which it was built: a ViT resamples its own in each
+    forward pass (timm's `dynamic_img_size`), and the smaller windows of a Swin look up the middle
+    of theirs, where the smaller distances are. Convolutions take any size.
+
+    Raises:
+        ValueError: its tables are of one size, and nothing is known of how to read them.
+    """
+    embedding = getattr(encoder, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or image_size == embedding.img_size[0]:
+        return
+    if isinstance(encoder, SwinTransformer):
+        _set_swin_size(encoder, image_size)
+    elif not isinstance(encoder, VisionTransformer):
+        raise ValueError("of the encoders that are built for one size, only ViTs and Swins can")
+    elif not encoder.dynamic_img_size:
+        # what timm's argument of that name does
+        encoder.dynamic_img_size = True
+        embedding.strict_img_size, embedding.flatten = False, False
+        embedding.output_fmt = Format.NHWC
+
+
+def _set_swin_size(encoder: SwinTransformer, image_size: int) -> None:
+    """Gives all blocks the windows that timm's model of this size would have."""
+    encoder.patch_embed.set_input_size(img_size=(image_size, image_size))
+    side = encoder.patch_embed.grid_size[0]
+    for number, layer in enumerate(encoder.layers):
+        side = -(-side // 2) if number else side
+        for block in layer.modules():
+            if not isinstance(block, SwinTransformerBlock):
+                continue
+            table = block.attn.relative_position_bias_table
+            largest = (math.isqrt(len(table)) + 1) // 2
+            window = min(side, largest)
+            block.input_resolution = side, side
+            block.window_size = block.attn.window_size = window, window
+            block.window_area = block.attn.window_area = window * window
+            block.shift_size = (0, 0) if side <= window else block.target_shift_size
+            block._init_buffers()  # the mask of shifted windows
+            place = torch.arange(window, device=table.device)
+            row, column = place.repeat_interleave(window), place.repeat(window)
+            down = row[:, None] - row + largest - 1
+            right = column[:, None] - column + largest - 1
+            block.attn.relative_position_index = down * (2 * largest - 1) + right
 
 
 def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
@@ -127,9 +196,8 @@ def feature_width(encoder: nn.Module) -> int:
 class DropPathKey:
     """Decides the masks of one forward pass; shared by all layers of a model."""
 
-    def __init__(self, seed: int, *, all_tokens_from: int = 0) -> None:
-        """From step `all_tokens_from` on no token is left out."""
-        self.seed, self.all_tokens_from = seed, all_tokens_from
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
         self.layers: list[KeyedDropPath] = []
         self.tokens: KeyedTokenDrop | None = None
         self._keep_probs: Tensor | None = None
@@ -137,10 +205,7 @@ class DropPathKey:
     def set(self, *, step: int, global_index: Tensor) -> None:
         """Fixes the masks of the forward passes of samples `global_index` (int64 [b]) at `step`."""
         if self.tokens is not None:
-            key = fold_key(self.seed, _TOKENS, step)
-            self.tokens.keys = None
-            if step < self.all_tokens_from:
-                self.tokens.keys = fold_key_tensor(key, global_index)
+            self.tokens.keys = fold_key_tensor(fold_key(self.seed, _TOKENS, step), global_index)
         if not self.layers:
             return
         device = global_index.device
@@ -182,15 +247,15 @@ class KeyedDropPath(nn.Module):
 class KeyedTokenDrop(nn.Module):
     """Leaves out tokens [b t w] in training, as many of each image and others of each image."""
 
-    def __init__(self, part: float, *, num_prefix_tokens: int) -> None:
+    def __init__(self, part: float = 0.0, *, num_prefix_tokens: int) -> None:
         """Leaves out the part `part` of the tokens behind the first, which are no patches."""
         super().__init__()
         self.part, self.num_prefix_tokens = part, num_prefix_tokens
         self.keys: Tensor | None = None
-        """int64 [b], of the images of this forward pass; None leaves out nothing."""
+        """int64 [b], of the images of this forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.keys is None:
+        if not self.training or not self.part or self.keys is None:
             return x
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         count = max(1, round(patches.shape[1] * (1 - self.part)))

@@ -216,7 +216,8 @@ class TextEncoder(nn.Module):
         settings: TextSettings = TextSettings(),
     ) -> None:
         super().__init__()
-        self.context_length = context_length
+        self.context_length = self.longest = context_length
+        """Tokens of the position table, and of the texts that are read now; see `run.stages`."""
         # plain values, which torch.compile knows
         self.ignores_padding, self.reads_end = settings.ignores_padding, settings.pool == "end"
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -253,14 +254,14 @@ class TextEncoder(nn.Module):
         and texts that were cut to the longest are padded with 0 again.
         """
         u, l = tokens.shape  # noqa: E741
-        if l > self.context_length:
+        if l > self.longest:
             raise ValueError(
-                f"texts have {l} tokens, the text encoder takes {self.context_length}: "
+                f"texts have {l} tokens, the text encoder takes {self.longest}: "
                 "tokenize with its context length"
             )
         if not self.ignores_padding:
-            tokens, num_tokens = F.pad(tokens, (0, self.context_length - l)), None
-            l = self.context_length  # noqa: E741
+            tokens, num_tokens = F.pad(tokens, (0, self.longest - l)), None
+            l = self.longest  # noqa: E741
         ends = tokens.argmax(dim=1) if self.reads_end else tokens.new_full((u,), l - 1)
         row = None if num_tokens is None else TokenRow.build(ends, num_tokens, (u, l))
         if row is None:

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from unicl_fast.config import Projection, TrainConfig
 from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.freezing import FrozenParts
-from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
+from unicl_fast.models.image_encoder import (
+    DropPathKey,
+    build_image_encoder,
+    feature_width,
+    set_image_size,
+)
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings
 
 
@@ -49,18 +54,17 @@ class UniCL(nn.Module):
             raise ValueError(
                 "objective.num_classes: cross-entropy needs classes, and there are none"
             )
-        self.drop_path_key = DropPathKey(
-            config.run.seed,
-            all_tokens_from=round((1 - model.token_drop_end) * config.run.total_steps),
-        )
+        self.drop_path_key = DropPathKey(config.run.seed)
+        settings = config.settings_of_stages
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             self.image_encoder = build_image_encoder(
                 model.image_encoder,
                 image_size=config.data.image_size,
                 drop_path=model.drop_path,
-                token_drop=model.token_drop,
                 key=self.drop_path_key,
+                drops_tokens=any(stage.model.token_drop for stage in settings),
+                other_sizes=[stage.data.image_size for stage in settings],
             )
             self.text_encoder = None
             if objective.has_texts:
@@ -102,6 +106,7 @@ class UniCL(nn.Module):
         if config.efficiency.activation_checkpointing:
             for encoder in self.encoders:
                 checkpoint_blocks(encoder)
+        self.set_stage(config)
 
     def train(self, mode: bool = True) -> UniCL:
         """Sets training mode, in which frozen parts stay in evaluation mode."""
@@ -109,6 +114,17 @@ class UniCL(nn.Module):
         for module in self.frozen.modules:
             module.eval()
         return self
+
+    def set_stage(self, config: TrainConfig) -> None:
+        """Takes images and texts of the sizes of a stage's config from now on, or of the run's.
+
+        Weights stay what they are, in their shapes.
+        """
+        set_image_size(self.image_encoder, config.data.image_size)
+        if self.text_encoder is not None:
+            self.text_encoder.longest = config.model.context_length
+        if self.drop_path_key.tokens is not None:
+            self.drop_path_key.tokens.part = config.model.token_drop
 
     @property
     def encoders(self) -> list[nn.Module]:

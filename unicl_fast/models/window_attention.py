@@ -16,6 +16,7 @@ Importing this module imports triton; `efficiency.py` does so when the kernels a
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -66,9 +67,14 @@ def _attend(block: Any, x: Tensor) -> Tensor:
     if any(padding):  # padding tokens are keys like any other, so they must be there
         x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
         x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
+    table = attention.relative_position_bias_table
+    if (beyond := (math.isqrt(len(table)) + 1) // 2 - window[0]) and window[0] == window[1]:
+        side = 2 * window[0] - 1  # the middle of a table of larger windows, see `set_image_size`
+        table = table.unflatten(0, (side + 2 * beyond, -1))
+        table = table[beyond : beyond + side, beyond : beyond + side].flatten(0, 1)
     mixed = window_attention(
         attention.qkv(x),
-        attention.relative_position_bias_table,
+        table,
         [*window, *shift, not any(padding)],
         attention.scale,
     )

@@ -25,6 +25,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
+from unicl_fast.stages import span_at
 from unicl_fast.system.wording import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class NonfiniteSteps:
                 **_for_json(values),
                 "last_metrics": _for_json(last_metrics),
                 "seed": self._config.run.seed,
-                "global_batch_size": self._config.run.global_batch_size,
+                "global_batch_size": span_at(self._config.run.spans, step).global_batch_size,
                 "sources": list(map(without_secrets, self._config.data.train)),
                 "ranks": [{"rank": rank, **samples} for rank, samples in enumerate(every)],
             }
@@ -165,14 +166,14 @@ class ReplacedSamples:
     def __init__(self, config: TrainConfig, *, run_folder: Path | None) -> None:
         """Takes the limit from the config; `run_folder` is for the message."""
         self._max_fraction = config.data.max_bad_fraction
-        self._global_batch_size = config.run.global_batch_size
+        self._spans = config.run.spans
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
         self._replaced = 0
         self._draws = 0
 
     def add(self, batch: Batch) -> None:
         """Counts this rank's samples of one step."""
-        self._draws += self._global_batch_size
+        self._draws += span_at(self._spans, batch.step).global_batch_size
         if batch.sample_ids is not None and batch.scheduled_ids is not None:
             differ = batch.sample_ids.numpy() != batch.scheduled_ids.numpy()  # both on the host
             self._replaced += int(np.count_nonzero(differ))

@@ -65,9 +65,9 @@ class StepMeter:
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
     def summary(
-        self, *, global_batch_size: int, world_size: int = 1, steps_left: int = 0
+        self, *, samples: int, world_size: int = 1, steps_left: int = 0
     ) -> dict[str, float]:
-        """Means and rates since the last summary, which then start from zero.
+        """Means and rates since the last summary, of so many samples, which then start from zero.
 
         `seconds/PART` are means of the steps, and sum to all the time that has passed; rates leave
         out the parts in `NO_TRAINING`.
@@ -82,7 +82,7 @@ class StepMeter:
         sums = self.clock.read()
         beside = sum(sums[part] for part in NO_TRAINING)
         elapsed = sum(sums.values()) - beside
-        values["images_per_second"] = len(steps) * global_batch_size / elapsed
+        values["images_per_second"] = samples / elapsed
         values["images_per_second_per_device"] = values["images_per_second"] / world_size
         values["data_wait_fraction"] = sums["data_wait"] / elapsed
         values["step_seconds"] = elapsed / len(steps)

@@ -25,6 +25,7 @@ from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
 from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.stages import span_at
 
 try:
     from timm.optim import Muon
@@ -300,9 +301,12 @@ def update(
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int
+    optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: float
 ) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine to lr_min; `step_update(step + 1)` sets a step's rate."""
+    """Linear warm-up, then a cosine to lr_min; `step_update(step + 1)` sets a step's rate.
+
+    Where stages have other batches, `steps_of_samples` counts the steps, and `set_rates` sets it.
+    """
     warmup_steps = round(config.optim.warmup_fraction * total_steps)
     return CosineLRScheduler(
         optimizer,
@@ -313,6 +317,23 @@ def build_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, schedule: CosineLRScheduler, config: TrainConfig, *, step: int
+) -> None:
+    """Sets the rates of a step, scaled to the global batch of its stage as `scaled_lr` does it."""
+    schedule.step_update(steps_of_samples(config, step + 1))
+    own, size = config.run.global_batch_size, span_at(config.run.spans, step).global_batch_size
+    if config.optim.lr_batch_size and size != own:
+        for group in optimizer.param_groups:
+            group["lr"] *= size / own
+    warm_up_unlocked(optimizer, config.optim, step=step)
+
+
+def steps_of_samples(config: TrainConfig, step: int) -> float:
+    """The steps of the run's own batch size that would take the samples before a step."""
+    return config.run.draws_before(step) / config.run.global_batch_size
 
 
 def scaled_lr(lr: float, config: TrainConfig) -> float:

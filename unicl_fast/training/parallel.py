@@ -74,8 +74,12 @@ class Parallel:
 
     def take_up_unfrozen(self) -> None:
         """Gives parameters that begin to be trained a place in what ranks exchange."""
-        self._model.zero_grad()  # gradients are parts of the old buckets
         sharding.take_up_unfrozen(self._model)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Makes DDP's buckets anew, as a start makes them."""
+        self._model.zero_grad()  # gradients are parts of the old buckets
         if self.has_buckets:
             self.encode = self._model  # which frees the old ones
             self.encode = _build_ddp(self._model, compress=self._reduce_type is not None)

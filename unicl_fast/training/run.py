@@ -14,16 +14,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
-
 import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views
-from unicl_fast.batch import Batch, Loader, ReadingTime
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
-from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import (
     configure_logging,
@@ -39,7 +36,6 @@ from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
 from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import START_PATIENCE, mark
@@ -62,6 +58,7 @@ from unicl_fast.training.data import (
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.memory_plan import check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import check_stored_features, stored_features
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Evaluation, Trainer
@@ -69,20 +66,6 @@ from unicl_fast.training.trainer import Evaluation, Trainer
 logger = logging.getLogger("unicl_fast")
 
 LOG_NAME = "log.txt"
-
-
-class PlannedLoader(Loader, Protocol):
-    """A loader whose batches follow a plan, which the ledger and the metrics read.
-
-    It tells how long it waited for storage.
-    """
-
-    plan: TrainPlan
-    reading: ReadingTime
-
-    def feed_features(self, features: Sequence[FeatureFile]) -> None:
-        """Feeds stored features of a frozen encoder in place of images from now on."""
-        ...
 
 
 BuildLoader = Callable[..., PlannedLoader]
@@ -103,7 +86,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
             batch, a division of the training state that cannot be made, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
-    Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
+    _check_batch_sizes(config, Ranks(world_size=nproc))
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
         _choose_checkpoint(resume, run_folder)
@@ -113,6 +96,11 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     for dataset in (*datasets, *evaluated):
         dataset.close()
     choose_best_metric(config.checkpoint.best, _evaluation_names(config, evaluated))
+
+
+def _check_batch_sizes(config: TrainConfig, ranks: Ranks) -> None:
+    for stage in config.settings_of_stages:
+        ranks.local_batch_size(stage.run.global_batch_size)
 
 
 def _open_checked(
@@ -176,7 +164,7 @@ def pretrain(
         watchdog.meet(ranks)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
-            ranks.local_batch_size(config.run.global_batch_size)
+            _check_batch_sizes(config, ranks)
             check_run_folder: Callable[[], None] | None = None
             if ranks.is_main and not dry_run:
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
@@ -317,7 +305,8 @@ def build_trainer(
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
         longest = longest_text(datasets, prompts)
-        check_memory(config, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
+        for stage in config.settings_of_stages:
+            check_memory(stage, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
     model = None
     if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
         mark("reading the initial weights", patience=START_PATIENCE)
@@ -327,14 +316,13 @@ def build_trainer(
     build = functools.partial(
         build_loader,
         datasets=datasets,
-        prompts=prompts,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
     on_threads = dataclasses.replace(config, data=with_threads(config.data, ranks))
-    loader = build(on_threads, weights=weights)
+    loader = _build_stages(on_threads, functools.partial(build, weights=weights), datasets, prompts)
     ledger = None
     if keeps_ledger:
         ledger = Ledger(
@@ -344,6 +332,7 @@ def build_trainer(
                 for dataset, size in zip(datasets, loader.plan.epoch_sizes, strict=True)
             ],
             global_batch_size=loader.plan.global_batch_size,
+            spans=config.run.spans,
             seed=loader.plan.seed,
             shares=loader.plan.weights,
             shuffle_window=loader.plan.shuffle_window,
@@ -377,16 +366,34 @@ def build_trainer(
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
         whole = dataclasses.replace(on_threads.data, shuffle_window=0, balance=0)
-        of_epoch = dataclasses.replace(on_threads, data=whole)
+        of_epoch = dataclasses.replace(on_threads.settings_of_stages[-1], data=whole)
         features = stored_features(
             trainer.model,
             datasets,
-            build_loader=lambda: build(of_epoch, weights=None),
+            build_loader=lambda: build(of_epoch, prompts=prompts, weights=None),
             ranks=ranks,
             device=device,
         )
         loader.feed_features(features)
     return trainer
+
+
+def _build_stages(
+    config: TrainConfig,
+    build: Callable[..., PlannedLoader],
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+) -> PlannedLoader:
+    """Builds the run's loader, or one for each of its stages; `prompts` are the run's own."""
+    if not config.run.stages:
+        return build(config, prompts=prompts)
+    by_length = {config.model.context_length: prompts}
+    loaders = []
+    for stage in config.settings_of_stages:
+        if (length := stage.model.context_length) not in by_length:
+            by_length[length] = build_prompts(datasets, stage)
+        loaders.append(build(stage, prompts=by_length[length], spans=config.run.spans))
+    return StagedLoader(loaders, config.run.spans)
 
 
 class _DrawsFirstBatch:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from unicl_fast.augmentation import check_views
@@ -50,6 +51,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.stages import span_at
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
@@ -82,11 +84,13 @@ from unicl_fast.training.optim import (
     build_schedule,
     build_weight_average,
     gradient_norm,
+    set_rates,
+    steps_of_samples,
     update,
-    warm_up_unlocked,
 )
 from unicl_fast.training.parallel import Parallel
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
+from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.step_clock import Part, StepClock
 from unicl_fast.training.trackers import Trackers, require_trackers
 
@@ -178,6 +182,9 @@ class Trainer:
         self.run_id: str = from_rank_0(secrets.token_hex(8), self.ranks)
         """The run, over all its starts: in every file of its checkpoints, and in its ledger."""
         self.total_steps = config.run.total_steps
+        self.stages = config.stages
+        self.stage = self.stages[0]
+        """The part of the run that the present step is of."""
         self.step = self._start_step = self._saved_step = 0
         self._compiled_from = 0
         """The step before which nothing was compiled that is used now."""
@@ -186,8 +193,9 @@ class Trainer:
         efficiency, optim = config.efficiency, config.optim
         precision = Precision(efficiency.precision)
         set_device_arithmetic(efficiency, self.device)
-        if efficiency.micro_batch_size:
+        if any(stage.config.efficiency.micro_batch_size for stage in self.stages):
             check_micro_batches(self.model, config.objective)
+        self.model.set_stage(self.stage.config)
         place_module(self.model, device=self.device, precision=precision)
         # torch divides tensors in no other order of dimensions
         if efficiency.channels_last and not divides_all(config, self.ranks):
@@ -197,7 +205,7 @@ class Trainer:
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
         self.parallel = Parallel(self.model, self.ema, config, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
-        self.schedule = build_schedule(self.optimizer, config, self.total_steps)
+        self.schedule = self._build_schedule()
         self.scaler = precision.build_scaler(self.device.type)
         self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
 
@@ -211,7 +219,7 @@ class Trainer:
         )
         self._last_metrics: dict[str, float] = {}
         self._clock: StepClock | None = None
-        self._utilisation = Utilisation(config, self.device)
+        self._utilisation = Utilisation(self.stage.config, self.device)
 
     @property
     def clock(self) -> StepClock | None:
@@ -242,6 +250,7 @@ class Trainer:
             ranks=self.ranks,
         )
         self.step = self._saved_step = state.step
+        self._enter_stage()
         self.run_id = state.run_id or self.run_id
         self._nonfinite_steps.start_at(self.step)
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
@@ -291,14 +300,9 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
-        if self._unfreeze_at(self.step):
+        has_begun = self._enter_stage()
+        if self._unfreeze_at(self.step) or has_begun:
             self._settle_buckets(batch)
-        drops = self.model.drop_path_key
-        if drops.tokens is not None and self.step == drops.all_tokens_from:
-            still_frozen = bool(self.model.frozen.names)
-            trained = self.config if still_frozen else without_freezing(self.config)
-            self._utilisation = Utilisation(trained, self.device)
-            self._compiled_from = self.step
         self._mark("step: encoding", part="forward", waits_for_ranks=True)
         self.model.train()
         if self._batch_norms is not None:
@@ -326,10 +330,33 @@ class Trainer:
         unfreeze(self.model)
         self.parallel.take_up_unfrozen()
         add_unfrozen(self.optimizer, self.model, self.config)
-        self.schedule = build_schedule(self.optimizer, self.config, self.total_steps)
-        self._utilisation = Utilisation(without_freezing(self.config), self.device)
-        self._compiled_from = step
+        self.schedule = self._build_schedule()
+        self._begin_anew()
         return True
+
+    def _enter_stage(self) -> bool:
+        """Takes up the settings of the present step's stage; returns whether they are others."""
+        span = span_at(self.config.run.spans, self.step)
+        if span.number == self.stage.span.number:
+            return False
+        self.stage = self.stages[span.number]
+        logger.info("from step %d on: %s", span.first_step, describe_stage(self.stage))
+        self.model.set_stage(self.stage.config)
+        if self.config.efficiency.compile != "off":
+            torch.compiler.reset()  # so that graphs are those that a start would compile
+        self.parallel.rebuild()
+        self._begin_anew()
+        return True
+
+    def _build_schedule(self) -> CosineLRScheduler:
+        length = steps_of_samples(self.config, self.config.run.total_steps)
+        return build_schedule(self.optimizer, self.config, length)
+
+    def _begin_anew(self) -> None:
+        """Counts the work of a step again, which has changed."""
+        config = self.stage.config if self.model.frozen.names else without_freezing(self.stage.config)
+        self._utilisation = Utilisation(config, self.device)
+        self._compiled_from = self.step
 
     def back_propagate(self, batch: Batch) -> Tensor:
         """Returns the loss of the global batch, and adds its gradient to the parameters' `.grad`.
@@ -342,21 +369,22 @@ class Trainer:
         return loss
 
     def _back_propagate(self, batch: Batch) -> Tensor:
-        if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
+        config = self.stage.config
+        if 0 < config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
                 self.model,
                 self.parallel.encode,
                 batch,
-                self.config,
+                config,
                 self.ranks,
                 self._scale_loss,
                 ancestors=self._ancestors,
                 begin=self._begin,
             )
-        global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
+        global_index = shown_indices(batch, global_batch_size=config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
         loss = global_loss(
-            self._encode_before_loss, batch, self.config, self.ranks, ancestors=self._ancestors
+            self._encode_before_loss, batch, config, self.ranks, ancestors=self._ancestors
         )
         self._scale_loss(loss).backward()
         return loss.detach()
@@ -376,8 +404,7 @@ class Trainer:
 
     def update(self, loss: Tensor) -> Tensor:
         """Updates the weights with the gradients in `.grad`; returns their norm."""
-        self.schedule.step_update(self.step + 1)
-        warm_up_unlocked(self.optimizer, self.config.optim, step=self.step)
+        set_rates(self.optimizer, self.schedule, self.config, step=self.step)
         self.scaler.unscale_(self.optimizer)
         grad_norm = gradient_norm(self.model, self.ranks)
         leave_out = ~(loss.isfinite() & grad_norm.isfinite())
@@ -531,13 +558,14 @@ class Trainer:
     def _log(self, session: _Session, batch: Batch) -> None:
         num_replaced = session.replaced_samples.total(self.ranks)
         self._check_finite(session.meter)
-        global_batch_size = self.config.run.global_batch_size
         num_steps = len(session.meter)
+        samples_seen = self.config.run.draws_before(self.step)
         values = {
             "step": self.step,
-            "samples_seen": self.step * global_batch_size,
+            "samples_seen": samples_seen,
+            **({"stage": self.stage.span.number + 1} if len(self.stages) > 1 else {}),
             **session.meter.summary(
-                global_batch_size=global_batch_size,
+                samples=samples_seen - self.config.run.draws_before(self.step - num_steps),
                 world_size=self.ranks.world_size,
                 steps_left=self.total_steps - self.step,
             ),
@@ -618,7 +646,7 @@ class Trainer:
     def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
         self._mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
-        with self.parallel.evaluated(model) as evaluated:
+        with self.parallel.evaluated(model) as evaluated, self._at_full_size(evaluated):
             results = self.evaluations[name](evaluated.eval())
         values = {f"{name}/{key}": value for key, value in results.items()}
         if session.metrics is not None:
@@ -628,6 +656,15 @@ class Trainer:
             say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
             say(f"step {self.step}: {shown}")
         return values
+
+    @contextlib.contextmanager
+    def _at_full_size(self, model: UniCL) -> Iterator[None]:
+        """Evaluates by the run's own sizes, whatever the stage."""
+        model.set_stage(self.config)
+        try:
+            yield
+        finally:
+            model.set_stage(self.stage.config)
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         """Keeps the checkpoint of this step, written now if need be, if none is better."""
@@ -674,8 +711,9 @@ class Trainer:
 def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses settings that cannot work together, before anything is built."""
     check_views(config.data.augment, objective=config.objective.name)
-    local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
-    check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
+    for stage in config.settings_of_stages:
+        local_batch_size = ranks.local_batch_size(stage.run.global_batch_size)
+        check_pairs_on_one_rank(stage, local_batch_size=local_batch_size)
     if config.objective.form == "sigmoid" and config.efficiency.loss == "triton":
         raise ValueError(
             "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or tiled"

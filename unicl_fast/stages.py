@@ -1,0 +1,136 @@
+"""The entries of `run.stages`, and the steps and samples of each stage.
+
+A stage is a part of a run with other settings, such as smaller images in larger batches. Which one
+a step is of, and how many samples came before it, are functions of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unicl_fast.system.checked_fields import require
+
+STAGE_SETTINGS = {
+    "image_size": "data",
+    "crop_scale": "data",
+    "context_length": "model",
+    "token_drop": "model",
+    "global_batch_size": "run",
+    "micro_batch_size": "efficiency",
+}
+"""What a stage may set, and the group of the config that it is a field of."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageEntry:
+    """One entry of `run.stages`."""
+
+    length: float
+    """Below 1 a part of the run, otherwise samples."""
+    settings: dict[str, Any]
+    """Values by the names in `STAGE_SETTINGS`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """The steps of a stage, whose draws follow those of the stage before."""
+
+    number: int
+    """Stages are numbered from 0."""
+    first_step: int
+    end_step: int
+    """The step after the last."""
+    first_draw: int
+    """Draws of all stages before."""
+    global_batch_size: int
+
+    def draws_before(self, step: int) -> int:
+        """Draws of the run before a step of this stage."""
+        return self.first_draw + (step - self.first_step) * self.global_batch_size
+
+
+def parse_stage(text: str) -> StageEntry:
+    """Reads an entry LENGTH:NAME=VALUE,NAME=VALUE.
+
+    Raises:
+        ValueError: it has another form; ranges of values are the config's business.
+    """
+    length_text, _, settings_text = text.partition(":")
+    try:
+        length = float(length_text)
+        require(length > 0 and (length < 1 or length.is_integer()), "")
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"run.stages: {text!r} must begin with the stage's part of the run (0.8:) or its "
+            "number of samples (1000000:)"
+        ) from None
+    settings: dict[str, Any] = {}
+    for change in settings_text.split(","):
+        name, separator, value = (part.strip() for part in change.partition("="))
+        require(
+            bool(separator) and name in STAGE_SETTINGS and name not in settings,
+            f"run.stages: {text!r}: expected NAME=VALUE, each NAME once and one of "
+            f"{', '.join(STAGE_SETTINGS)}, not {change.strip()!r}",
+        )
+        settings[name] = _parse_value(name, value, where=text)
+    return StageEntry(length, settings)
+
+
+def _parse_value(name: str, value: str, *, where: str) -> Any:
+    least = int(name != "micro_batch_size")
+    expected = f"a whole number of at least {least}"
+    try:
+        if name == "crop_scale":
+            expected = "a range LOW..HIGH"
+            low, high = value.split("..")
+            return float(low), float(high)
+        if name == "token_drop":
+            expected = "a number"
+            return float(value)
+        number = int(value)
+        require(number >= least, "")
+        return number
+    except ValueError:
+        raise ValueError(
+            f"run.stages: {where!r}: {name} must be {expected}, not {value!r}"
+        ) from None
+
+
+@functools.lru_cache(maxsize=64)
+def lay_out(entries: tuple[str, ...], *, samples: int, global_batch_size: int) -> tuple[Span, ...]:
+    """The spans of all stages of a run of `samples`; the last has the run's own batch size.
+
+    A stage ends at the whole step that is nearest to the sum of the lengths so far.
+
+    Raises:
+        ValueError: the entries leave nothing of the run to its own settings.
+    """
+    spans: list[Span] = []
+    planned, draws, step = 0.0, 0, 0
+    for text in entries:
+        entry = parse_stage(text)
+        planned += entry.length * samples if entry.length < 1 else entry.length
+        size = entry.settings.get("global_batch_size", global_batch_size)
+        end = step + max(1, round((planned - draws) / size))
+        spans.append(
+            Span(number=len(spans), first_step=step, end_step=end, first_draw=draws,
+                 global_batch_size=size)
+        )  # fmt: skip
+        draws, step = draws + (end - step) * size, end
+    require(
+        draws < samples or not entries,
+        f"run.stages takes {draws:,} of the run's {samples:,} samples, and the last stage, with "
+        "the run's own settings, needs some: make the others shorter or the run longer",
+    )
+    end = step - (draws - samples) // global_batch_size
+    last = Span(number=len(spans), first_step=step, end_step=end, first_draw=draws,
+                global_batch_size=global_batch_size)  # fmt: skip
+    return (*spans, last)
+
+
+def span_at(spans: Sequence[Span], step: int) -> Span:
+    """The span that a step is of; the last one has all steps beyond its end too."""
+    return next(span for span in reversed(spans) if span.first_step <= step)

@@ -1,0 +1,80 @@
+"""A run of several stages (`run.stages`): a loader of each, one after the other, and their words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from unicl_fast.batch import Batch, Loader, ReadingTime
+from unicl_fast.config import Stage
+from unicl_fast.dataset.feature_files import FeatureFile
+from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.stages import Span
+from unicl_fast.system.wording import count_of
+
+
+class PlannedLoader(Loader, Protocol):
+    """A loader whose batches follow a plan, which the ledger and the metrics read.
+
+    It tells how long it waited for storage.
+    """
+
+    plan: TrainPlan
+    reading: ReadingTime
+
+    def feed_features(self, features: Sequence[FeatureFile]) -> None:
+        """Feeds stored features of a frozen encoder in place of images from now on."""
+        ...
+
+
+class StagedLoader:
+    """Implements `PlannedLoader`. Its plan is the last stage's, which counts the epochs of all."""
+
+    def __init__(self, loaders: Sequence[PlannedLoader], spans: Sequence[Span]) -> None:
+        """Takes a loader for each of the spans."""
+        self._loaders, self._spans = list(loaders), list(spans)
+        self.plan, self.reading = loaders[-1].plan, loaders[-1].reading
+        for loader in loaders:
+            loader.reading = self.reading
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yields all steps from `start_step` on; one loader has decoders at a time.
+
+        The first batch of a stage is waited for: nothing is decoded ahead from one to the next.
+        """
+        for loader, span in zip(self._loaders, self._spans, strict=True):
+            if span is self._spans[-1]:
+                yield from loader.batches(max(start_step, span.first_step))
+            elif start_step < span.end_step:
+                first = max(start_step, span.first_step)
+                yield from itertools.islice(loader.batches(first), span.end_step - first)
+                loader.close()
+
+    def feed_features(self, features: Sequence[FeatureFile]) -> None:
+        """Feeds stored features in all stages."""
+        for loader in self._loaders:
+            loader.feed_features(features)
+
+    def close(self) -> None:
+        """Stops the loader that is running."""
+        for loader in self._loaders:
+            loader.close()
+
+
+def describe_stage(stage: Stage) -> str:
+    """Returns what a stage shows, and how much of it at once."""
+    config, steps = stage.config, stage.span.end_step - stage.span.first_step
+    crops = "{:g} to {:g}".format(*config.data.crop_scale)
+    parts = [
+        f"stage {stage.span.number + 1}, {count_of(steps, 'step')} of "
+        f"{count_of(config.run.global_batch_size, 'image')} at {config.data.image_size} pixels",
+        f"crops of {crops} of the area",
+    ]
+    if config.objective.has_texts:
+        parts.append(f"texts of up to {count_of(config.model.context_length, 'token')}")
+    if config.model.token_drop:
+        parts.append(f"without {config.model.token_drop:.0%} of the image tokens")
+    if size := config.efficiency.micro_batch_size:
+        parts.append(f"{count_of(size, 'image')} at once")
+    return ", ".join(parts)
