@@ -19,13 +19,7 @@ from .small_size import build_once
 
 _CIFAR10 = ("--preset", "cifar10-small", "--run.global-batch-size", "128")
 _MUON = ("--optim.name", "muon")
-_AS_IT_IS = (
-    *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1"),
-    *("--data.flip-probability", "0"),
-)
-_SMALL_PART = 0.75
-_SMALL_PART_LR = 6e-4
-"""The rate where the parts meet: together they fall as one run does, from 2e-3 to 0."""
+_SMALL_FIRST = ("--run.stages", "0.75:image_size=20")
 
 
 class Arm(NamedTuple):
@@ -35,8 +29,6 @@ class Arm(NamedTuple):
     """Part of the task's samples."""
     options: tuple[str, ...] = ()
     """Beside the task's."""
-    small_side: int = 0
-    """Side of the images in the first three quarters of the samples; 0: the task's."""
     stores: bool = False
     """Store the features of the images, crops and flips left out, instead of encoding in steps."""
 
@@ -53,38 +45,38 @@ class Task(NamedTuple):
 TASKS = {
     "CIFAR-10": Task(
         "cifar10",
-        32_000,
+        19_200,
         _CIFAR10,
         {
             "preset": Arm(),
             "half": Arm(0.5),
-            "small images first": Arm(small_side=20),
+            "small images first": Arm(1, _SMALL_FIRST),
             "muon, half": Arm(0.5, _MUON),
-            "all, half": Arm(0.5, _MUON, small_side=20),
+            "all, half": Arm(0.5, (*_MUON, *_SMALL_FIRST)),
         },
     ),
     "CIFAR-10, ViT": Task(
         "cifar10",
-        16_000,
+        9_600,
         (
             *(*_CIFAR10, "--model.image-encoder", "test_vit", "--optim.lr", "1e-3"),
             *("--data.image-size", "128", "--data.evaluation-resize", "146"),
         ),
-        {"preset": Arm(), "token drop": Arm(options=("--model.token-drop", "0.5"))},
+        {"preset": Arm(), "token drop": Arm(1, ("--run.stages", "0.9:token_drop=0.5"))},
     ),
     "Tiny ImageNet": Task(
         "tiny",
-        9_600,
+        7_680,
         (
             *("--preset", "photos-small", "--run.global-batch-size", "64", "--optim.lr", "1.5e-3"),
             *("--data.image-size", "64", "--data.evaluation-resize", "64"),
         ),
         {
             "preset": Arm(),
-            "half": Arm(0.5),
             "stored": Arm(stores=True),
+            "stored, short texts": Arm(1, ("--run.stages", "0.75:context_length=12"), stores=True),
             "stored, half": Arm(0.5, stores=True),
-            "all, half": Arm(0.5, _MUON, stores=True),
+            "stored, muon, half": Arm(0.5, _MUON, stores=True),
         },
     ),
 }
@@ -120,24 +112,15 @@ class TimeToAccuracy(ExperimentSettings):
     ) -> tuple[dict[str, Mean], dict[str, Mean], dict[str, list[Row]]]:
         """Accuracy, CPU seconds and rows of each arm of a task."""
 
-        def small_run(arm: str, seed: int) -> Run:
-            return self._small_run(name, arm, seed, packed)
+        def make_run(arm: str, seed: int) -> Run:
+            return self._make_run(name, arm, seed, packed)
 
-        def last_run(arm: str, seed: int) -> Run:
-            return self._last_run(name, arm, seed, packed)
-
-        arms = TASKS[name].arms
-        first = self.train_arms([arm for arm in arms if arms[arm].small_side], small_run)
-        rows = self.train_arms(arms, last_run)
-        accuracy = {arm: mean_of([100 * row["new"]["top1"] for row in rows[arm]]) for arm in arms}
+        rows = self.train_arms(TASKS[name].arms, make_run)
+        accuracy = {arm: mean_of([100 * row["new"]["top1"] for row in rows[arm]]) for arm in rows}
         seconds = {}
-        for arm in arms:
-            parts = [(last_run, rows[arm]), *([(small_run, first[arm])] if arm in first else [])]
-            starts = [self._start_seconds(make_run(arm, self.seeds[0])) for make_run, _ in parts]
-            taken = zip(
-                *([row["train_cpu_seconds"] for row in one] for _, one in parts), strict=True
-            )
-            seconds[arm] = mean_of([sum(one) - sum(starts) for one in taken])
+        for arm in rows:
+            start = self._start_seconds(make_run(arm, self.seeds[0]))
+            seconds[arm] = mean_of([row["train_cpu_seconds"] - start for row in rows[arm]])
         return accuracy, seconds, rows
 
     def _start_seconds(self, run: Run) -> float:
@@ -146,45 +129,27 @@ class TimeToAccuracy(ExperimentSettings):
         options = (*run.pretrain, *run.execution, "--out", str(folder / "dry"), "--dry-run")
         return run_program("pretrain", options, folder / "start.log", threads=1)
 
-    def _run(
-        self, name: str, arm: str, seed: int, train: Path, part: float, *more: str, last: bool
-    ) -> Run:
-        """A run of a part of the samples; only the last one is evaluated."""
+    def _make_run(self, name: str, arm: str, seed: int, packed: Path) -> Run:
         task, chosen = TASKS[name], TASKS[name].arms[arm]
-        samples = round(self.length * chosen.length * part * task.samples)
-        folder = "/".join([name, arm, *(() if last else ("small",)), f"seed{seed}"])
-        stored = ("--efficiency.image-features", str(self.out / "features" / folder))
+        folder = f"{name}/{arm}/seed{seed}".replace(" ", "-").replace(",", "")
+        train = packed / task.data
+        stored = (
+            *("--data.crop-scale", "1", "1", "--data.crop-ratio", "1", "1"),
+            *("--data.flip-probability", "0"),
+            *("--efficiency.image-features", str(self.out / "features" / folder)),
+        )
+        samples = round(self.length * chosen.length * task.samples)
         return Run(
-            name=folder.replace(" ", "-").replace(",", ""),
+            name=folder,
             pretrain=(
-                *(*task.options, *chosen.options, *more, "--data.train", str(train)),
-                *((*_AS_IT_IS, *stored) if chosen.stores else ()),
-                *("--run.samples", str(samples), "--run.seed", str(seed)),
-                *("--run.evaluate-every-steps", "0", "--checkpoint.every-steps", "0"),
-                *("--efficiency.precision", self.precision),
+                *(*task.options, *chosen.options, *(stored if chosen.stores else ())),
+                *("--data.train", str(train), "--run.samples", str(samples)),
+                *("--run.seed", str(seed), "--run.evaluate-every-steps", "0"),
+                *("--checkpoint.every-steps", "0", "--efficiency.precision", self.precision),
             ),
             execution=self.execution(),
-            evaluations={"new": ("zero-shot", "--data", f"{train}-new")} if last else {},
+            evaluations={"new": ("zero-shot", "--data", f"{train}-new")},
         )
-
-    def _small_run(self, name: str, arm: str, seed: int, packed: Path) -> Run:
-        """The first part of a run, on small images; the rate falls as in one run of all samples."""
-        side, lr = str(TASKS[name].arms[arm].small_side), _SMALL_PART_LR
-        return self._run(
-            *(name, arm, seed, packed / TASKS[name].data, _SMALL_PART),
-            *("--data.image-size", side, "--optim.lr-min", str(lr)),
-            last=False,
-        )
-
-    def _last_run(self, name: str, arm: str, seed: int, packed: Path) -> Run:
-        """A whole run, or the part of it after that on small images."""
-        train = packed / TASKS[name].data
-        if not TASKS[name].arms[arm].small_side:
-            return self._run(name, arm, seed, train, 1, last=True)
-        before = self.out / self._small_run(name, arm, seed, packed).name / "run"
-        start = ("--model.init", str(before), "--optim.warmup-fraction", "0")
-        rest = ("--optim.lr", str(_SMALL_PART_LR))
-        return self._run(name, arm, seed, train, 1 - _SMALL_PART, *start, *rest, last=True)
 
     def _pack(self) -> Path:
         """Packs what is missing; of CIFAR-10's test images every fifth."""

@@ -191,17 +191,13 @@ def test_each_way_to_an_accuracy_is_a_run_that_can_start(tmp_path: Path) -> None
     names = set()
     for name, task in TASKS.items():
         for arm, way in task.arms.items():
-            runs = [settings._last_run(name, arm, 1, tmp_path)]
-            runs += [settings._small_run(name, arm, 1, tmp_path)] if way.small_side else []
-            configs = [config_of(["pretrain", *run.pretrain, "--out", "x"]) for run in runs]
-            names |= {run.name for run in runs}
-            assert sum(one.run.samples for one in configs) == task.samples * way.length
-            sides = {one.data.image_size for one in configs}
-            assert way.small_side in {0, *sides}
-            assert bool(configs[0].efficiency.image_features) == way.stores
-    assert len(names) == sum(
-        1 + bool(way.small_side) for one in TASKS.values() for way in one.arms.values()
-    )
+            run = settings._make_run(name, arm, 1, tmp_path)
+            names.add(run.name)
+            config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+            assert config.run.samples == task.samples * way.length
+            assert bool(config.efficiency.image_features) == way.stores
+            assert bool(config.run.stages) == ("--run.stages" in way.options)
+    assert len(names) == sum(len(task.arms) for task in TASKS.values())
 
 
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
