@@ -338,7 +338,7 @@ def _shortened(row: Row) -> Row:
         for key, value in _evaluations(row).items()
     }
     described = {"name": row["name"], "pretrain": options, "precision": row["precision"]}
-    taken = {key: row[key] for key in ("cpu_seconds", "train_cpu_seconds") if key in row}
+    taken: Row = {key: row[key] for key in ("cpu_seconds", "train_cpu_seconds") if key in row}
     return {**described, **taken, "last": last, **evaluated}
 
 

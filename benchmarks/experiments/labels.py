@@ -11,10 +11,10 @@ import csv
 import functools
 import itertools
 import json
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -193,9 +193,7 @@ class SeveralLabels(_FromFeatures):
 
     def _over_halves(self, halves: list[list[Row]], keys: tuple[str, ...]) -> Mean:
         """For each seed the mean of both halves, in %."""
-        found = [
-            [100 * functools.reduce(operator.getitem, keys, row) for row in rows] for rows in halves
-        ]
+        found = [[100 * _value(row, keys) for row in rows] for rows in halves]
         return mean_of([sum(both) / len(both) for both in zip(*found, strict=True)])
 
     def _pack_halves(self, seed: int, templates: Path) -> None:
@@ -232,6 +230,14 @@ class SeveralLabels(_FromFeatures):
         )
 
 
+def _value(row: Row, keys: tuple[str, ...]) -> float:
+    """A number that stands deep in a row."""
+    value: Any = row
+    for key in keys:
+        value = value[key]
+    return float(value)
+
+
 _ANCESTORS = ("--objective.positives", "ancestors")
 _WEIGHTS = {
     "light": (0, 0, 0, 0, 0.01, 0.02, 0.05, 0.1),
@@ -265,17 +271,16 @@ class Hierarchies(_FromFeatures):
         rows = self.train_arms(_HIERARCHY_ARMS, lambda arm, seed: self._make_run(arm, seed))
         [some, *_] = rows["labels"]
         takes: dict[str, Callable[[Row], float]] = {
-            "top-1 of 200 classes": lambda new: 100 * new["top1"]
+            "top-1 of 200 classes": lambda new: 100 * float(new["top1"])
         }
         for depth in self.levels:
-            level = _level(some["new"], depth)
+            count = _level(some["new"], depth)["num_classes"]
             for words, key in (
                 ("its names", "top1"),
                 ("the classes below", "top1_by_data_classes"),
             ):
-                takes[f"level {depth}, {level['num_classes']} classes, by {words}"] = (
-                    lambda new, depth=depth, key=key: 100 * _level(new, depth)[key]
-                )
+                name = f"level {depth}, {count} classes, by {words}"
+                takes[name] = functools.partial(_rate_at_level, depth=depth, key=key)
         distances = {
             "of mistakes": lambda new: new["hierarchy"]["distance_of_mistakes"],
             "of all answers": lambda new: new["hierarchy"]["distance"],
@@ -346,7 +351,11 @@ class Hierarchies(_FromFeatures):
 
 
 def _level(evaluated: Row, depth: int) -> Row:
-    return next(one for one in evaluated["hierarchy"]["levels"] if one["depth"] == depth)
+    return next(dict(one) for one in evaluated["hierarchy"]["levels"] if one["depth"] == depth)
+
+
+def _rate_at_level(evaluated: Row, *, depth: int, key: str) -> float:
+    return 100 * float(_level(evaluated, depth)[key])
 
 
 def classes_above(wordnet: Path, wnids: Sequence[str]) -> tuple[list[list[str]], dict[str, str]]:
@@ -357,14 +366,15 @@ def classes_above(wordnet: Path, wnids: Sequence[str]) -> tuple[list[list[str]],
     Raises:
         ValueError: the file has no such class.
     """
-    names, parents = {}, {}
+    names: dict[str, str] = {}
+    parents: dict[str, str] = {}
     for line in wordnet.read_text(encoding="utf-8").splitlines():
         if line.startswith(" "):
             continue  # the licence
         offset, _, _, count, name, *rest = line.split(" | ")[0].split()
         names[f"n{offset}"] = name.replace("_", " ")
         pointers = rest[2 * int(count, 16) :]  # past lemmas and their ids, their number first
-        for kind, target in zip(pointers[::4], pointers[1::4], strict=False):
+        for kind, target in zip(pointers[::4], pointers[1::4], strict=True):
             if kind in ("@", "@i"):
                 parents.setdefault(f"n{offset}", f"n{target}")
     if unknown := [wnid for wnid in wnids if wnid not in names]:

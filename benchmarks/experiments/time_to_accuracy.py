@@ -93,7 +93,8 @@ class TimeToAccuracy(ExperimentSettings):
 
     def run(self) -> None:
         packed = self._pack()
-        tables, done, ratios = [], {}, {}
+        tables, ratios = [], {}
+        done: dict[tuple[str, str], list[Row]] = {}
         for name in self.tasks:
             accuracy, seconds, rows = self._do(name, packed)
             preset, *others = rows
