@@ -13,13 +13,17 @@ from unicl_fast.system.program import begin_program
 from .distillation import Distillation
 from .first_weights import Clash, FirstWeights
 from .full_size import FullSize
-from .small_size import LabelsAndCaptions, LongTail, Objectives, Switches, Templates
+from .labels import Hierarchies, LongTail, SeveralLabels
+from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
+from .time_to_accuracy import TimeToAccuracy
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,
     "labels-and-captions": LabelsAndCaptions,
     "long-tail": LongTail,
+    "several-labels": SeveralLabels,
+    "hierarchies": Hierarchies,
     "first-weights": FirstWeights,
     "clash": Clash,
     "distillation": Distillation,
@@ -27,6 +31,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "switches": Switches,
     "full-size": FullSize,
     "stored-features": StoredFeatures,
+    "time-to-accuracy": TimeToAccuracy,
 }
 
 

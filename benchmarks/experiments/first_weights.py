@@ -104,9 +104,7 @@ class FirstWeights(ExperimentSettings):
     def _pack(self) -> None:
         """Packs what is trained on and what is evaluated; existing data sets are kept."""
         packed = self.out / "packed"
-        templates = packed / "templates.txt"
-        packed.mkdir(parents=True, exist_ok=True)
-        templates.write_text("\n".join(_TEMPLATES) + "\n", encoding="utf-8")
+        templates = write_templates(packed)
         pack(self.data, packed, side=2 * self.image_size, templates=str(templates))
         tiny, dtd = self.data / "tiny-imagenet", self.data / "transfer/dtd10"
         for source, name, *options in (
@@ -281,6 +279,14 @@ def _cpu_minutes(rows: Mapping[str, list[Row]]) -> dict[str, float]:
         arm: round(sum(row["cpu_seconds"] for row in found) / len(found) / 60, 2)
         for arm, found in rows.items()
     }
+
+
+def write_templates(packed: Path) -> Path:
+    """Writes the five prompt templates beside the packed data; returns the file."""
+    packed.mkdir(parents=True, exist_ok=True)
+    path = packed / "templates.txt"
+    path.write_text("\n".join(_TEMPLATES) + "\n", encoding="utf-8")
+    return path
 
 
 def _found(row: Row, title: str, zero_shot: str = "zero_shot") -> Row:

@@ -72,6 +72,7 @@ class ExperimentSettings:
         cells: dict[Any, dict[str, Mean]],
         pairs: Mapping[str, tuple[Mean, Mean]],
         chance: Mapping[str, float] | None = None,
+        unit: str = "%",
     ) -> Table:
         """A table of means, and of the first minus the second of each pair unless seeds are few."""
         differences = {
@@ -79,7 +80,9 @@ class ExperimentSettings:
             for name, (one, other) in pairs.items()
             if len(self.seeds) > 1
         }
-        return Table(title=title, cells=cells, differences=differences, chance=chance or {})
+        return Table(
+            title=title, cells=cells, differences=differences, chance=chance or {}, unit=unit
+        )
 
     def execution(self) -> tuple[str, ...]:
         """Options of every run: beside others, one decoding thread suffices for small images."""
@@ -152,6 +155,7 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
         "pretrain": list(run.pretrain),
         "precision": config["efficiency"]["precision"],
         "last": last,
+        "train_cpu_seconds": round(cpu_seconds, 1),
     }
     for name, arguments in run.evaluations.items():
         result = folder / f"{name}.json"
@@ -268,26 +272,28 @@ def without_nan(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Groups (rows) of arms (columns), each a mean over seeds in %, and differences of arms."""
+    """Groups (rows) of arms (columns), each a mean over seeds, and differences of arms."""
 
     title: str
     cells: Mapping[str, Mapping[str, Mean]]
     differences: Mapping[str, Difference]
     chance: Mapping[str, float]
     """Results of guessing, for groups where they are informative."""
+    unit: str = "%"
 
     def markdown(self) -> str:
         """The table, and one of the differences below it."""
         arms = list(next(iter(self.cells.values())))
         lines = [
-            f"| {self.title}, % | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
+            f"| {self.title}, {self.unit} | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
             "|---|" + "---|" * (len(arms) + bool(self.chance)),
         ]
         for group, means in self.cells.items():
             chance = f" {self.chance[group]:g} |" if self.chance else ""
             lines.append(f"| {group} | {' | '.join(str(means[arm]) for arm in arms)} |{chance}")
         if self.differences:
-            lines += ["", "| difference (95 % interval) | points | Hedges' g |", "|---|---|---|"]
+            unit = "points" if self.unit == "%" else self.unit
+            lines += ["", f"| difference (95 % interval) | {unit} | Hedges' g |", "|---|---|---|"]
         for name, found in self.differences.items():
             g = f"{found.effect:+.1f} ({found.effect_low:+.1f} to {found.effect_high:+.1f})"
             lines.append(f"| {name} | {found} | {g} |")
@@ -307,7 +313,7 @@ def write_report(
     (settings.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     _draw(tables, settings.out / f"{name}.png")
     result = {
-        "tables": [{**without_nan(asdict(table)), "unit": "%"} for table in tables],
+        "tables": [without_nan(asdict(table)) for table in tables],
         **more,
         "runs": [_shortened(row) for rows in zip(*arms.values(), strict=True) for row in rows],
         "machine": describe_machine("timm", "nvidia-dali-cuda120"),
@@ -332,7 +338,7 @@ def _shortened(row: Row) -> Row:
         for key, value in _evaluations(row).items()
     }
     described = {"name": row["name"], "pretrain": options, "precision": row["precision"]}
-    taken = {key: row[key] for key in ("cpu_seconds",) if key in row}
+    taken: Row = {key: row[key] for key in ("cpu_seconds", "train_cpu_seconds") if key in row}
     return {**described, **taken, "last": last, **evaluated}
 
 
@@ -368,7 +374,7 @@ def _draw(tables: list[Table], path: Path) -> None:
         axes.set_xticks(range(len(table.cells[group])), list(table.cells[group]), fontsize=8)
         axes.set_xlim(-0.6, len(table.cells[group]) - 0.2)
         axes.set_title(f"{table.title}\n{group}", fontsize=8, color=INK)
-        axes.set_ylabel("%", fontsize=8)
+        axes.set_ylabel(table.unit, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:

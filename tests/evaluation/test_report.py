@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from small_runs import tiny_config
 
 from unicl_fast import UniCL
 from unicl_fast.conversion.export import write_export
 from unicl_fast.evaluation.report import (
     ClassificationCounts,
+    average_precisions,
     classification_table,
     draw_confusion,
     most_confused,
@@ -23,6 +26,32 @@ from unicl_fast.evaluation.report import (
 )
 from unicl_fast.evaluation.requests import Knn
 from unicl_fast.system.wording import markdown_table
+
+
+def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images() -> None:
+    """Over images with none, one or several of four classes, one of which has no image."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(40, 4, generator=generator, dtype=torch.float64)
+    labels = [[one for one in range(3) if (row >> one) % 4 == 0] for row in range(40)]
+    result = average_precisions(scores, labels, ("a", "b", "c", "d"))
+    kept = [row for row, own in enumerate(labels) if own]
+    truth = np.array([[one in labels[row] for one in range(3)] for row in kept])
+    expected = [
+        average_precision_score(truth[:, one], scores[kept, one].numpy()) for one in range(3)
+    ]
+    assert [name for name, _, _ in result.per_class] == ["a", "b", "c"]
+    assert [count for _, count, _ in result.per_class] == truth.sum(axis=0).tolist()
+    assert [one for _, _, one in result.per_class] == pytest.approx(expected)
+    assert result.to_json()["mean"] == pytest.approx(np.mean(expected))
+    shuffled = [
+        average_precisions(torch.rand(40, 4, generator=generator), labels, "abcd").mean
+        for _ in range(1000)
+    ]
+    assert np.mean(shuffled) == pytest.approx(result.chance, rel=0.02)
+    assert f"of 3 classes over {len(kept)} samples" in result.to_table()
+    with pytest.raises(ValueError, match="no sample of this data set has a label"):
+        average_precisions(scores, [[]] * 40, "abcd")
+
 
 HOSTILE = (
     "$\\frac{$",

@@ -96,13 +96,16 @@ def test_images_of_several_labels_in_a_hierarchy(
     assert (losses(one), weights(one)) == unbroken
     written = tmp_path / "levels.json"
     sets = ["--checkpoint", one, "--data", packed, "--device", "cpu", "--json", written]
-    call(evaluate, "zero-shot", *sets, "--hierarchy")
+    call(evaluate, "zero-shot", *sets, "--hierarchy", "--average-precision")
     assert "top-1 by its names" in capsys.readouterr().out
     found = json.loads(written.read_text())
     levels = found["hierarchy"]["levels"]
     assert [level["depth"] for level in levels] == [0, 1, 2]
     assert levels[0]["num_samples"] == found["num_samples"] == 97
     assert 0 < found["hierarchy"]["distance_of_mistakes"] <= 3
+    precision = found["average_precision"]
+    assert precision["num_samples"] == 97
+    assert len(precision["per_class"]) == 59  # more than are the first label of an image
     labels = ["--data", data / "labels", "--hierarchy", "--device", "cpu"]
     with pytest.raises(SystemExit) as end:
         call(evaluate, "zero-shot", "--checkpoint", one, *labels)

@@ -122,6 +122,75 @@ def wilson_interval(num_right: int, num_tried: int) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionResult:
+    """How well the images of each class come first when all are sorted by their scores for it."""
+
+    num_samples: int
+    """Images with a label, among which those of a class are looked for."""
+    per_class: list[tuple[str, int, float]]
+    """Name, images and average precision of each class that has images."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over classes (mAP), in 0 to 1."""
+        return sum(precision for _, _, precision in self.per_class) / len(self.per_class)
+
+    @property
+    def chance(self) -> float:
+        """The mean of images in an order of no meaning: more than a class's part of them."""
+        n = self.num_samples
+        first = sum(1 / rank for rank in range(1, n + 1)) / n
+        others = [(count - 1) / max(1, n - 1) for _, count, _ in self.per_class]
+        return sum(other + (1 - other) * first for other in others) / len(others)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        return {
+            "num_samples": self.num_samples,
+            "mean": self.mean,
+            "chance": self.chance,
+            "per_class": [
+                {"class": name, "num_samples": count, "average_precision": precision}
+                for name, count, precision in self.per_class
+            ],
+        }
+
+    def to_table(self) -> str:
+        """The mean in percent, as text."""
+        return (
+            f"mean average precision of {count_of(len(self.per_class), 'class')} over "
+            f"{count_of(self.num_samples, 'sample')}: {percent(self.mean)} % "
+            f"({percent(self.chance)} by chance)"
+        )
+
+
+def average_precisions(
+    scores: Tensor, labels: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> PrecisionResult:
+    """The average precision of each class over images, from their scores [n k].
+
+    It is the mean, over the images of a class, of the precision among all images down to that one,
+    without interpolation. Images without labels are left out, since what they show is not known.
+
+    Raises:
+        ValueError: no image has a label.
+    """
+    kept = [row for row, own in enumerate(labels) if own]
+    if not kept:
+        raise ValueError("no sample of this data set has a label: average precision needs some")
+    scores = scores[torch.tensor(kept)]
+    truth = torch.zeros(scores.shape, dtype=torch.float64)
+    for row, sample in enumerate(kept):
+        truth[row, list(labels[sample])] = 1
+    hits = truth.gather(0, scores.argsort(dim=0, descending=True, stable=True))
+    precisions = hits.cumsum(dim=0) / torch.arange(1, len(kept) + 1).unsqueeze(1)
+    counts = hits.sum(dim=0)
+    means = (precisions * hits).sum(dim=0) / counts.clamp(min=1)
+    found = zip(class_names, counts.int().tolist(), means.tolist(), strict=True)
+    return PrecisionResult(num_samples=len(kept), per_class=[one for one in found if one[1]])
+
+
 class ClassificationCounts:
     """Adds up rankings of samples, on one rank or many."""
 

@@ -166,6 +166,10 @@ class ZeroShot(EncodingEvaluation):
     hierarchy: bool = False
     """Also classify among the classes of each level of the hierarchy that the data was packed with,
     and tell how far mistakes are off. Images are encoded once more."""
+    average_precision: bool = False
+    """Also the mean average precision of the classes (mAP): how well their images come first when
+    all are sorted by similarity. For images with several labels, such as COCO's. Images are encoded
+    once more."""
     average_with: Path | None = None
     """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
     each average is evaluated (WiSE-FT); unicl-convert average writes one."""

@@ -34,6 +34,8 @@ from unicl_fast.evaluation.levels import LevelsResult, classify_at_levels
 from unicl_fast.evaluation.report import (
     RATE_NAMES,
     ClassificationResult,
+    PrecisionResult,
+    average_precisions,
     classification_table,
     draw_confusion,
     percent,
@@ -178,13 +180,15 @@ def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated
                 templates=data.templates,
                 confusion=command.figures is not None,
             )
-            levels = _classify_at_levels(on_ranks, data) if command.hierarchy else None
+            levels, precision = _from_features(command, on_ranks, data)
             num_quarantined = data.dataset.manifest.num_quarantined
         values: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
         values["num_templates"] = len(data.templates)
         values |= result.to_json() | {"num_quarantined": num_quarantined}
         if levels is not None:
             values["hierarchy"] = levels.to_json()
+        if precision is not None:
+            values["average_precision"] = precision.to_json()
         found.append(
             _Evaluated(
                 name=name,
@@ -197,30 +201,37 @@ def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated
         if not on_ranks.ranks.is_main:
             continue
         print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
-        if levels is not None:
-            print(f"\n{levels.to_table()}")
+        for more in (levels, precision):
+            if more is not None:
+                print(f"\n{more.to_table()}")
         if num_quarantined:
             refused = count_of(num_quarantined, "file")
             print(f"refused when packing, and not counted above: {refused}")
     return found
 
 
-def _classify_at_levels(on_ranks: ModelOnRanks, data: EvaluationData) -> LevelsResult | None:
-    """The results at each level of the data's hierarchy on rank 0; None on the other ranks.
+def _from_features(
+    command: ZeroShot, on_ranks: ModelOnRanks, data: EvaluationData
+) -> tuple[LevelsResult | None, PrecisionResult | None]:
+    """Levels and average precision, where asked for, on rank 0; None on the other ranks.
 
     Raises:
-        ValueError: the data has no hierarchy.
+        ValueError: levels are asked for, and the data has no hierarchy.
     """
     hierarchy, dataset = data.dataset.manifest.hierarchy, data.dataset
-    if hierarchy is None:
+    if command.hierarchy and hierarchy is None:
         raise ValueError(
             f"--hierarchy: {data.name} has no hierarchy of classes; pack it by unicl-pack build "
             "--hierarchy FILE"
         )
+    if not (command.hierarchy or command.average_precision):
+        return None, None
     features = on_ranks.features(dataset)
+    levels = precision = None
     with rank_0_alone(on_ranks.ranks):
         if features is None:
-            return None
+            return None, None
+        labels = [dataset.labels_of(sample).tolist() for sample in range(len(dataset))]
 
         def classifier_of(class_names: Sequence[str]) -> Tensor:
             return zero_shot_classifier(
@@ -230,13 +241,18 @@ def _classify_at_levels(on_ranks: ModelOnRanks, data: EvaluationData) -> LevelsR
                 progress=on_ranks.progress,
             )
 
-        return classify_at_levels(
-            features,
-            classifier_of,
-            labels=[dataset.labels_of(sample).tolist() for sample in range(len(dataset))],
-            class_names=data.class_names,
-            hierarchy=hierarchy,
-        )
+        if command.hierarchy and hierarchy is not None:
+            levels = classify_at_levels(
+                features,
+                classifier_of,
+                labels=labels,
+                class_names=data.class_names,
+                hierarchy=hierarchy,
+            )
+        if command.average_precision:
+            scores = features @ classifier_of(data.class_names).to(features).T
+            precision = average_precisions(scores, labels, data.class_names)
+    return levels, precision
 
 
 def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:
