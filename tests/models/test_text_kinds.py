@@ -25,7 +25,9 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TEXT_KINDS, ObjectiveConfig, TrainConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.features import model_on_ranks
 from unicl_fast.evaluation.inference import Model, load_model
+from unicl_fast.evaluation.requests import ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.global_loss import encoder_input, global_loss
@@ -250,6 +252,10 @@ def test_a_model_is_stored_whole_and_used_for_one_kind(
     for kind, one in of_kinds.items():
         features = one.embed_texts(texts)
         assert features.shape == (2, config.model.embed_dim)
+        command = ZeroShot(checkpoint=tmp_path / "export", data=("any",), kind=kind, device="cpu")
+        with model_on_ranks(command) as on_ranks:
+            evaluated = Model(on_ranks.model).embed_texts(texts)
+        torch.testing.assert_close(features, evaluated)
         other = of_kinds["labels"].of_kind(kind)
         torch.testing.assert_close(features, other.embed_texts(texts))
     both = [one.embed_texts(texts) for one in of_kinds.values()]

@@ -592,10 +592,9 @@ class Trainer:
         session.replaced_samples.check(num_replaced)
 
     def _scale_and_bias(self) -> dict[str, float]:
-        scales, bias = self.model.logit_scale.tolist(), self.model.logit_bias
-        values = {"logit_scale": scales}
-        if isinstance(scales, list):
-            values = {f"logit_scale/{k}": one for k, one in zip(TEXT_KINDS, scales, strict=True)}
+        scale, bias = self.model.logit_scale.detach(), self.model.logit_bias
+        names = [f"logit_scale/{kind}" for kind in TEXT_KINDS] if scale.ndim else ["logit_scale"]
+        values: dict[str, float] = dict(zip(names, scale.reshape(-1).tolist(), strict=True))
         return values if bias is None else values | {"logit_bias": bias.item()}
 
     def _learning_rate(self) -> float:
