@@ -54,7 +54,7 @@ class TiledStatistics(torch.autograd.Function):
             sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
         """
         exclude_self = positives.self_weights is not None
-        factor = scale * _LOG2_E
+        factor = scale * LOG2_E
         tiles = tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         row_logs, column_logs = tiles.log2_sum_exps()
         dtype = scale.dtype
@@ -97,7 +97,7 @@ class TiledStatistics(torch.autograd.Function):
             grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
         exclude_self = positives.self_weights is not None
-        factor = scale * _LOG2_E
+        factor = scale * LOG2_E
         tiles = ctx.tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for rows, columns, gradient in tiles.gradients(*of_logs):
