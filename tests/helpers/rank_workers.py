@@ -31,6 +31,7 @@ from small_runs import (
     ragged_features,
     small_ancestors,
     small_words,
+    staged_batch,
     tiny_config,
 )
 from torch.distributed.tensor import DTensor
@@ -355,12 +356,14 @@ def train_each(
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     for name, (config, checkpoint) in runs.items():
+        in_stages = functools.partial(staged_batch, config=config)
+        make = in_stages if config.run.stages else global_batch
         distils = config.objective.distillation != "off"
         trainer = Trainer(
             config,
             labelled_loader(images, "features", **place)
             if distils
-            else StepLoader(images, **place),
+            else StepLoader(images, **place, make=make),
             run_folder=folder / name,
             ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},
