@@ -121,10 +121,11 @@ def load_teacher(given: str, *, precision: Literal["fp32", "bf16", "fp16"]) -> U
     knows_texts = "text_width" in settings
     if not knows_texts:  # its encoder's features are taken, whatever came after them
         settings = {"image_encoder": settings["image_encoder"]}
+    settings["init" if knows_texts else "init_image"] = given
     size = data.get("image_size", DataConfig().image_size)
     config = TrainConfig(
         data=DataConfig(**data, evaluation_resize=max(size, DataConfig().evaluation_resize)),
-        model=ModelConfig(**settings, **{"init" if knows_texts else "init_image": given}),
+        model=ModelConfig(**settings),
         objective=ObjectiveConfig(name="unicl" if knows_texts else "supcon"),
         efficiency=EfficiencyConfig(precision=precision),
     )
