@@ -338,7 +338,7 @@ def count_words(
     chances, seen = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size, np.int64)
     shares = np.array(weights or [len(dataset) for dataset in datasets], np.float64)
     for number, dataset in enumerate(datasets):
-        of_labels = np.zeros(int(prompts.num_classes[number]))
+        of_labels: NDArray[np.float64] = np.zeros(int(prompts.num_classes[number]))
         of_sample = shares[number] / shares.sum() / len(dataset)
         for rows in blocks_of(dataset.samples):
             num_captions, num_labels = rows["captions_count"], rows["labels_count"]
