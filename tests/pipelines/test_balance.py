@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.config import DataConfig
@@ -165,6 +165,7 @@ WORDS = ["red", "dog", "kdog", "dogs", "fish", "ber", "\u00fcber", "antidisestab
         st.lists(st.sampled_from(WORDS), min_size=1, max_size=3), min_size=1, max_size=8
     ),
 )
+@example(captions=[[["a", "kdog"]], [["dogs", "red"], ["red", "dog"]]], phrases=[["dog"]])
 @settings(deadline=None, max_examples=60)
 def test_captions_name_concepts_word_by_word(
     captions: list[list[list[str]]], phrases: list[list[str]]
