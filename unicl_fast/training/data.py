@@ -363,7 +363,8 @@ def count_words(
         if config.data.prompts == "ancestors" and dataset.manifest.hierarchy is not None:
             starts, chains = flat_chains(dataset.manifest.hierarchy)
             lengths = np.diff(starts)
-            of_labels = np.bincount(chains, np.repeat(of_labels / lengths, lengths), len(lengths))
+            each = np.repeat(of_labels / lengths, lengths)
+            of_labels = np.bincount(chains, each, len(lengths)).astype(np.float64)
         num_templates, length = int(prompts.num_templates[number]), prompts.tokens.shape[1]
         first = prompts.first_prompt_rows[number]
         prompt_rows = first + np.arange(len(of_labels) * num_templates)
