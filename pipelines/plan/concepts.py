@@ -2,7 +2,7 @@
 
 A concept is a word, or words that follow each other, of a list. A caption names it where the tokens
 of all its words stand in it, from the beginning of a word to the end of one: "dog" is in "the dog",
-and neither in "dogs" nor in "bulldog", whose last token is the same.
+and neither in "dogs" nor in "kdog", whose last token is the same.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class PlanSource:
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
     named: tuple[Int64Array, Int64Array] | None = None
-    """What `find_named` found, for `data.balance_concepts`."""
+    """The concepts that `find_named` found, for `data.balance_concepts`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.config import DataConfig
@@ -152,7 +152,7 @@ def test_weights_and_progress_count_the_draws_of_balanced_epochs() -> None:
         DataConfig(balance=10, shuffle_window=100)
 
 
-WORDS = ["red", "dog", "bulldog", "dogs", "fish", "sea", "\u00fcber", "antidisestablishment", "7"]
+WORDS = ["red", "dog", "kdog", "dogs", "fish", "ber", "\u00fcber", "antidisestablishment", "7"]
 
 
 @given(
@@ -165,6 +165,7 @@ WORDS = ["red", "dog", "bulldog", "dogs", "fish", "sea", "\u00fcber", "antidises
         st.lists(st.sampled_from(WORDS), min_size=1, max_size=3), min_size=1, max_size=8
     ),
 )
+@example(captions=[[["a", "kdog"]], [["dogs", "red"], ["red", "dog"]]], phrases=[["dog"]])
 @settings(deadline=None, max_examples=60)
 def test_captions_name_concepts_word_by_word(
     captions: list[list[list[str]]], phrases: list[list[str]]

@@ -163,7 +163,9 @@ def positions_of_ranges(
     """All positions of ranges, one range after another: starts[i] to starts[i] + counts[i] - 1."""
     counts = counts.astype(np.int64)
     ends = np.cumsum(counts)
-    return np.arange(counts.sum()) + np.repeat(starts.astype(np.int64) - (ends - counts), counts)
+    first = np.repeat(starts.astype(np.int64) - (ends - counts), counts)
+    positions: npt.NDArray[np.int64] = np.arange(counts.sum()) + first
+    return positions
 
 
 def mapping_of(array: Rows) -> mmap.mmap | None:

@@ -391,7 +391,7 @@ def count_words(
     chances, seen = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size, np.int64)
     shares = np.array(weights or [len(dataset) for dataset in datasets], np.float64)
     for number, dataset in enumerate(datasets):
-        of_labels = np.zeros(int(prompts.num_classes[number]))
+        of_labels: NDArray[np.float64] = np.zeros(int(prompts.num_classes[number]))
         of_sample = shares[number] / shares.sum() / len(dataset)
         for rows in blocks_of(dataset.samples):
             num_captions, num_labels = rows["captions_count"], rows["labels_count"]
@@ -416,7 +416,8 @@ def count_words(
         if config.data.prompts == "ancestors" and dataset.manifest.hierarchy is not None:
             starts, chains = flat_chains(dataset.manifest.hierarchy)
             lengths = np.diff(starts)
-            of_labels = np.bincount(chains, np.repeat(of_labels / lengths, lengths), len(lengths))
+            each = np.repeat(of_labels / lengths, lengths)
+            of_labels = np.bincount(chains, each, len(lengths)).astype(np.float64)
         num_templates, length = int(prompts.num_templates[number]), prompts.tokens.shape[1]
         first = prompts.first_prompt_rows[number]
         prompt_rows = first + np.arange(len(of_labels) * num_templates)
