@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).with_name("first_run.ipynb")
 MAX_BYTES = 1_500_000
-_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)")
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)|\x1b\[[\d;]*m|^ +$\n?", re.MULTILINE)
 
 
 def run_notebook(folder: Path) -> nbformat.NotebookNode:
@@ -25,16 +25,30 @@ def run_notebook(folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    os.environ["COLUMNS"] = "100"
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # of tqdm without ipywidgets
     NotebookClient(
         notebook, timeout=900, record_timing=False, resources={"metadata": {"path": str(folder)}}
     ).execute()
     notebook.metadata["language_info"] = {"name": "python"}  # not this machine's version
     for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = _OVERWRITTEN.sub("", output.text.replace("\r\n", "\n"))
+        if "outputs" in cell:
+            cell.outputs = _as_shown(cell.outputs)
     return notebook
+
+
+def _as_shown(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Joins what was printed in pieces, as a terminal would show it at the end."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    for output in joined:
+        if output.output_type == "stream":
+            text = _OVERWRITTEN.sub("", output.text.replace("\r\n", "\n"))
+            output.text = re.sub(r"\n\s*\n+", "\n\n", text)
+    return joined
 
 
 def check_page(text: str) -> None:

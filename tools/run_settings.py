@@ -68,7 +68,7 @@ def first_settings(
 
 
 def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, TrainConfig]:
-    """What `auto` takes for these data here, in words and as settings."""
+    """Chooses for these data and this machine, in words and as settings."""
     require(
         data.train,
         "the preset auto chooses by the data: give --data.train DIR (made by unicl-pack build)",

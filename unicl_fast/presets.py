@@ -149,12 +149,12 @@ _ENCODED_ONCE = {False: 20_000, True: 100_000}
 encode some 200 images/s."""
 _MOST_EPOCHS = 100
 _SWIN_TINY_BYTES = (9e9, 0.11e9)
-"""What a step of swin-tiny needs in bf16, and what each image encoded at once adds, by
+"""Memory that a step of swin-tiny needs in bf16, and that each image encoded at once adds, by
 `training/memory_plan.py` (8.7 and 0.104 GB)."""
 
 
 class Facts(NamedTuple):
-    """What a preset is chosen by."""
+    """The data and the machine, as far as a preset is chosen by them."""
 
     num_images: int
     side: float

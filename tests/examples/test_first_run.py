@@ -23,7 +23,7 @@ def printed(cells: list[dict[str, Any]]) -> str:
     return "".join("".join(one.get("text", "")) for one in outputs)
 
 
-def pictures(cells: list[dict[str, Any]]) -> int:
+def images_in(cells: list[dict[str, Any]]) -> int:
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return sum("image/jpeg" in one.get("data", {}) for one in outputs)
 
@@ -35,7 +35,7 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
     for folder in ("site-packages", "/tmp/", "/home/", "/root/", "/work/", "/usr/"):
         assert folder not in text, folder
     cells = json.loads(text)["cells"]
-    assert pictures(cells) >= 6
+    assert images_in(cells) >= 6
     shown = printed(cells)
     assert "settings: the preset photos-features, which auto took: 23 images" in shown
     assert "23 samples, 23 classes" in shown
@@ -54,7 +54,7 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
 def test_the_notebook_runs(tmp_path: Path) -> None:
     renew = runpy.run_path(str(EXAMPLES / "renew_notebook.py"))
     notebook = renew["run_notebook"](tmp_path)
-    assert pictures(notebook.cells) >= 6
+    assert images_in(notebook.cells) >= 6
     shown = printed(notebook.cells)
     assert float(shown.split("text features: ")[1]) < 1e-2
     renew["check_page"](json.dumps(notebook))

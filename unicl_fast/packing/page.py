@@ -186,7 +186,7 @@ class _Plot:
     top: str = ""
     """The number that the highest column stands for."""
     unit: str = ""
-    """Of the numbers below."""
+    """The unit of the numbers below, in words."""
     ends: tuple[str, str] = ("", "")
     """Texts below the first and the last column."""
     hovers: Sequence[str] = ()
