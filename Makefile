@@ -53,9 +53,10 @@ types: $(VENV)/dev.stamp
 	$(BIN)/python setup.py --quiet build_py --build-lib build/installed
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p unicl_fast
 
-# The site of docs/, read from build/site/index.html; a link that leads nowhere is an error.
+# The site of docs/, read from build/site/index.html; a link that leads nowhere is an error, though
+# not with --quiet, under which mkdocs (1.6) counts no warnings.
 docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The sdist, and the wheel that is built out of it, as they would be uploaded.
 package: $(VENV)/dev.stamp
