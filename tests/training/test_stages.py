@@ -116,7 +116,7 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
         stages = ("0.4:image_size=16,global_batch_size=8", "0.4:image_size=24,context_length=7")
     config = config_of(*stages, image_encoder=image_encoder)
     optim = dataclasses.replace(config.optim, ema_decay=ema_decay)
-    every = dataclasses.replace(config.checkpoint, every_steps=1)
+    every = dataclasses.replace(config.checkpoint, every_steps=1, best="none")
     run = dataclasses.replace(config.run, evaluate_every_steps=1)
     config = dataclasses.replace(config, optim=optim, checkpoint=every, run=run)
     shown = torch.rand(2, 3, 32, 32, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
     unbroken = trainer_in(tmp_path / "unbroken", config, images, evaluations=evaluations)
     assert [one.span.end_step for one in unbroken.stages] == [3, 5, 6]
     unbroken.fit()
-    for step in (2, 3, 4):
+    for step in (2, 3, 4) if image_encoder == "test_vit" else (3,):
         folder = tmp_path / f"from {step}"
         resumed = trainer_in(folder, config, images, evaluations=evaluations)
         resumed.resume(tmp_path / "unbroken" / "checkpoints" / f"step-{step:08d}")
