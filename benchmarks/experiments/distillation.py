@@ -45,9 +45,9 @@ class Distillation(ExperimentSettings):
         of_teacher = run_all([teacher], self.out, jobs=1)["teacher"]
         for name in _MIX:
             if not (packed / name / "teacher").exists():
-                options = ("reinforce", str(packed / name), "--views", str(self.views))
-                options += ("--teacher", str(self.out / "teacher" / "run"), "--image-size", _SIZE)
-                options += ("--crop-scale", *_CROPS, "--batch-size", "128")
+                options = ["reinforce", str(packed / name), "--views", str(self.views)]
+                options += ["--teacher", str(self.out / "teacher" / "run"), "--image-size", _SIZE]
+                options += ["--crop-scale", *_CROPS, "--batch-size", "128"]
                 run_program("pack", options, packed / f"{name}-teacher.log", threads=1)
         rows = self.train_arms(_ARMS, self._make_run)
         cells = {

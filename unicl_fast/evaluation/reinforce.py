@@ -352,7 +352,7 @@ class _Making:
         return np.asarray(self._dataset.tokens[start : start + length])
 
     def _prompt(self, number: int) -> NDArray[np.uint16]:
-        row = self._prompts.tokens[number]
+        row: NDArray[np.uint16] = self._prompts.tokens[number]
         return row[: 1 + int(np.flatnonzero(row)[-1])]  # 0 is padding after the end token
 
     def summary(self, place: Path, *, was_complete: bool) -> Reinforcement:
