@@ -162,8 +162,9 @@ class Replan:
         if different.any() and not self._first:
             at = int(np.argmax(different))
             step, index = divmod(at, header.global_batch_size)
+            step += first_step
             self._first = (
-                f"; the first at step {first_step + step}, global index {index}: planned was sample "
+                f"; the first at step {step}, global index {index}: planned was sample "
                 f"{planned[at]} of source {planned_sources[at]}, the ledger has "
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )

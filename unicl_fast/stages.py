@@ -21,7 +21,7 @@ STAGE_SETTINGS = {
     "global_batch_size": "run",
     "micro_batch_size": "efficiency",
 }
-"""What a stage may set, and the group of the config that it is a field of."""
+"""The settings that a stage may replace, and the groups of the config that they are fields of."""
 
 
 @dataclass(frozen=True, slots=True)

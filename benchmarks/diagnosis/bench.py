@@ -77,11 +77,12 @@ class Bench:
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
         # Evaluations are no part of a step. Ranks are not compared: each takes the parts of a step
-        # by itself (`step_stages`), after which their weights differ.
+        # by itself (`step_stages`), after which their weights differ. A run in stages is measured
+        # by its own settings, those of the last stage.
         config = dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, evaluate=()),
-            run=dataclasses.replace(config.run, check_ranks_every_steps=0),
+            run=dataclasses.replace(config.run, check_ranks_every_steps=0, stages=()),
         )
         require(
             not config.efficiency.image_features,

@@ -5,7 +5,8 @@ stages, from the end of the one before). Two questions about a draw are answered
 Which source (data set) does it take, and how many draws did that source have before? Fixed weights
 say so (`assign_sources`). Which sample is draw `q` of an epoch? A keyed permutation says so
 (`permute`). With shuffle windows it also depends on the global index, so that each machine reads a
-part of them (`ShuffleGroups`); that takes a table for each window. This module knows neither images nor texts; plan.py puts the answers together.
+part of them (`ShuffleGroups`); that takes a table for each window. This module knows neither images
+nor texts; plan.py puts the answers together.
 """
 
 from __future__ import annotations

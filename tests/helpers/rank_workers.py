@@ -30,6 +30,7 @@ from small_runs import (
     poison_step,
     ragged_features,
     small_ancestors,
+    staged_batch,
     tiny_config,
 )
 from torch.distributed.tensor import DTensor
@@ -346,9 +347,11 @@ def train_each(
     Each rank adds its weights, and the bytes that it holds of parameters and optimizer state.
     """
     for name, (config, checkpoint) in runs.items():
+        in_stages = functools.partial(staged_batch, config=config)
+        make = in_stages if config.run.stages else global_batch
         trainer = Trainer(
             config,
-            StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+            StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, make=make),
             run_folder=folder / name,
             ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},

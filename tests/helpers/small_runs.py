@@ -24,6 +24,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives.targets import collate
+from unicl_fast.stages import span_at
 from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
@@ -85,6 +86,30 @@ def global_batch(
         images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
     )
     return dataclasses.replace(batch, step=step)
+
+
+def staged_batch(
+    images: torch.Tensor,
+    *,
+    config: TrainConfig,
+    step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batch:
+    """A batch as the stage of its step has it: so many images of its size, and texts as short."""
+    stage = config.stages[span_at(config.run.spans, step).number].config
+    n, side = stage.run.global_batch_size, stage.data.image_size
+    which = (torch.arange(n) * 7 + step) % 3
+    which[2 * n // 3 :] = 3
+    which[n // 2] = 4
+    return collate(
+        images.roll(step, dims=0)[:n, :side, :side].contiguous(),
+        Tokenizer(stage.model.context_length)(TEXTS)[which],
+        torch.tensor(TEXT_LABELS)[which],
+        step=step,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

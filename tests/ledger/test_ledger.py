@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.ledger.proof import Run, prove
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
+from unicl_fast.stages import lay_out, span_at
 from unicl_fast.tools import ledger as ledger_program
 from unicl_fast.tools.ledger import Replan
 from unicl_fast.training.trainer import Trainer
@@ -618,3 +620,74 @@ def test_ids_that_do_not_exist_are_refused(
 def test_where_there_is_no_ledger_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no ledger"):
         prove(tmp_path / "ledger")
+
+
+IN_STAGES = lay_out(("72:global_batch_size=24",), samples=144, global_batch_size=N)
+"""Three steps of 24 draws, then six of 12."""
+
+
+def record_stages(folder: Path, start: int, end: int, *, ids: np.ndarray = IDS) -> None:
+    """A start of the program on one rank, by a `Ledger`."""
+    ledger = ledger_module.Ledger(
+        folder, sources=SOURCES, global_batch_size=N, seed=0, shares=(1, 1), spans=IN_STAGES
+    )
+    with ledger.segment(start, run_id="a"):
+        for step in range(start, end):
+            span = span_at(IN_STAGES, step)
+            first = span.draws_before(step)
+            mine = slice(first, first + span.global_batch_size)
+            shown = torch.from_numpy(ids.reshape(-1)[mine])
+            ledger.record(
+                SimpleNamespace(
+                    step=step,
+                    source_ids=torch.from_numpy(SOURCE_IDS.reshape(-1)[mine]),
+                    scheduled_ids=shown,
+                    sample_ids=shown,
+                )
+            )
+
+
+def test_a_run_in_stages_is_proven_over_their_boundary(tmp_path: Path) -> None:
+    record_stages(tmp_path, 0, 5)
+    record_stages(tmp_path, 2, 9)
+    own = Run(run_id="a", seed=0, global_batch_size=N, sizes=[37, 300])
+    proof = prove(tmp_path, steps_done=9, run=own)
+    assert proof.holds, proof.faults
+    assert (proof.steps, proof.num_draws, proof.num_superseded) == (9, 144, 3)
+    assert sum(source.draws for source in proof.sources) == 144
+    assert proof.has_stages
+    assert [(one.header.start_step, one.header.global_batch_size) for one in proof.segments] == [
+        (0, 24), (3, 12), (2, 24), (3, 12),
+    ]  # fmt: skip
+    assert [segment.header.segment for segment in proof.starts] == [1, 3]
+
+
+def test_a_draw_that_comes_again_behind_a_boundary_is_named(tmp_path: Path) -> None:
+    flat = IDS.reshape(-1).copy()
+    source = SOURCE_IDS.reshape(-1)
+    at = 72 + int(np.argmax(source[72:] == 1))  # captions have one epoch of all that is drawn
+    flat[at] = flat[np.argmax(source == 1)]
+    record_stages(tmp_path, 0, 9, ids=flat)
+    proof = prove(tmp_path)
+    assert not proof.holds
+    where = f"at step {3 + (at - 72) // N}, global index {(at - 72) % N}"
+    assert any(where in fault for fault in proof.faults), proof.faults
+
+
+def test_a_stage_without_its_file_is_a_hole_of_its_draws(tmp_path: Path) -> None:
+    record_stages(tmp_path, 0, 5)
+    record_stages(tmp_path, 6, 9)
+    (tmp_path / segment_name(2, 0)).unlink()
+    proof = prove(tmp_path)
+    assert (proof.holes, proof.steps, proof.num_draws) == (((3, 6),), 3, 72)
+
+
+def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ledger_module.os, "write", full)
+    with pytest.raises(OSError, match="another stage of the run begins"):
+        record_stages(tmp_path, 0, 4)

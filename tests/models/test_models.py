@@ -6,20 +6,32 @@ import dataclasses
 import itertools
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
 from small_runs import TEXTS, tiny_config
+from timm.layers import resample_abs_pos_embed
 from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.models import text_encoder
 from unicl_fast.models.efficiency import checkpoint_blocks
-from unicl_fast.models.image_encoder import DropPathKey, KeyedDropPath, build_image_encoder
+from unicl_fast.models.image_encoder import (
+    DropPathKey,
+    KeyedDropPath,
+    build_image_encoder,
+    set_image_size,
+)
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import TextAttention, TextEncoder, find_varlen_attention
+from unicl_fast.models.text_encoder import (
+    TextAttention,
+    TextEncoder,
+    TextSettings,
+    find_varlen_attention,
+)
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.text.tokenizer import Tokenizer
@@ -511,3 +523,71 @@ def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
                 assert torch.equal(parameter.grad, gradient), name
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "small"),
+    [
+        ("vit_tiny_patch16_224", 64, 32),
+        ("swin_tiny_patch4_window7_224", 112, 48),
+        ("unicl_swin6_small", 32, 16),
+        ("unicl_convnet7_small", 32, 16),
+    ],
+)
+def test_a_smaller_image_meets_the_encoder_that_timm_builds_for_it(
+    name: str, full: int, small: int
+) -> None:
+    """With a ViT's position table resampled, or the middle of a Swin's; then all is as it was."""
+    options: dict[str, Any] = {"drop_path": 0.0, "key": DropPathKey(0)}
+    encoder = build_image_encoder(name, image_size=full, other_sizes=[small], **options).eval()
+    weights = {key: value.clone() for key, value in encoder.state_dict().items()}
+    plain = build_image_encoder(name, image_size=full, **options).eval()
+    native = build_image_encoder(name, image_size=small, **options).eval()
+    plain.load_state_dict(weights)
+    cut = dict(weights)
+    for key, value in native.state_dict().items():
+        if value.shape == weights[key].shape:
+            continue
+        if key == "pos_embed":
+            prefix = encoder.num_prefix_tokens
+            cut[key] = resample_abs_pos_embed(
+                weights[key], [small // 16] * 2, num_prefix_tokens=prefix
+            )
+        else:
+            side, whole = (round(len(one) ** 0.5) for one in (value, weights[key]))
+            middle = slice((whole - side) // 2, (whole + side) // 2)
+            table = weights[key].unflatten(0, (whole, whole))
+            cut[key] = table[middle, middle].flatten(0, 1)
+    native.load_state_dict(cut)
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(2, 3, full, full, generator=generator)
+    few = torch.randn(2, 3, small, small, generator=generator)
+    with torch.no_grad():
+        set_image_size(encoder, small)
+        assert torch.equal(encoder(few), native(few))
+        set_image_size(encoder, full)
+        assert torch.equal(encoder(large), plain(large))
+    assert all(torch.equal(value, weights[key]) for key, value in encoder.state_dict().items())
+
+
+def test_encoders_that_cannot_take_the_sizes_of_all_stages_are_refused() -> None:
+    options: dict[str, Any] = {"drop_path": 0.0, "key": DropPathKey(0)}
+    with pytest.raises(ValueError, match="of 28 pixels: of the encoders that are built for one"):
+        build_image_encoder("eva02_tiny_patch14_224", image_size=56, other_sizes=[28], **options)
+    with pytest.raises(ValueError, match=r"of 30 pixels: .*; take data.image_size=16 or 32"):
+        build_image_encoder("vit_tiny_patch16_224", image_size=64, other_sizes=[30], **options)
+
+
+def test_texts_of_a_stage_are_as_long_as_it_says() -> None:
+    """Also where padding is part of a text, as in SigLIP."""
+    settings = TextSettings(causal=False, pool="last")
+    sizes: dict[str, int] = {"vocab_size": 50, "width": 8, "layers": 1, "heads": 1}
+    encoder = TextEncoder(context_length=9, settings=settings, **sizes)
+    shorter = TextEncoder(context_length=5, settings=settings, **sizes)
+    weights = encoder.state_dict()
+    shorter.load_state_dict(weights | {"positional_embedding": weights["positional_embedding"][:5]})
+    tokens = torch.tensor([[1, 2, 49], [1, 3, 49]])
+    encoder.longest = 5
+    assert torch.equal(encoder(tokens), shorter(tokens))
+    with pytest.raises(ValueError, match="texts have 6 tokens, the text encoder takes 5"):
+        encoder(torch.zeros(1, 6, dtype=torch.int64))

@@ -75,7 +75,11 @@ def test_work_that_is_left_out_is_not_counted(images: torch.Tensor) -> None:
 def test_an_encoder_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.token_drop .* timm's ViTs, and .* is none"):
         build_image_encoder(
-            "unicl_convnet7_small", image_size=32, drop_path=0.0, key=DropPathKey(0), drops_tokens=True
+            "unicl_convnet7_small",
+            image_size=32,
+            drop_path=0.0,
+            key=DropPathKey(0),
+            drops_tokens=True,
         )
 
 

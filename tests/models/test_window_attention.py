@@ -29,6 +29,7 @@ from unicl_fast.distributed import ranks
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import efficiency
 from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
+from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, set_image_size
 from unicl_fast.models.sharding import WholeCopy
 from unicl_fast.models.unicl import UniCL
 
@@ -295,3 +296,24 @@ def test_windows_that_are_too_large_stay_timms() -> None:
         usual = timm.create_model("swin_base_patch4_window7_224", num_classes=0)
     assert fuse_window_attention(large) == 0
     assert fuse_window_attention(usual) == 24
+
+
+def test_smaller_windows_take_the_middle_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unicl_fast.models import window_attention  # it imports triton
+
+    encoder = build_image_encoder(
+        "unicl_swin6_small", image_size=32, drop_path=0.0, key=DropPathKey(0), other_sizes=[8]
+    )
+    tables = []
+    monkeypatch.setattr(
+        window_attention,
+        "window_attention",
+        lambda qkv, table, *_: tables.append(table) or qkv[..., : qkv.shape[-1] // 3],
+    )
+    set_image_size(encoder, 8)
+    for block in (block for layer in encoder.layers for block in layer.blocks):
+        side = block.input_resolution[0]
+        window_attention._attend(block, torch.zeros(1, side, side, block.dim))
+        index = block.attn.relative_position_index
+        assert torch.equal(tables[-1], block.attn.relative_position_bias_table[index.unique()])
+    assert [len(table) for table in tables] == 2 * [9] + 4 * [1]

@@ -552,7 +552,9 @@ def test_a_stage_continues_the_order_where_the_one_before_ended(
             of_span = getattr(long, name)
             shown.setdefault(name, []).append(of_span)
             joined = np.concatenate([one[name] for one in singly])
-            assert np.array_equal(joined, np.concatenate([of_span] * (len(joined) // len(long.labels))))
+            assert np.array_equal(
+                joined, np.concatenate([of_span] * (len(joined) // len(long.labels)))
+            )
     plain = make_plan(*sources, batch=1, **options)
     expected = plain.long_batch(0, steps * sum(sizes), rank=0, world_size=1)
     for name, parts in shown.items():
@@ -568,9 +570,7 @@ def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:
     long = split_steps(plan.long_batch(10, 3, rank=0, world_size=1), 3, global_batch_size=100)
     drawn = []
     for step, planned in enumerate(long, start=10):
-        assert np.array_equal(
-            plan.batch(step, rank=0, world_size=1).templates, planned.templates
-        )
+        assert np.array_equal(plan.batch(step, rank=0, world_size=1).templates, planned.templates)
         pairs = set(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
         assert len(pairs) == NUM_CLASSES
         drawn.append(pairs)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import StepLoader, global_batch, tiny_config
+from rank_workers import run_on_ranks, train_each, train_each_compiled
+from safetensors.torch import load_file
+from small_runs import StepLoader, staged_batch, tiny_config
 
-from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
+from unicl_fast.models.efficiency import has_compiler
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.mfu import flops_of_step
 from unicl_fast.training.optim import build_optimizer, build_schedule, set_rates, steps_of_samples
 from unicl_fast.training.trainer import Trainer
@@ -31,44 +36,73 @@ def config_of(*stages: str, samples: int = 60, **settings: Any) -> TrainConfig:
     return dataclasses.replace(config, run=run)
 
 
-class Loader(StepLoader):
-    """Batches of the sizes of each step's stage."""
-
-    def __init__(self, config: TrainConfig, images: torch.Tensor) -> None:
-        super().__init__(images)
-        self._config, self._images = config, images
-
-    def batches(self, start_step: int) -> Any:
-        for step in itertools.count(start_step):
-            yield self._batch_of(step)
-
-    def _batch_of(self, step: int) -> Batch:
-        stage = [one for one in self._config.stages if one.span.first_step <= step][-1].config
-        side = stage.data.image_size
-        images = self._images[:, :side, :side].contiguous()
-        whole = global_batch(images, step=step)
-        size, length = stage.run.global_batch_size, stage.model.context_length
-        texts = whole.text_index[:size].unique()
-        counts = torch.bincount(whole.text_index[:size], minlength=len(whole.tokens))
-        tokens = whole.tokens[: int(texts.max()) + 1, :length].clone()
-        lengths = whole.text_lengths[: len(tokens)].clip(max=length)
-        tokens[range(len(tokens)), lengths - 1] = 49407
-        return dataclasses.replace(
-            whole,
-            images=whole.images[:size],
-            text_index=whole.text_index[:size],
-            class_ids=whole.class_ids[:size],
-            global_index=whole.global_index[:size],
-            tokens=tokens,
-            text_lengths=lengths,
-            text_class_ids=whole.text_class_ids[: len(tokens)],
-            text_counts=counts[: len(tokens)],
-        )
-
-
 def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, **more: Any) -> Any:
-    loader = Loader(config, images)
+    loader = StepLoader(images, make=functools.partial(staged_batch, config=config))
     return Trainer(config, loader, run_folder=folder, progress=False, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("train", "settings"),
+    [
+        (train_each, {"image_encoder": "test_vit"}),
+        (train_each, {"image_encoder": "unicl_swin6_small"}),
+        pytest.param(
+            train_each_compiled,
+            {"image_encoder": "test_vit", "compile": "blocks"},
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for torch.compile"),
+            ],
+        ),
+    ],
+    ids=["ViT", "Swin", "compiled ViT"],
+)
+def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
+    images: torch.Tensor, tmp_path: Path, train: Any, settings: dict[str, Any]
+) -> None:
+    """The order in which DDP's buckets are added up shows from three ranks on."""
+    stages = ("12:image_size=16,global_batch_size=6,context_length=6", "12:crop_scale=0.5..1")
+    if "vit" in settings["image_encoder"]:
+        stages = (stages[0], stages[1] + ",token_drop=0.5")
+    config = {
+        shard: config_of(*stages, samples=36, shard=shard, **settings)
+        for shard in ("off", "optimizer", "full")
+    }
+    config = {
+        shard: dataclasses.replace(
+            one, checkpoint=dataclasses.replace(one.checkpoint, every_steps=1)
+        )
+        for shard, one in config.items()
+    }
+    run_on_ranks(train, 3, images, tmp_path, {shard: (config[shard], None) for shard in config})
+    checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
+    assert all(len(found) == 4 for found in checkpoints.values())
+    again = {
+        f"{shard} from {number + 1}": (config[shard], checkpoints[shard][number])
+        for shard in config
+        for number in range(3)
+    }
+    run_on_ranks(train, 3, images, tmp_path, again)
+    for run, (resumed, _) in again.items():
+        found = list_checkpoints(tmp_path / run / "checkpoints")[-1]
+        assert weights_of(found) == weights_of(checkpoints[resumed.efficiency.shard][-1]), run
+    assert weights_of(checkpoints["optimizer"][-1]) == weights_of(checkpoints["off"][-1])
+    if "vit" in settings["image_encoder"]:  # BatchNorm of the small Swin sees the local batch
+        trainer_in(tmp_path / "alone", config["off"], images).fit()
+        for folder in ("off", "full"):
+            pairs = zip(losses_of(tmp_path / folder), losses_of(tmp_path / "alone"), strict=True)
+            assert all(one == pytest.approx(other, rel=1e-9) for one, other in pairs)
+
+
+def weights_of(checkpoint: Path) -> dict[str, bytes]:
+    tensors = load_file(checkpoint / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def losses_of(run_folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +164,6 @@ def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, lr_batch_size=12, warmup_fraction=0.0)
     )
-    from unicl_fast.models.unicl import UniCL
-
     model = UniCL(config)
     optimizer = build_optimizer(model, config)
     assert steps_of_samples(config, 0) == 0
@@ -158,7 +190,9 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
 ) -> None:
     trainer_in(tmp_path, config_of(*STAGES), images).fit()
     after_4 = tmp_path / "checkpoints" / "step-00000004"
-    with pytest.raises(ValueError, match=r"run\.stages shows 48 samples before step 4, .* after 36"):
+    with pytest.raises(
+        ValueError, match=r"run\.stages shows 48 samples before step 4, .* after 36"
+    ):
         trainer_in(None, config_of(), images).resume(after_4)
     longer = config_of(STAGES[0].replace("0.4", "24"), "24:token_drop=0.5", samples=120)
     trainer_in(None, longer, images).resume(after_4)
@@ -166,9 +200,9 @@ def test_a_resumed_run_may_change_what_is_to_come_and_not_what_is_over(
 
 def test_work_of_a_stage_is_its_own(images: torch.Tensor) -> None:
     config = config_of(*STAGES, image_encoder="test_vit")
-    batches = Loader(config, images)
     low, dropped, full = (
-        flops_of_step(stage.config, batches._batch_of(stage.span.first_step)) / size
+        flops_of_step(stage.config, staged_batch(images, config=config, step=stage.span.first_step))
+        / size
         for stage, size in zip(config.stages, (8, 12, 12), strict=True)
     )
     assert low < dropped < full

@@ -271,7 +271,7 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
                 f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
                 "model or auto"
             )
-        config = state.config
+        config = state.config.settings_of_stages[-1]
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
     _require_sizes(file, config)
     return config, file

@@ -118,11 +118,11 @@ def refuse_another_run(
     for group, names in _MUST_NOT_CHANGE.items():
         before, now = ({name: one[group][name] for name in names} for one in (stored, present))
         refuse_differences(group, before, now)
-    before, now = (one.run.draws_before(state.step) for one in (state.config, config))
-    if before != now:
+    seen, meant = (one.run.draws_before(state.step) for one in (state.config, config))
+    if seen != meant:
         raise ValueError(
-            f"run.stages shows {now:,} samples before step {state.step}, and the checkpoint was "
-            f"written after {before:,}: what is over cannot change, only what is still to come"
+            f"run.stages shows {meant:,} samples before step {state.step}, and the checkpoint was "
+            f"written after {seen:,}: what is over cannot change, only what is still to come"
         )
     for group in ("data", "optim", "efficiency", "run"):
         for name, value in stored[group].items():

@@ -327,13 +327,15 @@ def _proven(folder: Path, state: CheckpointState) -> str:
     scheduled = "every epoch schedules each sample once"
     if state.config.data.balance:
         scheduled = "no epoch schedules a sample twice (data.balance limits classes)"
+    steps, batch = count_of(proof.steps, "step"), count_of(proof.global_batch_size, "sample")
+    steps += f", {proof.num_draws:,} samples in all," if proof.has_stages else f" of {batch}"
     epochs = ", ".join(
         f"{count_of(one.complete_epochs, 'complete epoch')} of {markdown_text(one.name)}"
         for one in proof.sources
     )
     return (
-        f"The run's ledger proves it (`unicl-ledger`): each of its {count_of(proof.steps, 'step')}, "
-        f"{count_of(proof.num_draws, 'sample')} in all, has a record, and {scheduled}; "
+        f"The run's ledger proves it (`unicl-ledger`): each of its {steps} has a record, and "
+        f"{scheduled}; "
         f"{epochs}. For {count_of(proof.num_substituted, 'draw')} another sample "
         "was shown, since the scheduled one could not be read. The run was started "
         f"{count_of(len(proof.starts), 'time')}."

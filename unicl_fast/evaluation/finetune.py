@@ -164,7 +164,8 @@ def finetune(
         keep_activations_in_copy(average.module)
     forward = DistributedDataParallel(module) if ranks.world_size > 1 else module
     module.train()
-    model.drop_path_key.all_tokens_from = 0  # it counted the steps of the run before
+    if model.drop_path_key.tokens is not None:
+        model.drop_path_key.tokens.part = 0.0  # what the run left out was for its own speed
     batches = loader.batches(0)
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress)
     for step in bar:

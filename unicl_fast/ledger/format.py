@@ -1,8 +1,8 @@
 """The ledger's files byte by byte: what a rank was fed at each step, and how that is read again.
 
 Each start of the program, and each stage of a run, opens a segment, one file a rank: a header, then
-one record a step. The text of the format is in docs/reliability.md. Reading skips damage up to the next sound record; what
-that means for a run is decided in `unicl_fast.ledger.proof`.
+one record a step. The text of the format is in docs/reliability.md. Reading skips damage up to the
+next sound record; what that means for a run is decided in `unicl_fast.ledger.proof`.
 """
 
 from __future__ import annotations

@@ -95,8 +95,9 @@ class Ledger:
             OSError: the file cannot be made.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
-        number: int = from_rank_0(newest + 1, self._ranks)
+        newest = max(list_segments(self.folder), default=0)
+        # a rank may have begun a stage's segment that others, ended with it, had not
+        number = 1 + max(gather_integers(newest, self._ranks))
         self._header = dataclasses.replace(self._header, run_id=run_id, follows=False)
         try:
             self._open(number, step)
@@ -132,10 +133,11 @@ class Ledger:
     def _open_next_stage(self) -> None:
         """Leaves the file of a stage that is over, all of which must be on the disk by then."""
         self._write()
-        if self._failure is not None:
+        if self._failure is not None or not is_at(self._file, self._path):
             raise OSError(
-                f"the ledger in {self.folder} cannot be written ({self._failure}), and another "
-                "stage of the run begins: make room there"
+                f"the ledger in {self.folder} cannot be written "
+                f"({self._failure or 'its file was moved or removed'}), and another stage of the "
+                "run begins: make room there, or put it back"
             )
         os.fdatasync(self._file)
         os.close(self._file)

@@ -226,10 +226,9 @@ def _ranks_to_try(model: UniCL, ranks: Ranks) -> int:
 
 def _can_share(config: TrainConfig, world_size: int) -> bool:
     try:
-        local_batch_size = Ranks(world_size=world_size).local_batch_size(
-            config.run.global_batch_size
-        )
-        check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
+        for stage in config.settings_of_stages:
+            size = Ranks(world_size=world_size).local_batch_size(stage.run.global_batch_size)
+            check_pairs_on_one_rank(stage, local_batch_size=size)
     except ValueError:
         return False
     return True

@@ -8,7 +8,6 @@ two dollar signs in a caption are no formula.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import re
@@ -77,17 +76,16 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     trained = [line for line in lines if "loss" in line]
     if not trained:
         return
-    seen = [0.0, *(line["samples_seen"] for line in trained)]
-    samples_of_steps = functools.partial(np.interp, xp=[0, *(line["step"] for line in trained)], fp=seen)
+    steps, seen = ([line[key] for line in trained] for key in ("step", "samples_seen"))
     evaluations: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for key, value in line.items():
             if key.endswith(("/top1", "/recall_at_1")):
-                point = (float(samples_of_steps(line["step"])), 100 * value)
+                samples = float(np.interp(line["step"], [0, *steps], [0, *seen]))
+                point = (samples, 100 * value)
                 evaluations.setdefault(key, []).append(point)
     figure = new_figure(10 if evaluations else 6, 4, layout="constrained")
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
-    seen = seen[1:]
     axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
     _label(axes[0], title="Training loss", y="unified contrastive loss")
     rate = axes[0].twinx()

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
 import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views
@@ -56,7 +57,7 @@ from unicl_fast.training.data import (
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
-from unicl_fast.training.memory_plan import check_memory, free_memory
+from unicl_fast.training.memory_plan import build_on_meta, check_memory, free_memory
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import check_stored_features, stored_features
@@ -305,6 +306,8 @@ def build_trainer(
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
         longest = longest_text(datasets, prompts)
+        if config.run.stages:
+            build_on_meta(config, device.type)  # refuses sizes that the encoder cannot take
         for stage in config.settings_of_stages:
             check_memory(stage, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
     model = None

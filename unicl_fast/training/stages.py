@@ -1,4 +1,4 @@
-"""A run of several stages (`run.stages`): a loader of each, one after the other, and their words."""
+"""Stages of a run (`run.stages`) in training: their loaders, one after the other, and a summary."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class StagedLoader:
 
         The first batch of a stage is waited for: nothing is decoded ahead from one to the next.
         """
+        self.close()
         for loader, span in zip(self._loaders, self._spans, strict=True):
             if span is self._spans[-1]:
                 yield from loader.batches(max(start_step, span.first_step))

@@ -195,7 +195,6 @@ class Trainer:
         set_device_arithmetic(efficiency, self.device)
         if any(stage.config.efficiency.micro_batch_size for stage in self.stages):
             check_micro_batches(self.model, config.objective)
-        self.model.set_stage(self.stage.config)
         place_module(self.model, device=self.device, precision=precision)
         # torch divides tensors in no other order of dimensions
         if efficiency.channels_last and not divides_all(config, self.ranks):
@@ -207,6 +206,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = self._build_schedule()
         self.scaler = precision.build_scaler(self.device.type)
+        self.model.set_stage(self.stage.config)
         self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
 
         self._checkpoints: CheckpointWriter | None = None
@@ -354,7 +354,9 @@ class Trainer:
 
     def _begin_anew(self) -> None:
         """Counts the work of a step again, which has changed."""
-        config = self.stage.config if self.model.frozen.names else without_freezing(self.stage.config)
+        config = (
+            self.stage.config if self.model.frozen.names else without_freezing(self.stage.config)
+        )
         self._utilisation = Utilisation(config, self.device)
         self._compiled_from = self.step
 
