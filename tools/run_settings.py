@@ -70,7 +70,7 @@ def first_settings(
 def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, TrainConfig]:
     """Chooses for these data and this machine, in words and as settings."""
     require(
-        data.train,
+        bool(data.train),
         "the preset auto chooses by the data: give --data.train DIR (made by unicl-pack build)",
     )
     choose_environment(device)

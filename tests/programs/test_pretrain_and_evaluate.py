@@ -52,10 +52,11 @@ def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
     config = json.loads((unbroken / "config.json").read_text())
     assert config["model"]["image_encoder"] == "test_vit"
     log = (unbroken / "log.txt").read_text()
+    assert "settings: the preset digits-small\n" in log
     assert "labels: 21 images, 10 classes; 51.2% of each batch, 2.3 epochs" in log
     assert "captions: 20 images, captions alone; 48.8% of each batch" in log
     assert f"0 of {STEPS} steps done; 8 images a step at 32 pixels, 1 rank of 8 each" in log
-    assert f"{STEPS} steps done. Next: unicl-eval" in log
+    assert f"{STEPS} steps done. Next: unicl-eval zero-shot" in log
 
 
 def test_a_dry_run_does_all_that_comes_before_the_first_step_and_writes_nothing(
@@ -94,6 +95,8 @@ def test_captions_are_evaluated_in_training_as_unicl_eval_does(data: Path, tmp_p
     call(pretrain, *SMALL, "--data.train", data / "captions", *sets, "--out", out)
     (seen,) = [line for line in read_metrics(out) if "retrieval/captions/loss" in line]
     assert seen["step"] == STEPS
+    # there are no classes to tell apart
+    assert "Next: unicl-eval retrieval" in (out / "log.txt").read_text()
     assert 0 < seen["retrieval/captions/loss"] < 10
     assert any("zero_shot/labels/top1" in line for line in read_metrics(out))
     assert (out / "checkpoints" / "best.json").is_file()
