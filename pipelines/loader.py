@@ -82,6 +82,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         quarantine: Path | None = None,
         spans: tuple[Span, ...] = (),
+        stage: int = -1,
         in_order: StoredViews | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
@@ -96,7 +97,8 @@ class TrainLoader:
             device: where batches lie; `data.decode_device` says whether images are decoded there.
                 A run has replaced its `auto` for all ranks together; a loader alone decides itself.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
-            spans: those of the run, if it has stages; `config` is of one of them.
+            spans: those of the run, if it has stages.
+            stage: number of the one that `config` is of.
             in_order: show these views of the one data set, sample by sample: for a teacher.
 
         Raises:
@@ -147,6 +149,7 @@ class TrainLoader:
             weights=weights,
             augmentations=augmentations,
             spans=spans,
+            stage=stage,
             stored_views=[in_order] if in_order is not None else views or None,
             in_order=in_order is not None,
         )
@@ -158,8 +161,8 @@ class TrainLoader:
             self._data = fit_prefetch(data, datasets, num_images=self.num_images)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=False)):
-            for sample in sorted(teacher.unreadable.intersection(range(len(dataset)))):
-                self._bad.add(number, sample, "the teacher could not read its image")
+            unreadable = teacher.unreadable.intersection(range(len(dataset)))
+            self._bad.expect(number, unreadable, "the teacher could not read its image")
         self.host = HostBatches(
             config,
             list(datasets),
@@ -461,9 +464,7 @@ class EvaluationLoader:
             return np.zeros(len(ids), np.int32), ids
 
         num_chunks = -(-self._data.read_ahead // self._batch_size)
-        with reading_ahead(
-            [self._dataset], schedule, start=0, num_chunks=num_chunks
-        ) as read_ahead_from:
+        with reading_ahead([self._dataset], schedule, num_chunks=num_chunks) as read_ahead_from:
             for batch, ids in enumerate(self._batches):
                 read_ahead_from(batch)
                 yield self._host_batch(ids)

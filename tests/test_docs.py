@@ -214,7 +214,7 @@ setInterval(() => {
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site, in a folder of its own."""
-    pytest.importorskip("material", reason="the site is built with the extra `docs`")
+    pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`")
     folder = tmp_path_factory.mktemp("site")
     (command,) = re.findall(r"mkdocs (build .*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert "--strict" in command

@@ -717,6 +717,13 @@ class TrainConfig:
             "data.prompts=ancestors shows images with prompts of classes above their labels, which "
             "must be their positives: set objective.positives=ancestors too",
         )
+        require(
+            not self.model.token_drop
+            or "image" not in self.optim.freeze
+            or bool(self.optim.unlock_at_step),
+            "model.token_drop leaves out no token of an image encoder that is frozen: set it to 0, "
+            "or set optim.unlock_at_step",
+        )
         self.settings_of_stages  # noqa: B018  checks them
 
     @property
@@ -779,6 +786,10 @@ def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
         "context_length is for objectives with texts, and not for objective.positives=ancestors",
     )
     require(
+        stage["context_length"] == own["context_length"] or objective.distillation == "off",
+        "context_length makes one text of several that objective.distillation tells apart",
+    )
+    require(
         not config.efficiency.image_features
         or all(stage[name] == own[name] for name in ("image_size", "crop_scale")),
         "efficiency.image_features needs images that are the same in every step: leave out "
@@ -813,13 +824,22 @@ def config_from_dict(values: Any) -> TrainConfig:
 
 
 def _as_written_now(values: Any) -> Any:
-    """Adapts a file of version 0.1.
+    """Adapts a file of an earlier version.
 
-    It has true or false for `efficiency.compile`, and an order without `data.shuffle_groups`.
+    0.1 has true or false for `efficiency.compile`, and an order without `data.shuffle_groups`.
+    There was a `model.token_drop_end` before there were stages.
     """
     if not isinstance(values, dict):
         return values
-    efficiency, data = values.get("efficiency"), values.get("data")
+    efficiency, data, model = map(values.get, ("efficiency", "data", "model"))
+    if isinstance(model, dict) and "token_drop_end" in model:
+        require(
+            not model.get("token_drop"),
+            "model.token_drop_end is now a stage: run.stages=0.9:token_drop=0.5 in its place "
+            "leaves out half of the tokens in the first nine tenths",
+        )
+        kept = {name: value for name, value in model.items() if name != "token_drop_end"}
+        values = {**values, "model": kept}
     if isinstance(efficiency, dict) and isinstance(efficiency.get("compile"), bool):
         name = "encoders" if efficiency["compile"] else "off"
         values = {**values, "efficiency": {**efficiency, "compile": name}}

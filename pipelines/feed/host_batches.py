@@ -131,7 +131,7 @@ class HostBatches:
             for number, num_classes in enumerate(prompts.num_classes)
         ]
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
-        self._read_ahead_from: Callable[[int], None] = lambda chunk: None
+        self._read_ahead_from: Callable[[int], None] = lambda step: None
         self.reading = ReadingTime(decodes_files=form == "files")
         """How long reading waited for storage."""
 
@@ -149,10 +149,10 @@ class HostBatches:
         samples = count * self._config.run.global_batch_size
         with reading_ahead(
             self._datasets,
-            lambda chunk: self._plan.schedule(chunk * count, count, **self._ranks),
-            start=start_step // count,
+            lambda chunk: self._plan.schedule(start_step + chunk * count, count, **self._ranks),
             num_chunks=-(-self._config.data.read_ahead // samples),
-        ) as self._read_ahead_from:
+        ) as follow:
+            self._read_ahead_from = lambda step: follow((step - start_step) // count)
             yield
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
@@ -199,7 +199,7 @@ class HostBatches:
     def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
         planned = self.plan_steps(first_step, resizer.batches_at_once)
-        self._read_ahead_from(first_step // self._steps_of_chunk)
+        self._read_ahead_from(first_step)
         with self.reading.measuring():
             actual, pixels = self._bad.read_pixels([step.batch for step in planned])
         windows = np.concatenate([batch.windows for batch in actual])
@@ -221,7 +221,7 @@ class HostBatches:
     def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
-        self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
+        self._read_ahead_from(planned.batch.step)
         if self._form == "files":
             with self.reading.measuring():
                 actual, files = self._bad.read_files(planned.batch)
@@ -262,9 +262,10 @@ class HostBatches:
         if self._teachers:
             # each text's first sample tells which it is; `pack_integers` puts text_index first
             _, firsts = np.unique(integers.reshape(-1)[: self._batch_size], return_index=True)
-            teacher_images, teacher_texts = gather_teacher(
-                actual, firsts, self._teachers, self._datasets, self._prompts
-            )
+            with self.reading.measuring():
+                teacher_images, teacher_texts = gather_teacher(
+                    actual, firsts, self._teachers, self._datasets, self._prompts
+                )
         is_ready = self._form in ("crops", "features")
         return HostBatch(
             inputs=graph_inputs(actual, images, integers, are_ready=is_ready),

@@ -23,7 +23,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,17 @@ class BadSamples:
         self.features: Sequence[FeatureFile] | None = None
         """Those of each data set, which are read in place of images."""
         self._known: set[tuple[int, int]] = set()
+        self._not_met: dict[tuple[int, int], str] = {}
+        """Reasons of those that were known before, until they are met."""
+        self._num_met = 0
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
     def read(self, source: int, sample: int) -> NDArray[Any] | None:
         """The encoded image, its checksum compared, or its features; None if the sample is bad."""
         if (source, sample) in self._known:
+            if reason := self._not_met.pop((source, sample), ""):
+                self._list(source, sample, reason)
             return None
         if self.features is not None:
             row = self.features[source].row(sample)
@@ -109,13 +114,23 @@ class BadSamples:
         if (source, sample) in self._known:
             return
         self._known.add((source, sample))
+        self._list(source, sample, reason)
+
+    def expect(self, source: int, samples: Iterable[int], reason: str) -> None:
+        """Remembers samples that are not to be fed, each of which is listed when it is met."""
+        pairs = dict.fromkeys(((source, sample) for sample in samples), reason)
+        self._known |= pairs.keys()
+        self._not_met |= pairs
+
+    def _list(self, source: int, sample: int, reason: str) -> None:
         dataset = self._datasets[source]
-        if len(self._known) <= _LOGGED:
+        self._num_met += 1
+        if self._num_met <= _LOGGED:
             logger.error(
                 "BAD SAMPLE: %s: %s; another of the same data set is fed in its place",
                 dataset.describe(sample), reason,
             )  # fmt: skip
-        if len(self._known) == _LOGGED:
+        if self._num_met == _LOGGED:
             logger.error(
                 "further bad samples: replaced_samples in metrics.jsonl counts them, %s lists them",
                 self._where,
@@ -286,12 +301,12 @@ def _printable(text: str) -> str:
 
 @contextlib.contextmanager
 def reading_ahead(
-    datasets: Sequence[PackedDataset], schedule: Schedule, *, start: int, num_chunks: int
+    datasets: Sequence[PackedDataset], schedule: Schedule, *, num_chunks: int
 ) -> Iterator[Callable[[int], None]]:
     """Fetches ahead within this context, if a data set lies under a URL and `num_chunks` is not 0.
 
-    Reading begins with chunk `start` of the schedule; `num_chunks` are looked at beyond the one
-    that is being read. Yields a function to call with the number of a chunk that is about to be
+    Reading begins with chunk 0 of the schedule; `num_chunks` are looked at beyond the one that is
+    being read. Yields a function to call with the number of a chunk that is about to be
     read; from any thread, nearly in order.
     """
     options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
@@ -300,7 +315,7 @@ def reading_ahead(
         return
     # More blocks than half the cache would push out those that are being used.
     most_blocks = min(one.max_bytes // (2 * one.block_bytes) for one in options)
-    reader = _ReadAhead(datasets, schedule, start, num_chunks, most_blocks)
+    reader = _ReadAhead(datasets, schedule, num_chunks, most_blocks)
     with contextlib.closing(reader):
         yield reader.follow
 
@@ -312,7 +327,6 @@ class _ReadAhead:
         self,
         datasets: Sequence[PackedDataset],
         schedule: Schedule,
-        start: int,
         num_chunks: int,
         most_blocks: int,
     ) -> None:
@@ -320,10 +334,10 @@ class _ReadAhead:
         self._schedule = schedule
         self._num_chunks = num_chunks
         self._most_blocks = most_blocks
-        self._next = start
+        self._next = 0
         self._last_use: dict[_Block, int] = {}
         self._uses: dict[int, list[_Block]] = {}
-        self._done = start
+        self._done = 0
         self._lock = threading.Lock()
         self._wanted: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
         self._closed = False
@@ -334,7 +348,7 @@ class _ReadAhead:
         ]
         for thread in self._threads:
             thread.start()
-        self.follow(start)
+        self.follow(0)
 
     def follow(self, chunk: int) -> None:
         with self._lock:

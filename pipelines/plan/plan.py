@@ -220,6 +220,7 @@ class TrainPlan:
         weights: Sequence[float] | None = None,
         augmentations: Sequence[Augmentation] | None = None,
         spans: tuple[Span, ...] = (),
+        stage: int = -1,
         stored_views: Sequence[StoredViews] | None = None,
         in_order: bool = False,
     ) -> None:
@@ -233,7 +234,8 @@ class TrainPlan:
             weights: each source's part of every batch, in any unit; None takes the numbers of
                 samples in an epoch, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
-            spans: of all stages of the run, one of which is planned here; none is a run of one.
+            spans: of all stages of the run; none is a run of one.
+            stage: number of the one that is planned here.
             stored_views: each source's, of which a draw shows one; None draws views anew.
             in_order: show all stored views of the one source, sample by sample, as a teacher does.
 
@@ -261,7 +263,7 @@ class TrainPlan:
         self.global_batch_size = global_batch_size
         names = [source.name for source in sources]
         _check_sizes(names, self.epoch_sizes, self.weights, global_batch_size=global_batch_size)
-        self._sources = list(sources)
+        self._sources = [dataclasses.replace(source, named=None) for source in sources]
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
@@ -272,6 +274,7 @@ class TrainPlan:
         whole = Span(number=0, first_step=0, end_step=0, first_draw=0,
                      global_batch_size=global_batch_size)  # fmt: skip
         self._spans = spans or (whole,)
+        self._own = self._spans[stage]
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -308,7 +311,9 @@ class TrainPlan:
         return (firsts[:, None] + local).reshape(-1)
 
     def _draws_before(self, step: int) -> int:
-        return span_at(self._spans, step).draws_before(step)
+        # batches are planned ahead, beyond the end of a stage: as those of this one
+        span = self._own if step >= self._own.first_step else span_at(self._spans, step)
+        return span.draws_before(step)
 
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""

@@ -140,9 +140,9 @@ def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
         loaders = [
             TrainLoader(
                 stage, datasets, None, build_prompts(datasets, stage), rank=rank,
-                world_size=world_size, spans=run.spans,
+                world_size=world_size, spans=run.spans, stage=number,
             )
-            for stage in config.settings_of_stages
+            for number, stage in enumerate(config.settings_of_stages)
         ]  # fmt: skip
         loader = StagedLoader(loaders, run.spans)
         found = list(itertools.islice(loader.batches(step), 6 - step))

@@ -53,8 +53,11 @@ def make_source(
 def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
     weights = options.pop("weights", None)
     augment = options.pop("augment", "none")
-    spans = options.pop("spans", ())
-    beside = {name: options.pop(name) for name in ("stored_views", "in_order") if name in options}
+    beside = {
+        name: options.pop(name)
+        for name in ("spans", "stage", "stored_views", "in_order")
+        if name in options
+    }
     return TrainPlan(
         sources,
         data=DataConfig(**options),
@@ -62,7 +65,6 @@ def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: An
         seed=seed,
         weights=weights,
         augmentations=[parse_augmentation(augment)] * len(sources),
-        spans=spans,
         **beside,
     )
 
@@ -589,7 +591,8 @@ def test_a_stage_continues_the_order_where_the_one_before_ended(
     options = {"shuffle_window": window, "shuffle_groups": 1}
     shown: dict[str, list[np.ndarray]] = {}
     for span in spans:
-        plan = make_plan(*sources, batch=span.global_batch_size, spans=spans, **options)
+        stage = {"spans": spans, "stage": span.number}
+        plan = make_plan(*sources, batch=span.global_batch_size, **stage, **options)
         long = plan.long_batch(span.first_step, steps, rank=0, world_size=1)
         singly = [
             arrays(plan.batch(span.first_step + step, rank=rank, world_size=size))
@@ -610,6 +613,21 @@ def test_a_stage_continues_the_order_where_the_one_before_ended(
         assert np.array_equal(np.concatenate(parts), getattr(expected, name)), name
     assert plan.epochs(spans[-1].end_step) == plain.epochs(steps * sum(sizes))
     assert plan.epochs(1) == plain.epochs(sizes[0])
+
+
+def test_what_is_planned_beyond_the_end_of_a_stage_is_replaced_from_its_own_source() -> None:
+    """Batches are read ahead; one bad sample there would be looked for in the stage after."""
+    sources = [make_source(1000, labels=1), make_source(40, captions=1)]
+    spans = lay_out(("500:global_batch_size=20",), samples=1000, global_batch_size=10)
+    plan = make_plan(*sources, batch=20, spans=spans, stage=0)
+    assert spans[0].end_step == 25
+    for planned in split_steps(
+        plan.long_batch(24, 3, rank=0, world_size=1), 3, global_batch_size=20
+    ):
+        again = plan.batch(planned.step, rank=0, world_size=1)
+        assert np.array_equal(again.sample_ids, planned.sample_ids)
+        other = plan.substitute(planned.step, planned.global_index, attempt=1)
+        assert np.array_equal(other.source_ids, planned.source_ids)
 
 
 def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:

@@ -378,6 +378,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
         fraction=(1.0,),
         evaluate=(),
         text="labels",
+        prompts="labels",
         balance=0,
         balance_concepts="",
         augment=config.data.augment if command.augment is None else tuple(command.augment.split()),

@@ -122,7 +122,9 @@ def _set_swin_size(encoder: SwinTransformer, image_size: int) -> None:
             block.window_size = block.attn.window_size = window, window
             block.window_area = block.attn.window_area = window * window
             block.shift_size = (0, 0) if side <= window else block.target_shift_size
-            block._init_buffers()  # the mask of shifted windows
+            mask = None if block.dynamic_mask else block.get_attn_mask()
+            mask = None if mask is None else mask.to(table)
+            block.register_buffer("attn_mask", mask, persistent=False)
             place = torch.arange(window, device=table.device)
             row, column = place.repeat_interleave(window), place.repeat(window)
             down = row[:, None] - row + largest - 1

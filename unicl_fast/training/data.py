@@ -295,7 +295,9 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
     """
     objective = config.objective
     if objective.distillation != "off":
-        objective = _with_teacher(objective, read_teachers(datasets, config.data))
+        for stage in config.settings_of_stages:
+            teachers = read_teachers(datasets, stage.data)
+        objective = _with_teacher(objective, teachers)
         config = dataclasses.replace(config, objective=objective)
     if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
         raise ValueError(

@@ -190,11 +190,12 @@ def check_memory(
     device: torch.device,
     longest_text: int | None = None,
     free_bytes: int | None = None,
+    stage: int | None = None,
 ) -> None:
     """Warns where a step will hardly fit into what is free, and refuses where it cannot.
 
     Called before the model is built. `free_bytes` is what the rank with the least has; None asks
-    for this rank's own.
+    for this rank's own. `stage` is the number of the one in `run.stages` that the config is of.
 
     Raises:
         ValueError: more is needed than is free, whatever the texts; says what would fit. Or
@@ -216,10 +217,11 @@ def check_memory(
     found = plan(config, world_size=ranks.world_size, **arguments)
     if found.fits:
         return
+    where = "" if stage is None else f"stage {stage + 1} of run.stages: "
     message = (
-        f"a step may need {found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB are "
-        f"free. In GB: {found} ({found.images_at_once} images of {found.image_bytes / 1e6:.1f} MB "
-        f"at once). {_advice(config, world_size=ranks.world_size, **arguments)}"
+        f"{where}a step may need {found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB "
+        f"are free. In GB: {found} ({found.images_at_once} images of "
+        f"{found.image_bytes / 1e6:.1f} MB at once). {_advice(config, world_size=ranks.world_size, **arguments)}"
     )
     # fused kernels save some of what the encoders keep as they are written
     compiled = {"blocks", "encoders", "auto" if device.type == "cuda" else ""}

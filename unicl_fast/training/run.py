@@ -308,8 +308,8 @@ def build_trainer(
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights, config.data.balance_concepts)
-    with refused_together(ranks):  # rank 0 reads all of them, once
-        data |= describe_teachers(datasets, config, check=ranks.is_main)
+    with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
+        data |= describe_teachers(datasets, config, check=ranks.is_main and checkpoint is None)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
@@ -322,13 +322,7 @@ def build_trainer(
         words = count_words(datasets, weights, prompts, config)
         config = with_num_words(config, words)
     mark("planning memory", patience=START_PATIENCE)
-    free = min(gather_integers(free_memory(device), ranks))
-    with refused_together(ranks):
-        longest = longest_text(datasets, prompts)
-        if config.run.stages:
-            build_on_meta(config, device.type)  # refuses sizes that the encoder cannot take
-        for stage in config.settings_of_stages:
-            check_memory(stage, ranks=ranks, device=device, longest_text=longest, free_bytes=free)
+    _check_memory_of_stages(config, longest_text(datasets, prompts), ranks, device)
     model = None
     if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
         mark("reading the initial weights", patience=START_PATIENCE)
@@ -410,6 +404,25 @@ def build_trainer(
     return trainer
 
 
+def _check_memory_of_stages(
+    config: TrainConfig, longest: int, ranks: Ranks, device: torch.device
+) -> None:
+    """Refuses sizes that the encoder cannot take, and stages that cannot fit, on all ranks."""
+    free = min(gather_integers(free_memory(device), ranks))
+    with refused_together(ranks):
+        if config.run.stages:
+            build_on_meta(config, device.type)
+        for number, stage in enumerate(config.settings_of_stages):
+            check_memory(
+                stage,
+                ranks=ranks,
+                device=device,
+                longest_text=longest,
+                free_bytes=free,
+                stage=number if config.run.stages else None,
+            )
+
+
 def _build_stages(
     config: TrainConfig,
     build: Callable[..., PlannedLoader],
@@ -421,10 +434,11 @@ def _build_stages(
         return build(config, prompts=prompts)
     by_length = {config.model.context_length: prompts}
     loaders = []
-    for stage in config.settings_of_stages:
+    for number, stage in enumerate(config.settings_of_stages):
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(datasets, stage)
-        loaders.append(build(stage, prompts=by_length[length], spans=config.run.spans))
+        of_stage = {"spans": config.run.spans, "stage": number}
+        loaders.append(build(stage, prompts=by_length[length], **of_stage))
     return StagedLoader(loaders, config.run.spans)
 
 
