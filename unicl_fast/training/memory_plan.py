@@ -218,10 +218,11 @@ def check_memory(
     if found.fits:
         return
     where = "" if stage is None else f"stage {stage + 1} of run.stages: "
+    needs = f"{found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB are free"
     message = (
-        f"{where}a step may need {found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB "
-        f"are free. In GB: {found} ({found.images_at_once} images of "
-        f"{found.image_bytes / 1e6:.1f} MB at once). {_advice(config, world_size=ranks.world_size, **arguments)}"
+        f"{where}a step may need {needs}. In GB: {found} ({found.images_at_once} images of "
+        f"{found.image_bytes / 1e6:.1f} MB at once). "
+        f"{_advice(config, world_size=ranks.world_size, **arguments)}"
     )
     # fused kernels save some of what the encoders keep as they are written
     compiled = {"blocks", "encoders", "auto" if device.type == "cuda" else ""}
