@@ -242,14 +242,14 @@ class Clash(FirstWeights):
 
     def _clash_run(self, arm: str, seed: int) -> Run:
         run = self._make_run(Arm("locked", "both"), seed)
-        labels = {_LABELS: (*run.evaluations["zero_shot"], "--kind", "labels")}
-        if arm in ("plain", "temperature"):  # whose features are the same
-            labels = {}
+        evaluations = {name: run.evaluations[name] for name in ("zero_shot", "retrieval")}
+        if arm not in ("plain", "temperature"):  # whose features are the same for both kinds
+            evaluations[_LABELS] = (*evaluations["zero_shot"], "--kind", "labels")
         return replace(
             run,
             name=f"clash/{arm.replace(' ', '-')}/seed{seed}",
             pretrain=(*run.pretrain, *_CLASH[arm]),
-            evaluations={**run.evaluations, **labels},
+            evaluations=evaluations,
         )
 
     def _clash_table(
