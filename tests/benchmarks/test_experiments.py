@@ -476,6 +476,10 @@ def test_clash(shared_data: Path, tmp_path: Path) -> None:
     assert [len(table["cells"]) for table in (captions, labels)] == [6, 4]
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@needs_weights
 def test_distillation(shared_data: Path, tmp_path: Path) -> None:
     Distillation(data=shared_data, out=tmp_path, length=0.01, seeds=(0,), views=1).run()
     (table,) = json.loads((tmp_path / "distillation.json").read_text())["tables"]

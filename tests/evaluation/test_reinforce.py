@@ -254,12 +254,13 @@ def test_the_program_is_killed_and_resumes_with_the_same_bytes(
     command = ["reinforce", str(folder), *views_of(teachers["texts"], views=40)]
     program = [sys.executable, "-m", "unicl_fast.tools.pack", *command]
     killed = subprocess.Popen(program)
-    while not (folder / "teacher.partial" / "images.npy").exists():
+    progress = folder / "teacher.partial" / "progress.json"
+    while not progress.exists() or '"images":' not in progress.read_text():
         assert killed.poll() is None
-        time.sleep(0.05)
-    time.sleep(1)
+        time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    assert not (folder / "teacher").exists()
     call(pack, *command)
     found = files_of(folder / "teacher")
     shutil.rmtree(folder / "teacher")

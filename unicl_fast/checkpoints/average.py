@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints.export import Preprocessing
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
@@ -24,7 +24,8 @@ _ARCHITECTURE = (
 def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Tensor]:
     """Weights and buffers between those of two models: (1 - alpha) first + alpha second, in fp32.
 
-    At 0 and 1 they are one model's own. What is not made of fractions is the first one's.
+    At 0 and 1 they are one model's own. What is not made of fractions is the first one's, and so is
+    what training alone needs.
 
     Raises:
         ValueError: the models differ in their architecture or preprocessing; shows the difference.
@@ -33,7 +34,7 @@ def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Ten
     others = second.state_dict()
     return {
         name: torch.lerp(one.float(), others[name].float(), alpha)
-        if one.is_floating_point()
+        if one.is_floating_point() and name not in TRAINING_ONLY
         else one
         for name, one in first.state_dict().items()
     }
@@ -64,5 +65,8 @@ def _describe(model: UniCL) -> dict[str, Any]:
     """Describes what two models must have in common, settings before tensors."""
     settings = {name: getattr(model.config.model, name) for name in _ARCHITECTURE}
     settings |= dataclasses.asdict(Preprocessing.of(model.config))
-    tensors = {f"tensor {name}": list(one.shape) for name, one in model.state_dict().items()}
-    return settings | tensors
+    tensors = model.state_dict().items()
+    shapes = {
+        f"tensor {name}": list(one.shape) for name, one in tensors if name not in TRAINING_ONLY
+    }
+    return settings | shapes

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unicl_fast.config import ModelConfig, TrainConfig
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
@@ -110,7 +110,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
     return {
         official_name(name): tensor.detach()
         for name, tensor in tensors
-        if name != "teacher_projection"  # of training alone
+        if name not in TRAINING_ONLY
     }
 
 

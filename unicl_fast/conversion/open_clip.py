@@ -30,7 +30,7 @@ from unicl_fast.conversion.export import (
 )
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.models.image_encoder import feature_width
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -328,8 +328,8 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
     tensors = {}
     text_bias = model.text_projection_bias is not None
     for name, tensor in model.state_dict().items():
-        if name == "teacher_projection":
-            continue  # of training alone
+        if name in TRAINING_ONLY:
+            continue
         if name == "image_projection":
             tensors["visual.head.proj.weight"] = tensor.T  # theirs is a Linear
         elif name == "image_projection_bias":
@@ -340,7 +340,7 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
             tensors["text_projection.bias"] = tensor
         elif name.startswith("image_encoder."):
             tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
-        elif name != "word_rows":  # which training alone needs
+        else:
             renamed = _TEXT_BLOCKS.sub("transformer.resblocks.", name)
             tensors[renamed.removeprefix("text_encoder.")] = tensor
     return tensors

@@ -275,7 +275,8 @@ class _Making:
         aside = folder / UNFINISHED_TEACHER
         free = shutil.disk_usage(folder).free
         if aside.is_dir():
-            free += sum(path.stat().st_size for path in aside.iterdir())
+            # of files made at full size what is written so far, without their holes
+            free += sum(512 * path.stat().st_blocks for path in aside.iterdir())
         what = f"{num_bytes / 1e6:,.1f} MB in {folder / TEACHER_FOLDER}"
         if num_bytes > free:
             raise ValueError(f"the features take {what}, and {free / 1e6:,.1f} MB are free there")

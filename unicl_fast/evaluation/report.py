@@ -179,16 +179,20 @@ def average_precisions(
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
         raise ValueError("no sample of this data set has a label: average precision needs some")
-    scores = scores[torch.tensor(kept)]
-    truth = torch.zeros(scores.shape, dtype=torch.float64)
+    rows_of: dict[int, list[int]] = {}
     for row, sample in enumerate(kept):
-        truth[row, list(labels[sample])] = 1
-    hits = truth.gather(0, scores.argsort(dim=0, descending=True, stable=True))
-    precisions = hits.cumsum(dim=0) / torch.arange(1, len(kept) + 1).unsqueeze(1)
-    counts = hits.sum(dim=0)
-    means = (precisions * hits).sum(dim=0) / counts.clamp(min=1)
-    found = zip(class_names, counts.int().tolist(), means.tolist(), strict=True)
-    return PrecisionResult(num_samples=len(kept), per_class=[one for one in found if one[1]])
+        for label in set(labels[sample]):
+            rows_of.setdefault(label, []).append(row)
+    scores = scores[torch.tensor(kept)]
+    per_class = []
+    for label, rows in sorted(rows_of.items()):  # one after another: arrays of all would be large
+        ranks = torch.empty(len(kept), dtype=torch.float64)
+        order = scores[:, label].argsort(descending=True, stable=True)
+        ranks[order] = torch.arange(1, len(kept) + 1, dtype=torch.float64)
+        hits = ranks[rows].sort().values
+        precisions = torch.arange(1, len(rows) + 1, dtype=torch.float64) / hits
+        per_class.append((class_names[label], len(rows), precisions.mean().item()))
+    return PrecisionResult(num_samples=len(kept), per_class=per_class)
 
 
 class ClassificationCounts:

@@ -33,6 +33,10 @@ the sigmoid form [], the projection to a teacher's features [d t], and the rows 
 None where there is none."""
 
 
+TRAINING_ONLY = ("teacher_projection", "word_rows")
+"""Parameters of terms of the objective, which no feature depends on."""
+
+
 class UniCL(nn.Module):
     """Images and texts to unit vectors of one space, and the scale of their products.
 
