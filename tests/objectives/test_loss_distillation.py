@@ -160,13 +160,13 @@ def test_parts_of_the_images_join_to_all_of_them(form: str) -> None:
 
 
 def test_tiles_store_no_matrix() -> None:
-    images, texts = rows(400, seed=1), rows(300, seed=2)
+    images, texts = rows(100, seed=1), rows(75, seed=2)
     with LargestTensor() as largest:
         loss_and_gradients(
-            images, texts, teacher_rows(400, seed=3), teacher_rows(300, seed=4), 9.0,
+            images, texts, teacher_rows(100, seed=3), teacher_rows(75, seed=4), 9.0,
             scale=9.0, form="tiled",
         )  # fmt: skip
-    assert largest.num_bytes < 400 * 300 * 8 / 4
+    assert largest.num_bytes < 100 * 75 * 8 / 4
 
 
 def test_features_are_compared_by_their_angle_through_a_projection() -> None:
