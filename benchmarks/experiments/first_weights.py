@@ -263,14 +263,8 @@ class Clash(FirstWeights):
             }
             for title in titles
         }
-        pairs = {
-            f"{title}: {arm} - plain": (means[arm], means["plain"])
-            for title, means in cells.items()
-            for arm in rows
-            if arm != "plain"
-        }
         chances = _chances(rows["plain"][0])
-        return self.table(name, cells, pairs, {title: chances[title] for title in titles})
+        return self.table(name, cells, "plain", {title: chances[title] for title in titles})
 
 
 def _cpu_minutes(rows: Mapping[str, list[Row]]) -> dict[str, float]:

@@ -70,11 +70,21 @@ class ExperimentSettings:
         self,
         title: str,
         cells: dict[Any, dict[str, Mean]],
-        pairs: Mapping[str, tuple[Mean, Mean]],
+        pairs: Mapping[str, tuple[Mean, Mean]] | str,
         chance: Mapping[str, float] | None = None,
         unit: str = "%",
     ) -> Table:
-        """A table of means, and of the first minus the second of each pair unless seeds are few."""
+        """A table of means, and of the first minus the second of each pair unless seeds are few.
+
+        The name of a column stands for the pairs of every other with it, in all rows.
+        """
+        if isinstance(pairs, str):
+            pairs = {
+                f"{row}: {arm} - {pairs}": (mean, means[pairs])
+                for row, means in cells.items()
+                for arm, mean in means.items()
+                if arm != pairs
+            }
         differences = {
             name: difference_of(one.values, other.values)
             for name, (one, other) in pairs.items()

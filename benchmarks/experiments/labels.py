@@ -81,13 +81,7 @@ class LongTail(_FromFeatures):
             }
             for group, classes in zip((*_GROUPS, "all classes"), (*thirds, names), strict=True)
         }
-        pairs = {
-            f"{group}: {arm} - all": (means[arm], means["all"])
-            for group, means in cells.items()
-            for arm in arms
-            if arm != "all"
-        }
-        table = self.table("zero-shot top-1", cells, pairs, dict.fromkeys(cells, 100 / len(names)))
+        table = self.table("zero-shot top-1", cells, "all", dict.fromkeys(cells, 100 / len(names)))
         write_report("long-tail", self, [table], rows, training_images=counts)
 
     def _make_run(self, most: int, seed: int) -> Run:
@@ -302,13 +296,7 @@ class Hierarchies(_FromFeatures):
             name: {arm: mean_of([take(row["new"]) for row in rows[arm]]) for arm in rows}
             for name, take in takes.items()
         }
-        pairs = {
-            f"{name}: {arm} - labels": (means[arm], means["labels"])
-            for name, means in cells.items()
-            for arm in rows
-            if arm != "labels"
-        }
-        return self.table(title, cells, pairs, unit=unit)
+        return self.table(title, cells, "labels", unit=unit)
 
     def _pack(self) -> None:
         packed, tiny = self.out / "packed", self.data / "tiny-imagenet"

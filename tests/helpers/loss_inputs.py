@@ -24,6 +24,15 @@ def rows(n: int, *, seed: int, unit: bool = True) -> torch.Tensor:
     return F.normalize(features, dim=1) if unit else features
 
 
+def assert_equal(
+    found: list[torch.Tensor], expected: list[torch.Tensor], *, rtol: float = 1e-10
+) -> None:
+    """A loss and its gradients: relative to each number, or to the largest where it is near 0."""
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-12 * max(1, largest))
+
+
 def random_membership(random: np.random.Generator, n: int, *, mixed: bool) -> Membership:
     """Up to 3 of 5 labels a sample (some have none), in no order; weights 1 or shares."""
     matrix = random.random((n, 5)) * (random.random((n, 5)) < 0.3)

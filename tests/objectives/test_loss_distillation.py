@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import LargestTensor, rows, tiles_of
+from loss_inputs import LargestTensor, assert_equal, rows, tiles_of
 from reference_loss import affinity_loss as reference_loss
 from torch.nn import functional as F
 
@@ -36,12 +36,6 @@ def loss_and_gradients(
     ]
     loss = affinity_loss(*learnt[:2], *rest[:2], learnt[2], rest[2], **options)
     return [loss.detach(), *torch.autograd.grad(loss, learnt)]
-
-
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        largest = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12 * max(1, largest))
 
 
 @given(
@@ -75,7 +69,7 @@ def test_affinities_equal_the_formula_with_texts_counted(
         for form in FORMS
     ]
     assert found[0][0].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert_equal(found[1], found[0])
+    assert_equal(found[1], found[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,7 +112,7 @@ def test_gradients_equal_differences_of_the_formula(form: str, exclude_self: boo
 def test_a_student_that_agrees_has_no_loss_and_no_gradient(form: str) -> None:
     images, texts = rows(9, seed=1), rows(6, seed=2)
     found = loss_and_gradients(images, texts, images, texts, 20.0, scale=20.0, form=form)
-    assert_equal(found, [torch.zeros_like(one) for one in found])
+    assert_equal(found, [torch.zeros_like(one) for one in found], rtol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -156,7 +150,7 @@ def test_parts_of_the_images_join_to_all_of_them(form: str) -> None:
         answers.append((merged, torch.stack([mean for _, mean in asked]).mean()))
     loss, _ = loss_of(parts[0], answers)
     found = [loss.detach(), *torch.autograd.grad(loss, learnt)]
-    assert_equal(found, whole)
+    assert_equal(found, whole, rtol=1e-9)
 
 
 def test_tiles_store_no_matrix() -> None:

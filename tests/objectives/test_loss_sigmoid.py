@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_inputs import LargestTensor, as_matrix, random_membership, rows, tiles_of
+from loss_inputs import LargestTensor, as_matrix, assert_equal, random_membership, rows, tiles_of
 from open_clip.loss import SigLipLoss
 from reference_loss import sigmoid_contrastive_loss as reference_loss
 
@@ -32,12 +32,6 @@ def loss_and_gradients(
     ]
     loss = sigmoid_contrastive_loss(*learnt[:2], *rest, *learnt[2:], **options)
     return [loss.detach(), *torch.autograd.grad(loss, learnt)]
-
-
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        largest = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12 * max(1, largest))
 
 
 @given(
