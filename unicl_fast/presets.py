@@ -136,7 +136,7 @@ PRESETS = {
     "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
     "photos-small": Preset("photographs from ImageNet's weights, locked; the same cores", _PHOTOS),
     "photos-features": Preset(
-        "the same without crops, for --efficiency.image-features DIR: each image is encoded once",
+        "the same without crops, for stored features (--efficiency.image-features)",
         _PHOTOS_FEATURES,
     ),
 }

@@ -238,7 +238,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     assert "1 re-encoded as JPEG q95, 90 copied unchanged" in text
     assert "passed over: 1 .txt file\n" in text
     assert "dog/page.jpg: no known image format" in text
-    assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
+    assert f"unicl-pretrain --preset auto --data.train {out} --out runs/first" in text
 
 
 @pytest.mark.parametrize(("names", "warns"), [(("00", "42"), True), (("00", "cat"), False)])

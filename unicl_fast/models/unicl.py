@@ -184,6 +184,8 @@ class UniCL(nn.Module):
         if self.class_rows is not None:
             return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
         features = project(features, self.image_projection, self.image_projection_bias)
+        if self.config.model.projections == "shared":
+            return _unit_norm(features)
         return self._of_each_kind(features).flatten(1)
 
     def encode_text(
