@@ -381,7 +381,8 @@ def _draw(tables: list[Table], path: Path) -> None:
             )
         if group in table.chance:
             axes.axhline(table.chance[group], color=FAINT, linestyle="--", linewidth=1)
-        axes.set_xticks(range(len(table.cells[group])), list(table.cells[group]), fontsize=8)
+        names = [column.replace(" ", "\n") for column in table.cells[group]]
+        axes.set_xticks(range(len(names)), names, fontsize=7 if len(names) > 4 else 8)
         axes.set_xlim(-0.6, len(table.cells[group]) - 0.2)
         axes.set_title(f"{table.title}\n{group}", fontsize=8, color=INK)
         axes.set_ylabel(table.unit, fontsize=8)
