@@ -139,6 +139,7 @@ def test_the_verdict_compares_where_the_fastest_library_is_at_its_best() -> None
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.dali
 def test_the_protocol_runs_on_real_images(shared_data: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_the_committed_notebook_shows_a_whole_run_and_nothing_of_a_machine() -> 
     assert counts == list(range(1, len(counts) + 1))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.dali
 @needs_photos

@@ -144,6 +144,7 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
     wait_until_gone(out)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # seven starts of a program, each 12 s of CPU time
 def test_a_locked_run_from_initial_weights_is_killed_five_times_and_ends_bit_for_bit(
     data: Path, tmp_path: Path

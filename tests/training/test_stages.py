@@ -47,7 +47,7 @@ def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, *
     ("train", "settings"),
     [
         (train_each, {"image_encoder": "test_vit"}),
-        (train_each, {"image_encoder": "unicl_swin6_small"}),
+        pytest.param(train_each, {"image_encoder": "unicl_swin6_small"}, marks=pytest.mark.long),
         pytest.param(
             train_each_compiled,
             {"image_encoder": "test_vit", "compile": "blocks"},
