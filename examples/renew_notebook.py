@@ -11,17 +11,27 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
-from nbclient import NotebookClient
+if TYPE_CHECKING:
+    import nbformat
 
 NOTEBOOK = Path(__file__).with_name("first_run.ipynb")
 MAX_BYTES = 1_500_000
+FOLDERS = (
+    *("/tmp/", "/home/", "/root/", "/usr/", "site-packages"),
+    *(f"{path}/" for path in (Path.home(), NOTEBOOK.resolve().parents[1], sys.prefix)),
+    f"{tempfile.gettempdir()}/",
+)
+"""Folders of machines, which no page shows; those of this one among them."""
 _OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)|\x1b\[[\d;]*m|^ +$\n?", re.MULTILINE)
 
 
 def run_notebook(folder: Path) -> nbformat.NotebookNode:
     """The notebook with the outputs of a run in that folder; raises CellExecutionError."""
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
@@ -56,14 +66,16 @@ def check_page(text: str) -> None:
     size = len(text.encode())
     if size > MAX_BYTES:
         raise ValueError(f"the notebook would have {size:,} bytes; at most {MAX_BYTES:,} are kept")
-    for path in (str(Path.home()), sys.prefix, tempfile.gettempdir(), "site-packages"):
-        if (place := text.find(f"{path}/")) >= 0:
+    for path in FOLDERS:
+        if (place := text.find(path)) >= 0:
             around = text[max(0, place - 200) : place + 200]
             raise ValueError(f"the notebook shows {path}, a folder of this machine: {around}")
 
 
 def main() -> None:
     """Entry point of `make notebook`."""
+    import nbformat
+
     with tempfile.TemporaryDirectory() as folder:
         text = nbformat.writes(run_notebook(Path(folder)))
     check_page(text)
