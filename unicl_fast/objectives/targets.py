@@ -427,16 +427,17 @@ def _group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) ->
 def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: Any) -> Any:
     """Writes a class of a sample to entry `end`, unless it has it from entry `first` on.
 
-    `seen` has a bit for each of its classes, one of 64 by the class's last bits. So most are known
-    to be new without comparing, which takes twice as long.
+    Entry `first` is compared without a branch: which label of an image is that of its text, no
+    processor can guess. `seen` has a bit for each of the others, one of 64 by the class's last
+    bits, so that most are known to be new without comparing.
 
     Returns:
         The end and `seen` after it, and whether it was new.
     """
-    bit = np.uint64(1) << (np.uint64(one) & np.uint64(63))
-    is_new = True
+    is_new = entries[1, first] != one
+    bit = np.uint64(is_new) << (np.uint64(one) & np.uint64(63))
     if seen & bit:
-        for other in range(first, end):
+        for other in range(first + np.uint64(1), end):
             if entries[1, other] == one:
                 is_new = False
                 break
@@ -451,7 +452,8 @@ def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64A
     end = np.uint64(0)
     for sample in range(class_ids.size):
         first, seen = end, np.uint64(0)
-        end, seen, _ = _add_entry(entries, first, end, seen, sample, class_ids[sample])
+        entries[0, first], entries[1, first] = sample, class_ids[sample]
+        end += np.uint64(1)
         for position in range(np.uint64(starts[sample]), np.uint64(starts[sample + 1])):
             end, seen, _ = _add_entry(entries, first, end, seen, sample, classes[position])
     return entries[:, : np.int64(end)]
@@ -472,15 +474,19 @@ def _with_ancestors(
     found = np.empty((2, lengths.sum()), np.int64)
     first = end = seen = np.uint64(0)
     for entry in range(classes.size):
-        if end and found[0, end - np.uint64(1)] != samples[entry]:
-            first, seen = end, np.uint64(0)
         one = classes[entry]
-        for up in range(lengths[entry]):
-            if up:
-                one = chains[starts[rows[entry] + 1] - 1 - up]
+        is_new = not end or found[0, first] != samples[entry]
+        if is_new:
+            first, seen = end, np.uint64(0)
+            found[0, first], found[1, first] = samples[entry], one
+            end += np.uint64(1)
+        else:
             end, seen, is_new = _add_entry(found, first, end, seen, samples[entry], one)
+        for up in range(1, lengths[entry]):
             if not is_new:  # nor is what is above it
                 break
+            one = chains[starts[rows[entry] + 1] - 1 - up]
+            end, seen, is_new = _add_entry(found, first, end, seen, samples[entry], one)
     return found[:, : np.int64(end)]
 
 
