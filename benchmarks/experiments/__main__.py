@@ -10,10 +10,10 @@ import tyro
 
 from unicl_fast.system.program import begin_program
 
-from .distillation import Distillation
 from .first_weights import Clash, FirstWeights
 from .full_size import FullSize
 from .labels import Hierarchies, LongTail, SeveralLabels
+from .second_terms import Distillation, Words
 from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 from .stored_features import StoredFeatures
 from .time_to_accuracy import TimeToAccuracy
@@ -27,6 +27,7 @@ _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "first-weights": FirstWeights,
     "clash": Clash,
     "distillation": Distillation,
+    "words": Words,
     "templates": Templates,
     "switches": Switches,
     "full-size": FullSize,

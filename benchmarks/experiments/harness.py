@@ -325,7 +325,7 @@ def write_report(
     result = {
         "tables": [without_nan(asdict(table)) for table in tables],
         **more,
-        "runs": [_shortened(row) for rows in zip(*arms.values(), strict=True) for row in rows],
+        "runs": [_shortened(row) for rows in arms.values() for row in rows],
         "machine": describe_machine("timm", "nvidia-dali-cuda120"),
     }
     path = settings.out / f"{name}.json"

@@ -261,35 +261,23 @@ class LabelsAndCaptions(ExperimentSettings):
 
     def run(self) -> None:
         pack(self.data, self.out / "packed")
-        rows = self.train_arms(_ARMS, self._make_run)
-        cells = {
-            title: {
-                arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in _ARMS
-            }
-            for title, (evaluation, key) in _MEASURED.items()
-        }
-        pairs = {
-            f"{title}: both - {arm}": (means["both"], means[arm])
-            for title, means in cells.items()
-            for arm in ("labels", "captions")
-        }
-        some_row = rows["both"][0]
-        chance = {
-            title: 100 * _chance(some_row[evaluation], key)
-            for title, (evaluation, key) in _MEASURED.items()
-        }
-        table = self.table("held out", cells, pairs, chance)
-        write_report("labels-and-captions", self, [table], rows)
+        rows = self.train_arms(_ARMS, self.make_run)
+        self.report("labels-and-captions", rows, [("both", arm) for arm in _ARMS if arm != "both"])
 
-    def _make_run(self, arm: str, seed: int) -> Run:
-        packed, (weights, text) = self.out / "packed", _ARMS[arm]
+    def weights(self, arm: str) -> dict[str, float]:
+        """The packed data sets of an arm, with their weights in a batch."""
+        return _ARMS[arm][0]
+
+    def make_run(self, arm: str, seed: int, name: str = "", *more: str) -> Run:
+        """The run of an arm with one seed; `more` are more options, and `name` is theirs."""
+        packed = self.out / "packed"
         return Run(
-            name=f"{arm}/seed{seed}",
+            name=f"{name or arm}/seed{seed}".replace(", ", "-").replace(" ", "-"),
             pretrain=(
-                *("--preset", "mixed-small", *_RECIPE, "--data.text", text, "--data.train"),
-                *(f"{packed / name}={weight}" for name, weight in weights.items()),
+                *("--preset", "mixed-small", *_RECIPE, "--data.text", _ARMS[arm][1]),
+                *("--data.train", *(f"{packed / n}={w}" for n, w in self.weights(arm).items())),
                 *("--run.samples", str(round(self.length * _SAMPLES)), "--run.seed", str(seed)),
-                *("--efficiency.precision", self.precision),
+                *("--efficiency.precision", self.precision, *more),
             ),
             execution=self.execution(),
             evaluations={
@@ -298,6 +286,30 @@ class LabelsAndCaptions(ExperimentSettings):
                 "retrieval": ("retrieval", "--data", str(packed / "flickr-new")),
             },
         )
+
+    def report(
+        self,
+        name: str,
+        rows: dict[str, list[Row]],
+        compared: list[tuple[str, str]],
+        **more: object,
+    ) -> None:
+        """Writes what was measured of each arm, and the first minus the second of pairs of arms."""
+        cells = {
+            title: {arm: mean_of([100 * row[evaluation][key] for row in rows[arm]]) for arm in rows}
+            for title, (evaluation, key) in _MEASURED.items()
+        }
+        pairs = {
+            f"{title}: {one} - {other}": (means[one], means[other])
+            for title, means in cells.items()
+            for one, other in compared
+        }
+        [some_row, *_] = next(iter(rows.values()))
+        chance = {
+            title: 100 * _chance(some_row[evaluation], key)
+            for title, (evaluation, key) in _MEASURED.items()
+        }
+        write_report(name, self, [self.table("held out", cells, pairs, chance)], rows, **more)
 
 
 def _chance(evaluated: Row, key: str) -> float:

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import distillation, first_weights, full_size
-from unicl_fast.benchmarks.experiments.distillation import Distillation
+from unicl_fast.benchmarks.experiments import first_weights, full_size, second_terms
 from unicl_fast.benchmarks.experiments.first_weights import Clash, FirstWeights
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
@@ -34,6 +33,7 @@ from unicl_fast.benchmarks.experiments.labels import (
     SeveralLabels,
     classes_above,
 )
+from unicl_fast.benchmarks.experiments.second_terms import Distillation, Words
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
     Objectives,
@@ -228,12 +228,12 @@ def test_clash_compares_each_option_with_the_plain_run(
 
 def test_each_student_is_a_run_that_can_start(tmp_path: Path) -> None:
     settings = Distillation(data=tmp_path, out=tmp_path / "out")
-    for arm, (kind, *_) in distillation._ARMS.items():
-        run = settings._make_run(arm, seed=1)
+    for arm, (kind, *_) in second_terms._TEACHING.items():
+        run = settings._student(arm, seed=1)
         config = config_of(["unicl-pretrain", *run.pretrain, "--out", str(tmp_path)])
         assert config.objective.distillation == kind
         assert config.data.crop_scale == (0.4, 1.0)
-    options = ["unicl-pretrain", *settings._teacher(), "--out", str(tmp_path)]
+    options = ["unicl-pretrain", *settings._teacher().pretrain, "--out", str(tmp_path)]
     assert config_of(options).optim.unlock_at_step == 150
 
 
@@ -480,11 +480,15 @@ def test_clash(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @needs_weights
-def test_distillation(shared_data: Path, tmp_path: Path) -> None:
+def test_second_terms(shared_data: Path, tmp_path: Path) -> None:
     Distillation(data=shared_data, out=tmp_path, length=0.01, seeds=(0,), views=1).run()
     (table,) = json.loads((tmp_path / "distillation.json").read_text())["tables"]
     (means, *_) = table["cells"].values()
-    assert set(means) == {"teacher", *distillation._ARMS}
+    assert set(means) == {"teacher", *second_terms._TEACHING}
+    Words(data=shared_data, out=tmp_path, length=0.01, seeds=(0,)).run()
+    (table,) = json.loads((tmp_path / "words.json").read_text())["tables"]
+    (means, *_) = table["cells"].values()
+    assert set(means) == set(second_terms._WORDS)
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:
