@@ -20,6 +20,7 @@ from .small_size import build_once
 
 _CIFAR10 = ("--preset", "cifar10-small", "--run.global-batch-size", "128")
 _MUON = ("--optim.name", "muon")
+_TWICE_THE_RATE = ("--optim.lr", "4e-3")
 _SMALL_FIRST = ("--run.stages", "0.75:image_size=20")
 
 
@@ -54,6 +55,19 @@ TASKS = {
             "small images first": Arm(1, _SMALL_FIRST),
             "muon, half": Arm(0.5, _MUON),
             "all, half": Arm(0.5, (*_MUON, *_SMALL_FIRST)),
+        },
+    ),
+    "CIFAR-10, longer": Task(
+        "cifar10",
+        57_600,
+        _CIFAR10,
+        {
+            "preset": Arm(),
+            "half": Arm(0.5),
+            "half, rate x2": Arm(0.5, _TWICE_THE_RATE),
+            "muon, half": Arm(0.5, _MUON),
+            "muon, half, rate x2": Arm(0.5, (*_MUON, *_TWICE_THE_RATE)),
+            "muon, 0.4, rate x2": Arm(0.4, (*_MUON, *_TWICE_THE_RATE)),
         },
     ),
     "CIFAR-10, ViT": Task(
