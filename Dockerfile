@@ -1,8 +1,10 @@
-# docker build --target cuda12 --tag unicl_fast:cuda12 .     (or --target cpu --tag unicl_fast:cpu)
+# docker build --target cuda13 --tag unicl_fast:cuda13 .             (targets: cuda13, cuda12, cpu)
 # docker run --gpus all --shm-size 8g --volume /data:/data --volume /runs:/runs \
-#     unicl_fast:cuda12 unicl-pretrain --config /runs/run.yaml --out /runs/first --resume auto
+#     unicl_fast:cuda13 unicl-pretrain --config /runs/run.yaml --out /runs/first --resume auto
 #
 # torch's wheels bring CUDA's libraries along, so a plain Python is enough; the driver is the host's.
+# PyPI's torch is for one version of CUDA, in 2026 for 13. For a driver of CUDA 12, or without any,
+# take torch from where https://pytorch.org/get-started/locally says: --build-arg TORCH_INDEX=URL
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS wheel
@@ -15,6 +17,7 @@ COPY benchmarks benchmarks
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON}-slim-bookworm AS base
+ARG TORCH_INDEX=
 # A C++ compiler is for efficiency.compile. Versions are not pinned, here and below: the ranges are
 # those of pyproject.toml, and Debian's newest compiler is as good as any.
 # hadolint ignore=DL3008
@@ -22,18 +25,16 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 unicl
+# hadolint ignore=DL3013
+RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
+        "torch>=2.6" "torchvision>=0.21"
 COPY --from=wheel /wheels /wheels
 WORKDIR /home/unicl
 CMD ["unicl-doctor"]
 
-# Much smaller with torch's build for CPUs: --build-arg TORCH_INDEX=URL, with the URL that
-# https://pytorch.org/get-started/locally names for it.
 FROM base AS cpu
-ARG TORCH_INDEX=
 # hadolint ignore=DL3013
-RUN python -m pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
-        "torch>=2.6" "torchvision>=0.21" \
-    && set -- /wheels/*.whl \
+RUN set -- /wheels/*.whl \
     && python -m pip install --no-cache-dir "$1[cpu]"
 USER 1000
 
@@ -41,4 +42,10 @@ FROM base AS cuda12
 # hadolint ignore=DL3013
 RUN set -- /wheels/*.whl \
     && python -m pip install --no-cache-dir "$1[cuda12]"
+USER 1000
+
+FROM base AS cuda13
+# hadolint ignore=DL3013
+RUN set -- /wheels/*.whl \
+    && python -m pip install --no-cache-dir "$1[cuda13]"
 USER 1000

@@ -68,6 +68,9 @@ TASKS = {
             "muon, half": Arm(0.5, _MUON),
             "muon, half, rate x2": Arm(0.5, (*_MUON, *_TWICE_THE_RATE)),
             "muon, 0.4, rate x2": Arm(0.4, (*_MUON, *_TWICE_THE_RATE)),
+            "all, half, rate x2": Arm(
+                0.5, (*_MUON, *_TWICE_THE_RATE, "--run.stages", "0.4:image_size=20")
+            ),
         },
     ),
     "CIFAR-10, ViT": Task(
