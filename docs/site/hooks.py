@@ -1,7 +1,7 @@
-"""Rewrites links out of docs/ before mkdocs makes a page, and lets inline code break where it reads.
+"""Rewrites links out of docs/ before mkdocs makes a page, and lets inline code break readably.
 
-On a code host `../unicl_fast/objectives/loss.py` is the file; in the site a module becomes a link to
-its place in the API page, and everything else its own name.
+On a code host `../unicl_fast/objectives/loss.py` is the file; here a module becomes a link to its
+place in the API page, and everything else its own name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 _API = Path(__file__).parents[1] / "api.md"
 _CODE = re.compile(r"<pre.*?</pre>|(?<=<code>)[^<]+(?=</code>)", re.DOTALL)
-_SEPARATOR = re.compile(r"(?<=\w[_./:=,])(?=[A-Za-z])")
+_SEPARATOR = re.compile(r"(?<=\w[_/:=,])(?=[A-Za-z])|(?<=\w\.)(?=[A-Za-z]\w{5})")
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\(\.\./(?P<path>[^)#]+)(?:#[^)]*)?\)")
 
 
