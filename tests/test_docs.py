@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from browser import dump_page
+from PIL import Image
 
 import unicl_fast
 from unicl_fast.distributed import signals
@@ -157,6 +158,32 @@ def test_the_citation_is_of_this_version_and_forms_are_yaml() -> None:
     assert citation["license"] == project["license"]
     for form in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text(encoding="utf-8"))
+
+
+def test_inline_code_breaks_at_separators_and_never_inside_an_option(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
+    hooks = importlib.import_module("hooks")
+    monkeypatch.delitem(sys.modules, "hooks")
+    long, option = "unicl_fast/objectives/loss.py", "--data.train packed"
+    block = f"<pre><code>{long}</code></pre>"
+    shown = hooks.on_page_content(
+        f"{block}<code>{long}</code><code>{option}</code><code>a.b</code>"
+    )
+    assert shown == (
+        f"{block}<code>unicl_<wbr>fast/<wbr>objectives/<wbr>loss.py</code>"
+        '<code><span class="unbroken">--data</span>.train packed</code><code>a.b</code>'
+    )
+
+
+def test_figures_are_no_wider_than_a_page_shows_legibly() -> None:
+    sizes = {}
+    for path in (ROOT / "docs" / "results").glob("*.png"):
+        with Image.open(path) as image:
+            sizes[path.name] = image.width
+    assert len(sizes) > 8
+    assert {name: width for name, width in sizes.items() if width > 1250} == {}  # shown at 840
 
 
 _MEASURE = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">

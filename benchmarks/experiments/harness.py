@@ -365,7 +365,7 @@ def _evaluations(row: Row) -> dict[str, Row]:
 def _draw(tables: list[Table], path: Path) -> None:
     """Draws a panel for each group of each table: a dot a seed, the mean of an arm as a line."""
     panels = [(table, group) for table in tables for group in table.cells]
-    columns = min(4, len(panels))
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))  # legible on half a page
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.1 * columns, 3.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Rewrites links out of docs/ before mkdocs makes a page: they lead nowhere in the site.
+"""Rewrites links out of docs/ before mkdocs makes a page, and lets inline code break readably.
 
 On a code host `../unicl_fast/objectives/loss.py` is the file; here a module becomes a link to its
 place in the API page, and everything else its own name.
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 _API = Path(__file__).parents[1] / "api.md"
+_CODE = re.compile(r"<pre.*?</pre>|(?<=<code>)[^<]+(?=</code>)", re.DOTALL)
+_SEPARATOR = re.compile(r"(?<=\w[_/:=,])(?=[A-Za-z])|(?<=\w\.)(?=[A-Za-z]\w{5})")
 _LINK = re.compile(r"\[(?P<text>[^\]]+)\]\(\.\./(?P<path>[^)#]+)(?:#[^)]*)?\)")
 
 
@@ -29,3 +31,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         return f"{link['text']} (`{path}`)"
 
     return _LINK.sub(replace, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by mkdocs for each page's HTML."""
+
+    def add_breaks(code: re.Match[str]) -> str:
+        if code[0].startswith("<pre"):
+            return code[0]
+        text = re.sub(r"(?<![\w-])--?\w+", r'<span class="unbroken">\g<0></span>', code[0])
+        return re.sub(r"[\w./:=,-]{20,}", lambda word: _SEPARATOR.sub("<wbr>", word[0]), text)
+
+    return _CODE.sub(add_breaks, html)
