@@ -559,6 +559,8 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     assert values["before"]["top1"] > 0.1, "the probe was fitted on these very images"
     module, names = load_finetuned(out)
     assert len(names) == module.head.out_features == 10
+    kept = json.loads((out / "finetuned.json").read_text())
+    assert kept["config"]["data"]["train"] == [str(data / "labels")], kept.keys()
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
     assert "name another folder as --out" in again
 

@@ -315,7 +315,7 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
         if num_unlabelled or not dataset.manifest.class_names:
             raise ValueError(
                 f"objective.name={objective.name} learns from labels, and {num_unlabelled:,} of "
-                f"the {len(dataset):,} samples of {dataset.folder} have none"
+                f"the {len(dataset):,} samples of {dataset.location} have none"
                 + ("" if num_unlabelled else "; its labels have no class names")
                 + ": leave it out, or take objective.name=unicl"
             )
