@@ -552,7 +552,7 @@ def test_two_ranks_equal_one(data: Path, trained: Path, arguments: list[str]) ->
 def test_a_fine_tuned_encoder_is_tested_and_kept(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ["--train", data / "labels", "--data", data / "classes", "--train-batch-size", "8"]
+    sets = ["--train", data / "classes", "--data", data / "labels", "--train-batch-size", "8"]
     out = tmp_path / "tuned"
     values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
     assert values["settings"]["steps"] == 5
@@ -560,7 +560,7 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     module, names = load_finetuned(out)
     assert len(names) == module.head.out_features == 10
     kept = json.loads((out / "finetuned.json").read_text())
-    assert kept["config"]["data"]["train"] == [str(data / "labels")], kept.keys()
+    assert kept["config"]["data"]["train"] == [str(data / "classes")]
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
     assert "name another folder as --out" in again
 

@@ -433,12 +433,13 @@ def _build_stages(
     if not config.run.stages:
         return build(config, prompts=prompts)
     by_length = {config.model.context_length: prompts}
-    loaders = []
+    loaders: list[PlannedLoader] = []
     for number, stage in enumerate(config.settings_of_stages):
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
-        loaders.append(build(stage, prompts=by_length[length], **of_stage))
+        balances = loaders[0].plan.balances if loaders else None  # no stage has its own
+        loaders.append(build(stage, prompts=by_length[length], balances=balances, **of_stage))
     return StagedLoader(loaders, config.run.spans)
 
 
