@@ -336,7 +336,7 @@ def fit_prefetch(
 def _find_balances(
     datasets: Sequence[PackedDataset], data: DataConfig, *, is_main: bool
 ) -> list[Balance | None]:
-    """What an epoch takes of each data set by `data.balance`; the main rank logs it."""
+    """Finds each data set's balance by `data.balance`, which the main rank logs."""
     if not data.balance:
         return [None] * len(datasets)
     concepts = read_concepts(Path(data.balance_concepts)) if data.balance_concepts else None

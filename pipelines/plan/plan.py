@@ -63,7 +63,7 @@ class PlanSource:
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
     balance: Balance | None = None
-    """What an epoch takes of each class (`data.balance`); None takes all samples."""
+    """The samples that an epoch takes of each class (`data.balance`); None takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
