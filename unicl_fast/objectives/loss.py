@@ -348,8 +348,9 @@ def _tiled_statistics(
     rows = LogitStatistics(row_logs, row_sums, row_weights)
     if not with_columns:
         return rows, None
+    column_logs, column_sums = of_columns
     column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)
-    return rows, LogitStatistics(*of_columns, column_weights)
+    return rows, LogitStatistics(column_logs, column_sums, column_weights)
 
 
 def _dense_statistics(

@@ -64,7 +64,7 @@ class TiledStatistics(torch.autograd.Function):
         ctx.save_for_backward(images, texts, scale, counts, row_logs, column_logs)
         ctx.positives, ctx.transposed, ctx.tiles_type = positives, transposed, tiles_type
         of_rows = row_logs / LOG2_E, row_positives.mul_(scale)
-        if column_logs is None:
+        if not with_columns:
             return of_rows
         column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
         return *of_rows, column_logs / LOG2_E, column_positives.mul_(scale)
@@ -141,24 +141,25 @@ class Tiles:
 
     def log2_sum_exps(
         self, *, with_columns: bool = True
-    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"] | None]:
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
         """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
 
-        Where there is nothing to sum it is the lowest finite number.
+        Where there is nothing to sum it is the lowest finite number. Those of columns mean nothing
+        if they are not asked for.
         """
         raise NotImplementedError
 
     def gradients(
         self,
         row_logs: Float[Tensor, " b"],
-        column_logs: Float[Tensor, " u"] | None,
+        column_logs: Float[Tensor, " u"],
         grad_row_logs: Float[Tensor, " b"],
         grad_column_logs: Float[Tensor, " u"] | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields rows, columns, and the gradient of their logits [r c] through the log-sum-exps.
 
-        The logs are those of `log2_sum_exps`, with columns or without. A gradient has the features'
-        type, and is valid until the next one is asked for.
+        The logs are those of `log2_sum_exps`; without a gradient those of columns are not read. A
+        gradient has the features' type, and is valid until the next one is asked for.
         """
         raise NotImplementedError
 
@@ -174,7 +175,7 @@ class TorchTiles(Tiles):
         wide = self.images.dtype == self.factor.dtype
         self._narrow = None if wide else self.images.new_empty(size)
 
-    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor | None]:
+    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         lowest = torch.finfo(self.factor.dtype).min  # finite: no infinity is ever subtracted
         row_maxima = self.factor.new_full((len(self.images),), lowest)
         column_maxima = self.factor.new_full((len(self.texts),), lowest)
@@ -188,13 +189,13 @@ class TorchTiles(Tiles):
         # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
         return (
             (row_maxima + row_sums.log2()).clamp_(min=lowest),
-            (column_maxima + column_sums.log2()).clamp_(min=lowest) if with_columns else None,
+            (column_maxima + column_sums.log2()).clamp_(min=lowest),
         )
 
     def gradients(
         self,
         row_logs: Tensor,
-        column_logs: Tensor | None,
+        column_logs: Tensor,
         grad_row_logs: Tensor,
         grad_column_logs: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -204,7 +205,7 @@ class TorchTiles(Tiles):
             if self.log2_counts is not None:
                 scratch.add_(self.log2_counts[columns])
             scratch.exp2_().mul_(grad_row_logs[rows].unsqueeze(1))
-            if column_logs is not None and grad_column_logs is not None:
+            if grad_column_logs is not None:
                 of_columns = logits.sub_(column_logs[columns]).exp2_()
                 scratch.addcmul_(of_columns, grad_column_logs[columns])
             if self._narrow is None:

@@ -64,25 +64,26 @@ class TritonTiles(Tiles):
             self.log2_counts.clamp_(min=_LOWEST.value)
         self._blocks = BLOCKS[images.dtype]
 
-    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor | None]:
+    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         b, u, (height, width, *_) = len(self.images), len(self.texts), self._blocks
         by_rows = self.factor.new_empty(triton.cdiv(u, width), b)
-        by_columns = None
-        if with_columns:
-            by_columns = self.factor.new_empty(triton.cdiv(b, height), u)
+        if not with_columns:
+            self._launch(_sum_exps, slice(0, b), slice(0, u), by_rows, None)
+            return _join(by_rows), self.factor.new_zeros(u)
+        by_columns = self.factor.new_empty(triton.cdiv(b, height), u)
         self._launch(_sum_exps, slice(0, b), slice(0, u), by_rows, by_columns)
-        return _join(by_rows), None if by_columns is None else _join(by_columns)
+        return _join(by_rows), _join(by_columns)
 
     def gradients(
         self,
         row_logs: Tensor,
-        column_logs: Tensor | None,
+        column_logs: Tensor,
         grad_row_logs: Tensor,
         grad_column_logs: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         of_rows = torch.stack([row_logs, grad_row_logs])
         of_columns = None
-        if column_logs is not None and grad_column_logs is not None:
+        if grad_column_logs is not None:
             of_columns = torch.stack([column_logs, grad_column_logs])
         memory = self.images.new_empty(self.rows[0].stop * self.columns[0].stop)
         for rows in self.rows:
