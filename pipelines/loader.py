@@ -52,7 +52,8 @@ from .graph import (
     reason_of,
 )
 from .kernels.operators import parts_for
-from .plan.concepts import Concepts, find_named, read_concepts
+from .plan.balance import Balance, balance_dataset
+from .plan.concepts import read_concepts
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
 
@@ -84,6 +85,7 @@ class TrainLoader:
         spans: tuple[Span, ...] = (),
         stage: int = -1,
         in_order: StoredViews | None = None,
+        balances: Sequence[Balance | None] | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -100,6 +102,7 @@ class TrainLoader:
             spans: those of the run, if it has stages.
             stage: number of the one that `config` is of.
             in_order: show these views of the one data set, sample by sample: for a teacher.
+            balances: those of another stage's plan; None finds them by `data.balance`.
 
         Raises:
             ValueError: data that cannot be planned or shared, or without the teacher's features
@@ -135,13 +138,12 @@ class TrainLoader:
         if config.objective.distillation != "off":
             teachers = read_teachers(datasets, data)
         views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
-        concepts = None
-        if data.balance_concepts:
-            concepts = read_concepts(Path(data.balance_concepts))
+        if balances is None:
+            balances = _find_balances(datasets, data, is_main=rank == 0)
         self.plan = TrainPlan(
             [
-                _plan_source(dataset, prompts, data, i, concepts)
-                for i, dataset in enumerate(datasets)
+                _plan_source(dataset, prompts, data, i, balance)
+                for i, (dataset, balance) in enumerate(zip(datasets, balances, strict=True))
             ],
             data=data,
             global_batch_size=config.run.global_batch_size,
@@ -154,8 +156,6 @@ class TrainLoader:
             in_order=in_order is not None,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
-        if rank == 0:
-            self._say_what_is_limited(datasets)
         self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
         if self.form == "files":
             self._data = fit_prefetch(data, datasets, num_images=self.num_images)
@@ -183,16 +183,6 @@ class TrainLoader:
     @reading.setter
     def reading(self, reading: ReadingTime) -> None:
         self.host.reading = reading
-
-    def _say_what_is_limited(self, datasets: Sequence[PackedDataset]) -> None:
-        kind = "class or concept" if self._data.balance_concepts else "class"
-        for dataset, balance in zip(datasets, self.plan.balances, strict=True):
-            if balance is not None:
-                logger.info(
-                    "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
-                    self._data.balance, balance.num_draws, len(dataset), dataset.location,
-                    count_of(balance.num_capped, kind),
-                )  # fmt: skip
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ... without end.
@@ -343,12 +333,32 @@ def fit_prefetch(
     return dataclasses.replace(data, prefetch=1)
 
 
+def _find_balances(
+    datasets: Sequence[PackedDataset], data: DataConfig, *, is_main: bool
+) -> list[Balance | None]:
+    """Finds each data set's balance by `data.balance`, which the main rank logs."""
+    if not data.balance:
+        return [None] * len(datasets)
+    concepts = read_concepts(Path(data.balance_concepts)) if data.balance_concepts else None
+    found: list[Balance | None] = []
+    for dataset in datasets:
+        balance = balance_dataset(dataset, data.balance, concepts)
+        found.append(balance)
+        if is_main:
+            logger.info(
+                "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
+                data.balance, balance.num_draws, len(dataset), dataset.location,
+                count_of(balance.num_capped, "class or concept" if concepts else "class"),
+            )  # fmt: skip
+    return found
+
+
 def _plan_source(
     dataset: PackedDataset,
     prompts: ClassPrompts,
     data: DataConfig,
     number: int,
-    concepts: Concepts | None,
+    balance: Balance | None,
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     hierarchy = dataset.manifest.hierarchy if data.prompts == "ancestors" else None
@@ -359,9 +369,7 @@ def _plan_source(
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
         chains=None if hierarchy is None else flat_chains(hierarchy),
-        named=None
-        if concepts is None
-        else find_named(dataset.samples, dataset.captions, dataset.tokens, concepts),
+        balance=balance,
     )
 
 

@@ -125,7 +125,7 @@ class Replan:
 
         self._datasets = [PackedDataset(location) for location in data]
         self._concepts = concepts
-        self._balances: list[Balance | None] = []
+        self._balances: list[Balance] = []
         self.num_draws = 0
         self.num_different = 0
         self._first = ""
@@ -173,10 +173,10 @@ class Replan:
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )
 
-    def _balances_of(self, header: SegmentHeader) -> list[Balance | None]:
+    def _balances_of(self, header: SegmentHeader) -> list[Balance]:
         """Finds the classes of each source's samples, which are the first ones of its data set."""
-        from unicl_fast.pipelines.plan.balance import balance_classes
-        from unicl_fast.pipelines.plan.concepts import find_named, read_concepts
+        from unicl_fast.pipelines.plan.balance import balance_dataset
+        from unicl_fast.pipelines.plan.concepts import read_concepts
 
         concepts = None if self._concepts is None else read_concepts(self._concepts)
         if header.concepts != ("" if concepts is None else concepts.digest):
@@ -196,13 +196,10 @@ class Replan:
                     f"{dataset.location} has {len(dataset)} samples, and the run took "
                     f"{source.num_samples} of {source.name}: give the data sets in their order"
                 )
-        balances: list[Balance | None] = []
-        for dataset, source in zip(self._datasets, header.sources, strict=True):
-            samples, named = dataset.samples[: source.num_samples], None
-            if concepts is not None:
-                named = find_named(samples, dataset.captions, dataset.tokens, concepts)
-            balances.append(balance_classes(samples, dataset.labels, header.balance, named))
-        return balances
+        return [
+            balance_dataset(dataset, header.balance, concepts, num_samples=source.num_samples)
+            for dataset, source in zip(self._datasets, header.sources, strict=True)
+        ]
 
     def in_words(self) -> str:
         return f"planned again: {self.num_different} of {self.num_draws} draws differ{self._first}"

@@ -33,7 +33,7 @@ from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
-from .run_settings import DEFAULT_PRESET, as_yaml, first_settings, list_presets
+from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,6 +211,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     for option in ("--preset", "--resume", "--run.device"):
         finder.add_argument(option)
     finder.add_argument("--data.train", nargs="*")
+    finder.add_argument("--data.fraction", nargs="*", type=float)
     for option in ("--config", "--out"):
         finder.add_argument(option, type=Path)
     for flag in ("--help", "--help-all", "--print-config"):
@@ -226,7 +227,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         file=found.config,
         run_folder=found.out,
         resume=found.resume,
-        train=values["data.train"],
+        data={name: given for name in FOR_AUTO if (given := values[f"data.{name}"])},
         device=values["run.device"],
     )
     groups = _groups_of(config)

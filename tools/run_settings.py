@@ -8,9 +8,10 @@ was, and a run that resumes chooses no other.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from unicl_fast.system.checked_fields import parse_json, require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
 
 DEFAULT_PRESET = "swin-tiny"
+FOR_AUTO = ("train", "fraction")
+"""Fields of the data group that the preset auto is chosen by."""
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")
 
@@ -31,14 +34,15 @@ def first_settings(
     file: Path | None,
     run_folder: Path | None,
     resume: str | None,
-    train: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
     device: str | None = None,
 ) -> tuple[str, TrainConfig]:
     """Returns where the settings come from, for messages, and the settings before any option.
 
     A preset that is named, on the command line or in the file, is taken in any case; auto only for
     a new run. What fields must be together is not checked yet, since options may still change some
-    of them. `train` and `device` are data.train and run.device of the command line, for auto.
+    of them. `data` and `device` are for auto: those of `FOR_AUTO` that the command line gives, and
+    its run.device.
 
     Raises:
         ValueError: no such preset, or a file that does not hold settings; nothing to choose by.
@@ -52,10 +56,13 @@ def first_settings(
     if resumes and preset in (None, AUTO) and own is not None and own.is_file():
         origin, config = str(own), load_config(own)
     elif preset == AUTO:
-        data, run = values.get("data"), values.get("run")
-        train = train or (isinstance(data, dict) and data.get("train")) or ()
+        of_file, run = values.get("data"), values.get("run")
+        if isinstance(of_file, dict):
+            data = {name: of_file[name] for name in FOR_AUTO if name in of_file} | dict(data or {})
         device = device or (isinstance(run, dict) and run.get("device")) or "auto"
-        origin, config = _choose(DataConfig(train=tuple(train)), device, run_folder or Path())
+        # with the checks of what fields must be together
+        chosen = dataclasses.replace(with_values(DataConfig(), data or {}))
+        origin, config = _choose(chosen, device, run_folder or Path())
     else:
         preset = DEFAULT_PRESET if preset is None else preset
         origin, config = f"the preset {preset}", build_preset(preset)
@@ -78,7 +85,7 @@ def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, Train
 
     from unicl_fast.training.data import open_datasets
 
-    datasets, weights = open_datasets(data)
+    datasets, weights = open_datasets(data, verify=False)
     sizes = np.array([len(dataset) for dataset in datasets])
     sides = [np.minimum(one.samples["height"], one.samples["width"]) for one in datasets]
     parts = sizes / sizes.sum() if weights is None else np.array(weights) / sum(weights)

@@ -39,11 +39,10 @@ from unicl_fast.pipelines.graph import (
 )
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.system.checked_fields import require
-from unicl_fast.system.machine import choose_decode_device, usable_cores
+from unicl_fast.system.machine import choose_decode_device, free_memory, usable_cores
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.data import resolve_decode_device
-from unicl_fast.training.memory_plan import free_memory
 from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 

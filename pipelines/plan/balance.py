@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicl_fast.dataset.arrays import positions_of_ranges
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_bits
 
+from .concepts import Concepts, find_named
 from .order import Int64Array, permute_kernel
 
 
@@ -56,6 +58,19 @@ class Balance:
         tables = self.members, self.first_members, self.first_draws
         found: Int64Array = _samples(epochs, positions, *tables, np.uint64(key))
         return found
+
+
+def balance_dataset(
+    dataset: PackedDataset, most: int, concepts: Concepts | None, *, num_samples: int | None = None
+) -> Balance:
+    """Limits the samples of each class, and of each concept that captions name, to `most`.
+
+    `num_samples` of the data set are taken, the first ones; None takes all.
+    """
+    samples, named = dataset.samples[:num_samples], None
+    if concepts is not None:
+        named = find_named(samples, dataset.captions, dataset.tokens, concepts)
+    return balance_classes(samples, dataset.labels, most, named)
 
 
 def balance_classes(

@@ -32,7 +32,7 @@ from unicl_fast.system.keyed_random import (
 )
 
 from .augment import draw_rows, num_stages, row_width
-from .balance import Balance, balance_classes
+from .balance import Balance
 from .crop import random_windows
 from .order import (
     Int64Array,
@@ -62,8 +62,8 @@ class PlanSource:
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
-    named: tuple[Int64Array, Int64Array] | None = None
-    """The concepts that `find_named` found, for `data.balance_concepts`."""
+    balance: Balance | None = None
+    """The samples that an epoch takes of each class (`data.balance`); None takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,15 +245,10 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source, text=data.text)
-        self.balances = [
-            balance_classes(source.samples, source.labels, data.balance, source.named)
-            if data.balance
-            else None
-            for source in sources
-        ]
+        self.balances = [source.balance for source in sources]
         self.epoch_sizes = [
-            len(source.samples) if balance is None else balance.num_draws
-            for source, balance in zip(sources, self.balances, strict=True)
+            len(source.samples) if source.balance is None else source.balance.num_draws
+            for source in sources
         ]
         if weights is None:
             weights = self.epoch_sizes
@@ -263,7 +258,7 @@ class TrainPlan:
         self.global_batch_size = global_batch_size
         names = [source.name for source in sources]
         _check_sizes(names, self.epoch_sizes, self.weights, global_batch_size=global_batch_size)
-        self._sources = [dataclasses.replace(source, named=None) for source in sources]
+        self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views

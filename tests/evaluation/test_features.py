@@ -17,13 +17,13 @@ from rank_workers import gather_features_of_slices, open_class_folders, ranks_of
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
+from unicl_fast.dataset.feature_files import read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import (
     draw_shots,
     keep_features,
     key_of_features,
-    load_features,
     model_on_ranks,
     split_folds,
     split_validation,
@@ -151,16 +151,18 @@ def test_folds_hold_out_each_sample_once_but_never_a_class_s_only_one(
 def test_kept_features_come_back_and_damaged_ones_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, features = tmp_path / "features" / "key.npy", torch.randn(5, 3)
-    keep_features(path, features)
-    assert torch.equal(load_features(path, num_samples=5), features)
-    with pytest.raises(ValueError, match="6 rows of features were expected"):
-        load_features(path, num_samples=6)
-    path.write_bytes(b"\x93NUMPY\x01\x00 cut")
-    with pytest.raises(ValueError, match="is damaged"):
-        load_features(path, num_samples=5)
+    folder, features = tmp_path / "features", torch.randn(5, 3)
+    keep_features(folder, "key", features)
+    assert np.array_equal(read_features(folder, "key", num_samples=5).rows, features)
+    with pytest.raises(ValueError, match="6 rows are expected"):
+        read_features(folder, "key", num_samples=6)
+    damaged = bytearray((folder / "key.npy").read_bytes())
+    damaged[-1] ^= 1
+    (folder / "key.npy").write_bytes(damaged)
+    with pytest.raises(ValueError, match="are damaged: its xxh3 is .* and they are made again"):
+        read_features(folder, "key", num_samples=5)
     (tmp_path / "file").touch()
-    keep_features(tmp_path / "file" / "key.npy", features)  # a file where the folder should be
+    keep_features(tmp_path / "file", "key", features)  # a file where the folder should be
     assert "features are not kept" in caplog.text
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,12 +14,18 @@ from pack_runs import jpeg
 from packed_sets import Sample, pack
 from torch.nn import functional as F
 
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.data import open_data
+from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
     _read_captions,
+    encode_captioned,
     held_out_loss,
     retrieval,
 )
+from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -90,3 +98,20 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
     with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
         texts = _read_captions(found, dataset, range(6))
     assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
+
+
+def test_messages_name_what_was_given_not_the_folder_it_is_packed_into(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "one.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.jsonl").write_text('{"image": "photos/cat/one.jpg", "caption": "a cat"}\n')
+    on_ranks = ModelOnRanks(Mock(spec=UniCL, text_encoder=object()))
+    with (
+        open_data(str(tmp_path / "photos"), ranks=Ranks()) as data,
+        pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/photos has no captions"),
+    ):
+        encode_captioned(on_ranks, data.dataset)
+    with (
+        open_data(str(tmp_path / "list.jsonl"), ranks=Ranks()) as data,
+        pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/list.jsonl has no classes"),
+    ):
+        evaluate_zero_shot(on_ranks, data.dataset)

@@ -36,7 +36,8 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.ledger.proof import Run, prove
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.pipelines.plan.concepts import find_named, read_concepts
+from unicl_fast.pipelines.plan.balance import balance_dataset
+from unicl_fast.pipelines.plan.concepts import read_concepts
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
 from unicl_fast.stages import lay_out, span_at
 from unicl_fast.text.tokenizer import Tokenizer
@@ -406,10 +407,9 @@ def test_epochs_balanced_by_concepts_are_planned_again_from_the_same_list(tmp_pa
     listed.write_text("dog\nred dog\n")
     other.write_text("dog\n")
     concepts = read_concepts(listed)
-    named = find_named(dataset.samples, dataset.captions, dataset.tokens, concepts)
     source = PlanSource(
         name="set", samples=dataset.samples, labels=dataset.labels, num_templates=0,
-        class_ids=np.empty(0, np.int64), named=named,
+        class_ids=np.empty(0, np.int64), balance=balance_dataset(dataset, 5, concepts),
     )  # fmt: skip
     plan = TrainPlan([source], data=DataConfig(balance=5), global_batch_size=5, seed=3)
     # all red dogs and what is none; of the 16 that are dogs alone as many as 5 of 20

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_inputs import CAPTION_KEY, D, LargestTensor, as_matrix, random_membership, rows, tiles_of
 
+from unicl_fast.objectives import loss_tiled
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE, _blocks
 from unicl_fast.objectives.positives import Membership
@@ -37,6 +38,27 @@ def assert_forms_agree(
         torch.testing.assert_close(
             tiled, dense, rtol=1e-10, atol=1e-12 * max(1, scale, float(dense.detach().abs().max()))
         )
+
+
+def test_columns_are_not_summed_up_where_only_rows_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Words have 49,408 columns to some hundred rows."""
+    dims, plain = [], loss_tiled._accumulate
+
+    def accumulate(logits: Any, scratch: Any, dim: int, *sums: Any) -> None:
+        dims.append(dim)
+        plain(logits, scratch, dim, *sums)
+
+    monkeypatch.setattr(loss_tiled, "_accumulate", accumulate)
+    images, texts = rows(5, seed=0), rows(9, seed=1)
+    for directions, expected in (("i2t", {1}), ("t2i", {0, 1}), ("both", {0, 1})):
+        assert_forms_agree(
+            images, texts, torch.arange(5), 10.0, text_class_ids=torch.arange(9),
+            directions=directions,
+        )  # fmt: skip
+        assert set(dims) == expected
+        dims.clear()
 
 
 structures = st.sampled_from(["one class", "all distinct", "three classes", "keys of captions"])

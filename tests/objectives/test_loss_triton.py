@@ -287,6 +287,7 @@ def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
             for dtype, options in [
                 (torch.bfloat16, {}),
                 (torch.bfloat16, {"counted": False, "exclude_self": True}),
+                (torch.bfloat16, {"counted": False, "with_columns": False}),
                 (torch.float32, {}),
                 (torch.float32, {"counted": False, "exclude_self": True}),
                 (torch.float32, {"precision": "tf32"}),
@@ -315,17 +316,19 @@ def compile_loss(
     folder: Path,
     counted: bool = True,
     exclude_self: bool = False,
+    with_columns: bool = True,
     precision: str | None = None,
 ) -> Any:
     """What a launch with such features would compile."""
     from unicl_fast.objectives.loss_triton import BLOCKS, _precision
 
-    blocks = BLOCKS[dtype]._asdict()
+    blocks, names = BLOCKS[dtype]._asdict(), set(kernel.arg_names)
     constants = {
         "exclude_self": exclude_self,
         "precision": precision or _precision(dtype),
         **{name: blocks[name] for name in ("height", "width", "depth")},
         **({} if counted else {"counts": None}),
+        **({} if with_columns else dict.fromkeys({"by_columns", "of_columns"} & names)),
     }
     wide = TYPES[torch.promote_types(dtype, torch.float32)]
     features = dict.fromkeys(("images", "texts", "gradient"), f"*{TYPES[dtype]}")

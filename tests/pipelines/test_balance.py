@@ -39,9 +39,16 @@ def source_of(labels: list[list[int]], *, name: str = "data") -> PlanSource:
     )  # fmt: skip
 
 
-def plan_of(*sources: PlanSource, batch: int, balance: int, **options: Any) -> TrainPlan:
+def plan_of(
+    *sources: PlanSource, batch: int, balance: int, named: Any = None, **options: Any
+) -> TrainPlan:
     return TrainPlan(
-        sources,
+        [
+            dataclasses.replace(
+                source, balance=balance_classes(source.samples, source.labels, balance, named)
+            )
+            for source in sources
+        ],
         data=DataConfig(balance=balance),
         global_batch_size=batch,
         **({"seed": 0} | options),
@@ -224,21 +231,21 @@ def test_what_captions_name_counts_as_a_class(
     random = np.random.default_rng(seed)
     named = [sorted(set(random.integers(0, 4, random.integers(0, 3)).tolist())) for _ in labels]
     counts, flat = np.array(list(map(len, named))), [one for each in named for one in each]
-    source = dataclasses.replace(source_of(labels), named=(counts, np.array(flat, dtype=np.int64)))
+    source, found = source_of(labels), (counts, np.array(flat, dtype=np.int64))
     largest = max((label for one in labels for label in one), default=-1)
     concepts = [
         one + [largest + 1 + k for k in more] for one, more in zip(labels, named, strict=True)
     ]
     sizes = Counter(one for each in concepts for one in each)
     rarest = [min(each, key=lambda one: (sizes[one], one)) if each else -1 for each in concepts]
-    plan = plan_of(source, batch=1, balance=most, seed=seed)
+    plan = plan_of(source, batch=1, balance=most, named=found, seed=seed)
     (size,) = plan.epoch_sizes
     start = first_epoch * size
     epoch = np.concatenate(
         [plan.batch(start + i, rank=0, world_size=1).sample_ids for i in range(size)]
     )
     assert len(np.unique(epoch)) == size
-    again = plan_of(source, batch=size, balance=most, seed=seed)
+    again = plan_of(source, batch=size, balance=most, named=found, seed=seed)
     ranks = [
         again.batch(first_epoch, rank=rank, world_size=size).sample_ids for rank in range(size)
     ]

@@ -26,7 +26,6 @@ from unicl_fast.system import kernels
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.tools.doctor import machine, packages
 from unicl_fast.tools.doctor.rows import Found
-from unicl_fast.training import memory_plan
 
 Patch = pytest.MonkeyPatch
 
@@ -311,7 +310,7 @@ def test_other_processes_on_the_cores(monkeypatch: Patch, busy: float, state: st
 
 @pytest.mark.parametrize(("free", "state"), [(16e9, "ok"), (2e9, "warning"), (0.5e9, "fault")])
 def test_little_memory(monkeypatch: Patch, free: float, state: str) -> None:
-    monkeypatch.setattr(memory_plan, "free_memory", lambda device: int(free))
+    monkeypatch.setattr(machine, "free_memory", lambda device: int(free))
     assert machine.check_memory().state == state
 
 

@@ -243,11 +243,18 @@ def test_auto_looks_at_the_data_and_comes_before_file_and_options(
         "the preset mixed-small, which auto took: 5 images, no GPU, no package"
     )
     assert arguments.run.global_batch_size == 4
+    with monkeypatch.context() as patch:  # the run verifies what it opens
+        patch.setattr("unicl_fast.dataset.reader.verify_arrays", None)
+        two = ("--preset", "auto", *data, "--data.fraction", "0.4", "--out", "out")
+        origin, _ = parse_with_origin(list(map(str, two)))
+    assert "auto took: 2 images" in origin
     assert arguments.model == build_preset("mixed-small").model
     file = write(
         tmp_path / "run.yaml",
-        f"preset: auto\ndata: {{train: [{photos}=1.0]}}\nrun: {{global_batch_size: 2, seed: 3}}",
+        f"preset: auto\ndata: {{train: [{photos}=1.0], fraction: [0.6]}}\n"
+        "run: {global_batch_size: 2, seed: 3}",
     )
+    assert "3 images" in parse_with_origin(["--config", str(file), "--out", "out"])[0]
     config = settings_of("--config", file, "--run.seed", "4")
     assert (config.run.global_batch_size, config.run.seed) == (2, 4)
     with pytest.raises(ValueError, match="auto chooses by the data: give --data.train DIR"):

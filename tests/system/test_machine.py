@@ -256,3 +256,33 @@ def test_memory_is_what_lies_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", fail)
     assert resident_bytes() is None  # another system than Linux
     assert cpu_times()[1:] == (0, 0)
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = machine.free_memory(torch.device("cpu"))
+    assert 1e8 < whole < 1e14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.free_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
+
+
+def test_files_that_were_read_are_no_obstacle(tmp_path: Path) -> None:
+    """A control group's limit, less what it uses, plus what it would give up."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\nactive_file 70\n")
+    assert machine._free_in_group(tmp_path) == 670
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000", 670), (str(2**63 - 4096), None)])
+def test_a_limit_of_the_first_control_groups_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
+) -> None:
+    (tmp_path / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (tmp_path / "memory.usage_in_bytes").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("total_inactive_file 500\ntotal_active_file 70\n")
+    groups = {"": [], "memory": [tmp_path]}
+    monkeypatch.setattr(machine, "control_groups", lambda controller="": groups[controller])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    free = machine.free_memory(torch.device("cpu"))
+    assert free == expected or (expected is None and free > 10**6)

@@ -21,6 +21,7 @@ from unicl_fast.system.machine import (
     cores_of_rank,
     cpu_times,
     describe_cores,
+    free_memory,
     quota_of_cores,
     usable_cores,
 )
@@ -221,8 +222,6 @@ def check_other_processes() -> Found:
 
 def check_memory() -> Found:
     import torch
-
-    from unicl_fast.training.memory_plan import free_memory
 
     fields = dict(line.split(":") for line in _MEMORY_INFO.read_text(encoding="utf-8").splitlines())
     total = int(fields["MemTotal"].split()[0]) * 1024

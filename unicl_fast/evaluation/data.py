@@ -175,6 +175,8 @@ def open_data(
                         _pack(spec, folder, class_names=class_names)
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
+        if not is_packed:
+            dataset.location = spec  # messages name what was given, not the temporary folder
         names = dataset.manifest.class_names
         if class_names:
             given = read_label_space(class_names).names

@@ -4,8 +4,7 @@ Ranks share the images of a data set: rank r of w takes the samples r, r + w, r 
 
 A linear probe and its many fits, nearest neighbours and the first head of fine-tuning need the same
 features of labelled images again and again, and only the encoder takes long. They are kept in a
-folder; the name of a file is a checksum of everything that decides the features, so nothing stale
-is ever read.
+folder, as `dataset.feature_files` says.
 """
 
 from __future__ import annotations
@@ -30,7 +29,12 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationBatch, EvaluationLoader, send
 from unicl_fast.checkpoints.load import find_model, load_model
-from unicl_fast.dataset.feature_files import feature_key
+from unicl_fast.dataset.feature_files import (
+    feature_key,
+    has_features,
+    read_features,
+    seal_features,
+)
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
 from unicl_fast.distributed.ranks import (
@@ -51,7 +55,6 @@ from unicl_fast.models.precision import (
     set_device_arithmetic,
 )
 from unicl_fast.models.unicl import UniCL, weights_digest
-from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
@@ -442,16 +445,16 @@ def extract_sets(
                 opened.append(data)
                 labels = data.labels_among(opened[0])
                 key = key_of_features(model, data.dataset, layer=command.layer, weights=weights)
-                path = folder / f"{key}.npy"
-                features, is_kept = None, from_rank_0(keeps and path.is_file(), ranks)
+                features, is_kept = None, from_rank_0(keeps and has_features(folder, key), ranks)
                 if not is_kept:
                     features = on_ranks.features(data.dataset, layer=command.layer)
                 with rank_0_alone(ranks):
                     if is_kept and ranks.is_main:
-                        features = load_features(path, num_samples=len(data.dataset))
+                        kept = read_features(folder, key, num_samples=len(data.dataset))
+                        features = torch.from_numpy(np.array(kept.rows))
                         print(f"features of {spec}: found again")
                     elif keeps and features is not None:
-                        keep_features(path, features)
+                        keep_features(folder, key, features)
                     if features is not None:
                         features = features.to(device_of(model), dtype)
                         found.append(with_labels(features, labels, what=spec))
@@ -480,25 +483,17 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weigh
     )
 
 
-def load_features(path: Path, *, num_samples: int) -> Float[Tensor, "n d"]:
-    """Reads kept features; a damaged file is a ValueError."""
+def keep_features(folder: Path, key: str, features: Float[Tensor, "n d"]) -> None:
+    """Stores features whole or not at all; a disk that refuses is a warning and no error."""
+    aside = folder / f".{key}.{os.getpid()}.partial"
     try:
-        values = np.load(path, allow_pickle=False)
-        if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
-            raise ValueError(
-                f"{num_samples} rows of features were expected, {values.dtype} "
-                f"{list(values.shape)} came"
-            )
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it") from error
-    return torch.from_numpy(values)
-
-
-def keep_features(path: Path, features: Float[Tensor, "n d"]) -> None:
-    """Writes features whole or not at all; a disk that refuses is a warning and no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as aside, aside.open("wb") as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
+        dtype = str(features.dtype).removeprefix("torch.")
+        seal_features(aside, folder, key, dtype=dtype, unreadable=())
     except OSError as error:
-        logger.warning("features are not kept: %s cannot be written: %s", path, error)
+        logger.warning("features are not kept: %s cannot be written: %s", folder, error)
+    finally:
+        with contextlib.suppress(OSError):  # where it has its name, or was never made
+            aside.unlink()

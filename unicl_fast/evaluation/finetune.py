@@ -374,7 +374,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
     """The checkpoint's config with the data and batches of this training."""
     data = dataclasses.replace(
         config.data,
-        train=(str(train.dataset.folder),),
+        train=(train.dataset.location,),
         fraction=(1.0,),
         evaluate=(),
         text="labels",

@@ -185,7 +185,7 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     captioned = np.flatnonzero(counts)
     if not len(captioned):
         raise ValueError(
-            f"{dataset.folder} has no captions: retrieval needs a data set packed with a caption "
+            f"{dataset.location} has no captions: retrieval needs a data set packed with a caption "
             "column; for labels there is unicl-eval zero-shot"
         )
     images = on_ranks.features(dataset)

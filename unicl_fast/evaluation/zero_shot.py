@@ -101,7 +101,7 @@ def evaluate_zero_shot(
     model = on_ranks.model
     class_names = tuple(class_names) or dataset.manifest.class_names
     if not class_names:
-        raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled images")
+        raise ValueError(f"{dataset.location} has no classes: zero-shot needs labelled images")
     if rows_of_classes is not None and model.class_rows is not None:
         classifier = model.class_rows.detach()[torch.from_numpy(rows_of_classes)]
     else:

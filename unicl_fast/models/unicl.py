@@ -86,23 +86,7 @@ class UniCL(nn.Module):
                 drops_tokens=any(stage.model.token_drop for stage in settings),
                 other_sizes=[stage.data.image_size for stage in settings],
             )
-            self.text_encoder = None
-            if objective.has_texts:
-                self.text_encoder = TextEncoder(
-                    vocab_size=model.vocab_size,
-                    context_length=model.context_length,
-                    width=model.text_width,
-                    layers=model.text_layers,
-                    heads=model.text_heads,
-                    settings=TextSettings(
-                        activation=model.text_activation,
-                        causal=model.text_causal,
-                        pool=model.text_pool,
-                        mlp_ratio=model.text_mlp_ratio,
-                        norm_eps=model.text_norm_eps,
-                    ),
-                    source_token=model.source_token,
-                )
+            self.text_encoder = _text_encoder(model) if objective.has_texts else None
             image_width = feature_width(self.image_encoder)
             self.image_projection = self.image_projection_bias = self.class_rows = None
             self.text_projection = self.text_projection_bias = None
@@ -322,6 +306,24 @@ def weights_digest(model: UniCL, *prefixes: str) -> str:
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _text_encoder(model: ModelConfig) -> TextEncoder:
+    return TextEncoder(
+        vocab_size=model.vocab_size,
+        context_length=model.context_length,
+        width=model.text_width,
+        layers=model.text_layers,
+        heads=model.text_heads,
+        settings=TextSettings(
+            activation=model.text_activation,
+            causal=model.text_causal,
+            pool=model.text_pool,
+            mlp_ratio=model.text_mlp_ratio,
+            norm_eps=model.text_norm_eps,
+        ),
+        source_token=model.source_token,
+    )
 
 
 def _projection(

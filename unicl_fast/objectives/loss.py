@@ -166,8 +166,9 @@ def unified_contrastive_loss(
             text_counts=text_counts,
             exclude_self=exclude_self,
             form=form,
+            with_columns=directions != "i2t",
         )
-        complete, i2t = all_reduce(None if directions == "i2t" else columns, rows.losses().mean())
+        complete, i2t = all_reduce(columns, rows.losses().mean())
         if complete is None:
             return i2t
         text_losses = complete.losses()
@@ -270,10 +271,12 @@ def logit_statistics(
     text_counts: Int[Tensor, " u"] | None = None,
     exclude_self: bool = False,
     form: LossForm = "auto",
-) -> tuple[LogitStatistics, LogitStatistics]:
+    with_columns: bool = True,
+) -> tuple[LogitStatistics, LogitStatistics | None]:
     """Computes the statistics of rows (images) and columns (texts) of the logits s u_i.v_k.
 
-    The arguments are those of `unified_contrastive_loss`, already checked.
+    The arguments are those of `unified_contrastive_loss`, already checked. Columns are None where
+    they are not asked for.
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
@@ -284,12 +287,14 @@ def logit_statistics(
     if form == "dense":
         weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
         logits = scale * (images @ texts.T)
-        return _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
+        return _dense_statistics(
+            logits, weights, counts, exclude_self=exclude_self, with_columns=with_columns
+        )
     positives = find_positives(
         class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
     )
     tiles_type = _triton_tiles() if form == "triton" else TorchTiles
-    return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type)
+    return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type, with_columns)
 
 
 def as_operands(
@@ -333,22 +338,29 @@ def _tiled_statistics(
     positives: Positives,
     transposed: Positives,
     tiles_type: type[Tiles],
-) -> tuple[LogitStatistics, LogitStatistics]:
+    with_columns: bool,
+) -> tuple[LogitStatistics, LogitStatistics | None]:
     """`logit_statistics` without a stored logit."""
-    row_logs, column_logs, row_sums, column_sums = TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        images, texts, scale, counts, positives, transposed, tiles_type
+    row_logs, row_sums, *of_columns = TiledStatistics.apply(  # type: ignore[no-untyped-call]
+        images, texts, scale, counts, positives, transposed, tiles_type, with_columns
     )
     row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
+    rows = LogitStatistics(row_logs, row_sums, row_weights)
+    if not with_columns:
+        return rows, None
+    column_logs, column_sums = of_columns
     column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)
-    return (
-        LogitStatistics(row_logs, row_sums, row_weights),
-        LogitStatistics(column_logs, column_sums, column_weights),
-    )
+    return rows, LogitStatistics(column_logs, column_sums, column_weights)
 
 
 def _dense_statistics(
-    logits: Float[Tensor, "b u"], weights: Tensor, counts: Tensor | None, *, exclude_self: bool
-) -> tuple[LogitStatistics, LogitStatistics]:
+    logits: Float[Tensor, "b u"],
+    weights: Tensor,
+    counts: Tensor | None,
+    *,
+    exclude_self: bool,
+    with_columns: bool,
+) -> tuple[LogitStatistics, LogitStatistics | None]:
     """The same from all logits, and the weights [b u] of all pairs as positives."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
@@ -362,7 +374,7 @@ def _dense_statistics(
             logits.logsumexp(dim), weighted.sum(dim), weights.sum(dim, dtype=logits.dtype)
         )
 
-    columns = statistics(logits, weights, weighted, dim=0)
+    columns = statistics(logits, weights, weighted, dim=0) if with_columns else None
     if counts is not None:
         logits = logits + counts.log()
         weighted, weights = weighted * counts, weights * counts

@@ -42,7 +42,8 @@ class TiledStatistics(torch.autograd.Function):
         positives: Positives,
         transposed: Positives,
         tiles_type: type[Tiles],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with_columns: bool,
+    ) -> tuple[Tensor, ...]:
         """Computes statistics of each image [b] and each text [u], differentiable in all features.
 
         Both features are fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
@@ -50,29 +51,32 @@ class TiledStatistics(torch.autograd.Function):
         W^T; pairs (i, i) that they leave out are left out of the log-sum-exps too.
 
         Returns:
-            log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
-            sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
+            log sum_k m_k exp(s u_i.v_k) and sum_k W_ik m_k s u_i.v_k of each image i; and unless
+            `with_columns` is False, log sum_i exp(s u_i.v_k) and sum_i W_ik s u_i.v_k of each text
+            k. Where there may be many more texts than images, they are most of the work.
         """
         exclude_self = positives.self_weights is not None
         factor = scale * LOG2_E
         tiles = tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
-        row_logs, column_logs = tiles.log2_sum_exps()
+        row_logs, column_logs = tiles.log2_sum_exps(with_columns=with_columns)
         dtype = scale.dtype
         row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
-        column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
         ctx.save_for_backward(images, texts, scale, counts, row_logs, column_logs)
         ctx.positives, ctx.transposed, ctx.tiles_type = positives, transposed, tiles_type
-        positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
-        return row_logs / LOG2_E, column_logs / LOG2_E, *positive_sums
+        of_rows = row_logs / LOG2_E, row_positives.mul_(scale)
+        if not with_columns:
+            return of_rows
+        column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
+        return *of_rows, column_logs / LOG2_E, column_positives.mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any,
         grad_row_logs: Tensor,
-        grad_column_logs: Tensor,
         grad_row_sums: Tensor,
-        grad_column_sums: Tensor,
+        grad_column_logs: Tensor | None = None,
+        grad_column_sums: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The gradients of features and scale.
 
@@ -88,13 +92,15 @@ class TiledStatistics(torch.autograd.Function):
         if want_images:
             wide = texts.to(scale.dtype)
             grad_images = positives.times(wide, counts).mul_(grad_row_sums.unsqueeze(1))
-            grad_images += positives.times(wide, grad_column_sums)
+            if grad_column_sums is not None:
+                grad_images += positives.times(wide, grad_column_sums)
         if want_texts:
             wide = images.to(scale.dtype)
             grad_texts = transposed.times(wide, grad_row_sums)
             if counts is not None:
                 grad_texts.mul_(counts.unsqueeze(1))
-            grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
+            if grad_column_sums is not None:
+                grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
         exclude_self = positives.self_weights is not None
         factor = scale * LOG2_E
@@ -110,7 +116,7 @@ class TiledStatistics(torch.autograd.Function):
             grad_images = grad_images.mul_(scale).to(images.dtype)
         if grad_texts is not None:
             grad_texts = grad_texts.mul_(scale).to(texts.dtype)
-        return grad_images, grad_texts, grad_scale, None, None, None, None
+        return grad_images, grad_texts, grad_scale, None, None, None, None, None
 
 
 class Tiles:
@@ -133,10 +139,13 @@ class Tiles:
         self.log2_counts = None if counts is None else counts.log2()
         self.rows, self.columns = _blocks(len(images), len(texts), images.device.type)
 
-    def log2_sum_exps(self) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
+    def log2_sum_exps(
+        self, *, with_columns: bool = True
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
         """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
 
-        Where there is nothing to sum it is the lowest finite number.
+        Where there is nothing to sum it is the lowest finite number. Those of columns mean nothing
+        if they are not asked for.
         """
         raise NotImplementedError
 
@@ -145,12 +154,12 @@ class Tiles:
         row_logs: Float[Tensor, " b"],
         column_logs: Float[Tensor, " u"],
         grad_row_logs: Float[Tensor, " b"],
-        grad_column_logs: Float[Tensor, " u"],
+        grad_column_logs: Float[Tensor, " u"] | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields rows, columns, and the gradient of their logits [r c] through the log-sum-exps.
 
-        The logs are those of `log2_sum_exps`. A gradient has the features' type, and is valid
-        until the next one is asked for.
+        The logs are those of `log2_sum_exps`; without a gradient those of columns are not read. A
+        gradient has the features' type, and is valid until the next one is asked for.
         """
         raise NotImplementedError
 
@@ -166,13 +175,14 @@ class TorchTiles(Tiles):
         wide = self.images.dtype == self.factor.dtype
         self._narrow = None if wide else self.images.new_empty(size)
 
-    def log2_sum_exps(self) -> tuple[Tensor, Tensor]:
+    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         lowest = torch.finfo(self.factor.dtype).min  # finite: no infinity is ever subtracted
         row_maxima = self.factor.new_full((len(self.images),), lowest)
         column_maxima = self.factor.new_full((len(self.texts),), lowest)
         row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
         for rows, columns, logits, scratch in self:
-            _accumulate(logits, scratch, 0, column_maxima[columns], column_sums[columns])
+            if with_columns:
+                _accumulate(logits, scratch, 0, column_maxima[columns], column_sums[columns])
             if self.log2_counts is not None:
                 logits.add_(self.log2_counts[columns])
             _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
@@ -187,7 +197,7 @@ class TorchTiles(Tiles):
         row_logs: Tensor,
         column_logs: Tensor,
         grad_row_logs: Tensor,
-        grad_column_logs: Tensor,
+        grad_column_logs: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         for rows, columns, logits, scratch in self:
             # scratch = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
@@ -195,7 +205,9 @@ class TorchTiles(Tiles):
             if self.log2_counts is not None:
                 scratch.add_(self.log2_counts[columns])
             scratch.exp2_().mul_(grad_row_logs[rows].unsqueeze(1))
-            scratch.addcmul_(logits.sub_(column_logs[columns]).exp2_(), grad_column_logs[columns])
+            if grad_column_logs is not None:
+                of_columns = logits.sub_(column_logs[columns]).exp2_()
+                scratch.addcmul_(of_columns, grad_column_logs[columns])
             if self._narrow is None:
                 yield rows, columns, scratch
             else:

@@ -64,9 +64,12 @@ class TritonTiles(Tiles):
             self.log2_counts.clamp_(min=_LOWEST.value)
         self._blocks = BLOCKS[images.dtype]
 
-    def log2_sum_exps(self) -> tuple[Tensor, Tensor]:
+    def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         b, u, (height, width, *_) = len(self.images), len(self.texts), self._blocks
         by_rows = self.factor.new_empty(triton.cdiv(u, width), b)
+        if not with_columns:
+            self._launch(_sum_exps, slice(0, b), slice(0, u), by_rows, None)
+            return _join(by_rows), self.factor.new_zeros(u)
         by_columns = self.factor.new_empty(triton.cdiv(b, height), u)
         self._launch(_sum_exps, slice(0, b), slice(0, u), by_rows, by_columns)
         return _join(by_rows), _join(by_columns)
@@ -76,10 +79,12 @@ class TritonTiles(Tiles):
         row_logs: Tensor,
         column_logs: Tensor,
         grad_row_logs: Tensor,
-        grad_column_logs: Tensor,
+        grad_column_logs: Tensor | None,
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         of_rows = torch.stack([row_logs, grad_row_logs])
-        of_columns = torch.stack([column_logs, grad_column_logs])
+        of_columns = None
+        if grad_column_logs is not None:
+            of_columns = torch.stack([column_logs, grad_column_logs])
         memory = self.images.new_empty(self.rows[0].stop * self.columns[0].stop)
         for rows in self.rows:
             for columns in self.columns:
@@ -90,12 +95,12 @@ class TritonTiles(Tiles):
                     rows,
                     columns,
                     of_rows[:, rows].contiguous(),
-                    of_columns[:, columns].contiguous(),
+                    None if of_columns is None else of_columns[:, columns].contiguous(),
                     gradient,
                 )
                 yield rows, columns, gradient
 
-    def _launch(self, kernel: Any, rows: slice, columns: slice, *operands: Tensor) -> None:
+    def _launch(self, kernel: Any, rows: slice, columns: slice, *operands: Tensor | None) -> None:
         """Runs a kernel over the logits of these rows and columns."""
         images, texts = self.images[rows], self.texts[columns]
         counts = None if self.log2_counts is None else self.log2_counts[columns]
@@ -205,7 +210,10 @@ def _sum_exps(
     width: tl.constexpr,
     depth: tl.constexpr,
 ) -> None:
-    """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u]."""
+    """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u].
+
+    Without `by_columns` those of columns are left out.
+    """
     row, column, rows, columns, logits, exists = _tile(
         images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
     )
@@ -216,8 +224,9 @@ def _sum_exps(
         weighted += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
     of_rows = by_rows + column.to(tl.int64) * b + rows
     tl.store(of_rows, _log2_sum_exp(weighted, 1), mask=rows < b)
-    of_columns = by_columns + row.to(tl.int64) * u + columns
-    tl.store(of_columns, _log2_sum_exp(logits, 0), mask=columns < u)
+    if by_columns is not None:
+        of_columns = by_columns + row.to(tl.int64) * u + columns
+        tl.store(of_columns, _log2_sum_exp(logits, 0), mask=columns < u)
 
 
 @triton.jit(do_not_specialize=["b", "u", "offset"])
@@ -241,19 +250,22 @@ def _logit_gradients(
 ) -> None:
     """Stores g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k) in [b, u].
 
-    `of_rows` [2, b] are the log-sum-exps and their gradients g, `of_columns` [2, u] those of h.
+    `of_rows` [2, b] are the log-sum-exps and their gradients g, `of_columns` [2, u] those of h, or
+    None where columns have no gradients.
     """
     _, _, rows, columns, logits, exists = _tile(
         images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
     )
     row_logs = tl.load(of_rows + rows, mask=rows < b, other=0)[:, None]
     grad_row_logs = tl.load(of_rows + b + rows, mask=rows < b, other=0)[:, None]
-    column_logs = tl.load(of_columns + columns, mask=columns < u, other=0)[None, :]
-    grad_column_logs = tl.load(of_columns + u + columns, mask=columns < u, other=0)[None, :]
-    by_column = grad_column_logs * tl.exp2(logits - column_logs)
+    total = tl.zeros_like(logits)
+    if of_columns is not None:
+        column_logs = tl.load(of_columns + columns, mask=columns < u, other=0)[None, :]
+        grad_column_logs = tl.load(of_columns + u + columns, mask=columns < u, other=0)[None, :]
+        total = grad_column_logs * tl.exp2(logits - column_logs)
     if counts is not None:
         logits += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
-    total = by_column + grad_row_logs * tl.exp2(logits - row_logs)
+    total += grad_row_logs * tl.exp2(logits - row_logs)
     where = gradient + rows.to(tl.int64)[:, None] * u + columns[None, :]
     stored = (rows < b)[:, None] & (columns < u)[None, :]
     tl.store(where, tl.where(exists, total, 0).to(gradient.dtype.element_ty), mask=stored)

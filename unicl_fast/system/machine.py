@@ -48,6 +48,8 @@ STORE_SOCKET = "UNICL_STORE_SOCKET"
 _LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MY_CGROUP = Path("/proc/self/cgroup")
+_NO_LIMIT = 2**60
+"""Control groups of version 1 say so large a number where there is no limit on memory."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEVICES = Path("/dev")
 _GPUS = ("nvidia[0-9]*", "kfd", "dxg")
@@ -163,6 +165,40 @@ def _quotas() -> list[int]:
         if quota not in ("max", "-1"):
             found.append(-(-int(quota) // int(period)))
     return found
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank can still have: of its device, or its part of the host's."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    free: float = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
+    for folder in control_groups():
+        free = min(free, _free_in_group(folder))
+    for folder in control_groups("memory"):  # of version 1
+        free = min(free, _free_in_group(folder, "limit_in_bytes", "usage_in_bytes", "total_"))
+    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_in_group(
+    folder: Path, limit: str = "max", used: str = "current", prefix: str = ""
+) -> float:
+    path = folder / f"memory.{limit}"
+    most = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
+    if most == "max" or int(most) >= _NO_LIMIT:
+        return math.inf
+    files = _fields_of(folder / "memory.stat")
+    # files that were read count as used, and make room when it is needed
+    reclaimed = files[f"{prefix}inactive_file"] + files[f"{prefix}active_file"]
+    return int(most) - int((folder / f"memory.{used}").read_text(encoding="utf-8")) + reclaimed
+
+
+def _fields_of(path: Path) -> dict[str, int]:
+    lines = (
+        line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    return {name: int(value) for name, value, *_ in lines}
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:

@@ -95,18 +95,9 @@ def back_propagate_in_micro_batches(
     autocast = functools.partial(encoder_autocast, config, ranks, batch.images.device.type)
     size = config.efficiency.micro_batch_size
     pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
-    pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
-    if divides_all(config, ranks):  # all ranks send parameters for each piece
-        tokens, num_tokens, class_ids, counts = pieces[-1]
-        again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
-        pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
-    texts = [
-        (tokens, num_tokens, kinds_of_texts(class_ids, config))
-        for tokens, num_tokens, class_ids, _ in pieces
-    ]
-    text_counts = torch.cat([counts for _, _, _, counts in pieces])
+    texts, text_class_ids, text_counts = _texts_in_pieces(batch, config, ranks)
     columns = TextColumns(
-        torch.cat([class_ids for _, _, class_ids, _ in pieces]),
+        text_class_ids,
         text_counts,
         ranks,
         ancestors=ancestors,
@@ -116,6 +107,17 @@ def back_propagate_in_micro_batches(
     def input_of(images: Tensor, global_index: Tensor) -> Tensor:
         model.set_drop_path_key(step=batch.step, global_index=global_index)
         return encoder_input(images, config)
+
+    def encode_images(images: Tensor, global_index: Tensor) -> Tensor:
+        return model.encode_image(input_of(images, global_index))
+
+    def encode_again(encode: Callable[[], Tensor], gradient: Tensor) -> None:
+        begin("forward")
+        # one autocast for each graph: weights cast in one must not be found in the next one's cache
+        with autocast():
+            features = encode()
+        begin("backward")
+        features.backward(gradient)
 
     # one autocast for all micro-batches of an encoder: its weights are cast once
     with torch.no_grad(), autocast():
@@ -127,7 +129,7 @@ def back_propagate_in_micro_batches(
         with torch.no_grad(), autocast():
             pixels = [(model.image_encoder(input_of(*piece)), piece[1]) for piece in pixels]
     with torch.no_grad(), autocast():
-        image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
+        image_features = torch.cat([encode_images(*piece) for piece in pixels])
         scale = model.scale
     scale.requires_grad_()
     bias, projection, word_rows = (
@@ -155,19 +157,10 @@ def back_propagate_in_micro_batches(
     # a tower without anything to train is not encoded again, but for a text encoder's last piece
     pixels_again = pixels[:-1] if is_trained(model, "image") else []
     texts_again = texts[:-1] if is_trained(model, "text") else []
-    # one autocast for each graph: weights cast in one must not be found in the cache of the next
     for images, gradient in zip(pixels_again, image_gradients, strict=False):
-        begin("forward")
-        with autocast():
-            image_features = model.encode_image(input_of(*images))
-        begin("backward")
-        image_features.backward(gradient)
+        encode_again(functools.partial(encode_images, *images), gradient)
     for rows, gradient in zip(texts_again, text_gradients, strict=False):
-        begin("forward")
-        with autocast():
-            text_features = model.encode_text(*rows)
-        begin("backward")
-        text_features.backward(gradient)
+        encode_again(functools.partial(model.encode_text, *rows), gradient)
     begin("forward")
     with autocast():
         last = [one for one in encode(input_of(*pixels[-1]), *texts[-1]) if one is not None]
@@ -183,6 +176,23 @@ def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor
     """
     learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
     torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
+
+
+def _texts_in_pieces(
+    batch: Batch, config: TrainConfig, ranks: Ranks
+) -> tuple[list[tuple[Tensor, int | None, Tensor | None]], Tensor, Tensor]:
+    """The arguments of `encode_text` for each micro-batch, and all class ids [u] and counts [u]."""
+    pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
+    if divides_all(config, ranks):  # all ranks send parameters for each piece
+        tokens, num_tokens, class_ids, counts = pieces[-1]
+        again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
+        pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
+    texts = [
+        (tokens, num_tokens, kinds_of_texts(class_ids, config))
+        for tokens, num_tokens, class_ids, _ in pieces
+    ]
+    _, _, class_ids_of_all, counts_of_all = zip(*pieces, strict=True)
+    return texts, torch.cat(class_ids_of_all), torch.cat(counts_of_all)
 
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:

@@ -40,8 +40,13 @@ _MOST_TIMES = 1.2
 """Machines that together read a remote data set more often in an epoch get a warning."""
 
 
-def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
+def open_datasets(
+    data: DataConfig, *, verify: bool = True
+) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens what `data.train` names, DIR or DIR=WEIGHT each, as far as `data.fraction` says.
+
+    Without `verify`, for a first look before the run opens them, arrays are not compared with their
+    checksums, and nothing is warned of.
 
     Returns:
         The data sets and their weights; None where no weight was given.
@@ -65,9 +70,11 @@ def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | 
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     limit, cache = data.max_bad_fraction, cache_options(data)
     datasets = [
-        PackedDataset(folder, fraction=fraction, max_bad_fraction=limit, cache=cache)
+        PackedDataset(folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache)
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
+    if not verify:
+        return datasets, given or None
     for dataset in datasets:
         _warn_of_traffic(dataset, data)
     if given and not math.isclose(total := sum(given), 1, rel_tol=1e-6):
@@ -315,7 +322,7 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
         if num_unlabelled or not dataset.manifest.class_names:
             raise ValueError(
                 f"objective.name={objective.name} learns from labels, and {num_unlabelled:,} of "
-                f"the {len(dataset):,} samples of {dataset.folder} have none"
+                f"the {len(dataset):,} samples of {dataset.location} have none"
                 + ("" if num_unlabelled else "; its labels have no class names")
                 + ": leave it out, or take objective.name=unicl"
             )

@@ -14,10 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +38,7 @@ from unicl_fast.models.sharding import check_sharding, largest_load
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import stores_logits
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.system.machine import control_groups
+from unicl_fast.system.machine import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +53,6 @@ _DENSE_COPIES = 7.25
 """Matrices as large as the logits that the dense loss holds at its peak, in backward: 7.3 by the
 peak memory of a process (torch 2.13, CPU), of which the products, the logits with and without
 counts, the weighted logits twice, and two gradients make 7; masks of a byte are the rest."""
-_NO_LIMIT = 2**60
-"""Control groups of version 1 say so large a number where there is no limit on memory."""
 _BATCHES_IN_FLIGHT = 4
 """Decoded batches of a rank beside the one of the step: those of both decoding graphs."""
 
@@ -135,15 +130,9 @@ def plan(
         updated = number_bytes * largest_load(encoders.trainable_sizes, world_size)
     # frozen parameters are their own average, but where they are divided
     averages = (divided if shard == "full" else gradients) if config.optim.ema_decay else 0
-    num_columns = views * config.run.global_batch_size
-    if objective.name == "ce":
-        num_columns = sum(objective.num_classes)
-    width = encoders.feature_width
-    is_gathered = world_size > 1 and objective.name != "ce"
-    gathered = num_columns * width * number_bytes if is_gathered else 0
-    loss = _loss_bytes(config, views * batch, num_columns, width, device_type)
-    if objective.words:
-        loss += _loss_bytes(config, batch, objective.num_words, width + 1, device_type)
+    width, gathered = encoders.feature_width, 0
+    if world_size > 1 and objective.name != "ce":
+        gathered = views * config.run.global_batch_size * width * number_bytes
     pixels = views * 3 * config.data.image_size**2
     parts = {
         "images: activations": at_once * encoders.image_bytes,
@@ -158,7 +147,7 @@ def plan(
         "moving average": averages,
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
-        "loss": loss,
+        "loss": _loss_bytes(config, views * batch, width, device_type),
         "batches in flight": (1 + _BATCHES_IN_FLIGHT)
         * batch
         * (pixels + 8 * config.model.context_length * objective.has_texts),
@@ -270,7 +259,20 @@ def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
     return config.efficiency.shard == "off" and (shard == "optimizer" or has_blocks)
 
 
-def _loss_bytes(
+def _loss_bytes(config: TrainConfig, num_images: int, width: int, device_type: str) -> int:
+    """The loss of a rank's images, views of their own, and that of their words."""
+    objective, num_columns = config.objective, config.run.global_batch_size
+    if objective.name == "ce":
+        num_columns = sum(objective.num_classes)
+    elif objective.name == "supcon":
+        num_columns *= 2
+    found = _logit_bytes(config, num_images, num_columns, width, device_type)
+    if objective.words:
+        found += _logit_bytes(config, num_images, objective.num_words, width + 1, device_type)
+    return found
+
+
+def _logit_bytes(
     config: TrainConfig, num_rows: int, num_columns: int, width: int, device_type: str
 ) -> int:
     """The logits, or tiles of them, and the features' copies and gradients."""
@@ -490,35 +492,3 @@ class _WideOnCuda(TorchFunctionMode):
         if func in self._FUNCTIONS:
             args = (args[0].float(), *args[1:])
         return func(*args, **(kwargs or {}))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank can still have: of its device, or its part of the host's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free: float = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
-    for folder in control_groups():
-        free = min(free, _free_in_group(folder))
-    for folder in control_groups("memory"):  # of version 1
-        free = min(free, _free_in_group(folder, "limit_in_bytes", "usage_in_bytes", "total_"))
-    return int(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def _free_in_group(
-    folder: Path, limit: str = "max", used: str = "current", prefix: str = ""
-) -> float:
-    path = folder / f"memory.{limit}"
-    most = path.read_text(encoding="utf-8").strip() if path.is_file() else "max"
-    if most == "max" or int(most) >= _NO_LIMIT:
-        return math.inf
-    files = _fields_of(folder / "memory.stat")
-    # files that were read count as used, and make room when it is needed
-    reclaimed = files[f"{prefix}inactive_file"] + files[f"{prefix}active_file"]
-    return int(most) - int((folder / f"memory.{used}").read_text(encoding="utf-8")) + reclaimed
-
-
-def _fields_of(path: Path) -> dict[str, int]:
-    lines = (
-        line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()
-    )
-    return {name: int(value) for name, value, *_ in lines}

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,10 @@ from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
 from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.words import Words
+from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
-from unicl_fast.system.machine import choose_device
+from unicl_fast.system.machine import choose_device, free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
@@ -60,7 +63,7 @@ from unicl_fast.training.data import (
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
-from unicl_fast.training.memory_plan import build_on_meta, check_memory, free_memory
+from unicl_fast.training.memory_plan import build_on_meta, check_memory
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import check_stored_features, stored_features
@@ -303,24 +306,9 @@ def build_trainer(
     `encodes_features` those of efficiency.image_features are neither looked for nor encoded. The
     other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
-    config, datasets, weights = _open_checked(config)
-    if not config.run.total_steps:
-        samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    data = describe_datasets(datasets, weights, config.data.balance_concepts)
-    with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
-        data |= describe_teachers(datasets, config, check=ranks.is_main and checkpoint is None)
-    if ranks.world_size > 1:
-        mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
-        with refused_together(ranks):
-            check_ranks_agree(describe_rank(config, data), ranks)
-        mark("opening the data and building the model", patience=START_PATIENCE)
-    prompts = build_prompts(datasets, config)
-    words = None
-    if config.objective.words:
-        mark("counting words", patience=START_PATIENCE)
-        words = count_words(datasets, weights, prompts, config)
-        config = with_num_words(config, words)
+    config, datasets, weights, data, prompts, words = _open_data(
+        config, ranks, is_new=checkpoint is None
+    )
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(config, longest_text(datasets, prompts), ranks, device)
     model = None
@@ -346,23 +334,8 @@ def build_trainer(
 
     ledger = None
     if keeps_ledger:
-        ledger = Ledger(
-            run_folder / LEDGER_FOLDER,
-            sources=[
-                LedgerSource(dataset.folder.name, len(dataset), size if size < len(dataset) else 0)
-                for dataset, size in zip(datasets, loader.plan.epoch_sizes, strict=True)
-            ],
-            global_batch_size=loader.plan.global_batch_size,
-            spans=config.run.spans,
-            seed=loader.plan.seed,
-            shares=loader.plan.weights,
-            shuffle_window=loader.plan.shuffle_window,
-            shuffle_groups=loader.plan.shuffle_groups,
-            balance=config.data.balance,
-            teachers=data.get("teachers", ()),
-            concepts=data.get("concepts", ""),
-            ranks=ranks,
-        )
+        folder = run_folder / LEDGER_FOLDER
+        ledger = _build_ledger(folder, config, datasets, loader.plan, data, ranks)
     trainer = Trainer(
         config,
         drawn(loader),
@@ -404,6 +377,69 @@ def build_trainer(
     return trainer
 
 
+def _open_data(
+    config: TrainConfig, ranks: Ranks, *, is_new: bool
+) -> tuple[
+    TrainConfig,
+    list[PackedDataset],
+    list[float] | None,
+    dict[str, Any],
+    ClassPrompts,
+    Words | None,
+]:
+    """Opens the data on all ranks, and fills in what the config needs to know of it.
+
+    Returns:
+        The config, the data sets and their weights, their description as in checkpoints, the
+        prompts, and the words of `objective.words`.
+    """
+    config, datasets, weights = _open_checked(config)
+    if not config.run.total_steps:
+        samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
+    data = describe_datasets(datasets, weights, config.data.balance_concepts)
+    with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
+        data |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
+    if ranks.world_size > 1:
+        mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
+        with refused_together(ranks):
+            check_ranks_agree(describe_rank(config, data), ranks)
+        mark("opening the data and building the model", patience=START_PATIENCE)
+    prompts = build_prompts(datasets, config)
+    if not config.objective.words:
+        return config, datasets, weights, data, prompts, None
+    mark("counting words", patience=START_PATIENCE)
+    words = count_words(datasets, weights, prompts, config)
+    return with_num_words(config, words), datasets, weights, data, prompts, words
+
+
+def _build_ledger(
+    folder: Path,
+    config: TrainConfig,
+    datasets: Sequence[PackedDataset],
+    plan: TrainPlan,
+    data: Mapping[str, Any],
+    ranks: Ranks,
+) -> Ledger:
+    return Ledger(
+        folder,
+        sources=[
+            LedgerSource(dataset.folder.name, len(dataset), size if size < len(dataset) else 0)
+            for dataset, size in zip(datasets, plan.epoch_sizes, strict=True)
+        ],
+        global_batch_size=plan.global_batch_size,
+        spans=config.run.spans,
+        seed=plan.seed,
+        shares=plan.weights,
+        shuffle_window=plan.shuffle_window,
+        shuffle_groups=plan.shuffle_groups,
+        balance=config.data.balance,
+        teachers=data.get("teachers", ()),
+        concepts=data.get("concepts", ""),
+        ranks=ranks,
+    )
+
+
 def _check_memory_of_stages(
     config: TrainConfig, longest: int, ranks: Ranks, device: torch.device
 ) -> None:
@@ -433,12 +469,13 @@ def _build_stages(
     if not config.run.stages:
         return build(config, prompts=prompts)
     by_length = {config.model.context_length: prompts}
-    loaders = []
+    loaders: list[PlannedLoader] = []
     for number, stage in enumerate(config.settings_of_stages):
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
-        loaders.append(build(stage, prompts=by_length[length], **of_stage))
+        balances = loaders[0].plan.balances if loaders else None  # no stage has its own
+        loaders.append(build(stage, prompts=by_length[length], balances=balances, **of_stage))
     return StagedLoader(loaders, config.run.spans)
 
 

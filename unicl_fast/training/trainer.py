@@ -193,22 +193,15 @@ class Trainer:
         """The step before which nothing was compiled that is used now."""
         self._show_progress = progress and self.ranks.is_main
 
-        efficiency, optim = config.efficiency, config.optim
-        precision = Precision(efficiency.precision)
-        set_device_arithmetic(efficiency, self.device)
         if any(stage.config.efficiency.micro_batch_size for stage in self.stages):
             check_micro_batches(self.model, config.objective)
-        place_module(self.model, device=self.device, precision=precision)
-        # torch divides tensors in no other order of dimensions
-        if efficiency.channels_last and not divides_all(config, self.ranks):
-            self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if efficiency.window_attention == "triton":
-            fuse_window_attention(self.model.image_encoder)
+        self._place_model()
+        optim = config.optim
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
         self.parallel = Parallel(self.model, self.ema, config, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = self._build_schedule()
-        self.scaler = precision.build_scaler(self.device.type)
+        self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self.model.set_stage(self.stage.config)
         self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
         self._words = place_words(words, config.objective, self.device)
@@ -224,6 +217,17 @@ class Trainer:
         self._last_metrics: dict[str, float] = {}
         self._clock: StepClock | None = None
         self._utilisation = Utilisation(self.stage.config, self.device)
+
+    def _place_model(self) -> None:
+        """Moves the model to the device, in the types and memory formats that it is trained in."""
+        efficiency = self.config.efficiency
+        set_device_arithmetic(efficiency, self.device)
+        place_module(self.model, device=self.device, precision=Precision(efficiency.precision))
+        # torch divides tensors in no other order of dimensions
+        if efficiency.channels_last and not divides_all(self.config, self.ranks):
+            self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if efficiency.window_attention == "triton":
+            fuse_window_attention(self.model.image_encoder)
 
     @property
     def clock(self) -> StepClock | None:
