@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 # Before torch is imported, here and in the programs that tests start: their tensors are too small
 # for two threads, which on a busy machine wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Or each run compiles all tests anew, and each program that they start the library.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jaxtyping
 import pytest
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from interpreted_kernels import Compute
 
+sys.dont_write_bytecode = False
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -129,5 +132,6 @@ def _nothing_is_left_running() -> Iterator[None]:
 
 
 # Timed out by us, not by hypothesis: first calls compile and the machine may be busy.
-settings.register_profile("unicl_fast", deadline=None, derandomize=True)
-settings.load_profile("unicl_fast")
+settings.register_profile("many", deadline=None, derandomize=True)
+settings.register_profile("few", settings.get_profile("many"), max_examples=10)
+settings.load_profile("few")  # `make test-slow` takes the other

@@ -13,9 +13,10 @@ import fuzz_datasets
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_tests import examples
 
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.manifest import Manifest
@@ -68,7 +69,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 @given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
-@settings(max_examples=25)
+@examples(25)
 def test_images_come_back_one_by_one_and_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, count: int, height: int, width: int, data: Any
 ) -> None:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from property_tests import examples
 
 from unicl_fast.images.check import (
     CheckedImage,
@@ -145,7 +146,7 @@ def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Forma
     width=st.integers(1, 70),
     format=st.sampled_from(FORMATS),
 )
-@settings(max_examples=150)
+@examples(150)
 def test_any_size_is_what_it_should_be_and_comes_back(
     data: st.DataObject, height: int, width: int, format: Format
 ) -> None:

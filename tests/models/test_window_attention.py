@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from compiled_kernels import TYPES, check_fit, compile_ahead
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import (
     Compute,
@@ -20,6 +20,7 @@ from interpreted_kernels import (
     check_operators,
     gradients_of_swin,
 )
+from property_tests import examples
 from small_runs import tiny_config
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -125,7 +126,7 @@ def check_a_random_block(compute: Compute, draw: st.DrawFn, *, largest: int) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=3)
+@examples(3)
 def test_any_window(compute: Compute, data: st.DataObject) -> None:
     check_a_random_block(compute, data.draw, largest=3)
 
@@ -133,7 +134,7 @@ def test_any_window(compute: Compute, data: st.DataObject) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 @given(data=st.data())
-@settings(max_examples=25)
+@examples(25)
 def test_more_windows(compute: Compute, data: st.DataObject) -> None:
     check_a_random_block(compute, data.draw, largest=8)
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from compiled_kernels import SHARED_BYTES, TYPES, check_fit, compile_ahead
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import Compute, call_on, loss_and_gradients, loss_of_two_ranks
+from property_tests import examples
 from torch.nn import functional as F
 
 from unicl_fast.objectives import loss as loss_module
@@ -66,14 +67,14 @@ def check_a_random_batch(compute: Compute, seed: int) -> None:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=8)
+@examples(8)
 def test_any_shape_and_classes(compute: Compute, seed: int) -> None:
     check_a_random_batch(compute, seed)
 
 
 @pytest.mark.slow
 @given(seed=st.integers(10_001, 1_000_000))
-@settings(max_examples=60)
+@examples(60)
 def test_more_shapes_and_classes(compute: Compute, seed: int) -> None:
     check_a_random_batch(compute, seed)
 
