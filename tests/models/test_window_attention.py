@@ -208,7 +208,7 @@ def test_operations_are_counted_as_those_of_timm() -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "shift"),
     [
-        (80, torch.bfloat16, 3),
+        pytest.param(80, torch.bfloat16, 3, marks=pytest.mark.slow),
         (90, torch.bfloat16, 3),
         pytest.param(100, torch.bfloat16, 3, marks=pytest.mark.slow),
         *(
