@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from interpreted_kernels import Compute
 
 sys.dont_write_bytecode = False
+gc.disable()  # while millions of objects are imported, which stay
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +46,12 @@ def _modules_with_shapes() -> list[str]:
 
 # Before any of them is imported: shapes in annotations are checked at every call.
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector looks at what tests make, and not at what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

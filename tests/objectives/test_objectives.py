@@ -477,7 +477,7 @@ def test_ranks_give_the_objectives_of_one_process(
     ]
     + ["affinity", "affinity, images", "features", "features, images"],
 )
-@pytest.mark.parametrize("unique_texts", [True, False])
+@pytest.mark.parametrize("unique_texts", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_micro_batches_of_images_of_several_classes_of_words_and_of_teachers(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:

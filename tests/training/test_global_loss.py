@@ -192,7 +192,7 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
     scope="module",
     params=[
         "test_vit",
-        "unicl_convnet7_small",
+        pytest.param("unicl_convnet7_small", marks=pytest.mark.slow),
         pytest.param("test_resnet", marks=pytest.mark.slow),
     ],
     name="plain",
