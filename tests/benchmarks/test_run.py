@@ -60,7 +60,18 @@ SMALL = {
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
     *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
-    *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
+    *(
+        "loss",
+        "targets",
+        "step",
+        "profile",
+        "input",
+        "text",
+        "augment",
+        "ledger",
+        "scale",
+        "tokenize",
+    ),
 )
 # have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_imread.py
 REPORTS = ("gpu", "run", "imread")

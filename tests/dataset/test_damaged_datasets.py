@@ -68,9 +68,10 @@ def packed(tmp_path: Path) -> Path:
     return out
 
 
-def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
-    counts = fuzz_datasets.fuzz(packed, 600)
-    assert min(counts.values()) > 20, counts  # each way out has been tried
+@pytest.mark.parametrize("examples", [120, pytest.param(600, marks=pytest.mark.slow)])
+def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path, examples: int) -> None:
+    counts = fuzz_datasets.fuzz(packed, examples)
+    assert min(counts.values()) > examples // 30, counts  # each way out has been tried
 
 
 @pytest.mark.slow

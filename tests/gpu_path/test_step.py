@@ -155,7 +155,7 @@ SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
 """Of texts, of a small ViT and of both stages of a small Swin: rows, heads, tokens twice."""
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=slow)])
 @pytest.mark.parametrize(
     ("image_encoder", "attention", "expected"),
     [

@@ -287,7 +287,10 @@ def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
     assert check_image(wide, format="webp", short_side=1).width == 8192
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(one, marks=() if one == "webp" else pytest.mark.slow) for one in FORMATS],
+)
 def test_of_hostile_files_every_format_takes_what_it_has_room_for(
     shared_data: Path, format: Format
 ) -> None:
