@@ -54,6 +54,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that look for leaks at the end find some
+
+
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
     """For tests of the errors that users get, who have no such checks."""
