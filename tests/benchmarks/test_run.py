@@ -75,7 +75,17 @@ SLOW = (
 )
 # have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_imread.py
 REPORTS = ("gpu", "run", "imread")
-LONG = ("memory", "efficiency", "checkpoint", "augment", "storage", "text")
+LONG = (
+    "memory",
+    "efficiency",
+    "checkpoint",
+    "augment",
+    "storage",
+    "text",
+    "pack",
+    "targets",
+    "loss",
+)
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,11 @@ def test_a_step_never_waits_and_stays_in_its_budget(
 @pytest.mark.parametrize(
     ("preset", "attention"),
     [
-        *((preset, "timm") for preset in ("swin-tiny", "vit-base", "resnet50", "focalnet-base")),
+        *((preset, "timm") for preset in ("swin-tiny", "resnet50")),
+        *(
+            pytest.param(preset, "timm", marks=pytest.mark.long)
+            for preset in ("vit-base", "focalnet-base")
+        ),
         ("swin-tiny", "triton"),
     ],
 )

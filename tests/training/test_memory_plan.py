@@ -88,7 +88,7 @@ def test_swin_base_needs_what_a_trace_of_the_step_for_cuda_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_run_takes_what_was_planned(recomputes: bool) -> None:
     """By the peak memory of a process that trains, to 15 %; recomputing, to 30 %."""
     settings = json.dumps({"activation_checkpointing": recomputes})
