@@ -139,7 +139,7 @@ def test_more_windows(compute: Compute, data: st.DataObject) -> None:
     check_a_random_block(compute, data.draw, largest=8)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_torch_may_trace_and_compile_the_operators(compute: Compute, shift: int) -> None:
     compute(check_operators, shift=shift)
 

@@ -280,6 +280,7 @@ def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
     """Whatever the machine that resumes it computes fastest: here it begins in fp64."""
     arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]

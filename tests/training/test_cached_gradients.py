@@ -81,7 +81,7 @@ def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_micro_batches_with_a_fixed_scale(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:

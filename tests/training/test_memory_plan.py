@@ -134,6 +134,7 @@ def test_parts_follow_the_settings() -> None:
     assert on_cuda.parts["texts: activations"] < plain.parts["texts: activations"] // 2
 
 
+@pytest.mark.slow
 def test_frozen_parts_take_their_weights_and_no_more() -> None:
     config = tiny_config(precision="fp32")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
