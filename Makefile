@@ -31,9 +31,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist
 test: $(VENV)/dev.stamp
 	$(PYTEST)
 
-# What `test` leaves out because it takes minutes, as far as it does not take many.
+# What `test` leaves out because it takes minutes, as far as it does not take many; and tests of
+# properties again, by ten times as many examples.
 test-slow: $(VENV)/dev.stamp
-	$(PYTEST) -m "slow and not long and not gpu"
+	$(PYTEST) -m "(slow or hypothesis) and not long and not gpu" --hypothesis-profile many
 
 # The tests of the fault table in docs/reliability.md.
 faults: $(VENV)/dev.stamp
@@ -41,7 +42,7 @@ faults: $(VENV)/dev.stamp
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --hypothesis-profile many
 
 lint: types
 	$(BIN)/ruff check .

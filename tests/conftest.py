@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 # Before torch is imported, here and in the programs that tests start: their tensors are too small
 # for two threads, which on a busy machine wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Or each run compiles all tests anew, and each program that they start the library.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jaxtyping
 import pytest
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     import torch
     from interpreted_kernels import Compute
 
+sys.dont_write_bytecode = False
+gc.disable()  # while millions of objects are imported, which stay
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -41,6 +46,16 @@ def _modules_with_shapes() -> list[str]:
 
 # Before any of them is imported: shapes in annotations are checked at every call.
 jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
+
+
+def pytest_collection_finish() -> None:
+    """From here on the collector looks at what tests make, and not at what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that look for leaks at the end find some
 
 
 @pytest.fixture
@@ -129,5 +144,6 @@ def _nothing_is_left_running() -> Iterator[None]:
 
 
 # Timed out by us, not by hypothesis: first calls compile and the machine may be busy.
-settings.register_profile("unicl_fast", deadline=None, derandomize=True)
-settings.load_profile("unicl_fast")
+settings.register_profile("many", deadline=None, derandomize=True)
+settings.register_profile("few", settings.get_profile("many"), max_examples=10)
+settings.load_profile("few")  # `make test-slow` takes the other

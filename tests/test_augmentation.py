@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.augmentation import (
     AUGMENTATIONS,
@@ -64,7 +65,7 @@ def test_what_is_written_is_what_is_read(name: str, values: dict[str, object]) -
 
 
 @given(st.text(alphabet="unicl,=.:0123blrx\n\u00e9", max_size=20))
-@settings(max_examples=50)
+@examples(50)
 def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
     if text not in AUGMENTATIONS:
         with pytest.raises(ValueError, match="^augmentation "):

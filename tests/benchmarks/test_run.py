@@ -59,12 +59,15 @@ SMALL = {
 
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
-    *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
+    *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint", "tokenize"),
     *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
 )
 # have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_imread.py
 REPORTS = ("gpu", "run", "imread")
-LONG = ("memory", "efficiency", "checkpoint", "augment", "storage", "text")
+LONG = (
+    *("memory", "efficiency", "checkpoint", "augment", "storage", "text"),
+    *("pack", "targets", "loss"),
+)
 
 
 @pytest.fixture(scope="module")

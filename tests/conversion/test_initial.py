@@ -580,7 +580,8 @@ def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("shard", [pytest.param("off", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["off", "full"])
 def test_rank_0_alone_reads_and_all_ranks_start_from_it(
     like_clip: Path, images: torch.Tensor, tmp_path: Path, shard: str
 ) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_tests import examples
 
 from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
@@ -142,7 +143,7 @@ token_rows = st.lists(st.integers(0, 65535), min_size=2, max_size=77)
     ),
     shard_bytes=st.integers(1, 6000),
 )
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_any_samples_survive_the_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
     samples: list[tuple[bytes, list[list[int]], list[int]]],

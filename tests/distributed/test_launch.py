@@ -41,7 +41,7 @@ def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
         (["sleep", "3"], 3),  # the first rank notices nothing of the second one's end
         pytest.param(["3", "sleep"], 3, marks=pytest.mark.slow),
         (["1", "70", "1"], 70),  # two have lost their peer
-        (["sleep", "sleep", "70"], 70),
+        pytest.param(["sleep", "sleep", "70"], 70, marks=pytest.mark.slow),
         (["75", "75"], 75),
     ],
     ids=str,

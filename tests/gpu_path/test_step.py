@@ -126,7 +126,11 @@ def test_a_step_never_waits_and_stays_in_its_budget(
 @pytest.mark.parametrize(
     ("preset", "attention"),
     [
-        *((preset, "timm") for preset in ("swin-tiny", "vit-base", "resnet50", "focalnet-base")),
+        *((preset, "timm") for preset in ("swin-tiny", "resnet50")),
+        *(
+            pytest.param(preset, "timm", marks=pytest.mark.long)
+            for preset in ("vit-base", "focalnet-base")
+        ),
         ("swin-tiny", "triton"),
     ],
 )
@@ -155,7 +159,7 @@ SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
 """Of texts, of a small ViT and of both stages of a small Swin: rows, heads, tokens twice."""
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=slow)])
 @pytest.mark.parametrize(
     ("image_encoder", "attention", "expected"),
     [

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from property_tests import examples
 
 from unicl_fast.images import check as images
 from unicl_fast.images.check import MAX_PIXELS, ImageError, check_image, read_jpeg_header
@@ -315,7 +316,7 @@ def test_resize_of_grey_png_stays_grey() -> None:
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_any_bytes_give_a_image_or_a_reason(data: bytes) -> None:
     for prefix in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF....WEBP"):
         try:
@@ -325,7 +326,7 @@ def test_any_bytes_give_a_image_or_a_reason(data: bytes) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_the_fast_check_sees_all_that_a_full_decode_sees(data: st.DataObject) -> None:
     damaged = bytearray(jpeg(progressive=data.draw(st.booleans())))
     for _ in range(data.draw(st.integers(1, 4))):

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from property_tests import examples
 
 from unicl_fast.images.check import (
     CheckedImage,
@@ -145,7 +146,7 @@ def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Forma
     width=st.integers(1, 70),
     format=st.sampled_from(FORMATS),
 )
-@settings(max_examples=150)
+@examples(150)
 def test_any_size_is_what_it_should_be_and_comes_back(
     data: st.DataObject, height: int, width: int, format: Format
 ) -> None:
@@ -286,7 +287,10 @@ def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
     assert check_image(wide, format="webp", short_side=1).width == 8192
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(one, marks=() if one == "webp" else pytest.mark.slow) for one in FORMATS],
+)
 def test_of_hostile_files_every_format_takes_what_it_has_room_for(
     shared_data: Path, format: Format
 ) -> None:

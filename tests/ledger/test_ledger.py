@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import jpeg
 from packed_sets import Sample, pack
+from property_tests import examples
 from rank_workers import NAMED, ledger_in, named, run_on_ranks, write_a_ledger
 from small_runs import StepLoader, tiny_config
 
@@ -296,7 +297,7 @@ def test_a_start_that_ended_within_its_header_is_as_if_it_had_not_been(tmp_path:
     assert prove(tmp_path).steps == STEPS
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.integers(0, 10_000), st.integers(1, 255), st.sampled_from([1, 2]))
 def test_no_flipped_byte_goes_unnoticed(
     tmp_path_factory: pytest.TempPathFactory, at: int, flip: int, world_size: int

@@ -131,7 +131,10 @@ def test_an_image_encoder_is_one_graph(image_encoder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin-tiny", "focalnet-base", "resnet50", "vit-base"])
+@pytest.mark.parametrize(
+    "name",
+    ["swin-tiny", "focalnet-base", "resnet50", pytest.param("vit-base", marks=pytest.mark.long)],
+)
 def test_the_image_encoder_of_a_preset_is_one_graph(name: str) -> None:
     model = UniCL(build_preset(name))
     model.set_drop_path_key(step=0, global_index=torch.arange(1))
@@ -246,7 +249,7 @@ def test_alike_batches_compile_once(
     "others",
     [
         {"activation_checkpointing": True},
-        {"micro_batch_size": 5},
+        pytest.param({"micro_batch_size": 5}, marks=pytest.mark.long),
         {"image_encoder": "unicl_swin6_small"},
         {"image_encoder": "resnet18"},
     ],

@@ -484,7 +484,18 @@ def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=()
+            if name.endswith("-small") or name in ("swin-tiny", "vit-base")
+            else pytest.mark.long,
+        )
+        for name in sorted(PRESETS)
+    ],
+)
 def test_each_preset_runs_forward_and_backward(name: str) -> None:
     config = build_preset(name)
     config = dataclasses.replace(

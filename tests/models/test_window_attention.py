@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from compiled_kernels import TYPES, check_fit, compile_ahead
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import (
     Compute,
@@ -20,6 +20,7 @@ from interpreted_kernels import (
     check_operators,
     gradients_of_swin,
 )
+from property_tests import examples
 from small_runs import tiny_config
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -125,7 +126,7 @@ def check_a_random_block(compute: Compute, draw: st.DrawFn, *, largest: int) -> 
 
 
 @given(data=st.data())
-@settings(max_examples=3)
+@examples(3)
 def test_any_window(compute: Compute, data: st.DataObject) -> None:
     check_a_random_block(compute, data.draw, largest=3)
 
@@ -133,17 +134,17 @@ def test_any_window(compute: Compute, data: st.DataObject) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 @given(data=st.data())
-@settings(max_examples=25)
+@examples(25)
 def test_more_windows(compute: Compute, data: st.DataObject) -> None:
     check_a_random_block(compute, data.draw, largest=8)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_torch_may_trace_and_compile_the_operators(compute: Compute, shift: int) -> None:
     compute(check_operators, shift=shift)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
     """On tensors without content, forward and backward; six blocks are of three kinds."""
     images = torch.empty(2, 3, 32, 32, device="meta")
@@ -207,7 +208,7 @@ def test_operations_are_counted_as_those_of_timm() -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "shift"),
     [
-        (80, torch.bfloat16, 3),
+        pytest.param(80, torch.bfloat16, 3, marks=pytest.mark.slow),
         (90, torch.bfloat16, 3),
         pytest.param(100, torch.bfloat16, 3, marks=pytest.mark.slow),
         *(

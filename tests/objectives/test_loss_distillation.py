@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_inputs import LargestTensor, assert_equal, rows, tiles_of
+from property_tests import examples
 from reference_loss import affinity_loss as reference_loss
 from torch.nn import functional as F
 
@@ -44,7 +45,7 @@ def loss_and_gradients(
     teacher_scale=st.floats(0.1, 120),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_affinities_equal_the_formula_with_texts_counted(
     sizes: tuple[int, int], scale: float, teacher_scale: float, seed: int
 ) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_inputs import CAPTION_KEY, D, LargestTensor, as_matrix, random_membership, rows, tiles_of
+from property_tests import examples
 
 from unicl_fast.objectives import loss_tiled
 from unicl_fast.objectives.loss import unified_contrastive_loss
@@ -74,7 +75,7 @@ structures = st.sampled_from(["one class", "all distinct", "three classes", "key
     duplicates=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=150)
+@examples(150)
 def test_any_class_structure(
     structure: str,
     sizes: tuple[int, int],

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from compiled_kernels import SHARED_BYTES, TYPES, check_fit, compile_ahead
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import Compute, call_on, loss_and_gradients, loss_of_two_ranks
+from property_tests import examples
 from torch.nn import functional as F
 
 from unicl_fast.objectives import loss as loss_module
@@ -65,16 +66,9 @@ def check_a_random_batch(compute: Compute, seed: int) -> None:
     )
 
 
-@given(seed=st.integers(0, 10_000))
-@settings(max_examples=8)
+@given(seed=st.integers(0, 1_000_000))
+@examples(60)
 def test_any_shape_and_classes(compute: Compute, seed: int) -> None:
-    check_a_random_batch(compute, seed)
-
-
-@pytest.mark.slow
-@given(seed=st.integers(10_001, 1_000_000))
-@settings(max_examples=60)
-def test_more_shapes_and_classes(compute: Compute, seed: int) -> None:
     check_a_random_batch(compute, seed)
 
 
@@ -278,7 +272,7 @@ def test_auto_takes_triton_for_many_logits_on_a_gpu_that_has_it(
 @pytest.mark.parametrize(
     ("capability", "dtype", "options"),
     [
-        (80, torch.float32, {}),
+        pytest.param(80, torch.float32, {}, marks=pytest.mark.slow),
         (90, torch.bfloat16, {}),
         pytest.param(100, torch.bfloat16, {}, marks=pytest.mark.slow),
         *(

@@ -420,16 +420,34 @@ def test_a_label_that_stands_twice_adds_up() -> None:
         torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=0)
 
 
+# One for each thing that ranks exchange: classes and texts, views, pairs, memberships, words,
+# a teacher's features.
+FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, words", "affinity"]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+    ("world_size", "chosen"),
+    [
+        pytest.param(2, FEW, id="2"),
+        pytest.param(
+            *(2, [name for name in OBJECTIVES if name not in FEW]),
+            id="2-more",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(3, list(OBJECTIVES), id="3", marks=[pytest.mark.slow, pytest.mark.long]),
+        # four ranks would part pairs
+        pytest.param(
+            *(4, [name for name in OBJECTIVES if "mixed" not in name]),
+            id="4",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_ranks_give_the_objectives_of_one_process(
-    images: torch.Tensor, tmp_path: Path, world_size: int
+    images: torch.Tensor, tmp_path: Path, world_size: int, chosen: list[str]
 ) -> None:
     """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
-    # four ranks would part pairs
-    chosen = [name for name in OBJECTIVES if world_size < 4 or "mixed" not in name]
     run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), chosen, {})
     for objective in chosen:
         config = objective_config(objective, loss="dense")
@@ -459,7 +477,7 @@ def test_ranks_give_the_objectives_of_one_process(
     ]
     + ["affinity", "affinity, images", "features", "features, images"],
 )
-@pytest.mark.parametrize("unique_texts", [True, False])
+@pytest.mark.parametrize("unique_texts", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_micro_batches_of_images_of_several_classes_of_words_and_of_teachers(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:

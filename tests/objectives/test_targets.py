@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pytest
 import reference_targets as reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.objectives.targets import (
     ImageLabels,
@@ -104,7 +105,7 @@ def batches(draw: st.DrawFn) -> tuple[Rows, npt.NDArray[np.int64], PlainPrompts]
     return as_rows(*texts, length=length), as_labels(*labels), PlainPrompts(classes)
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(batches())
 def test_any_batch_gets_the_targets_of_the_oracle(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
@@ -129,7 +130,7 @@ def by_image(image_classes: npt.NDArray[np.int64] | None, size: int) -> list[lis
     return [classes[samples == sample].tolist() for sample in range(size)]
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(batches(), st.data())
 def test_images_of_several_labels_get_all_their_classes_once(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
@@ -198,7 +199,7 @@ def test_labels_of_other_images_are_refused() -> None:
         collate(images, rows, labels, image_labels=[[0], [1], [2]])
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(batches(), st.data())
 def test_steps_mapped_together_are_mapped_as_each_alone(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
@@ -216,7 +217,7 @@ def test_steps_mapped_together_are_mapped_as_each_alone(
             assert found.tolist() == getattr(alone, name).tolist(), name
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(batches(), st.data())
 def test_a_slice_has_its_own_texts_and_the_classes_of_the_whole(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject

@@ -304,7 +304,9 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stopped_build_leaves_nothing(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import trees
@@ -133,7 +134,7 @@ def test_a_directory_that_lies_costs_the_members_it_lies_about(
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@examples(150)
 def test_any_damage_to_a_zip_is_an_error_or_leaves_images_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_tests import examples
 
 from unicl_fast.packing.near_duplicates import (
     TooManyPairsError,
@@ -46,7 +47,7 @@ def clustered(draw: st.DrawFn) -> list[int]:
 
 
 @given(hashes=clustered(), distance=st.integers(0, 12))
-@settings(max_examples=60)
+@examples(60)
 def test_pairs_are_those_that_comparing_all_with_all_finds(
     hashes: list[int], distance: int
 ) -> None:
@@ -56,7 +57,7 @@ def test_pairs_are_those_that_comparing_all_with_all_finds(
 
 
 @given(hashes=clustered(), distance=st.integers(0, 12))
-@settings(max_examples=60)
+@examples(60)
 def test_each_follower_is_near_the_first_that_stays(hashes: list[int], distance: int) -> None:
     expected = list(range(len(hashes)))
     for later, value in enumerate(hashes):

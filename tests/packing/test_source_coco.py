@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from foreign_sources import jpeg, outcomes, read, texts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.packing.sources import coco as source_coco
 from unicl_fast.packing.sources.coco import iter_elements
@@ -206,7 +207,7 @@ def pieces_of(value: Any) -> list[tuple[str, Any]]:
     indent=st.sampled_from([None, 0, 3]),
     block=st.integers(1, 40),
 )
-@settings(max_examples=60)
+@examples(60)
 def test_json_in_pieces_is_json(
     tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int | None, block: int
 ) -> None:

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from foreign_sources import jpeg, outcomes, read, texts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import run_pack
+from property_tests import examples
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
@@ -336,7 +337,7 @@ def damaged_copies(kind: str, data: st.DataObject) -> bytes:
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @given(data=st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_any_damage_to_a_table_is_named(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
 ) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import webdataset
 from foreign_sources import jpeg, outcomes, read, texts, write_tar
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.packing.sources.items import ListOptions
 from unicl_fast.packing.sources.read_sources import read_source
@@ -245,7 +246,7 @@ def test_headers_that_cost_time_or_memory_are_refused(tmp_path: Path, data: byte
 
 
 @given(data=st.data())
-@settings(max_examples=100)
+@examples(100)
 def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
@@ -265,7 +266,7 @@ def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
 
 
 @given(data=st.binary(max_size=3000))
-@settings(max_examples=100)
+@examples(100)
 def test_no_bytes_make_the_tar_reader_fail_otherwise(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:

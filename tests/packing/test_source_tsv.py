@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from foreign_sources import base64_text, jpeg, outcomes, read, texts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.packing.sources import lists
 from unicl_fast.packing.sources.items import ListOptions
@@ -121,7 +122,7 @@ def test_lists_with_a_header_stay_lists(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@examples(60)
 def test_any_damage_to_a_tsv_is_named(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

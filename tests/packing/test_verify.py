@@ -19,10 +19,11 @@ import pytest
 import simplejpeg
 import xxhash
 from damage import mend_checksums
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import run_pack
 from PIL import Image
+from property_tests import examples
 
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.reader import PackedDataset
@@ -155,7 +156,7 @@ def test_what_was_packed_is_sound(packed: Path) -> None:
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=120)
+@examples(120)
 def test_a_flipped_byte_anywhere_is_found(
     copy: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
@@ -176,7 +177,7 @@ def test_a_flipped_byte_is_found_with_decoding_too(copy: Path, name: str) -> Non
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=100)
+@examples(100)
 def test_without_checksums_a_sample_still_contradicts_its_neighbours(
     copy: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
@@ -197,7 +198,7 @@ def test_without_checksums_a_sample_still_contradicts_its_neighbours(
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=80)
+@examples(80)
 def test_arrays_contradict_the_shards(
     copy: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
@@ -289,7 +290,7 @@ def test_a_raw_set_is_sound_and_nothing_is_decoded(
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=60)
+@examples(60)
 def test_a_flipped_byte_anywhere_in_a_raw_set_is_found(
     raw: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
@@ -299,7 +300,7 @@ def test_a_flipped_byte_anywhere_in_a_raw_set_is_found(
 
 
 @given(where=places, flip=flips)
-@settings(max_examples=40)
+@examples(40)
 def test_pixels_are_compared_without_checksums_of_files_too(
     raw: Path, where: int, flip: int
 ) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
@@ -63,7 +64,7 @@ def plan_of(
     seed=st.integers(0, 10**6),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_an_epoch_has_so_many_of_each_class_and_none_twice(
     sizes: list[int],
     num_unlabelled: int,
@@ -112,7 +113,6 @@ def test_an_epoch_has_so_many_of_each_class_and_none_twice(
     labels=st.lists(st.lists(st.integers(0, 6), max_size=3, unique=True), min_size=1, max_size=60),
     most=st.integers(1, 20),
 )
-@settings(deadline=None)
 def test_a_sample_of_several_labels_counts_for_the_rarest(
     labels: list[list[int]], most: int
 ) -> None:
@@ -173,7 +173,7 @@ WORDS = ["red", "dog", "kdog", "dogs", "fish", "ber", "\u00fcber", "antidisestab
     ),
 )
 @example(captions=[[["a", "kdog"]], [["dogs", "red"], ["red", "dog"]]], phrases=[["dog"]])
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_captions_name_concepts_word_by_word(
     captions: list[list[list[str]]], phrases: list[list[str]]
 ) -> None:
@@ -223,7 +223,7 @@ def stored_captions(captions: list[list[list[str]]]) -> tuple[Any, Any, Any]:
     seed=st.integers(0, 1000),
     first_epoch=st.integers(0, 10**7),
 )
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_what_captions_name_counts_as_a_class(
     labels: list[list[int]], most: int, seed: int, first_epoch: int
 ) -> None:

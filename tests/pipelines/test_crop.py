@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
@@ -95,7 +95,6 @@ def test_the_whole_area_in_one_ratio_is_the_central_window_for_every_draw(
     low=st.floats(0.001, 1.0),
     narrow=st.floats(0.05, 1.0),
 )
-@settings(deadline=None)
 def test_windows_always_lie_inside(
     height: int, width: int, key: int, low: float, narrow: float
 ) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from property_tests import examples
 
 from unicl_fast.config import DataConfig
 from unicl_fast.images.codec import encode_jpeg, restart_interval
@@ -67,7 +68,7 @@ def cut_one(
 
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
 @given(values=st.data())
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_windows_of_any_image_have_the_same_pixels(subsampling: str, values: st.DataObject) -> None:
     height = values.draw(st.integers(128, 300), label="height")
     width = values.draw(st.integers(128, 300), label="width")

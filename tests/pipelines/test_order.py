@@ -9,8 +9,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.pipelines.plan.order import (
     ShuffleGroups,
@@ -48,14 +49,13 @@ def test_the_permutation_is_its_definition_however_many_are_asked(size: int, cou
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-@settings(deadline=None)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
     image = permute(np.arange(size), size=size, key=key)
     assert np.array_equal(np.sort(image), np.arange(size))
 
 
 @given(size=st.integers(10**5, 2**48), key=st.integers(0, 2**64 - 1), data=st.data())
-@settings(deadline=None, max_examples=50)
+@examples(50)
 def test_permute_of_a_large_set_stays_inside_and_never_repeats(
     size: int, key: int, data: st.DataObject
 ) -> None:
@@ -115,7 +115,6 @@ def test_a_size_out_of_range_is_refused(size: int) -> None:
 
 
 @given(size=st.integers(1, 3000), window=st.integers(1, 3500), key=st.integers(0, 2**64 - 1))
-@settings(deadline=None)
 def test_windows_hold_each_sample_once_and_few_stretches(size: int, window: int, key: int) -> None:
     image = permute_in_shuffle_windows(np.arange(size), size=size, window=window, key=key)
     assert np.array_equal(np.sort(image), np.arange(size))
@@ -185,7 +184,7 @@ def permuted(
     epoch=st.integers(0, 3),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(deadline=None, max_examples=60)
+@examples(60)
 def test_groups_take_each_sample_once(
     weights: list[int], size: int, window: int, batch: int, count: int, epoch: int, key: int
 ) -> None:
@@ -243,7 +242,6 @@ def test_samples_of_a_window_share_a_batch_as_often_with_groups(count: int) -> N
 
 
 @given(weights=weights_strategy, start=st.integers(0, 2**50))
-@settings(deadline=None)
 def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: int) -> None:
     whole = integer_weights(weights)
     source_ids, draws = assign_sources(np.arange(start, start + 500), whole)
@@ -259,7 +257,6 @@ def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: in
 
 
 @given(weights=weights_strategy)
-@settings(deadline=None)
 def test_draws_are_counted_from_the_first_one(weights: list[int]) -> None:
     source_ids, draws = assign_sources(np.arange(2000), integer_weights(weights))
     for source in range(len(weights)):
@@ -268,7 +265,6 @@ def test_draws_are_counted_from_the_first_one(weights: list[int]) -> None:
 
 
 @given(weights=weights_strategy, end=st.integers(0, 600))
-@settings(deadline=None)
 def test_draws_before_one_are_those_that_were_assigned(weights: list[int], end: int) -> None:
     whole = integer_weights(weights)
     source_ids, _ = assign_sources(np.arange(end), whole)

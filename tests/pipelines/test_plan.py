@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
@@ -88,7 +89,6 @@ def divisors(number: int) -> list[int]:
     templates=st.sampled_from(["per_class", "per_sample"]),
     text=st.sampled_from(["any", "captions", "labels"]),
 )
-@settings(deadline=None)
 def test_steps_planned_together_are_planned_as_each_alone(
     step: int, count: int, rank: int, templates: str, text: str
 ) -> None:
@@ -114,7 +114,6 @@ def test_steps_planned_together_are_planned_as_each_alone(
     window=st.sampled_from([0, 16, 60, 1000]),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
     sizes: list[int], batch: int, step: int, seed: int, window: int, data: st.DataObject
 ) -> None:
@@ -134,7 +133,6 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
 
 
 @given(size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
-@settings(deadline=None)
 def test_an_epoch_shows_each_sample_once_from_any_start(
     size: int, seed: int, data: st.DataObject
 ) -> None:
@@ -501,7 +499,6 @@ def test_weights_must_match_the_data_sets() -> None:
     seed=st.integers(-(2**63), 2**63),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_substitutes_are_all_other_samples_of_the_source_each_once(
     sizes: list[int], step: int, seed: int, data: st.DataObject
 ) -> None:
@@ -579,7 +576,7 @@ def test_a_source_of_one_sample_has_no_other() -> None:
     steps=st.integers(1, 6),
     window=st.sampled_from([0, 16]),
 )
-@settings(max_examples=25)
+@examples(25)
 def test_a_stage_continues_the_order_where_the_one_before_ended(
     sizes: list[int], steps: int, window: int
 ) -> None:

@@ -10,8 +10,9 @@ import llvmlite.binding
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from property_tests import examples
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -86,7 +87,7 @@ def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: b
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
-@settings(max_examples=400, deadline=None)
+@examples(400)
 def test_any_region_equals_the_oracle(
     height: int, width: int, size: int, flip: bool, cubic: bool, seed: int, data: st.DataObject
 ) -> None:
@@ -119,7 +120,7 @@ def test_any_region_equals_the_oracle(
 @example(height=1, width=70, size=20, seed=0)
 @example(height=70, width=1, size=20, seed=0)
 @example(height=70, width=70, size=1, seed=0)
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_noise_of_any_size_is_torchvision_s_to_one_level(
     cubic: bool, height: int, width: int, size: int, seed: int
 ) -> None:
@@ -217,7 +218,7 @@ def test_a_crop_of_its_own_size_is_copied() -> None:
     few_values=st.booleans(),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     height: int, width: int, size: int, cubic: bool, few_values: bool, key: int
 ) -> None:

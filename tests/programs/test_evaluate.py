@@ -497,6 +497,7 @@ def test_a_class_that_training_lacks_is_refused(
     assert "has the class 'unicorn', which the training data labels lacks" in message
 
 
+@pytest.mark.slow
 def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:
     evaluated("retrieval", trained, "--data", data / "captions", "--figures", tmp_path)
     for name in ("captions-found.png", "images-found.png"):

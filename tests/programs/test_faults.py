@@ -53,8 +53,12 @@ def is_training(folder: Path) -> bool:
     [
         (1, signal.SIGTERM, "main has begun"),
         (1, signal.SIGUSR1, "torch is there"),
-        pytest.param(1, signal.SIGINT, "DALI is there", marks=pytest.mark.slow),
-        pytest.param(2, signal.SIGTERM, "main has begun", marks=pytest.mark.slow),
+        pytest.param(
+            *(1, signal.SIGINT, "DALI is there"), marks=[pytest.mark.slow, pytest.mark.long]
+        ),
+        pytest.param(
+            *(2, signal.SIGTERM, "main has begun"), marks=[pytest.mark.slow, pytest.mark.long]
+        ),
         (2, signal.SIGTERM, "a rank has begun"),
         pytest.param(2, signal.SIGUSR1, "all ranks have DALI", marks=pytest.mark.slow),
     ],
@@ -155,7 +159,7 @@ def test_nothing_outlives_its_launcher(data: Path, tmp_path: Path, nproc: int) -
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("victim", ["rank", "torchrun"])
+@pytest.mark.parametrize("victim", [pytest.param("rank", marks=pytest.mark.long), "torchrun"])
 def test_under_torchrun_nothing_outlives_a_crash(data: Path, tmp_path: Path, victim: str) -> None:
     with running(*arguments(data, tmp_path, 0), folder=tmp_path, torchrun=2) as program:
         program.wait_for(lambda: is_training(tmp_path))
@@ -165,7 +169,10 @@ def test_under_torchrun_nothing_outlives_a_crash(data: Path, tmp_path: Path, vic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["SIGKILL", "segfault", "abort"])
+@pytest.mark.parametrize(
+    "kind",
+    ["SIGKILL", *(pytest.param(one, marks=pytest.mark.long) for one in ("segfault", "abort"))],
+)
 def test_a_crashed_process_leaves_nothing(data: Path, tmp_path: Path, kind: str) -> None:
     words = arguments(data, tmp_path, 1)
     with running(*words, folder=tmp_path, fault=f"{kind}:") as program:
@@ -198,6 +205,7 @@ def test_reading_that_hangs_ends_the_run_with_70_and_is_named(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_stopped_rank_is_named_and_ended_too(data: Path, tmp_path: Path) -> None:
     words = [*arguments(data, tmp_path, 2), "--run.timeout-seconds", str(HANG_SECONDS)]

@@ -197,7 +197,7 @@ def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.long), "2"])
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
     data: Path, tmp_path: Path, nproc: str
 ) -> None:
@@ -264,6 +264,7 @@ def test_ranks_that_disagree_end_before_the_first_step(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     out = data / "two"
@@ -279,6 +280,7 @@ def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
     """Whatever the machine that resumes it computes fastest: here it begins in fp64."""
     arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]

@@ -111,7 +111,7 @@ def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("starter", "nproc", "victim"),
     [
-        pytest.param(start_own, 1, 0, marks=pytest.mark.slow),
+        pytest.param(start_own, 1, 0, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(start_own, 2, 1, marks=pytest.mark.slow),
         pytest.param(start_own, 2, 0, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(start_torchrun, 2, 1, marks=[pytest.mark.slow, pytest.mark.long]),
@@ -245,7 +245,9 @@ def test_restarts_are_used_up_loudly(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_run_that_is_asked_to_stop_is_not_started_again(
     data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -316,7 +318,7 @@ def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken
 @pytest.mark.parametrize(
     ("precision", "tolerance", "steps", "numbers"),
     [
-        ("fp64", 1e-9, 60, (1, 3)),
+        pytest.param("fp64", 1e-9, 60, (1, 3), marks=pytest.mark.long),
         pytest.param("fp64", 1e-9, 300, (1, 2, 3, 4), marks=pytest.mark.long),
         pytest.param("fp32", 1e-2, 300, (1, 2, 3, 4), marks=pytest.mark.long),
     ],
@@ -369,7 +371,9 @@ def test_a_run_resumes_with_any_number_of_ranks(
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("ranks", "tolerance"), [((1, 1, 1), 0.0), ((2, 3, 1), 1e-9)], ids=["one rank", "2, 3, 1 ranks"]
+    ("ranks", "tolerance"),
+    [pytest.param((1, 1, 1), 0.0, marks=pytest.mark.long), ((2, 3, 1), 1e-9)],
+    ids=["one rank", "2, 3, 1 ranks"],
 )
 def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unbroken(
     data: Path, tmp_path: Path, ranks: tuple[int, int, int], tolerance: float

@@ -208,6 +208,7 @@ def test_auto_takes_a_preset_that_the_data_and_the_machine_suit(
     assert f"{given.num_images:,} image" in reasons
 
 
+@pytest.mark.slow
 def test_the_micro_batch_that_auto_takes_fits_by_the_memory_plan() -> None:
     config = build_preset("swin-tiny")
     for size in (11, 16, 24, 40, 48, 80, 141):

@@ -159,6 +159,7 @@ def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
     assert "can be written by other users" in said
 
 
+@pytest.mark.slow
 def test_numba_s_own_variable_names_the_place(package: Path, tmp_path: Path) -> None:
     chosen = {"NUMBA_CACHE_DIR": str(tmp_path / "chosen")}
     assert run(package, ADD, "1", **chosen) == "1 0\n"
@@ -166,6 +167,7 @@ def test_numba_s_own_variable_names_the_place(package: Path, tmp_path: Path) -> 
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_without_a_writable_home_kernels_are_kept_in_a_private_temporary_folder(
     package: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def test_without_a_writable_home_kernels_are_kept_in_a_private_temporary_folder(
     assert private.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken_by", ["a link", "a folder that others can write"])
 def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
     package: Path, tmp_path: Path, taken_by: str
@@ -209,6 +212,7 @@ def test_only_the_last_used_folders_stay(package: Path, tmp_path: Path) -> None:
     assert left[:-1] == list(range(5, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"), reason="this Numba cannot be told"
 )

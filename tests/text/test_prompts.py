@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from property_tests import examples
 
 from unicl_fast.objectives.targets import map_targets
 from unicl_fast.system.atomic_files import locked
@@ -251,7 +252,7 @@ names_lists = st.lists(st.sampled_from(["a", "b", "A", "a a", "b a", "c"]), max_
 template_lists = st.lists(st.sampled_from(["{}", "a {}", "{} a", "b {}"]), min_size=1, max_size=3)
 
 
-@settings(max_examples=100)
+@examples(100)
 @given(
     st.lists(st.tuples(names_lists, template_lists), max_size=3),
     st.sampled_from(["separate", "shared"]),

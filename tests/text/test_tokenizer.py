@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from open_clip import tokenizer as open_clip_tokenizer
+from property_tests import examples
 
 from unicl_fast.text.tokenizer import Tokenizer, _groups
 
@@ -96,13 +97,13 @@ def test_difficult_texts_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: st
     assert_same_ids(tokenizer, [text])
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.text(), min_size=1, max_size=5))
 def test_any_text_gets_the_ids_of_open_clip(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert_same_ids(tokenizer, texts)
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
 def test_joined_fragments_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: str) -> None:
     assert_same_ids(tokenizer, [text])

@@ -154,10 +154,10 @@ def test_a_frozen_encoder_drops_no_branches(images: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss": "dense"},
-        {"loss": "tiled"},
+        pytest.param({"loss": "dense"}, marks=pytest.mark.slow),
+        pytest.param({"loss": "tiled"}, marks=pytest.mark.slow),
         {"micro_batch_size": 5},
-        {"activation_checkpointing": True},
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
         {"micro_batch_size": 4, "activation_checkpointing": True, "loss": "tiled"},
     ],
     ids=str,
@@ -211,7 +211,7 @@ def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.T
     ("optimizer", "precision", "settings"),
     [
         ("adamw", "fp32", {"ema_decay": 0.9}),
-        ("lamb", "fp64", {"unlock_warmup_steps": 3}),
+        pytest.param("lamb", "fp64", {"unlock_warmup_steps": 3}, marks=pytest.mark.slow),
         pytest.param("adamw", "bf16", {"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param(
             *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small", "ema_decay": 0.9}),
@@ -383,6 +383,7 @@ def assert_close_runs(found: Path, expected: Path) -> None:
             torch.testing.assert_close(tensor, others[name], **IN_FP64, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
     """Two ranks train as one does, also where they divide the state, which has one owner."""
@@ -411,7 +412,7 @@ def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("entries", "settings"),
     [
-        (("image", "text:1"), {}),
+        pytest.param(("image", "text:1"), {}, marks=pytest.mark.long),
         pytest.param(
             *(TOWER, {"micro_batch_size": 1, "activation_checkpointing": True}),
             marks=pytest.mark.long,

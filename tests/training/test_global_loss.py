@@ -138,6 +138,7 @@ def test_resumed_ranks_equal_unbroken_ones(
     assert (tmp_path / "resumed" / last).read_bytes() == unbroken
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
     images: torch.Tensor, tmp_path: Path
@@ -192,7 +193,7 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
     scope="module",
     params=[
         "test_vit",
-        "unicl_convnet7_small",
+        pytest.param("unicl_convnet7_small", marks=pytest.mark.slow),
         pytest.param("test_resnet", marks=pytest.mark.slow),
     ],
     name="plain",

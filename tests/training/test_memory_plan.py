@@ -67,7 +67,7 @@ def plans_of(preset: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     "preset",
     [
-        pytest.param(name, marks=() if name.endswith("-small") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "cifar10-small" else pytest.mark.slow)
         for name in PRESETS
     ],
 )
@@ -88,7 +88,7 @@ def test_swin_base_needs_what_a_trace_of_the_step_for_cuda_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_run_takes_what_was_planned(recomputes: bool) -> None:
     """By the peak memory of a process that trains, to 15 %; recomputing, to 30 %."""
     settings = json.dumps({"activation_checkpointing": recomputes})
@@ -134,6 +134,7 @@ def test_parts_follow_the_settings() -> None:
     assert on_cuda.parts["texts: activations"] < plain.parts["texts: activations"] // 2
 
 
+@pytest.mark.slow
 def test_frozen_parts_take_their_weights_and_no_more() -> None:
     config = tiny_config(precision="fp32")
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))

@@ -24,7 +24,9 @@ from unicl_fast.training.trainer import Trainer
     ("objective", "settings"),
     [
         ("unicl", {}),
-        ("unicl", {"text_layout": "padded", "unique_texts": False}),
+        pytest.param(
+            *("unicl", {"text_layout": "padded", "unique_texts": False}), marks=pytest.mark.slow
+        ),
         ("ce", {}),
         ("supcon", {}),
         ("unicl", {"image_encoder": "unicl_convnet7_small", "text_layout": "trimmed"}),
@@ -50,7 +52,12 @@ def test_the_products_are_those_of_a_real_step(
 
 @pytest.mark.parametrize(
     "entries",
-    [("image",), ("text",), ("image", "image_projection"), ("image:3", "text:1")],
+    [
+        pytest.param(("image",), marks=pytest.mark.slow),
+        pytest.param(("text",), marks=pytest.mark.slow),
+        pytest.param(("image", "image_projection"), marks=pytest.mark.slow),
+        ("image:3", "text:1"),
+    ],
     ids=" ".join,
 )
 def test_what_is_frozen_has_no_backward_pass(

@@ -106,7 +106,8 @@ def losses_of(run_folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("image_encoder", "ema_decay"), [("test_vit", 0.0), ("unicl_swin6_small", 0.9)]
+    ("image_encoder", "ema_decay"),
+    [("test_vit", 0.0), pytest.param("unicl_swin6_small", 0.9, marks=pytest.mark.slow)],
 )
 def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
     images: torch.Tensor, tmp_path: Path, image_encoder: str, ema_decay: float

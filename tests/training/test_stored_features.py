@@ -94,6 +94,7 @@ def test_a_locked_run_from_stored_features_is_the_run_that_encodes_bit_for_bit(
     trainer.train_step(fed[0])  # the encoder is not run
 
 
+@pytest.mark.slow
 def test_features_are_stored_and_fed_in_micro_batches_and_once_for_equal_images(
     data: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_sample_without_an_image_is_replaced_as_in_every_run(data: Path, tmp_p
     assert "labels" in (tmp_path / "stored" / "quarantine.csv").read_text()
 
 
+@pytest.mark.slow
 def test_other_weights_images_or_preprocessing_have_features_of_their_own(
     data: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +197,7 @@ def test_features_that_would_differ_between_epochs_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.dist
 def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(
     data: Path, tmp_path: Path

@@ -267,7 +267,9 @@ READ: dict[str, Callable[[Path], Curves]] = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "wandb")) for name in READ]
+)
 def test_one_curve_is_kept_over_kills_and_resumes(
     tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
