@@ -38,7 +38,7 @@ test-slow: $(VENV)/dev.stamp
 
 # The tests of the fault table in docs/reliability.md.
 faults: $(VENV)/dev.stamp
-	$(PYTEST) -m "not gpu and not long" $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/reliability.md | sort -u)
+	$(PYTEST) -m "not gpu" $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/reliability.md | sort -u)
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp

@@ -21,7 +21,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jaxtyping
 import pytest
-from hypothesis import settings
 
 import unicl_fast
 
@@ -141,9 +140,3 @@ def _nothing_is_left_running() -> Iterator[None]:
             process = STARTED.pop()
             process.kill()  # its ranks end with it
             process.wait()
-
-
-# Timed out by us, not by hypothesis: first calls compile and the machine may be busy.
-settings.register_profile("many", deadline=None, derandomize=True)
-settings.register_profile("few", settings.get_profile("many"), max_examples=10)
-settings.load_profile("few")  # `make test-slow` takes the other

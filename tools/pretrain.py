@@ -208,10 +208,10 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     """
     argv = _in_full(argv)
     finder = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
-    for option in ("--preset", "--resume", "--run.device"):
+    for option in ("--preset", "--resume", "--run.device", "--data.cache-folder"):
         finder.add_argument(option)
     finder.add_argument("--data.train", nargs="*")
-    finder.add_argument("--data.fraction", nargs="*", type=float)
+    finder.add_argument("--data.fraction", nargs="*", type=_number_or_text)
     for option in ("--config", "--out"):
         finder.add_argument(option, type=Path)
     for flag in ("--help", "--help-all", "--print-config"):
@@ -245,6 +245,14 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         f"presets are {', '.join([*PRESETS, AUTO])}.",
     )
     return origin, arguments
+
+
+def _number_or_text(word: str) -> float | str:
+    """A word as a number if it is one; what is none is refused with all the other options."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:

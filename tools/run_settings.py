@@ -8,10 +8,11 @@ was, and a run that resumes chooses no other.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +23,8 @@ from unicl_fast.system.checked_fields import parse_json, require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
 
 DEFAULT_PRESET = "swin-tiny"
-FOR_AUTO = ("train", "fraction")
-"""Fields of the data group that the preset auto is chosen by."""
+FOR_AUTO = ("train", "fraction", "cache_folder")
+"""Fields of the data group that the preset auto looks at the data by."""
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")
 
@@ -57,19 +58,29 @@ def first_settings(
         origin, config = str(own), load_config(own)
     elif preset == AUTO:
         of_file, run = values.get("data"), values.get("run")
+        chosen = DataConfig()
         if isinstance(of_file, dict):
-            data = {name: of_file[name] for name in FOR_AUTO if name in of_file} | dict(data or {})
+            of_file = {name: of_file[name] for name in FOR_AUTO if name in of_file}
+            with _naming(file):
+                chosen = with_values(chosen, of_file, name="data")
+        chosen = with_values(chosen, data or {}, name="data")
         device = device or (isinstance(run, dict) and run.get("device")) or "auto"
-        # with the checks of what fields must be together
-        chosen = dataclasses.replace(with_values(DataConfig(), data or {}))
-        origin, config = _choose(chosen, device, run_folder or Path())
+        # `replace` checks what fields must be together
+        origin, config = _choose(dataclasses.replace(chosen), device, run_folder or Path())
     else:
         preset = DEFAULT_PRESET if preset is None else preset
         origin, config = f"the preset {preset}", build_preset(preset)
     if file is None:
         return origin, config
-    try:
+    with _naming(file):
         return f"{origin}, with those in {file}", with_values(config, values)
+
+
+@contextlib.contextmanager
+def _naming(file: Path | None) -> Iterator[None]:
+    """Puts the file's name before the messages of its faults."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

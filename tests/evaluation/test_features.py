@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 from unittest.mock import Mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from rank_workers import gather_features_of_slices, open_class_folders, ranks_of
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
-from unicl_fast.dataset.feature_files import read_features
+from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import (
@@ -164,6 +165,29 @@ def test_kept_features_come_back_and_damaged_ones_are_refused(
     (tmp_path / "file").touch()
     keep_features(tmp_path / "file", "key", features)  # a file where the folder should be
     assert "features are not kept" in caplog.text
+    (folder / "key.npy").unlink()
+    assert not has_features(folder, "key")
+
+
+def test_of_two_that_keep_the_same_features_the_first_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins when rows of the first have their name, and its checksum has not."""
+    rename, second = Path.rename, []
+
+    def rename_and_let_the_other_begin(aside: Path, target: Path) -> Path:
+        found = rename(aside, target)
+        if not second:
+            second.append(Thread(target=keep_features, args=(tmp_path, "key", torch.ones(5, 3))))
+            second[0].start()
+            second[0].join(0.2)
+        return found
+
+    monkeypatch.setattr(Path, "rename", rename_and_let_the_other_begin)
+    keep_features(tmp_path, "key", torch.zeros(5, 3))
+    second[0].join()
+    assert not read_features(tmp_path, "key", num_samples=5).rows.any()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.dist

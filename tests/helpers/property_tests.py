@@ -1,6 +1,14 @@
-"""How many examples a test of a property draws: the profiles of tests/conftest.py."""
+"""How many examples a test of a property draws: few, or many with `--hypothesis-profile many`.
+
+The profiles are made here, since processes that import a test alone see no conftest.py.
+"""
 
 from hypothesis import settings
+
+# Timed out by us, not by hypothesis: first calls compile and the machine may be busy.
+settings.register_profile("many", deadline=None, derandomize=True)
+settings.register_profile("few", settings.get_profile("many"), max_examples=10)
+settings.load_profile("few")
 
 
 def examples(many: int) -> settings:

@@ -318,7 +318,7 @@ def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken
 @pytest.mark.parametrize(
     ("precision", "tolerance", "steps", "numbers"),
     [
-        pytest.param("fp64", 1e-9, 60, (1, 3), marks=pytest.mark.long),
+        ("fp64", 1e-9, 60, (1, 3)),
         pytest.param("fp64", 1e-9, 300, (1, 2, 3, 4), marks=pytest.mark.long),
         pytest.param("fp32", 1e-2, 300, (1, 2, 3, 4), marks=pytest.mark.long),
     ],

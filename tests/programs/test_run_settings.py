@@ -260,6 +260,19 @@ def test_auto_looks_at_the_data_and_comes_before_file_and_options(
     assert (config.run.global_batch_size, config.run.seed) == (2, 4)
     with pytest.raises(ValueError, match="auto chooses by the data: give --data.train DIR"):
         settings_of("--preset", "auto")
+    with pytest.raises(ValueError, match=r"^data.fraction must be a list, .*, not \['half'\]"):
+        settings_of("--preset", "auto", *data, "--data.fraction", "half")
+    write(file, f"preset: auto\ndata: {{train: [{photos}], fraction: [2]}}")
+    with pytest.raises(ValueError, match=r"run.yaml: data.fraction must be a list"):
+        settings_of("--config", file)
+
+
+def test_a_fraction_that_is_no_number_is_refused_with_all_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        settings_of("--preset", "swin-tiny", "--data.fraction", "half")
+    assert "invalid float value" not in capsys.readouterr().err
 
 
 def test_a_run_that_resumes_keeps_what_auto_took(photos: Path, tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("entries", "settings"),
     [
-        pytest.param(("image", "text:1"), {}, marks=pytest.mark.long),
+        (("image", "text:1"), {}),
         pytest.param(
             *(TOWER, {"micro_batch_size": 1, "activation_checkpointing": True}),
             marks=pytest.mark.long,

@@ -197,7 +197,6 @@ def test_features_that_would_differ_between_epochs_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.dist
 def test_a_run_from_stored_features_resumes_on_other_ranks_with_its_ledger(
     data: Path, tmp_path: Path

@@ -9,6 +9,7 @@ preprocessing is never found. The second file is written last: without it there 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.atomic_files import flush_to_disk, lock, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 
 
@@ -80,7 +81,7 @@ def feature_key(
 
 def has_features(folder: Path, key: str) -> bool:
     """Whether features of that key are stored whole."""
-    return (folder / f"{key}.json").is_file()
+    return all((folder / f"{key}.{kind}").is_file() for kind in ("json", "npy"))
 
 
 def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
@@ -123,19 +124,26 @@ def seal_features(
 ) -> None:
     """Gives a file whose rows are written its name, and states what is in it.
 
-    Another run may have stored the same meanwhile; its file, which others read, stays.
+    Another run may have stored the same meanwhile; its file, which others read, stays. Others wait
+    while the two files get their names, or the rows of one might stand beside the other's checksum.
     """
-    if has_features(folder, key):
-        aside.unlink()
-        return
     values = {
         "dtype": dtype,
         "xxh3": file_checksum(aside),
         "unreadable": sorted(unreadable),
     }
     flush_to_disk(aside)
-    aside.rename(folder / f"{key}.npy")
-    write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks on folders
+            lock(descriptor, wait=True)
+        if has_features(folder, key):
+            aside.unlink()
+            return
+        aside.rename(folder / f"{key}.npy")
+        write_text_atomically(folder / f"{key}.json", dump_checksummed_json(values))
+    finally:
+        os.close(descriptor)
 
 
 def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:

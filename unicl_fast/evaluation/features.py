@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -485,7 +486,7 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weigh
 
 def keep_features(folder: Path, key: str, features: Float[Tensor, "n d"]) -> None:
     """Stores features whole or not at all; a disk that refuses is a warning and no error."""
-    aside = folder / f".{key}.{os.getpid()}.partial"
+    aside = folder / f".{key}.{secrets.token_hex(4)}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:

@@ -46,7 +46,7 @@ def open_datasets(
     """Opens what `data.train` names, DIR or DIR=WEIGHT each, as far as `data.fraction` says.
 
     Without `verify`, for a first look before the run opens them, arrays are not compared with their
-    checksums, and nothing is warned of.
+    checksums, nothing is warned of, and any number of samples may be missing.
 
     Returns:
         The data sets and their weights; None where no weight was given.
@@ -68,7 +68,7 @@ def open_datasets(
         if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number after its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
-    limit, cache = data.max_bad_fraction, cache_options(data)
+    limit, cache = data.max_bad_fraction if verify else None, cache_options(data)
     datasets = [
         PackedDataset(folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache)
         for folder, fraction in zip(folders, fractions, strict=True)
