@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import jaxtyping
+import property_tests  # noqa: F401  # hypothesis' profiles, before its plugin takes one
 import pytest
 
 import unicl_fast
