@@ -1,15 +1,16 @@
 """Second terms of the objective: a teacher whose features were stored once, and words.
 
 Students are those of labels-and-captions, an image encoder from scratch that learns from labels and
-captions at once. The teacher is a run of ours (photos-small: ImageNet's weights and a fresh text
-encoder, on the same data); `unicl-pack reinforce` stores what it makes of ten views of each image,
-and students see those views, or draws of the same distribution.
+captions at once. The teacher is a run of ours (photos-small: a fresh text encoder to ImageNet's
+weights, locked, on the same data); `unicl-pack reinforce` stores what it makes of ten views of each
+image, and students see those views, or draws of the same distribution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .first_weights import write_templates
 from .harness import Run, mean_of, run_all, run_program
 from .small_size import LabelsAndCaptions, pack
 
@@ -20,7 +21,7 @@ _TEACHING = {
     "features": ("features", "--objective.distillation-weight", "0.5"),
 }
 _SIZE, _CROPS = "64", ("0.4", "1.0")  # the teacher sees all pixels of a student's crop
-_TEACHER_STEPS, _TEACHER_BATCH = 300, 64
+_TEACHER_STEPS, _TEACHER_BATCH = 1200, 64
 _WORDS = {
     f"batch {size}{', words' if weight else ''}": (size, weight)
     for size in (32, 256)
@@ -37,7 +38,8 @@ class Distillation(LabelsAndCaptions):
 
     def run(self) -> None:
         packed = self.out / "packed"
-        pack(self.data, packed, side=2 * int(_SIZE))
+        # of ImageNet's 80 templates a teacher as short as this would learn little
+        pack(self.data, packed, side=2 * int(_SIZE), templates=str(write_templates(packed)))
         teacher = self._teacher()
         of_teacher = run_all([teacher], self.out, jobs=1)
         for name in self.weights("both"):
@@ -66,7 +68,6 @@ class Distillation(LabelsAndCaptions):
                 *("--preset", "photos-small", *student.pretrain[train : train + 4]),
                 *("--run.samples", str(_TEACHER_BATCH * steps), "--optim.lr", "1.5e-3"),
                 *("--run.global-batch-size", str(_TEACHER_BATCH), "--data.image-size", _SIZE),
-                *("--optim.image-rate", "0.1", "--optim.unlock-at-step", str(steps // 2)),
                 *("--data.evaluation-resize", _SIZE, "--run.evaluate-every-steps", "0"),
                 *("--checkpoint.every-steps", "0", "--efficiency.precision", self.precision),
             ),
