@@ -234,7 +234,7 @@ def test_each_student_is_a_run_that_can_start(tmp_path: Path) -> None:
         assert config.objective.distillation == kind
         assert config.data.crop_scale == (0.4, 1.0)
     options = ["unicl-pretrain", *settings._teacher().pretrain, "--out", str(tmp_path)]
-    assert config_of(options).optim.unlock_at_step == 150
+    assert config_of(options).optim.freeze == ("image",)
 
 
 WORDNET = """\
