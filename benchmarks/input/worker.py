@@ -96,8 +96,9 @@ class Worker:
         with self._running():
             self._ask("warm", seconds)
             self._connection.send(("turn", seconds))
-            samples = []
-            while not self._connection.poll(seconds / 6):
+            samples, is_over = [], False
+            while not is_over:  # once in any case: on a busy machine it may be over already
+                is_over = self._connection.poll(seconds / 6)
                 samples.append(session_bytes(self._process.pid))
             self._answer()
         return samples

@@ -411,7 +411,7 @@ def test_one_process_makes_the_rows_and_the_others_wait(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "helpers")]!r}
 import unicl_fast.text.prompts
 from test_prompts import MANY_NAMES, TEMPLATES, ClassPrompts, CountingTokenizer
 unicl_fast.text.prompts._FEWEST_CACHED = 200
