@@ -245,7 +245,6 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source, text=data.text)
-        self.balances = [source.balance for source in sources]
         self.epoch_sizes = [
             len(source.samples) if source.balance is None else source.balance.num_draws
             for source in sources
@@ -270,6 +269,11 @@ class TrainPlan:
                      global_batch_size=global_batch_size)  # fmt: skip
         self._spans = spans or (whole,)
         self._own = self._spans[stage]
+
+    @property
+    def balances(self) -> list[Balance | None]:
+        """Each source's, for another plan of the same sources."""
+        return [source.balance for source in self._sources]
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -365,7 +369,7 @@ class TrainPlan:
                 global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
                 shuffle_groups=self.shuffle_groups,
-                balance=self.balances[number],
+                balance=source.balance,
             )
         return source_ids, sample_ids
 
