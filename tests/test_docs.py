@@ -177,6 +177,19 @@ def test_inline_code_breaks_at_separators_and_never_inside_an_option(
     )
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_of_code_fit_a_page_of_1280_pixels(page: Path) -> None:
+    """The widest that the browser shows whole (below, slow): 106 letters."""
+    wide = []
+    fenced = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        fenced ^= line.lstrip().startswith("```")
+        code = line if fenced else line.removeprefix("    ") if line.startswith("    ") else ""
+        if len(code) > 106:
+            wide.append(line)
+    assert wide == []
+
+
 def test_figures_are_no_wider_than_a_page_shows_legibly() -> None:
     sizes = {}
     for path in (ROOT / "docs" / "results").glob("*.png"):
