@@ -170,10 +170,10 @@ def _resample(cubic: bool) -> Any:
         resample_region(
             _image(out_data, out_shapes, 0),
             image,
-            float(start[0]),
-            float(min(end[0], image.shape[0])),
-            float(start[1]),
-            float(min(end[1], image.shape[1])),
+            np.float64(start[0]),
+            np.float64(min(end[0], image.shape[0])),
+            np.float64(start[1]),
+            np.float64(min(end[1], image.shape[1])),
             flip[0] != 0,
             cubic,
         )

@@ -128,6 +128,7 @@ def resample_windows(
     for i in range(begin, end):
         num_rows: Any = np.int64(shapes[i, 0])
         num_columns: Any = np.int64(shapes[i, 1])
+        top, bottom, left, right = 0.0, np.float64(num_rows), 0.0, np.float64(num_columns)
         length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
@@ -143,15 +144,17 @@ def resample_windows(
                 target[length:] = 0
             _fill_crop(
                 crops[i], window, line[:padded_length], line, exact, first_rows, fixed_rows,
-                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, 0.0,
-                num_rows, 0.0, num_columns, flips[i] != 0, cubic,
+                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, top,
+                bottom, left, right, flips[i] != 0, cubic,
             )  # fmt: skip
         else:
             raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
             for y in range(num_rows):
-                raw_window[y] = image[offset + y * width * _CHANNELS :][:length]
+                original, target = image[offset + y * width * _CHANNELS :], raw_window[y]
+                for j in range(length):
+                    target[j] = original[j]
             region = raw_window.reshape(num_rows, num_columns, _CHANNELS)
-            resample_region(crops[i], region, 0.0, num_rows, 0.0, num_columns, flips[i] != 0, cubic)
+            resample_region(crops[i], region, top, bottom, left, right, flips[i] != 0, cubic)
 
 
 @kernel
@@ -356,6 +359,7 @@ def _weigh(
         first[i] = low
         taps = max(taps, high - low)
     weights = exact[: size * taps].reshape(size, taps)
+    largest = 0.0
     narrowing = 1.0 / max(scale, 1.0)  # multiplied by, as torchvision does: rounding may hang on it
     for i in range(size):
         first[i] = min(first[i], length - taps)
@@ -368,8 +372,9 @@ def _weigh(
             total += weight
         for t in range(taps):
             weights[i, t] /= total
+            largest = max(largest, weights[i, t])
     limit = 1 << (15 if cubic else bits)
-    largest, rounding = weights.max(), 0.5 if cubic else 1.0
+    rounding = 0.5 if cubic else 1.0
     places = 0
     while places < (22 if cubic else most_places) and (
         np.int64(rounding + largest * 2.0 ** (places + 1)) < limit

@@ -729,6 +729,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
     """Rank 0 packs longer than a collective may last; or ends instead, and rank 1 explains it."""
     timeout = datetime.timedelta(seconds=seconds)
     ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
+    dist.barrier(ranks.host_group)  # connects them, as those of a run are
     pack = data._pack
 
     def pack_slowly(*arguments: object, **settings: object) -> None:

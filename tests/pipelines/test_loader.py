@@ -40,7 +40,7 @@ from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import build_prompts
-from unicl_fast.training.run import _build_stages
+from unicl_fast.training.run import _build_stages, _RunData
 from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali
@@ -187,7 +187,10 @@ def test_stages_find_once_what_an_epoch_takes_of_each_class(
     run = dataclasses.replace(config.run, samples=84, stages=stages)
     config = dataclasses.replace(config, run=run)
     build = functools.partial(TrainLoader, datasets=datasets, weights=None)
-    loader = _build_stages(config, build, datasets, prompts)
+    data = _RunData(
+        config=config, datasets=datasets, weights=None, description={}, prompts=prompts, words=None
+    )
+    loader = _build_stages(data, build)
     assert found == datasets
     assert loader.plan.balances[0] is not None
 

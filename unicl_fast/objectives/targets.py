@@ -510,12 +510,15 @@ def _group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, si
     for step in range(steps):
         start, end = step * size, (step + 1) * size
         found = _group_texts(rows[start:end], labels[start:end], factors)
-        texts = found[0].shape[0]
-        tokens[start : start + texts] = found[0]
-        index[start:end] = found[2]
-        counts[start : start + texts] = found[3]
-        lengths[start : start + texts] = found[4]
-        text_labels[start : start + texts] = found[5]
-        num_texts[step] = texts
+        num_texts[step] = found[0].shape[0]
         is_plain[step] = found[7] == 0 and found[8] == 0
+        # one by one: for the message about parts that do not fit, Numba compiles for seconds
+        for row in range(size):
+            index[start + row] = found[2][row]
+        for text in range(num_texts[step]):
+            for place in range(rows.shape[1]):
+                tokens[start + text, place] = found[0][text, place]
+            counts[start + text] = found[3][text]
+            lengths[start + text] = found[4][text]
+            text_labels[start + text] = found[5][text]
     return tokens, index, counts, lengths, text_labels, num_texts, is_plain

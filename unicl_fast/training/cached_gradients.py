@@ -92,46 +92,19 @@ def back_propagate_in_micro_batches(
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.
     """
-    autocast = functools.partial(encoder_autocast, config, ranks, batch.images.device.type)
-    size = config.efficiency.micro_batch_size
-    pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
-    texts, text_class_ids, text_counts = _texts_in_pieces(batch, config, ranks)
+    pieces = _MicroBatches(model, batch, config, ranks)
     columns = TextColumns(
-        text_class_ids,
-        text_counts,
+        pieces.text_class_ids,
+        pieces.text_counts,
         ranks,
         ancestors=ancestors,
-        teacher=rows_of_teacher(batch, config, text_counts),
+        teacher=rows_of_teacher(batch, config, pieces.text_counts),
     )
-
-    def input_of(images: Tensor, global_index: Tensor) -> Tensor:
-        model.set_drop_path_key(step=batch.step, global_index=global_index)
-        return encoder_input(images, config)
-
-    def encode_images(images: Tensor, global_index: Tensor) -> Tensor:
-        return model.encode_image(input_of(images, global_index))
-
-    def encode_again(encode: Callable[[], Tensor], gradient: Tensor) -> None:
-        begin("forward")
-        # one autocast for each graph: weights cast in one must not be found in the next one's cache
-        with autocast():
-            features = encode()
-        begin("backward")
-        features.backward(gradient)
-
-    # one autocast for all micro-batches of an encoder: its weights are cast once
-    with torch.no_grad(), autocast():
-        text_features = torch.cat([model.encode_text(*rows) for rows in texts])
-    texts_of_all = columns.send(text_features.requires_grad_())
-    is_stored = batch.images.ndim == 2  # features of a frozen encoder
-    if encoder_is_frozen(model, "image") and not is_stored and not divides_all(config, ranks):
-        # encoded once, and its features taken for images: its projection may be trained
-        with torch.no_grad(), autocast():
-            pixels = [(model.image_encoder(input_of(*piece)), piece[1]) for piece in pixels]
-    with torch.no_grad(), autocast():
-        image_features = torch.cat([encode_images(*piece) for piece in pixels])
-        scale = model.scale
-    scale.requires_grad_()
+    text_features = pieces.encode_texts().requires_grad_()
+    texts_of_all = columns.send(text_features)
+    image_features = pieces.encode_images().requires_grad_()
+    with torch.no_grad(), pieces.autocast():
+        scale = model.scale.requires_grad_()
     bias, projection, word_rows = (
         None if one is None else one.detach().requires_grad_()
         for one in (model.logit_bias, model.teacher_projection, model.word_rows)
@@ -139,7 +112,7 @@ def back_propagate_in_micro_batches(
     learnt = [one for one in (scale, bias, projection, word_rows) if one is not None]
     begin("loss")
     loss = columns.contrast(
-        image_features.requires_grad_(),
+        image_features,
         texts_of_all,
         class_ids=classes_of_images(batch, ancestors),
         scale=scale,
@@ -148,25 +121,81 @@ def back_propagate_in_micro_batches(
         form=config.efficiency.loss,
     )
     loss = add_word_loss(loss, image_features, word_rows, words, batch, config, ranks)
-    image_gradient, text_gradient, *others = torch.autograd.grad(
-        scale_loss(loss), [image_features, text_features, *learnt]
-    )
-    image_gradients = image_gradient.split(size)
-    text_gradients = text_gradient.split([len(tokens) for tokens, *_ in texts])
-
-    # a tower without anything to train is not encoded again, but for a text encoder's last piece
-    pixels_again = pixels[:-1] if is_trained(model, "image") else []
-    texts_again = texts[:-1] if is_trained(model, "text") else []
-    for images, gradient in zip(pixels_again, image_gradients, strict=False):
-        encode_again(functools.partial(encode_images, *images), gradient)
-    for rows, gradient in zip(texts_again, text_gradients, strict=False):
-        encode_again(functools.partial(model.encode_text, *rows), gradient)
-    begin("forward")
-    with autocast():
-        last = [one for one in encode(input_of(*pixels[-1]), *texts[-1]) if one is not None]
-    begin("backward")
-    back_propagate_learnt(last, [image_gradients[-1], text_gradients[-1], *others])
+    gradients = torch.autograd.grad(scale_loss(loss), [image_features, text_features, *learnt])
+    pieces.back_propagate(encode, gradients, begin)
     return loss.detach()
+
+
+class _MicroBatches:
+    """The images and texts of a local batch, in pieces that an encoder takes at once."""
+
+    def __init__(self, model: UniCL, batch: Batch, config: TrainConfig, ranks: Ranks) -> None:
+        self._model, self._config, self._step = model, config, batch.step
+        self._size = config.efficiency.micro_batch_size
+        images = zip(
+            batch.images.split(self._size), batch.global_index.split(self._size), strict=True
+        )
+        self._images = list(images)
+        self._texts, self.text_class_ids, self.text_counts = _texts_in_pieces(batch, config, ranks)
+        is_stored = batch.images.ndim == 2  # features of a frozen encoder
+        self._encodes_images_once = (
+            encoder_is_frozen(model, "image") and not is_stored and not divides_all(config, ranks)
+        )
+        self.autocast = functools.partial(encoder_autocast, config, ranks, batch.images.device.type)
+
+    def encode_texts(self) -> Tensor:
+        """Features of all texts, without a graph."""
+        # one autocast for all micro-batches of an encoder: its weights are cast once
+        with torch.no_grad(), self.autocast():
+            return torch.cat([self._model.encode_text(*rows) for rows in self._texts])
+
+    def encode_images(self) -> Tensor:
+        """Features of all images, without a graph."""
+        if self._encodes_images_once:  # and features are taken for images: a projection may learn
+            with torch.no_grad(), self.autocast():
+                encoder = self._model.image_encoder
+                self._images = [
+                    (encoder(self._input_of(*piece)), piece[1]) for piece in self._images
+                ]
+        with torch.no_grad(), self.autocast():
+            return torch.cat([self._encode_images(*piece) for piece in self._images])
+
+    def back_propagate(
+        self, encode: Encode, gradients: Sequence[Tensor], begin: Callable[[Part], None]
+    ) -> None:
+        """Encodes again, with a graph; `gradients` are of images, texts and what else is learnt."""
+        of_images, of_texts, *others = gradients
+        image_gradients = of_images.split(self._size)
+        text_gradients = of_texts.split([len(tokens) for tokens, *_ in self._texts])
+
+        def encode_again(encode: Callable[[], Tensor], gradient: Tensor) -> None:
+            begin("forward")
+            # one autocast for each graph: weights cast in one are not to be found in the next one's
+            with self.autocast():
+                features = encode()
+            begin("backward")
+            features.backward(gradient)
+
+        # a tower without anything to train is not encoded again, but for a text encoder's last
+        images = self._images[:-1] if is_trained(self._model, "image") else []
+        texts = self._texts[:-1] if is_trained(self._model, "text") else []
+        for piece, gradient in zip(images, image_gradients, strict=False):
+            encode_again(functools.partial(self._encode_images, *piece), gradient)
+        for rows, gradient in zip(texts, text_gradients, strict=False):
+            encode_again(functools.partial(self._model.encode_text, *rows), gradient)
+        begin("forward")
+        with self.autocast():
+            encoded = encode(self._input_of(*self._images[-1]), *self._texts[-1])
+        begin("backward")
+        last = [one for one in encoded if one is not None]
+        back_propagate_learnt(last, [image_gradients[-1], text_gradients[-1], *others])
+
+    def _input_of(self, images: Tensor, global_index: Tensor) -> Tensor:
+        self._model.set_drop_path_key(step=self._step, global_index=global_index)
+        return encoder_input(images, self._config)
+
+    def _encode_images(self, images: Tensor, global_index: Tensor) -> Tensor:
+        return self._model.encode_image(self._input_of(images, global_index))
 
 
 def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:

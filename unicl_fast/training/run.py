@@ -85,6 +85,20 @@ Initialise = Callable[[UniCL, Ranks], None]
 together."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _RunData:
+    """The data of a run, opened on this rank."""
+
+    config: TrainConfig
+    """With what it takes from the data: the length of the run, and the number of words."""
+    datasets: list[PackedDataset]
+    weights: list[float] | None
+    description: dict[str, Any]
+    """As checkpoints store it, to know the data again."""
+    prompts: ClassPrompts
+    words: Words | None
+
+
 def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
     """Refuses what can be seen to be wrong before ranks are started.
 
@@ -306,11 +320,10 @@ def build_trainer(
     `encodes_features` those of efficiency.image_features are neither looked for nor encoded. The
     other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
-    config, datasets, weights, data, prompts, words = _open_data(
-        config, ranks, is_new=checkpoint is None
-    )
+    data = _open_data(config, ranks, is_new=checkpoint is None)
+    config = data.config
     mark("planning memory", patience=START_PATIENCE)
-    _check_memory_of_stages(config, longest_text(datasets, prompts), ranks, device)
+    _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
     model = None
     if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
         mark("reading the initial weights", patience=START_PATIENCE)
@@ -319,40 +332,34 @@ def build_trainer(
     mark("opening the data and building the model", patience=START_PATIENCE)
     build = functools.partial(
         build_loader,
-        datasets=datasets,
+        datasets=data.datasets,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
-    on_threads = dataclasses.replace(config, data=with_threads(config.data, ranks))
-    loader = _build_stages(on_threads, functools.partial(build, weights=weights), datasets, prompts)
-
-    def drawn(loader: PlannedLoader) -> PlannedLoader | _DrawsFirstBatch:
-        path = run_folder / "contact-sheet.png"
-        return _DrawsFirstBatch(loader, path) if ranks.is_main else loader
-
-    ledger = None
-    if keeps_ledger:
-        folder = run_folder / LEDGER_FOLDER
-        ledger = _build_ledger(folder, config, datasets, loader.plan, data, ranks)
+    data = dataclasses.replace(
+        data, config=dataclasses.replace(config, data=with_threads(config.data, ranks))
+    )
+    loader = _build_stages(data, functools.partial(build, weights=data.weights))
+    sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
     trainer = Trainer(
         config,
-        drawn(loader),
+        _DrawsFirstBatch(loader, sheet),
         run_folder=run_folder,
         model=model,
         ranks=ranks,
         device=device,
-        evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
-        ancestors=prompts.ancestors,
-        words=words,
-        data=data,
+        evaluations=_build_evaluations(data, ranks, evaluate),
+        ancestors=data.prompts.ancestors,
+        words=data.words,
+        data=data.description,
         dataset_meter=DatasetMeter(
-            distinct_names([dataset.location for dataset in datasets], may_repeat=True),
+            distinct_names([dataset.location for dataset in data.datasets], may_repeat=True),
             epochs=loader.plan.epochs,
-            datasets=datasets,
+            datasets=data.datasets,
         ),
-        ledger=ledger,
+        ledger=_build_ledger(run_folder, data, loader.plan, ranks) if keeps_ledger else None,
         reading=loader.reading,
         check_run_folder=check_run_folder,
         progress=progress,
@@ -362,14 +369,15 @@ def build_trainer(
         with refused_together(ranks):
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
-        whole = dataclasses.replace(
-            on_threads.data, shuffle_window=0, balance=0, balance_concepts=""
-        )
-        of_epoch = dataclasses.replace(on_threads.settings_of_stages[-1], data=whole)
+        last = data.config.settings_of_stages[-1]
+        whole = dataclasses.replace(last.data, shuffle_window=0, balance=0, balance_concepts="")
+        of_epoch = dataclasses.replace(last, data=whole)
         features = stored_features(
             trainer.model,
-            datasets,
-            build_loader=lambda: drawn(build(of_epoch, prompts=prompts, weights=None)),
+            data.datasets,
+            build_loader=lambda: _DrawsFirstBatch(
+                build(of_epoch, prompts=data.prompts, weights=None), sheet
+            ),
             ranks=ranks,
             device=device,
         )
@@ -377,65 +385,52 @@ def build_trainer(
     return trainer
 
 
-def _open_data(
-    config: TrainConfig, ranks: Ranks, *, is_new: bool
-) -> tuple[
-    TrainConfig,
-    list[PackedDataset],
-    list[float] | None,
-    dict[str, Any],
-    ClassPrompts,
-    Words | None,
-]:
-    """Opens the data on all ranks, and fills in what the config needs to know of it.
-
-    Returns:
-        The config, the data sets and their weights, their description as in checkpoints, the
-        prompts, and the words of `objective.words`.
-    """
+def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
+    """Opens the data on all ranks, and fills in what the config needs to know of it."""
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    data = describe_datasets(datasets, weights, config.data.balance_concepts)
+    description = describe_datasets(datasets, weights, config.data.balance_concepts)
     with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
-        data |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
+        description |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
-            check_ranks_agree(describe_rank(config, data), ranks)
+            check_ranks_agree(describe_rank(config, description), ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
-    if not config.objective.words:
-        return config, datasets, weights, data, prompts, None
-    mark("counting words", patience=START_PATIENCE)
-    words = count_words(datasets, weights, prompts, config)
-    return with_num_words(config, words), datasets, weights, data, prompts, words
+    words = None
+    if config.objective.words:
+        mark("counting words", patience=START_PATIENCE)
+        words = count_words(datasets, weights, prompts, config)
+        config = with_num_words(config, words)
+    return _RunData(
+        config=config,
+        datasets=datasets,
+        weights=weights,
+        description=description,
+        prompts=prompts,
+        words=words,
+    )
 
 
-def _build_ledger(
-    folder: Path,
-    config: TrainConfig,
-    datasets: Sequence[PackedDataset],
-    plan: TrainPlan,
-    data: Mapping[str, Any],
-    ranks: Ranks,
-) -> Ledger:
+def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Ranks) -> Ledger:
     return Ledger(
-        folder,
+        run_folder / LEDGER_FOLDER,
         sources=[
             LedgerSource(dataset.folder.name, len(dataset), size if size < len(dataset) else 0)
-            for dataset, size in zip(datasets, plan.epoch_sizes, strict=True)
+            for dataset, size in zip(data.datasets, plan.epoch_sizes, strict=True)
         ],
         global_batch_size=plan.global_batch_size,
-        spans=config.run.spans,
+        spans=data.config.run.spans,
         seed=plan.seed,
         shares=plan.weights,
         shuffle_window=plan.shuffle_window,
         shuffle_groups=plan.shuffle_groups,
-        balance=config.data.balance,
-        teachers=data.get("teachers", ()),
-        concepts=data.get("concepts", ""),
+        balance=data.config.data.balance,
+        teachers=data.description.get("teachers", ()),
+        concepts=data.description.get("concepts", ""),
         ranks=ranks,
     )
 
@@ -459,20 +454,16 @@ def _check_memory_of_stages(
             )
 
 
-def _build_stages(
-    config: TrainConfig,
-    build: Callable[..., PlannedLoader],
-    datasets: Sequence[PackedDataset],
-    prompts: ClassPrompts,
-) -> PlannedLoader:
-    """Builds the run's loader, or one for each of its stages; `prompts` are the run's own."""
+def _build_stages(data: _RunData, build: Callable[..., PlannedLoader]) -> PlannedLoader:
+    """Builds the run's loader, or one for each of its stages."""
+    config = data.config
     if not config.run.stages:
-        return build(config, prompts=prompts)
-    by_length = {config.model.context_length: prompts}
+        return build(config, prompts=data.prompts)
+    by_length = {config.model.context_length: data.prompts}
     loaders: list[PlannedLoader] = []
     for number, stage in enumerate(config.settings_of_stages):
         if (length := stage.model.context_length) not in by_length:
-            by_length[length] = build_prompts(datasets, stage)
+            by_length[length] = build_prompts(data.datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
         balances = loaders[0].plan.balances if loaders else None  # no stage has its own
         loaders.append(build(stage, prompts=by_length[length], balances=balances, **of_stage))
@@ -480,15 +471,19 @@ def _build_stages(
 
 
 class _DrawsFirstBatch:
-    """A loader that draws the first batch of the run, which shows what the model really gets."""
+    """A loader that draws the first batch of the run, which shows what the model really gets.
 
-    def __init__(self, loader: PlannedLoader, path: Path) -> None:
+    It draws nothing where there is no path.
+    """
+
+    def __init__(self, loader: PlannedLoader, path: Path | None) -> None:
         self._loader, self._path = loader, path
         self.plan = loader.plan
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         for batch in self._loader.batches(start_step):
-            if batch.step == 0 and batch.images.ndim == 4:  # features are nothing to look at
+            is_images = batch.images.ndim == 4  # features are nothing to look at
+            if self._path is not None and batch.step == 0 and is_images:
                 with drawing(self._path):
                     draw_contact_sheet(batch, self._path)
             yield batch
@@ -553,13 +548,8 @@ def _evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) ->
     return [f"{kind}/{name}" for kind, name in zip(kinds, names, strict=True)]
 
 
-def _build_evaluations(
-    config: TrainConfig,
-    trained: Sequence[PackedDataset],
-    prompts: ClassPrompts,
-    ranks: Ranks,
-    evaluate: Evaluate,
-) -> dict[str, Evaluation]:
+def _build_evaluations(data: _RunData, ranks: Ranks, evaluate: Evaluate) -> dict[str, Evaluation]:
+    config = data.config
     if config.data.evaluate and config.objective.name == "supcon":
         raise ValueError(
             "data.evaluate: a model trained with objective.name=supcon knows neither texts nor "
@@ -573,7 +563,8 @@ def _build_evaluations(
     for dataset, name in zip(datasets, names, strict=True):
         rows = None
         if config.objective.name == "ce":
-            rows = rows_of_class_names(trained, dataset.manifest.class_names, prompts=prompts)
+            names_of_classes = dataset.manifest.class_names
+            rows = rows_of_class_names(data.datasets, names_of_classes, prompts=data.prompts)
         evaluations[name] = functools.partial(
             evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks
         )
