@@ -21,10 +21,10 @@ tour: $(VENV)/dev.stamp
 notebook: $(VENV)/dev.stamp
 	$(BIN)/python examples/renew_notebook.py
 
-# A process of tests for each core; a file's tests stay together, since they share what they made.
-# One that crashes ends the run and its test is named: with another in its place, xdist (3.8) waits
-# for ever at the end.
-JOBS ?= $(shell nproc)
+# A process of tests for each core and one more, since many tests wait for others; those of a file
+# stay together, since they share what they made. A process that crashes ends the run and its test
+# is named: with another in its place, xdist (3.8) waits for ever at the end.
+JOBS ?= $$(($$(nproc) + 1))
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile \
 	--max-worker-restart 0
 

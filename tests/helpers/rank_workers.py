@@ -718,7 +718,8 @@ def name_evaluations(ranks: Ranks, folders: list[str]) -> None:
         for evaluate in ((mine,), (mine, folders[0]), (mine, folders[1])):
             config = TrainConfig(data=DataConfig(evaluate=evaluate))
             try:
-                found = list(run._build_evaluations(config, [], mock.Mock(), ranks, mock.Mock()))
+                data = mock.Mock(config=config, datasets=[])
+                found = list(run._build_evaluations(data, ranks, mock.Mock()))
             except SharedRefusal as error:
                 found = [str(error).rpartition(": ")[2]]
             expected = "name it once" if len(evaluate) > 1 else "zero_shot/first"
