@@ -1,9 +1,8 @@
-"""From packed data sets to a trainer's batches, without end, and to an evaluation's, once each.
+"""From packed data sets to batches: without end for training, each sample once for evaluation.
 
 `TrainLoader._decode` is the table of contents. Its chapters: `plan/` says which samples and which
 random numbers a step is given, `feed/` reads and replaces images and makes the texts, `graph.py`
-decodes and augments, and a `Batch` is put together. `EvaluationLoader` shows each sample of one
-data set once.
+decodes and augments, and a `Batch` is put together.
 """
 
 from __future__ import annotations
@@ -158,7 +157,8 @@ class TrainLoader:
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
         if self.form == "files":
-            self._data = fit_prefetch(data, datasets, num_images=self.num_images)
+            part = sum(data.crop_scale) / 2  # of a window on average
+            self._data = fit_prefetch(data, datasets, num_images=self.num_images, part=part)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=False)):
             unreadable = teacher.unreadable.intersection(range(len(dataset)))
@@ -309,7 +309,7 @@ class TrainLoader:
 
 
 def fit_prefetch(
-    data: DataConfig, datasets: Sequence[PackedDataset], *, num_images: int
+    data: DataConfig, datasets: Sequence[PackedDataset], *, num_images: int, part: float
 ) -> DataConfig:
     """Settings by which one batch is decoded at a time, where its images are very large.
 
@@ -320,14 +320,14 @@ def fit_prefetch(
         data: the run's; a `prefetch` that is set stays.
         datasets: those of the run.
         num_images: in a rank's batch, over all views.
+        part: how much of an image's pixels a decoded window has.
     """
     # packing has shuffled the samples: the first ones tell of all
     sizes = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
     pixels = max(
         float(np.mean(rows["height"].astype(np.float64) * rows["width"])) for rows in sizes
     )
-    # larger images are replaced; a window is on average the middle of the scales
-    window_bytes = 3 * min(pixels, data.max_pixels) * sum(data.crop_scale) / 2
+    window_bytes = 3 * min(pixels, data.max_pixels) * part  # larger images are not decoded
     if data.prefetch or num_images * window_bytes < _LARGE_BATCH_BYTES:
         return data
     return dataclasses.replace(data, prefetch=1)
@@ -397,7 +397,7 @@ class EvaluationLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self._dataset = dataset
-        self._data = data
+        self._data = fit_prefetch(data, [dataset], num_images=batch_size, part=1.0)
         self._batch_size = batch_size
         self._device = torch.device(device)
         self._decode_device, _ = choose_decode_device(
@@ -460,9 +460,6 @@ class EvaluationLoader:
             f"{self._dataset.location}: decoding fails, though each image can be decoded alone: "
             f"{reason}"
         )
-
-    def close(self) -> None:
-        """Nothing outlives an iteration; here for the protocol."""
 
     def _host_batches(self) -> Generator[HostBatch[NDArray[np.int64]], None, None]:
         def schedule(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:

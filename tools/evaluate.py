@@ -38,11 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = command.settled()
         nproc = command.nproc if isinstance(command, RankedCommand) else 1
         if nproc > 1 and "WORLD_SIZE" not in os.environ:
-            start_ranks(
-                "unicl_fast.tools.evaluate",
-                nproc=nproc,
-                argv=[*argv, "--checkpoint", str(command.checkpoint)],
-            )
+            for name, path in command.models().items():
+                argv += [f"--{name.replace('_', '-')}", str(path)]
+            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
         adopt_slurm_ranks()
         keep_freed_memory()
         command.run()

@@ -150,8 +150,6 @@ class EvaluationLoader(Protocol):
 
     def __iter__(self) -> Iterator[EvaluationBatch]: ...
 
-    def close(self) -> None: ...
-
 
 class ListLoader:
     """A loader that repeats batches held in memory."""

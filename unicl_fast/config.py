@@ -3,7 +3,7 @@
 The sentences under a field are its documentation and its help; the first one alone is its line in
 `unicl-pretrain --help`. The type of a field holds its range. A `TrainConfig` goes to and from JSON
 without loss and is stored in every checkpoint; evaluation starts from it. `EfficiencyConfig` may
-change speed and memory, never results (precision within its rounding).
+change speed and memory; of results no more than the rounding.
 """
 
 from __future__ import annotations
@@ -526,7 +526,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EfficiencyConfig:
-    """Speed and memory; nothing here changes results, except by the precision's rounding."""
+    """Speed and memory; nothing here changes more of the results than their rounding."""
 
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
@@ -723,6 +723,22 @@ class TrainConfig:
             or bool(self.optim.unlock_at_step),
             "model.token_drop leaves out no token of an image encoder that is frozen: set it to 0, "
             "or set optim.unlock_at_step",
+        )
+        require(
+            self.objective.form != "sigmoid" or self.efficiency.loss != "triton",
+            "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or "
+            "tiled",
+        )
+        require(
+            not self.efficiency.micro_batch_size or self.objective.has_texts,
+            "efficiency.micro_batch_size is for images and texts; objective.name="
+            f"{self.objective.name} has no texts: set it to 0, and "
+            "efficiency.activation_checkpointing if memory is short",
+        )
+        require(
+            not self.efficiency.micro_batch_size or not self.objective.mixes,
+            "efficiency.micro_batch_size cannot be used with objective.mixup or objective.cutmix; "
+            "set it to 0, or these",
         )
         self.settings_of_stages  # noqa: B018  checks them
 

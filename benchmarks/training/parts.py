@@ -16,8 +16,8 @@ from unicl_fast.models.precision import Precision
 from unicl_fast.objectives.targets import collate
 from unicl_fast.training.cached_gradients import back_propagate_learnt
 from unicl_fast.training.global_loss import (
+    TextColumns,
     classes_of_images,
-    contrast_over_ranks,
     encoder_input,
     texts_to_encode,
 )
@@ -80,14 +80,13 @@ class StepInParts:
         bias = () if model.logit_bias is None else (model.logit_bias,)
         features = [one.detach().requires_grad_() for one in (images, texts, scale, *bias)]
         with self.part("loss and its gradient"):
-            loss = contrast_over_ranks(
-                *features[:2],
+            columns = TextColumns(text_class_ids, text_counts, trainer.ranks)
+            loss = columns.contrast(
+                features[0],
+                columns.send(features[1]),
                 class_ids=classes_of_images(batch),
-                text_class_ids=text_class_ids,
-                text_counts=text_counts,
                 scale=features[2],
                 bias=features[3] if bias else None,
-                ranks=trainer.ranks,
                 form=config.efficiency.loss,
             )
             scaled = trainer.scaler.scale(loss)

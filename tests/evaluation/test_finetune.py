@@ -102,6 +102,22 @@ def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, m
     torch.testing.assert_close(again(pixels), trained(pixels))
 
 
+def test_an_image_that_another_had_to_replace_ends_it(images: torch.Tensor) -> None:
+    batch = with_ids(global_batch(images))
+    planned = torch.where(batch.global_index == 5, 99, batch.global_index)
+    loader = ListLoader([dataclasses.replace(batch, scheduled_ids=planned)])
+    model = UniCL(tiny_config(precision="fp32"))
+    with pytest.raises(ValueError, match="cannot be read or decoded, and the log names them"):
+        finetune(
+            model,
+            FineTuned(model, 3),
+            loader,
+            FinetuneRecipe(),
+            steps=1,
+            labels_of=lambda sample: [sample % 3],
+        )
+
+
 def test_each_rank_prepares_the_first_head_on_its_own_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -14,11 +14,14 @@ from pack_runs import jpeg
 from packed_sets import Sample, pack
 from torch.nn import functional as F
 
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation import retrieval as drawing
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
+    _draw_captions_found,
     _read_captions,
     encode_captioned,
     held_out_loss,
@@ -28,6 +31,35 @@ from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
+
+
+def test_all_captions_of_an_image_are_green_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Another image's caption of the same words is a mistake, as in the recalls."""
+    texts = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.4], [0.0, 1.0]])
+    found = RetrievalFeatures(
+        image_features=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        text_features=texts,
+        image_of_text=torch.tensor([0, 0, 1, 1]),
+        samples=np.arange(2),
+    )
+    words = {0: "a cat", 1: "an animal", 2: "a cat", 3: "a dog"}
+    drawn = []
+    monkeypatch.setattr(drawing, "_read_captions", lambda *_: words)
+    monkeypatch.setattr(drawing, "_show_image", Mock())
+    monkeypatch.setattr(drawing, "save_figure", lambda figure, _: drawn.append(figure))
+    _draw_captions_found(found, Mock(spec=PackedDataset), tmp_path / "figure.png")
+    first, second, *_ = drawn[0].axes
+    lines = [(line.get_text(), line.get_color()) for line in (*first.texts, *second.texts)]
+    assert lines == [
+        ("1. (1.00) a cat", drawing._RIGHT),
+        ("2. (0.90) a cat", drawing._WRONG),
+        ("3. (0.80) an animal", drawing._RIGHT),
+        ("1. (1.00) a dog", drawing._RIGHT),
+        ("2. (0.60) an animal", drawing._WRONG),
+        ("3. (0.40) a cat", drawing._RIGHT),
+    ]
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60

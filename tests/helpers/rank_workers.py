@@ -219,7 +219,7 @@ def write_objective_gradients(
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
-    from unicl_fast.training.global_loss import contrast_over_ranks
+    from unicl_fast.training.global_loss import TextColumns
 
     images, texts, text_index, class_ids = ragged_features()
     share = ranks.local_batch_size(len(images))
@@ -234,15 +234,14 @@ def write_feature_gradients(ranks, folder: str) -> None:
         ]
         if name == "sigmoid":
             inputs.append(torch.tensor(-10.0, dtype=torch.float64, requires_grad=True))
-        loss = contrast_over_ranks(
+        text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
+        columns = TextColumns(text_class_ids, counts, ranks)
+        loss = columns.contrast(
             inputs[0],
-            inputs[1][distinct],
+            columns.send(inputs[1][distinct]),
             class_ids=class_ids[mine],
-            text_class_ids=torch.tensor([class_of_text[text] for text in distinct.tolist()]),
-            text_counts=counts,
             scale=inputs[2],
             bias=inputs[3] if name == "sigmoid" else None,
-            ranks=ranks,
             form=form,
         )
         gradients = torch.autograd.grad(loss, inputs)
@@ -254,7 +253,7 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from unicl_fast.distributed import ranks as ranks_module
-    from unicl_fast.training.global_loss import contrast_over_ranks
+    from unicl_fast.training.global_loss import TextColumns
 
     generator = torch.Generator().manual_seed(ranks.rank)
     images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -281,14 +280,14 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
         for module, name in collectives:
             stack.enter_context(mock.patch.object(module, name, counting(module, name)))
         flops = stack.enter_context(FlopCounterMode(display=False))
-        loss = contrast_over_ranks(
+        columns = TextColumns(
+            torch.arange(len(texts)), torch.ones(len(texts), dtype=torch.int64), ranks
+        )
+        loss = columns.contrast(
             images,
-            texts,
+            columns.send(texts),
             class_ids=torch.arange(6),
-            text_class_ids=torch.arange(len(texts)),
-            text_counts=torch.ones(len(texts), dtype=torch.int64),
             scale=torch.tensor(10.0, dtype=torch.float64),
-            ranks=ranks,
             form="dense",
         )
         forward = flops.get_total_flops()

@@ -103,12 +103,21 @@ def test_batches_of_very_large_images_are_decoded_one_at_a_time(
     data = make_config(crop_scale=(0.5, 1.0)).data
     shown = np.mean([int(row["height"]) * int(row["width"]) for row in datasets[0].samples])
     enough = int(1e9 / (3 * 0.75 * shown)) + 1  # images of the data set with the larger ones
-    assert fit_prefetch(data, datasets, num_images=enough - 1) is data
-    assert fit_prefetch(data, datasets, num_images=enough).prefetch == 1
+
+    def fitted(data: DataConfig, num_images: int = enough) -> DataConfig:
+        return fit_prefetch(data, datasets, num_images=num_images, part=0.75)
+
+    assert fitted(data, enough - 1) is data
+    assert fitted(data).prefetch == 1
     few_pixels = dataclasses.replace(data, max_pixels=1000)  # none is decoded
-    assert fit_prefetch(few_pixels, datasets, num_images=enough) is few_pixels
+    assert fitted(few_pixels) is few_pixels
     asked_for = dataclasses.replace(data, prefetch=3)
-    assert fit_prefetch(asked_for, datasets, num_images=enough) is asked_for
+    assert fitted(asked_for) is asked_for
+    # evaluations decode whole images
+    whole = int(1e9 / (3 * shown)) + 1
+    for batch_size, prefetch in ((whole, 1), (whole - 1, 0)):
+        loader = EvaluationLoader(datasets[0], data, batch_size=batch_size)
+        assert loader._data.prefetch == prefetch
 
 
 def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:

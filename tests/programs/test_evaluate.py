@@ -32,7 +32,7 @@ from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Detect, Finetune, Knn
+from unicl_fast.evaluation.requests import Detect, Finetune, Knn, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import convert, evaluate, pretrain
@@ -211,6 +211,8 @@ def test_averages_of_two_models_are_evaluated(
         *("--alpha", "0", "0.5", "1", "--markdown", tmp_path / "table.md"),
     )
     assert averages["average_with"] == str(last)
+    command = ZeroShot(checkpoint=first, data=("any",), average_with=trained)
+    assert command.settled().average_with == last  # whatever the run writes while it is evaluated
     assert [one["alpha"] for one in averages["averages"]] == [0.0, 0.5, 1.0]
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in capsys.readouterr().out

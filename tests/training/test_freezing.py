@@ -440,7 +440,7 @@ def test_three_ranks_resume_bit_for_bit_around_the_step_that_unlocks(
     again = {
         f"{shard} from {number + 1}": (config[shard], checkpoints[shard][number])
         for shard in config
-        for number in range(3)
+        for number in (range(3) if shard == "off" else [1])  # all steps, or that which unlocks
     }
     run_on_ranks(train_each, 3, images, tmp_path, again)
     for run, (resumed, _) in again.items():

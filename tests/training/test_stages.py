@@ -82,7 +82,7 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
     again = {
         f"{shard} from {number + 1}": (config[shard], checkpoints[shard][number])
         for shard in config
-        for number in range(3)
+        for number in (range(3) if shard == "off" else [1])  # all steps, or between two stages
     }
     run_on_ranks(train, 3, images, tmp_path, again)
     for run, (resumed, _) in again.items():

@@ -51,7 +51,6 @@ from unicl_fast.evaluation.report import ClassificationCounts, ClassificationRes
 from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric, RankedCommand
 from unicl_fast.models.precision import (
     Precision,
-    normalise_images,
     resolve_precision,
     set_device_arithmetic,
 )
@@ -60,6 +59,7 @@ from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
 from unicl_fast.training.data import resolve_decode_device, with_threads
+from unicl_fast.training.global_loss import encoder_input
 
 logger = logging.getLogger(__name__)
 
@@ -220,14 +220,7 @@ def require_finite(*features: Tensor) -> None:
 
 def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
     """Normalises decoded images uint8 [b h w c] for the model's image encoder, on its device."""
-    config = model.config
-    return normalise_images(
-        send(images, device_of(model)),
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=Precision(config.efficiency.precision).compute_type,
-        channels_last=config.efficiency.channels_last,
-    )
+    return encoder_input(send(images, device_of(model)), model.config)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
-from unicl_fast.distributed.ranks import Ranks, rank_0_alone
+from unicl_fast.distributed.ranks import Ranks, gather_integers, rank_0_alone
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -55,6 +55,7 @@ from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL, project
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.training.data import build_prompts, with_threads
+from unicl_fast.training.limits import count_replaced
 from unicl_fast.training.optim import groups_by_depth
 
 _WEIGHTS_FILE = "finetuned.safetensors"
@@ -150,7 +151,8 @@ def finetune(
         The network to evaluate, in evaluation mode: the average of the weights, or `module`.
 
     Raises:
-        ValueError: a sample without a label, or a loss that is not finite.
+        ValueError: a sample without a label, an image that cannot be read, or a loss that is not
+            finite.
     """
     ranks = ranks or Ranks()
     device = next(module.parameters()).device
@@ -167,9 +169,11 @@ def finetune(
     if model.drop_path_key.tokens is not None:
         model.drop_path_key.tokens.part = 0.0  # what the run left out was for its own speed
     batches = loader.batches(0)
+    replaced = 0
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress)
     for step in bar:
         batch = next(batches)
+        replaced += count_replaced(batch)
         target = _first_labels(batch, labels_of).to(device)
         images = prepare_images(model, batch.images)
         smoothing = recipe.label_smoothing
@@ -192,6 +196,11 @@ def finetune(
         if average is not None:
             average.update(module, step=step + 1)
         if step % 10 == 0 or step + 1 == steps:
+            if any(gather_integers(replaced, ranks)):
+                raise ValueError(
+                    "images of the training data cannot be read or decoded, and the log names "
+                    "them: pack them again, since fine-tuning takes all or none"
+                )
             value = float(loss.detach())
             if not np.isfinite(value):
                 raise ValueError(f"the loss is not finite in step {step}: take a smaller --lr")
@@ -382,7 +391,6 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
         balance=0,
         balance_concepts="",
         augment=config.data.augment if command.augment is None else tuple(command.augment.split()),
-        max_bad_fraction=0.0,
     )
     objective = ObjectiveConfig()  # whatever the checkpoint was trained by
     # images in two views, of which one would be for nothing, are refused

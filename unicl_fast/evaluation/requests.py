@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
@@ -82,15 +82,20 @@ class ModelCommand(abc.ABC):
         find_model(self.checkpoint)
 
     def settled(self) -> Self:
-        """This command with the checkpoint that a run folder stands for now.
+        """This command with the checkpoints that run folders stand for now.
 
-        All ranks, and the checksum in the results, mean that one, whatever the run writes next.
+        Ranks that are started with them, and the checksum in the results, mean these, whatever a
+        run writes next.
         """
         from unicl_fast.checkpoints.load import find_model
 
-        if str(self.checkpoint).startswith("hf-hub:"):
-            return self
-        return dataclasses.replace(self, checkpoint=find_model(self.checkpoint))
+        found: dict[str, Any] = {name: find_model(path) for name, path in self.models().items()
+                                 if not str(path).startswith("hf-hub:")}  # fmt: skip
+        return dataclasses.replace(self, **found)
+
+    def models(self) -> dict[str, Path]:
+        """The options that name models, and what they name."""
+        return {"checkpoint": self.checkpoint}
 
     @abc.abstractmethod
     def run(self) -> None:
@@ -178,6 +183,10 @@ class ZeroShot(EncodingEvaluation):
 
     def data_sets(self) -> Sequence[str]:
         return self.data
+
+    def models(self) -> dict[str, Path]:
+        other = {} if self.average_with is None else {"average_with": self.average_with}
+        return super().models() | other
 
     def check(self) -> None:
         for name in ("class_names", "templates", "metric"):

@@ -213,8 +213,8 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
 def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[str, float]:
     """The held-out loss and the recalls of a data set with captions; on all ranks.
 
-    The loss is that of training with as large a batch (`held_out_loss`), `recall_at_1` the mean of
-    both directions.
+    The loss is the contrastive one of training, with as large a batch (`held_out_loss`);
+    `recall_at_1` is the mean of both directions.
 
     Raises:
         ValueError: no captions, or a model without texts or with features that are not finite.
@@ -343,8 +343,7 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
         for line, (place, text) in enumerate(
             zip(shown_places[number], rows_of_texts[number], strict=True)
         ):
-            # another image's caption may have the same words
-            right = texts[text] == texts[int(order[number, first_own[number]])]
+            right = bool(is_own[number, place])
             words = f"{place + 1:,}. ({float(scores[number, text]):.2f}) {texts[text]}"
             shown = "\n".join(textwrap.wrap(words, 46, max_lines=2, placeholder=" ..."))
             axis.annotate(

@@ -231,7 +231,7 @@ def _from_features(
     with rank_0_alone(on_ranks.ranks):
         if features is None:
             return None, None
-        labels = [dataset.labels_of(sample).tolist() for sample in range(len(dataset))]
+        labels = data.labels()
 
         def classifier_of(class_names: Sequence[str]) -> Tensor:
             return zero_shot_classifier(

@@ -109,21 +109,12 @@ def labels_of_pairs(
 
 
 def check_pairs_on_one_rank(config: TrainConfig, *, local_batch_size: int) -> None:
-    """Refuses what would part neighbours: they must be on one rank and encoded together.
-
-    Raises:
-        ValueError: an odd number of images on a rank, or micro-batches.
-    """
+    """Refuses (ValueError) an odd number of images on a rank, which would part neighbours."""
     if config.objective.mixes and local_batch_size % 2:
         raise ValueError(
             "objective.mixup and objective.cutmix mix images two by two, and a rank has "
             f"{local_batch_size} of them: make run.global_batch_size an even multiple of the "
             "number of ranks"
-        )
-    if config.objective.mixes and config.efficiency.micro_batch_size:
-        raise ValueError(
-            "efficiency.micro_batch_size cannot be used with objective.mixup or objective.cutmix; "
-            "set it to 0, or these"
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import ObjectiveConfig, TrainConfig
+from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
@@ -44,13 +44,8 @@ from unicl_fast.training.global_loss import (
 from unicl_fast.training.step_clock import Part
 
 
-def check_micro_batches(model: UniCL, objective: ObjectiveConfig) -> None:
-    """Refuses what cannot be trained in micro-batches.
-
-    Raises:
-        ValueError: the model has BatchNorm that is not frozen for good, or the objective has no
-            texts.
-    """
+def check_micro_batches(model: UniCL) -> None:
+    """Refuses (ValueError) a model with BatchNorm that is not frozen for good."""
     frozen: set[nn.Module] = set()
     if not model.config.optim.unlock_at_step:
         frozen = {module for part in model.frozen.modules for module in part.modules()}
@@ -62,12 +57,6 @@ def check_micro_batches(model: UniCL, objective: ObjectiveConfig) -> None:
                 "efficiency.micro_batch_size=0, or take an image encoder without BatchNorm (Swin, "
                 "ViT, FocalNet)"
             )
-    if not objective.has_texts:
-        raise ValueError(
-            f"efficiency.micro_batch_size is for images and texts; objective.name="
-            f"{objective.name} has no texts: set it to 0, and efficiency.activation_checkpointing "
-            "if memory is short"
-        )
 
 
 def back_propagate_in_micro_batches(
@@ -176,7 +165,7 @@ class _MicroBatches:
             begin("backward")
             features.backward(gradient)
 
-        # a tower without anything to train is not encoded again, but for a text encoder's last
+        # towers with nothing to train are not encoded again, but in the last pass, which is DDP's
         images = self._images[:-1] if is_trained(self._model, "image") else []
         texts = self._texts[:-1] if is_trained(self._model, "text") else []
         for piece, gradient in zip(images, image_gradients, strict=False):
@@ -225,7 +214,7 @@ def _texts_in_pieces(
 
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
-    """Splits the texts of a batch; each piece is as long as its own longest text."""
+    """Splits the texts of a batch, by themselves where `efficiency.unique_texts`, or by samples."""
     names = ["text_index", "class_ids"]
     if config.efficiency.unique_texts:
         names = ["tokens", "text_lengths", "text_class_ids", "text_counts"]

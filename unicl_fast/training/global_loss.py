@@ -1,8 +1,8 @@
 """The loss of the global batch, from each rank's local batch and a model.
 
     encode  this rank's distinct texts, then its images
-    gather  the texts of all ranks, with gradient, while images are encoded; these stay where they
-            are
+    gather  the texts of all ranks, with gradient, while images are encoded, whose features are not
+            sent
     loss    `unified_contrastive_loss`, whose column statistics are all-reduced
 
 The other objectives are the same loss with other operands: for SupCon the texts are the images
@@ -54,6 +54,7 @@ from unicl_fast.objectives.positives import Ancestors, Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.objectives.words import Words, word_loss
 from unicl_fast.text.prompts import LABEL_BITS
+from unicl_fast.training.step_clock import Part
 
 Encode = Callable[..., Encoded]
 """The model, or its DDP wrapper: from images and, where there are texts, tokens, how many of them
@@ -78,10 +79,12 @@ def global_loss(
     *,
     ancestors: Ancestors | None = None,
     words: Words | None = None,
+    begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """The loss of the global batch under `objective.name`: a scalar, equal on all ranks.
 
-    `ancestors` are those of `objective.ancestor_weights`, `words` those of `objective.words`.
+    `ancestors` are those of `objective.ancestor_weights`, `words` those of `objective.words`;
+    `begin` is told when the encoders are done.
     """
     objective = config.objective
     images = encoder_input(shown_images(batch), config)
@@ -112,6 +115,7 @@ def global_loss(
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
         image_features, contrast_features, scale, bias, projection, word_rows = encode_both(images)
+    begin("loss")
     form = config.efficiency.loss
     if columns is not None:
         loss = columns.contrast(
@@ -447,26 +451,6 @@ def distillation_loss(
         exclude_self=True,
         form=form,
         all_reduce=all_reduce,
-    )
-
-
-def contrast_over_ranks(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "u d"],
-    *,
-    class_ids: Int[Tensor, " b"] | Membership,
-    text_class_ids: Int[Tensor, " u"] | Membership,
-    text_counts: Int[Tensor, " u"],
-    scale: Tensor,
-    bias: Tensor | None = None,
-    ranks: Ranks,
-    form: LossForm = "auto",
-) -> Float[Tensor, ""]:
-    """UniCL and CLIP: this rank's images against all ranks' texts, each logit computed once."""
-    columns = TextColumns(text_class_ids, text_counts, ranks)
-    texts = columns.send(text_features)
-    return columns.contrast(
-        image_features, texts, class_ids=class_ids, scale=scale, bias=bias, form=form
     )
 
 

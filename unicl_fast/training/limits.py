@@ -160,6 +160,14 @@ class BatchNormBackup:
             buffer.copy_(torch.where(is_bad, kept, buffer))
 
 
+def count_replaced(batch: Batch) -> int:
+    """Samples of a local batch that stand for bad ones."""
+    if batch.sample_ids is None or batch.scheduled_ids is None:
+        return 0
+    differ = batch.sample_ids.numpy() != batch.scheduled_ids.numpy()  # both on the host
+    return int(np.count_nonzero(differ))
+
+
 class ReplacedSamples:
     """Counts draws of another sample than the planned one, since this process began to train."""
 
@@ -174,9 +182,7 @@ class ReplacedSamples:
     def add(self, batch: Batch) -> None:
         """Counts this rank's samples of one step."""
         self._draws += span_at(self._spans, batch.step).global_batch_size
-        if batch.sample_ids is not None and batch.scheduled_ids is not None:
-            differ = batch.sample_ids.numpy() != batch.scheduled_ids.numpy()  # both on the host
-            self._replaced += int(np.count_nonzero(differ))
+        self._replaced += count_replaced(batch)
 
     def total(self, ranks: Ranks) -> int:
         """Adds up the counts of all ranks, which call it together."""

@@ -47,7 +47,7 @@ from unicl_fast.models.precision import (
     set_device_arithmetic,
 )
 from unicl_fast.models.sharding import check_sharding, divides_all
-from unicl_fast.models.unicl import Encoded, UniCL
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
@@ -194,7 +194,7 @@ class Trainer:
         self._show_progress = progress and self.ranks.is_main
 
         if any(stage.config.efficiency.micro_batch_size for stage in self.stages):
-            check_micro_batches(self.model, config.objective)
+            check_micro_batches(self.model)
         self._place_model()
         optim = config.optim
         self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
@@ -395,20 +395,16 @@ class Trainer:
         global_index = shown_indices(batch, global_batch_size=config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
         loss = global_loss(
-            self._encode_before_loss,
+            self.parallel.encode,
             batch,
             config,
             self.ranks,
             ancestors=self._ancestors,
             words=self._words,
+            begin=self._begin,
         )
         self._scale_loss(loss).backward()
         return loss.detach()
-
-    def _encode_before_loss(self, *inputs: Any, **options: Any) -> Encoded:
-        encoded = self.parallel.encode(*inputs, **options)
-        self._begin("loss")
-        return encoded
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
         # the backward pass follows, at whose end DDP waits for the others
@@ -729,10 +725,6 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     for stage in config.settings_of_stages:
         local_batch_size = ranks.local_batch_size(stage.run.global_batch_size)
         check_pairs_on_one_rank(stage, local_batch_size=local_batch_size)
-    if config.objective.form == "sigmoid" and config.efficiency.loss == "triton":
-        raise ValueError(
-            "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or tiled"
-        )
     objective = config.objective
     if objective.distillation == "affinity" and not objective.distillation_scale:
         raise ValueError(
