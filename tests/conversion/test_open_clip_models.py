@@ -31,6 +31,7 @@ MODELS = [
     *("ViT-L-14", "ViT-L-14-quickgelu"),
 ]
 LARGE = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP-256", "swin_base_patch4_window7_224")
+OF_TIMM = ("convnext_base", "EVA02-B-16")  # as ViTamin-S is, which is smaller
 OF_OTHER_SIZES = ("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-256", "RN50-quickgelu", "RN101")
 TEXTS = ("a photo of a dog", "", "two people and a horse in the snow, seen from far away")
 
@@ -46,7 +47,7 @@ def rows() -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long] * (name in LARGE + OF_OTHER_SIZES))
+        pytest.param(name, marks=[pytest.mark.long] * (name in LARGE + OF_TIMM + OF_OTHER_SIZES))
         for name in MODELS
     ],
 )

@@ -421,7 +421,7 @@ def test_the_small_networks(name: str, size: int, width: int, parameters: int) -
         ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
         pytest.param(
             *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
-            marks=pytest.mark.slow,
+            marks=[pytest.mark.slow, pytest.mark.long],
         ),
         pytest.param(
             *("vit_small_patch14_dinov2", 225, "take data.image_size=224 or 238"),

@@ -396,6 +396,7 @@ def test_wrong_usage_is_exit_code_2(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_verification_costs_little_beside_strict_decoding(
     shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,7 +171,7 @@ def test_under_torchrun_nothing_outlives_a_crash(data: Path, tmp_path: Path, vic
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["SIGKILL", "segfault", pytest.param("abort", marks=pytest.mark.long)],
+    ["SIGKILL", *(pytest.param(one, marks=pytest.mark.long) for one in ("segfault", "abort"))],
 )
 def test_a_crashed_process_leaves_nothing(data: Path, tmp_path: Path, kind: str) -> None:
     words = arguments(data, tmp_path, 1)
