@@ -64,7 +64,7 @@ KIND_OPTIONS = "model.source_token, model.projections=per_kind and objective.tem
 EVALUATED_KIND: TextKind = "captions"
 """Kind that evaluations take texts for unless told otherwise: zero-shot evaluation took captions,
 whose words and images are the wider ones, in arXiv 2206.01125."""
-OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb", "auto"]
+OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
 """Fields of `ModelConfig` that a run needs at its first start alone."""
@@ -448,11 +448,11 @@ class OptimConfig:
     """Optimizer, warm-up and cosine schedule; the defaults are the released recipe's."""
 
     name: OptimizerName = "adamw"
-    """Optimizer: adamw, lamb, muon, fusedadamw, fusedlamb or auto. AdamW is torch's. LAMB, for very
-    large batches, and Muon are timm's: Muon makes the update of a matrix orthogonal, scaled to the
-    size of AdamW's, so lr is AdamW's; embeddings and all that is no matrix get AdamW. The fused
-    ones are NVIDIA apex's. auto takes torch's AdamW. Its fused kernel is the only choice with which
-    the host does not wait for the device once a step, to learn whether a bad step is left out."""
+    """Optimizer: adamw, lamb, muon, fusedadamw or fusedlamb. AdamW is torch's: by its fused kernel
+    alone the host need not wait for the device once a step, to learn whether a bad step is left
+    out. LAMB, for very large batches, and Muon are timm's: Muon makes the update of a matrix
+    orthogonal, scaled to the size of AdamW's, so lr is AdamW's; embeddings and all that is no
+    matrix get AdamW. The fused ones are NVIDIA apex's."""
     lr: Positive = 5e-4
     """Peak learning rate for a global batch of lr_batch_size. It is scaled linearly to the real
     batch size."""
@@ -842,12 +842,12 @@ def config_from_dict(values: Any) -> TrainConfig:
 def _as_written_now(values: Any) -> Any:
     """Adapts a file of an earlier version.
 
-    0.1 has true or false for `efficiency.compile`, and an order without `data.shuffle_groups`.
-    There was a `model.token_drop_end` before there were stages.
+    0.1 has true or false for `efficiency.compile`, `optim.name=auto` for adamw, and an order
+    without `data.shuffle_groups`. There was a `model.token_drop_end` before there were stages.
     """
     if not isinstance(values, dict):
         return values
-    efficiency, data, model = map(values.get, ("efficiency", "data", "model"))
+    efficiency, data, model, optim = map(values.get, ("efficiency", "data", "model", "optim"))
     if isinstance(model, dict) and "token_drop_end" in model:
         require(
             not model.get("token_drop"),
@@ -859,6 +859,8 @@ def _as_written_now(values: Any) -> Any:
     if isinstance(efficiency, dict) and isinstance(efficiency.get("compile"), bool):
         name = "encoders" if efficiency["compile"] else "off"
         values = {**values, "efficiency": {**efficiency, "compile": name}}
+    if isinstance(optim, dict) and optim.get("name") == "auto":
+        values = {**values, "optim": {**optim, "name": "adamw"}}
     if isinstance(data, dict) and data.get("shuffle_window"):
         values = {**values, "data": {"shuffle_groups": 1, **data}}
     return values

@@ -254,6 +254,11 @@ def test_a_state_from_before_shuffle_groups_keeps_its_order(
     assert read_state(checkpoint).config.data.shuffle_groups == groups
 
 
+def test_a_state_of_an_optimizer_called_auto_is_adamws(checkpoint: Path) -> None:
+    change_state(checkpoint, config__optim__name="auto")
+    assert read_state(checkpoint).config.optim.name == "adamw"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -69,23 +69,14 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return decayed, undecayed
 
 
-def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
-    """The optimizer that `optim.name` means on this machine.
-
-    "auto" is torch's AdamW, whose fused kernel takes the clipping factor and leaves out a
-    non-finite step without the host: apex's would read all gradients once more for the one and wait
-    for the device for the other.
-
-    Raises:
-        ValueError: an optimizer of apex that cannot work here; says why.
-    """
+def check_optimizer(name: str, *, device: torch.device, precision: str) -> None:
+    """Refuses (ValueError) an optimizer of apex where it cannot work."""
     is_apex = name in ("fusedadamw", "fusedlamb")
     if is_apex and (device.type != "cuda" or precision == "fp64"):
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
             f"with efficiency.precision={precision}; take adamw or lamb"
         )
-    return "adamw" if name == "auto" else name
 
 
 def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -172,12 +163,11 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
     optim, efficiency = config.optim, config.efficiency
     groups = parameter_groups(model, optim)
     device = model.logit_scale.device
-    name = choose_optimizer(optim.name, device=device, precision=efficiency.precision)
-    logger.info("optimizer: %s", name)
+    check_optimizer(optim.name, device=device, precision=efficiency.precision)
     lr = scaled_lr(optim.lr, config)
     common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
     # the two LAMBs clip the gradient to norm 1 by themselves; here optim.clip_norm decides
-    match name:
+    match optim.name:
         case "adamw":
             return torch.optim.AdamW(groups, fused=efficiency.fused_optimizer, **common)
         case "lamb":
@@ -192,7 +182,7 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":
             return load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **common)  # type: ignore[no-any-return]
-    raise AssertionError(name)
+    raise AssertionError(optim.name)
 
 
 def add_unfrozen(optimizer: torch.optim.Optimizer, model: UniCL, config: TrainConfig) -> None:
