@@ -42,7 +42,7 @@ class LedgerArguments:
     for damaged samples are counted, and steps that were done twice because the run resumed from a
     checkpoint. The run may be still in progress.
 
-    Exit code: 0 proven, 1 not proven, 2 no ledger there.
+    Exit code: 0 proven, 1 not proven, 2 wrong input, such as no ledger there.
 
     Example: unicl-ledger runs/first --json ledger.json
     """
@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_text(replan.in_words(), sys.stdout)
         values["num_different_from_plan"] = replan.num_different
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        try:
+            arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            stop("unicl-ledger", error, code=2)
     sys.exit(0 if proof.holds and not (replan and replan.num_different) else 1)
 
 
@@ -241,7 +244,7 @@ def in_words(proof: LedgerProof) -> str:
     lines += [f"FAULT: {fault}" for fault in proof.faults]
     for start, end in proof.holes[:_MOST_LINES]:
         which = f"step {start} has" if end == start + 1 else f"steps {start} to {end - 1} have"
-        lines.append(f"HOLE: {which} no record of all ranks, though the run resumed from {end}")
+        lines.append(f"HOLE: {which} no record of all ranks, though step {end - 1} was done")
     if len(proof.holes) > _MOST_LINES:
         lines.append(f"and {count_of(len(proof.holes) - _MOST_LINES, 'more hole')}")
     if proof.holds:

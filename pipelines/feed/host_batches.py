@@ -82,7 +82,7 @@ class TrainMetadata:
     scheduled_ids: NDArray[np.int64]
     text_lengths: NDArray[np.int64]
     image_classes: NDArray[np.int64] | None
-    """As in `Batch`; there are as many as there are, which a block of DALI's cannot hold."""
+    """As in `Batch`. Their number differs from batch to batch: no block of DALI's can hold them."""
     teacher_images: NDArray[np.float16] | None = None
     teacher_texts: NDArray[np.float16] | None = None
     """As in `Batch`."""

@@ -200,12 +200,15 @@ def _fill_crop(
     which has no weight. The memory is as of `_memory_for`, the region as of `resample_region`.
     """
     size = out.shape[0]
+    # numbers as int64, or Numba compiles `_weigh` for each of them
     row_taps, row_places = _weigh(
-        exact, first_rows, fixed_rows, rows.shape[0], top, bottom, 16, _ROW_PLACES, cubic
-    )
+        exact, first_rows, fixed_rows, rows.shape[0], top, bottom, np.int64(16),
+        np.int64(_ROW_PLACES), cubic,
+    )  # fmt: skip
     column_taps, column_places = _weigh(
-        exact, first_columns, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
-    )
+        exact, first_columns, fixed_columns, width, left, right, np.int64(15),
+        np.int64(_COLUMN_PLACES), cubic,
+    )  # fmt: skip
     row_weights = fixed_rows[: size * row_taps].reshape(size, row_taps)
     column_weights = fixed_columns[: size * column_taps].reshape(size, column_taps)
     columns = _spread_taps(first_values, spread, first_columns, column_weights, flip)

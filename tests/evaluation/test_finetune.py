@@ -137,6 +137,7 @@ def test_each_rank_prepares_the_first_head_on_its_own_cores(
             on_ranks,
             FineTuned(on_ranks.model, 3),
             Mock(spec=EvaluationData, class_names=(), templates=(), dataset=None),
+            metric="top1",
         )
     assert asked == [Ranks(cores=3)]
 

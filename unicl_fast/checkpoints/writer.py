@@ -202,9 +202,11 @@ class HostCopies:
         for file, name, tensor in every:
             self._copies[file][name].copy_(tensor.detach(), non_blocking=True)
         self._event = None
-        if any(tensor.is_cuda for *_, tensor in every):
-            self._event = torch.cuda.Event()
-            self._event.record()
+        for *_, tensor in every:
+            if tensor.is_cuda:  # all are on one device, which need not be the current one
+                self._event = torch.cuda.Event()
+                self._event.record(torch.cuda.current_stream(tensor.device))
+                break
         return self._copies
 
     def wait(self) -> None:

@@ -44,6 +44,7 @@ _RECIPE = ("data", "objective", "model", "optim")
 _NO_RECIPE = {
     *("train", "evaluate", "threads", "prefetch", "decode_device", "resample", "hw_decoder_load"),
     *("decoder_hint", "cache_folder", "cache_bytes", "block_bytes", "read_ahead", "max_pixels"),
+    "balance_concepts",
     *INITIAL_WEIGHTS,
 }
 _MOST_CHANGES = 16
@@ -171,7 +172,9 @@ def read_figures(path: Path, *, weights: str) -> list[Figure]:
         raise NoEvaluationError(f"{wanted} ({error})") from error
     if not isinstance(values, dict) or "protocol" not in values:
         raise NoEvaluationError(wanted)
-    if values.get("weights_xxh3") != weights or "average_with" in values:
+    if "average_with" in values:
+        raise ValueError(f"{path} is about averages of two models: evaluate the one exported")
+    if values.get("weights_xxh3") != weights:
         raise ValueError(
             f"{path} is about other weights (xxh3 {values.get('weights_xxh3')}) than those that "
             f"are exported ({weights}): evaluate these, with the same --weights"
@@ -229,7 +232,8 @@ def _recipe(state: CheckpointState) -> dict[str, str]:
         **({"stages": "; ".join(config.run.stages)} if config.run.stages else {}),
         "global batch": f"{batch:,} samples",
         "optimizer": state.optimizer,
-        "learning rate": f"{rates} by a cosine, after {optim.warmup_fraction:.3g} of warm-up",
+        "learning rate": f"{rates} by a cosine, after a linear warm-up over the first "
+        f"{100 * optim.warmup_fraction:.3g} % of the run",
         "weight decay": f"{optim.weight_decay:g}",
         "augmentation": ", ".join(_without_names(config.data.augment)) or drawn,
         "precision": config.efficiency.precision,

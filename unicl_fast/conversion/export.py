@@ -246,12 +246,19 @@ def logits_of(model: UniCL) -> dict[str, Any]:
 
 def _publishable(config: TrainConfig) -> TrainConfig:
     """A config without paths and names of data sets, for weights in fp32."""
-    augment = tuple(entry for entry in config.data.augment if ":" not in entry)
     replace = dataclasses.replace
     precision = config.efficiency.precision
     return replace(
         config,
-        data=replace(config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment),
+        data=replace(
+            config.data,
+            train=(),
+            evaluate=(),
+            fraction=(1.0,),
+            augment=tuple(entry for entry in config.data.augment if ":" not in entry),
+            balance_concepts="",
+            cache_folder="",
+        ),
         model=replace(config.model, init="", init_image="", init_text=""),
         efficiency=replace(
             config.efficiency,

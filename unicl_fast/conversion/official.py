@@ -90,6 +90,11 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
             f"microsoft/UniCL's files hold {' or '.join(known)}, this model's image encoder is "
             f"{name}: convert it to open_clip, hf or onnx"
         )
+    if model.logit_bias is not None:
+        raise ValueError(
+            "microsoft/UniCL's code knows no bias of the logits, which objective.form=sigmoid "
+            "trains: convert the model to open_clip, hf or onnx"
+        )
     others = [
         f"model.{field}={getattr(model.config.model, field)}"
         for field in _OF_THE_PAPER

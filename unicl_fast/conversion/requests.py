@@ -87,7 +87,8 @@ class ModelConversion(Conversion):
     out: Path
     """OUT: a new folder; for to-official a new file, ending in .pth."""
     weights: Literal["auto", "ema", "model"] = "auto"
-    """The moving average of the weights, those of the last step, or the average if there is one."""
+    """ema is the moving average of the weights, model the weights of the last step; auto takes the
+    average where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +336,8 @@ class Average(Conversion):
     alpha: Fraction = 0.5
     """Part of B, from 0 to 1."""
     weights: Literal["auto", "ema", "model"] = "auto"
-    """The moving average of the weights, those of the last step, or the average if there is one."""
+    """ema is the moving average of the weights, model the weights of the last step; auto takes the
+    average where there is one."""
 
     def run(self) -> None:
         from unicl_fast.checkpoints.average import averaged_weights, whole_numbers

@@ -248,15 +248,14 @@ def coco_metrics(
         truth.dataset = copy.deepcopy(content)
         truth.dataset.setdefault("info", {})
         for number, one in enumerate(truth.dataset["annotations"], start=1):
-            one.setdefault("id", number)
+            one["id"] = number  # pycocotools takes a match with number 0 for none
             one.setdefault("iscrowd", 0)
             one.setdefault("area", one["bbox"][2] * one["bbox"][3])
         truth.createIndex()
         for kind, name in kinds.items():
-            rows = [
-                {k: v for k, v in row.items() if kind == "mask" or k != "segmentation"}
-                for row in detections
-            ]
+            # the sizes of masks are their own, for which there must be no boxes
+            other = "bbox" if kind == "mask" else "segmentation"
+            rows = [{k: v for k, v in row.items() if k != other} for row in detections]
             evaluation = COCOeval(truth, truth.loadRes(rows), name)
             evaluation.evaluate()
             evaluation.accumulate()

@@ -103,7 +103,9 @@ def short_name(spec: str) -> str:
     """A data set's name in tables: that of its folder, or torchvision's."""
     if spec.startswith(TORCHVISION):
         return spec.split(":")[1]
-    return spec.rstrip("/").rpartition("/")[2] if is_url(spec) else Path(spec).resolve().name
+    if is_url(spec):
+        return without_secrets(spec).removesuffix("?...").rstrip("/").rpartition("/")[2]
+    return Path(spec).resolve().name
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
@@ -185,8 +187,7 @@ def open_data(
                     f"{spec} has {count_of(len(names), 'class')}, {class_names} has "
                     f"{count_of(len(given), 'name')}"
                 )
-            if class_names.startswith(CLIP_BENCHMARK):
-                _require_same_order(given, names, spec)
+            _require_same_order(given, names, spec, where=class_names)
             names = given
         yield EvaluationData(
             name=name or short_name(spec),
@@ -212,16 +213,16 @@ def _clip_benchmark_key(spec: str) -> str | None:
     return _TEMPLATE_KEYS.get(spec.split(":")[1])
 
 
-def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str) -> None:
+def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str, *, where: str) -> None:
     """Refuses names whose order visibly differs from the data's."""
     number_of = {_plain(name): number for number, name in enumerate(own)}
     for number, name in enumerate(given):
         other = number_of.get(_plain(name), number)
         if other != number and _plain(given[other]) != _plain(own[other]):
             raise ValueError(
-                f"class {number} of {spec} is {own[number]!r}, clip-benchmark calls it {name!r}, "
+                f"class {number} of {spec} is {own[number]!r}, {where} calls it {name!r}, "
                 f"which the data has as class {other}: the two number classes differently; give "
-                "the names in a file by --class-names"
+                "the names in the data's order, in a file by --class-names"
             )
 
 
@@ -338,7 +339,7 @@ def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, 
                 f"{count_of(len(names), 'name')} for {key}; "
                 "give names by --class-names"
             )
-        _require_same_order(names, own, spec)
+        _require_same_order(names, own, spec, where="clip-benchmark")
         return names
     if not own:
         raise ValueError(

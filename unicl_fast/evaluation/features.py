@@ -167,7 +167,9 @@ def model_on_ranks(command: RankedCommand) -> Iterator[ModelOnRanks]:
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        model = load_model(command.checkpoint, weights=command.weights).of_kind(command.kind)
+        # a run may have written another one since this rank looked
+        checkpoint = from_rank_0(str(command.checkpoint), ranks)
+        model = load_model(checkpoint, weights=command.weights).of_kind(command.kind)
         on_device(model, device, ranks)
         model.config = resolve_decode_device(model.config, device, ranks)
         batch_size = getattr(command, "batch_size", 1)

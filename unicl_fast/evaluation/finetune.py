@@ -17,7 +17,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoints.files import save_tensors
+from unicl_fast.checkpoints.load import read_tensors
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, gather_integers, rank_0_alone
 from unicl_fast.evaluation.data import EvaluationData, open_data
@@ -47,7 +47,7 @@ from unicl_fast.evaluation.report import (
     draw_confusion,
     write_results,
 )
-from unicl_fast.evaluation.requests import Finetune, FinetuneRecipe
+from unicl_fast.evaluation.requests import Finetune, FinetuneRecipe, Metric
 from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.image_encoder import feature_width
@@ -296,7 +296,7 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
         names = tuple(description["class_names"])
         model = UniCL(config).to(Precision(config.efficiency.precision).weight_type)
         module = FineTuned(model, len(names))
-        module.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
+        module.load_state_dict(read_tensors(Path(folder) / _WEIGHTS_FILE))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     return module.eval(), names
@@ -333,7 +333,7 @@ def run(command: Finetune) -> None:
 
         before: dict[str, Any] = {"head": command.head}
         if command.head != "fresh":
-            _begin_head(command, on_ranks, module, train)
+            _begin_head(command, on_ranks, module, train, metric=test.metric)
             before["before"] = tested(module.eval()).to_json()
         # in steps from here on: the last batch of an epoch may reach into the next epoch
         steps = max(1, round(command.epochs * len(train.dataset) / command.train_batch_size))
@@ -402,7 +402,12 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
 
 
 def _begin_head(
-    command: Finetune, on_ranks: ModelOnRanks, module: FineTuned, train: EvaluationData
+    command: Finetune,
+    on_ranks: ModelOnRanks,
+    module: FineTuned,
+    train: EvaluationData,
+    *,
+    metric: Metric,
 ) -> None:
     """Sets the head to begin with, the same on all ranks."""
     model = on_ranks.model
@@ -424,7 +429,9 @@ def _begin_head(
         if features is not None:
             samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
             kept, aside = hold_out(samples, fraction=0.2, seed=command.seed)
-            fit = fit_probe(kept, aside, class_names=train.class_names, seed=command.seed)
+            fit = fit_probe(
+                kept, aside, class_names=train.class_names, metric=metric, seed=command.seed
+            )
             module.set_head(fit.classifier)
     if on_ranks.ranks.world_size > 1:
         for parameter in module.head.parameters():

@@ -245,6 +245,7 @@ def search_peak(
     return best(), scores
 
 
+@without_tf32()
 def evaluate_classifier(
     classifier: LinearClassifier,
     samples: LabelledFeatures,
@@ -255,7 +256,14 @@ def evaluate_classifier(
     """Counts how often the best class is a label of the sample."""
     counts = ClassificationCounts(class_names, confusion=confusion)
     _count(counts, classifier, samples)
-    return counts.result(what="a linear probe")
+    return _result(counts, samples, what="a linear probe")
+
+
+def _result(
+    counts: ClassificationCounts, samples: LabelledFeatures, *, what: str
+) -> ClassificationResult:
+    without = samples.num_without_label  # which are not among them
+    return dataclasses.replace(counts.result(what=what), num_without_label=without)
 
 
 def _count(
@@ -296,6 +304,7 @@ class ProbeFit:
     """Folds of the cross-validation."""
 
 
+@without_tf32()
 def fit_probe(
     train: LabelledFeatures,
     validation: LabelledFeatures | None,
@@ -450,7 +459,6 @@ def _full_probe(
         confusion=command.figures is not None,
     )
     values |= {"c": fit.c, "num_fitted": num_fitted} | result.to_json()
-    values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
     print(
         f"C {fit.c:.4g} ({how}), fitted on {count_of(num_fitted, 'sample')}, features of the "
@@ -545,6 +553,7 @@ def nearest(
     return torch.cat(found_cosines), torch.cat(found_keys)
 
 
+@without_tf32()
 def knn_accuracy(
     train: LabelledFeatures,
     test: LabelledFeatures,
@@ -581,7 +590,7 @@ def knn_accuracy(
             voted = (scores > 0).sum(dim=1).tolist()
             rankings = [best[:n] for best, n in zip(rank_classes(scores), voted, strict=True)]
             counts.add(rankings, test.all_labels[rows])
-        results[k] = counts.result(what="nearest neighbours")
+        results[k] = _result(counts, test, what="nearest neighbours")
     return results
 
 

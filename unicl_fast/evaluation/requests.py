@@ -61,7 +61,8 @@ class ModelCommand(abc.ABC):
     """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, what
     unicl-convert official or hf wrote, or hf-hub:OWNER/NAME for such a model on the hub."""
     weights: Literal["auto", "ema", "model"] = "auto"
-    """The moving average of the weights, those of the last step, or the average if there is one."""
+    """ema is the moving average of the weights, model the weights of the last step; auto takes the
+    average where there is one."""
     kind: TextKind = EVALUATED_KIND
     """Kind that texts are taken for, labels (prompts) or captions, by a model that tells these
     apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
@@ -286,9 +287,10 @@ class LinearProbe(FrozenFeatures):
     validation: str = ""
     """Labelled images to choose C by; empty sets a part of --train aside."""
     validation_fraction: Annotated[float, Meta(ge=1e-6, le=1 - 1e-6)] = 0.2
-    """That part, of each class. Where it would have fewer than 4 images a class on the average, C
-    is chosen by cross-validation over all of --train instead, in 2 to 5 folds, as many as the
-    smallest class has images. Where no class has two images, C is 1."""
+    """Part of each class of --train that is set aside to choose C by. Where it would have fewer
+    than 4 images a class on the average, C is chosen by cross-validation over all of --train
+    instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has two
+    images, C is 1."""
     c: FiniteNonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
@@ -419,9 +421,9 @@ class DetectorRecipe:
     warmup_steps: Count = 500
     """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
     min_size: Number = 800
-    """The shorter side of an image is scaled to this, in pixels,"""
+    """Pixels that the shorter side of an image is scaled to."""
     max_size: Number = 1333
-    """unless the longer one would be longer than this."""
+    """Most pixels of its longer side, for which it is made smaller still."""
     boxes_per_image: Number = 512
     """Proposals of an image that the heads are trained on."""
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.average import averaged_weights
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import rank_0_alone
+from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
 from unicl_fast.evaluation.data import EvaluationData, open_data, short_names
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -260,7 +260,8 @@ def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:
     assert command.average_with is not None
     model, is_main = on_ranks.model, on_ranks.ranks.is_main
     first = copy.deepcopy(model).cpu()
-    second = load_model(command.average_with, weights=command.weights).of_kind(command.kind)
+    other = from_rank_0(str(command.average_with), on_ranks.ranks)
+    second = load_model(other, weights=command.weights).of_kind(command.kind)
     rows, values = [], []
     for alpha in command.alpha:
         model.load_state_dict(averaged_weights(first, second, alpha))

@@ -47,7 +47,7 @@ def check_sharding(config: TrainConfig) -> None:
         return
     refused = {
         f"optim.name={optimizer}, which needs whole parameters: take optim.name=adamw": (
-            optimizer not in ("adamw", "auto")
+            optimizer != "adamw"
         ),
         "efficiency.precision=fp16, whose loss scaler sees the gradients of one rank only: take "
         "efficiency.precision=bf16": efficiency.precision == "fp16",

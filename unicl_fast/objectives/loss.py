@@ -7,8 +7,8 @@ rank or many, and has the special cases CLIP, SupCon and cross-entropy.
 
 Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
 texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
-times; positives need only sums over classes (`positives.py`); from 2^20 logits on none is stored
-(`loss_tiled.py`, and on a GPU `loss_triton.py`).
+times; positives need only sums over classes (`positives.py`); from 2^20 logits on (2^22
+on a GPU) none is stored (`loss_tiled.py`, `loss_triton.py`).
 
 `sigmoid_contrastive_loss` is SigLIP's form with the same positives: a question for each pair.
 

@@ -28,8 +28,8 @@ from unicl_fast.objectives.loss import AllReduce, one_rank, unified_contrastive_
 from unicl_fast.objectives.positives import Membership
 
 _LEAST_IDF = 1e-9
-"""Words of all texts have an IDF of 0, and in sums of chances of 1e-16 besides, which must not
-become the whole target of a text without other words."""
+"""The IDF of a word of every text is 0, which rounding turns into about 1e-16: that must not become
+the whole target of a text without other words."""
 
 
 class Words(NamedTuple):

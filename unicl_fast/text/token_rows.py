@@ -119,12 +119,12 @@ def unique_rows(
         distinct: uint16 [u, l], rows[first].
         lengths: int64 [u], their `row_lengths`.
     """
-    first, index, counts = _group_rows(rows, hashes, table, False)
-    agree, distinct, lengths = _take_rows(rows, index, first.size)
-    if not agree:
+    for compare in (False, True):
+        first, index, counts = _group_rows(rows, hashes, table, compare)
+        agree, distinct, lengths = _take_rows(rows, index, first.size)
+        if agree:
+            break
         table[:] = 0
-        first, index, counts = _group_rows(rows, hashes, table, True)
-        _, distinct, lengths = _take_rows(rows, index, first.size)
     return first, index, counts, distinct, lengths
 
 

@@ -169,7 +169,7 @@ class BottleneckWatch:
             decodes_files=self._reading.decodes_files,
             is_remote=any("://" in name for name in config.data.train),
         )
-        self._said: Cause | None = None
+        self._said: set[Cause] = set()
         self._steps = 0
         self._begin({})
 
@@ -191,9 +191,9 @@ class BottleneckWatch:
             return None
         found = self._find(self._usage(values, seconds))
         self._begin(values)
-        if found is None or found.cause == self._said:
+        if found is None or found.cause in self._said:
             return None
-        self._said = found.cause
+        self._said.add(found.cause)
         return found.sentence
 
     def _usage(self, values: Mapping[str, float], seconds: float) -> Usage:

@@ -87,7 +87,7 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     figure = new_figure(10 if evaluations else 6, 4, layout="constrained")
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
-    _label(axes[0], title="Training loss", y="unified contrastive loss")
+    _label(axes[0], title="Training loss", y="loss")
     rate = axes[0].twinx()
     rate.plot(seen, [line["lr"] for line in trained], color=FAINT, linewidth=1, linestyle="--")
     rate.set_ylabel("learning rate (dashed)", color=FAINT)
@@ -107,9 +107,11 @@ def draw_curves(run_folder: Path, path: Path) -> None:
         if chances:
             axes[1].annotate("chance", (0.01, chances[-1]), xycoords=("axes fraction", "data"),
                              textcoords="offset points", xytext=(0, 3), color=FAINT)  # fmt: skip
-        recalls = any(name.startswith("retrieval/") for name in evaluations)
-        title = "Zero-shot top-1" + ", recall at 1 of both directions" * recalls
-        _label(axes[1], title=title, y="%")
+        kinds = {"zero_shot": "zero-shot top-1", "accuracy": "top-1",
+                 "retrieval": "recall at 1 of both directions"}  # fmt: skip
+        shown = {name.partition("/")[0] for name in evaluations}
+        title = ", ".join(words for kind, words in kinds.items() if kind in shown)
+        _label(axes[1], title=title[:1].upper() + title[1:], y="%")
         best = max(value for points in evaluations.values() for _, value in points)
         axes[1].set_ylim(0, min(105, 1.3 * max(best, *chances, 1)))  # a weak run is seen to learn
         axes[1].legend(loc="best", frameon=False)

@@ -226,7 +226,8 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     micro = min(batch, config.efficiency.micro_batch_size or batch)
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
     model = build_on_meta(config, arguments["device_type"])
-    can_split = config.objective.has_texts and not has_batch_norm(model)
+    objective = config.objective
+    can_split = objective.has_texts and not objective.mixes and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
     shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]
@@ -338,6 +339,11 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
             window_attention="triton" if efficiency.window_attention == "triton" else "timm",
         ),
     )
+
+
+def check_sizes(config: TrainConfig, device_type: str) -> None:
+    """Refuses (ValueError) sizes of images, of any stage, that the encoder cannot take."""
+    build_on_meta(_with(config, window_attention="timm"), device_type)  # the other imports triton
 
 
 def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:

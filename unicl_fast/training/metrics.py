@@ -151,10 +151,11 @@ class DatasetMeter:
             f"epochs/{name}": epochs
             for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
         }
-        if self._stores:
-            own_read = sum(store.traffic.read_bytes for _, store in self._stores)
-            own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
-            read, needed = sum_integers([own_read, own_needed], ranks)
+        own_read = sum(store.traffic.read_bytes for _, store in self._stores)
+        own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
+        # the same data may lie in a store for one rank, and in a folder for another
+        read, needed, stores = sum_integers([own_read, own_needed, len(self._stores)], ranks)
+        if stores:
             self.traffic = read, needed
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:

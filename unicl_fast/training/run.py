@@ -63,7 +63,7 @@ from unicl_fast.training.data import (
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
-from unicl_fast.training.memory_plan import build_on_meta, check_memory
+from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import check_stored_features, stored_features
@@ -416,11 +416,13 @@ def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
 
 
 def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Ranks) -> Ledger:
+    # others may have them in folders of other names
+    names = from_rank_0([dataset.folder.name for dataset in data.datasets], ranks)
     return Ledger(
         run_folder / LEDGER_FOLDER,
         sources=[
-            LedgerSource(dataset.folder.name, len(dataset), size if size < len(dataset) else 0)
-            for dataset, size in zip(data.datasets, plan.epoch_sizes, strict=True)
+            LedgerSource(name, len(dataset), size if size < len(dataset) else 0)
+            for name, dataset, size in zip(names, data.datasets, plan.epoch_sizes, strict=True)
         ],
         global_batch_size=plan.global_batch_size,
         spans=data.config.run.spans,
@@ -442,7 +444,7 @@ def _check_memory_of_stages(
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
         if config.run.stages:
-            build_on_meta(config, device.type)
+            check_sizes(config, device.type)
         for number, stage in enumerate(config.settings_of_stages):
             check_memory(
                 stage,
@@ -487,6 +489,7 @@ class _DrawsFirstBatch:
                 with drawing(self._path):
                     draw_contact_sheet(batch, self._path)
             yield batch
+            del batch  # before the next one is requested
 
     def close(self) -> None:
         self._loader.close()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,7 +155,7 @@ def _store(
 ) -> None:
     """Encodes one epoch, each rank its local batches, into files that all ranks write to."""
     config, folder = model.config, Path(model.config.efficiency.image_features)
-    name = from_rank_0(f".{os.getpid()}", ranks)
+    name = from_rank_0(f".{secrets.token_hex(4)}", ranks)  # no other run's, in any container
     asides = {number: folder / f".{keys[number]}{name}.partial" for number in missing}
     total = sum(map(len, datasets))
     logger.info("encoding %s once, for %s", count_of(total, "image"), folder)

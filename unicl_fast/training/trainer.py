@@ -298,6 +298,7 @@ class Trainer:
                     self._stop(session)
                 if self._is_due(every.evaluate_every_steps):
                     self._evaluate(session, self.evaluations)
+                del batch  # before the next one is requested
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Updates the weights once, unless the loss or the gradient norm is not finite.
