@@ -585,8 +585,8 @@ class EfficiencyConfig:
     divides parameters, gradients and their average, by blocks of the encoders, which are sent
     while others are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of
     the parameters until backward, unless activation_checkpointing is on. full is refused with fp16,
-    LAMB, apex's optimizers and compile=encoders. Checkpoints are the same, and a run may resume
-    with another choice."""
+    with other optimizers than adamw, and with compile=encoders. Checkpoints are the same, and a run
+    may resume with another choice."""
     compress_gradients: bool = False
     """Send gradients between ranks in bf16, half the bytes. They are added up in bf16 too, so each
     keeps 8 bits of its fraction."""

@@ -325,8 +325,8 @@ def _weigh(
     length: Any,
     start: Any,
     end: Any,
-    bits: int,
-    most_places: int,
+    bits: Any,
+    most_places: Any,
     cubic: bool,
 ) -> tuple[int, int]:
     """Finds, weighs and rounds the input rows or columns (taps) of every output position.

@@ -17,6 +17,7 @@ arXiv 2104.14294, appendix F.1). The search is exact: every training sample is c
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -52,6 +53,7 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import Knn, LinearProbe, Metric
+from unicl_fast.models.precision import without_tf32
 from unicl_fast.system.progress import heartbeat_and_check_stop
 from unicl_fast.system.wording import count_of, markdown_table
 
