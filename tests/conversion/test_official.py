@@ -178,6 +178,15 @@ def test_a_model_with_another_image_encoder_has_no_place_in_their_layout() -> No
     small = UniCL(build_preset("digits-small"))
     with pytest.raises(ValueError, match="image encoder is unicl_convnet7_small"):
         official_entries(small)
+
+
+def test_a_bias_of_the_logits_has_no_place_either() -> None:
+    config = build_preset("swin-tiny")
+    sigmoid = dataclasses.replace(config.objective, form="sigmoid")
+    with torch.device("meta"):
+        model = UniCL(dataclasses.replace(config, objective=sigmoid))
+    with pytest.raises(ValueError, match="no bias of the logits, which objective.form=sigmoid"):
+        official_entries(model)
     released = build_preset("swin-tiny")
     text = dataclasses.replace(released.model, text_layers=1, text_activation="gelu")
     with torch.device("meta"):

@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pasted_objects import paste_objects
+from pycocotools import mask as coco_mask
 from small_runs import tiny_config
 
 from unicl_fast import UniCL
@@ -126,6 +128,28 @@ def test_right_boxes_have_precision_1_and_wrong_ones_less(pasted: Path) -> None:
     assert values["mask/AP"] == pytest.approx(1.0)
     assert coco_metrics(images.content, shifted)["box/AP"] < 0.8
     assert coco_metrics(images.content, [])["box/AP50"] == 0.0
+
+
+def test_ids_begin_anywhere_and_masks_have_sizes_of_their_own(pasted: Path) -> None:
+    """A mask of a quarter of its box counts among the small ones, whatever its box."""
+    images = CocoImages(pasted / "instances.json", pasted / "images", masks=True)
+    content = {**images.content, "annotations": []}
+    found = []
+    for number, one in enumerate(images.content["annotations"]):
+        content["annotations"].append({**one, "id": number})  # pycocotools takes 0 for no match
+        found.append({"image_id": one["image_id"], "category_id": one["category_id"],
+                      "bbox": one["bbox"], "score": 1.0})  # fmt: skip
+    assert coco_metrics(content, found)["box/AP"] == pytest.approx(1.0)
+    mask = np.zeros((96, 96), np.uint8, order="F")
+    mask[10:40, 10:40] = 1  # 900 pixels, and its box 96 x 96
+    coded = coco_mask.encode(mask)
+    coded["counts"] = coded["counts"].decode("ascii")
+    one = {"image_id": content["images"][0]["id"],
+           "category_id": content["annotations"][0]["category_id"],
+           "segmentation": coded, "bbox": [0, 0, 96, 96]}  # fmt: skip
+    content["annotations"] = [{**one, "id": 1, "area": 900, "iscrowd": 0}]
+    values = coco_metrics(content, [{**one, "score": 1.0}], masks=True)
+    assert values["mask/APs"] == pytest.approx(1.0)
 
 
 def test_batches_hold_each_image_once_an_epoch_over_all_ranks(pasted: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from unicl_fast.evaluation import probes
 from unicl_fast.evaluation.features import (
     LabelledFeatures,
     split_validation,
@@ -173,10 +177,37 @@ def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> No
     identity = LinearClassifier(torch.eye(4).double(), torch.zeros(4).double())
     result = evaluate_classifier(identity, samples, class_names=NAMES[:4], confusion=True)
     assert (result.num_samples, result.num_correct) == (3, 3)
+    assert result.num_without_label == 1
+    (nearest_one,) = knn_accuracy(samples, samples, class_names=NAMES[:4], ks=(1,)).values()
+    assert nearest_one.num_without_label == 1
     assert result.confusion is not None
     assert result.confusion.tolist() == np.diag([1, 1, 1, 0]).tolist()
     with pytest.raises(ValueError, match="no sample of this has a label"):
         with_labels(features, [[], [], [], []], what="this")
+
+
+def test_fits_and_searches_are_in_fp32_whatever_the_model_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    seen = []
+
+    def seeing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def see(*arguments: Any, **options: Any) -> Any:
+            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return function(*arguments, **options)
+
+        return see
+
+    for name in ("nearest", "fit_logistic_regression", "_count"):
+        monkeypatch.setattr(probes, name, seeing(getattr(probes, name)))
+    train, test = clusters(40, seed=0), clusters(10, seed=1)
+    knn_accuracy(train, test, class_names=NAMES, ks=(1,))
+    fit = fit_probe(train, None, class_names=NAMES, c=1.0)
+    evaluate_classifier(fit.classifier, test, class_names=NAMES)
+    assert seen == [False] * 3
+    assert torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_neighbours_vote_as_scikit_learns_do() -> None:

@@ -485,6 +485,9 @@ def test_any_name_of_a_data_set_is_printed(
     assert "100 % {} $x$ <b> \N{PILE OF POO}\n\\x00\\x1b[2J\\udcff: " in capsys.readouterr().out
     proof = json.loads((tmp_path / "proof.json").read_text())
     assert proof["sources"][0]["name"] == hostile
+    with pytest.raises(SystemExit) as end:
+        ledger_program.main([str(tmp_path), "--json", str(tmp_path / "nowhere" / "proof.json")])
+    assert end.value.code == 2  # it is proven, and cannot be written down
 
 
 def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from unicl_fast.checkpoints.load import Weights, weights_checksum
 from unicl_fast.checkpoints.load import load_model as load_weights_of
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
+from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
@@ -255,6 +255,7 @@ def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> Non
     for name in ("CIFAR10", "food101", "StanfordCars", "petsounds"):
         assert protocol_metric(name) == "top1", name
     assert short_names(["a/x", "b/x", "y"]) == ["a-x", "b-x", "y"]
+    assert short_name("https://me:secret@host/bucket/pets/?X-Amz-Signature=secret") == "pets"
 
 
 def test_splits_of_torchvision_are_told_apart(tmp_path: Path) -> None:

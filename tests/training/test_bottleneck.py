@@ -180,6 +180,8 @@ def test_a_start_is_left_alone_and_a_cause_is_said_once(machine: Machine) -> Non
     assert quiet == [None] * 10
     crowded = [look(watching, machine, 0.01, own=1.1, others=0.9) for _ in range(5)]
     assert "--nproc 2" in crowded[4]
+    decoding = [look(watching, machine, 0.5, own=1.9, others=0.0) for _ in range(10)]
+    assert decoding == [None] * 10  # said before the others were
 
 
 @pytest.mark.parametrize(

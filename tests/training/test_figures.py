@@ -95,6 +95,27 @@ def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [0.5]
 
 
+@pytest.mark.parametrize(
+    ("keys", "title"),
+    [
+        (["accuracy/x/top1"], "Top-1"),
+        (["retrieval/x/recall_at_1"], "Recall at 1 of both directions"),
+        (["retrieval/x/recall_at_1", "zero_shot/y/top1"],
+         "Zero-shot top-1, recall at 1 of both directions"),
+    ],
+)  # fmt: skip
+def test_curves_have_the_title_of_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], title: str
+) -> None:
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
+        metrics.write({"step": 1, "samples_seen": 8, "loss": 1.0, "lr": 0.1})
+        metrics.write({"step": 1} | dict.fromkeys(keys, 0.5))
+    figures: list[Figure] = []
+    monkeypatch.setattr("unicl_fast.training.figures.save_figure", lambda f, _: figures.append(f))
+    draw_curves(tmp_path, tmp_path / "curves.png")
+    assert figures[0].axes[1].get_title(loc="left") + figures[0].axes[1].get_title() == title
+
+
 def test_curves_and_metrics_take_any_name_of_a_data_set(
     tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,7 +22,7 @@ from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.training import memory_plan
-from unicl_fast.training.memory_plan import MemoryPlan, check_memory, plan
+from unicl_fast.training.memory_plan import MemoryPlan, check_memory, check_sizes, plan
 
 TESTS = Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "memory_plan.json"
@@ -203,6 +203,8 @@ def test_window_attention_that_cannot_work_is_refused_before_it_is_built(
     with pytest.raises(ValueError, match=f"=triton cannot work here, since {reason}: set auto or"):
         check_memory(config, ranks=Ranks(), device=torch.device(device), free_bytes=1 << 40)
     measured_nowhere.assert_not_called()
+    settings = dataclasses.replace(config.efficiency, precision="fp32")
+    check_sizes(dataclasses.replace(config, efficiency=settings), device)  # imports no triton
 
 
 def with_many_parameters(**efficiency: object) -> TrainConfig:
@@ -308,6 +310,18 @@ def test_what_may_fit_is_warned_of(
         with caplog.at_level(logging.WARNING):
             check_memory(config, ranks=Ranks(), device=CPU)
         assert ("What fits: " in caplog.text) == warns
+
+
+def test_micro_batches_are_not_advised_where_images_are_mixed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = with_large_batch("test_vit")
+    mixing = dataclasses.replace(config.objective, mixup=0.8)
+    config = dataclasses.replace(config, objective=mixing)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda _: plan_on_cpu(config).total - 1)
+    check_memory(config, ranks=Ranks(), device=CPU)
+    assert "What fits: " in caplog.text
+    assert "micro_batch_size" not in caplog.text
 
 
 def main() -> None:

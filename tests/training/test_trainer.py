@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -13,7 +15,7 @@ import pytest
 import torch
 from small_runs import StepLoader, global_batch, labelled_loader, objective_config, tiny_config
 
-from unicl_fast.batch import ListLoader, ReadingTime
+from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import load_model, read_state
 from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
@@ -27,6 +29,23 @@ from unicl_fast.training.trainer import Trainer
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
     return Trainer(config or tiny_config(), StepLoader(images), run_folder=folder, progress=False)
+
+
+def test_a_batch_is_let_go_before_the_next_one_is_requested(images: torch.Tensor) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Watching(StepLoader):
+        def batches(self, start_step: int) -> Iterator[Batch]:
+            for batch in super().batches(start_step):
+                assert all(one() is None for one in held)
+                own = dataclasses.replace(batch, images=batch.images.clone())
+                held.append(weakref.ref(own.images))
+                del batch
+                yield own
+                del own
+
+    Trainer(tiny_config(), Watching(images), progress=False).fit()
+    assert len(held) == tiny_config().run.total_steps
 
 
 FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
