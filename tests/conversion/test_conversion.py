@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_runs import tiny_config
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
@@ -306,3 +307,12 @@ def test_swin_goes_to_torch_libraries(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_swin_goes_to_onnx(tmp_path: Path) -> None:
     assert_onnx_gives_our_features(swin(), tmp_path / "onnx", counts=(1, 3))
+
+
+def test_exports_name_no_file_of_the_machine_that_trained(tmp_path: Path) -> None:
+    config = tiny_config(precision="fp32")
+    data = dataclasses.replace(
+        config.data, balance=2, balance_concepts="/private/words.txt", cache_folder="/private/cache"
+    )
+    write_export(UniCL(dataclasses.replace(config, data=data)), tmp_path / "export")
+    assert "private" not in (tmp_path / "export" / "config.json").read_text()

@@ -100,6 +100,10 @@ def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, m
     again, names = load_finetuned(tmp_path)
     assert names == ("a", "b", "c")
     torch.testing.assert_close(again(pixels), trained(pixels))
+    (weights,) = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=weights.name):
+        load_finetuned(tmp_path)
 
 
 def test_an_image_that_another_had_to_replace_ends_it(images: torch.Tensor) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from pack_runs import jpeg
+from packed_sets import Sample, pack
 from small_runs import tiny_config
 from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.levels import classify_at_levels
 from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
@@ -72,6 +78,20 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
     assert values["top1"] == 3 / 9
     assert values["top1_interval_95"][0] < 3 / 9 < values["top1_interval_95"][1]
     assert "top-1" in result.to_table()
+
+
+def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> None:
+    samples = [Sample(jpeg(number), labels=(number,)) for number in range(2)]
+    given = tmp_path / "names.txt"
+    with pack(tmp_path / "set", samples, class_names=("cat", "dog"), tokenizer=Tokenizer()):
+        pass
+    for names, is_refused in (("Cat\nhound\n", False), ("dog\ncat\n", True)):
+        given.write_text(names)
+        refused = pytest.raises(ValueError, match="names.txt calls it 'dog', which the data has as")
+        with refused if is_refused else contextlib.nullcontext():
+            data = open_data(str(tmp_path / "set"), ranks=Ranks(), class_names=str(given))
+            with data as opened:
+                assert opened.class_names == tuple(names.split("\n")[:2])
 
 
 def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:

@@ -709,6 +709,24 @@ def agree_on_a_decoder(ranks: Ranks) -> None:
     assert resolve_decode_device(config, gpu, ranks) == config
 
 
+def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
+    """On rank 1 the same data lies in another folder, and in a store; both find the same of it."""
+    names = ("here", "there")
+    dataset = mock.MagicMock(folder=Path(names[ranks.rank]), remote=None, needed_bytes=7)
+    dataset.__len__.return_value = 12
+    if ranks.rank:
+        dataset.remote = mock.Mock()
+        dataset.remote.store.traffic.read_bytes = 9
+    data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
+    plan = mock.Mock(epoch_sizes=[12])
+    with mock.patch.object(run, "Ledger") as ledger:
+        run._build_ledger(Path(), data, plan, ranks)
+    assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
+    meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
+    found = meter.describe(global_batch(images), ranks, num_steps=1)
+    assert (found["storage_bytes_read"], found["storage_bytes_needed"]) == (9, 7)
+
+
 def name_evaluations(ranks: Ranks, folders: list[str]) -> None:
     """Each rank has a link to another folder, and evaluations have the name of rank 0's."""
     mine = folders[ranks.rank]

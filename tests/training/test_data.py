@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pack_runs import jpeg
 from packed_sets import TEMPLATES, Sample, pack
-from rank_workers import agree_on_a_decoder, name_evaluations, run_on_ranks
+from rank_workers import agree_on_a_decoder, name_data_by_rank, name_evaluations, run_on_ranks
 
 from unicl_fast.config import DataConfig, ObjectiveConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
@@ -300,6 +301,11 @@ def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
 @pytest.mark.dist
 def test_all_ranks_decode_on_the_same_kind_of_device() -> None:
     run_on_ranks(agree_on_a_decoder, 2)
+
+
+@pytest.mark.dist
+def test_data_may_lie_elsewhere_on_another_node(images: torch.Tensor) -> None:
+    run_on_ranks(name_data_by_rank, 2, images)
 
 
 @pytest.mark.dist
