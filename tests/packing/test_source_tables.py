@@ -213,6 +213,15 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
     assert len(read_source(str(tmp_path / "set"), spool=spool).items) == 5
 
 
+def test_a_pattern_of_files_is_no_split_of_the_folder_that_it_lies_in(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for name, count in (("train-00000-of-00001", 3), ("test-00000-of-00001", 2)):
+        pq.write_table(described(table(count)), tmp_path / f"{name}.parquet")
+    assert len(read_source(f"{tmp_path}/*.parquet", spool=spool).items) == 5
+    assert len(read_source(f"{tmp_path}/test*", spool=spool).items) == 2
+
+
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(
     tmp_path: Path, spool: Spool
 ) -> None:
