@@ -209,6 +209,7 @@ class _Wanted:
 
     store: ObjectStore
     name: str
+    """With the query that its URL has, which is not to be shown."""
     found: StoredObject
     path: Path
 
@@ -328,26 +329,29 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Want
     The URL is that of a file, a part of an archive, tars in braces, or a folder. `with_folder` says
     whether a list may name images in its own folder, which is then copied too.
     """
-    inside = _INSIDE_ARCHIVE.fullmatch(url)
-    base, rest = (inside[1], f"/{inside[2]}") if inside else (url, "")
+    place, mark, query = url.partition("?")
+    secret = mark + query  # a signature: for requests alone, not for paths and names
+    inside = _INSIDE_ARCHIVE.fullmatch(place)
+    base, rest = (inside[1], f"/{inside[2]}") if inside else (place, "")
     above, _, name = base.rstrip("/").rpartition("/")
     if above.endswith(("://", ":/")) or "://" not in above:
         return _find_folder(url, folder)
     store = ObjectStore(above)
     if len(names := expand_braces(name)) > 1:
         shards = []
-        for one, found in store.find_all(names).items():
+        found_by_name = store.find_all([one + secret for one in names])
+        for one, (signed, found) in zip(names, found_by_name.items(), strict=True):
             if found is None:
-                raise FileNotFoundError(f"{store.url_of(one)}: there is no such object")
-            shards.append(_Wanted(store, one, found, folder / one))
+                raise FileNotFoundError(f"{store.url_of(signed)}: there is no such object")
+            shards.append(_Wanted(store, signed, found, folder / one))
         return str(folder / name), shards
-    stored = store.find(name)
-    if stored is None or url.endswith("/"):
-        return _find_folder(url, folder)
+    stored = store.find(name + secret)
+    if stored is None or place.endswith("/"):
+        return _find_folder(place, folder)
     if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
         _, wanted = _find_folder(above, folder)
         return str(folder / store.name / name), wanted
-    return str(folder / name) + rest, [_Wanted(store, name, stored, folder / name)]
+    return str(folder / name) + rest, [_Wanted(store, name + secret, stored, folder / name)]
 
 
 def _find_folder(url: str, folder: Path) -> tuple[str, list[_Wanted]]:
