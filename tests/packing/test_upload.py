@@ -203,6 +203,14 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
     assert (code, "CRET" in text) == (2, False), text
 
 
+def test_a_url_that_takes_no_uploads_is_refused_before_packing(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "build_dataset", raising(AssertionError("packed")))
+    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
+        build(photos, "https://host/set")
+
+
 def test_a_merge_of_or_to_urls_is_refused_with_what_to_do(
     photos: Path,
     url: str,

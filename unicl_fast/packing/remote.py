@@ -94,8 +94,7 @@ def build_anywhere(
     if store is not None:
         is_packed = (folder / MANIFEST_NAME).is_file()  # by a run that did not end its upload
         names = set(_checksums_of(folder, Manifest.load(folder))) if is_packed else set()
-        there = store.list_sizes() or {}
-        _require_free_url(store, folder if is_packed else None, there, names=names)
+        _require_free_url(store, folder if is_packed else None, _list_below(store), names=names)
     if any(map(is_url, sources)):
         options["source_names"] = list(map(without_secrets, sources))
     with _staged_sources(
@@ -389,9 +388,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     store = ObjectStore(url)
     manifest = Manifest.load(folder)
     checksums = _checksums_of(folder, manifest)
-    there = store.list_sizes()
-    if there is None:
-        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    there = _list_below(store)
     _require_free_url(store, folder, there, names=set(checksums))
     names = sorted(checksums, key=lambda name: (not name.endswith(".tar"), name))
     names.remove(MANIFEST_NAME)
@@ -443,6 +440,14 @@ def _command(folder: Path, url: str) -> str:
 
 def _has_manifest_of(folder: Path, store: ObjectStore) -> bool:
     return store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()
+
+
+def _list_below(store: ObjectStore) -> dict[str, int]:
+    """Names and sizes of the objects below a URL that a data set is to be uploaded to."""
+    there = store.list_sizes()
+    if there is None:
+        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    return there
 
 
 def _require_free_url(
