@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from packed_sets import Sample, pack
+from PIL import Image
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.torch_dataset import TorchDataset
+from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import build_prompts, open_datasets
@@ -119,3 +121,13 @@ def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
             assert short[index][1][-1] == tokens.max()
         dataset.epoch = 1
         assert any(dataset[n][1].tolist() != tokens[n].tolist() for n in range(24))
+
+
+def test_grey_images_can_be_stacked_with_others(tmp_path: Path) -> None:
+    colours = Image.new("RGB", (8, 6), (200, 100, 0)), Image.new("L", (8, 6), 77)
+    samples = [Sample(encode_png(pixels_of(image)), labels=[0]) for image in colours]
+    folder = tmp_path / "set"
+    with pack(folder, samples, class_names=["dog"], tokenizer=Tokenizer()) as source:
+        images, _, _ = next(iter(torch.utils.data.DataLoader(TorchDataset(source), batch_size=2)))
+    assert images.shape == (2, 6, 8, 3)
+    assert (images[1] == 77).all()

@@ -114,6 +114,22 @@ def test_what_each_filter_leaves_out_is_listed_with_its_reason(
     assert found["09.jpg"] == []
 
 
+def test_images_that_differ_in_transparency_or_in_16_bits_are_no_near_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_inline(monkeypatch)
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for number in range(2):
+        smooth = Image.open(io.BytesIO(photo(number, (64, 64)))).convert("L")
+        drawn = Image.new("RGBA", smooth.size)
+        drawn.putalpha(smooth)
+        drawn.save(tmp_path / "in" / "cat" / f"alpha-{number}.png")
+        deep = 1000 + 200 * np.asarray(smooth.rotate(90), np.uint16)
+        Image.fromarray(deep).save(tmp_path / "in" / "cat" / f"deep-{number}.png")
+    build_dataset([tmp_path / "in"], tmp_path / "set", near_duplicates=6, progress=False)
+    assert listed(tmp_path / "set") == {}
+
+
 @pytest.mark.slow
 def test_neither_workers_nor_a_stop_leave_a_trace(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,7 @@ from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing import inspect as inspect_module
+from unicl_fast.packing import near_duplicates
 from unicl_fast.packing import page as inspect_page
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
@@ -305,6 +306,15 @@ def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for
         code, text = run(packed, *asking, "--no-near", capsys=capsys)
         assert code == 0, text
         assert "not looked for" not in text
+
+
+def test_an_image_beyond_pillows_limit_ends_an_inspection_with_a_sentence(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    monkeypatch.setattr(near_duplicates, "_dataset", PackedDataset(packed))
+    with pytest.raises(ValueError, match=r"sample 0+ .*more pixels than .*--no-near"):
+        near_duplicates._hash(0, 1)
 
 
 def test_a_raw_set_is_described_by_its_pixels(

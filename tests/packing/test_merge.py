@@ -20,6 +20,7 @@ import xxhash
 from damage import copy_of, flip_byte, mend_checksums
 from pack_runs import jpeg, run_pack
 
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
@@ -483,3 +484,23 @@ def test_hierarchies_are_joined_or_refused_if_they_differ(
     assert manifest.hierarchy is not None
     assert manifest.hierarchy.names == ("mammal", "animal")
     assert manifest.hierarchy.parents == (4, 4, -1, 4, 5, -1)
+
+
+def test_classes_of_one_name_keep_their_places_in_a_hierarchy(tmp_path: Path) -> None:
+    """The built-in names of ImageNet have two missiles, one of them the projectile."""
+    names, tree = tmp_path / "names.txt", tmp_path / "tree.json"
+    names.write_text("n1\tmissile\nn2\tmissile\nn3\tdog\n")
+    tree.write_text(json.dumps({"n1": "rocket", "n2": "weapon", "n3": "animal", "weapon": "tool"}))
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        for key in ("n1", "n2", "n3"):
+            path = tmp_path / f"photos-{number}" / key / "1.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(jpeg(10 * number + int(key[1])))
+        build_dataset(
+            [path.parents[1]], folder, class_names=names, hierarchy=tree, workers=1, progress=False
+        )
+    merge_datasets(folders, tmp_path / "both", progress=False)
+    first, both = (Manifest.load(folder) for folder in (folders[0], tmp_path / "both"))
+    assert both.class_names == ("missile", "missile", "dog")
+    assert both.hierarchy == first.hierarchy

@@ -92,6 +92,14 @@ def test_images_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> N
     assert set(outcomes(read_source(place)).values()) == {"missing"}
 
 
+def test_filters_of_rows_are_refused(coco: Path) -> None:
+    place = str(coco / "annotations" / "captions_val2017.json")
+    with pytest.raises(ValueError, match="captions_val2017.json: .* no columns: leave --where out"):
+        read_source(place, ListOptions(where=["split=val"]))
+    with pytest.raises(ValueError, match="no scores: leave --min-score out"):
+        read_source(place, ListOptions(min_score=["clip=0.3"]))
+
+
 def test_entries_that_lie_are_named(coco: Path) -> None:
     images: list[Any] = [
         {"id": 1, "file_name": "1.jpg"},

@@ -105,6 +105,19 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
     assert not source.labels_are_names
 
 
+def test_paths_in_files_of_several_folders_take_a_root(tmp_path: Path, spool: Spool) -> None:
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").write_bytes(jpeg(number))
+        rows = pa.table({"path": [f"{folder}/1.jpg"], "caption": [folder]})
+        pq.write_table(rows, tmp_path / folder / "list.parquet")
+    pattern = f"{tmp_path}/*/list.parquet"
+    with pytest.raises(ValueError, match=r"a/list.parquet, row 0, .*'a/1.jpg'.*--image-root"):
+        read_source(pattern, spool=spool)
+    source = read_source(pattern, ListOptions(image_root=str(tmp_path)), spool)
+    assert texts(source) == {"a/1.jpg": (["a"], []), "b/1.jpg": (["b"], [])}
+
+
 def test_a_zip_of_images_is_opened_once_for_all_files(
     tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +224,15 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
         read_source(str(tmp_path / "set" / "val"), spool=spool)
     path.with_name("test-00000-of-00001.parquet").unlink()
     assert len(read_source(str(tmp_path / "set"), spool=spool).items) == 5
+
+
+def test_a_pattern_of_files_is_no_split_of_the_folder_that_it_lies_in(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for name, count in (("train-00000-of-00001", 3), ("test-00000-of-00001", 2)):
+        pq.write_table(described(table(count)), tmp_path / f"{name}.parquet")
+    assert len(read_source(f"{tmp_path}/*.parquet", spool=spool).items) == 5
+    assert len(read_source(f"{tmp_path}/test*", spool=spool).items) == 2
 
 
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(

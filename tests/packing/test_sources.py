@@ -414,6 +414,7 @@ def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:
     [
         ("", ListOptions(), "empty"),
         ("image,caption\n", ListOptions(), "no rows"),
+        ("image,caption,caption\n1,a,b\n", ListOptions(), "the column 'caption' several times"),
         ("photo,caption\n1,a\n", ListOptions(), "--image-column"),
         ("image,words\n1,a\n", ListOptions(), "--caption-column or --label-column"),
         ("image,caption\n1,a\n", ListOptions(label_column="kind"), "'kind' .--label-column"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import jpeg, run_pack
 
@@ -17,6 +19,7 @@ from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import remote
 from unicl_fast.packing.remote import build_anywhere
+from unicl_fast.packing.sources.tars import expand_braces
 
 SHARD_BYTES = 30_000
 
@@ -175,6 +178,37 @@ def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_pa
     with pytest.raises(ValueError, match="nothing could be packed"):
         build(tmp_path / "bad", url)
     assert not os.listdir(work)
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "photos.zip", "photos-{0..1}.tar"])
+def test_the_query_of_a_source_is_in_no_name_and_no_file(
+    name: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "?X-Sig=SE/CRET"
+    for number, one in enumerate(expand_braces(name)):
+        place = tmp_path / "store" / f"{one}{secret}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if one.endswith(".zip"):
+            shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
+            (tmp_path / one).rename(place)
+        else:
+            write_tar(place, {"1.jpg": jpeg(number), "1.txt": b"x"})
+    url = f"file://{tmp_path}/store/{name}{secret}"
+    code, text = run_pack("build", url, "--out", tmp_path / "set", capsys=capsys)
+    assert (code, "CRET" in text) == (0, False), text
+    for path in (tmp_path / "set").iterdir():
+        assert b"CRET" not in path.read_bytes(), path
+    assert f'"source":"{name}'.encode() in (tmp_path / "set" / "shard-000000.tar").read_bytes()
+    code, text = run_pack("build", f"{url}2", "--out", tmp_path / "new", capsys=capsys)
+    assert (code, "CRET" in text) == (2, False), text
+
+
+def test_a_url_that_takes_no_uploads_is_refused_before_packing(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "build_dataset", raising(AssertionError("packed")))
+    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
+        build(photos, "https://host/set")
 
 
 def test_a_merge_of_or_to_urls_is_refused_with_what_to_do(

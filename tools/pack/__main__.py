@@ -109,7 +109,7 @@ class Build(BuildOptions, _SourcesAndOut):
     """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
     by default one in ~/.cache/unicl_fast. With --engine ray and URLs it must be given."""
     staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most that copies of sources under URLs may take there."""
+    """Most bytes that copies of sources under URLs may take in --work."""
 
     def run(self) -> tuple[str, int]:
         options = dict(vars(self))

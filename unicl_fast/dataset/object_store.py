@@ -110,8 +110,9 @@ class ObjectStore:
         return self.url.rsplit("/", 1)[-1]
 
     def url_of(self, name: str) -> str:
-        """An object's URL for messages: without user and password."""
-        return f"{self.url}/{name}" if name else self.url
+        """An object's URL for messages: without user, password and query."""
+        name, mark, _ = name.partition("?")
+        return (f"{self.url}/{name}" if name else self.url) + ("?..." if mark else "")
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Reads bytes [start, end); raises FileNotFoundError or, for good, StorageError."""

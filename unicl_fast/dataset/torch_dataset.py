@@ -77,7 +77,9 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
         length = min(len(row), self.context_length)
         tokens[:length] = row[:length]
         tokens[length - 1] = row[-1]  # the end token, also of a text that is cut off
-        return torch.from_numpy(np.array(pixels_of(image))), torch.from_numpy(tokens), label
+        pixels = pixels_of(image)  # [h w 1] where they are grey
+        copy = np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
+        return torch.from_numpy(copy), torch.from_numpy(tokens), label
 
     def _text(self, index: int) -> tuple[Any, int]:
         """Token ids of the sample's text in this epoch, and its class or -1."""

@@ -290,9 +290,9 @@ def join_classes(
 ) -> tuple[tuple[str, ...], list[npt.NDArray[np.int64]]]:
     """Joins the class names of several data sets; classes with equal names become one.
 
-    Those of the first list keep their numbers, new ones follow. A list may hold a name twice
-    (ImageNet has two cranes): only names of different lists are joined, the first with the first
-    and the second with the second.
+    Those of the first list keep their numbers, new ones follow. A list may hold a name twice (the
+    built-in names of ImageNet have 'missile' and 'sunglasses' twice): only names of different lists
+    are joined, the first with the first and the second with the second.
 
     Returns:
         All names, and for each list an array that gives the new number of each of its labels.
@@ -300,13 +300,22 @@ def join_classes(
     numbers: dict[tuple[str, int], int] = {}
     maps = []
     for names in lists:
-        seen: Counter[str] = Counter()
-        new = []
-        for name in names:
-            new.append(numbers.setdefault((name, seen[name]), len(numbers)))
-            seen[name] += 1
+        new = [numbers.setdefault(one, len(numbers)) for one in _occurrences(names)]
         maps.append(np.array(new, dtype=np.int64))
     return tuple(name for name, _ in numbers), maps
+
+
+def _occurrences(names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Each name, and how often it came before."""
+    seen: Counter[str] = Counter()
+    for name in names:
+        yield name, seen[name]
+        seen[name] += 1
+
+
+def _keys_of(names: Sequence[str]) -> list[str]:
+    """A text for each class that no other has: its name, but for later ones of the same name."""
+    return [f"{name}\0{before}" if before else name for name, before in _occurrences(names)]
 
 
 def join_templates(manifests: dict[str, Manifest], given: str) -> tuple[str, ...]:
@@ -342,15 +351,19 @@ def _join_hierarchies(manifests: dict[str, Manifest], names: tuple[str, ...]) ->
     for origin, one in manifests.items():
         if one.hierarchy is None:
             continue
-        own = (*one.class_names, *one.hierarchy.names)
-        for name, number in zip(own, one.hierarchy.parents, strict=True):
+        own = (*_keys_of(one.class_names), *one.hierarchy.names)
+        for key, number in zip(own, one.hierarchy.parents, strict=True):
             parent = own[number]
-            if number >= 0 and parents.setdefault(name, parent) != parent:
-                raise ValueError(
-                    f"{origin} puts the class {name!r} under {parent!r}, another data set under "
-                    f"{parents[name]!r}: pack one of them again with the other's --hierarchy"
+            if number >= 0 and parents.setdefault(key, parent) != parent:
+                name, above, other = (
+                    each.partition("\0")[0] for each in (key, parent, parents[key])
                 )
-    return place_classes(LabelSpace(names), parents, {}, origin="the merge") if parents else None
+                raise ValueError(
+                    f"{origin} puts the class {name!r} under {above!r}, another data set under "
+                    f"{other!r}: pack one of them again with the other's --hierarchy"
+                )
+    space = LabelSpace(names, keys=tuple(_keys_of(names)))
+    return place_classes(space, parents, {}, origin="the merge") if parents else None
 
 
 class _Samples:

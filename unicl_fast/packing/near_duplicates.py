@@ -98,6 +98,11 @@ def _hash(start: int, end: int) -> Hashes:
     for index in range(start, end):
         try:
             hashes[index - start] = perceptual_hash(_dataset.image_bytes(index, verify=True).data)
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"{_dataset.describe(index)} has more pixels than are decoded to find near copies: "
+                "--no-near does without decoding"
+            ) from error
         except (DamagedSampleError, OSError, SyntaxError, ValueError) as error:
             raise ValueError(
                 f"{_dataset.describe(index)} cannot be read ({error}); see what else is damaged by "
@@ -107,13 +112,21 @@ def _hash(start: int, end: int) -> Hashes:
 
 
 def perceptual_hash(data: bytes | memoryview) -> int:
-    """The 64-bit pHash of an encoded image."""
-    import imagehash  # an optional package
-
+    """The 64-bit pHash of a packed image, which has neither transparency nor 16 bits."""
     with Image.open(io.BytesIO(data)) as image:
         image.draft("L", (_DRAFT, _DRAFT))
-        bits = imagehash.phash(image).hash
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+        return _phash(image)
+
+
+def hash_pixels(pixels: npt.NDArray[np.uint8]) -> int:
+    """The 64-bit pHash of an image as it is packed, uint8 [h w 3]."""
+    return _phash(Image.fromarray(pixels))
+
+
+def _phash(image: Image.Image) -> int:
+    import imagehash  # an optional package
+
+    return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big")
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:

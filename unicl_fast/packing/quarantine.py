@@ -25,9 +25,9 @@ from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
+"""The kind of images that were joined into equal ones."""
 NEAR_DUPLICATE = "near duplicate"
 CONCEPT_CAP = "concept cap"
-"""The kind of images that were joined into equal ones."""
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
 _REASONS_SHOWN = 5

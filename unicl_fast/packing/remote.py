@@ -94,8 +94,7 @@ def build_anywhere(
     if store is not None:
         is_packed = (folder / MANIFEST_NAME).is_file()  # by a run that did not end its upload
         names = set(_checksums_of(folder, Manifest.load(folder))) if is_packed else set()
-        there = store.list_sizes() or {}
-        _require_free_url(store, folder if is_packed else None, there, names=names)
+        _require_free_url(store, folder if is_packed else None, _list_below(store), names=names)
     if any(map(is_url, sources)):
         options["source_names"] = list(map(without_secrets, sources))
     with _staged_sources(
@@ -209,6 +208,7 @@ class _Wanted:
 
     store: ObjectStore
     name: str
+    """With the query that its URL has, which is not to be shown."""
     found: StoredObject
     path: Path
 
@@ -328,26 +328,29 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Want
     The URL is that of a file, a part of an archive, tars in braces, or a folder. `with_folder` says
     whether a list may name images in its own folder, which is then copied too.
     """
-    inside = _INSIDE_ARCHIVE.fullmatch(url)
-    base, rest = (inside[1], f"/{inside[2]}") if inside else (url, "")
+    place, mark, query = url.partition("?")
+    secret = mark + query  # a signature: for requests alone, not for paths and names
+    inside = _INSIDE_ARCHIVE.fullmatch(place)
+    base, rest = (inside[1], f"/{inside[2]}") if inside else (place, "")
     above, _, name = base.rstrip("/").rpartition("/")
     if above.endswith(("://", ":/")) or "://" not in above:
         return _find_folder(url, folder)
     store = ObjectStore(above)
     if len(names := expand_braces(name)) > 1:
         shards = []
-        for one, found in store.find_all(names).items():
+        found_by_name = store.find_all([one + secret for one in names])
+        for one, (signed, found) in zip(names, found_by_name.items(), strict=True):
             if found is None:
-                raise FileNotFoundError(f"{store.url_of(one)}: there is no such object")
-            shards.append(_Wanted(store, one, found, folder / one))
+                raise FileNotFoundError(f"{store.url_of(signed)}: there is no such object")
+            shards.append(_Wanted(store, signed, found, folder / one))
         return str(folder / name), shards
-    stored = store.find(name)
-    if stored is None or url.endswith("/"):
-        return _find_folder(url, folder)
+    stored = store.find(name + secret)
+    if stored is None or place.endswith("/"):
+        return _find_folder(place, folder)
     if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
         _, wanted = _find_folder(above, folder)
         return str(folder / store.name / name), wanted
-    return str(folder / name) + rest, [_Wanted(store, name, stored, folder / name)]
+    return str(folder / name) + rest, [_Wanted(store, name + secret, stored, folder / name)]
 
 
 def _find_folder(url: str, folder: Path) -> tuple[str, list[_Wanted]]:
@@ -385,9 +388,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     store = ObjectStore(url)
     manifest = Manifest.load(folder)
     checksums = _checksums_of(folder, manifest)
-    there = store.list_sizes()
-    if there is None:
-        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    there = _list_below(store)
     _require_free_url(store, folder, there, names=set(checksums))
     names = sorted(checksums, key=lambda name: (not name.endswith(".tar"), name))
     names.remove(MANIFEST_NAME)
@@ -439,6 +440,14 @@ def _command(folder: Path, url: str) -> str:
 
 def _has_manifest_of(folder: Path, store: ObjectStore) -> bool:
     return store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()
+
+
+def _list_below(store: ObjectStore) -> dict[str, int]:
+    """Names and sizes of the objects below a URL that a data set is to be uploaded to."""
+    there = store.list_sizes()
+    if there is None:
+        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    return there
 
 
 def _require_free_url(

@@ -117,7 +117,7 @@ class ImageOptions:
     max_aspect: float = 0.0
     """Images that are smaller or longer are refused, as by `images.check_image`."""
     hash_images: bool = False
-    """Results bring the images' perceptual hashes, for which they are decoded once more."""
+    """Results bring the images' perceptual hashes; with the format raw alone."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -397,9 +397,11 @@ class ImageChecker:
         )
         phash = 0
         if self._options.hash_images:
-            from unicl_fast.packing.near_duplicates import perceptual_hash  # few builds need it
+            from unicl_fast.packing.near_duplicates import hash_pixels  # few builds need it
 
-            phash = perceptual_hash(data)
+            # not those of the file, which may lie under transparency or have 16 bits
+            pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
+            phash = hash_pixels(pixels)
         if task.size is not None and (image.height, image.width) != task.size:
             image = dataclasses.replace(image, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []

@@ -48,9 +48,11 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
     `file_name`; `annotations` with `image_id`, and `caption` or `category_id`; `categories` with
     `id` and `name`. Without `image_root` the images are looked for beside each file.
     """
+    names = ", ".join(path.name for path in paths)
     if options.scores():
-        names = ", ".join(path.name for path in paths)
         raise ValueError(f"{names}: COCO's files have no scores: leave --min-score out")
+    if options.conditions():
+        raise ValueError(f"{names}: COCO's files have no columns: leave --where out")
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
     passed_over: Counter[str] = Counter()

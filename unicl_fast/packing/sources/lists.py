@@ -189,6 +189,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             header = next(reader, None)
             if not header:
                 raise ValueError(f"{path} is empty; its first line must name the columns")
+            for name in header:
+                if name and header.count(name) > 1:  # blank ones are a spreadsheet's margin
+                    raise ValueError(
+                        f"{path} has the column {name!r} several times; give each its own name, or "
+                        "one row for each text: rows with the same image are one sample"
+                    )
             for fields in reader:
                 if len(fields) == len(header):
                     yield reader.line_num, dict(zip(header, fields, strict=True))

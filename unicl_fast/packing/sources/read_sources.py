@@ -81,11 +81,11 @@ def read_source(
         return tars.read_tars(name, [Path(shard) for shard in shards], options, spool)
     if arrays.ARCHIVE.fullmatch(place.parent.name) and place.parent.is_file():
         return arrays.read_cifar(place, options, spool)
+    if found := sorted(glob.glob(path)):
+        return _read_matches(path, found, options, spool)
     if place.parent.is_dir() and (parquet := tables.find_parquet(place.parent)):
         chosen = tables.choose_split(place.parent, parquet, split=place.name)
         return tables.read_tables(f"{place.parent.name}/{name}", chosen, options, spool)
-    if found := sorted(glob.glob(path)):
-        return _read_matches(path, found, options, spool)
     return _read_class_folders(place, name, spool)
 
 

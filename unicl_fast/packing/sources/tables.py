@@ -8,7 +8,6 @@ line of JSON for each row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -90,7 +89,8 @@ def read_tables(
     known = [spool.recall(*_files_of(task)) for task in tasks]
     new = [task for task, values in zip(tasks, known, strict=True) if values is None]
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
-    open_once = functools.cache(open_tree)  # a zip may have a long directory
+    roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
+    tree = open_tree(roots.pop()) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
     passed_over, labels_are_names = Counter[str](), True
     with explaining_a_full_disk(tasks[0].images_file):
@@ -100,7 +100,6 @@ def read_tables(
             if values is None and isinstance(result, TableResult) and Path(task.rows_file).exists():
                 spool.remember(*_files_of(task), dataclasses.asdict(result))
             path = Path(task.path)
-            tree = open_once(Path(options.image_root) if options.image_root else path.parent)
             behind = _read_rows(task, tree, items)
             if isinstance(result, Problem):
                 broken.append(Item(f"{path.name} from row {behind}", problem=result))
@@ -126,14 +125,23 @@ def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
     return files, [*stamp(task.path), repr(task.options), task.features]
 
 
-def _read_rows(task: TableTask, tree: Tree, items: ItemStore) -> int:
-    """Adds the rows that have been written out; returns the number after the last."""
+def _read_rows(task: TableTask, tree: Tree | None, items: ItemStore) -> int:
+    """Adds the rows that have been written out; returns the number after the last.
+
+    Without a tree, rows that name their images are refused.
+    """
     file_name, number = Path(task.path).name, -1
 
     def find(name: str) -> Item:
         if re.match(r"https?://", name):
             message = "an address, not a file; img2dataset fetches such lists"
             return refused(name, "missing", message)
+        if tree is None:  # the same path in two folders would be one sample
+            raise ValueError(
+                f"{task.path}, row {number}, names the image {name!r}, and the files of this "
+                "source lie in several folders: name the files one by one, or give the folder "
+                "that all paths begin in by --image-root"
+            )
         return find_image(tree, name)
 
     if not os.path.exists(task.rows_file):
