@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import look_at
 from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
@@ -289,20 +292,43 @@ def test_images_in_memory_are_those_that_were_read_just_before() -> None:
 
     reads: list[tuple[bool, int]] = []
 
-    def read(sources: list[int], samples: list[int], *, cold: bool, seconds: float) -> Cost:
-        reads.append((cold, len(samples)))
+    def read(pairs: list[tuple[int, int]], *, cold: bool, seconds: float) -> Cost:
+        reads.append((cold, len(pairs)))
         return Cost(wall=seconds / (9.5 if cold else 100), cpu=0.0)
 
     bench: Any = SimpleNamespace(
         loader=SimpleNamespace(host=SimpleNamespace(plan_steps=lambda first, count: None)),
         parts=SimpleNamespace(datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")]),
-        planned_samples=lambda most: ([0] * 100, list(range(100))),
+        planned_samples=lambda most: ([0] * 200, [*range(100), *range(100)]),
         local_batch=8, reads_cold=False, read=read,
     )  # fmt: skip
     first, *_ = Bench._feed_stages(bench, seconds=0.03)
     assert reads == [(True, 100), (False, 9)] * 3
     assert first.cost.wall == pytest.approx(1e-4)
     assert "cold: 950 images/s" in first.note
+
+
+@pytest.mark.dali
+def test_what_is_read_cold_is_in_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unicl_fast.benchmarks.diagnosis.bench import Bench
+
+    read: list[int] = []
+    dropped: list[tuple[int, int]] = []
+    (tmp_path / "shard").write_bytes(b"images")
+    dataset = SimpleNamespace(
+        folder=tmp_path, remote=None, samples=np.array([(40,)] * 9, [("size", int)]),
+        shard_of=lambda sample: "shard", offset_of=lambda sample: 40 * sample,
+        image_bytes=lambda sample: read.append(sample) or b"bytes",
+    )  # fmt: skip
+    bench: Any = SimpleNamespace(parts=SimpleNamespace(datasets=[dataset]))
+    bench.forget = functools.partial(Bench.forget, bench)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *range_, **_: dropped.append(range_[:2]))
+    pairs = [(0, sample) for sample in range(9)]
+    assert Bench.read(bench, pairs, cold=True, seconds=0.01).wall > 0
+    assert read == list(range(9))  # the second time they would be warm
+    assert dropped == [(0, 0)]  # the whole file: of less than a page, nothing is dropped
+    Bench.read(bench, pairs, cold=False, seconds=0.01)
+    assert len(read) > 20
 
 
 @pytest.mark.dali
