@@ -159,6 +159,13 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
         race.main()
 
 
+def test_the_help_names_all_contestants(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Input.parse(["--help"], prog="unicl-bench input")
+    named = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {each.name for each in (*PEERS, *PARTS)} - named == set()
+
+
 def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:
     def figure(value: float) -> dict[str, float]:
         return {"median": value, "low": 0.9 * value, "high": 1.1 * value}
