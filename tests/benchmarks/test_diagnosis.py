@@ -359,7 +359,10 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert found["measured"]["local_batch"] == 8
     assert found["measured"]["checkpoint"]["num_bytes"] > 1e5
     assert found["measured"]["variants"]
-    assert all("no time was left" in text for text in found["measured"]["not_measured"])
+    # the data set is too small for the larger batch, if there was time to try it
+    reasons = ("no time was left", "has 24 samples in an epoch")
+    for text in found["measured"]["not_measured"]:
+        assert any(reason in text for reason in reasons), text
     assert [plan["ranks"] for plan in found["plan"]] == [1, 8, 64]
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
