@@ -356,7 +356,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
     assert {"image encoder forward", "loss and its gradient", "clip and update"} <= names
     assert found["limit"]["stage"] in {*names, CHECKPOINT}
-    assert found["measured"]["local_batch"] == 8
+    assert found["measured"]["local_batch"] == 8 // nproc
     assert found["measured"]["checkpoint"]["num_bytes"] > 1e5
     assert found["measured"]["variants"]
     # the data set is too small for the larger batch, if there was time to try it
@@ -379,7 +379,8 @@ def check_spreads_and_steps(found: dict[str, Any]) -> None:
     """Loader, step, whole and stages have rounds, and steps follow each other on one clock."""
     for part in ("loader", "step", "whole"):
         assert min(found[part]["rounds"]) <= found[part]["wall"] <= max(found[part]["rounds"])
-    assert all(len(stage["cost"]["rounds"]) >= 2 for stage in found["stages"])
+    timed = [stage for stage in found["stages"] if stage["name"] != "collectives"]  # in one go
+    assert all(len(stage["cost"]["rounds"]) >= 2 for stage in timed)
     steps = found["timeline"]
     assert 4 <= len(steps) <= 20
     assert steps[0]["begin"] == 0
