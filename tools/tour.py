@@ -85,12 +85,13 @@ class PackEverything:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 1 if a data set is not what was packed, 2 if there is no data."""
+    """Entry point; exits with 1 if a data set is not what was packed, 2 on wrong input."""
     arguments = begin_program() if arguments is None else arguments
-    tour = tyro.cli(PackEverything, args=arguments, prog="pack_everything")
+    tour = tyro.cli(PackEverything, args=arguments, prog="python -m unicl_fast.tools.tour")
     if unknown := set(tour.sets) - set(DATA_SETS):
         known = ", ".join(sorted(DATA_SETS))
-        raise SystemExit(f"--sets takes {known}, not {', '.join(unknown)}")
+        print(f"--sets takes {known}, not {', '.join(sorted(unknown))}")
+        raise SystemExit(2)
     there = []
     for name in (name for name in DATA_SETS if not tour.sets or name in tour.sets):
         if (source := tour.data / DATA_SETS[name][0]).exists():

@@ -199,22 +199,22 @@ class Bench:
     def _feed_stages(self, *, seconds: float) -> list[Stage]:
         host, batch = self.loader.host, self.local_batch
         count = steps_at_once(batch)
-        sources, samples = self.planned_samples(_READ_SAMPLES)
-        first = list(zip(sources, samples, strict=True))[:_KEPT_SAMPLES]
-        kept = [self.parts.datasets[source].image_bytes(sample) for source, sample in first]
+        # each once: a small data set has several epochs in so many samples
+        pairs = list(dict.fromkeys(zip(*self.planned_samples(_READ_SAMPLES), strict=True)))
+        kept = [self.parts.datasets[source].image_bytes(n) for source, n in pairs[:_KEPT_SAMPLES]]
         size = sum(map(len, kept)) / len(kept)
-        turn = seconds / _ROUNDS
+        turn = min(seconds / _ROUNDS, 0.5)
         num_read = 0
 
         def cold() -> Cost:
             nonlocal num_read
-            cost = self.read(sources, samples, cold=True, seconds=turn)
+            cost = self.read(pairs, cold=True, seconds=turn)
             num_read = max(2, int(turn / cost.wall))
             return cost
 
         def warm() -> Cost:
             # of the others, nothing is in memory any more
-            return self.read(sources[:num_read], samples[:num_read], cold=False, seconds=turn)
+            return self.read(pairs[:num_read], cold=False, seconds=turn)
 
         def plan() -> Cost:
             plans = (host.plan_steps(start, count) for start in range(0, 1 << 40, count))
@@ -275,32 +275,31 @@ class Bench:
         sources, samples = self.loader.plan.schedule(step, count, **where)
         return sources[:most].tolist(), samples[:most].tolist()
 
-    def read(
-        self, sources: Sequence[int], samples: Sequence[int], *, cold: bool, seconds: float
-    ) -> Cost:
-        """The very bytes that the plan asks for, in one thread as the loader reads them."""
+    def read(self, pairs: Sequence[tuple[int, int]], *, cold: bool, seconds: float) -> Cost:
+        """The bytes of these sources' samples, in one thread as the loader reads them.
+
+        Cold ones are read once at most: after that they are in memory.
+        """
         datasets = self.parts.datasets
         if cold:
-            self.forget(sources, samples)
+            self.forget(pairs)
         images = (
             len(datasets[source].image_bytes(sample))
-            for source, sample in _again(list(zip(sources, samples, strict=True)))
+            for source, sample in (pairs if cold else _again(pairs))
         )
-        return flow(images, images=1, skip=0, seconds=min(seconds, 0.5))
+        return flow(images, images=1, skip=0, seconds=seconds)
 
-    def forget(self, sources: Sequence[int], samples: Sequence[int]) -> None:
-        """Asks the kernel to drop what it has in memory of samples in folders."""
-        files: dict[Path, list[tuple[int, int]]] = {}
-        for source, sample in zip(sources, samples, strict=True):
-            dataset = self.parts.datasets[source]
-            if dataset.remote is None:
-                path = dataset.folder / dataset.shard_of(sample)
-                size = int(dataset.samples[sample]["size"])
-                files.setdefault(path, []).append((dataset.offset_of(sample), size))
-        for path, ranges in files.items():
+    def forget(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Asks the kernel to drop what it has in memory of the files of samples in folders.
+
+        It drops whole pages, so that the range of a small image would drop nothing.
+        """
+        datasets = self.parts.datasets
+        local = [(datasets[source], sample) for source, sample in pairs]
+        files = {one.folder / one.shard_of(sample) for one, sample in local if one.remote is None}
+        for path in files:
             with path.open("rb") as file, contextlib.suppress(OSError, AttributeError):
-                for offset, size in ranges:
-                    os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _graph_stages(self, *, seconds: float) -> list[Stage]:
         """Decode alone, with resizing, and with augmentation: what each adds to the one before."""

@@ -39,7 +39,7 @@ def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -
 
     The first `skip` are not timed: they were begun before the clock. As many are timed as `seconds`
     allow, at least two, and at least as many as were skipped: those that wait in a queue when the
-    clock starts come at once, and are no rate.
+    clock starts come at once, and are no rate. Where they end before that, all are timed.
     """
     iterator = iter(batches)
     try:
@@ -48,9 +48,11 @@ def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -
         gc.collect()
         count = 0
         wall, cpu = time.perf_counter(), time.process_time()
-        while count < max(2, skip) or time.perf_counter() - wall < seconds:
-            next(iterator)
+        for batch in iterator:
+            del batch  # its buffer can be used again
             count += 1
+            if count >= max(2, skip) and time.perf_counter() - wall >= seconds:
+                break
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
         if hasattr(iterator, "close"):  # a generator holds what it reads

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -94,13 +94,6 @@ class Comparison:
     """Reasons why the two rates may differ though nothing was changed."""
 
 
-_Type = TypeVar("_Type")
-
-
-def _decode(text: bytes | str, kind: type[_Type]) -> _Type:
-    return msgspec.json.decode(text, type=kind)
-
-
 def read_report(path: Path) -> KeptReport:
     """Reads a report; ValueError where the file holds none."""
     try:
@@ -114,7 +107,7 @@ def read_report(path: Path) -> KeptReport:
 
 def as_kept(text: bytes | str) -> KeptReport:
     """The part of a report's JSON that is compared. Raises ValueError as `read_report` does."""
-    found = _decode(text, KeptReport)
+    found = msgspec.json.decode(text, type=KeptReport)
     whole = found.measured.whole
     if min(whole.wall, *whole.spread) <= 0 or found.measured.world_size < 1:
         raise ValueError("its run took no time")
@@ -235,7 +228,7 @@ class _Result:
 def read_peers(path: Path) -> Peers:
     """Reads a result of `unicl-bench input` or `step`; ValueError where the file holds none."""
     try:
-        found = _decode(path.read_bytes(), _Result)
+        found = msgspec.json.decode(path.read_bytes(), type=_Result)
         rates = _rates_of_whole(found)
         if not rates:
             raise ValueError(f"it has no figure whose name ends with {_RATE!r}")

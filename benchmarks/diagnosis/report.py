@@ -112,11 +112,7 @@ def _stages(measured: Measured) -> Iterator[str]:
     )
     if measured.store_wall:
         yield f"    {'object store':40} {1 / measured.store_wall:10,.0f}"
-    for name, cost in (
-        ("the loader alone", measured.loader),
-        ("the step alone", measured.step),
-        ("all together", measured.whole),
-    ):
+    for name, cost in totals(measured):
         yield f"  {name:42} {1 / cost.wall:10,.0f} {1e3 * cost.cpu:13.3f}"
     yield (
         f"  {'together, by the model of both alone':42} "

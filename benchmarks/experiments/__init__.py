@@ -1,5 +1,6 @@
 """The paper's comparisons, at a size that two CPU cores can train.
 
+    python -m unicl_fast.benchmarks.experiments --help              # all of them
     python -m unicl_fast.benchmarks.experiments objectives          # Table 2: CE, SupCon, UniCL
     python -m unicl_fast.benchmarks.experiments labels-and-captions
     python -m unicl_fast.benchmarks.experiments first-weights       # from ImageNet's weights

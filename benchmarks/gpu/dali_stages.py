@@ -1,4 +1,4 @@
-"""Part B: what needs DALI on the GPU, and most of it a packed data set.
+"""Part B: what needs DALI on the GPU, and most of it a packed data set. Dry runs have none of it.
 
 The loader is timed as other work is. Runs are those of `unicl-pretrain`, in processes of their own;
 of them the figures are losses, the part of the time spent waiting for data, and what a resumed run
@@ -26,6 +26,7 @@ from .stages import PART_A, GpuStage, run_tests
 
 _HW_DECODER_LOADS = (0.0, 0.12, 0.35, 0.65, 0.9)
 _THREADS = (4, 8, 16)
+_BATCH_SIZE = 256
 _LEAST_BUSY_LOADER = 0.01
 """Kernels of the loader are few: JPEGs are decoded by hardware, and their headers on the host."""
 
@@ -42,14 +43,13 @@ def measure_loader(bench: Bench, data: Path) -> None:
 
     from ..input.loaders import prompts_of
 
-    size = 8 if bench.is_tiny else 256
     with PackedDataset(data) as dataset:
         prompts = prompts_of(dataset)
-        for load in bench.first_if_tiny(*_HW_DECODER_LOADS):
-            for threads in bench.first_if_tiny(*_THREADS):
+        for load in _HW_DECODER_LOADS:
+            for threads in _THREADS:
                 config = TrainConfig(
                     data=DataConfig(threads=threads, hw_decoder_load=load),
-                    run=RunConfig(global_batch_size=size),
+                    run=RunConfig(global_batch_size=_BATCH_SIZE),
                 )
                 loader = TrainLoader(config, [dataset], None, prompts, device=bench.device)
                 batches = loader.batches(0)
@@ -61,7 +61,7 @@ def measure_loader(bench: Bench, data: Path) -> None:
                 bench.time(
                     f"hw_decoder_load {load:g}, {threads} threads",
                     take,
-                    count=size,
+                    count=_BATCH_SIZE,
                     unit="images/s",
                     repeat=10,
                     warm_up=1,
@@ -74,8 +74,7 @@ def train(bench: Bench, data: Path) -> None:
     """A run of 300 steps: the loss as it falls, and the waiting for data."""
     with tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder:
         run = Path(folder) / "run"
-        steps = 6 if bench.is_tiny else 300
-        _finish(_start_run(bench, data, run, steps=steps))
+        _finish(_start_run(bench, data, run, steps=300))
         lines = _metrics(run)
     for line in lines[:: max(1, len(lines) // 10)]:
         bench.note(f"loss at step {line['step']}", line["loss"])
@@ -85,7 +84,7 @@ def train(bench: Bench, data: Path) -> None:
 
 def kill_and_resume(bench: Bench, data: Path) -> None:
     """A run that is killed and resumed, against the same run unbroken."""
-    steps = 6 if bench.is_tiny else 60
+    steps = 60
     with tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
         _finish(_start_run(bench, data, whole, steps=steps))
@@ -105,13 +104,12 @@ def kill_and_resume(bench: Bench, data: Path) -> None:
 def _start_run(
     bench: Bench, data: Path, run: Path, *, steps: int, more: tuple[str, ...] = ()
 ) -> subprocess.Popen[str]:
-    preset, size = ("mixed-small", 8) if bench.is_tiny else ("swin-tiny", 256)
     options = {
-        "--preset": preset,
+        "--preset": "swin-tiny",
         "--data.train": data,
         "--out": run,
         "--run.device": bench.device.type,
-        "--run.global-batch-size": size,
+        "--run.global-batch-size": _BATCH_SIZE,
         "--run.samples": 0,
         "--run.steps": steps,
         "--run.log-every-steps": max(1, steps // 30),

@@ -18,10 +18,11 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -63,6 +64,13 @@ class Gpu:
     """Packed data set of JPEGs with captions or labels, for part B."""
     dry_run: bool = False
     """Run part A on the CPU with tiny sizes: shows that all stages work, and measures nothing."""
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, prog: str) -> Self:
+        """As `Stage.parse`, whose options `--json` and `--rounds` this report does not have."""
+        import tyro  # here: a bare checkout on a machine with a GPU has none
+
+        return tyro.cli(cls, args=list(options), prog=prog)
 
     def run(self) -> None:
         """Runs the stages; one that fails is reported, and the next one runs.

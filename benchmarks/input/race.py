@@ -76,8 +76,8 @@ class Input(LoaderStage):
     """Peers to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
     ffcv-raw, pool, dali; or all."""
     parts: tuple[str, ...] = ("all",)
-    """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
-    resample, normalise, loader; or all, or none."""
+    """Limits and stages that take turns too: decode, decode-cut, turbojpeg, read, write, plan,
+    texts, resample, augment, normalise, loader; or all, or none."""
     rounds: int = 7
     """Turns of each contestant."""
     seconds: float = 3.0

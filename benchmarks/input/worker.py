@@ -106,8 +106,10 @@ class Worker:
     @contextlib.contextmanager
     def _running(self) -> Iterator[None]:
         self._signal(signal.SIGCONT)
-        yield
-        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:  # also one that has not answered: the others are still to be timed
+            self._signal(signal.SIGSTOP)
 
     def _ask(self, command: str, number: float) -> Any:
         self._connection.send((command, number))

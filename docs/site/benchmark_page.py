@@ -55,8 +55,8 @@ SECTIONS = (
     Section(
         "Loading images", "input", "docs/results/input-*.json",
         about="The ratios are our loader's images/s to the row's; loaders of decoded images "
-        '("-raw") are compared with ours of decoded images. Limits and stages do a part of the '
-        "work.",
+        '("-raw") are compared with ours of decoded images where that ran, else with ours of '
+        "JPEGs. Limits and stages do a part of the work.",
     ),
     Section(
         "Decoders, by the protocol of arXiv 2605.08731", "imread", f"{_RESULTS}/imread_*.json",

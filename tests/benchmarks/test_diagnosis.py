@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from browser import look_at
 from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
@@ -289,20 +292,43 @@ def test_images_in_memory_are_those_that_were_read_just_before() -> None:
 
     reads: list[tuple[bool, int]] = []
 
-    def read(sources: list[int], samples: list[int], *, cold: bool, seconds: float) -> Cost:
-        reads.append((cold, len(samples)))
+    def read(pairs: list[tuple[int, int]], *, cold: bool, seconds: float) -> Cost:
+        reads.append((cold, len(pairs)))
         return Cost(wall=seconds / (9.5 if cold else 100), cpu=0.0)
 
     bench: Any = SimpleNamespace(
         loader=SimpleNamespace(host=SimpleNamespace(plan_steps=lambda first, count: None)),
         parts=SimpleNamespace(datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")]),
-        planned_samples=lambda most: ([0] * 100, list(range(100))),
+        planned_samples=lambda most: ([0] * 200, [*range(100), *range(100)]),
         local_batch=8, reads_cold=False, read=read,
     )  # fmt: skip
     first, *_ = Bench._feed_stages(bench, seconds=0.03)
     assert reads == [(True, 100), (False, 9)] * 3
     assert first.cost.wall == pytest.approx(1e-4)
     assert "cold: 950 images/s" in first.note
+
+
+@pytest.mark.dali
+def test_what_is_read_cold_is_in_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unicl_fast.benchmarks.diagnosis.bench import Bench
+
+    read: list[int] = []
+    dropped: list[tuple[int, int]] = []
+    (tmp_path / "shard").write_bytes(b"images")
+    dataset = SimpleNamespace(
+        folder=tmp_path, remote=None, samples=np.array([(40,)] * 9, [("size", int)]),
+        shard_of=lambda sample: "shard", offset_of=lambda sample: 40 * sample,
+        image_bytes=lambda sample: read.append(sample) or b"bytes",
+    )  # fmt: skip
+    bench: Any = SimpleNamespace(parts=SimpleNamespace(datasets=[dataset]))
+    bench.forget = functools.partial(Bench.forget, bench)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *range_, **_: dropped.append(range_[:2]))
+    pairs = [(0, sample) for sample in range(9)]
+    assert Bench.read(bench, pairs, cold=True, seconds=0.01).wall > 0
+    assert read == list(range(9))  # the second time they would be warm
+    assert dropped == [(0, 0)]  # the whole file: of less than a page, nothing is dropped
+    Bench.read(bench, pairs, cold=False, seconds=0.01)
+    assert len(read) > 20
 
 
 @pytest.mark.dali
@@ -330,10 +356,13 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
     assert {"image encoder forward", "loss and its gradient", "clip and update"} <= names
     assert found["limit"]["stage"] in {*names, CHECKPOINT}
-    assert found["measured"]["local_batch"] == 8
+    assert found["measured"]["local_batch"] == 8 // nproc
     assert found["measured"]["checkpoint"]["num_bytes"] > 1e5
     assert found["measured"]["variants"]
-    assert all("no time was left" in text for text in found["measured"]["not_measured"])
+    # the data set is too small for the larger batch, if there was time to try it
+    reasons = ("no time was left", "has 24 samples in an epoch")
+    for text in found["measured"]["not_measured"]:
+        assert any(reason in text for reason in reasons), text
     assert [plan["ranks"] for plan in found["plan"]] == [1, 8, 64]
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
@@ -350,7 +379,8 @@ def check_spreads_and_steps(found: dict[str, Any]) -> None:
     """Loader, step, whole and stages have rounds, and steps follow each other on one clock."""
     for part in ("loader", "step", "whole"):
         assert min(found[part]["rounds"]) <= found[part]["wall"] <= max(found[part]["rounds"])
-    assert all(len(stage["cost"]["rounds"]) >= 2 for stage in found["stages"])
+    timed = [stage for stage in found["stages"] if stage["name"] != "collectives"]  # in one go
+    assert all(len(stage["cost"]["rounds"]) >= 2 for stage in timed)
     steps = found["timeline"]
     assert 4 <= len(steps) <= 20
     assert steps[0]["begin"] == 0

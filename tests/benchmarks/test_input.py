@@ -20,6 +20,7 @@ from packed_sets import Sample, pack
 from PIL import Image
 
 from unicl_fast.benchmarks.input import race
+from unicl_fast.benchmarks.input import worker as worker_module
 from unicl_fast.benchmarks.input.contenders import (
     OURS,
     PARTS,
@@ -158,6 +159,13 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
         race.main()
 
 
+def test_the_help_names_all_contestants(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Input.parse(["--help"], prog="unicl-bench input")
+    named = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {each.name for each in (*PEERS, *PARTS)} - named == set()
+
+
 def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:
     def figure(value: float) -> dict[str, float]:
         return {"median": value, "low": 0.9 * value, "high": 1.1 * value}
@@ -197,6 +205,22 @@ def test_contestants_without_a_turn_are_stopped_with_their_children(
     ended_at = counter.read_text()
     time.sleep(0.1)
     assert counter.read_text() == ended_at
+
+
+def test_a_contestant_that_does_not_answer_is_stopped_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task(data=tmp_path, scratch=tmp_path, batch_size=2, image_size=8, threads=1)
+    counter = tmp_path / "counter"
+    with Worker(fake("with_a_child"), task) as worker:
+        worker.next_batch()  # its child is there
+        monkeypatch.setattr(worker_module, "_PATIENCE", 0.05)
+        with pytest.raises(ContenderError, match="no answer"):
+            worker.turn(0.4)  # warming up takes as long
+        time.sleep(0.05)  # a write that has begun when the signal comes is still done
+        stopped_at = counter.read_text()
+        time.sleep(0.1)
+        assert counter.read_text() == stopped_at
 
 
 def test_an_image_is_compared_with_the_one_it_shows() -> None:

@@ -127,6 +127,14 @@ def run_small(stage: str, path: Path, *more: str) -> None:
         assert smallest <= figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_explains_its_options(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([stage, "--help"])
+    assert stopped.value.code == 0
+    assert f"unicl-bench {stage}" in capsys.readouterr().out
+
+
 def test_data_that_is_not_there_is_said_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

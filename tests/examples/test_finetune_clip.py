@@ -30,14 +30,19 @@ def commands_of(page: Path) -> list[list[str]]:
 
 
 def test_each_command_of_the_page_is_a_run_that_can_start(tmp_path: Path) -> None:
-    plain, captions, clip = (words[2:] for words in commands_of(FOLDER / "README.md"))
+    commands = commands_of(FOLDER / "README.md")
+    folders = [out for _, out, *_ in commands]
+    assert len(set(folders)) == 3  # the run of another one is not overwritten
+    plain, captions, clip = (words[2:] for words in commands)
     assert not plain
 
     def config_of(options: list[str]) -> TrainConfig:
         fixed = ["--data.train", "packed/train", "--out", str(tmp_path)]
         return split_config(parse_arguments([*fixed, *options]))
 
-    assert len(config_of(captions).data.train) == 2
+    trained_on = config_of(captions).data.train
+    assert len(trained_on) == 2
+    assert all(str(path).startswith(f"{folders[1]}/packed/") for path in trained_on)
     config = config_of(clip)
     model_cfg = open_clip.get_model_config(config.model.init.split(":")[1].split("/")[0])
     needed = open_clip_models.image_settings(model_cfg) | open_clip_models.text_settings(model_cfg)

@@ -146,8 +146,8 @@ def own_photos(folder: Path) -> Task:
         )
     texts = "of all their captions" if lists else "classes"
     about = (
-        f"The text encoder learnt {count_of(len(train), 'photograph')} of {folder.name}. Below are "
-        f"{len(asked)} others, each with the {texts} that it is most similar to."
+        f"The text encoder learnt {count_of(len(train), 'photograph')} of {folder.name}. It was "
+        f"asked about {len(asked)} others; each below has the {texts} that it is most similar to."
     )
     return Task(folder=folder, train=train, asked=asked, about=about)
 

@@ -304,10 +304,10 @@ def check_network() -> Found:
         if wanted and not _names_interface(wanted, names, exact=variable[0] == "G"):
             fix = f"unset {variable}, or name one of {', '.join(names)}"
             return Found("fault", f"{variable}={wanted} is no interface here", fix)
-    unresolved = [name for name in (os.environ.get("MASTER_ADDR"),) if name and not _resolves(name)]
-    if unresolved:
+    rank_0 = os.environ.get("MASTER_ADDR")
+    if rank_0 and not _resolves(rank_0):
         fix = "name the address of rank 0's machine in MASTER_ADDR"
-        return Found("fault", f"MASTER_ADDR={unresolved[0]} has no address", fix)
+        return Found("fault", f"MASTER_ADDR={rank_0} has no address", fix)
     gloo = os.environ.get("GLOO_SOCKET_IFNAME") or interface_with(address_towards_rank_0())
     nccl = os.environ.get("NCCL_SOCKET_IFNAME", "its own choice")
     found = f"{', '.join(names)}; gloo takes {gloo}, NCCL {nccl}"

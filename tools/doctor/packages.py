@@ -27,7 +27,7 @@ from .rows import Check, Found
 _PACKAGE = "unicl_fast"
 _OLDEST_PYTHON = (3, 11)
 _EXTRAS = ("inspect", "convert", "evaluation", "remote", "sources", "ray")
-"""Extras for users; the others are for the demo, the benchmarks and for changing the code."""
+"""Extras that are reported."""
 _MAPS = Path("/proc/self/maps")
 _DEVICES = Path("/dev")
 _FORMATS = ("JPEG", "PNG", "WebP")
