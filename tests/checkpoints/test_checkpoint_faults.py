@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -215,7 +216,9 @@ def test_a_checkpoint_is_read_for_its_checksums_once(
     trainer = Trainer(tiny_config(), StepLoader(images), run_folder=run_folder, progress=False)
     trainer.resume(found)
     assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
+    written = (found / "model.safetensors").stat()
     flip_a_byte(found / "model.safetensors")
+    os.utime(found / "model.safetensors", ns=(written.st_atime_ns, written.st_mtime_ns))
     with pytest.raises(ValueError, match="model.safetensors is damaged"):
         trainer.resume(found)
 

@@ -286,9 +286,12 @@ _checksums_read: dict[tuple[int, ...], str] = {}
 
 
 def _checksum_read_once(path: Path) -> str:
-    """`file_checksum`, kept for as long as the file is the same one, of the same time and size."""
+    """`file_checksum`, kept for as long as the file is the same one, of the same times and size."""
     status = path.stat()
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    # a copy that keeps the time of its content may get the number of a file that was removed, but
+    # nothing sets the time at which it got it
+    times = status.st_mtime_ns, status.st_ctime_ns
+    identity = (status.st_dev, status.st_ino, status.st_size, *times)
     if identity not in _checksums_read:
         _checksums_read[identity] = file_checksum(path)
     return _checksums_read[identity]
