@@ -33,21 +33,29 @@ Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
 
 
+class Program(abc.ABC):
+    """A program of `unicl-bench`; its options are the fields of its class, a dataclass."""
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, prog: str) -> Self:
+        """The program with these options of the command line; exits with 2 where one is wrong."""
+        import tyro  # here: a bare checkout on a machine with a GPU has none
+
+        return tyro.cli(cls, args=list(options), prog=prog)
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Does its work, prints, and writes what its options ask for."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage(abc.ABC):
-    """Options of every stage; a stage's own options are the fields of its class."""
+class Stage(Program):
+    """Options of what is measured in rounds."""
 
     json: Path | None = None
     """File for the result as JSON."""
     rounds: int = 5
     """Turns of each contestant."""
-
-    @classmethod
-    def parse(cls, options: Sequence[str], *, prog: str) -> Self:
-        """The stage with these options of the command line; exits with 2 where one is wrong."""
-        import tyro  # here: a bare checkout on a machine with a GPU has none
-
-        return tyro.cli(cls, args=list(options), prog=prog)
 
     @abc.abstractmethod
     def run(self) -> None:

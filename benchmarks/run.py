@@ -10,6 +10,7 @@ from unicl_fast.system.program import begin_program
 
 STAGES = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
+    "race": ("race.race:Race", "accuracy by images and CPU seconds, against open_clip's own loop"),
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
     "imread": ("input.imread:Imread", "decoders and DataLoaders, by arXiv 2605.08731's protocol"),
     "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),

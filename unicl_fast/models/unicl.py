@@ -346,13 +346,14 @@ def _projection(
 
 def _rows(count: int, width: int) -> nn.Parameter:
     """Rows of a linear layer [count width + 1], whose last column holds the biases."""
-    rows = _matrix(count, width + 1)
+    rows = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, width + 1), std=0.02))
     nn.init.zeros_(rows.data[:, -1])
     return rows
 
 
-def _matrix(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, columns), std=0.02))
+def _matrix(width: int, columns: int) -> nn.Parameter:
+    """A projection that, as CLIP's fresh ones, leaves features about as long as they are."""
+    return nn.Parameter(nn.init.normal_(torch.empty(width, columns), std=width**-0.5))
 
 
 def _unit_norm(features: Tensor) -> Tensor:

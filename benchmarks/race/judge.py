@@ -1,0 +1,147 @@
+"""The evaluation of a race, which belongs to neither side.
+
+    python -m unicl_fast.benchmarks.race.judge JOB.json RESULT.json
+
+Pillow decodes, torchvision resizes and crops, open_clip's tokenizer makes tokens, and the metrics
+are a few lines of torch. Of a model only `encode_image` and `encode_text` are used, in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip import SimpleTokenizer, create_model
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+
+_Scores = dict[str, float]
+_Encode = Callable[[Sequence[str]], Tensor]
+"""Texts to unit features [n d]."""
+_BATCH = 128
+_RECALLS = (1, 10)
+MOST_IMAGES_OF_RETRIEVAL = 1000
+"""Recalls depend on the number of images that are searched."""
+
+
+@torch.no_grad()
+def main(job_path: Path, result_path: Path) -> None:
+    """Writes the scores of one model on all test sets, in percent."""
+    job = json.loads(job_path.read_text(encoding="utf-8"))
+    config = config_from_dict(job["config"])
+    model = _load(job)
+    tokenize = SimpleTokenizer(context_length=config.model.context_length)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        parts = (texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH))
+        return F.normalize(torch.cat([model.encode_text(tokenize(part)) for part in parts]), dim=-1)
+
+    scores: _Scores = {}
+    for test in job["test"]:
+        with PackedDataset(test) as dataset:
+            name, images = Path(test).name, _encode_images(model, dataset, config)
+            if dataset.manifest.num_labels:
+                scores |= _classify(name, dataset, images, encode)
+            if dataset.manifest.num_captions:
+                scores |= _retrieve(name, dataset, images, encode)
+    result_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def _load(job: dict[str, Any]) -> Any:
+    """The model in evaluation mode, as its own side loads it."""
+    if job["model"] is None:
+        from unicl_fast import load_model
+
+        return load_model(job["checkpoint"], kind="labels", device="cpu").encoders
+    import open_clip
+
+    import unicl_fast.models.small  # noqa: F401  registers its encoders
+
+    description = Path(job["folder"]) / "race.json"
+    description.write_text(json.dumps(job["model"]), encoding="utf-8")
+    open_clip.add_model_config(description)
+    return create_model("race", job["checkpoint"], device="cpu").eval()
+
+
+def _encode_images(model: Any, dataset: PackedDataset, config: TrainConfig) -> Tensor:
+    """Unit features of all images [n d]."""
+    data = config.data
+    prepare = v2.Compose(
+        [
+            v2.RGB(),
+            v2.Resize(data.evaluation_resize, v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(data.image_size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(data.mean, data.std),
+        ]
+    )
+    features = []
+    for start in range(0, len(dataset), _BATCH):
+        indices = range(start, min(start + _BATCH, len(dataset)))
+        files = (BytesIO(dataset.image_bytes(index).tobytes()) for index in indices)
+        images = torch.stack([prepare(Image.open(file)) for file in files])
+        features.append(F.normalize(model.encode_image(images), dim=-1))
+    return torch.cat(features)
+
+
+def _classify(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:
+    """Zero-shot top-1 of the images with one label."""
+    manifest = dataset.manifest
+    labels = [dataset.labels_of(index).tolist() for index in range(len(dataset))]
+    chosen = [index for index, of_image in enumerate(labels) if len(of_image) == 1]
+    targets = torch.tensor([labels[index][0] for index in chosen])
+    classifier = torch.stack(
+        [
+            # the mean of the unit features of a class's prompts; its length changes no ranking
+            F.normalize(encode([one.replace("{}", title) for one in manifest.templates]).mean(0), dim=0)
+            for title in manifest.class_names
+        ]
+    )
+    predicted = (images[chosen] @ classifier.T).argmax(dim=1)
+    return {f"{name}/top1": _percent(predicted == targets)}
+
+
+def _retrieve(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:
+    """Recalls over the first images that have captions: an image by its caption, and back."""
+    captioned = list(_captions(dataset))[:MOST_IMAGES_OF_RETRIEVAL]
+    texts = sorted({caption for _, captions in captioned for caption in captions})
+    # a caption that several images have finds any of them, and an image any of its captions
+    is_pair = torch.tensor([[text in captions for _, captions in captioned] for text in texts])
+    similarity = encode(texts) @ images[[index for index, _ in captioned]].T
+    found = {}
+    for k in _RECALLS:
+        for what, scores, pairs in (
+            ("image", similarity, is_pair),
+            ("text", similarity.T, is_pair.T),
+        ):
+            nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
+            found[f"{name}/{what} R@{k}"] = _percent(pairs.gather(1, nearest).any(dim=1))
+    return found
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.float().mean())
+
+
+def _captions(dataset: PackedDataset) -> Iterator[tuple[int, tuple[str, ...]]]:
+    reader = SampleReader(dataset)
+    for index in range(len(dataset)):
+        if captions := reader.read_description(index).captions:
+            yield index, captions
+    reader.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

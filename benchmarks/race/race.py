@@ -1,0 +1,313 @@
+"""`unicl-bench race`: as much accuracy a CPU second as anybody?
+
+    unicl-bench race --train packed/train --test packed/test --out race
+
+Runs of several lengths train the same encoders on the same images, by `unicl-pretrain` and by
+open_clip's own program; a judge that belongs to neither evaluates them. At the longest length each
+contestant tries all learning rates with the first seed, and keeps the best for its other runs.
+Other contestants are ours or theirs with options: --contestants unicl "muon: --optim.name muon".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.machine import usable_cores
+
+from ..harness import Program, describe_machine
+from ..input.worker import session_bytes
+from .contestants import (
+    Contestant,
+    ImageList,
+    Length,
+    open_clip_model,
+    open_clip_options,
+    our_options,
+    write_open_clip_job,
+)
+from .report import Outcome, as_json, draw, table, verdict
+
+_MEMORY_SECONDS = 0.5
+"""Time between two looks at the memory of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One run to do."""
+
+    contestant: Contestant
+    length: Length
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder under the race's."""
+        name = self.contestant.name.replace(" ", "-").replace("/", "-")
+        return f"{name}/{self.length.images}-images/lr-{self.lr:g}/seed-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race(Program):
+    """Accuracy by images and by CPU seconds, next to open_clip's own training loop.
+
+    All options of unicl-pretrain are taken too, such as --data.image-size; they hold for all
+    contestants.
+    """
+
+    train: tuple[str, ...]
+    """Packed data sets to train on, each DIR or DIR=WEIGHT; as --data.train of unicl-pretrain."""
+    test: tuple[str, ...]
+    """Packed data sets to judge by: with labels zero-shot, with captions retrieval."""
+    out: Path
+    """Folder for runs, race.json, race.md and race.png. Finished runs in it are not repeated."""
+    preset: str = "mixed-small"
+    """Preset of unicl-pretrain; open_clip gets its encoders, image size, crops, batch and warm-up."""
+    contestants: tuple[str, ...] = ("unicl", "clip: --objective.name clip", "open_clip")
+    """Each NAME or NAME: OPTIONS. A name that begins with open_clip is its program, with options of
+    open_clip_train.main. Others are unicl-pretrain. The first is compared with each of open_clip."""
+    images: tuple[int, ...] = (11_520, 23_040, 46_080)
+    """Images of the runs, rounded to whole epochs of open_clip's list."""
+    lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates to try at the longest length, without scaling by the batch."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    threads: int = 1
+    """Threads of each run, and processes that load open_clip's images."""
+    jobs: int = 0
+    """Runs at the same time; 0 takes cores / threads."""
+    options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    """Options of unicl-pretrain."""
+
+    @classmethod
+    def parse(cls, options: Sequence[str], *, prog: str) -> Race:
+        """Takes its own options, and leaves the others to unicl-pretrain."""
+        chosen, rest = tyro.cli(cls, args=list(options), prog=prog, return_unknown_args=True)
+        return dataclasses.replace(chosen, options=tuple(rest))
+
+    def run(self) -> None:
+        """Does the runs that are missing, and writes the report.
+
+        Raises:
+            ValueError: options that unicl-pretrain does not take, or no data set.
+            RuntimeError: a run failed; with the end of its log.
+        """
+        contestants = [Contestant.parse(text) for text in self.contestants]
+        config = self._config()
+        images = ImageList(self.train, self.out / "open_clip-images")
+        batch = config.run.global_batch_size
+        lengths = [
+            Length.nearest(count, num_images=images.num_images, batch_size=batch)
+            for count in sorted(self.images)
+        ]
+        first, *others = self.seeds
+        longest = [_Task(one, lengths[-1], lr, first) for lr in self.lr for one in contestants]
+        rest_count = len(contestants) * (len(lengths) * len(self.seeds) - 1)
+        with tqdm(total=len(longest) + rest_count, unit="run", dynamic_ncols=True) as bar:
+            tried = dict(zip(longest, self._do_all(longest, config, images, bar), strict=True))
+            best = {
+                one: max(
+                    (task for task in tried if task.contestant == one),
+                    key=lambda task: statistics.fmean(tried[task].scores.values()),
+                ).lr
+                for one in contestants
+            }
+            rest = [_Task(one, lengths[-1], best[one], seed) for seed in others for one in contestants]
+            rest += [
+                _Task(one, length, best[one], seed)
+                for seed in self.seeds
+                for length in lengths[:-1]
+                for one in contestants
+            ]
+            done = tried | dict(zip(rest, self._do_all(rest, config, images, bar), strict=True))
+        kept = [outcome for task, outcome in done.items() if task.lr == best[task.contestant]]
+        self._report(contestants, kept, list(tried.values()))
+
+    def _config(self) -> TrainConfig:
+        """What unicl-pretrain makes of the options that all contestants of ours have."""
+        from unicl_fast.tools.pretrain import parse_arguments, split_config
+
+        return split_config(parse_arguments([*self._common(), "--out", "."]))
+
+    def _common(self) -> list[str]:
+        return ["--preset", self.preset, "--data.train", *self.train, *self.options]
+
+    def _do_all(
+        self, tasks: Sequence[_Task], config: TrainConfig, images: ImageList, bar: Any
+    ) -> list[Outcome]:
+        jobs = self.jobs or max(1, usable_cores() // self.threads)
+
+        def do(task: _Task) -> Outcome:
+            outcome = self._do(task, config, images)
+            scores = ", ".join(f"{name} {score:.1f}" for name, score in outcome.scores.items())
+            bar.write(f"{task.name}: {outcome.cpu_seconds:.0f} CPU s; {scores}")
+            bar.update()
+            return outcome
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                return list(pool.map(do, tasks))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _do(self, task: _Task, config: TrainConfig, images: ImageList) -> Outcome:
+        """Trains and judges, unless it is done."""
+        folder = self.out / task.name
+        asked = {"options": self._common(), "contestant": dataclasses.asdict(task.contestant)}
+        path = folder / "outcome.json"
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found.pop("asked") != json.loads(json.dumps(asked)):
+                raise RuntimeError(f"{folder} holds another run: remove it, or take another --out")
+            return Outcome(**found)
+        shutil.rmtree(folder, ignore_errors=True)  # a run that was stopped begins anew
+        make_folder(folder)
+        model: dict[str, Any] | None = None
+        if task.contestant.is_open_clip:
+            model, rows = open_clip_model(config), folder / "rows.tsv"
+            images.write_rows(
+                rows, task.length.steps_of_epoch * task.length.batch_size, seed=task.seed
+            )
+            options = open_clip_options(
+                task.contestant,
+                config,
+                task.length,
+                rows=rows,
+                out=folder,
+                lr=task.lr,
+                seed=task.seed,
+                workers=self.threads,
+                precision=_resolved(config),
+            )
+            write_open_clip_job(folder / "job.json", model, options)
+            command = ["benchmarks.race.open_clip_loop", str(folder / "job.json")]
+            checkpoint = folder / "open_clip" / "checkpoints" / f"epoch_{task.length.epochs}.pt"
+        else:
+            options = our_options(task.contestant, task.length, lr=task.lr, seed=task.seed)
+            execution = ("--data.threads", str(self.threads), "--out", str(folder / "run"))
+            command = ["tools.pretrain", *self._common(), *execution, *options]
+            checkpoint = folder / "run"
+        cost = _measured(command, folder / "train.log", threads=self.threads)
+        judge_job = {
+            "model": model,
+            "checkpoint": str(checkpoint),
+            "folder": str(folder),
+            "config": config_to_dict(config),
+            "test": [str(test) for test in self.test],
+        }
+        (folder / "judge.json").write_text(json.dumps(judge_job), encoding="utf-8")
+        judged = ["benchmarks.race.judge", str(folder / "judge.json"), str(folder / "scores.json")]
+        _measured(judged, folder / "judge.log", threads=self.threads)
+        scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        outcome = Outcome(
+            contestant=task.contestant.name,
+            images=task.length.images,
+            lr=task.lr,
+            seed=task.seed,
+            **cost,
+            scores=scores,
+        )
+        path.write_text(
+            json.dumps({**dataclasses.asdict(outcome), "asked": asked}, indent=1) + "\n",
+            encoding="utf-8",
+        )
+        return outcome
+
+    def _report(
+        self, contestants: Sequence[Contestant], kept: list[Outcome], tried: list[Outcome]
+    ) -> None:
+        text = table(kept)
+        found = ""
+        ours = contestants[0].name
+        for one in contestants[1:]:
+            if one.is_open_clip:
+                found += verdict(kept, ours, one.name) + "\n"
+        print(f"\n{text}\n\n{found}")
+        (self.out / "race.md").write_text(f"{text}\n\n{found}", encoding="utf-8")
+        draw(kept, self.out / "race.png")
+        result = {
+            "verdict": found.splitlines(),
+            "runs": as_json(kept),
+            "rates_tried": as_json(tried),
+            "options": self._common(),
+            "contestants": list(self.contestants),
+            "machine": describe_machine("open_clip_torch", "timm"),
+        }
+        path = self.out / "race.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{path}, and .md and .png beside it")
+
+
+def _resolved(config: TrainConfig) -> str:
+    """The precision that `auto` takes on this machine."""
+    import torch
+
+    from unicl_fast.models.precision import resolve_precision
+
+    return resolve_precision(config, torch.device("cpu")).efficiency.precision
+
+
+def _measured(command: Sequence[str], log: Path, *, threads: int) -> dict[str, Any]:
+    """Runs a program of unicl_fast to its end; what it cost, with all that it started.
+
+    Raises:
+        RuntimeError: it failed; with the end of its log.
+    """
+    module, *options = command
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    peak = 0
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"unicl_fast.{module}", *options],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        ended = threading.Event()
+
+        def watch() -> None:
+            nonlocal peak
+            while not ended.wait(_MEMORY_SECONDS):
+                peak = max(peak, session_bytes(process.pid))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            ended.set()
+            watcher.join()
+    process.returncode = code = os.waitstatus_to_exitcode(status)
+    if code != 0:
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"unicl_fast.{module} ended with {code}; the end of {log}:\n{end}")
+    return {
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "wall_seconds": round(time.perf_counter() - started, 1),
+        "peak_bytes": peak,
+    }

@@ -1,0 +1,198 @@
+"""What a race found: means over seeds with intervals, CPU seconds to an accuracy, plot, verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats
+
+LEVEL = 0.95
+_COLORS = ("#2563a8", "#d9480f", "#2b8a3e", "#862e9c", "#5c5f66", "#c2255c", "#0b7285", "#e67700")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One run: what it cost, and its scores in percent by name."""
+
+    contestant: str
+    images: int
+    """Images seen in training."""
+    lr: float
+    seed: int
+    cpu_seconds: float
+    """User and system time of all processes of the training program, from its start to its end."""
+    wall_seconds: float
+    peak_bytes: int
+    """Most memory that these processes held together."""
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its 95 % interval, whose ends are nan where one value says nothing of it."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Student's interval of the mean of independent values."""
+        mean = statistics.fmean(values)
+        if len(values) < 2:
+            return cls(mean, math.nan, math.nan)
+        reach = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values)
+        reach /= math.sqrt(len(values))
+        return cls(mean, mean - reach, mean + reach)
+
+    @classmethod
+    def of_difference(cls, one: Sequence[float], other: Sequence[float]) -> Interval:
+        """Welch's interval of the difference of two means, which assumes no equal spreads."""
+        mean = statistics.fmean(one) - statistics.fmean(other)
+        if min(len(one), len(other)) < 2:
+            return cls(mean, math.nan, math.nan)
+        if statistics.pvariance(one) == statistics.pvariance(other) == 0:
+            return cls(mean, mean, mean)
+        found = stats.ttest_ind(one, other, equal_var=False).confidence_interval(LEVEL)
+        return cls(mean, float(found.low), float(found.high))
+
+    def __format__(self, spec: str) -> str:
+        if math.isnan(self.low):
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ({self.low:{spec}} to {self.high:{spec}})"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The runs of one contestant and length, over the seeds."""
+
+    images: int
+    cpu_seconds: float
+    scores: Mapping[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome]) -> Point:
+        return cls(
+            outcomes[0].images,
+            statistics.fmean(one.cpu_seconds for one in outcomes),
+            {
+                name: tuple(one.scores[name] for one in outcomes)
+                for name in outcomes[0].scores
+            },
+        )
+
+
+def curve_of(outcomes: Sequence[Outcome], contestant: str) -> list[Point]:
+    """A contestant's points by rising length."""
+    own = [one for one in outcomes if one.contestant == contestant]
+    lengths = sorted({one.images for one in own})
+    return [Point.of([one for one in own if one.images == images]) for images in lengths]
+
+
+def seconds_to(curve: Sequence[Point], name: str, score: float) -> float:
+    """CPU seconds after which a curve reaches a score; nan where it never does.
+
+    Between two lengths the score is taken to rise with the logarithm of the CPU seconds. Where the
+    shortest run has it already, the answer is that run's time, which is too long.
+    """
+    before: tuple[float, float] | None = None
+    for point in curve:
+        mean, log_seconds = statistics.fmean(point.scores[name]), math.log(point.cpu_seconds)
+        if mean >= score:
+            if before is None or mean == before[0]:
+                return point.cpu_seconds
+            part = (score - before[0]) / (mean - before[0])
+            return math.exp(before[1] + part * (log_seconds - before[1]))
+        before = mean, log_seconds
+    return math.nan
+
+
+def verdict(outcomes: Sequence[Outcome], ours: str, theirs: str) -> str:
+    """One sentence for each score: at equal images, and the CPU seconds to their last score."""
+    sentences = []
+    own, other = curve_of(outcomes, ours), curve_of(outcomes, theirs)
+    last, final = own[-1], other[-1]
+    for name in final.scores:
+        gain = Interval.of_difference(last.scores[name], final.scores[name])
+        goal = statistics.fmean(final.scores[name])
+        part = seconds_to(own, name, goal) / final.cpu_seconds
+        reached = (
+            f"{ours} reaches the {goal:.1f} % of {theirs} in {part:.2f} of its CPU seconds"
+            if not math.isnan(part)
+            else f"{ours} does not reach the {goal:.1f} % of {theirs}"
+        )
+        sentences.append(
+            f"{name}: {reached}; after {last.images:,} images it is at "
+            f"{statistics.fmean(last.scores[name]):.1f} %, {gain:+.1f} points."
+        )
+    return "\n".join(sentences)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: a row for each contestant and length, with means and 95 % intervals over seeds."""
+    names = list(outcomes[0].scores)
+    lines = [
+        f"| contestant | images | rate | CPU s | memory, GB | {' | '.join(names)} |",
+        "|---" * (5 + len(names)) + "|",
+    ]
+    for contestant in dict.fromkeys(one.contestant for one in outcomes):
+        for point in curve_of(outcomes, contestant):
+            runs = [
+                one
+                for one in outcomes
+                if (one.contestant, one.images) == (contestant, point.images)
+            ]
+            peak = max(one.peak_bytes for one in runs) / 1e9
+            scores = [f"{Interval.of(point.scores[name]):.1f}" for name in names]
+            cells = [contestant, f"{point.images:,}", f"{runs[0].lr:g}"]
+            cells += [f"{point.cpu_seconds:.0f}", f"{peak:.1f}", *scores]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draws each score against images and against CPU seconds; a dot a run, a line a contestant."""
+    names = list(outcomes[0].scores)
+    figure = Figure(figsize=(3.4 * len(names), 6.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(names), squeeze=False)
+    contestants = list(dict.fromkeys(one.contestant for one in outcomes))
+    for column, name in enumerate(names):
+        for row, (what, field) in enumerate(
+            (("images seen", "images"), ("CPU seconds", "cpu_seconds"))
+        ):
+            axes = grid[row][column]
+            for color, contestant in zip(_COLORS * len(contestants), contestants, strict=False):
+                curve = curve_of(outcomes, contestant)
+                xs = [getattr(point, field) for point in curve]
+                means = [statistics.fmean(point.scores[name]) for point in curve]
+                axes.plot(xs, means, "-", color=color, label=contestant, linewidth=1.5)
+                own = [one for one in outcomes if one.contestant == contestant]
+                axes.plot(
+                    [getattr(one, field) for one in own],
+                    [one.scores[name] for one in own],
+                    "o",
+                    color=color,
+                    alpha=0.6,
+                    markersize=3.5,
+                )
+            axes.set_xscale("log")
+            axes.set_xlabel(what, fontsize=8)
+            axes.set_ylabel(f"{name}, %", fontsize=8)
+            axes.tick_params(labelsize=7, which="both")
+            axes.grid(alpha=0.2)
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
+    """The runs for JSON."""
+    return [dataclasses.asdict(one) for one in outcomes]

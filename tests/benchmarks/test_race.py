@@ -1,0 +1,188 @@
+"""The race: its arithmetic, the list that open_clip gets, and one of a few steps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import packed_sets
+import pytest
+from PIL import Image
+
+from unicl_fast.benchmarks import run as unicl_bench
+from unicl_fast.benchmarks.race.contestants import Contestant, ImageList, Length
+from unicl_fast.benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
+from unicl_fast.images.codec import encode_png
+from unicl_fast.text.tokenizer import Tokenizer
+
+
+def outcome(contestant: str, images: int, seconds: float, score: float, seed: int = 0) -> Outcome:
+    return Outcome(
+        contestant=contestant,
+        images=images,
+        lr=1e-3,
+        seed=seed,
+        cpu_seconds=seconds,
+        wall_seconds=seconds,
+        peak_bytes=10**9,
+        scores={"photos/top1": score},
+    )
+
+
+def test_contestants_are_named_before_a_colon() -> None:
+    muon = Contestant.parse("muon: --optim.name muon --data.augment 'none,blur=0.5'")
+    assert muon == Contestant(
+        "muon", ("--optim.name", "muon", "--data.augment", "none,blur=0.5")
+    )
+    assert Contestant.parse("open_clip").is_open_clip
+    assert not muon.is_open_clip
+    with pytest.raises(ValueError, match="NAME or NAME: OPTIONS"):
+        Contestant.parse(": --wd 1")
+
+
+@pytest.mark.parametrize(("images", "expected"), [(128, 1), (1000, 8), (11_520, 90), (99_999, 781)])
+def test_lengths_are_whole_epochs_of_a_list_in_which_no_row_comes_twice(
+    images: int, expected: int
+) -> None:
+    length = Length.nearest(images, num_images=500, batch_size=128)
+    assert length.steps == pytest.approx(expected, abs=length.epochs / 2)
+    assert length.images == 128 * length.steps
+    assert length.steps_of_epoch * 128 <= 5 * 500 + 64
+
+
+def test_intervals_by_hand() -> None:
+    # deviation 1, t(0.975, 2) = 4.3027
+    found = Interval.of([1.0, 2.0, 3.0])
+    assert found.mean == 2
+    assert found.high - 2 == pytest.approx(4.302652729911275 / math.sqrt(3))
+    assert f"{found:.1f}" == "2.0 (-0.5 to 4.5)"
+    assert f"{Interval.of([2.0]):.1f}" == "2.0"
+    gain = Interval.of_difference([3.0, 5.0], [0.0, 2.0])
+    # both variances are 2: two degrees of freedom, standard error sqrt(2)
+    assert (gain.mean, gain.high - 3) == (3, pytest.approx(4.302652729911275 * math.sqrt(2)))
+    assert Interval.of_difference([1.0, 1.0], [3.0, 3.0]) == Interval(-2, -2, -2)
+
+
+def test_intervals_cover_what_they_say() -> None:
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        one, other = generator.normal(1, 1, 4), generator.normal(0, 1, 4)
+        found = Interval.of_difference(one.tolist(), other.tolist())
+        held += found.low <= 1 <= found.high
+    assert held / 1000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_seconds_to_an_accuracy_are_read_off_the_curve() -> None:
+    outcomes = [outcome("ours", 100, 10, 20), outcome("ours", 200, 40, 40)]
+    curve = curve_of(outcomes, "ours")
+    assert seconds_to(curve, "photos/top1", 30) == pytest.approx(20)  # half way in the logarithm
+    assert seconds_to(curve, "photos/top1", 40) == pytest.approx(40)
+    assert seconds_to(curve, "photos/top1", 15) == 10  # the shortest run has more
+    assert math.isnan(seconds_to(curve, "photos/top1", 41))
+
+
+def test_the_verdict_says_whether_their_accuracy_is_reached() -> None:
+    theirs = [outcome("open_clip", 200, 100, 30, seed) for seed in (0, 1)]
+    ours = [
+        outcome("ours", images, seconds, score + seed, seed)
+        for images, seconds, score in ((100, 10, 19.5), (200, 40, 39.5))
+        for seed in (0, 1)
+    ]
+    said = verdict([*theirs, *ours], "ours", "open_clip")
+    assert "reaches the 30.0 % of open_clip in 0.20 of its CPU seconds" in said
+    assert "after 200 images it is at 40.0 %, +10.0 (" in said
+    said = verdict([*theirs, *ours], "open_clip", "ours")
+    assert "does not reach the 40.0 %" in said
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """40 images of one colour each: labelled ones, captioned ones, and ones with both."""
+    folder = tmp_path_factory.mktemp("race")
+    colors = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
+    texts = {
+        "labels": lambda name: {"labels": [list(colors).index(name)]},
+        "captions": lambda name: {"captions": [f"all of it is {name}", f"{name} everywhere"]},
+        "both": lambda name: {"labels": [list(colors).index(name)], "captions": [f"so {name}"]},
+    }
+    for kind, text in texts.items():
+        samples = []
+        for number in range(40):
+            name = list(colors)[number % 3]
+            noise = np.random.default_rng(number).integers(-20, 20, (32, 32, 3))
+            image = np.clip(noise + colors[name], 0, 255).astype(np.uint8)
+            samples.append(packed_sets.Sample(encode_png(image), **text(name)))
+        packed_sets.pack(
+            folder / kind,
+            samples,
+            class_names=list(colors) if "label" in kind or kind == "both" else [],
+            tokenizer=Tokenizer(),
+        ).close()
+    return {kind: folder / kind for kind in texts}
+
+
+def test_open_clips_list_has_each_image_equally_often_with_other_texts(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    images = ImageList([str(packed["labels"]), f"{packed['captions']}"], tmp_path / "images")
+    assert images.num_images == 80
+    images.write_rows(tmp_path / "rows.tsv", 160, seed=0)
+    with (tmp_path / "rows.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert set(Counter(row["filepath"] for row in rows).values()) == {2}
+    captions = {row["title"] for row in rows if "images-1" in row["filepath"]}
+    assert captions == {f"all of it is {c}" for c in ("red", "green", "blue")} | {
+        f"{c} everywhere" for c in ("red", "green", "blue")
+    }
+    assert {row["title"] for row in rows if "images-0" in row["filepath"]} >= {
+        "the red.", "a drawing of a green."
+    }  # fmt: skip
+    with Image.open(rows[0]["filepath"]) as image:
+        assert image.size == (32, 32)
+
+
+def test_weights_of_data_sets_are_those_of_the_list(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    images = ImageList([f"{packed['labels']}=1", f"{packed['both']}=3"], tmp_path / "images")
+    images.write_rows(tmp_path / "rows.tsv", 40, seed=0)
+    lines = (tmp_path / "rows.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    assert sum("images-1" in line for line in lines) == 30
+    assert {"so red", "so blue"} <= {line.split("\t")[1] for line in lines}
+    assert any("drawing" in line for line in lines if "images-1" in line)
+
+
+@pytest.mark.dali
+@pytest.mark.dist
+@pytest.mark.timeout(280)
+def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
+    """Both sides train and are judged; what is done is not repeated."""
+    options = [
+        "race",
+        *("--train", str(packed["labels"]), str(packed["captions"])),
+        *("--test", str(packed["both"]), "--out", str(tmp_path / "race")),
+        *("--preset", "mixed-small", "--images", "32", "64", "--lr", "1e-3", "--seeds", "0"),
+        *("--data.image-size", "32", "--run.global-batch-size", "16"),
+        *("--contestants", "unicl", "open_clip, light: --wd 0.01"),
+    ]
+    unicl_bench.main(options)
+    found = json.loads((tmp_path / "race/race.json").read_text())
+    assert len(found["runs"]) == 4
+    for run in found["runs"]:
+        assert set(run["scores"]) == {
+            "both/top1", "both/image R@1", "both/image R@10", "both/text R@1", "both/text R@10",
+        }  # fmt: skip
+        assert all(0 <= score <= 100 for score in run["scores"].values())
+        assert run["cpu_seconds"] > 1
+        assert run["peak_bytes"] > 1e8
+    assert {run["images"] for run in found["runs"]} == {32, 64}
+    assert all("of open_clip, light" in line for line in found["verdict"])
+    assert (tmp_path / "race/race.png").is_file()
+    paths = sorted((tmp_path / "race").rglob("outcome.json"))
+    before = [path.stat().st_mtime_ns for path in paths]
+    unicl_bench.main(options)
+    assert [path.stat().st_mtime_ns for path in paths] == before
