@@ -361,7 +361,7 @@ def _plan_source(
     balance: Balance | None,
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
-    hierarchy = dataset.manifest.hierarchy if data.prompts == "ancestors" else None
+    hierarchy = dataset.manifest.hierarchy if data.prompts != "labels" else None
     return PlanSource(
         name=dataset.location,
         samples=dataset.samples,

@@ -98,10 +98,12 @@ class DataConfig:
     """Draw the prompt template for each sample, or for each class. per_sample is the paper's;
     per_class draws once for each class and batch, so that a batch has no more prompts to encode
     than classes."""
-    prompts: Literal["labels", "ancestors"] = "labels"
+    prompts: Literal["labels", "ancestors", "levels"] = "labels"
     """Class whose prompt is the text of a label: labels or ancestors. labels takes the label
     itself; ancestors takes it or one of the classes above it with equal chance, drawn anew each
-    time, and needs objective.positives=ancestors."""
+    time, and needs objective.positives=ancestors. levels takes for all images of a batch the class
+    at one level of the hierarchy, other levels in other batches, and needs
+    objective.positives=text."""
     label_space: Literal["separate", "shared"] = "separate"
     """Whether label 3 of two data sets is two classes, or the same one. Separate classes still meet
     if their names are equal; shared needs equal lists of class names."""
@@ -713,7 +715,7 @@ class TrainConfig:
             "teacher does not: leave them out, or take objective.distillation=off",
         )
         require(
-            self.data.prompts == "labels" or self.objective.positives == "ancestors",
+            self.data.prompts != "ancestors" or self.objective.positives == "ancestors",
             "data.prompts=ancestors shows images with prompts of classes above their labels, which "
             "must be their positives: set objective.positives=ancestors too",
         )

@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.evaluation.levels import classify_at_levels
 
 _Scores = dict[str, float]
 _Encode = Callable[[Sequence[str]], Tensor]
@@ -97,20 +98,32 @@ def _encode_images(model: Any, dataset: PackedDataset, config: TrainConfig) -> T
 
 
 def _classify(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:
-    """Zero-shot top-1 of the images with one label."""
+    """Zero-shot top-1 of the images with one label; with a hierarchy also of all levels."""
     manifest = dataset.manifest
+
+    def classifier_of(titles: Sequence[str]) -> Tensor:
+        # the mean of the unit features of a class's prompts
+        prompts = ([one.replace("{}", title) for one in manifest.templates] for title in titles)
+        return torch.stack([F.normalize(encode(texts).mean(0), dim=0) for texts in prompts])
+
     labels = [dataset.labels_of(index).tolist() for index in range(len(dataset))]
     chosen = [index for index, of_image in enumerate(labels) if len(of_image) == 1]
     targets = torch.tensor([labels[index][0] for index in chosen])
-    classifier = torch.stack(
-        [
-            # the mean of the unit features of a class's prompts; its length changes no ranking
-            F.normalize(encode([one.replace("{}", title) for one in manifest.templates]).mean(0), dim=0)
-            for title in manifest.class_names
-        ]
-    )
-    predicted = (images[chosen] @ classifier.T).argmax(dim=1)
-    return {f"{name}/top1": _percent(predicted == targets)}
+    predicted = (images[chosen] @ classifier_of(manifest.class_names).T).argmax(dim=1)
+    scores = {f"{name}/top1": _percent(predicted == targets)}
+    if manifest.hierarchy is not None:
+        found = classify_at_levels(
+            images[chosen],
+            classifier_of,
+            labels=[labels[index] for index in chosen],
+            class_names=manifest.class_names,
+            hierarchy=manifest.hierarchy,
+        ).to_json()
+        levels = [100 * level["top1"] for level in found["levels"]]
+        scores |= {f"{name}/level {depth} top1": score for depth, score in enumerate(levels)}
+        scores[f"{name}/mean of levels"] = sum(levels) / len(levels)
+        scores[f"{name}/levels off"] = found["distance_of_mistakes"]
+    return scores
 
 
 def _retrieve(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:

@@ -331,13 +331,18 @@ def choose_environment(device: str) -> None:
 
     On a CPU, idle threads of OpenMP sleep where they would spin for the next parallel region, and
     so take the cores from whoever else has work: the loader's threads, other programs, and the
-    thread that they wait for. On a GPU, torch's allocator extends the memory that it has, where it
-    would keep pieces that fit no later size. `device` is `run.device`; what the user has set stays.
+    thread that they wait for. The products that oneDNN has prepared are kept for the latest shapes
+    only: texts have others in each step, and the 1,024 that torch keeps by default took 400 MB more
+    after 90 steps, for 1 % of the time. On a GPU, torch's allocator extends the memory that it has,
+    where it would keep pieces that fit no later size. `device` is `run.device`; what the user has
+    set stays.
     """
     if device == "cuda" or (device == "auto" and any(map(any, map(_DEVICES.glob, _GPUS)))):
         if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
             os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
-    elif "OMP_WAIT_POLICY" not in os.environ:
+        return
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")  # of ideep, torch's wrapper of oneDNN
+    if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("KMP_BLOCKTIME", "0")  # the same for Intel's library
 

@@ -247,7 +247,7 @@ def hierarchies_of(
     datasets: Sequence[PackedDataset], config: TrainConfig
 ) -> list[Hierarchy | None]:
     """The hierarchy of each data set's classes, where the objective takes classes above others."""
-    if config.objective.positives != "ancestors":
+    if config.objective.positives != "ancestors" and config.data.prompts != "levels":
         return [None] * len(datasets)
     return [dataset.manifest.hierarchy for dataset in datasets]
 
