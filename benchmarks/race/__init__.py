@@ -1,1 +1,1 @@
-"""Accuracy by images and by CPU seconds, beside open_clip's own training loop (`unicl-bench race`)."""
+"""`unicl-bench race`: accuracy by images and by CPU seconds, next to open_clip's own loop."""

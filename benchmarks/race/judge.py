@@ -3,7 +3,8 @@
     python -m unicl_fast.benchmarks.race.judge JOB.json RESULT.json
 
 Pillow decodes, torchvision resizes and crops, open_clip's tokenizer makes tokens, and the metrics
-are a few lines of torch. Of a model only `encode_image` and `encode_text` are used, in fp32.
+are a few lines of torch. Of a model only `encode_image` and `encode_text` are used, in fp32. The
+linear probe is scikit-learn's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _BATCH = 128
 _RECALLS = (1, 10)
 MOST_IMAGES_OF_RETRIEVAL = 1000
 """Recalls depend on the number of images that are searched."""
+MOST_IMAGES_OF_PROBE = 10_000
 
 
 @torch.no_grad()
@@ -52,9 +54,11 @@ def main(job_path: Path, result_path: Path) -> None:
     for test in job["test"]:
         with PackedDataset(test) as dataset:
             name, images = Path(test).name, _encode_images(model, dataset, config)
-            if dataset.manifest.num_labels:
+            if dataset.manifest.num_labels and job["probe"]:
+                scores |= _probe(name, model, config, dataset, images)
+            if dataset.manifest.num_labels and config.objective.has_texts:
                 scores |= _classify(name, dataset, images, encode)
-            if dataset.manifest.num_captions:
+            if dataset.manifest.num_captions and config.objective.has_texts:
                 scores |= _retrieve(name, dataset, images, encode)
     result_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 
@@ -75,8 +79,10 @@ def _load(job: dict[str, Any]) -> Any:
     return create_model("race", job["checkpoint"], device="cpu").eval()
 
 
-def _encode_images(model: Any, dataset: PackedDataset, config: TrainConfig) -> Tensor:
-    """Unit features of all images [n d]."""
+def _encode_images(
+    model: Any, dataset: PackedDataset, config: TrainConfig, *, most: int = 10**9
+) -> Tensor:
+    """Unit features of the first images [n d]."""
     data = config.data
     prepare = v2.Compose(
         [
@@ -89,8 +95,9 @@ def _encode_images(model: Any, dataset: PackedDataset, config: TrainConfig) -> T
         ]
     )
     features = []
-    for start in range(0, len(dataset), _BATCH):
-        indices = range(start, min(start + _BATCH, len(dataset)))
+    count = min(most, len(dataset))
+    for start in range(0, count, _BATCH):
+        indices = range(start, min(start + _BATCH, count))
         files = (BytesIO(dataset.image_bytes(index).tobytes()) for index in indices)
         images = torch.stack([prepare(Image.open(file)) for file in files])
         features.append(F.normalize(model.encode_image(images), dim=-1))
@@ -124,6 +131,21 @@ def _classify(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode
         scores[f"{name}/mean of levels"] = sum(levels) / len(levels)
         scores[f"{name}/levels off"] = found["distance_of_mistakes"]
     return scores
+
+
+def _probe(
+    name: str, model: Any, config: TrainConfig, dataset: PackedDataset, images: Tensor
+) -> _Scores:
+    """Accuracy of logistic regression on the features of the first training set."""
+    from sklearn.linear_model import LogisticRegression
+
+    with PackedDataset(config.data.train[0].partition("=")[0]) as train:
+        features = _encode_images(model, train, config, most=MOST_IMAGES_OF_PROBE)
+        targets = [int(train.labels_of(index)[0]) for index in range(len(features))]
+    probe = LogisticRegression(max_iter=1000).fit(features.numpy(), targets)
+    labels = torch.tensor([int(dataset.labels_of(index)[0]) for index in range(len(dataset))])
+    predicted = torch.from_numpy(probe.predict(images.numpy()))
+    return {f"{name}/probe": _percent(predicted == labels)}
 
 
 def _retrieve(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:

@@ -1,4 +1,4 @@
-"""Trains by open_clip's own program: `python -m unicl_fast.benchmarks.race.open_clip_loop JOB.json`.
+"""Trains by open_clip's own program, as a job of `race.py` says.
 
 Registers the model's description, and our small encoders with timm; all else is open_clip's.
 """

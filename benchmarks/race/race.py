@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig, config_to_dict, load_config
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import usable_cores
 
@@ -81,16 +81,18 @@ class Race(Program):
     out: Path
     """Folder for runs, race.json, race.md and race.png. Finished runs in it are not repeated."""
     preset: str = "mixed-small"
-    """Preset of unicl-pretrain; open_clip gets its encoders, image size, crops, batch and warm-up."""
+    """Preset of unicl-pretrain. open_clip gets its encoders, image size, crops, batch, warm-up."""
     contestants: tuple[str, ...] = ("unicl", "clip: --objective.name clip", "open_clip")
     """Each NAME or NAME: OPTIONS. A name that begins with open_clip is its program, with options of
-    open_clip_train.main. Others are unicl-pretrain. The first is compared with each of open_clip."""
+    open_clip_train.main; others are unicl-pretrain. The first one is compared with open_clip's."""
     images: tuple[int, ...] = (11_520, 23_040, 46_080)
     """Images of the runs, rounded to whole epochs of open_clip's list."""
     lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Learning rates to try at the longest length, without scaling by the batch."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
+    probe: bool = False
+    """Judge by a linear probe on image features too, as models without texts need it."""
     threads: int = 1
     """Threads of each run, and processes that load open_clip's images."""
     jobs: int = 0
@@ -131,7 +133,9 @@ class Race(Program):
                 ).lr
                 for one in contestants
             }
-            rest = [_Task(one, lengths[-1], best[one], seed) for seed in others for one in contestants]
+            rest = [
+                _Task(one, lengths[-1], best[one], seed) for seed in others for one in contestants
+            ]
             rest += [
                 _Task(one, length, best[one], seed)
                 for seed in self.seeds
@@ -208,12 +212,15 @@ class Race(Program):
             command = ["tools.pretrain", *self._common(), *execution, *options]
             checkpoint = folder / "run"
         cost = _measured(command, folder / "train.log", threads=self.threads)
+        if model is None:  # with the contestant's own options
+            config = load_config(folder / "run" / "config.json")
         judge_job = {
             "model": model,
             "checkpoint": str(checkpoint),
             "folder": str(folder),
             "config": config_to_dict(config),
             "test": [str(test) for test in self.test],
+            "probe": self.probe,
         }
         (folder / "judge.json").write_text(json.dumps(judge_job), encoding="utf-8")
         judged = ["benchmarks.race.judge", str(folder / "judge.json"), str(folder / "scores.json")]

@@ -82,10 +82,7 @@ class Point:
         return cls(
             outcomes[0].images,
             statistics.fmean(one.cpu_seconds for one in outcomes),
-            {
-                name: tuple(one.scores[name] for one in outcomes)
-                for name in outcomes[0].scores
-            },
+            {name: tuple(one.scores[name] for one in outcomes) for name in outcomes[0].scores},
         )
 
 
@@ -119,7 +116,7 @@ def verdict(outcomes: Sequence[Outcome], ours: str, theirs: str) -> str:
     sentences = []
     own, other = curve_of(outcomes, ours), curve_of(outcomes, theirs)
     last, final = own[-1], other[-1]
-    for name in final.scores:
+    for name in [one for one in final.scores if one in last.scores]:
         gain = Interval.of_difference(last.scores[name], final.scores[name])
         goal = statistics.fmean(final.scores[name])
         part = seconds_to(own, name, goal) / final.cpu_seconds
@@ -137,7 +134,7 @@ def verdict(outcomes: Sequence[Outcome], ours: str, theirs: str) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: a row for each contestant and length, with means and 95 % intervals over seeds."""
-    names = list(outcomes[0].scores)
+    names = _names(outcomes)
     lines = [
         f"| contestant | images | rate | CPU s | memory, GB | {' | '.join(names)} |",
         "|---" * (5 + len(names)) + "|",
@@ -150,16 +147,22 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 if (one.contestant, one.images) == (contestant, point.images)
             ]
             peak = max(one.peak_bytes for one in runs) / 1e9
-            scores = [f"{Interval.of(point.scores[name]):.1f}" for name in names]
+            found = {name: f"{Interval.of(values):.1f}" for name, values in point.scores.items()}
+            scores = [found.get(name, "") for name in names]
             cells = [contestant, f"{point.images:,}", f"{runs[0].lr:g}"]
             cells += [f"{point.cpu_seconds:.0f}", f"{peak:.1f}", *scores]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _names(outcomes: Sequence[Outcome]) -> list[str]:
+    """All scores; models without texts lack some."""
+    return list(dict.fromkeys(name for one in outcomes for name in one.scores))
+
+
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """Draws each score against images and against CPU seconds; a dot a run, a line a contestant."""
-    names = list(outcomes[0].scores)
+    names = _names(outcomes)
     figure = Figure(figsize=(3.4 * len(names), 6.0), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(names), squeeze=False)
@@ -170,11 +173,13 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
         ):
             axes = grid[row][column]
             for color, contestant in zip(_COLORS * len(contestants), contestants, strict=False):
-                curve = curve_of(outcomes, contestant)
+                curve = [one for one in curve_of(outcomes, contestant) if name in one.scores]
                 xs = [getattr(point, field) for point in curve]
                 means = [statistics.fmean(point.scores[name]) for point in curve]
                 axes.plot(xs, means, "-", color=color, label=contestant, linewidth=1.5)
-                own = [one for one in outcomes if one.contestant == contestant]
+                own = [
+                    one for one in outcomes if one.contestant == contestant and name in one.scores
+                ]
                 axes.plot(
                     [getattr(one, field) for one in own],
                     [one.scores[name] for one in own],

@@ -270,7 +270,9 @@ class TrainPlan:
         self._spans = spans or (whole,)
         self._own = self._spans[stage]
         chains = [source.chains[0] for source in sources if source.chains is not None]
-        self._num_levels = max((int(np.diff(starts).max(initial=1)) for starts in chains), default=1)
+        self._num_levels = max(
+            (int(np.diff(starts).max(initial=1)) for starts in chains), default=1
+        )
 
     @property
     def balances(self) -> list[Balance | None]:
@@ -499,7 +501,9 @@ class TrainPlan:
             begins, ends = starts[labels[prompted]], starts[labels[prompted] + 1]
             if self._data.prompts == "levels":
                 # one level a batch, in turns; a class that ends above it stands for itself
-                steps = step + (draws[prompted] - self._draws_before(step)) // self.global_batch_size
+                steps = (
+                    step + (draws[prompted] - self._draws_before(step)) // self.global_batch_size
+                )
                 down = np.minimum(steps % self._num_levels, ends - begins - 1)
             else:
                 own = np.uint64(self._key(*streams, _Purpose.ANCESTOR))

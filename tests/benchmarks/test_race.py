@@ -35,9 +35,7 @@ def outcome(contestant: str, images: int, seconds: float, score: float, seed: in
 
 def test_contestants_are_named_before_a_colon() -> None:
     muon = Contestant.parse("muon: --optim.name muon --data.augment 'none,blur=0.5'")
-    assert muon == Contestant(
-        "muon", ("--optim.name", "muon", "--data.augment", "none,blur=0.5")
-    )
+    assert muon == Contestant("muon", ("--optim.name", "muon", "--data.augment", "none,blur=0.5"))
     assert Contestant.parse("open_clip").is_open_clip
     assert not muon.is_open_clip
     with pytest.raises(ValueError, match="NAME or NAME: OPTIONS"):
