@@ -42,8 +42,10 @@ def test_other_processes_are_named_though_data_is_there() -> None:
     assert "its threads waited 55 s" in found.sentence
     assert "--nproc 2" in found.sentence
     assert "waits for data" not in found.sentence
-    of_many = find_bottleneck(CROWDED, on_gpu=False, ranks_to_try=1)
+    assert "OMP_NUM_THREADS" not in found.sentence  # it has one thread already
+    of_many = find_bottleneck(CROWDED, on_gpu=False, ranks_to_try=1, compute_threads=2)
     assert of_many is not None
+    assert "OMP_NUM_THREADS=1" in of_many.sentence
     assert "--nproc" not in of_many.sentence
     # a GPU computes on
     assert find_bottleneck(CROWDED, on_gpu=True, ranks_to_try=2) is None

@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
@@ -78,6 +80,7 @@ def find_bottleneck(
     *,
     on_gpu: bool,
     ranks_to_try: int = 1,
+    compute_threads: int = 1,
     threads: int = 0,
     decodes_files: bool = True,
     is_remote: bool = False,
@@ -88,6 +91,7 @@ def find_bottleneck(
         usage: the measurements.
         on_gpu: whether a GPU trains; other processes slow it by the loader alone.
         ranks_to_try: ranks for `--nproc` that give the same result on fewer cores each; 1 for none.
+        compute_threads: threads of torch's operators.
         threads: `data.threads`, 0 for as many as cores.
         decodes_files: whether images are encoded files, not raw.
         is_remote: whether data sets are under URLs.
@@ -101,11 +105,14 @@ def find_bottleneck(
     lost = min(usage.cpu_wait_seconds, usage.others_cpu_seconds, capacity - usage.cpu_seconds)
     if lost > _LOST_CORES * capacity:
         help_ = "end them, or give the run cores of its own"
-        if not on_gpu and ranks_to_try > 1:
+        if not on_gpu and compute_threads > 1:
+            # two busy processes on two cores: 0.7 of the CPU time, and 0.9 of the wall time
             help_ += (
-                f", or start with --nproc {ranks_to_try}: a rank with one thread does not wait at "
-                "every operator for another thread that has no core"
+                ", or resume with OMP_NUM_THREADS=1: threads of an operator spin while they wait "
+                "for one that has no core"
             )
+        if not on_gpu and ranks_to_try > 1:
+            help_ += f", or start with --nproc {ranks_to_try}, whose ranks have a thread each"
         return Bottleneck(
             cause="other processes",
             sentence=f"other processes hold the cores: this one got {used:.1f} of {usage.cores:g} "
@@ -165,6 +172,7 @@ class BottleneckWatch:
             find_bottleneck,
             on_gpu=on_gpu,
             ranks_to_try=_ranks_to_try(model, ranks),
+            compute_threads=torch.get_num_threads(),
             threads=config.data.threads,
             decodes_files=self._reading.decodes_files,
             is_remote=any("://" in name for name in config.data.train),
