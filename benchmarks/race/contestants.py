@@ -128,7 +128,7 @@ def open_clip_options(
 ) -> list[str]:
     """Options of `open_clip_train.main` for the crops, batch, length and warm-up of a config."""
     data = config.data
-    crops = {"scale": data.crop_scale}
+    crops: dict[str, object] = {"scale": data.crop_scale}
     if data.crop_ratio != _OPEN_CLIP_RATIO:  # only timm's transforms, its option, take others
         crops |= {"use_timm": True, "ratio": data.crop_ratio}
     return [
@@ -197,7 +197,8 @@ class ImageList:
                 templates = self._datasets[number].manifest.templates
                 for turn in range(-(-share // len(files))):  # every image before any comes again
                     for index in generator.permutation(len(files))[: share - turn * len(files)]:
-                        text = _draw_text(*texts[index], templates, turn + index, generator)
+                        captions, labels = texts[index]
+                        text = _draw_text(captions, labels, templates, turn + index, generator)
                         writer.writerow([files[index], text])
 
 
@@ -211,8 +212,8 @@ def _draw_text(
     """A caption, another in each turn, or a prompt of a label; by a coin where there are both."""
     if captions and (not labels or generator.random() < 0.5):
         return captions[turn % len(captions)]
-    template = templates[generator.integers(len(templates))]
-    return template.replace("{}", labels[generator.integers(len(labels))])
+    template = templates[int(generator.integers(len(templates)))]
+    return template.replace("{}", labels[int(generator.integers(len(labels)))])
 
 
 def write_open_clip_job(path: Path, model: dict[str, Any], options: Sequence[str]) -> None:

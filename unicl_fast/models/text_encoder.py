@@ -246,14 +246,20 @@ class TextEncoder(nn.Module):
         """
         nn.init.normal_(self.token_embedding.weight, std=_TOKEN_STD)
         nn.init.normal_(self.positional_embedding, std=_POSITION_STD)
-        for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            # the sum of all branches is as large as the first input, however many there are
-            for linear in (block.attn.out_proj, block.mlp.c_proj):
-                nn.init.normal_(linear.weight, std=(2 * layers * width) ** -0.5)
-            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
-                nn.init.zeros_(linear.bias)
+        # the sum of all branches is as large as the first input, however many there are
+        outputs = (2 * layers * width) ** -0.5
+        deviations = {
+            "attn.in_proj_weight": width**-0.5,
+            "attn.out_proj.weight": outputs,
+            "mlp.c_fc.weight": (2 * width) ** -0.5,
+            "mlp.c_proj.weight": outputs,
+        }
+        for name, parameter in self.resblocks.named_parameters():
+            part = name.partition(".")[2]  # of a block
+            if part in deviations:
+                nn.init.normal_(parameter, std=deviations[part])
+            elif part.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for learning rates that decay with depth, in timm's form.
