@@ -46,6 +46,7 @@ from .contestants import (
 )
 from .report import Outcome, as_json, draw, table, verdict
 
+_PARTS_OF_RATE = (0.5, 1.0, 2.0)
 _MEMORY_SECONDS = 0.5
 """Time between two looks at the memory of a run."""
 
@@ -87,8 +88,11 @@ class Race(Program):
     open_clip_train.main; others are unicl-pretrain. The first one is compared with open_clip's."""
     images: tuple[int, ...] = (11_520, 23_040, 46_080)
     """Images of the runs, rounded to whole epochs of open_clip's list."""
-    lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Learning rates to try at the longest length, without scaling by the batch."""
+    lr: tuple[float, ...] = ()
+    """Learning rates that ours try at the longest length, without scaling by the batch. Default:
+    half, all and twice of what the preset and the options say."""
+    open_clip_lr: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates that open_clip's try there."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     probe: bool = False
@@ -122,7 +126,12 @@ class Race(Program):
             for count in sorted(self.images)
         ]
         first, *others = self.seeds
-        longest = [_Task(one, lengths[-1], lr, first) for lr in self.lr for one in contestants]
+        own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
+        longest = [
+            _Task(one, lengths[-1], lr, first)
+            for one in contestants
+            for lr in (self.open_clip_lr if one.is_open_clip else own)
+        ]
         rest_count = len(contestants) * (len(lengths) * len(self.seeds) - 1)
         with tqdm(total=len(longest) + rest_count, unit="run", dynamic_ncols=True) as bar:
             tried = dict(zip(longest, self._do_all(longest, config, images, bar), strict=True))

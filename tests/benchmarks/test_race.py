@@ -163,7 +163,17 @@ def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
         "race",
         *("--train", str(packed["labels"]), str(packed["captions"])),
         *("--test", str(packed["both"]), "--out", str(tmp_path / "race")),
-        *("--preset", "mixed-small", "--images", "32", "64", "--lr", "1e-3", "--seeds", "0"),
+        *(
+            "--preset",
+            "mixed-small",
+            "--images",
+            "32",
+            "64",
+            "--lr",
+            "1e-3",
+            "--open-clip-lr",
+            "1e-3",
+        ),
         *("--data.image-size", "32", "--run.global-batch-size", "16"),
         *("--contestants", "unicl", "open_clip, light: --wd 0.01"),
     ]

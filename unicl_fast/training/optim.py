@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from timm.optim import Lamb, param_groups_layer_decay
+from timm.optim import Lamb, Muon, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -26,11 +26,6 @@ from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.stages import span_at
-
-try:
-    from timm.optim import Muon
-except ImportError:  # timm before 1.0.22
-    Muon = None
 
 logger = logging.getLogger(__name__)
 
@@ -173,10 +168,8 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
         case "lamb":
             return Lamb(groups, max_grad_norm=None, **common)  # type: ignore[no-any-return]
         case "muon":
-            if Muon is None:
-                raise ValueError("optim.name=muon needs a newer timm: pip install -U timm")
             return Muon(  # type: ignore[no-any-return]
-                groups, lr=lr, betas=optim.betas, eps=optim.eps, momentum=_MUON_MOMENTUM
+                groups, momentum=_MUON_MOMENTUM, **common
             )
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
