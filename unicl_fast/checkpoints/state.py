@@ -187,8 +187,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if key != "use_muon":  # what Muon notes of its groups
-                tensors[f"{key}.{name}"] = torch.as_tensor(value)
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
     for index, group in enumerate(optimizer.param_groups):
         if "step" in group:
             tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])

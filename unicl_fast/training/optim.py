@@ -1,6 +1,6 @@
 """Parameter groups of the released recipe, an optimizer over them, its schedule, weight averages.
 
-AdamW is torch's; LAMB (You et al., arXiv 1904.00962) and Muon (Jordan et al., 2024) are timm's; the
+AdamW is torch's, LAMB (You et al., arXiv 1904.00962) timm's, and Muon stands in `muon.py`; the
 fused twins of the first two are NVIDIA apex's, which is imported here alone, and only when it is
 asked for. Warm-up, cosine and the moving average of the weights are timm's.
 """
@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from timm.optim import Lamb, Muon, param_groups_layer_decay
+from timm.optim import Lamb, param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -26,11 +26,11 @@ from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.stages import span_at
+from unicl_fast.training.muon import Muon
 
 logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
-_MUON_MOMENTUM = 0.95
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
@@ -168,9 +168,7 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
         case "lamb":
             return Lamb(groups, max_grad_norm=None, **common)  # type: ignore[no-any-return]
         case "muon":
-            return Muon(  # type: ignore[no-any-return]
-                groups, momentum=_MUON_MOMENTUM, **common
-            )
+            return Muon(groups, fused=efficiency.fused_optimizer, **common)
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":
