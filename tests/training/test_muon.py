@@ -58,7 +58,7 @@ def test_steps_are_those_of_timm_and_of_adamw(monkeypatch: pytest.MonkeyPatch) -
     ]
     mine = Muon(groups, lr=1.0, betas=(0.9, 0.99), eps=1e-6)
     others = [
-        timm.optim.Muon(theirs[:2], eps=1e-7, **settings),
+        timm.optim.Muon(theirs[:2], nesterov=True, eps=1e-7, **settings),
         torch.optim.AdamW(theirs[2:], betas=(0.9, 0.99), eps=1e-6, **settings),
     ]
     for step in range(4):

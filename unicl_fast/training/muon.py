@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, of the size that AdamW would get.
         betas: AdamW's decay rates.
         eps: AdamW's, in the denominator.
-        momentum: decay rate of Muon's average of the gradient.
+        momentum: decay rate of Muon's average of the gradient, which is Nesterov's.
         fused: AdamW's; None lets torch choose.
     """
 
@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
             gradient, average = parameter.grad, state["momentum_buffer"]
             assert gradient is not None
             average.lerp_(gradient, 1 - momentum)
-            update = orthogonalize(average.flatten(1))
+            update = orthogonalize(gradient.lerp(average, momentum).flatten(1))
             size = _SIZE_OF_ADAMW * max(update.shape) ** 0.5
             parameter.mul_(1 - lr * group["weight_decay"])
             parameter.add_(update.view_as(parameter), alpha=-lr * size)
