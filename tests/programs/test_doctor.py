@@ -304,11 +304,11 @@ def test_without_dali_the_fault_says_how_to_install_it(monkeypatch: Patch) -> No
 
 
 def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
-    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path / "of_this_code")
+    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     assert software.check_kernels().state == "ok"
     private = tmp_path / f"unicl_fast-{os.getuid()}"
     monkeypatch.setattr(software.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(kernels, "cache_folder", lambda: private / "of_this_code")
+    monkeypatch.setattr(kernels, "cache_folder", lambda: private)
     assert_found(software.check_kernels(), "warning", "lasting folder")
     monkeypatch.setattr(kernels, "cache_folder", lambda: None)
     assert_found(software.check_kernels(), "warning", "compiles its kernels again")

@@ -110,10 +110,10 @@ def check_kernels() -> Found:
     if folder is None:
         found = "every process compiles its kernels again, which takes 20 s"
         return Found("warning", found, f"unset NUMBA_CACHE_LOCATOR_CLASSES, and {fix}")
-    if folder.parent == Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}"):
-        found = f"kept in {folder.parent}, since the user's cache folder is not private or writable"
+    if folder == Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}"):
+        found = f"kept in {folder}, since the user's cache folder is not private or writable"
         return Found("warning", found, fix)
-    return Found("ok", f"kept in {folder.parent}, which is private")
+    return Found("ok", f"kept in {folder}, which is private")
 
 
 def check_dali() -> Found:
