@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-photos tour notebook test test-slow faults test-all lint types docs package clean
+.PHONY: demo demo-photos notebook test test-slow faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -12,10 +12,6 @@ demo: $(VENV)/demo.stamp
 demo-photos: $(VENV)/photos.stamp
 	$(BIN)/python -m unicl_fast.tools.demo_photos --out demo-photos-run \
 		$(if $(PHOTOS),--photos "$(PHOTOS)")
-
-# All real data from its sources to one verified data set; UNICL_TEST_DATA says where it is.
-tour: $(VENV)/dev.stamp
-	$(BIN)/python -m unicl_fast.tools.tour --out tour-run
 
 # examples/first_run.ipynb with what it shows when it is run now.
 notebook: $(VENV)/dev.stamp
@@ -66,7 +62,7 @@ package: $(VENV)/dev.stamp
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist demo-run demo-photos-run tour-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-run demo-photos-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicl_fast needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import numba
 import pytest
 
+import unicl_fast
+import unicl_fast.pipelines as unicl_fast_pipelines
 from unicl_fast.system import kernels
 
 CONSTANTS = """
@@ -128,16 +132,70 @@ def run(package: Path, program: str, *words: str, **environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_change_in_another_module_compiles_anew_and_nothing_else_does(package: Path) -> None:
+def test_a_change_in_what_a_kernel_is_made_of_compiles_anew_and_nothing_else_does(
+    package: Path,
+) -> None:
     """Prints the results of both kernels of `upper`; then cache hits: ours, Numba's, C's."""
+    (package / "other.py").write_text("RATE = 1")
     assert run(package, PROGRAM) == "157 157\n0 0 0\n"
+    (package / "other.py").write_text("RATE = 2")  # a file that `upper` does not import
     assert run(package, PROGRAM) == "157 157\n1 1 1\n"
     write(package, factor=4)
     assert run(package, PROGRAM) == "311 311\n0 1 0\n"
     write(package, first=5, inlined=20, called=9)
     assert run(package, PROGRAM) == "383 383\n0 1 0\n"
-    (package / "training" / "__init__.py").write_text("RATE = 1")  # no kernel can know that room
     assert run(package, PROGRAM) == "383 383\n1 1 1\n"
+
+
+def test_a_file_s_key_follows_what_it_imports_directly_or_not(package: Path) -> None:
+    program = """
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+from unicl_fast.system.kernels import _folder_of
+
+for name in ("upper", "lower", "lowest", "closures"):
+    print(_folder_of(Path(sys.argv[1]), f"unicl_fast.{name}", f"unicl_fast/{name}.py").name)
+"""
+
+    def keys() -> list[str]:
+        return run(package, program, str(package.parent)).split()
+
+    first = keys()
+    write(package, factor=4)
+    assert [a == b for a, b in zip(first, keys(), strict=True)] == [False, True, True, True]
+    write(package)
+    assert keys() == first
+    write(package, inlined=4)
+    assert [a == b for a, b in zip(first, keys(), strict=True)] == [False, False, False, True]
+
+
+def modules_named_in(file: Path, package: str) -> set[str]:
+    """Names that a file imports, by Python's own parser."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def test_no_import_of_a_file_is_missed() -> None:
+    """In no file, since any of them may come to hold a constant of a kernel."""
+    library, pipelines = (
+        Path(str(one.__file__)).parent for one in (unicl_fast, unicl_fast_pipelines)
+    )
+    for above, folder in ((library.parent, library), (pipelines.parent, pipelines)):
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(above).with_suffix("").parts
+            module = ".".join(parts if folder == library else ("unicl_fast", *parts))
+            module = module.removesuffix(".__init__")
+            package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+            own = {name for name in modules_named_in(file, package) if kernels._file_of(name)}
+            assert own <= kernels._read(module, file)[1], file
+            assert kernels._file_of(module) == file
 
 
 @pytest.mark.slow
@@ -150,7 +208,7 @@ def test_closures_kept_by_different_processes_are_told_apart(package: Path) -> N
 
 def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
     run(package, ADD, "1")
-    (folder,) = (package.parents[1] / "cache" / "unicl_fast" / "numba").iterdir()
+    folder = package.parents[1] / "cache" / "unicl_fast" / "numba"
     assert folder.stat().st_mode & 0o077 == 0
     folder.chmod(0o777)
     (package.parent / "tmp").mkdir()
@@ -202,14 +260,17 @@ def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
         assert said.count("set NUMBA_CACHE_DIR") == 1
 
 
-def test_only_the_last_used_folders_stay(package: Path, tmp_path: Path) -> None:
+def test_only_the_last_used_versions_of_a_file_stay(package: Path, tmp_path: Path) -> None:
     above = tmp_path / "cache" / "unicl_fast" / "numba"
-    for number in range(20):
-        (above / f"unicl_fast-{number}").mkdir(parents=True)
-        os.utime(above / f"unicl_fast-{number}", (number, number))
+    above.mkdir(mode=0o700, parents=True)
+    for number in range(12):
+        for name in ("closures", "upper"):
+            (above / f"unicl_fast.{name}-{number}").mkdir()
+            os.utime(above / f"unicl_fast.{name}-{number}", (number, number))
     run(package, ADD, "1")
-    left = sorted(folder.stat().st_mtime for folder in above.iterdir())
-    assert left[:-1] == list(range(5, 20))
+    left = sorted(folder.stat().st_mtime for folder in above.glob("unicl_fast.closures-*"))
+    assert left[:-1] == list(range(5, 12))
+    assert len(list(above.glob("unicl_fast.upper-*"))) == 12
 
 
 @pytest.mark.slow

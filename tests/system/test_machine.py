@@ -41,6 +41,8 @@ def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("0::/job/step\n")
 
 
+PASSIVE = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+FEW_SHAPES = {"LRU_CACHE_CAPACITY": "128"}
 _NODE_0, _NODE_1 = range(56), range(56, 112)
 
 
@@ -168,9 +170,9 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "gpus", "chosen", "expected"),
     [
-        ("cpu", ["nvidia0"], {}, {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}),
-        ("auto", ["nvidiactl"], {}, {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}),
-        ("cpu", [], {"OMP_WAIT_POLICY": "active"}, {}),
+        ("cpu", ["nvidia0"], {}, PASSIVE | FEW_SHAPES),
+        ("auto", ["nvidiactl"], {}, PASSIVE | FEW_SHAPES),
+        ("cpu", [], {"OMP_WAIT_POLICY": "active"}, FEW_SHAPES),
         ("auto", ["nvidia0"], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
         ("cuda", [], {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
         ("cuda", [], {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {}),

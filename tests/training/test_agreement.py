@@ -12,8 +12,12 @@ from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
 from small_runs import tiny_config
 
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.system.kernels import source_files
-from unicl_fast.training.agreement import check_ranks_agree, code_digest, describe_rank
+from unicl_fast.training.agreement import (
+    check_ranks_agree,
+    code_digest,
+    describe_rank,
+    source_files,
+)
 
 DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
 
@@ -55,7 +59,7 @@ def test_one_rank_agrees_with_itself() -> None:
 
 def test_the_code_that_is_compared_is_all_that_trains() -> None:
     """Wherever pipelines/ lies: in a checkout it is beside the library."""
-    found = {(path.parent.name, path.name) for path in source_files(without=("tools",))}
+    found = {(path.parent.name, path.name) for path in source_files()}
     assert {("plan", "order.py"), ("training", "trainer.py"), ("objectives", "loss.py")} <= found
 
 

@@ -8,7 +8,7 @@ import json
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,14 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.training import trackers as trackers_module
 from unicl_fast.training.metrics import METRICS_NAME, MetricsWriter, read_metrics
-from unicl_fast.training.trackers import STATE_NAME, Trackers, require_trackers
+from unicl_fast.training.trackers import (
+    OPENERS,
+    STATE_NAME,
+    TrackedRun,
+    Tracker,
+    Trackers,
+    require_trackers,
+)
 from unicl_fast.training.trainer import Trainer
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -61,25 +68,22 @@ def begin(folder: Path, *names: Any, start_step: int = 0) -> MetricsWriter:
 class Recorder:
     """A tracker that remembers."""
 
-    logged: list[tuple[int, dict[str, float]]]
-    uploaded: list[tuple[Path, int]]
-
     def __init__(self) -> None:
-        self.logged, self.uploaded = [], []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.uploaded: list[tuple[Path, int]] = []
 
-    def log(self, values: Mapping[str, float], *, step: int) -> None:
-        self.logged.append((step, dict(values)))
-
-    def upload(self, image: Path, *, step: int) -> None:
-        self.uploaded.append((image, step))
-
-    def close(self) -> None: ...
+    def open(self, run: TrackedRun) -> Tracker:
+        return Tracker(
+            log=lambda values, step: self.logged.append((step, dict(values))),
+            upload=lambda image, step: self.uploaded.append((image, step)),
+            close=lambda: None,
+        )
 
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(trackers_module, "WeightsAndBiases", lambda *_, **__: recorder)
+    monkeypatch.setitem(OPENERS, "wandb", recorder.open)
     return recorder
 
 
@@ -97,7 +101,7 @@ def test_steps_that_are_done_again_are_not_sent_again(tmp_path: Path, recorder: 
 
 def test_another_run_in_the_folder_begins_anew(tmp_path: Path, recorder: Recorder) -> None:
     """One that was killed before its first checkpoint, and so begins at step 0 with another id."""
-    state = {"run_id": "another", "names": {"wandb": "x"}, "sent": {"wandb": {"loss": 50}}}
+    state = {"run_id": "another", "sent": {"wandb": {"loss": 50}}}
     (tmp_path / STATE_NAME).write_text(json.dumps(state))
     (tmp_path / METRICS_NAME).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n')
     with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
@@ -116,14 +120,18 @@ def test_a_damaged_state_is_named_and_left_out(
     assert ("is left out" in caplog.text) == (damaged != '{"run_id": 1}')
 
 
-def test_a_tracker_that_is_added_gets_all_steps_from_then_on(
+def test_a_tracker_that_is_added_gets_the_whole_curve_once(
     tmp_path: Path, recorder: Recorder
 ) -> None:
-    for names, start, end in (((), 0, 6), (("wandb",), 2, 4), (("wandb",), 3, 5)):
+    """Left out of one start, it is no new one afterwards."""
+    of_each_start = (
+        ((), 0, 6), (("wandb",), 2, 4), (("wandb",), 3, 5), ((), 5, 5), (("wandb",), 4, 7),
+    )  # fmt: skip
+    for names, start, end in of_each_start:
         with contextlib.closing(begin(tmp_path, *names, start_step=start)) as metrics:
             for step in range(start + 1, end + 1):
                 metrics.write({"step": step, "loss": 1.0})
-    assert [step for step, _ in recorder.logged] == [3, 4, 5]
+    assert [step for step, _ in recorder.logged] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_the_first_line_brings_the_contact_sheet(tmp_path: Path, recorder: Recorder) -> None:
@@ -157,11 +165,10 @@ def test_a_tracker_that_fails_in_any_way_ends_nothing(
 def test_a_tracker_that_hangs_keeps_no_step_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Hanging(Recorder):
-        def log(self, values: Mapping[str, float], *, step: int) -> None:
-            time.sleep(30)
+    def hang(run: TrackedRun) -> Tracker:
+        return Recorder().open(run)._replace(log=lambda values, step: time.sleep(30))
 
-    monkeypatch.setattr(trackers_module, "WeightsAndBiases", lambda *_, **__: Hanging())
+    monkeypatch.setitem(OPENERS, "wandb", hang)
     monkeypatch.setattr(trackers_module, "_SECONDS_TO_CLOSE", 0.2)
     monkeypatch.setattr(trackers_module, "_MOST_WAITING", 5)
     started = time.monotonic()
@@ -289,6 +296,20 @@ def test_one_curve_is_kept_over_kills_and_resumes(
     assert curves["loss"] == [(step, step / 8) for step in range(1, 9)]
     assert curves["top1"] == [(4, 0.25), (8, 0.5)]
     assert [step for step, _ in curves["seconds/data_wait"]] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_wandb_gets_no_secret_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    url = "s3://user:password-of-mine@host/data"
+    monkeypatch.setattr("sys.argv", ["unicl-pretrain", "--data.train", url])
+    with contextlib.closing(begin(tmp_path, "wandb")) as metrics:
+        metrics.write({"step": 1, "loss": 1.0})
+    files = [path for path in tmp_path.glob("wandb/**/*") if path.is_file()]
+    assert [path for path in files if path.suffix == ".wandb"]
+    assert not [path for path in files if b"password-of-mine" in path.read_bytes()]
 
 
 def test_mlflow_gets_lines_that_a_kill_took_on_their_way(

@@ -1,48 +1,38 @@
-"""Checks, their rows, and a process that they may end without ending the program.
+"""Checks, and a child process, which a check may end without ending the program.
 
-A check says what it found. What it imports may be broken in any way: a library for another
-processor ends the process, a driver or a mount that is gone blocks it for ever. So checks run in a
-child process, and one that ends it, or takes too long, is a row as well.
+A library for another processor ends the process that imports it, and a driver or mount that is
+gone blocks it forever. Such a check is a fault, and the others are still made.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import multiprocessing
 import os
-import select
 import signal
-import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from unicl_fast.system.wording import shorten
 
-State = Literal["ok", "warning", "fault"]
-
-_MOST_SECONDS = 60.0
-"""Time that a check may take; importing torch from a slow network disk is the longest."""
-
-
-class Row(NamedTuple):
-    """The result of a check."""
-
-    name: str
-    state: State
-    """ok; warning: something is slow or absent that a run may do without; fault: runs fail."""
-    found: str
-    fix: str = ""
-    """The remedy, where one is needed."""
+_IDLE_SECONDS = 60.0
+"""A check that uses no CPU time for this long is blocked."""
+_MOST_WAITS = 10
+"""A check that still computes after this many times `idle_seconds` is given up."""
 
 
 class Found(NamedTuple):
-    """As a check returns it; see `Row`."""
+    """The result of a check."""
 
-    state: State
+    state: Literal["ok", "warning", "fault"]
+    """ok; warning: something is slow, or an option is not available; fault: runs will fail."""
     found: str
     fix: str = ""
+    """The remedy, where one is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,89 +42,99 @@ class Check:
     name: str
     look: Callable[[], Found]
     needs: tuple[str, ...] = ()
-    """Checks before it without which it cannot look; after a fault of theirs it does not."""
+    """Earlier checks; where one of them failed, this one is left out."""
 
 
-def run_check(check: Check, faults: Collection[str] = ()) -> Row:
-    """Runs a check in this process; what it raises is a fault.
+def run_checks(
+    checks: Sequence[Check], *, idle_seconds: float = _IDLE_SECONDS
+) -> Iterator[tuple[str, Found]]:
+    """Runs checks in order in a child process, and yields each result as soon as it is known.
 
-    `faults` are the names of the checks that found one.
+    On a busy machine importing torch takes minutes, so a check that computes is waited for; one
+    without CPU time for `idle_seconds` is blocked. The next check then gets a new child. Where a
+    check failed, those that need it are left out.
     """
-    for needed in check.needs:
-        if needed in faults:
-            return Row(
-                check.name, "warning", f"not checked, because {needed} has a fault",
-                f"mend {needed} first",
-            )  # fmt: skip
-    try:
-        return Row(check.name, *check.look())
-    except Exception as error:
-        text = f"the check failed: {shorten(error, limit=300)}"
-        return Row(check.name, "fault", text, "mend what the error names, and start again")
+    failed: set[str] = set()
+    child = None
+    for number, check in enumerate(checks):
+        if failed.intersection(check.needs):
+            continue
+        child = child or _Child(checks)
+        found = child.look(number, idle_seconds)
+        if child.is_lost or found.state == "fault":
+            failed.add(check.name)
+        if child.is_lost:
+            child.end()
+            child = None
+        yield check.name, found
+    if child is not None:
+        child.end()
 
 
-def run_checks(checks: Sequence[Check], *, most_seconds: float = _MOST_SECONDS) -> list[Row]:
-    """Runs checks in order, each within `most_seconds`, in a child process.
+class _Child:
+    """A forked process that makes checks one by one."""
 
-    The next check after one that ended or blocked the child gets a child of its own.
-    """
-    rows: list[Row] = []
-    while len(rows) < len(checks):
-        reading, writing = os.pipe()
-        faults = {row.name for row in rows if row.state == "fault"}
-        child = os.fork()
-        if not child:
-            os.close(reading)
-            _run_in_child(checks[len(rows) :], faults, writing)
-        os.close(writing)
-        with open(reading, "rb", buffering=0) as pipe:
-            ended = _collect(pipe.fileno(), rows, len(checks), most_seconds)
-        if not ended:
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if len(rows) < len(checks):
-            what = f"took more than {most_seconds:.0f} s and was ended"
-            if ended:
-                what = f"ended its process with code {os.waitstatus_to_exitcode(status)}"
-                if os.WIFSIGNALED(status):
-                    what = f"ended its process by {signal.Signals(os.WTERMSIG(status)).name}"
-            fix = "install anew the library, driver or disk that it looks at"
-            rows.append(Row(checks[len(rows)].name, "fault", f"the check {what}", fix))
-    return rows
+    def __init__(self, checks: Sequence[Check]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(checks, other, self._pipe))
+        self._process.start()
+        other.close()
+        self.is_lost = False
+        """After a check that ended the process, is blocked, or takes too long."""
+
+    def look(self, number: int, idle_seconds: float) -> Found:
+        self._pipe.send(number)
+        before = self._cpu_ticks()
+        for _ in range(_MOST_WAITS):
+            if self._pipe.poll(idle_seconds):
+                return self._receive()
+            if (now := self._cpu_ticks()) == before:
+                self.is_lost = True
+                fix = "see which disk, mount or driver does not answer: mount, dmesg, nvidia-smi"
+                return Found("fault", f"blocked: no CPU time in {idle_seconds:.0f} s", fix)
+            before = now
+        self.is_lost = True
+        found = f"not finished after {_MOST_WAITS * idle_seconds:.0f} s of computing"
+        return Found("warning", found, "end other programs (see top), and start again")
+
+    def _receive(self) -> Found:
+        try:
+            return Found(*self._pipe.recv())
+        except (EOFError, ConnectionError):
+            self.is_lost = True
+        self._process.join()
+        code = self._process.exitcode or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+        fix = "reinstall the library that it imports"
+        return Found("fault", f"the check ended its process {how}", fix)
+
+    def _cpu_ticks(self) -> int:
+        """CPU time of all threads of the process."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
+        return sum(map(int, stat.rpartition(")")[2].split()[11:13]))
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
 
 
-def _collect(pipe: int, rows: list[Row], number: int, most_seconds: float) -> bool:
-    """Adds the rows that a child writes; False if it stayed silent for too long."""
-    text = b""
-    deadline = time.monotonic() + most_seconds
-    while len(rows) < number:
-        if not select.select([pipe], [], [], max(0, deadline - time.monotonic()))[0]:
-            return False
-        if not (more := os.read(pipe, 1 << 16)):
-            return True
-        *lines, text = (text + more).split(b"\n")
-        rows += [Row(*json.loads(line)) for line in lines]
-        if lines:
-            deadline = time.monotonic() + most_seconds
-    return True
-
-
-def _run_in_child(checks: Sequence[Check], faults: set[str], pipe: int) -> None:
-    """Writes a row a line, and ends the process; libraries' own messages lead nowhere."""
-    code = 1
+def _serve(checks: Sequence[Check], pipe: Connection, parents: Connection) -> None:
+    """Sends the result of each check whose number comes; libraries' own messages lead nowhere."""
+    parents.close()  # so that this process ends with its parent
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)  # not what the process does that was forked
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        logging.disable()
-        warnings.simplefilter("ignore")
-        for check in checks:
-            row = run_check(check, faults)
-            if row.state == "fault":
-                faults.add(row.name)
-            os.write(pipe, json.dumps(row).encode() + b"\n")
-        code = 0
-    finally:
-        os._exit(code)  # nothing of the parent's is flushed or closed twice
+        signal.signal(number, signal.SIG_DFL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    logging.disable()
+    warnings.simplefilter("ignore")
+    while True:
+        check = checks[pipe.recv()]
+        try:
+            found = check.look()
+        except Exception as error:
+            text = f"the check failed: {shorten(error, limit=300)}"
+            found = Found("fault", text, "mend what the error names, and start again")
+        pipe.send(found)

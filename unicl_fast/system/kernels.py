@@ -3,8 +3,9 @@
 Kernels are compiled once for a machine, and kept on disk. Numba takes what it keeps of a function
 for fresh until the function's own file changes. But code of other modules is part of it too: after
 an update of those alone, a stale kernel would plan other batches here than on the next machine. So
-kernels are kept in a folder that is named by a hash of all code that can be part of them. It must
-belong to this user alone, since loading a kept kernel runs code.
+the kernels of a file are kept in a folder that is named by a hash of that file and of all files of
+this package that it imports, directly or not. The folder must belong to this user alone, since
+loading a kept kernel runs code.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
-from importlib.util import find_spec
+from collections.abc import Callable
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -30,10 +32,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 _config: Any = numba.config  # its attributes are made as it is imported
 
-# Rooms of which no code can be part of a kernel (test_layout.py): editing them compiles nothing.
-_ROOMS_ABOVE = {"checkpoints", "training", "packing", "conversion", "evaluation"}
-_MOST_FOLDERS = 16
-"""How many are kept, the last used ones: of several checkouts, and of code that is being edited."""
+_MOST_FOLDERS = 8
+"""How many versions of a file are kept, the last used ones: of several checkouts, and of code that
+is being edited."""
+_NAME = re.compile(r"[.\w]+")
+_COMMENT = re.compile(r"#.*")
+# A statement of its own; one inside a text is taken for an import too, which does no harm.
+_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+([.\w]+)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.M
+)
 
 
 @overload
@@ -58,30 +65,30 @@ def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
     # two processes have kept under one name may meet in a third.
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
-    before, folder = _config.CACHE_DIR, cache_folder()
-    _config.CACHE_DIR = str(folder or "")  # for this function; those of others stay elsewhere
+    before, above = _config.CACHE_DIR, cache_folder()
+    if above is not None:  # for this function; those of others stay elsewhere
+        _config.CACHE_DIR = str(
+            _folder_of(above, function.__module__, function.__code__.co_filename)
+        )
     try:
-        return decorator(cache=folder is not None)(function)
+        return decorator(cache=above is not None)(function)
     finally:
         _config.CACHE_DIR = before
 
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Finds or makes the folder for this version of the code; None if kernels cannot be kept."""
+    """Finds or makes the folder of all kernels; None if they cannot be kept."""
     if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
         return None  # an environment variable has Numba keep them where they would become stale
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # NUMBA_CACHE_DIR comes first
-        return _make_folder(Path(_config.CACHE_DIR or home / "unicl_fast" / "numba"))
+        return _make_private(Path(_config.CACHE_DIR or home / "unicl_fast", "numba"))
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         reason = error
     try:
-        private = Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}")
-        private.mkdir(mode=0o700, exist_ok=True)
-        _require_own(private)  # who can write there can put another folder in the place of ours
-        folder = _make_folder(private)
+        folder = _make_private(Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}"))
     except OSError as error:
         logger.warning(
             "every process compiles its kernels anew, for some 20 s, since they cannot be kept "
@@ -90,55 +97,80 @@ def cache_folder() -> Path | None:
         return None
     logger.warning(
         "compiled kernels are kept in %s (%s): set NUMBA_CACHE_DIR to a folder of this user that "
-        "lasts longer", folder.parent, reason,
+        "lasts longer", folder, reason,
     )  # fmt: skip
     return folder
 
 
-def _make_folder(above: Path) -> Path:
-    """Makes the folder of this version in `above`.
-
-    Raises:
-        OSError: it cannot be made, or other users can write there.
-    """
-    folder = above / f"unicl_fast-{_hash_code()}"
-    if not folder.is_dir():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process removes them too
-            folders = sorted(above.glob("unicl_fast-*"), key=lambda path: path.stat().st_mtime)
-            for old in folders[:-_MOST_FOLDERS]:
-                shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
-    os.utime(folder)
-    _require_own(folder)
-    return folder
-
-
-def _require_own(folder: Path) -> None:
+def _make_private(folder: Path) -> Path:
+    """Makes a folder; raises OSError where that fails, or where other users can write into it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()  # a link in /tmp may be somebody else's
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise PermissionError(f"{folder} can be written by other users")
+    return folder
 
 
-def _hash_code() -> str:
-    """Hashes the code that can be part of a kernel, and the versions of what compiles it.
+@functools.cache
+def _folder_of(above: Path, module: str, file: str) -> Path:
+    """Makes the folder for the kernels of this version of a file, and removes old versions'."""
+    folder = above / f"{module}-{_hash_code(module, Path(file))}"
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes them too
+            folders = sorted(above.glob(f"{module}-*"), key=lambda path: path.stat().st_mtime)
+            for old in folders[:-_MOST_FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
+    os.utime(folder)
+    return folder
 
-    By content, in 5 ms: after `git checkout` or `pip install` two versions may agree in sizes and
-    times. Numba itself tells processors and versions of Python apart.
+
+def _hash_code(module: str, file: Path) -> str:
+    """Hashes a file, those of this package that it imports, and the versions of the compilers.
+
+    By content, in 15 ms for all kernels: after `git checkout` or `pip install` two versions may
+    agree in sizes and times. Numba itself tells processors and versions of Python apart.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for file in sorted(source_files(without=_ROOMS_ABOVE)):
-        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    found, waiting = {module: file}, [(module, file)]
+    while waiting:
+        for name in _read(*waiting.pop())[1]:
+            if name not in found and (path := _file_of(name)) is not None:
+                found[name] = path
+                waiting.append((name, path))
+    for name, path in sorted(found.items()):
+        digest.update(name.encode() + _read(name, path)[0])
     return digest.hexdigest()[:16]
 
 
-def source_files(*, without: Collection[str]) -> set[Path]:
-    """Finds the Python files of the library and of pipelines/, without some rooms."""
-    package = Path(__file__).parents[1]
-    rooms = [path for path in package.iterdir() if path.name not in without]
-    pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
-    rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
-    files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}
-    return {file for file in files if file.suffix == ".py"}
+@functools.cache
+def _read(module: str, file: Path) -> tuple[bytes, frozenset[str]]:
+    """A digest of a file, and names that may be modules of what it imports, wherever in it."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    content = file.read_bytes()
+    imported = set()
+    for source, names, plain in _IMPORT.findall(_COMMENT.sub("", content.decode())):
+        imported.update(_NAME.findall(plain))
+        if source:
+            with contextlib.suppress(ImportError, ValueError):  # a sentence that looks like one
+                base = resolve_name(source, package)
+                imported |= {base, *(f"{base}.{name}" for name in _NAME.findall(names))}
+    return hashlib.sha256(content).digest(), frozenset(imported)
+
+
+@functools.cache
+def _file_of(module: str) -> Path | None:
+    """The file of a module of this package; None for other names."""
+    package, *parts = module.split(".")
+    if package != __name__.partition(".")[0]:
+        return None
+    spec = find_spec(".".join([package, *parts[:1]]))  # a checkout has rooms outside the package
+    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    if len(parts) < 2:
+        return Path(places[0]) if places and places[0] else None
+    paths = [Path(place).joinpath(*parts[1:]) for place in places[1:]]
+    found = [file for path in paths for file in (path / "__init__.py", path.with_suffix(".py"))]
+    return next(filter(Path.is_file, found), None)
 
 
 # The C library's function, which a compiled loop can call.

@@ -87,7 +87,7 @@ def check_current_folder() -> None:
 
 def usable_cores() -> int:
     """Cores that this process may run on, or fewer where its container has a quota of CPU time."""
-    return max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() or 1, *_quotas()))
+    return int(max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() or 1, _whole_cores())))
 
 
 def describe_cores() -> Cores:
@@ -102,11 +102,11 @@ def describe_cores() -> Cores:
 
 def quota_of_cores() -> float:
     """Cores of CPU time that the ranks in this container may take together; inf without a limit."""
-    quotas: list[float] = [math.inf, *_quotas()]
+    quota = _whole_cores()
     if "SLURM_CPUS_PER_TASK" in os.environ and not _has_a_launcher():
         tasks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        quotas.append(tasks * int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return min(quotas)
+        quota = min(quota, tasks * int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return quota
 
 
 def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
@@ -150,9 +150,9 @@ def control_groups(controller: str = "") -> list[Path]:
     return [folder, *folder.parents]
 
 
-def _quotas() -> list[int]:
-    """Quotas of CPU time in the control groups, in whole cores, rounded up."""
-    found = []
+def cpu_quota() -> float:
+    """Smallest quota of CPU time of the control groups, in cores (1.5); inf without one."""
+    smallest = math.inf
     limits: list[tuple[Path, ...]] = [(folder / "cpu.max",) for folder in control_groups()]
     for folder in control_groups("cpu"):
         limits.append((folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
@@ -163,8 +163,14 @@ def _quotas() -> list[int]:
         except (OSError, ValueError):
             continue  # the root has none
         if quota not in ("max", "-1"):
-            found.append(-(-int(quota) // int(period)))
-    return found
+            smallest = min(smallest, int(quota) / int(period))
+    return smallest
+
+
+def _whole_cores() -> float:
+    """The quota in whole cores, rounded up: two threads use 1.5 cores, one does not."""
+    quota = cpu_quota()
+    return quota if quota == math.inf else math.ceil(quota)
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,21 +13,24 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+import unicl_fast
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
-from unicl_fast.system.kernels import source_files
 from unicl_fast.system.wording import count_of, shorten
 
 _PACKAGES = (
     *("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     *("tokenizers", "triton"),
 )
+_OTHERS = ("tools", "benchmarks")
 # Where the data lie and how they are fetched may differ from node to node.
 _OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes", "block_bytes")
 
@@ -59,9 +62,19 @@ def describe_rank(config: TrainConfig, data: Mapping[str, Any]) -> dict[str, Any
 @functools.cache
 def code_digest() -> str:
     """Hashes all code that trains; the same for an install and for a checkout."""
-    files = source_files(without=("tools", "benchmarks"))
-    digests = sorted(hashlib.blake2b(path.read_bytes()).digest() for path in files)
+    digests = sorted(hashlib.blake2b(path.read_bytes()).digest() for path in source_files())
     return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def source_files() -> set[Path]:
+    """Finds the Python files of the library and of pipelines/, wherever that lies."""
+    rooms = [
+        path for path in Path(unicl_fast.__file__).parent.iterdir() if path.name not in _OTHERS
+    ]
+    pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
+    rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
+    files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}
+    return {file for file in files if file.suffix == ".py"}
 
 
 def check_ranks_agree(description: Mapping[str, Any], ranks: Ranks) -> None:

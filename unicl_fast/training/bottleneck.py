@@ -1,29 +1,23 @@
-"""Finds out what limits a run, from measurements beside its steps, and names the option that helps.
+"""Finds out what limits a run from measurements of its steps, and names the option that helps.
 
-`find_bottleneck` is the rule: numbers in, a cause and a sentence out. `BottleneckWatch` collects
-the numbers of a run and says the sentence once.
+`LIMITS` is the table: numbers in, a sentence out. `BottleneckWatch` collects the numbers of a run
+and says each sentence once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from unicl_fast.batch import ReadingTime
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import has_batch_norm
-from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.system.machine import cpu_times, usable_cores
-
-Cause = Literal["other processes", "storage", "decoding", "decoding threads"]
 
 WAIT_FRACTION = 0.05
 """Waiting for data below this part of the time is left alone: a change would gain no more."""
@@ -40,14 +34,10 @@ to wait is no rule."""
 _START_STEPS = 16
 """Steps of a start that are in no window: kernels are compiled, caches and batches ahead filled."""
 
-_SMALLEST_LOCAL_BATCH = 8
-"""Images of a rank, below which more ranks are not advised: each has a fixed cost a step. An
-estimate, not measured."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """The work and the waiting of one rank's process in a window of time."""
+    """The work and the waiting of one rank's process in a window of time, and its settings."""
 
     seconds: float
     """Length of the window."""
@@ -60,124 +50,136 @@ class Usage:
     cpu_wait_seconds: float = 0.0
     """Time that its threads were ready to run and had no core, summed over them."""
     others_cpu_seconds: float = 0.0
-    """CPU time that processes beside the run got on the same cores."""
+    """CPU time that processes outside the run got on the same cores."""
     reading_blocked: float = 0.0
     """Part of the time that a reading thread waited for storage, 0 to 1."""
     read_bytes: int = 0
     """Bytes that came from object stores; 0 where all data sets are in folders."""
+    on_gpu: bool = False
+    """Whether a GPU trains; other processes only slow its loader."""
+    compute_threads: int = 1
+    """Threads of torch's operators."""
+    threads: int = 0
+    """`data.threads`, 0 for as many as cores."""
+    decodes_files: bool = True
+    """Whether images are encoded files, not raw."""
+    is_remote: bool = False
+    """Whether data sets are under URLs."""
+
+    @property
+    def waits(self) -> bool:
+        return self.data_wait_seconds > WAIT_FRACTION * self.seconds
+
+    @property
+    def used(self) -> float:
+        """Cores that the process used."""
+        return self.cpu_seconds / self.seconds
+
+    @property
+    def waiting(self) -> str:
+        part = self.data_wait_seconds / self.seconds
+        return f"training waits for data {part:.0%} of the time"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Bottleneck:
-    """A cause, and a sentence with the evidence and the options that help."""
-
-    cause: Cause
-    sentence: str
-
-
-def find_bottleneck(
-    usage: Usage,
-    *,
-    on_gpu: bool,
-    ranks_to_try: int = 1,
-    compute_threads: int = 1,
-    threads: int = 0,
-    decodes_files: bool = True,
-    is_remote: bool = False,
-) -> Bottleneck | None:
-    """Says what limits a rank, or None where nothing stands out.
-
-    Args:
-        usage: the measurements.
-        on_gpu: whether a GPU trains; other processes slow it by the loader alone.
-        ranks_to_try: ranks for `--nproc` that give the same result on fewer cores each; 1 for none.
-        compute_threads: threads of torch's operators.
-        threads: `data.threads`, 0 for as many as cores.
-        decodes_files: whether images are encoded files, not raw.
-        is_remote: whether data sets are under URLs.
-    """
-    waits = usage.data_wait_seconds > WAIT_FRACTION * usage.seconds
-    if usage.seconds <= 0 or not (waits or not on_gpu):
-        return None
-    waiting = f"training waits for data {usage.data_wait_seconds / usage.seconds:.0%} of the time"
-    used = usage.cpu_seconds / usage.seconds
+def _other_processes(usage: Usage) -> str | None:
     capacity = usage.cores * usage.seconds
     lost = min(usage.cpu_wait_seconds, usage.others_cpu_seconds, capacity - usage.cpu_seconds)
-    if lost > _LOST_CORES * capacity:
-        help_ = "end them, or give the run cores of its own"
-        if not on_gpu and compute_threads > 1:
-            # two busy processes on two cores: 0.7 of the CPU time, and 0.9 of the wall time
-            help_ += (
-                ", or resume with OMP_NUM_THREADS=1: threads of an operator spin while they wait "
-                "for one that has no core"
-            )
-        if not on_gpu and ranks_to_try > 1:
-            help_ += f", or start with --nproc {ranks_to_try}, whose ranks have a thread each"
-        return Bottleneck(
-            cause="other processes",
-            sentence=f"other processes hold the cores: this one got {used:.1f} of {usage.cores:g} "
-            f"cores in the last {usage.seconds:.0f} s, others "
-            f"{usage.others_cpu_seconds / usage.seconds:.1f}, and its threads waited "
-            f"{usage.cpu_wait_seconds:.0f} s for one"
-            + (f"; {waiting}" if waits else "")
-            + f"; {help_}",
-        )
-    if not waits:
+    if lost <= _LOST_CORES * capacity or not (usage.waits or not usage.on_gpu):
         return None
-    if usage.reading_blocked > _BLOCKED:
-        rate = usage.read_bytes / usage.seconds / 1e6
-        where = f"; {rate:,.1f} MB/s come from the store" if is_remote else ""
-        help_ = "copy the data to a faster disk, or pack smaller images (unicl-pack build --resize)"
-        if is_remote:
-            help_ = (
-                "raise data.read_ahead, give data.cache_bytes room for the data set or set "
-                "data.shuffle_window, and put data.cache_folder on a disk of this machine"
-            )
-        return Bottleneck(
-            cause="storage",
-            sentence=f"{waiting}, for storage: its readers are blocked {usage.reading_blocked:.0%} "
-            f"of the time{where}; {help_}",
+    remedies = "end them, or give the run cores of its own"
+    if not usage.on_gpu and usage.compute_threads > 1:
+        # two busy processes on two cores: 0.7 of the CPU time, and 0.9 of the wall time
+        remedies += (
+            ", or resume with OMP_NUM_THREADS=1: threads of an operator spin while they wait for "
+            "one that has no core"
         )
-    idle = 1 - used / usage.cores
-    if threads and threads < usage.cores and idle > _IDLE_CORES:
-        return Bottleneck(
-            cause="decoding threads",
-            sentence=f"{waiting}, for decoding by data.threads={threads}, while {idle:.0%} of "
-            f"{usage.cores:g} cores have no work; set data.threads=0, which takes all cores",
-        )
-    help_ = "pack large images smaller (unicl-pack build --resize short:256), or raw (--format raw)"
-    if not decodes_files:
-        help_ = "pack smaller images (unicl-pack build --resize), or give the run more cores"
-    elif on_gpu:
-        help_ += ", or take data.decode_device=gpu"
-    return Bottleneck(
-        cause="decoding",
-        sentence=f"{waiting}, for images to be made ready: the process uses {used:.1f} of "
-        f"{usage.cores:g} cores, and storage keeps up; {help_}",
+    return (
+        f"other processes hold the cores: this one got {usage.used:.1f} of {usage.cores:g} cores "
+        f"in the last {usage.seconds:.0f} s, others "
+        f"{usage.others_cpu_seconds / usage.seconds:.1f}, and its threads waited "
+        f"{usage.cpu_wait_seconds:.0f} s for one"
+        f"{f'; {usage.waiting}' if usage.waits else ''}; {remedies}"
     )
+
+
+def _storage(usage: Usage) -> str | None:
+    if not usage.waits or usage.reading_blocked <= _BLOCKED:
+        return None
+    remedies = "copy the data to a faster disk, or pack smaller images (unicl-pack build --resize)"
+    if usage.is_remote:
+        rate = usage.read_bytes / usage.seconds / 1e6
+        remedies = (
+            f"{rate:,.1f} MB/s come from the store; raise data.read_ahead, give data.cache_bytes "
+            "room for the data set or set data.shuffle_window, and put data.cache_folder on a disk "
+            "of this machine"
+        )
+    return (
+        f"{usage.waiting}, for storage: its readers are blocked {usage.reading_blocked:.0%} of the "
+        f"time; {remedies}"
+    )
+
+
+def _decoding_threads(usage: Usage) -> str | None:
+    idle = 1 - usage.used / usage.cores
+    if not usage.waits or not 0 < usage.threads < usage.cores or idle <= _IDLE_CORES:
+        return None
+    return (
+        f"{usage.waiting}, for decoding by data.threads={usage.threads}, while {idle:.0%} of "
+        f"{usage.cores:g} cores have no work; set data.threads=0, which takes all cores"
+    )
+
+
+def _decoding(usage: Usage) -> str | None:
+    if not usage.waits:
+        return None
+    remedies = "pack large images smaller (unicl-pack build --resize short:256), or raw "
+    remedies += "(--format raw)"
+    if not usage.decodes_files:
+        remedies = "pack smaller images (unicl-pack build --resize), or give the run more cores"
+    elif usage.on_gpu:
+        remedies += ", or take data.decode_device=gpu"
+    return (
+        f"{usage.waiting}, for images to be made ready: the process uses {usage.used:.1f} of "
+        f"{usage.cores:g} cores, and storage keeps up; {remedies}"
+    )
+
+
+LIMITS: dict[str, Callable[[Usage], str | None]] = {
+    "other processes": _other_processes,
+    "storage": _storage,
+    "decoding threads": _decoding_threads,
+    "decoding": _decoding,
+}
+"""What may limit a rank: the first that has a sentence, with the evidence and what helps, is named;
+each explains what those after it would be blamed for."""
+
+
+def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
+    """The name and the sentence of what limits a rank, or None where nothing stands out."""
+    for name, rule in LIMITS.items():
+        if usage.seconds > 0 and (sentence := rule(usage)):
+            return name, sentence
+    return None
 
 
 class BottleneckWatch:
     """Looks at windows of some logging steps and says what limits, once a cause."""
 
     def __init__(
-        self, model: UniCL, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
+        self, config: TrainConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
     ) -> None:
-        """Begins before the first step; `reading` is the loader's, None for one that tells not."""
-        config = model.config
+        """Begins before the first step; `reading` is the loader's, None where it measures none."""
         self._reading = reading or ReadingTime()
         self._cores = float(ranks.cores or usable_cores())
         self._ranks_here = max(1, round(len(os.sched_getaffinity(0)) / self._cores))
-        self._find = functools.partial(
-            find_bottleneck,
-            on_gpu=on_gpu,
-            ranks_to_try=_ranks_to_try(model, ranks),
-            compute_threads=torch.get_num_threads(),
-            threads=config.data.threads,
-            decodes_files=self._reading.decodes_files,
-            is_remote=any("://" in name for name in config.data.train),
-        )
-        self._said: set[Cause] = set()
+        self._settings: dict[str, Any] = {
+            "on_gpu": on_gpu,
+            "compute_threads": torch.get_num_threads(),
+            "threads": config.data.threads,
+            "decodes_files": self._reading.decodes_files,
+            "is_remote": any("://" in name for name in config.data.train),
+        }
+        self._said: set[str] = set()
         self._steps = 0
         self._begin({})
 
@@ -197,12 +199,12 @@ class BottleneckWatch:
         seconds = time.perf_counter() - self._begun
         if self._lines < _WINDOW_LINES or seconds < _WINDOW_SECONDS:
             return None
-        found = self._find(self._usage(values, seconds))
+        found = find_bottleneck(self._usage(values, seconds))
         self._begin(values)
-        if found is None or found.cause in self._said:
+        if found is None or found[0] in self._said:
             return None
-        self._said.add(found.cause)
-        return found.sentence
+        self._said.add(found[0])
+        return found[1]
 
     def _usage(self, values: Mapping[str, float], seconds: float) -> Usage:
         own, waited, busy = (
@@ -218,25 +220,5 @@ class BottleneckWatch:
             reading_blocked=(self._reading.blocked_seconds - self._blocked)
             / (seconds * self._reading.num_threads),
             read_bytes=int(values.get("storage_bytes_read", 0)) - self._read_bytes,
+            **self._settings,
         )
-
-
-def _ranks_to_try(model: UniCL, ranks: Ranks) -> int:
-    """The most ranks of a core or more that can share the global batch; 1 for a run of several.
-
-    BatchNorm sees the local batch, so it would make another result of more ranks.
-    """
-    if ranks.world_size > 1 or has_batch_norm(model):
-        return 1
-    most = min(usable_cores(), model.config.run.global_batch_size // _SMALLEST_LOCAL_BATCH)
-    return max(filter(functools.partial(_can_share, model.config), range(2, most + 1)), default=1)
-
-
-def _can_share(config: TrainConfig, world_size: int) -> bool:
-    try:
-        for stage in config.settings_of_stages:
-            size = Ranks(world_size=world_size).local_batch_size(stage.run.global_batch_size)
-            check_pairs_on_one_rank(stage, local_batch_size=size)
-    except ValueError:
-        return False
-    return True

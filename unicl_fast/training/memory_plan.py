@@ -110,7 +110,6 @@ def plan(
     """
     config = _with_known_precision(config, device_type)
     efficiency, objective = config.efficiency, config.objective
-    precision = Precision(efficiency.precision)
     batch = Ranks(world_size=world_size).local_batch_size(config.run.global_batch_size)
     views = 2 if objective.name == "supcon" else 1
     at_once = min(views * batch, efficiency.micro_batch_size or views * batch)
@@ -118,25 +117,42 @@ def plan(
     if efficiency.text_layout == "padded":
         length = config.model.context_length
     encoders = _measure(_only_encoders(config), device_type, length)
-    number_bytes = precision.weight_type.itemsize
-    weights = encoders.num_parameters * number_bytes
-    trained = sum(encoders.trainable_sizes) * number_bytes
-    shard = efficiency.shard if world_size > 1 else "off"
+    width, gathered = encoders.feature_width, 0
+    number_bytes = Precision(efficiency.precision).weight_type.itemsize
+    if world_size > 1 and objective.name != "ce":
+        gathered = views * config.run.global_batch_size * width * number_bytes
+    pixels = views * 3 * config.data.image_size**2
+    tokens = 8 * config.model.context_length * objective.has_texts
+    parts = {
+        "images: activations": at_once * encoders.image_bytes,
+        "texts: activations": min(at_once, batch) * encoders.text_bytes,
+        **_bytes_of_state(config, encoders, world_size, device_type),
+        # the features of all ranks, and their gradient on its way back
+        "gathered features": 2 * gathered,
+        "loss": _loss_bytes(config, views * batch, width, device_type),
+        "batches in flight": (1 + _BATCHES_IN_FLIGHT) * batch * (pixels + tokens),
+        "fixed": FIXED_BYTES[device_type],
+    }
+    parts["slack"] = int(SLACK * sum(parts.values()))
+    return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
+
+
+def _bytes_of_state(
+    config: TrainConfig, encoders: _Encoders, world_size: int, device_type: str
+) -> dict[str, int]:
+    """Weights, gradients, the optimizer's state and their copies, by part."""
+    number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
+    averages = bool(config.optim.ema_decay)
+    shard = config.efficiency.shard if world_size > 1 else "off"
+    weights = number_bytes * encoders.num_parameters
+    trained = number_bytes * sum(encoders.trainable_sizes)
     divided, gradients = weights, trained
     if shard == "full":
         divided, gradients = (number_bytes * n for n in encoders.parts_of_rank(world_size))
     updated = gradients
     if shard == "optimizer":
         updated = number_bytes * largest_load(encoders.trainable_sizes, world_size)
-    # frozen parameters are their own average, but where they are divided
-    averages = (divided if shard == "full" else gradients) if config.optim.ema_decay else 0
-    width, gathered = encoders.feature_width, 0
-    if world_size > 1 and objective.name != "ce":
-        gathered = views * config.run.global_batch_size * width * number_bytes
-    pixels = views * 3 * config.data.image_size**2
     parts = {
-        "images: activations": at_once * encoders.image_bytes,
-        "texts: activations": min(at_once, batch) * encoders.text_bytes,
         "parameters": divided + encoders.buffer_bytes,
         "parameters in the narrow type": encoders.narrow_bytes,
         # DDP's buckets are the same memory (gradient_as_bucket_view)
@@ -144,20 +160,14 @@ def plan(
         # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
         # besides, it takes when the activations are gone.
         "optimizer": 2 * updated,
-        "moving average": averages,
-        # the features of all ranks, and their gradient on its way back
-        "gathered features": 2 * gathered,
-        "loss": _loss_bytes(config, views * batch, width, device_type),
-        "batches in flight": (1 + _BATCHES_IN_FLIGHT)
-        * batch
-        * (pixels + 8 * config.model.context_length * objective.has_texts),
+        # frozen parameters are their own average, but where they are divided
+        "moving average": averages * (divided if shard == "full" else gradients),
         "checkpoint": 0,
-        "fixed": FIXED_BYTES[device_type],
     }
     if device_type == "cpu":
         # a copy in the host's memory, from which checkpoints are written; rank 0 has joined what is
         # divided before it is copied
-        copied = weights * (2 if config.optim.ema_decay else 1) + 2 * trained
+        copied = weights * (1 + averages) + 2 * trained
         joined = {"off": 0, "optimizer": 2 * (trained - updated), "full": copied}
         parts["checkpoint"] = copied + joined[shard]
     if shard == "full":
@@ -165,11 +175,10 @@ def plan(
         # of it that is sent, and what lies outside of blocks
         collected = 4 * encoders.largest_block + encoders.outside_blocks
         parts["collected parameters"] = number_bytes * collected
-    elif efficiency.compress_gradients and world_size > 1:
+    elif config.efficiency.compress_gradients and world_size > 1:
         # DDP's hook casts each bucket, and all may be on their way at once
         parts["gradients in bf16"] = 2 * sum(encoders.trainable_sizes)
-    parts["slack"] = int(SLACK * sum(parts.values()))
-    return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
+    return parts
 
 
 def check_memory(

@@ -515,7 +515,7 @@ class Trainer:
                 metrics=metrics,
                 bar=bar,
                 bottlenecks=BottleneckWatch(
-                    self.model,
+                    self.config,
                     ranks=self.ranks,
                     on_gpu=self.device.type == "cuda",
                     reading=self._reading,
