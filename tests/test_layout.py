@@ -323,7 +323,7 @@ sys.exit(" ".join(set(heavy.split()) & set(sys.modules)) or 0)
         "tools.pretrain --help-all",
         "tools.evaluate --help",
         "tools.pack.__main__ build --help",
-        "tools.convert onnx --help",
+        "tools.convert.__main__ onnx --help",
         "tools.ledger --help",
         "tools.doctor.__main__ --help",
         "benchmarks.run --help",

@@ -37,7 +37,8 @@ from unicl_fast.ledger.format import (
     encode_record,
     segment_name,
 )
-from unicl_fast.tools import convert, evaluate
+from unicl_fast.tools import evaluate
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.data import describe_datasets
 
 
@@ -196,7 +197,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
     started = UniCL(dataclasses.replace(config, model=settings))
     initialise(started)
     assert torch.equal(started.text_projection, expected.encoders.text_projection)
-    assert collect_facts("hf-hub:us/first", weights="auto", evaluations=()).data[0].license
+    assert collect_facts("hf-hub:us/first", weights="auto", evaluations=())[0].data[0].license
     use = card.split("```python\n")[1].split("```")[0].replace("photo.jpg", str(tmp_path / "p.png"))
     unicl_fast.evaluation.inference.Image.fromarray(photo).save(tmp_path / "p.png")
     exec(use, {})

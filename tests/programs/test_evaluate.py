@@ -35,7 +35,8 @@ from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
 from unicl_fast.evaluation.requests import Detect, Finetune, Knn, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
-from unicl_fast.tools import convert, evaluate, pretrain
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.pack import __main__ as pack
 
 pytestmark = pytest.mark.dali

@@ -94,12 +94,16 @@ class Facts:
         return dataclasses.asdict(self)
 
 
-def collect_facts(path: str | Path, *, weights: Weights, evaluations: Sequence[Path]) -> Facts:
+def collect_facts(
+    path: str | Path, *, weights: Weights, evaluations: Sequence[Path]
+) -> tuple[Facts, list[str]]:
     """The facts of a model, with the figures of all evaluations of these very weights.
+
+    Returns them, and a sentence for each evaluation in the run's folder that is of other weights.
 
     Args:
         path: stands for the model, as `load_model` takes it. Evaluations in its run's folder are
-            found; those of other weights are named and left out.
+            found.
         weights: those that are exported.
         evaluations: more files of evaluations, which must be about these weights.
 
@@ -111,7 +115,7 @@ def collect_facts(path: str | Path, *, weights: Weights, evaluations: Sequence[P
     model = find_model(path)
     checksum = weights_checksum(path, weights=weights)
     facts = facts_of(model)
-    figures = list(facts.figures)
+    figures, left_out = list(facts.figures), []
     for file in evaluations:
         figures += read_figures(file, weights=checksum)
     run_folder = model.parent.parent
@@ -125,9 +129,8 @@ def collect_facts(path: str | Path, *, weights: Weights, evaluations: Sequence[P
             except NoEvaluationError:
                 continue
             except ValueError as error:
-                print(f"left out of the card: {error}")
-    print(f"figures on the card: {len(figures)}")
-    return dataclasses.replace(facts, figures=tuple(dict.fromkeys(figures)))
+                left_out.append(str(error))
+    return dataclasses.replace(facts, figures=tuple(dict.fromkeys(figures))), left_out
 
 
 def facts_of(model: Path) -> Facts:

@@ -33,14 +33,11 @@ from unicl_fast.checkpoints.export import (
     Preprocessing,
 )
 from unicl_fast.checkpoints.files import save_tensors
-from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.card import Facts, model_card
-from unicl_fast.conversion.requests import ModelConversion, OneKindConversion
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _CARD_FILE = "README.md"
@@ -54,43 +51,9 @@ _TEXTS = (
 )
 
 
-def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
-    """The model that a command converts, in fp32 and evaluation mode; prints what it is.
-
-    It is the model for one kind of texts, where the command names one.
-    """
-    require_new(command.out)  # before minutes are spent
-    model = load_model(command.model, weights=command.weights).float()
-    if isinstance(command, OneKindConversion):
-        if model.config.tells_kinds:
-            print(f"texts are taken for {command.kind} (--kind)")
-        model = model.of_kind(command.kind)
-    if needs_texts and model.text_encoder is None:
-        raise ValueError(
-            f"{command.model} was trained with objective.name={model.config.objective.name} and "
-            "has no text encoder; unicl-convert timm takes its image encoder"
-        )
-    print(
-        f"read {find_model(command.model)}: {model.config.model.image_encoder}, "
-        f"{count_of(len(model.state_dict()), 'entry')}, "
-        f"{count_of(num_parameters(model), 'parameter')}"
-    )
-    return model
-
-
 def num_parameters(model: UniCL) -> int:
     """Number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
-    """Prints the files of an output, and how much its features differ from ours."""
-    if difference is not None:
-        print(f"checked: features differ from ours by at most {difference:.1e}{where}")
-    print(f"written to {path}:")
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        size = file.stat().st_size
-        print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
 
 
 def require_new(path: Path) -> None:

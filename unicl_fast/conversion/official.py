@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.config import ModelConfig, TrainConfig
+from unicl_fast.conversion.export import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 from unicl_fast.presets import build_preset
@@ -209,6 +210,22 @@ def read_official_file(path: Path) -> dict[str, Tensor]:
     Raises as `read_torch_file`.
     """
     return read_torch_file(path, expected="a file of microsoft/UniCL, such as in1k.pth")
+
+
+def write_official(model: UniCL, path: Path) -> dict[str, Tensor]:
+    """Writes a model as a new file of microsoft/UniCL, and reads it again; returns its entries.
+
+    Raises:
+        ValueError: a model that is not one of theirs (`official_entries`), or a file that exists.
+        OSError: a disk that failed.
+    """
+    entries = official_entries(model)
+    with new_file(path) as aside:
+        write_official_file(aside, entries)
+        again = read_official_file(aside)
+        assert again.keys() == entries.keys()
+        assert all(torch.equal(again[name], entries[name]) for name in entries)
+    return entries
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
