@@ -234,11 +234,10 @@ class ToTimm(ModelConversion):
 class ToHub(ModelConversion):
     """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
 
-    Safetensors, config, preprocessing, and a card that is filled from the run: its data sets (names
-    of folders, counts, licenses), the recipe, what its ledger proves, and the figures, with
-    intervals, of all evaluations of these weights whose --json lies in the run's folder. OUT holds
-    no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model take OUT,
-    and hf-hub:OWNER/NAME once it is there.
+    Safetensors, config, preprocessing, and a card with the run's data sets (names of folders,
+    counts, licenses) and the figures, with intervals, of all evaluations of these weights whose
+    --json lies in the run's folder. OUT holds no path of this machine. unicl-eval, unicl-pretrain
+    --init and unicl_fast.load_model take OUT, and hf-hub:OWNER/NAME once it is there.
 
     Example:
       unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json

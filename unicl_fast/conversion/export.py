@@ -158,7 +158,7 @@ def write_export(
     model: UniCL,
     folder: Path,
     *,
-    facts: Facts | None = None,
+    facts: Facts = Facts(),  # noqa: B008  (it cannot change)
     name: str = "FOLDER",
     license: str = "",
 ) -> None:
@@ -167,7 +167,7 @@ def write_export(
     Args:
         model: is written as it is.
         folder: a new one.
-        facts: are kept in the config and stand on the card; None where nothing is known.
+        facts: are kept in the config and stand on the card.
         name: by which users of the card will load the model.
         license: an identifier of the hub, for example apache-2.0; empty leaves it open.
 
@@ -175,7 +175,7 @@ def write_export(
         ValueError: the folder is there already.
         OSError: it cannot be written.
     """
-    config, facts = _publishable(model.config), facts or Facts()
+    config = _publishable(model.config)
     with new_folder(folder) as aside:
         write_tensors(aside / WEIGHTS_FILE, model.state_dict())
         write_json(
@@ -188,7 +188,7 @@ def write_export(
                 "architectures": ["UniCL"],
                 "num_parameters": num_parameters(model),
                 **logits_of(model),
-                "facts": facts.to_json(),
+                "facts": facts._asdict(),
                 "config": _finite(config_to_dict(config)),
                 "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},
             },
