@@ -264,61 +264,6 @@ def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path)
     assert not torch.equal(last, ema)
 
 
-def test_two_models_are_averaged(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The last weights, as an export, and their average are two models of one architecture."""
-    call(convert, "hf", trained, tmp_path / "last", "--weights", "model")
-    capsys.readouterr()
-    found = {}
-    for alpha in (0.0, 0.3, 1.0):
-        out = tmp_path / f"at-{alpha}"
-        call(convert, "average", trained, tmp_path / "last", out, "--alpha", alpha)
-        found[alpha] = load_model(out).state_dict()
-    said = capsys.readouterr().out
-    assert f"taken from {trained}, since they are whole numbers: image_encoder." in said
-    assert "num_batches_tracked and 3 more" in said
-    assert f"next: unicl-eval zero-shot --checkpoint {out}" in said
-    first, second = (load_model(path).state_dict() for path in (trained, tmp_path / "last"))
-    for name, one in first.items():
-        assert torch.equal(found[0.0][name], one), name
-        if one.is_floating_point():
-            assert torch.equal(found[1.0][name], second[name]), name
-            mean = 0.7 * one.double() + 0.3 * second[name].double()
-            torch.testing.assert_close(found[0.3][name].double(), mean, rtol=1e-6, atol=1e-7)
-    assert "is there already" in refusal(capsys, "average", trained, trained, out)
-    new = tmp_path / "new"
-    message = refusal(capsys, "average", trained, trained, new, "--alpha", "1.5")
-    assert "--alpha must be a number in 0 to 1, not 1.5" in message
-
-
-@pytest.mark.parametrize(
-    ("changes", "difference"),
-    [
-        ({"text_heads": 4}, "text_heads is 2 in the first and 4 in the second"),
-        ({"text_layers": 3}, "text_layers is 2 in the first and 3 in the second (12 more diff"),
-        ({"mean": (0.5, 0.5, 0.5)}, "mean is (0.48145466"),
-    ],
-)
-def test_models_that_differ_are_not_averaged(
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict,
-    difference: str,
-) -> None:
-    config = load_model(trained).config
-    for group in ("model", "data"):
-        settings = getattr(config, group)
-        known = {name: value for name, value in changes.items() if hasattr(settings, name)}
-        config = dataclasses.replace(config, **{group: dataclasses.replace(settings, **known)})
-    other = tmp_path / "other"
-    write_export(UniCL(config), other)
-    message = refusal(capsys, "average", trained, other, tmp_path / "out")
-    assert f"the models cannot be averaged: {difference}" in message
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_cannot_be_converted_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from unicl_fast.config import EVALUATED_KIND, DataConfig, TextKind
-from unicl_fast.system.checked_fields import Fraction, convert
 from unicl_fast.system.wording import count_of
 
 if TYPE_CHECKING:
@@ -326,56 +325,6 @@ class ToExport(OneKindConversion):
         print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
 
 
-@dataclass(frozen=True, kw_only=True)
-class Average(Conversion):
-    """The average of two models of one architecture, as WiSE-FT takes it: (1 - alpha) A + alpha B.
-
-    For example of a model before and after it was trained further. Weights and BatchNorm's averages
-    are interpolated in fp32; whole numbers, such as counts of batches, are A's. Models that differ
-    in architecture or preprocessing are refused. OUT is a folder that unicl-eval and
-    unicl_fast.load_model take. To compare several alphas on images:
-    unicl-eval zero-shot --checkpoint A --average-with B --data DIR.
-
-    Example:
-      unicl-convert average models/released runs/tuned models/between --alpha 0.5
-    """
-
-    first: Path
-    """A: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export."""
-    second: Path
-    """B: another one."""
-    out: Path
-    """OUT: a new folder."""
-    alpha: Fraction = 0.5
-    """Part of B, from 0 to 1."""
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto takes the
-    average where there is one."""
-
-    def run(self) -> None:
-        from unicl_fast.checkpoints.average import averaged_weights, whole_numbers
-        from unicl_fast.checkpoints.load import load_model
-        from unicl_fast.conversion.card import Facts
-        from unicl_fast.conversion.export import require_new, write_export
-
-        convert(self.alpha, Fraction, name="--alpha")
-        require_new(self.out)
-        first, second = (
-            load_model(path, weights=self.weights).float() for path in (self.first, self.second)
-        )
-        tensors = averaged_weights(first, second, self.alpha)
-        if kept := whole_numbers(first):
-            print(
-                f"taken from {self.first}, since they are whole numbers: {', '.join(kept[:3])}"
-                + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
-            )
-        first.load_state_dict(tensors)
-        origin = {"average of two models, part of the second": self.alpha}
-        write_export(first, self.out, facts=Facts(origin=origin))
-        _print_written(self.out)
-        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
-
-
 COMMANDS: dict[str, type[Conversion]] = {
     "official": FromOfficial,
     "to-official": ToOfficial,
@@ -384,7 +333,6 @@ COMMANDS: dict[str, type[Conversion]] = {
     "hf": ToHub,
     "onnx": ToOnnx,
     "export": ToExport,
-    "average": Average,
 }
 
 
