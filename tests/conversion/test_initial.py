@@ -269,6 +269,7 @@ def write_run(folder: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
         files={MODEL_FILE: own, EMA_FILE: average, OPTIMIZER_FILE: {}},
         state={
             "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+            "run_id": "a",
         },
     )  # fmt: skip
     return average

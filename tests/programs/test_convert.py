@@ -54,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files={MODEL_FILE: model, EMA_FILE: average, OPTIMIZER_FILE: {}},
         state={
             "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+            "run_id": "a",
         },
     )  # fmt: skip
     return folder
