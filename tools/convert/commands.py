@@ -61,13 +61,14 @@ class FromOfficial(Conversion):
     def run(self) -> None:
         from unicl_fast.conversion import official
         from unicl_fast.conversion.card import Facts
-        from unicl_fast.conversion.export import require_new, write_export
+        from unicl_fast.conversion.export import write_export
+        from unicl_fast.conversion.output import require_new
         from unicl_fast.system.checksums import file_checksum
 
         require_new(self.out)
         entries = official.read_official_file(self.file)
-        print(f"read {self.file}: {_official_size(entries)}")
         model = official.model_of(entries, source=self.file)
+        print(f"read {self.file}: {_size(model, entries)}")
         origin = {
             "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
             "xxh3 of that file": file_checksum(self.file),
@@ -102,7 +103,7 @@ class ModelConversion(Conversion):
             FileNotFoundError: no model there.
         """
         from unicl_fast.checkpoints.load import find_model, load_model
-        from unicl_fast.conversion.export import num_parameters, require_new
+        from unicl_fast.conversion.output import require_new
 
         require_new(self.out)  # before minutes are spent
         model = load_model(self.model, weights=self.weights).float()
@@ -113,8 +114,7 @@ class ModelConversion(Conversion):
             )
         print(
             f"read {find_model(self.model)}: {model.config.model.image_encoder}, "
-            f"{count_of(len(model.state_dict()), 'entry')}, "
-            f"{count_of(num_parameters(model), 'parameter')}"
+            f"{_size(model, model.state_dict())}"
         )
         return model
 
@@ -153,9 +153,10 @@ class ToOfficial(OneKindConversion):
         from unicl_fast.conversion import official
 
         model = self.load()
-        entries = official.write_official(model, self.out)
+        entries = official.official_entries(model)
+        official.write_official_file(self.out, entries)
         _print_written(self.out)
-        print(_official_size(entries))
+        print(_size(model, entries))
         data = model.config.data
         print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
         theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
@@ -359,8 +360,7 @@ def _view(data: DataConfig) -> str:
     )
 
 
-def _official_size(entries: Mapping[str, Tensor]) -> str:
-    from unicl_fast.conversion.official import num_parameters
+def _size(model: UniCL, entries: Mapping[str, Tensor]) -> str:
+    from unicl_fast.conversion.output import num_parameters
 
-    size = num_parameters(entries)
-    return f"{count_of(len(entries), 'entry')}, {count_of(size, 'parameter')}"
+    return f"{count_of(len(entries), 'entry')}, {count_of(num_parameters(model), 'parameter')}"

@@ -22,6 +22,7 @@ from unicl_fast.checkpoints.load import (
 )
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
+from unicl_fast.conversion.output import num_parameters
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.models.unicl import UniCL
@@ -78,7 +79,7 @@ def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
         model=model.config.model,
         data=model.config.data,
         model_name=name,
-        num_parameters=sum(one.numel() for one in model.parameters()),
+        num_parameters=num_parameters(model),
         text=lambda value: markdown_text(str(value)),
     )
     return f"{card}\n"
