@@ -25,6 +25,7 @@ setup(
         "unicl_fast": ["py.typed"],
         "unicl_fast.system": ["page_base.html", "page_parts.html"],
         "unicl_fast.packing": ["page.html"],
+        "unicl_fast.conversion": ["card.md"],
         "unicl_fast.evaluation": ["serve.html", "serve.js"],
         "unicl_fast.tools.demo_photos": ["page.html"],
         "unicl_fast.benchmarks.diagnosis": ["page.html"],

@@ -15,7 +15,6 @@ from small_runs import tiny_config
 
 from unicl_fast.config import (
     DataConfig,
-    EfficiencyConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -145,30 +144,8 @@ def test_configs_survive_json(tmp_path: Path) -> None:
         assert load_config(tmp_path / "config.json") == config_from_dict(values)
 
 
-def test_settings_that_an_older_file_lacks_take_their_defaults() -> None:
+def test_settings_that_a_file_lacks_take_their_defaults() -> None:
     assert config_from_dict({"run": {"seed": 3}}) == TrainConfig(run=RunConfig(seed=3))
-
-
-@pytest.mark.parametrize(("before", "now"), [(True, "encoders"), (False, "off")])
-def test_compile_may_still_be_true_or_false(before: bool, now: str) -> None:
-    config = config_from_dict({"efficiency": {"compile": before}})
-    assert config == TrainConfig(efficiency=EfficiencyConfig(compile=now))
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], "auto"),
-        (["--efficiency.compile"], "encoders"),
-        (["--efficiency.compile", "--run.steps", "3"], "encoders"),
-        (["--efficiency.no-compile"], "off"),
-        (["--efficiency.compile", "blocks"], "blocks"),
-        (["--efficiency.compile=blocks"], "blocks"),
-    ],
-)
-def test_compile_may_still_be_a_switch(flags: list[str], expected: str) -> None:
-    arguments = parse_arguments(["--data.train", "x", "--out", "y", *flags])
-    assert arguments.efficiency.compile == expected
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])

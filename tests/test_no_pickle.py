@@ -7,7 +7,6 @@ tensors, and arrays and lists, out of them and nothing else.
 from __future__ import annotations
 
 import ast
-import json
 import pickle
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from unicl_fast.checkpoints.load import load_model
-from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROOMS = ("unicl_fast", "pipelines", "tools", "benchmarks")
@@ -160,9 +159,10 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path,
         "scaler": {},
         "data": {},
         "optimizer": "AdamW",
+        "run_id": "a",
         "checksums": {path.name: file_checksum(path) for path in (file, optimizer)},
     }
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "state.json").write_text(dump_checksummed_json(state))
     with pytest.raises(ValueError, match="is no safetensors file"):
         load_model(checkpoint)
     assert not sprung.exists()

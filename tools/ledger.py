@@ -107,7 +107,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
     try:
         state = parse_checksummed_json((steps[newest] / "state.json").read_bytes())
         run = Run(
-            run_id=str(state.get("run_id", "")),
+            run_id=str(state["run_id"]),
             seed=state["config"]["run"]["seed"],
             global_batch_size=state["config"]["run"]["global_batch_size"],
             sizes=[source["num_samples"] for source in state["data"]["sources"]],

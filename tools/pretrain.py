@@ -256,21 +256,11 @@ def _number_or_text(word: str) -> float | str:
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
-    """Writes out short forms: --init, --init-image, --init-text, and --efficiency.compile alone.
-
-    --efficiency.compile and --efficiency.no-compile are read as the switches that they were.
-    """
-    spelt: list[str] = []
-    for index, flag in enumerate(argv):
-        if flag.split("=")[0] in ("--init", "--init-image", "--init-text"):
-            spelt.append(flag.replace("--", "--model.", 1))
-        elif flag == "--efficiency.no-compile":
-            spelt.append("--efficiency.compile=off")
-        elif flag == "--efficiency.compile" and (argv[index + 1 :] or ["--"])[0].startswith("--"):
-            spelt.append("--efficiency.compile=encoders")
-        else:
-            spelt.append(flag)
-    return spelt
+    """Writes out the short forms --init, --init-image and --init-text."""
+    short = ("--init", "--init-image", "--init-text")
+    return [
+        flag.replace("--", "--model.", 1) if flag.split("=")[0] in short else flag for flag in argv
+    ]
 
 
 def split_config(arguments: PretrainArguments) -> TrainConfig:

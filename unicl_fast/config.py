@@ -836,36 +836,9 @@ def config_from_dict(values: Any) -> TrainConfig:
         ValueError: a group or field that this version does not know, or a value out of range.
     """
     try:
-        return from_json_values(TrainConfig, _as_written_now(values))
+        return from_json_values(TrainConfig, values)
     except ValueError as error:
         raise ValueError(f"config: {error}") from error
-
-
-def _as_written_now(values: Any) -> Any:
-    """Adapts a file of an earlier version.
-
-    0.1 has true or false for `efficiency.compile`, `optim.name=auto` for adamw, and an order
-    without `data.shuffle_groups`. There was a `model.token_drop_end` before there were stages.
-    """
-    if not isinstance(values, dict):
-        return values
-    efficiency, data, model, optim = map(values.get, ("efficiency", "data", "model", "optim"))
-    if isinstance(model, dict) and "token_drop_end" in model:
-        require(
-            not model.get("token_drop"),
-            "model.token_drop_end is now a stage: run.stages=0.9:token_drop=0.5 in its place "
-            "leaves out half of the tokens in the first nine tenths",
-        )
-        kept = {name: value for name, value in model.items() if name != "token_drop_end"}
-        values = {**values, "model": kept}
-    if isinstance(efficiency, dict) and isinstance(efficiency.get("compile"), bool):
-        name = "encoders" if efficiency["compile"] else "off"
-        values = {**values, "efficiency": {**efficiency, "compile": name}}
-    if isinstance(optim, dict) and optim.get("name") == "auto":
-        values = {**values, "optim": {**optim, "name": "adamw"}}
-    if isinstance(data, dict) and data.get("shuffle_window"):
-        values = {**values, "data": {"shuffle_groups": 1, **data}}
-    return values
 
 
 def load_config(path: Path) -> TrainConfig:

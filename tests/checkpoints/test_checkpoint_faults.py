@@ -188,12 +188,12 @@ def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: P
     before = read_state(checkpoints / "step-00000006")
     tensors = {"model.safetensors": {"weight": torch.ones(100_000)}}
     with full_disk(), pytest.raises(OSError, match="cannot be written"):
-        write_checkpoint(checkpoints, step=6, files=tensors, state={})
+        write_checkpoint(checkpoints, step=6, files=tensors, state={"run_id": "a"})
     assert read_state(checkpoints / "step-00000006") == before
     (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.replaced")  # cut off there
     set_later_checkpoints_aside(checkpoints, step=6)
     assert read_state(checkpoints / "step-00000006") == before
-    write_checkpoint(checkpoints, step=6, files=tensors, state={})
+    write_checkpoint(checkpoints, step=6, files=tensors, state={"run_id": "a"})
     assert sorted(path.name for path in (checkpoints / "step-00000006").iterdir()) == [
         "model.safetensors",
         "state.json",

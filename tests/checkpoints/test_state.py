@@ -98,7 +98,9 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
     on_a100 = resolve_window_attention(config, model, gpu)
     obstacle = "the GPU is too old for Triton"
     on_t4 = resolve_window_attention(config, model, gpu)
-    state = CheckpointState(1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={})
+    state = CheckpointState(
+        1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={}, run_id="a"
+    )
     refuse_another_run(state, on_a100, {})
     assert not caplog.messages
     refuse_another_run(state, on_t4, {})

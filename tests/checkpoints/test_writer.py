@@ -217,7 +217,7 @@ def test_copies_survive_their_files(tmp_path: Path) -> None:
         }
     }
     writer = CheckpointWriter(tmp_path, keep=0)
-    writer.write(files, {}, step=3, required=True)
+    writer.write(files, {"run_id": "a"}, step=3, required=True)
     for name, tensor in load_file(tmp_path / "step-00000003" / "a.safetensors").items():
         assert torch.equal(tensor, files["a.safetensors"][name]), name
 

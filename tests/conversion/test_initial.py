@@ -269,6 +269,7 @@ def write_run(folder: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
         files={MODEL_FILE: own, EMA_FILE: average, OPTIMIZER_FILE: {}},
         state={
             "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+            "run_id": "a",
         },
     )  # fmt: skip
     return average
@@ -350,7 +351,7 @@ def test_an_image_encoder_starts_from_a_file_of_timm_s(tmp_path: Path, name: str
     assert torch.equal(
         model.image_encoder.blocks[5].mlp.fc2.weight, tensors["blocks.5.mlp.fc2.weight"]
     )
-    with pytest.raises(ValueError, match="an image encoder alone: give it as --init-image"):
+    with pytest.raises(ValueError, match="only an image encoder: give it as --init-image"):
         started(with_model(tiny_config(), init=given))
     other = with_model(tiny_config(image_encoder="unicl_convnet7_small"), init_image=given)
     with pytest.raises(ValueError, match=r"is another one: missing: stem\.0.* \(38\); left over: "):
@@ -381,7 +382,7 @@ def test_an_image_encoder_starts_from_the_weights_of_a_package(
     other = with_model(tiny_config(), init_image=given)
     with pytest.raises(ValueError, match="Add --model.image-encoder tf_efficientnet_lite0"):
         started(other)
-    with pytest.raises(ValueError, match="an image encoder alone: give it as --init-image"):
+    with pytest.raises(ValueError, match="only an image encoder: give it as --init-image"):
         started(with_model(config, init=given))
 
 

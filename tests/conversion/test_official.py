@@ -18,11 +18,11 @@ from unicl_fast import UniCL
 from unicl_fast.conversion.official import (
     _with_present_names,
     model_of,
-    num_parameters,
     official_entries,
     read_official_file,
     write_official_file,
 )
+from unicl_fast.conversion.output import num_parameters
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -66,9 +66,9 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_description_has_the_released_counts(entries: dict[str, Tensor]) -> None:
+def test_the_description_has_the_released_counts(model: UniCL, entries: dict[str, Tensor]) -> None:
     assert len(entries) == 339
-    assert num_parameters(entries) == 91_340_667
+    assert num_parameters(model) == 91_340_667
 
 
 def test_features_equal_those_of_a_plain_forward_pass(
@@ -286,8 +286,8 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
 def test_swin_base_too() -> None:
     entries = official_forward.random_entries("swin-base", seed=3)
     assert len(entries) == 513
-    assert num_parameters(entries) == 150_695_609
     model = model_of(entries, source=FILE)
+    assert num_parameters(model) == 150_695_609
     assert_features_of(model, entries)
     again = official_entries(model)
     assert again.keys() == entries.keys()

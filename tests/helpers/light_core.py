@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     model = load_model(run_folder)
     assert isinstance(model.encoders, UniCL)
     assert len(model.classify([images[0].numpy()], ["square", "dog"])[0]) == 2
-    from unicl_fast.tools import convert
+    from unicl_fast.tools.convert import __main__ as convert
 
     convert.main(["timm", str(run_folder), str(folder / "timm")])
     assert (folder / "timm" / "model.safetensors").is_file()

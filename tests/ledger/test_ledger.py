@@ -350,7 +350,7 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     scheduled = plan.schedule(0, STEPS, rank=0, world_size=1)
     head = dataclasses.replace(header(1, 0), shuffle_window=window, shuffle_groups=groups)
     encoded = encode_header(head)
-    assert (b"shuffle_groups" in encoded) == (groups == 4), "else as in the files of 0.1"
+    assert (b"shuffle_groups" in encoded) == (groups == 4)
     (tmp_path / segment_name(1, 0)).write_bytes(encoded)
     found = read_segment_file(tmp_path / segment_name(1, 0))
     assert found is not None
@@ -506,7 +506,6 @@ def test_a_checkpoint_is_vouched_for_by_the_ledger_of_its_own_run(tmp_path: Path
     write(tmp_path, 1, 0, STEPS, run_id="a")
     own = Run(run_id="a", seed=0, global_batch_size=N, sizes=[37, 300])
     assert prove(tmp_path, steps_done=STEPS, run=own).holds
-    assert prove(tmp_path, steps_done=STEPS, run=dataclasses.replace(own, run_id="")).holds
     for change in ({"run_id": "b"}, {"seed": 1}, {"sizes": [37, 301]}, {"global_batch_size": 6}):
         proof = prove(tmp_path, steps_done=STEPS, run=dataclasses.replace(own, **change))
         assert not proof.holds

@@ -145,8 +145,8 @@ def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
     assert len(first & second) < 10
 
 
-def test_the_order_of_one_group_is_that_of_earlier_versions() -> None:
-    """Ledgers and runs of 0.1 have it: these numbers are theirs."""
+def test_the_order_of_one_group_stays_what_it_is() -> None:
+    """Runs are resumed in it, and their ledgers planned again."""
     image = permute_in_shuffle_windows(np.arange(1000), size=1000, window=100, key=5)
     assert image[:8].tolist() == [286, 609, 708, 446, 442, 645, 447, 258]
     assert int((image * np.arange(1000) ** 2 % 1_000_003).sum()) == 500_432_709

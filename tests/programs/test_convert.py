@@ -14,6 +14,7 @@ import official_forward
 import pytest
 import torch
 from hub_server import Hub, ask_hub_at, serve_hub
+from huggingface_hub import ModelCard
 from program_runs import call
 from safetensors.torch import load_file
 from small_runs import objective_config, tiny_config
@@ -21,23 +22,21 @@ from small_runs import objective_config, tiny_config
 import unicl_fast
 from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
-from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, load_model
+from unicl_fast.checkpoints.load import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    load_model,
+    weights_checksum,
+)
 from unicl_fast.config import TEXT_KINDS, config_to_dict
 from unicl_fast.conversion.card import collect_facts
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.evaluation.report import ClassificationCounts, write_results
-from unicl_fast.evaluation.requests import Knn
-from unicl_fast.ledger.format import (
-    LedgerSource,
-    SegmentHeader,
-    encode_header,
-    encode_record,
-    segment_name,
-)
-from unicl_fast.tools import convert, evaluate
+from unicl_fast.tools import evaluate
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.data import describe_datasets
 
 
@@ -55,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files={MODEL_FILE: model, EMA_FILE: average, OPTIMIZER_FILE: {}},
         state={
             "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+            "run_id": "a",
         },
     )  # fmt: skip
     return folder
@@ -104,13 +104,13 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
 
 @pytest.fixture(scope="module")
 def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a data set whose license is stated, a ledger, and evaluations in its folder."""
+    """A run with a data set whose license is stated, and evaluations in its folder."""
     folder = tmp_path_factory.mktemp("documented")
     packed, run = folder / "secret" / "labels", folder / "run"
     shutil.copytree(data / "labels", packed)
     manifest = json.loads((packed / "manifest.json").read_text()) | {"license": "CC|BY 4.0"}
     with PackedDataset(packed) as dataset:
-        described, num_samples = describe_datasets([dataset], None), len(dataset)
+        described = describe_datasets([dataset], None)
     (packed / "manifest.json").write_text(json.dumps(manifest))
     config = tiny_config(precision="fp32")
     train = dataclasses.replace(config.data, train=(str(packed),), augment=("labels:clip",))
@@ -124,27 +124,14 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "optimizer": "AdamW", "run_id": "",
         },
     )  # fmt: skip
-    header = SegmentHeader(
-        segment=0, start_step=0, rank=0, world_size=1, global_batch_size=12,
-        sources=(LedgerSource("labels", num_samples),), seed=0, shares=(1,),
-    )  # fmt: skip
-    ids = np.arange(24).reshape(2, 12) % num_samples
-    records = [
-        encode_record(
-            header, step=step, source_ids=0 * ids[step], scheduled_ids=ids[step],
-            shown_ids=ids[step],
-        )
-        for step in range(2)
-    ]  # fmt: skip
-    (run / "ledger").mkdir()
-    (run / "ledger" / segment_name(0, 0)).write_bytes(b"".join([encode_header(header), *records]))
-    counts = ClassificationCounts(["cat", "dog"])
-    counts.add([[0, 1], [0, 1], [1, 0]], [[0], [1], [1]])
-    command = Knn(checkpoint=run, train="x", data="y", json=run / "results" / "knn.json")
-    measured = counts.result(what="this").to_json()
-    found = {"name": "held-out", "metric": "top1", "results": [{"k": 20} | measured]}
-    write_results(command, found, "")
-    values = json.loads((run / "results" / "knn.json").read_text())
+    figure = {"k": 20, "top1": 2 / 3, "top1_interval_95": [0.2077, 0.9385], "top5": 1.0,
+              "num_samples": 3}  # fmt: skip
+    values = {
+        "protocol": "knn", "weights_xxh3": weights_checksum(run), "name": "held-out",
+        "metric": "top1", "results": [figure],
+    }  # fmt: skip
+    (run / "results").mkdir()
+    (run / "results" / "knn.json").write_text(json.dumps(values))
     other = json.dumps(values | {"weights_xxh3": "another"})
     (run / "other.json").write_text(other)
     return run
@@ -175,14 +162,16 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
     for line in (
         "license: mit",
         "| labels | 21 | 10 | 0 | by its size | CC\\|BY 4.0 |",
-        "| held-out | knn, k = 20 | top1 | 66.67 | 20.77 to 93.85 | 3 |",
-        "each of its 2 steps of 12 samples has a record",
-        "1 complete epoch of labels",
-        "| optimizer | AdamW |",
-        "measured on the data sets above alone",
+        "| held-out | knn, k = 20 | top1 | 66.67 | 20.77 to 93.85 | 3 | knn.json |",
+        "- optimizer: AdamW",
+        "- samples seen: 24",
+        "measured on the data sets above only",
         'load_model("hf-hub:us/first")',
     ):
         assert line in card
+    (figure,) = ModelCard.load(out / "README.md").data.eval_results
+    assert (figure.dataset_name, figure.metric_value) == ("held-out", 2 / 3)
+    assert figure.metric_args == {"interval_95": [0.2077, 0.9385]}
     assert "secret" not in card + (out / "config.json").read_text()
     assert "before you publish" not in card
 
@@ -196,7 +185,9 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
     started = UniCL(dataclasses.replace(config, model=settings))
     initialise(started)
     assert torch.equal(started.text_projection, expected.encoders.text_projection)
-    assert collect_facts("hf-hub:us/first", weights="auto", evaluations=()).data[0].license
+    facts, _ = collect_facts("hf-hub:us/first", weights="auto", evaluations=())
+    assert facts.data[0]["license"] == "CC|BY 4.0"
+    assert facts.figures[0]["value"] == 2 / 3
     use = card.split("```python\n")[1].split("```")[0].replace("photo.jpg", str(tmp_path / "p.png"))
     unicl_fast.evaluation.inference.Image.fromarray(photo).save(tmp_path / "p.png")
     exec(use, {})
@@ -259,7 +250,9 @@ def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
     values = json.loads((documented / "results" / "knn.json").read_text())
     values["results"][0]["top1"] = 7
     damaged.write_text(json.dumps(values))
-    assert "damaged.json is damaged: value must be" in refusal(capsys, *arguments, damaged)
+    assert "damaged.json is damaged: top1 must be a number in 0 to 1, not 7" in refusal(
+        capsys, *arguments, damaged
+    )
 
 
 def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path) -> None:
@@ -270,61 +263,6 @@ def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path)
     )
     assert torch.equal(auto, ema)
     assert not torch.equal(last, ema)
-
-
-def test_two_models_are_averaged(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The last weights, as an export, and their average are two models of one architecture."""
-    call(convert, "hf", trained, tmp_path / "last", "--weights", "model")
-    capsys.readouterr()
-    found = {}
-    for alpha in (0.0, 0.3, 1.0):
-        out = tmp_path / f"at-{alpha}"
-        call(convert, "average", trained, tmp_path / "last", out, "--alpha", alpha)
-        found[alpha] = load_model(out).state_dict()
-    said = capsys.readouterr().out
-    assert f"taken from {trained}, since they are whole numbers: image_encoder." in said
-    assert "num_batches_tracked and 3 more" in said
-    assert f"next: unicl-eval zero-shot --checkpoint {out}" in said
-    first, second = (load_model(path).state_dict() for path in (trained, tmp_path / "last"))
-    for name, one in first.items():
-        assert torch.equal(found[0.0][name], one), name
-        if one.is_floating_point():
-            assert torch.equal(found[1.0][name], second[name]), name
-            mean = 0.7 * one.double() + 0.3 * second[name].double()
-            torch.testing.assert_close(found[0.3][name].double(), mean, rtol=1e-6, atol=1e-7)
-    assert "is there already" in refusal(capsys, "average", trained, trained, out)
-    new = tmp_path / "new"
-    message = refusal(capsys, "average", trained, trained, new, "--alpha", "1.5")
-    assert "--alpha must be a number in 0 to 1, not 1.5" in message
-
-
-@pytest.mark.parametrize(
-    ("changes", "difference"),
-    [
-        ({"text_heads": 4}, "text_heads is 2 in the first and 4 in the second"),
-        ({"text_layers": 3}, "text_layers is 2 in the first and 3 in the second (12 more diff"),
-        ({"mean": (0.5, 0.5, 0.5)}, "mean is (0.48145466"),
-    ],
-)
-def test_models_that_differ_are_not_averaged(
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict,
-    difference: str,
-) -> None:
-    config = load_model(trained).config
-    for group in ("model", "data"):
-        settings = getattr(config, group)
-        known = {name: value for name, value in changes.items() if hasattr(settings, name)}
-        config = dataclasses.replace(config, **{group: dataclasses.replace(settings, **known)})
-    other = tmp_path / "other"
-    write_export(UniCL(config), other)
-    message = refusal(capsys, "average", trained, other, tmp_path / "out")
-    assert f"the models cannot be averaged: {difference}" in message
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_converted_is_refused(
@@ -354,6 +292,11 @@ def test_an_export_is_evaluated_as_its_run_is(trained: Path, data: Path, tmp_pat
         results.append(json.loads(file.read_text()))
     assert results[0]["num_samples"] == 21
     assert results[0]["per_class"] == results[1]["per_class"]
+    file = tmp_path / f"{trained.name}.json"
+    call(convert, "hf", trained, tmp_path / "with-figures", "--evaluations", file)
+    card = (tmp_path / "with-figures" / "README.md").read_text()
+    rate = f"{100 * results[0]['top1']:.2f}"
+    assert re.search(rf"labels \| zero-shot.* \| top1 \| {rate} \| .* \| 21 \| {file.name}", card)
 
 
 @pytest.mark.slow

@@ -23,9 +23,11 @@ from pyarrow import parquet
 from torchvision.datasets import DTD, MNIST
 
 from unicl_fast import load_model
+from unicl_fast.checkpoints.average import averaged_weights
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import Weights, weights_checksum
 from unicl_fast.checkpoints.load import load_model as load_weights_of
+from unicl_fast.conversion.export import write_export
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names
@@ -35,7 +37,8 @@ from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
 from unicl_fast.evaluation.requests import Detect, Finetune, Knn, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
-from unicl_fast.tools import convert, evaluate, pretrain
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.pack import __main__ as pack
 
 pytestmark = pytest.mark.dali
@@ -204,8 +207,9 @@ def test_averages_of_two_models_are_evaluated(
     """Of a run's first checkpoint and its last; the ends are the models themselves."""
     first, last = list_checkpoints(trained / "checkpoints")
     sets = ("--data", data / "labels", "--templates", "simple")
-    call(convert, "average", first, last, tmp_path / "half")
-    capsys.readouterr()
+    half = load_weights_of(first)
+    half.load_state_dict(averaged_weights(half, load_weights_of(last), 0.5))
+    write_export(half, tmp_path / "half")
     averages = evaluated(
         *("zero-shot", trained, "--checkpoint", first, "--average-with", last, *sets),
         *("--alpha", "0", "0.5", "1", "--markdown", tmp_path / "table.md"),

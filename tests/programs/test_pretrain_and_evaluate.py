@@ -31,7 +31,8 @@ from program_runs import (
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import TrainConfig
-from unicl_fast.tools import convert, evaluate, pretrain
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.pack import __main__ as pack_dataset
 from unicl_fast.training.metrics import read_metrics
 

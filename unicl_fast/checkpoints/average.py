@@ -5,20 +5,19 @@ Wortsman et al., arXiv 2109.01903: between the two lie models that are better on
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
     "image_encoder", "text_width", "text_layers", "text_heads", "text_activation", "text_causal",
-    "text_pool", "text_norm_eps", "embed_dim", "source_token", "projections",
+    "text_pool", "text_norm_eps", "embed_dim", "source_token", "projections", "context_length",
 )  # fmt: skip
+_PREPROCESSING = ("evaluation_resize", "image_size", "interpolation", "mean", "std")
 
 
 def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Tensor]:
@@ -40,11 +39,6 @@ def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Ten
     }
 
 
-def whole_numbers(model: UniCL) -> list[str]:
-    """The names of buffers that have no average, such as BatchNorm's counts of batches."""
-    return [name for name, one in model.state_dict().items() if not one.is_floating_point()]
-
-
 def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
     """Refuses models whose weights do not stand for the same things; raises ValueError."""
     ours, theirs = map(_describe, (first, second))
@@ -64,7 +58,7 @@ def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
 def _describe(model: UniCL) -> dict[str, Any]:
     """Describes what two models must have in common, settings before tensors."""
     settings = {name: getattr(model.config.model, name) for name in _ARCHITECTURE}
-    settings |= dataclasses.asdict(Preprocessing.of(model.config))
+    settings |= {name: getattr(model.config.data, name) for name in _PREPROCESSING}
     tensors = model.state_dict().items()
     shapes = {
         f"tensor {name}": list(one.shape) for name, one in tensors if name not in TRAINING_ONLY

@@ -63,6 +63,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes `step-XXXXXXXX` whole or not at all, its tensors contiguous and on the host.
 
+    `state` is what state.json says beyond the step and the checksums (`state.describe_state`).
+
     safetensors and xxhash let other threads of Python run meanwhile (tried with safetensors 0.8.0).
 
     Raises:
@@ -72,7 +74,7 @@ def write_checkpoint(
     # a name of its own: two runs that share a folder by mistake must not join their files
     partial = checkpoints_folder / f".{target.name}.{secrets.token_hex(4)}.partial"
     replaced = checkpoints_folder / f".{target.name}.replaced"
-    origin = origin_of(str(state.get("run_id", "")), step)
+    origin = origin_of(str(state["run_id"]), step)
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():

@@ -22,6 +22,7 @@ from huggingface_hub import (
 )
 
 from unicl_fast.checkpoints.export import CONFIG_FILE, WEIGHTS_FILE
+from unicl_fast.system.checked_fields import parse_json
 from unicl_fast.system.program import logging_at
 
 logger = logging.getLogger("unicl_fast")
@@ -71,12 +72,13 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
                 "the name, accept its conditions on its page, or log in with hf auth login "
                 f"({_first_line(error)})"
             ) from error
-        except OSError as error:
-            if not isinstance(error, errors.HfHubHTTPError):
+        except Exception as error:  # also of the library that carries HTTP, which has changed twice
+            if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
                 raise
-            raise _broken_off(repository, file_name, error) from error
-        except Exception as error:  # of the library that carries HTTP, which has changed twice
-            raise _broken_off(repository, file_name, error) from error
+            raise FileNotFoundError(
+                f"hf-hub:{repository}: {file_name} could not be downloaded: {_first_line(error)}; "
+                "try again"
+            ) from error
     raise NotOnHubError(
         f"hf-hub:{repository} has none of {', '.join(file_names)}: expected a repository of ours, "
         "open_clip's or timm's"
@@ -86,9 +88,17 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
 def download_export(repository: str) -> Path:
     """The folder in the cache that holds an export of ours; raises as `download`.
 
-    Both files are of one commit, also where a new one is written meanwhile.
+    Both files are of one commit, also where a new one is written meanwhile. A repository of others
+    is refused (ValueError) by its config, before its weights are downloaded.
     """
     config = download(repository, [CONFIG_FILE])
+    values = parse_json(config.read_bytes(), where=str(config))
+    if not isinstance(values, dict) or "library_name" not in values:  # as transformers' have none
+        raise ValueError(
+            f"hf-hub:{repository} is neither a model of ours nor of open_clip or timm: its "
+            f"{CONFIG_FILE} names no architecture and no library; most models of transformers have "
+            "a twin among open_clip's"
+        )
     commit = config.parent.name  # the cache has a folder for each
     return download(f"{repository.partition('@')[0]}@{commit}", [WEIGHTS_FILE]).parent
 
@@ -179,12 +189,6 @@ def _silent_retries() -> contextlib.AbstractContextManager[None]:
     Without a network it would print eleven lines before one of ours.
     """
     return logging_at("huggingface_hub", logging.ERROR)
-
-
-def _broken_off(repository: str, file_name: str, error: Exception) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"hf-hub:{repository}: {file_name} could not be downloaded: {_first_line(error)}; try again"
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,6 +48,7 @@ EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _TYPES = {
     "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
+    "run_id": str,
 }  # fmt: skip
 
 
@@ -69,8 +70,8 @@ class CheckpointState:
     optimizer: str
     """Class name of the optimizer, whose state no other can take over."""
     checksums: dict[str, str]
-    run_id: str = ""
-    """The run, over all its starts; empty in checkpoints of 0.1."""
+    run_id: str
+    """The run, over all its starts."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
@@ -107,8 +108,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
         config = config_from_dict(values["config"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    known = {name: values[name] for name in _TYPES} | {"config": config}
-    state = CheckpointState(**known, run_id=values.get("run_id", ""))
+    state = CheckpointState(**{name: values[name] for name in _TYPES} | {"config": config})
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -118,8 +118,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
                 f"{expected}; use another checkpoint"
             )
-        if state.run_id:
-            _check_origin(checkpoint / name, state)
+        _check_origin(checkpoint / name, state)
     return state
 
 
@@ -139,8 +138,6 @@ def _check_types(values: dict[str, Any]) -> None:
     for name, kind in _TYPES.items():
         if type(values.get(name)) is not kind:
             raise ValueError(f"{name} should be there and of type {kind.__name__}")
-    if type(values.get("run_id", "")) is not str:
-        raise ValueError("run_id should be a text")
     if not 0 <= values["step"] < 2**53:
         raise ValueError("step should be a count")
     checksums = values["checksums"]

@@ -21,6 +21,7 @@ from timm.layers import AttentionPool2d, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unicl_fast.conversion.fitting import misfits
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.conversion.sources import IMAGE_SETTINGS, TEXT_SETTINGS, Source, read_source
 from unicl_fast.distributed.launch import refused_together
@@ -181,24 +182,20 @@ class _Loading:
             self._fresh.append("logit_scale, of which the source has one for each kind of text")
         elif own.requires_grad and scale is not None:
             self._take("", {"logit_scale": scale.expand(own.shape)}, "logit_scale")
-        bias = self._source.tensors.get("logit_bias")
-        if bias is not None and self._model.logit_bias is not None:
-            self._take("", {"logit_bias": bias}, "logit_bias")
-        elif bias is not None:
-            self._left_out.append("logit_bias, which objective.form=softmax does not see")
-        elif self._model.logit_bias is not None:
-            self._fresh.append("logit_bias, which the source lacks")
+        self._take_if_both(
+            "logit_bias",
+            fresh="which the source lacks",
+            left_out="which objective.form=softmax does not see",
+        )
         if self._model.word_rows is not None:
             self._fresh.append("word_rows, which are of the words of the data")
         elif "word_rows" in self._source.tensors:
             self._left_out.append("word_rows, which are for objective.words")
-        if self._model.class_rows is not None:
-            rows = self._source.tensors.get("class_rows")
-            if rows is not None and rows.shape == self._model.class_rows.shape:
-                self._take("", {"class_rows": rows}, "class_rows")
-            else:
-                found = "has none" if rows is None else f"has {list(rows.shape)}"
-                self._fresh.append(f"class_rows, since the source {found}")
+        rows, needed = self._source.tensors.get("class_rows"), self._model.class_rows
+        if needed is not None and rows is not None and rows.shape != needed.shape:
+            self._fresh.append(f"class_rows, since the source has {list(rows.shape)}")
+        else:
+            self._take_if_both("class_rows", fresh="since the source has none")
 
     def say(self) -> None:
         """Logs what was taken, what stays fresh and what was left out."""
@@ -207,6 +204,16 @@ class _Loading:
         for what, names in (("fresh", self._fresh), ("left out", self._left_out)):
             text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
         logger.info("%s", text)
+
+    def _take_if_both(self, name: str, *, fresh: str, left_out: str = "") -> None:
+        """Takes a tensor that both sides have; notes why where only one has it."""
+        given = self._source.tensors.get(name)
+        if name in self._own and given is not None:
+            self._take("", {name: given}, name)
+        elif name in self._own:
+            self._fresh.append(f"{name}, {fresh}")
+        elif given is not None and left_out:
+            self._left_out.append(f"{name}, {left_out}")
 
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or leaves a fresh one where it is of another space."""
@@ -230,8 +237,7 @@ class _Loading:
     def _take(self, prefix: str, found: Mapping[str, Tensor], kind: str) -> None:
         """Checks tensors of a part by name, shape and content, and takes all of them."""
         own = _after(prefix, self._own) if prefix else {name: self._own[name] for name in found}
-        faults = _faults(own, found)
-        if faults:
+        if faults := misfits(own, found, shown=_SHOWN):
             self._refuse(f"its {kind} is another one: {'; '.join(faults)}")
         for name, tensor in found.items():
             self.tensors[prefix + name] = tensor.to(own[name].dtype).contiguous()
@@ -302,27 +308,6 @@ def _after(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-
-
-def _faults(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """How tensors differ from those that are needed; empty where all fit."""
-    both = [name for name in own if name in found]
-    kinds = {
-        "missing": [name for name in own if name not in found],
-        "left over": [name for name in found if name not in own],
-        "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(own[name].shape)}"
-            for name in both
-            if found[name].shape != own[name].shape
-        ],
-        "not finite numbers": [name for name in both if not bool(found[name].isfinite().all())],
-    }
-    return [
-        f"{kind}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} "
-        f"({len(names)})"
-        for kind, names in kinds.items()
-        if names
-    ]
 
 
 def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:

@@ -1,6 +1,6 @@
 """Folders that other libraries read: timm, ONNX runtimes, torch.export; `open_clip` writes its own.
 
-timm gets the image encoder alone, with its size and preprocessing:
+timm gets only the image encoder, with its size and preprocessing:
 `timm.create_model("local-dir:FOLDER", pretrained=True)` from timm 1.0.16 on.
 
 `image` and `text` as programs for any number of samples are a file each, ONNX or torch.export's.
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.checkpoints.export import Preprocessing
-from unicl_fast.conversion.export import (
-    Samples,
-    images_for,
+from unicl_fast.conversion import preprocessing
+from unicl_fast.conversion.output import (
     logits_of,
     new_folder,
     require_equal,
+    sample_images,
+    sample_tokens,
     write_json,
     write_tensors,
 )
@@ -41,7 +41,7 @@ from unicl_fast.models.unicl import UniCL, project
 
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
-"""Samples of a batch, beside one and as many as were traced: an export may be fixed to a size."""
+"""Samples of a third batch, since an export may be fixed to one, or to as many as were traced."""
 _OPSET = 18  # of 2022: current runtimes all have it
 
 
@@ -61,7 +61,7 @@ def write_timm(model: UniCL, folder: Path) -> float:
     feature's coordinates, timm's from ours. A folder that is there is a ValueError, features that
     are not ours a RuntimeError, a disk that fails an OSError.
     """
-    config, name = model.config, model.config.model.image_encoder
+    name, arguments = model.config.model.image_encoder, timm_arguments(model)
     registered = timm.get_pretrained_cfg(name)
     known = {} if registered is None else registered.to_dict()
     kept = {key: known[key] for key in _KEPT_BY_TIMM if known.get(key) is not None}
@@ -69,24 +69,23 @@ def write_timm(model: UniCL, folder: Path) -> float:
         "architecture": name,
         "num_classes": 0,
         "num_features": feature_width(model.image_encoder),
-        "model_args": timm_arguments(model),
+        "model_args": arguments,
         "pretrained_cfg": kept
         | {"num_classes": 0, "license": "unknown"}
-        | Preprocessing.of(config).for_timm(),
+        | preprocessing.for_timm(model.config.data),
     }
     with new_folder(folder) as aside:
         write_json(aside / "config.json", values)
         weights = aside / "model.safetensors"
         write_tensors(weights, model.image_encoder.state_dict())
-        theirs = timm.create_model(
-            name, num_classes=0, checkpoint_path=str(weights), **timm_arguments(model)
-        ).eval()
-        images = images_for(model)
-        return require_equal(model.image_encoder(images), theirs(images), what="image features")
+        theirs = timm.create_model(name, num_classes=0, checkpoint_path=str(weights), **arguments)
+        images = sample_images(model)
+        found = theirs.eval()(images)
+        return require_equal(model.image_encoder(images), found, what="image features")
 
 
 def timm_arguments(model: UniCL) -> dict[str, Any]:
-    """Arguments of timm.create_model beside the name: the size, where tables depend on it."""
+    """Arguments of timm.create_model next to the name: the size, where tables depend on it."""
     size = model.config.data.image_size
     known = fixed_size(model.config.model.image_encoder)
     return {} if known in (None, size) else {"img_size": size}
@@ -145,23 +144,22 @@ def write_exported_programs(model: UniCL, folder: Path) -> float:
 def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
     """Writes a file for each tower, and runs it at three batch sizes."""
     assert model.text_encoder is not None
-    samples = Samples.of(model)
     image = Tower(model.image_encoder, model.image_projection, model.image_projection_bias).eval()
     text = Tower(model.text_encoder, model.text_projection, model.text_projection_bias).eval()
+    images, tokens = sample_images(model), sample_tokens(model)
     differences = []
     with new_folder(folder) as aside:
         for name, tower, inputs, features in (
-            ("image", image, samples.images, samples.image_features),
-            ("text", text, samples.tokens, samples.text_features),
+            ("image", image, images, model.encode_image(images)),
+            ("text", text, tokens, model.encode_text(tokens)),
         ):
             run = export(tower, inputs, aside / f"{name}{suffix}")
             for size in (1, len(inputs), _OTHER_SIZE):
                 rows = torch.arange(size) % len(inputs)
                 found = run(inputs[rows])
                 differences.append(require_equal(features[rows], found, what=f"{name}_features"))
-        values = Preprocessing.of(model.config).as_words()
-        values |= logits_of(model)
-        write_json(aside / "preprocessing.json", values)
+        described = preprocessing.in_words(model.config) | logits_of(model)
+        write_json(aside / "preprocessing.json", described)
     return max(differences)
 
 

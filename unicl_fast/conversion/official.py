@@ -6,7 +6,7 @@ entries. Their text encoder has the names of ours. `official_entries` gives a mo
 by the names they have there: reading copies into them, writing takes them out, and both know the
 same names.
 
-Their files are pickles, which `torch_files` reads; those that are written hold tensors alone.
+Their files are pickles, which `torch_files` reads; those that are written hold only tensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from unicl_fast.config import ModelConfig, TrainConfig
+from unicl_fast.conversion.fitting import misfits, phrase
+from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 from unicl_fast.presets import build_preset
@@ -36,17 +38,13 @@ _OLD_NAMES = (
     ("vision_projection", "image_projection"),
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
+_OTHER_TABLES = "tables of other windows than 7 x 7 patches in images of 224 pixels"
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
 _OF_THE_PAPER = (
-    "text_activation",
-    "text_causal",
-    "text_pool",
-    "text_mlp_ratio",
-    "text_norm_eps",
-    "image_projection",
-    "text_projection",
+    *("text_activation", "text_causal", "text_pool", "text_mlp_ratio", "text_norm_eps"),
+    *("image_projection", "text_projection"),
 )
-"""Settings of a model that their code has in one way alone, our default."""
+"""Settings of a model that their code has in one way only, our default."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
@@ -66,7 +64,16 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     entries = _with_present_names(entries, source=source)
     model = UniCL(_config_of(entries, source=source)).eval()
     tensors = official_entries(model)
-    if faults := _faults(entries, tensors):
+    faults = misfits(tensors, entries)
+    tables = [
+        name
+        for name, table in tensors.items()
+        if _TABLES.search(name)
+        and (found := entries.get(name, table)).shape == table.shape
+        and not torch.equal(found.to(table.dtype), table)
+    ]
+    faults += [phrase(_OTHER_TABLES, tables)] if tables else []
+    if faults:
         name, _ = _MODELS[tensors[_PATCHES].shape[0]]
         raise ValueError(
             f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(tensors)} "
@@ -83,28 +90,24 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
     Raises:
         ValueError: its image encoder is not one of theirs, or its text encoder of another kind.
     """
-    name = model.config.model.image_encoder
+    config, defaults = model.config.model, ModelConfig()
     known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
-    if name not in known:
-        raise ValueError(
-            f"microsoft/UniCL's files hold {' or '.join(known)}, this model's image encoder is "
-            f"{name}: convert it to open_clip, hf or onnx"
-        )
-    if model.logit_bias is not None:
-        raise ValueError(
-            "microsoft/UniCL's code knows no bias of the logits, which objective.form=sigmoid "
-            "trains: convert the model to open_clip, hf or onnx"
-        )
     others = [
-        f"model.{field}={getattr(model.config.model, field)}"
+        f"model.{field}={getattr(config, field)}"
         for field in _OF_THE_PAPER
-        if getattr(model.config.model, field) != getattr(ModelConfig(), field)
+        if getattr(config, field) != getattr(defaults, field)
     ]
-    if others:
-        raise ValueError(
-            f"microsoft/UniCL's code knows no {', '.join(others)}: convert the model to open_clip, "
-            "hf or onnx"
+    reason = ""
+    if config.image_encoder not in known:
+        reason = (
+            f"files hold {' or '.join(known)}, this model's image encoder is {config.image_encoder}"
         )
+    elif model.logit_bias is not None:
+        reason = "code knows no bias of the logits, which objective.form=sigmoid trains"
+    elif others:
+        reason = f"code knows no {', '.join(others)}"
+    if reason:
+        raise ValueError(f"microsoft/UniCL's {reason}: convert the model to open_clip, hf or onnx")
 
     def official_name(name: str) -> str:
         return _DOWNSAMPLE.sub(
@@ -117,11 +120,6 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         for name, tensor in tensors
         if name not in TRAINING_ONLY
     }
-
-
-def num_parameters(entries: Mapping[str, Tensor]) -> int:
-    """Number of trained parameters: the tables of Swin's windows do not count."""
-    return sum(tensor.numel() for name, tensor in entries.items() if not _TABLES.search(name))
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
@@ -179,30 +177,6 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
     )
 
 
-def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Reasons why entries do not fit the model, all names included; empty where all fit."""
-    missing = [name for name in tensors if name not in entries]
-    left_over = [name for name in entries if name not in tensors]
-    shapes, not_finite, tables = [], [], []
-    for name, tensor in tensors.items():
-        entry = entries.get(name, tensor)  # missing ones are named already
-        if entry.shape != tensor.shape:
-            shapes.append(f"{name} {list(entry.shape)} instead of {list(tensor.shape)}")
-        elif _TABLES.search(name):
-            if not torch.equal(entry.to(tensor.dtype), tensor):
-                tables.append(name)
-        elif not (entry.is_floating_point() and bool(entry.isfinite().all())):
-            not_finite.append(name)
-    kinds = {
-        "missing": missing,
-        "left over": left_over,
-        "of another shape": shapes,
-        "not finite numbers": not_finite,
-        "tables of other windows than 7 x 7 patches in images of 224 pixels": tables,
-    }
-    return [f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names]
-
-
 def read_official_file(path: Path) -> dict[str, Tensor]:
     """The entries of a checkpoint, `{"model": {name: tensor}}` or the names without the wrapper.
 
@@ -212,6 +186,15 @@ def read_official_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
-    """Writes `{"model": entries}`, each tensor with memory of its own."""
+    """Writes `{"model": entries}` as a new file, each tensor with memory of its own.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: a disk that failed.
+    """
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
-    torch.save({"model": copies}, path)
+    with new_file(path) as aside:
+        torch.save({"model": copies}, aside)
+        again = read_official_file(aside)
+        assert again.keys() == entries.keys()
+        assert all(torch.equal(again[name], entries[name]) for name in entries)

@@ -11,7 +11,6 @@ and whatever takes open_clip's models runs on it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,21 @@ import timm
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.export import Preprocessing
-from unicl_fast.conversion.export import (
-    Samples,
+from unicl_fast.conversion import preprocessing
+from unicl_fast.conversion.libraries import fixed_size
+from unicl_fast.conversion.output import (
     new_folder,
     require_equal,
+    sample_images,
+    sample_tokens,
     write_json,
     write_tensors,
 )
-from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-_TEXT_BLOCKS = re.compile(r"^text_encoder\.resblocks\.")
 _NATIVE_EPS = 1e-5
 
 # A config says more than we need, and some of it is for training alone.
@@ -69,11 +68,17 @@ _RESNETS = {
     (128, 3, 15, 36, 10): "resnet50x64_clip",
 }
 """By width and layers of the stages: timm's name."""
-_LEFT_OUT = {
-    **dict.fromkeys(
-        ("attn_mask", "input_resolution", "context_length", "vocab_size"), "no weights"
-    ),
+_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+_MATRICES = {
+    "visual.proj": "image_projection",
+    "text_projection": "text_projection",
+    "text.text_projection": "text_projection",
 }
+_LINEARS = {
+    **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
+    **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
+}
+"""Layers that project, whose weights are [out in]."""
 
 
 class UnknownArchitectureError(ValueError):
@@ -176,50 +181,39 @@ def from_open_clip(
 
     Those of its own image encoders keep their names after `image_encoder.`: timm renames them.
     """
-    vision = model_cfg["vision_cfg"]
-    classifier: tuple[str, ...] = ()
-    if vision.get("timm_model_name") and not vision.get("timm_proj", "linear"):
-        # timm's classifier projects; its name has no tag
-        registered = timm.get_pretrained_cfg(vision["timm_model_name"])
-        names = getattr(registered, "classifier", None) or "head"
-        classifier = (names,) if isinstance(names, str) else tuple(names)[:1]
-    projections = ("head.proj", "attnpool.c_proj", *(f"trunk.{name}" for name in classifier))
+    linears = {**_LINEARS, **dict.fromkeys(_projecting_classifier(model_cfg), "image_projection")}
     ours: dict[str, Tensor] = {}
     left_out = []
     for original, tensor in tensors.items():
         name = original.removeprefix("module.")
-        part, dot, kind = name.removeprefix("visual.").rpartition(".")
-        if name in _LEFT_OUT:
+        layer, _, kind = name.rpartition(".")
+        if name in _NO_WEIGHTS:
             left_out.append(name)
         elif name in ("logit_scale", "logit_bias"):
             ours[name] = tensor.reshape([])
-        elif name == "visual.proj":
-            ours["image_projection"] = tensor
-        elif name.startswith("visual.") and dot and part in projections:
-            bias = kind == "bias"
-            ours["image_projection_bias" if bias else "image_projection"] = (
-                tensor if bias else tensor.T
-            )
+        elif name in _MATRICES:
+            ours[_MATRICES[name]] = tensor
+        elif layer in linears:
+            is_bias = kind == "bias"
+            ours[linears[layer] + "_bias" * is_bias] = tensor if is_bias else tensor.T
         elif name.startswith("visual.trunk."):
             ours["image_encoder." + name.removeprefix("visual.trunk.")] = tensor
         elif name.startswith("visual."):
             ours["image_encoder." + name] = tensor
         else:
-            _put_text(ours, name.removeprefix("text."), tensor)
+            in_text = name.removeprefix("text.").removeprefix("transformer.")
+            ours["text_encoder." + in_text] = tensor
     return ours, left_out
 
 
-def _put_text(ours: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    if name == "text_projection.weight":
-        ours["text_projection"] = tensor.T
-    elif name == "text_projection.bias":
-        ours["text_projection_bias"] = tensor
-    elif name == "text_projection":
-        ours[name] = tensor
-    elif name.startswith("transformer."):
-        ours["text_encoder." + name.removeprefix("transformer.")] = tensor
-    else:
-        ours["text_encoder." + name] = tensor
+def _projecting_classifier(model_cfg: Mapping[str, Any]) -> list[str]:
+    """The classifier of timm's image encoder where that projects; its name has no tag."""
+    vision = model_cfg["vision_cfg"]
+    if not vision.get("timm_model_name") or vision.get("timm_proj", "linear"):
+        return []
+    registered = timm.get_pretrained_cfg(vision["timm_model_name"])
+    names = getattr(registered, "classifier", None) or "head"
+    return [f"visual.trunk.{names if isinstance(names, str) else names[0]}"]
 
 
 @torch.no_grad()
@@ -247,19 +241,19 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
         )
     values = {
         "model_cfg": _open_clip_config(model),
-        "preprocess_cfg": Preprocessing.of(model.config).for_open_clip(),
+        "preprocess_cfg": preprocessing.for_open_clip(model.config.data),
     }
     with new_folder(folder) as aside:
         write_json(aside / CONFIG_FILE, values)
         write_tensors(aside / WEIGHTS_FILE, _open_clip_tensors(model))
         theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
         theirs.eval()
-        ours = Samples.of(model)
-        images, texts = theirs.encode_image(ours.images), theirs.encode_text(ours.tokens)
-        return max(
-            require_equal(ours.image_features, images, what="image features"),
-            require_equal(ours.text_features, texts, what="text features"),
-        )
+        images, tokens = sample_images(model), sample_tokens(model)
+        pairs = {
+            "image features": (model.encode_image(images), theirs.encode_image(images)),
+            "text features": (model.encode_text(tokens), theirs.encode_text(tokens)),
+        }
+        return max(require_equal(*pair, what=what) for what, pair in pairs.items())
 
 
 def _require_convertible(model: UniCL) -> None:
@@ -325,22 +319,21 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
 
 def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
     """The model's tensors by open_clip's names."""
+    names = {"image_projection_bias": "visual.head.proj.bias",
+             "text_projection_bias": "text_projection.bias"}  # fmt: skip
+    linears = {"image_projection": "visual.head.proj.weight"}  # whose weights are [out in]
+    if model.text_projection_bias is not None:
+        linears["text_projection"] = "text_projection.weight"
     tensors = {}
-    text_bias = model.text_projection_bias is not None
     for name, tensor in model.state_dict().items():
         if name in TRAINING_ONLY:
             continue
-        if name == "image_projection":
-            tensors["visual.head.proj.weight"] = tensor.T  # theirs is a Linear
-        elif name == "image_projection_bias":
-            tensors["visual.head.proj.bias"] = tensor
-        elif name == "text_projection" and text_bias:
-            tensors["text_projection.weight"] = tensor.T
-        elif name == "text_projection_bias":
-            tensors["text_projection.bias"] = tensor
+        if name in linears:
+            tensors[linears[name]] = tensor.T
         elif name.startswith("image_encoder."):
             tensors["visual.trunk." + name.removeprefix("image_encoder.")] = tensor
         else:
-            renamed = _TEXT_BLOCKS.sub("transformer.resblocks.", name)
-            tensors[renamed.removeprefix("text_encoder.")] = tensor
+            in_text = name.removeprefix("text_encoder.")
+            is_block = in_text.startswith("resblocks.")
+            tensors[names.get(name, "transformer." * is_block + in_text)] = tensor
     return tensors

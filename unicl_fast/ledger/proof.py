@@ -45,7 +45,6 @@ class Run:
     """The marks by which one run is told from another, in its ledger and in its checkpoints."""
 
     run_id: str
-    """Empty where 0.1 wrote it."""
     seed: int
     global_batch_size: int
     """`run.global_batch_size`; stages may have others."""
@@ -304,10 +303,10 @@ def _contradictions(segments: Sequence[Segment], run: Run | None) -> list[str]:
     faults = [
         f"segments {one} and {other} are of different runs: {_origin(first)}, and {_origin(second)}"
         for (one, first), (other, second) in itertools.pairwise(numbered)
-        if _differ(first, second)
+        if first != second
     ]
     for number, last in numbered[-1:]:
-        if run is not None and _differ(run, last):
+        if run is not None and run != last:
             faults.append(
                 f"the newest checkpoint is of another run than segment {number}: {_origin(run)}, "
                 f"and {_origin(last)}"
@@ -326,16 +325,9 @@ def _run_of(header: SegmentHeader) -> Run:
     )
 
 
-def _differ(one: Run, other: Run) -> bool:
-    """Whether two are not one run; those of 0.1 have no id."""
-    if not (one.run_id and other.run_id):
-        one, other = (dataclasses.replace(each, run_id="") for each in (one, other))
-    return one != other
-
-
 def _origin(run: Run) -> str:
     return (
-        f"run {run.run_id or 'without an id'} with seed {run.seed} and batches of "
+        f"run {run.run_id} with seed {run.seed} and batches of "
         f"{run.global_batch_size} out of sources of {run.sizes} samples"
         + (f", in views that the teachers {' '.join(run.teachers)} saw" if run.teachers else "")
     )

@@ -5,7 +5,6 @@ read too, but damage to its arrays can then be found only where it contradicts i
 
 A JSON object carries its own checksum in one more field (`seal`), of the other fields in a fixed
 spelling, so that white space and order do not matter: nothing else would reveal a flipped digit.
-Objects without one, as earlier versions wrote them, are read as they are.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def parse_checksummed_json(text: bytes) -> dict[str, Any]:
         values = json.loads(text.decode("utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"an object is expected, not a {type(values).__name__}")
-        found = values.pop(_FIELD, None)
-        if found is not None and found != _json_checksum(values):
+        if values.pop(_FIELD, None) != _json_checksum(values):
             raise ValueError("its content is not what was written (checksum)")
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error

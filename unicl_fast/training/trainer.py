@@ -259,7 +259,7 @@ class Trainer:
         )
         self.step = self._saved_step = state.step
         self._enter_stage()
-        self.run_id = state.run_id or self.run_id
+        self.run_id = state.run_id
         self._nonfinite_steps.start_at(self.step)
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
 

@@ -1,7 +1,7 @@
 """`unicl-convert`: trained models in the formats of others, and microsoft/UniCL's files in ours.
 
-Reads the arguments and ends with the exit code of what happened; the commands and their options
-are `unicl_fast.conversion.requests`.
+Reads the arguments and ends with the exit code of what happened. The commands are `commands`, and
+the conversions `unicl_fast.conversion`'s.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import tyro
 
-from unicl_fast.conversion.requests import COMMANDS, Conversion
 from unicl_fast.distributed.launch import stop
 from unicl_fast.system.machine import check_current_folder
 from unicl_fast.system.program import begin_program
+
+from .commands import COMMANDS, Conversion
 
 
 def main(argv: Sequence[str] | None = None) -> None:

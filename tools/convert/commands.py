@@ -7,13 +7,18 @@ which neither `--help` nor a mistyped option has to wait.
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from unicl_fast.config import EVALUATED_KIND, DataConfig, TextKind
-from unicl_fast.system.checked_fields import Fraction, convert
 from unicl_fast.system.wording import count_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unicl_fast.models.unicl import UniCL
 
 
 class Conversion(abc.ABC):
@@ -56,20 +61,20 @@ class FromOfficial(Conversion):
     def run(self) -> None:
         from unicl_fast.conversion import official
         from unicl_fast.conversion.card import Facts
-        from unicl_fast.conversion.export import print_written, require_new, write_export
+        from unicl_fast.conversion.export import write_export
+        from unicl_fast.conversion.output import require_new
         from unicl_fast.system.checksums import file_checksum
 
         require_new(self.out)
         entries = official.read_official_file(self.file)
-        size = official.num_parameters(entries)
-        print(f"read {self.file}: {count_of(len(entries), 'entry')}, {count_of(size, 'parameter')}")
         model = official.model_of(entries, source=self.file)
+        print(f"read {self.file}: {_size(model, entries)}")
         origin = {
             "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
             "xxh3 of that file": file_checksum(self.file),
         }
         write_export(model, self.out, facts=Facts(origin=origin))
-        print_written(self.out)
+        _print_written(self.out)
         print(
             f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
             "normalised as ImageNet's"
@@ -90,6 +95,29 @@ class ModelConversion(Conversion):
     """ema is the moving average of the weights, model the weights of the last step; auto takes the
     average where there is one."""
 
+    def load(self, *, needs_texts: bool = True) -> UniCL:
+        """Loads the model in fp32 and evaluation mode, and prints what it is.
+
+        Raises:
+            ValueError: OUT exists, or the model has no text encoder where it `needs_texts`.
+            FileNotFoundError: no model there.
+        """
+        from unicl_fast.checkpoints.load import find_model, load_model
+        from unicl_fast.conversion.output import require_new
+
+        require_new(self.out)  # before minutes are spent
+        model = load_model(self.model, weights=self.weights).float()
+        if needs_texts and model.text_encoder is None:
+            raise ValueError(
+                f"{self.model} was trained with objective.name={model.config.objective.name} and "
+                "has no text encoder; unicl-convert timm takes its image encoder"
+            )
+        print(
+            f"read {find_model(self.model)}: {model.config.model.image_encoder}, "
+            f"{_size(model, model.state_dict())}"
+        )
+        return model
+
 
 @dataclass(frozen=True, kw_only=True)
 class OneKindConversion(ModelConversion):
@@ -99,18 +127,12 @@ class OneKindConversion(ModelConversion):
     """Kind that the output takes texts for, labels (prompts) or captions, where MODEL tells these
     apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
 
-
-def _view(data: DataConfig) -> str:
-    """How an evaluation shows images to a model, in words."""
-    return (
-        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
-        "the centre"
-    )
-
-
-def _print_registration(image_encoder: str) -> None:
-    if image_encoder.startswith("unicl_"):
-        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
+    def load(self, *, needs_texts: bool = True) -> UniCL:
+        """Loads the model for one kind of texts."""
+        model = super().load(needs_texts=needs_texts)
+        if model.config.tells_kinds:
+            print(f"texts are taken for {self.kind} (--kind)")
+        return model.of_kind(self.kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,23 +149,14 @@ class ToOfficial(OneKindConversion):
 
     def run(self) -> None:
         import numpy as np
-        import torch
 
         from unicl_fast.conversion import official
-        from unicl_fast.conversion.export import load_source, new_file, print_written
 
-        model = load_source(self)
+        model = self.load()
         entries = official.official_entries(model)
-        with new_file(self.out) as aside:
-            official.write_official_file(aside, entries)
-            again = official.read_official_file(aside)
-            assert again.keys() == entries.keys()
-            assert all(torch.equal(again[name], entries[name]) for name in entries)
-        print_written(self.out)
-        print(
-            f"{count_of(len(entries), 'entry')}, "
-            f"{count_of(official.num_parameters(entries), 'parameter')}"
-        )
+        official.write_official_file(self.out, entries)
+        _print_written(self.out)
+        print(_size(model, entries))
         data = model.config.data
         print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
         theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
@@ -172,11 +185,10 @@ class ToOpenClip(OneKindConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion.export import load_source, print_written
         from unicl_fast.conversion.open_clip import write_open_clip
 
-        model = load_source(self)
-        print_written(self.out, difference=write_open_clip(model, self.out))
+        model = self.load()
+        _print_written(self.out, difference=write_open_clip(model, self.out))
         data = model.config.data
         if data.evaluation_resize != data.image_size:
             print(
@@ -202,11 +214,10 @@ class ToTimm(ModelConversion):
     def run(self) -> None:
         import timm
 
-        from unicl_fast.conversion.export import load_source, print_written
         from unicl_fast.conversion.libraries import timm_arguments, write_timm
 
-        model = load_source(self, needs_texts=False)
-        print_written(self.out, difference=write_timm(model, self.out))
+        model = self.load(needs_texts=False)
+        _print_written(self.out, difference=write_timm(model, self.out))
         name = model.config.model.image_encoder
         _print_registration(name)
         more = "".join(f", {key}={value}" for key, value in timm_arguments(model).items())
@@ -223,11 +234,10 @@ class ToTimm(ModelConversion):
 class ToHub(ModelConversion):
     """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
 
-    Safetensors, config, preprocessing, and a card that is filled from the run: its data sets (names
-    of folders, counts, licenses), the recipe, what its ledger proves, and the figures, with
-    intervals, of all evaluations of these weights whose --json lies in the run's folder. OUT holds
-    no path of this machine. unicl-eval, unicl-pretrain --init and unicl_fast.load_model take OUT,
-    and hf-hub:OWNER/NAME once it is there.
+    Safetensors, config, preprocessing, and a card with the run's data sets (names of folders,
+    counts, licenses) and the figures, with intervals, of all evaluations of these weights whose
+    --json lies in the run's folder. OUT holds no path of this machine. unicl-eval, unicl-pretrain
+    --init and unicl_fast.load_model take OUT, and hf-hub:OWNER/NAME once it is there.
 
     Example:
       unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json
@@ -246,7 +256,7 @@ class ToHub(ModelConversion):
 
     def run(self) -> None:
         from unicl_fast.conversion.card import collect_facts
-        from unicl_fast.conversion.export import load_source, print_written, write_export
+        from unicl_fast.conversion.export import write_export
 
         if self.private and not self.push:
             raise ValueError("--private is about a repository: add --push OWNER/NAME")
@@ -254,11 +264,16 @@ class ToHub(ModelConversion):
             from unicl_fast.checkpoints.hub import check_upload, upload
 
             check_upload(self.push)
-        model = load_source(self)
-        facts = collect_facts(self.model, weights=self.weights, evaluations=self.evaluations)
+        model = self.load()
+        facts, left_out = collect_facts(
+            self.model, weights=self.weights, evaluations=self.evaluations
+        )
+        for reason in left_out:
+            print(f"left out of the card: {reason}")
+        print(f"figures on the card: {len(facts.figures)}")
         name = f"hf-hub:{self.push}" if self.push else "FOLDER"
         write_export(model, self.out, facts=facts, name=name, license=self.license)
-        print_written(self.out)
+        _print_written(self.out)
         if self.push:
             try:
                 address = upload(self.out, self.push, private=self.private)
@@ -285,12 +300,11 @@ class ToOnnx(OneKindConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion.export import load_source, print_written
         from unicl_fast.conversion.libraries import require_packages, write_onnx
 
         require_packages()  # before a model is loaded for nothing
-        difference = write_onnx(load_source(self), self.out)
-        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        difference = write_onnx(self.load(), self.out)
+        _print_written(self.out, difference=difference, where=", at batches of 1 and more")
         print(f'next: onnxruntime.InferenceSession("{self.out / "image.onnx"}")')
 
 
@@ -305,62 +319,11 @@ class ToExport(OneKindConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion.export import load_source, print_written
         from unicl_fast.conversion.libraries import write_exported_programs
 
-        difference = write_exported_programs(load_source(self), self.out)
-        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        difference = write_exported_programs(self.load(), self.out)
+        _print_written(self.out, difference=difference, where=", at batches of 1 and more")
         print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
-
-
-@dataclass(frozen=True, kw_only=True)
-class Average(Conversion):
-    """The average of two models of one architecture, as WiSE-FT takes it: (1 - alpha) A + alpha B.
-
-    For example of a model before and after it was trained further. Weights and BatchNorm's averages
-    are interpolated in fp32; whole numbers, such as counts of batches, are A's. Models that differ
-    in architecture or preprocessing are refused. OUT is a folder that unicl-eval and
-    unicl_fast.load_model take. To compare several alphas on images:
-    unicl-eval zero-shot --checkpoint A --average-with B --data DIR.
-
-    Example:
-      unicl-convert average models/released runs/tuned models/between --alpha 0.5
-    """
-
-    first: Path
-    """A: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export."""
-    second: Path
-    """B: another one."""
-    out: Path
-    """OUT: a new folder."""
-    alpha: Fraction = 0.5
-    """Part of B, from 0 to 1."""
-    weights: Literal["auto", "ema", "model"] = "auto"
-    """ema is the moving average of the weights, model the weights of the last step; auto takes the
-    average where there is one."""
-
-    def run(self) -> None:
-        from unicl_fast.checkpoints.average import averaged_weights, whole_numbers
-        from unicl_fast.checkpoints.load import load_model
-        from unicl_fast.conversion.card import Facts
-        from unicl_fast.conversion.export import print_written, require_new, write_export
-
-        convert(self.alpha, Fraction, name="--alpha")
-        require_new(self.out)
-        first, second = (
-            load_model(path, weights=self.weights).float() for path in (self.first, self.second)
-        )
-        tensors = averaged_weights(first, second, self.alpha)
-        if kept := whole_numbers(first):
-            print(
-                f"taken from {self.first}, since they are whole numbers: {', '.join(kept[:3])}"
-                + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
-            )
-        first.load_state_dict(tensors)
-        origin = {"average of two models, part of the second": self.alpha}
-        write_export(first, self.out, facts=Facts(origin=origin))
-        print_written(self.out)
-        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
 
 
 COMMANDS: dict[str, type[Conversion]] = {
@@ -371,5 +334,33 @@ COMMANDS: dict[str, type[Conversion]] = {
     "hf": ToHub,
     "onnx": ToOnnx,
     "export": ToExport,
-    "average": Average,
 }
+
+
+def _print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
+    """Prints the files of an output, and how much its features differ from ours."""
+    if difference is not None:
+        print(f"checked: features differ from ours by at most {difference:.1e}{where}")
+    print(f"written to {path}:")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
+
+
+def _print_registration(image_encoder: str) -> None:
+    if image_encoder.startswith("unicl_"):
+        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
+
+
+def _view(data: DataConfig) -> str:
+    """How an evaluation shows images to a model, in words."""
+    return (
+        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        "the centre"
+    )
+
+
+def _size(model: UniCL, entries: Mapping[str, Tensor]) -> str:
+    from unicl_fast.conversion.output import num_parameters
+
+    return f"{count_of(len(entries), 'entry')}, {count_of(num_parameters(model), 'parameter')}"

@@ -1,0 +1,1 @@
+"""`unicl-convert`: its options, and what it prints."""

@@ -1,0 +1,96 @@
+"""Figures of a model, read from the files that `unicl-eval --json` wrote about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unicl_fast.system.checked_fields import Fraction, convert, parse_json
+from unicl_fast.system.wording import count_of
+
+_INTERVAL = "_interval_95"
+_COUNTS = ("num_samples", "num_images", "num_test")
+_SHARED = ("name", "metric", "protocol", *_COUNTS)
+
+
+def figures_of(
+    checksum: str, evaluations: Sequence[Path], *, run: Path | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Collects the figures of all evaluations of a model.
+
+    Args:
+        checksum: of the model's file of weights.
+        evaluations: files that must be evaluations of these weights.
+        run: a run's folder, in which more of them are looked for.
+
+    Returns:
+        The figures, and a sentence for each file of the run that is of other weights or damaged.
+
+    Raises:
+        ValueError: a file of `evaluations` is none, is damaged, or is of other weights.
+        OSError: a disk that failed.
+    """
+    figures, left_out = [], []
+    for path in evaluations:
+        if (values := _evaluation(path)) is None:
+            raise ValueError(
+                f"{path} is no result of an evaluation: expected a file that unicl-eval --json "
+                "wrote"
+            )
+        figures += _figures_of(values, path, checksum)
+    for path in sorted([*run.glob("*.json"), *run.glob("*/*.json")]) if run else []:
+        try:
+            figures += _figures_of(values, path, checksum) if (values := _evaluation(path)) else []
+        except ValueError as error:
+            left_out.append(str(error))
+    return [one for number, one in enumerate(figures) if one not in figures[:number]], left_out
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    """The content of a result of an evaluation; None for any other file."""
+    try:
+        values = parse_json(path.read_bytes(), where=str(path))
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "protocol" in values else None
+
+
+def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[str, Any]]:
+    if values.get("weights_xxh3") != checksum:
+        raise ValueError(
+            f"{path} is about other weights (xxh3 {values.get('weights_xxh3')}) than those that "
+            f"are exported ({checksum}): evaluate these, with the same --weights"
+        )
+    try:
+        return [one | {"file": path.name} for one in _figures_in(values, {})]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; evaluate the model again") from error
+
+
+def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the rates with an interval in a report, which is a part of another, and in its parts.
+
+    `above` are the facts of the other that hold for its parts.
+    """
+    facts = {**above, **{name: values[name] for name in _SHARED if name in values}}
+    how = f", k = {values['k']}" if "k" in values else ""
+    if "num_templates" in values:
+        how = f", {count_of(values['num_templates'], 'prompt')} a class"
+    for key in values:
+        metric = key.removesuffix(_INTERVAL)
+        if metric == key or facts.get("metric", metric) != metric:
+            continue  # it has no interval, or is not the metric of the protocol
+        rates = (values[metric], *values[key])
+        value, low, high = (convert(one, Fraction, name=metric) for one in rates)
+        yield {
+            "data": facts.get("name", ""),
+            "protocol": facts["protocol"] + how,
+            "metric": metric.replace("_", " "),
+            "value": value,
+            "low": low,
+            "high": high,
+            "num_samples": next((facts[name] for name in _COUNTS if name in facts), 0),
+        }
+    for part in [*values.get("data_sets", ()), *values.get("results", ())]:
+        yield from _figures_in(part, facts)

@@ -1,0 +1,41 @@
+"""Whether tensors of others fit a model of ours: by name, shape and content."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+
+def misfits(
+    needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, shown: int | None = None
+) -> list[str]:
+    """Lists how tensors differ from those that are needed; empty where all fit.
+
+    Each phrase names at most `shown` tensors, by default all, and counts them.
+    """
+    both = [name for name in needed if name in found]
+    kinds = {
+        "missing": [name for name in needed if name not in found],
+        "left over": [name for name in found if name not in needed],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(needed[name].shape)}"
+            for name in both
+            if found[name].shape != needed[name].shape
+        ],
+        "not finite numbers": [
+            name for name in both if not _has_finite_numbers(found[name], like=needed[name])
+        ],
+    }
+    return [phrase(kind, names, shown=shown) for kind, names in kinds.items() if names]
+
+
+def phrase(kind: str, names: Sequence[str], *, shown: int | None = None) -> str:
+    """Formats `missing: a, b, ... (7)`."""
+    more = ", ..." if len(names) > len(names[:shown]) else ""
+    return f"{kind}: {', '.join(names[:shown])}{more} ({len(names)})"
+
+
+def _has_finite_numbers(tensor: Tensor, *, like: Tensor) -> bool:
+    is_fractional = tensor.is_floating_point() or not like.is_floating_point()
+    return is_fractional and bool(tensor.isfinite().all())

@@ -1,0 +1,130 @@
+"""Converted models on the disk: whole or not at all, and compared with ours before they appear.
+
+Features are compared for the same tensors, so that resizing, which each library does in its own
+way, is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unicl_fast.checkpoints.files import save_tensors
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.text.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+"""Largest difference of a coordinate of unit vectors that is accepted; fp32 leaves about 1e-6."""
+_TEXTS = (
+    "a photo of a dog",
+    "",
+    "two people and a horse in the snow, seen from far away",
+    "an airplane, an automobile, a bird, a cat, a deer, a frog, a ship and a truck " * 5,
+)
+
+
+def require_new(path: Path) -> None:
+    """Refuses (ValueError) a path that exists; an empty folder is accepted."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or (path.exists() and not is_empty_folder):
+        raise ValueError(f"{path} is there already: name a new one, or remove it first")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be written.
+    """
+    require_new(path)
+    make_folder(path.parent)
+    with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
+        aside = folder / path.name
+        yield aside
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, else as `new_file`."""
+    with new_file(path) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes strict JSON, which has no infinity."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file whose tensors share no memory; a full disk is an OSError."""
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_tensors(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def logits_of(model: UniCL) -> dict[str, Any]:
+    """The logarithm of the scale of the logits, and their bias where the model has one.
+
+    A scale for each kind of text is a list, in the order of `TEXT_KINDS`.
+    """
+    bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias.item()}
+    return {"logit_scale": model.logit_scale.tolist(), **bias}
+
+
+def sample_images(model: UniCL) -> Tensor:
+    """Images of the size that a model takes: float32 [2 3 h w], normal."""
+    size = model.config.data.image_size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def sample_tokens(model: UniCL) -> Tensor:
+    """Token rows for a model: int64 [4 l] of short, empty, usual and cut texts."""
+    tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+    # a model of another tokenizer may have a smaller vocabulary
+    return tokens.clamp_(max=model.config.model.vocab_size - 1)
+
+
+def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
+    """The largest difference of two sets of features after scaling them to unit norm.
+
+    `expected` are ours [n d], `found` those of the converted model; `what` names them in the error.
+
+    Raises:
+        RuntimeError: they differ by more than the tolerance.
+    """
+    if expected.shape != found.shape:
+        raise RuntimeError(
+            f"{what} of the converted model have shape {list(found.shape)}, ours "
+            f"{list(expected.shape)}: nothing was written; please report this"
+        )
+    difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
+    if not difference <= TOLERANCE:  # so that NaN is refused
+        raise RuntimeError(
+            f"{what} of the converted model differ from ours by {difference:.1e}, where "
+            f"{TOLERANCE:.0e} is allowed: nothing was written; please report this with the "
+            "model's config and the versions of the libraries"
+        )
+    return difference

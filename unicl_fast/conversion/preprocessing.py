@@ -1,0 +1,86 @@
+"""How `unicl-eval` prepares images and texts for a model, in the words of each format.
+
+A wrong mean costs points of accuracy and raises no error, so it goes with the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from unicl_fast.config import DataConfig, TrainConfig
+
+_PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers stores
+
+
+def in_words(config: TrainConfig) -> dict[str, Any]:
+    """For people, and for programs of their own: `preprocessing.json`."""
+    data, model = config.data, config.model
+    return {
+        "image": {
+            "color": "RGB",
+            "resize_shorter_side_to": data.evaluation_resize,
+            "interpolation": data.interpolation,
+            "antialias": True,
+            "center_crop": data.image_size,
+            "scale_to": [0.0, 1.0],
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "layout": "NCHW",
+            "type": "float32",
+        },
+        "text": {
+            "tokenizer": "CLIP byte-pair encoding, lower case",
+            "context_length": model.context_length,
+            "vocab_size": model.vocab_size,
+            "start_token": model.vocab_size - 2,
+            "end_token": model.vocab_size - 1,
+            "padding_token": 0,
+            "type": "int64",
+        },
+    }
+
+
+def for_timm(data: DataConfig) -> dict[str, Any]:
+    """The fields of a timm `pretrained_cfg`."""
+    # timm divides by the fraction and rounds down: it must find evaluation_resize again
+    fraction = data.image_size / data.evaluation_resize
+    while math.floor(data.image_size / fraction) < data.evaluation_resize:
+        fraction = math.nextafter(fraction, 0)
+    return {
+        "input_size": [3, data.image_size, data.image_size],
+        "interpolation": data.interpolation,
+        "crop_pct": fraction,
+        "crop_mode": "center",
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
+
+
+def for_open_clip(data: DataConfig) -> dict[str, Any]:
+    """The `preprocess_cfg` of open_clip, which always scales to the size that it crops."""
+    return {
+        "mode": "RGB",
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "interpolation": data.interpolation,
+        "resize_mode": "shortest",
+    }
+
+
+def for_transformers(data: DataConfig) -> dict[str, Any]:
+    """A `preprocessor_config.json`, as CLIPImageProcessor of transformers takes it."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": data.evaluation_resize},
+        "resample": _PILLOW_FILTERS[data.interpolation],
+        "do_center_crop": True,
+        "crop_size": {"height": data.image_size, "width": data.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+    }
