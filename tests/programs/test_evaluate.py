@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from object_stores import empty, upload
 from pasted_objects import paste_objects
 from PIL import Image
@@ -30,13 +32,13 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
-from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Detect, Finetune, Knn, ZeroShot
+from unicl_fast.evaluation.requests import Knn, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import convert, evaluate, pretrain
 from unicl_fast.tools.pack import __main__ as pack
+from unicl_fast.training.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
 
@@ -554,20 +556,23 @@ def test_two_ranks_equal_one(data: Path, trained: Path, arguments: list[str]) ->
     assert evaluated(kind, trained, *more, nproc=2) == evaluated(kind, trained, *more)
 
 
-def test_a_fine_tuned_encoder_is_tested_and_kept(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sets = ["--train", data / "classes", "--data", data / "labels", "--train-batch-size", "8"]
-    out = tmp_path / "tuned"
-    values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
-    assert values["settings"]["steps"] == 5
-    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very images"
-    module, names = load_finetuned(out)
-    assert len(names) == module.head.out_features == 10
-    kept = json.loads((out / "finetuned.json").read_text())
-    assert kept["config"]["data"]["train"] == [str(data / "classes")]
-    again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
-    assert "name another folder as --out" in again
+def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path) -> None:
+    """By the recipe of docs/evaluation.md; at so small a rate the encoder stays the run's."""
+    text = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^    unicl-pretrain (.*--init .*)$", text.replace("\\\n", " "), re.M)
+    recipe = recipe.replace("runs/first-dtd", str(tmp_path)).replace("runs/first", str(trained))
+    for name in ("train", "test"):
+        recipe = recipe.replace(f"packed/dtd-{name}", str(data / "labels"))
+    few = ["--run.global-batch-size", "8", "--run.steps", "6", "--optim.lr", "1e-7"]
+    call(pretrain, *shlex.split(recipe), *few)
+    (last,) = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
+    assert last["step"] == 6
+    first, tuned = load_weights_of(trained), load_weights_of(tmp_path)
+    assert tuned.class_rows.shape == (10, tuned.image_encoder.num_features + 1)
+    for name, weight in first.image_encoder.state_dict().items():
+        torch.testing.assert_close(
+            tuned.image_encoder.state_dict()[name], weight, rtol=1e-2, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -601,11 +606,6 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert shows_progress(Ranks())
     assert not shows_progress(Ranks(rank=1, world_size=2))
-
-
-def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
-    assert "batch_size" in {field.name for field in dataclasses.fields(Finetune)}
-    assert "batch_size" not in {field.name for field in dataclasses.fields(Detect)}
 
 
 @pytest.mark.slow

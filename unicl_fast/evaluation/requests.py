@@ -38,8 +38,6 @@ that texts are compared in. A model trained by cross-entropy has no such space."
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 Finite = Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)]
 Rate = Annotated[float, Meta(ge=1e-12, le=100)]
-Strength = Annotated[float, Meta(ge=0, le=100)]
-Part = Annotated[float, Meta(ge=0, le=0.999)]
 _T = TypeVar("_T")
 
 
@@ -349,65 +347,6 @@ class Knn(FrozenFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
-    """timm's recipe of fine-tuning."""
-
-    lr: Rate = 5e-4
-    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: Annotated[float, Meta(ge=1e-6, le=1)] = 0.75
-    """Factor of the learning rate from a layer to the one below; 1 trains all at the same rate."""
-    weight_decay: Strength = 0.05
-    """Decoupled weight decay; none on 1-D parameters and those that timm's model spares."""
-    warmup_fraction: Part = 0.1
-    """Part of the steps during which the rate climbs from 0."""
-    label_smoothing: Part = 0.1
-    """Part of the target that is spread over all classes."""
-    mixup: Strength = 0.2
-    """Alpha of mixup; 0 does none. Mixes within a rank's local batch."""
-    cutmix: Strength = 0.0
-    """Alpha of CutMix; 0 does none."""
-    ema_decay: Annotated[float, Meta(ge=0, le=0.999999)] = 0.9998
-    """Decay of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
-    seed: Count = 0
-    """Seed of the order, the crops and mixup."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune(FinetuneRecipe, TransferEvaluation):
-    """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
-
-    AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
-    of the weights. The last average is tested, once: nothing is chosen by the test images. Crops
-    and flips are those of the checkpoint's config.
-    """
-
-    out: Path
-    """Folder for the fine-tuned weights."""
-    head: Literal["probe", "zero-shot", "fresh"] = "probe"
-    """The head at the start: a linear probe, the zero-shot classifier, or zeros."""
-    epochs: Finite = 10.0
-    """Epochs over the training images."""
-    train_batch_size: Number = 128
-    """Images of one step over all ranks."""
-    augment: str | None = None
-    """Augmentation of training images instead of the checkpoint's data.augment, such as unicl; see
-    docs/augmentation.md."""
-
-    def check(self) -> None:
-        super().check()
-        refuse_file(self.out)
-        if (self.out / "finetuned.json").exists():
-            raise ValueError(f"{self.out} holds a fine-tuned model: name another folder as --out")
-
-    def run(self) -> None:
-        from unicl_fast.evaluation import finetune
-
-        finetune.run(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class DetectorRecipe:
     """The detector and its 1x schedule."""
 
@@ -574,7 +513,6 @@ COMMANDS: dict[str, type[ModelCommand]] = {
     "zero-shot": ZeroShot,
     "linear-probe": LinearProbe,
     "knn": Knn,
-    "finetune": Finetune,
     "detect": Detect,
     "retrieval": Retrieval,
     "classify": Classify,
