@@ -33,7 +33,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Knn, ZeroShot
+from unicl_fast.evaluation.requests import Knn
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import convert, evaluate, pretrain
@@ -200,35 +200,16 @@ def test_several_data_sets_make_one_table_and_their_images(
         assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
 
 
-def test_averages_of_two_models_are_evaluated(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a run's first checkpoint and its last; the ends are the models themselves."""
+def test_the_recipe_averages_two_models(trained: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "recipes.md").read_text(encoding="utf-8")
+    (code,) = (one for one in re.findall(r"```python\n(.*?)```", text, re.S) if "lerp_" in one)
     first, last = list_checkpoints(trained / "checkpoints")
-    sets = ("--data", data / "labels", "--templates", "simple")
-    call(convert, "average", first, last, tmp_path / "half")
-    capsys.readouterr()
-    averages = evaluated(
-        *("zero-shot", trained, "--checkpoint", first, "--average-with", last, *sets),
-        *("--alpha", "0", "0.5", "1", "--markdown", tmp_path / "table.md"),
-    )
-    assert averages["average_with"] == str(last)
-    command = ZeroShot(checkpoint=first, data=("any",), average_with=trained)
-    assert command.settled().average_with == last  # whatever the run writes while it is evaluated
-    assert [one["alpha"] for one in averages["averages"]] == [0.0, 0.5, 1.0]
-    table = (tmp_path / "table.md").read_text()
-    assert table.strip() in capsys.readouterr().out
-    assert table.splitlines()[0].split() == ["|", "alpha", "|", "labels,", "top-1", "|"]
-    for one, model in zip(averages["averages"], (first, tmp_path / "half", last), strict=True):
-        alone = evaluated("zero-shot", trained, "--checkpoint", model, *sets)
-        (found,) = one["data_sets"]
-        assert one["mean"] == alone["top1"]
-        assert found["per_class"] == alone["per_class"]
-    message = refusal(
-        *(capsys, "zero-shot", "--checkpoint", first, "--average-with", last, *sets),
-        *("--figures", tmp_path / "figures"),
-    )
-    assert "--average-with evaluates many" in message
+    for name, path in (("runs/clip", first), ("runs/mine", last), ("models", tmp_path)):
+        code = code.replace(name, str(path))
+    exec(code, {})
+    models = [load_weights_of(path).state_dict() for path in (first, last, tmp_path / "half")]
+    for before, after, half in zip(*(model.values() for model in models), strict=True):
+        torch.testing.assert_close(half, torch.lerp(before, after, 0.5))
 
 
 def test_images_that_torchvision_decodes_keep_their_pixels(

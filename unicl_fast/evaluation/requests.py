@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
@@ -23,7 +23,6 @@ from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
     FiniteNonNegative,
-    Fraction,
     convert,
 )
 
@@ -81,20 +80,16 @@ class ModelCommand(abc.ABC):
         find_model(self.checkpoint)
 
     def settled(self) -> Self:
-        """This command with the checkpoints that run folders stand for now.
+        """This command with the checkpoint that a run folder stands for now.
 
-        Ranks that are started with them, and the checksum in the results, mean these, whatever a
+        Ranks that are started with it, and the checksum in the results, mean this one, whatever a
         run writes next.
         """
         from unicl_fast.checkpoints.load import find_model
 
-        found: dict[str, Any] = {name: find_model(path) for name, path in self.models().items()
-                                 if not str(path).startswith("hf-hub:")}  # fmt: skip
-        return dataclasses.replace(self, **found)
-
-    def models(self) -> dict[str, Path]:
-        """The options that name models, and what they name."""
-        return {"checkpoint": self.checkpoint}
+        if str(self.checkpoint).startswith("hf-hub:"):
+            return self
+        return dataclasses.replace(self, checkpoint=find_model(self.checkpoint))
 
     @abc.abstractmethod
     def run(self) -> None:
@@ -174,37 +169,17 @@ class ZeroShot(EncodingEvaluation):
     """Also the mean average precision of the classes (mAP): how well their images come first when
     all are sorted by similarity. For images with several labels, such as COCO's. Images are encoded
     once more."""
-    average_with: Path | None = None
-    """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
-    each average is evaluated (WiSE-FT); unicl-convert average writes one."""
-    alpha: tuple[Fraction, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """With --average-with: the other model's parts of the averages."""
 
     def data_sets(self) -> Sequence[str]:
         return self.data
-
-    def models(self) -> dict[str, Path]:
-        other = {} if self.average_with is None else {"average_with": self.average_with}
-        return super().models() | other
 
     def check(self) -> None:
         for name in ("class_names", "templates", "metric"):
             self.for_each(name, default="")
         super().check()
-        from unicl_fast.checkpoints.load import find_model
         from unicl_fast.evaluation.data import short_names
 
         short_names(self.data)
-        if self.average_with is None:
-            return
-        find_model(self.average_with)
-        if not self.alpha:
-            raise ValueError("--alpha takes parts of the other model, at least one")
-        if self.figures is not None:
-            raise ValueError(
-                "--figures draws the mistakes of one model, and --average-with evaluates many: "
-                "leave one of the two out"
-            )
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
         """An option's values, one for each data set; `default` where none, or own, is given.
