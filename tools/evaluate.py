@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = command.settled()
         nproc = command.nproc if isinstance(command, RankedCommand) else 1
         if nproc > 1 and "WORLD_SIZE" not in os.environ:
-            for name, path in command.models().items():
-                argv += [f"--{name.replace('_', '-')}", str(path)]
+            argv += ["--checkpoint", str(command.checkpoint)]
             start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
         adopt_slurm_ranks()
         keep_freed_memory()

@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import save_file
 from small_runs import (
     StepLoader,
     global_batch,
@@ -36,7 +35,7 @@ from small_runs import (
 )
 from torch.distributed.tensor import DTensor
 
-from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
+from unicl_fast.batch import Batch, EvaluationBatch
 from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.config import DataConfig, DecodeDevice, TrainConfig
 from unicl_fast.conversion.initial import initialise
@@ -827,33 +826,6 @@ def gather_features_of_slices(ranks, path: str) -> None:
         result = counts.result(what="this")
         found = result.to_json() | {"tables": tables, "confusion": result.confusion.tolist()}
         Path(path).write_text(json.dumps(found))
-
-
-def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
-    """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
-    # here, since timm.data takes seconds to import, for which the other workers need not wait
-    from unicl_fast.evaluation.finetune import FineTuned, finetune
-    from unicl_fast.evaluation.requests import FinetuneRecipe
-
-    model = UniCL(tiny_config()).double()
-    batches = [
-        dataclasses.replace(
-            global_batch(images, step=step, rank=ranks.rank, world_size=ranks.world_size),
-            sample_ids=torch.arange(12).chunk(ranks.world_size)[ranks.rank],
-        )
-        for step in range(2)
-    ]
-    trained = finetune(
-        model,
-        FineTuned(model, 3),
-        ListLoader(batches),
-        FinetuneRecipe(mixup=0.0, ema_decay=0.9),
-        steps=4,
-        labels_of=lambda sample: [sample % 3],
-        ranks=ranks,
-    )
-    if ranks.is_main:
-        save_file(trained.state_dict(), path)
 
 
 def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:

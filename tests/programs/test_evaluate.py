@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from object_stores import empty, upload
 from pasted_objects import paste_objects
 from PIL import Image
@@ -32,14 +34,14 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
-from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Detect, Finetune, Knn, ZeroShot
+from unicl_fast.evaluation.requests import Knn
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.pack import __main__ as pack
+from unicl_fast.training.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
 
@@ -201,36 +203,16 @@ def test_several_data_sets_make_one_table_and_their_images(
         assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
 
 
-def test_averages_of_two_models_are_evaluated(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of a run's first checkpoint and its last; the ends are the models themselves."""
+def test_the_recipe_averages_two_models(trained: Path, tmp_path: Path) -> None:
+    text = Path(__file__).parents[2].joinpath("docs", "recipes.md").read_text(encoding="utf-8")
+    (code,) = (one for one in re.findall(r"```python\n(.*?)```", text, re.S) if "lerp_" in one)
     first, last = list_checkpoints(trained / "checkpoints")
-    sets = ("--data", data / "labels", "--templates", "simple")
-    half = load_weights_of(first)
-    half.load_state_dict(averaged_weights(half, load_weights_of(last), 0.5))
-    write_export(half, tmp_path / "half")
-    averages = evaluated(
-        *("zero-shot", trained, "--checkpoint", first, "--average-with", last, *sets),
-        *("--alpha", "0", "0.5", "1", "--markdown", tmp_path / "table.md"),
-    )
-    assert averages["average_with"] == str(last)
-    command = ZeroShot(checkpoint=first, data=("any",), average_with=trained)
-    assert command.settled().average_with == last  # whatever the run writes while it is evaluated
-    assert [one["alpha"] for one in averages["averages"]] == [0.0, 0.5, 1.0]
-    table = (tmp_path / "table.md").read_text()
-    assert table.strip() in capsys.readouterr().out
-    assert table.splitlines()[0].split() == ["|", "alpha", "|", "labels,", "top-1", "|"]
-    for one, model in zip(averages["averages"], (first, tmp_path / "half", last), strict=True):
-        alone = evaluated("zero-shot", trained, "--checkpoint", model, *sets)
-        (found,) = one["data_sets"]
-        assert one["mean"] == alone["top1"]
-        assert found["per_class"] == alone["per_class"]
-    message = refusal(
-        *(capsys, "zero-shot", "--checkpoint", first, "--average-with", last, *sets),
-        *("--figures", tmp_path / "figures"),
-    )
-    assert "--average-with evaluates many" in message
+    for name, path in (("runs/clip", first), ("runs/mine", last), ("models", tmp_path)):
+        code = code.replace(name, str(path))
+    exec(code, {})
+    models = [load_weights_of(path).state_dict() for path in (first, last, tmp_path / "half")]
+    for before, after, half in zip(*(model.values() for model in models), strict=True):
+        torch.testing.assert_close(half, torch.lerp(before, after, 0.5))
 
 
 def test_images_that_torchvision_decodes_keep_their_pixels(
@@ -558,20 +540,23 @@ def test_two_ranks_equal_one(data: Path, trained: Path, arguments: list[str]) ->
     assert evaluated(kind, trained, *more, nproc=2) == evaluated(kind, trained, *more)
 
 
-def test_a_fine_tuned_encoder_is_tested_and_kept(
-    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sets = ["--train", data / "classes", "--data", data / "labels", "--train-batch-size", "8"]
-    out = tmp_path / "tuned"
-    values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
-    assert values["settings"]["steps"] == 5
-    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very images"
-    module, names = load_finetuned(out)
-    assert len(names) == module.head.out_features == 10
-    kept = json.loads((out / "finetuned.json").read_text())
-    assert kept["config"]["data"]["train"] == [str(data / "classes")]
-    again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
-    assert "name another folder as --out" in again
+def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path) -> None:
+    """By the recipe of docs/evaluation.md; at so small a rate the encoder stays the run's."""
+    text = Path(__file__).parents[2].joinpath("docs", "evaluation.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^    unicl-pretrain (.*--init .*)$", text.replace("\\\n", " "), re.M)
+    recipe = recipe.replace("runs/first-dtd", str(tmp_path)).replace("runs/first", str(trained))
+    for name in ("train", "test"):
+        recipe = recipe.replace(f"packed/dtd-{name}", str(data / "labels"))
+    few = ["--run.global-batch-size", "8", "--run.steps", "6", "--optim.lr", "1e-7"]
+    call(pretrain, *shlex.split(recipe), *few)
+    (last,) = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
+    assert last["step"] == 6
+    first, tuned = load_weights_of(trained), load_weights_of(tmp_path)
+    assert tuned.class_rows.shape == (10, tuned.image_encoder.num_features + 1)
+    for name, weight in first.image_encoder.state_dict().items():
+        torch.testing.assert_close(
+            tuned.image_encoder.state_dict()[name], weight, rtol=1e-2, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -605,11 +590,6 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert shows_progress(Ranks())
     assert not shows_progress(Ranks(rank=1, world_size=2))
-
-
-def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
-    assert "batch_size" in {field.name for field in dataclasses.fields(Finetune)}
-    assert "batch_size" not in {field.name for field in dataclasses.fields(Detect)}
 
 
 @pytest.mark.slow

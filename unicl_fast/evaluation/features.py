@@ -201,7 +201,7 @@ def require_text_encoder(model: UniCL, what: str) -> None:
     if model.text_encoder is None:
         raise ValueError(
             f"{what} compares images with texts, and this model has no text encoder, since it "
-            "was trained without one: take linear-probe, knn, finetune or detect"
+            "was trained without one: take linear-probe or knn"
         )
 
 

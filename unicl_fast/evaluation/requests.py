@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
@@ -23,7 +23,6 @@ from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
     FiniteNonNegative,
-    Fraction,
     convert,
 )
 
@@ -38,8 +37,6 @@ that texts are compared in. A model trained by cross-entropy has no such space."
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 Finite = Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)]
 Rate = Annotated[float, Meta(ge=1e-12, le=100)]
-Strength = Annotated[float, Meta(ge=0, le=100)]
-Part = Annotated[float, Meta(ge=0, le=0.999)]
 _T = TypeVar("_T")
 
 
@@ -83,20 +80,16 @@ class ModelCommand(abc.ABC):
         find_model(self.checkpoint)
 
     def settled(self) -> Self:
-        """This command with the checkpoints that run folders stand for now.
+        """This command with the checkpoint that a run folder stands for now.
 
-        Ranks that are started with them, and the checksum in the results, mean these, whatever a
+        Ranks that are started with it, and the checksum in the results, mean this one, whatever a
         run writes next.
         """
         from unicl_fast.checkpoints.load import find_model
 
-        found: dict[str, Any] = {name: find_model(path) for name, path in self.models().items()
-                                 if not str(path).startswith("hf-hub:")}  # fmt: skip
-        return dataclasses.replace(self, **found)
-
-    def models(self) -> dict[str, Path]:
-        """The options that name models, and what they name."""
-        return {"checkpoint": self.checkpoint}
+        if str(self.checkpoint).startswith("hf-hub:"):
+            return self
+        return dataclasses.replace(self, checkpoint=find_model(self.checkpoint))
 
     @abc.abstractmethod
     def run(self) -> None:
@@ -176,37 +169,17 @@ class ZeroShot(EncodingEvaluation):
     """Also the mean average precision of the classes (mAP): how well their images come first when
     all are sorted by similarity. For images with several labels, such as COCO's. Images are encoded
     once more."""
-    average_with: Path | None = None
-    """Another model of the same architecture. Its weights and the checkpoint's are averaged, and
-    each average is evaluated (WiSE-FT)."""
-    alpha: tuple[Fraction, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """With --average-with: the other model's parts of the averages."""
 
     def data_sets(self) -> Sequence[str]:
         return self.data
-
-    def models(self) -> dict[str, Path]:
-        other = {} if self.average_with is None else {"average_with": self.average_with}
-        return super().models() | other
 
     def check(self) -> None:
         for name in ("class_names", "templates", "metric"):
             self.for_each(name, default="")
         super().check()
-        from unicl_fast.checkpoints.load import find_model
         from unicl_fast.evaluation.data import short_names
 
         short_names(self.data)
-        if self.average_with is None:
-            return
-        find_model(self.average_with)
-        if not self.alpha:
-            raise ValueError("--alpha takes parts of the other model, at least one")
-        if self.figures is not None:
-            raise ValueError(
-                "--figures draws the mistakes of one model, and --average-with evaluates many: "
-                "leave one of the two out"
-            )
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
         """An option's values, one for each data set; `default` where none, or own, is given.
@@ -346,65 +319,6 @@ class Knn(FrozenFeatures):
         from unicl_fast.evaluation import probes
 
         probes.run_knn(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneRecipe:
-    """timm's recipe of fine-tuning."""
-
-    lr: Rate = 5e-4
-    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: Annotated[float, Meta(ge=1e-6, le=1)] = 0.75
-    """Factor of the learning rate from a layer to the one below; 1 trains all at the same rate."""
-    weight_decay: Strength = 0.05
-    """Decoupled weight decay; none on 1-D parameters and those that timm's model spares."""
-    warmup_fraction: Part = 0.1
-    """Part of the steps during which the rate climbs from 0."""
-    label_smoothing: Part = 0.1
-    """Part of the target that is spread over all classes."""
-    mixup: Strength = 0.2
-    """Alpha of mixup; 0 does none. Mixes within a rank's local batch."""
-    cutmix: Strength = 0.0
-    """Alpha of CutMix; 0 does none."""
-    ema_decay: Annotated[float, Meta(ge=0, le=0.999999)] = 0.9998
-    """Decay of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
-    seed: Count = 0
-    """Seed of the order, the crops and mixup."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune(FinetuneRecipe, TransferEvaluation):
-    """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
-
-    AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
-    of the weights. The last average is tested, once: nothing is chosen by the test images. Crops
-    and flips are those of the checkpoint's config.
-    """
-
-    out: Path
-    """Folder for the fine-tuned weights."""
-    head: Literal["probe", "zero-shot", "fresh"] = "probe"
-    """The head at the start: a linear probe, the zero-shot classifier, or zeros."""
-    epochs: Finite = 10.0
-    """Epochs over the training images."""
-    train_batch_size: Number = 128
-    """Images of one step over all ranks."""
-    augment: str | None = None
-    """Augmentation of training images instead of the checkpoint's data.augment, such as unicl; see
-    docs/augmentation.md."""
-
-    def check(self) -> None:
-        super().check()
-        refuse_file(self.out)
-        if (self.out / "finetuned.json").exists():
-            raise ValueError(f"{self.out} holds a fine-tuned model: name another folder as --out")
-
-    def run(self) -> None:
-        from unicl_fast.evaluation import finetune
-
-        finetune.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,7 +488,6 @@ COMMANDS: dict[str, type[ModelCommand]] = {
     "zero-shot": ZeroShot,
     "linear-probe": LinearProbe,
     "knn": Knn,
-    "finetune": Finetune,
     "detect": Detect,
     "retrieval": Retrieval,
     "classify": Classify,

@@ -6,7 +6,6 @@ The classifier of a class is the mean of its normalised prompt embeddings, norma
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.checkpoints.average import averaged_weights
-from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.distributed.ranks import rank_0_alone
 from unicl_fast.evaluation.data import EvaluationData, open_data, short_names
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -32,18 +29,16 @@ from unicl_fast.evaluation.features import (
 )
 from unicl_fast.evaluation.levels import LevelsResult, classify_at_levels
 from unicl_fast.evaluation.report import (
-    RATE_NAMES,
     ClassificationResult,
     PrecisionResult,
     average_precisions,
     classification_table,
     draw_confusion,
-    percent,
     write_results,
 )
 from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -135,9 +130,6 @@ class _Evaluated:
 def run(command: ZeroShot) -> None:
     """Evaluates one data set after the other, each reported as soon as it is done."""
     with model_on_ranks(command) as on_ranks:
-        if command.average_with is not None:
-            _evaluate_averages(command, on_ranks)
-            return
         found = _evaluate_each(command, on_ranks)
         if not on_ranks.ranks.is_main:
             return
@@ -253,30 +245,3 @@ def _from_features(
             scores = features @ classifier_of(data.class_names).to(features).T
             precision = average_precisions(scores, labels, data.class_names)
     return levels, precision
-
-
-def _evaluate_averages(command: ZeroShot, on_ranks: ModelOnRanks) -> None:
-    """Evaluates averages of the model and another one, for each alpha; rank 0 prints and writes."""
-    assert command.average_with is not None
-    model, is_main = on_ranks.model, on_ranks.ranks.is_main
-    first = copy.deepcopy(model).cpu()
-    other = from_rank_0(str(command.average_with), on_ranks.ranks)
-    second = load_model(other, weights=command.weights).of_kind(command.kind)
-    rows, values = [], []
-    for alpha in command.alpha:
-        model.load_state_dict(averaged_weights(first, second, alpha))
-        if is_main:
-            print(f"\nalpha {alpha:g}")
-        found = _evaluate_each(command, on_ranks)
-        rates = [one.result.value(one.metric) for one in found] + [_mean(found)]
-        rows.append([f"{alpha:g}", *map(percent, rates[: None if len(found) > 1 else 1])])
-        data_sets = [one.values for one in found]
-        values.append({"alpha": alpha, "mean": rates[-1], "data_sets": data_sets})
-    if not is_main:
-        return
-    names = [f"{one.name}, {RATE_NAMES[one.metric]}" for one in found]
-    header = ["alpha", *names, *(["mean"] if len(names) > 1 else [])]
-    table = markdown_table(header, rows)
-    print(f"\n{table}")
-    averaged_with = {"average_with": str(command.average_with)}
-    write_results(command, averaged_with | {"averages": values}, table)

@@ -190,7 +190,7 @@ class UniCL(nn.Module):
         if self.text_encoder is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
-                "no text encoder: take unicl-eval linear-probe, knn, finetune or detect"
+                "no text encoder: take unicl-eval linear-probe or knn"
             )
         if not self.config.tells_kinds:
             features = self.text_encoder(tokens, num_tokens)

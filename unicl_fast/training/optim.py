@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -125,24 +125,14 @@ def _split_for_muon(groups: list[dict[str, Any]], model: UniCL) -> list[dict[str
     ]
 
 
-def groups_by_depth(
-    encoder: nn.Module,
-    *,
-    layer_decay: float,
-    weight_decay: float = 0.0,
-    spared: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Takes timm's groups of an encoder's trainable parameters, by layer and weight decay.
+def groups_by_depth(encoder: nn.Module, *, layer_decay: float) -> list[dict[str, Any]]:
+    """Takes timm's groups of an encoder's trainable parameters, by layer.
 
     `lr_scale` is the factor of a group's rate: `layer_decay` for the last layer, its square for the
-    one below, and so on. What stands on an encoder has the factor 1. Parameters named in `spared`,
-    and those of one dimension, have no weight decay.
+    one below, and so on. What stands on an encoder has the factor 1.
     """
     groups: list[dict[str, Any]] = param_groups_layer_decay(
-        encoder,
-        weight_decay=weight_decay,
-        no_weight_decay_list=spared,
-        layer_decay=layer_decay,
+        encoder, weight_decay=0.0, layer_decay=layer_decay
     )
     for group in groups:
         group["lr_scale"] *= layer_decay
