@@ -12,9 +12,7 @@ STAGES = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
     "race": ("race.race:Race", "accuracy by images and CPU seconds, against open_clip's own loop"),
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
-    "imread": ("input.imread:Imread", "decoders and DataLoaders, by arXiv 2605.08731's protocol"),
     "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
-    "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
     "storage": (
         "input.loaders:Storage",
         "a data set under a URL against a folder; bytes by window",
@@ -31,7 +29,6 @@ STAGES = {
     "scale": ("scale.run:Scale", "a model of steps on many GPUs; its check on slow links"),
     "gpu": ("gpu.run:Gpu", "all there is to measure on a GPU, in one report"),
     "checkpoint": ("training.records:Checkpoint", "writing a checkpoint beside training"),
-    "ledger": ("training.records:LedgerCost", "a ledger's record and its proof, in draws/s"),
 }
 _HELP = """usage: unicl-bench STAGE [OPTIONS]
 

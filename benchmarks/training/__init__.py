@@ -1,1 +1,1 @@
-"""Stages on training: texts, the loss, whole steps and their parts, checkpoints and ledgers."""
+"""Stages on training: texts, the loss, whole steps and their parts and checkpoints."""

@@ -1,46 +1,34 @@
-"""The cost of records: writing a checkpoint beside training, a ledger's record, its proof.
+"""The cost of writing a checkpoint while training continues.
 
     unicl-bench checkpoint [--folder DIR]
-    unicl-bench ledger [--draws 100000000] [--folder DIR]
 
-`checkpoint`: a turn is a few steps with a checkpoint after the first. What is still being written
+A turn is a few steps with a checkpoint after the first. What is still being written
 at the end of a turn is waited for outside the clock: a run writes its next one later.
-
-`ledger`: the step is that of a small preset on its CPU-sized model, the shortest that there are;
-the ledger that is proven holds shuffled epochs over two sources.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import CheckpointConfig, OptimConfig
-from unicl_fast.ledger.format import LedgerSource
-from unicl_fast.ledger.proof import LedgerProof, prove
-from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.targets import collate
 from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import Figures, Stage, rate_of, ratio_of, seconds_of, summarise, take_turns, timed
-from .step import ModelStage, long_preset
-
-_RECORDS = 200
-"""Records of a turn: one is too short to be timed alone."""
+from ..harness import summarise, take_turns
+from .step import ModelStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,103 +123,3 @@ def compare(trainer: Trainer) -> int:
     if written[0] != written[1]:
         raise RuntimeError(f"awaited and beside write different files: {written}; nothing timed")
     return sum(path.stat().st_size for path in checkpoint.iterdir())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LedgerCost(Stage):
-    """A ledger's record beside a small training step, and the proof of a long ledger."""
-
-    preset: str = "digits-small"
-    """Preset of the step."""
-    draws: int = 10_000_000
-    """Draws of the ledger that is proven."""
-    global_batch_size: int = 1024
-    """Its batch size."""
-    samples: tuple[int, ...] = (1_281_167, 3_000_000)
-    """Samples of its sources."""
-    folder: Path | None = None
-    """Folder that it is written into; by default a temporary one."""
-
-    def run(self) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            figures = _writing(self, Path(folder) / "written")
-            figures |= _proving(self, Path(folder) / "proven")
-        self.report(figures, "numpy", "numba", "xxhash")
-
-
-def _writing(settings: LedgerCost, folder: Path) -> Figures:
-    config = long_preset(settings.preset, device="cpu")
-    size = config.run.global_batch_size
-    labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(0))
-    texts = [f"a photo of the digit {number}" for number in labels.tolist()]
-    batch = noise(texts, labels, side=config.data.image_size)
-    trainer = Trainer(config, ListLoader([batch]), progress=False)
-    source = LedgerSource("digits", 60_000)
-    ledger = Ledger(folder, sources=[source], global_batch_size=size, seed=0, shares=[1])
-    ids = torch.randint(source.num_samples, (size,))
-    named = _with_ids(batch, torch.zeros_like(ids), ids)
-    steps = itertools.count()
-
-    def record() -> None:
-        for step in itertools.islice(steps, _RECORDS):
-            ledger.record(dataclasses.replace(named, step=step))
-
-    with ledger.segment(0):
-        turns = take_turns(
-            {"step": lambda: trainer.train_step(batch), "records": record}, rounds=settings.rounds
-        )
-    percent = 100 / _RECORDS
-    return {
-        f"step of {settings.preset}, {size} samples, ms": seconds_of(turns["step"], scale=1e3),
-        "record, us": seconds_of(turns["records"], scale=1e6 / _RECORDS),
-        "record, % of that step": ratio_of(turns, "records", "step", scale=percent),
-        "record, % of that step's CPU time": ratio_of(
-            turns, "records", "step", scale=percent, unit="cpu_seconds"
-        ),
-    }
-
-
-def _proving(settings: LedgerCost, folder: Path) -> Figures:
-    _write_epochs(settings, folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    proofs: list[LedgerProof] = []
-    turns = [
-        timed(lambda: proofs.append(prove(folder))) for _ in range(max(1, settings.rounds - 2))
-    ]
-    if not all(proof.holds for proof in proofs):
-        raise RuntimeError("a sound ledger was not proven: nothing is reported")
-    draws = proofs[0].steps * proofs[0].global_batch_size
-    return {
-        "bytes a draw": summarise([size / draws]),
-        "million draws proven/s": rate_of(turns, draws / 1e6),
-    }
-
-
-def _write_epochs(settings: LedgerCost, folder: Path) -> None:
-    """Writes a ledger of one rank: sources are drawn at random, and shuffled for every epoch."""
-    generator = np.random.default_rng(0)
-    sources = [LedgerSource(str(i), n) for i, n in enumerate(settings.samples)]
-    size = settings.global_batch_size
-    ledger = Ledger(
-        folder, sources=sources, global_batch_size=size, seed=0, shares=settings.samples
-    )
-    batch = noise([""], torch.tensor([-1]), side=1)  # only ids are recorded
-    left = [np.empty(0, dtype=np.int64) for _ in sources]
-    odds = np.array(settings.samples) / sum(settings.samples)
-    with ledger.segment(0):
-        for step in range(settings.draws // size):
-            source_ids = generator.choice(len(sources), size=size, p=odds)
-            ids = np.empty_like(source_ids)
-            for number, source in enumerate(sources):
-                mine = np.flatnonzero(source_ids == number)
-                while len(left[number]) < len(mine):
-                    fresh = generator.permutation(source.num_samples)
-                    left[number] = np.concatenate([left[number], fresh])
-                ids[mine], left[number] = np.split(left[number], [len(mine)])
-            named = _with_ids(batch, torch.from_numpy(source_ids), torch.from_numpy(ids))
-            ledger.record(dataclasses.replace(named, step=step))
-
-
-def _with_ids(batch: Batch, source_ids: Tensor, ids: Tensor) -> Batch:
-    """The batch with what a record needs; all samples are shown as they were scheduled."""
-    return dataclasses.replace(batch, source_ids=source_ids, scheduled_ids=ids, sample_ids=ids)

@@ -59,12 +59,6 @@ SECTIONS = (
         "JPEGs. Limits and stages do a part of the work.",
     ),
     Section(
-        "Decoders, by the protocol of arXiv 2605.08731", "imread", f"{_RESULTS}/imread_*.json",
-        r"(?P<row>[^,/]+), (?P<column>one thread|\d workers), images/s",
-        "Images/s. `unicl_fast` cuts and resizes crops, `unicl_fast-whole` resizes whole images; "
-        "the others only decode.",
-    ),
-    Section(
         "Augmentation", "augment", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
     ),
@@ -108,7 +102,6 @@ SECTIONS = (
         "Batches larger than memory", "memory", f"{_RESULTS}/memory_*.json",
         r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
     ),
-    Section("Ledger", "ledger", f"{_RESULTS}/ledger_*.json"),
     Section(
         "The model of many ranks, checked on slow links", "scale", f"{_RESULTS}/scale_check_*.json",
         r"(?P<row>\d ranks, \d+ Mb/s): (?P<column>.*)",
