@@ -40,10 +40,11 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.models.efficiency import compile_encoders, fuse_window_attention
-from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.training.trainer import Trainer
 
+from ..loss.texts import layout_works
 from ..training.parts import random_batch
 from .measure import Bench
 
@@ -272,27 +273,14 @@ def measure_large(bench: Bench) -> None:
 def measure_texts(bench: Bench) -> None:
     """The text encoder by layout of captions, and the parts of a training step."""
     from ..training.parts import StepInParts, compare
-    from ..training.texts import Text, text_layouts
 
     size = 256
     _, trainer, batch = build_step(bench, size)
     width, layers = (64, 1) if bench.is_tiny else (512, 12)
-    settings = Text(data=Path(), width=width, layers=layers)
     lengths = torch.from_numpy(batch.text_lengths).to(bench.device)
-    precision = Precision("bf16")
-    layouts = text_layouts(settings, batch.tokens, lengths, precision)
-
-    def forward_and_backward(encode: Callable[[], Tensor]) -> Tensor:
-        with precision.autocast(bench.device.type):
-            loss = encode().float().square().sum()
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return loss.detach()
-
-    works = {
-        f"text encoder, {name}": functools.partial(forward_and_backward, encode)
-        for name, encode in layouts.items()
-    }
-    bench.take_turns(works, count=len(batch.tokens), unit="texts/s")
+    works = layout_works(batch.tokens, lengths, width=width, layers=layers)
+    named = {f"text encoder, {name}": work for name, work in works.items()}
+    bench.take_turns(named, count=len(batch.tokens), unit="texts/s")
     step = StepInParts(trainer, batch)
     compare(step)
 

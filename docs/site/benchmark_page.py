@@ -41,7 +41,8 @@ class Section:
     """A stage's results, and how its figures become rows and columns."""
 
     title: str
-    stage: str
+    command: str
+    """A program of unicl-bench, and the options that choose these results."""
     files: str
     """Glob under the checkout."""
     figure: str = r"(?P<row>.+)"
@@ -68,18 +69,18 @@ SECTIONS = (
         r"keep: (?P<column>unicl-pack / [\w ]+)(, (?P<row>.*))?",
         "Ratios of images/s, of whole runs with the starts of their processes, and without.",
     ),
-    Section("Tokenizer", "tokenize", f"{_RESULTS}/tokenize_*.json"),
+    Section("Tokenizer", "loss --parts tokens", f"{_RESULTS}/tokenize_*.json"),
     Section(
-        "Target map", "targets", f"{_RESULTS}/targets_*.json",
+        "Target map", "loss --parts targets", f"{_RESULTS}/targets_*.json",
         r"(?P<column>[\d,]+ rows), (?P<row>map_targets, ms|times .*)",
         "The others take so many times as long as `map_targets` to find equal rows of 77 tokens.",
     ),
     Section(
-        "Layouts of texts", "text", f"{_RESULTS}/text_*.json",
+        "Layouts of texts", "loss --parts text", f"{_RESULTS}/text_*.json",
         r"(?P<row>.*), (?P<column>s|times the cost of its real tokens)",
     ),
     Section(
-        "Loss", "loss", f"{_RESULTS}/loss_*.json",
+        "Loss", "loss --parts loss", f"{_RESULTS}/loss_*.json",
         r"(?P<column>\d+): (?P<row>[^/]+) / ClipLoss fp32",
         "Time of value and gradients, in times that of open_clip's ClipLoss in fp32, by the "
         "number of images and texts.",
@@ -118,13 +119,13 @@ def _section(section: Section) -> str:
     paths = sorted(ROOT.glob(section.files))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     parts = [f"## {section.title}", section.about] if section.about else [f"## {section.title}"]
-    if section.stage == "input":
+    if section.command == "input":
         for path, result in zip(paths, results, strict=True):
-            parts += [_origin(section.stage, path, result), table(result)]
+            parts += [_origin(section.command, path, result), table(result)]
     else:
         parts.append(_table(section, results))
         origins = zip(paths, results, strict=True)
-        parts.append("\n".join(f"- {_origin(section.stage, *origin)}" for origin in origins))
+        parts.append("\n".join(f"- {_origin(section.command, *origin)}" for origin in origins))
     return "\n\n".join(parts)
 
 
@@ -179,7 +180,7 @@ def _labels(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield ", ".join(told)
 
 
-def _origin(stage: str, path: Path, result: Mapping[str, Any]) -> str:
+def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     month = re.search(r"_(\d{4})(\d\d)$", path.stem)
     when = machine.get("date") or (f"{month[1]}-{month[2]}" if month else "")
@@ -189,14 +190,14 @@ def _origin(stage: str, path: Path, result: Mapping[str, Any]) -> str:
         *([when] if when else []),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
-    return f"{link}: `{command(stage, result['settings'])}`; {'; '.join(facts)}"
+    return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"
 
 
-def command(stage: str, settings: Mapping[str, Any]) -> str:
-    """The command of a result: its settings that are not the stage's defaults today."""
-    module, name = STAGES[stage][0].split(":")
+def command(program: str, settings: Mapping[str, Any]) -> str:
+    """The command that repeats a result: its settings that are not the program's defaults today."""
+    words = ["unicl-bench", *program.split()]
+    module, name = STAGES[words[1]][0].split(":")
     kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-    words = ["unicl-bench", stage]
     for field in dataclasses.fields(kind):
         value = settings.get(field.name)
         default = None if field.default is dataclasses.MISSING else field.default

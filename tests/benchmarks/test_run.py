@@ -23,10 +23,7 @@ from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.training.trainer import Trainer
 
 SMALL = {
-    "targets": ["--sizes", "64"],
-    "tokenize": ["--texts", "50"],
-    "loss": ["--sizes", "64", "--no-memory"],
-    "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
+    "loss": ["--sizes", "64", "--batch-size", "2", "--no-memory"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
     "efficiency": [
         *("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"),
@@ -55,17 +52,14 @@ SMALL = {
     ],
 }
 
-ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
+ON_DATA = ("loss", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
-    *("pack", "storage", "memory", "efficiency", "checkpoint", "tokenize"),
-    *("loss", "targets", "step", "profile", "input", "text", "augment", "scale"),
+    *("pack", "storage", "memory", "efficiency", "checkpoint"),
+    *("loss", "step", "profile", "input", "augment", "scale"),
 )
-# have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py
-REPORTS = ("gpu", "run")
-LONG = (
-    *("memory", "efficiency", "checkpoint", "augment", "storage", "text"),
-    *("pack", "targets", "loss"),
-)
+# have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_race.py
+REPORTS = ("gpu", "run", "race")
+LONG = (*("memory", "efficiency", "checkpoint", "augment", "storage", "pack"),)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
     upload(captioned, "faulty://bench/set")
     return {
-        "text": captioned,
+        "loss": captioned,
         "step": captioned,
         "efficiency": captioned,
         "memory": captioned,
@@ -136,7 +130,7 @@ def test_data_that_is_not_there_is_said_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["text", "--data", str(tmp_path / "nowhere")])
+        main(["loss", "--parts", "text", "--data", str(tmp_path / "nowhere")])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
 
