@@ -86,20 +86,6 @@ class Stage(Program):
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoaderStage(Stage):
-    """Options of stages that load images from a packed data set."""
-
-    data: Path
-    """Packed data set of JPEGs or PNGs."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads; of others, worker processes."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """One contestant's work, once."""

@@ -10,7 +10,6 @@ the results.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -19,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.benchmarks.input.race import table
-from unicl_fast.benchmarks.run import STAGES
+from unicl_fast.benchmarks.input.report import table
+from unicl_fast.benchmarks.run import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -60,7 +59,7 @@ SECTIONS = (
         "JPEGs. Limits and stages do a part of the work.",
     ),
     Section(
-        "Augmentation", "augment", f"{_RESULTS}/augment_*.json",
+        "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
     ),
     Section("Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK),
@@ -90,17 +89,18 @@ SECTIONS = (
         "Images/s of a whole step, and the ratio of the two.",
     ),
     Section(
-        "Switches of `efficiency`", "efficiency", f"{_RESULTS}/efficiency_*.json",
+        "Switches of `efficiency`", "step --parts switches", f"{_RESULTS}/efficiency_*.json",
         r"(?P<row>.*), (?P<column>times as long|MB above the model)",
         "Each switch is set the other way than `unicl-pretrain` has it on that machine.",
     ),
     Section(
-        "A step by its parts", "profile", f"{_RESULTS}/profile_*.json",
+        "A step by its parts", "step --parts profile", f"{_RESULTS}/profile_*.json",
         r"(?P<row>.*?), (?P<column>s|times .*)",
         "The floor of a part is the time of its products at the rate of one large product.",
     ),
     Section(
-        "Batches larger than memory", "memory", f"{_RESULTS}/memory_*.json",
+        "Batches larger than memory", "step --parts micro-batches --batch-size 64",
+        f"{_RESULTS}/memory_*.json",
         r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
     ),
     Section(
@@ -196,9 +196,7 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
 def command(program: str, settings: Mapping[str, Any]) -> str:
     """The command that repeats a result: its settings that are not the program's defaults today."""
     words = ["unicl-bench", *program.split()]
-    module, name = STAGES[words[1]][0].split(":")
-    kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-    for field in dataclasses.fields(kind):
+    for field in dataclasses.fields(load_program(words[1])):
         value = settings.get(field.name)
         default = None if field.default is dataclasses.MISSING else field.default
         usual = list(default) if isinstance(default, tuple) else default
