@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from unicl_fast.system.wording import without_secrets
 
@@ -31,6 +32,7 @@ Figure = dict[str, Any]
 Figures = dict[str, Figure]
 Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
+T = TypeVar("T")
 
 
 class Program(abc.ABC):
@@ -84,20 +86,6 @@ class Stage(Program):
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoaderStage(Stage):
-    """Options of stages that load images from a packed data set."""
-
-    data: Path
-    """Packed data set of JPEGs or PNGs."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads; of others, worker processes."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """One contestant's work, once."""
@@ -107,6 +95,25 @@ class Turn:
     """CPU time of all threads of this process."""
 
 
+def in_turns(
+    contestants: Mapping[str, Callable[[], T]],
+    *,
+    rounds: int,
+    warm_up: int = 0,
+    before: Callable[[str], object] = lambda name: None,
+) -> dict[str, list[T]]:
+    """What each contestant returns, once a round, without the first `warm_up` rounds.
+
+    `before` is called with the name of the contestant whose turn comes.
+    """
+    found: dict[str, list[T]] = {name: [] for name in contestants}
+    for _ in range(warm_up + rounds):
+        for name, work in contestants.items():
+            before(name)
+            found[name].append(work())
+    return {name: results[warm_up:] for name, results in found.items()}
+
+
 def take_turns(
     contestants: Mapping[str, Callable[[], object]],
     *,
@@ -114,22 +121,15 @@ def take_turns(
     warm_up: int = 1,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[Turn]]:
-    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed.
-
-    `before` is called with the name of each whose turn comes, outside the clock.
-    """
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for _ in range(warm_up + rounds):
-        for name, work in contestants.items():
-            before(name)
-            turns[name].append(timed(work))
-    return {name: taken[warm_up:] for name, taken in turns.items()}
+    """The turns of each contestant, see `in_turns`; `before` is not timed."""
+    works = {name: functools.partial(timed, work) for name, work in contestants.items()}
+    return in_turns(works, rounds=rounds, warm_up=warm_up, before=before)
 
 
 def timed(
     work: Callable[[], object], *, cpu_clock: Callable[[], float] = time.process_time
 ) -> Turn:
-    """One turn, after garbage was collected; what a GPU was given is done at both ends of it."""
+    """Times one turn after collecting garbage; waits for the GPU before and after it."""
     gc.collect()
     wait_for_gpu()
     wall, cpu = time.perf_counter(), cpu_clock()

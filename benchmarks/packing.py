@@ -1,18 +1,12 @@
-"""The cost of `unicl-pack build`: beside other packers, and for a million small samples.
+"""The cost of `unicl-pack build`, compared with other packers.
 
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
-    unicl-bench many-samples --samples 1000000
 
-`pack`: all contestants read, decode strictly and encode the same files in as many processes, with
+All contestants read, decode strictly and encode the same files in as many processes, with
 the same libraries and settings. The bare loop then does no more; webdataset's and img2dataset's
 writers get its images, and each process writes shards of its own, as img2dataset runs them.
 `CONTESTANTS` and docs/performance-notes.md say what each leaves out. All start their processes on
 the clock; the start is measured with one image each, and left out of the ratios that say so.
-
-`many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
-with captions of their own, so that reading, ordering and writing are those of as many pairs while
-decoding costs little. The peak is that of the main process: workers hold one image each and do not
-grow with the number.
 """
 
 from __future__ import annotations
@@ -56,7 +50,6 @@ from .harness import (
     rate_of,
     ratio_of,
     seconds_of,
-    status_bytes,
     summarise,
     timed,
 )
@@ -81,7 +74,6 @@ _SHARD_IMAGES = 10_000
 """Images of a shard of img2dataset by default; fewer where a process would have none."""
 _JPEG = b"\xff\xd8\xff"
 _BUILD = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
-_SMALL_IMAGES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -365,69 +357,3 @@ def _cpu_seconds() -> float:
     """CPU time of this process, and of those of its children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + usage.ru_utime + usage.ru_stime
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ManySamples(Stage):
-    """Memory and start-up time of packing a list of many small images."""
-
-    samples: int = 1_000_000
-    """Rows of the list."""
-    folder: Path | None = None
-    """Folder to work in; by default a temporary one."""
-    workers: int = 0
-    """As --workers of unicl-pack build."""
-    rounds: int = 1
-    """Repetitions."""
-
-    def run(self) -> None:
-        taken: dict[str, list[float]] = {}
-        for _ in range(self.rounds):
-            with tempfile.TemporaryDirectory(dir=self.folder) as name:
-                make_list(Path(name), self.samples)
-                for figure, value in build(Path(name), self.workers).items():
-                    taken.setdefault(figure, []).append(value)
-        self.report({name: summarise(values) for name, values in taken.items()}, "numpy")
-
-
-def make_list(folder: Path, count: int) -> None:
-    """Writes images of 8 x 8 pixels, links that give them many names, and the list."""
-    images = folder / "images"
-    images.mkdir()
-    generator = np.random.default_rng(0)
-    for number in range(_SMALL_IMAGES):
-        pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(pixels).save(images / f"{number:03d}.png")
-    for number in range(-(-count // _SMALL_IMAGES)):
-        (folder / f"{number:05d}").symlink_to(images)
-    with (folder / "list.jsonl").open("w", encoding="utf-8") as file:
-        for number in range(count):
-            link, image = divmod(number, _SMALL_IMAGES)
-            caption = f"number {number} of many images, with a caption of its own"
-            row = {"image": f"{link:05d}/{image:03d}.png", "caption": caption}
-            file.write(json.dumps(row) + "\n")
-
-
-def build(folder: Path, workers: int) -> dict[str, float]:
-    """Packs the list and opens the data set."""
-    out = folder / "set"
-    command = [*_BUILD, str(folder / "list.jsonl"), "--out", str(out), "--workers", str(workers)]
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = at_first = first = 0.0
-    while process.poll() is None:
-        peak = max(peak, status_bytes("VmHWM", process=process.pid) / 1e6)
-        if not first and any(folder.glob("set.partial*/**/shard-000000.tar")):
-            first, at_first = time.perf_counter() - started, peak
-        time.sleep(0.2)
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise RuntimeError(f"unicl-pack ended with {process.returncode}")
-    opening = [timed(lambda: PackedDataset(out).close()).wall_seconds for _ in range(3)]
-    return {
-        "peak of the main process, MB": peak,
-        "the same before the first sample is packed, MB": at_first,
-        "until the first sample is packed, s": first,
-        "build, s": seconds,
-        "opening the data set, s": statistics.median(opening),
-    }

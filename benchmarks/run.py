@@ -1,67 +1,57 @@
-"""`unicl-bench`: measures each part beside alternatives; README.md here explains the results."""
+"""`unicl-bench`: measures each part against alternatives; README.md here explains the results."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from unicl_fast.system.program import begin_program
 
-STAGES = {
+PROGRAMS = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
     "race": ("race.race:Race", "accuracy by images and CPU seconds, against open_clip's own loop"),
-    "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
-    "imread": ("input.imread:Imread", "decoders and DataLoaders, by arXiv 2605.08731's protocol"),
-    "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
-    "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
-    "storage": (
-        "input.loaders:Storage",
-        "a data set under a URL against a folder; bytes by window",
-    ),
-    "augment": ("input.loaders:Augment", "cost of augmentation in the loader, fused and DALI's"),
-    "tokenize": ("training.texts:Tokenize", "texts/s, against open_clip's tokenizer"),
-    "targets": ("training.texts:Targets", "equal texts and classes, against np.unique and others"),
-    "text": ("training.texts:Text", "captions in the text encoder: padded, trimmed, packed"),
-    "loss": ("training.loss:Loss", "time and memory of the loss, against open_clip's and dense"),
-    "step": ("training.step:Step", "training steps, against open_clip's own"),
-    "efficiency": ("training.efficiency:Efficiency", "effect of each switch of efficiency"),
-    "memory": ("training.efficiency:Memory", "peak memory of a large batch in micro-batches"),
-    "profile": ("training.efficiency:Profile", "a training step by its parts, against matmul"),
-    "scale": ("scale.run:Scale", "a model of steps on many GPUs; its check on slow links"),
+    "input": ("input.run:Input", "images/s of the loader, against nine others and the limits"),
+    "step": ("step.run:Step", "training steps, against open_clip's; by switch, part and memory"),
+    "loss": ("loss.run:Loss", "tokens, targets, texts and the loss, against open_clip and others"),
     "gpu": ("gpu.run:Gpu", "all there is to measure on a GPU, in one report"),
-    "checkpoint": ("training.records:Checkpoint", "writing a checkpoint beside training"),
-    "ledger": ("training.records:LedgerCost", "a ledger's record and its proof, in draws/s"),
+    "scale": ("scale.run:Scale", "a model of steps on many GPUs; its check on slow links"),
+    "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
 }
-_HELP = """usage: unicl-bench STAGE [OPTIONS]
+_HELP = """usage: unicl-bench PROGRAM [OPTIONS]
 
-Measures a part beside alternatives: medians over rounds in which all contestants take turns.
+Measures a part against alternatives: medians over rounds in which all contestants take turns.
 Contestants that disagree are not timed.
 
-{stages}
+{programs}
 
-unicl-bench STAGE --help explains the options of a stage."""
+unicl-bench PROGRAM --help explains its options."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
-    stage, *options = (begin_program() if argv is None else list(argv)) or ["--help"]
-    if stage not in STAGES:
-        lines = [f"  {name:14}{about}" for name, (_, about) in STAGES.items()]
-        asked = stage in ("-h", "--help")
-        print(_HELP.format(stages="\n".join(lines)), file=sys.stdout if asked else sys.stderr)
-        if not asked:
-            print(f"\nunicl-bench: there is no stage {stage!r}", file=sys.stderr)
-        sys.exit(0 if asked else 2)
-    # only this stage is imported: each one loads its contestants
-    module, name = STAGES[stage][0].split(":")
-    found = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-    chosen = found.parse(options, prog=f"unicl-bench {stage}")
+    name, *options = (begin_program() if argv is None else list(argv)) or ["--help"]
+    if name not in PROGRAMS:
+        lines = "\n".join(f"  {one:8}{about}" for one, (_, about) in PROGRAMS.items())
+        is_asked = name in ("-h", "--help")
+        print(_HELP.format(programs=lines), file=sys.stdout if is_asked else sys.stderr)
+        if not is_asked:
+            print(f"\nunicl-bench: there is no program {name!r}", file=sys.stderr)
+        sys.exit(0 if is_asked else 2)
+    program = load_program(name).parse(options, prog=f"unicl-bench {name}")
     try:
-        chosen.run()
+        program.run()
     except (ValueError, OSError, RuntimeError) as error:
         print(f"unicl-bench: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def load_program(name: str) -> type[Any]:
+    """The class of a program; only its own module is imported, which loads its contestants."""
+    module, _, kind = PROGRAMS[name][0].partition(":")
+    found: type[Any] = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), kind)
+    return found
 
 
 if __name__ == "__main__":

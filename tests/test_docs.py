@@ -20,6 +20,7 @@ from browser import dump_page
 from PIL import Image
 
 import unicl_fast
+from unicl_fast.benchmarks.run import load_program
 from unicl_fast.distributed import signals
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def test_every_committed_result_is_on_the_benchmark_page() -> None:
     assert [one.name for one in results if f"/{one.name}" not in page] == []
 
 
-@pytest.mark.slow  # imports every stage
+@pytest.mark.slow  # imports every program
 def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
     sys.path.insert(0, str(ROOT / "docs" / "site"))
     try:
@@ -70,12 +71,11 @@ def test_the_benchmark_page_is_made_of_the_committed_results() -> None:
     assert benchmark_page.page() == benchmark_page.PAGE.read_text(encoding="utf-8"), (
         "run python docs/site/benchmark_page.py"
     )
-    for stage, *options in map(
+    for program, *options in map(
         shlex.split, re.findall(r"`unicl-bench (.+?)`", benchmark_page.page())
     ):
-        module, name = benchmark_page.STAGES[stage][0].split(":")
-        kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-        kind.parse(options, prog=stage)  # an option that is no more ends the test
+        # an option that is no more ends the test
+        load_program(program).parse(options, prog=program)
 
 
 def test_what_examples_and_pages_import_is_on_the_page_about_the_api() -> None:

@@ -47,7 +47,7 @@ from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import wait_for_gpu
-from ..training.parts import StepInParts
+from ..step.parts import StepInParts
 from .clocks import TimedLoader, flow, in_turns, median, repeated
 from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage, StepTimes
 

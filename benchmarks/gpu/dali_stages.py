@@ -41,7 +41,7 @@ def measure_loader(bench: Bench, data: Path) -> None:
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.pipelines.loader import TrainLoader
 
-    from ..input.loaders import prompts_of
+    from ..input.own import prompts_of
 
     with PackedDataset(data) as dataset:
         prompts = prompts_of(dataset)

@@ -29,22 +29,14 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.config import (
-    Compilation,
-    DataConfig,
-    EfficiencyConfig,
-    LossForm,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from unicl_fast.batch import Batch
+from unicl_fast.config import Compilation, LossForm
 from unicl_fast.models.efficiency import compile_encoders, fuse_window_attention
-from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.training.trainer import Trainer
 
-from ..training.parts import random_batch
+from ..loss.texts import layout_works
+from ..step.parts import StepInParts, build_trainer, compare, random_batch, step_config
 from .measure import Bench
 
 _SCALE = 1 / 0.07
@@ -271,28 +263,13 @@ def measure_large(bench: Bench) -> None:
 
 def measure_texts(bench: Bench) -> None:
     """The text encoder by layout of captions, and the parts of a training step."""
-    from ..training.parts import StepInParts, compare
-    from ..training.texts import Text, text_layouts
-
     size = 256
     _, trainer, batch = build_step(bench, size)
     width, layers = (64, 1) if bench.is_tiny else (512, 12)
-    settings = Text(data=Path(), width=width, layers=layers)
     lengths = torch.from_numpy(batch.text_lengths).to(bench.device)
-    precision = Precision("bf16")
-    layouts = text_layouts(settings, batch.tokens, lengths, precision)
-
-    def forward_and_backward(encode: Callable[[], Tensor]) -> Tensor:
-        with precision.autocast(bench.device.type):
-            loss = encode().float().square().sum()
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        return loss.detach()
-
-    works = {
-        f"text encoder, {name}": functools.partial(forward_and_backward, encode)
-        for name, encode in layouts.items()
-    }
-    bench.take_turns(works, count=len(batch.tokens), unit="texts/s")
+    works = layout_works(batch.tokens, lengths, width=width, layers=layers)
+    named = {f"text encoder, {name}": work for name, work in works.items()}
+    bench.take_turns(named, count=len(batch.tokens), unit="texts/s")
     step = StepInParts(trainer, batch)
     compare(step)
 
@@ -404,16 +381,12 @@ def _note_gaps(bench: Bench, name: str, works: Mapping[str, Callable[[], list[Te
 
 def compare_with_open_clip(bench: Bench) -> None:
     """Our step and open_clip's on the same architecture and data, in turns."""
-    from ..training.step import build_open_clip, compare, open_clip_step
+    from ..step.open_clip import open_clip_step, open_clip_twin
 
     for encoder in bench.first_if_tiny("vit_base_patch32_224", "vit_base_patch16_224"):
         size = 256
         _, trainer, batch = build_step(bench, size, encoder=encoder, precision="fp32")
-        config = trainer.config
-        theirs = build_open_clip(trainer.model, config).to(bench.device)
-        images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
-        texts = batch.tokens[batch.text_index]
-        compare(trainer.model, theirs, batch, images, texts, rounding=1e-3)
+        theirs, images, texts = open_clip_twin(trainer.model, batch, rounding=1e-3)
         del trainer
         step, _, _ = build_step(bench, size, encoder=encoder)
         works = {
@@ -437,22 +410,17 @@ def build_step(
 ) -> tuple[Callable[[], object], Trainer, Batch]:
     """Returns a training step on a batch that lies on the device, its trainer, and the batch."""
     efficiency = {"precision": "bf16", "compile": "off"} | efficiency
-    model, pixels = ModelConfig(image_encoder=encoder), 224
+    pixels, text = 224, {}
     if bench.is_tiny:
         is_eager = efficiency["compile"] == "off"
         small = "unicl_swin6_small" if is_eager else "unicl_convnet7_small"
-        small, pixels = ("test_vit", 160) if "vit" in encoder else (small, 32)
-        model = ModelConfig(
-            image_encoder=small, text_width=64, text_heads=2, text_layers=1, embed_dim=16
-        )
+        encoder, pixels = ("test_vit", 160) if "vit" in encoder else (small, 32)
+        text = {"text_width": 64, "text_heads": 2, "text_layers": 1, "embed_dim": 16}
     batch = make_batch(bench, size, pixels=pixels)
-    config = TrainConfig(
-        data=DataConfig(image_size=pixels, evaluation_resize=pixels),
-        model=model,
-        efficiency=EfficiencyConfig(**efficiency),
-        run=RunConfig(global_batch_size=batch.batch_size, steps=1 << 20),
+    config = step_config(
+        encoder, image_size=pixels, batch_size=batch.batch_size, text=text, **efficiency
     )
-    trainer = Trainer(config, ListLoader([batch]), device=bench.device, progress=False)
+    trainer, batch = build_trainer(config, batch, device=bench.device)
     return lambda: trainer.train_step(batch), trainer, batch
 
 

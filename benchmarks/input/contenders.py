@@ -24,7 +24,7 @@ from PIL import Image
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-Kind = Literal["ours", "peer", "limit", "stage"]
+Kind = Literal["ours", "peer", "limit", "stage", "augmented"]
 _SQUARES = 48
 _EXTENSIONS = {b"\x89PNG": "png", b"RIFF": "webp"}
 _BATCH = 16
@@ -55,10 +55,10 @@ class Task:
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    augment: tuple[str, ...] = ()
+    """Augmentation in our own loader."""
     resample: Resample = "fused"
-    """The resizing operator of our own loader."""
-    keep_memory: bool = False
-    """Let peers keep freed memory, as our programs do."""
+    """Operators of our own loader."""
 
     @property
     def class_folder(self) -> Path:
@@ -72,7 +72,8 @@ class Contender:
 
     name: str
     kind: Kind
-    """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that."""
+    """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that, and
+    augmented is ours with augmentation."""
     about: str
     code: str
     """module:function; takes a `Task`, yields batches, or numbers of images."""
@@ -290,3 +291,16 @@ def compare_distributions(moments: np.ndarray, ours: np.ndarray) -> None:
             raise ContenderError(
                 f"the images' {name} is {mean:.2f}, ours is {own:.2f} (standard error {error:.2f})"
             )
+
+
+def compare_operators(spec: str, fused: np.ndarray, dali: np.ndarray) -> None:
+    """Raises RuntimeError if two operators make different images of an augmentation, in levels.
+
+    They resample a level apart, and DALI repeats border pixels (tests/pipelines/test_graph.py);
+    thresholds of a policy make more of that in a few places.
+    """
+    gaps = np.abs(fused - dali).mean(axis=(1, 2, 3))
+    middle, highest = float(np.median(gaps)), float(gaps.max())
+    print(f"{spec}: mean difference of an image {middle:.3f}, at most {highest:.3f}", flush=True)
+    if middle > 0.5 or (gaps > 3).mean() > 0.1:
+        raise RuntimeError(f"{spec}: the fused operator and DALI's differ; nothing was timed")

@@ -23,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from unicl_fast.augmentation import AUGMENTATIONS
-from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
@@ -38,12 +38,33 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps, split_windows
 from unicl_fast.system.machine import keep_freed_memory
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
 
 from .contenders import ContenderError, Task
-from .loaders import config_of, prompts_of
 
 _HELD = 1024
 """Images that are held in memory for a stage."""
+
+
+def config_of(task: Task, **data: Any) -> TrainConfig:
+    """The loader's config; `data` are more fields of its DataConfig."""
+    size: dict[str, Any] = {"image_size": task.image_size, "evaluation_resize": task.image_size}
+    return TrainConfig(
+        data=DataConfig(threads=task.threads, **size, **data),
+        run=RunConfig(global_batch_size=task.batch_size),
+    )
+
+
+def prompts_of(dataset: PackedDataset) -> ClassPrompts:
+    """The prompts of a single data set, of its own class names and templates."""
+    manifest = dataset.manifest
+    return ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+
+
+def open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
+    """The training loader of a single data set."""
+    return TrainLoader(config, [dataset], None, prompts_of(dataset))
 
 
 class _Own:
@@ -58,6 +79,7 @@ class _Own:
             crop_ratio=task.ratio,
             flip_probability=task.flip,
             resample=task.resample,
+            augment=task.augment,
         )
         self.dataset = PackedDataset(task.data)
         self.prompts = prompts_of(self.dataset)

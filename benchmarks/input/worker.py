@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
+from unicl_fast.system.machine import return_freed_memory
 
 from ..harness import Turn
 from .contenders import Contender, ContenderError, MissingPackageError, Task, load
@@ -85,11 +85,6 @@ class Worker:
         with self._running():
             self._ask("warm", seconds)
             return Turn(*self._ask("turn", seconds))
-
-    def next_batch(self) -> Turn:
-        """Runs for one batch, which may be an epoch, without a warm-up; the turn is an image's."""
-        with self._running():
-            return Turn(*self._ask("turn", 0))
 
     def memory(self, seconds: float) -> list[int]:
         """`session_bytes` of its processes, a few times while it runs for `seconds`."""
@@ -169,8 +164,6 @@ def serve(descriptor: int) -> None:
 
 
 def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
-    if task.keep_memory:
-        keep_freed_memory()  # workers inherit it
     batches = load(contender.code)(task)
     connection.send(None)
     while True:

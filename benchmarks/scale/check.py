@@ -27,19 +27,11 @@ from typing import Any
 
 import torch
 
-from unicl_fast.batch import ListLoader
-from unicl_fast.config import (
-    DataConfig,
-    EfficiencyConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
 from unicl_fast.distributed.rendezvous import process_group
-from unicl_fast.training.trainer import Trainer
 
-from ..training.parts import StepInParts, random_batch
+from ..step.parts import StepInParts, build_trainer, random_batch, step_config
 from .model import Compute, Gloo, ModelSize, measure_size, simulate, without_overlap
 
 _PIXELS, _LOCAL_BATCH = 64, 8
@@ -83,17 +75,13 @@ def _median_distance(modelled: Sequence[float], measured: Sequence[float]) -> fl
 
 def config_of(world_size: int) -> TrainConfig:
     """ResNet-18 and a small text encoder: 58 MB of gradients, of which DDP makes four buckets."""
-    return TrainConfig(
-        data=DataConfig(image_size=_PIXELS, evaluation_resize=_PIXELS),
-        model=ModelConfig(
-            image_encoder="resnet18",
-            text_width=64,
-            text_heads=2,
-            text_layers=2,
-            embed_dim=64,
-        ),
-        efficiency=EfficiencyConfig(precision="fp32"),
-        run=RunConfig(global_batch_size=_LOCAL_BATCH * world_size, steps=1 << 20, device="cpu"),
+    return step_config(
+        "resnet18",
+        image_size=_PIXELS,
+        batch_size=_LOCAL_BATCH * world_size,
+        device="cpu",
+        text={"text_width": 64, "text_heads": 2, "text_layers": 2, "embed_dim": 64},
+        precision="fp32",
     )
 
 
@@ -219,9 +207,8 @@ def _run_ranks(machines: Sequence[str], settings: str) -> None:
 def _measure(ranks: Ranks, *, rates: Sequence[float], rounds: int) -> list[dict[str, Any]]:
     """A rank's part: steps with the others, and in turns steps by itself, at each rate."""
     batch = random_batch(_LOCAL_BATCH, pixels=_PIXELS, num_texts=_LOCAL_BATCH, seed=1 + ranks.rank)
-    loader = ListLoader([batch])
-    together = Trainer(config_of(ranks.world_size), loader, ranks=ranks, progress=False)
-    alone = StepInParts(Trainer(config_of(1), loader, progress=False), batch)
+    together, _ = build_trainer(config_of(ranks.world_size), batch, ranks=ranks)
+    alone = StepInParts(*build_trainer(config_of(1), batch))
     for _ in range(2):  # in the second DDP orders its buckets
         together.train_step(batch)
         alone.take()

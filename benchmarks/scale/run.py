@@ -20,13 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.batch import ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.presets import build_preset
-from unicl_fast.training.trainer import Trainer
 
 from ..harness import Figures, Stage, summarise
-from ..training.parts import StepInParts, random_batch
+from ..step.parts import StepInParts, build_trainer, random_batch
 from .check import run_check
 from .model import Compute, ModelSize, Nccl, StepTime, binding, measure_size, simulate
 
@@ -136,11 +134,10 @@ class Scale(Stage):
         batch = random_batch(
             self.local_batch, pixels=config.data.image_size, num_texts=self.local_batch
         )
-        trainer = Trainer(config, ListLoader([batch]), progress=False)
-        step = StepInParts(trainer, batch.to(trainer.device))
+        step = StepInParts(*build_trainer(config, batch))
         taken = [Compute.from_parts(step.take()) for _ in range(1 + self.rounds)][1:]
         middle = sorted(taken, key=lambda one: one.total)[len(taken) // 2]
-        return middle, f"timed here, on {trainer.device.type}"
+        return middle, f"timed here, on {step.device.type}"
 
     def _check(self) -> None:
         print(

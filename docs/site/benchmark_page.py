@@ -10,7 +10,6 @@ the results.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -19,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.benchmarks.input.race import table
-from unicl_fast.benchmarks.run import STAGES
+from unicl_fast.benchmarks.input.report import table
+from unicl_fast.benchmarks.run import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -41,7 +40,8 @@ class Section:
     """A stage's results, and how its figures become rows and columns."""
 
     title: str
-    stage: str
+    command: str
+    """A program of unicl-bench, and the options that choose these results."""
     files: str
     """Glob under the checkout."""
     figure: str = r"(?P<row>.+)"
@@ -59,13 +59,7 @@ SECTIONS = (
         "JPEGs. Limits and stages do a part of the work.",
     ),
     Section(
-        "Decoders, by the protocol of arXiv 2605.08731", "imread", f"{_RESULTS}/imread_*.json",
-        r"(?P<row>[^,/]+), (?P<column>one thread|\d workers), images/s",
-        "Images/s. `unicl_fast` cuts and resizes crops, `unicl_fast-whole` resizes whole images; "
-        "the others only decode.",
-    ),
-    Section(
-        "Augmentation", "augment", f"{_RESULTS}/augment_*.json",
+        "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
     ),
     Section("Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK),
@@ -74,18 +68,18 @@ SECTIONS = (
         r"keep: (?P<column>unicl-pack / [\w ]+)(, (?P<row>.*))?",
         "Ratios of images/s, of whole runs with the starts of their processes, and without.",
     ),
-    Section("Tokenizer", "tokenize", f"{_RESULTS}/tokenize_*.json"),
+    Section("Tokenizer", "loss --parts tokens", f"{_RESULTS}/tokenize_*.json"),
     Section(
-        "Target map", "targets", f"{_RESULTS}/targets_*.json",
+        "Target map", "loss --parts targets", f"{_RESULTS}/targets_*.json",
         r"(?P<column>[\d,]+ rows), (?P<row>map_targets, ms|times .*)",
         "The others take so many times as long as `map_targets` to find equal rows of 77 tokens.",
     ),
     Section(
-        "Layouts of texts", "text", f"{_RESULTS}/text_*.json",
+        "Layouts of texts", "loss --parts text", f"{_RESULTS}/text_*.json",
         r"(?P<row>.*), (?P<column>s|times the cost of its real tokens)",
     ),
     Section(
-        "Loss", "loss", f"{_RESULTS}/loss_*.json",
+        "Loss", "loss --parts loss", f"{_RESULTS}/loss_*.json",
         r"(?P<column>\d+): (?P<row>[^/]+) / ClipLoss fp32",
         "Time of value and gradients, in times that of open_clip's ClipLoss in fp32, by the "
         "number of images and texts.",
@@ -95,20 +89,20 @@ SECTIONS = (
         "Images/s of a whole step, and the ratio of the two.",
     ),
     Section(
-        "Switches of `efficiency`", "efficiency", f"{_RESULTS}/efficiency_*.json",
+        "Switches of `efficiency`", "step --parts switches", f"{_RESULTS}/efficiency_*.json",
         r"(?P<row>.*), (?P<column>times as long|MB above the model)",
         "Each switch is set the other way than `unicl-pretrain` has it on that machine.",
     ),
     Section(
-        "A step by its parts", "profile", f"{_RESULTS}/profile_*.json",
+        "A step by its parts", "step --parts profile", f"{_RESULTS}/profile_*.json",
         r"(?P<row>.*?), (?P<column>s|times .*)",
         "The floor of a part is the time of its products at the rate of one large product.",
     ),
     Section(
-        "Batches larger than memory", "memory", f"{_RESULTS}/memory_*.json",
+        "Batches larger than memory", "step --parts micro-batches --batch-size 64",
+        f"{_RESULTS}/memory_*.json",
         r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
     ),
-    Section("Ledger", "ledger", f"{_RESULTS}/ledger_*.json"),
     Section(
         "The model of many ranks, checked on slow links", "scale", f"{_RESULTS}/scale_check_*.json",
         r"(?P<row>\d ranks, \d+ Mb/s): (?P<column>.*)",
@@ -125,13 +119,13 @@ def _section(section: Section) -> str:
     paths = sorted(ROOT.glob(section.files))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     parts = [f"## {section.title}", section.about] if section.about else [f"## {section.title}"]
-    if section.stage == "input":
+    if section.command == "input":
         for path, result in zip(paths, results, strict=True):
-            parts += [_origin(section.stage, path, result), table(result)]
+            parts += [_origin(section.command, path, result), table(result)]
     else:
         parts.append(_table(section, results))
         origins = zip(paths, results, strict=True)
-        parts.append("\n".join(f"- {_origin(section.stage, *origin)}" for origin in origins))
+        parts.append("\n".join(f"- {_origin(section.command, *origin)}" for origin in origins))
     return "\n\n".join(parts)
 
 
@@ -186,7 +180,7 @@ def _labels(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield ", ".join(told)
 
 
-def _origin(stage: str, path: Path, result: Mapping[str, Any]) -> str:
+def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     month = re.search(r"_(\d{4})(\d\d)$", path.stem)
     when = machine.get("date") or (f"{month[1]}-{month[2]}" if month else "")
@@ -196,15 +190,13 @@ def _origin(stage: str, path: Path, result: Mapping[str, Any]) -> str:
         *([when] if when else []),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
-    return f"{link}: `{command(stage, result['settings'])}`; {'; '.join(facts)}"
+    return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"
 
 
-def command(stage: str, settings: Mapping[str, Any]) -> str:
-    """The command of a result: its settings that are not the stage's defaults today."""
-    module, name = STAGES[stage][0].split(":")
-    kind = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
-    words = ["unicl-bench", stage]
-    for field in dataclasses.fields(kind):
+def command(program: str, settings: Mapping[str, Any]) -> str:
+    """The command that repeats a result: its settings that are not the program's defaults today."""
+    words = ["unicl-bench", *program.split()]
+    for field in dataclasses.fields(load_program(words[1])):
         value = settings.get(field.name)
         default = None if field.default is dataclasses.MISSING else field.default
         usual = list(default) if isinstance(default, tuple) else default

@@ -285,23 +285,21 @@ class ListingBench(Bench):
 
 
 def test_every_step_is_built_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build_trainer(config: TrainConfig, *others: Any, **options: Any) -> MagicMock:
-        return MagicMock(config=config, train_step=lambda batch: config)
+    def build_trainer(config: TrainConfig, batch: Any, **options: Any) -> Any:
+        return MagicMock(config=config, train_step=lambda batch: config), batch
 
-    monkeypatch.setattr(stages, "Trainer", build_trainer)
+    monkeypatch.setattr(stages, "build_trainer", build_trainer)
     monkeypatch.setattr(stages, "make_batch", lambda _, size, **more: MagicMock(batch_size=size))
     monkeypatch.setattr(stages, "_write_trace", lambda bench, step: None)
     monkeypatch.setattr(stages, "product_seconds", lambda bench: 1.0)
-    monkeypatch.setattr(stages, "normalise_images", MagicMock())
     monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # a fifth of a second, after each step
     # the true one takes seconds to import
     compiler = MagicMock(counters=defaultdict(Counter))
     for module in ("torch._dynamo", "torch._dynamo.utils"):
         monkeypatch.setitem(sys.modules, module, compiler)
     monkeypatch.setattr(torch, "_dynamo", compiler, raising=False)
-    open_clips = ("build_open_clip", "compare", "open_clip_step")
-    beside = MagicMock(**{name: MagicMock() for name in open_clips})
-    monkeypatch.setitem(sys.modules, "unicl_fast.benchmarks.training.step", beside)
+    theirs = MagicMock(open_clip_twin=lambda *_, **__: (MagicMock(), None, None))
+    monkeypatch.setitem(sys.modules, "unicl_fast.benchmarks.step.open_clip", theirs)
     bench = ListingBench()
     for name in ("step", "switches", "large", "open-clip"):
         PART_A[name].run(bench)

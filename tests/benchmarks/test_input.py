@@ -19,7 +19,8 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks.input import race
+from unicl_fast.benchmarks.input import report
+from unicl_fast.benchmarks.input import run as race
 from unicl_fast.benchmarks.input import worker as worker_module
 from unicl_fast.benchmarks.input.contenders import (
     OURS,
@@ -34,7 +35,8 @@ from unicl_fast.benchmarks.input.contenders import (
     comparison_task,
     gap_to,
 )
-from unicl_fast.benchmarks.input.race import Input, plot, table, verdict
+from unicl_fast.benchmarks.input.report import plot, table, verdict
+from unicl_fast.benchmarks.input.run import Input
 from unicl_fast.benchmarks.input.worker import Worker, session_bytes
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -129,7 +131,7 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     text = table(result)
     assert "| honest |" in text
     assert "left out: No module named" in text
-    plot({"small": result}, tmp_path / "plot.png")
+    plot(result, tmp_path / "plot.png", title="small")
     with Image.open(tmp_path / "plot.png") as image:
         assert min(image.size) > 100
 
@@ -142,21 +144,14 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
 
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
-    results = [str(ROOT / "docs/results" / f"input-{name}.json") for name in ("256", "32")]
-    titles = ["JPEGs of 256 pixels", "JPEGs of 32 pixels"]
-    command = ["race", *results, "--plot", str(tmp_path / "plot.png"), "--titles", *titles]
-    monkeypatch.setattr(sys, "argv", command)
-    race.main()
+    result = str(ROOT / "docs/results/input-256.json")
+    report.main([result, "--plot", str(tmp_path / "plot.png"), "--title", "JPEGs"])
     (figure,) = drawn
-    assert [panel.get_title(loc="left") for panel in figure.axes] == titles
+    assert figure.axes[0].get_title(loc="left") == "JPEGs"
     assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
     letters = [one for one in figure.findobj(Text) if one.get_text()]
     pixels_a_point = 360 / figure.get_figwidth() / 72
     assert min(one.get_fontsize() for one in letters) * pixels_a_point > 7
-
-    monkeypatch.setattr(sys, "argv", command[:-1])
-    with pytest.raises(SystemExit, match="a title for each of 2 results, not 1"):
-        race.main()
 
 
 def test_the_help_names_all_contestants(capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +208,7 @@ def test_a_contestant_that_does_not_answer_is_stopped_too(
     task = Task(data=tmp_path, scratch=tmp_path, batch_size=2, image_size=8, threads=1)
     counter = tmp_path / "counter"
     with Worker(fake("with_a_child"), task) as worker:
-        worker.next_batch()  # its child is there
+        worker.turn(0)  # its child is there
         monkeypatch.setattr(worker_module, "_PATIENCE", 0.05)
         with pytest.raises(ContenderError, match="no answer"):
             worker.turn(0.4)  # warming up takes as long

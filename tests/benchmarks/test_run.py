@@ -1,73 +1,25 @@
-"""Each stage of `unicl-bench` once, small: it compares, measures, writes. No figure is judged."""
+"""Each program of `unicl-bench` once, small: it compares, measures, writes. No figure is judged."""
 
 from __future__ import annotations
 
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from object_stores import upload
 
-from unicl_fast.batch import ListLoader
 from unicl_fast.benchmarks import harness
-from unicl_fast.benchmarks.run import STAGES, main
-from unicl_fast.benchmarks.training import step
-from unicl_fast.config import DataConfig, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
-from unicl_fast.models.precision import normalise_images
+from unicl_fast.benchmarks.run import PROGRAMS, main
+from unicl_fast.benchmarks.step import open_clip
+from unicl_fast.benchmarks.step.parts import build_trainer, step_config
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main as pack
-from unicl_fast.training.trainer import Trainer
 
-SMALL = {
-    "targets": ["--sizes", "64"],
-    "tokenize": ["--texts", "50"],
-    "loss": ["--sizes", "64", "--no-memory"],
-    "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
-    "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
-    "efficiency": [
-        *("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"),
-        "--no-memory",
-    ],
-    "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
-    "memory": [
-        *("--image-encoder", "test_vit", "--image-size", "32"),
-        *("--large", "16", "--micro", "4", "--plain", "8"),
-    ],
-    "profile": ["--batch-size", "4", "--preset", "digits-small"],
-    "scale": ["--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8..32"],
-    "ledger": ["--draws", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
-    "augment": [
-        *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
-        *("--augment", "none,grayscale=0.5"),
-    ],
-    "many-samples": ["--samples", "1200", "--workers", "1"],
-    "pack": ["--images", "24", "--formats", "keep", "webp", "--resize", "short:24"],
-    "storage": [
-        *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
-        *("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64"),
-        *("--caches", "1"),
-    ],
-    "input": [
-        *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
-        *("--peers", "none", "--parts", "none"),
-    ],
-}
-
-ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
-SLOW = (
-    *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint", "tokenize"),
-    *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger", "scale"),
-)
-# have no rounds of contestants, or no --data: test_gpu.py, test_diagnosis.py, test_imread.py
-REPORTS = ("gpu", "run", "imread")
-LONG = (
-    *("memory", "efficiency", "checkpoint", "augment", "storage", "text"),
-    *("pack", "targets", "loss"),
-)
+_TINY_STEP = ("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160")
+_TINY_INPUT = ("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -82,64 +34,100 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     source = ["build", str(images / "labels.csv"), "--where", "split=val"]
     root = str(images / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
-    upload(captioned, "faulty://bench/set")
-    return {
-        "text": captioned,
-        "step": captioned,
-        "efficiency": captioned,
-        "memory": captioned,
-        "profile": captioned,
-        "input": labelled,
-        "augment": labelled,
-        "pack": images / "tiny-imagenet-200-subset.zip",
-        "storage": captioned,
-    }
+    upload(labelled, "faulty://bench/set")
+    return {"captions": captioned, "labels": labelled, "zip": Path(root)}
 
 
-def marked(stage: str) -> Any:
-    marks: list[Any] = [pytest.mark.slow] * (stage in SLOW)
-    marks += [pytest.mark.long, pytest.mark.timeout(1200)] * (stage in LONG)
-    return pytest.param(stage, marks=marks)
-
-
-@pytest.mark.parametrize("stage", [marked(s) for s in STAGES if s not in (*ON_DATA, *REPORTS)])
-def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> None:
-    run_small(stage, tmp_path / "result.json")
-
-
-@pytest.mark.dali
-@pytest.mark.parametrize("stage", [marked(s) for s in ON_DATA])
-def test_a_stage_on_data_writes_its_figures(
-    stage: str, packed: dict[str, Path], tmp_path: Path
-) -> None:
-    run_small(stage, tmp_path / "result.json", "--data", str(packed[stage]))
-
-
-def run_small(stage: str, path: Path, *more: str) -> None:
-    main([stage, *SMALL[stage], "--rounds", "1", "--json", str(path), *more])
+def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> set[str]:
+    """Runs a program for one round; returns the names of its figures, which are sound numbers."""
+    main([program, *options, "--rounds", "1", "--json", str(path)])
     result = json.loads(path.read_text())
     assert result["settings"]["rounds"] == 1
     assert {"processor", "cores", "torch", "commit", "date"} <= result["machine"].keys()
-    assert len(result["figures"]) >= 3
     for name, figure in result["figures"].items():
-        # a cost may be noise around 0, and the first shard of a build may not be seen
-        smallest = {"checkpoint": -math.inf, "many-samples": 0}.get(stage, 1e-12)
         assert smallest <= figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
+    return set(result["figures"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_explains_its_options(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--data", str(packed["captions"]), "--sizes", "64", "--batch-size", "2")
+    assert {
+        "times open_clip", "64: tiled fp32 / ClipLoss fp32", "64: tiled fp32, MB above the inputs",
+        "64 rows, times np.unique(axis=0)", "packed, times the cost of its real tokens",
+    } <= check(tmp_path / "loss.json", "loss", *options)  # fmt: skip
+
+
+@pytest.mark.dali
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
+    parts = ("--parts", "open-clip", "switches", "profile", "checkpoint")
+    # the cost of a checkpoint may be noise around 0
+    found = check(tmp_path / "step.json", "step", *options, *parts, smallest=-math.inf)
+    assert {
+        "ratio", "no channels_last, times as long", "two micro-batches, times as long",
+        "whole step, times its floor", "cost of one in a thread, s",
+    } <= found  # fmt: skip
+
+
+@pytest.mark.dali
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--image-encoder", "test_vit", "--image-size", "32", "--batch-size", "4")
+    parts = ("--parts", "switches", "micro-batches", "--data", str(packed["labels"]))
+    found = check(tmp_path / "step.json", "step", *options, *parts)
+    assert {"batch 512 in micro-batches of 4, peak GB", "as it is, MB above the model"} <= found
+
+
+@pytest.mark.dali
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--data", str(packed["labels"]), *_TINY_INPUT, "--peers", "none", "--parts", "none")
+    augment = ("--augment", "none,grayscale=0.5")
+    store = ("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64")
+    found = check(tmp_path / "input.json", "input", *options, *augment, *store, "--caches", "1")
+    assert {
+        "unicl_fast, images/s", "unicl_fast, MB",
+        "none,grayscale=0.5, dali: rate by CPU time against none",
+        "URL, cache empty: rate against the folder", "cache 1, window 64: bytes read / needed",
+    } <= found  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")
+    found = check(tmp_path / "pack.json", "pack", "--data", str(packed["zip"]), *options)
+    assert {"webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s"} <= found
+
+
+def test_scale_models_a_step(tmp_path: Path) -> None:
+    options = ("--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8..32")
+    found = check(tmp_path / "scale.json", "scale", *options)
+    assert "32 GPUs, 400 Gb/s, images/s" in found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_explains_its_options(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main([stage, "--help"])
+        main([program, "--help"])
     assert stopped.value.code == 0
-    assert f"unicl-bench {stage}" in capsys.readouterr().out
+    assert f"unicl-bench {program}" in capsys.readouterr().out
 
 
 def test_data_that_is_not_there_is_said_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["text", "--data", str(tmp_path / "nowhere")])
+        main(["loss", "--parts", "text", "--data", str(tmp_path / "nowhere")])
     assert stopped.value.code == 2
     assert "nowhere" in capsys.readouterr().err
 
@@ -160,29 +148,6 @@ def test_turns_alternate() -> None:
     assert [len(taken) for taken in turns.values()] == [2, 2]
 
 
-def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = ModelConfig(
-        image_encoder="test_vit", text_width=64, text_heads=1, text_layers=1, embed_dim=16
-    )
-    config = TrainConfig(
-        data=DataConfig(image_size=160, evaluation_resize=160),
-        model=model,
-        efficiency=EfficiencyConfig(precision="fp32"),
-        run=RunConfig(global_batch_size=4, steps=1, device="cpu"),
-    )
-    images = torch.randint(256, (4, 160, 160, 3), dtype=torch.uint8)
-    tokens = Tokenizer()(["a photo of a cat", "a drawing of a cat", "a dog", "a photo of a dog"])
-    for labels, has_losses in (([0, 0, 1, 1], False), ([0, 1, 2, 3], True)):
-        batch = collate(images, tokens, torch.tensor(labels))
-        ours = Trainer(config, ListLoader([batch]), progress=False).model
-        theirs = step.build_open_clip(ours, config)
-        pixels = normalise_images(images, mean=config.data.mean, std=config.data.std)
-        step.compare(ours, theirs, batch, pixels, tokens)
-        assert ("losses differ by at most" in capsys.readouterr().out) == has_losses
-
-
 @pytest.mark.usefixtures("_no_collection")
 def test_a_turn_ends_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
@@ -192,3 +157,18 @@ def test_a_turn_ends_when_a_gpu_has_done_its_work(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     harness.timed(lambda: seen.append("works"))
     assert seen == ["works", "waits", "works", "waits"]
+
+
+def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = {"text_width": 64, "text_heads": 1, "text_layers": 1, "embed_dim": 16}
+    config = step_config(
+        "test_vit", image_size=160, batch_size=4, device="cpu", text=text, precision="fp32"
+    )
+    images = torch.randint(256, (4, 160, 160, 3), dtype=torch.uint8)
+    tokens = Tokenizer()(["a photo of a cat", "a drawing of a cat", "a dog", "a photo of a dog"])
+    for labels, has_losses in (([0, 0, 1, 1], False), ([0, 1, 2, 3], True)):
+        trainer, batch = build_trainer(config, collate(images, tokens, torch.tensor(labels)))
+        open_clip.open_clip_twin(trainer.model, batch)
+        assert ("losses differ by at most" in capsys.readouterr().out) == has_losses

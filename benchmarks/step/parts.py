@@ -1,17 +1,33 @@
-"""A training step taken apart at the features, and the rate that its products could have."""
+"""A training step built for a benchmark, and taken apart at the features.
+
+The parts must give the gradients of the whole step. The floor of a part is the time that its matrix
+products and convolutions would take at the rate of one large square product of the same type on the
+same machine. (Fused attention on a CPU is not counted: it is used there in fp32 only, and is a few
+percent.)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicl_fast.batch import Batch
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import (
+    DataConfig,
+    DeviceName,
+    EfficiencyConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from unicl_fast.models.precision import Precision
 from unicl_fast.objectives.targets import collate
 from unicl_fast.training.cached_gradients import back_propagate_learnt
@@ -23,11 +39,58 @@ from unicl_fast.training.global_loss import (
 )
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import timed, wait_for_gpu
+from ..harness import Figures, summarise, timed, wait_for_gpu
 
 _SQUARE = 4096
 """Side of the matrices whose product gives the floor."""
+_COUNTS = 0.01
+"""Part of a step's operations from which on a part is compared with the time that they need."""
 _CONTEXT, _START, _END = 77, 49406, 49407
+
+
+def step_config(
+    image_encoder: str,
+    *,
+    image_size: int,
+    batch_size: int,
+    device: DeviceName = "auto",
+    text: Mapping[str, int] = MappingProxyType({}),
+    **efficiency: Any,
+) -> TrainConfig:
+    """A timm model and the paper's text encoder (or fields of another one), in a long run."""
+    return TrainConfig(
+        data=DataConfig(image_size=image_size, evaluation_resize=image_size),
+        model=ModelConfig(image_encoder=image_encoder, **text),
+        efficiency=EfficiencyConfig(**efficiency),
+        run=RunConfig(global_batch_size=batch_size, steps=1 << 20, device=device),
+    )
+
+
+def build_trainer(config: TrainConfig, batch: Batch, **more: Any) -> tuple[Trainer, Batch]:
+    """A trainer whose loader has one batch, and that batch on the trainer's device."""
+    trainer = Trainer(config, ListLoader([batch]), progress=False, **more)
+    return trainer, batch.to(trainer.device)
+
+
+def measure_parts(config: TrainConfig, batch: Batch, *, rounds: int) -> Figures:
+    """Seconds of each part, and in times of its floor; RuntimeError if the parts differ."""
+    step = StepInParts(*build_trainer(config, batch))
+    compare(step)
+    operations = step.count_operations()
+    step.take()  # warm-up
+    taken = [step.take() for _ in range(rounds)]
+    whole = [sum(seconds.values()) for seconds in taken]
+    rate = _measure_rate(step.precision.compute_type, step.device)
+    total = sum(operations.values())
+    figures = {f"{part}, s": summarise([t[part] for t in taken]) for part in taken[0]}
+    figures["whole step, s"] = summarise(whole)
+    for part, count in operations.items():
+        if count >= _COUNTS * total:
+            ratios = [seconds[part] / (count / rate) for seconds in taken]
+            figures[f"{part}, times its floor"] = summarise(ratios)
+    figures["whole step, times its floor"] = summarise([one / (total / rate) for one in whole])
+    figures["rate of one product, GFLOP/s"] = summarise([rate / 1e9])
+    return figures
 
 
 class StepInParts:
@@ -124,7 +187,7 @@ def compare(step: StepInParts) -> None:
 def random_batch(
     size: int, *, pixels: int, num_texts: int, longest: int = 40, seed: int = 0
 ) -> Batch:
-    """Random images [size pixels pixels 3], and so many texts of 8 to `longest` tokens."""
+    """Random images [size pixels pixels 3], and `num_texts` texts of 8 to `longest` tokens."""
     generator = torch.Generator().manual_seed(longest + seed)
     images = torch.randint(256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 40_000, (num_texts, _CONTEXT), generator=generator)
@@ -137,7 +200,7 @@ def random_batch(
     return collate(images, of_images, torch.full((size,), -1))
 
 
-def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
+def _measure_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one large square product, the best of five."""
     left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
     best = min(timed(lambda: float((left @ right).sum())).wall_seconds for _ in range(5))

@@ -1,151 +1,85 @@
-"""Training steps/s, beside open_clip's own.
-
-    unicl-bench step --data PACKED [--json FILE]
+"""Training steps in images/s, compared with open_clip's own.
 
 Both train the same timm image encoder and the same text encoder on the same images and texts, from
 the same weights; their features, the gradients of all their weights and (on captions) their losses
 are compared. open_clip's step is written as its training script does it, with the best of its flags
-on a CPU: bf16 autocast. It gets its images normalised already; ours are counted from the bytes that
-the decoder gives. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py), open_clip's
-script does not, and gains more by it. Without --tune-contender, neither does it here.
+on a CPU: bf16 autocast. It gets normalised images; ours starts from the bytes that the decoder
+gives. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py) and open_clip's script does
+not, though it gains more by it; without --tune-contender ours does not keep it here either.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
-from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.config import (
-    DataConfig,
-    DeviceName,
-    EfficiencyConfig,
-    ModelConfig,
-    PrecisionName,
-    RunConfig,
-    TrainConfig,
-)
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.batch import Batch
+from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.presets import build_preset
-from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.training.global_loss import global_loss
-from unicl_fast.training.trainer import Trainer
 
-from ..harness import Stage, rate_of, ratio_of, take_turns
+from ..harness import Figures, rate_of, ratio_of, summarise, take_turns
+from .parts import build_trainer
 
 _ROUNDING = 1e-4
 """Largest difference that two orders of the same fp32 arithmetic may cause, relative to the largest
 entry."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelStage(Stage):
-    """Options of stages that train a timm model and the paper's text encoder on the CPU."""
-
-    image_encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model."""
-    image_size: int = 224
-    """Side of the images."""
-    batch_size: int = 32
-    """Images of a step."""
-    device: DeviceName = "auto"
-    """Device that runs the step."""
-
-    def config(self, precision: PrecisionName) -> TrainConfig:
-        return TrainConfig(
-            data=DataConfig(image_size=self.image_size, evaluation_resize=self.image_size),
-            model=ModelConfig(image_encoder=self.image_encoder),
-            efficiency=EfficiencyConfig(precision=precision),
-            run=RunConfig(global_batch_size=self.batch_size, steps=1 << 20, device=self.device),
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepStage(ModelStage):
-    """Options of stages that do so on a data set."""
-
-    data: Path
-    """Packed data set with captions, or with labels (one prompt a class shows the most)."""
+def measure_open_clip(config: TrainConfig, batch: Batch, *, rounds: int) -> Figures:
+    """Rates of both steps; RuntimeError if the two models differ."""
+    trainer, batch = build_trainer(config, batch)
+    theirs, images, texts = open_clip_twin(trainer.model, batch)
+    turns = take_turns(
+        {
+            "unicl_fast": lambda: trainer.train_step(batch),
+            "open_clip": open_clip_step(theirs, images, texts),
+        },
+        rounds=rounds,
+    )
+    figures = {f"{name}, images/s": rate_of(turns[name], batch.batch_size) for name in turns}
+    figures["ratio"] = ratio_of(turns, "open_clip", "unicl_fast")
+    counts = {
+        "distinct texts": len(batch.tokens),
+        "tokens of distinct texts": int(batch.text_lengths.sum()),
+        "tokens of all texts with padding": texts.numel(),
+    }
+    return figures | {name: summarise([count]) for name, count in counts.items()}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Step(StepStage):
-    """Training steps, beside open_clip's own."""
+def open_clip_twin(
+    ours: UniCL, batch: Batch, *, rounding: float = _ROUNDING
+) -> tuple[CLIP, Tensor, Tensor]:
+    """open_clip's model with our weights, and the images and texts that it takes.
 
-    tune_contender: bool = False
-    """Let the process keep freed memory, as unicl-pretrain does and open_clip's script does not."""
-
-    def run(self) -> None:
-        if self.tune_contender:
-            keep_freed_memory()
-        config = self.config("bf16")
-        batch = take_batch(config, self.data)
-        trainer = Trainer(config, ListLoader([batch]), progress=False)
-        batch = batch.to(trainer.device)
-        theirs = build_open_clip(trainer.model, config).to(trainer.device)
-        images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
-        texts = batch.tokens[batch.text_index]
-        compare(trainer.model, theirs, batch, images, texts)
-        turns = take_turns(
-            {
-                "unicl_fast": lambda: trainer.train_step(batch),
-                "open_clip": open_clip_step(theirs, images, texts),
-            },
-            rounds=self.rounds,
-        )
-        figures = {f"{name}, images/s": rate_of(turns[name], self.batch_size) for name in turns}
-        figures["ratio"] = ratio_of(turns, "open_clip", "unicl_fast")
-        facts = {
-            "images": self.batch_size,
-            "distinct texts": len(batch.tokens),
-            "tokens of distinct texts": int(batch.text_lengths.sum()),
-            "tokens of all texts with padding": texts.numel(),
-        }
-        for name, value in facts.items():
-            print(f"{name:46} {value}")
-        self.report(figures, "open_clip_torch", "timm", facts=facts)
+    Raises:
+        RuntimeError: the two models differ on the batch, see `compare`.
+    """
+    data = ours.config.data
+    theirs = build_open_clip(ours).to(batch.images.device)
+    images = normalise_images(batch.images, mean=data.mean, std=data.std)
+    texts = batch.tokens[batch.text_index]
+    compare(ours, theirs, batch, images, texts, rounding=rounding)
+    return theirs, images, texts
 
 
-def long_preset(preset: str, **run: Any) -> TrainConfig:
-    """A preset whose run is long; `run` are more fields of its RunConfig."""
-    config = build_preset(preset)
-    changed = dataclasses.replace(config.run, steps=1 << 20, **run)
-    return dataclasses.replace(config, run=changed)
-
-
-def take_batch(config: TrainConfig, data: Path) -> Batch:
-    """The first batch of a run on the data set, copied out of the loader's buffers."""
-    from ..input.loaders import open_loader  # with DALI; a step alone needs none
-
-    with (
-        PackedDataset(data) as dataset,
-        contextlib.closing(open_loader(dataset, config)) as loader,
-    ):
-        return copy.deepcopy(next(loader.batches(0)))
-
-
-def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
+def build_open_clip(ours: UniCL) -> CLIP:
     """The same model as open_clip builds it, with the same weights."""
-    model = config.model
+    model = ours.config.model
     theirs = CLIP(
         model.embed_dim,
         CLIPVisionCfg(
             timm_model_name=model.image_encoder,
             timm_pool="",  # the network's own, as here
             timm_proj="linear",
-            image_size=config.data.image_size,
+            image_size=ours.config.data.image_size,
         ),
         CLIPTextCfg(
             context_length=model.context_length,
@@ -215,7 +149,7 @@ def compare(
     images: Tensor,
     texts: Tensor,
     *,
-    rounding: float = _ROUNDING,
+    rounding: float,
 ) -> None:
     """Raises RuntimeError if features, losses or gradients differ by more than fp32 rounding."""
     ours.eval()

@@ -1,0 +1,105 @@
+"""`unicl-bench step`: a training step against open_clip's, its switches, parts and checkpoints.
+
+    unicl-bench step --data PACKED [--parts switches profile] [--json FILE]
+
+| part | what is timed | compared with |
+|---|---|---|
+| `open-clip` | the step | open_clip's own |
+| `switches` | each switch of `efficiency`: time, memory of the first step | the step as it is |
+| `profile` | the parts of the step | the rate of one matrix product |
+| `checkpoint` | steps while a checkpoint is written | steps that wait for one; steps alone |
+| `micro-batches` | peak memory of a batch of 128 micro-batches | one of them; 16 of them at once |
+
+The file of each part says how it is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import DeviceName, PrecisionName, TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.models.precision import resolve_precision
+from unicl_fast.system.machine import choose_device, keep_freed_memory
+
+from ..harness import Figures, Stage, printed
+from .checkpoint import measure_checkpoint
+from .memory import measure_micro_batches
+from .open_clip import measure_open_clip
+from .parts import measure_parts, step_config
+from .switches import measure_switches
+
+Part = Literal["open-clip", "switches", "profile", "checkpoint", "micro-batches"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step(Stage):
+    """Training steps: against open_clip's, by switch, by part, with checkpoints, by memory."""
+
+    data: Path
+    """Packed data set with captions, or with labels (one prompt per class shows the most)."""
+    parts: tuple[Part, ...] = ("open-clip",)
+    """What to measure."""
+    image_encoder: str = "swin_tiny_patch4_window7_224"
+    """A timm model."""
+    image_size: int = 224
+    """Side of the images."""
+    batch_size: int = 16
+    """Images in a step; in the part `micro-batches`, images in a micro-batch."""
+    memory: bool = True
+    """Also measure the memory of each switch."""
+    tune_contender: bool = False
+    """In the part `open-clip`, let the process keep freed memory, as unicl-pretrain does and
+    open_clip's script does not."""
+    folder: Path | None = None
+    """Folder for checkpoints, on the disk to measure; by default a temporary one."""
+    device: DeviceName = "auto"
+    """Device that runs the step."""
+
+    def run(self) -> None:
+        rounds = self.rounds
+        device = choose_device(self.device)
+        bf16, auto = (self._config(precision) for precision in ("bf16", "auto"))
+        auto = resolve_precision(auto, device)
+        batch = take_batch(bf16, self.data)
+        measures: dict[Part, Callable[[], Figures]] = {
+            "open-clip": lambda: measure_open_clip(bf16, batch, rounds=rounds),
+            "switches": lambda: measure_switches(auto, batch, rounds=rounds, memory=self.memory),
+            "profile": lambda: measure_parts(auto, batch, rounds=rounds),
+            "checkpoint": lambda: measure_checkpoint(auto, batch, self.folder, rounds=rounds),
+            "micro-batches": lambda: measure_micro_batches(bf16, self.data),
+        }
+        figures: Figures = {}
+        for part, measure in measures.items():
+            if part in self.parts:
+                if part != "open-clip" or self.tune_contender:
+                    keep_freed_memory()  # as unicl-pretrain does
+                figures |= printed(measure())
+        precision = auto.efficiency.precision
+        self.write_result(figures, "open_clip_torch", "timm", "safetensors", precision=precision)
+
+    def _config(self, precision: PrecisionName) -> TrainConfig:
+        return step_config(
+            self.image_encoder,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            device=self.device,
+            precision=precision,
+        )
+
+
+def take_batch(config: TrainConfig, data: Path) -> Batch:
+    """The first batch of a run on the data set, copied out of the loader's buffers."""
+    from ..input.own import open_loader  # with DALI, which a step does not need
+
+    with (
+        PackedDataset(data) as dataset,
+        contextlib.closing(open_loader(dataset, config)) as loader,
+    ):
+        return copy.deepcopy(next(loader.batches(0)))

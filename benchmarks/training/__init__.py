@@ -1,1 +1,0 @@
-"""Stages on training: texts, the loss, whole steps and their parts, checkpoints and ledgers."""
