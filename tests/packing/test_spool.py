@@ -18,10 +18,10 @@ from unicl_fast.packing.sources import spool as spool_module
 from unicl_fast.packing.sources.items import (
     Columns,
     Item,
-    PixelSpan,
     Problem,
     RefusedEntry,
     Source,
+    Span,
     add_texts,
     require_text,
 )
@@ -77,7 +77,7 @@ def test_a_image_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) 
 def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
     entries = [
         FileEntry("a/\udcff.jpg", 5, 17),
-        PixelSpan("b", 3, 8, 9, 3, True),
+        Span("b", 3, 8),
         ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
         RefusedEntry("outside", "no"),
         None,

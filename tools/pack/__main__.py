@@ -60,9 +60,8 @@ class Build(BuildOptions, _SourcesAndOut):
     caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
     {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
     of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
-    (train_map.txt beside train.zip), TSV files with images in base64, CIFAR (folder or .tar.gz),
-    and IDX files as of MNIST. docs/sources.md says how each is read. Several sources become one
-    data set; equal class names become one class.
+    (train_map.txt beside train.zip), and TSV files with images in base64. docs/sources.md says how
+    each is read. Several sources become one data set; equal class names become one class.
 
     Every image is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and the others are packed. Plain JPEGs and PNGs keep their bytes.

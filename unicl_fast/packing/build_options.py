@@ -63,7 +63,7 @@ class BuildOptions:
     KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
-    into --class-names. For CIFAR-100, coarse_labels."""
+    into --class-names."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the one that is called as they are (val2017) or images."""

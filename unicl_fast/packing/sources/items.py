@@ -22,9 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-
 from unicl_fast.system.wording import shorten
 
 MAX_FILE_BYTES = 512_000_000
@@ -135,35 +132,6 @@ class Base64Span:
             return base64.b64decode(text, validate=True)
         except binascii.Error as error:
             raise EntryError("damaged", f"not base64: {error}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class PixelSpan:
-    """Bytes of a file that are the pixels themselves; read as a PNG of exactly these pixels."""
-
-    path: str
-    offset: int
-    height: int
-    width: int
-    channels: int
-    """1 (grey) or 3 (RGB)."""
-    planar: bool = False
-    """Whether all of red comes first, then green, then blue."""
-
-    @property
-    def num_bytes(self) -> int:
-        return self.height * self.width * self.channels
-
-    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        check_file_size(self.num_bytes, max_bytes)
-        data = read_span(self.path, self.offset, self.num_bytes)
-        if self.planar:
-            planes = np.frombuffer(data, np.uint8).reshape(self.channels, self.height, self.width)
-            data = planes.transpose(1, 2, 0).tobytes()
-        mode = "L" if self.channels == 1 else "RGB"
-        file = io.BytesIO()
-        Image.frombytes(mode, (self.width, self.height), data).save(file, format="PNG")
-        return file.getvalue()
 
 
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
