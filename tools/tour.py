@@ -1,4 +1,4 @@
-"""`make tour`: everything in the test data packed, verified, inspected and merged.
+"""`make tour`: everything in the test data packed, verified, inspected and joined.
 
 For each data set the command that packs it stands in `DATA_SETS`, is shown, and is run; what was
 packed is verified to the last byte and described on a page. Then all become one, which is verified
@@ -60,7 +60,7 @@ DATA_SETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PackEverything:
-    """Pack, verify, inspect and merge all data sets of the test data."""
+    """Pack, verify, inspect and join all data sets of the test data."""
 
     data: Annotated[Path, tyro.conf.Positional] = Path(
         os.environ.get("UNICL_TEST_DATA", "../shared/data")
@@ -106,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     make_folder(tour.out)
     rows = [_make(name, _build_command(name, tour), tour) for name in there]
-    rows.append(_make(_ALL, ["merge", *(tour.out / name for name in there)], tour))
+    command: _Words = ["build", *(tour.out / name for name in there), *tour.worker_options]
+    if tour.format == "raw":
+        command += ["--format", "raw"]
+    rows.append(_make(_ALL, command, tour))
     (tour.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(f"\n{_table(rows)}\n\nlook at {tour.out / f'{_ALL}.html'}")
     if any(row["num_faults"] for row in rows):

@@ -15,6 +15,7 @@ from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import jpeg, run_pack
 
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import remote
@@ -211,24 +212,11 @@ def test_a_url_that_takes_no_uploads_is_refused_before_packing(
         build(photos, "https://host/set")
 
 
-def test_a_merge_of_or_to_urls_is_refused_with_what_to_do(
-    photos: Path,
-    url: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:
     build(photos, url)
-    folder = tmp_path / "store" / "new" / "set"
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    code, text = run_pack("merge", folder, "--out", "s3://bucket/x", capsys=capsys)
-    assert code == 2
-    assert "unicl-pack upload DIR --out s3://bucket/x" in text
-    code, text = run_pack("merge", folder, url, "--out", "both", capsys=capsys)
-    assert code == 2
-    assert f"{url} is a URL, and merge reads folders: copy" in text
-    assert not os.listdir()
+    build_anywhere([url], str(tmp_path / "again"), workers=1, progress=False)
+    assert Manifest.load(tmp_path / "again").num_samples == 60
+    assert Manifest.load(tmp_path / "again").source == (url,)
 
 
 def test_advice_about_a_damaged_url_can_be_followed(
@@ -243,7 +231,7 @@ def test_advice_about_a_damaged_url_can_be_followed(
     code, text = run_pack("verify", url, "--no-decode", capsys=capsys)
     assert code == 1
     assert f"unicl-pack upload DIR --out {url}" in text
-    assert f"merge {url}" not in text
+    assert f"build {url}" not in text
     code, text = run_pack("upload", tmp_path / "sound", "--out", url, capsys=capsys)
     assert code == 0, text
     assert run_pack("verify", url, "--no-decode", capsys=capsys)[0] == 0

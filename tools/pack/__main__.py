@@ -20,11 +20,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.distributed.signals import EXIT_FAULT
 from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
@@ -63,6 +61,10 @@ class Build(BuildOptions, _SourcesAndOut):
     (train_map.txt beside train.zip), and TSV files with images in base64. docs/sources.md says how
     each is read. Several sources become one data set; equal class names become one class.
 
+    A packed data set is a source too: images keep their bytes and texts, and its class names,
+    templates, hierarchy, license and list of what was left out are taken over. What is damaged in
+    it is left out by name.
+
     Every image is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and the others are packed. Plain JPEGs and PNGs keep their bytes.
 
@@ -85,6 +87,8 @@ class Build(BuildOptions, _SourcesAndOut):
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
       unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
+
+      unicl-pack build packed/photos packed/pairs new-photos/ --out packed/all
 
       unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
     """
@@ -118,46 +122,6 @@ class Build(BuildOptions, _SourcesAndOut):
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_atomically(path, json.dumps(values, indent=1) + "\n")
         return _report_build(summary, encoding=self.encoding), 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Make one packed data set of several, without decoding anything again.
-
-    Images and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
-    names become one; those of the first data set keep their numbers. What is copied is compared
-    with its checksums: a damaged sample is left out and listed in OUT/quarantine.csv, together with
-    what the inputs list there. Raw data sets go together if their images are of one size.
-
-    Examples:
-      unicl-pack merge packed/photos packed/pairs --out packed/both
-
-      unicl-pack merge packed/photos --out packed/clean --leave-out near.csv
-    """
-
-    folders: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")
-    ]
-    """Packed data sets; folders, no URLs."""
-    out: str
-    """Folder to make, no URL. It must not exist yet, or be empty; it appears when it is whole."""
-    seed: int = 0
-    """Decides the order of the samples, shuffled over all data sets."""
-    templates: str = ""
-    """Prompts for class names, if the data sets differ in theirs: a file with one a line, {} for
-    the name, or the built-in imagenet (80 prompts) or simple (1)."""
-    leave_out: str = ""
-    """A CSV file with the columns source and name: samples to leave out, such as inspect's
-    --duplicates-list writes."""
-    duplicates: Literal["keep", "join"] = "keep"
-    """Images that are equal byte for byte: keep them all, or join them into one sample with the
-    captions and labels of all. Those that were joined into another are listed in
-    OUT/quarantine.csv."""
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    """Largest size of a shard, in bytes."""
-
-    def run(self) -> tuple[str, int]:
-        return _report_merge(merge_datasets(**vars(self)), leave_out=self.leave_out), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +185,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
-    "merge": Merge,
     "show": Show,
     "reinforce": Reinforce,
     "upload": Upload,
@@ -298,33 +261,6 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
             "keys are the folders' names, gives them words"
         )
     lines.append(f"next: unicl-pretrain --preset auto --data.train {summary.out} --out runs/first")
-    return "\n".join(lines)
-
-
-def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
-    lines = [
-        f"{summary.out}: {contents_of(summary, num_classes=len(summary.class_names))}",
-        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
-        f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
-    ]
-    if summary.was_complete:
-        lines[1:] = [_COMPLETE]
-    if leave_out:
-        lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
-    if summary.num_joined:
-        lines.append(f"joined into others with the same image: {summary.num_joined:,}")
-    if summary.num_damaged:
-        lines.append(
-            f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "
-            "to have them"
-        )
-        lines += [f"  {message}" for message in summary.damaged]
-    if summary.num_quarantined:
-        lines.append(
-            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'image')} "
-            "left out, now or when the inputs were packed"
-        )
-    lines.append(f"next: unicl-pack verify {summary.out}")
     return "\n".join(lines)
 
 

@@ -25,12 +25,12 @@ _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
 # what to do about faults of a data set at {0}
 _IN_A_FOLDER = (
-    "copy the named files again; damaged images can be left out by: unicl-pack merge {0} --out DIR"
+    "copy the named files again; damaged images can be left out by: unicl-pack build {0} --out DIR"
 )
 _AT_A_URL = (
     "if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {0} sends again what "
     "differs; if not, damaged images can be left out: copy it into a folder DIR with the store's "
-    "own program, then unicl-pack merge DIR --out MENDED, and unicl-pack upload MENDED to another "
+    "own program, then unicl-pack build DIR --out MENDED, and unicl-pack upload MENDED to another "
     "URL"
 )
 

@@ -47,6 +47,13 @@ from unicl_fast.packing.samples import (
     shuffled_order,
 )
 from unicl_fast.packing.sources.items import Item, Label, Problem, Source
+from unicl_fast.packing.sources.packed import (
+    PackedSource,
+    join_licenses,
+    join_parents,
+    join_templates,
+    left_out_before,
+)
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import require_there
@@ -61,8 +68,8 @@ from unicl_fast.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSummary:
-    """The data set that a build or merge has written, in numbers."""
+class BuildSummary:
+    """The outcome of a build, in numbers."""
 
     out: Path | str
     """A folder, or the URL that it was uploaded to."""
@@ -70,32 +77,13 @@ class PackedSummary:
     num_captions: int
     num_labels: int
     num_quarantined: int
-    """Rows of its quarantine.csv; a merge includes those of its inputs."""
+    """Rows of its quarantine.csv, which include those of packed sources."""
     class_names: tuple[str, ...]
     hierarchy: str
     """How many classes have a place in a hierarchy, in words; empty where there is none."""
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
-
-    @staticmethod
-    def values_of(manifest: Manifest, *, out: Path, started: float) -> dict[str, Any]:
-        """The fields above; `started` is a time of `perf_counter`."""
-        names = ("samples", "captions", "labels", "quarantined", "bytes")
-        numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
-        seconds = time.perf_counter() - started
-        return numbers | {
-            "out": out,
-            "class_names": manifest.class_names,
-            "hierarchy": "" if manifest.hierarchy is None else manifest.hierarchy.describe(),
-            "seconds": seconds,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildSummary(PackedSummary):
-    """The outcome of a build."""
-
     num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
@@ -170,17 +158,51 @@ def build_dataset(
             outcome = _pack(
                 paths, out, work, chosen, images, source_names=source_names, progress=progress
             )
-        manifest = Manifest.load(out)
-        values = BuildSummary.values_of(manifest, out=out, started=started)
-        if (pixels := manifest.pixels) is not None:
-            values["image_size"] = (pixels.height, pixels.width)
-        if work.is_complete:
-            outcome |= {"num_taken_over": values["num_samples"], "was_complete": True}
-        kinds = count_left_out(out / QUARANTINE_NAME)
-        quarantined = describe_left_out(out / QUARANTINE_NAME)
-        summary = BuildSummary(**values, **outcome, quarantined=quarantined, left_out_by_kind=kinds)
+        summary = _summarize(out, outcome, was_complete=work.is_complete, started=started)
         work.remove()
     return summary
+
+
+def _summarize(
+    out: Path, outcome: dict[str, Any], *, was_complete: bool, started: float
+) -> BuildSummary:
+    """The summary of a finished data set; `outcome` has the fields that it does not tell."""
+    manifest = Manifest.load(out)
+    if was_complete:
+        outcome = outcome | {"num_taken_over": manifest.num_samples, "was_complete": True}
+    pixels, hierarchy = manifest.pixels, manifest.hierarchy
+    return BuildSummary(
+        out=out,
+        num_samples=manifest.num_samples,
+        num_captions=manifest.num_captions,
+        num_labels=manifest.num_labels,
+        num_quarantined=manifest.num_quarantined,
+        class_names=manifest.class_names,
+        hierarchy="" if hierarchy is None else hierarchy.describe(),
+        num_bytes=manifest.num_bytes,
+        seconds=time.perf_counter() - started,
+        quarantined=describe_left_out(out / QUARANTINE_NAME),
+        left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
+        image_size=None if pixels is None else (pixels.height, pixels.width),
+        **outcome,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """The contents of a data set that is to be packed."""
+
+    samples: Samples
+    """In the order of the sources."""
+    space: LabelSpace
+    numbers: dict[Label, int]
+    """The class of each label as a source spells it."""
+    templates: tuple[str, ...]
+    hierarchy: Hierarchy | None
+    license: str
+    packed: Sequence[PackedSource]
+    """The sources that are packed data sets."""
+    passed_over: Counter[str]
 
 
 def _pack(
@@ -201,10 +223,7 @@ def _pack(
     is_raw = options.format == "raw"
     kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
     with Spool(work.spool) as spool:
-        samples, space, numbers, templates, passed_over = _read(
-            paths, options, images, spool, work, progress=progress
-        )
-        hierarchy = _read_hierarchy(options, space)
+        contents = _read(paths, options, images, spool, work, progress=progress)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
@@ -212,9 +231,15 @@ def _pack(
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
-            order = shuffled_order(len(samples), seed=options.seed)
+            num_done = writer.num_places
+            if num_taken_over:
+                num_done -= sum(one.manifest.num_quarantined for one in contents.packed)
+            else:
+                for row in left_out_before(contents.packed):
+                    writer.quarantine(**asdict(row))
+            order = shuffled_order(len(contents.samples), seed=options.seed)
             checked = _check(
-                reorder(samples, order[writer.num_places :]),
+                reorder(contents.samples, order[num_done:]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -223,33 +248,33 @@ def _pack(
             bar = tqdm(
                 checked,
                 total=len(order),
-                initial=writer.num_places,
+                initial=num_done,
                 desc="packing",
                 unit=" images",
                 disable=not progress,
                 smoothing=0.1,
             )
-            _write(bar, writer, numbers, one_size)
+            _write(bar, writer, contents.numbers, one_size)
             if writer.num_samples:
                 summary = {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "passed_over": dict(passed_over),
+                    "passed_over": dict(contents.passed_over),
                 }
                 writer.finish(
                     tokenizer=tokenizer.name,
                     vocabulary_hash=tokenizer.vocabulary_hash,
                     context_length=tokenizer.context_length,
-                    class_names=space.names,
-                    templates=templates,
-                    hierarchy=hierarchy,
+                    class_names=contents.space.names,
+                    templates=contents.templates,
+                    hierarchy=contents.hierarchy,
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
-                    license=options.license,
+                    license=contents.license,
                     made_of={**work.record, "summary": summary},
                 )
                 return summary | {"num_taken_over": num_taken_over}
-    parts = [count_of_kind(count, kind) for kind, count in passed_over.items()]
+    parts = [count_of_kind(count, kind) for kind, count in contents.passed_over.items()]
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
@@ -263,17 +288,15 @@ def _read(
     work: WorkFolder,
     *,
     progress: bool,
-) -> tuple[Samples, LabelSpace, dict[Label, int], tuple[str, ...], Counter[str]]:
-    """Reads all sources, numbers their labels, and chooses and joins samples.
-
-    Returns the samples in the order of the sources, the label space, the class number of each
-    label, the templates, and how many files and rows were passed over, by reason.
-    """
+) -> _Contents:
+    """Reads all sources, numbers their labels, and chooses and joins samples."""
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
     read = read_sources(paths, options.lists, spool)
+    packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, work)
-    templates = read_templates(options.templates or "imagenet") if space.names else ()
+    templates = _choose_templates(options, space, packed)
+    hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     samples = all_samples(read)
     if listed is not None:  # labels keep the numbers that they have in the build of all
@@ -302,7 +325,41 @@ def _read(
         concept_cap=options.concept_cap,
         seed=options.seed,
     )
-    return samples, space, numbers, templates, passed_over + dropped
+    return _Contents(
+        samples=samples,
+        space=space,
+        numbers=numbers,
+        templates=templates,
+        hierarchy=hierarchy,
+        license=options.license or join_licenses(read),
+        packed=packed,
+        passed_over=passed_over + dropped,
+    )
+
+
+def _choose_templates(
+    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
+) -> tuple[str, ...]:
+    """Those of --templates, else of packed sources, which must agree, else ImageNet's."""
+    if not space.names:
+        return ()
+    if options.templates:
+        return read_templates(options.templates)
+    return join_templates(packed) or read_templates("imagenet")
+
+
+def _choose_hierarchy(
+    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
+) -> Hierarchy | None:
+    """The places of the classes, where --hierarchy or a packed source says what they are."""
+    if options.hierarchy:
+        path, names = Path(options.hierarchy), options.hierarchy_names
+        parents = read_parents(path, columns=options.hierarchy_columns)
+        known = read_names(Path(names)) if names else {}
+        return place_classes(space, parents, known, origin=str(path))
+    if parents := join_parents(packed):
+        return place_classes(space, parents, {}, origin="the packed sources")
+    return None
 
 
 def _hash_all(
@@ -346,19 +403,11 @@ def _number_labels(
         if not class_names and not source.labels_are_names:
             refuse_numbers(own, source.name)
         labels |= own
-    checksums["what was unpacked"] = stamp_all(spool.origins)
+    checksums["what else was read"] = stamp_all(spool.origins)
     work.require_same("sources", checksums)
-    space = read_label_space(class_names) if class_names else collect_label_space(labels)
+    packed = [one.manifest.class_names for one in read if isinstance(one, PackedSource)]
+    space = read_label_space(class_names) if class_names else collect_label_space(labels, packed)
     return space, {label: space.number_of(label) for label in labels}
-
-
-def _read_hierarchy(options: BuildOptions, space: LabelSpace) -> Hierarchy | None:
-    """The places of the classes, where --hierarchy says what they are."""
-    if not options.hierarchy:
-        return None
-    path, names = Path(options.hierarchy), options.hierarchy_names
-    parents = read_parents(path, columns=options.hierarchy_columns)
-    return place_classes(space, parents, read_names(Path(names)) if names else {}, origin=str(path))
 
 
 def _check(

@@ -1,6 +1,6 @@
 """Lists of samples by source and name: what was left out, is to be left out, or is tried again.
 
-quarantine.csv of a packed data set lists what a build or merge left out, and why
+quarantine.csv of a packed data set lists what a build left out, and why
 (`unicl_fast.dataset.writer` writes it). `--retry` packs the samples of such a list, `--leave-out`
 leaves out those of a list with the same columns. A source is known by its last name alone, so
 samples of `a/train` and `b/train` may be called alike; a list that cannot tell them apart is
@@ -237,14 +237,14 @@ def choose_listed(
     chosen: list[tuple[str, Item]] = []
     met: Listed = Counter()
     for read in sources:
-        source = as_listed(read.name)
         for item in read.items:
+            source = as_listed(item.source or read.name)
             names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
             own = as_listed(item.name)
             # a set: a line that is still broken is called by its number, and counts once
             exact = {name for name in (own, f"line {item.position}") if (source, name) in listed}
             if names or exact:
-                chosen.append((read.name, item))
+                chosen.append((item.source or read.name, item))
                 met.update((source, name) for name in exact)
                 met |= Counter({(source, name): 1 for name in names})
     if not chosen:

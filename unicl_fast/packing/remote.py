@@ -156,7 +156,7 @@ def _staged_sources(
             stored = {}  # they do not tell that nothing has changed
         _remove_others(folder, {one.path for one in wanted})
         advice = (
-            "give more room, or fewer at a time (unicl-pack merge joins what several builds made)"
+            "give more room, or fewer at a time (unicl-pack build joins what several builds made)"
         )
         versions = _Versions(folder / _VERSIONS_NAME)
         yield {
@@ -471,7 +471,7 @@ def _checksums_of(folder: Path, manifest: Manifest) -> dict[str, str]:
     if listed is None:
         raise ValueError(
             f"{folder} has no {CHECKSUMS_NAME}, by which an upload could be checked; "
-            f"unicl-pack merge {folder} --out DIR writes a copy that has one"
+            f"unicl-pack build {folder} --out DIR writes a copy that has one"
         )
     if missing := sorted(expected_files(manifest) - set(listed)):
         raise ValueError(

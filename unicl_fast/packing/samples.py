@@ -32,6 +32,7 @@ from unicl_fast.packing.sources.items import (
     Label,
     Problem,
     Source,
+    spell_classes,
 )
 from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
 from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
@@ -72,7 +73,8 @@ def all_samples(sources: Sequence[Source]) -> Samples:
         for each, number in zip(which, numbers, strict=True):
             wanted[each].append(number - starts[each])
         items = {each: iter(_items_of(sources[each], wanted[each])) for each in wanted}
-        return [(sources[each].name, next(items[each])) for each in which]
+        found = [(sources[each].name, next(items[each])) for each in which]
+        return [(item.source or name, item) for name, item in found]
 
     return Samples(starts[-1], make)
 
@@ -205,7 +207,7 @@ def _joined(samples: Samples, group: list[int]) -> Iterator[tuple[int, Item]]:
 class LabelSpace:
     """Class names in label order, and the number of each label."""
 
-    def __init__(self, names: tuple[str, ...], keys: tuple[str, ...] = ()) -> None:
+    def __init__(self, names: tuple[str, ...], keys: Sequence[str] = ()) -> None:
         """`keys` are other names by which sources may call each class; in the same order."""
         self.names, self.keys = names, keys
         numbers = {display_name(name): number for number, name in enumerate(names)}
@@ -213,11 +215,16 @@ class LabelSpace:
         for name in [name for name, count in Counter(names).items() if count > 1]:
             numbers.pop(name, None)  # only keys and numbers tell such classes apart
             numbers.pop(display_name(name), None)
+        numbers |= {label: number for number, label in enumerate(spell_classes(names))}
         self._numbers = numbers | {key: number for number, key in enumerate(keys)}
 
     def find(self, label: str) -> int | None:
         """The class that has a text as its key or name, also with blanks for underscores."""
-        return self._numbers.get(label, self._numbers.get(display_name(label)))
+        name = label.partition("\0")[0]
+        for spelled in (label, name, display_name(name)):
+            if (number := self._numbers.get(spelled)) is not None:
+                return number
+        return None
 
     def number_of(self, label: Label) -> int:
         """The class number of a label.
@@ -272,13 +279,29 @@ def read_label_space(source: str) -> LabelSpace:
     return LabelSpace(tuple(name.strip() for name in names), keys)
 
 
-def collect_label_space(labels: Iterable[Label]) -> LabelSpace:
-    """The label space of a build without class names: its distinct labels as text, sorted."""
-    names = sorted({display_name(str(label)) for label in labels})
-    for name in names:
+def collect_label_space(
+    labels: Iterable[Label], packed: Sequence[Sequence[str]] = ()
+) -> LabelSpace:
+    """The label space of a build without class names.
+
+    Args:
+        labels: those of all sources.
+        packed: the class names of packed data sets, which come first. Classes of different sets
+            are one if their names are equal; those of the first set keep their numbers.
+
+    Returns:
+        These, then the other labels as text, sorted.
+    """
+    spelled = dict.fromkeys(label for names in packed for label in spell_classes(names))
+    names = [label.partition("\0")[0] for label in spelled]
+    # a source that knows no more than the name means the first class of this name
+    known = LabelSpace(tuple(names), [label.removesuffix("\0" + "0") for label in spelled])
+    others = (str(label) for label in labels)
+    new = sorted({display_name(label) for label in others if known.find(label) is None})
+    for name in new:
         if not name.isprintable():  # also true of bytes that are no UTF-8
             raise ValueError(f"the class name {name!r} cannot be printed; rename it")
-    return LabelSpace(tuple(names))
+    return LabelSpace((*known.names, *new), (*known.keys, *new))
 
 
 def place_classes(

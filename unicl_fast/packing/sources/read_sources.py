@@ -29,6 +29,7 @@ from unicl_fast.packing.sources.image_folders import (
 )
 from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
 from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
+from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -122,6 +123,8 @@ def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
 
 def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> Source:
     """Reads a folder by what is directly in it; any other folder is one of class folders."""
+    if is_packed(path):
+        return read_packed(path, options, spool)
     if tables.is_saved_dataset(path):
         return tables.read_saved_dataset(path, options, spool)
     names = [each for each in os.listdir(path) if not each.startswith(".")]
