@@ -21,9 +21,9 @@ import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.distributed.signals import EXIT_FAULT
-from unicl_fast.packing.build import BuildSummary
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
+from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of, count_of_kind, print_text
@@ -41,7 +41,8 @@ class _SourcesAndOut:
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, lists, archives, data sets of others; URLs of them are copied first."""
+    """Class folders, lists, archives, data sets of others; URLs of them are copied first,
+    into OUT.partial."""
     out: str
     """Folder to make, or URL (s3://bucket/folder). It must not exist yet, or be empty; it appears
     when it is whole."""
@@ -109,15 +110,13 @@ class Build(BuildOptions, _SourcesAndOut):
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
-    """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
-    by default one in ~/.cache/unicl_fast. With --engine ray and URLs it must be given."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most bytes that copies of sources under URLs may take in --work."""
+    """Folder for what is packed for a URL, until it is there; by default one in
+    ~/.cache/unicl_fast. With --engine ray it must be given."""
 
     def run(self) -> tuple[str, int]:
         options = dict(vars(self))
         path = options.pop("json")
-        summary = build_anywhere(**options)
+        summary = build_dataset(**options)
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_atomically(path, json.dumps(values, indent=1) + "\n")

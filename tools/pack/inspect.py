@@ -29,7 +29,7 @@ from unicl_fast.packing.inspect import (
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, without_secrets
 
@@ -79,8 +79,6 @@ class Inspect:
     """Images on the contact sheet."""
     workers: int = 0
     """Processes that hash images; 0 takes one for each core."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         if not 0 <= self.near_distance <= MAX_DISTANCE:
@@ -89,7 +87,7 @@ class Inspect:
             )
         if min(self.sheet, self.workers) < 0:
             raise ValueError("--sheet and --workers take numbers from 0 on")
-        with local_copy(self.folder, room=self.staging_bytes) as folder:
+        with local_copy(self.folder) as folder:
             return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:

@@ -16,7 +16,7 @@ from unicl_fast.dataset.reader import sample_key
 from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
@@ -72,8 +72,6 @@ class Verify:
     """An image that takes longer is a fault; 0 waits without limit."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
@@ -88,7 +86,7 @@ class Verify:
             if self.list is not None:
                 file, rows = create_csv(self.list, ["file", "sample", "kind", "message"])
                 stack.enter_context(file)
-            folder = stack.enter_context(local_copy(self.folder, room=self.staging_bytes))
+            folder = stack.enter_context(local_copy(self.folder))
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):

@@ -6,20 +6,24 @@ The chapters: read the sources (`sources`), number their labels, choose and shuf
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
@@ -57,11 +61,19 @@ from unicl_fast.packing.sources.packed import (
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import require_there
-from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
+from unicl_fast.packing.staging import StagedSources, default_work_folder
+from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
+from unicl_fast.packing.work_folder import (
+    WorkFolder,
+    describe_options,
+    shown_place,
+    stamp_all,
+    survey_source,
+)
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
-from unicl_fast.system.wording import count_of_kind
+from unicl_fast.system.wording import count_of_kind, without_secrets
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import Tokenizer
@@ -103,13 +115,11 @@ def build_dataset(
     sources: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    source_names: Sequence[str] = (),
-    stored: Mapping[str, str] | None = None,
-    stage: Callable[[], None] | None = None,
+    work: str = "",
     progress: bool = True,
     **options: Any,
 ) -> BuildSummary:
-    """Packs sources into one data set folder.
+    """Packs sources into one data set.
 
     A build that was stopped or killed resumes after its last finished shard when it is called with
     the same arguments, and the result is the same as if nothing had happened. One that is complete
@@ -119,13 +129,10 @@ def build_dataset(
     by `if __name__ == "__main__":`.
 
     Args:
-        sources: class folders, lists, archives, ... (docs/sources.md).
-        out: folder to make.
-        source_names: names of the sources for the manifest, where these are copies.
-        stored: for each URL that they are copies of, a text that changes with what lies there,
-            where this decides all of their contents. A complete build is then known by it, and
-            nothing is read.
-        stage: makes these copies; called before the sources are read.
+        sources: class folders, lists, archives, ... (docs/sources.md), or URLs of them.
+        out: folder to make, or URL.
+        work: folder for what is packed for a URL until it is there; empty takes one in the user's
+            cache.
         progress: show progress bars.
         **options: fields of `BuildOptions`.
 
@@ -134,29 +141,71 @@ def build_dataset(
             could be packed, or the build of this folder, unfinished or complete, is another one.
         FileNotFoundError: a source or file of names is not there, or a source vanishes while it is
             packed.
+        StorageError: a store cannot be reached.
+        RuntimeError: it is packed and not uploaded; the message says how to resume.
     """
-    started = time.perf_counter()
     chosen = BuildOptions(**options)
-    out, paths = Path(out), [os.fspath(source) for source in sources]
+    if is_url(out) and chosen.engine == "ray" and not work:
+        raise ValueError(
+            "--engine ray with a URL as --out takes --work FOLDER, on a file system that all "
+            "machines of the cluster see under the same path: what is copied, or unpacked, on its "
+            f"way lies there, and by default in {default_work_folder()} of this machine"
+        )
+    images = chosen.check()
+    paths = [os.fspath(source) for source in sources]
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
-    images = chosen.check()
     require_utf8_names()
-    with WorkFolder(out, restart=chosen.restart) as work:
+    if not is_url(out):
+        return _build(paths, Path(out), chosen, images, progress=progress)
+    url = str(out)
+    folder = _folder_for(url, Path(work) if work else default_work_folder())
+    require_free_url(url, folder)
+    try:
+        summary = _build(paths, folder, chosen, images, progress=progress)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds finished shards, or is not there
+            folder.parent.rmdir()
+        raise
+    try:
+        upload_dataset(folder, url, progress=progress)
+    except (RuntimeError, OSError) as error:
+        resume = upload_command(folder, without_secrets(url))
+        raise RuntimeError(f"packed, but not uploaded: {error}. Resume by: {resume}") from error
+    shutil.rmtree(folder.parent)
+    return replace(summary, out=without_secrets(url))
+
+
+def _folder_for(url: str, work: Path) -> Path:
+    """The folder below `work` in which a data set for a URL is packed; alone in one of its own."""
+    url = without_secrets(url).rstrip("/")
+    return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
+
+
+def _build(
+    sources: list[str], out: Path, options: BuildOptions, images: ImageOptions, *, progress: bool
+) -> BuildSummary:
+    """Packs sources into a folder."""
+    started = time.perf_counter()
+    with WorkFolder(out, restart=options.restart) as work:
         if not work.is_complete:
             require_free(out)
-        repeated = chosen.repeated()
-        repeated["source_names"] = list(source_names)
-        work.require_same("options", describe_options(paths, repeated))
-        if stored:
-            work.require_same("sources under URLs", stored)
-        if stored and work.is_complete:
+        work.require_same("options", describe_options(sources, options.repeated()))
+        staged = StagedSources(sources, options.image_root, work.copies)
+        if staged.versions:
+            work.require_same("sources under URLs", staged.versions)
+        if work.is_complete and staged.are_known:
             outcome = dict(work.record["summary"])
         else:
-            if stage is not None:
-                stage()
+            staged.fetch()
             outcome = _pack(
-                paths, out, work, chosen, images, source_names=source_names, progress=progress
+                staged.paths,
+                out,
+                work,
+                replace(options, image_root=staged.image_root),
+                images,
+                source_names=list(map(shown_place, sources)),
+                progress=progress,
             )
         summary = _summarize(out, outcome, was_complete=work.is_complete, started=started)
         work.remove()
@@ -267,7 +316,7 @@ def _pack(
                     class_names=contents.space.names,
                     templates=contents.templates,
                     hierarchy=contents.hierarchy,
-                    source=list(source_names) or paths,
+                    source=source_names,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
                     license=contents.license,
