@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.filters import cap_concepts, filter_captions
+from unicl_fast.packing.filters import filter_captions
 from unicl_fast.packing.samples import Samples
 from unicl_fast.packing.sources.items import Item, Problem
 
@@ -134,7 +133,7 @@ def test_images_that_differ_in_transparency_or_in_16_bits_are_no_near_copies(
 def test_neither_workers_nor_a_stop_leave_a_trace(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**FILTERS, "concept_cap": 1, "shard_bytes": 3000, "progress": False}
+    options = {**FILTERS, "shard_bytes": 1500, "progress": False}
     for workers in (1, 3):
         build_dataset([source], tmp_path / str(workers), workers=workers, **options)
     expected = contents(tmp_path / "1")
@@ -182,32 +181,6 @@ def test_captions_of_too_many_words_go_and_damage_keeps_its_reason() -> None:
     assert dropped == 2
 
 
-def test_concepts_are_kept_by_the_rarest_with_their_probability() -> None:
-    """2,000 of a dog, 500 of a red car, 10 of a dog and a class, 5 of none; the cap is 100."""
-    items = [Item(f"dog{i}", captions=["A dog!"]) for i in range(2000)]
-    items += [Item(f"car{i}", captions=["the Red, car", "red"]) for i in range(500)]
-    items += [Item(f"both{i}", captions=["dog"], labels=["tabby_cat"]) for i in range(10)]
-    items += [Item(f"other{i}", captions=["a carpet, red cars"]) for i in range(5)]
-    arguments: dict[str, Any] = {"most": 100, "seed": 3, "class_of": str}
-    capped = cap_concepts(samples_of(items), ("dog", "red car", "sheep"), **arguments)
-    kept = Counter(item.name.rstrip("0123456789") for _, item in capped if not item.problem)
-    assert kept["both"] == 10
-    assert kept["other"] == 5
-    assert kept["dog"] == pytest.approx(100 * 2000 / 2010, abs=30)
-    assert kept["car"] == pytest.approx(100, abs=30)
-    dropped = {item.name: item.problem for _, item in capped if item.problem}
-    messages = {problem.message for name, problem in dropped.items() if name.startswith("car")}
-    assert messages == {"500 samples have the concept 'red car', and 100 are kept"}
-    again = cap_concepts(samples_of(items[::-1]), ("dog", "red car", "sheep"), **arguments)
-    assert {item.name for _, item in again if item.problem} == dropped.keys()
-    other = cap_concepts(samples_of(items), ("dog", "red car"), **arguments | {"seed": 4})
-    assert {item.name for _, item in other if item.problem} != dropped.keys()
-    classes = {"n1": "tench", "tench": "tench"}  # two spellings of a class
-    items = [Item(f"image {i}", labels=["n1" if i % 2 else "tench"]) for i in range(1000)]
-    capped = cap_concepts(samples_of(items), (), **arguments | {"class_of": classes.__getitem__})
-    assert sum(not item.problem for _, item in capped) == pytest.approx(100, abs=30)
-
-
 def test_a_retry_packs_nothing_that_filters_did_not_want(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,8 +217,6 @@ def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
         (["--max-aspect", "0.5"], "--max-aspect must be 1 or more, not 0.5"),
         (["--min-caption-words", "5", "--max-caption-words", "3"], "must lie in 5 to"),
         (["--near-duplicates", "13"], "--near-duplicates must lie in 0 to 12, not 13"),
-        (["--concepts", "list.jsonl"], "add --concept-cap"),
-        (["--concept-cap", "5", "--concepts", "nowhere"], "there is no file nowhere"),
     ],
 )
 def test_filters_that_cannot_be_meant_are_refused(

@@ -7,7 +7,6 @@ The chapters: read the sources (`sources`), number their labels, choose and shuf
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import shutil
@@ -27,7 +26,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.filters import apply_filters
+from unicl_fast.packing.filters import drop_near_duplicates, filter_captions
 from unicl_fast.packing.quarantine import (
     LeaveOut,
     choose_listed,
@@ -364,16 +363,15 @@ def _read(
             workers=options.workers or usable_cores(),
             progress=progress,
         )
-    samples, dropped = apply_filters(
-        samples,
-        functools.partial(_hash_all, images=images, options=options, progress=progress),
-        caption_words=(options.min_caption_words, options.max_caption_words),
-        near_duplicates=options.near_duplicates,
-        concepts=options.concepts,
-        class_of=lambda label: space.names[numbers[label]] if label in numbers else str(label),
-        concept_cap=options.concept_cap,
-        seed=options.seed,
-    )
+    if options.min_caption_words or options.max_caption_words:
+        samples, count = filter_captions(
+            samples, fewest=options.min_caption_words, most=options.max_caption_words
+        )
+        if count:
+            passed_over["captions of too few or too many words"] = count
+    if options.near_duplicates is not None:
+        hashes = _hash_all(samples, images=images, options=options, progress=progress)
+        samples = drop_near_duplicates(samples, hashes, options.near_duplicates)
     return _Contents(
         samples=samples,
         space=space,
@@ -382,7 +380,7 @@ def _read(
         hierarchy=hierarchy,
         license=options.license or join_licenses(read),
         packed=packed,
-        passed_over=passed_over + dropped,
+        passed_over=+passed_over,  # without those that nothing was passed over for
     )
 
 

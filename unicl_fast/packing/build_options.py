@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
@@ -28,7 +27,7 @@ _FREE_TO_CHANGE = {"restart", "workers", "engine"}
 
 _FILTERS = {
     *("min_score", "min_caption_words", "max_caption_words", "min_side", "max_aspect"),
-    *("near_duplicates", "concept_cap", "concepts"),
+    "near_duplicates",
 }
 
 
@@ -86,11 +85,6 @@ class BuildOptions:
     """Leave out images that look like an earlier one: whose perceptual hash differs in so many of
     64 bits at most, 0 to 12. All images are decoded once more for it, and again when a build
     resumes. Takes pip install imagehash."""
-    concept_cap: int = 0
-    """Keep about so many images of each class, and of each concept of --concepts: each with the
-    probability min(1, cap / count) of its rarest one, as MetaCLIP does; 0 keeps all."""
-    concepts: str = ""
-    """A file of concepts, one a line, which captions name as words that follow each other."""
     leave_out: str = ""
     """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
@@ -180,7 +174,7 @@ class BuildOptions:
         )
 
     def _check_filters(self) -> None:
-        for name in ("min_caption_words", "max_caption_words", "concept_cap"):
+        for name in ("min_caption_words", "max_caption_words"):
             _require_in(f"--{name.replace('_', '-')}", getattr(self, name), 0, 2**31)
         _require_in("--min-side", self.min_side, 0, MAX_SIDE)
         if self.max_caption_words:
@@ -189,10 +183,6 @@ class BuildOptions:
             )
         if self.max_aspect and not self.max_aspect >= 1:  # also refuses NaN
             raise ValueError(f"--max-aspect must be 1 or more, not {self.max_aspect}")
-        if self.concepts and not self.concept_cap:
-            raise ValueError("--concepts says what --concept-cap counts: add --concept-cap")
-        if self.concepts and not Path(self.concepts).is_file():
-            raise FileNotFoundError(f"--concepts: there is no file {self.concepts}")
         if self.near_duplicates is not None:
             _require_in("--near-duplicates", self.near_duplicates, 0, MAX_DISTANCE)
             if not has_imagehash():

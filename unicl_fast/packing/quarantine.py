@@ -27,7 +27,6 @@ from unicl_fast.system.wording import count_of
 DUPLICATE = "duplicate"
 """The kind of images that were joined into equal ones."""
 NEAR_DUPLICATE = "near duplicate"
-CONCEPT_CAP = "concept cap"
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
 _REASONS_SHOWN = 5
@@ -179,7 +178,7 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
 
     Duplicates are taken only if the image that they were joined into was left out itself: else they
     are packed, with their texts, in the first build. So are images that look like one that was left
-    out; what a concept's cap left out is not wanted.
+    out.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -188,7 +187,7 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
     beside = f", and {MANIFEST_NAME} beside it, whose class numbers are kept"
     _require_file("--retry", path, beside)
     rows = list(read_left_out(Path(path)))
-    others = (DUPLICATE, NEAR_DUPLICATE, CONCEPT_CAP)
+    others = (DUPLICATE, NEAR_DUPLICATE)
     found: Listed = Counter((row.source, row.name) for row in rows if row.kind not in others)
     like_left_out = {message(*key) for key in found for message in (duplicate_message, looks_like)}
     found.update(
