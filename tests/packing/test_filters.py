@@ -181,19 +181,6 @@ def test_captions_of_too_many_words_go_and_damage_keeps_its_reason() -> None:
     assert dropped == 2
 
 
-def test_a_retry_packs_nothing_that_filters_did_not_want(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_inline(monkeypatch)
-    build_dataset([source], tmp_path / "set", progress=False, near_duplicates=6, min_side=30)
-    assert {kind for kind, _ in listed(tmp_path / "set").values()} == {
-        "too small", "near duplicate"
-    }  # fmt: skip
-    retry = str(tmp_path / "set" / "quarantine.csv")
-    build_dataset([source], tmp_path / "again", progress=False, near_duplicates=6, retry=retry)
-    assert captions(tmp_path / "again").keys() == {"02.jpg"}
-
-
 def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,10 +47,10 @@ def test_rows_in_any_order_make_the_items_that_they_make_in_memory(
     for line, (name, caption, label) in enumerate(rows):
         row = {"caption": caption, "label": label}
         problem = Problem(kind="missing", message="v") if name == "v" else None
-        new = expected.setdefault(name, Item(name, problem=problem, position=line))
+        new = expected.setdefault(name, Item(name, problem=problem))
         add_texts(new, row, COLUMNS, f"line {line}")
         known = store.find(name)
-        item = Item(name, problem=problem, position=line) if known is None else Item(name)
+        item = Item(name, problem=problem) if known is None else Item(name)
         add_texts(item, row, COLUMNS, f"line {line}")
         if known is None:
             store.append_named(item)

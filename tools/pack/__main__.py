@@ -87,8 +87,6 @@ class Build(BuildOptions, _SourcesAndOut):
 
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
-      unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
-
       unicl-pack build packed/photos packed/pairs new-photos/ --out packed/all
 
       unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs

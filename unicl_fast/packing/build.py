@@ -29,11 +29,8 @@ from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.filters import drop_near_duplicates, filter_captions
 from unicl_fast.packing.quarantine import (
     LeaveOut,
-    choose_listed,
     count_left_out,
     describe_left_out,
-    read_retry,
-    require_same_classes,
 )
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import (
@@ -339,7 +336,6 @@ def _read(
 ) -> _Contents:
     """Reads all sources, numbers their labels, and chooses and joins samples."""
     unwanted = LeaveOut(options.leave_out)
-    listed = read_retry(options.retry) if options.retry else None
     read = read_sources(paths, options.lists, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, work)
@@ -347,10 +343,6 @@ def _read(
     hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     samples = all_samples(read)
-    if listed is not None:  # labels keep the numbers that they have in the build of all
-        require_same_classes(Path(options.retry), space.names)
-        chosen = choose_listed(listed, read, passed_over)
-        samples = Samples(len(chosen), lambda numbers: [chosen[number] for number in numbers])
     if unwanted:
         wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)

@@ -92,9 +92,6 @@ class BuildOptions:
     """Files that are equal byte for byte: keep them all, or join them into one sample with the
     captions and labels of all. Those that were joined into another are listed in
     OUT/quarantine.csv. Files that share their size with another are then read twice."""
-    retry: str = ""
-    """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
-    labels numbered as in that build, so that both can be trained on together."""
     resize: str = ""
     """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales

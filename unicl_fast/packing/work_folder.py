@@ -40,7 +40,7 @@ _LOCK_NAME = "unicl-pack.lock"
 _COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = (
-    *("class_names", "templates", "leave_out", "retry"),
+    *("class_names", "templates", "leave_out"),
     *("hierarchy", "hierarchy_names"),
 )
 """Options that may name a file, whose contents then matter and not its name."""

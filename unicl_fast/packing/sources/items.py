@@ -260,9 +260,6 @@ class Item:
     captions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     problem: Problem | None = None
-    position: int = 0
-    """The line, row or byte at which its file first names it. `retry` finds by it the samples
-    after a cut."""
     source: str = ""
     """The name of its source, if it is not that of the SOURCE that it was read from: a packed data
     set knows where its samples came from."""

@@ -103,7 +103,7 @@ class _Samples:
         for index, text in zip(indices, found, strict=True):
             if isinstance(text, str):
                 problem = Problem("damaged", text)
-                yield Item(sample_key(index), problem=problem, position=index)
+                yield Item(sample_key(index), problem=problem)
                 continue
             own = [next(tokens) for _ in text.captions] if self._tokenizer else None
             fault = self._fault_of(index, text, own)
@@ -113,7 +113,6 @@ class _Samples:
                 captions=list(text.captions),
                 labels=[self._labels[label] for label in text.labels] if not fault else [],
                 problem=Problem("damaged", fault) if fault else None,
-                position=index,
                 source=text.source,
             )
 

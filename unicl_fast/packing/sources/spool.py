@@ -295,7 +295,7 @@ class ItemStore(Sequence[Item]):
             fields = spelled = fields_of(item.entry)
             if not isinstance(item.entry, FileEntry):  # which knows its own time
                 spelled = self._spell(item.entry, fields)
-        head = (item.name, item.position, item.source, kind)
+        head = (item.name, item.source, kind)
         self._write(number, item, head, fields, spelled)
         self._count += 1
         return number
@@ -392,9 +392,9 @@ class ItemStore(Sequence[Item]):
             if problem is not None:
                 problem = Problem(*problem)
             if number not in items:
-                name, position, source, kind, *fields = others
+                name, source, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
-                items[number] = Item(name, entry, captions, labels, problem, position, source)
+                items[number] = Item(name, entry, captions, labels, problem, source)
             else:
                 item = items[number]  # as if `add_texts` had been called with it
                 if item.problem is None or item.problem.kind != TOO_MANY:
