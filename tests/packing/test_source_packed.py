@@ -23,7 +23,7 @@ from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images import check as check_module
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.folder_check import Fault
-from unicl_fast.packing.samples import collect_label_space
+from unicl_fast.packing.label_space import collect_label_space
 from unicl_fast.packing.sources.items import spell_classes
 from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer

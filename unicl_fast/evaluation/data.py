@@ -27,7 +27,7 @@ from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.requests import Metric, MetricChoice
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.samples import read_label_space
+from unicl_fast.packing.label_space import read_label_space
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.class_lists import (

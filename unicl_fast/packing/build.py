@@ -26,7 +26,13 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.filters import drop_near_duplicates, filter_captions
+from unicl_fast.packing.label_space import (
+    LabelSpace,
+    collect_label_space,
+    place_classes,
+    read_label_space,
+    refuse_numbers,
+)
 from unicl_fast.packing.quarantine import (
     LeaveOut,
     count_left_out,
@@ -34,15 +40,11 @@ from unicl_fast.packing.quarantine import (
 )
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import (
-    LabelSpace,
     Samples,
     all_samples,
     choose,
-    collect_label_space,
+    filter_captions,
     join_duplicates,
-    place_classes,
-    read_label_space,
-    refuse_numbers,
     reorder,
     shuffled_order,
 )
@@ -361,9 +363,6 @@ def _read(
         )
         if count:
             passed_over["captions of too few or too many words"] = count
-    if options.near_duplicates is not None:
-        hashes = _hash_all(samples, images=images, options=options, progress=progress)
-        samples = drop_near_duplicates(samples, hashes, options.near_duplicates)
     return _Contents(
         samples=samples,
         space=space,
@@ -399,36 +398,6 @@ def _choose_hierarchy(
     if parents := join_parents(packed):
         return place_classes(space, parents, {}, origin="the packed sources")
     return None
-
-
-def _hash_all(
-    samples: Samples, *, images: ImageOptions, options: BuildOptions, progress: bool
-) -> Iterator[int | None]:
-    """The perceptual hash of each sound sample in order, by workers; None for damaged ones."""
-    check = check_on_ray if options.engine == "ray" else check_in_order
-    results = check(
-        (
-            Task(name=item.name, entry=item.entry)
-            for _, item in samples
-            if item.problem is None and item.entry is not None
-        ),
-        # decoded and not encoded
-        options=replace(
-            images, format="raw", short_side=0, square_side=0, return_images=False, hash_images=True
-        ),
-        context_length=0,
-        workers=options.workers,
-    )
-    bar = tqdm(
-        results,
-        total=len(samples),
-        desc="hashing",
-        unit=" images",
-        disable=not progress,
-        smoothing=0.1,
-    )
-    for result in bar:
-        yield None if isinstance(result, Problem) else result.phash
 
 
 def _number_labels(

@@ -14,7 +14,6 @@ from unicl_fast.images.check import (
     RESIZE_QUALITY,
     ImageFormat,
 )
-from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.ray_engine import Engine, require_engine
 from unicl_fast.packing.sources.items import ListOptions
 from unicl_fast.packing.workers import ImageOptions
@@ -24,11 +23,6 @@ DEFAULT_IMAGE_SECONDS = 30.0
 
 _FREE_TO_CHANGE = {"restart", "workers", "engine"}
 """Options that a build need not repeat to resume: they leave no trace in the data set."""
-
-_FILTERS = {
-    *("min_score", "min_caption_words", "max_caption_words", "min_side", "max_aspect"),
-    "near_duplicates",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +75,6 @@ class BuildOptions:
     max_aspect: float = 0.0
     """Leave out images whose longer side is more times as long as the shorter; 0 leaves out
     none."""
-    near_duplicates: int | None = None
-    """Leave out images that look like an earlier one: whose perceptual hash differs in so many of
-    64 bits at most, 0 to 12. All images are decoded once more for it, and again when a build
-    resumes. Takes pip install imagehash."""
     leave_out: str = ""
     """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
@@ -126,12 +116,8 @@ class BuildOptions:
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 
     def repeated(self) -> dict[str, Any]:
-        """The options that a build must repeat to resume, by name.
-
-        Filters that are not asked for are left out, as in builds from before there were any.
-        """
-        unused = {name for name in _FILTERS if getattr(self, name) == getattr(BuildOptions, name)}
-        return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE | unused}
+        """The options that a build must repeat to resume, by name."""
+        return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
 
     @property
     def encoding(self) -> str:
@@ -180,10 +166,6 @@ class BuildOptions:
             )
         if self.max_aspect and not self.max_aspect >= 1:  # also refuses NaN
             raise ValueError(f"--max-aspect must be 1 or more, not {self.max_aspect}")
-        if self.near_duplicates is not None:
-            _require_in("--near-duplicates", self.near_duplicates, 0, MAX_DISTANCE)
-            if not has_imagehash():
-                raise ValueError("--near-duplicates takes perceptual hashes: pip install imagehash")
 
     @property
     def lists(self) -> ListOptions:

@@ -21,7 +21,6 @@ from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
 """The kind of images that were joined into equal ones."""
-NEAR_DUPLICATE = "near duplicate"
 _REASONS_SHOWN = 5
 
 
@@ -85,11 +84,6 @@ def describe_left_out(path: Path) -> str:
 def duplicate_message(source: str, name: str) -> str:
     """The message of an image that was joined into an equal one, which is named."""
     return f"the same bytes as {name} of {source}, which has its texts too"
-
-
-def looks_like(source: str, name: str) -> str:
-    """The beginning of the message of an image that looks like another, which is named."""
-    return f"it looks like {name} of {source}"
 
 
 def as_listed(name: str) -> str:

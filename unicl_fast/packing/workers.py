@@ -96,8 +96,6 @@ class Checked:
     image: CheckedImage
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
-    phash: int = 0
-    """The perceptual hash, of 64 bits, where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +117,6 @@ class ImageOptions:
     min_side: int = 0
     max_aspect: float = 0.0
     """Images that are smaller or longer are refused, as by `images.check_image`."""
-    hash_images: bool = False
-    """Results bring the images' perceptual hashes; with the format raw alone."""
 
     @property
     def takes_all_sizes(self) -> bool:
@@ -318,19 +314,19 @@ def _pack(result: Checked | Problem) -> tuple[Any, ...]:
         return result.kind, result.message
     image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
     properties = image.extension, image.height, image.width, image.reencoded
-    return (image.data, *properties, result.xxh3, tokens, result.phash)
+    return (image.data, *properties, result.xxh3, tokens)
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    data, extension, height, width, reencoded, xxh3, tokens, phash = answer
+    data, extension, height, width, reencoded, xxh3, tokens = answer
     image = CheckedImage(
         data=data, extension=extension, height=height, width=width, reencoded=reencoded
     )
     ids = [np.frombuffer(each, np.uint16) for each in tokens]
-    return Checked(image=image, xxh3=xxh3, tokens=ids, phash=phash)
+    return Checked(image=image, xxh3=xxh3, tokens=ids)
 
 
 # From here on: what runs inside the process.
@@ -393,13 +389,6 @@ class ImageChecker:
 
     def _check(self, task: Task) -> Checked | Problem:
         image = self._check_image(task.entry)
-        phash = 0
-        if self._options.hash_images:
-            from unicl_fast.packing.near_duplicates import hash_pixels  # few builds need it
-
-            # not those of the file, which may lie under transparency or have 16 bits
-            pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
-            phash = hash_pixels(pixels)
         if task.size is not None and (image.height, image.width) != task.size:
             image = dataclasses.replace(image, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []
@@ -412,7 +401,7 @@ class ImageChecker:
         xxh3 = xxhash.xxh3_64_intdigest(image.data)
         if not self._options.return_images:
             image = dataclasses.replace(image, data=b"")
-        return Checked(image=image, xxh3=xxh3, tokens=tokens, phash=phash)
+        return Checked(image=image, xxh3=xxh3, tokens=tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options
