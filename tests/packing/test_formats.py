@@ -124,21 +124,6 @@ def test_webps_of_earlier_programs_which_called_it_version_1_are_read(
 
 
 @pytest.mark.slow
-@pytest.mark.dali
-def test_show_draws_what_training_would_make_of_webp(
-    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sheet = tmp_path / "sheet.png"
-    code, text = run_pack(
-        *("show", packed["webp"], "--out", sheet, "--augment", "clip", "--samples", 3),
-        *("--image-size", 32),
-        capsys=capsys,
-    )
-    assert code == 0, text
-    assert sheet.is_file()
-
-
-@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_bytes(
     folder: Path, packed: dict[str, Path], tmp_path: Path
 ) -> None:

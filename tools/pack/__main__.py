@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -122,41 +122,6 @@ class Build(BuildOptions, _SourcesAndOut):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Show:
-    """Draw images of a packed data set, and what an augmentation does to them, as a PNG.
-
-    With --augment each of its steps has a row of its own, on the images' centres, with the
-    numbers that were drawn; the last rows show all together, as training would.
-
-    Examples:
-      unicl-pack show packed/photos --out photos.png
-
-      unicl-pack show packed/photos --augment unicl,blur=0.5 --out unicl.png
-    """
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Packed data set."""
-    out: Path = Path("contact-sheet.png")
-    """File to write."""
-    augment: str = ""
-    """As an entry of unicl-pretrain's --data.augment: none, clip, unicl or supcon, and changes."""
-    samples: int = 8
-    """Images to show, evenly spread over the data set."""
-    image_size: int = 224
-    """Side of the square that the model would see, in pixels."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter for resizing."""
-    seed: int = 0
-    """Decides which numbers are drawn."""
-
-    def run(self) -> tuple[str, int]:
-        # matplotlib, torch and DALI, which packing can do without
-        from .show import show_dataset
-
-        return f"{show_dataset(self)}: look at it", 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Upload:
     """Copy a packed data set to a URL, such as s3://bucket/packed/photos.
 
@@ -182,7 +147,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
-    "show": Show,
     "reinforce": Reinforce,
     "upload": Upload,
 }
