@@ -290,6 +290,19 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
     assert os.listdir(tmp_path) == ["names"]
 
 
+@pytest.mark.parametrize("name", ["file", "file/set"])
+def test_a_file_as_the_output_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, errors = run(str(tmp_path), "--out", str(tmp_path / name), capsys=capsys)
+    assert code == 2
+    assert f"{tmp_path}/file" in errors
+    assert "name another" in errors
+    assert "Errno" not in errors
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_nothing_to_pack_is_an_error_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

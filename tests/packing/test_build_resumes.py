@@ -35,7 +35,6 @@ from unicl_fast.dataset.writer import MADE_OF_NAME, DatasetWriter
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
-from unicl_fast.packing.remote import build_anywhere
 from unicl_fast.packing.sources import spool
 from unicl_fast.packing.sources import tables as source_tables
 
@@ -308,51 +307,42 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
     for path in sources[0].rglob("*.jpg"):
         system.pipe_file(f"faulty://photos/{path.relative_to(sources[0])}", path.read_bytes())
     options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False}
-    url, work = "faulty://photos", str(tmp_path / "work")
-    build_anywhere([url], str(tmp_path / "whole"), work=work, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
-    (copies,) = (tmp_path / "work").glob("sources-*")
+    url = "faulty://photos"
+    build_dataset([url], tmp_path / "whole", **options)
+    copies = tmp_path / "set.partial" / "copies"
+
+    def kill(at: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            at_call(patch, DatasetWriter, "add", at, after=True)
+            killed(lambda: build_dataset([url], tmp_path / "set", **options))
+        system.reads.clear()
+
+    kill(60)
     torn = next(copies.rglob("dog/*.jpg"))
     changed = f"faulty://photos/dog/{torn.name}"
     system.pipe_file(changed, system.cat_file(changed))
     system.reads.clear()
     with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos: it"):
-        build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+        build_dataset([url], tmp_path / "set", **options)
     assert not system.reads
     assert copies.is_dir(), "an error must not take what the next try needs"
-    build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    build_dataset([url], tmp_path / "set", restart=True, **options)
     assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
-    assert not os.listdir(work)
+    assert sorted(os.listdir(tmp_path)) == ["set", "whole"]
     shutil.rmtree(tmp_path / "set")
 
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, DatasetWriter, "add", 60, after=True)
-        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
-    torn.write_bytes(torn.read_bytes()[:-1])  # as if it had been killed while copying
-    system.reads.clear()
-    summary = build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+    kill(60)
+    torn.write_bytes(torn.read_bytes())  # as if it had been killed before its time was set
+    summary = build_dataset([url], tmp_path / "set", **options)
     assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
     assert summary.num_taken_over > 0
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     shutil.rmtree(tmp_path / "set")
 
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, DatasetWriter, "add", 60, after=True)
-        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
-    system.rm(f"faulty://photos/dog/{torn.name}")  # or it would be packed from its old copy
-    summary = build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
-    assert summary.num_samples == 79
-    shutil.rmtree(tmp_path / "set")
-
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, DatasetWriter, "add", 60, after=True)
-        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
-    shutil.rmtree(tmp_path / "set.partial")
-    build_anywhere([url], str(tmp_path / "other"), work=work, **options)
-    assert not os.listdir(work), "copies for a build that nobody can resume"
+    kill(60)
+    system.rm(changed)  # or it would be packed from its old copy
+    assert build_dataset([url], tmp_path / "set", restart=True, **options).num_samples == 79
     empty()
 
 
@@ -363,23 +353,23 @@ def test_a_complete_build_from_urls_is_complete_for_the_same_command(
     system = FaultyStore()
     for path in sources[0].glob("cat/*.jpg"):
         system.pipe_file(f"faulty://photos/cat/{path.name}", path.read_bytes())
-    options = {"workers": 1, "progress": False, "work": str(tmp_path / "work")}
+    options = {"workers": 1, "progress": False}
     url, out = "faulty://photos", tmp_path / "set"
     for places in ([url], [url, str(sources[1])]):
-        build_anywhere(places, str(out), **options)
+        build_dataset(places, out, **options)
         before = contents(out)
         system.reads.clear()
         checked.clear()
-        assert build_anywhere(places, str(out), **options).was_complete
+        assert build_dataset(places, out, **options).was_complete
         assert bool(system.reads) == (len(places) > 1)
         assert not checked
         with pytest.raises(ValueError, match="made with other options:\n  --seed"):
-            build_anywhere(places, str(out), seed=1, **options)
+            build_dataset(places, out, seed=1, **options)
         system.pipe_file("faulty://photos/cat/003.jpg", jpeg(3))  # the same bytes, written later
         with pytest.raises(ValueError, match="made with other sources"):
-            build_anywhere(places, str(out), **options)
+            build_dataset(places, out, **options)
         assert contents(out) == before
-        assert not os.listdir(tmp_path / "work")
+        assert os.listdir(tmp_path) == ["set"]
         shutil.rmtree(out)
     empty()
 
@@ -393,10 +383,10 @@ def test_a_build_to_a_url_that_is_killed_resumes(
     places = [*map(str, sources)]
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build_anywhere(places, url, **options))
+        killed(lambda: build_dataset(places, url, **options))
     (first,) = (tmp_path / "work").rglob("shard-000000.tar")
     assert not system.find("faulty://bucket")
-    summary = build_anywhere(places, url, **options)
+    summary = build_dataset(places, url, **options)
     assert not first.exists()
     assert summary.num_taken_over > 0
     assert len(checked) < 80 + 9 + 30
@@ -663,29 +653,29 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
     Of pixels, not JPEGs: these depend on the encoder's version.
     """
     numbers = np.random.PCG64(5).random_raw(40 * 384)
-    records = numbers.astype("<u8").view(np.uint8).reshape(40, 3072)
-    cifar = tmp_path / "cifar"
-    cifar.mkdir()
-    (cifar / "batches.meta.txt").write_text("cat\ndog\n")
-    labels = (np.arange(40) % 2).astype(np.uint8)[:, None]
-    (cifar / "data_batch_1.bin").write_bytes(np.hstack([labels, records]).tobytes())
+    records = numbers.astype("<u8").view(np.uint8).reshape(40, 32, 32, 3)
+    (tmp_path / "more").mkdir()
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        for number in range(12):
-            Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
-            archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
+        for number, record in enumerate(records):
+            kind = ("cat", "dog")[number % 2]
+            (tmp_path / "more" / kind).mkdir(exist_ok=True)
+            Image.fromarray(record).save(tmp_path / "more" / kind / f"{number}.ppm")
+            if number < 12:
+                name = f"{'dog' if number % 3 else 'yak'}/{number}.ppm"
+                archive.write(tmp_path / "more" / kind / f"{number}.ppm", name)
     rows = [  # "a picture" is part of the pinned bytes
         {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
         for n in [*range(14), 3, 4]
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    places = [tmp_path / name for name in ("photos.zip", "cifar", "list.jsonl")]
+    places = [tmp_path / name for name in ("photos.zip", "more", "list.jsonl")]
     options = {"format": "raw", "seed": 11, "image_root": str(tmp_path / "photos.zip")}
     build(places, tmp_path / "set", **options)
     files = {**contents(tmp_path / "set"), "manifest.json": b"", "checksums.txt": b""}
     digest = xxhash.xxh3_64()
     for name, data in files.items():
         digest.update(name.encode() + data.replace(str(tmp_path).encode(), b""))
-    assert digest.hexdigest() == "0a648278b4a4b679"
+    assert digest.hexdigest() == "5c846404074f2d63"
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from pack_runs import jpeg, run_pack
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.merge import merge_datasets
 
 
 @pytest.fixture
@@ -110,9 +109,10 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     rows = (tmp_path / "copies.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
     before = set(os.listdir(tmp_path))
-    for command in (("build", *places, "--workers", 1), ("merge", tmp_path / "all")):
+    for sources in (places, [tmp_path / "all"]):
         code, said = run_pack(
-            *command, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x", capsys=capsys
+            *("build", *sources, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x"),
+            capsys=capsys,
         )
         assert code == 2
         assert "of train in 1 row, and more samples are called so" in said
@@ -122,10 +122,9 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
         rows += [f"train,cat/{name}.jpg,,"] * 2
     (tmp_path / "copies.csv").write_text("\n".join(rows))
     options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
-    build_dataset(places, tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
-    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
-    for out in ("built", "merged"):
-        assert set(read(tmp_path / out)) == {"cat/own0.jpg", "cat/own1.jpg"}
+    for name, sources in (("built", places), ("again", [tmp_path / "all"])):
+        build_dataset(sources, tmp_path / name, workers=1, **options)  # type: ignore[arg-type]
+        assert set(read(tmp_path / name)) == {"cat/own0.jpg", "cat/own1.jpg"}
 
 
 def test_a_list_under_a_url_is_refused(sources: list[Path], tmp_path: Path) -> None:
@@ -141,8 +140,7 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
     options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
     build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
-    build_dataset([tmp_path / "in"], tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
-    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
     assert set(read(tmp_path / "all")) == {"cat/\udcff.jpg", "cat/plain.jpg"}
-    assert set(read(tmp_path / "built")) == {"cat/plain.jpg"}
-    assert set(read(tmp_path / "merged")) == {"cat/plain.jpg"}
+    for name in ("in", "all"):
+        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]
+        assert set(read(tmp_path / f"of {name}")) == {"cat/plain.jpg"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.filters import cap_concepts, filter_captions
-from unicl_fast.packing.samples import Samples
+from unicl_fast.packing.samples import Samples, filter_captions
 from unicl_fast.packing.sources.items import Item, Problem
 
 NAMES = [f"{number:02d}.jpg" for number in range(12)]
 
 
 def photo(number: int, size: tuple[int, int]) -> bytes:
-    """Smooth, so that it looks like itself in any size, and unlike those of other numbers."""
     pixels = np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
@@ -36,11 +33,10 @@ def photo(number: int, size: tuple[int, int]) -> bytes:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Images of many kinds in a list with scores; 00 and 01 are one photo in two sizes."""
+    """Images of several shapes in a list with scores."""
     sizes = {2: (40, 20), 3: (200, 40), 4: (33, 100)}
     for number, name in enumerate(NAMES):
-        content = photo(max(1, number), sizes.get(number, (64 + 8 * (number == 1), 64)))
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(photo(number, sizes.get(number, (64, 64))))
     rows = [
         {"image": name, "captions": [f"a photo of number {i}"], "clip": 0.2 + i / 100}
         for i, name in enumerate(NAMES)
@@ -60,7 +56,6 @@ FILTERS: dict[str, Any] = {
     "min_caption_words": 2,
     "min_side": 30,
     "max_aspect": 3.0,
-    "near_duplicates": 6,
 }
 
 
@@ -87,10 +82,6 @@ def test_what_each_filter_leaves_out_is_listed_with_its_reason(
     check_inline(monkeypatch)
     summary = build_dataset([source], tmp_path / "set", progress=False, **FILTERS)
     assert listed(tmp_path / "set") == {
-        "01.jpg": (
-            "near duplicate",
-            "it looks like 00.jpg of list.jsonl (0 of 64 bits differ)",
-        ),
         "02.jpg": ("too small", "40 x 20 pixels; 30 a side are asked for"),
         "03.jpg": (
             "aspect ratio",
@@ -105,36 +96,20 @@ def test_what_each_filter_leaves_out_is_listed_with_its_reason(
         "08.jpg": ("caption length", "no caption has 2 or more words: 'photo'"),
     }
     assert summary.left_out_by_kind == {
-        "low score": 2, "aspect ratio": 2, "near duplicate": 1, "too small": 1, "caption length": 1
+        "low score": 2, "aspect ratio": 2, "too small": 1, "caption length": 1
     }  # fmt: skip
     assert summary.passed_over == {"captions of too few or too many words": 3}
     found = captions(tmp_path / "set")
-    assert found.keys() == {"00.jpg", "07.jpg", "09.jpg", "10.jpg", "11.jpg"}
+    assert found.keys() == {"00.jpg", "01.jpg", "07.jpg", "09.jpg", "10.jpg", "11.jpg"}
     assert found["07.jpg"] == ["a photo of a dog that sleeps"]
     assert found["09.jpg"] == []
-
-
-def test_images_that_differ_in_transparency_or_in_16_bits_are_no_near_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_inline(monkeypatch)
-    (tmp_path / "in" / "cat").mkdir(parents=True)
-    for number in range(2):
-        smooth = Image.open(io.BytesIO(photo(number, (64, 64)))).convert("L")
-        drawn = Image.new("RGBA", smooth.size)
-        drawn.putalpha(smooth)
-        drawn.save(tmp_path / "in" / "cat" / f"alpha-{number}.png")
-        deep = 1000 + 200 * np.asarray(smooth.rotate(90), np.uint16)
-        Image.fromarray(deep).save(tmp_path / "in" / "cat" / f"deep-{number}.png")
-    build_dataset([tmp_path / "in"], tmp_path / "set", near_duplicates=6, progress=False)
-    assert listed(tmp_path / "set") == {}
 
 
 @pytest.mark.slow
 def test_neither_workers_nor_a_stop_leave_a_trace(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**FILTERS, "concept_cap": 1, "shard_bytes": 3000, "progress": False}
+    options = {**FILTERS, "shard_bytes": 1500, "progress": False}
     for workers in (1, 3):
         build_dataset([source], tmp_path / str(workers), workers=workers, **options)
     expected = contents(tmp_path / "1")
@@ -182,45 +157,6 @@ def test_captions_of_too_many_words_go_and_damage_keeps_its_reason() -> None:
     assert dropped == 2
 
 
-def test_concepts_are_kept_by_the_rarest_with_their_probability() -> None:
-    """2,000 of a dog, 500 of a red car, 10 of a dog and a class, 5 of none; the cap is 100."""
-    items = [Item(f"dog{i}", captions=["A dog!"]) for i in range(2000)]
-    items += [Item(f"car{i}", captions=["the Red, car", "red"]) for i in range(500)]
-    items += [Item(f"both{i}", captions=["dog"], labels=["tabby_cat"]) for i in range(10)]
-    items += [Item(f"other{i}", captions=["a carpet, red cars"]) for i in range(5)]
-    arguments: dict[str, Any] = {"most": 100, "seed": 3, "class_of": str}
-    capped = cap_concepts(samples_of(items), ("dog", "red car", "sheep"), **arguments)
-    kept = Counter(item.name.rstrip("0123456789") for _, item in capped if not item.problem)
-    assert kept["both"] == 10
-    assert kept["other"] == 5
-    assert kept["dog"] == pytest.approx(100 * 2000 / 2010, abs=30)
-    assert kept["car"] == pytest.approx(100, abs=30)
-    dropped = {item.name: item.problem for _, item in capped if item.problem}
-    messages = {problem.message for name, problem in dropped.items() if name.startswith("car")}
-    assert messages == {"500 samples have the concept 'red car', and 100 are kept"}
-    again = cap_concepts(samples_of(items[::-1]), ("dog", "red car", "sheep"), **arguments)
-    assert {item.name for _, item in again if item.problem} == dropped.keys()
-    other = cap_concepts(samples_of(items), ("dog", "red car"), **arguments | {"seed": 4})
-    assert {item.name for _, item in other if item.problem} != dropped.keys()
-    classes = {"n1": "tench", "tench": "tench"}  # two spellings of a class
-    items = [Item(f"image {i}", labels=["n1" if i % 2 else "tench"]) for i in range(1000)]
-    capped = cap_concepts(samples_of(items), (), **arguments | {"class_of": classes.__getitem__})
-    assert sum(not item.problem for _, item in capped) == pytest.approx(100, abs=30)
-
-
-def test_a_retry_packs_nothing_that_filters_did_not_want(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    check_inline(monkeypatch)
-    build_dataset([source], tmp_path / "set", progress=False, near_duplicates=6, min_side=30)
-    assert {kind for kind, _ in listed(tmp_path / "set").values()} == {
-        "too small", "near duplicate"
-    }  # fmt: skip
-    retry = str(tmp_path / "set" / "quarantine.csv")
-    build_dataset([source], tmp_path / "again", progress=False, near_duplicates=6, retry=retry)
-    assert captions(tmp_path / "again").keys() == {"02.jpg"}
-
-
 def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,9 +179,6 @@ def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
         (["--min-score", "aesthetic=5"], "has no column 'aesthetic' (--min-score)"),
         (["--max-aspect", "0.5"], "--max-aspect must be 1 or more, not 0.5"),
         (["--min-caption-words", "5", "--max-caption-words", "3"], "must lie in 5 to"),
-        (["--near-duplicates", "13"], "--near-duplicates must lie in 0 to 12, not 13"),
-        (["--concepts", "list.jsonl"], "add --concept-cap"),
-        (["--concept-cap", "5", "--concepts", "nowhere"], "there is no file nowhere"),
     ],
 )
 def test_filters_that_cannot_be_meant_are_refused(

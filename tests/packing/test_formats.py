@@ -85,11 +85,11 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
                         assert difference.mean() < 5
 
 
-def test_verify_inspect_and_merge_take_every_format(
+def test_verify_inspect_and_build_take_every_format(
     packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [packed[format] for format in FILES]
-    code, text = run_pack("merge", *sets, "--out", tmp_path / "all", capsys=capsys)
+    code, text = run(*sets, "--out", tmp_path / "all", capsys=capsys)
     assert code == 0, text
     with PackedDataset(tmp_path / "all") as dataset:
         assert len(dataset) == 45
@@ -118,24 +118,9 @@ def test_webps_of_earlier_programs_which_called_it_version_1_are_read(
     (old / CHECKSUMS_NAME).write_text(sums)
     code, said = run_pack("verify", old, "--workers", 1, capsys=capsys)
     assert code == 0, said
-    code, said = run_pack("merge", old, "--out", tmp_path / "new", capsys=capsys)
+    code, said = run(old, "--out", tmp_path / "new", capsys=capsys)
     assert code == 0, said
     assert Manifest.load(tmp_path / "new").version == 3
-
-
-@pytest.mark.slow
-@pytest.mark.dali
-def test_show_draws_what_training_would_make_of_webp(
-    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sheet = tmp_path / "sheet.png"
-    code, text = run_pack(
-        *("show", packed["webp"], "--out", sheet, "--augment", "clip", "--samples", 3),
-        *("--image-size", 32),
-        capsys=capsys,
-    )
-    assert code == 0, text
-    assert sheet.is_file()
 
 
 @pytest.mark.slow

@@ -240,7 +240,7 @@ def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
 def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
     rows = list(csv.DictReader((written / "list.csv").open(newline="")))
     assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]
-    main(["merge", str(packed), "--leave-out", str(written / "list.csv"),
+    main(["build", str(packed), "--leave-out", str(written / "list.csv"),
           "--out", str(written / "clean")])  # fmt: skip
     again = inspect_dataset(written / "clean", near=False, progress=False)
     assert (again.num_samples, again.exact_copies.num_groups) == (20, 0)

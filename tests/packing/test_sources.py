@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from foreign_sources import outcomes, write_tar
 
-from unicl_fast.packing.samples import (
+from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
     read_label_space,

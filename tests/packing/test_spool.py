@@ -18,10 +18,10 @@ from unicl_fast.packing.sources import spool as spool_module
 from unicl_fast.packing.sources.items import (
     Columns,
     Item,
-    PixelSpan,
     Problem,
     RefusedEntry,
     Source,
+    Span,
     add_texts,
     require_text,
 )
@@ -47,10 +47,10 @@ def test_rows_in_any_order_make_the_items_that_they_make_in_memory(
     for line, (name, caption, label) in enumerate(rows):
         row = {"caption": caption, "label": label}
         problem = Problem(kind="missing", message="v") if name == "v" else None
-        new = expected.setdefault(name, Item(name, problem=problem, position=line))
+        new = expected.setdefault(name, Item(name, problem=problem))
         add_texts(new, row, COLUMNS, f"line {line}")
         known = store.find(name)
-        item = Item(name, problem=problem, position=line) if known is None else Item(name)
+        item = Item(name, problem=problem) if known is None else Item(name)
         add_texts(item, row, COLUMNS, f"line {line}")
         if known is None:
             store.append_named(item)
@@ -77,7 +77,7 @@ def test_a_image_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) 
 def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
     entries = [
         FileEntry("a/\udcff.jpg", 5, 17),
-        PixelSpan("b", 3, 8, 9, 3, True),
+        Span("b", 3, 8),
         ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
         RefusedEntry("outside", "no"),
         None,

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from foreign_sources import write_tar
 from inline_checks import check_inline
 from pack_runs import jpeg, run_pack
 
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing import remote
-from unicl_fast.packing.remote import build_anywhere
+from unicl_fast.packing import build as build_module
+from unicl_fast.packing import upload
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources.tars import expand_braces
 
 SHARD_BYTES = 30_000
@@ -52,7 +55,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def build(photos: Path, url: str) -> None:
-    build_anywhere([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, progress=False)
+    build_dataset([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, progress=False)
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -106,7 +109,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
 
     monkeypatch.setattr(DatasetWriter, "add", real)
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_send", raising(error))
+        patch.setattr(upload, "_send", raising(error))
         found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     (packed,) = work.glob("*/set")
@@ -114,7 +117,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     assert f"resume by: unicl-pack upload {packed} --out {url}" in text
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_send", raising(error))
+        patch.setattr(upload, "_send", raising(error))
         found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert found == code
     assert f"stopped; what was uploaded stays under {url}" in text
@@ -130,16 +133,11 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_send", raising(OSError("the line is cut")))
+        patch.setattr(upload, "_send", raising(OSError("the line is cut")))
         with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
             build(photos, url)
     (packed,) = work.glob("*/set")
-    code, text = run_pack("upload", packed, "--out", url, capsys=capsys)
-    assert code == 0
-    assert f"is not needed any more: rm -r {packed.parent}" in text
-    code, text = run_pack("upload", packed, "--out", f"{url}-2", capsys=capsys)
-    assert code == 0
-    assert "not needed" not in text
+    assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
     build(photos, url)
     assert not os.listdir(work)
     with pytest.raises(ValueError, match="already holds another packed data set"):
@@ -149,7 +147,7 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
 def test_the_same_build_resumes_an_upload_that_was_cut_off(
     photos: Path, url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, sent = remote._send, []
+    real, sent = upload._send, []
 
     def send(store: ObjectStore, path: Path, expected: str) -> None:
         if len(sent) == 2:
@@ -157,12 +155,12 @@ def test_the_same_build_resumes_an_upload_that_was_cut_off(
         sent.append(path.name)
         real(store, path, expected)
 
-    monkeypatch.setattr(remote, "_send", send)
+    monkeypatch.setattr(upload, "_send", send)
     with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
         build(photos, url)
-    monkeypatch.setattr(remote, "_send", real)
+    monkeypatch.setattr(upload, "_send", real)
     with pytest.raises(ValueError, match="made with other options:\n  --seed"):
-        build_anywhere([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, seed=1)
+        build_dataset([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, seed=1)
     build(photos, url)
     assert not os.listdir(work)
     build(photos, str(tmp_path / "whole"))
@@ -206,29 +204,16 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
 def test_a_url_that_takes_no_uploads_is_refused_before_packing(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "build_dataset", raising(AssertionError("packed")))
+    monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
     with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
         build(photos, "https://host/set")
 
 
-def test_a_merge_of_or_to_urls_is_refused_with_what_to_do(
-    photos: Path,
-    url: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:
     build(photos, url)
-    folder = tmp_path / "store" / "new" / "set"
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    code, text = run_pack("merge", folder, "--out", "s3://bucket/x", capsys=capsys)
-    assert code == 2
-    assert "unicl-pack upload DIR --out s3://bucket/x" in text
-    code, text = run_pack("merge", folder, url, "--out", "both", capsys=capsys)
-    assert code == 2
-    assert f"{url} is a URL, and merge reads folders: copy" in text
-    assert not os.listdir()
+    build_dataset([url], str(tmp_path / "again"), workers=1, progress=False)
+    assert Manifest.load(tmp_path / "again").num_samples == 60
+    assert Manifest.load(tmp_path / "again").source == (url,)
 
 
 def test_advice_about_a_damaged_url_can_be_followed(
@@ -243,14 +228,18 @@ def test_advice_about_a_damaged_url_can_be_followed(
     code, text = run_pack("verify", url, "--no-decode", capsys=capsys)
     assert code == 1
     assert f"unicl-pack upload DIR --out {url}" in text
-    assert f"merge {url}" not in text
+    assert f"build {url}" not in text
     code, text = run_pack("upload", tmp_path / "sound", "--out", url, capsys=capsys)
     assert code == 0, text
     assert run_pack("verify", url, "--no-decode", capsys=capsys)[0] == 0
 
 
 def test_an_inspection_names_the_url_and_not_its_copy(
-    photos: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    photos: Path,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     build(photos, url)
     places = {kind: tmp_path / f"all.{kind}" for kind in ("json", "html", "csv")}
@@ -267,8 +256,7 @@ def test_an_inspection_names_the_url_and_not_its_copy(
     assert '<h1 dir="auto">set</h1>' in page
     for place in places.values():
         assert "staging-" not in place.read_text(encoding="utf-8")
-    code, text = run_pack("inspect", url, "--staging-bytes", 1000, capsys=capsys)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    code, text = run_pack("inspect", url, capsys=capsys)
     assert code == 2
-    assert "more than --staging-bytes 1,000 allows" in text
-    assert "give more room" in text
-    assert "fewer" not in text
+    assert re.search(r"takes [\d,]+ bytes more, and 1,000 are free in \S+staging-\S+, where", text)

@@ -19,7 +19,8 @@ from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.remote import build_anywhere, local_copy, upload_dataset
+from unicl_fast.packing.staging import local_copy
+from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.pack import __main__ as pack
@@ -135,16 +136,14 @@ def test_a_build_from_urls_to_a_url_is_the_build_of_files(
     for path in (data / "classes").rglob("*.jpg"):
         store.write_file(path, str(path.relative_to(data / "classes")))
     options = {"workers": 1, "progress": False}
-    with pytest.raises(ValueError, match=r"more than --staging-bytes 1,000 allows"):
-        build_anywhere([f"{root}/classes"], f"{root}/out", staging_bytes=1000, **options)
     with pytest.raises(FileNotFoundError, match="no folder of this name"):
-        build_anywhere([f"{root}/nothing"], f"{root}/out", **options)
+        build_dataset([f"{root}/nothing"], f"{root}/out", **options)
     line.fault = lambda method, path: "503" if method == "PUT" and "samples" in path else ""
     with pytest.raises(RuntimeError, match=r"packed, but not uploaded: .*samples.*pack upload"):
-        build_anywhere([f"{root}/classes"], f"{root}/out", **options)
+        build_dataset([f"{root}/classes"], f"{root}/out", **options)
     (packed,) = (tmp_path / "home").rglob("work/*/out")
     line.fault = lambda method, path: ""
-    assert build_anywhere([f"{root}/classes"], f"{root}/out", **options).was_complete
+    assert build_dataset([f"{root}/classes"], f"{root}/out", **options).was_complete
     assert not packed.exists()
     build_dataset([data / "classes"], tmp_path / "local", **options)
     with PackedDataset(tmp_path / "local") as local, PackedDataset(f"{root}/out") as remote:

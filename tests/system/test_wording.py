@@ -67,12 +67,12 @@ def test_a_data_set_of_one_image_is_spoken_of_in_the_singular(
 ) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.jpg").write_bytes(jpeg(1))
-    one, merged = tmp_path / "one", tmp_path / "merged"
+    one = tmp_path / "one"
     words = "1 image, 0 captions, 1 label of 1 class"
     for arguments in (
         ("build", tmp_path / "in", "--out", one, "--workers", 1),
         ("inspect", one, "--no-near", "--html", tmp_path / "page.html"),
-        ("merge", one, "--out", merged),
+        ("build", one, "--out", tmp_path / "again", "--workers", 1),
     ):
         code, said = run_pack(*arguments, capsys=capsys)
         assert code == 0

@@ -15,17 +15,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.distributed.signals import EXIT_FAULT
-from unicl_fast.packing.build import BuildSummary
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.merge import MergeSummary, merge_datasets
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
+from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of, count_of_kind, print_text
@@ -43,7 +41,8 @@ class _SourcesAndOut:
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, lists, archives, data sets of others; URLs of them are copied first."""
+    """Class folders, lists, archives, data sets of others; URLs of them are copied first,
+    into OUT.partial."""
     out: str
     """Folder to make, or URL (s3://bucket/folder). It must not exist yet, or be empty; it appears
     when it is whole."""
@@ -60,9 +59,12 @@ class Build(BuildOptions, _SourcesAndOut):
     caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
     {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
     of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
-    (train_map.txt beside train.zip), TSV files with images in base64, CIFAR (folder or .tar.gz),
-    and IDX files as of MNIST. docs/sources.md says how each is read. Several sources become one
-    data set; equal class names become one class.
+    (train_map.txt beside train.zip), and TSV files with images in base64. docs/sources.md says how
+    each is read. Several sources become one data set; equal class names become one class.
+
+    A packed data set is a source too: images keep their bytes and texts, and its class names,
+    templates, hierarchy, license and list of what was left out are taken over. What is damaged in
+    it is left out by name.
 
     Every image is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and the others are packed. Plain JPEGs and PNGs keep their bytes.
@@ -85,7 +87,7 @@ class Build(BuildOptions, _SourcesAndOut):
 
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
-      unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
+      unicl-pack build packed/photos packed/pairs new-photos/ --out packed/all
 
       unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
     """
@@ -106,94 +108,17 @@ class Build(BuildOptions, _SourcesAndOut):
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
-    """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
-    by default one in ~/.cache/unicl_fast. With --engine ray and URLs it must be given."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most bytes that copies of sources under URLs may take in --work."""
+    """Folder for what is packed for a URL, until it is there; by default one in
+    ~/.cache/unicl_fast. With --engine ray it must be given."""
 
     def run(self) -> tuple[str, int]:
         options = dict(vars(self))
         path = options.pop("json")
-        summary = build_anywhere(**options)
+        summary = build_dataset(**options)
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_atomically(path, json.dumps(values, indent=1) + "\n")
         return _report_build(summary, encoding=self.encoding), 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Merge:
-    """Make one packed data set of several, without decoding anything again.
-
-    Images and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
-    names become one; those of the first data set keep their numbers. What is copied is compared
-    with its checksums: a damaged sample is left out and listed in OUT/quarantine.csv, together with
-    what the inputs list there. Raw data sets go together if their images are of one size.
-
-    Examples:
-      unicl-pack merge packed/photos packed/pairs --out packed/both
-
-      unicl-pack merge packed/photos --out packed/clean --leave-out near.csv
-    """
-
-    folders: Annotated[
-        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")
-    ]
-    """Packed data sets; folders, no URLs."""
-    out: str
-    """Folder to make, no URL. It must not exist yet, or be empty; it appears when it is whole."""
-    seed: int = 0
-    """Decides the order of the samples, shuffled over all data sets."""
-    templates: str = ""
-    """Prompts for class names, if the data sets differ in theirs: a file with one a line, {} for
-    the name, or the built-in imagenet (80 prompts) or simple (1)."""
-    leave_out: str = ""
-    """A CSV file with the columns source and name: samples to leave out, such as inspect's
-    --duplicates-list writes."""
-    duplicates: Literal["keep", "join"] = "keep"
-    """Images that are equal byte for byte: keep them all, or join them into one sample with the
-    captions and labels of all. Those that were joined into another are listed in
-    OUT/quarantine.csv."""
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    """Largest size of a shard, in bytes."""
-
-    def run(self) -> tuple[str, int]:
-        return _report_merge(merge_datasets(**vars(self)), leave_out=self.leave_out), 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Show:
-    """Draw images of a packed data set, and what an augmentation does to them, as a PNG.
-
-    With --augment each of its steps has a row of its own, on the images' centres, with the
-    numbers that were drawn; the last rows show all together, as training would.
-
-    Examples:
-      unicl-pack show packed/photos --out photos.png
-
-      unicl-pack show packed/photos --augment unicl,blur=0.5 --out unicl.png
-    """
-
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Packed data set."""
-    out: Path = Path("contact-sheet.png")
-    """File to write."""
-    augment: str = ""
-    """As an entry of unicl-pretrain's --data.augment: none, clip, unicl or supcon, and changes."""
-    samples: int = 8
-    """Images to show, evenly spread over the data set."""
-    image_size: int = 224
-    """Side of the square that the model would see, in pixels."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter for resizing."""
-    seed: int = 0
-    """Decides which numbers are drawn."""
-
-    def run(self) -> tuple[str, int]:
-        # matplotlib, torch and DALI, which packing can do without
-        from .show import show_dataset
-
-        return f"{show_dataset(self)}: look at it", 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +147,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
-    "merge": Merge,
-    "show": Show,
     "reinforce": Reinforce,
     "upload": Upload,
 }
@@ -299,33 +222,6 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
             "keys are the folders' names, gives them words"
         )
     lines.append(f"next: unicl-pretrain --preset auto --data.train {summary.out} --out runs/first")
-    return "\n".join(lines)
-
-
-def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
-    lines = [
-        f"{summary.out}: {contents_of(summary, num_classes=len(summary.class_names))}",
-        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
-        f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
-    ]
-    if summary.was_complete:
-        lines[1:] = [_COMPLETE]
-    if leave_out:
-        lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
-    if summary.num_joined:
-        lines.append(f"joined into others with the same image: {summary.num_joined:,}")
-    if summary.num_damaged:
-        lines.append(
-            f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "
-            "to have them"
-        )
-        lines += [f"  {message}" for message in summary.damaged]
-    if summary.num_quarantined:
-        lines.append(
-            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'image')} "
-            "left out, now or when the inputs were packed"
-        )
-    lines.append(f"next: unicl-pack verify {summary.out}")
     return "\n".join(lines)
 
 

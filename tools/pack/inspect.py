@@ -26,11 +26,10 @@ from unicl_fast.packing.inspect import (
     Spread,
     inspect_dataset,
 )
-from unicl_fast.packing.merge import MergeSummary
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, without_secrets
 
@@ -53,7 +52,7 @@ class Inspect:
       unicl-pack inspect packed/photos --html photos.html
 
       unicl-pack inspect packed/photos --duplicates-list near.csv
-      unicl-pack merge packed/photos --leave-out near.csv --out packed/clean
+      unicl-pack build packed/photos --leave-out near.csv --out packed/clean
     """
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
@@ -64,7 +63,7 @@ class Inspect:
     """Write all numbers, and the groups of copies, into this file."""
     duplicates_list: Path | None = None
     """Write all but the first image of each group of copies into this CSV file, which --leave-out
-    of build and merge takes. Look at it before: what looks alike need not be a copy."""
+    of build takes. Look at it before: what looks alike need not be a copy."""
     near: bool = True
     """Look for images that look alike; takes decoding all, and the package ImageHash. Without it
     --duplicates-list and --near-distance are refused unless --no-near is given."""
@@ -80,8 +79,6 @@ class Inspect:
     """Images on the contact sheet."""
     workers: int = 0
     """Processes that hash images; 0 takes one for each core."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         if not 0 <= self.near_distance <= MAX_DISTANCE:
@@ -90,7 +87,7 @@ class Inspect:
             )
         if min(self.sheet, self.workers) < 0:
             raise ValueError("--sheet and --workers take numbers from 0 on")
-        with local_copy(self.folder, room=self.staging_bytes) as folder:
+        with local_copy(self.folder) as folder:
             return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:
@@ -125,7 +122,7 @@ class Inspect:
                 f"note: --leave-out will refuse {self.duplicates_list}: names in it that images "
                 f"which stay have too: {num_unclear:,}, since several sources are called alike. "
                 "Pack these under names of their own (links to them will do) and inspect that; or "
-                "let --duplicates join of build or merge see to exact copies"
+                "let --duplicates join of build see to exact copies"
             )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
@@ -233,7 +230,7 @@ def _in_words(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
-def contents_of(summary: BuildSummary | MergeSummary | Inspection, *, num_classes: int) -> str:
+def contents_of(summary: BuildSummary | Inspection, *, num_classes: int) -> str:
     """Counts of images, captions, labels and classes."""
     classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
     images, captions = count_of(summary.num_samples, "image"), summary.num_captions

@@ -16,7 +16,7 @@ from unicl_fast.dataset.reader import sample_key
 from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault
-from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
@@ -25,12 +25,12 @@ _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
 # what to do about faults of a data set at {0}
 _IN_A_FOLDER = (
-    "copy the named files again; damaged images can be left out by: unicl-pack merge {0} --out DIR"
+    "copy the named files again; damaged images can be left out by: unicl-pack build {0} --out DIR"
 )
 _AT_A_URL = (
     "if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {0} sends again what "
     "differs; if not, damaged images can be left out: copy it into a folder DIR with the store's "
-    "own program, then unicl-pack merge DIR --out MENDED, and unicl-pack upload MENDED to another "
+    "own program, then unicl-pack build DIR --out MENDED, and unicl-pack upload MENDED to another "
     "URL"
 )
 
@@ -72,8 +72,6 @@ class Verify:
     """An image that takes longer is a fault; 0 waits without limit."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
-    staging_bytes: int = DEFAULT_STAGING_BYTES
-    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
@@ -88,7 +86,7 @@ class Verify:
             if self.list is not None:
                 file, rows = create_csv(self.list, ["file", "sample", "kind", "message"])
                 stack.enter_context(file)
-            folder = stack.enter_context(local_copy(self.folder, room=self.staging_bytes))
+            folder = stack.enter_context(local_copy(self.folder))
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):

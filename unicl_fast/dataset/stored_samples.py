@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,16 +157,9 @@ def image_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
     return np.full(len(dataset), math.prod(dataset.image_shape), np.uint32)
 
 
-def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
-    """Samples with the same image, by size and checksum.
-
-    Returns:
-        Groups of two or more numbers, rising; numbers continue from one data set to the next.
-    """
-    keys = [
-        np.concatenate([image_sizes(dataset) for dataset in datasets]).astype(np.uint64),
-        np.concatenate([dataset.samples["xxh3"] for dataset in datasets]),
-    ]
+def equal_images(dataset: PackedDataset) -> list[npt.NDArray[np.int64]]:
+    """Samples with the same image, by size and checksum: groups of two or more rising numbers."""
+    keys = [image_sizes(dataset).astype(np.uint64), np.asarray(dataset.samples["xxh3"])]
     order = np.lexsort(keys)
     ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
     bounds = np.concatenate([[0], ends, [len(order)]])

@@ -27,7 +27,7 @@ from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.requests import Metric, MetricChoice
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.samples import read_label_space
+from unicl_fast.packing.label_space import read_label_space
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.class_lists import (
@@ -40,7 +40,6 @@ from unicl_fast.text.class_lists import (
 from unicl_fast.training.data import distinct_names
 
 TORCHVISION = "torchvision:"
-_CIFAR_BATCHES = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 
 # CLIP's protocol (arXiv 2103.00020, table 9) reports the mean over classes for these.
 _MEAN_PER_CLASS = re.compile(
@@ -257,8 +256,9 @@ def _parse_torchvision(spec: str) -> tuple[type[Any], str, str, dict[str, Any]]:
             f"torchvision {torchvision.__version__} has no data set {name}; write it as "
             "torchvision.datasets does, such as OxfordIIITPet"
         )
-    # The only one that unpickles besides CIFAR's, which we read ourselves; others have torch.load
-    # with weights_only (torchvision 0.28, all files of its datasets/ were read for this).
+    # The only one that unpickles files of any content: CIFAR's must have a known MD5 first, and
+    # others have torch.load with weights_only (torchvision 0.28, all of its datasets/ was read for
+    # this).
     if kind.__module__.endswith(".lsun"):
         raise ValueError(
             f"{spec}: torchvision's {name} unpickles a file _cache_* of the working directory, and "
@@ -285,16 +285,7 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
     Where torchvision lets a loader be given, the files are packed as they are; else its images
     are stored as PNG, which changes no pixel.
     """
-    kind, root, split, arguments = _parse_torchvision(spec)
-    name = kind.__name__
-    if name in _CIFAR_BATCHES:  # torchvision would unpickle them
-        source = Path(root) / _CIFAR_BATCHES[name]
-        if split == "test":
-            source /= "test_batch" if name == "CIFAR10" else "test"
-        if not source.exists():
-            raise FileNotFoundError(f"{spec}: there is no {source}")
-        _pack(source, folder)
-        return
+    kind, root, _, arguments = _parse_torchvision(spec)
     takes_loader = "loader" in inspect.signature(kind.__init__).parameters
     try:
         dataset = kind(root, **arguments, **({"loader": str} if takes_loader else {}))

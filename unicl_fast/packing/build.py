@@ -6,63 +6,80 @@ The chapters: read the sources (`sources`), number their labels, choose and shuf
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import os
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.filters import apply_filters
-from unicl_fast.packing.quarantine import (
-    LeaveOut,
-    choose_listed,
-    count_left_out,
-    describe_left_out,
-    read_retry,
-    require_same_classes,
-)
-from unicl_fast.packing.ray_engine import check_on_ray
-from unicl_fast.packing.samples import (
+from unicl_fast.packing.label_space import (
     LabelSpace,
-    Samples,
-    all_samples,
-    choose,
     collect_label_space,
-    join_duplicates,
     place_classes,
     read_label_space,
     refuse_numbers,
+)
+from unicl_fast.packing.quarantine import (
+    LeaveOut,
+    count_left_out,
+    describe_left_out,
+)
+from unicl_fast.packing.ray_engine import check_on_ray
+from unicl_fast.packing.samples import (
+    Samples,
+    all_samples,
+    choose,
+    filter_captions,
+    join_duplicates,
     reorder,
     shuffled_order,
 )
 from unicl_fast.packing.sources.items import Item, Label, Problem, Source
+from unicl_fast.packing.sources.packed import (
+    PackedSource,
+    join_licenses,
+    join_parents,
+    join_templates,
+    left_out_before,
+)
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import require_there
-from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
+from unicl_fast.packing.staging import StagedSources, default_work_folder
+from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
+from unicl_fast.packing.work_folder import (
+    WorkFolder,
+    describe_options,
+    shown_place,
+    stamp_all,
+    survey_source,
+)
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
-from unicl_fast.system.wording import count_of_kind
+from unicl_fast.system.wording import count_of_kind, without_secrets
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedSummary:
-    """The data set that a build or merge has written, in numbers."""
+class BuildSummary:
+    """The outcome of a build, in numbers."""
 
     out: Path | str
     """A folder, or the URL that it was uploaded to."""
@@ -70,32 +87,13 @@ class PackedSummary:
     num_captions: int
     num_labels: int
     num_quarantined: int
-    """Rows of its quarantine.csv; a merge includes those of its inputs."""
+    """Rows of its quarantine.csv, which include those of packed sources."""
     class_names: tuple[str, ...]
     hierarchy: str
     """How many classes have a place in a hierarchy, in words; empty where there is none."""
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
-
-    @staticmethod
-    def values_of(manifest: Manifest, *, out: Path, started: float) -> dict[str, Any]:
-        """The fields above; `started` is a time of `perf_counter`."""
-        names = ("samples", "captions", "labels", "quarantined", "bytes")
-        numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
-        seconds = time.perf_counter() - started
-        return numbers | {
-            "out": out,
-            "class_names": manifest.class_names,
-            "hierarchy": "" if manifest.hierarchy is None else manifest.hierarchy.describe(),
-            "seconds": seconds,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildSummary(PackedSummary):
-    """The outcome of a build."""
-
     num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
@@ -115,13 +113,11 @@ def build_dataset(
     sources: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    source_names: Sequence[str] = (),
-    stored: Mapping[str, str] | None = None,
-    stage: Callable[[], None] | None = None,
+    work: str = "",
     progress: bool = True,
     **options: Any,
 ) -> BuildSummary:
-    """Packs sources into one data set folder.
+    """Packs sources into one data set.
 
     A build that was stopped or killed resumes after its last finished shard when it is called with
     the same arguments, and the result is the same as if nothing had happened. One that is complete
@@ -131,13 +127,10 @@ def build_dataset(
     by `if __name__ == "__main__":`.
 
     Args:
-        sources: class folders, lists, archives, ... (docs/sources.md).
-        out: folder to make.
-        source_names: names of the sources for the manifest, where these are copies.
-        stored: for each URL that they are copies of, a text that changes with what lies there,
-            where this decides all of their contents. A complete build is then known by it, and
-            nothing is read.
-        stage: makes these copies; called before the sources are read.
+        sources: class folders, lists, archives, ... (docs/sources.md), or URLs of them.
+        out: folder to make, or URL.
+        work: folder for what is packed for a URL until it is there; empty takes one in the user's
+            cache.
         progress: show progress bars.
         **options: fields of `BuildOptions`.
 
@@ -146,41 +139,117 @@ def build_dataset(
             could be packed, or the build of this folder, unfinished or complete, is another one.
         FileNotFoundError: a source or file of names is not there, or a source vanishes while it is
             packed.
+        StorageError: a store cannot be reached.
+        RuntimeError: it is packed and not uploaded; the message says how to resume.
     """
-    started = time.perf_counter()
     chosen = BuildOptions(**options)
-    out, paths = Path(out), [os.fspath(source) for source in sources]
+    if is_url(out) and chosen.engine == "ray" and not work:
+        raise ValueError(
+            "--engine ray with a URL as --out takes --work FOLDER, on a file system that all "
+            "machines of the cluster see under the same path: what is copied, or unpacked, on its "
+            f"way lies there, and by default in {default_work_folder()} of this machine"
+        )
+    images = chosen.check()
+    paths = [os.fspath(source) for source in sources]
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
-    images = chosen.check()
     require_utf8_names()
-    with WorkFolder(out, restart=chosen.restart) as work:
+    if not is_url(out):
+        return _build(paths, Path(out), chosen, images, progress=progress)
+    url = str(out)
+    folder = _folder_for(url, Path(work) if work else default_work_folder())
+    require_free_url(url, folder)
+    try:
+        summary = _build(paths, folder, chosen, images, progress=progress)
+    except BaseException:
+        with contextlib.suppress(OSError):  # it holds finished shards, or is not there
+            folder.parent.rmdir()
+        raise
+    try:
+        upload_dataset(folder, url, progress=progress)
+    except (RuntimeError, OSError) as error:
+        resume = upload_command(folder, without_secrets(url))
+        raise RuntimeError(f"packed, but not uploaded: {error}. Resume by: {resume}") from error
+    shutil.rmtree(folder.parent)
+    return replace(summary, out=without_secrets(url))
+
+
+def _folder_for(url: str, work: Path) -> Path:
+    """The folder below `work` in which a data set for a URL is packed; alone in one of its own."""
+    url = without_secrets(url).rstrip("/")
+    return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
+
+
+def _build(
+    sources: list[str], out: Path, options: BuildOptions, images: ImageOptions, *, progress: bool
+) -> BuildSummary:
+    """Packs sources into a folder."""
+    started = time.perf_counter()
+    with WorkFolder(out, restart=options.restart) as work:
         if not work.is_complete:
             require_free(out)
-        repeated = chosen.repeated()
-        repeated["source_names"] = list(source_names)
-        work.require_same("options", describe_options(paths, repeated))
-        if stored:
-            work.require_same("sources under URLs", stored)
-        if stored and work.is_complete:
+        work.require_same("options", describe_options(sources, options.repeated()))
+        staged = StagedSources(sources, options.image_root, work.copies)
+        if staged.versions:
+            work.require_same("sources under URLs", staged.versions)
+        if work.is_complete and staged.are_known:
             outcome = dict(work.record["summary"])
         else:
-            if stage is not None:
-                stage()
+            staged.fetch()
             outcome = _pack(
-                paths, out, work, chosen, images, source_names=source_names, progress=progress
+                staged.paths,
+                out,
+                work,
+                replace(options, image_root=staged.image_root),
+                images,
+                source_names=list(map(shown_place, sources)),
+                progress=progress,
             )
-        manifest = Manifest.load(out)
-        values = BuildSummary.values_of(manifest, out=out, started=started)
-        if (pixels := manifest.pixels) is not None:
-            values["image_size"] = (pixels.height, pixels.width)
-        if work.is_complete:
-            outcome |= {"num_taken_over": values["num_samples"], "was_complete": True}
-        kinds = count_left_out(out / QUARANTINE_NAME)
-        quarantined = describe_left_out(out / QUARANTINE_NAME)
-        summary = BuildSummary(**values, **outcome, quarantined=quarantined, left_out_by_kind=kinds)
+        summary = _summarize(out, outcome, was_complete=work.is_complete, started=started)
         work.remove()
     return summary
+
+
+def _summarize(
+    out: Path, outcome: dict[str, Any], *, was_complete: bool, started: float
+) -> BuildSummary:
+    """The summary of a finished data set; `outcome` has the fields that it does not tell."""
+    manifest = Manifest.load(out)
+    if was_complete:
+        outcome = outcome | {"num_taken_over": manifest.num_samples, "was_complete": True}
+    pixels, hierarchy = manifest.pixels, manifest.hierarchy
+    return BuildSummary(
+        out=out,
+        num_samples=manifest.num_samples,
+        num_captions=manifest.num_captions,
+        num_labels=manifest.num_labels,
+        num_quarantined=manifest.num_quarantined,
+        class_names=manifest.class_names,
+        hierarchy="" if hierarchy is None else hierarchy.describe(),
+        num_bytes=manifest.num_bytes,
+        seconds=time.perf_counter() - started,
+        quarantined=describe_left_out(out / QUARANTINE_NAME),
+        left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
+        image_size=None if pixels is None else (pixels.height, pixels.width),
+        **outcome,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contents:
+    """The contents of a data set that is to be packed."""
+
+    samples: Samples
+    """In the order of the sources."""
+    space: LabelSpace
+    numbers: dict[Label, int]
+    """The class of each label as a source spells it."""
+    templates: tuple[str, ...]
+    hierarchy: Hierarchy | None
+    license: str
+    packed: Sequence[PackedSource]
+    """The sources that are packed data sets."""
+    passed_over: Counter[str]
 
 
 def _pack(
@@ -201,10 +270,7 @@ def _pack(
     is_raw = options.format == "raw"
     kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
     with Spool(work.spool) as spool:
-        samples, space, numbers, templates, passed_over = _read(
-            paths, options, images, spool, work, progress=progress
-        )
-        hierarchy = _read_hierarchy(options, space)
+        contents = _read(paths, options, images, spool, work, progress=progress)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
@@ -212,9 +278,15 @@ def _pack(
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
-            order = shuffled_order(len(samples), seed=options.seed)
+            num_done = writer.num_places
+            if num_taken_over:
+                num_done -= sum(one.manifest.num_quarantined for one in contents.packed)
+            else:
+                for row in left_out_before(contents.packed):
+                    writer.quarantine(**asdict(row))
+            order = shuffled_order(len(contents.samples), seed=options.seed)
             checked = _check(
-                reorder(samples, order[writer.num_places :]),
+                reorder(contents.samples, order[num_done:]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -223,33 +295,33 @@ def _pack(
             bar = tqdm(
                 checked,
                 total=len(order),
-                initial=writer.num_places,
+                initial=num_done,
                 desc="packing",
                 unit=" images",
                 disable=not progress,
                 smoothing=0.1,
             )
-            _write(bar, writer, numbers, one_size)
+            _write(bar, writer, contents.numbers, one_size)
             if writer.num_samples:
                 summary = {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "passed_over": dict(passed_over),
+                    "passed_over": dict(contents.passed_over),
                 }
                 writer.finish(
                     tokenizer=tokenizer.name,
                     vocabulary_hash=tokenizer.vocabulary_hash,
                     context_length=tokenizer.context_length,
-                    class_names=space.names,
-                    templates=templates,
-                    hierarchy=hierarchy,
-                    source=list(source_names) or paths,
+                    class_names=contents.space.names,
+                    templates=contents.templates,
+                    hierarchy=contents.hierarchy,
+                    source=source_names,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
-                    license=options.license,
+                    license=contents.license,
                     made_of={**work.record, "summary": summary},
                 )
                 return summary | {"num_taken_over": num_taken_over}
-    parts = [count_of_kind(count, kind) for kind, count in passed_over.items()]
+    parts = [count_of_kind(count, kind) for kind, count in contents.passed_over.items()]
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
@@ -263,23 +335,16 @@ def _read(
     work: WorkFolder,
     *,
     progress: bool,
-) -> tuple[Samples, LabelSpace, dict[Label, int], tuple[str, ...], Counter[str]]:
-    """Reads all sources, numbers their labels, and chooses and joins samples.
-
-    Returns the samples in the order of the sources, the label space, the class number of each
-    label, the templates, and how many files and rows were passed over, by reason.
-    """
+) -> _Contents:
+    """Reads all sources, numbers their labels, and chooses and joins samples."""
     unwanted = LeaveOut(options.leave_out)
-    listed = read_retry(options.retry) if options.retry else None
     read = read_sources(paths, options.lists, spool)
+    packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, work)
-    templates = read_templates(options.templates or "imagenet") if space.names else ()
+    templates = _choose_templates(options, space, packed)
+    hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
     samples = all_samples(read)
-    if listed is not None:  # labels keep the numbers that they have in the build of all
-        require_same_classes(Path(options.retry), space.names)
-        chosen = choose_listed(listed, read, passed_over)
-        samples = Samples(len(chosen), lambda numbers: [chosen[number] for number in numbers])
     if unwanted:
         wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
@@ -292,47 +357,47 @@ def _read(
             workers=options.workers or usable_cores(),
             progress=progress,
         )
-    samples, dropped = apply_filters(
-        samples,
-        functools.partial(_hash_all, images=images, options=options, progress=progress),
-        caption_words=(options.min_caption_words, options.max_caption_words),
-        near_duplicates=options.near_duplicates,
-        concepts=options.concepts,
-        class_of=lambda label: space.names[numbers[label]] if label in numbers else str(label),
-        concept_cap=options.concept_cap,
-        seed=options.seed,
+    if options.min_caption_words or options.max_caption_words:
+        samples, count = filter_captions(
+            samples, fewest=options.min_caption_words, most=options.max_caption_words
+        )
+        if count:
+            passed_over["captions of too few or too many words"] = count
+    return _Contents(
+        samples=samples,
+        space=space,
+        numbers=numbers,
+        templates=templates,
+        hierarchy=hierarchy,
+        license=options.license or join_licenses(read),
+        packed=packed,
+        passed_over=+passed_over,  # without those that nothing was passed over for
     )
-    return samples, space, numbers, templates, passed_over + dropped
 
 
-def _hash_all(
-    samples: Samples, *, images: ImageOptions, options: BuildOptions, progress: bool
-) -> Iterator[int | None]:
-    """The perceptual hash of each sound sample in order, by workers; None for damaged ones."""
-    check = check_on_ray if options.engine == "ray" else check_in_order
-    results = check(
-        (
-            Task(name=item.name, entry=item.entry)
-            for _, item in samples
-            if item.problem is None and item.entry is not None
-        ),
-        # decoded and not encoded
-        options=replace(
-            images, format="raw", short_side=0, square_side=0, return_images=False, hash_images=True
-        ),
-        context_length=0,
-        workers=options.workers,
-    )
-    bar = tqdm(
-        results,
-        total=len(samples),
-        desc="hashing",
-        unit=" images",
-        disable=not progress,
-        smoothing=0.1,
-    )
-    for result in bar:
-        yield None if isinstance(result, Problem) else result.phash
+def _choose_templates(
+    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
+) -> tuple[str, ...]:
+    """Those of --templates, else of packed sources, which must agree, else ImageNet's."""
+    if not space.names:
+        return ()
+    if options.templates:
+        return read_templates(options.templates)
+    return join_templates(packed) or read_templates("imagenet")
+
+
+def _choose_hierarchy(
+    options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
+) -> Hierarchy | None:
+    """The places of the classes, where --hierarchy or a packed source says what they are."""
+    if options.hierarchy:
+        path, names = Path(options.hierarchy), options.hierarchy_names
+        parents = read_parents(path, columns=options.hierarchy_columns)
+        known = read_names(Path(names)) if names else {}
+        return place_classes(space, parents, known, origin=str(path))
+    if parents := join_parents(packed):
+        return place_classes(space, parents, {}, origin="the packed sources")
+    return None
 
 
 def _number_labels(
@@ -346,19 +411,11 @@ def _number_labels(
         if not class_names and not source.labels_are_names:
             refuse_numbers(own, source.name)
         labels |= own
-    checksums["what was unpacked"] = stamp_all(spool.origins)
+    checksums["what else was read"] = stamp_all(spool.origins)
     work.require_same("sources", checksums)
-    space = read_label_space(class_names) if class_names else collect_label_space(labels)
+    packed = [one.manifest.class_names for one in read if isinstance(one, PackedSource)]
+    space = read_label_space(class_names) if class_names else collect_label_space(labels, packed)
     return space, {label: space.number_of(label) for label in labels}
-
-
-def _read_hierarchy(options: BuildOptions, space: LabelSpace) -> Hierarchy | None:
-    """The places of the classes, where --hierarchy says what they are."""
-    if not options.hierarchy:
-        return None
-    path, names = Path(options.hierarchy), options.hierarchy_names
-    parents = read_parents(path, columns=options.hierarchy_columns)
-    return place_classes(space, parents, read_names(Path(names)) if names else {}, origin=str(path))
 
 
 def _check(

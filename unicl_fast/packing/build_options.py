@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
@@ -15,7 +14,6 @@ from unicl_fast.images.check import (
     RESIZE_QUALITY,
     ImageFormat,
 )
-from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.ray_engine import Engine, require_engine
 from unicl_fast.packing.sources.items import ListOptions
 from unicl_fast.packing.workers import ImageOptions
@@ -25,11 +23,6 @@ DEFAULT_IMAGE_SECONDS = 30.0
 
 _FREE_TO_CHANGE = {"restart", "workers", "engine"}
 """Options that a build need not repeat to resume: they leave no trace in the data set."""
-
-_FILTERS = {
-    *("min_score", "min_caption_words", "max_caption_words", "min_side", "max_aspect"),
-    *("near_duplicates", "concept_cap", "concepts"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +56,7 @@ class BuildOptions:
     KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
-    into --class-names. For CIFAR-100, coarse_labels."""
+    into --class-names."""
     image_root: str = ""
     """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the one that is called as they are (val2017) or images."""
@@ -82,15 +75,6 @@ class BuildOptions:
     max_aspect: float = 0.0
     """Leave out images whose longer side is more times as long as the shorter; 0 leaves out
     none."""
-    near_duplicates: int | None = None
-    """Leave out images that look like an earlier one: whose perceptual hash differs in so many of
-    64 bits at most, 0 to 12. All images are decoded once more for it, and again when a build
-    resumes. Takes pip install imagehash."""
-    concept_cap: int = 0
-    """Keep about so many images of each class, and of each concept of --concepts: each with the
-    probability min(1, cap / count) of its rarest one, as MetaCLIP does; 0 keeps all."""
-    concepts: str = ""
-    """A file of concepts, one a line, which captions name as words that follow each other."""
     leave_out: str = ""
     """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
@@ -98,9 +82,6 @@ class BuildOptions:
     """Files that are equal byte for byte: keep them all, or join them into one sample with the
     captions and labels of all. Those that were joined into another are listed in
     OUT/quarantine.csv. Files that share their size with another are then read twice."""
-    retry: str = ""
-    """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
-    labels numbered as in that build, so that both can be trained on together."""
     resize: str = ""
     """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
@@ -135,12 +116,8 @@ class BuildOptions:
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 
     def repeated(self) -> dict[str, Any]:
-        """The options that a build must repeat to resume, by name.
-
-        Filters that are not asked for are left out, as in builds from before there were any.
-        """
-        unused = {name for name in _FILTERS if getattr(self, name) == getattr(BuildOptions, name)}
-        return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE | unused}
+        """The options that a build must repeat to resume, by name."""
+        return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
 
     @property
     def encoding(self) -> str:
@@ -180,7 +157,7 @@ class BuildOptions:
         )
 
     def _check_filters(self) -> None:
-        for name in ("min_caption_words", "max_caption_words", "concept_cap"):
+        for name in ("min_caption_words", "max_caption_words"):
             _require_in(f"--{name.replace('_', '-')}", getattr(self, name), 0, 2**31)
         _require_in("--min-side", self.min_side, 0, MAX_SIDE)
         if self.max_caption_words:
@@ -189,14 +166,6 @@ class BuildOptions:
             )
         if self.max_aspect and not self.max_aspect >= 1:  # also refuses NaN
             raise ValueError(f"--max-aspect must be 1 or more, not {self.max_aspect}")
-        if self.concepts and not self.concept_cap:
-            raise ValueError("--concepts says what --concept-cap counts: add --concept-cap")
-        if self.concepts and not Path(self.concepts).is_file():
-            raise FileNotFoundError(f"--concepts: there is no file {self.concepts}")
-        if self.near_duplicates is not None:
-            _require_in("--near-duplicates", self.near_duplicates, 0, MAX_DISTANCE)
-            if not has_imagehash():
-                raise ValueError("--near-duplicates takes perceptual hashes: pip install imagehash")
 
     @property
     def lists(self) -> ListOptions:

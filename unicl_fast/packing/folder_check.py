@@ -155,7 +155,7 @@ def _check_checksums(
         if not path.is_file():
             message = (
                 "there is no list of checksums: changes in the arrays may go unnoticed. "
-                "unicl-pack merge writes a copy that has one"
+                "unicl-pack build of it writes a copy that has one"
             )
             faults.add(CHECKSUMS_NAME, "missing", message)
         elif format_checksums(listed.items()).encode() != path.read_bytes():

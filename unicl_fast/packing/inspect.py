@@ -222,7 +222,7 @@ def inspect_dataset(
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
         class_counts = tuple(zip(manifest.class_names, counts, strict=True))
         exact = np.arange(len(dataset))  # of each, the first image with the same bytes
-        for group in equal_images([dataset]):
+        for group in equal_images(dataset):
             exact[group] = group[0]
         near_copies = None
         if near:

@@ -100,8 +100,6 @@ def enter(connection: Connection, memory_bytes: int) -> None:
 
 def describe_death(code: int, *, too_large: str) -> Problem:
     """Describes the end of a process by its exit code; `too_large` is for want of memory."""
-    if code == -signal.SIGVTALRM:
-        return Problem("too slow", "reading it takes too much CPU time")
     if code == OUT_OF_MEMORY:
         return Problem("too large", too_large)
     if code == -signal.SIGKILL:
@@ -124,7 +122,7 @@ def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int
 
 
 def run_limited(
-    function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int, seconds: float = 0
+    function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int
 ) -> Iterator[R | Problem]:
     """Calls a function with each task, in a process under limits.
 
@@ -132,7 +130,6 @@ def run_limited(
         function: of a module's top level; a ValueError, OSError or RuntimeError is raised here.
         tasks: can be sent to a process.
         memory_bytes: limit beyond the memory that the process has at its start.
-        seconds: limit of CPU time for a task; 0 sets none.
 
     Yields:
         What the function returns, or how the process ended at that task; the next task then gets a
@@ -140,7 +137,7 @@ def run_limited(
     """
     left = list(tasks)
     while left:
-        process = LimitedProcess(_serve, function, memory_bytes, seconds)
+        process = LimitedProcess(_serve, function, memory_bytes)
         try:
             while left:
                 try:
@@ -158,14 +155,11 @@ def run_limited(
             process.reap()
 
 
-def _serve(
-    connection: Connection, function: Callable[[Any], Any], memory_bytes: int, seconds: float
-) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
     enter(connection, memory_bytes)
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             task = connection.recv()
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # its signal ends the process
             try:
                 answer = (False, function(task))
             except MemoryError:

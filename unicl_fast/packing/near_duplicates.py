@@ -113,20 +113,11 @@ def _hash(start: int, end: int) -> Hashes:
 
 def perceptual_hash(data: bytes | memoryview) -> int:
     """The 64-bit pHash of a packed image, which has neither transparency nor 16 bits."""
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("L", (_DRAFT, _DRAFT))
-        return _phash(image)
-
-
-def hash_pixels(pixels: npt.NDArray[np.uint8]) -> int:
-    """The 64-bit pHash of an image as it is packed, uint8 [h w 3]."""
-    return _phash(Image.fromarray(pixels))
-
-
-def _phash(image: Image.Image) -> int:
     import imagehash  # an optional package
 
-    return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big")
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("L", (_DRAFT, _DRAFT))
+        return int.from_bytes(np.packbits(imagehash.phash(image).hash).tobytes(), "big")
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:

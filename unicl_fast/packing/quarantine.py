@@ -1,39 +1,27 @@
-"""Lists of samples by source and name: what was left out, is to be left out, or is tried again.
+"""Lists of samples by source and name: what was left out, or is to be left out.
 
-quarantine.csv of a packed data set lists what a build or merge left out, and why
-(`unicl_fast.dataset.writer` writes it). `--retry` packs the samples of such a list, `--leave-out`
-leaves out those of a list with the same columns. A source is known by its last name alone, so
-samples of `a/train` and `b/train` may be called alike; a list that cannot tell them apart is
-refused.
+quarantine.csv of a packed data set lists what a build left out, and why
+(`unicl_fast.dataset.writer` writes it). `--leave-out` leaves out the samples of a list with the
+same columns. A source is known by its last name alone, so samples of `a/train` and `b/train` may be
+called alike; a list that cannot tell them apart is refused.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
-from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
 """The kind of images that were joined into equal ones."""
-NEAR_DUPLICATE = "near duplicate"
-CONCEPT_CAP = "concept cap"
-_RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
-_ENDLESS = 2**64
 _REASONS_SHOWN = 5
-
-Listed = Counter[tuple[str, str]]
-"""(source, name) of the samples that a list names, and in how many rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +86,6 @@ def duplicate_message(source: str, name: str) -> str:
     return f"the same bytes as {name} of {source}, which has its texts too"
 
 
-def looks_like(source: str, name: str) -> str:
-    """The beginning of the message of an image that looks like another, which is named."""
-    return f"it looks like {name} of {source}"
-
-
 def as_listed(name: str) -> str:
     """A name as a list has it, which is UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -124,18 +107,15 @@ class LeaveOut:
         """
         self._path = path
         self._listed = _read_names(path) if path else Counter()
-        self._taken: Listed = Counter()
+        """(source, name) of the samples, and in how many rows."""
+        self._taken: Counter[tuple[str, str]] = Counter()
 
     def __bool__(self) -> bool:
         """Whether anything is named."""
         return bool(self._listed)
 
-    def names(self, source: str, name: str) -> bool:
-        """Whether the list names a sample of this source, as it is called there."""
-        return (as_listed(source), as_listed(name)) in self._listed
-
     def take(self, source: str, name: str) -> bool:
-        """Like `names`; counts the sample, and refuses more of them than the list names."""
+        """Whether the list names this sample; more samples than the list names are refused."""
         key = as_listed(source), as_listed(name)
         if key not in self._listed:
             return False
@@ -153,15 +133,11 @@ class LeaveOut:
         return True
 
 
-def _require_file(option: str, path: str | os.PathLike[str], beside: str = "") -> None:
+def _read_names(path: str) -> Counter[tuple[str, str]]:
     if is_url(path):
-        raise ValueError(f"{option} takes a file on this machine, not {path}: copy it here{beside}")
+        raise ValueError(f"--leave-out takes a file on this machine, not {path}: copy it here")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{option}: there is no file {path}")
-
-
-def _read_names(path: str) -> Listed:
-    _require_file("--leave-out", path)
+        raise FileNotFoundError(f"--leave-out: there is no file {path}")
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -172,119 +148,3 @@ def _read_names(path: str) -> Listed:
         raise ValueError(
             f"--leave-out: {path} should be a CSV file with the columns source and name: {error}"
         ) from error
-
-
-def read_retry(path: str | os.PathLike[str]) -> Listed:
-    """Reads the quarantine.csv whose samples are packed again.
-
-    Duplicates are taken only if the image that they were joined into was left out itself: else they
-    are packed, with their texts, in the first build. So are images that look like one that was left
-    out; what a concept's cap left out is not wanted.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is none, or names nothing.
-    """
-    beside = f", and {MANIFEST_NAME} beside it, whose class numbers are kept"
-    _require_file("--retry", path, beside)
-    rows = list(read_left_out(Path(path)))
-    others = (DUPLICATE, NEAR_DUPLICATE, CONCEPT_CAP)
-    found: Listed = Counter((row.source, row.name) for row in rows if row.kind not in others)
-    like_left_out = {message(*key) for key in found for message in (duplicate_message, looks_like)}
-    found.update(
-        (row.source, row.name)
-        for row in rows
-        if (row.kind == DUPLICATE and row.message in like_left_out)
-        or (row.kind == NEAR_DUPLICATE and row.message.rpartition(" (")[0] in like_left_out)
-    )
-    if not found:
-        only = ", only duplicates of what it packed" if rows else ""
-        raise ValueError(f"{path} names nothing to pack: that build left nothing out{only}")
-    return found
-
-
-def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
-    """Refuses other class names than those of the build that the list is of, if that lies there."""
-    if not (quarantine.parent / MANIFEST_NAME).is_file():
-        return
-    before = Manifest.load(quarantine.parent).class_names
-    if tuple(class_names) != before:
-        new = sorted(set(class_names) - set(before)) or ["the same in another order"]
-        raise ValueError(
-            f"{quarantine.parent} has {count_of(len(before), 'class name')}, and now there are "
-            f"{len(class_names):,} (new: {', '.join(new[:3])}), so labels would be numbered "
-            "otherwise. Give the --class-names of that build; if there were none, correct the "
-            "labels, or pack all anew"
-        )
-
-
-def choose_listed(
-    listed: Listed, sources: Sequence[Source], passed_over: Counter[str]
-) -> list[tuple[str, Item]]:
-    """The samples that a list names, with their source's name, in the order of the sources.
-
-    Where the list names the rest of a file that was cut or damaged, these are all samples from
-    there on; where it names a line of a list, the image of that line. `passed_over` gets the number
-    of names that fit nothing any more.
-
-    Raises:
-        ValueError: the sources have nothing that is named, or have it more often.
-    """
-    stretches: dict[str, list[_Stretch]] = {}
-    for source, name in listed:
-        if (stretch := _stretch_of(name)) is not None:
-            stretches.setdefault(source, []).append(stretch)
-    chosen: list[tuple[str, Item]] = []
-    met: Listed = Counter()
-    for read in sources:
-        source = as_listed(read.name)
-        for item in read.items:
-            names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
-            own = as_listed(item.name)
-            # a set: a line that is still broken is called by its number, and counts once
-            exact = {name for name in (own, f"line {item.position}") if (source, name) in listed}
-            if names or exact:
-                chosen.append((read.name, item))
-                met.update((source, name) for name in exact)
-                met |= Counter({(source, name): 1 for name in names})
-    if not chosen:
-        raise ValueError(
-            "nothing that --retry names is in the sources; give those of the build it is of"
-        )
-    for key, count in met.items():
-        if count > listed[key]:
-            raise ValueError(
-                f"--retry names {key[1]} of {key[0]} {count_of(listed[key], 'time')}, and the "
-                f"sources have it {count_of(count, 'time')}: several sources are called {key[0]}, "
-                "give one of them at a time"
-            )
-    if gone := len(listed.keys() - met.keys()):
-        passed_over["names of --retry that the sources no longer have"] += gone
-    return chosen
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """Part of a file of a source, as a list names it."""
-
-    name: str
-    file: str
-    low: int
-    high: int
-
-    def holds(self, source: str, item: Item) -> bool:
-        """Whether the sample lies in it, or replaces the stretch since."""
-        own = _stretch_of(item.name) if item.problem is not None else None
-        if own is not None:
-            return own.file == self.file and own.name != self.name
-        in_file = item.name.startswith((f"{self.file}/", f"{self.file}:")) or source == self.file
-        return in_file and self.low <= item.position <= self.high
-
-
-def _stretch_of(name: str) -> _Stretch | None:
-    match = _RANGE.fullmatch(name)
-    if match is None:
-        return None
-    file, start, first, last = match.groups()
-    low, high = (int(start), _ENDLESS) if start else (int(first), int(last))
-    return _Stretch(name, file, low, high)

@@ -21,6 +21,7 @@ import xxhash
 
 import unicl_fast
 from unicl_fast.dataset.growing_files import FinishedShard, read_journal
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
 from unicl_fast.packing.sources.items import Label, Source
 from unicl_fast.packing.sources.spool import ItemStore, stamp
@@ -32,17 +33,18 @@ from unicl_fast.system.atomic_files import (
     write_text_atomically,
 )
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
-from unicl_fast.system.wording import count_of, shorten
+from unicl_fast.system.wording import count_of, shorten, without_secrets
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
+_COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = (
-    *("class_names", "templates", "leave_out", "retry", "concepts"),
+    *("class_names", "templates", "leave_out"),
     *("hierarchy", "hierarchy_names"),
 )
 """Options that may name a file, whose contents then matter and not its name."""
-_LISTS = ("where", "min_score", "source_names", "hierarchy_columns")
+_LISTS = ("where", "min_score", "hierarchy_columns")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
 
@@ -103,6 +105,11 @@ class WorkFolder:
         return self.path / "spool"
 
     @property
+    def copies(self) -> Path:
+        """The folder of copies of sources under URLs, which --restart leaves alone."""
+        return self.path / _COPIES_NAME
+
+    @property
     def record(self) -> dict[str, Any]:
         """The options and sources of the build; of a complete one also its summary."""
         return self._record
@@ -138,13 +145,15 @@ class WorkFolder:
         shutil.rmtree(self.path)
 
     def _clear(self) -> None:
-        """Empties the folder but for the lock, without which it would not be known as ours."""
+        """Empties the folder but for copies, and the lock by which it is known as ours."""
         # first of all: without it, a program that is killed on the way leaves nothing to resume
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
         for path in self.path.iterdir():
+            if path.name in (_COPIES_NAME, _LOCK_NAME):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != _LOCK_NAME:
+            else:
                 path.unlink()
 
 
@@ -224,18 +233,22 @@ def lock_folder(folder: Path) -> int:
         os.close(descriptor)  # of a folder that is gone
 
 
-def describe_options(
-    sources: Sequence[str | os.PathLike[str]], options: Mapping[str, Any]
-) -> dict[str, Any]:
+def shown_place(place: str) -> str:
+    """A path as it is, a URL without passwords, which are as good as others for the same data."""
+    return without_secrets(place) if is_url(place) else place
+
+
+def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Lists all that a data set depends on besides the contents of its sources, as JSON values."""
-    described: dict[str, Any] = {"sources": [os.fspath(source) for source in sources]}
+    described: dict[str, Any] = {"sources": list(map(shown_place, sources))}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
         described[f"--{name.replace('_', '-')}"] = list(plain) if name in _LISTS else plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
-    paths = [*sources, *filter(None, [options.get("image_root")])]
-    described["where the sources lie"] = [os.path.realpath(path) for path in paths]
+    described["--image-root"] = shown_place(image_root := options["image_root"])
+    places = [place for place in (*sources, image_root) if place and not is_url(place)]
+    described["where the sources lie"] = list(map(os.path.realpath, places))
     described["version of unicl_fast"] = unicl_fast.__version__
     for package in _MADE_BY:
         described[f"version of {package}"] = importlib.metadata.version(package)

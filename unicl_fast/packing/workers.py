@@ -50,6 +50,7 @@ from unicl_fast.packing.sources.items import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
+    PackedFile,
     Problem,
     fields_of,
 )
@@ -69,6 +70,8 @@ _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000
 _ANSWER_BYTES = 1_000_000
 """Answers wait for others in the worker until their images are this large together."""
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+"""The extensions of the files that a data set holds, by their first two bytes."""
 _PNG_GROWTH = 8
 """A photograph as PNG takes up to this many times the bytes of its JPEG."""
 
@@ -93,8 +96,6 @@ class Checked:
     image: CheckedImage
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
-    phash: int = 0
-    """The perceptual hash, of 64 bits, where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +117,11 @@ class ImageOptions:
     min_side: int = 0
     max_aspect: float = 0.0
     """Images that are smaller or longer are refused, as by `images.check_image`."""
-    hash_images: bool = False
-    """Results bring the images' perceptual hashes; with the format raw alone."""
+
+    @property
+    def takes_all_sizes(self) -> bool:
+        """Whether images of all sizes are taken, and keep theirs."""
+        return not (self.short_side or self.square_side or self.min_side or self.max_aspect)
 
     @property
     def max_file_bytes(self) -> int:
@@ -310,19 +314,19 @@ def _pack(result: Checked | Problem) -> tuple[Any, ...]:
         return result.kind, result.message
     image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
     properties = image.extension, image.height, image.width, image.reencoded
-    return (image.data, *properties, result.xxh3, tokens, result.phash)
+    return (image.data, *properties, result.xxh3, tokens)
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    data, extension, height, width, reencoded, xxh3, tokens, phash = answer
+    data, extension, height, width, reencoded, xxh3, tokens = answer
     image = CheckedImage(
         data=data, extension=extension, height=height, width=width, reencoded=reencoded
     )
     ids = [np.frombuffer(each, np.uint16) for each in tokens]
-    return Checked(image=image, xxh3=xxh3, tokens=ids, phash=phash)
+    return Checked(image=image, xxh3=xxh3, tokens=ids)
 
 
 # From here on: what runs inside the process.
@@ -384,24 +388,7 @@ class ImageChecker:
             return Problem("failed", f"{type(error).__name__}: {error}")
 
     def _check(self, task: Task) -> Checked | Problem:
-        data = task.entry.read(max_bytes=self._options.max_file_bytes)
-        image = check_image(
-            data,
-            short_side=self._options.short_side,
-            square_side=self._options.square_side,
-            quality=self._options.quality,
-            max_pixels=self._options.max_pixels,
-            min_side=self._options.min_side,
-            max_aspect=self._options.max_aspect,
-            format=self._options.format,
-        )
-        phash = 0
-        if self._options.hash_images:
-            from unicl_fast.packing.near_duplicates import hash_pixels  # few builds need it
-
-            # not those of the file, which may lie under transparency or have 16 bits
-            pixels = np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
-            phash = hash_pixels(pixels)
+        image = self._check_image(task.entry)
         if task.size is not None and (image.height, image.width) != task.size:
             image = dataclasses.replace(image, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []
@@ -414,4 +401,27 @@ class ImageChecker:
         xxh3 = xxhash.xxh3_64_intdigest(image.data)
         if not self._options.return_images:
             image = dataclasses.replace(image, data=b"")
-        return Checked(image=image, xxh3=xxh3, tokens=tokens, phash=phash)
+        return Checked(image=image, xxh3=xxh3, tokens=tokens)
+
+    def _check_image(self, entry: Entry) -> CheckedImage:
+        options = self._options
+        data = entry.read(max_bytes=options.max_file_bytes)
+        format: ImageFormat | Literal["packed"] = options.format
+        if isinstance(entry, PackedFile) and format == "keep":
+            height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
+            if options.takes_all_sizes and extension and height * width <= options.max_pixels:
+                # its checksum has just shown that it is what was checked when it was packed
+                return CheckedImage(
+                    data=data, extension=extension, height=height, width=width, reencoded=False
+                )
+            format = "packed"
+        return check_image(
+            data,
+            short_side=options.short_side,
+            square_side=options.square_side,
+            quality=options.quality,
+            max_pixels=options.max_pixels,
+            min_side=options.min_side,
+            max_aspect=options.max_aspect,
+            format=format,
+        )

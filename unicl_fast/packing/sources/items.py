@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+import xxhash
 
+from unicl_fast.images.codec import encode_png
 from unicl_fast.system.wording import shorten
 
 MAX_FILE_BYTES = 512_000_000
@@ -44,6 +45,7 @@ FAILED_DOWNLOADS = "failed downloads of img2dataset"
 """Both are counted in `Source.passed_over` by several readers."""
 
 Label = str | int
+"""A class as its source spells it: a name, a key or a number; see also `spell_classes`."""
 
 
 class EntryError(ValueError):
@@ -138,32 +140,48 @@ class Base64Span:
 
 
 @dataclass(frozen=True, slots=True)
-class PixelSpan:
-    """Bytes of a file that are the pixels themselves; read as a PNG of exactly these pixels."""
+class PackedFile:
+    """An image's file in a shard of a packed data set."""
+
+    path: str
+    offset: int
+    num_bytes: int
+    height: int
+    width: int
+    xxh3: int
+    """XXH3-64 of the bytes, taken when they were checked and packed."""
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        return _read_packed(self.path, self.offset, self.num_bytes, self.xxh3)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPixels:
+    """An image of a raw data set; read as a PNG of exactly these pixels."""
 
     path: str
     offset: int
     height: int
     width: int
-    channels: int
-    """1 (grey) or 3 (RGB)."""
-    planar: bool = False
-    """Whether all of red comes first, then green, then blue."""
+    xxh3: int
 
     @property
     def num_bytes(self) -> int:
-        return self.height * self.width * self.channels
+        return 3 * self.height * self.width
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        check_file_size(self.num_bytes, max_bytes)
-        data = read_span(self.path, self.offset, self.num_bytes)
-        if self.planar:
-            planes = np.frombuffer(data, np.uint8).reshape(self.channels, self.height, self.width)
-            data = planes.transpose(1, 2, 0).tobytes()
-        mode = "L" if self.channels == 1 else "RGB"
-        file = io.BytesIO()
-        Image.frombytes(mode, (self.width, self.height), data).save(file, format="PNG")
-        return file.getvalue()
+        data = _read_packed(self.path, self.offset, self.num_bytes, self.xxh3)
+        return encode_png(np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3))
+
+
+def _read_packed(path: str, offset: int, num_bytes: int, xxh3: int) -> bytes:
+    data = read_span(path, offset, num_bytes)
+    if xxhash.xxh3_64_intdigest(data) != xxh3:
+        where = f"{path}, offset {offset}"
+        message = f"{where}: the image's bytes are not those that were packed (checksum)"
+        raise EntryError("damaged", message)
+    return data
 
 
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
@@ -242,14 +260,28 @@ class Item:
     captions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     problem: Problem | None = None
-    position: int = 0
-    """The line, row or byte at which its file first names it. `retry` finds by it the samples
-    after a cut."""
+    source: str = ""
+    """The name of its source, if it is not that of the SOURCE that it was read from: a packed data
+    set knows where its samples came from."""
 
 
 def refused(name: str, kind: str, message: str) -> Item:
     """Returns an item that cannot be packed."""
     return Item(name, problem=Problem(kind, message))
+
+
+def spell_classes(names: Sequence[str]) -> list[str]:
+    """Labels that tell the classes of one list apart, though some may have equal names.
+
+    The built-in names of ImageNet have 'missile' and 'sunglasses' twice. A label is the name, a
+    zero byte, and how many classes before it have the same name.
+    """
+    seen: Counter[str] = Counter()
+    labels = []
+    for name in names:
+        labels.append(f"{name}\0{seen[name]}")
+        seen[name] += 1
+    return labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

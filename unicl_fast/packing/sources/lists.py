@@ -141,15 +141,16 @@ def _collect_rows(
         elif not isinstance(name := row.get(columns.image), str) or not name:
             broken.append(refused(line, "bad row", f"no image path in {columns.image!r}"))
         elif (low := too_low(row, scores)) is not None:
-            low_rows.append(Item(name, problem=low, position=number))
+            low_rows.append(Item(line, captions=[name], problem=low))
         else:
-            add_named(items, name, row, columns, number, line, find)
+            add_named(items, name, row, columns, line, find)
     for item in low_rows:
-        if items.find(item.name) is not None and item.problem is not None:
+        (name,), low = item.captions, item.problem
+        if items.find(name) is None:
+            broken.append(Item(name, problem=low))
+        elif low is not None:
             # another row keeps the image, whose name is not to be found among those left out
-            item.problem = Problem(item.problem.kind, f"{item.name}: {item.problem.message}")
-            item.name = f"line {item.position}"
-        broken.append(item)
+            broken.append(refused(item.name, low.kind, f"{name}: {low.message}"))
     if not items and not broken:
         left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
@@ -162,7 +163,6 @@ def add_named(
     name: str,
     row: dict[str, Any],
     columns: Columns,
-    position: int,
     where: str,
     find: Callable[[str], Item],
 ) -> None:
@@ -174,7 +174,6 @@ def add_named(
     item = find(name) if number is None else Item(name)
     add_texts(item, row, columns, where)
     if number is None:
-        item.position = position
         items.append_named(item)
     else:
         items.add_row(number, item)
@@ -288,7 +287,6 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
             if is_read and conditions and not any(meets(row, conditions) for row in rows):
                 passed_over[LEFT_OUT] += 1
                 continue
-            item.position = number
             low = [too_low(row, scores) for row in rows or [{}]] if scores and is_read else []
             if item.problem is None and low and all(low):
                 item.problem = low[0]

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources import arrays, lists, tables, tars
+from unicl_fast.packing.sources import lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
 from unicl_fast.packing.sources.image_folders import (
     METADATA_NAMES,
@@ -29,6 +29,7 @@ from unicl_fast.packing.sources.image_folders import (
 )
 from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
 from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
+from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -79,8 +80,6 @@ def read_source(
         return _read_file(place, options, spool)
     if (shards := tars.expand_braces(path)) != [path]:
         return tars.read_tars(name, [Path(shard) for shard in shards], options, spool)
-    if arrays.ARCHIVE.fullmatch(place.parent.name) and place.parent.is_file():
-        return arrays.read_cifar(place, options, spool)
     if found := sorted(glob.glob(path)):
         return _read_matches(path, found, options, spool)
     if place.parent.is_dir() and (parquet := tables.find_parquet(place.parent)):
@@ -115,26 +114,22 @@ def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
         return lists.read_list(path, options, spool)
     if suffix in TABLE_SUFFIXES:
         return tables.read_tables(path.name, [path], options, spool)
-    if arrays.ARCHIVE.fullmatch(path.name) or arrays.is_cifar_file(path):
-        return arrays.read_cifar(path, options, spool)
     if path.name.lower().endswith(TAR_SUFFIXES):
         return tars.read_tars(path.name, [path], options, spool)
     if path.name.lower().endswith(lists.MAP_ENDING):
         return lists.read_map(path, options, spool)
-    if arrays.is_idx(path):
-        return arrays.read_idx(path, spool)
     return _read_class_folders(path, path.name, spool)
 
 
 def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> Source:
     """Reads a folder by what is directly in it; any other folder is one of class folders."""
+    if is_packed(path):
+        return read_packed(path, options, spool)
     if tables.is_saved_dataset(path):
         return tables.read_saved_dataset(path, options, spool)
     names = [each for each in os.listdir(path) if not each.startswith(".")]
     files = sorted(each for each in names if os.path.isfile(path / each))
     folders = {each for each in names if os.path.isdir(path / each)}
-    if arrays.is_cifar(files):
-        return arrays.read_cifar(path, options, spool)
     shards = (folder for folder in folders if folder.isdecimal())
     if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
         return tars.read_image_folders(path, options, spool)

@@ -74,7 +74,7 @@ class Spool:
         self._database: sqlite3.Connection | None = None
         self._num_stores = 0
         self.origins: list[str] = []
-        """The files that were unpacked."""
+        """Files that sources were made of, other than those that hold the images."""
 
     def __enter__(self) -> Spool:
         return self
@@ -295,7 +295,8 @@ class ItemStore(Sequence[Item]):
             fields = spelled = fields_of(item.entry)
             if not isinstance(item.entry, FileEntry):  # which knows its own time
                 spelled = self._spell(item.entry, fields)
-        self._write(number, item, (item.name, item.position, kind), fields, spelled)
+        head = (item.name, item.source, kind)
+        self._write(number, item, head, fields, spelled)
         self._count += 1
         return number
 
@@ -391,9 +392,9 @@ class ItemStore(Sequence[Item]):
             if problem is not None:
                 problem = Problem(*problem)
             if number not in items:
-                name, position, kind, *fields = others
+                name, source, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
-                items[number] = Item(name, entry, captions, labels, problem, position)
+                items[number] = Item(name, entry, captions, labels, problem, source)
             else:
                 item = items[number]  # as if `add_texts` had been called with it
                 if item.problem is None or item.problem.kind != TOO_MANY:

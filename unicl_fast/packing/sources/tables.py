@@ -153,10 +153,10 @@ def _read_rows(task: TableTask, tree: Tree | None, items: ItemStore) -> int:
             row = json.loads(line)
             number = row["row"]
             where = f"{file_name}, row {number}"
-            item = Item(f"{file_name}:{number}", position=number)
             if "path" in row:  # rows with one path are one sample
-                add_named(items, row["path"], row, _COLUMNS, number, where, find)
+                add_named(items, row["path"], row, _COLUMNS, where, find)
                 continue
+            item = Item(f"{file_name}:{number}")
             if "problem" in row:
                 item.problem = Problem(*row["problem"])
             else:

@@ -131,7 +131,6 @@ class _Group:
     row: dict[str, Any] = field(default_factory=dict)
     """Its texts, as the fields of a row."""
     seen: set[str] = field(default_factory=set)
-    position: int = 0
     problem: Problem | None = None
 
 
@@ -195,13 +194,13 @@ class _SampleMaker:
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
             missing = group.problem or Problem("missing", "a sample without an image")
-            self.append(Item(key, problem=missing, position=group.position))
+            self.append(Item(key, problem=missing))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
             return
         problem = group.problem or too_low(group.row, self._scores)
-        item = Item(key, problem=problem, position=group.position)
+        item = Item(key, problem=problem)
         _, image = group.images[0]
         if len(group.images) > 1 and item.problem is None:
             names = " and ".join(f".{name}" for name, _ in group.images)
@@ -260,7 +259,7 @@ def _group_members(
                 if extension is None:
                     maker.passed_over[_NO_SAMPLE] += 1
                     continue
-                group = groups.setdefault(key, _Group(position=member.offset))
+                group = groups.setdefault(key, _Group())
                 entry: Entry = Span(path, member.offset_data, member.size)
                 if not is_plain(member):
                     entry = RefusedEntry("unreadable", _NOT_REGULAR)

@@ -1,0 +1,403 @@
+"""Packed data sets as sources: a build of them is the build that all their sources would have."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from damage import copy_of, flip_byte, mend_checksums
+from inline_checks import check_inline
+from pack_runs import jpeg, run_pack
+
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.images import check as check_module
+from unicl_fast.packing.build import BuildSummary, build_dataset
+from unicl_fast.packing.folder_check import Fault
+from unicl_fast.packing.label_space import collect_label_space
+from unicl_fast.packing.sources.items import spell_classes
+from unicl_fast.packing.verify import verify_dataset
+from unicl_fast.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checked() -> Any:
+    """In this process, as far as possible: what workers do is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield check_inline(patch)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Class folders, and a list with captions and labels: `dog` is in both; one bad image each."""
+    root = tmp_path_factory.mktemp("sources")
+    for number in range(30):
+        place = root / "photos" / ("cat", "dog", "sea_lion")[number % 3]
+        place.mkdir(exist_ok=True, parents=True)
+        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    (root / "photos" / "cat" / "page.jpg").write_text("<html>")
+    rows = []
+    (root / "pairs").mkdir()
+    for number in range(20):
+        (root / "pairs" / f"{number}.jpg").write_bytes(jpeg(100 + number))
+        row: dict[str, Any] = {"image": f"{number}.jpg", "captions": [f"image {number}", "so"]}
+        rows.append(row | ({"label": ("ape", "dog")[number % 2]} if number % 3 else {}))
+    (root / "pairs" / "cut.jpg").write_bytes(jpeg(1)[:300] + b"\xff\xd9")
+    rows.append({"image": "cut.jpg", "caption": "cut"})
+    (root / "pairs" / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return {"photos": root / "photos", "pairs": root / "pairs" / "list.jsonl"}
+
+
+def build(*places: Path, out: Path, **options: Any) -> BuildSummary:
+    return build_dataset(places, out, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each source packed, as files and raw, and both in one build."""
+    out = tmp_path_factory.mktemp("packed")
+    for format in ("", "raw"):
+        options = {"format": "raw"} if format else {}
+        build(sources["photos"], out=out / f"{format}photos", license="CC0-1.0", **options)
+        build(sources["pairs"], out=out / f"{format}pairs", shard_bytes=20_000, **options)
+        build(*sources.values(), out=out / f"{format}both", **options)
+    return {path.name: path for path in out.iterdir()}
+
+
+def contents(folder: Path) -> list[tuple[Any, ...]]:
+    """Every sample by its name, with everything that is known of it, labels as names."""
+    found: list[tuple[Any, ...]] = []
+    with PackedDataset(folder) as dataset:
+        reader = SampleReader(dataset)
+        for index in range(len(dataset)):
+            text = reader.read(index).description
+            tokens = [
+                dataset.caption_tokens(index, which).tolist() for which in range(len(text.captions))
+            ]
+            names = [dataset.manifest.class_names[label] for label in dataset.labels_of(index)]
+            image = dataset.image_bytes(index, verify=True).tobytes()
+            row = dataset.samples[index]
+            size = (int(row["height"]), int(row["width"]))
+            found.append((text.source, text.name, image, size, text.captions, tokens, names))
+        reader.close()
+    return sorted(found, key=lambda sample: sample[:2])
+
+
+def quarantined(folder: Path) -> list[tuple[str, ...]]:
+    with (folder / "quarantine.csv").open(newline="") as file:
+        return [tuple(row.values()) for row in csv.DictReader(file)]
+
+
+def faults_of(folder: Path) -> list[Fault]:
+    faults: list[Fault] = []
+    verify_dataset(folder, note=faults.append, decode=False, progress=False)
+    return faults
+
+
+@pytest.mark.parametrize("format", ["", "raw"])
+def test_a_build_of_packed_sets_is_the_build_of_their_sources(
+    packed: dict[str, Path], tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [packed[f"{format}photos"], packed[f"{format}pairs"]]
+    options: dict[str, Any] = {"format": "raw"} if format else {}
+    with monkeypatch.context() as patch:
+        if not format:  # files whose checksums are right are copied, and not decoded
+            patch.setattr(check_module, "_decode", None)
+        summary = build(*places, out=tmp_path / "set", shard_bytes=20_000, **options)
+    both = packed[f"{format}both"]
+    assert contents(tmp_path / "set") == contents(both)
+    assert sorted(quarantined(tmp_path / "set")) == sorted(quarantined(both))
+    assert summary.class_names == ("cat", "dog", "sea lion", "ape")
+    assert summary.num_reencoded == 0
+    assert not faults_of(tmp_path / "set")
+    ours, theirs = Manifest.load(tmp_path / "set"), Manifest.load(both)
+    assert ours.templates == theirs.templates
+    assert ours.source == tuple(map(str, places))
+    assert ours.license == "CC0-1.0; not stated for a part"
+    assert "license" not in (both / "manifest.json").read_text()
+    with PackedDataset(tmp_path / "set") as dataset:
+        assert 3 < (dataset.samples["captions_count"][:25] > 0).sum() < 22  # shuffled over both
+
+
+def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_for(
+    sources: dict[str, Path], packed: dict[str, Path], tmp_path: Path
+) -> None:
+    build(packed["photos"], packed["rawpairs"], out=tmp_path / "mixed", license="MIT")
+    kinds = {data[2][:2] for data in contents(tmp_path / "mixed")}
+    assert kinds == {b"\xff\xd8", b"\x89P"}  # JPEGs stay, pixels become PNGs
+    build(packed["photos"], sources["pairs"], out=tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(packed["both"])
+    summary = build(packed["both"], out=tmp_path / "small", resize="short:12", format="webp")
+    assert summary.num_reencoded == 50
+    for name, license in (("mixed", "MIT"), ("small", "")):
+        assert not faults_of(tmp_path / name)
+        assert Manifest.load(tmp_path / name).license == license
+    # WebPs are none of the plain images that a build keeps, unless they are packed already
+    build(tmp_path / "small", out=tmp_path / "kept", resize="short:12", min_side=12)
+    assert contents(tmp_path / "kept") == contents(tmp_path / "small")
+
+
+def test_damage_is_left_out_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+    with PackedDataset(packed["pairs"]) as dataset:
+        damaged = copy_of(dataset, tmp_path / "pairs")
+        places = {
+            index: (damaged / dataset.shard_of(index), dataset.offset_of(index)) for index in (4, 6)
+        }
+    names = contents_in_order(packed["pairs"])
+    flip_byte(damaged, 2)
+    for index, what in {4: b'"image ', 6: b".json"}.items():  # neither has a checksum of its own
+        shard, offset = places[index]
+        data = bytearray(shard.read_bytes())
+        data[data.index(what, offset) + len(what)] ^= 1
+        shard.write_bytes(data)
+    summary = build(packed["photos"], damaged, out=tmp_path / "set")
+    assert (summary.num_samples, summary.left_out_by_kind["damaged"]) == (47, 1 + 3)
+    rows = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
+    assert [row[2] for row in rows] == ["damaged"] * 3
+    said = {row[3].split(": ", 1)[1]: row[:2] for row in rows}
+    assert said.pop("the image's bytes are not those that were packed (checksum)") == names[2]
+    assert said.pop("its captions are not those that were packed (tokens)") == names[4]
+    ((reason, place),) = said.items()  # of the one whose JSON, which has its name, is damaged
+    assert "tar header" in reason
+    assert place == ("pairs", "0000000006")
+    assert not faults_of(tmp_path / "set")
+
+
+def contents_in_order(folder: Path) -> list[tuple[str, str]]:
+    """Source and name of each sample; images may be damaged."""
+    with PackedDataset(folder) as dataset:
+        reader = SampleReader(dataset)
+        texts = [reader.read_description(index) for index in range(len(dataset))]
+        reader.close()
+    return [(text.source, text.name) for text in texts]
+
+
+def test_damaged_pixels_are_left_out_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+    with PackedDataset(packed["rawpairs"]) as dataset:
+        damaged = copy_of(dataset, tmp_path / "pairs")
+    name = contents_in_order(damaged)[4]
+    data = bytearray((damaged / "pixels.npy").read_bytes())
+    data[512 + 4 * 24 * 32 * 3] ^= 1
+    (damaged / "pixels.npy").write_bytes(data)
+    build(damaged, out=tmp_path / "set", format="raw")
+    (row,) = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
+    assert row[:3] == (*name, "damaged")
+    assert "pixels.npy, offset 9728: " in row[3]
+
+
+def test_captions_of_another_tokenizer_are_tokenized_anew(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """By another vocabulary, by packages that clean texts otherwise, or cut shorter."""
+    folders = []
+    for number, length in enumerate((6, 77)):
+        tokenizer = Tokenizer(length)
+        captions = ["one two three four five six", "one"]
+        tokens = tokenizer.encode(captions)
+        if number:
+            tokens[0] = tokens[1]
+        folders.append(tmp_path / str(number))
+        with DatasetWriter(folders[-1]) as writer:
+            sample = PackedSample(
+                image=jpeg(1), extension="jpg", height=24, width=32, captions=captions,
+                xxh3=xxhash.xxh3_64_intdigest(jpeg(1)), tokens=tokens, name=str(number),
+            )  # fmt: skip
+            writer.add(sample)
+            writer.finish(
+                tokenizer=tokenizer.name, vocabulary_hash=tokenizer.vocabulary_hash,
+                context_length=length, class_names=[], templates=[], source=["here"], seed=0,
+                tool_version="0.1.0",
+            )  # fmt: skip
+    with PackedDataset(packed["pairs"]) as dataset:
+        folders.append(copy_of(dataset, tmp_path / "pairs"))
+    change_manifest(folders[-1], vocabulary_hash="12")
+    build(*folders, out=tmp_path / "set")
+    assert not faults_of(tmp_path / "set")
+    short, long = contents(tmp_path / "set")[:2]
+    assert short[5] == long[5] == [ids.tolist() for ids in Tokenizer().encode(captions)]
+
+
+def test_lists_of_copies_find_samples_by_their_first_source(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out.csv").write_text("name,source\n3.jpg,list.jsonl\n3.jpg,elsewhere\n")
+    listed = str(tmp_path / "out.csv")
+    summary = build(packed["pairs"], out=tmp_path / "set", leave_out=listed)
+    assert summary.passed_over == {f"images named in {listed}": 1}
+    assert "3.jpg" not in {sample[1] for sample in contents(tmp_path / "set")}
+
+
+def test_equal_images_of_all_sets_become_one_sample(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Labels in one set, captions in the other; one copy is damaged, which costs nothing."""
+    (tmp_path / "in").mkdir()
+    rows = []
+    for number in range(6):
+        (tmp_path / "in" / f"{number:03d}.jpg").write_bytes(jpeg(number))
+        row = {"image": f"{number:03d}.jpg", "captions": [f"so {number}", "so"], "label": "cat"}
+        rows.append(json.dumps(row))
+    (tmp_path / "in" / "more.jsonl").write_text("\n".join(rows))
+    build(tmp_path / "in" / "more.jsonl", out=tmp_path / "more")
+    flip_byte(tmp_path / "more", 2)
+    damaged = contents_in_order(tmp_path / "more")[2][1]
+    build(packed["photos"], tmp_path / "more", out=tmp_path / "set", duplicates="join")
+    found = {sample[2]: sample[4:] for sample in contents(tmp_path / "set")}
+    assert len(found) == 30
+    for number in range(6):
+        captions, tokens, labels = found[jpeg(number)]
+        own = ("cat", "dog", "sea lion")[number % 3]
+        if f"{number:03d}.jpg" == damaged:
+            assert (captions, labels) == ((), [own])
+        else:
+            assert set(captions) == {f"so {number}", "so"}
+            assert set(labels) == {own, "cat"}
+            assert tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
+    kinds = [row[2] for row in quarantined(tmp_path / "set") if "the same bytes as" in row[3]]
+    assert kinds == ["duplicate"] * 5
+
+
+def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(
+    packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(packed["pairs"], tmp_path / "pairs")
+    places, options = (packed["photos"], tmp_path / "pairs"), {"shard_bytes": 20_000}
+    build(*places, out=tmp_path / "whole", **options)
+    real = DatasetWriter.add
+
+    def add(self: DatasetWriter, sample: PackedSample) -> None:
+        if self.num_samples == 30:
+            raise KeyboardInterrupt
+        real(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetWriter, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            build(*places, out=tmp_path / "set", **options)
+    assert build(*places, out=tmp_path / "set", **options).num_taken_over > 0
+    assert build(*places, out=tmp_path / "set", **options).was_complete
+    for name in set(os.listdir(tmp_path / "whole")) - {"made-of.json"}:
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    change_manifest(tmp_path / "pairs", license="CC0-1.0")
+    with pytest.raises(ValueError, match="made with other sources:"):
+        build(*places, out=tmp_path / "set", **options)
+
+
+def test_classes_keep_their_numbers_and_equal_names_are_one_class() -> None:
+    lists = [["crane", "crane", "dog"], [], ["cat", "dog", "crane"]]
+    labels = ["ape", "big_cat", *(label for names in lists for label in spell_classes(names))]
+    space = collect_label_space(labels, lists)
+    assert space.names == ("crane", "crane", "dog", "cat", "ape", "big cat")
+    numbers = [[space.number_of(one) for one in spell_classes(names)] for names in lists]
+    assert numbers == [[0, 1, 2], [], [3, 2, 0]]
+    assert [space.number_of(label) for label in ("crane", "dog", "big_cat")] == [0, 2, 5]
+
+
+def change_manifest(folder: Path, **fields: object) -> None:
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | fields))
+    mend_checksums(folder, "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"templates": ["only {}"]}, [], "say by --templates which to take"),
+        ({"num_labels": 3}, [], "labels.npy"),
+        ({}, ["--where", "a=b"], "a packed data set, which has no columns: leave --where and"),
+        ("manifest.json", [], "is not a packed data set"),
+        ("samples.npy", [], "samples.npy"),
+        ("shard-000000.tar", [], "shard-000000.tar"),
+        ("source,name\n", [], "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\na,b\n", [], "line 2: 2 fields of 4"),
+        ("source,name,kind,message\n", [], "0 rows, the manifest says 1"),
+        ("source,name,kind,message\n\xff", [], "quarantine.csv cannot be read"),
+    ],
+)
+def test_what_is_damaged_or_does_not_go_together_is_refused_in_a_sentence(
+    packed: dict[str, Path],
+    tmp_path: Path,
+    change: dict[str, object] | str,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with PackedDataset(packed["photos"]) as dataset:
+        other = copy_of(dataset, tmp_path / "other")
+    if isinstance(change, dict):
+        change_manifest(other, **change)
+    elif change.startswith("source"):
+        (other / "quarantine.csv").write_bytes(change.encode("latin-1"))
+    else:
+        (other / change).unlink()
+    words = (packed["photos"], other, *arguments, "--out", tmp_path / "set")
+    code, said = run_pack("build", *words, capsys=capsys)
+    assert (code, message in said) == (2, True), said
+    assert "Traceback" not in said
+    assert os.listdir(tmp_path) == ["other"]
+
+
+def test_templates_may_be_given_where_they_differ(packed: dict[str, Path], tmp_path: Path) -> None:
+    with PackedDataset(packed["photos"]) as dataset:
+        other = copy_of(dataset, tmp_path / "other")
+    change_manifest(other, templates=["only {}"])
+    build(packed["pairs"], other, out=tmp_path / "given", templates="simple")
+    assert Manifest.load(tmp_path / "given").templates == ("a photo of a {}.",)
+    build(other, out=tmp_path / "own")
+    assert Manifest.load(tmp_path / "own").templates == ("only {}",)
+
+
+def test_hierarchies_are_joined_or_refused_if_they_differ(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, parents in {"photos": {"cat": "mammal"}, "pairs": {"ape": "mammal"}}.items():
+        tree = tmp_path / f"{name}.json"
+        tree.write_text(json.dumps(parents | {"dog": "pet" if name == "pairs" else "mammal"}))
+        build(sources[name], out=tmp_path / name, hierarchy=tree)
+    with pytest.raises(ValueError, match="puts the class 'dog' under 'pet', another data set"):
+        build(tmp_path / "photos", tmp_path / "pairs", out=tmp_path / "both")
+    tree.write_text(json.dumps({"ape": "mammal", "mammal": "animal"}))
+    build(sources["pairs"], out=tmp_path / "new", hierarchy=tree)
+    build(tmp_path / "photos", tmp_path / "new", out=tmp_path / "both")
+    manifest = Manifest.load(tmp_path / "both")
+    assert manifest.class_names == ("cat", "dog", "sea lion", "ape")
+    assert manifest.hierarchy is not None
+    assert manifest.hierarchy.names == ("mammal", "animal")
+    assert manifest.hierarchy.parents == (4, 4, -1, 4, 5, -1)
+    build(tmp_path / "photos", tmp_path / "pairs", out=tmp_path / "given", hierarchy=tree)
+    assert Manifest.load(tmp_path / "given").hierarchy != manifest.hierarchy
+
+
+def test_classes_of_one_name_stay_apart_also_under_given_names(tmp_path: Path) -> None:
+    """The built-in names of ImageNet have two missiles, one of them the projectile."""
+    names, tree = tmp_path / "names.txt", tmp_path / "tree.json"
+    names.write_text("n1\tmissile\nn2\tmissile\nn3\tdog\n")
+    tree.write_text(json.dumps({"n1": "rocket", "n2": "weapon", "n3": "animal", "weapon": "tool"}))
+    folders = []
+    for number in range(2):
+        for key in ("n1", "n2", "n3"):
+            path = tmp_path / f"photos-{number}" / key / "1.jpg"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(jpeg(10 * number + int(key[1])))
+        folders.append(tmp_path / str(number))
+        options = {"class_names": str(names), "hierarchy": tree}
+        build(path.parents[1], out=folders[-1], **options)
+    build(*folders, out=tmp_path / "both")
+    build(tmp_path / "photos-0", folders[1], out=tmp_path / "named", **options)
+    first = Manifest.load(folders[0])
+    for name in ("both", "named"):
+        manifest = Manifest.load(tmp_path / name)
+        assert manifest.class_names == ("missile", "missile", "dog")
+        assert manifest.hierarchy == first.hierarchy
+        with PackedDataset(tmp_path / name) as dataset:
+            assert np.bincount(dataset.labels).tolist() == [2, 2, 2]

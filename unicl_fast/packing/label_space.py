@@ -1,0 +1,187 @@
+"""The labels of all sources as one label space: class names in label order, and their hierarchy.
+
+A label, as sources spell it, may be a key (a folder name, a WordNet id), a class name, or a number.
+The list of class names is given, or made of the labels found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from unicl_fast.packing.sources.items import Label, spell_classes
+from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
+from unicl_fast.text.hierarchies import Hierarchy
+
+
+class LabelSpace:
+    """Class names in label order, and the number of each label."""
+
+    def __init__(self, names: tuple[str, ...], keys: Sequence[str] = ()) -> None:
+        """`keys` are other names by which sources may call each class; in the same order."""
+        self.names, self.keys = names, keys
+        numbers = {display_name(name): number for number, name in enumerate(names)}
+        numbers |= {name: number for number, name in enumerate(names)}
+        for name in [name for name, count in Counter(names).items() if count > 1]:
+            numbers.pop(name, None)  # only keys and numbers tell such classes apart
+            numbers.pop(display_name(name), None)
+        numbers |= {label: number for number, label in enumerate(spell_classes(names))}
+        self._numbers = numbers | {key: number for number, key in enumerate(keys)}
+
+    def find(self, label: str) -> int | None:
+        """The class that has a text as its key or name, also with blanks for underscores."""
+        name = label.partition("\0")[0]
+        for spelled in (label, name, display_name(name)):
+            if (number := self._numbers.get(spelled)) is not None:
+                return number
+        return None
+
+    def number_of(self, label: Label) -> int:
+        """The class number of a label.
+
+        A text is looked up among the keys, then the names (also with blanks for underscores), then
+        taken as a number if it is one.
+
+        Raises:
+            ValueError: no class fits; the message names the label.
+        """
+        if isinstance(label, str) and (number := self.find(label)) is not None:
+            return number
+        if isinstance(label, int) or label.isdecimal():
+            if 0 <= int(label) < len(self.names):
+                return int(label)
+            raise ValueError(
+                f"label {label} is beyond the {len(self.names)} class names, which are numbered "
+                f"from 0 to {len(self.names) - 1}"
+            )
+        raise ValueError(
+            f"label {label!r} is not among the {len(self.names)} class names or their keys "
+            f"({', '.join((self.keys or self.names)[:3])}, ...); add it to the class names, or "
+            "leave --class-names out to take the labels as names"
+        )
+
+
+def display_name(label: str) -> str:
+    """A label as text: blanks for underscores."""
+    return " ".join(label.replace("_", " ").split()) or label
+
+
+def read_label_space(source: str) -> LabelSpace:
+    """Reads class names from a file, or takes the built-in `imagenet`.
+
+    That has the names CLIP uses, and WordNet ids as keys. A file has one name a line in label
+    order, or one KEY<TAB>NAME.
+    """
+    lines = read_class_names(source)
+    if source == "imagenet":
+        return LabelSpace(lines, imagenet_wnids())
+    with_key = sum("\t" in line for line in lines)
+    if not with_key:
+        return LabelSpace(lines)
+    if with_key < len(lines):
+        raise ValueError(
+            f"{Path(source)}: {with_key} of {len(lines)} lines are KEY<TAB>NAME; "
+            "either all must be, or none"
+        )
+    keys, names = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"{Path(source)} has the key {repeated[0]!r} twice")
+    return LabelSpace(tuple(name.strip() for name in names), keys)
+
+
+def collect_label_space(
+    labels: Iterable[Label], packed: Sequence[Sequence[str]] = ()
+) -> LabelSpace:
+    """The label space of a build without class names.
+
+    Args:
+        labels: those of all sources.
+        packed: the class names of packed data sets, which come first. Classes of different sets
+            are one if their names are equal; those of the first set keep their numbers.
+
+    Returns:
+        These, then the other labels as text, sorted.
+    """
+    spelled = dict.fromkeys(label for names in packed for label in spell_classes(names))
+    names = [label.partition("\0")[0] for label in spelled]
+    # a source that knows no more than the name means the first class of this name
+    known = LabelSpace(tuple(names), [label.removesuffix("\0" + "0") for label in spelled])
+    others = (str(label) for label in labels)
+    new = sorted({display_name(label) for label in others if known.find(label) is None})
+    for name in new:
+        if not name.isprintable():  # also true of bytes that are no UTF-8
+            raise ValueError(f"the class name {name!r} cannot be printed; rename it")
+    return LabelSpace((*known.names, *new), (*known.keys, *new))
+
+
+def place_classes(
+    space: LabelSpace, parents: Mapping[str, str], names: Mapping[str, str], *, origin: str
+) -> Hierarchy:
+    """The classes' places among those above them; a class that `parents` does not name has none.
+
+    Args:
+        space: the classes.
+        parents: the parent of each class that has one, by keys or names of classes.
+        names: names of the classes above, and perhaps of others, by key.
+        origin: where `parents` comes from, for messages.
+
+    Raises:
+        ValueError: none of the classes is there, one is above itself, or several keys have the name
+            of a class that has none.
+    """
+    keys = dict.fromkeys([*parents, *parents.values()])
+    numbers = {key: number for key in keys if (number := space.find(key)) is not None}
+    with_key, by_name = set(numbers.values()), dict[int, str]()
+    for key in keys:  # a name may be that of several: beaver is an animal and a hat
+        number = space.find(names[key]) if key not in numbers and key in names else None
+        if number is None or number in with_key:
+            continue
+        if number in by_name:
+            raise ValueError(
+                f"{origin}: {by_name[number]} and {key} are both called {names[key]!r}, and the "
+                "class of this name has no key: give --class-names with lines KEY<TAB>NAME"
+            )
+        by_name[number] = key
+        numbers[key] = number
+    if not numbers:
+        raise ValueError(
+            f"{origin} places none of the {len(space.names)} classes "
+            f"({', '.join((space.keys or space.names)[:3])}, ...), but others such as "
+            f"{', '.join(itertools.islice(parents, 3))}: it must name them by key or name"
+        )
+    placed, above = [-1] * len(space.names), list[str]()
+    taken = set(space.names)
+    to_place = list(numbers)
+    while to_place:
+        key = to_place.pop()
+        parent = parents.get(key)
+        if parent is None:
+            continue
+        if parent not in numbers:
+            numbers[parent] = len(placed)
+            placed.append(-1)
+            name = names.get(parent, display_name(parent))
+            if name in taken:  # equal names would be one class in training
+                name = f"{name} ({display_name(parent)})"
+            taken.add(name)
+            above.append(name)
+            to_place.append(parent)
+        if placed[numbers[key]] < 0 and numbers[parent] != numbers[key]:
+            placed[numbers[key]] = numbers[parent]
+    return Hierarchy(names=tuple(above), parents=tuple(placed))
+
+
+def refuse_numbers(labels: Iterable[Label], source: str) -> None:
+    """Refuses numbers as labels of a list: nobody can tell what "a photo of a 3" was to show.
+
+    Class folders called 0 to 9 are another matter: a folder's name is all the name there is.
+    """
+    for label in labels:
+        if isinstance(label, int) or label.isdecimal():
+            raise ValueError(
+                f"{source}: labels are numbers, such as {label}. Say what they stand for by "
+                "--class-names FILE, one name a line in label order, or choose a column with names "
+                "by --label-column"
+            )

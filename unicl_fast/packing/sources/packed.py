@@ -1,0 +1,225 @@
+"""Packed data sets as sources of a build, alone or next to others.
+
+Texts and origins come from the JSON in the shards; images stay there until a worker reads them and
+compares their checksum. Captions have no checksum of their own. They are tokenized and compared
+with the stored tokens; where these differ, the shard's checksum says whether it was damaged or
+packed with another version of the tokenizer's packages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.stored_samples import Description, SampleReader
+from unicl_fast.packing.quarantine import LeftOut, read_left_out
+from unicl_fast.packing.sources.items import (
+    Entry,
+    Item,
+    ListOptions,
+    PackedFile,
+    PackedPixels,
+    Problem,
+    Source,
+    spell_classes,
+)
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
+from unicl_fast.system.wording import count_of
+from unicl_fast.text.tokenizer import Tokenizer
+
+_READ_TOGETHER = 1024
+"""Samples whose captions the tokenizer's threads divide among them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSource(Source):
+    """A packed data set as a source."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed data set, or what is left of one."""
+    names = (MANIFEST_NAME, CHECKSUMS_NAME)
+    return (folder / "samples.npy").is_file() or all((folder / name).is_file() for name in names)
+
+
+def read_packed(path: Path, options: ListOptions, spool: Spool) -> PackedSource:
+    """Reads the samples of a packed data set.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: an array or the quarantine list is damaged, or an option asks for columns.
+    """
+    if options.conditions() or options.scores():
+        raise ValueError(
+            f"{path} is a packed data set, which has no columns: leave --where and --min-score out"
+        )
+    items = spool.new_items()
+    with PackedDataset(path) as dataset, contextlib.closing(SampleReader(dataset)) as reader:
+        spool.origins += [str(path / name) for name in (MANIFEST_NAME, QUARANTINE_NAME)]
+        for _ in read_left_out(path / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined):
+            pass  # refused now, rather than after a look at all samples
+        samples = _Samples(dataset, reader)
+        for first in range(0, len(dataset), _READ_TOGETHER):
+            items.extend(samples.read(range(first, min(first + _READ_TOGETHER, len(dataset)))))
+    return PackedSource(
+        name=path.resolve().name,
+        items=items,
+        labels_are_names=True,
+        folder=path,
+        manifest=dataset.manifest,
+    )
+
+
+class _Samples:
+    """Makes items of the samples of one data set."""
+
+    def __init__(self, dataset: PackedDataset, reader: SampleReader) -> None:
+        manifest = dataset.manifest
+        self._dataset, self._reader = dataset, reader
+        self._labels = spell_classes(manifest.class_names)
+        tokenizer = Tokenizer(manifest.context_length)
+        is_same = manifest.vocabulary_hash == tokenizer.vocabulary_hash
+        self._tokenizer = tokenizer if is_same else None
+        """None if another tokenizer made the tokens, which then say nothing here."""
+        self._damaged: dict[str, bool] = {}
+        """By the names of shards that were looked at."""
+
+    def read(self, indices: Sequence[int]) -> Iterator[Item]:
+        """Yields the item of each sample."""
+        found = [self._describe(index) for index in indices]
+        texts = [text for one in found if isinstance(one, Description) for text in one.captions]
+        tokens = iter(encode_all(self._tokenizer, texts) if self._tokenizer else ())
+        for index, text in zip(indices, found, strict=True):
+            if isinstance(text, str):
+                problem = Problem("damaged", text)
+                yield Item(sample_key(index), problem=problem)
+                continue
+            own = [next(tokens) for _ in text.captions] if self._tokenizer else None
+            fault = self._fault_of(index, text, own)
+            yield Item(
+                name=text.name,
+                entry=self._image(index),
+                captions=list(text.captions),
+                labels=[self._labels[label] for label in text.labels] if not fault else [],
+                problem=Problem("damaged", fault) if fault else None,
+                source=text.source,
+            )
+
+    def _describe(self, index: int) -> Description | str:
+        """A sample's texts and origin, or what is wrong with them."""
+        try:
+            return self._reader.read_description(index)
+        except DamagedSampleError as error:
+            return str(error)
+
+    def _image(self, index: int) -> Entry:
+        dataset, row = self._dataset, self._dataset.samples[index]
+        path = str(Path(dataset.folder, dataset.shard_of(index)))
+        offset, xxh3 = dataset.offset_of(index), int(row["xxh3"])
+        height, width = int(row["height"]), int(row["width"])
+        if dataset.image_shape is not None:
+            return PackedPixels(path, offset, height, width, xxh3)
+        return PackedFile(path, offset, int(row["size"]), height, width, xxh3)
+
+    def _fault_of(
+        self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None
+    ) -> str:
+        """Why the texts are not those that were packed; empty if they are."""
+        count = int(self._dataset.samples[index]["captions_count"])
+        fault = ""
+        if text.labels != tuple(self._dataset.labels_of(index).tolist()):
+            fault = "its JSON has other labels than labels.npy"
+        elif len(text.captions) != count:
+            fault = f"{count_of(len(text.captions), 'caption')} in its JSON, {count} in the arrays"
+        elif tokens is not None:
+            stored = (self._dataset.caption_tokens(index, which) for which in range(count))
+            if not all(map(np.array_equal, tokens, stored)) and self._is_damaged(index):
+                fault = "its captions are not those that were packed (tokens)"
+        return f"{self._dataset.describe(index, 'members')}: {fault}" if fault else ""
+
+    def _is_damaged(self, index: int) -> bool:
+        """Whether the shard that holds a sample has another checksum than the manifest says."""
+        shard = self._dataset.manifest.shards[int(self._dataset.samples[index]["shard"])]
+        if shard.name not in self._damaged:
+            found = file_checksum(self._dataset.folder / shard.name)
+            self._damaged[shard.name] = found != shard.xxh3
+        return self._damaged[shard.name]
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
+    """Tokenizes texts by all threads; no tokens for what is no text, such as a lone surrogate."""
+    try:
+        return tokenizer.encode(texts)
+    except (UnicodeError, TypeError):
+        if len(texts) == 1:
+            return [np.empty(0, np.uint16)]
+        return [ids for text in texts for ids in encode_all(tokenizer, [text])]
+
+
+def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:
+    """The prompt templates of all that have classes; none if none has.
+
+    Raises:
+        ValueError: they differ.
+    """
+    found = [source for source in sources if source.manifest.class_names]
+    for source in found:
+        if source.manifest.templates != found[0].manifest.templates:
+            first, other = (
+                f"{one.folder} has {count_of(len(one.manifest.templates), 'prompt template')} "
+                f"({one.manifest.templates[0]!r}, ...)"
+                for one in (found[0], source)
+            )
+            raise ValueError(
+                f"{first} and {other}: say by --templates which to take: a file, imagenet or simple"
+            )
+    return found[0].manifest.templates if found else ()
+
+
+def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
+    """The parent of each class in the hierarchies of packed data sets, by their labels.
+
+    Raises:
+        ValueError: two put a class under different ones.
+    """
+    parents: dict[str, str] = {}
+    for source in sources:
+        hierarchy = source.manifest.hierarchy
+        if hierarchy is None:
+            continue
+        own = (*spell_classes(source.manifest.class_names), *hierarchy.names)
+        for label, number in zip(own, hierarchy.parents, strict=True):
+            if number >= 0 and parents.setdefault(label, own[number]) != own[number]:
+                name, above, other = (
+                    each.partition("\0")[0] for each in (label, own[number], parents[label])
+                )
+                raise ValueError(
+                    f"{source.folder} puts the class {name!r} under {above!r}, another data set "
+                    f"under {other!r}: say by --hierarchy which is right"
+                )
+    return parents
+
+
+def join_licenses(sources: Sequence[Source]) -> str:
+    """All licenses, each once; a source without one is named too, unless none has any."""
+    licenses = [one.manifest.license if isinstance(one, PackedSource) else "" for one in sources]
+    if not any(licenses):
+        return ""
+    return "; ".join(dict.fromkeys(license or "not stated for a part" for license in licenses))
+
+
+def left_out_before(sources: Sequence[PackedSource]) -> Iterator[LeftOut]:
+    """Yields what was left out when the data sets were packed."""
+    for source in sources:
+        yield from read_left_out(source.folder / QUARANTINE_NAME)

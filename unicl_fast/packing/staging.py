@@ -1,0 +1,196 @@
+"""Copies of what lies under URLs, for as long as a program needs them.
+
+Nothing of a source is streamed: packing reads images in shuffled order, archives are read from both
+ends, and workers that decode have no network. So a source is copied as a whole. The copies of a
+build lie in its work folder, and stay with the finished shards of a build that can resume. The time
+of a copy is made of its object's version: a copy of the right size and time need not be made again,
+and a build, which knows its sources by their times, finds that they are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import xxhash
+from tqdm import tqdm
+
+from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
+from unicl_fast.packing.sources.tars import expand_braces
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.wording import count_of, without_secrets
+
+_FILES_AT_ONCE = 4
+_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+_INSIDE_ZIP = re.compile(r"(.+?\.zip)/(.+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """An object, and the path of its copy."""
+
+    store: ObjectStore
+    name: str
+    """With the query that its URL has, which is not to be shown."""
+    found: StoredObject
+    path: Path
+
+    def make(self) -> int:
+        """Makes the copy, unless it is there already; returns its size."""
+        size, version = self.found.size, self.found.version
+        seconds = xxhash.xxh3_64_intdigest(version.encode()) % 2**31
+        with contextlib.suppress(FileNotFoundError):
+            known = self.path.stat()
+            if version and (known.st_size, known.st_mtime) == (size, seconds):
+                return size
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.store.fetch_file(self.name, self.path, size=size)
+        if version:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())  # before its time says that it is whole
+            os.utime(self.path, (seconds, seconds))
+        return size
+
+
+class StagedSources:
+    """Sources, and copies of those under URLs."""
+
+    def __init__(self, sources: Sequence[str], image_root: str, folder: Path) -> None:
+        """Looks up what is to be copied into `folder`, and copies nothing yet.
+
+        Raises:
+            FileNotFoundError: there is nothing under a URL.
+            ValueError: it cannot be listed, or a name in it leaves its folder.
+            StorageError: a store cannot be reached.
+        """
+        self._folder = folder
+        self._copies: list[_Copy] = []
+        self.versions: dict[str, str] = {}
+        """For each URL a text that changes with what lies there; none of stores without versions
+        of objects."""
+        places = {place: place for place in (*sources, image_root)}
+        for number, url in enumerate(filter(is_url, places)):
+            # without a root, a list brings the folder that it lies in
+            places[url], found = _find(url, folder / str(number), with_folder=not image_root)
+            self._copies += found
+            known = [
+                (one.store.url_of(one.name), one.found.size, one.found.version) for one in found
+            ]
+            if all(version for *_, version in known):
+                checksum = xxhash.xxh3_128_hexdigest(json.dumps(known).encode())
+                text = f"{count_of(len(known), 'object')}, checksum {checksum}"
+                self.versions[without_secrets(url)] = text
+        self.paths = [places[source] for source in sources]
+        self.image_root = places[image_root]
+        self.are_known = len(self.versions) == sum(map(bool, places))
+        """Whether `versions` decides all contents of the sources."""
+
+    def fetch(self) -> None:
+        """Makes the copies that are not there, and removes others; OSError where room is short."""
+        wanted = {one.path: one.found.size for one in self._copies}
+        for path in sorted(self._folder.rglob("*"), reverse=True):  # folders are packed as they are
+            if path.is_file() and path not in wanted:
+                path.unlink()
+            elif path.is_dir():
+                with contextlib.suppress(OSError):  # not empty; an object may bear its name now
+                    path.rmdir()
+        if not wanted:
+            return
+        make_folder(self._folder)
+        needed = sum(wanted.values())
+        missing = needed - sum(path.stat().st_size for path in wanted if path.exists())
+        if missing > (free := shutil.disk_usage(self._folder).free):
+            raise OSError(
+                f"what lies under the URLs takes {missing:,} bytes more, and {free:,} are free in "
+                f"{self._folder}, where it is copied to: make room, or pack fewer sources at a "
+                "time and join the packed data sets by another build"
+            )
+        bar = tqdm(total=needed, desc="copying", unit="B", unit_scale=True, disable=None)
+        with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
+            for size in pool.map(_Copy.make, self._copies):
+                bar.update(size)
+
+
+@contextlib.contextmanager
+def local_copy(folder: str) -> Iterator[Path]:
+    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL.
+
+    Raises:
+        FileNotFoundError: there is nothing under the URL.
+        OSError: the copy takes more room than there is.
+        StorageError: the store cannot be reached.
+    """
+    if not is_url(folder):
+        yield Path(folder)
+        return
+    work = default_work_folder()
+    make_folder(work)
+    with temporary_folder("staging-", root=work) as copies:
+        staged = StagedSources([folder.rstrip("/") + "/"], "", copies / "set")
+        staged.fetch()
+        yield Path(staged.paths[0])
+
+
+def default_work_folder() -> Path:
+    """The folder of copies, and of what is packed for a URL, in the user's cache."""
+    return CacheOptions().place / "work"
+
+
+def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy]]:
+    """The path in `folder` that stands for a source's URL, and the copies to be made for it.
+
+    The URL is that of a file, a part of a zip, tars in braces, or a folder. `with_folder` says
+    whether a list may name images in its own folder, which is then copied too.
+    """
+    place, mark, query = url.partition("?")
+    secret = mark + query  # a signature: for requests alone, not for paths and names
+    inside = _INSIDE_ZIP.fullmatch(place)
+    base, rest = (inside[1], f"/{inside[2]}") if inside else (place, "")
+    above, _, name = base.rpartition("/")
+    if not name or above.endswith(("://", ":/")) or "://" not in above:
+        return _find_folder(url, folder)
+    store, names = ObjectStore(above), expand_braces(name)
+    if len(names) > 1:
+        found = store.find_all([one + secret for one in names])
+    else:
+        found = {name + secret: store.find(name + secret)}
+        if found[name + secret] is None:
+            return _find_folder(place, folder)
+    if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
+        return str(folder / store.name / name), _find_folder(above, folder)[1]
+    copies = []
+    for one, (signed, stored) in zip(names, found.items(), strict=True):
+        if stored is None:
+            raise FileNotFoundError(f"{store.url_of(signed)}: there is no such object")
+        copies.append(_Copy(store, signed, stored, folder / one))
+    return str(folder / name) + rest, copies
+
+
+def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
+    store = ObjectStore(url)
+    listed = store.list_objects()
+    if listed is None:
+        raise ValueError(
+            f"{store.url} is no file, and http cannot list folders: name its archives or lists one "
+            "by one"
+        )
+    if not listed:
+        raise FileNotFoundError(f"{store.url}: there is no such object, and no folder of this name")
+    target = folder / store.name
+    copies = []
+    for name in sorted(listed):
+        if not name or name.endswith("/"):  # what some tools make in the place of a folder
+            continue
+        path = target / name
+        if ".." in PurePosixPath(name).parts or not path.is_relative_to(target):
+            raise ValueError(f"{store.url_of(name)} has a name that leaves its folder")
+        copies.append(_Copy(store, name, listed[name], path))
+    return str(target), copies

@@ -1,0 +1,113 @@
+"""Uploads a packed data set file by file, each read back, the manifest last.
+
+A data set is complete when its manifest is there, so one that is being uploaded looks like none. An
+upload that was cut off can be resumed: files that are there already are read and compared, and not
+sent again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.packing.folder_check import expected_files
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
+from unicl_fast.system.wording import count_of
+
+
+def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
+    """Uploads a data set; returns what was done, in words.
+
+    Raises:
+        FileNotFoundError: not a data set, or a file of it is missing.
+        ValueError: its files are not those of its manifest, or something else lies at the URL.
+        StorageError: the store cannot be reached, or keeps something else than what was sent.
+    """
+    manifest, checksums = Manifest.load(folder), _checksums_of(folder)
+    store, there = require_free_url(url, folder)
+    names = sorted(checksums, key=lambda name: (name == MANIFEST_NAME, name[-4:] != ".tar", name))
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    total, num_sent = sum(sizes.values()), 0
+    bar = tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=not progress)
+    try:
+        with bar:
+            for name in names:
+                is_there = there.get(name) == sizes[name] and name != MANIFEST_NAME
+                if not is_there or store.checksum_of(name, size=sizes[name]) != checksums[name]:
+                    _send(store, folder / name, checksums[name])
+                    num_sent += 1
+                bar.update(sizes[name])
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(
+            f"what was uploaded stays under {store.url}, and is no data set until all is there; "
+            f"resume by: {upload_command(folder, store.url)}"
+        )
+        raise
+    kept = f", {len(names) - num_sent} were there already" if num_sent < len(names) else ""
+    return (
+        f"{store.url}: {count_of(manifest.num_samples, 'image')}, {total / 1e6:,.1f} MB; "
+        f"{count_of(num_sent, 'file')} sent and read back{kept}"
+    )
+
+
+def upload_command(folder: Path, url: str) -> str:
+    """The command that uploads a data set, or resumes an upload."""
+    return f"unicl-pack upload {folder} --out {url}"
+
+
+def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int]]:
+    """Refuses a URL where anything lies but what an upload of `folder` has left.
+
+    The folder may be one in which nothing has been packed yet. Returns the store, and the sizes of
+    the objects that are there.
+    """
+    if not is_url(url):
+        raise ValueError(f"--out takes a URL such as s3://bucket/folder, not {url}")
+    store = ObjectStore(url)
+    there = store.list_sizes()
+    if there is None:
+        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    manifest = folder / MANIFEST_NAME
+    own = set(_checksums_of(folder)) if there and manifest.is_file() else set()
+    if MANIFEST_NAME in there and (
+        not own or store.read_whole(MANIFEST_NAME) != manifest.read_bytes()
+    ):
+        raise ValueError(
+            f"{store.url} already holds another packed data set; name another URL or remove it"
+        )
+    if others := sorted(set(there) - own):
+        raise ValueError(
+            f"{store.url} holds {count_of(len(others), 'other object')}, {others[0]} for one; "
+            "name another URL"
+        )
+    return store, there
+
+
+def _checksums_of(folder: Path) -> dict[str, str]:
+    """Name and checksum of each file, that of the list among them."""
+    manifest, listed = Manifest.load(folder), read_checksums(folder)
+    if listed is None:
+        raise ValueError(
+            f"{folder} has no {CHECKSUMS_NAME}, by which an upload could be checked; "
+            f"unicl-pack build {folder} --out DIR writes a copy that has one"
+        )
+    if missing := sorted(expected_files(manifest) - set(listed)):
+        raise ValueError(
+            f"{folder / CHECKSUMS_NAME} does not list {missing[0]}: see unicl-pack verify"
+        )
+    return listed | {CHECKSUMS_NAME: file_checksum(folder / CHECKSUMS_NAME)}
+
+
+def _send(store: ObjectStore, path: Path, expected: str) -> None:
+    """Writes a file, and compares what the store then has with the checksum from packing."""
+    store.write_file(path, path.name)
+    found = store.checksum_of(path.name, size=path.stat().st_size)
+    if found != expected:
+        raise StorageError(
+            f"{store.url_of(path.name)} has the checksum {found}, and {CHECKSUMS_NAME} says "
+            f"{expected}: see by unicl-pack verify {path.parent} whether the file here is damaged; "
+            "if it is not, look after the store, then upload again"
+        )
