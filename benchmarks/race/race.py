@@ -47,7 +47,7 @@ from .contestants import (
 from .report import Outcome, as_json, draw, table, verdict
 
 _PARTS_OF_RATE = (0.5, 1.0, 2.0)
-_MEMORY_SECONDS = 0.5
+_MEMORY_SECONDS = 2.0
 """Time between two looks at the memory of a run."""
 
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
 from scipy import stats
 
 LEVEL = 0.95
@@ -161,41 +163,49 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draws each score against images and against CPU seconds; a dot a run, a line a contestant."""
+    """Draws each score against CPU seconds and images; a dot a run, a line a contestant."""
     names = _names(outcomes)
-    figure = Figure(figsize=(3.4 * len(names), 6.0), layout="constrained")
+    figure = Figure(figsize=(8.0, 2.9 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(2, len(names), squeeze=False)
-    contestants = list(dict.fromkeys(one.contestant for one in outcomes))
-    for column, name in enumerate(names):
-        for row, (what, field) in enumerate(
-            (("images seen", "images"), ("CPU seconds", "cpu_seconds"))
-        ):
-            axes = grid[row][column]
-            for color, contestant in zip(_COLORS * len(contestants), contestants, strict=False):
-                curve = [one for one in curve_of(outcomes, contestant) if name in one.scores]
-                xs = [getattr(point, field) for point in curve]
-                means = [statistics.fmean(point.scores[name]) for point in curve]
-                axes.plot(xs, means, "-", color=color, label=contestant, linewidth=1.5)
-                own = [
-                    one for one in outcomes if one.contestant == contestant and name in one.scores
-                ]
-                axes.plot(
-                    [getattr(one, field) for one in own],
-                    [one.scores[name] for one in own],
-                    "o",
-                    color=color,
-                    alpha=0.6,
-                    markersize=3.5,
-                )
-            axes.set_xscale("log")
-            axes.set_xlabel(what, fontsize=8)
-            axes.set_ylabel(f"{name}, %", fontsize=8)
-            axes.tick_params(labelsize=7, which="both")
-            axes.grid(alpha=0.2)
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].legend(fontsize=7, frameon=False)
+    grid = figure.subplots(len(names), 2, squeeze=False, sharey="row")
+    fields = (("cpu_seconds", "CPU seconds of training"), ("images", "images seen in training"))
+    for row, name in enumerate(names):
+        for axes, (field, label) in zip(grid[row], fields, strict=True):
+            _draw_score(axes, [one for one in outcomes if name in one.scores], name, field)
+            axes.set_xlabel(label, fontsize=8)
+        grid[row][0].set_ylabel(f"{name}, %", fontsize=8)
+    grid[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _draw_score(axes: Axes, outcomes: Sequence[Outcome], name: str, field: str) -> None:
+    contestants = list(dict.fromkeys(one.contestant for one in outcomes))
+    for color, contestant in zip(_COLORS * len(contestants), contestants, strict=False):
+        curve = curve_of(outcomes, contestant)
+        xs = [getattr(point, field) for point in curve]
+        means = [statistics.fmean(point.scores[name]) for point in curve]
+        axes.plot(xs, means, "-", color=color, label=contestant, linewidth=1.5)
+        own = [one for one in outcomes if one.contestant == contestant]
+        axes.plot(
+            [getattr(one, field) for one in own],
+            [one.scores[name] for one in own],
+            "o",
+            color=color,
+            alpha=0.6,
+            markersize=3.5,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.08)
+    # lengths double from run to run, so all of them, or powers of two, are the ticks of a log scale
+    lengths = sorted({one.images for one in outcomes})
+    ticks = lengths if field == "images" else [2**power for power in range(20)]
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=7)
+    axes.grid(alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
