@@ -56,14 +56,6 @@ Distillation = Literal["off", "affinity", "features"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
-PerKind = Literal["shared", "per_kind"]
-TextKind = Literal["labels", "captions"]
-TEXT_KINDS: tuple[TextKind, ...] = ("labels", "captions")
-"""The kinds of texts, prompts of labels and captions, in the order of their numbers in tensors."""
-KIND_OPTIONS = "model.source_token, model.projections=per_kind and objective.temperature=per_kind"
-EVALUATED_KIND: TextKind = "captions"
-"""Kind that evaluations take texts for unless told otherwise: zero-shot evaluation took captions,
-whose words and images are the wider ones, in arXiv 2206.01125."""
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
@@ -270,13 +262,6 @@ class ModelConfig:
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
-    source_token: bool = False
-    """Tell the text encoder whether a text is the prompt of a label or a caption, by a vector for
-    each kind that is learnt and added to the first token (prefix conditioning)."""
-    projections: PerKind = "shared"
-    """Projections into the common space: shared or per_kind. per_kind has two of images and two of
-    texts. Images are compared with prompts of labels through one pair, with captions through the
-    other, and both pairs begin equal."""
     logit_scale_init: Annotated[float, _FINITE] | None = None
     """Initial logarithm of the learnt scale; None takes ln(1/0.07), or ln 10 under
     objective.form=sigmoid. The paper's code starts at 1.0."""
@@ -312,17 +297,6 @@ class ModelConfig:
             f"model.text_projection=none takes features as they are: model.embed_dim "
             f"({self.embed_dim}) must be model.text_width ({self.text_width})",
         )
-        require(
-            self.projections == "shared"
-            or "none" not in (self.image_projection, self.text_projection),
-            "model.projections=per_kind needs projections: set model.image_projection and "
-            "model.text_projection to linear or biased, or model.projections=shared",
-        )
-
-    @property
-    def projected_width(self) -> int:
-        """Numbers that a projection gives: `embed_dim` of them for each pair of projections."""
-        return self.embed_dim * (2 if self.projections == "per_kind" else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -347,12 +321,6 @@ class ObjectiveConfig:
     """For ancestors: weight of a text as a positive of an image that has no more than a class above
     the text's in common with it, by the depth of the lowest such class, the top first; the last one
     holds for all below. They must not fall. Empty: 0. For example 0,0.1,0.3."""
-    words: FiniteNonNegative = 0.0
-    """Weight of a second term that predicts the words of an image's text (SuperCLIP); 0: without. A
-    linear layer on the image's feature learns by cross-entropy which tokens the text has that the
-    image is shown with, rare words the most. For unicl and clip, and not with mixup or cutmix."""
-    num_words: Annotated[int, Meta(ge=0, le=2**24)] = 0
-    """For words: rows of that layer; 0 takes as many as the texts of the data have tokens."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -363,8 +331,6 @@ class ObjectiveConfig:
     """Probability that a pair is mixed, where mixup or cutmix is set."""
     cutmix_share: Fraction = 0.5
     """Probability that a mixed pair gets CutMix, where mixup and cutmix are set."""
-    temperature: PerKind = "shared"
-    """Learnt scale of the logits: shared, or per_kind for prompts of labels and captions each."""
     num_classes: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...] = ()
     """For ce: learnt rows for each data set; empty takes the data's. One number where
     data.label_space is shared."""
@@ -402,12 +368,6 @@ class ObjectiveConfig:
             self.form == "softmax" or self.has_texts,
             f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
             "not have: take unicl or clip, or softmax",
-        )
-        require(
-            not self.words or (self.has_texts and not self.mixes),
-            "objective.words predicts the words of the one text that an image has: take "
-            "objective.name=unicl or clip without objective.mixup and objective.cutmix, or set it "
-            "to 0",
         )
         require(
             self.positives != "ancestors" or self.name == "unicl",
@@ -697,23 +657,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    @property
-    def tells_kinds(self) -> bool:
-        """Whether the model treats prompts of labels and captions in different ways."""
-        per_kind = "per_kind" in (self.model.projections, self.objective.temperature)
-        return self.model.source_token or per_kind
-
     def __post_init__(self) -> None:
-        require(
-            not self.tells_kinds or self.objective.name == "unicl",
-            f"{KIND_OPTIONS} tell prompts of labels from captions, which objective.name="
-            f"{self.objective.name} does not: take unicl, or leave them out",
-        )
-        require(
-            not self.tells_kinds or self.objective.distillation == "off",
-            f"{KIND_OPTIONS} compare images with prompts and captions in different ways, which a "
-            "teacher does not: leave them out, or take objective.distillation=off",
-        )
         require(
             self.data.prompts != "ancestors" or self.objective.positives == "ancestors",
             "data.prompts=ancestors shows images with prompts of classes above their labels, which "

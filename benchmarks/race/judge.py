@@ -68,7 +68,7 @@ def _load(job: dict[str, Any]) -> Any:
     if job["model"] is None:
         from unicl_fast import load_model
 
-        return load_model(job["checkpoint"], kind="labels", device="cpu").encoders
+        return load_model(job["checkpoint"], device="cpu").encoders
     import open_clip
 
     import unicl_fast.models.small  # noqa: F401  registers its encoders

@@ -490,7 +490,7 @@ class TrainPlan:
             draws,
             rows["captions_count"].astype(np.int64),
             labels_count.astype(np.int64),
-            CAPTION_CHANCE[self._data.text],
+            _CAPTION_CHANCE[self._data.text],
         )
         prompted = chosen_labels >= 0
         labels = np.full(len(rows), -1, dtype=np.int64)
@@ -535,7 +535,7 @@ class TrainPlan:
 
 
 # How often a sample that has both kinds of text shows a caption.
-CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
+_CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
 
 
 @kernel

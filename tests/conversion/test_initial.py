@@ -36,7 +36,7 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.hub import NotOnHubError, download
-from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE, load_model
+from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_to_dict
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, resize_positions
@@ -111,25 +111,6 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     )
     assert started(again).logit_bias.item() == -12.5
     assert started(with_model(config, init=str(tmp_path / "export"))).logit_bias is None
-
-
-def test_rows_of_words_are_of_one_run_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Another run may have other words; open_clip has none."""
-    config = config_for(write_folder(draw_open_clip(LIKE_SIGLIP), LIKE_SIGLIP, tmp_path / "theirs"))
-    with_words = dataclasses.replace(config, objective=ObjectiveConfig(words=1.0, num_words=5))
-    caplog.set_level(logging.INFO, logger="unicl_fast")
-    ours = started(with_words)
-    assert "Fresh: word_rows, which are of the words of the data" in caplog.text
-    write_open_clip(ours, tmp_path / "back")
-    write_export(ours, tmp_path / "export")
-    assert load_model(tmp_path / "export").word_rows is not None
-    init = str(tmp_path / "export")
-    assert started(with_model(config, init=init)).word_rows is None
-    assert "Left out: word_rows, which are for objective.words" in caplog.text
-    fresh = started(with_model(with_words, init=init)).word_rows
-    assert torch.equal(fresh, UniCL(with_words).word_rows)
 
 
 def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
@@ -216,36 +197,6 @@ def test_texts_that_fit_a_shorter_context_keep_their_features(like_clip: Path) -
         torch.testing.assert_close(
             short.encode_text(tokens), started(config).encode_text(tokens), rtol=0, atol=1e-6
         )
-
-
-def test_what_tells_kinds_of_texts_apart_is_added_to_a_model_that_does_not(
-    like_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Both kinds begin as the source's one; the other way round there is no place for two."""
-    plain = config_for(like_clip)
-    added = with_model(plain, source_token=True, projections="per_kind")
-    added = dataclasses.replace(added, objective=ObjectiveConfig(temperature="per_kind"))
-    caplog.set_level(logging.INFO, logger="unicl_fast")
-    model, expected = started(added), started(plain).state_dict()
-    assert "source_embedding, which the source lacks" in caplog.text
-    for kind in ("labels", "captions"):
-        for name, tensor in model.of_kind(kind).state_dict().items():
-            assert torch.equal(tensor, expected[name]), name
-    with torch.no_grad():
-        model.text_encoder.source_embedding.normal_()
-        model.logit_scale.copy_(torch.tensor([1.0, 2.0]))
-    write_export(model, tmp_path / "export")
-    from_export = {"init": str(tmp_path / "export")}
-    again = started(with_model(added, **from_export))
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor), name
-    message = "Add --model.source-token --model.projections per_kind"
-    with pytest.raises(ValueError, match=message):
-        started(with_model(plain, **from_export))
-    one_scale = with_model(added, **from_export)
-    one_scale = dataclasses.replace(one_scale, objective=ObjectiveConfig())
-    assert started(one_scale).logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    assert "logit_scale, of which the source has one for each kind of text" in caplog.text
 
 
 @pytest.mark.parametrize(("length", "causal"), [(50, True), (50, False), (16, False)])

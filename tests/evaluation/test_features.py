@@ -109,9 +109,7 @@ def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
     data = dataclasses.replace(model.config.data, decode_device=decode_device)
     model.config = dataclasses.replace(model.config, data=data)
     monkeypatch.setattr(features, "load_model", lambda *_, **__: model)
-    command = Mock(
-        spec=Evaluation, checkpoint=Path("run"), weights="auto", device="cpu", kind="captions"
-    )
+    command = Mock(spec=Evaluation, checkpoint=Path("run"), weights="auto", device="cpu")
     with model_on_ranks(command) as on_ranks:
         assert on_ranks.model.config.data.decode_device == "cpu"
 

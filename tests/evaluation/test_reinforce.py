@@ -55,15 +55,6 @@ def packed(data: Path, tmp_path: Path) -> list[Path]:
     return [Path(shutil.copytree(data / name, tmp_path / name)) for name in names]
 
 
-def test_a_teacher_of_two_kinds_of_texts_is_refused(tmp_path: Path) -> None:
-    """Before any image is encoded; its features of an image would be two."""
-    config = tiny_config(precision="fp32")
-    settings = dataclasses.replace(config.model, projections="per_kind")
-    write_export(UniCL(dataclasses.replace(config, model=settings)), tmp_path / "kinds")
-    with pytest.raises(ValueError, match="features of two kinds, and a teacher has one of"):
-        load_teacher(str(tmp_path / "kinds"), precision="fp32")
-
-
 def config_of(*folders: Path, **data: object) -> TrainConfig:
     views = dataclasses.replace(VIEWS, train=tuple(map(str, folders)), **data)
     objective = ObjectiveConfig(distillation="affinity")

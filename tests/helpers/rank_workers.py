@@ -29,7 +29,6 @@ from small_runs import (
     poison_step,
     ragged_features,
     small_ancestors,
-    small_words,
     staged_batch,
     tiny_config,
 )
@@ -158,7 +157,6 @@ def first_gradients(
         loader,
         ranks=ranks,
         ancestors=ancestors,
-        words=small_words(config.objective),
         progress=False,
     )
     batch = next(trainer.loader.batches(0))

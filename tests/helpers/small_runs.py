@@ -25,7 +25,6 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives.targets import collate
-from unicl_fast.objectives.words import Words, find_words
 from unicl_fast.stages import span_at
 from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
 from unicl_fast.text.hierarchies import Hierarchy
@@ -154,7 +153,6 @@ OBJECTIVES = {
     "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
     "sigmoid": ObjectiveConfig(form="sigmoid"),
     "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
-    "unicl, words": ObjectiveConfig(words=0.7, num_words=21),
     "sigmoid, labels": ObjectiveConfig(form="sigmoid", positives="labels"),
     "sigmoid, ancestors": ObjectiveConfig(
         form="sigmoid", positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)
@@ -163,8 +161,6 @@ OBJECTIVES = {
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
     "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
-    "unicl, kinds": ObjectiveConfig(temperature="per_kind"),
-    "sigmoid, kinds": ObjectiveConfig(form="sigmoid", temperature="per_kind"),
     "affinity": ObjectiveConfig(
         distillation="affinity",
         distillation_scale=7.0,
@@ -193,28 +189,12 @@ def small_ancestors(objective: str) -> AncestorTable | None:
     return join_hierarchies([hierarchy], [np.array(classes, dtype=np.int64)])[0]
 
 
-def small_words(objective: ObjectiveConfig) -> Words | None:
-    """The words of the texts of `labelled_batch`, each text as often as another."""
-    if not objective.words:
-        return None
-    tokenizer, texts = Tokenizer(), [*TEXTS, "a fish", "a bird"]
-    chances = np.zeros(tokenizer.vocab_size)
-    for tokens in tokenizer.encode(texts):
-        chances[list(set(tokens.tolist()))] += 1 / len(texts)
-    no_words = [0, tokenizer.start_id, tokenizer.end_id]
-    return find_words(chances, num_samples=len(texts), no_words=no_words)
-
-
 def objective_config(objective: str, **settings: object) -> TrainConfig:
-    """`tiny_config` for one of `OBJECTIVES`; "kinds" have all that tells kinds of texts apart."""
+    """`tiny_config` for one of `OBJECTIVES`."""
     config = tiny_config(**settings)
     views = ("supcon",) if objective == "supcon" else ()
-    model = config.model
-    if objective.endswith("kinds"):
-        model = dataclasses.replace(model, source_token=True, projections="per_kind")
     return dataclasses.replace(
         config,
-        model=model,
         objective=OBJECTIVES[objective],
         data=dataclasses.replace(config.data, augment=views),
     )
@@ -225,9 +205,8 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where images are mixed by UniCL or have several labels, and where kinds of texts are told apart,
-    the last ones have captions. Of several labels an image has none to three, the one of its prompt
-    among them.
+    Where images are mixed by UniCL or have several labels, the last ones have captions. Of several
+    labels an image has none to three, the one of its prompt among them.
     """
     which = (torch.arange(12) * 7 + step) % 5
     all_labels = [0, 1, 2**32, 2**32 + 1, 2**32 + 2]

@@ -44,7 +44,7 @@ def assert_forms_agree(
 def test_columns_are_not_summed_up_where_only_rows_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Words have 49,408 columns to some hundred rows."""
+    """Cross-entropy may have thousands of columns, one for each class, to some hundred rows."""
     dims, plain = [], loss_tiled._accumulate
 
     def accumulate(logits: Any, scratch: Any, dim: int, *sums: Any) -> None:

@@ -21,7 +21,6 @@ from small_runs import (
     labelled_loader,
     objective_config,
     small_ancestors,
-    small_words,
     tiny_config,
 )
 from timm.data import Mixup
@@ -37,8 +36,6 @@ from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
 from unicl_fast.objectives.positives import Membership, weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
-from unicl_fast.objectives.words import Words, find_words
-from unicl_fast.text.token_rows import add_chances
 from unicl_fast.training.global_loss import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
 
@@ -250,37 +247,6 @@ def test_the_sigmoid_form_asks_of_each_pair(images: torch.Tensor, objective: str
     torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-9, atol=0)
 
 
-def words_by_hand(model: UniCL, batch: Batch, features: torch.Tensor, words: Words) -> torch.Tensor:
-    """SuperCLIP's second term: each text's words once, IDFs that sum to 1, one softmax over all."""
-    targets = torch.zeros(len(features), words.num_words, dtype=torch.float64)
-    for image, text in enumerate(batch.text_index.tolist()):
-        found = set(batch.tokens[text].tolist()) - {0, 49406, 49407}
-        total = sum(words.weights[token].item() for token in found)
-        for token in found if total else ():
-            targets[image, words.rows[token]] += words.weights[token] / total
-    weight, bias = model.word_rows[:, :-1], model.word_rows[:, -1]
-    return F.cross_entropy(F.linear(features * math.sqrt(8), weight, bias), targets)
-
-
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_images_predict_the_words_of_their_texts(
-    images: torch.Tensor, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
-    config, model = evaluated("unicl, words", loss=form)
-    torch.nn.init.normal_(model.word_rows.data[:, -1])
-    contrast = dataclasses.replace(config, objective=ObjectiveConfig())
-    batch = labelled_batch(images, objective="unicl, words")
-    batch.tokens[0, :5] = torch.tensor([49406, 320, 320, 49407, 0])  # "a a", of weight 0
-    batch.tokens[1, 4] = batch.tokens[1, 5]  # a word comes twice
-    words = small_words(config.objective)
-    words.weights[320] = 0
-    features = model.encode_image(encoder_input(batch.images, config))
-    loss = global_loss(model, batch, config, Ranks(), words=words)
-    expected = loss_of(model, batch, contrast) + 0.7 * words_by_hand(model, batch, features, words)
-    assert_equal_with_gradients(model, loss, expected)
-
-
 def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tensor) -> None:
     """In the dense form, which is taken for few logits: the weights of pairs are 3 x 10,000."""
     rows = torch.nn.functional.normalize(torch.randn(10_000, 4), dim=1)
@@ -296,38 +262,6 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tens
             form="dense",
         )
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 20e6
-
-
-def test_words_are_counted_by_the_chance_of_their_texts() -> None:
-    """A text's token counts once; start and end do not; what all texts have weighs nothing."""
-    tokens = np.array([1, 5, 5, 7, 2, 1, 5, 2, 1, 9, 5, 2], np.uint16)
-    chances, seen = np.zeros(12), np.zeros(12, np.int64)
-    for texts in ([0, 1], [2]):  # in two calls
-        starts = np.array([0, 5, 8])[texts]
-        lengths, probabilities = np.array([5, 3, 4])[texts], np.array([0.25, 0.25, 0.5])[texts]
-        add_chances(chances, seen, tokens, starts, lengths, probabilities)
-    np.testing.assert_allclose(chances[[1, 2, 5, 7, 9]], [1, 1, 1, 0.25, 0.5])
-    words = find_words(chances, num_samples=8, no_words=[0, 1, 2])
-    assert words.num_words == 3
-    assert words.rows[[5, 7, 9]].tolist() == [0, 1, 2]
-    assert words.weights.nonzero().flatten().tolist() == [7, 9]
-    np.testing.assert_allclose(words.weights[[7, 9]], np.log([9 / 3, 9 / 5]))
-
-
-def test_words_that_do_not_fit_are_refused(images: torch.Tensor) -> None:
-    config = objective_config("unicl, words")
-    loader = labelled_loader(images, "unicl, words")
-    with pytest.raises(ValueError, match="needs the 21 words .* and none came"):
-        Trainer(config, loader, progress=False)
-    fewer = dataclasses.replace(config, objective=ObjectiveConfig(words=1.0, num_words=20))
-    words = small_words(config.objective)
-    with pytest.raises(ValueError, match="needs the 20 words .* and 21 came"):
-        Trainer(fewer, loader, words=words, progress=False)
-    with pytest.raises(ValueError, match="objective.words needs words, and there are none"):
-        UniCL(dataclasses.replace(config, objective=ObjectiveConfig(words=1.0)))
-    for settings in ({"name": "ce"}, {"name": "supcon"}, {"mixup": 0.8}):
-        with pytest.raises(ValueError, match="predicts the words of the one text"):
-            ObjectiveConfig(words=1.0, **settings)
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
@@ -422,7 +356,7 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 
 # One for each thing that ranks exchange: classes and texts, views, pairs, memberships, words,
 # a teacher's features.
-FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "unicl, words", "affinity"]
+FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "affinity"]
 
 
 @pytest.mark.dist
@@ -473,12 +407,12 @@ def test_ranks_give_the_objectives_of_one_process(
     [
         name
         for name in OBJECTIVES
-        if name.endswith(("labels", "ancestors", "words", "kinds")) and not name.startswith("ce")
+        if name.endswith(("labels", "ancestors")) and not name.startswith("ce")
     ]
     + ["affinity", "affinity, images", "features", "features, images"],
 )
 @pytest.mark.parametrize("unique_texts", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_micro_batches_of_images_of_several_classes_of_words_and_of_teachers(
+def test_micro_batches_of_images_of_several_classes_and_of_teachers(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:
     data = labelled_loader(images, objective), small_ancestors(objective)

@@ -196,9 +196,7 @@ def test_stages_find_once_what_an_epoch_takes_of_each_class(
     run = dataclasses.replace(config.run, samples=84, stages=stages)
     config = dataclasses.replace(config, run=run)
     build = functools.partial(TrainLoader, datasets=datasets, weights=None)
-    data = _RunData(
-        config=config, datasets=datasets, weights=None, description={}, prompts=prompts, words=None
-    )
+    data = _RunData(config=config, datasets=datasets, weights=None, description={}, prompts=prompts)
     loader = _build_stages(data, build)
     assert found == datasets
     assert loader.plan.balances[0] is not None

@@ -16,8 +16,7 @@ import torch
 from hub_server import Hub, ask_hub_at, serve_hub
 from huggingface_hub import ModelCard
 from program_runs import call
-from safetensors.torch import load_file
-from small_runs import objective_config, tiny_config
+from small_runs import tiny_config
 
 import unicl_fast
 from unicl_fast import UniCL
@@ -29,9 +28,8 @@ from unicl_fast.checkpoints.load import (
     load_model,
     weights_checksum,
 )
-from unicl_fast.config import TEXT_KINDS, config_to_dict
+from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.card import collect_facts
-from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.dataset.reader import PackedDataset
@@ -323,32 +321,3 @@ def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(
     assert "note" not in said  # images are normalised as theirs
     again = read_official_file(tmp_path / "again.pth")
     assert all(torch.equal(again[name], tensor) for name, tensor in entries.items())
-
-
-def test_an_output_that_knows_one_kind_of_texts_is_of_the_kind_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = {"image_encoder": "unicl_convnet7_small", "precision": "fp32"}
-    config = objective_config("unicl, kinds", **settings)
-    model = UniCL(config)
-    with torch.no_grad():
-        for weight in (model.text_encoder.source_embedding, model.text_projection):
-            weight.normal_()
-    write_export(model, tmp_path / "model")
-    for kind in TEXT_KINDS:
-        out = tmp_path / kind
-        options = ["--kind", kind] if kind == "labels" else []
-        call(convert, "open-clip", tmp_path / "model", out, *options)
-        said = capsys.readouterr().out
-        assert f"texts are taken for {kind} (--kind)" in said
-        assert "checked: features differ from ours" in said
-        written, one = load_file(out / "open_clip_model.safetensors"), model.of_kind(kind)
-        for name, tensor in (
-            ("positional_embedding", one.text_encoder.positional_embedding),
-            ("text_projection", one.text_projection),
-            ("logit_scale", one.logit_scale),
-        ):
-            assert torch.equal(written[name], tensor), name
-    call(convert, "hf", tmp_path / "model", tmp_path / "again")
-    again = load_model(tmp_path / "again").state_dict()
-    assert all(torch.equal(again[name], one) for name, one in model.state_dict().items())

@@ -25,11 +25,9 @@ from pyarrow import parquet
 from torchvision.datasets import DTD, MNIST
 
 from unicl_fast import load_model
-from unicl_fast.checkpoints.average import averaged_weights
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import Weights, weights_checksum
 from unicl_fast.checkpoints.load import load_model as load_weights_of
-from unicl_fast.conversion.export import write_export
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_name, short_names

@@ -64,7 +64,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(
 def test_images_of_several_labels_in_a_hierarchy(
     shared_data: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """COCO's photographs, mixed with captions, and their words; it resumes on two ranks; levels."""
+    """COCO's photographs, mixed with captions; it resumes on two ranks; levels."""
     coco, tree = shared_data / "captions" / "coco", tmp_path / "tree.json"
     groups = {"animal": ["dog", "cat", "bear", "cow", "horse", "sheep", "bird", "zebra", "giraffe"]}
     groups["kitchenware"] = ["bottle", "bowl", "cup", "fork", "knife", "spoon", "wine glass"]
@@ -82,7 +82,7 @@ def test_images_of_several_labels_in_a_hierarchy(
         "fp64",
     ]
     arguments += ["--objective.positives", "ancestors", "--data.prompts", "ancestors"]
-    arguments += ["--objective.ancestor-weights", "0.1", "0.3", "--objective.words", "0.5"]
+    arguments += ["--objective.ancestor-weights", "0.1", "0.3"]
     one, two = tmp_path / "one", tmp_path / "two"
     call(pretrain, *arguments, "--out", one)
     run("pretrain", *arguments, "--out", two, "--nproc", "2")
@@ -111,36 +111,6 @@ def test_images_of_several_labels_in_a_hierarchy(
         call(evaluate, "zero-shot", "--checkpoint", one, *labels)
     assert end.value.code == 2
     assert "labels has no hierarchy of classes" in capsys.readouterr().err
-
-
-def test_prompts_and_captions_are_told_apart(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run that resumes and is evaluated as either kind; its data must show both."""
-    options = ["--model.source-token", "--model.projections", "per_kind"]
-    options += ["--objective.temperature", "per_kind", "--data.train"]
-    with pytest.raises(SystemExit) as end:
-        call(pretrain, *SMALL, *options, data / "captions", "--out", tmp_path / "none")
-    assert end.value.code == 2
-    assert "data.train shows captions alone" in capsys.readouterr().err
-    one = tmp_path / "one"
-    arguments = [*SMALL, *options, data / "labels", data / "captions"]
-    arguments += ["--data.evaluate", data / "captions"]
-    call(pretrain, *arguments, "--out", one)
-    unbroken = losses(one), weights(one)
-    for checkpoint in list_checkpoints(one / "checkpoints")[STEPS // 4 :]:
-        shutil.rmtree(checkpoint)
-    call(pretrain, *arguments, "--resume", "auto", "--out", one)
-    assert (losses(one), weights(one)) == unbroken
-    found = {}
-    for kind in ("captions", "labels"):
-        written = tmp_path / f"{kind}.json"
-        sets = ["--data", data / "captions", "--device", "cpu", "--json", written]
-        call(evaluate, "retrieval", "--checkpoint", one, *sets, "--kind", kind)
-        found[kind] = json.loads(written.read_text())
-    last = read_metrics(one)[-1]
-    for name in ("image_to_text_recall_at_1", "text_to_image_recall_at_1"):
-        assert last[f"retrieval/captions/{name}"] == found["captions"][name]
 
 
 def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:

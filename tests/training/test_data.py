@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,28 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pack_runs import jpeg
-from packed_sets import TEMPLATES, Sample, pack
 from rank_workers import agree_on_a_decoder, name_data_by_rank, name_evaluations, run_on_ranks
 
-from unicl_fast.config import DataConfig, ObjectiveConfig, TrainConfig
+from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import data as training_data
 from unicl_fast.training.data import (
-    adapt_objective_to_data,
     build_prompts,
     check_tokenizer,
-    count_words,
     describe_datasets,
     distinct_names,
     open_datasets,
-    with_num_words,
     with_threads,
 )
 
@@ -69,72 +61,6 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
                 check_tokenizer(dataset, context_length=77)
-
-
-def texts_by_chance(
-    samples: Sequence[Sample], names: Sequence[str], chains: Sequence[Sequence[int]], kind: str
-) -> Iterator[tuple[str, float]]:
-    """All texts that samples may be shown with, each with its chance; by loops."""
-    for sample in samples:
-        labels = sample.labels if names else ()
-        of_captions = {"any": 0.5, "captions": 1.0, "labels": 0.0}[kind] if labels else 1.0
-        of_captions = of_captions if sample.captions else 0.0
-        for caption in sample.captions:
-            yield caption, of_captions / len(sample.captions) / len(samples)
-        for label in labels:
-            for one in chains[label]:
-                for template in TEMPLATES:
-                    ways = len(labels) * len(chains[label]) * len(TEMPLATES)
-                    prompt = template.format(names[one])
-                    yield prompt, (1 - of_captions) / ways / len(samples)
-
-
-@pytest.mark.parametrize("kind", ["any", "captions", "labels"])
-@pytest.mark.parametrize("weights", [None, [0.25, 0.75]])
-@pytest.mark.parametrize("prompts", ["labels", "ancestors"])
-def test_words_weigh_by_the_chance_that_a_draw_shows_them(
-    tmp_path: Path, kind: str, weights: list[float] | None, prompts: str
-) -> None:
-    """Against all texts one by one: several captions and labels, words that come twice, "!"."""
-    image = jpeg(5)
-    both = [
-        Sample(image, ["a dog and a dog!"], [0, 2]),
-        Sample(image, [], [1]),
-        Sample(image, ["a red fish", "the sea"], [2]),
-    ]
-    captioned = [Sample(image, ["two people"]), Sample(image, ["people at sea", "snow"])]
-    names, tokenizer = ["dog", "cat", "fish", "pet", "animal"], Tokenizer()
-    tree = Hierarchy(names=("pet", "animal"), parents=(3, 3, 4, 4, -1))
-    sets = [
-        pack(tmp_path / "a", both, class_names=names[:3], tokenizer=tokenizer, hierarchy=tree),
-        pack(tmp_path / "b", captioned, class_names=[], tokenizer=tokenizer),
-    ]
-    config = TrainConfig(
-        data=DataConfig(text=kind, prompts=prompts),
-        objective=ObjectiveConfig(words=1, positives="ancestors"),
-    )
-    found = count_words(sets, weights, build_prompts(sets, config), config)
-    shares = weights or [3 / 5, 2 / 5]
-    chains = [[0], [1], [2]]
-    if prompts == "ancestors":
-        chains = [[4, 3, 0], [4, 3, 1], [4, 2]]
-    chances: Counter[int] = Counter()
-    for samples, own, share in ((both, names, shares[0]), (captioned, [], shares[1])):
-        for text, chance in texts_by_chance(samples, own, chains, kind):
-            for token in set(tokenizer.encode([text])[0].tolist()) - {0, 49406, 49407}:
-                chances[token] += share * chance
-    chances = Counter({token: chance for token, chance in chances.items() if chance})
-    expected = np.zeros(tokenizer.vocab_size)
-    for token, chance in chances.items():
-        expected[token] = np.log(6 / (5 * chance + 1))
-    np.testing.assert_allclose(found.weights, expected, rtol=1e-12)
-    assert found.num_words == len(chances)
-    assert found.rows[sorted(chances)].tolist() == list(range(len(chances)))
-    suited = with_num_words(config, found)
-    assert with_num_words(suited, found).objective.num_words == len(chances)
-    objective = dataclasses.replace(config.objective, num_words=3)
-    with pytest.raises(ValueError, match="num_words is 3, but the texts of the data have"):
-        with_num_words(dataclasses.replace(config, objective=objective), found)
 
 
 @pytest.mark.parametrize(("context_length", "are_one"), [(77, False), (6, True)])
@@ -316,50 +242,3 @@ def test_evaluations_are_named_by_rank_0(tmp_path: Path) -> None:
         (tmp_path / f"link-{name}").symlink_to(tmp_path / name)
         links.append(str(tmp_path / f"link-{name}"))
     run_on_ranks(name_evaluations, 2, links)
-
-
-@pytest.mark.parametrize(
-    ("samples", "text", "missing"),
-    [
-        ([([0], []), ([], ["x"])], "any", ""),
-        ([([0], ["x"])], "any", ""),
-        ([([0], ["x"])], "captions", "captions alone"),
-        ([([0], ["x"])], "labels", "prompts of labels alone"),
-        ([([], ["x"])], "labels", "captions alone"),
-        ([([0], ["x"]), ([], ["x"])], "labels", ""),
-    ],
-)
-def test_a_model_that_tells_kinds_of_texts_apart_needs_both(
-    tmp_path: Path, samples: list, text: str, missing: str
-) -> None:
-    tokenizer = Tokenizer()
-    with DatasetWriter(tmp_path / "set") as writer:
-        for labels, captions in samples:
-            writer.add(
-                PackedSample(
-                    image=b"image",
-                    extension="jpg",
-                    height=1,
-                    width=1,
-                    xxh3=0,
-                    labels=labels,
-                    captions=captions,
-                    tokens=tokenizer.encode(captions),
-                )
-            )
-        writer.finish(
-            tokenizer=tokenizer.name, vocabulary_hash=tokenizer.vocabulary_hash,
-            context_length=77, class_names=["dog"], templates=["a {}"], source=["here"],
-            seed=0, tool_version="0",
-        )  # fmt: skip
-    config = build_preset("digits-small")
-    model = dataclasses.replace(config.model, source_token=True)
-    config = dataclasses.replace(
-        config, model=model, data=dataclasses.replace(config.data, text=text)
-    )
-    with PackedDataset(tmp_path / "set") as dataset:
-        if not missing:
-            assert adapt_objective_to_data(config, [dataset]) == config
-            return
-        with pytest.raises(ValueError, match=f"data.train shows {missing} .data.text={text}"):
-            adapt_objective_to_data(config, [dataset])

@@ -14,7 +14,6 @@ from small_runs import (
     labelled_batch,
     objective_config,
     small_ancestors,
-    small_words,
     tiny_config,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,7 +149,6 @@ def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> No
         objective_config(objective),
         ListLoader([batch]),
         ancestors=small_ancestors(objective),
-        words=small_words(OBJECTIVES[objective]),
         progress=False,
     )
     trainer.train_step(batch)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from unicl_fast.config import EVALUATED_KIND, DataConfig, TextKind
+from unicl_fast.config import DataConfig
 from unicl_fast.system.wording import count_of
 
 if TYPE_CHECKING:
@@ -120,23 +120,7 @@ class ModelConversion(Conversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneKindConversion(ModelConversion):
-    """A command whose output knows one kind of texts."""
-
-    kind: TextKind = EVALUATED_KIND
-    """Kind that the output takes texts for, labels (prompts) or captions, where MODEL tells these
-    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
-
-    def load(self, *, needs_texts: bool = True) -> UniCL:
-        """Loads the model for one kind of texts."""
-        model = super().load(needs_texts=needs_texts)
-        if model.config.tells_kinds:
-            print(f"texts are taken for {self.kind} (--kind)")
-        return model.of_kind(self.kind)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToOfficial(OneKindConversion):
+class ToOfficial(ModelConversion):
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
 
     The other way round of official, entry for entry. Their code normalises images with ImageNet's
@@ -173,7 +157,7 @@ class ToOfficial(OneKindConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOpenClip(OneKindConversion):
+class ToOpenClip(ModelConversion):
     """A folder for open_clip, and what builds on it, CLIP_benchmark for example.
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
@@ -289,7 +273,7 @@ class ToHub(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToOnnx(OneKindConversion):
+class ToOnnx(ModelConversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
     They are run with onnxruntime at three batch sizes and compared before OUT appears. Takes
@@ -309,7 +293,7 @@ class ToOnnx(OneKindConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToExport(OneKindConversion):
+class ToExport(ModelConversion):
     """Both encoders as programs of torch.export for any batch size, image.pt2 and text.pt2.
 
     torch.export.load("image.pt2").module()(images) runs without this package or timm.

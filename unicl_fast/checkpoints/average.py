@@ -15,7 +15,7 @@ from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
     "image_encoder", "text_width", "text_layers", "text_heads", "text_activation", "text_causal",
-    "text_pool", "text_norm_eps", "embed_dim", "source_token", "projections", "context_length",
+    "text_pool", "text_norm_eps", "embed_dim", "context_length",
 )  # fmt: skip
 _PREPROCESSING = ("evaluation_resize", "image_size", "interpolation", "mean", "std")
 

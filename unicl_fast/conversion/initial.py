@@ -114,9 +114,8 @@ class _Loading:
         names += TEXT_SETTINGS if has_text else ()
         if self._option == "init" and image and model.class_rows is None:
             names += ["embed_dim", "image_projection"]
-        names += ["source_token"] if has_text else []
         if self._option == "init" and has_text:
-            names += ["text_projection", "projections"]
+            names += ["text_projection"]
         config, needed = model.config.model, source.settings
         wrong = {
             name: needed[name]
@@ -169,28 +168,19 @@ class _Loading:
             causal = self._model.config.model.text_causal
             found["positional_embedding"] = resize_positions(table, length, causal=causal)
             kind += f", its positions resized from {len(table)} to {length}"
-        if encoder.source_embedding is not None and "source_embedding" not in found:
-            found["source_embedding"] = encoder.source_embedding.detach()
-            self._fresh.append("source_embedding, which the source lacks")
         self._take("text_encoder.", found, kind)
         self._take_projection("text_projection")
 
     def take_scale_and_classes(self) -> None:
         """Takes the scale of the logits where it is learnt, and rows of the same classes."""
         scale, own = self._source.tensors.get("logit_scale"), self._model.logit_scale
-        if own.requires_grad and scale is not None and scale.ndim > own.ndim:
-            self._fresh.append("logit_scale, of which the source has one for each kind of text")
-        elif own.requires_grad and scale is not None:
-            self._take("", {"logit_scale": scale.expand(own.shape)}, "logit_scale")
+        if own.requires_grad and scale is not None:
+            self._take("", {"logit_scale": scale}, "logit_scale")
         self._take_if_both(
             "logit_bias",
             fresh="which the source lacks",
             left_out="which objective.form=softmax does not see",
         )
-        if self._model.word_rows is not None:
-            self._fresh.append("word_rows, which are of the words of the data")
-        elif "word_rows" in self._source.tensors:
-            self._left_out.append("word_rows, which are for objective.words")
         rows, needed = self._source.tensors.get("class_rows"), self._model.class_rows
         if needed is not None and rows is not None and rows.shape != needed.shape:
             self._fresh.append(f"class_rows, since the source has {list(rows.shape)}")
@@ -218,14 +208,9 @@ class _Loading:
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or leaves a fresh one where it is of another space."""
         names = [one for one in (name, f"{name}_bias") if one in self._own]
-        given: Mapping[str, Tensor] = self._source.tensors
+        given = self._source.tensors
         if not names:
             return
-        per_kind = [self._model.config.model.projections, self._source.settings.get("projections")]
-        if per_kind[0] == "per_kind" != per_kind[1]:  # both kinds begin with the source's
-            given = {one: torch.cat([given[one]] * 2, dim=-1) for one in names if one in given}
-        elif per_kind[1] == "per_kind" != per_kind[0]:
-            given = {}
         fits = [one in given and given[one].shape == self._own[one].shape for one in names]
         if all(fits) and (f"{name}_bias" in given) == (f"{name}_bias" in names):
             self._take("", {one: given[one] for one in names}, name)
@@ -311,15 +296,10 @@ def _after(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether a setting needs no change; an encoder may be known for several image sizes.
-
-    What tells prompts from captions may be added to a model that does not.
-    """
+    """Whether a setting needs no change; an encoder may be known for several image sizes."""
     if name == "image_encoder":
         stems = {_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs)}
         return len(stems) == 1
-    if name in ("source_token", "projections") and theirs in (False, "shared"):
-        return True
     return bool(ours == theirs)
 
 

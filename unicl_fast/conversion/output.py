@@ -86,12 +86,9 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def logits_of(model: UniCL) -> dict[str, Any]:
-    """The logarithm of the scale of the logits, and their bias where the model has one.
-
-    A scale for each kind of text is a list, in the order of `TEXT_KINDS`.
-    """
+    """The logarithm of the scale of the logits, and their bias where the model has one."""
     bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias.item()}
-    return {"logit_scale": model.logit_scale.tolist(), **bias}
+    return {"logit_scale": model.logit_scale.item(), **bias}
 
 
 def sample_images(model: UniCL) -> Tensor:

@@ -152,7 +152,6 @@ def _our_source(given: str, path: Path) -> Source:
         names += ["embed_dim", "image_projection"]
     if config.objective.has_texts:
         names += [*TEXT_SETTINGS, "text_projection", "context_length"]
-        names += ["source_token", "projections"]
     images = ("image_size", "mean", "std", "interpolation")
     return Source(
         name=given,

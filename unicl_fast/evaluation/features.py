@@ -169,7 +169,7 @@ def model_on_ranks(command: RankedCommand) -> Iterator[ModelOnRanks]:
         configure_logging(ranks)
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(command.checkpoint), ranks)
-        model = load_model(checkpoint, weights=command.weights).of_kind(command.kind)
+        model = load_model(checkpoint, weights=command.weights)
         on_device(model, device, ranks)
         model.config = resolve_decode_device(model.config, device, ranks)
         batch_size = getattr(command, "batch_size", 1)

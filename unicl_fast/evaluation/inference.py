@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.config import EVALUATED_KIND, TextKind
 from unicl_fast.evaluation.features import (
     encode_images,
     encode_token_rows,
@@ -46,13 +45,7 @@ _RANKED_AT_ONCE = 8192
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
 
-def load_model(
-    path: str | Path,
-    *,
-    weights: Weights = "auto",
-    kind: TextKind = EVALUATED_KIND,
-    device: str = "auto",
-) -> Model:
+def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
     """Loads a trained model for use.
 
     Args:
@@ -60,8 +53,6 @@ def load_model(
             hf-hub:OWNER/NAME for one on the Hugging Face hub.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one.
-        kind: what texts are taken for, "labels" (prompts) or "captions", by a model that tells
-            these apart; see `Model.of_kind`.
         device: auto, cpu or cuda.
 
     Raises:
@@ -69,24 +60,16 @@ def load_model(
         ValueError: damaged, without the average that was asked for, or no such device.
     """
     encoders = load.load_model(path, weights=weights)
-    return Model(on_device(encoders, choose_device(device)), kind=kind)
+    return Model(on_device(encoders, choose_device(device)))
 
 
 class Model:
     """A model in evaluation mode, on its device."""
 
-    def __init__(self, encoders: UniCL, *, kind: TextKind = EVALUATED_KIND) -> None:
+    def __init__(self, encoders: UniCL) -> None:
         """Takes any UniCL where it is, such as a trainer's; it gets into evaluation mode."""
-        self._whole = encoders.eval()
-        self.encoders = encoders.of_kind(kind)
+        self.encoders = encoders.eval()
         """The module itself, for all that is not offered here."""
-
-    def of_kind(self, kind: TextKind) -> Model:
-        """The same model for texts that are "labels" (prompts) or "captions".
-
-        Features of images are of that kind too, where it has projections per kind.
-        """
-        return Model(self._whole, kind=kind)
 
     def classify(
         self,

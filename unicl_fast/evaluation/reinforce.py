@@ -129,11 +129,6 @@ def load_teacher(given: str, *, precision: Literal["fp32", "bf16", "fp16"]) -> U
         objective=ObjectiveConfig(name="unicl" if knows_texts else "supcon"),
         efficiency=EfficiencyConfig(precision=precision),
     )
-    if config.tells_kinds:
-        raise ValueError(
-            f"{given} gives prompts and captions features of two kinds, and a teacher has one of "
-            "each: take another"
-        )
     model = UniCL(config)
     initialise(model)
     return model.eval()

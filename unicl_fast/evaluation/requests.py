@@ -16,7 +16,7 @@ from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 
 from msgspec import Meta
 
-from unicl_fast.config import EVALUATED_KIND, DeviceName, TextKind
+from unicl_fast.config import DeviceName
 from unicl_fast.system.atomic_files import refuse_file
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
@@ -60,9 +60,6 @@ class ModelCommand(abc.ABC):
     weights: Literal["auto", "ema", "model"] = "auto"
     """ema is the moving average of the weights, model the weights of the last step; auto takes the
     average where there is one."""
-    kind: TextKind = EVALUATED_KIND
-    """Kind that texts are taken for, labels (prompts) or captions, by a model that tells these
-    apart: model.source_token, model.projections=per_kind or objective.temperature=per_kind."""
     device: DeviceName = "auto"
     """Device that runs the model."""
 

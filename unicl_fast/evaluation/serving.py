@@ -116,9 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def run(command: Serve) -> None:
     """Serves until Ctrl-C. Raises OSError if the port is taken."""
-    model = load_model(
-        command.checkpoint, weights=command.weights, kind=command.kind, device=command.device
-    )
+    model = load_model(command.checkpoint, weights=command.weights, device=command.device)
     model.require_classes(command.classes)
     with Server(
         model, name=str(command.checkpoint), classes=command.classes, port=command.port

@@ -75,13 +75,8 @@ def ever_trained(model: UniCL) -> list[nn.Parameter]:
 
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
-    """Whether gradients of a tower's features are for something: its encoder or its projection.
-
-    Features of texts may have the scale of their kind in them.
-    """
-    own: tuple[str, ...] = (f"{tower}_encoder.", f"{tower}_projection")
-    if tower == "text" and model.config.objective.temperature == "per_kind":
-        own += ("logit_scale",)
+    """Whether gradients of a tower's features are for something: its encoder or its projection."""
+    own = (f"{tower}_encoder.", f"{tower}_projection")
     return any(one.requires_grad for name, one in model.named_parameters() if name.startswith(own))
 
 

@@ -4,27 +4,22 @@ Parameter names follow the released checkpoints (`resblocks.N.attn`, `mlp.c_fc`,
 converting them is renaming. Padding can be left out: the tokens of a batch are then in one row
 (`TokenRow`), which only attention has to know.
 
-With `source_token` the first position has a vector for each kind of text (prompt of a label, or
-caption) added to it: Saito et al., arXiv 2206.01125, put a token of its own in front. There is
-nothing of other kinds before the first token, so all tokens see it, and no text gets longer.
-
 `TextSettings` holds what open_clip's encoders do in another way, SigLIP's among them. Without a
 causal mask, or read at the last token, the padding is part of the text, and is always computed.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import TEXT_KINDS, Activation, TextPool
+from unicl_fast.config import Activation, TextPool
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
 """Of fresh embeddings. With positions as large as tokens, texts start out nearly equal."""
@@ -219,7 +214,6 @@ class TextEncoder(nn.Module):
         layers: int,
         heads: int,
         settings: TextSettings = TextSettings(),
-        source_token: bool = False,
     ) -> None:
         super().__init__()
         self.context_length = self.longest = context_length
@@ -228,9 +222,6 @@ class TextEncoder(nn.Module):
         self.ignores_padding, self.reads_end = settings.ignores_padding, settings.pool == "end"
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.source_embedding: nn.Parameter | None = None
-        if source_token:  # zeros, so that a run begins as one without
-            self.source_embedding = nn.Parameter(torch.zeros(len(TEXT_KINDS), width))
         self.resblocks = nn.ModuleList(
             TextBlock(width=width, heads=heads, settings=settings) for _ in range(layers)
         )
@@ -268,19 +259,14 @@ class TextEncoder(nn.Module):
         """
         with_last_block = (99999,)
         return {
-            "stem": r"^token_embedding|^positional_embedding|^source_embedding",
+            "stem": r"^token_embedding|^positional_embedding",
             "blocks": [(r"^resblocks\.(\d+)", None), (r"^ln_final", with_last_block)],
         }
 
     def forward(
-        self,
-        tokens: Int[Tensor, "u l"],
-        num_tokens: int | None = None,
-        kinds: Int[Tensor, " u"] | None = None,
+        self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
-
-        `kinds` are numbers of `TEXT_KINDS`, and needed where there is a source token.
 
         `num_tokens`, where given, computes so many tokens only: those that are not padding; or
         more, and some padding is computed too. Where padding is part of the text, all is computed,
@@ -298,47 +284,12 @@ class TextEncoder(nn.Module):
         ends = tokens.argmax(dim=1) if self.reads_end else tokens.new_full((u,), l - 1)
         row = None if num_tokens is None else TokenRow.build(ends, num_tokens, (u, l))
         x = self.token_embedding(tokens if row is None else tokens.flatten()[row.positions])
-        # not by an index: the gradient of one is added up in any order by several threads
-        if self.source_embedding is not None:
-            assert kinds is not None
-            # the first position of each kind comes after the l positions
-            table = self.positional_embedding[:l]
-            table = torch.cat([table, table[0] + self.source_embedding])
-            others = torch.arange(1, l, device=kinds.device).expand(u, -1)
-            positions = torch.cat([l + kinds[:, None], others], dim=1)
-            x = x + F.embedding(
-                positions if row is None else positions.flatten()[row.positions], table
-            )
-        elif row is None:
+        if row is None:
             x = x + self.positional_embedding[:l]
-        else:
+        else:  # not by an index: its gradient is added up in any order by several threads
             x = x + F.embedding(row.positions % l, self.positional_embedding)
         for block in self.resblocks:
             x = block(x, row)
         # normalising after picking the token is the same and l times less
         last = x[torch.arange(u, device=x.device), ends] if row is None else x[row.ends]
         return self.ln_final(last)  # type: ignore[no-any-return]
-
-    def of_kind(self, number: int) -> TextEncoder:
-        """The encoder for texts of one kind, which has no source token; shares all other weights.
-
-        Without a source token it is the encoder itself.
-        """
-        if self.source_embedding is None:
-            return self
-        encoder = shallow_copy(self)
-        positions = self.positional_embedding.detach().clone()
-        positions[0] += self.source_embedding.detach()[number]
-        encoder.positional_embedding = nn.Parameter(positions, requires_grad=False)
-        encoder.source_embedding = None
-        return encoder
-
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-
-def shallow_copy(module: _Module) -> _Module:
-    """A module of the same parts, of which some may be replaced without changing the first one."""
-    twin = copy.copy(module)
-    twin._parameters, twin._modules = dict(module._parameters), dict(module._modules)
-    return twin

@@ -6,7 +6,6 @@ This is the model and how it is built from a config. Files of weights are the bu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import TEXT_KINDS, ModelConfig, Projection, TextKind, TrainConfig
+from unicl_fast.config import ModelConfig, Projection, TrainConfig
 from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.freezing import FrozenParts
 from unicl_fast.models.image_encoder import (
@@ -25,15 +24,14 @@ from unicl_fast.models.image_encoder import (
     feature_width,
     set_image_size,
 )
-from unicl_fast.models.text_encoder import TextEncoder, TextSettings, shallow_copy
+from unicl_fast.models.text_encoder import TextEncoder, TextSettings
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
-the sigmoid form [], the projection to a teacher's features [d t], and the rows of words [k d + 1];
-None where there is none."""
+the sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
 
 
-TRAINING_ONLY = ("teacher_projection", "word_rows")
+TRAINING_ONLY = ("teacher_projection",)
 """Parameters of terms of the objective, which no feature depends on."""
 
 
@@ -45,14 +43,7 @@ class UniCL(nn.Module):
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
     None but under `objective.form=sigmoid`, `teacher_projection` but where distillation compares
-    features of another width, `word_rows` [k d + 1], rows as those of classes, but under
-    `objective.words`.
-
-    A model that `tells_kinds` takes the kind of each text, a number of `TEXT_KINDS`. With a
-    projection for each kind, [w 2d], an image has two features one after the other and a text has
-    zeros in the other kind's place; a scale for each kind, [2], is a factor of the texts. So the
-    loss, which only sees their products, is that of other models. `of_kind` gives the model for
-    texts of one kind, an ordinary one.
+    features of another width.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -60,8 +51,8 @@ class UniCL(nn.Module):
 
         Raises:
             ValueError: an encoder that timm does not know or that cannot be built so,
-                cross-entropy without a number of classes or `objective.words` without one of words,
-                or no projection between an encoder and a space of another width.
+                cross-entropy without a number of classes, or no projection between an encoder and
+                a space of another width.
         """
         super().__init__()
         self.config = config
@@ -72,8 +63,6 @@ class UniCL(nn.Module):
             raise ValueError(
                 "objective.num_classes: cross-entropy needs classes, and there are none"
             )
-        if objective.words and not objective.num_words:
-            raise ValueError("objective.num_words: objective.words needs words, and there are none")
         self.drop_path_key = DropPathKey(config.run.seed)
         settings = config.settings_of_stages
         with torch.random.fork_rng(devices=[]):
@@ -100,9 +89,6 @@ class UniCL(nn.Module):
                 self.text_projection, self.text_projection_bias = _projection(
                     model.text_projection, model.text_width, model
                 )
-            self.word_rows = None
-            if objective.words:
-                self.word_rows = _rows(objective.num_words, model.projected_width)
             self.teacher_projection = None
             if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
                 if not objective.teacher_width:
@@ -111,9 +97,8 @@ class UniCL(nn.Module):
                         "teacher's, and it is 0"
                     )
                 self.teacher_projection = _matrix(model.embed_dim, objective.teacher_width)
-        per_kind = objective.temperature == "per_kind"
         self.logit_scale = nn.Parameter(
-            torch.full([len(TEXT_KINDS)] if per_kind else [], _initial_logit_scale(config)),
+            torch.tensor(_initial_logit_scale(config)),
             requires_grad=model.learn_logit_scale and not classifies,
         )
         self.logit_bias = None
@@ -149,15 +134,13 @@ class UniCL(nn.Module):
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """Factor of the products of features; 1 where texts bring that of their kind along."""
-        if self.logit_scale.ndim:
-            return torch.ones_like(self.logit_scale[0])
+        """Factor of the products of features."""
         return self.logit_scale.exp()
 
     def encode_image(
         self, images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"]
     ) -> Float[Tensor, "b d"]:
-        """Features of normalised images, of unit norm; with projections per kind one for each kind.
+        """Features of normalised images, of unit norm.
 
         In place of images, what the image encoder gives of them may come: it is not run then.
 
@@ -167,92 +150,32 @@ class UniCL(nn.Module):
         features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
         if self.class_rows is not None:
             return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
-        features = project(features, self.image_projection, self.image_projection_bias)
-        if self.config.model.projections == "shared":
-            return _unit_norm(features)
-        return self._of_each_kind(features).flatten(1)
+        return _unit_norm(project(features, self.image_projection, self.image_projection_bias))
 
     def encode_text(
-        self,
-        tokens: Int[Tensor, "u l"],
-        num_tokens: int | None = None,
-        kinds: Int[Tensor, " u"] | None = None,
+        self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
         """Features of token rows, padded after the end-of-text token, of unit norm.
 
         `num_tokens` is how many of them are not padding, to compute those only; not fewer, which is
-        not checked (that would read the device). None computes all. `kinds` are the numbers of the
-        texts' kinds in `TEXT_KINDS`, for a model that tells them apart.
+        not checked (that would read the device). None computes all.
 
         Raises:
-            ValueError: the model was trained without texts, or needs to know their kinds.
+            ValueError: the model was trained without texts.
         """
         if self.text_encoder is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
                 "no text encoder: take unicl-eval linear-probe or knn"
             )
-        if not self.config.tells_kinds:
-            features = self.text_encoder(tokens, num_tokens)
-            return _unit_norm(project(features, self.text_projection, self.text_projection_bias))
-        if kinds is None:
-            raise ValueError(
-                "this model tells prompts of labels from captions: say what each text is (kinds), "
-                "or take the model for one kind (of_kind)"
-            )
-        features = self.text_encoder(tokens, num_tokens, kinds)
-        features = project(features, self.text_projection, self.text_projection_bias)
-        features = self._of_each_kind(features)
-        if features.shape[1] > 1:
-            numbers = torch.arange(len(TEXT_KINDS), device=kinds.device)
-            # F.one_hot would read the device
-            features = features * (kinds[:, None] == numbers).unsqueeze(2)
-        if self.logit_scale.ndim:
-            # not by an index: the gradient of one is added up in any order by several threads
-            scales = F.embedding(kinds, self.logit_scale.exp().unsqueeze(1))
-            features = features * scales.unsqueeze(2)
-        return features.flatten(1)
-
-    def _of_each_kind(self, features: Float[Tensor, "n k"]) -> Float[Tensor, "n pairs d"]:
-        """Unit vectors of the space of each pair of projections, one after the other."""
-        if self.config.model.projections == "shared":
-            return _unit_norm(features).unsqueeze(1)
-        return _unit_norm(features.unflatten(1, (len(TEXT_KINDS), -1)))
-
-    @torch.no_grad()
-    def of_kind(self, kind: TextKind) -> UniCL:
-        """The model for texts of one kind, to use and not to train; shares all weights it can.
-
-        Its features of images and texts, their products and their scale are those of this model for
-        such texts. A model that does not tell kinds apart is returned itself.
-        """
-        if not self.config.tells_kinds:
-            return self
-        replace, number = dataclasses.replace, TEXT_KINDS.index(kind)
-        model = shallow_copy(self)
-        model.config = replace(
-            self.config,
-            model=replace(self.config.model, source_token=False, projections="shared"),
-            objective=replace(self.config.objective, temperature="shared"),
-        )
-        if self.config.model.projections == "per_kind":
-            for side in ("image", "text"):
-                for name in (f"{side}_projection", f"{side}_projection_bias"):
-                    if (both := getattr(self, name)) is not None:
-                        own = both.detach().chunk(len(TEXT_KINDS), dim=-1)[number].contiguous()
-                        setattr(model, name, nn.Parameter(own, requires_grad=False))
-        if self.logit_scale.ndim:
-            model.logit_scale = nn.Parameter(self.logit_scale.detach()[number], requires_grad=False)
-        assert self.text_encoder is not None
-        model.text_encoder = self.text_encoder.of_kind(number)
-        return model
+        features = self.text_encoder(tokens, num_tokens)
+        return _unit_norm(project(features, self.text_projection, self.text_projection_bias))
 
     def forward(
         self,
         images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"],
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
-        kinds: Int[Tensor, " u"] | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
         """Computes features, and what else is learnt that the loss needs.
@@ -262,14 +185,13 @@ class UniCL(nn.Module):
         ranks, and returns what takes their place.
         """
         # texts first: their order decides how gradients are added up, and sending takes time
-        contrast = None if tokens is None else self.encode_text(tokens, num_tokens, kinds)
+        contrast = None if tokens is None else self.encode_text(tokens, num_tokens)
         if contrast is not None and after_texts is not None:
             contrast = after_texts(contrast)
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        learnt = self.scale, self.logit_bias, self.teacher_projection, self.word_rows
-        return features, contrast, *learnt
+        return features, contrast, self.scale, self.logit_bias, self.teacher_projection
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
@@ -322,14 +244,13 @@ def _text_encoder(model: ModelConfig) -> TextEncoder:
             mlp_ratio=model.text_mlp_ratio,
             norm_eps=model.text_norm_eps,
         ),
-        source_token=model.source_token,
     )
 
 
 def _projection(
     kind: Projection, width: int, model: ModelConfig
 ) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """The weight [width d] and the bias [d]; or [width 2d] and [2d], with both kinds equal."""
+    """The weight [width d] and the bias [d]."""
     embed_dim = model.embed_dim
     if kind == "none":
         if width != embed_dim:
@@ -338,10 +259,8 @@ def _projection(
                 f"({embed_dim}) must be the width of the image encoder's, {width}"
             )
         return None, None
-    weight = _matrix(width, embed_dim)
-    weight.data = weight.data.repeat(1, model.projected_width // embed_dim)
-    bias = nn.Parameter(torch.zeros(model.projected_width)) if kind == "biased" else None
-    return weight, bias
+    bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
+    return _matrix(width, embed_dim), bias
 
 
 def _rows(count: int, width: int) -> nn.Parameter:

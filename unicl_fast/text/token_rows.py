@@ -276,27 +276,3 @@ def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Arr
         return class_ids
     positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
     return np.where(members[positions] == class_ids, merged[positions], class_ids)
-
-
-@kernel
-def add_chances(
-    chances: npt.NDArray[np.float64],
-    seen: Int64Array,
-    tokens: UInt16Array,
-    starts: Int64Array,
-    lengths: Int64Array,
-    probabilities: npt.NDArray[np.float64],
-) -> None:
-    """Adds the probability of each text to `chances` [v] of each token that it has.
-
-    Text i is tokens[starts[i]:starts[i] + lengths[i]]. `seen` [v] int64 is 0 at first and handed
-    over from call to call: the number of the last text that had a token, counted from 1.
-    """
-    number = seen.max()
-    for text in range(starts.size):
-        number += 1
-        for position in range(starts[text], starts[text] + lengths[text]):
-            token = tokens[position]
-            if seen[token] != number:
-                seen[token] = number
-                chances[token] += probabilities[text]

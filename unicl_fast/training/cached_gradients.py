@@ -29,15 +29,12 @@ from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.positives import Ancestors
-from unicl_fast.objectives.words import Words
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
-    add_word_loss,
     classes_of_images,
     encoder_autocast,
     encoder_input,
-    kinds_of_texts,
     rows_of_teacher,
     texts_to_encode,
 )
@@ -68,7 +65,6 @@ def back_propagate_in_micro_batches(
     scale_loss: Callable[[Tensor], Tensor],
     *,
     ancestors: Ancestors | None = None,
-    words: Words | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
@@ -94,11 +90,11 @@ def back_propagate_in_micro_batches(
     image_features = pieces.encode_images().requires_grad_()
     with torch.no_grad(), pieces.autocast():
         scale = model.scale.requires_grad_()
-    bias, projection, word_rows = (
+    bias, projection = (
         None if one is None else one.detach().requires_grad_()
-        for one in (model.logit_bias, model.teacher_projection, model.word_rows)
+        for one in (model.logit_bias, model.teacher_projection)
     )
-    learnt = [one for one in (scale, bias, projection, word_rows) if one is not None]
+    learnt = [one for one in (scale, bias, projection) if one is not None]
     begin("loss")
     loss = columns.contrast(
         image_features,
@@ -109,7 +105,6 @@ def back_propagate_in_micro_batches(
         projection=projection,
         form=config.efficiency.loss,
     )
-    loss = add_word_loss(loss, image_features, word_rows, words, batch, config, ranks)
     gradients = torch.autograd.grad(scale_loss(loss), [image_features, text_features, *learnt])
     pieces.back_propagate(encode, gradients, begin)
     return loss.detach()
@@ -155,7 +150,7 @@ class _MicroBatches:
         """Encodes again, with a graph; `gradients` are of images, texts and what else is learnt."""
         of_images, of_texts, *others = gradients
         image_gradients = of_images.split(self._size)
-        text_gradients = of_texts.split([len(tokens) for tokens, *_ in self._texts])
+        text_gradients = of_texts.split([len(tokens) for tokens, _ in self._texts])
 
         def encode_again(encode: Callable[[], Tensor], gradient: Tensor) -> None:
             begin("forward")
@@ -198,17 +193,14 @@ def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor
 
 def _texts_in_pieces(
     batch: Batch, config: TrainConfig, ranks: Ranks
-) -> tuple[list[tuple[Tensor, int | None, Tensor | None]], Tensor, Tensor]:
+) -> tuple[list[tuple[Tensor, int | None]], Tensor, Tensor]:
     """The arguments of `encode_text` for each micro-batch, and all class ids [u] and counts [u]."""
     pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
     if divides_all(config, ranks):  # all ranks send parameters for each piece
         tokens, num_tokens, class_ids, counts = pieces[-1]
         again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
         pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))
-    texts = [
-        (tokens, num_tokens, kinds_of_texts(class_ids, config))
-        for tokens, num_tokens, class_ids, _ in pieces
-    ]
+    texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
     _, _, class_ids_of_all, counts_of_all = zip(*pieces, strict=True)
     return texts, torch.cat(class_ids_of_all), torch.cat(counts_of_all)
 

@@ -14,22 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unicl_fast.config import KIND_OPTIONS, DataConfig, ObjectiveConfig, TrainConfig
-from unicl_fast.dataset.arrays import blocks_of, positions_of_ranges
+from unicl_fast.config import DataConfig, ObjectiveConfig, TrainConfig
+from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.teacher_files import StoredTeacher, read_teacher, read_teachers
 from unicl_fast.distributed.ranks import Ranks, gather_objects
-from unicl_fast.objectives.words import Words, find_words
 from unicl_fast.pipelines.plan.concepts import read_concepts
-from unicl_fast.pipelines.plan.plan import CAPTION_CHANCE
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
-from unicl_fast.text.token_rows import add_chances
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -297,8 +293,8 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
 
     Raises:
         ValueError: no features of a teacher where they are to be learnt from, samples without
-            labels, another number of classes than the config says, classes above others where no
-            data set has a hierarchy, or texts of one kind alone for a model that tells kinds apart.
+            labels, another number of classes than the config says, or classes above others where
+            no data set has a hierarchy.
     """
     objective = config.objective
     if objective.distillation != "off":
@@ -311,8 +307,6 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
             "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
             "data.train has one: pack with --hierarchy, or take objective.positives=labels"
         )
-    if config.tells_kinds:
-        _require_both_kinds(datasets, config)
     if objective.has_texts:
         return config
     for dataset in datasets:
@@ -341,24 +335,6 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
     return dataclasses.replace(config, objective=objective)
 
 
-def _require_both_kinds(datasets: Sequence[PackedDataset], config: TrainConfig) -> None:
-    """Refuses (ValueError) data whose texts are all prompts, or all captions."""
-    shown = np.zeros(2, dtype=bool)
-    for dataset in datasets:
-        for rows in blocks_of(dataset.samples):
-            labelled, captioned = rows["labels_count"] > 0, rows["captions_count"] > 0
-            shown |= [
-                bool((labelled & (~captioned | (config.data.text != "captions"))).any()),
-                bool((captioned & (~labelled | (config.data.text != "labels"))).any()),
-            ]
-    if not shown.all():
-        only = "prompts of labels" if shown[0] else "captions"
-        raise ValueError(
-            f"{KIND_OPTIONS} tell prompts of labels from captions, and data.train shows {only} "
-            f"alone (data.text={config.data.text}): add data of the other kind, or leave them out"
-        )
-
-
 def _with_teacher(objective: ObjectiveConfig, teachers: Sequence[StoredTeacher]) -> ObjectiveConfig:
     """Fills in a teacher's width and scale."""
     width, scale = teachers[0].width, objective.distillation_scale
@@ -382,81 +358,6 @@ def describe_teachers(
     if config.objective.distillation == "off":
         return {}
     return {"teachers": [read_teacher(dataset, check=check).key for dataset in datasets]}
-
-
-def count_words(
-    datasets: Sequence[PackedDataset],
-    weights: Sequence[float] | None,
-    prompts: ClassPrompts,
-    config: TrainConfig,
-) -> Words:
-    """Counts, for `objective.words`, how often the plan draws texts that have each token.
-
-    Captions and prompts count by the chance with which they are drawn: of each data set's part of a
-    batch (`data.balance` aside) each sample has an equal one, of it each kind of text that
-    `data.text` allows, then each caption, label, class above it (`data.prompts`) and template.
-    """
-    tokenizer = Tokenizer()
-    chances, seen = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size, np.int64)
-    shares = np.array(weights or [len(dataset) for dataset in datasets], np.float64)
-    for number, dataset in enumerate(datasets):
-        of_labels: NDArray[np.float64] = np.zeros(int(prompts.num_classes[number]))
-        of_sample = shares[number] / shares.sum() / len(dataset)
-        for rows in blocks_of(dataset.samples):
-            num_captions, num_labels = rows["captions_count"], rows["labels_count"]
-            shown = np.where(num_labels > 0, CAPTION_CHANCE[config.data.text], 1.0)
-            if not len(of_labels):
-                shown[:] = 1.0
-            shown[num_captions == 0] = 0.0
-            positions = positions_of_ranges(rows["captions_start"], num_captions)
-            captions = dataset.captions[positions]
-            add_chances(
-                chances,
-                seen,
-                np.asarray(dataset.tokens),
-                captions["tokens_start"].astype(np.int64),
-                captions["tokens_length"].astype(np.int64),
-                np.repeat(of_sample * shown / np.maximum(num_captions, 1), num_captions),
-            )
-            if len(of_labels):
-                labels = dataset.labels[positions_of_ranges(rows["labels_start"], num_labels)]
-                each = of_sample * (1 - shown) / np.maximum(num_labels, 1)
-                of_labels += np.bincount(labels, np.repeat(each, num_labels), len(of_labels))
-        if config.data.prompts == "ancestors" and dataset.manifest.hierarchy is not None:
-            starts, chains = flat_chains(dataset.manifest.hierarchy)
-            lengths = np.diff(starts)
-            each = np.repeat(of_labels / lengths, lengths)
-            of_labels = np.bincount(chains, each, len(lengths)).astype(np.float64)
-        num_templates, length = int(prompts.num_templates[number]), prompts.tokens.shape[1]
-        first = prompts.first_prompt_rows[number]
-        prompt_rows = first + np.arange(len(of_labels) * num_templates)
-        add_chances(
-            chances,
-            seen,
-            prompts.tokens.reshape(-1),
-            prompt_rows * length,
-            np.full_like(prompt_rows, length),
-            np.repeat(of_labels / max(num_templates, 1), num_templates),
-        )
-    num_samples = sum(map(len, datasets))
-    no_words = [0, tokenizer.start_id, tokenizer.end_id]  # 0 pads rows, and is "!"
-    return find_words(chances, num_samples=num_samples, no_words=no_words)
-
-
-def with_num_words(config: TrainConfig, words: Words) -> TrainConfig:
-    """Sets `objective.num_words` to what the data has.
-
-    Raises:
-        ValueError: the config says another number.
-    """
-    objective = config.objective
-    if objective.num_words not in (0, words.num_words):
-        raise ValueError(
-            f"objective.num_words is {objective.num_words}, but the texts of the data have "
-            f"{words.num_words}: leave it at 0"
-        )
-    objective = dataclasses.replace(objective, num_words=words.num_words)
-    return dataclasses.replace(config, objective=objective)
 
 
 def rows_of_class_names(

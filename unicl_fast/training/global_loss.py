@@ -9,8 +9,7 @@ The other objectives are the same loss with other operands: for SupCon the texts
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
 gathered. For CLIP it is the same call: whoever makes the batch gives each text a class of its own.
 Under the sigmoid form images and texts go to `sigmoid_contrastive_loss`, which needs nothing of
-other ranks' images. `objective.words` adds a second term, of a rank's own images and learnt rows of
-words. docs/objectives.md.
+other ranks' images. docs/objectives.md.
 
 Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
 so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
@@ -51,14 +50,12 @@ from unicl_fast.objectives.loss import (
 from unicl_fast.objectives.loss_distillation import affinity_loss, feature_loss
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Ancestors, Membership
-from unicl_fast.objectives.targets import CAPTION_KEYS_START
-from unicl_fast.objectives.words import Words, word_loss
 from unicl_fast.text.prompts import LABEL_BITS
 from unicl_fast.training.step_clock import Part
 
 Encode = Callable[..., Encoded]
-"""The model, or its DDP wrapper: from images and, where there are texts, tokens, how many of them
-to compute and the kinds of texts."""
+"""The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
+them to compute."""
 
 
 def encoder_autocast(
@@ -78,13 +75,12 @@ def global_loss(
     ranks: Ranks,
     *,
     ancestors: Ancestors | None = None,
-    words: Words | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """The loss of the global batch under `objective.name`: a scalar, equal on all ranks.
 
-    `ancestors` are those of `objective.ancestor_weights`, `words` those of `objective.words`;
-    `begin` is told when the encoders are done.
+    `ancestors` are those of `objective.ancestor_weights`; `begin` is called when the encoders are
+    done.
     """
     objective = config.objective
     images = encoder_input(shown_images(batch), config)
@@ -107,18 +103,14 @@ def global_loss(
                 teacher=rows_of_teacher(batch, config, text_counts),
             )
         encode_both = functools.partial(
-            encode,
-            tokens=tokens,
-            num_tokens=num_tokens,
-            kinds=kinds_of_texts(text_class_ids, config),
-            after_texts=columns.send,
+            encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
-        image_features, contrast_features, scale, bias, projection, word_rows = encode_both(images)
+        image_features, contrast_features, scale, bias, projection = encode_both(images)
     begin("loss")
     form = config.efficiency.loss
     if columns is not None:
-        loss = columns.contrast(
+        return columns.contrast(
             image_features,
             contrast_features,
             class_ids=class_ids,
@@ -127,7 +119,6 @@ def global_loss(
             projection=projection,
             form=form,
         )
-        return add_word_loss(loss, image_features, word_rows, words, batch, config, ranks)
     one_direction = functools.partial(
         unified_contrastive_loss, directions="i2t", form=form, all_reduce=all_reduce_over(ranks)
     )
@@ -151,32 +142,6 @@ def global_loss(
         scale,
         text_class_ids=gather_rows(view_ids, ranks).roll(shift, 0),
         exclude_self=True,
-    )
-
-
-def add_word_loss(
-    loss: Float[Tensor, ""],
-    image_features: Float[Tensor, "b d"],
-    word_rows: Float[Tensor, "k e"] | None,
-    words: Words | None,
-    batch: Batch,
-    config: TrainConfig,
-    ranks: Ranks,
-) -> Float[Tensor, ""]:
-    """The loss, and that of the words of the images' texts with its weight, where there are words.
-
-    No rank needs anything of another but its mean: all have the rows of all words.
-    """
-    if words is None or word_rows is None:
-        return loss
-    return loss + config.objective.words * word_loss(
-        image_features,
-        word_rows,
-        words,
-        tokens=batch.tokens[:, : int(batch.text_lengths.max())],
-        text_index=batch.text_index,
-        form=config.efficiency.loss,
-        all_reduce=all_reduce_over(ranks),
     )
 
 
@@ -241,14 +206,6 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
     num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
     texts = tokens, num_tokens, batch.text_class_ids, batch.text_counts
     return pad_texts(*texts) if rounds else texts
-
-
-def kinds_of_texts(class_ids: Int[Tensor, " u"], config: TrainConfig) -> Int[Tensor, " u"] | None:
-    """The kind of each text by its class id, a number of `TEXT_KINDS`; None if it does not matter.
-
-    A caption that equals a prompt of a class has that class, and is of the kind of labels.
-    """
-    return (class_ids >= CAPTION_KEYS_START).long() if config.tells_kinds else None
 
 
 class TeacherRows(NamedTuple):

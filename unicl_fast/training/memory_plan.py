@@ -270,16 +270,13 @@ def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
 
 
 def _loss_bytes(config: TrainConfig, num_images: int, width: int, device_type: str) -> int:
-    """The loss of a rank's images, views of their own, and that of their words."""
+    """The loss of a rank's images and their second views."""
     objective, num_columns = config.objective, config.run.global_batch_size
     if objective.name == "ce":
         num_columns = sum(objective.num_classes)
     elif objective.name == "supcon":
         num_columns *= 2
-    found = _logit_bytes(config, num_images, num_columns, width, device_type)
-    if objective.words:
-        found += _logit_bytes(config, num_images, objective.num_words, width + 1, device_type)
-    return found
+    return _logit_bytes(config, num_images, num_columns, width, device_type)
 
 
 def _logit_bytes(
@@ -410,8 +407,7 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
 
         def encode_text(one: UniCL, rows: Tensor) -> Tensor:
             packed = config.efficiency.text_layout == "packed"
-            kinds = rows.new_zeros(len(rows))
-            return one.encode_text(rows, rows.numel() if packed else None, kinds)
+            return one.encode_text(rows, rows.numel() if packed else None)
 
         def kept(
             tower: str, encode: Callable[[UniCL, Tensor], Tensor], make: Any

@@ -129,16 +129,13 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
         if model.text_encoder is not None:
             rows, num_tokens = _fake_texts(config, batch)
             num_texts = len(rows)
-            kinds = rows.new_zeros(num_texts)
-            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens, kinds))
+            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens))
     world_size = config.run.global_batch_size // batch.batch_size
     num_columns = world_size * (num_texts or num_rows)
     if config.objective.name == "ce":
         num_columns = sum(config.objective.num_classes)
     sides = is_trained(model, "image"), model.text_encoder is None or is_trained(model, "text")
     logits = (1 + sum(sides)) * 2 * num_rows * num_columns * features.shape[1]
-    if model.word_rows is not None:
-        logits += (2 + sides[0]) * 2 * num_rows * model.word_rows.numel()
     return float(num_rows * of_image + of_texts + logits)
 
 

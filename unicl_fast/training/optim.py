@@ -43,7 +43,6 @@ _HOW_TO_BUILD_APEX = (
 _UNDECAYED_NAMES = (
     "logit_scale",
     "positional_embedding",
-    "source_embedding",
     "pos_embed",
     "absolute_pos_embed",
     "relative_position_bias_table",

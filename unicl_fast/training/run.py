@@ -38,7 +38,6 @@ from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
 from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.words import Words
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device, free_memory
@@ -51,7 +50,6 @@ from unicl_fast.training.data import (
     build_prompts,
     cache_options,
     check_tokenizer,
-    count_words,
     describe_datasets,
     describe_teachers,
     distinct_names,
@@ -59,7 +57,6 @@ from unicl_fast.training.data import (
     open_datasets,
     resolve_decode_device,
     rows_of_class_names,
-    with_num_words,
     with_threads,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
@@ -90,13 +87,12 @@ class _RunData:
     """The data of a run, opened on this rank."""
 
     config: TrainConfig
-    """With what it takes from the data: the length of the run, and the number of words."""
+    """With what it takes from the data: the length of the run, the number of classes."""
     datasets: list[PackedDataset]
     weights: list[float] | None
     description: dict[str, Any]
     """As checkpoints store it, to know the data again."""
     prompts: ClassPrompts
-    words: Words | None
 
 
 def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
@@ -352,7 +348,6 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(data, ranks, evaluate),
         ancestors=data.prompts.ancestors,
-        words=data.words,
         data=data.description,
         dataset_meter=DatasetMeter(
             distinct_names([dataset.location for dataset in data.datasets], may_repeat=True),
@@ -399,19 +394,12 @@ def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
         with refused_together(ranks):
             check_ranks_agree(describe_rank(config, description), ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
-    prompts = build_prompts(datasets, config)
-    words = None
-    if config.objective.words:
-        mark("counting words", patience=START_PATIENCE)
-        words = count_words(datasets, weights, prompts, config)
-        config = with_num_words(config, words)
     return _RunData(
         config=config,
         datasets=datasets,
         weights=weights,
         description=description,
-        prompts=prompts,
-        words=words,
+        prompts=build_prompts(datasets, config),
     )
 
 

@@ -30,7 +30,7 @@ from unicl_fast.checkpoints.state import (
     restore_checkpoint,
 )
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import EVALUATED_KIND, TEXT_KINDS, TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
@@ -51,7 +51,6 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
-from unicl_fast.objectives.words import Words, place_words
 from unicl_fast.stages import span_at
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import choose_device
@@ -134,7 +133,6 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         ancestors: AncestorTable | None = None,
-        words: Words | None = None,
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
@@ -153,7 +151,6 @@ class Trainer:
             device: None takes the one that `run.device` means.
             evaluations: by name; all ranks call them together.
             ancestors: the classes above others, for `objective.ancestor_weights`.
-            words: the words of the texts, for `objective.words`.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
@@ -204,7 +201,6 @@ class Trainer:
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self.model.set_stage(self.stage.config)
         self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
-        self._words = place_words(words, config.objective, self.device)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -390,7 +386,6 @@ class Trainer:
                 self.ranks,
                 self._scale_loss,
                 ancestors=self._ancestors,
-                words=self._words,
                 begin=self._begin,
             )
         global_index = shown_indices(batch, global_batch_size=config.run.global_batch_size)
@@ -401,7 +396,6 @@ class Trainer:
             config,
             self.ranks,
             ancestors=self._ancestors,
-            words=self._words,
             begin=self._begin,
         )
         self._scale_loss(loss).backward()
@@ -593,9 +587,7 @@ class Trainer:
         session.replaced_samples.check(num_replaced)
 
     def _scale_and_bias(self) -> dict[str, float]:
-        scale, bias = self.model.logit_scale.detach(), self.model.logit_bias
-        names = [f"logit_scale/{kind}" for kind in TEXT_KINDS] if scale.ndim else ["logit_scale"]
-        values: dict[str, float] = dict(zip(names, scale.reshape(-1).tolist(), strict=True))
+        values, bias = {"logit_scale": self.model.logit_scale.item()}, self.model.logit_bias
         return values if bias is None else values | {"logit_bias": bias.item()}
 
     def _learning_rate(self) -> float:
@@ -659,7 +651,7 @@ class Trainer:
         self._mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         with self.parallel.evaluated(model) as evaluated, self._at_full_size(evaluated):
-            results = self.evaluations[name](evaluated.eval().of_kind(EVALUATED_KIND))
+            results = self.evaluations[name](evaluated.eval())
         values = {f"{name}/{key}": value for key, value in results.items()}
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
