@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.teacher_files import StoredTeacher, read_teachers
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
-from unicl_fast.system.wording import count_of
 from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -51,12 +49,8 @@ from .graph import (
     reason_of,
 )
 from .kernels.operators import parts_for
-from .plan.balance import Balance, balance_dataset
-from .plan.concepts import read_concepts
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
-
-logger = logging.getLogger("unicl_fast")
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -84,7 +78,6 @@ class TrainLoader:
         spans: tuple[Span, ...] = (),
         stage: int = -1,
         in_order: StoredViews | None = None,
-        balances: Sequence[Balance | None] | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -101,7 +94,6 @@ class TrainLoader:
             spans: those of the run, if it has stages.
             stage: number of the one that `config` is of.
             in_order: show these views of the one data set, sample by sample: for a teacher.
-            balances: those of another stage's plan; None finds them by `data.balance`.
 
         Raises:
             ValueError: data that cannot be planned or shared, or without the teacher's features
@@ -137,13 +129,8 @@ class TrainLoader:
         if config.objective.distillation != "off":
             teachers = read_teachers(datasets, data)
         views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
-        if balances is None:
-            balances = _find_balances(datasets, data, is_main=rank == 0)
         self.plan = TrainPlan(
-            [
-                _plan_source(dataset, prompts, data, i, balance)
-                for i, (dataset, balance) in enumerate(zip(datasets, balances, strict=True))
-            ],
+            [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
@@ -333,32 +320,8 @@ def fit_prefetch(
     return dataclasses.replace(data, prefetch=1)
 
 
-def _find_balances(
-    datasets: Sequence[PackedDataset], data: DataConfig, *, is_main: bool
-) -> list[Balance | None]:
-    """Finds each data set's balance by `data.balance`, which the main rank logs."""
-    if not data.balance:
-        return [None] * len(datasets)
-    concepts = read_concepts(Path(data.balance_concepts)) if data.balance_concepts else None
-    found: list[Balance | None] = []
-    for dataset in datasets:
-        balance = balance_dataset(dataset, data.balance, concepts)
-        found.append(balance)
-        if is_main:
-            logger.info(
-                "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
-                data.balance, balance.num_draws, len(dataset), dataset.location,
-                count_of(balance.num_capped, "class or concept" if concepts else "class"),
-            )  # fmt: skip
-    return found
-
-
 def _plan_source(
-    dataset: PackedDataset,
-    prompts: ClassPrompts,
-    data: DataConfig,
-    number: int,
-    balance: Balance | None,
+    dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     hierarchy = dataset.manifest.hierarchy if data.prompts != "labels" else None
@@ -369,7 +332,6 @@ def _plan_source(
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
         chains=None if hierarchy is None else flat_chains(hierarchy),
-        balance=balance,
     )
 
 

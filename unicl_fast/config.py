@@ -160,15 +160,6 @@ class DataConfig:
     """Groups of a global batch that each take a part of every shuffle window, so that a machine
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
-    balance: Count = 0
-    """Most samples that an epoch takes of a class; 0 takes all. A class with more of them gives
-    others to each epoch, in turns, so that none comes twice in an epoch and each as often as the
-    others of its class. MetaCLIP's rule, by labels; of several labels the rarest counts, and
-    samples without one are not limited. Not together with shuffle_window."""
-    balance_concepts: str = ""
-    """File of concepts, one a line, that count as classes in balance where a caption names them.
-    A caption names a concept that has its words one after another; of all of a sample's concepts
-    and labels the rarest counts."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -202,16 +193,6 @@ class DataConfig:
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
-        )
-        require(
-            not (self.balance and self.shuffle_window),
-            "data.balance takes samples from all over a data set, and data.shuffle_window from a "
-            "part of it: set one of them to 0",
-        )
-        require(
-            self.balance > 0 or not self.balance_concepts,
-            "data.balance_concepts says what data.balance counts: set data.balance too, or leave "
-            "it empty",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,

@@ -32,7 +32,6 @@ from unicl_fast.system.keyed_random import (
 )
 
 from .augment import draw_rows, num_stages, row_width
-from .balance import Balance
 from .crop import random_windows
 from .order import (
     Int64Array,
@@ -62,8 +61,6 @@ class PlanSource:
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
-    balance: Balance | None = None
-    """The samples that an epoch takes of each class (`data.balance`); None takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +152,6 @@ class _Purpose(enum.IntEnum):
     SUBSTITUTE = 8
     SECOND_VIEW = 9
     AUGMENT = 10
-    BALANCE = 11
     ANCESTOR = 12
     STORED_VIEW = 13
     VIEW_NUMBER = 14
@@ -172,11 +168,10 @@ def samples_of_draws(
     global_batch_size: int,
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
-    balance: Balance | None = None,
 ) -> Int64Array:
     """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
 
-    N is the `size` of the source; with a `balance` it is the number of draws of an epoch of that.
+    N is the `size` of the source.
 
     `draws` [b] are numbered over the whole run, step by step, `source_draws` [b] the same counted
     among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
@@ -187,7 +182,6 @@ def samples_of_draws(
         groups = shuffle_groups_of(
             shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
         )
-    size = size if balance is None else balance.num_draws
     epochs, positions = np.divmod(source_draws, size)
     found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
     ids = np.empty_like(positions)
@@ -202,8 +196,6 @@ def samples_of_draws(
             epoch=int(epoch),
             draws=draws[chosen],
         )
-    if balance is not None:
-        ids = balance.samples(epochs, ids, key=fold_key(seed, _Purpose.BALANCE, source))
     return ids
 
 
@@ -232,7 +224,7 @@ class TrainPlan:
             global_batch_size: samples of one step over all ranks.
             seed: decides everything that is drawn.
             weights: each source's part of every batch, in any unit; None takes the numbers of
-                samples in an epoch, so that all sources finish an epoch together.
+                samples, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
             spans: of all stages of the run; none is a run of one.
             stage: number of the one that is planned here.
@@ -245,18 +237,15 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source, text=data.text)
-        self.epoch_sizes = [
-            len(source.samples) if source.balance is None else source.balance.num_draws
-            for source in sources
-        ]
+        self._sizes = [len(source.samples) for source in sources]
         if weights is None:
-            weights = self.epoch_sizes
+            weights = self._sizes
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights were given for {len(sources)} data sets")
         self.weights = integer_weights(weights)
         self.global_batch_size = global_batch_size
         names = [source.name for source in sources]
-        _check_sizes(names, self.epoch_sizes, self.weights, global_batch_size=global_batch_size)
+        _check_sizes(names, self._sizes, self.weights, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
@@ -273,11 +262,6 @@ class TrainPlan:
         self._num_levels = max(
             (int(np.diff(starts).max(initial=1)) for starts in chains), default=1
         )
-
-    @property
-    def balances(self) -> list[Balance | None]:
-        """Each source's, for another plan of the same sources."""
-        return [source.balance for source in self._sources]
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -321,7 +305,7 @@ class TrainPlan:
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""
         draws = draws_before(self._draws_before(num_steps), self.weights)
-        return [count / size for count, size in zip(draws, self.epoch_sizes, strict=True)]
+        return [count / size for count, size in zip(draws, self._sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """Plans substitutes for planned samples that turned out to be bad.
@@ -373,7 +357,6 @@ class TrainPlan:
                 global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
                 shuffle_groups=self.shuffle_groups,
-                balance=source.balance,
             )
         return source_ids, sample_ids
 
@@ -595,18 +578,18 @@ def _check_source(source: PlanSource, *, text: Literal["any", "captions", "label
 
 def _check_sizes(
     names: Sequence[str],
-    epoch_sizes: Sequence[int],
+    sizes: Sequence[int],
     weights: tuple[int, ...],
     *,
     global_batch_size: int,
 ) -> None:
     """Refuses a source that one batch would need more samples of than an epoch has."""
     total = sum(weights)
-    for name, size, weight in zip(names, epoch_sizes, weights, strict=True):
+    for name, size, weight in zip(names, sizes, weights, strict=True):
         if size * total < global_batch_size * weight:
             raise ValueError(
                 f"{name} has {size} samples in an epoch, fewer than its part of one "
                 f"global batch, {global_batch_size * weight / total:.1f} of {global_batch_size}: "
-                "a batch would hold a sample twice. Give it a smaller weight, make "
-                "run.global_batch_size smaller, or raise data.balance where it is set"
+                "a batch would hold a sample twice. Give it a smaller weight, or make "
+                "run.global_batch_size smaller"
             )

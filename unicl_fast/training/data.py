@@ -22,7 +22,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.teacher_files import StoredTeacher, read_teacher, read_teachers
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.objectives.words import Words, find_words
-from unicl_fast.pipelines.plan.concepts import read_concepts
 from unicl_fast.pipelines.plan.plan import CAPTION_CHANCE
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
@@ -259,20 +258,18 @@ def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> in
 
 
 def describe_datasets(
-    datasets: Sequence[PackedDataset], weights: Sequence[float] | None, concepts: str = ""
+    datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
     """Describes what a run is trained on: contents, not paths, so that data may be moved.
 
-    Checkpoints hold it, and a run that is resumed compares it. `concepts` is the file of
-    `data.balance_concepts`.
+    Checkpoints hold it, and a run that is resumed compares it.
     """
     manifests = [dataset.manifest for dataset in datasets]
     known = [manifest.hierarchy for manifest in manifests]
     hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
-    digest = concepts and read_concepts(Path(concepts)).digest
-    optional = {"hierarchies": hierarchies if any(hierarchies) else None, "concepts": digest}
     # without any, as in checkpoints of versions that knew none
-    return {name: value for name, value in optional.items() if value} | {
+    optional: dict[str, Any] = {"hierarchies": hierarchies} if any(hierarchies) else {}
+    return optional | {
         "shares": list(weights) if weights else None,
         "sources": [
             {
@@ -393,8 +390,8 @@ def count_words(
     """Counts, for `objective.words`, how often the plan draws texts that have each token.
 
     Captions and prompts count by the chance with which they are drawn: of each data set's part of a
-    batch (`data.balance` aside) each sample has an equal one, of it each kind of text that
-    `data.text` allows, then each caption, label, class above it (`data.prompts`) and template.
+    batch each sample has an equal one, of it each kind of text that `data.text` allows, then each
+    caption, label, class above it (`data.prompts`) and template.
     """
     tokenizer = Tokenizer()
     chances, seen = np.zeros(tokenizer.vocab_size), np.zeros(tokenizer.vocab_size, np.int64)

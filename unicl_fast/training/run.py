@@ -370,7 +370,7 @@ def build_trainer(
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
         last = data.config.settings_of_stages[-1]
-        whole = dataclasses.replace(last.data, shuffle_window=0, balance=0, balance_concepts="")
+        whole = dataclasses.replace(last.data, shuffle_window=0)
         of_epoch = dataclasses.replace(last, data=whole)
         features = stored_features(
             trainer.model,
@@ -391,7 +391,7 @@ def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    description = describe_datasets(datasets, weights, config.data.balance_concepts)
+    description = describe_datasets(datasets, weights)
     with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
         description |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
     if ranks.world_size > 1:
@@ -421,8 +421,8 @@ def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Rank
     return Ledger(
         run_folder / LEDGER_FOLDER,
         sources=[
-            LedgerSource(name, len(dataset), size if size < len(dataset) else 0)
-            for name, dataset, size in zip(names, data.datasets, plan.epoch_sizes, strict=True)
+            LedgerSource(name, len(dataset))
+            for name, dataset in zip(names, data.datasets, strict=True)
         ],
         global_batch_size=plan.global_batch_size,
         spans=data.config.run.spans,
@@ -430,9 +430,7 @@ def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Rank
         shares=plan.weights,
         shuffle_window=plan.shuffle_window,
         shuffle_groups=plan.shuffle_groups,
-        balance=data.config.data.balance,
         teachers=data.description.get("teachers", ()),
-        concepts=data.description.get("concepts", ""),
         ranks=ranks,
     )
 
@@ -467,8 +465,7 @@ def _build_stages(data: _RunData, build: Callable[..., PlannedLoader]) -> Planne
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(data.datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
-        balances = loaders[0].plan.balances if loaders else None  # no stage has its own
-        loaders.append(build(stage, prompts=by_length[length], balances=balances, **of_stage))
+        loaders.append(build(stage, prompts=by_length[length], **of_stage))
     return StagedLoader(loaders, config.run.spans)
 
 
