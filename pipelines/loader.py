@@ -23,7 +23,6 @@ from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead, 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher, read_teachers
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.ancestors import flat_chains
@@ -50,7 +49,7 @@ from .graph import (
 )
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
-from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
+from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -77,7 +76,6 @@ class TrainLoader:
         quarantine: Path | None = None,
         spans: tuple[Span, ...] = (),
         stage: int = -1,
-        in_order: StoredViews | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -93,11 +91,9 @@ class TrainLoader:
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
             spans: those of the run, if it has stages.
             stage: number of the one that `config` is of.
-            in_order: show these views of the one data set, sample by sample: for a teacher.
 
         Raises:
-            ValueError: data that cannot be planned or shared, or without the teacher's features
-                that `objective.distillation` needs; or `config` has stages.
+            ValueError: data that cannot be planned or shared; or `config` has stages.
         """
         if config.run.stages:
             raise ValueError(
@@ -125,10 +121,6 @@ class TrainLoader:
             form=self.form,
             augmentation=self.augmentation,
         )
-        teachers: Sequence[StoredTeacher] = ()
-        if config.objective.distillation != "off":
-            teachers = read_teachers(datasets, data)
-        views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
@@ -138,8 +130,6 @@ class TrainLoader:
             augmentations=augmentations,
             spans=spans,
             stage=stage,
-            stored_views=[in_order] if in_order is not None else views or None,
-            in_order=in_order is not None,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
@@ -147,9 +137,6 @@ class TrainLoader:
             part = sum(data.crop_scale) / 2  # of a window on average
             self._data = fit_prefetch(data, datasets, num_images=self.num_images, part=part)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
-        for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=False)):
-            unreadable = teacher.unreadable.intersection(range(len(dataset)))
-            self._bad.expect(number, unreadable, "the teacher could not read its image")
         self.host = HostBatches(
             config,
             list(datasets),
@@ -159,7 +146,6 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
             form=self.form,
-            teachers=teachers,
         )
 
     @property
@@ -238,11 +224,7 @@ class TrainLoader:
         ):
             for (images, integers), metadata in outputs:
                 first, *second = images.chunk(self.plan.num_views)
-                beside = {
-                    name: send(torch.from_numpy(values), self._decode_device)
-                    for name in ("image_classes", "teacher_images", "teacher_texts")
-                    if (values := getattr(metadata, name)) is not None
-                }
+                classes = metadata.image_classes
                 texts = unpack_integers(
                     integers[: len(first)], num_texts=len(metadata.text_lengths)
                 )
@@ -254,11 +236,13 @@ class TrainLoader:
                     sample_ids=torch.from_numpy(metadata.actual.sample_ids),
                     scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
                     source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
-                    **beside,
+                    image_classes=None
+                    if classes is None
+                    else send(torch.from_numpy(classes), self._decode_device),
                     **texts,
                 )
                 # held here, their buffers could not be reused
-                del images, first, second, integers, texts, beside
+                del images, first, second, integers, texts
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""

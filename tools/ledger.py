@@ -104,7 +104,6 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
             seed=state["config"]["run"]["seed"],
             global_batch_size=state["config"]["run"]["global_batch_size"],
             sizes=[source["num_samples"] for source in state["data"]["sources"]],
-            teachers=tuple(state["data"].get("teachers", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return newest, None

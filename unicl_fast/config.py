@@ -52,7 +52,6 @@ DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 ObjectiveForm = Literal["softmax", "sigmoid"]
 PositivesName = Literal["text", "labels", "ancestors"]
-Distillation = Literal["off", "affinity", "features"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -349,18 +348,6 @@ class ObjectiveConfig:
     num_classes: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...] = ()
     """For ce: learnt rows for each data set; empty takes the data's. One number where
     data.label_space is shared."""
-    distillation: Distillation = "off"
-    """Learn from a teacher's stored features too: off, affinity or features. affinity compares what
-    images and texts have to do with each other, as MobileCLIP does; features compares the features
-    themselves, through a learnt projection where widths differ. Images are shown in the views that
-    the teacher saw. For unicl and clip, and data sets that unicl-pack reinforce was given."""
-    distillation_weight: Fraction = 0.5
-    """Part of the distillation in the loss; the objective's own is the rest."""
-    distillation_scale: FiniteNonNegative = 0.0
-    """For affinity: factor of the teacher's products, the inverse of its temperature; 0 takes the
-    teacher's own, or 10 where it has no texts."""
-    teacher_width: Annotated[int, Meta(ge=0, le=65_536)] = 0
-    """For distillation: width of the teacher's features; 0 takes the data's."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="objective")
@@ -368,16 +355,6 @@ class ObjectiveConfig:
             not self.mixes or self.name in ("unicl", "ce"),
             f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
             "take unicl or ce, or set both to 0",
-        )
-        require(
-            self.distillation == "off" or self.has_texts,
-            f"objective.distillation={self.distillation} is for unicl and clip, not for "
-            f"{self.name}: take objective.distillation=off",
-        )
-        require(
-            self.distillation == "off" or not self.mixes,
-            "objective.distillation shows images as the teacher saw them, and objective.mixup and "
-            "objective.cutmix mix them: set both to 0",
         )
         require(
             self.form == "softmax" or self.has_texts,
@@ -691,11 +668,6 @@ class TrainConfig:
             f"{self.objective.name} does not: take unicl, or leave them out",
         )
         require(
-            not self.tells_kinds or self.objective.distillation == "off",
-            f"{KIND_OPTIONS} compare images with prompts and captions in different ways, which a "
-            "teacher does not: leave them out, or take objective.distillation=off",
-        )
-        require(
             self.data.prompts != "ancestors" or self.objective.positives == "ancestors",
             "data.prompts=ancestors shows images with prompts of classes above their labels, which "
             "must be their positives: set objective.positives=ancestors too",
@@ -783,10 +755,6 @@ def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
         stage["context_length"] == own["context_length"]
         or (objective.has_texts and objective.positives != "ancestors"),
         "context_length is for objectives with texts, and not for objective.positives=ancestors",
-    )
-    require(
-        stage["context_length"] == own["context_length"] or objective.distillation == "off",
-        "context_length makes one text of several that objective.distillation tells apart",
     )
     require(
         not config.efficiency.image_features

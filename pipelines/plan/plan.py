@@ -86,8 +86,6 @@ class PlannedBatch:
     augment_rows: NDArray[np.float32]
     """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
     is 0 where no source augments."""
-    view_numbers: Int64Array
-    """The number of the stored view; -1 where views are drawn anew in each draw."""
 
     @property
     def num_views(self) -> int:
@@ -102,8 +100,6 @@ def split_windows(
     return np.ascontiguousarray(starts), np.ascontiguousarray(shapes), np.ascontiguousarray(flips)
 
 
-_SAMPLE_BITS = 40
-"""Bits of a sample's number in the counter of its stored views; the view's are above them."""
 SAMPLE_FIELDS = tuple(
     field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
 )
@@ -128,17 +124,6 @@ def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> li
     ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StoredViews:
-    """The views of a data set that a teacher saw: `count` of each sample, by a seed of their own.
-
-    View k of sample i has a crop, flip and augmentation that are functions of (seed, i, k).
-    """
-
-    count: int
-    seed: int
-
-
 class _Purpose(enum.IntEnum):
     """Keeps the random streams apart. The numbers are part of what a seed means: never reuse."""
 
@@ -153,8 +138,6 @@ class _Purpose(enum.IntEnum):
     SECOND_VIEW = 9
     AUGMENT = 10
     ANCESTOR = 12
-    STORED_VIEW = 13
-    VIEW_NUMBER = 14
 
 
 def samples_of_draws(
@@ -213,8 +196,6 @@ class TrainPlan:
         augmentations: Sequence[Augmentation] | None = None,
         spans: tuple[Span, ...] = (),
         stage: int = -1,
-        stored_views: Sequence[StoredViews] | None = None,
-        in_order: bool = False,
     ) -> None:
         """Checks that every draw will have something to show.
 
@@ -228,8 +209,6 @@ class TrainPlan:
             augmentations: each source's, all with the same number of views; None is none.
             spans: of all stages of the run; none is a run of one.
             stage: number of the one that is planned here.
-            stored_views: each source's, of which a draw shows one; None draws views anew.
-            in_order: show all stored views of the one source, sample by sample, as a teacher does.
 
         Raises:
             ValueError: an empty source, one smaller than its part of a batch, a sample without
@@ -250,7 +229,6 @@ class TrainPlan:
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
-        self._stored_views, self._in_order = stored_views, in_order
         self.seed = seed
         self.shuffle_window = data.shuffle_window
         self.shuffle_groups = data.shuffle_groups
@@ -339,10 +317,6 @@ class TrainPlan:
     ) -> tuple[NDArray[np.int32], Int64Array]:
         """Source and sample at each global index."""
         draws = self._draws_before(step) + global_index
-        if self._in_order:
-            assert self._stored_views is not None
-            samples = draws // self._stored_views[0].count % len(self._sources[0].samples)
-            return np.zeros(len(draws), np.int32), samples
         source_ids, source_draws = assign_sources(draws, self.weights)
         sample_ids = np.empty(len(global_index), dtype=np.int64)
         for number, source in enumerate(self._sources):
@@ -381,10 +355,7 @@ class TrainPlan:
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
-        view_numbers = self._draw_view_numbers(source_ids, draws, streams=streams)
-        windows, augment_rows = self._draw_views(
-            sizes, source_ids, sample_ids, draws, view_numbers, streams=streams
-        )
+        windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
             global_index=global_index,
@@ -395,29 +366,13 @@ class TrainPlan:
             labels=texts[1],
             templates=texts[2],
             augment_rows=augment_rows,
-            view_numbers=view_numbers,
         )
-
-    def _draw_view_numbers(
-        self, source_ids: NDArray[np.int32], draws: Int64Array, *, streams: tuple[int, ...]
-    ) -> Int64Array:
-        """The stored view that each draw shows; -1 where none are stored."""
-        if self._stored_views is None:
-            return np.full(len(draws), -1, dtype=np.int64)
-        counts = np.array([views.count for views in self._stored_views], dtype=np.int64)[source_ids]
-        if self._in_order:
-            return draws % counts
-        key = np.uint64(self._key(*streams, _Purpose.VIEW_NUMBER))
-        numbers: Int64Array = (random_units(key, draws) * counts).astype(np.int64)
-        return numbers
 
     def _draw_views(
         self,
         sizes: Int64Array,
         source_ids: NDArray[np.int32],
-        sample_ids: Int64Array,
         draws: Int64Array,
-        view_numbers: Int64Array,
         *,
         streams: tuple[int, ...],
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -430,10 +385,6 @@ class TrainPlan:
             for number, augmentation in enumerate(self._augmentations):
                 mine = self._rows_of(number, source_ids)
                 counters, key_of = draws[mine], functools.partial(self._key, *own)
-                if self._stored_views is not None:  # of the sample, whatever draw shows it
-                    counters = view_numbers[mine] << _SAMPLE_BITS | sample_ids[mine]
-                    seed = self._stored_views[number].seed
-                    key_of = functools.partial(fold_key, seed, _Purpose.STORED_VIEW)
                 windows[mine, view, :2], windows[mine, view, 2:4] = random_windows(
                     sizes[0, mine],
                     sizes[1, mine],

@@ -356,12 +356,9 @@ def train_each(
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        distils = config.objective.distillation != "off"
         trainer = Trainer(
             config,
-            labelled_loader(images, "features", **place)
-            if distils
-            else StepLoader(images, **place, make=make),
+            StepLoader(images, **place, make=make),
             run_folder=folder / name,
             ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},

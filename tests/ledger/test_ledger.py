@@ -368,17 +368,6 @@ def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:
     assert not proof.holds
 
 
-def test_a_start_with_another_teachers_views_is_of_another_run(tmp_path: Path) -> None:
-    write(tmp_path, 1, 0, 30)
-    other = dataclasses.replace(header(2, 30), teachers=("a1", "b2"))
-    path = tmp_path / segment_name(2, 0)
-    path.write_bytes(encode_header(other))
-    assert read_segment_file(path).header.teachers == ("a1", "b2")
-    proof = prove(tmp_path)
-    assert "in views that the teachers a1 b2 saw" in proof.faults[0]
-    assert not proof.holds
-
-
 def test_another_version_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

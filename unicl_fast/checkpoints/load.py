@@ -339,8 +339,6 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.projected_width]
         objective = config.objective
-        if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
-            expected["teacher_projection"] = [model.embed_dim, objective.teacher_width]
         if objective.words:
             expected["word_rows"] = [objective.num_words, model.projected_width + 1]
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:

@@ -94,9 +94,6 @@ class SegmentHeader:
     where it is 1."""
     run_id: str = ""
     """The run's, as in its checkpoints."""
-    teachers: tuple[str, ...] = ()
-    """Keys of the stored teachers whose views are shown, by source; not in the file where there are
-    none. With the seed they decide the pixels of each draw."""
     first_draw: Count = 0
     """Draws of all steps before the first one, where stages before had other batches; not in the
     file where it is 0: then they are those of as many steps of this size."""
@@ -155,10 +152,7 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
-    for name in (
-        *("shuffle_window", "run_id", "teachers"),
-        *("first_draw", "last_batch_size", "follows"),
-    ):
+    for name in ("shuffle_window", "run_id", "first_draw", "last_batch_size", "follows"):
         if not values[name]:
             del values[name]
     if not header.shuffle_window or header.shuffle_groups == 1:

@@ -49,8 +49,6 @@ class Run:
     """`run.global_batch_size`; stages may have others."""
     sizes: list[int]
     """Samples of each source."""
-    teachers: tuple[str, ...] = ()
-    """Keys of the stored teachers whose views are shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -315,7 +313,6 @@ def _run_of(header: SegmentHeader) -> Run:
         seed=header.seed,
         global_batch_size=header.run_batch_size,
         sizes=[source.num_samples for source in header.sources],
-        teachers=header.teachers,
     )
 
 
@@ -323,7 +320,6 @@ def _origin(run: Run) -> str:
     return (
         f"run {run.run_id} with seed {run.seed} and batches of "
         f"{run.global_batch_size} out of sources of {run.sizes} samples"
-        + (f", in views that the teachers {' '.join(run.teachers)} saw" if run.teachers else "")
     )
 
 

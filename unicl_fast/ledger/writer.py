@@ -53,7 +53,6 @@ class Ledger:
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
         spans: Sequence[Span] = (),
-        teachers: Sequence[str] = (),
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -75,7 +74,6 @@ class Ledger:
             shares=tuple(shares),
             shuffle_window=shuffle_window,
             shuffle_groups=shuffle_groups,
-            teachers=tuple(teachers),
         )
         self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)

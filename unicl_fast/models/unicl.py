@@ -27,13 +27,12 @@ from unicl_fast.models.image_encoder import (
 )
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings, shallow_copy
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
-the sigmoid form [], the projection to a teacher's features [d t], and the rows of words [k d + 1];
-None where there is none."""
+the sigmoid form [], and the rows of words [k d + 1]; None where there is none."""
 
 
-TRAINING_ONLY = ("teacher_projection", "word_rows")
+TRAINING_ONLY = ("word_rows",)
 """Parameters of terms of the objective, which no feature depends on."""
 
 
@@ -44,9 +43,8 @@ class UniCL(nn.Module):
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
-    None but under `objective.form=sigmoid`, `teacher_projection` but where distillation compares
-    features of another width, `word_rows` [k d + 1], rows as those of classes, but under
-    `objective.words`.
+    None but under `objective.form=sigmoid`, `word_rows` [k d + 1], rows as those of classes, but
+    under `objective.words`.
 
     A model that `tells_kinds` takes the kind of each text, a number of `TEXT_KINDS`. With a
     projection for each kind, [w 2d], an image has two features one after the other and a text has
@@ -103,14 +101,6 @@ class UniCL(nn.Module):
             self.word_rows = None
             if objective.words:
                 self.word_rows = _rows(objective.num_words, model.projected_width)
-            self.teacher_projection = None
-            if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
-                if not objective.teacher_width:
-                    raise ValueError(
-                        "objective.teacher_width: distillation of features needs the width of the "
-                        "teacher's, and it is 0"
-                    )
-                self.teacher_projection = _matrix(model.embed_dim, objective.teacher_width)
         per_kind = objective.temperature == "per_kind"
         self.logit_scale = nn.Parameter(
             torch.full([len(TEXT_KINDS)] if per_kind else [], _initial_logit_scale(config)),
@@ -268,8 +258,7 @@ class UniCL(nn.Module):
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        learnt = self.scale, self.logit_bias, self.teacher_projection, self.word_rows
-        return features, contrast, *learnt
+        return features, contrast, self.scale, self.logit_bias, self.word_rows
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unicl_fast.config import KIND_OPTIONS, DataConfig, ObjectiveConfig, TrainConfig
+from unicl_fast.config import KIND_OPTIONS, DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of, positions_of_ranges
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher, read_teacher, read_teachers
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.objectives.words import Words, find_words
 from unicl_fast.pipelines.plan.plan import CAPTION_CHANCE
@@ -33,8 +32,6 @@ from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SCALE_OF_IMAGES = 10.0
-"""The scale of affinities between images: a teacher that knows no texts has none of its own."""
 _MOST_TIMES = 1.2
 """Machines that together read a remote data set more often in an epoch get a warning."""
 
@@ -289,20 +286,14 @@ def describe_datasets(
 def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
     """Fills in what the objective needs to know of the data.
 
-    Without texts captions are not used, cross-entropy gets as many rows as there are classes, and
-    distillation the teacher's width and scale.
+    Without texts captions are not used, and cross-entropy gets as many rows as there are classes.
 
     Raises:
-        ValueError: no features of a teacher where they are to be learnt from, samples without
-            labels, another number of classes than the config says, classes above others where no
-            data set has a hierarchy, or texts of one kind alone for a model that tells kinds apart.
+        ValueError: samples without labels, another number of classes than the config says, classes
+            above others where no data set has a hierarchy, or texts of one kind alone for a model
+            that tells kinds apart.
     """
     objective = config.objective
-    if objective.distillation != "off":
-        for stage in config.settings_of_stages:
-            teachers = read_teachers(datasets, stage.data)
-        objective = _with_teacher(objective, teachers)
-        config = dataclasses.replace(config, objective=objective)
     if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
         raise ValueError(
             "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
@@ -354,31 +345,6 @@ def _require_both_kinds(datasets: Sequence[PackedDataset], config: TrainConfig) 
             f"{KIND_OPTIONS} tell prompts of labels from captions, and data.train shows {only} "
             f"alone (data.text={config.data.text}): add data of the other kind, or leave them out"
         )
-
-
-def _with_teacher(objective: ObjectiveConfig, teachers: Sequence[StoredTeacher]) -> ObjectiveConfig:
-    """Fills in a teacher's width and scale."""
-    width, scale = teachers[0].width, objective.distillation_scale
-    if objective.teacher_width not in (0, width):
-        raise ValueError(
-            f"objective.teacher_width is {objective.teacher_width}, but the teacher "
-            f"{teachers[0].name} has features of {width}: leave it at 0"
-        )
-    scale = scale or teachers[0].scale or _SCALE_OF_IMAGES
-    return dataclasses.replace(objective, teacher_width=width, distillation_scale=scale)
-
-
-def describe_teachers(
-    datasets: Sequence[PackedDataset], config: TrainConfig, *, check: bool
-) -> dict[str, Any]:
-    """The teachers, which a run that distils adds to `describe_datasets`; `check` reads them all.
-
-    Raises:
-        ValueError: the teacher's features of a data set are damaged.
-    """
-    if config.objective.distillation == "off":
-        return {}
-    return {"teachers": [read_teacher(dataset, check=check).key for dataset in datasets]}
 
 
 def count_words(

@@ -53,7 +53,6 @@ from unicl_fast.training.data import (
     check_tokenizer,
     count_words,
     describe_datasets,
-    describe_teachers,
     distinct_names,
     longest_text,
     open_datasets,
@@ -320,7 +319,7 @@ def build_trainer(
     `encodes_features` those of efficiency.image_features are neither looked for nor encoded. The
     other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
-    data = _open_data(config, ranks, is_new=checkpoint is None)
+    data = _open_data(config, ranks)
     config = data.config
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
@@ -385,15 +384,13 @@ def build_trainer(
     return trainer
 
 
-def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
+def _open_data(config: TrainConfig, ranks: Ranks) -> _RunData:
     """Opens the data on all ranks, and fills in what the config needs to know of it."""
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     description = describe_datasets(datasets, weights)
-    with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
-        description |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
@@ -430,7 +427,6 @@ def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Rank
         shares=plan.weights,
         shuffle_window=plan.shuffle_window,
         shuffle_groups=plan.shuffle_groups,
-        teachers=data.description.get("teachers", ()),
         ranks=ranks,
     )
 
