@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import logging
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,8 @@ from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead, 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher, read_teachers
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
-from unicl_fast.system.wording import count_of
 from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -51,12 +48,8 @@ from .graph import (
     reason_of,
 )
 from .kernels.operators import parts_for
-from .plan.balance import Balance, balance_dataset
-from .plan.concepts import read_concepts
 from .plan.crop import central_windows
-from .plan.plan import PlannedBatch, PlanSource, StoredViews, TrainPlan
-
-logger = logging.getLogger("unicl_fast")
+from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
 _LARGE_BATCH_BYTES = 1_000_000_000
 """Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
@@ -83,8 +76,6 @@ class TrainLoader:
         quarantine: Path | None = None,
         spans: tuple[Span, ...] = (),
         stage: int = -1,
-        in_order: StoredViews | None = None,
-        balances: Sequence[Balance | None] | None = None,
     ) -> None:
         """Checks that the data can be planned and that the ranks can share a batch.
 
@@ -100,12 +91,9 @@ class TrainLoader:
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
             spans: those of the run, if it has stages.
             stage: number of the one that `config` is of.
-            in_order: show these views of the one data set, sample by sample: for a teacher.
-            balances: those of another stage's plan; None finds them by `data.balance`.
 
         Raises:
-            ValueError: data that cannot be planned or shared, or without the teacher's features
-                that `objective.distillation` needs; or `config` has stages.
+            ValueError: data that cannot be planned or shared; or `config` has stages.
         """
         if config.run.stages:
             raise ValueError(
@@ -133,17 +121,8 @@ class TrainLoader:
             form=self.form,
             augmentation=self.augmentation,
         )
-        teachers: Sequence[StoredTeacher] = ()
-        if config.objective.distillation != "off":
-            teachers = read_teachers(datasets, data)
-        views = [StoredViews(count=one.num_views, seed=one.seed) for one in teachers]
-        if balances is None:
-            balances = _find_balances(datasets, data, is_main=rank == 0)
         self.plan = TrainPlan(
-            [
-                _plan_source(dataset, prompts, data, i, balance)
-                for i, (dataset, balance) in enumerate(zip(datasets, balances, strict=True))
-            ],
+            [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
@@ -151,8 +130,6 @@ class TrainLoader:
             augmentations=augmentations,
             spans=spans,
             stage=stage,
-            stored_views=[in_order] if in_order is not None else views or None,
-            in_order=in_order is not None,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
@@ -160,9 +137,6 @@ class TrainLoader:
             part = sum(data.crop_scale) / 2  # of a window on average
             self._data = fit_prefetch(data, datasets, num_images=self.num_images, part=part)
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
-        for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=False)):
-            unreadable = teacher.unreadable.intersection(range(len(dataset)))
-            self._bad.expect(number, unreadable, "the teacher could not read its image")
         self.host = HostBatches(
             config,
             list(datasets),
@@ -172,7 +146,6 @@ class TrainLoader:
             rank=rank,
             world_size=world_size,
             form=self.form,
-            teachers=teachers,
         )
 
     @property
@@ -251,11 +224,7 @@ class TrainLoader:
         ):
             for (images, integers), metadata in outputs:
                 first, *second = images.chunk(self.plan.num_views)
-                beside = {
-                    name: send(torch.from_numpy(values), self._decode_device)
-                    for name in ("image_classes", "teacher_images", "teacher_texts")
-                    if (values := getattr(metadata, name)) is not None
-                }
+                classes = metadata.image_classes
                 texts = unpack_integers(
                     integers[: len(first)], num_texts=len(metadata.text_lengths)
                 )
@@ -267,11 +236,13 @@ class TrainLoader:
                     sample_ids=torch.from_numpy(metadata.actual.sample_ids),
                     scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
                     source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
-                    **beside,
+                    image_classes=None
+                    if classes is None
+                    else send(torch.from_numpy(classes), self._decode_device),
                     **texts,
                 )
                 # held here, their buffers could not be reused
-                del images, first, second, integers, texts, beside
+                del images, first, second, integers, texts
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
@@ -333,32 +304,8 @@ def fit_prefetch(
     return dataclasses.replace(data, prefetch=1)
 
 
-def _find_balances(
-    datasets: Sequence[PackedDataset], data: DataConfig, *, is_main: bool
-) -> list[Balance | None]:
-    """Finds each data set's balance by `data.balance`, which the main rank logs."""
-    if not data.balance:
-        return [None] * len(datasets)
-    concepts = read_concepts(Path(data.balance_concepts)) if data.balance_concepts else None
-    found: list[Balance | None] = []
-    for dataset in datasets:
-        balance = balance_dataset(dataset, data.balance, concepts)
-        found.append(balance)
-        if is_main:
-            logger.info(
-                "data.balance=%d: an epoch takes %d of the %d samples of %s, which limits %s",
-                data.balance, balance.num_draws, len(dataset), dataset.location,
-                count_of(balance.num_capped, "class or concept" if concepts else "class"),
-            )  # fmt: skip
-    return found
-
-
 def _plan_source(
-    dataset: PackedDataset,
-    prompts: ClassPrompts,
-    data: DataConfig,
-    number: int,
-    balance: Balance | None,
+    dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     hierarchy = dataset.manifest.hierarchy if data.prompts != "labels" else None
@@ -369,7 +316,6 @@ def _plan_source(
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
         chains=None if hierarchy is None else flat_chains(hierarchy),
-        balance=balance,
     )
 
 

@@ -25,7 +25,6 @@ from unicl_fast.system.wording import count_of, print_text
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
-    from unicl_fast.pipelines.plan.balance import Balance
 
 _MOST_LINES = 10
 
@@ -36,8 +35,7 @@ class LedgerArguments:
 
     Proven is: every step from the first to the last has its record of every rank, across all
     restarts and changes of the number of ranks; each complete epoch of each data set scheduled each
-    of its samples exactly once (under data.balance, as many as it should, none twice), and the
-    epoch in progress none twice. The sample ids in the ledger
+    of its samples exactly once, and the epoch in progress none twice. The sample ids in the ledger
     are enough for that; the program that planned them is not trusted. Substitutes that were shown
     for damaged samples are counted, and steps that were done twice because the run resumed from a
     checkpoint. The run may be still in progress.
@@ -53,11 +51,6 @@ class LedgerArguments:
     """Also write the result, with all substitutes, into this file."""
     replan: bool = False
     """Also plan the whole run again from its seed, and compare every draw with the ledger."""
-    data: tuple[str, ...] = ()
-    """The run's packed data sets in their order: --replan takes their labels where the run was
-    balanced (data.balance), and compares what epochs took of each class with the plan."""
-    concepts: Path | None = None
-    """The run's data.balance_concepts, where it had one, which --replan takes too."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from unicl_fast.ledger.proof import prove
 
     try:
-        replan = Replan(arguments.data, arguments.concepts) if arguments.replan else None
+        replan = Replan() if arguments.replan else None
         steps_done, run = newest_checkpoint(arguments.run)
         folder = arguments.run / LEDGER_FOLDER
         proof = prove(folder, steps_done=steps_done, run=run, watch=replan)
@@ -111,8 +104,6 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
             seed=state["config"]["run"]["seed"],
             global_batch_size=state["config"]["run"]["global_batch_size"],
             sizes=[source["num_samples"] for source in state["data"]["sources"]],
-            balance=state["config"]["data"].get("balance", 0),
-            teachers=tuple(state["data"].get("teachers", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return newest, None
@@ -122,13 +113,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
 class Replan:
     """Plans the draws of a ledger again (a `watch` of `prove`), and counts those that differ."""
 
-    def __init__(self, data: Sequence[str] = (), concepts: Path | None = None) -> None:
-        """Opens the packed data sets, of which only balanced runs need labels."""
-        from unicl_fast.dataset.reader import PackedDataset
-
-        self._datasets = [PackedDataset(location) for location in data]
-        self._concepts = concepts
-        self._balances: list[Balance] = []
+    def __init__(self) -> None:
         self.num_draws = 0
         self.num_different = 0
         self._first = ""
@@ -147,8 +132,6 @@ class Replan:
         draws = header.draws_before(first_step) + np.arange(ids.size, dtype=np.int64)
         planned_sources, source_draws = assign_sources(draws, header.shares)
         planned = np.empty_like(draws)
-        if header.balance and not self._balances:
-            self._balances = self._balances_of(header)
         for number, source in enumerate(header.sources):
             mine = np.flatnonzero(planned_sources == number)
             planned[mine] = samples_of_draws(
@@ -161,7 +144,6 @@ class Replan:
                 global_batch_size=header.global_batch_size,
                 shuffle_window=header.shuffle_window,
                 shuffle_groups=header.shuffle_groups,
-                balance=self._balances[number] if header.balance else None,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size
@@ -175,34 +157,6 @@ class Replan:
                 f"{planned[at]} of source {planned_sources[at]}, the ledger has "
                 f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
             )
-
-    def _balances_of(self, header: SegmentHeader) -> list[Balance]:
-        """Finds the classes of each source's samples, which are the first ones of its data set."""
-        from unicl_fast.pipelines.plan.balance import balance_dataset
-        from unicl_fast.pipelines.plan.concepts import read_concepts
-
-        concepts = None if self._concepts is None else read_concepts(self._concepts)
-        if header.concepts != ("" if concepts is None else concepts.digest):
-            took = "those of a file" if header.concepts else "none"
-            raise ValueError(
-                f"--replan: the run counted concepts by data.balance_concepts, {took}, and "
-                f"--concepts is {self._concepts or 'not given'}: give the file as it was"
-            )
-        if len(self._datasets) != len(header.sources):
-            raise ValueError(
-                f"--replan of a balanced run takes its {count_of(len(header.sources), 'data set')} "
-                f"as --data, in their order, and {len(self._datasets)} came"
-            )
-        for dataset, source in zip(self._datasets, header.sources, strict=True):
-            if len(dataset) < source.num_samples:
-                raise ValueError(
-                    f"{dataset.location} has {len(dataset)} samples, and the run took "
-                    f"{source.num_samples} of {source.name}: give the data sets in their order"
-                )
-        return [
-            balance_dataset(dataset, header.balance, concepts, num_samples=source.num_samples)
-            for dataset, source in zip(self._datasets, header.sources, strict=True)
-        ]
 
     def in_words(self) -> str:
         return f"planned again: {self.num_different} of {self.num_draws} draws differ{self._first}"
@@ -224,8 +178,7 @@ def in_words(proof: LedgerProof) -> str:
     lines += [
         f"{source.name}: {count_of(source.draws, 'draw')} "
         f"of {count_of(source.num_samples, 'sample')}, "
-        + ("" if source.epoch_size == source.num_samples else f"{source.epoch_size} in an epoch, ")
-        + f"{count_of(source.complete_epochs, 'epoch')} complete; lost {source.lost}, "
+        f"{count_of(source.complete_epochs, 'epoch')} complete; lost {source.lost}, "
         f"scheduled twice in an epoch {source.scheduled_twice}"
         for source in proof.sources
     ]
@@ -248,13 +201,7 @@ def in_words(proof: LedgerProof) -> str:
     if len(proof.holes) > _MOST_LINES:
         lines.append(f"and {count_of(len(proof.holes) - _MOST_LINES, 'more hole')}")
     if proof.holds:
-        balanced = any(source.epoch_size < source.num_samples for source in proof.sources)
-        which = (
-            "no epoch schedules a sample twice"
-            if balanced
-            else "every epoch schedules each sample once"
-        )
-        lines.append(f"PROVEN: no step is missing, and {which}")
+        lines.append("PROVEN: no step is missing, and every epoch schedules each sample once")
     elif proof.holes:
         lines.append(f"NOT PROVEN: the lines above are about the steps before {proof.steps}")
     else:

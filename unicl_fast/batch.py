@@ -59,10 +59,6 @@ class Batch:
     positives. None where `objective.positives` is text."""
     second_images: Tensor | None = None
     """uint8 [b h w c], RGB: the second view of each image, where `data.augment` asks for two."""
-    teacher_images: Tensor | None = None
-    """float16 [b t]: a teacher's features of these views, where `objective.distillation` asks."""
-    teacher_texts: Tensor | None = None
-    """float16 [u t]: its features of the texts; None of a teacher that knows none."""
     sample_ids: Tensor | None = None
     """int64 [b] on the host: each sample's row in its data set, for records."""
     scheduled_ids: Tensor | None = None
@@ -89,8 +85,7 @@ class Batch:
 
 
 _MODEL_INPUTS = ("images", "second_images", "tokens", "text_index", "class_ids", "text_class_ids",
-                 "text_counts", "global_index", "image_classes", "teacher_images",
-                 "teacher_texts")  # fmt: skip
+                 "text_counts", "global_index", "image_classes")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -52,7 +52,6 @@ DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 ObjectiveForm = Literal["softmax", "sigmoid"]
 PositivesName = Literal["text", "labels", "ancestors"]
-Distillation = Literal["off", "affinity", "features"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -152,15 +151,6 @@ class DataConfig:
     """Groups of a global batch that each take a part of every shuffle window, so that a machine
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
-    balance: Count = 0
-    """Most samples that an epoch takes of a class; 0 takes all. A class with more of them gives
-    others to each epoch, in turns, so that none comes twice in an epoch and each as often as the
-    others of its class. MetaCLIP's rule, by labels; of several labels the rarest counts, and
-    samples without one are not limited. Not together with shuffle_window."""
-    balance_concepts: str = ""
-    """File of concepts, one a line, that count as classes in balance where a caption names them.
-    A caption names a concept that has its words one after another; of all of a sample's concepts
-    and labels the rarest counts."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
@@ -194,16 +184,6 @@ class DataConfig:
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
-        )
-        require(
-            not (self.balance and self.shuffle_window),
-            "data.balance takes samples from all over a data set, and data.shuffle_window from a "
-            "part of it: set one of them to 0",
-        )
-        require(
-            self.balance > 0 or not self.balance_concepts,
-            "data.balance_concepts says what data.balance counts: set data.balance too, or leave "
-            "it empty",
         )
         require(
             self.block_bytes <= self.cache_bytes // 16,
@@ -334,18 +314,6 @@ class ObjectiveConfig:
     num_classes: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...] = ()
     """For ce: learnt rows for each data set; empty takes the data's. One number where
     data.label_space is shared."""
-    distillation: Distillation = "off"
-    """Learn from a teacher's stored features too: off, affinity or features. affinity compares what
-    images and texts have to do with each other, as MobileCLIP does; features compares the features
-    themselves, through a learnt projection where widths differ. Images are shown in the views that
-    the teacher saw. For unicl and clip, and data sets that unicl-pack reinforce was given."""
-    distillation_weight: Fraction = 0.5
-    """Part of the distillation in the loss; the objective's own is the rest."""
-    distillation_scale: FiniteNonNegative = 0.0
-    """For affinity: factor of the teacher's products, the inverse of its temperature; 0 takes the
-    teacher's own, or 10 where it has no texts."""
-    teacher_width: Annotated[int, Meta(ge=0, le=65_536)] = 0
-    """For distillation: width of the teacher's features; 0 takes the data's."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="objective")
@@ -353,16 +321,6 @@ class ObjectiveConfig:
             not self.mixes or self.name in ("unicl", "ce"),
             f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
             "take unicl or ce, or set both to 0",
-        )
-        require(
-            self.distillation == "off" or self.has_texts,
-            f"objective.distillation={self.distillation} is for unicl and clip, not for "
-            f"{self.name}: take objective.distillation=off",
-        )
-        require(
-            self.distillation == "off" or not self.mixes,
-            "objective.distillation shows images as the teacher saw them, and objective.mixup and "
-            "objective.cutmix mix them: set both to 0",
         )
         require(
             self.form == "softmax" or self.has_texts,
@@ -746,10 +704,6 @@ def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
         stage["context_length"] == own["context_length"]
         or (objective.has_texts and objective.positives != "ancestors"),
         "context_length is for objectives with texts, and not for objective.positives=ancestors",
-    )
-    require(
-        stage["context_length"] == own["context_length"] or objective.distillation == "off",
-        "context_length makes one text of several that objective.distillation tells apart",
     )
     require(
         not config.efficiency.image_features

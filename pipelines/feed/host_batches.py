@@ -26,7 +26,6 @@ from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher
 from unicl_fast.objectives.targets import TargetSteps, map_steps
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.prompts import ClassPrompts
@@ -35,7 +34,7 @@ from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
 from .reading import BadSamples, reading_ahead
-from .text_block import gather_labels, gather_teacher, gather_texts, pack_integers
+from .text_block import gather_labels, gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
 ImageForm = Literal["files", "pixels", "crops", "features"]
@@ -83,9 +82,6 @@ class TrainMetadata:
     text_lengths: NDArray[np.int64]
     image_classes: NDArray[np.int64] | None
     """As in `Batch`. Their number differs from batch to batch: no block of DALI's can hold them."""
-    teacher_images: NDArray[np.float16] | None = None
-    teacher_texts: NDArray[np.float16] | None = None
-    """As in `Batch`."""
 
 
 class _Planned(NamedTuple):
@@ -111,12 +107,8 @@ class HostBatches:
         rank: int,
         world_size: int,
         form: ImageForm,
-        teachers: Sequence[StoredTeacher] = (),
     ) -> None:
-        """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`.
-
-        `teachers` are those of each data set, whose features batches carry.
-        """
+        """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`."""
         self._config = config
         self._datasets = datasets
         self._prompts = prompts
@@ -124,7 +116,6 @@ class HostBatches:
         self._bad = bad
         self._ranks = {"rank": rank, "world_size": world_size}
         self._form = form
-        self._teachers = teachers
         self._batch_size = config.run.global_batch_size // world_size
         self._classes_of_labels = [
             prompts.classes_of(number, np.arange(num_classes))
@@ -258,14 +249,6 @@ class HostBatches:
             targets, integers = self._texts_of(actual, actual.global_index)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
             image_classes = targets.image_classes[0]
-        teacher_images, teacher_texts = None, None
-        if self._teachers:
-            # each text's first sample tells which it is; `pack_integers` puts text_index first
-            _, firsts = np.unique(integers.reshape(-1)[: self._batch_size], return_index=True)
-            with self.reading.measuring():
-                teacher_images, teacher_texts = gather_teacher(
-                    actual, firsts, self._teachers, self._datasets, self._prompts
-                )
         is_ready = self._form in ("crops", "features")
         return HostBatch(
             inputs=graph_inputs(actual, images, integers, are_ready=is_ready),
@@ -274,8 +257,6 @@ class HostBatches:
                 scheduled_ids=planned.batch.sample_ids,
                 text_lengths=text_lengths,
                 image_classes=image_classes,
-                teacher_images=teacher_images,
-                teacher_texts=teacher_texts,
             ),
         )
 

@@ -23,7 +23,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,6 @@ class BadSamples:
         self.features: Sequence[FeatureFile] | None = None
         """Those of each data set, which are read in place of images."""
         self._known: set[tuple[int, int]] = set()
-        self._not_met: dict[tuple[int, int], str] = {}
-        """Reasons of those that were known before, until they are met."""
         self._num_met = 0
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
@@ -94,8 +92,6 @@ class BadSamples:
     def read(self, source: int, sample: int) -> NDArray[Any] | None:
         """The encoded image, its checksum compared, or its features; None if the sample is bad."""
         if (source, sample) in self._known:
-            if reason := self._not_met.pop((source, sample), ""):
-                self._list(source, sample, reason)
             return None
         if self.features is not None:
             row = self.features[source].row(sample)
@@ -115,12 +111,6 @@ class BadSamples:
             return
         self._known.add((source, sample))
         self._list(source, sample, reason)
-
-    def expect(self, source: int, samples: Iterable[int], reason: str) -> None:
-        """Remembers samples that are not to be fed, each of which is listed when it is met."""
-        pairs = dict.fromkeys(((source, sample) for sample in samples), reason)
-        self._known |= pairs.keys()
-        self._not_met |= pairs
 
     def _list(self, source: int, sample: int, reason: str) -> None:
         dataset = self._datasets[source]

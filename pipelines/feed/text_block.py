@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher
 from unicl_fast.objectives.targets import ImageLabels, TargetSteps
 from unicl_fast.system.kernels import kernel
 from unicl_fast.text.ancestors import AncestorTable
@@ -65,38 +64,6 @@ def gather_texts(
             _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
             classes[chosen] = prompts.classes_of(number, labels)
     return rows, classes
-
-
-def gather_teacher(
-    planned: PlannedBatch,
-    firsts: NDArray[np.int64],
-    teachers: Sequence[StoredTeacher],
-    datasets: Sequence[PackedDataset],
-    prompts: ClassPrompts,
-) -> tuple[NDArray[np.float16], NDArray[np.float16] | None]:
-    """Gathers a teacher's features of a planned batch.
-
-    Returns:
-        float16 [b t] of the images in their views, and [u t] of the texts of the samples `firsts`
-        [u]; None where the teacher knows no texts.
-    """
-    images = np.empty((len(planned.sample_ids), teachers[0].width), dtype=np.float16)
-    texts = np.empty((len(firsts), teachers[0].width), dtype=np.float16)
-    for number, (dataset, teacher) in enumerate(zip(datasets, teachers, strict=True)):
-        mine = np.flatnonzero(planned.source_ids == number)
-        rows = planned.sample_ids[mine] * teacher.num_views + planned.view_numbers[mine]
-        images[mine] = teacher.images[rows]
-        if teacher.captions is None or teacher.prompts is None:
-            continue
-        mine = np.flatnonzero(planned.source_ids[firsts] == number)
-        chosen = firsts[mine]
-        captions, labels = planned.captions[chosen], planned.labels[chosen]
-        starts = dataset.samples.take(planned.sample_ids[chosen])["captions_start"]
-        stored = captions >= 0
-        texts[mine[stored]] = teacher.captions[starts[stored].astype(np.int64) + captions[stored]]
-        rows = labels * prompts.num_templates[number] + planned.templates[chosen]
-        texts[mine[~stored]] = teacher.prompts[rows[~stored]]
-    return images, None if teachers[0].captions is None else texts
 
 
 def gather_labels(

@@ -32,7 +32,6 @@ from unicl_fast.system.keyed_random import (
 )
 
 from .augment import draw_rows, num_stages, row_width
-from .balance import Balance
 from .crop import random_windows
 from .order import (
     Int64Array,
@@ -62,8 +61,6 @@ class PlanSource:
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
     labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
-    balance: Balance | None = None
-    """The samples that an epoch takes of each class (`data.balance`); None takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +86,6 @@ class PlannedBatch:
     augment_rows: NDArray[np.float32]
     """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
     is 0 where no source augments."""
-    view_numbers: Int64Array
-    """The number of the stored view; -1 where views are drawn anew in each draw."""
 
     @property
     def num_views(self) -> int:
@@ -105,8 +100,6 @@ def split_windows(
     return np.ascontiguousarray(starts), np.ascontiguousarray(shapes), np.ascontiguousarray(flips)
 
 
-_SAMPLE_BITS = 40
-"""Bits of a sample's number in the counter of its stored views; the view's are above them."""
 SAMPLE_FIELDS = tuple(
     field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
 )
@@ -131,17 +124,6 @@ def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> li
     ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StoredViews:
-    """The views of a data set that a teacher saw: `count` of each sample, by a seed of their own.
-
-    View k of sample i has a crop, flip and augmentation that are functions of (seed, i, k).
-    """
-
-    count: int
-    seed: int
-
-
 class _Purpose(enum.IntEnum):
     """Keeps the random streams apart. The numbers are part of what a seed means: never reuse."""
 
@@ -155,10 +137,7 @@ class _Purpose(enum.IntEnum):
     SUBSTITUTE = 8
     SECOND_VIEW = 9
     AUGMENT = 10
-    BALANCE = 11
     ANCESTOR = 12
-    STORED_VIEW = 13
-    VIEW_NUMBER = 14
 
 
 def samples_of_draws(
@@ -172,11 +151,10 @@ def samples_of_draws(
     global_batch_size: int,
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
-    balance: Balance | None = None,
 ) -> Int64Array:
     """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
 
-    N is the `size` of the source; with a `balance` it is the number of draws of an epoch of that.
+    N is the `size` of the source.
 
     `draws` [b] are numbered over the whole run, step by step, `source_draws` [b] the same counted
     among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
@@ -187,7 +165,6 @@ def samples_of_draws(
         groups = shuffle_groups_of(
             shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
         )
-    size = size if balance is None else balance.num_draws
     epochs, positions = np.divmod(source_draws, size)
     found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
     ids = np.empty_like(positions)
@@ -202,8 +179,6 @@ def samples_of_draws(
             epoch=int(epoch),
             draws=draws[chosen],
         )
-    if balance is not None:
-        ids = balance.samples(epochs, ids, key=fold_key(seed, _Purpose.BALANCE, source))
     return ids
 
 
@@ -221,8 +196,6 @@ class TrainPlan:
         augmentations: Sequence[Augmentation] | None = None,
         spans: tuple[Span, ...] = (),
         stage: int = -1,
-        stored_views: Sequence[StoredViews] | None = None,
-        in_order: bool = False,
     ) -> None:
         """Checks that every draw will have something to show.
 
@@ -232,12 +205,10 @@ class TrainPlan:
             global_batch_size: samples of one step over all ranks.
             seed: decides everything that is drawn.
             weights: each source's part of every batch, in any unit; None takes the numbers of
-                samples in an epoch, so that all sources finish an epoch together.
+                samples, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
             spans: of all stages of the run; none is a run of one.
             stage: number of the one that is planned here.
-            stored_views: each source's, of which a draw shows one; None draws views anew.
-            in_order: show all stored views of the one source, sample by sample, as a teacher does.
 
         Raises:
             ValueError: an empty source, one smaller than its part of a batch, a sample without
@@ -245,23 +216,19 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source, text=data.text)
-        self.epoch_sizes = [
-            len(source.samples) if source.balance is None else source.balance.num_draws
-            for source in sources
-        ]
+        self._sizes = [len(source.samples) for source in sources]
         if weights is None:
-            weights = self.epoch_sizes
+            weights = self._sizes
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights were given for {len(sources)} data sets")
         self.weights = integer_weights(weights)
         self.global_batch_size = global_batch_size
         names = [source.name for source in sources]
-        _check_sizes(names, self.epoch_sizes, self.weights, global_batch_size=global_batch_size)
+        _check_sizes(names, self._sizes, self.weights, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
-        self._stored_views, self._in_order = stored_views, in_order
         self.seed = seed
         self.shuffle_window = data.shuffle_window
         self.shuffle_groups = data.shuffle_groups
@@ -273,11 +240,6 @@ class TrainPlan:
         self._num_levels = max(
             (int(np.diff(starts).max(initial=1)) for starts in chains), default=1
         )
-
-    @property
-    def balances(self) -> list[Balance | None]:
-        """Each source's, for another plan of the same sources."""
-        return [source.balance for source in self._sources]
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -321,7 +283,7 @@ class TrainPlan:
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""
         draws = draws_before(self._draws_before(num_steps), self.weights)
-        return [count / size for count, size in zip(draws, self.epoch_sizes, strict=True)]
+        return [count / size for count, size in zip(draws, self._sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """Plans substitutes for planned samples that turned out to be bad.
@@ -355,10 +317,6 @@ class TrainPlan:
     ) -> tuple[NDArray[np.int32], Int64Array]:
         """Source and sample at each global index."""
         draws = self._draws_before(step) + global_index
-        if self._in_order:
-            assert self._stored_views is not None
-            samples = draws // self._stored_views[0].count % len(self._sources[0].samples)
-            return np.zeros(len(draws), np.int32), samples
         source_ids, source_draws = assign_sources(draws, self.weights)
         sample_ids = np.empty(len(global_index), dtype=np.int64)
         for number, source in enumerate(self._sources):
@@ -373,7 +331,6 @@ class TrainPlan:
                 global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
                 shuffle_groups=self.shuffle_groups,
-                balance=source.balance,
             )
         return source_ids, sample_ids
 
@@ -398,10 +355,7 @@ class TrainPlan:
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
-        view_numbers = self._draw_view_numbers(source_ids, draws, streams=streams)
-        windows, augment_rows = self._draw_views(
-            sizes, source_ids, sample_ids, draws, view_numbers, streams=streams
-        )
+        windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
             global_index=global_index,
@@ -412,29 +366,13 @@ class TrainPlan:
             labels=texts[1],
             templates=texts[2],
             augment_rows=augment_rows,
-            view_numbers=view_numbers,
         )
-
-    def _draw_view_numbers(
-        self, source_ids: NDArray[np.int32], draws: Int64Array, *, streams: tuple[int, ...]
-    ) -> Int64Array:
-        """The stored view that each draw shows; -1 where none are stored."""
-        if self._stored_views is None:
-            return np.full(len(draws), -1, dtype=np.int64)
-        counts = np.array([views.count for views in self._stored_views], dtype=np.int64)[source_ids]
-        if self._in_order:
-            return draws % counts
-        key = np.uint64(self._key(*streams, _Purpose.VIEW_NUMBER))
-        numbers: Int64Array = (random_units(key, draws) * counts).astype(np.int64)
-        return numbers
 
     def _draw_views(
         self,
         sizes: Int64Array,
         source_ids: NDArray[np.int32],
-        sample_ids: Int64Array,
         draws: Int64Array,
-        view_numbers: Int64Array,
         *,
         streams: tuple[int, ...],
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -447,10 +385,6 @@ class TrainPlan:
             for number, augmentation in enumerate(self._augmentations):
                 mine = self._rows_of(number, source_ids)
                 counters, key_of = draws[mine], functools.partial(self._key, *own)
-                if self._stored_views is not None:  # of the sample, whatever draw shows it
-                    counters = view_numbers[mine] << _SAMPLE_BITS | sample_ids[mine]
-                    seed = self._stored_views[number].seed
-                    key_of = functools.partial(fold_key, seed, _Purpose.STORED_VIEW)
                 windows[mine, view, :2], windows[mine, view, 2:4] = random_windows(
                     sizes[0, mine],
                     sizes[1, mine],
@@ -595,18 +529,18 @@ def _check_source(source: PlanSource, *, text: Literal["any", "captions", "label
 
 def _check_sizes(
     names: Sequence[str],
-    epoch_sizes: Sequence[int],
+    sizes: Sequence[int],
     weights: tuple[int, ...],
     *,
     global_batch_size: int,
 ) -> None:
     """Refuses a source that one batch would need more samples of than an epoch has."""
     total = sum(weights)
-    for name, size, weight in zip(names, epoch_sizes, weights, strict=True):
+    for name, size, weight in zip(names, sizes, weights, strict=True):
         if size * total < global_batch_size * weight:
             raise ValueError(
                 f"{name} has {size} samples in an epoch, fewer than its part of one "
                 f"global batch, {global_batch_size * weight / total:.1f} of {global_batch_size}: "
-                "a batch would hold a sample twice. Give it a smaller weight, make "
-                "run.global_batch_size smaller, or raise data.balance where it is set"
+                "a batch would hold a sample twice. Give it a smaller weight, or make "
+                "run.global_batch_size smaller"
             )

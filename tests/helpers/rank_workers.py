@@ -354,12 +354,9 @@ def train_each(
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        distils = config.objective.distillation != "off"
         trainer = Trainer(
             config,
-            labelled_loader(images, "features", **place)
-            if distils
-            else StepLoader(images, **place, make=make),
+            StepLoader(images, **place, make=make),
             run_folder=folder / name,
             ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},
@@ -715,9 +712,8 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
         dataset.remote = mock.Mock()
         dataset.remote.store.traffic.read_bytes = 9
     data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
-    plan = mock.Mock(epoch_sizes=[12])
     with mock.patch.object(run, "Ledger") as ledger:
-        run._build_ledger(Path(), data, plan, ranks)
+        run._build_ledger(Path(), data, mock.Mock(), ranks)
     assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
     meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
     found = meter.describe(global_batch(images), ranks, num_steps=1)

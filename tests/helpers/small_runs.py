@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import (
@@ -161,17 +160,6 @@ OBJECTIVES = {
     "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
     "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
-    "affinity": ObjectiveConfig(
-        distillation="affinity",
-        distillation_scale=7.0,
-        distillation_weight=0.3,
-        teacher_width=5,
-    ),
-    "affinity, images": ObjectiveConfig(
-        distillation="affinity", distillation_scale=7.0, teacher_width=5
-    ),
-    "features": ObjectiveConfig(distillation="features", teacher_width=5),
-    "features, images": ObjectiveConfig(distillation="features", teacher_width=8),
 }
 
 
@@ -239,23 +227,7 @@ def labelled_batch(
         world_size=world_size,
     )
     second = batch.images.flip(2) if objective == "supcon" else None
-    batch = dataclasses.replace(batch, second_images=second)
-    return with_teacher(batch, objective) if OBJECTIVES[objective].teacher_width else batch
-
-
-def with_teacher(batch: Batch, objective: str) -> Batch:
-    """Adds a teacher's features, functions of global index and tokens; it may know no texts."""
-    width = OBJECTIVES[objective].teacher_width
-    generator = torch.Generator().manual_seed(batch.step)
-    of_all = torch.randn(12, width, generator=generator)
-    length = int(batch.text_lengths.max())
-    weights = torch.arange(1.0, 1 + width) / torch.arange(1.0, 1 + length).unsqueeze(1)
-    texts = (batch.tokens[:, :length].float() @ weights).sin()
-    images, texts = (F.normalize(one, dim=1).half() for one in (of_all[batch.global_index], texts))
-    knows_texts = not objective.endswith("images")
-    return dataclasses.replace(
-        batch, teacher_images=images, teacher_texts=texts if knows_texts else None
-    )
+    return dataclasses.replace(batch, second_images=second)
 
 
 class StepLoader:

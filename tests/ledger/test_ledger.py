@@ -15,8 +15,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import jpeg
-from packed_sets import Sample, pack
 from property_tests import examples
 from rank_workers import NAMED, ledger_in, named, run_on_ranks, write_a_ledger
 from small_runs import StepLoader, tiny_config
@@ -36,12 +34,8 @@ from unicl_fast.ledger.format import (
     segment_name,
 )
 from unicl_fast.ledger.proof import Run, prove
-from unicl_fast.ledger.writer import Ledger
-from unicl_fast.pipelines.plan.balance import balance_dataset
-from unicl_fast.pipelines.plan.concepts import read_concepts
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
 from unicl_fast.stages import lay_out, span_at
-from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import ledger as ledger_program
 from unicl_fast.tools.ledger import Replan
 from unicl_fast.training.trainer import Trainer
@@ -365,99 +359,12 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     assert replan.num_different > STEPS
 
 
-def test_balanced_epochs_are_proven_by_their_own_length(tmp_path: Path) -> None:
-    """20 of 37 samples an epoch: none twice in it, whatever the others hold."""
-    generator = np.random.default_rng(3)
-    epochs = [generator.permutation(37)[:20] for _ in range(STEPS * N // 20)]
-    ids = np.concatenate(epochs).reshape(STEPS, N)
-    source = dataclasses.replace(SOURCES[0], epoch_draws=20)
-    head = dataclasses.replace(header(1, 0), sources=(source,), shares=(1,), balance=5)
-    path = tmp_path / segment_name(1, 0)
-
-    def prove_of(ids: np.ndarray) -> tuple:
-        nothing = np.zeros(N, dtype=np.int64)
-        records = [
-            encode_record(head, step=i, source_ids=nothing, scheduled_ids=row, shown_ids=row)
-            for i, row in enumerate(ids)
-        ]
-        path.write_bytes(encode_header(head) + b"".join(records))
-        proof = prove(tmp_path)
-        return proof, ledger_program.in_words(proof)
-
-    proof, words = prove_of(ids)
-    assert proof.holds
-    assert proof.sources[0].complete_epochs == STEPS * N // 20
-    assert "37 samples, 20 in an epoch, " in words
-    assert "PROVEN: no step is missing, and no epoch schedules a sample twice" in words
-    twice = ids.copy()
-    twice[0, 1] = twice[0, 0]
-    proof, words = prove_of(twice)
-    assert not proof.holds
-    assert (proof.sources[0].scheduled_twice, proof.sources[0].lost) == (1, 0)
-    assert "epoch 0 of labels schedules sample" in words
-    other = Run(run_id="", seed=0, global_batch_size=N, sizes=[37], balance=6)
-    assert not prove(tmp_path, steps_done=STEPS, run=other).holds
-
-
-def test_epochs_balanced_by_concepts_are_planned_again_from_the_same_list(tmp_path: Path) -> None:
-    """20 captions name a dog, 4 of these a red one; an epoch takes 5 of either, none twice."""
-    texts = ["a red dog"] * 4 + ["the dog"] * 16 + ["a kdog"] * 17
-    samples = [Sample(jpeg(number), [text]) for number, text in enumerate(texts)]
-    dataset = pack(tmp_path / "set", samples, class_names=[], tokenizer=Tokenizer())
-    listed, other = tmp_path / "concepts.txt", tmp_path / "other.txt"
-    listed.write_text("dog\nred dog\n")
-    other.write_text("dog\n")
-    concepts = read_concepts(listed)
-    source = PlanSource(
-        name="set", samples=dataset.samples, labels=dataset.labels, num_templates=0,
-        class_ids=np.empty(0, np.int64), balance=balance_dataset(dataset, 5, concepts),
-    )  # fmt: skip
-    plan = TrainPlan([source], data=DataConfig(balance=5), global_batch_size=5, seed=3)
-    # all red dogs and what is none; of the 16 that are dogs alone as many as 5 of 20
-    assert plan.epoch_sizes == [4 + 4 + 17]
-    ledger = Ledger(
-        tmp_path / "ledger",
-        sources=[LedgerSource("set", len(texts), plan.epoch_sizes[0])],
-        global_batch_size=5,
-        seed=3,
-        shares=plan.weights,
-        balance=5,
-        concepts=concepts.digest,
-    )
-    with ledger.segment(0):
-        for step in range(30):
-            ids = torch.from_numpy(plan.batch(step, rank=0, world_size=1).sample_ids)
-            sources = torch.zeros_like(ids)
-            ledger.record(
-                SimpleNamespace(step=step, sample_ids=ids, scheduled_ids=ids, source_ids=sources)
-            )
-    replan = Replan([str(tmp_path / "set")], listed)
-    proof = prove(tmp_path / "ledger", watch=replan)
-    assert proof.holds
-    assert proof.sources[0].complete_epochs == 6
-    assert (replan.num_draws, replan.num_different) == (150, 0)
-    for wrong in (other, None):
-        with pytest.raises(ValueError, match="--concepts is .*: give the file as it was"):
-            prove(tmp_path / "ledger", watch=Replan([str(tmp_path / "set")], wrong))
-
-
 def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, 30)
     other = dataclasses.replace(header(2, 30), sources=(SOURCES[0], LedgerSource("captions", 301)))
     (tmp_path / segment_name(2, 0)).write_bytes(encode_header(other))
     proof = prove(tmp_path)
     assert "different runs" in proof.faults[0]
-    assert not proof.holds
-
-
-def test_a_start_with_another_teachers_views_is_of_another_run(tmp_path: Path) -> None:
-    write(tmp_path, 1, 0, 30)
-    other = dataclasses.replace(header(2, 30), teachers=("a1", "b2"))
-    path = tmp_path / segment_name(2, 0)
-    path.write_bytes(encode_header(other))
-    assert read_segment_file(path).header.teachers == ("a1", "b2")
-    proof = prove(tmp_path)
-    assert "in views that the teachers a1 b2 saw" in proof.faults[0]
     assert not proof.holds
 
 

@@ -354,9 +354,8 @@ def test_a_label_that_stands_twice_adds_up() -> None:
         torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=0)
 
 
-# One for each thing that ranks exchange: classes and texts, views, pairs, memberships, words,
-# a teacher's features.
-FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels", "affinity"]
+# One for each thing that ranks exchange: classes and texts, views, pairs, memberships.
+FEW = ["unicl", "supcon", "ce, mixed", "sigmoid, labels"]
 
 
 @pytest.mark.dist
@@ -408,11 +407,10 @@ def test_ranks_give_the_objectives_of_one_process(
         name
         for name in OBJECTIVES
         if name.endswith(("labels", "ancestors")) and not name.startswith("ce")
-    ]
-    + ["affinity", "affinity, images", "features", "features, images"],
+    ],
 )
 @pytest.mark.parametrize("unique_texts", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_micro_batches_of_images_of_several_classes_and_of_teachers(
+def test_micro_batches_of_images_of_several_classes(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:
     data = labelled_loader(images, objective), small_ancestors(objective)
@@ -436,7 +434,6 @@ def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
         ("supcon", {"micro_batch_size": 4}, "supcon has no texts"),
         ("ce", {"micro_batch_size": 4}, "ce has no texts"),
         ("unicl, mixed", {"micro_batch_size": 4}, "cannot be used with objective.mixup"),
-        ("affinity", {}, "distillation=affinity, but the loader's batches have no Batch.teacher"),
         ("sigmoid", {"loss": "triton"}, "triton has kernels for objective.form=softmax only"),
     ],
 )
@@ -460,16 +457,6 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
         ObjectiveConfig(name="clip", mixup=0.1)
     with pytest.raises(ValueError, match="which ce does not have: take unicl or clip, or softmax"):
         ObjectiveConfig(name="ce", form="sigmoid")
-    with pytest.raises(ValueError, match="distillation=affinity is for unicl and clip, not for ce"):
-        ObjectiveConfig(name="ce", distillation="affinity")
-    with pytest.raises(ValueError, match="shows images as the teacher saw them"):
-        ObjectiveConfig(distillation="features", cutmix=0.1)
-    unknown = dataclasses.replace(tiny_config(), objective=ObjectiveConfig(distillation="features"))
-    with pytest.raises(ValueError, match="teacher_width: .* it is 0"):
-        Trainer(unknown, loader)
-    unknown = dataclasses.replace(unknown, objective=ObjectiveConfig(distillation="affinity"))
-    with pytest.raises(ValueError, match="distillation_scale is 0"):
-        Trainer(unknown, loader)
     with pytest.raises(ValueError, match="several labels an image, which supcon does not"):
         ObjectiveConfig(name="supcon", positives="labels")
     with pytest.raises(ValueError, match="positives=ancestors is for unicl, not for ce"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 from collections import Counter
@@ -34,13 +33,11 @@ from unicl_fast.pipelines.feed.host_batches import decoding_threads
 from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, fit_prefetch
-from unicl_fast.pipelines.plan.balance import Balance, balance_dataset
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import build_prompts
-from unicl_fast.training.run import _build_stages, _RunData
 from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali
@@ -179,27 +176,6 @@ def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
         assert torch.equal(shown, expected)
     with pytest.raises(ValueError, match="a TrainLoader is of one stage"):
         TrainLoader(config, datasets, None, prompts)
-
-
-def test_stages_find_once_what_an_epoch_takes_of_each_class(
-    datasets: list[PackedDataset], prompts: ClassPrompts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = []
-
-    def balance(dataset: PackedDataset, *arguments: Any) -> Balance:
-        found.append(dataset)
-        return balance_dataset(dataset, *arguments)
-
-    monkeypatch.setattr("unicl_fast.pipelines.loader.balance_dataset", balance)
-    config = make_config(balance=2)
-    stages = ("36:image_size=16", "12:crop_scale=1..1")
-    run = dataclasses.replace(config.run, samples=84, stages=stages)
-    config = dataclasses.replace(config, run=run)
-    build = functools.partial(TrainLoader, datasets=datasets, weights=None)
-    data = _RunData(config=config, datasets=datasets, weights=None, description={}, prompts=prompts)
-    loader = _build_stages(data, build)
-    assert found == datasets
-    assert loader.plan.balances[0] is not None
 
 
 def test_each_image_comes_with_a_text_of_its_own_sample(

@@ -21,7 +21,6 @@ from unicl_fast.pipelines.plan.order import assign_sources, integer_weights
 from unicl_fast.pipelines.plan.plan import (
     PlannedBatch,
     PlanSource,
-    StoredViews,
     TrainPlan,
     samples_of_draws,
     split_steps,
@@ -54,11 +53,7 @@ def make_source(
 def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
     weights = options.pop("weights", None)
     augment = options.pop("augment", "none")
-    beside = {
-        name: options.pop(name)
-        for name in ("spans", "stage", "stored_views", "in_order")
-        if name in options
-    }
+    beside = {name: options.pop(name) for name in ("spans", "stage") if name in options}
     return TrainPlan(
         sources,
         data=DataConfig(**options),
@@ -286,7 +281,7 @@ def test_seeds_change_everything_drawn() -> None:
         )
         for seed in (0, 1)
     )
-    for name in set(one) - {"global_index", "source_ids", "view_numbers"}:
+    for name in set(one) - {"global_index", "source_ids"}:
         assert not np.array_equal(one[name], other[name]), name
 
 
@@ -316,52 +311,6 @@ def test_a_second_view_or_augmentation_leaves_everything_else_alone() -> None:
         assert np.array_equal(plain[name], full[name]), name
     assert np.array_equal(plain["windows"], full["windows"][:, :1])
     assert plain["augment_rows"].size == 0
-
-
-def test_a_stored_view_is_a_function_of_its_seed_the_sample_and_its_number() -> None:
-    """What a teacher is shown in order is what any run shows: other seeds, mixes, substitutes."""
-    source, k = make_source(30, labels=2, captions=1), 4
-    options = {"augment": EVERYTHING + ",views=1", "crop_scale": (0.2, 1.0)}
-    views = StoredViews(count=k, seed=9)
-    shown = [
-        make_plan(source, batch=12, stored_views=[views], in_order=True, **options).batch(
-            step, rank=0, world_size=1
-        )
-        for step in range(10)
-    ]
-    samples = np.concatenate([batch.sample_ids for batch in shown])
-    assert samples.tolist() == [sample for sample in range(30) for _ in range(k)]
-    pixels = {
-        name: np.concatenate([getattr(batch, name) for batch in shown]).reshape(30, k, -1)
-        for name in ("windows", "augment_rows")
-    }
-    for values in pixels.values():
-        assert len(np.unique(values.reshape(30 * k, -1), axis=0)) == 30 * k
-    two = [StoredViews(count=2, seed=1), views]
-    runs = [
-        make_plan(source, seed=3, stored_views=[views], **options),
-        make_plan(make_source(20, captions=1), source, seed=4, stored_views=two, **options),
-    ]
-    found = set()
-    for number, plan in enumerate(runs):
-        plain = make_plan(*plan._sources, seed=plan.seed, **options)
-        for step in range(40):
-            batch = plan.batch(step, rank=0, world_size=1)
-            other = plain.substitute(step, np.arange(8), attempt=1)
-            substitutes = plan.substitute(step, np.arange(8), attempt=1)
-            assert np.array_equal(substitutes.sample_ids, other.sample_ids)
-            drawn = plain.batch(step, rank=0, world_size=1)
-            for name in ("sample_ids", "captions", "labels", "templates"):
-                assert np.array_equal(getattr(batch, name), getattr(drawn, name)), name
-            assert (drawn.view_numbers == -1).all()
-            for one in (batch, substitutes):
-                mine = one.source_ids == number
-                keys = one.sample_ids[mine], one.view_numbers[mine]
-                found |= set(zip(*keys, strict=True))
-                for name, values in pixels.items():
-                    got = getattr(one, name)[mine].reshape(mine.sum(), -1)
-                    assert np.array_equal(got, values[keys]), name
-    assert {view for _, view in found} == set(range(k))
 
 
 def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -31,7 +30,6 @@ from program_runs import (
 from safetensors.torch import load_file, save_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.tools import ledger, pretrain
 from unicl_fast.training.metrics import read_metrics
 
@@ -410,39 +408,6 @@ def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unb
         assert sum(source["draws"] for source in values["sources"]) == 504
         sizes = {(one["start_step"], one["global_batch_size"]) for one in values["segments"]}
         assert sizes >= {(0, 24), (10, 12), (20, 12)}
-
-
-def test_a_balanced_run_is_proven_and_planned_again_from_its_labels(
-    data: Path, tmp_path: Path
-) -> None:
-    """One of each class an epoch; it is not resumed with another limit, or list of concepts."""
-    listed, other = tmp_path / "listed.txt", tmp_path / "other.txt"
-    listed.write_text("dog\n")  # no image has a caption
-    other.write_text("cat\n")
-    settings = [
-        *[word if word != str(STEPS) else str(STEPS_OF_A_RUN) for word in SMALL],
-        *("--run.global-batch-size", "10", "--ledger", "--data.balance", "1"),
-        *("--data.train", data / "labels", "--out", tmp_path / "run"),
-        *("--data.balance-concepts", listed),
-    ]
-    said = run("pretrain", *settings).stderr
-    labels = PackedDataset(data / "labels")
-    counts = np.bincount(labels.labels)
-    assert counts.max() > 1
-    again = "--replan", "--data", str(data / "labels"), "--concepts"
-    values = proven(tmp_path / "run", *again, str(listed))
-    assert values["num_different_from_plan"] == 0
-    (source,) = values["sources"]
-    assert source["epoch_size"] == len(counts) < source["num_samples"]
-    assert f"an epoch takes {source['epoch_size']} of the {len(labels)} samples" in said
-    with pytest.raises(SystemExit):
-        call(ledger, tmp_path / "run", "--replan")
-    with pytest.raises(SystemExit):
-        call(pretrain, *settings, "--resume", "auto", "--data.balance", "2")
-    with pytest.raises(SystemExit):
-        call(ledger, tmp_path / "run", *again, other)
-    with pytest.raises(SystemExit):
-        call(pretrain, *settings, "--resume", "auto", "--data.balance-concepts", other)
 
 
 def test_unicl_ledger_says_what_is_missing(

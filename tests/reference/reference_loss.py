@@ -81,29 +81,3 @@ def weighted_loss(
     i2t = -(weights / weights.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     t2i = -(weights / weights.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
     return (i2t + t2i) / 2
-
-
-def affinity_loss(
-    images: np.ndarray,
-    texts: np.ndarray,
-    teacher_images: np.ndarray,
-    teacher_texts: np.ndarray,
-    scale: float,
-    teacher_scale: float,
-    *,
-    exclude_self: bool = False,
-) -> float:
-    """MobileCLIP: mean KL(teacher || student) of rows and of columns, one text for each image."""
-    n = len(images)
-    student = scale * images.astype(np.float64) @ texts.astype(np.float64).T
-    teacher = teacher_scale * teacher_images.astype(np.float64) @ teacher_texts.astype(np.float64).T
-
-    def one_direction(student: np.ndarray, teacher: np.ndarray) -> float:
-        total = 0.0
-        for i in range(n):
-            others = [j for j in range(n) if not (exclude_self and j == i)]
-            log_p, log_q = _log_softmax(teacher[i, others]), _log_softmax(student[i, others])
-            total += float((np.exp(log_p) * (log_p - log_q)).sum())
-        return total / n
-
-    return (one_direction(student, teacher) + one_direction(student.T, teacher.T)) / 2

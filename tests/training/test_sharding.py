@@ -13,7 +13,7 @@ import pytest
 import torch
 from rank_workers import run_on_ranks, train_each, train_each_compiled
 from safetensors.torch import load_file
-from small_runs import OBJECTIVES, StepLoader, tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import DataConfig, TrainConfig
@@ -107,14 +107,7 @@ def test_two_ranks_that_divide_the_state_train_as_before(
 ) -> None:
     """And hold half of it each; `optimizer` divides no parameter, and one is 0.8 of this model."""
     runs = {shard: (quick_config(shard), None) for shard in ("off", "optimizer", "full")}
-    distilling = {
-        f"distilling-{shard}": (dataclasses.replace(config, objective=OBJECTIVES["features"]), None)
-        for shard, (config, _) in runs.items()
-        if shard != "optimizer"
-    }
-    run_on_ranks(train_each, 2, images, tmp_path, runs | distilling)
-    assert_close_runs(tmp_path / "distilling-full", tmp_path / "distilling-off", **IN_FP64)
-    assert "model: teacher_projection" in state_of(tmp_path / "distilling-full")
+    run_on_ranks(train_each, 2, images, tmp_path, runs)
     assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
     assert_close_runs(tmp_path / "full", tmp_path / "off", **IN_FP64)
     for shard in runs:

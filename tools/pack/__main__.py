@@ -29,7 +29,6 @@ from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of, count_of_kind, print_text
 
 from .inspect import Inspect, contents_of
-from .reinforce import Reinforce
 from .verify import Verify
 
 _COMPLETE = "complete already: an earlier run of this command has written all of it"
@@ -147,7 +146,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
-    "reinforce": Reinforce,
     "upload": Upload,
 }
 

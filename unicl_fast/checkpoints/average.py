@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import first_difference, shorten
 
 _ARCHITECTURE = (
@@ -23,8 +23,7 @@ _PREPROCESSING = ("evaluation_resize", "image_size", "interpolation", "mean", "s
 def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Tensor]:
     """Weights and buffers between those of two models: (1 - alpha) first + alpha second, in fp32.
 
-    At 0 and 1 they are one model's own. What is not made of fractions is the first one's, and so is
-    what training alone needs.
+    At 0 and 1 they are one model's own. What is not made of fractions is the first one's.
 
     Raises:
         ValueError: the models differ in their architecture or preprocessing; shows the difference.
@@ -33,7 +32,7 @@ def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Ten
     others = second.state_dict()
     return {
         name: torch.lerp(one.float(), others[name].float(), alpha)
-        if one.is_floating_point() and name not in TRAINING_ONLY
+        if one.is_floating_point()
         else one
         for name, one in first.state_dict().items()
     }
@@ -60,7 +59,4 @@ def _describe(model: UniCL) -> dict[str, Any]:
     settings = {name: getattr(model.config.model, name) for name in _ARCHITECTURE}
     settings |= {name: getattr(model.config.data, name) for name in _PREPROCESSING}
     tensors = model.state_dict().items()
-    shapes = {
-        f"tensor {name}": list(one.shape) for name, one in tensors if name not in TRAINING_ONLY
-    }
-    return settings | shapes
+    return settings | {f"tensor {name}": list(one.shape) for name, one in tensors}

@@ -338,9 +338,6 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
-        objective = config.objective
-        if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
-            expected["teacher_projection"] = [model.embed_dim, objective.teacher_width]
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}

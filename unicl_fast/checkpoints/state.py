@@ -44,7 +44,7 @@ _GROUP_STEP = "group_step"
 _MUST_NOT_CHANGE = {
     "run": ("seed", "global_batch_size"),
     "efficiency": ("precision",),
-    "data": ("shuffle_window", "shuffle_groups", "balance"),
+    "data": ("shuffle_window", "shuffle_groups"),
 }
 
 

@@ -27,7 +27,7 @@ from unicl_fast.system.checksums import file_checksum
 
 _CARD_FILE = "README.md"
 _NOT_PUBLISHED = {
-    "data": ("train", "evaluate", "fraction", "balance_concepts", "cache_folder"),
+    "data": ("train", "evaluate", "fraction", "cache_folder"),
     "model": INITIAL_WEIGHTS,
     "efficiency": ("activation_checkpointing", "compile", "image_features"),
     "checkpoint": ("best",),

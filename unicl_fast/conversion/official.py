@@ -24,7 +24,7 @@ from unicl_fast.config import ModelConfig, TrainConfig
 from unicl_fast.conversion.fitting import misfits, phrase
 from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
@@ -115,11 +115,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         )
 
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        official_name(name): tensor.detach()
-        for name, tensor in tensors
-        if name not in TRAINING_ONLY
-    }
+    return {official_name(name): tensor.detach() for name, tensor in tensors}
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:

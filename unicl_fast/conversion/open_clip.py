@@ -30,7 +30,7 @@ from unicl_fast.conversion.output import (
     write_tensors,
 )
 from unicl_fast.models.image_encoder import feature_width
-from unicl_fast.models.unicl import TRAINING_ONLY, UniCL
+from unicl_fast.models.unicl import UniCL
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -326,8 +326,6 @@ def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
         linears["text_projection"] = "text_projection.weight"
     tensors = {}
     for name, tensor in model.state_dict().items():
-        if name in TRAINING_ONLY:
-            continue
         if name in linears:
             tensors[linears[name]] = tensor.T
         elif name.startswith("image_encoder."):

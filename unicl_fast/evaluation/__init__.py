@@ -4,8 +4,7 @@
 (with the `levels` of a hierarchy), `retrieval`, `probes` (linear probe and nearest neighbours),
 `finetune`, and `detection` with its data in `coco`. They share `data` (what may be evaluated on),
 `features` (a model over images and texts, on all ranks, and what it made of labelled images, kept
-in a folder) and `report` (counts, intervals, tables, figures). `reinforce` stores what a teacher
-makes of a data set. Reading arguments and starting ranks
+in a folder) and `report` (counts, intervals, tables, figures). Reading arguments and starting ranks
 is `tools/evaluate.py`'s work; the trainer, which knows no evaluation, is handed
 `zero_shot.evaluate_zero_shot` by `tools/pretrain.py`.
 """

@@ -68,14 +68,6 @@ class LedgerSource:
 
     name: str
     num_samples: _Size
-    epoch_draws: Annotated[int, Meta(ge=0, le=1 << 48)] = 0
-    """Draws of an epoch, where `data.balance` makes them fewer than samples; 0 is as many, and not
-    in the file."""
-
-    @property
-    def epoch_size(self) -> int:
-        """Draws of an epoch."""
-        return self.epoch_draws or self.num_samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,13 +94,6 @@ class SegmentHeader:
     where it is 1."""
     run_id: str = ""
     """The run's, as in its checkpoints."""
-    balance: Count = 0
-    """`data.balance`; not in the file where it is 0."""
-    concepts: str = ""
-    """The digest of `data.balance_concepts`; not in the file where it is empty."""
-    teachers: tuple[str, ...] = ()
-    """Keys of the stored teachers whose views are shown, by source; not in the file where there are
-    none. With the seed they decide the pixels of each draw."""
     first_draw: Count = 0
     """Draws of all steps before the first one, where stages before had other batches; not in the
     file where it is 0: then they are those of as many steps of this size."""
@@ -167,15 +152,9 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
-    for name in (
-        *("shuffle_window", "run_id", "balance", "concepts", "teachers"),
-        *("first_draw", "last_batch_size", "follows"),
-    ):
+    for name in ("shuffle_window", "run_id", "first_draw", "last_batch_size", "follows"):
         if not values[name]:
             del values[name]
-    for source in values["sources"]:
-        if not source["epoch_draws"]:
-            del source["epoch_draws"]
     if not header.shuffle_window or header.shuffle_groups == 1:
         del values["shuffle_groups"]
     text = json.dumps(values).encode()
@@ -352,10 +331,6 @@ def _checked_header(values: Any) -> SegmentHeader:
     require(
         header.global_batch_size % header.world_size == 0,
         "world_size must divide global_batch_size",
-    )
-    require(
-        all(source.epoch_draws <= source.num_samples for source in header.sources),
-        "epoch_draws must not be above num_samples",
     )
     require(
         1 <= len(header.sources) == len(header.shares) <= 1 << 16,

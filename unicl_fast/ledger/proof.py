@@ -2,8 +2,7 @@
 
 Nothing of the plan is used: the ids alone must say it. An epoch of a source of N samples is N draws
 of it one after another; it is complete and right when no sample came twice, for then each came
-once. Under `data.balance` an epoch has fewer draws, by the headers, and no sample comes twice.
-Memory is one bit a sample and some megabytes, however long the run.
+once. Memory is one bit a sample and some megabytes, however long the run.
 """
 
 from __future__ import annotations
@@ -50,10 +49,6 @@ class Run:
     """`run.global_batch_size`; stages may have others."""
     sizes: list[int]
     """Samples of each source."""
-    balance: int = 0
-    """`data.balance`."""
-    teachers: tuple[str, ...] = ()
-    """Keys of the stored teachers whose views are shown."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,19 +57,17 @@ class SourceProof:
 
     name: str
     num_samples: int
-    epoch_size: int
-    """Draws of an epoch: the samples, or fewer under `data.balance`."""
     draws: int
     scheduled_twice: int
     """Draws of a sample that the same epoch had drawn before."""
     lost: int
-    """Samples that a complete epoch did not draw, where an epoch draws all."""
+    """Samples that a complete epoch did not draw."""
     unknown: int
     """Draws of samples that the source does not have."""
 
     @property
     def complete_epochs(self) -> int:
-        return self.draws // self.epoch_size
+        return self.draws // self.num_samples
 
     @property
     def holds(self) -> bool:
@@ -320,8 +313,6 @@ def _run_of(header: SegmentHeader) -> Run:
         seed=header.seed,
         global_batch_size=header.run_batch_size,
         sizes=[source.num_samples for source in header.sources],
-        balance=header.balance,
-        teachers=header.teachers,
     )
 
 
@@ -329,7 +320,6 @@ def _origin(run: Run) -> str:
     return (
         f"run {run.run_id} with seed {run.seed} and batches of "
         f"{run.global_batch_size} out of sources of {run.sizes} samples"
-        + (f", in views that the teachers {' '.join(run.teachers)} saw" if run.teachers else "")
     )
 
 
@@ -409,7 +399,6 @@ class EpochCounter:
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
         self._sources = list(sources)
         sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
-        epoch_sizes = np.array([source.epoch_size for source in sources], dtype=np.int64)
         first_words = np.concatenate([[0], np.cumsum((sizes + 63) // 64)]).astype(np.int64)
         seen = np.zeros(first_words[-1], dtype=np.uint64)
         self._draws = np.zeros(len(sizes), dtype=np.int64)
@@ -418,7 +407,6 @@ class EpochCounter:
         self._examples = np.full((_MOST_EXAMPLES, 5), -1, dtype=np.int64)
         self._state = (
             sizes,
-            epoch_sizes,
             first_words,
             seen,
             self._draws,
@@ -440,7 +428,6 @@ class EpochCounter:
             SourceProof(
                 name=source.name,
                 num_samples=source.num_samples,
-                epoch_size=source.epoch_size,
                 draws=int(draws),
                 scheduled_twice=int(counts[_TWICE]),
                 lost=int(counts[_LOST]),
@@ -471,11 +458,11 @@ class EpochCounter:
 
 @kernel
 def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
-    sizes, epoch_sizes, first_words, seen, draws, counts, examples = state
+    sizes, first_words, seen, draws, counts, examples = state
     one = np.uint64(1)
     for i in range(ids.size):
         source, sample = source_ids[i], ids[i]
-        epoch = draws[source] // epoch_sizes[source]
+        epoch = draws[source] // sizes[source]
         kind = -1
         if sample < 0 or sample >= sizes[source]:
             kind = _UNKNOWN
@@ -488,9 +475,9 @@ def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
         if kind >= 0:
             _add_fault(counts, examples, kind, source, epoch, sample, first + i)
         draws[source] += 1
-        if draws[source] % epoch_sizes[source] == 0:
-            # the epoch is over: samples that were not seen in it are lost, if it is of all
-            for sample in range(sizes[source] if epoch_sizes[source] == sizes[source] else 0):
+        if draws[source] % sizes[source] == 0:
+            # the epoch is over: samples that were not seen in it are lost
+            for sample in range(sizes[source]):
                 word = first_words[source] + (sample >> 6)
                 if not seen[word] & (one << np.uint64(sample & 63)):
                     _add_fault(counts, examples, _LOST, source, epoch, sample, -1)

@@ -52,10 +52,7 @@ class Ledger:
         shares: Sequence[int],
         shuffle_window: int = 0,
         shuffle_groups: int = 1,
-        balance: int = 0,
         spans: Sequence[Span] = (),
-        teachers: Sequence[str] = (),
-        concepts: str = "",
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -77,9 +74,6 @@ class Ledger:
             shares=tuple(shares),
             shuffle_window=shuffle_window,
             shuffle_groups=shuffle_groups,
-            balance=balance,
-            teachers=tuple(teachers),
-            concepts=concepts,
         )
         self._spans = spans if len(spans) > 1 else ()
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)

@@ -26,13 +26,9 @@ from unicl_fast.models.image_encoder import (
 )
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""Image features [b d], the features they are contrasted with [n d], their scale [], the bias of
-the sigmoid form [], and the projection to a teacher's features [d t]; None where there is none."""
-
-
-TRAINING_ONLY = ("teacher_projection",)
-"""Parameters of terms of the objective, which no feature depends on."""
+Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Image features [b d], the features they are contrasted with [n d], their scale [], and the bias
+[] of the sigmoid form or None."""
 
 
 class UniCL(nn.Module):
@@ -42,8 +38,7 @@ class UniCL(nn.Module):
     images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias. A projection may be None, or have a
     bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
-    None but under `objective.form=sigmoid`, `teacher_projection` but where distillation compares
-    features of another width.
+    None but under `objective.form=sigmoid`.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -89,14 +84,6 @@ class UniCL(nn.Module):
                 self.text_projection, self.text_projection_bias = _projection(
                     model.text_projection, model.text_width, model
                 )
-            self.teacher_projection = None
-            if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
-                if not objective.teacher_width:
-                    raise ValueError(
-                        "objective.teacher_width: distillation of features needs the width of the "
-                        "teacher's, and it is 0"
-                    )
-                self.teacher_projection = _matrix(model.embed_dim, objective.teacher_width)
         self.logit_scale = nn.Parameter(
             torch.tensor(_initial_logit_scale(config)),
             requires_grad=model.learn_logit_scale and not classifies,
@@ -191,7 +178,7 @@ class UniCL(nn.Module):
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows
-        return features, contrast, self.scale, self.logit_bias, self.teacher_projection
+        return features, contrast, self.scale, self.logit_bias
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

@@ -31,7 +31,6 @@ from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
 from unicl_fast.dataset.growing_files import END_OF_TAR
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.dataset.teacher_files import TEACHER_FOLDER, UNFINISHED_TEACHER, open_teacher
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.system.checksums import (
@@ -119,9 +118,6 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     with faults.catch(QUARANTINE_NAME, "quarantine", known=OSError):
         for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
             pass
-    with faults.catch(TEACHER_FOLDER, "checksum"):
-        if (folder / TEACHER_FOLDER).exists():
-            open_teacher(folder / TEACHER_FOLDER, manifest, check=True)
     pixels_agree = _check_pixels(folder, manifest, faults=faults)
     dataset: PackedDataset | None = None
     if _check_arrays(folder, manifest, damaged, faults=faults) and pixels_agree:
@@ -166,7 +162,7 @@ def _check_checksums(
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
-    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME, TEACHER_FOLDER, UNFINISHED_TEACHER}
+    others = {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}
     for name in sorted(set(entries) - expected - others):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))

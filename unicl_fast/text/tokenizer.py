@@ -61,15 +61,6 @@ class Tokenizer:
         self.start_id = vocabulary[_START]
         self.end_id = vocabulary[_END]
 
-    @property
-    def ends_word(self) -> npt.NDArray[np.bool_]:
-        """[v] whether a token ends a word; the markers count as words."""
-        _, vocabulary, _ = _load_encoding()
-        ends = np.ones(self.vocab_size, np.bool_)
-        for token, number in vocabulary.items():
-            ends[number] = token.endswith((_WORD_END, _START, _END))
-        return ends
-
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
         """Token ids of each text: start token, the text, end token.
 

@@ -35,7 +35,6 @@ from unicl_fast.training.global_loss import (
     classes_of_images,
     encoder_autocast,
     encoder_input,
-    rows_of_teacher,
     texts_to_encode,
 )
 from unicl_fast.training.step_clock import Part
@@ -78,23 +77,14 @@ def back_propagate_in_micro_batches(
         The loss of the global batch, not scaled, equal on all ranks.
     """
     pieces = _MicroBatches(model, batch, config, ranks)
-    columns = TextColumns(
-        pieces.text_class_ids,
-        pieces.text_counts,
-        ranks,
-        ancestors=ancestors,
-        teacher=rows_of_teacher(batch, config, pieces.text_counts),
-    )
+    columns = TextColumns(pieces.text_class_ids, pieces.text_counts, ranks, ancestors=ancestors)
     text_features = pieces.encode_texts().requires_grad_()
     texts_of_all = columns.send(text_features)
     image_features = pieces.encode_images().requires_grad_()
     with torch.no_grad(), pieces.autocast():
         scale = model.scale.requires_grad_()
-    bias, projection = (
-        None if one is None else one.detach().requires_grad_()
-        for one in (model.logit_bias, model.teacher_projection)
-    )
-    learnt = [one for one in (scale, bias, projection) if one is not None]
+    bias = None if model.logit_bias is None else model.logit_bias.detach().requires_grad_()
+    learnt = [one for one in (scale, bias) if one is not None]
     begin("loss")
     loss = columns.contrast(
         image_features,
@@ -102,7 +92,6 @@ def back_propagate_in_micro_batches(
         class_ids=classes_of_images(batch, ancestors),
         scale=scale,
         bias=bias,
-        projection=projection,
         form=config.efficiency.loss,
     )
     gradients = torch.autograd.grad(scale_loss(loss), [image_features, text_features, *learnt])

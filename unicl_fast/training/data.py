@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from unicl_fast.config import DataConfig, ObjectiveConfig, TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.teacher_files import StoredTeacher, read_teacher, read_teachers
 from unicl_fast.distributed.ranks import Ranks, gather_objects
-from unicl_fast.pipelines.plan.concepts import read_concepts
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.hierarchies import Hierarchy
@@ -30,8 +28,6 @@ from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_SCALE_OF_IMAGES = 10.0
-"""The scale of affinities between images: a teacher that knows no texts has none of its own."""
 _MOST_TIMES = 1.2
 """Machines that together read a remote data set more often in an epoch get a warning."""
 
@@ -255,20 +251,18 @@ def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> in
 
 
 def describe_datasets(
-    datasets: Sequence[PackedDataset], weights: Sequence[float] | None, concepts: str = ""
+    datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
     """Describes what a run is trained on: contents, not paths, so that data may be moved.
 
-    Checkpoints hold it, and a run that is resumed compares it. `concepts` is the file of
-    `data.balance_concepts`.
+    Checkpoints hold it, and a run that is resumed compares it.
     """
     manifests = [dataset.manifest for dataset in datasets]
     known = [manifest.hierarchy for manifest in manifests]
     hierarchies = [None if one is None else dataclasses.asdict(one) for one in known]
-    digest = concepts and read_concepts(Path(concepts)).digest
-    optional = {"hierarchies": hierarchies if any(hierarchies) else None, "concepts": digest}
     # without any, as in checkpoints of versions that knew none
-    return {name: value for name, value in optional.items() if value} | {
+    optional: dict[str, Any] = {"hierarchies": hierarchies} if any(hierarchies) else {}
+    return optional | {
         "shares": list(weights) if weights else None,
         "sources": [
             {
@@ -288,20 +282,13 @@ def describe_datasets(
 def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
     """Fills in what the objective needs to know of the data.
 
-    Without texts captions are not used, cross-entropy gets as many rows as there are classes, and
-    distillation the teacher's width and scale.
+    Without texts captions are not used, and cross-entropy gets as many rows as there are classes.
 
     Raises:
-        ValueError: no features of a teacher where they are to be learnt from, samples without
-            labels, another number of classes than the config says, or classes above others where
-            no data set has a hierarchy.
+        ValueError: samples without labels, another number of classes than the config says, or
+            classes above others where no data set has a hierarchy.
     """
     objective = config.objective
-    if objective.distillation != "off":
-        for stage in config.settings_of_stages:
-            teachers = read_teachers(datasets, stage.data)
-        objective = _with_teacher(objective, teachers)
-        config = dataclasses.replace(config, objective=objective)
     if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
         raise ValueError(
             "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
@@ -333,31 +320,6 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
         )
     objective = dataclasses.replace(objective, num_classes=counts)
     return dataclasses.replace(config, objective=objective)
-
-
-def _with_teacher(objective: ObjectiveConfig, teachers: Sequence[StoredTeacher]) -> ObjectiveConfig:
-    """Fills in a teacher's width and scale."""
-    width, scale = teachers[0].width, objective.distillation_scale
-    if objective.teacher_width not in (0, width):
-        raise ValueError(
-            f"objective.teacher_width is {objective.teacher_width}, but the teacher "
-            f"{teachers[0].name} has features of {width}: leave it at 0"
-        )
-    scale = scale or teachers[0].scale or _SCALE_OF_IMAGES
-    return dataclasses.replace(objective, teacher_width=width, distillation_scale=scale)
-
-
-def describe_teachers(
-    datasets: Sequence[PackedDataset], config: TrainConfig, *, check: bool
-) -> dict[str, Any]:
-    """The teachers, which a run that distils adds to `describe_datasets`; `check` reads them all.
-
-    Raises:
-        ValueError: the teacher's features of a data set are damaged.
-    """
-    if config.objective.distillation == "off":
-        return {}
-    return {"teachers": [read_teacher(dataset, check=check).key for dataset in datasets]}
 
 
 def rows_of_class_names(

@@ -20,14 +20,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import LossForm, ObjectiveConfig, TrainConfig
+from unicl_fast.config import LossForm, TrainConfig
 from unicl_fast.distributed.ranks import (
     PendingMaximum,
     Ranks,
@@ -47,7 +46,6 @@ from unicl_fast.objectives.loss import (
     sigmoid_contrastive_loss,
     unified_contrastive_loss,
 )
-from unicl_fast.objectives.loss_distillation import affinity_loss, feature_loss
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Ancestors, Membership
 from unicl_fast.text.prompts import LABEL_BITS
@@ -95,18 +93,12 @@ def global_loss(
             rows = batch.text_index if config.efficiency.unique_texts else None
             columns = TextColumns(class_ids, torch.ones_like(batch.class_ids), ranks, rows=rows)
         else:
-            columns = TextColumns(
-                text_class_ids,
-                text_counts,
-                ranks,
-                ancestors=ancestors,
-                teacher=rows_of_teacher(batch, config, text_counts),
-            )
+            columns = TextColumns(text_class_ids, text_counts, ranks, ancestors=ancestors)
         encode_both = functools.partial(
             encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
     with encoder_autocast(config, ranks, batch.images.device.type):
-        image_features, contrast_features, scale, bias, projection = encode_both(images)
+        image_features, contrast_features, scale, bias = encode_both(images)
     begin("loss")
     form = config.efficiency.loss
     if columns is not None:
@@ -116,7 +108,6 @@ def global_loss(
             class_ids=class_ids,
             scale=scale,
             bias=bias,
-            projection=projection,
             form=form,
         )
     one_direction = functools.partial(
@@ -208,34 +199,6 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
     return pad_texts(*texts) if rounds else texts
 
 
-class TeacherRows(NamedTuple):
-    """A teacher's features of this rank's images, and of its texts as they are encoded."""
-
-    objective: ObjectiveConfig
-    images: Tensor
-    """float16 [b t]."""
-    texts: Tensor | None
-    """float16 [u t]; None of a teacher that knows no texts."""
-
-
-def rows_of_teacher(
-    batch: Batch, config: TrainConfig, text_counts: Int[Tensor, " u"]
-) -> TeacherRows | None:
-    """A teacher's features for `TextColumns`; None where nothing is distilled.
-
-    `text_counts` are those of the texts that are encoded, padding of count 0 among them.
-    """
-    if config.objective.distillation == "off":
-        return None
-    assert batch.teacher_images is not None
-    texts = batch.teacher_texts
-    if texts is not None:
-        texts = texts if config.efficiency.unique_texts else texts[batch.text_index]
-        padded = texts.new_zeros(len(text_counts), texts.shape[1])
-        texts = padded.masked_scatter(text_counts.unsqueeze(1) > 0, texts)
-    return TeacherRows(config.objective, batch.teacher_images, texts)
-
-
 class TextColumns:
     """The texts of all ranks, which are the columns of the loss of UniCL and CLIP.
 
@@ -252,7 +215,6 @@ class TextColumns:
         *,
         rows: Int[Tensor, " u"] | None = None,
         ancestors: Ancestors | None = None,
-        teacher: TeacherRows | None = None,
     ) -> None:
         """Tells the other ranks how many texts this one has; all ranks come here together.
 
@@ -262,10 +224,9 @@ class TextColumns:
             ranks: the ranks of the run.
             rows: which rows of the encoded texts to take; None means all.
             ancestors: the classes above those of the texts, which all ranks know.
-            teacher: features to learn from too.
         """
         self._class_ids, self._counts, self._ranks, self._rows = class_ids, counts, ranks, rows
-        self._ancestors, self._teacher = ancestors, teacher
+        self._ancestors = ancestors
         self._num_texts = PendingMaximum(len(counts), ranks)
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
@@ -286,8 +247,6 @@ class TextColumns:
             self._send_table(self._counts, num_texts)
         else:
             self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
-        if self._teacher is not None and self._teacher.texts is not None:
-            self._send_table(self._teacher.texts, num_texts)
         return gathered
 
     def _send_table(self, rows: Tensor, num_rows: int) -> None:
@@ -302,14 +261,13 @@ class TextColumns:
         class_ids: Int[Tensor, " b"] | Membership,
         scale: Tensor,
         bias: Tensor | None = None,
-        projection: Tensor | None = None,
         form: LossForm = "auto",
     ) -> Float[Tensor, ""]:
         """The loss of this rank's images against what `send` returned: equal on all ranks.
 
-        A bias asks for the sigmoid form; the projection is that to a teacher's features.
+        A bias asks for the sigmoid form.
         """
-        text_class_ids, text_counts, teacher_texts = self._receive_tables()
+        text_class_ids, text_counts = self._receive_tables()
         texts = self._features.receive(text_features)
         if self._ancestors is not None and isinstance(text_class_ids, Tensor):
             text_class_ids = self._ancestors.of_texts(text_class_ids)
@@ -318,7 +276,7 @@ class TextColumns:
             # texts have several classes where images are mixed, and nowhere else
             mixed = isinstance(self._class_ids, Membership)
             loss = functools.partial(sigmoid_contrastive_loss, bias=bias, cosines=mixed)
-        own = loss(
+        return loss(
             image_features,
             texts,
             class_ids,
@@ -328,87 +286,18 @@ class TextColumns:
             form=form,
             all_reduce=all_reduce_over(self._ranks),
         )
-        if self._teacher is None:
-            return own
-        learnt = distillation_loss(
-            self._teacher._replace(texts=teacher_texts),
-            image_features,
-            texts,
-            text_counts,
-            scale=scale,
-            projection=projection,
-            form=form,
-            ranks=self._ranks,
-        )
-        weight = self._teacher.objective.distillation_weight
-        return (1 - weight) * own + weight * learnt
 
-    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor, Tensor | None]:
-        """Classes and counts of all ranks' texts, and a teacher's features of them."""
-        teacher_texts = None if self._teacher is None else self._teacher.texts
+    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor]:
+        """Classes and counts of all ranks' texts."""
         if self._ranks.world_size == 1:
-            return self._class_ids, self._counts, teacher_texts
+            return self._class_ids, self._counts
         tables = [in_flight.receive(table) for in_flight, table in self._tables]
-        if teacher_texts is not None:
-            teacher_texts = tables.pop()
         if isinstance(self._class_ids, Membership):
             entries, weights, counts = tables
             samples, labels = entries.T.contiguous()
-            return Membership(samples, labels, weights), counts, teacher_texts
+            return Membership(samples, labels, weights), counts
         class_ids, counts = tables[0].T.contiguous()
-        return class_ids, counts, teacher_texts
-
-
-def distillation_loss(
-    teacher: TeacherRows,
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "n d"],
-    text_counts: Int[Tensor, " n"],
-    *,
-    scale: Tensor,
-    projection: Tensor | None,
-    form: LossForm,
-    ranks: Ranks,
-) -> Float[Tensor, ""]:
-    """The loss against a teacher: equal on all ranks.
-
-    Its `texts` and the student's are those of all ranks. A teacher that knows none is learnt from
-    by images alone: their affinities are those of images with all other images, by one fixed scale
-    on both sides, since the student's learnt scale is of images with texts.
-    """
-    objective, all_reduce = teacher.objective, all_reduce_over(ranks)
-    if objective.distillation == "features":
-        loss = feature_loss(image_features, teacher.images, projection)
-        if teacher.texts is not None:
-            # all ranks have all texts, and what they agree on stays as it is in a mean over ranks
-            of_texts = feature_loss(text_features, teacher.texts, projection, counts=text_counts)
-            loss = (loss + of_texts) / 2
-        return all_reduce(None, loss)[1]
-    if teacher.texts is not None:
-        return affinity_loss(
-            image_features,
-            text_features,
-            teacher.images,
-            teacher.texts,
-            scale,
-            objective.distillation_scale,
-            text_counts=text_counts,
-            form=form,
-            all_reduce=all_reduce,
-        )
-    shift = -ranks.rank * len(image_features)  # its own images first, as `exclude_self` wants them
-    fixed = torch.full_like(scale.detach(), objective.distillation_scale)
-    return affinity_loss(
-        image_features,
-        gather_rows(image_features, ranks).roll(shift, 0),
-        teacher.images,
-        gather_rows(teacher.images, ranks).roll(shift, 0),
-        fixed,
-        objective.distillation_scale,
-        exclude_self=True,
-        form=form,
-        all_reduce=all_reduce,
-    )
+        return class_ids, counts
 
 
 def all_reduce_over(ranks: Ranks) -> AllReduce:

@@ -51,7 +51,6 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
-    describe_teachers,
     distinct_names,
     longest_text,
     open_datasets,
@@ -316,7 +315,7 @@ def build_trainer(
     `encodes_features` those of efficiency.image_features are neither looked for nor encoded. The
     other arguments are those of `pretrain` and of `Trainer`. Raises as `pretrain` does.
     """
-    data = _open_data(config, ranks, is_new=checkpoint is None)
+    data = _open_data(config, ranks)
     config = data.config
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
@@ -365,7 +364,7 @@ def build_trainer(
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
         last = data.config.settings_of_stages[-1]
-        whole = dataclasses.replace(last.data, shuffle_window=0, balance=0, balance_concepts="")
+        whole = dataclasses.replace(last.data, shuffle_window=0)
         of_epoch = dataclasses.replace(last, data=whole)
         features = stored_features(
             trainer.model,
@@ -380,15 +379,13 @@ def build_trainer(
     return trainer
 
 
-def _open_data(config: TrainConfig, ranks: Ranks, *, is_new: bool) -> _RunData:
+def _open_data(config: TrainConfig, ranks: Ranks) -> _RunData:
     """Opens the data on all ranks, and fills in what the config needs to know of it."""
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    description = describe_datasets(datasets, weights, config.data.balance_concepts)
-    with refused_together(ranks):  # rank 0 reads all of them, at the run's first start
-        description |= describe_teachers(datasets, config, check=ranks.is_main and is_new)
+    description = describe_datasets(datasets, weights)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
@@ -409,8 +406,8 @@ def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Rank
     return Ledger(
         run_folder / LEDGER_FOLDER,
         sources=[
-            LedgerSource(name, len(dataset), size if size < len(dataset) else 0)
-            for name, dataset, size in zip(names, data.datasets, plan.epoch_sizes, strict=True)
+            LedgerSource(name, len(dataset))
+            for name, dataset in zip(names, data.datasets, strict=True)
         ],
         global_batch_size=plan.global_batch_size,
         spans=data.config.run.spans,
@@ -418,9 +415,6 @@ def _build_ledger(run_folder: Path, data: _RunData, plan: TrainPlan, ranks: Rank
         shares=plan.weights,
         shuffle_window=plan.shuffle_window,
         shuffle_groups=plan.shuffle_groups,
-        balance=data.config.data.balance,
-        teachers=data.description.get("teachers", ()),
-        concepts=data.description.get("concepts", ""),
         ranks=ranks,
     )
 
@@ -455,8 +449,7 @@ def _build_stages(data: _RunData, build: Callable[..., PlannedLoader]) -> Planne
         if (length := stage.model.context_length) not in by_length:
             by_length[length] = build_prompts(data.datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
-        balances = loaders[0].plan.balances if loaders else None  # no stage has its own
-        loaders.append(build(stage, prompts=by_length[length], balances=balances, **of_stage))
+        loaders.append(build(stage, prompts=by_length[length], **of_stage))
     return StagedLoader(loaders, config.run.spans)
 
 

@@ -81,10 +81,6 @@ def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]
         )
     if config.objective.mixes:
         raise ValueError(f"{option}, and mixup and CutMix mix images: set both to 0")
-    if config.objective.distillation != "off":
-        raise ValueError(
-            f"{option}, and objective.distillation shows views that differ: set one of them off"
-        )
     if config.efficiency.shard == "full":
         raise ValueError(f"{option}, and shard=full divides it: take off or optimizer")
 

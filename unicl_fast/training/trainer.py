@@ -718,12 +718,6 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     for stage in config.settings_of_stages:
         local_batch_size = ranks.local_batch_size(stage.run.global_batch_size)
         check_pairs_on_one_rank(stage, local_batch_size=local_batch_size)
-    objective = config.objective
-    if objective.distillation == "affinity" and not objective.distillation_scale:
-        raise ValueError(
-            "objective.distillation_scale is 0, and the trainer knows no teacher: set it to "
-            "a number, for example 100"
-        )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
 
@@ -740,12 +734,6 @@ def _check_classes(batch: Batch, config: TrainConfig) -> None:
             f"objective.positives={config.objective.positives}, but the loader's batches have "
             f"{found} of Batch.image_classes: objective.positives=text goes without, and labels "
             "needs all classes of each image (collate makes them of image_labels)"
-        )
-    if (batch.teacher_images is None) != (config.objective.distillation == "off"):
-        found = "no" if batch.teacher_images is None else "some"
-        raise ValueError(
-            f"objective.distillation={config.objective.distillation}, but the loader's batches "
-            f"have {found} Batch.teacher_images"
         )
     if config.objective.name == "clip" and (batch.text_class_ids < CAPTION_KEYS_START).any():
         raise ValueError(
