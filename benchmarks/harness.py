@@ -102,7 +102,7 @@ def in_turns(
     warm_up: int = 0,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[T]]:
-    """What each contestant returns, once a round, without the first `warm_up` rounds.
+    """Calls all contestants once a round; returns their results without the first `warm_up` rounds.
 
     `before` is called with the name of the contestant whose turn comes.
     """

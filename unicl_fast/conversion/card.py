@@ -37,10 +37,10 @@ _PUBLIC = ("open-clip:", "hf-hub:", "timm:", "pypi:")
 
 
 class Facts(NamedTuple):
-    """What is known of a model, in JSON's types; the names are those of card.md."""
+    """Known facts about a model, in JSON's types, by the names that card.md uses."""
 
     origin: Mapping[str, Any] = {}
-    """Where the weights come from."""
+    """The run that made the weights: steps, samples, objective, what it started from."""
     data: Sequence[Mapping[str, Any]] = ()
     """Data sets of the training. None stands for what is not known."""
     figures: Sequence[Mapping[str, Any]] = ()

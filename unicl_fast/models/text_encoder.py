@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from unicl_fast.config import Activation, TextPool
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
-"""Of fresh embeddings. With positions as large as tokens, texts start out nearly equal."""
+"""Standard deviations of fresh embeddings. With positions as large as tokens, texts would start out
+nearly equal."""
 
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or a function that computes the same."""

@@ -150,8 +150,8 @@ LIMITS: dict[str, Callable[[Usage], str | None]] = {
     "decoding threads": _decoding_threads,
     "decoding": _decoding,
 }
-"""What may limit a rank: the first that has a sentence, with the evidence and what helps, is named;
-each explains what those after it would be blamed for."""
+"""Rules for what may limit a rank, in order: the first that gives a sentence (the evidence and what
+helps) is reported, since each explains what those after it would be blamed for."""
 
 
 def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
