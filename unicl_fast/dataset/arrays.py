@@ -157,17 +157,6 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def positions_of_ranges(
-    starts: npt.NDArray[Any], counts: npt.NDArray[Any]
-) -> npt.NDArray[np.int64]:
-    """All positions of ranges, one range after another: starts[i] to starts[i] + counts[i] - 1."""
-    counts = counts.astype(np.int64)
-    ends = np.cumsum(counts)
-    first = np.repeat(starts.astype(np.int64) - (ends - counts), counts)
-    positions: npt.NDArray[np.int64] = np.arange(counts.sum()) + first
-    return positions
-
-
 def mapping_of(array: Rows) -> mmap.mmap | None:
     """The mapped file that an array, or the array that it is a part of, lies in; or None."""
     base: Any = array

@@ -237,7 +237,7 @@ def _text_encoder(model: ModelConfig) -> TextEncoder:
 def _projection(
     kind: Projection, width: int, model: ModelConfig
 ) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """The weight [width d] and the bias [d]."""
+    """The weight [width d] and the bias [d] of a projection into the common space."""
     embed_dim = model.embed_dim
     if kind == "none":
         if width != embed_dim:
@@ -247,7 +247,9 @@ def _projection(
             )
         return None, None
     bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
-    return _matrix(width, embed_dim), bias
+    # as CLIP's fresh ones: features are about as long after it as they were
+    weight = nn.init.normal_(torch.empty(width, embed_dim), std=width**-0.5)
+    return nn.Parameter(weight), bias
 
 
 def _rows(count: int, width: int) -> nn.Parameter:
@@ -255,11 +257,6 @@ def _rows(count: int, width: int) -> nn.Parameter:
     rows = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, width + 1), std=0.02))
     nn.init.zeros_(rows.data[:, -1])
     return rows
-
-
-def _matrix(width: int, columns: int) -> nn.Parameter:
-    """A projection that, as CLIP's fresh ones, leaves features about as long as they are."""
-    return nn.Parameter(nn.init.normal_(torch.empty(width, columns), std=width**-0.5))
 
 
 def _unit_norm(features: Tensor) -> Tensor:

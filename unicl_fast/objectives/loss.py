@@ -233,7 +233,7 @@ def sigmoid_contrastive_loss(
     _check_shapes(image_features, text_features, class_ids, text_class_ids, text_counts, False)
     dense = stores_logits(form, b * u, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
-        images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
+        images, texts, arithmetic = _as_operands(image_features, text_features, dense=dense)
         if isinstance(class_ids, Membership) and cosines:
             class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
         if isinstance(text_class_ids, Membership) and cosines:
@@ -281,7 +281,7 @@ def logit_statistics(
     b, u = len(image_features), len(text_features)
     if form == "auto":
         form = _fastest_form(b * u, image_features.device)
-    images, texts, arithmetic = as_operands(image_features, text_features, dense=form == "dense")
+    images, texts, arithmetic = _as_operands(image_features, text_features, dense=form == "dense")
     counts = None if text_counts is None else text_counts.to(arithmetic)
     scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
     if form == "dense":
@@ -297,7 +297,7 @@ def logit_statistics(
     return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type, with_columns)
 
 
-def as_operands(
+def _as_operands(
     image_features: Tensor, text_features: Tensor, *, dense: bool
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Features in the type of the products, and the type of all else."""

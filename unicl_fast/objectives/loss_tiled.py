@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from unicl_fast.objectives.positives import Positives
 
-LOG2_E = 1 / math.log(2)
+_LOG2_E = 1 / math.log(2)
 LARGEST_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Logits of a tile, by device. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache
 while products run at full rate. On a GPU they are there to bound memory, and large ones fill it."""
@@ -56,18 +56,18 @@ class TiledStatistics(torch.autograd.Function):
             k. Where there may be many more texts than images, they are most of the work.
         """
         exclude_self = positives.self_weights is not None
-        factor = scale * LOG2_E
+        factor = scale * _LOG2_E
         tiles = tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         row_logs, column_logs = tiles.log2_sum_exps(with_columns=with_columns)
         dtype = scale.dtype
         row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
         ctx.save_for_backward(images, texts, scale, counts, row_logs, column_logs)
         ctx.positives, ctx.transposed, ctx.tiles_type = positives, transposed, tiles_type
-        of_rows = row_logs / LOG2_E, row_positives.mul_(scale)
+        of_rows = row_logs / _LOG2_E, row_positives.mul_(scale)
         if not with_columns:
             return of_rows
         column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
-        return *of_rows, column_logs / LOG2_E, column_positives.mul_(scale)
+        return *of_rows, column_logs / _LOG2_E, column_positives.mul_(scale)
 
     @staticmethod
     @once_differentiable
@@ -103,7 +103,7 @@ class TiledStatistics(torch.autograd.Function):
                 grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
         exclude_self = positives.self_weights is not None
-        factor = scale * LOG2_E
+        factor = scale * _LOG2_E
         tiles = ctx.tiles_type(images, texts, factor, counts, exclude_self=exclude_self)
         of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
         for rows, columns, gradient in tiles.gradients(*of_logs):
