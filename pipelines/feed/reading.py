@@ -110,9 +110,6 @@ class BadSamples:
         if (source, sample) in self._known:
             return
         self._known.add((source, sample))
-        self._list(source, sample, reason)
-
-    def _list(self, source: int, sample: int, reason: str) -> None:
         dataset = self._datasets[source]
         self._num_met += 1
         if self._num_met <= _LOGGED:
