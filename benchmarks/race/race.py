@@ -156,7 +156,7 @@ class Race(Program):
         self._report(contestants, kept, list(tried.values()))
 
     def _config(self) -> TrainConfig:
-        """What unicl-pretrain makes of the options that all contestants of ours have."""
+        """The config that the options common to our contestants give."""
         from unicl_fast.tools.pretrain import parse_arguments, split_config
 
         return split_config(parse_arguments([*self._common(), "--out", "."]))
