@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from unicl_fast.config import TEXT_KINDS, Activation, TextPool
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
-"""Deviations of fresh embeddings. With positions as large as tokens, texts start out nearly equal."""
+"""Deviations of fresh embeddings. With positions as large as tokens, texts begin nearly equal."""
 
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or a function that computes the same."""
