@@ -156,7 +156,7 @@ class Race(Program):
         self._report(contestants, kept, list(tried.values()))
 
     def _config(self) -> TrainConfig:
-        """The config that unicl-pretrain makes of the options common to all contestants of ours."""
+        """The config that the options common to our contestants give."""
         from unicl_fast.tools.pretrain import parse_arguments, split_config
 
         return split_config(parse_arguments([*self._common(), "--out", "."]))

@@ -1,4 +1,4 @@
-"""Report of a race: means over seeds with intervals, CPU seconds to an accuracy, plot, verdict."""
+"""The results of a race: means over seeds, intervals, CPU seconds to an accuracy, plot, verdict."""
 
 from __future__ import annotations
 
