@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +35,9 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.checked_fields import FiniteNonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
+from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,6 @@ _ALONE = Ranks()
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_TYPES = {
-    "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
-    "run_id": str,
-}  # fmt: skip
 
 
 class DamagedCheckpointError(ValueError):
@@ -60,7 +58,7 @@ class DamagedCheckpointError(ValueError):
 class CheckpointState:
     """The content of state.json."""
 
-    step: int
+    step: Annotated[int, Meta(ge=0, lt=1 << 53)]
     """Optimizer steps done; training resumes with the batch of this number."""
     config: TrainConfig
     scaler: dict[str, Any]
@@ -77,9 +75,8 @@ class CheckpointState:
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     """Reads state.json and compares the checksums it names.
 
-    A file is read for its checksum once in the life of a process, unless it has changed since. Of
-    several ranks, which call it together, rank 0 alone reads; what it finds is raised on all, as a
-    SharedRefusal.
+    A file is read for its checksum once in the life of a process, unless it has changed since. All
+    ranks call it together; rank 0 reads, and what it finds is raised on all, as a SharedRefusal.
 
     Raises:
         FileNotFoundError: not a checkpoint folder, or a file of it is missing.
@@ -93,22 +90,11 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
                 content = dataclasses.asdict(read_state(checkpoint))
         content = from_rank_0(content, ranks)
         assert content is not None
-        return CheckpointState(**content | {"config": config_from_dict(content["config"])})
+        return from_json_values(CheckpointState, content)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
-    try:
-        values = parse_checksummed_json(path.read_bytes())
-        _check_types(values)
-    except ValueError as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: {error}; use another checkpoint"
-        ) from error
-    try:
-        config = config_from_dict(values["config"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    state = CheckpointState(**{name: values[name] for name in _TYPES} | {"config": config})
+    state = _parse_state(path)
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -122,6 +108,32 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     return state
 
 
+def _parse_state(path: Path) -> CheckpointState:
+    """Reads state.json without looking at the other files; raises as `read_state`."""
+    names = [field.name for field in dataclasses.fields(CheckpointState)]
+    try:
+        values = parse_checksummed_json(path.read_bytes())
+        known = {name: values[name] for name in names if name in values}
+        config = known.get("config")
+        if not isinstance(config, dict):
+            raise ValueError(f"config must be an object, not {shorten(config)}")
+        # read below: a config of another version is not damaged
+        others = from_json_values(CheckpointState, known | {"config": {}})
+        for name, value in others.scaler.items():
+            convert(value, FiniteNonNegative, name=f"the loss scaler's {name}")
+        files = set(others.checksums)
+        if not {MODEL_FILE, OPTIMIZER_FILE} <= files <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+            raise ValueError(f"checksums are of {', '.join(map(repr, files)) or 'no file'}")
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: {error}; use another checkpoint"
+        ) from error
+    try:
+        return dataclasses.replace(others, config=config_from_dict(config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _check_origin(path: Path, state: CheckpointState) -> None:
     """Refuses a file that was written for another checkpoint than the one it lies in."""
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
@@ -131,21 +143,6 @@ def _check_origin(path: Path, state: CheckpointState) -> None:
         raise DamagedCheckpointError(
             f"{path} is of {found}, {STATE_FILE} is of {expected}; use another checkpoint"
         )
-
-
-def _check_types(values: dict[str, Any]) -> None:
-    """Refuses a state whose fields are not of the types and ranges that are written."""
-    for name, kind in _TYPES.items():
-        if type(values.get(name)) is not kind:
-            raise ValueError(f"{name} should be there and of type {kind.__name__}")
-    if not 0 <= values["step"] < 2**53:
-        raise ValueError("step should be a count")
-    checksums = values["checksums"]
-    if not {MODEL_FILE, OPTIMIZER_FILE} <= set(checksums) <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
-        raise ValueError(f"checksums are of {', '.join(map(repr, checksums)) or 'no file'}")
-    for name, value in values["scaler"].items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"the loss scaler's {name} should be a finite number")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -297,7 +294,7 @@ def _checksum_read_once(path: Path) -> str:
 def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises DamagedCheckpointError if it is none.
 
-    Of several ranks, which call it together, rank 0 alone reads, and the others get its tensors.
+    All ranks call it together; rank 0 reads, and the others get its tensors.
     """
     if ranks.world_size > 1:
         tensors: dict[str, Tensor] = {}
@@ -326,9 +323,9 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
     A model of wrong sizes can be larger than memory, so it must not be built to find out.
     """
-    model, num_layers, expected = config.model, 0, {}
-    if config.objective.has_texts:
-        num_layers = model.text_layers
+    model, objective = config.model, config.objective
+    expected: dict[str, list[int]] = {}
+    if objective.has_texts:
         expected = {
             "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
@@ -338,19 +335,19 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.projected_width]
-        objective = config.objective
         if objective.distillation == "features" and objective.teacher_width != model.embed_dim:
             expected["teacher_projection"] = [model.embed_dim, objective.teacher_width]
         if objective.words:
             expected["word_rows"] = [objective.num_words, model.projected_width + 1]
+    if objective.name == "ce":
+        expected["class_rows"] = [sum(objective.num_classes)]  # the encoder sets their width
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
-        if config.objective.name == "ce":
-            found["class_rows"] = file.get_slice("class_rows").get_shape()
-            width = found["class_rows"][1]
-            expected["class_rows"] = [sum(config.objective.num_classes), width]
+    if "class_rows" in found:
+        found["class_rows"] = found["class_rows"][:1]
     layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    num_layers = model.text_layers if objective.has_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(
             f"{path} is not of the model that its config describes: a text encoder of "
@@ -362,7 +359,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
     """Loads weights in the type and layout of the model; raises ValueError if they do not fit.
 
-    Of several ranks, which call it together, rank 0 alone reads (`read_tensors`).
+    All ranks call it together, as `read_tensors`.
     """
     tensors = read_tensors(path, ranks)
     try:

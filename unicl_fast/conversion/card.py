@@ -37,10 +37,10 @@ _PUBLIC = ("open-clip:", "hf-hub:", "timm:", "pypi:")
 
 
 class Facts(NamedTuple):
-    """What is known of a model, in JSON's types; the names are those of card.md."""
+    """The known facts about a model, in JSON's types; the names are those of card.md."""
 
     origin: Mapping[str, Any] = {}
-    """Where the weights come from."""
+    """The origin of the weights."""
     data: Sequence[Mapping[str, Any]] = ()
     """Data sets of the training. None stands for what is not known."""
     figures: Sequence[Mapping[str, Any]] = ()

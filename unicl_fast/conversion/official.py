@@ -107,7 +107,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
     elif others:
         reason = f"code knows no {', '.join(others)}"
     if reason:
-        raise ValueError(f"microsoft/UniCL's {reason}: convert the model to open_clip, hf or onnx")
+        raise ValueError(f"microsoft/UniCL's {reason}: convert it to open_clip, hf or onnx")
 
     def official_name(name: str) -> str:
         return _DOWNSAMPLE.sub(

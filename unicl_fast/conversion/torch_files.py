@@ -20,6 +20,7 @@ _FOREIGN_OBJECT = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 _NEW_PROTOCOL = "Unsupported operand 149"
 """The operation FRAME, with which pickles of protocols 4 and 5 begin."""
 _TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
+_EXPECTED = "{'model': {name: tensor}}"
 _ZIP = b"PK\x03\x04"
 
 
@@ -58,45 +59,34 @@ def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
         if isinstance(values, Tensor):
             kind = f"one tensor of shape {list(values.shape)}"
         else:
-            kind = "nothing" if values in ({}, None) else f"a {type(values).__name__}"
-        raise ValueError(
-            f"{path} holds {kind}: expected {{'model': {{name: tensor}}}}, as {expected} does"
-        )
+            kind = f"a {type(values).__name__}" if values else "nothing"
+        raise ValueError(f"{path} holds {kind}: expected {_EXPECTED}, as {expected} does")
     others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(
-            f"{path} holds no weights at {', '.join(others)}: expected "
-            "{'model': {name: tensor}}"
-        )
+        raise ValueError(f"{path} holds no weights at {', '.join(others)}: expected {_EXPECTED}")
     return {str(name): tensor for name, tensor in values.items()}
-
-
-def _printable(name: str) -> str:
-    """A name out of a file of somebody's, which the terminal must not obey."""
-    return name.encode("unicode_escape").decode("ascii")[:200]
 
 
 def _why_not(path: Path, error: Exception, expected: str) -> str:
     text = str(error)
+    weights = 'torch.load(FILE, weights_only=False)["model"]'
     foreign = _FOREIGN_OBJECT.search(text)
     if foreign is not None:
+        # a name from somebody's file, which could hold control characters
+        name = foreign[1].encode("unicode_escape").decode("ascii")[:200]
+        what = f"holds Python objects besides tensors ({name})"
+    elif "TorchScript" in text:
+        what, weights = "is a TorchScript program", "torch.jit.load(FILE).state_dict()"
+    elif _NEW_PROTOCOL in text:
+        what = "is a pickle of protocol 4 or 5"
+    else:
+        # torch advises to read the file all the same, code included: that is cut off
+        reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
         return (
-            f"{path} holds Python objects besides tensors ({_printable(foreign[1])}), which could "
-            "run any code: it was not read. If it is a training checkpoint that you made yourself, "
-            "save its weights alone where you made it: "
-            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW)'
+            f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected was "
+            f"{expected}, a file of torch.save with {_EXPECTED}; copy or download it again"
         )
-    if _NEW_PROTOCOL in text or "TorchScript" in text:
-        kind = "a TorchScript program" if "TorchScript" in text else "a pickle of protocol 4 or 5"
-        return (
-            f"{path} is {kind}, which torch reads only together with any code in it: it was not "
-            'read. Save its weights alone where it was made: torch.save({"model": '
-            "MODEL.state_dict()}, NEW)"
-        )
-    # torch advises to read the file all the same, code included: that is cut off
-    reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
     return (
-        f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected was "
-        f"{expected}, a file of torch.save with {{'model': {{name: tensor}}}}; copy or download it "
-        "again"
+        f"{path} {what}, which could run any code: it was not read. If it is your own, save only "
+        f'its weights where you made it: torch.save({{"model": {weights}}}, NEW)'
     )
