@@ -1,6 +1,6 @@
-"""Averages of two models of one architecture, as WiSE-FT takes them before and after fine-tuning.
+"""Averages two models of one architecture, before and after fine-tuning for example (WiSE-FT).
 
-Wortsman et al., arXiv 2109.01903: between the two lie models that are better on both data.
+Wortsman et al., arXiv 2109.01903: some averages are better than both models, on the data of each.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ _PREPROCESSING = ("evaluation_resize", "image_size", "interpolation", "mean", "s
 
 
 def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Tensor]:
-    """Weights and buffers between those of two models: (1 - alpha) first + alpha second, in fp32.
+    """Averages weights and buffers, (1 - alpha) first + alpha second, in fp32.
 
-    At 0 and 1 they are one model's own. What is not made of fractions is the first one's, and so is
-    what training alone needs.
+    Integers, and tensors that only training needs, are the first model's.
 
     Raises:
-        ValueError: the models differ in their architecture or preprocessing; shows the difference.
+        ValueError: the models differ in architecture or preprocessing; names the difference.
     """
     refuse_another_architecture(first, second)
     others = second.state_dict()
@@ -40,7 +39,7 @@ def averaged_weights(first: UniCL, second: UniCL, alpha: float) -> dict[str, Ten
 
 
 def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
-    """Refuses models whose weights do not stand for the same things; raises ValueError."""
+    """Raises ValueError if two models differ in architecture or preprocessing."""
     ours, theirs = map(_describe, (first, second))
     differences = [
         f"{name} is {shorten(ours.get(name, 'not there'))} in the first and "
@@ -56,7 +55,7 @@ def refuse_another_architecture(first: UniCL, second: UniCL) -> None:
 
 
 def _describe(model: UniCL) -> dict[str, Any]:
-    """Describes what two models must have in common, settings before tensors."""
+    """The settings and shapes that two models must have in common."""
     settings = {name: getattr(model.config.model, name) for name in _ARCHITECTURE}
     settings |= {name: getattr(model.config.data, name) for name in _PREPROCESSING}
     tensors = model.state_dict().items()

@@ -1,10 +1,9 @@
 """Finds, checks and reads checkpoints: safetensors and JSON, never a pickle.
 
-A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
-average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
-holds the step, the config and the checksums of the other files. A run folder holds `config.json`
-and `checkpoints/`, where `best.json` names the best one. An export, which is a model without its
-run (`unicl_fast.checkpoints.export`), is loaded here too.
+A checkpoint is a folder `step-00001000/` with `model.safetensors`, `optimizer.safetensors`, perhaps
+`ema.safetensors` (the moving average of the weights), and `state.json`, which holds the step, the
+config and the checksums of the other files. A run folder holds `config.json` and `checkpoints/`,
+where `best.json` names the best one. Exports (`unicl_fast.checkpoints.export`) are loaded here too.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint has changed since it was written."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,29 +58,30 @@ class CheckpointState:
     """The content of state.json."""
 
     step: Annotated[int, Meta(ge=0, lt=1 << 53)]
-    """Optimizer steps done; training resumes with the batch of this number."""
+    """Number of optimizer steps done, and of the batch that training resumes with."""
     config: TrainConfig
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty for the other precisions."""
     data: dict[str, Any]
-    """Description of the data, as the trainer was given it: names, classes, tokenizer."""
+    """The trainer's description of the data: names, classes, tokenizer."""
     optimizer: str
-    """Class name of the optimizer, whose state no other can take over."""
+    """Class name of the optimizer; others cannot use its state."""
     checksums: dict[str, str]
+    """File names to their xxh3."""
     run_id: str
-    """The run, over all its starts."""
+    """Stays the same when a run resumes."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
-    """Reads state.json and compares the checksums it names.
+    """Reads state.json and compares the checksums of all files.
 
-    A file is read for its checksum once in the life of a process, unless it has changed since. All
-    ranks call it together; rank 0 reads, and what it finds is raised on all, as a SharedRefusal.
+    A process reads a file for its checksum once, unless the file changes. All ranks call it
+    together; rank 0 reads, and its errors are raised on all ranks, as a SharedRefusal.
 
     Raises:
-        FileNotFoundError: not a checkpoint folder, or a file of it is missing.
+        FileNotFoundError: not a checkpoint folder, or one of its files is missing.
         DamagedCheckpointError: a file was changed or is damaged.
-        ValueError: a config that this version does not know.
+        ValueError: the config is not valid in this version.
     """
     if ranks.world_size > 1:
         content = None
@@ -135,7 +135,7 @@ def _parse_state(path: Path) -> CheckpointState:
 
 
 def _check_origin(path: Path, state: CheckpointState) -> None:
-    """Refuses a file that was written for another checkpoint than the one it lies in."""
+    """Refuses a file that was written for another checkpoint."""
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get("origin", "an unknown step")
     expected = origin_of(state.run_id, state.step)["origin"]
@@ -146,7 +146,7 @@ def _check_origin(path: Path, state: CheckpointState) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: RUN for its newest, RUN/best, or one itself.
+    """Finds a checkpoint: the newest of RUN, RUN/best, or the checkpoint at the path itself.
 
     Raises FileNotFoundError if there is none, ValueError if best.json is damaged.
     """
@@ -183,13 +183,13 @@ def _find_best(run_folder: Path) -> Path:
 
 
 def find_sound_checkpoint(run_folder: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run; None where there are no checkpoints.
+    """Finds the newest undamaged checkpoint of a run; None if there are no checkpoints.
 
-    Newer ones that it skips are logged, with the reason.
+    Logs damaged ones that it skips.
 
     Raises:
-        ValueError: there are some, and all are damaged; or a config this version does not know.
-        OSError: the disk cannot be read, which says nothing of what is on it.
+        ValueError: all are damaged, or a config is not valid in this version.
+        OSError: the disk cannot be read; the checkpoints on it may be sound.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
@@ -208,18 +208,18 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The export, or the checkpoint, that a path stands for.
+    """Finds the export or checkpoint at a path.
 
-    hf-hub:OWNER/NAME, with @REVISION or without, stands for an export on the Hugging Face hub,
-    which is downloaded if the hub's cache lacks it.
+    hf-hub:OWNER/NAME, optionally with @REVISION, is an export on the Hugging Face hub, which is
+    downloaded if it is not in the hub's cache.
 
     Raises:
         FileNotFoundError: no model there, or it cannot be downloaded.
-        ValueError: best.json is damaged, or no repository's name.
+        ValueError: best.json is damaged, or the name of a repository is not valid.
     """
     scheme, _, repository = str(path).partition(":")
     if scheme == "hf-hub":
-        from unicl_fast.checkpoints.hub import download_export  # 0.2 s, for those who need it
+        from unicl_fast.checkpoints.hub import download_export  # takes 0.2 s
 
         return download_export(repository)
     path = Path(path)
@@ -227,28 +227,28 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """The trained model that a path stands for (`find_model`), in evaluation mode on the CPU.
+    """Loads a trained model, in evaluation mode on the CPU.
 
     Args:
         path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
             hf-hub:OWNER/NAME for one on the Hugging Face hub.
-        weights: "ema" takes the moving average of the weights, "model" those of the last step,
-            "auto" the average where there is one. An export has one set, which "ema" refuses.
+        weights: "ema" is the moving average of the weights, "model" the last step's weights, "auto"
+            the average if there is one. An export has one set of weights, and "ema" is an error.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, or without the average that was asked for.
+        ValueError: it is damaged, or has no average where "ema" is required.
     """
     config, file = find_weights(path, weights=weights)
     model = UniCL(config)
-    # weights, and their average, are in the type of the run
+    # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
     load_weights(model, file)
     return model.eval()
 
 
 def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path]:
-    """The config and the file that `load_model` reads, checked; raises as it does."""
+    """Returns the config and file that `load_model` reads, checked; raises as it does."""
     found = find_model(path)
     if is_export(found):
         if weights == "ema":
@@ -272,7 +272,7 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
 
 
 def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, which tells models apart; raises as it does."""
+    """The xxh3 of the file that `load_model` reads, as the model's identity; raises as it does."""
     return _checksum_read_once(find_weights(path, weights=weights)[1])
 
 
@@ -280,10 +280,9 @@ _checksums_read: dict[tuple[int, ...], str] = {}
 
 
 def _checksum_read_once(path: Path) -> str:
-    """`file_checksum`, kept for as long as the file is the same one, of the same times and size."""
+    """Caches `file_checksum` until a file's identity, times or size change."""
     status = path.stat()
-    # a copy that keeps the time of its content may get the number of a file that was removed, but
-    # nothing sets the time at which it got it
+    # a copy that keeps the modification time can get the inode of a removed file, but not its ctime
     times = status.st_mtime_ns, status.st_ctime_ns
     identity = (status.st_dev, status.st_ino, status.st_size, *times)
     if identity not in _checksums_read:
@@ -292,7 +291,7 @@ def _checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none.
+    """Reads a safetensors file; raises DamagedCheckpointError if it is none.
 
     All ranks call it together; rank 0 reads, and the others get its tensors.
     """
@@ -312,16 +311,16 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
+    except Exception as error:  # SafetensorError, or a KeyError for an unknown dtype
         raise DamagedCheckpointError(
             f"{path} is no safetensors file: {error!r}; use another checkpoint"
         ) from error
 
 
 def _require_sizes(path: Path, config: TrainConfig) -> None:
-    """Compares the sizes that a config sets with those in the file, before they are built.
+    """Compares the sizes in a config with those in the file, before a model is built.
 
-    A model of wrong sizes can be larger than memory, so it must not be built to find out.
+    A model of wrong sizes could be larger than memory.
     """
     model, objective = config.model, config.objective
     expected: dict[str, list[int]] = {}
@@ -357,7 +356,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
 
 def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
-    """Loads weights in the type and layout of the model; raises ValueError if they do not fit.
+    """Loads weights in the model's type and layout; raises ValueError if they do not fit.
 
     All ranks call it together, as `read_tensors`.
     """
