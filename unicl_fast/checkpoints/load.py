@@ -121,7 +121,7 @@ def _parse_state(path: Path) -> CheckpointState:
         others = from_json_values(CheckpointState, known | {"config": {}})
         for name, value in others.scaler.items():
             convert(value, FiniteNonNegative, name=f"the loss scaler's {name}")
-        files = set(others.checksums)
+        files = others.checksums.keys()
         if not {MODEL_FILE, OPTIMIZER_FILE} <= files <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
             raise ValueError(f"checksums are of {', '.join(map(repr, files)) or 'no file'}")
     except ValueError as error:
