@@ -187,7 +187,7 @@ class ToOpenClip(ModelConversion):
 
 @dataclass(frozen=True, kw_only=True)
 class ToTimm(ModelConversion):
-    """The image encoder alone, for timm: fine-tuning, detection, anything that takes a backbone.
+    """Only the image encoder, for timm: fine-tuning, detection, anything that takes a backbone.
 
     Features are those before the projection into the common space.
 

@@ -1,6 +1,6 @@
-"""A model without its run: `config.json` and `model.safetensors`, as the Hugging Face hub has them.
+"""Reads exports: a model without its run, as `config.json` and `model.safetensors`.
 
-`unicl_fast.conversion.export` writes such folders; `load_model` reads them.
+`unicl_fast.conversion.export` writes them, in the layout of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ FORMAT_VERSION = 1
 
 
 def is_export(path: Path) -> bool:
-    """Whether a folder has both files; a checkpoint has a state too, a run has no weights there."""
+    """Whether a folder has both files and, unlike a checkpoint, no state."""
     has_both = (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
     return has_both and not (path / STATE_FILE).exists()
 
 
 def read_export(folder: Path) -> tuple[TrainConfig, Path]:
-    """Reads the config of an export, and finds its weights; raises ValueError for any other."""
+    """Returns an export's config and weights file; raises ValueError if it is none or damaged."""
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_bytes().decode("utf-8"))

@@ -1,8 +1,8 @@
-"""The folder of a run's checkpoints: written whole or not at all, listed, removed, the best named.
+"""The folder of a run's checkpoints: writes, lists and removes them, and names the best.
 
-`checkpoints/best.json` names the step whose evaluation gave the highest number. It is a small file
-that is replaced atomically, not a link, which a copy or another file system would lose. The
-checkpoint itself stays in its own folder, where nothing removes it while it is the best.
+`checkpoints/best.json` names the step with the highest evaluation result; its checkpoint is not
+removed. A file can be replaced atomically, and unlike a link it survives copies to other file
+systems.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step's checkpoint, for example step-00001000."""
+    """The name of a step's folder, for example step-00001000."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
+    """The step in the name of a checkpoint's folder."""
     match = _NAME.fullmatch(checkpoint.name)
     assert match is not None
     return int(match.group(1))
 
 
 def list_checkpoints(checkpoints_folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Lists complete checkpoints, oldest first."""
     if not checkpoints_folder.is_dir():
         return []
     found = [path for path in checkpoints_folder.iterdir() if _NAME.fullmatch(path.name)]
@@ -61,17 +61,21 @@ def write_checkpoint(
     files: Mapping[str, dict[str, Tensor]],
     state: Mapping[str, Any],
 ) -> Path:
-    """Writes `step-XXXXXXXX` whole or not at all, its tensors contiguous and on the host.
+    """Writes `step-XXXXXXXX`, whole or not at all; returns its path.
 
-    `state` is what state.json says beyond the step and the checksums (`state.describe_state`).
+    Other Python threads run meanwhile: safetensors (tried with 0.8.0) and xxhash release the GIL.
 
-    safetensors and xxhash let other threads of Python run meanwhile (tried with safetensors 0.8.0).
+    Args:
+        checkpoints_folder: is made if it is missing.
+        step: number of optimizer steps done.
+        files: tensors by file name, contiguous and on the host.
+        state: the rest of state.json, without step and checksums (`state.describe_state`).
 
     Raises:
-        OSError: it cannot be written (disk full, no permission); those from before are untouched.
+        OSError: it cannot be written (disk full, no permission); earlier ones are untouched.
     """
     target = checkpoints_folder / checkpoint_name(step)
-    # a name of its own: two runs that share a folder by mistake must not join their files
+    # a unique name: two runs that share a folder by mistake must not mix their files
     partial = checkpoints_folder / f".{target.name}.{secrets.token_hex(4)}.partial"
     replaced = checkpoints_folder / f".{target.name}.replaced"
     origin = origin_of(str(state["run_id"]), step)
@@ -84,7 +88,7 @@ def write_checkpoint(
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
-        if target.exists():  # a step that is written again: the old one was needed until now
+        if target.exists():  # the step is written again: keep the old one until now
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         partial.rename(target)
@@ -101,21 +105,21 @@ def write_checkpoint(
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file with the permissions of any new file; safetensors' own are 0600."""
+    """Writes a safetensors file with the default permissions; safetensors' own are 0600."""
     save_file(tensors, path, metadata=metadata)
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    found = re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)  # os.umask would have to set it
+    found = re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)  # os.umask only reads by setting
     if found is not None:
         path.chmod(0o666 & ~int(found[1], 8))
 
 
 def origin_of(run_id: str, step: int) -> dict[str, str]:
-    """The metadata of a checkpoint's files; one entry, since safetensors orders more at random."""
+    """Metadata for a checkpoint's files: one entry, since safetensors does not keep an order."""
     return {"origin": f"step {step} of run {run_id}"}
 
 
 def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) -> None:
-    """Removes all but the newest `keep` (0: none is removed) and those of the pinned steps."""
+    """Removes all but the newest `keep` (0: keeps all) and those of the pinned steps."""
     for old in list_checkpoints(checkpoints_folder)[:-keep] if keep else []:
         if step_of(old) not in pinned:
             try:
@@ -125,11 +129,11 @@ def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) 
 
 
 def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
-    """Renames checkpoints of later steps than `step`, and cleans up after writes that were cut off.
+    """Renames checkpoints of steps after `step`, and cleans up after interrupted writes.
 
-    They are not removed, since damaged ones may be among them that are worth a look.
+    They are not removed, so that damaged ones can still be inspected.
     """
-    for replaced in checkpoints_folder.glob(".step-*.replaced"):  # cut off between two renames
+    for replaced in checkpoints_folder.glob(".step-*.replaced"):  # interrupted between two renames
         target = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -147,7 +151,7 @@ def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """A step and the number that it reached."""
+    """The best step and its evaluation result."""
 
     step: Annotated[int, Meta(ge=0, lt=1 << 53)]
     metric: str
@@ -156,7 +160,7 @@ class Best:
 
 
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
-    """The key of metrics.jsonl that `checkpoint.best` means; ValueError if nothing gives it."""
+    """The key of metrics.jsonl for `checkpoint.best`; ValueError if no evaluation measures it."""
     names = list(evaluations)
     if choice == "none" or not (choice or names):
         return None
@@ -174,7 +178,7 @@ def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
 
 
 def read_best(checkpoints_folder: Path) -> Best | None:
-    """Reads best.json; None where there is none. Raises ValueError if it is damaged."""
+    """Reads best.json; None if there is none. Raises ValueError if it is damaged."""
     path = checkpoints_folder / _BEST_FILE
     try:
         return from_json_values(Best, parse_json(path.read_bytes(), where="it"))
@@ -187,7 +191,7 @@ def read_best(checkpoints_folder: Path) -> Best | None:
 
 
 def write_best(checkpoints_folder: Path, best: Best | None) -> None:
-    """Replaces best.json, or removes it; after an OSError the one from before stays."""
+    """Replaces best.json, or removes it (None); after an OSError the old one is intact."""
     path = checkpoints_folder / _BEST_FILE
     if best is None:
         path.unlink(missing_ok=True)
@@ -198,11 +202,11 @@ def write_best(checkpoints_folder: Path, best: Best | None) -> None:
 def find_best(
     checkpoints_folder: Path, *, metric: str | None, lines: Iterable[Mapping[str, float]]
 ) -> Best | None:
-    """Finds the best of the checkpoints that are there, the earliest of equal ones.
+    """Finds the best of the existing checkpoints, the earliest if several are equal.
 
-    It looks into best.json and into the run's metrics: a run may have been killed between an
-    evaluation and best.json, and metrics may have been cut off. Without a metric it takes what
-    best.json says, whatever was measured.
+    It reads both best.json and the run's metrics (`lines`), since a run can be killed after an
+    evaluation and before best.json is written, and metrics can be truncated. Without a metric it
+    takes best.json's step, for any metric.
     """
     found = [
         Best(int(line["step"]), metric, float(line[metric]))

@@ -1,8 +1,7 @@
-"""The Hugging Face hub: files of it, models of ours in it, and a model's way there.
+"""Downloads files and exports from the Hugging Face hub, and uploads exports.
 
-Files come one at a time, into the cache that all libraries share. `HF_ENDPOINT`, `HF_HOME`,
-`HF_TOKEN` and `HF_HUB_OFFLINE` mean what huggingface_hub says of them. A file that is in the cache
-is taken without a network.
+Files go to the hub's shared cache, which also serves without a network. `HF_ENDPOINT`, `HF_HOME`,
+`HF_TOKEN` and `HF_HUB_OFFLINE` have huggingface_hub's meaning.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ logger = logging.getLogger("unicl_fast")
 
 
 class NotOnHubError(FileNotFoundError):
-    """The repository is there, and has no such file."""
+    """The repository exists, but has no such file."""
 
 
 def download(repository: str, file_names: Sequence[str]) -> Path:
-    """The first of some files that a repository has, as a path in the cache.
+    """Downloads the first of some files that a repository has; returns its path in the cache.
 
     Args:
         repository: OWNER/NAME, or OWNER/NAME@REVISION for a branch, tag or commit.
@@ -41,10 +40,10 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
 
     Raises:
         NotOnHubError: it has none of them.
-        FileNotFoundError: no such repository or revision, no permission to read it, or neither a
-            network nor a file in the cache.
-        ValueError: no repository's name.
-        OSError: a disk that failed.
+        FileNotFoundError: no such repository or revision, no permission to read it, or no network
+            and none of the files in the cache.
+        ValueError: not a valid name of a repository.
+        OSError: a disk failed.
     """
     name, _, revision = repository.partition("@")
     logger.info("hf-hub:%s: looking for %s", repository, file_names[0])
@@ -72,7 +71,7 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
                 "the name, accept its conditions on its page, or log in with hf auth login "
                 f"({_first_line(error)})"
             ) from error
-        except Exception as error:  # also of the library that carries HTTP, which has changed twice
+        except Exception as error:  # also the HTTP library's, which huggingface_hub changed twice
             if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
                 raise
             raise FileNotFoundError(
@@ -86,28 +85,28 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
 
 
 def download_export(repository: str) -> Path:
-    """The folder in the cache that holds an export of ours; raises as `download`.
+    """Downloads an export of ours; returns its folder in the cache, raises as `download`.
 
-    Both files are of one commit, also where a new one is written meanwhile. A repository of others
-    is refused (ValueError) by its config, before its weights are downloaded.
+    Both files are of one commit, even if a new one is pushed meanwhile. Another library's config is
+    refused (ValueError) before its weights are downloaded.
     """
     config = download(repository, [CONFIG_FILE])
     values = parse_json(config.read_bytes(), where=str(config))
-    if not isinstance(values, dict) or "library_name" not in values:  # as transformers' have none
+    if not isinstance(values, dict) or "library_name" not in values:  # transformers' lack it
         raise ValueError(
             f"hf-hub:{repository} is neither a model of ours nor of open_clip or timm: its "
             f"{CONFIG_FILE} names no architecture and no library; most models of transformers have "
             "a twin among open_clip's"
         )
-    commit = config.parent.name  # the cache has a folder for each
+    commit = config.parent.name  # the cache has a folder for each commit
     return download(f"{repository.partition('@')[0]}@{commit}", [WEIGHTS_FILE]).parent
 
 
 def check_upload(repository: str) -> None:
-    """Refuses an upload that cannot work, before minutes are spent on a model.
+    """Refuses an upload that would fail, before minutes are spent on a model.
 
     Raises:
-        ValueError: no repository's name, no token, or the repository is there already.
+        ValueError: not a valid name, no token, or the repository exists.
         OSError: the hub cannot be reached or refuses the token.
     """
     if "/" not in repository:
@@ -123,10 +122,10 @@ def check_upload(repository: str) -> None:
 
 
 def upload(folder: Path, repository: str, *, private: bool) -> str:
-    """Makes a repository of all files of a folder, in one commit; returns its address.
+    """Creates a repository with all files of a folder in one commit; returns its URL.
 
     Raises:
-        ValueError: the repository is there already.
+        ValueError: the repository exists.
         OSError: the hub cannot be reached, refuses the token, or broke off.
     """
     api = HfApi()
@@ -142,7 +141,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
 
 @contextlib.contextmanager
 def _one_sentence(repository: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises while it writes into one sentence each."""
+    """Turns huggingface_hub's errors during an upload into one sentence each."""
     try:
         with _silent_retries():
             yield
@@ -165,7 +164,7 @@ def _one_sentence(repository: str) -> Iterator[None]:
                 f"HF_TOKEN ({_first_line(error)})"
             ) from error
         raise OSError(f"hf-hub:{repository}: the hub refused: {_first_line(error)}") from error
-    except Exception as error:  # of the library that carries HTTP, or of the one for large files
+    except Exception as error:  # of the HTTP library, or of the one for large files
         raise OSError(
             f"hf-hub:{repository}: the hub cannot be reached, or broke off: "
             f"{_first_line(error.__cause__ or error)}"
@@ -184,10 +183,7 @@ def _no_name(repository: str, error: Exception) -> ValueError:
 
 
 def _silent_retries() -> contextlib.AbstractContextManager[None]:
-    """Keeps warnings of huggingface_hub back, which tries six times in 24 seconds; errors say all.
-
-    Without a network it would print eleven lines before one of ours.
-    """
+    """Hides huggingface_hub's warnings; without a network, eleven lines would precede our error."""
     return logging_at("huggingface_hub", logging.ERROR)
 
 

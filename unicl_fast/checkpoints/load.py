@@ -1,10 +1,9 @@
 """Finds, checks and reads checkpoints: safetensors and JSON, never a pickle.
 
-A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
-average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
-holds the step, the config and the checksums of the other files. A run folder holds `config.json`
-and `checkpoints/`, where `best.json` names the best one. An export, which is a model without its
-run (`unicl_fast.checkpoints.export`), is loaded here too.
+A checkpoint is a folder `step-00001000/` with `model.safetensors`, `optimizer.safetensors`, perhaps
+`ema.safetensors` (the moving average of the weights), and `state.json`, which holds the step, the
+config and the checksums of the other files. A run folder holds `config.json` and `checkpoints/`,
+where `best.json` names the best one. Exports (`unicl_fast.checkpoints.export`) are loaded here too.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +34,9 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.checked_fields import FiniteNonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
+from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -46,45 +47,41 @@ _ALONE = Ranks()
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_TYPES = {
-    "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
-    "run_id": str,
-}  # fmt: skip
 
 
 class DamagedCheckpointError(ValueError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint has changed since it was written."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointState:
     """The content of state.json."""
 
-    step: int
-    """Optimizer steps done; training resumes with the batch of this number."""
+    step: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    """Number of optimizer steps done, and of the batch that training resumes with."""
     config: TrainConfig
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty for the other precisions."""
     data: dict[str, Any]
-    """Description of the data, as the trainer was given it: names, classes, tokenizer."""
+    """The trainer's description of the data: names, classes, tokenizer."""
     optimizer: str
-    """Class name of the optimizer, whose state no other can take over."""
+    """Class name of the optimizer; others cannot use its state."""
     checksums: dict[str, str]
+    """File names to their xxh3."""
     run_id: str
-    """The run, over all its starts."""
+    """Stays the same when a run resumes."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
-    """Reads state.json and compares the checksums it names.
+    """Reads state.json and compares the checksums of all files.
 
-    A file is read for its checksum once in the life of a process, unless it has changed since. Of
-    several ranks, which call it together, rank 0 alone reads; what it finds is raised on all, as a
-    SharedRefusal.
+    A process reads a file for its checksum once, unless the file changes. All ranks call it
+    together; rank 0 reads, and its errors are raised on all ranks, as a SharedRefusal.
 
     Raises:
-        FileNotFoundError: not a checkpoint folder, or a file of it is missing.
+        FileNotFoundError: not a checkpoint folder, or one of its files is missing.
         DamagedCheckpointError: a file was changed or is damaged.
-        ValueError: a config that this version does not know.
+        ValueError: the config is not valid in this version.
     """
     if ranks.world_size > 1:
         content = None
@@ -93,22 +90,11 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
                 content = dataclasses.asdict(read_state(checkpoint))
         content = from_rank_0(content, ranks)
         assert content is not None
-        return CheckpointState(**content | {"config": config_from_dict(content["config"])})
+        return from_json_values(CheckpointState, content)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
-    try:
-        values = parse_checksummed_json(path.read_bytes())
-        _check_types(values)
-    except ValueError as error:
-        raise DamagedCheckpointError(
-            f"{path} is damaged: {error}; use another checkpoint"
-        ) from error
-    try:
-        config = config_from_dict(values["config"])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    state = CheckpointState(**{name: values[name] for name in _TYPES} | {"config": config})
+    state = _parse_state(path)
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -122,8 +108,34 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     return state
 
 
+def _parse_state(path: Path) -> CheckpointState:
+    """Reads state.json without looking at the other files; raises as `read_state`."""
+    names = [field.name for field in dataclasses.fields(CheckpointState)]
+    try:
+        values = parse_checksummed_json(path.read_bytes())
+        known = {name: values[name] for name in names if name in values}
+        config = known.get("config")
+        if not isinstance(config, dict):
+            raise ValueError(f"config must be an object, not {shorten(config)}")
+        # read below: a config of another version is not damaged
+        others = from_json_values(CheckpointState, known | {"config": {}})
+        for name, value in others.scaler.items():
+            convert(value, FiniteNonNegative, name=f"the loss scaler's {name}")
+        files = others.checksums.keys()
+        if not {MODEL_FILE, OPTIMIZER_FILE} <= files <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+            raise ValueError(f"checksums are of {', '.join(map(repr, files)) or 'no file'}")
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: {error}; use another checkpoint"
+        ) from error
+    try:
+        return dataclasses.replace(others, config=config_from_dict(config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def _check_origin(path: Path, state: CheckpointState) -> None:
-    """Refuses a file that was written for another checkpoint than the one it lies in."""
+    """Refuses a file that was written for another checkpoint."""
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         found = (file.metadata() or {}).get("origin", "an unknown step")
     expected = origin_of(state.run_id, state.step)["origin"]
@@ -133,23 +145,8 @@ def _check_origin(path: Path, state: CheckpointState) -> None:
         )
 
 
-def _check_types(values: dict[str, Any]) -> None:
-    """Refuses a state whose fields are not of the types and ranges that are written."""
-    for name, kind in _TYPES.items():
-        if type(values.get(name)) is not kind:
-            raise ValueError(f"{name} should be there and of type {kind.__name__}")
-    if not 0 <= values["step"] < 2**53:
-        raise ValueError("step should be a count")
-    checksums = values["checksums"]
-    if not {MODEL_FILE, OPTIMIZER_FILE} <= set(checksums) <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
-        raise ValueError(f"checksums are of {', '.join(map(repr, checksums)) or 'no file'}")
-    for name, value in values["scaler"].items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise ValueError(f"the loss scaler's {name} should be a finite number")
-
-
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: RUN for its newest, RUN/best, or one itself.
+    """Finds a checkpoint: the newest of RUN, RUN/best, or the checkpoint at the path itself.
 
     Raises FileNotFoundError if there is none, ValueError if best.json is damaged.
     """
@@ -186,13 +183,13 @@ def _find_best(run_folder: Path) -> Path:
 
 
 def find_sound_checkpoint(run_folder: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run; None where there are no checkpoints.
+    """Finds the newest undamaged checkpoint of a run; None if there are no checkpoints.
 
-    Newer ones that it skips are logged, with the reason.
+    Logs damaged ones that it skips.
 
     Raises:
-        ValueError: there are some, and all are damaged; or a config this version does not know.
-        OSError: the disk cannot be read, which says nothing of what is on it.
+        ValueError: all are damaged, or a config is not valid in this version.
+        OSError: the disk cannot be read; the checkpoints on it may be sound.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
@@ -211,18 +208,18 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The export, or the checkpoint, that a path stands for.
+    """Finds the export or checkpoint at a path.
 
-    hf-hub:OWNER/NAME, with @REVISION or without, stands for an export on the Hugging Face hub,
-    which is downloaded if the hub's cache lacks it.
+    hf-hub:OWNER/NAME, optionally with @REVISION, is an export on the Hugging Face hub, which is
+    downloaded if it is not in the hub's cache.
 
     Raises:
         FileNotFoundError: no model there, or it cannot be downloaded.
-        ValueError: best.json is damaged, or no repository's name.
+        ValueError: best.json is damaged, or the name of a repository is not valid.
     """
     scheme, _, repository = str(path).partition(":")
     if scheme == "hf-hub":
-        from unicl_fast.checkpoints.hub import download_export  # 0.2 s, for those who need it
+        from unicl_fast.checkpoints.hub import download_export  # takes 0.2 s
 
         return download_export(repository)
     path = Path(path)
@@ -230,28 +227,28 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """The trained model that a path stands for (`find_model`), in evaluation mode on the CPU.
+    """Loads a trained model, in evaluation mode on the CPU.
 
     Args:
         path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
             hf-hub:OWNER/NAME for one on the Hugging Face hub.
-        weights: "ema" takes the moving average of the weights, "model" those of the last step,
-            "auto" the average where there is one. An export has one set, which "ema" refuses.
+        weights: "ema" is the moving average of the weights, "model" the last step's weights, "auto"
+            the average if there is one. An export has one set of weights, and "ema" is an error.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, or without the average that was asked for.
+        ValueError: it is damaged, or has no average where "ema" is required.
     """
     config, file = find_weights(path, weights=weights)
     model = UniCL(config)
-    # weights, and their average, are in the type of the run
+    # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
     load_weights(model, file)
     return model.eval()
 
 
 def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path]:
-    """The config and the file that `load_model` reads, checked; raises as it does."""
+    """Returns the config and file that `load_model` reads, checked; raises as it does."""
     found = find_model(path)
     if is_export(found):
         if weights == "ema":
@@ -275,7 +272,7 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
 
 
 def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, which tells models apart; raises as it does."""
+    """The xxh3 of the file that `load_model` reads, as the model's identity; raises as it does."""
     return _checksum_read_once(find_weights(path, weights=weights)[1])
 
 
@@ -283,10 +280,9 @@ _checksums_read: dict[tuple[int, ...], str] = {}
 
 
 def _checksum_read_once(path: Path) -> str:
-    """`file_checksum`, kept for as long as the file is the same one, of the same times and size."""
+    """Caches `file_checksum` until a file's identity, times or size change."""
     status = path.stat()
-    # a copy that keeps the time of its content may get the number of a file that was removed, but
-    # nothing sets the time at which it got it
+    # a copy that keeps the modification time can get the inode of a removed file, but not its ctime
     times = status.st_mtime_ns, status.st_ctime_ns
     identity = (status.st_dev, status.st_ino, status.st_size, *times)
     if identity not in _checksums_read:
@@ -295,9 +291,9 @@ def _checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none.
+    """Reads a safetensors file; raises DamagedCheckpointError if it is none.
 
-    Of several ranks, which call it together, rank 0 alone reads, and the others get its tensors.
+    All ranks call it together; rank 0 reads, and the others get its tensors.
     """
     if ranks.world_size > 1:
         tensors: dict[str, Tensor] = {}
@@ -315,20 +311,20 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
         yield
     except OSError:
         raise
-    except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
+    except Exception as error:  # SafetensorError, or a KeyError for an unknown dtype
         raise DamagedCheckpointError(
             f"{path} is no safetensors file: {error!r}; use another checkpoint"
         ) from error
 
 
 def _require_sizes(path: Path, config: TrainConfig) -> None:
-    """Compares the sizes that a config sets with those in the file, before they are built.
+    """Compares the sizes in a config with those in the file, before a model is built.
 
-    A model of wrong sizes can be larger than memory, so it must not be built to find out.
+    A model of wrong sizes could be larger than memory.
     """
-    model, num_layers, expected = config.model, 0, {}
-    if config.objective.has_texts:
-        num_layers = model.text_layers
+    model, objective = config.model, config.objective
+    expected: dict[str, list[int]] = {}
+    if objective.has_texts:
         expected = {
             "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
@@ -338,14 +334,15 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
+    if objective.name == "ce":
+        expected["class_rows"] = [sum(objective.num_classes)]  # the encoder sets their width
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
-        if config.objective.name == "ce":
-            found["class_rows"] = file.get_slice("class_rows").get_shape()
-            width = found["class_rows"][1]
-            expected["class_rows"] = [sum(config.objective.num_classes), width]
+    if "class_rows" in found:
+        found["class_rows"] = found["class_rows"][:1]
     layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    num_layers = model.text_layers if objective.has_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(
             f"{path} is not of the model that its config describes: a text encoder of "
@@ -355,9 +352,9 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
 
 def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
-    """Loads weights in the type and layout of the model; raises ValueError if they do not fit.
+    """Loads weights in the model's type and layout; raises ValueError if they do not fit.
 
-    Of several ranks, which call it together, rank 0 alone reads (`read_tensors`).
+    All ranks call it together, as `read_tensors`.
     """
     tensors = read_tensors(path, ranks)
     try:

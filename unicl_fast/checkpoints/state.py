@@ -1,7 +1,7 @@
-"""The state of a run, collected and restored: weights, their average, optimizer and loss scaler.
+"""Collects and restores a run's state: weights, their average, optimizer and loss scaler.
 
-Nothing of the data path and no random generator belongs to it: the batch of a step, its drop path
-and its learning rate are functions of the step.
+The data path and random generators have no state: batch, drop path and learning rate are functions
+of the step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
 _GROUP_STEP = "group_step"
-# Samples are numbered by step, batch size and seed: changing these on resume would change which
-# samples come next.
+# Step, batch size and seed determine the samples, so a change on resume would change the next ones.
 _MUST_NOT_CHANGE = {
     "run": ("seed", "global_batch_size"),
     "efficiency": ("precision",),
@@ -55,10 +54,10 @@ def collect_tensors(
     optimizer: torch.optim.Optimizer,
     ranks: Ranks = _ALONE,
 ) -> dict[str, dict[str, Tensor]]:
-    """The files of a checkpoint and their tensors, where and as they are.
+    """Collects the tensors of each file of a checkpoint, without copying them.
 
-    Where `efficiency.shard` has divided them, all ranks call it together, and rank 0 alone gets
-    whole ones, on the host; the others' result means nothing.
+    Tensors that `efficiency.shard` has divided are gathered on rank 0's host. All ranks call it
+    together then, and only rank 0's result is meaningful.
     """
     files = {MODEL_FILE: model.state_dict()}
     if ema is not None:
@@ -73,7 +72,7 @@ def collect_tensors(
 
 
 def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """The tensor itself if it is not divided. So a device holds one whole tensor at a time."""
+    """Gathers a divided tensor to the host, so a device holds only one whole tensor at a time."""
     found = whole(tensor)
     return found.cpu() if found is not tensor and ranks.is_main else tensor
 
@@ -86,7 +85,7 @@ def describe_state(
     data: Mapping[str, Any],
     run_id: str,
 ) -> dict[str, Any]:
-    """The content of state.json, without the step and the checksums."""
+    """The content of state.json, except the step and the checksums."""
     return {
         "run_id": run_id,
         "config": config_to_dict(model.config),
@@ -99,18 +98,18 @@ def describe_state(
 def refuse_another_run(
     state: CheckpointState, config: TrainConfig, data: Mapping[str, Any]
 ) -> None:
-    """Compares a run with the checkpoint it resumes from; logs settings that may and did change.
+    """Compares a run with the checkpoint it resumes from, and logs changed settings.
 
-    Both hold the kernels that `auto` came to, so those of another device are logged.
+    Kernels that `auto` chose for another device are logged too.
 
     Raises:
-        ValueError: another model, objective or data, or a setting that would change which samples
-            come next.
+        ValueError: the model, objective or data changed, or a setting on which the next samples
+            depend.
     """
     stored, present = config_to_dict(state.config), config_to_dict(config)
-    for name in INITIAL_WEIGHTS:  # which no resumed run reads
+    for name in INITIAL_WEIGHTS:  # a resumed run does not read them
         del stored["model"][name], present["model"][name]
-    for name in ("logit_scale_init", "logit_bias_init"):  # a checkpoint has the values learnt since
+    for name in ("logit_scale_init", "logit_bias_init"):  # the learnt values count
         stored["model"].pop(name, None), present["model"].pop(name, None)
     for group in ("model", "objective"):
         refuse_differences(group, stored[group], present[group])
@@ -143,13 +142,13 @@ def restore_checkpoint(
     ema: ModelEmaV3 | None = None,
     ranks: Ranks = _ALONE,
 ) -> None:
-    """Restores weights, their average, optimizer and scaler as they were after `state.step` steps.
+    """Restores weights, their average, optimizer and scaler.
 
-    `state` comes from `read_state`. All ranks call it together, and rank 0 alone reads. An average
-    that the checkpoint does not have starts with its weights.
+    `state` comes from `read_state`. All ranks call it together, and only rank 0 reads. If the
+    checkpoint has no average, it starts with the weights.
 
     Raises:
-        ValueError: the checkpoint is of another optimizer, or its tensors are not the model's.
+        ValueError: the checkpoint is of another optimizer, or its tensors do not fit the model.
     """
     present = type(optimizer).__name__
     if state.optimizer != present:
@@ -170,7 +169,11 @@ def restore_checkpoint(
         if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):
             raise ValueError(f"the loss scaler's state has {sorted(state.scaler)}")
         scaler.load_state_dict(state.scaler)
-    except (ValueError, OverflowError, RuntimeError) as error:  # torch's, of numbers too large
+    except (
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # torch's, for numbers that are too large
         raise DamagedCheckpointError(
             f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
             "checkpoint"
@@ -180,9 +183,9 @@ def restore_checkpoint(
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's averages by the names of parameters, for example `exp_avg.logit_scale`.
+    """Names the optimizer's state by parameters, for example `exp_avg.logit_scale`.
 
-    LAMB and apex count steps for each parameter group, not for each parameter: `group_step.0`.
+    LAMB and apex count steps per parameter group, not per parameter: `group_step.0`.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -197,15 +200,15 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _check_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Refuses what `_optimizer_tensors` cannot have written of this model.
+    """Refuses tensors that `_optimizer_tensors` cannot have written for this model.
 
-    Copying would spread a single number over a whole tensor, and raise no error.
+    Copying would broadcast a single number without an error.
     """
     parameters = dict(model.named_parameters())
     keys_of: dict[str, set[str]] = {}
     num_groups = len(optimizer.param_groups)
     stored = [name for name in tensors if name.partition(".")[0] == _GROUP_STEP]
-    if len(stored) > num_groups:  # fewer are those before optim.unlock_at_step
+    if len(stored) > num_groups:  # there are fewer before optim.unlock_at_step
         raise ValueError(
             f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze, "
             f"layer_decay, image_rate and text_rate make {num_groups} here: give them as they were"
@@ -236,7 +239,7 @@ def _check_optimizer_tensors(
     kinds = {
         (for_muon[parameters[name]], frozenset(keys))
         for name, keys in keys_of.items()
-        if parameters[name] in for_muon  # the others are frozen now
+        if parameters[name] in for_muon  # the others are frozen
     }
     if len({kind for kind, _ in kinds}) < len(kinds):
         raise ValueError("some parameters have more of it than others")
@@ -249,11 +252,11 @@ def _restore_optimizer(
     *,
     own: Collection[nn.Parameter] | None,
 ) -> None:
-    """Restores the state of the `own` parameters, or of all."""
+    """Restores the state of the `own` parameters (None: of all)."""
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
-        if key == _GROUP_STEP:  # a Python int where the optimizer had one
+        if key == _GROUP_STEP:  # a Python int if the optimizer had one
             step = value if value.is_floating_point() else int(value)
             optimizer.param_groups[int(name)]["step"] = step
             continue

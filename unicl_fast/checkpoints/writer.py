@@ -1,9 +1,8 @@
 """Writes checkpoints while training continues, one at a time, and keeps the best one.
 
-A checkpoint is copied to the host while training waits (0.3 s for the 1.5 GB of a Swin-T and its
-average, on one core), and written by a thread while training continues. One that is due before the
-last is on the disk waits for it: none is left out, and one copy of the state is all the memory that
-is needed.
+Training waits while tensors are copied to the host (0.3 s for the 1.5 GB of a Swin-T and its
+average, on one core); a thread writes them. If the previous checkpoint is still being written,
+training waits for it too: none is skipped, and memory is needed for only one copy.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; used by one thread."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Touches nothing yet; `keep` of the newest will stay in addition to the best (0: all)."""
+        """Writes nothing yet; the `keep` newest checkpoints will stay, and the best (0: all)."""
         self.folder = folder
         self.keep = keep
         self.best: Best | None = None
-        """The best step among those whose checkpoint is on the disk."""
+        """The best step whose checkpoint is on the disk."""
         self._copies = HostCopies()
         self._metric: str | None = None
         self._thread: threading.Thread | None = None
@@ -52,10 +51,11 @@ class CheckpointWriter:
         self._fault: BaseException | None = None
 
     def begin(self, *, step: int, metric: str | None, lines: Iterable[Mapping[str, float]]) -> None:
-        """Makes the folder that of a run that resumes from `step`: later checkpoints are renamed.
+        """Prepares the folder for a run that resumes from `step`: renames later checkpoints.
 
-        The best has the highest value of `metric` in the lines of metrics.jsonl up to the step;
-        None looks for no new one. Raises OSError if the folder cannot be read or written.
+        The best has the highest value of `metric` in the lines of metrics.jsonl up to the step.
+        Without a metric no new best is looked for. Raises OSError if the folder cannot be read or
+        written.
         """
         self.wait()
         set_later_checkpoints_aside(self.folder, step=step)
@@ -75,8 +75,8 @@ class CheckpointWriter:
         """Copies the tensors now, and writes `step-XXXXXXXX` now (if `required`) or in a thread.
 
         Raises:
-            OSError: it cannot be written, and is `required`. Otherwise that is only logged, loudly:
-                training continues, and the next one may fit.
+            OSError: it is `required` and cannot be written. Otherwise the error is only logged:
+                training continues, and the next one may fit on the disk.
         """
         started = time.perf_counter()
         self.wait()
@@ -99,7 +99,7 @@ class CheckpointWriter:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
 
     def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
-        """The step as the new best, if its number is higher than that of any on the disk."""
+        """Returns the step as the new best, if its result is higher than the best so far."""
         if self._metric is None:
             return None
         if self._metric not in numbers:
@@ -110,14 +110,14 @@ class CheckpointWriter:
             self._metric = None
             return None
         if self._pinning is not None:
-            self._pinning.join()  # of an evaluation before
+            self._pinning.join()  # of an earlier evaluation
         value = numbers[self._metric]
         if not math.isfinite(value) or (self.best is not None and value <= self.best.value):
             return None
         return Best(step, self._metric, value)
 
     def keep_as_best(self, best: Best) -> None:
-        """Makes the step the best, once its checkpoint, which is there or begun, is written."""
+        """Makes the step the best once its checkpoint, which must have been begun, is written."""
 
         def pin() -> None:
             if not (self.folder / checkpoint_name(best.step)).is_dir():
@@ -130,7 +130,7 @@ class CheckpointWriter:
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
-        """Returns when all is written; raises RuntimeError for a fault of the program."""
+        """Waits until all is written; raises RuntimeError for errors other than OSError."""
         if self._thread is not None:
             self._thread.join()
             self._thread = self._pinning = None
@@ -140,9 +140,9 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Finishes what is being written when the block ends, by an exception too.
+        """Waits until all is written when the block ends, also by an exception.
 
-        KeyboardInterrupt, a second request to stop, does not wait: half a checkpoint is none.
+        KeyboardInterrupt, a second request to stop, does not wait: the unfinished one is discarded.
         """
         try:
             yield
@@ -155,10 +155,10 @@ class CheckpointWriter:
         self.wait()
 
     def _start(self, job: Callable[[], None], *, failed: str) -> threading.Thread:
-        """Runs a job after the one before, in a thread.
+        """Runs a job in a thread, after the previous job.
 
-        A daemon thread, not one of concurrent.futures, whose threads the interpreter waits for: a
-        second Ctrl-C need not wait for a slow disk.
+        In a daemon thread, since the interpreter would wait for those of concurrent.futures: a
+        second Ctrl-C must not wait for a slow disk.
         """
         before = self._thread
 
@@ -181,10 +181,10 @@ class CheckpointWriter:
 
 
 class HostCopies:
-    """Copies of tensors in one block of host memory, which is kept for the next ones.
+    """Copies tensors into one block of host memory, which is reused.
 
-    From a CUDA device they are ordered on its current stream, after the update that made the values
-    and before the next one, into page-locked memory, and the host does not wait for them.
+    Copies from a CUDA device run asynchronously on its current stream, between two updates, into
+    page-locked memory.
     """
 
     def __init__(self) -> None:
@@ -193,11 +193,11 @@ class HostCopies:
         self._event: torch.cuda.Event | None = None
 
     def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies, in the order of their names; they hold from `wait` to the next `take`."""
+        """Starts the copies, which are valid from `wait` to the next `take`."""
         every = [(file, name, one) for file in files for name, one in files[file].items()]
         layout = [(file, name, one.shape, one.dtype, one.is_cuda) for file, name, one in every]
         if layout != self._layout:
-            self._copies = {}  # given back before as much is taken
+            self._copies = {}  # frees the old block first
             self._copies, self._layout = _empty_like(files), layout
         for file, name, tensor in every:
             self._copies[file][name].copy_(tensor.detach(), non_blocking=True)
@@ -210,13 +210,13 @@ class HostCopies:
         return self._copies
 
     def wait(self) -> None:
-        """Returns when the copies are made."""
+        """Waits until the copies are complete."""
         if self._event is not None:
             self._event.synchronize()
 
 
 def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Host tensors in logical order, whatever the memory format of the ones they are like."""
+    """Allocates contiguous host tensors of the same shapes and types, in one block."""
     every = [tensor for tensors in files.values() for tensor in tensors.values()]
     spaces = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in every]
     num_bytes, page_locked = sum(spaces), any(tensor.is_cuda for tensor in every)

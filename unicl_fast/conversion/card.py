@@ -1,7 +1,7 @@
-"""The model card of an export, from facts about its run; their collection.
+"""Collects facts about a model's run and formats the model card of an export.
 
-card.md is the text, which huggingface_hub fills in, below the metadata that the hub reads. Facts
-are kept in the export's config.json, so an export of an export has them too.
+huggingface_hub fills in card.md and adds the metadata that the hub reads. Facts are stored in the
+export's config.json, so an export of an export keeps them.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ _PUBLIC = ("open-clip:", "hf-hub:", "timm:", "pypi:")
 
 
 class Facts(NamedTuple):
-    """Known facts about a model, in JSON's types, by the names that card.md uses."""
+    """The known facts about a model, in JSON's types; the names are those of card.md."""
 
     origin: Mapping[str, Any] = {}
-    """The run that made the weights: steps, samples, objective, what it started from."""
+    """The origin of the weights."""
     data: Sequence[Mapping[str, Any]] = ()
-    """Data sets of the training. None stands for what is not known."""
+    """The training data sets; values that are not known are None."""
     figures: Sequence[Mapping[str, Any]] = ()
-    """Results of evaluations with their 95 % intervals, in 0 to 1."""
+    """Results of evaluations, with 95 % intervals, as fractions of 1."""
 
 
 def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
     """Formats the README.md of an exported model, which the hub shows.
 
-    `name` is what `load_model` takes, `license` an identifier of the hub; empty leaves it open.
+    `name` is what `load_model` takes, `license` the hub's identifier or empty.
     """
     results = [
         EvalResult(
@@ -88,20 +88,20 @@ def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
 def collect_facts(
     path: str | Path, *, weights: Weights, evaluations: Sequence[Path]
 ) -> tuple[Facts, list[str]]:
-    """Collects the facts of a model, with the figures of all evaluations of these very weights.
+    """Collects the facts about a model, including all evaluations of exactly these weights.
 
     Args:
-        path: the model, as `load_model` takes it. Evaluations are looked for in its run's folder.
-        weights: those that are exported.
-        evaluations: files of more evaluations, which must be of these weights.
+        path: the model, as for `load_model`. Evaluations in its run's folder are found.
+        weights: which weights are exported.
+        evaluations: more results of evaluations, which must be of these weights.
 
     Returns:
         The facts, and a sentence for each evaluation in the run's folder that is left out.
 
     Raises:
-        ValueError: a damaged file, or an evaluation of other weights.
+        ValueError: a file is damaged, or one of `evaluations` is of other weights.
         FileNotFoundError: no model or no such file.
-        OSError: a disk that failed.
+        OSError: a file cannot be read.
     """
     model, checksum = find_model(path), weights_checksum(path, weights=weights)
     facts = _kept_facts(model) if is_export(model) else _facts_of(read_state(model))
@@ -116,7 +116,7 @@ def _kept_facts(export: Path) -> Facts:
 
 
 def _facts_of(state: CheckpointState) -> Facts:
-    """The facts that a checkpoint holds of its run, and what manifests on the disk add."""
+    """Reads the facts that a checkpoint stores about its run, and the manifests of its data."""
     config = state.config
     given = [getattr(config.model, name) for name in INITIAL_WEIGHTS]
     started = [one if one.startswith(_PUBLIC) else "weights in a file" for one in given if one]
@@ -132,7 +132,7 @@ def _facts_of(state: CheckpointState) -> Facts:
 
 
 def _data_of(state: CheckpointState) -> Iterator[dict[str, Any]]:
-    """Yields the data sets of a run; captions and licenses of those that are still on the disk."""
+    """Yields a run's data sets, with captions and licenses of those that are still on the disk."""
     folders = [folder_and_weight(spec)[0] for spec in state.config.data.train]
     sources = state.data.get("sources", [])
     weights = state.data.get("shares") or [None] * len(sources)
@@ -153,7 +153,7 @@ def _data_of(state: CheckpointState) -> Iterator[dict[str, Any]]:
 
 
 def _manifest_of(folder: str, *, checksums: list[str]) -> Manifest | None:
-    """The manifest of a data set, if its images are still those that were trained on."""
+    """Reads a data set's manifest; None unless its images are still those of the training."""
     try:
         manifest = Manifest.load(folder)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Our own format: a folder in the layout of the Hugging Face hub, and no path of the machine.
+"""Writes our own format: a folder in the layout of the Hugging Face hub, without local paths.
 
-It holds weights, config, preprocessing and a model card. `load_model` takes it
-(`unicl_fast.checkpoints.export` reads it), and `unicl-convert hf --push` publishes it as it is.
+It holds weights, config, preprocessing and a model card. `unicl_fast.checkpoints.export` reads it,
+and `unicl-convert hf --push` publishes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NOT_PUBLISHED = {
     "efficiency": ("activation_checkpointing", "compile", "image_features"),
     "checkpoint": ("best",),
 }
-"""Settings that name files or data sets, or that only training needs: they get their defaults."""
+"""Settings that are reset to defaults: they name files or data sets, or only matter in training."""
 
 
 def write_export(
@@ -43,17 +43,17 @@ def write_export(
     name: str = "FOLDER",
     license: str = "",
 ) -> None:
-    """Writes a model in fp32 without its run, into a new folder.
+    """Writes a model without its run into a new folder.
 
     Args:
-        model: is written as it is.
-        folder: a new one.
-        facts: are kept in the config and stand on the card.
-        name: by which users of the card will load the model.
-        license: an identifier of the hub, for example apache-2.0; empty leaves it open.
+        model: in fp32.
+        folder: must not exist, or be empty.
+        facts: are stored in the config and shown on the card.
+        name: what users of the card pass to `load_model`.
+        license: the hub's identifier, for example apache-2.0; empty for none.
 
     Raises:
-        ValueError: the folder is there already.
+        ValueError: the folder exists.
         OSError: it cannot be written.
     """
     config = _published(model.config)
@@ -81,7 +81,7 @@ def write_export(
 
 
 def _published(config: TrainConfig) -> TrainConfig:
-    """A config without paths and names of data sets, for weights in fp32."""
+    """Removes paths and names of data sets from a config, for weights in fp32."""
     defaults, replace = TrainConfig(), dataclasses.replace
     for group, names in _NOT_PUBLISHED.items():
         values = {name: getattr(getattr(defaults, group), name) for name in names}
@@ -96,7 +96,7 @@ def _published(config: TrainConfig) -> TrainConfig:
 
 
 def _finite(values: Any) -> Any:
-    """A config's values with infinity, which JSON lacks, as a number that bounds nothing."""
+    """Replaces infinity, which JSON lacks, by a number so large that it bounds nothing."""
     if isinstance(values, dict):
         return {name: _finite(value) for name, value in values.items()}
     return 1e300 if values == float("inf") else values

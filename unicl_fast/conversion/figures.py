@@ -1,4 +1,4 @@
-"""Figures of a model, read from the files that `unicl-eval --json` wrote about it."""
+"""Reads a model's figures from files of `unicl-eval --json`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def figures_of(
     """Collects the figures of all evaluations of a model.
 
     Args:
-        checksum: of the model's file of weights.
+        checksum: of the model's weights file.
         evaluations: files that must be evaluations of these weights.
-        run: a run's folder, in which more of them are looked for.
+        run: a run's folder to search for more.
 
     Returns:
-        The figures, and a sentence for each file of the run that is of other weights or damaged.
+        The figures, and a sentence for each file in `run` that is damaged or of other weights.
 
     Raises:
-        ValueError: a file of `evaluations` is none, is damaged, or is of other weights.
-        OSError: a disk that failed.
+        ValueError: one of `evaluations` is damaged, of other weights, or no evaluation.
+        OSError: a file cannot be read.
     """
     figures, left_out = [], []
     for path in evaluations:
@@ -48,7 +48,7 @@ def figures_of(
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:
-    """The content of a result of an evaluation; None for any other file."""
+    """Reads the result of an evaluation; None for any other file."""
     try:
         values = parse_json(path.read_bytes(), where=str(path))
     except ValueError:
@@ -69,9 +69,9 @@ def _figures_of(values: dict[str, Any], path: Path, checksum: str) -> list[dict[
 
 
 def _figures_in(values: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the rates with an interval in a report, which is a part of another, and in its parts.
+    """Yields the rates that have an interval, in a report and in its parts.
 
-    `above` are the facts of the other that hold for its parts.
+    `above` holds the fields of the enclosing report that its parts inherit.
     """
     facts = {**above, **{name: values[name] for name in _SHARED if name in values}}
     how = f", k = {values['k']}" if "k" in values else ""

@@ -1,4 +1,4 @@
-"""Whether tensors of others fit a model of ours: by name, shape and content."""
+"""Compares other libraries' tensors with those of our models, by name, shape and content."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 def misfits(
     needed: Mapping[str, Tensor], found: Mapping[str, Tensor], *, shown: int | None = None
 ) -> list[str]:
-    """Lists how tensors differ from those that are needed; empty where all fit.
+    """Lists how tensors differ from the needed ones; empty if all fit.
 
-    Each phrase names at most `shown` tensors, by default all, and counts them.
+    Each phrase counts its tensors and names at most `shown` of them (None: all).
     """
     both = [name for name in needed if name in found]
     kinds = {

@@ -1,10 +1,10 @@
-"""Starts a model from weights that are there already: `model.init`, `init_image`, `init_text`.
+"""Starts a model from existing weights: `model.init`, `init_image`, `init_text`.
 
-A source is compared with the settings before anything is copied, and refused with the settings that
-it needs: weights of another architecture have no place, and those of another activation or mask
-would fit and be wrong. Tables of positions and of windows are the exception: timm resizes those of
-an image encoder to the run's image size; those of texts are cut or interpolated here. What is
-loaded, what stays fresh and why is logged.
+The settings that a source needs are compared with the run's before anything is copied. Weights of
+another activation or mask would load and give wrong features, so a difference is an error that
+names the options to set. Only tables of positions and windows may differ in size: timm resizes
+those of an image encoder; those of a text encoder are cut or interpolated here. The log says what
+was loaded, what stays fresh and why.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _SHOWN = 6
 
 @torch.no_grad()
 def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
-    """Replaces fresh weights by those that the model's config names; all ranks call it together.
+    """Loads the weights that the model's config names; all ranks call it together.
 
-    Rank 0 alone reads or downloads them, and says what was loaded; the others get its tensors. The
-    model has whole weights, in the type of the run's precision afterwards.
+    Rank 0 reads or downloads them, logs what was loaded, and sends the tensors to the others.
+    Afterwards the weights are whole, in the type of the run's precision.
 
     Raises:
-        SharedRefusal: a source that is not there, damaged, or of another model; on all ranks.
+        SharedRefusal: a source is missing, damaged, or of another model; raised on all ranks.
         OSError: a disk that failed.
     """
     model.to(Precision(model.config.efficiency.precision).weight_type)
@@ -57,10 +57,10 @@ def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
 
 
 def initial_tensors(model: UniCL) -> dict[str, Tensor]:
-    """Weights for a model by its own names, as its config asks for; logs what they are.
+    """Reads the weights that a model's config names, by our names, and logs what they are.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: as `read_source`, or a source of another model.
+        ValueError, FileNotFoundError, OSError: as `read_source`; ValueError also for another model.
     """
     config = model.config.model
     tensors: dict[str, Tensor] = {}
@@ -97,9 +97,9 @@ class _Loading:
         self._left_out = list(source.left_out)
 
     def check_settings(self, *, image: bool, text: bool) -> None:
-        """Refuses a source whose towers are not those of the settings; names all that differ.
+        """Refuses a source that needs other settings than the model's, and names all of them.
 
-        The common space has to be the same for `init` alone: a single tower may bring another.
+        Only `init` must agree on the shared space: the source of a single encoder may have another.
         """
         model, source = self._model, self._source
         has_text = text and model.text_encoder is not None
@@ -108,7 +108,7 @@ class _Loading:
         if has_text and source.tokenizer:
             self._refuse(
                 f"its texts are tokenized by {source.tokenizer}, those of packed data sets by "
-                "CLIP's tokenizer: take its image encoder alone, --init-image"
+                "CLIP's tokenizer: take only its image encoder, --init-image"
             )
         names = [*IMAGE_SETTINGS] if image else []
         names += TEXT_SETTINGS if has_text else ()
@@ -152,7 +152,7 @@ class _Loading:
         self._warn_of_other_images()
 
     def take_text(self) -> None:
-        """Takes the text encoder, and its projection if it fits, where both sides have one."""
+        """Takes the text encoder, and its projection if it fits, if the model has one."""
         encoder, source = self._model.text_encoder, self._source
         if encoder is None:
             return
@@ -172,7 +172,7 @@ class _Loading:
         self._take_projection("text_projection")
 
     def take_scale_and_classes(self) -> None:
-        """Takes the scale of the logits where it is learnt, and rows of the same classes."""
+        """Takes the logit scale if it is learnt, the logit bias, and rows for the same classes."""
         scale, own = self._source.tensors.get("logit_scale"), self._model.logit_scale
         if own.requires_grad and scale is not None:
             self._take("", {"logit_scale": scale}, "logit_scale")
@@ -196,7 +196,7 @@ class _Loading:
         logger.info("%s", text)
 
     def _take_if_both(self, name: str, *, fresh: str, left_out: str = "") -> None:
-        """Takes a tensor that both sides have; notes why where only one has it."""
+        """Takes a tensor that both sides have; if only one has it, notes why."""
         given = self._source.tensors.get(name)
         if name in self._own and given is not None:
             self._take("", {name: given}, name)
@@ -206,7 +206,7 @@ class _Loading:
             self._left_out.append(f"{name}, {left_out}")
 
     def _take_projection(self, name: str) -> None:
-        """Takes a projection, or leaves a fresh one where it is of another space."""
+        """Takes a projection, or keeps the fresh one if the source's is of another shape."""
         names = [one for one in (name, f"{name}_bias") if one in self._own]
         given = self._source.tensors
         if not names:
@@ -220,7 +220,7 @@ class _Loading:
         self._fresh.append(f"{name}, since the source has {found} and {wanted} is needed")
 
     def _take(self, prefix: str, found: Mapping[str, Tensor], kind: str) -> None:
-        """Checks tensors of a part by name, shape and content, and takes all of them."""
+        """Takes all tensors of a part, or refuses them if a name, shape or value is wrong."""
         own = _after(prefix, self._own) if prefix else {name: self._own[name] for name in found}
         if faults := misfits(own, found, shown=_SHOWN):
             self._refuse(f"its {kind} is another one: {'; '.join(faults)}")
@@ -245,15 +245,15 @@ class _Loading:
 
 
 def _shown(value: Any) -> Any:
-    """Statistics without the digits in which libraries round them."""
+    """Rounds statistics, since libraries store different numbers of digits."""
     return value if isinstance(value, str) else [round(number, 3) for number in value]
 
 
 def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:
-    """Positions [l w] for another context length, as [length w].
+    """Resizes a table of positions [l w] for another context length, to [length w].
 
-    Those of causal texts are cut, which changes nothing for texts that fit. Longer ones, and those
-    of texts whose padding counts, are interpolated, as open_clip does it.
+    For a shorter context a causal encoder's table is cut, which does not change texts that fit. Any
+    other is interpolated, as in open_clip.
     """
     if causal and length <= len(table):
         return table[:length]
@@ -264,9 +264,9 @@ def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:
 def _as_timm_has_them_now(
     encoder: nn.Module, given: Mapping[str, Tensor], classifier: Iterable[str]
 ) -> dict[str, Tensor]:
-    """An image encoder's tensors under timm's present names and for this size, by timm's functions.
+    """Renames and resizes an image encoder's tensors for timm's present code and this image size.
 
-    Each architecture of timm has one function that renames what was published and resizes tables.
+    timm has a function for this in each architecture.
     """
     module = sys.modules[type(encoder).__module__]
     convert: Callable[..., dict[str, Tensor]] | None = getattr(module, "checkpoint_filter_fn", None)

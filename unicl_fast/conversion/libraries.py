@@ -1,13 +1,12 @@
-"""Folders that other libraries read: timm, ONNX runtimes, torch.export; `open_clip` writes its own.
+"""Writes folders for timm, ONNX runtimes and torch.export.
 
-timm gets only the image encoder, with its size and preprocessing:
-`timm.create_model("local-dir:FOLDER", pretrained=True)` from timm 1.0.16 on.
+timm gets only the image encoder, with its preprocessing:
+`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it (timm 1.0.16 and newer).
 
-`image` and `text` as programs for any number of samples are a file each, ONNX or torch.export's.
-A .pt2 file is the graph with its weights: torch runs it, or compiles it ahead of time, without this
-package or timm. What an exporter takes is a module of one input and one output: a `Tower`.
+ONNX and torch.export get one program for images and one for texts, for any batch size. torch runs
+a .pt2 file, or compiles it ahead of time, without this package or timm.
 
-Each folder is read back by its library before it appears, and its features are compared with ours.
+Before a folder appears, its library reads it and its features are compared with ours.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from unicl_fast.models.unicl import UniCL, project
 
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
-"""Samples of a third batch, since an export may be fixed to one, or to as many as were traced."""
-_OPSET = 18  # of 2022: current runtimes all have it
+"""A third batch size: exported programs can be fixed to one sample or the traced number."""
+_OPSET = 18  # from 2022, so all current runtimes have it
 
 
 def fixed_size(name: str) -> int | None:
-    """The image size that timm builds an encoder for, where its tables depend on it."""
+    """The image size that timm's encoder has tables for; None if it takes any size."""
     registered = timm.get_pretrained_cfg(name)
     if registered is None or not registered.fixed_input_size:
         return None
@@ -55,11 +54,19 @@ def fixed_size(name: str) -> int | None:
 
 @torch.no_grad()
 def write_timm(model: UniCL, folder: Path) -> float:
-    """Writes a folder of the image encoder, and reads it with timm.
+    """Writes a folder with the image encoder, and compares timm's features with ours.
 
-    Takes a model in fp32 and evaluation mode, and a new folder; returns the largest difference of a
-    feature's coordinates, timm's from ours. A folder that is there is a ValueError, features that
-    are not ours a RuntimeError, a disk that fails an OSError.
+    Args:
+        model: in fp32 and evaluation mode.
+        folder: a new one.
+
+    Returns:
+        The largest difference between coordinates of timm's features and ours.
+
+    Raises:
+        ValueError: the folder exists.
+        RuntimeError: the features differ.
+        OSError: it cannot be written.
     """
     name, arguments = model.config.model.image_encoder, timm_arguments(model)
     registered = timm.get_pretrained_cfg(name)
@@ -85,14 +92,17 @@ def write_timm(model: UniCL, folder: Path) -> float:
 
 
 def timm_arguments(model: UniCL) -> dict[str, Any]:
-    """Arguments of timm.create_model next to the name: the size, where tables depend on it."""
+    """Further arguments for timm.create_model: the image size, if it is not timm's own."""
     size = model.config.data.image_size
     known = fixed_size(model.config.model.image_encoder)
     return {} if known in (None, size) else {"img_size": size}
 
 
 class Tower(nn.Module):
-    """Normalised images [b 3 h w], or token rows [b l], to unit-norm features [b d]."""
+    """Encodes normalised images [b 3 h w], or token rows [b l], as unit-norm features [b d].
+
+    Exporters take modules of one input and one output.
+    """
 
     def __init__(
         self, encoder: nn.Module, projection: nn.Parameter | None, bias: nn.Parameter | None
@@ -106,25 +116,21 @@ class Tower(nn.Module):
 
 
 Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
-"""Writes a tower, traced with inputs, into a file, and gives the file as a function of inputs."""
+"""Traces a tower with inputs, writes it to a file, and returns a function that runs the file."""
 
 
 def write_onnx(model: UniCL, folder: Path) -> float:
-    """Writes a folder, and runs both files with onnxruntime at three batch sizes.
+    """Writes both encoders, and compares onnxruntime's features with ours at three batch sizes.
 
-    The rest is as in `write_timm`; a package that is not installed is a ValueError, and what
-    the exporter does not know in an encoder a RuntimeError.
+    As `write_timm`; also raises ValueError if a package is missing, and RuntimeError if an encoder
+    cannot be exported.
     """
     require_packages()
     return _write_towers(model, folder, ".onnx", export=_export_onnx)
 
 
 def require_packages() -> None:
-    """Refuses to begin without the exporter to ONNX and the runtime that checks it.
-
-    Raises:
-        ValueError: names the packages that are not installed.
-    """
+    """Raises ValueError if packages for exporting to ONNX and checking the result are missing."""
     needed = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -137,12 +143,12 @@ def require_packages() -> None:
 
 @torch.no_grad()
 def write_exported_programs(model: UniCL, folder: Path) -> float:
-    """Writes programs of torch.export, read back and compared as by `write_onnx`."""
+    """Writes both encoders for torch.export, read back and compared as in `write_onnx`."""
     return _write_towers(model, folder, ".pt2", export=_export_program)
 
 
 def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) -> float:
-    """Writes a file for each tower, and runs it at three batch sizes."""
+    """Writes a file for each tower, and compares its features at three batch sizes."""
     assert model.text_encoder is not None
     image = Tower(model.image_encoder, model.image_projection, model.image_projection_bias).eval()
     text = Tower(model.text_encoder, model.text_projection, model.text_projection_bias).eval()

@@ -1,12 +1,11 @@
-"""microsoft/UniCL's released checkpoints, to ours and back: their layout, and their files.
+"""Converts microsoft/UniCL's checkpoints to ours and back.
 
-Their image encoder is Swin as its authors wrote it: a stage ENDS with its downsampling, where
-timm's next stage begins with it, and the tables that follow from the window size are stored as
-entries. Their text encoder has the names of ours. `official_entries` gives a model's own tensors
-by the names they have there: reading copies into them, writing takes them out, and both know the
-same names.
+Their image encoder is the original Swin: downsampling ends a stage, while in timm it begins the
+next one, and tables that depend on the window size are stored. Their text encoder has our names.
+`official_entries` maps their names to a model's own tensors: reading copies into these, writing
+copies them out, so there is one list of names.
 
-Their files are pickles, which `torch_files` reads; those that are written hold only tensors.
+Their files are pickles, which `torch_files` reads; ours hold only tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
-"""By the encoder's width: the model's name, and our preset of it."""
+"""The image encoder's width to the model's name and our preset."""
 _PATCHES = "image_encoder.patch_embed.proj.weight"
 _OLD_NAMES = (
     ("module.", ""),  # of a model wrapped for several GPUs
@@ -44,22 +43,22 @@ _OF_THE_PAPER = (
     *("text_activation", "text_causal", "text_pool", "text_mlp_ratio", "text_norm_eps"),
     *("image_projection", "text_projection"),
 )
-"""Settings of a model that their code has in one way only, our default."""
+"""Settings that are fixed in their code, to our defaults."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
+"""The released models use ImageNet's statistics, ours CLIP's."""
 
 
 @torch.no_grad()
 def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
-    """Our model with the weights of a released one, in evaluation mode, fp32.
+    """Builds our model with the weights of a released one, in fp32 and evaluation mode.
 
-    Its config is the preset's with the images prepared as the released models want them. `source`
-    is the file, for errors.
+    Its config is the preset's, with the preprocessing of the released models. `source` is the file,
+    for errors.
 
     Raises:
-        ValueError: no Swin-T or Swin-B in this layout; entries that are missing, left over, of
-            another shape or content are all named.
+        ValueError: no Swin-T or Swin-B in this layout; names all entries that are missing, left
+            over, or of a wrong shape or content.
     """
     entries = _with_present_names(entries, source=source)
     model = UniCL(_config_of(entries, source=source)).eval()
@@ -85,10 +84,10 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
 
 
 def official_entries(model: UniCL) -> dict[str, Tensor]:
-    """The model's own tensors (no copies) by their names in a released file.
+    """Maps names in a released file to the model's own tensors (no copies).
 
     Raises:
-        ValueError: its image encoder is not one of theirs, or its text encoder of another kind.
+        ValueError: their code does not have this image encoder, logit bias or kind of text encoder.
     """
     config, defaults = model.config.model, ModelConfig()
     known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
@@ -107,7 +106,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
     elif others:
         reason = f"code knows no {', '.join(others)}"
     if reason:
-        raise ValueError(f"microsoft/UniCL's {reason}: convert the model to open_clip, hf or onnx")
+        raise ValueError(f"microsoft/UniCL's {reason}: convert it to open_clip, hf or onnx")
 
     def official_name(name: str) -> str:
         return _DOWNSAMPLE.sub(
@@ -119,7 +118,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
-    """The entries under present names: older files say visual, text, lang_encoder and so on."""
+    """Renames entries of older files, which have visual, text, lang_encoder and so on."""
     renamed: dict[str, Tensor] = {}
     for original, tensor in entries.items():
         name = original
@@ -133,7 +132,7 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
 
 
 def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
-    """The config of a file's model, found by the widths in it, before a model is built."""
+    """Derives the config from the shapes in a file, before a model is built."""
     if _PATCHES not in entries:
         first_words = sorted({name.split(".")[0] for name in entries})
         raise ValueError(
@@ -158,8 +157,8 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
                 f"{source}: {entry} has shape {list(entries[entry].shape)}, that of the released "
                 f"models has {list(expected)}: models of another width are not converted"
             )
-    # fp32, since figures were published for it; not clamped below the trained scale, of which a
-    # missing or odd one is found with the other entries
+    # fp32, as in the published figures. The trained scale must not be clamped; a missing or odd
+    # one is reported with the other entries.
     scale = entries.get("logit_scale", torch.zeros([]))
     trained = scale.double().item() if scale.numel() == 1 else 0.0
     trained = trained if math.isfinite(trained) else 0.0
@@ -174,19 +173,16 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
 
 
 def read_official_file(path: Path) -> dict[str, Tensor]:
-    """The entries of a checkpoint, `{"model": {name: tensor}}` or the names without the wrapper.
-
-    Raises as `read_torch_file`.
-    """
+    """Reads the entries of a checkpoint; raises as `read_torch_file`."""
     return read_torch_file(path, expected="a file of microsoft/UniCL, such as in1k.pth")
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
-    """Writes `{"model": entries}` as a new file, each tensor with memory of its own.
+    """Writes `{"model": entries}` to a new file.
 
     Raises:
-        ValueError: something is there already.
-        OSError: a disk that failed.
+        ValueError: the path exists.
+        OSError: it cannot be written.
     """
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
     with new_file(path) as aside:

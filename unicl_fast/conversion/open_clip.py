@@ -1,12 +1,10 @@
-"""Models of open_clip to ours and back: the meaning of their configs, the names of their tensors.
+"""Translates open_clip's configs and names of tensors to ours and back.
 
-Text encoders differ in a few settings, which `ModelConfig` has. Image encoders are timm's here, so
-open_clip's own (ViT and ResNet of CLIP) become timm's of the same architecture, whose functions
-rename the tensors, and `timm_model_name` is taken as it is. In the other direction every image
-encoder is written as timm's, whatever it came from.
+Text encoders differ in a few settings, which `ModelConfig` has. Our image encoders are timm's, so
+open_clip's own (CLIP's ViT and ResNet) become timm's of the same architecture, for which timm
+renames the tensors. In the other direction every image encoder is written as timm's.
 
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` builds what `write_open_clip` writes,
-and whatever takes open_clip's models runs on it.
+`open_clip.create_model_and_transforms("local-dir:FOLDER")` loads what `write_open_clip` writes.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _NATIVE_EPS = 1e-5
 
-# A config says more than we need, and some of it is for training alone.
+# Settings that do not decide whether ours can be the same encoder; some are only for training.
 _IGNORED = {
     *("image_size", "head_width", "patch_dropout", "output_tokens", "pos_embed_type"),
     *("attn_pooler_queries", "attn_pooler_heads"),
@@ -59,7 +57,7 @@ _VITS = {
     (1408, 40, 16): "giant",
     (1664, 48, 16): "gigantic",
 }
-"""By width, layers and heads: the word for it in the names of timm's ViTs of CLIP."""
+"""Width, layers and heads to the size in timm's names of CLIP's ViTs."""
 _RESNETS = {
     (64, 3, 4, 6, 3): "resnet50_clip",
     (64, 3, 4, 23, 3): "resnet101_clip",
@@ -67,7 +65,7 @@ _RESNETS = {
     (96, 6, 8, 18, 8): "resnet50x16_clip",
     (128, 3, 15, 36, 10): "resnet50x64_clip",
 }
-"""By width and layers of the stages: timm's name."""
+"""Width and layers of each stage to timm's name."""
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _MATRICES = {
     "visual.proj": "image_projection",
@@ -78,18 +76,18 @@ _LINEARS = {
     **dict.fromkeys(("visual.head.proj", "visual.attnpool.c_proj"), "image_projection"),
     **dict.fromkeys(("text_projection", "text.text_projection"), "text_projection"),
 }
-"""Layers that project, whose weights are [out in]."""
+"""Linear layers that project; their weights are [out in]."""
 
 
 class UnknownArchitectureError(ValueError):
-    """A model of open_clip has something that ours cannot have."""
+    """A model of open_clip has a setting that ours do not support."""
 
 
 def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `ModelConfig` that mean the image encoder of an open_clip `model_cfg`.
+    """Translates the image encoder of an open_clip `model_cfg` to fields of `ModelConfig`.
 
     Raises:
-        UnknownArchitectureError: names what ours cannot have.
+        UnknownArchitectureError: names the settings that ours do not support.
     """
     vision = model_cfg["vision_cfg"]
     _refuse_others("vision_cfg", vision)
@@ -115,10 +113,10 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `ModelConfig` that mean the text encoder of an open_clip `model_cfg`.
+    """Translates the text encoder of an open_clip `model_cfg` to fields of `ModelConfig`.
 
     Raises:
-        UnknownArchitectureError: names what ours cannot have.
+        UnknownArchitectureError: names the settings that ours do not support.
     """
     text = model_cfg["text_cfg"]
     _refuse_others("text_cfg", text)
@@ -146,7 +144,7 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pooling(model_cfg: Mapping[str, Any]) -> str:
-    """The pooling that timm's model must have, under timm's name; empty for its own."""
+    """The pooling of timm's image encoder, by timm's name; empty for the encoder's default."""
     vision = model_cfg["vision_cfg"]
     return str(vision.get("timm_pool", "avg")) if vision.get("timm_model_name") else ""
 
@@ -163,7 +161,7 @@ def _known(name: str | None, vision: Mapping[str, Any]) -> str:
 
 
 def _refuse_others(group: str, values: Mapping[str, Any]) -> None:
-    """Refuses settings that are on and unknown here, such as attentional_pool."""
+    """Refuses enabled settings that we do not know, such as attentional_pool."""
     others = [name for name, value in values.items() if value and name not in _READ | _IGNORED]
     if others:
         _refuse(group, values, others)
@@ -177,9 +175,9 @@ def _refuse(group: str, values: Mapping[str, Any], names: Any) -> None:
 def from_open_clip(
     model_cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """An open_clip model's tensors by our names, and the names of those that we have no place for.
+    """Renames an open_clip model's tensors to ours; also returns the names of unused ones.
 
-    Those of its own image encoders keep their names after `image_encoder.`: timm renames them.
+    Names of open_clip's own image encoders only get the prefix `image_encoder.`: timm renames them.
     """
     linears = {**_LINEARS, **dict.fromkeys(_projecting_classifier(model_cfg), "image_projection")}
     ours: dict[str, Tensor] = {}
@@ -207,7 +205,7 @@ def from_open_clip(
 
 
 def _projecting_classifier(model_cfg: Mapping[str, Any]) -> list[str]:
-    """The classifier of timm's image encoder where that projects; its name has no tag."""
+    """The classifier of timm's image encoder, if open_clip uses it as the projection."""
     vision = model_cfg["vision_cfg"]
     if not vision.get("timm_model_name") or vision.get("timm_proj", "linear"):
         return []
@@ -218,18 +216,18 @@ def _projecting_classifier(model_cfg: Mapping[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def write_open_clip(model: UniCL, folder: Path) -> float:
-    """Writes a folder, and reads it with open_clip.
+    """Writes a folder for open_clip, and compares open_clip's features with ours.
 
     Args:
         model: in fp32 and evaluation mode.
         folder: a new one.
 
     Returns:
-        The largest difference of a feature's coordinates, open_clip's from ours.
+        The largest difference between coordinates of open_clip's features and ours.
 
     Raises:
-        ValueError: open_clip cannot build this image encoder at this size, or the folder is there.
-        RuntimeError: the features are not ours.
+        ValueError: open_clip cannot build this image encoder at this size, or the folder exists.
+        RuntimeError: the features differ.
         OSError: it cannot be written.
     """
     import open_clip  # seconds to import
@@ -257,10 +255,10 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
 
 
 def _require_convertible(model: UniCL) -> None:
-    """Refuses an image encoder that open_clip's wrapper of timm's models cannot express.
+    """Refuses an image encoder that open_clip cannot build.
 
-    It builds encoders at timm's own image size only, and takes num_features for the width of what
-    they return.
+    It builds timm's encoders only at timm's own image size, and assumes that their features have
+    width num_features.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
     if (own_size := fixed_size(name)) not in (None, size):
@@ -310,7 +308,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
     return {
         "embed_dim": config.embed_dim,
         **bias,
-        # of the text encoder; timm's models have their own
+        # only for the text encoder; timm's models have their own activation
         "quick_gelu": config.text_activation == "quick_gelu",
         "vision_cfg": vision,
         "text_cfg": text,
@@ -318,7 +316,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
 
 
 def _open_clip_tensors(model: UniCL) -> dict[str, Tensor]:
-    """The model's tensors by open_clip's names."""
+    """Renames the model's tensors to open_clip's."""
     names = {"image_projection_bias": "visual.head.proj.bias",
              "text_projection_bias": "text_projection.bias"}  # fmt: skip
     linears = {"image_projection": "visual.head.proj.weight"}  # whose weights are [out in]

@@ -1,7 +1,7 @@
-"""Converted models on the disk: whole or not at all, and compared with ours before they appear.
+"""Writes converted models, whole or not at all, after comparing their features with ours.
 
-Features are compared for the same tensors, so that resizing, which each library does in its own
-way, is left out.
+Features are compared for the same tensors, without preprocessing, since libraries resize
+differently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
-"""Largest difference of a coordinate of unit vectors that is accepted; fp32 leaves about 1e-6."""
+"""Largest accepted difference of a coordinate of unit vectors; fp32 gives about 1e-6."""
 _TEXTS = (
     "a photo of a dog",
     "",
@@ -41,10 +41,10 @@ def require_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends without an error.
+    """Yields a temporary path, which is renamed to `path` if the block raises nothing.
 
     Raises:
-        ValueError: something is there already.
+        ValueError: `path` exists.
         OSError: it cannot be written.
     """
     require_new(path)
@@ -59,29 +59,30 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, else as `new_file`."""
+    """Yields an empty folder, which is renamed to `path`; otherwise as `new_file`."""
     with new_file(path) as aside:
         aside.mkdir()
         yield aside
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes strict JSON, which has no infinity."""
+    """Writes strict JSON; raises ValueError for infinity and NaN."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file whose tensors share no memory; a full disk is an OSError."""
+    """Writes a safetensors file; raises OSError if that fails."""
+    # copies, since safetensors refuses tensors that share memory
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     try:
-        save_tensors(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
+        save_tensors(copies, path, metadata={"format": "pt"})  # required by transformers
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of trained parameters."""
+    """Counts the parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -92,25 +93,25 @@ def logits_of(model: UniCL) -> dict[str, Any]:
 
 
 def sample_images(model: UniCL) -> Tensor:
-    """Images of the size that a model takes: float32 [2 3 h w], normal."""
+    """Random images of a model's size: float32 [2 3 h w]."""
     size = model.config.data.image_size
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def sample_tokens(model: UniCL) -> Tensor:
-    """Token rows for a model: int64 [4 l] of short, empty, usual and cut texts."""
+    """Token rows of a short, an empty, a usual and a cut text: int64 [4 l]."""
     tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
     # a model of another tokenizer may have a smaller vocabulary
     return tokens.clamp_(max=model.config.model.vocab_size - 1)
 
 
 def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
-    """The largest difference of two sets of features after scaling them to unit norm.
+    """Returns the largest difference between coordinates of unit-norm features.
 
-    `expected` are ours [n d], `found` those of the converted model; `what` names them in the error.
+    `expected` are ours [n d], `found` the converted model's; `what` names them in errors.
 
     Raises:
-        RuntimeError: they differ by more than the tolerance.
+        RuntimeError: shapes differ, or values by more than `TOLERANCE`.
     """
     if expected.shape != found.shape:
         raise RuntimeError(
@@ -118,7 +119,7 @@ def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
             f"{list(expected.shape)}: nothing was written; please report this"
         )
     difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
-    if not difference <= TOLERANCE:  # so that NaN is refused
+    if not difference <= TOLERANCE:  # also refuses NaN
         raise RuntimeError(
             f"{what} of the converted model differ from ours by {difference:.1e}, where "
             f"{TOLERANCE:.0e} is allowed: nothing was written; please report this with the "

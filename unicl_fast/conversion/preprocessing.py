@@ -1,6 +1,6 @@
-"""How `unicl-eval` prepares images and texts for a model, in the words of each format.
+"""Describes our preprocessing in each format's terms.
 
-A wrong mean costs points of accuracy and raises no error, so it goes with the weights.
+It goes with the weights, since a wrong mean costs accuracy and raises no error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which trans
 
 
 def in_words(config: TrainConfig) -> dict[str, Any]:
-    """For people, and for programs of their own: `preprocessing.json`."""
+    """The content of `preprocessing.json`, for people who write their own preprocessing."""
     data, model = config.data, config.model
     return {
         "image": {
@@ -43,7 +43,7 @@ def in_words(config: TrainConfig) -> dict[str, Any]:
 
 def for_timm(data: DataConfig) -> dict[str, Any]:
     """The fields of a timm `pretrained_cfg`."""
-    # timm divides by the fraction and rounds down: it must find evaluation_resize again
+    # timm divides by the fraction and rounds down, which must give evaluation_resize
     fraction = data.image_size / data.evaluation_resize
     while math.floor(data.image_size / fraction) < data.evaluation_resize:
         fraction = math.nextafter(fraction, 0)
@@ -69,7 +69,7 @@ def for_open_clip(data: DataConfig) -> dict[str, Any]:
 
 
 def for_transformers(data: DataConfig) -> dict[str, Any]:
-    """A `preprocessor_config.json`, as CLIPImageProcessor of transformers takes it."""
+    """A `preprocessor_config.json` for transformers' CLIPImageProcessor."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

