@@ -79,8 +79,7 @@ class Stage(Program):
     def result_text(self, figures: Figures, *packages: str, **more: Any) -> str:
         """The JSON that `write_result` writes; URLs are without their secrets."""
         settings = dataclasses.asdict(self)
-        for private in ("json", "plot"):
-            settings.pop(private, None)
+        settings.pop("json")
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
@@ -102,7 +101,7 @@ def in_turns(
     warm_up: int = 0,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[T]]:
-    """What each contestant returns, once a round, without the first `warm_up` rounds.
+    """Collects the results of each contestant, one per round after `warm_up` rounds.
 
     `before` is called with the name of the contestant whose turn comes.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from unicl_fast.config import TrainConfig
 from unicl_fast.training.memory_plan import plan as plan_memory
 
-from ..scale.model import Compute, Gloo, Nccl, measure_size, simulate
+from ..scale.model import Compute, Gloo, Nccl, simulate
+from ..scale.sizes import measure_size
 from .model import Cost, Measured, Variant
 
 RANKS = (1, 8, 64)
@@ -47,24 +48,19 @@ def longer_steps(
         ValueError: the objective has no texts.
     """
     size, batch = measure_size(config), measured.local_batch
-    seconds = measured.step.wall * batch
-    alone = Compute.split(seconds, size, local_batch=batch, num_texts=batch)
+    alone = Compute.split(measured.step.wall * batch, size)
     on_gpus = measured.device == "cuda"
     nccl = Nccl(link_gbit=network_gbit)
     gloo = Gloo(link_mbit=1000 * network_gbit, hop_us=nccl.host_hop_us)
 
     def step_on(ranks: int) -> float:
-        grown = alone.with_columns(
-            (ranks - 1) * batch, size, local_batch=batch,
-            rate=size.step_operations(batch, batch) / seconds,
-        )  # fmt: skip
         return simulate(
-            grown,
+            alone.on_ranks(ranks, size, local_batch=batch),
             size,
             nccl if on_gpus else gloo,
             world_size=ranks,
             num_texts=batch,
-            host_ahead=on_gpus,
+            host_seconds=0.0 if on_gpus else None,
         ).seconds
 
     now = step_on(measured.world_size)

@@ -38,7 +38,7 @@ class Loss(Stage):
     """Tokens, targets, texts and the loss: the parts of a training step besides images."""
 
     parts: tuple[Part, ...] = ("tokens", "loss", "targets", "text")
-    """What to measure."""
+    """Parts to measure."""
     data: Path | None = None
     """Packed data set with captions for the part `text`, which is left out without one."""
     files: tuple[Path, ...] = ()

@@ -31,7 +31,7 @@ _EMA_DECAY = 0.9999
 def measure_checkpoint(
     config: TrainConfig, batch: Batch, folder: Path | None, *, rounds: int
 ) -> Figures:
-    """What a checkpoint costs that is awaited, and one that a thread writes during the steps.
+    """Times steps with awaited checkpoints, and with those that a thread writes meanwhile.
 
     Raises:
         RuntimeError: the two ways write different files.

@@ -45,7 +45,7 @@ class Step(Stage):
     data: Path
     """Packed data set with captions, or with labels (one prompt per class shows the most)."""
     parts: tuple[Part, ...] = ("open-clip",)
-    """What to measure."""
+    """Parts to measure."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
