@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -347,9 +346,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
         text=True,
         timeout=240,
     ).stdout
-    assert sorted(path.name for path in out.iterdir()) == [
-        "report.html", "report.json", "report.md",
-    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
     assert (out / "report.json").read_text() == result.read_text()
     found = json.loads(result.read_text())
     names = {stage["name"] for stage in found["measured"]["stages"]}
@@ -367,34 +364,19 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
-    check_spreads_and_steps(found["measured"])
+    check_spreads(found["measured"])
     kept = as_kept(result.read_text())
     assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
     page = look_at(out / "report.html", tmp_path, width=390)
     assert (page["scroll_width"], page["beside"], page["broken"]) == (390, [], False)
-    assert page["shown_plots"] == 1  # the time line
 
 
-def check_spreads_and_steps(found: dict[str, Any]) -> None:
-    """Loader, step, whole and stages have rounds, and steps follow each other on one clock."""
+def check_spreads(found: dict[str, Any]) -> None:
+    """Loader, step, whole and stages have rounds."""
     for part in ("loader", "step", "whole"):
         assert min(found[part]["rounds"]) <= found[part]["wall"] <= max(found[part]["rounds"])
     timed = [stage for stage in found["stages"] if stage["name"] != "collectives"]  # in one go
     assert all(len(stage["cost"]["rounds"]) >= 2 for stage in timed)
-    steps = found["timeline"]
-    assert 4 <= len(steps) <= 20
-    assert steps[0]["begin"] == 0
-    for step, following in itertools.pairwise(steps):
-        assert following["begin"] == pytest.approx(step["begin"] + sum(step["parts"].values()))
-    assert found["made_meanwhile"]
-    for step in steps:
-        assert {"data_wait", "forward", "loss", "backward", "optimizer"} <= step["parts"].keys()
-        begun, ended = step["made"]
-        assert begun < ended <= step["given"]
-        # the trainer has its batch when it has waited for it
-        before = sum(step["parts"].get(part, 0.0) for part in ("other", "checkpoint", "checks"))
-        waited = step["begin"] + before + step["parts"]["data_wait"]
-        assert step["given"] == pytest.approx(waited, abs=0.002)
 
 
 def test_wrong_options_are_refused_in_a_sentence(
