@@ -46,9 +46,9 @@ from unicl_fast.training.data import resolve_decode_device
 from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import wait_for_gpu
+from ..harness import in_turns, wait_for_gpu
 from ..step.parts import StepInParts
-from .clocks import TimedLoader, flow, in_turns, median, repeated
+from .clocks import TimedLoader, flow, median, repeated
 from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage
 
 _FIRST_STEP = 1

@@ -38,10 +38,10 @@ from unicl_fast.system.program import begin_program
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-from ..harness import describe_machine
+from ..harness import describe_machine, in_turns
 from .advise import Advice, advise, find_limit
 from .bench import Bench
-from .clocks import in_turns, median, median_ratio
+from .clocks import median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import CHECKPOINT, READ, Cost, Measured
 from .session import on_bench, steps_in, try_out

@@ -7,7 +7,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,21 +59,6 @@ def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
     wait_for_gpu()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
-
-
-def in_turns(
-    contestants: Mapping[str, Callable[[], Cost]],
-    *,
-    rounds: int,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, list[Cost]]:
-    """The costs of each, one a round."""
-    found: dict[str, list[Cost]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, take in contestants.items():
-            before()
-            found[name].append(take())
-    return found
 
 
 def median(costs: Iterable[Cost]) -> Cost:

@@ -22,9 +22,10 @@ from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.system.machine import cpu_times
 
+from ..harness import in_turns
 from .advise import Limit, find_limit
 from .bench import Bench, step_cost, steps_within
-from .clocks import Watch, in_turns, median, median_ratio
+from .clocks import Watch, median, median_ratio
 from .model import READ, Cost, Measured, RankFigures, Stage, Variant
 from .variants import Candidate, Trials, candidates
 

@@ -32,9 +32,6 @@ class Diagnosis:
     plans: tuple[OnRanks, ...]
     largest_batch: int
     """The largest local batch that fits, by the memory plan; 0 where none does."""
-    is_priced: bool
-    network_gbit: float
-    """The network for which the plans count communication; 0 where they do not."""
     tried: dict[str, Any] | None
     """The change that `--try` has made."""
     config: dict[str, Any]
@@ -51,18 +48,6 @@ class Diagnosis:
             "tried": self.tried,
             "config": self.config,
         }
-
-    def plan_sentence(self) -> str:
-        """Says what the plans count."""
-        if not self.network_gbit:
-            return (
-                "evaluations and communication between ranks are not counted; --network-gbit "
-                "counts communication"
-            )
-        return (
-            "evaluations are not counted; communication is that of the model of `unicl-bench "
-            f"scale` at {self.network_gbit:g} Gb/s"
-        )
 
     def tried_sentence(self) -> str:
         """The change that was made and what came of it; empty where none was."""
@@ -144,17 +129,19 @@ def _advice(measured: Measured, useful: Sequence[Advice], idle: Sequence[Advice]
 
 def _plan(found: Diagnosis) -> Iterator[str]:
     batch = f"{found.largest_batch:,}" if found.largest_batch else "none"
-    yield f"THE PLAN ({found.plan_sentence()})"
+    yield (
+        "THE PLAN (evaluations and communication between ranks are not counted; "
+        "`unicl-bench scale` models communication)"
+    )
     yield (
         f"  largest local batch that fits, by the memory plan: {batch}; "
         f"now {found.measured.local_batch}"
     )
     yield f"  start: {found.measured.start_seconds:.0f} s"
     for plan in found.plans:
-        price = f", {plan.price:,.2f} for it" if found.is_priced else ""
         yield (
             f"  {plan.ranks:2} rank{'s' if plan.ranks > 1 else ' '}: "
-            f"{plan.images_per_second:,.0f} images/s, {time_of(plan.hours)}{price}; a checkpoint "
+            f"{plan.images_per_second:,.0f} images/s, {time_of(plan.hours)}; a checkpoint "
             f"every {plan.checkpoint_steps:,} steps loses {plan.lost:.1%}"
         )
 

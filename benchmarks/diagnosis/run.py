@@ -64,13 +64,8 @@ class Run(Stage):
     """Turns of --try."""
     samples: int = 0
     """Length of the run that is planned; 0 takes run.samples or run.steps, or 32 epochs."""
-    price_per_hour: float = 0.0
-    """Price of one rank for an hour."""
     failures_per_day: float = 0.02
     """Failures of one rank in a day, for the cadence of checkpoints."""
-    network_gbit: float = 0.0
-    """Gb/s of a machine of 8 GPUs (of one rank on CPUs): the plan then counts communication by the
-    model of `unicl-bench scale`."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -85,10 +80,6 @@ class Run(Stage):
     def run(self) -> None:
         """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
-        require(
-            self.network_gbit >= 0,
-            f"--network-gbit must not be negative, not {self.network_gbit:g}",
-        )
         require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
         # files that cannot be read or written are refused before anything is measured
         earlier = None if self.against is None else read_report(self.against)
@@ -108,9 +99,7 @@ class Run(Stage):
                 seconds=self.seconds,
                 rounds=self.rounds if self.try_it else 0,
                 samples=self.samples,
-                price_per_hour=self.price_per_hour,
                 failures_per_day=self.failures_per_day,
-                network_gbit=self.network_gbit,
             )
             found = measure(config, request, scratch=Path(scratch))
         if found is not None:

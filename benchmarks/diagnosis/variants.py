@@ -24,8 +24,9 @@ from unicl_fast.images.check import check_image
 from unicl_fast.images.codec import ImageError
 from unicl_fast.training.data import build_prompts
 
+from ..harness import in_turns
 from .bench import Bench, Parts, StepBench, step_cost, steps_within
-from .clocks import in_turns, median_ratio
+from .clocks import median_ratio
 from .model import SAME, Cost, Variant
 
 _ROUNDS = 3

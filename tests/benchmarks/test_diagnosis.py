@@ -20,7 +20,6 @@ from browser import look_at
 from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
 from packed_sets import Sample, pack
 from program_runs import SMALL
-from small_runs import objective_config
 
 from unicl_fast.benchmarks.diagnosis import clocks, outlook
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, sparse_cadence
@@ -199,31 +198,10 @@ def test_the_cadence_is_young_s() -> None:
     assert outlook.cadence(cost_seconds=1, failure_seconds=math.inf, step_seconds=1)[0] == 3600
 
 
-def test_a_plan_has_hours_and_prices() -> None:
-    one, eight, _ = outlook.on_ranks(
-        measured(), samples=3_600_000, price_per_hour=2.0, failures_per_day=0.02
-    )
-    assert (one.hours, one.price) == (pytest.approx(1.0), pytest.approx(2.0))
-    assert (eight.hours, eight.price) == (pytest.approx(1 / 8), pytest.approx(2.0))
+def test_a_plan_has_hours() -> None:
+    one, eight, _ = outlook.on_ranks(measured(), samples=3_600_000, failures_per_day=0.02)
+    assert (one.hours, eight.hours) == (pytest.approx(1.0), pytest.approx(1 / 8))
     assert eight.checkpoint_steps < one.checkpoint_steps
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_plan_counts_communication_where_the_network_is_stated(device: str) -> None:
-    config = objective_config("unicl")
-    bound = measured(loader=cost(0.1), device=device)  # by the step
-    plans = {}
-    for gbit in (0.001, 1e9):
-        longer = outlook.longer_steps(config, bound, network_gbit=gbit)
-        assert longer[1] == 1
-        plans[gbit] = outlook.on_ranks(
-            bound, samples=10**6, price_per_hour=0, failures_per_day=0, longer=longer
-        )
-    slow, fast = plans[0.001], plans[1e9]
-    assert slow[0].images_per_second == pytest.approx(bound.rate)
-    assert slow[2].images_per_second < 0.2 * fast[2].images_per_second < 64 * bound.rate * 0.2
-    with pytest.raises(ValueError, match="text"):
-        outlook.longer_steps(objective_config("ce"), bound, network_gbit=1)
 
 
 def test_a_flow_is_timed_without_what_was_begun_before() -> None:
