@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import markdown_table
 
@@ -52,6 +52,8 @@ class Scale(Stage):
     """Images on a GPU, each with a text of its own."""
     step_seconds: float = 0.0
     """Seconds of a step on one GPU; 0 times a few steps here."""
+    device: DeviceName = "auto"
+    """Device of the step that is timed here."""
     check: bool = False
     """Compare the model with trainers in network namespaces on slow links; needs root and tc."""
 
@@ -100,7 +102,9 @@ class Scale(Stage):
             )
         if self.step_seconds:
             return Compute.split(self.step_seconds, size), "stated"
-        run = dataclasses.replace(config.run, global_batch_size=self.local_batch, steps=1 << 20)
+        run = dataclasses.replace(
+            config.run, global_batch_size=self.local_batch, steps=1 << 20, device=self.device
+        )
         config = dataclasses.replace(config, run=run)
         batch = random_batch(
             self.local_batch, pixels=config.data.image_size, num_texts=self.local_batch
