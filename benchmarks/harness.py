@@ -1,7 +1,7 @@
 """The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-The figure is the median over rounds of the ratio within a round. CPU time stands beside wall time:
-on a machine that others use too, it is the figure to trust. README.md has the rules.
+The figure is the median over rounds of the ratio within a round. On a machine that others use too,
+CPU time is the figure to trust. README.md has the rules.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class Bench:
     def _feed_stages(self, *, seconds: float) -> list[Stage]:
         host, batch = self.loader.host, self.local_batch
         count = steps_at_once(batch)
-        # each once: a small data set has several epochs in so many samples
+        # each once: a small data set has several epochs in that number of samples
         pairs = list(dict.fromkeys(zip(*self.planned_samples(_READ_SAMPLES), strict=True)))
         kept = [self.parts.datasets[source].image_bytes(n) for source, n in pairs[:_KEPT_SAMPLES]]
         size = sum(map(len, kept)) / len(kept)
@@ -375,7 +375,7 @@ class Bench:
             return [next(batches) for _ in range(count)]
 
     def store_cost(self, cache: Path, *, connections: int, seconds: float) -> Cost | None:
-        """An image out of the object store by so many requests at once; None for folders.
+        """An image out of the object store by `connections` requests at once; None for folders.
 
         Read-ahead makes `CONNECTIONS` of them, a loader without it one.
         """
@@ -468,7 +468,7 @@ class Bench:
         return Cost(wall=(last - first) / count, cpu=(last_cpu - cpu) / count)
 
     def checkpointing(self) -> Checkpointing:
-        """Writes a checkpoint, and then another as a run does, beside nothing."""
+        """Writes a checkpoint, and then another as a run does, without training."""
         trainer = self.trainer
         trainer.save()
         wall, cpu = time.perf_counter(), time.process_time()

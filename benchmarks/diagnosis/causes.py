@@ -81,13 +81,13 @@ Switch = Callable[[bool], None]
 
 @contextlib.contextmanager
 def nothing() -> Iterator[Switch]:
-    """Injects nothing: the options alone are what is wrong."""
+    """Injects nothing: only the options are wrong."""
     yield lambda on: None
 
 
 @contextlib.contextmanager
 def slow_disk() -> Iterator[Switch]:
-    """Files are read at `_DISK_BYTES`, whatever the page cache holds."""
+    """Files are read at `_DISK_BYTES`, even from the page cache."""
     plain = files.LocalReader.read_into
 
     def read_into(self: Any, number: int, buffer: Any, offset: int) -> int:

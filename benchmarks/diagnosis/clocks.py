@@ -17,7 +17,7 @@ from unicl_fast.system.machine import cpu_times
 from ..harness import wait_for_gpu
 from .model import Cost
 
-if TYPE_CHECKING:  # clocks alone need no DALI
+if TYPE_CHECKING:  # clocks need no DALI
     from unicl_fast.batch import Batch, Loader
 
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,7 @@
 """A run compared with the report of an earlier one.
 
 `compare` says whether a run became slower. Rates of two days differ by more than the rounds of one
-day show, so a regression has to be larger than the spread of both and a tolerance beside it.
+day show, so a regression has to be larger than the spread of both and a tolerance on top of it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Change:
 
     @property
     def rate(self) -> float | None:
-        """The change of the rate, 0.1 for a tenth more; None where it cannot be told."""
+        """The change of the rate, 0.1 for a tenth more; None where it is unknown."""
         if self.old is None or self.new is None or not self.old.wall or not self.new.wall:
             return None
         return self.old.wall / self.new.wall - 1

@@ -86,7 +86,7 @@ class Checkpointing:
     blocking_seconds: float
     """The step waits as long for the copy."""
     writing_seconds: float
-    """Until it is on the disk, beside training."""
+    """Until it is on the disk, while training continues."""
     writing_cpu_seconds: float
     num_bytes: int
     every_steps: int
@@ -115,7 +115,7 @@ class Variant:
     stage: str = ""
     """The stage that it relieves."""
     set: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of the config by group, where options alone do it."""
+    """Changes of the config by group, where options are enough."""
     data: tuple[str, ...] = ()
     """Data sets to train on instead."""
 

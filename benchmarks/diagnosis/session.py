@@ -124,7 +124,7 @@ def try_out(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """The rate that a change gives in the trainer's own loop, beside that of the run as it is."""
+    """The rate that a change gives in the trainer's own loop, in turns with the run as it is."""
     variant = advice.variant
     config = bench.changed(variant.set)
     if variant.data:
@@ -160,7 +160,7 @@ def try_out(
 
 
 def steps_in(bench: Bench, rate: float, seconds: float) -> int:
-    """Steps in so many seconds at a rate of all ranks, agreed by them; at least a few."""
+    """Steps in `seconds` at a rate of all ranks, agreed by them; at least a few."""
     steps = max(_TRIED_STEPS, round(seconds * rate / bench.config.run.global_batch_size))
     return int(from_rank_0(steps, bench.ranks))
 

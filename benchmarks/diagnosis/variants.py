@@ -1,6 +1,6 @@
 """Changes that may make a run faster, each measured in turns with the run as it is.
 
-`candidates` chooses by the settings alone what is worth a try here. A change of the loader is a
+`candidates` chooses by the settings what is worth a try here. A change of the loader is a
 loader of its own, one of the step a trainer of its own, one of the images a small data set that is
 packed anew.
 """
@@ -188,7 +188,7 @@ class Trials:
         except (ValueError, ImageError) as error:
             return f"{one.option}: {error}"
         except torch.OutOfMemoryError:
-            return f"{one.option}: does not fit into the device's memory beside the run's own model"
+            return f"{one.option}: does not fit into the memory next to the run's own model"
         return Variant(
             option=one.option,
             about=one.about,

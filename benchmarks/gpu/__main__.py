@@ -2,7 +2,7 @@
 
 A machine that lends its GPU for half an hour may have torch and timm (which brings torchvision,
 safetensors and Pillow), tokenizers, numba and NumPy, and nothing to install from. Without an
-install the three folders beside unicl_fast/ have no import names, so they get them here. Of the
+install the three folders next to unicl_fast/ have no import names, so they get them here. Of the
 other packages that the trainer imports some only annotate and check (jaxtyping, msgspec), and some
 are not called by what runs here (xxhash, ftfy, regex). Where one of them is missing, a stand-in
 takes its place; the report names it.

@@ -1,7 +1,7 @@
 """Runs the stages one after another and keeps the report up to date.
 
-Each stage has a process of its own, so that a crash or an illegal access on the device ends that
-stage alone, and its memory is free afterwards. They are forked from this one, which has imported
+Each stage has a process of its own, so that a crash or an illegal access on the device only ends
+that stage, and its memory is free afterwards. They are forked from this one, which has imported
 everything and never touches the device. Where a library has touched it at its import, forks cannot
 use it: then the stages run in this process, and the report says so.
 """
