@@ -1,1 +1,1 @@
-"""`unicl-bench`: measures each part beside alternatives. README.md here explains the results."""
+"""`unicl-bench`: measures each part against alternatives. README.md here explains the results."""

@@ -1,7 +1,7 @@
 """The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-The figure is the median over rounds of the ratio within a round. CPU time stands beside wall time:
-on a machine that others use too, it is the figure to trust. README.md has the rules.
+The figure is the median over rounds of the ratio within a round. On a machine that others use too,
+CPU time is the figure to trust. README.md has the rules.
 """
 
 from __future__ import annotations
@@ -79,8 +79,7 @@ class Stage(Program):
     def result_text(self, figures: Figures, *packages: str, **more: Any) -> str:
         """The JSON that `write_result` writes; URLs are without their secrets."""
         settings = dataclasses.asdict(self)
-        for private in ("json", "plot"):
-            settings.pop(private, None)
+        settings.pop("json")
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
@@ -102,7 +101,7 @@ def in_turns(
     warm_up: int = 0,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[T]]:
-    """Calls all contestants once a round; returns their results without the first `warm_up` rounds.
+    """Collects the results of each contestant, one per round after `warm_up` rounds.
 
     `before` is called with the name of the contestant whose turn comes.
     """

@@ -87,9 +87,9 @@ class Pack(Stage):
     resize: str = ""
     """As --resize of unicl-pack build: short:PIXELS or square:PIXELS."""
     images: int = 0
-    """Take so many of them, evenly spread; 0 takes all."""
+    """Number of images to take, evenly spread; 0 takes all."""
     copies: int = 1
-    """Pack each so many times: a run should be much longer than the start of its processes."""
+    """Copies of each image: a run should be much longer than the start of its processes."""
 
     def run(self) -> None:
         left_out = {name: why for name in _NEEDS if (why := _missing(name))}

@@ -1,7 +1,7 @@
 """From the numbers of a diagnosis to sentences: the limit, what to change, what does not matter.
 
 A piece of advice is a variant that was measured, with the rate that the model gives it; one that
-gains less than `LEAST_GAIN` is listed as not mattering. Functions of numbers alone.
+gains less than `LEAST_GAIN` is listed as not mattering. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from unicl_fast.dataset.object_store import CONNECTIONS
 from .model import CHECKPOINT, OTHERS, READ, Cost, Measured, Stage, Variant
 
 LEAST_GAIN = 0.03
-"""Part of the rate that a change must gain to be advice: less cannot be told from noise here."""
+"""Part of the rate that a change must gain to be advice: less is noise here."""
 _SLOW_RANK = 1.5
-"""A rank that takes so many times the median's time holds up the others."""
+"""A rank that takes this multiple of the median's time holds up the others."""
 _MUCH = 0.2
 """Part of the time that checkpoints must take to be the limit."""
 

@@ -46,17 +46,15 @@ from unicl_fast.training.data import resolve_decode_device
 from unicl_fast.training.run import build_trainer
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import wait_for_gpu
+from ..harness import in_turns, wait_for_gpu
 from ..step.parts import StepInParts
-from .clocks import TimedLoader, flow, in_turns, median, repeated
-from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage, StepTimes
+from .clocks import TimedLoader, flow, median, repeated
+from .model import CHECKSUMS, COPY, READ, Checkpointing, Cost, Stage
 
 _FIRST_STEP = 1
 """The first step of a run draws a contact sheet, which no other does."""
 _ROUNDS = 3
 _READ_SAMPLES, _KEPT_SAMPLES = 2048, 64
-SHOWN_STEPS = 20
-"""Steps of the time line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,12 +115,10 @@ class Bench:
         )
         (self.loader,) = built
         self.config = dataclasses.replace(self.trainer.config, data=self.data_config.data)
-        self.timed_loader = TimedLoader(self.trainer.loader, self.trainer, self.loader.host)
+        self.timed_loader = TimedLoader(self.trainer.loader)
         self.trainer.loader = self.timed_loader
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
         self.process = os.getpid()
-        self.timeline: list[StepTimes] = []
-        self.made_meanwhile: list[tuple[float, float]] = []
         # ranks of this machine share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -199,7 +195,7 @@ class Bench:
     def _feed_stages(self, *, seconds: float) -> list[Stage]:
         host, batch = self.loader.host, self.local_batch
         count = steps_at_once(batch)
-        # each once: a small data set has several epochs in so many samples
+        # each once: a small data set has several epochs in that number of samples
         pairs = list(dict.fromkeys(zip(*self.planned_samples(_READ_SAMPLES), strict=True)))
         kept = [self.parts.datasets[source].image_bytes(n) for source, n in pairs[:_KEPT_SAMPLES]]
         size = sum(map(len, kept)) / len(kept)
@@ -379,7 +375,7 @@ class Bench:
             return [next(batches) for _ in range(count)]
 
     def store_cost(self, cache: Path, *, connections: int, seconds: float) -> Cost | None:
-        """An image out of the object store by so many requests at once; None for folders.
+        """An image out of the object store by `connections` requests at once; None for folders.
 
         Read-ahead makes `CONNECTIONS` of them, a loader without it one.
         """
@@ -455,27 +451,24 @@ class Bench:
         """The cost of an image in the trainer's own loop, checkpoints and log included.
 
         The first steps are not timed: where the loader may limit the run, as many as there are
-        batches that it makes ahead. `timeline` then has the first steps that are, and
-        `made_meanwhile` what the loader did in that time.
+        batches that it makes ahead.
         """
         self.meet()
         images = self.loader.num_images
         skip = batches_begun(self.data_config, images, self.device) if loader_may_limit else 2
         trainer, moments = self.trainer, self.timed_loader.moments
-        self.timed_loader.clear()
+        moments.clear()
         trainer.total_steps = trainer.step + skip + steps + 1
         try:
             trainer.fit()
         finally:
             self.loader.close()
-        (first, _, cpu), (last, _, last_cpu) = moments[skip], moments[-1]
+        (first, cpu), (last, last_cpu) = moments[skip], moments[-1]
         count = (len(moments) - 1 - skip) * self.local_batch
-        shown = self.timed_loader.timeline(skip, min(steps, SHOWN_STEPS))
-        self.timeline, self.made_meanwhile = shown
         return Cost(wall=(last - first) / count, cpu=(last_cpu - cpu) / count)
 
     def checkpointing(self) -> Checkpointing:
-        """Writes a checkpoint, and then another as a run does, beside nothing."""
+        """Writes a checkpoint, and then another as a run does, without training."""
         trainer = self.trainer
         trainer.save()
         wall, cpu = time.perf_counter(), time.process_time()

@@ -38,10 +38,10 @@ from unicl_fast.system.program import begin_program
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-from ..harness import describe_machine
+from ..harness import describe_machine, in_turns
 from .advise import Advice, advise, find_limit
 from .bench import Bench
-from .clocks import in_turns, median, median_ratio
+from .clocks import median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import CHECKPOINT, READ, Cost, Measured
 from .session import on_bench, steps_in, try_out
@@ -81,13 +81,13 @@ Switch = Callable[[bool], None]
 
 @contextlib.contextmanager
 def nothing() -> Iterator[Switch]:
-    """Injects nothing: the options alone are what is wrong."""
+    """Injects nothing: only the options are wrong."""
     yield lambda on: None
 
 
 @contextlib.contextmanager
 def slow_disk() -> Iterator[Switch]:
-    """Files are read at `_DISK_BYTES`, whatever the page cache holds."""
+    """Files are read at `_DISK_BYTES`, even from the page cache."""
     plain = files.LocalReader.read_into
 
     def read_into(self: Any, number: int, buffer: Any, offset: int) -> int:

@@ -1,4 +1,4 @@
-"""Clocks of a diagnosis: the cost of an image, the way of each batch, and who else works."""
+"""Clocks of a diagnosis: the cost of an image, and who else works on the machine."""
 
 from __future__ import annotations
 
@@ -7,31 +7,20 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unicl_fast.system.machine import cpu_times
-from unicl_fast.training.step_clock import NO_TRAINING, Part, StepClock
 
 from ..harness import wait_for_gpu
-from .model import Cost, StepTimes
+from .model import Cost
 
-if TYPE_CHECKING:  # clocks alone need no DALI
+if TYPE_CHECKING:  # clocks need no DALI
     from unicl_fast.batch import Batch, Loader
-    from unicl_fast.pipelines.feed.host_batches import (
-        CropResizer,
-        HostBatch,
-        HostBatches,
-        TrainMetadata,
-    )
-    from unicl_fast.training.trainer import Trainer
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-_BETWEEN_STEPS: tuple[Part, ...] = ("other", *NO_TRAINING)
-"""Parts of a step's time that come before it waits for its batch."""
 
 
 def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -> Cost:
@@ -72,21 +61,6 @@ def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
     return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
 
 
-def in_turns(
-    contestants: Mapping[str, Callable[[], Cost]],
-    *,
-    rounds: int,
-    before: Callable[[], object] = lambda: None,
-) -> dict[str, list[Cost]]:
-    """The costs of each, one a round."""
-    found: dict[str, list[Cost]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, take in contestants.items():
-            before()
-            found[name].append(take())
-    return found
-
-
 def median(costs: Iterable[Cost]) -> Cost:
     """The medians of wall time and of CPU time, with the wall time of each round."""
     costs = list(costs)
@@ -103,94 +77,25 @@ def median_ratio(ones: Iterable[Cost], others: Iterable[Cost]) -> Cost:
 
 
 class TimedLoader:
-    """A trainer's loader that notes when batches are made, asked for and given."""
+    """A trainer's loader that notes when its batches are asked for."""
 
-    def __init__(self, loader: Loader, trainer: Trainer, host: HostBatches) -> None:
-        """Takes the trainer that asks for the batches, and what makes them before the graph."""
-        self._loader, self._trainer = loader, trainer
-        self.moments: list[tuple[float, float, float]] = []
-        """Asked, given, and the CPU time of the process when asked."""
-        self._steps: list[int] = []
-        self._made: dict[int, tuple[float, float]] = {}
-        """When each step's batch was begun, and when it was ready for the graph."""
-        self._clock: StepClock | None = None
-        self._watch(host)
-
-    def _watch(self, host: HostBatches) -> None:
-        batches, group = host.batches, host.group
-
-        def timed_batches(start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
-            with contextlib.closing(batches(start_step)) as made:
-                begun = time.perf_counter()
-                for batch in made:
-                    self._note([batch], begun)
-                    yield batch
-                    del batch
-                    begun = time.perf_counter()
-
-        def timed_group(resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
-            begun = time.perf_counter()
-            made = group(resizer, first_step)
-            self._note(made, begun)
-            return made
-
-        host.batches = timed_batches  # type: ignore[method-assign]
-        host.group = timed_group  # type: ignore[method-assign]
-
-    def _note(self, made: Sequence[HostBatch[TrainMetadata]], begun: float) -> None:
-        span = (begun, time.perf_counter())
-        for batch in made:
-            # a group's batches are noted when they are made, and not when they are handed on
-            self._made.setdefault(batch.metadata.actual.step, span)
-
-    def clear(self) -> None:
-        """Forgets the batches so far."""
-        for notes in (self.moments, self._steps, self._made):
-            notes.clear()
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self.moments: list[tuple[float, float]] = []
+        """The time at which each batch was asked for, and the CPU time of the process then."""
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """As the loader's."""
-        self._clock = self._trainer.clock
+        """Yields the loader's batches."""
         batches = self._loader.batches(start_step)
         while True:
-            asked, cpu = time.perf_counter(), time.process_time()
+            asked = time.perf_counter(), time.process_time()
             batch = next(batches)
-            self.moments.append((asked, time.perf_counter(), cpu))
-            self._steps.append(batch.step)
+            self.moments.append(asked)
             yield batch
             del batch  # held here, its buffers could not be reused
 
-    def timeline(self, first: int, count: int) -> tuple[list[StepTimes], list[tuple[float, float]]]:
-        """The way of `count` batches since `clear`, from number `first` on; and what was made then.
-
-        Only the parts of steps tell where a GPU waits. They follow each other without a gap from
-        the first question for a batch on, when a GPU has nothing to do.
-        """
-        steps = [] if self._clock is None else list(self._clock.recent)
-        if len(steps) != len(self.moments):  # more than a clock remembers
-            return [], []
-        begin = self.moments[0][0] - sum(steps[0][part] for part in _BETWEEN_STEPS)
-        begins = [begin, *(begin + passed for passed in accumulate(sum(s.values()) for s in steps))]
-        last = min(first + count, len(steps))
-        origin, end = begins[first], begins[last] - begins[first]
-        made = {step: (one - origin, two - origin) for step, (one, two) in self._made.items()}
-        found = []
-        for number in range(first, last):
-            order = sorted(steps[number], key=lambda part: part not in _BETWEEN_STEPS)
-            found.append(
-                StepTimes(
-                    made=made.get(self._steps[number]),
-                    given=self.moments[number][1] - origin,
-                    begin=begins[number] - origin,
-                    parts={part: steps[number][part] for part in order if steps[number][part]},
-                )
-            )
-        # a group's batches have one span
-        meanwhile = {span for span in made.values() if span[1] > 0 and span[0] < end}
-        return found, sorted(meanwhile)
-
     def close(self) -> None:
-        """As the loader's."""
+        """Closes the loader."""
         self._loader.close()
 
 

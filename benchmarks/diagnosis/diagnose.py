@@ -22,9 +22,10 @@ from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.system.machine import cpu_times
 
+from ..harness import in_turns
 from .advise import Limit, find_limit
-from .bench import SHOWN_STEPS, Bench, step_cost, steps_within
-from .clocks import Watch, in_turns, median, median_ratio
+from .bench import Bench, step_cost, steps_within
+from .clocks import Watch, median, median_ratio
 from .model import READ, Cost, Measured, RankFigures, Stage, Variant
 from .variants import Candidate, Trials, candidates
 
@@ -105,8 +106,6 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
         ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ranks=_figures_of_ranks(bench, loader, stages),
         start_seconds=start_seconds,
-        timeline=tuple(bench.timeline),
-        made_meanwhile=tuple(bench.made_meanwhile),
     )
     if store is not None:
         measured = dataclasses.replace(
@@ -154,8 +153,6 @@ def _alone_and_together(
     }
     with watch.watching():
         turns = in_turns(works, rounds=_ROUNDS)
-    if count < SHOWN_STEPS:  # a time line of a few steps shows little
-        bench.whole(min(SHOWN_STEPS, 3 * count), loader_may_limit=may_limit)
     whole = median(turns["whole"])
     loader = whole.times(median_ratio(turns["loader"], turns["whole"]))
     step = whole.times(median_ratio(turns["step"], turns["whole"]))

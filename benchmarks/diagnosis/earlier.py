@@ -1,27 +1,26 @@
-"""Results that were kept, read again: the run before a change, and peers of its parts.
+"""A run compared with the report of an earlier one.
 
 `compare` says whether a run became slower. Rates of two days differ by more than the rounds of one
-day show, so a regression has to be larger than the spread of both and a tolerance beside it.
+day show, so a regression has to be larger than the spread of both and a tolerance on top of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from unicl_fast.system.wording import config_diff
+from unicl_fast.system.wording import config_diff, markdown_table
 
-from .model import Cost, Stage
+from .model import Cost, Stage, rate_text
 
 WHOLE = "all together"
 _MUCH = 0.1
 """Part of the cores that other processes may take without a warning."""
 _NAMED_DIFFERENCES = 4
-_RATE = ", images/s"
 # differs in every run, and changes no rate
 _NO_MACHINE = ("load_average", "commit", "date")
 
@@ -70,7 +69,7 @@ class Change:
 
     @property
     def rate(self) -> float | None:
-        """The change of the rate, 0.1 for a tenth more; None where it cannot be told."""
+        """The change of the rate, 0.1 for a tenth more; None where it is unknown."""
         if self.old is None or self.new is None or not self.old.wall or not self.new.wall:
             return None
         return self.old.wall / self.new.wall - 1
@@ -85,13 +84,25 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """A run beside an earlier one."""
+    """The differences of a run from an earlier one."""
 
     changes: list[Change]
     is_regression: bool
     verdict: str
     warnings: list[str]
     """Reasons why the two rates may differ though nothing was changed."""
+
+    def table(self) -> str:
+        """Every stage before and now, as Markdown."""
+        rows = [
+            [
+                *(one.name, rate_text(one.old), rate_text(one.new)),
+                *("-" if part is None else f"{part:+.1%}" for part in (one.rate, one.cpu)),
+            ]
+            for one in self.changes
+        ]
+        head = ["stage", "images/s before", "images/s now", "rate", "CPU time"]
+        return markdown_table(head, rows)
 
 
 def read_report(path: Path) -> KeptReport:
@@ -131,7 +142,8 @@ def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) ->
     change = before[WHOLE].wall / after[WHOLE].wall - 1
     is_regression = gap > tolerance
     speed = f"{abs(change):.1%} {'slower' if change < 0 else 'faster'}"
-    rates = f"{_rate(after[WHOLE])} images/s, and {_rate(before[WHOLE])} in {name}"
+    now, then = rate_text(after[WHOLE]), rate_text(before[WHOLE])
+    rates = f"{now} images/s, and {then} in {name}"
     if is_regression:
         verdict = (
             f"REGRESSION: the run is {speed}: {rates}. Even its fastest round is {gap:.1%} below "
@@ -151,11 +163,6 @@ def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) ->
         verdict=verdict,
         warnings=list(_warnings(old, new, name)),
     )
-
-
-def _rate(cost: Cost) -> str:
-    low, high = cost.spread
-    return f"{1 / cost.wall:,.0f} ({1 / high:,.0f} to {1 / low:,.0f})"
 
 
 def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
@@ -183,84 +190,3 @@ def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
         taken *= one.measured.world_size
         if taken > _MUCH * cores:
             yield f"Other processes took {taken:.1f} of {cores:g} cores during {when}."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
-    """Images/s: the median of some rounds, the lowest and the highest."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peers:
-    """Rates of a part of a run, ours and others', by `unicl-bench input` or `step`."""
-
-    file: str
-    is_of_loader: bool
-    """False: of the step."""
-    rates: dict[str, Rate]
-    """By name, the fastest first."""
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-
-    def differences(self, own: Mapping[str, Any]) -> list[str]:
-        """How its conditions differ from a run's: `own` has settings, processor and cores."""
-        theirs = self.settings | self.machine
-        both = [key for key in own if key in theirs]
-        return list(
-            config_diff({key: theirs[key] for key in both}, {key: own[key] for key in both})
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Result:
-    """A result file of another stage of `unicl-bench`."""
-
-    figures: dict[str, Rate]
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-    contenders: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def read_peers(path: Path) -> Peers:
-    """Reads a result of `unicl-bench input` or `step`; ValueError where the file holds none."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Result)
-        rates = _rates_of_whole(found)
-        if not rates:
-            raise ValueError(f"it has no figure whose name ends with {_RATE!r}")
-    except ValueError as error:
-        raise ValueError(
-            f"--peers: {path} is no result of `unicl-bench input` or `step` ({error}); give the "
-            "file of their --json"
-        ) from error
-    return Peers(
-        file=path.name,
-        is_of_loader=bool(found.contenders),
-        rates=dict(sorted(rates.items(), key=lambda item: -item[1].median)),
-        settings=found.settings,
-        machine=found.machine,
-    )
-
-
-def _rates_of_whole(found: _Result) -> dict[str, Rate]:
-    """Rates of contestants by name, without the limits and stages, which do a part of the work."""
-    rates = {
-        name.removesuffix(_RATE): rate
-        for name, rate in found.figures.items()
-        if name.endswith(_RATE)
-    }
-    return {
-        name: rate
-        for name, rate in rates.items()
-        if not found.contenders or found.contenders.get(name, {}).get("kind") in ("ours", "peer")
-    }
-
-
-def rate_of(cost: Cost, *, ranks: int = 1) -> Rate:
-    """A cost as images/s."""
-    low, high = cost.spread
-    return Rate(median=ranks / cost.wall, low=ranks / high, high=ranks / low)

@@ -21,6 +21,9 @@ COPY = "copy to the device"
 CHECKPOINT = "checkpoint"
 OTHERS = "other processes"
 READ = "storage read"
+STORE = "object store"
+_NOTHING = 1e-9
+"""Seconds of an image that a stage takes at most where it does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +54,17 @@ class Cost:
         return Cost(wall=self.wall / other.wall, cpu=cpu)
 
 
+def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
+    """Writes images/s with the slowest and the fastest round; a dash where nothing was measured."""
+    if cost is None or cost.wall <= _NOTHING:
+        return "-"
+    rate = f"{ranks / cost.wall:,.0f}"
+    low, high = cost.spread
+    if not cost.rounds or low <= _NOTHING:
+        return rate
+    return f"{rate} ({ranks / high:,.0f} to {ranks / low:,.0f})"
+
+
 SAME = Cost(wall=1.0, cpu=1.0)
 
 
@@ -72,7 +86,7 @@ class Checkpointing:
     blocking_seconds: float
     """The step waits as long for the copy."""
     writing_seconds: float
-    """Until it is on the disk, beside training."""
+    """Until it is on the disk, while training continues."""
     writing_cpu_seconds: float
     num_bytes: int
     every_steps: int
@@ -101,7 +115,7 @@ class Variant:
     stage: str = ""
     """The stage that it relieves."""
     set: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of the config by group, where options alone do it."""
+    """Changes of the config by group, where options are enough."""
     data: tuple[str, ...] = ()
     """Data sets to train on instead."""
 
@@ -117,24 +131,8 @@ class RankFigures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepTimes:
-    """The way of one batch through a run, in seconds since the first step that is shown began."""
-
-    made: tuple[float, float] | None
-    """When the loader began and ended to plan and read it; raw images are also resized then."""
-    given: float
-    """When the trainer had it."""
-    begin: float
-    """When the step before had ended."""
-    parts: dict[str, float]
-    """Seconds of the parts that follow `begin`, in order; `data_wait` is waiting for the batch.
-
-    On a GPU they are the device's, see `unicl_fast.training.step_clock`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """All numbers of a diagnosis; plain, so that a report or a page can be drawn from it."""
+    """All numbers of a diagnosis; plain, so that a report or a page can be made from it."""
 
     device: str
     cores: float
@@ -169,10 +167,6 @@ class Measured:
     """CUDA devices of each machine."""
     ranks_per_machine: int = 1
     start_seconds: float = 0.0
-    timeline: tuple[StepTimes, ...] = ()
-    """Some steps of the whole run, in order."""
-    made_meanwhile: tuple[tuple[float, float], ...] = ()
-    """When the loader made batches during these steps, most of them for later ones."""
     not_measured: tuple[str, ...] = ()
 
     @property

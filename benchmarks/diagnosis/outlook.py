@@ -1,17 +1,15 @@
-"""The plan of a run: the largest local batch, time and price on more ranks, checkpoint cadence."""
+"""The plan of a run: the largest local batch, time on more ranks, cadence of checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.training.memory_plan import plan as plan_memory
 
-from ..scale.model import Compute, Gloo, Nccl, measure_size, simulate
-from .model import Cost, Measured, Variant
+from .model import Measured
 
 RANKS = (1, 8, 64)
 _DAY = 86_400.0
@@ -26,86 +24,34 @@ class OnRanks:
     images_per_second: float
     hours: float
     """For all samples of the run, checkpoints included; evaluations are not counted."""
-    price: float
     checkpoint_steps: int
     """Steps between checkpoints that lose the least, by the rate of failures."""
     lost: float
     """Part of the time that checkpoints and failures take at that cadence."""
 
 
-def longer_steps(
-    config: TrainConfig, measured: Measured, *, network_gbit: float
-) -> dict[int, float]:
-    """How many times as long a step takes on `RANKS` ranks, by the model of `unicl-bench scale`.
-
-    Args:
-        config: settings of the run; all texts of a batch are taken to be distinct.
-        measured: the run as it is.
-        network_gbit: Gb/s of a machine of 8 GPUs, or of one rank on CPUs.
-
-    Raises:
-        ValueError: the objective has no texts.
-    """
-    size, batch = measure_size(config), measured.local_batch
-    seconds = measured.step.wall * batch
-    alone = Compute.split(seconds, size, local_batch=batch, num_texts=batch)
-    on_gpus = measured.device == "cuda"
-    nccl = Nccl(link_gbit=network_gbit)
-    gloo = Gloo(link_mbit=1000 * network_gbit, hop_us=nccl.host_hop_us)
-
-    def step_on(ranks: int) -> float:
-        grown = alone.with_columns(
-            (ranks - 1) * batch, size, local_batch=batch,
-            rate=size.step_operations(batch, batch) / seconds,
-        )  # fmt: skip
-        return simulate(
-            grown,
-            size,
-            nccl if on_gpus else gloo,
-            world_size=ranks,
-            num_texts=batch,
-            host_ahead=on_gpus,
-        ).seconds
-
-    now = step_on(measured.world_size)
-    return {ranks: step_on(ranks) / now for ranks in RANKS}
-
-
-def on_ranks(
-    measured: Measured,
-    *,
-    samples: int,
-    price_per_hour: float,
-    failures_per_day: float,
-    longer: Mapping[int, float] | None = None,
-) -> list[OnRanks]:
-    """Plans the run on 1, 8 and 64 ranks.
+def on_ranks(measured: Measured, *, samples: int, failures_per_day: float) -> list[OnRanks]:
+    """Plans the run on 1, 8 and 64 ranks, without communication between them.
 
     Args:
         measured: the run as it is.
         samples: length of the run.
-        price_per_hour: of one rank.
         failures_per_day: of one rank; a run stops when any rank fails.
-        longer: what `longer_steps` found; without it, communication is not counted.
     """
     plans = []
     for ranks in RANKS:
-        step = Cost(wall=(longer or {}).get(ranks, 1.0), cpu=1.0)
-        rate = measured.predict(Variant(option="", about="", step=step))
-        rate *= ranks / measured.world_size
+        rate = measured.predict() * ranks / measured.world_size
         step_seconds = measured.local_batch * ranks / rate
         steps, lost = cadence(
             cost_seconds=checkpoint_cost(measured),
             failure_seconds=_DAY / (failures_per_day * ranks) if failures_per_day else math.inf,
             step_seconds=step_seconds,
         )
-        hours = samples / rate / 3600
         plans.append(
             OnRanks(
                 ranks=ranks,
                 images_per_second=rate,
-                hours=hours,
-                price=hours * ranks * price_per_hour,
+                hours=samples / rate / 3600,
                 checkpoint_steps=steps,
                 lost=lost,
             )

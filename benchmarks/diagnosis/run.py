@@ -1,13 +1,13 @@
 """`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
 
     unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
-        [--against OLD.json] [--peers INPUT.json...] [OPTIONS]
+        [--against OLD.json] [OPTIONS]
 
 OPTIONS are those of `unicl-pretrain`. The run is built as that program builds it, in a folder that
 is removed at the end. Its parts are measured alone and together, and then changes of its settings,
 each in turns with the run as it is. The rate of a change is what the model of model.py gives for
 it; `--try` makes the change that promises the most, and reports the rate that came. `--out` leaves
-a page, its Markdown and the JSON; `--against` an earlier JSON ends with 1 if the run became slower.
+a page and the JSON; `--against` an earlier JSON ends with 1 if the run became slower.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from unicl_fast.system.wording import without_secrets
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 from ..harness import Stage
-from .earlier import Comparison, KeptReport, Peers, as_kept, compare, read_peers, read_report
+from .earlier import Comparison, KeptReport, as_kept, compare, read_report
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
     from .report import Diagnosis
@@ -53,26 +53,19 @@ class Run(Stage):
     try_it: Annotated[bool, tyro.conf.arg(name="try")] = False
     """Make the change that promises the most, and report the rate that comes."""
     out: Path | None = None
-    """Folder for the report: report.html, report.md and report.json."""
+    """Folder for the report: report.html and report.json."""
     against: Path | None = None
     """The report.json of an earlier run to compare with; ends with 1 on a regression."""
     tolerance: float = 0.05
     """Part of the rate by which a run may be slower, beyond the spread of both, with --against."""
-    peers: tuple[Path, ...] = ()
-    """JSON files of `unicl-bench input` or `step`, whose rates are shown in the report."""
     folder: Path | None = None
     """Folder on the disk that checkpoints go to; by default a temporary one."""
     rounds: int = 3
     """Turns of --try."""
     samples: int = 0
     """Length of the run that is planned; 0 takes run.samples or run.steps, or 32 epochs."""
-    price_per_hour: float = 0.0
-    """Price of one rank for an hour."""
     failures_per_day: float = 0.02
     """Failures of one rank in a day, for the cadence of checkpoints."""
-    network_gbit: float = 0.0
-    """Gb/s of a machine of 8 GPUs (of one rank on CPUs): the plan then counts communication by the
-    model of `unicl-bench scale`."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -87,18 +80,9 @@ class Run(Stage):
     def run(self) -> None:
         """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
-        require(
-            self.network_gbit >= 0,
-            f"--network-gbit must not be negative, not {self.network_gbit:g}",
-        )
         require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
-        require(
-            self.out is not None or not self.peers,
-            "--peers are shown in the report: give a folder for it too, --out FOLDER",
-        )
         # files that cannot be read or written are refused before anything is measured
         earlier = None if self.against is None else read_report(self.against)
-        peers = [read_peers(path) for path in self.peers]
         if self.out is not None:
             make_folder(self.out)
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
@@ -115,17 +99,13 @@ class Run(Stage):
                 seconds=self.seconds,
                 rounds=self.rounds if self.try_it else 0,
                 samples=self.samples,
-                price_per_hour=self.price_per_hour,
                 failures_per_day=self.failures_per_day,
-                network_gbit=self.network_gbit,
             )
             found = measure(config, request, scratch=Path(scratch))
         if found is not None:
-            self.conclude(found, earlier, peers)
+            self.conclude(found, earlier)
 
-    def conclude(
-        self, found: Diagnosis, earlier: KeptReport | None, peers: Sequence[Peers]
-    ) -> None:
+    def conclude(self, found: Diagnosis, earlier: KeptReport | None) -> None:
         """Prints and writes the report; ends with 1 on a regression."""
         from .report import report_lines
 
@@ -138,27 +118,20 @@ class Run(Stage):
             )
             result = json.loads(text) | {"against": dataclasses.asdict(comparison)}
             text = json.dumps(result, indent=1) + "\n"
-            print("\n".join(["", comparison.verdict, *comparison.warnings]), flush=True)
+            lines = ["", comparison.table(), comparison.verdict, *comparison.warnings]
+            print("\n".join(lines), flush=True)
         if self.json is not None:
             self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
-            self._write(found, text, comparison, peers)
+            self._write(found, text, comparison)
         if comparison is not None and comparison.is_regression:
             sys.exit(1)
 
-    def _write(
-        self, found: Diagnosis, text: str, comparison: Comparison | None, peers: Sequence[Peers]
-    ) -> None:
+    def _write(self, found: Diagnosis, text: str, comparison: Comparison | None) -> None:
         from .page import make_page
-        from .report import markdown
 
         assert self.out is not None
-        result = json.loads(text)
-        texts = {
-            "report.html": make_page(found, result, comparison=comparison, peers=peers),
-            "report.md": markdown(found, result["machine"], comparison=comparison, peers=peers),
-            "report.json": text,
-        }
-        for name, content in texts.items():
+        page = make_page(found, json.loads(text)["machine"], comparison=comparison)
+        for name, content in {"report.html": page, "report.json": text}.items():
             write_text_atomically(self.out / name, without_secrets(content))
-        print(f"written to {self.out}: {', '.join(texts)}")
+        print(f"written to {self.out}: report.html, report.json")

@@ -21,12 +21,13 @@ from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.system.program import logging_at
 from unicl_fast.training.data import longest_text
 
+from ..harness import in_turns
 from .advise import Advice, advise, find_limit
 from .bench import Bench
-from .clocks import in_turns, median, median_ratio
+from .clocks import median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import Measured
-from .outlook import largest_batch, longer_steps, on_ranks
+from .outlook import largest_batch, on_ranks
 from .report import Diagnosis
 
 _TRIED_STEPS = 5
@@ -40,9 +41,7 @@ class Request:
     rounds: int
     """Turns of the best change and of the run as it is; 0 tries none."""
     samples: int
-    price_per_hour: float
     failures_per_day: float
-    network_gbit: float
 
 
 def measure(config: TrainConfig, request: Request, *, scratch: Path) -> Diagnosis | None:
@@ -73,15 +72,10 @@ def _diagnosis(
     request: Request,
 ) -> Diagnosis:
     config = bench.config
-    counts_network = bool(request.network_gbit) and config.objective.name in ("unicl", "clip")
     plans = on_ranks(
         measured,
         samples=request.samples or config.run.total_steps * config.run.global_batch_size,
-        price_per_hour=request.price_per_hour,
         failures_per_day=request.failures_per_day,
-        longer=longer_steps(config, measured, network_gbit=request.network_gbit)
-        if counts_network
-        else None,
     )
     batch = largest_batch(
         config,
@@ -97,8 +91,6 @@ def _diagnosis(
         idle=tuple(idle),
         plans=tuple(plans),
         largest_batch=batch,
-        is_priced=request.price_per_hour > 0,
-        network_gbit=request.network_gbit if counts_network else 0.0,
         tried=tried,
         config=config_to_dict(config),
     )
@@ -132,7 +124,7 @@ def try_out(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """The rate that a change gives in the trainer's own loop, beside that of the run as it is."""
+    """The rate that a change gives in the trainer's own loop, in turns with the run as it is."""
     variant = advice.variant
     config = bench.changed(variant.set)
     if variant.data:
@@ -151,7 +143,9 @@ def try_out(
                 "then": lambda: other.whole(then_steps, loader_may_limit=may_limit),
             },
             rounds=rounds,
-            before=os.sync,  # checkpoints of one turn are not still being written in the next
+            before=lambda _: (
+                os.sync()
+            ),  # checkpoints of one turn are not still being written in the next
         )
     now, then = median(turns["now"]), median(turns["then"])
     # the machine may be slower now than it was for the diagnosis: the ratio is what was predicted
@@ -166,7 +160,7 @@ def try_out(
 
 
 def steps_in(bench: Bench, rate: float, seconds: float) -> int:
-    """Steps in so many seconds at a rate of all ranks, agreed by them; at least a few."""
+    """Steps in `seconds` at a rate of all ranks, agreed by them; at least a few."""
     steps = max(_TRIED_STEPS, round(seconds * rate / bench.config.run.global_batch_size))
     return int(from_rank_0(steps, bench.ranks))
 

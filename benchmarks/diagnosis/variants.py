@@ -1,6 +1,6 @@
 """Changes that may make a run faster, each measured in turns with the run as it is.
 
-`candidates` chooses by the settings alone what is worth a try here. A change of the loader is a
+`candidates` chooses by the settings what is worth a try here. A change of the loader is a
 loader of its own, one of the step a trainer of its own, one of the images a small data set that is
 packed anew.
 """
@@ -24,8 +24,9 @@ from unicl_fast.images.check import check_image
 from unicl_fast.images.codec import ImageError
 from unicl_fast.training.data import build_prompts
 
+from ..harness import in_turns
 from .bench import Bench, Parts, StepBench, step_cost, steps_within
-from .clocks import in_turns, median_ratio
+from .clocks import median_ratio
 from .model import SAME, Cost, Variant
 
 _ROUNDS = 3
@@ -187,7 +188,7 @@ class Trials:
         except (ValueError, ImageError) as error:
             return f"{one.option}: {error}"
         except torch.OutOfMemoryError:
-            return f"{one.option}: does not fit into the device's memory beside the run's own model"
+            return f"{one.option}: does not fit into the memory next to the run's own model"
         return Variant(
             option=one.option,
             about=one.about,

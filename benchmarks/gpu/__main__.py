@@ -2,7 +2,7 @@
 
 A machine that lends its GPU for half an hour may have torch and timm (which brings torchvision,
 safetensors and Pillow), tokenizers, numba and NumPy, and nothing to install from. Without an
-install the three folders beside unicl_fast/ have no import names, so they get them here. Of the
+install the three folders next to unicl_fast/ have no import names, so they get them here. Of the
 other packages that the trainer imports some only annotate and check (jaxtyping, msgspec), and some
 are not called by what runs here (xxhash, ftfy, regex). Where one of them is missing, a stand-in
 takes its place; the report names it.
@@ -10,7 +10,6 @@ takes its place; the report names it.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -88,16 +87,11 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["pytest"]:
         return int(importlib.import_module("pytest").main(arguments[1:]))
     program = importlib.import_module("unicl_fast.benchmarks.gpu.run")
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu", description=program.Gpu.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--stages", default="", help="names of stages, joined by commas")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time for all stages")
-    parser.add_argument("--data", type=Path, help="packed data set, for part B")
-    parser.add_argument("--dry-run", action="store_true", help="part A on the CPU, tiny")
+    chosen = program.Gpu.parse(arguments, prog="python benchmarks/gpu")
     try:
-        program.Gpu(**vars(parser.parse_args(arguments))).run()
+        chosen.run()
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"python benchmarks/gpu: {error}", file=sys.stderr)
         return 2
     return 0
 

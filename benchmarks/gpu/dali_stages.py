@@ -7,13 +7,14 @@ differs by. (Their images/s are in metrics.jsonl, measured by the program itself
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def run_pipeline_tests(bench: Bench) -> None:
 
 
 def measure_loader(bench: Bench, data: Path) -> None:
-    """The loader alone, by the hardware decoder's part of the JPEGs and by threads."""
+    """The loader on its own, by the hardware decoder's part of the JPEGs and by threads."""
     from unicl_fast.dataset.reader import PackedDataset
     from unicl_fast.pipelines.loader import TrainLoader
 
@@ -45,29 +46,23 @@ def measure_loader(bench: Bench, data: Path) -> None:
 
     with PackedDataset(data) as dataset:
         prompts = prompts_of(dataset)
-        for load in _HW_DECODER_LOADS:
-            for threads in _THREADS:
-                config = TrainConfig(
-                    data=DataConfig(threads=threads, hw_decoder_load=load),
-                    run=RunConfig(global_batch_size=_BATCH_SIZE),
-                )
-                loader = TrainLoader(config, [dataset], None, prompts, device=bench.device)
-                batches = loader.batches(0)
+        for load, threads in itertools.product(_HW_DECODER_LOADS, _THREADS):
+            config = TrainConfig(
+                data=DataConfig(threads=threads, hw_decoder_load=load),
+                run=RunConfig(global_batch_size=_BATCH_SIZE),
+            )
+            loader = TrainLoader(config, [dataset], None, prompts, device=bench.device)
+            batches = loader.batches(0)
 
-                def take(batches: Iterator[Any] = batches) -> Tensor:
-                    images: Tensor = next(batches).images
-                    return images
+            def take(batches: Iterator[Any] = batches) -> Tensor:
+                images: Tensor = next(batches).images
+                return images
 
-                bench.time(
-                    f"hw_decoder_load {load:g}, {threads} threads",
-                    take,
-                    count=_BATCH_SIZE,
-                    unit="images/s",
-                    repeat=10,
-                    warm_up=1,
-                    least_busy=_LEAST_BUSY_LOADER,
-                )
-                loader.close()
+            name = f"hw_decoder_load {load:g}, {threads} threads"
+            rate = {"count": _BATCH_SIZE, "unit": "images/s"}
+            turns = {"repeat": 10, "warm_up": 1, "least_busy": _LEAST_BUSY_LOADER}
+            bench.time(name, take, **rate, **turns)
+            loader.close()
 
 
 def train(bench: Bench, data: Path) -> None:
@@ -137,22 +132,19 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
-_DALI = ("nvidia.dali",)
-_PROGRAM = ("nvidia.dali", "tyro", "msgspec", "xxhash", "ftfy", "regex")
+def _stage(part: str, about: str, run: Callable[..., None]) -> GpuStage:
+    needs = ("nvidia.dali", "tyro", "msgspec", "xxhash", "ftfy", "regex")
+    return GpuStage(part=part, about=about, run=run, needs=needs, needs_data=True)
+
+
 PART_B = {
     "dali-tests": GpuStage(
         part="B1",
         about="pytest -m gpu tests/pipelines",
         run=run_pipeline_tests,
-        needs=(*_DALI, *PART_A["tests"].needs),
+        needs=("nvidia.dali", *PART_A["tests"].needs),
     ),
-    "dali-loader": GpuStage(
-        part="B2", about="the loader alone", run=measure_loader, needs=_PROGRAM, needs_data=True
-    ),
-    "dali-run": GpuStage(
-        part="B3", about="300 steps of Swin-T", run=train, needs=_PROGRAM, needs_data=True
-    ),
-    "dali-resume": GpuStage(
-        part="B4", about="killed and resumed", run=kill_and_resume, needs=_PROGRAM, needs_data=True
-    ),
+    "dali-loader": _stage("B2", "the loader on its own", measure_loader),
+    "dali-run": _stage("B3", "300 steps of Swin-T", train),
+    "dali-resume": _stage("B4", "killed and resumed", kill_and_resume),
 }

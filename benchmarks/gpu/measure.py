@@ -1,20 +1,21 @@
 """Times work on a GPU, and refuses work that was not done there.
 
-CUDA events around a round give its time. They cannot tell who worked: between two events the GPU
-may have waited for the host. So one more round runs under the profiler, and what its kernels took
-must be a good part of the measured time. The part ("busy") stands beside each figure: the rest is
-waiting for launches. What the work returns must lie on the device, too.
+CUDA events around a round give its time. They cannot say who worked: between two events the GPU may
+have waited for the host. So one more round runs under the profiler, and its kernels must take a
+good part of the measured time. That part ("busy") is given with each figure: the rest is waiting
+for launches. What the work returns must lie on the device, too.
 
-A figure with a unit of time comes from `Bench.time` or `Bench.take_turns` alone.
+Only `Bench.time` and `Bench.take_turns` make figures with a unit of time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,11 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from unicl_fast.system.atomic_files import write_text_atomically
 
-from ..harness import summarise
+from ..harness import in_turns, summarise
 
 _LEAST_BUSY = 0.1
-"""Least part of the time that kernels must take. A step in eager mode with small batches, or a loss
-of some hundred launches, leaves the GPU idle for more than half of it; work on the CPU for all."""
+"""Least part of the time that kernels must take. Small batches in eager mode leave the GPU idle for
+more than half of it, work on the CPU for all of it."""
 _MOST_WALL = 2.0
 """Most wall time, in units of the time between the events."""
 _UNITS_WITHOUT_TIME = {"", "%", "GB", "GFLOP", "graphs", "tests", "relative error"}
@@ -53,10 +54,10 @@ class Round(NamedTuple):
 
 
 class Bench:
-    """Measures for one stage, and writes each figure down as soon as it is there."""
+    """Measures for one stage, and writes each figure to the stage's file at once."""
 
     def __init__(self, device: torch.device, file: Path, *, is_tiny: bool) -> None:
-        """Starts a stage's file, in the report's folder `file.parent`."""
+        """`file` is in the report's folder; `is_tiny` is a dry run, which measures nothing."""
         self.device, self.file, self.is_tiny = device, file, is_tiny
         self.figures: dict[str, Any] = {}
         self.status, self.reason = "unfinished", ""
@@ -73,24 +74,22 @@ class Bench:
         write_text_atomically(self.file, json.dumps(known, indent=1) + "\n")
 
     def first_if_tiny(self, *values: T) -> tuple[T, ...]:
-        """All values; in a dry run the first alone, since the others would be the same."""
+        """All values; only the first in a dry run, since the others would be the same."""
         return values[:1] if self.is_tiny else values
 
     def note(self, name: str, value: float | str, unit: str = "") -> None:
-        """Writes down a value that is no time: a version, a size, an error, a count.
+        """Writes a value that is no time: a version, a size, an error, a count.
 
         Raises:
-            ValueError: the unit may hold time, which is measured by `time` alone.
+            ValueError: the unit may hold time, which is only measured by `time`.
         """
         if unit not in _UNITS_WITHOUT_TIME:
             raise ValueError(f"{name}: a figure in {unit} comes from Bench.time, not from a note")
         self._add(name, {"value": value, "unit": unit})
 
-    def time(
-        self, name: str, work: Work, *, count: float = 1.0, unit: str = "s", **turns: Any
-    ) -> float:
-        """Times work alone; returns the median seconds of one call. See `take_turns`."""
-        return self.take_turns({name: work}, count=count, unit=unit, **turns)[name]
+    def time(self, name: str, work: Work, **turns: Any) -> float:
+        """Times work on its own; returns the median seconds of one call. See `take_turns`."""
+        return self.take_turns({name: work}, **turns)[name]
 
     def take_turns(
         self,
@@ -107,7 +106,7 @@ class Bench:
 
         Args:
             works: by the names of their figures.
-            count: what one call handles, in the unit that is made a rate of.
+            count: how much one call handles, for a rate.
             unit: "s", or of a rate: images/s, TFLOP/s, GB/s.
             rounds: of which the median is taken.
             repeat: calls within a round, so that the host can run ahead as it does in training.
@@ -122,27 +121,25 @@ class Bench:
         """
         if self.is_tiny:
             rounds, repeat, warm_up = 1, 1, 0
-        taken: dict[str, list[Round]] = {name: [] for name in works}
-        for _ in range(warm_up + rounds):
-            for name, work in works.items():
-                taken[name].append(self._round(work, repeat))
+        contestants = {
+            name: functools.partial(self._round, work, repeat) for name, work in works.items()
+        }
         medians = {}
-        for name, work in works.items():
-            timed = taken[name][warm_up:]
+        for name, timed in in_turns(contestants, rounds=rounds, warm_up=warm_up).items():
             seconds = [one.seconds / repeat for one in timed]
+            medians[name] = summarise(seconds)["median"]
             figure = summarise(seconds if unit == "s" else [count / s for s in seconds])
-            figure |= {"unit": unit, "seconds": (median := summarise(seconds)["median"])}
+            figure |= {"unit": unit, "seconds": medians[name]}
             if self.device.type == "cuda":
-                figure["busy"] = self._prove(name, work, median, timed, least_busy)
+                figure["busy"] = _prove(name, works[name], medians[name], timed, least_busy)
                 figure["peak_gb"] = max(one.peak_bytes for one in timed) / 1e9
                 figure["risen_gb"] = max(one.risen_bytes for one in timed) / 1e9
             self._add(name, figure)
-            medians[name] = median
         return medians
 
     @contextlib.contextmanager
     def running_out_of_memory(self, name: str) -> Iterator[None]:
-        """Takes it for a result of the block that the device has too little memory."""
+        """Notes it as a result if the device has too little memory for the block."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -178,32 +175,33 @@ class Bench:
         peak = torch.cuda.max_memory_allocated()
         return Round(start.elapsed_time(end) / 1e3, wall, peak, peak - before)
 
-    def _prove(
-        self, name: str, work: Work, seconds: float, timed: list[Round], least_busy: float
-    ) -> float:
-        """Returns the part of `seconds` in which kernels ran, or raises NotOnDeviceError."""
-        results: list[object] = []
 
-        def call() -> None:
-            results.append(work())
+def _prove(
+    name: str, work: Work, seconds: float, timed: Sequence[Round], least_busy: float
+) -> float:
+    """Returns the part of `seconds` in which kernels ran, or raises NotOnDeviceError."""
+    results: list[object] = []
 
-        # the profiler starts its service at the first use in a process, which may be too late
-        kernels = kernel_seconds(call) or kernel_seconds(call)
-        places = {getattr(leaf, "device", None) for leaf in tree_leaves(results)}
-        found = {place.type if isinstance(place, torch.device) else "no tensor" for place in places}
-        slowest = max(one.wall_seconds / one.seconds for one in timed)
-        reasons = {
-            f"its results are on {', '.join(sorted(found)) or 'no device'}": found != {"cuda"},
-            f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < least_busy * seconds,
-            f"the clock shows {slowest:.1f} times the device's time": slowest > _MOST_WALL,
-        }
-        if wrong := [reason for reason, holds in reasons.items() if holds]:
-            raise NotOnDeviceError(f"{name} was not done on the GPU: {'; '.join(wrong)}")
-        return kernels / seconds
+    def call() -> None:
+        results.append(work())
+
+    # the profiler starts its service at the first use in a process, which may be too late
+    kernels = kernel_seconds(call) or kernel_seconds(call)
+    places = {getattr(leaf, "device", None) for leaf in tree_leaves(results)}
+    found = {place.type if isinstance(place, torch.device) else "no tensor" for place in places}
+    slowest = max(one.wall_seconds / one.seconds for one in timed)
+    reasons = {
+        f"its results are on {', '.join(sorted(found)) or 'no device'}": found != {"cuda"},
+        f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < least_busy * seconds,
+        f"the clock shows {slowest:.1f} times the device's time": slowest > _MOST_WALL,
+    }
+    if wrong := [reason for reason, holds in reasons.items() if holds]:
+        raise NotOnDeviceError(f"{name} was not done on the GPU: {'; '.join(wrong)}")
+    return kernels / seconds
 
 
 def kernel_seconds(work: Work) -> float:
-    """Seconds that the device's kernels take in one call; copies from and to the host left out."""
+    """Seconds that the device's kernels take in one call, without copies from and to the host."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()

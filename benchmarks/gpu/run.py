@@ -1,13 +1,14 @@
 """Runs the stages one after another and keeps the report up to date.
 
-Each stage has a process of its own, so that a crash or an illegal access on the device ends that
-stage alone, and its memory is free afterwards. They are forked from this one, which has imported
+Each stage has a process of its own, so that a crash or an illegal access on the device only ends
+that stage, and its memory is free afterwards. They are forked from this one, which has imported
 everything and never touches the device. Where a library has touched it at its import, forks cannot
 use it: then the stages run in this process, and the report says so.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -27,50 +28,47 @@ from typing import Any, Self
 import torch
 
 from unicl_fast.system.atomic_files import make_folder, write_text_atomically
+from unicl_fast.system.wording import markdown_table
 
-from ..harness import describe_machine
+from ..harness import Program, describe_machine
 from .dali_stages import PART_B
 from .measure import Bench, NotOnDeviceError, describe
 from .stages import PART_A, GpuStage
 
 STAGES: dict[str, GpuStage] = PART_A | PART_B
-MARKS = {
-    "product of 8192^3, bf16": (620.0, "H100, assumed"),
-    "copy of 4 GB": (2700.0, "H100, assumed"),
-    "swin-tiny, bf16, 512": (5927.0, "H100, roofline"),
-    "compiled: blocks": (5927.0, "H100, roofline of the eager step"),
-    "swin-base, bf16, 512": (1410.0, "H100, roofline with timm's attention"),
-    "vit_base_patch32_224, ours": (773.0, "open_clip on an A100"),
-    "vit_base_patch32_224, open_clip": (773.0, "open_clip on an A100"),
-    "vit_base_patch16_224, ours": (332.0, "open_clip on an A100"),
-    "vit_base_patch16_224, open_clip": (332.0, "open_clip on an A100"),
-}
-"""Figures that were modelled or published, in the unit of the measured one of that name."""
 _WAIT_FOR_DEVICE = 120.0
 _FORK: Any = multiprocessing.get_context("fork")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
+class Gpu(Program):
     """Everything there is to measure on a GPU, in one report."""
 
     out: Path
-    """New folder for gpu.json, gpu.md, and a file of each stage."""
     stages: str = ""
-    """Names of stages, joined by commas; empty takes all."""
     minutes: float = 25.0
-    """Time for all stages. Later ones are skipped, and the one that runs is ended."""
     data: Path | None = None
-    """Packed data set of JPEGs with captions or labels, for part B."""
     dry_run: bool = False
-    """Run part A on the CPU with tiny sizes: shows that all stages work, and measures nothing."""
 
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Self:
-        """As `Stage.parse`, whose options `--json` and `--rounds` this report does not have."""
-        import tyro  # here: a bare checkout on a machine with a GPU has none
-
-        return tyro.cli(cls, args=list(options), prog=prog)
+        """By argparse: a bare checkout on a machine with a GPU has no tyro."""
+        parser = argparse.ArgumentParser(prog=prog, description=cls.__doc__)
+        parser.add_argument(
+            "--out", type=Path, required=True, help="new folder for the report and stages/"
+        )
+        parser.add_argument("--stages", default="", help="names of stages, joined by commas")
+        parser.add_argument(
+            "--minutes",
+            type=float,
+            default=25.0,
+            help="time for all stages; later ones are skipped",
+        )
+        parser.add_argument("--data", type=Path, help="packed data set of JPEGs, for part B")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="part A on the CPU, tiny: measures nothing"
+        )
+        return cls(**vars(parser.parse_args(options)))
 
     def run(self) -> None:
         """Runs the stages; one that fails is reported, and the next one runs.
@@ -224,49 +222,31 @@ def _skipped(reason: str) -> dict[str, Any]:
 def format_page(report: dict[str, Any]) -> str:
     """The report as a page of Markdown: a table of stages, and one of figures for each stage."""
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines = [
-        "# Dry run on a CPU: no figure here is a GPU's" if report["dry_run"] else "# GPU report",
-        f"\n{machine}\n",
-    ]
-    if report["stand_ins"]:
-        lines.append(f"Missing, with a stand-in: {', '.join(report['stand_ins'])}\n")
-    lines += ["| part | stage | status | seconds |", "|---|---|---|---|"]
+    dry, stand_ins = report["dry_run"], report["stand_ins"]
+    parts = ["# Dry run on a CPU: no figure here is a GPU's" if dry else "# GPU report", machine]
+    if stand_ins:
+        parts.append(f"Missing, with a stand-in: {', '.join(stand_ins)}")
+    rows = []
     for name, stage in report["stages"].items():
         status = ": ".join(filter(None, (stage["status"], stage.get("reason", ""))))
-        cells = (STAGES[name].part, name, status, stage.get("wall_seconds", ""))
-        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+        rows.append([STAGES[name].part, name, status, str(stage.get("wall_seconds", ""))])
+    parts.append(markdown_table(["part", "stage", "status", "seconds"], rows))
     for name, stage in report["stages"].items():
         if stage.get("figures"):
-            lines += _table(name, stage["figures"], has_marks=not report["dry_run"])
-    lines.append(
-        "\n`busy` is the part of the time in which kernels ran; `peak` is memory allocated on the "
-        "device, and `of work` the part above what was allocated before. A mark was modelled or "
-        "published for the card that it names."
+            parts.append(f"## {STAGES[name].part} {name}: {STAGES[name].about}")
+            rows = [
+                [
+                    *(label, describe(figure)),
+                    *(
+                        f"{figure[key]:.2f}" if key in figure else ""
+                        for key in ("busy", "peak_gb", "risen_gb")
+                    ),
+                ]
+                for label, figure in stage["figures"].items()
+            ]
+            parts.append(markdown_table(["figure", "", "busy", "peak, GB", "of work"], rows))
+    parts.append(
+        "`busy` is the part of the time in which kernels ran; `peak` is memory allocated on the "
+        "device, and `of work` the part above what was allocated before."
     )
-    return "\n".join(lines) + "\n"
-
-
-def _table(name: str, figures: dict[str, Any], *, has_marks: bool) -> list[str]:
-    lines = [f"\n## {STAGES[name].part} {name}: {STAGES[name].about}\n"]
-    lines += [
-        "| figure | | busy | peak, GB | of work | mark | times the mark |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label, figure in figures.items():
-        value, about = MARKS.get(label, (0.0, "")) if has_marks else (0.0, "")
-        has_mark = bool(about) and "median" in figure
-        cells = (
-            label,
-            describe(figure),
-            f"{figure['busy']:.2f}" if "busy" in figure else "",
-            f"{figure['peak_gb']:.2f}" if "peak_gb" in figure else "",
-            f"{figure['risen_gb']:.2f}" if "risen_gb" in figure else "",
-            f"{value:,g} ({about})" if has_mark else "",
-            f"{figure['median'] / value:.2f}" if has_mark else "",
-        )
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
-    return lines
-
-
-def _cell(value: object) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return "\n\n".join(parts) + "\n"

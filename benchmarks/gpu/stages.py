@@ -1,8 +1,8 @@
 """Part A: the card, the tests, the loss, the training step. Needs neither DALI nor a network.
 
 Images and texts are random: a step's time does not depend on what they show. Each stage takes a
-`Bench` and gives it figures; `bench.is_tiny` is a dry run on a CPU, with models and sizes that are
-small and figures that mean nothing.
+`Bench` and gives it figures; `bench.is_tiny` is a dry run on a CPU, with small models and sizes and
+figures that mean nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import platform
 import re
 import subprocess
 import sys
-import typing
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -27,21 +26,28 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import Compilation, LossForm
 from unicl_fast.models.efficiency import compile_encoders, fuse_window_attention
-from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.training.trainer import Trainer
 
+from ..loss.losses import Contestant, Inputs, gaps_of, loss_work, make_inputs
 from ..loss.texts import layout_works
 from ..step.parts import StepInParts, build_trainer, compare, random_batch, step_config
 from .measure import Bench
 
-_SCALE = 1 / 0.07
 TESTS = ("tests/objectives", "tests/models", "tests/training", "tests/checkpoints")
 _CHECKOUT = Path(__file__).resolve().parents[2]
+_SWITCHES: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "checkpointing": {"activation_checkpointing": True},
+    "padded texts": {"text_layout": "padded"},
+    "no channels_last": {"channels_last": False},
+    "no fused optimizer": {"fused_optimizer": False},
+    "timm's window attention": {"window_attention": "timm"},
+    "fp32": {"precision": "fp32"},
+    "fp32 with TF32": {"precision": "fp32", "tf32": "on"},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,16 +85,11 @@ def measure_machine(bench: Bench) -> None:
 
 
 def product_seconds(bench: Bench) -> float:
-    """Times a product of two bf16 matrices of 8192 x 8192; returns seconds an operation."""
+    """Times a product of two bf16 matrices of 8192 x 8192; returns seconds per operation."""
     n = 64 if bench.is_tiny else 8192
     left, right = (torch.randn(n, n, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = bench.time(
-        "product of 8192^3, bf16",
-        lambda: left @ right,
-        count=2e-12 * n**3,
-        unit="TFLOP/s",
-        repeat=10,
-    )
+    rate = {"count": 2e-12 * n**3, "unit": "TFLOP/s"}
+    seconds = bench.time("product of 8192^3, bf16", lambda: left @ right, **rate, repeat=10)
     return seconds / (2 * n**3)
 
 
@@ -122,56 +123,6 @@ def run_tests(bench: Bench, *folders: str) -> None:
         raise RuntimeError(f"no test passed: {(found.stderr or found.stdout)[-300:]}")
 
 
-def compare_losses(bench: Bench) -> None:
-    """Each form of the loss on the device against fp64 on the CPU: value and gradients."""
-    b, u, d = (12, 9, 16) if bench.is_tiny else (2048, 1500, 512)
-    generator = torch.Generator().manual_seed(0)
-    text_index = torch.arange(b) % u
-    texts = F.normalize(torch.randn(u, d, generator=generator), dim=1)
-    noise = torch.randn(b, d, generator=generator) / d**0.5
-    images = F.normalize(texts[text_index] + noise, dim=1)
-    classes = torch.arange(u) // 2
-    inputs = [x.double().requires_grad_() for x in (images, texts)]
-    exact = reference_loss(inputs[0], inputs[1][text_index], classes[text_index], _SCALE)
-    exact_gradients = torch.autograd.grad(exact, inputs)
-    exact = exact.detach()
-    counts = text_index.bincount(minlength=u)
-    forms: dict[str, tuple[LossForm, torch.dtype]] = {
-        "dense fp32": ("dense", torch.float32),
-        "tiled fp32": ("tiled", torch.float32),
-        "tiled bf16": ("tiled", torch.bfloat16),
-    }
-    if _has_triton(bench):
-        forms |= {
-            "triton fp32": ("triton", torch.float32),
-            "triton bf16": ("triton", torch.bfloat16),
-        }
-    for name, (form, dtype) in forms.items():
-        on_device = [x.to(bench.device, dtype).requires_grad_() for x in (images, texts)]
-        loss = unified_contrastive_loss(
-            on_device[0],
-            on_device[1],
-            classes[text_index].to(bench.device),
-            _SCALE,
-            text_class_ids=classes.to(bench.device),
-            text_counts=counts.to(bench.device),
-            form=form,
-        )
-        gradients = torch.autograd.grad(loss, on_device)
-        gaps = {"value": float((loss.detach().cpu() - exact).abs() / exact)}
-        for side, gradient, true in zip(
-            ("images", "texts"), gradients, exact_gradients, strict=True
-        ):
-            gap = (gradient.cpu().double() - true).norm() / true.norm()
-            gaps[f"gradient of {side}"] = float(gap)
-        for what, gap in gaps.items():
-            bench.note(f"{name}, {what}", gap, "relative error")
-
-
-def _has_triton(bench: Bench) -> bool:
-    return bench.device.type == "cuda" and find_spec("triton") is not None
-
-
 def measure_steps(bench: Bench) -> None:
     """Steps of Swin-T by local batch: rate, memory, part of the product's rate; a trace."""
     seconds_an_operation = product_seconds(bench)
@@ -180,10 +131,7 @@ def measure_steps(bench: Bench) -> None:
         with bench.running_out_of_memory(name):
             step, trainer, batch = build_step(bench, size)
             seconds = bench.time(name, step, count=batch.batch_size, unit="images/s")
-            with FlopCounterMode(display=False) as counter:
-                trainer.back_propagate(batch)
-            trainer.optimizer.zero_grad()
-            operations = counter.get_total_flops()
+            operations = sum(StepInParts(trainer, batch).count_operations().values())
             bench.note(f"{name}, operations of a step", operations / 1e9, "GFLOP")
             used = 100 * operations * seconds_an_operation / seconds
             bench.note(f"{name}, of the product's rate", used, "%")
@@ -203,31 +151,22 @@ def _write_trace(bench: Bench, step: Callable[[], object]) -> None:
 
 
 def measure_switches(bench: Bench) -> None:
-    """Steps of Swin-T with compile, checkpointing, TF32 or another layout of texts."""
-    size = 256
-    step, *_ = build_step(bench, size)
-    bench.time("as it is", step, count=size, unit="images/s")
-    switches: dict[str, dict[str, Any]] = {
-        "checkpointing": {"activation_checkpointing": True},
-        "padded texts": {"text_layout": "padded"},
-        "no channels_last": {"channels_last": False},
-        "no fused optimizer": {"fused_optimizer": False},
-        "timm's window attention": {"window_attention": "timm"},
-        "fp32": {"precision": "fp32"},
-        "fp32 with TF32": {"precision": "fp32", "tf32": "on"},
-    }
-    for name, changes in switches.items():
-        with bench.running_out_of_memory(name):
-            step, *_ = build_step(bench, size, **changes)
-            bench.time(name, step, count=size, unit="images/s")
-    ways: tuple[Compilation, ...] = ("blocks", "encoders")
-    for way in ways:
+    """Steps of Swin-T with checkpointing, TF32, another layout of texts, or compiled."""
+    for name, changes in _SWITCHES.items():
+        _time_step(bench, name, 256, **changes)
+    for way in ("blocks", "encoders"):
         name = f"compiled: {way}"
         with bench.running_out_of_memory(name):
-            _measure_compiled(bench, name, size, way)
+            _measure_compiled(bench, name, 256, way)
 
 
-def _measure_compiled(bench: Bench, name: str, size: int, way: Compilation) -> None:
+def _time_step(bench: Bench, name: str, size: int, **changes: Any) -> None:
+    with bench.running_out_of_memory(name):
+        step, _, batch = build_step(bench, size, **changes)
+        bench.time(name, step, count=batch.batch_size, unit="images/s")
+
+
+def _measure_compiled(bench: Bench, name: str, size: int, way: Any) -> None:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -250,21 +189,16 @@ def measure_large(bench: Bench) -> None:
     """Swin-B at local batches that may not fit, plain and with checkpointing."""
     encoder = "swin_base_patch4_window7_224"
     for size in bench.first_if_tiny(256, 512):
-        for name, changes in {
-            "": {},
-            ", checkpointing": {"activation_checkpointing": True},
-        }.items():
-            name = f"swin-base, bf16, {size}{name}"
-            with bench.running_out_of_memory(name):
-                step, _, batch = build_step(bench, size, encoder=encoder, **changes)
-                bench.time(name, step, count=batch.batch_size, unit="images/s")
-            step = batch = None  # type: ignore[assignment]
+        name = f"swin-base, bf16, {size}"
+        _time_step(bench, name, size, encoder=encoder)
+        _time_step(
+            bench, f"{name}, checkpointing", size, encoder=encoder, activation_checkpointing=True
+        )
 
 
 def measure_texts(bench: Bench) -> None:
     """The text encoder by layout of captions, and the parts of a training step."""
-    size = 256
-    _, trainer, batch = build_step(bench, size)
+    _, trainer, batch = build_step(bench, 256)
     width, layers = (64, 1) if bench.is_tiny else (512, 12)
     lengths = torch.from_numpy(batch.text_lengths).to(bench.device)
     works = layout_works(batch.tokens, lengths, width=width, layers=layers)
@@ -284,55 +218,69 @@ def measure_texts(bench: Bench) -> None:
         bench.note(part, 100 * sum(parts[part] for parts in taken) / whole, "%")
 
 
+def compare_losses(bench: Bench) -> None:
+    """Each form of the loss on the device against the dense form in fp64: value and gradients."""
+    images, num_texts = (24, 18) if bench.is_tiny else (3000, 2200)  # some images share a text
+    for name, contestant in _loss_forms(bench, num_texts).items():
+        value, gradients = gaps_of(contestant, images, bench.device)
+        bench.note(f"{name}, value", value, "relative error")
+        bench.note(f"{name}, gradients", gradients, "relative error")
+
+
 def measure_losses(bench: Bench) -> None:
-    """The loss alone, forward and backward, on all sizes that one GPU may meet."""
+    """The loss on its own, forward and backward, on all sizes that one GPU may meet."""
     sizes = ((4, 32), (8, 16)) if bench.is_tiny else ((512, 32_768), (4096, 32_768), (64, 65_536))
     for b, u in sizes:
-        for name, kind, dtype in (
-            ("dense fp32", "dense", torch.float32),
-            ("tiled fp32", "tiled", torch.float32),
-            ("tiled bf16", "tiled", torch.bfloat16),
-            ("triton fp32", "triton", torch.float32),
-            ("triton bf16", "triton", torch.bfloat16),
-            ("open_clip's formula fp32", "clip", torch.float32),
-            ("open_clip's formula bf16", "clip", torch.bfloat16),
-        ):
-            name = f"{b:,} x {u:,}, {name}"
-            if kind != "triton" or _has_triton(bench):
-                with bench.running_out_of_memory(name):
-                    bench.time(name, loss_work(bench, kind, dtype, b, u), repeat=10)
+        for name, contestant in _loss_forms(bench, u).items():
+            _time_loss(bench, f"{b:,} x {u:,}, {name}", b, contestant, loss_work)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            name = f"{b:,} x {u:,}, open_clip's formula {name}"
+            _time_loss(bench, name, b, Contestant(None, dtype, u), _local_clip_work)
 
 
-def loss_work(
-    bench: Bench, kind: str, dtype: torch.dtype, b: int, u: int, d: int = 512
-) -> Callable[[], object]:
-    """A loss of b images and u texts with its gradients; "clip" is open_clip's with local loss.
+def _time_loss(
+    bench: Bench,
+    name: str,
+    size: int,
+    contestant: Contestant,
+    make_work: Callable[[Contestant, Inputs], Callable[[], Tensor]],
+) -> None:
+    with bench.running_out_of_memory(name):
+        work = make_work(contestant, make_inputs(size, contestant, bench.device))
+        bench.time(name, work, repeat=10)
 
-    That one compares the rank's images with all texts and the rank's texts with all images, which
-    are two products of the size of our one.
+
+def _loss_forms(bench: Bench, num_texts: int) -> dict[str, Contestant]:
+    forms = {
+        "dense fp32": Contestant("dense", torch.float32, num_texts),
+        "tiled fp32": Contestant("tiled", torch.float32, num_texts),
+        "tiled bf16": Contestant("tiled", torch.bfloat16, num_texts),
+    }
+    if _has_triton(bench):
+        forms["triton fp32"] = Contestant("triton", torch.float32, num_texts)
+        forms["triton bf16"] = Contestant("triton", torch.bfloat16, num_texts)
+    return forms
+
+
+def _has_triton(bench: Bench) -> bool:
+    return bench.device.type == "cuda" and find_spec("triton") is not None
+
+
+def _local_clip_work(contestant: Contestant, inputs: Inputs) -> Callable[[], Tensor]:
+    """ClipLoss with local loss: a rank's images with all texts, and its texts with all images.
+
+    These are two products of the size of our one.
     """
-    generator = torch.Generator().manual_seed(0)
-    texts, all_images = (
-        F.normalize(torch.randn(u, d, generator=generator), dim=1).to(bench.device, dtype)
-        for _ in range(2)
-    )
-    images = all_images[:b].clone().requires_grad_()
-    texts.requires_grad_()
-    class_ids = torch.arange(u, device=bench.device)
+    images, texts, scale, class_ids = inputs
+    all_images = texts.detach().flip(0)
 
-    def work() -> tuple[Tensor, ...]:
-        if kind == "clip":
-            rows = _SCALE * images @ texts.T
-            columns = _SCALE * texts[:b] @ all_images.T
-            loss = (
-                F.cross_entropy(rows, class_ids[:b]) + F.cross_entropy(columns, class_ids[:b])
-            ) / 2
-        else:
-            form = typing.cast(LossForm, kind)
-            loss = unified_contrastive_loss(
-                images, texts, class_ids[:b], _SCALE, text_class_ids=class_ids, form=form
-            )
-        return torch.autograd.grad(loss, (images, texts))
+    def work() -> Tensor:
+        images.grad = texts.grad = scale.grad = None
+        rows = scale * images @ texts.T
+        columns = scale * texts[: len(images)] @ all_images.T
+        loss = (F.cross_entropy(rows, class_ids) + F.cross_entropy(columns, class_ids)) / 2
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return loss.detach()
 
     return work
 
@@ -369,7 +317,7 @@ def _attend_in_windows(block: SwinTransformerBlock, x: Tensor, grad: Tensor) -> 
 
 
 def _note_gaps(bench: Bench, name: str, works: Mapping[str, Callable[[], list[Tensor]]]) -> None:
-    """Writes down how far our results are from timm's; both have the rounding of bf16."""
+    """Writes how far our results are from timm's; both have the rounding of bf16."""
     timms, ours = (work() for work in works.values())
     gaps = [
         float((our.float() - their.float()).norm() / their.float().norm())
@@ -388,17 +336,16 @@ def compare_with_open_clip(bench: Bench) -> None:
         _, trainer, batch = build_step(bench, size, encoder=encoder, precision="fp32")
         theirs, images, texts = open_clip_twin(trainer.model, batch, rounding=1e-3)
         del trainer
-        step, _, _ = build_step(bench, size, encoder=encoder)
         works = {
-            f"{encoder}, ours": step,
+            f"{encoder}, ours": build_step(bench, size, encoder=encoder)[0],
             f"{encoder}, open_clip": open_clip_step(theirs, images, texts),
         }
         if not bench.is_tiny:
-            compiled, _, _ = build_step(bench, size, encoder=encoder, compile="blocks")
-            works[f"{encoder}, ours compiled: blocks"] = compiled
+            name = f"{encoder}, ours compiled: blocks"
+            works[name] = build_step(bench, size, encoder=encoder, compile="blocks")[0]
         with bench.running_out_of_memory(encoder):
             bench.take_turns(works, count=batch.batch_size, unit="images/s")
-        del step, theirs, works, batch
+        del theirs, works, batch
 
 
 def build_step(
@@ -434,22 +381,20 @@ def make_batch(
     return batch.to(bench.device)
 
 
+def _stage(part: str, about: str, run: Callable[..., None], *needs: str) -> GpuStage:
+    return GpuStage(part=part, about=about, run=run, needs=needs)
+
+
+_TEST_PACKAGES = ("pytest", "pytest_timeout", "hypothesis", "beartype", "jaxtyping")
 PART_A = {
-    "machine": GpuStage(part="A1", about="card, product, copy", run=measure_machine),
-    "tests": GpuStage(
-        part="A2",
-        about="pytest -m gpu",
-        run=run_tests,
-        needs=("pytest", "pytest_timeout", "hypothesis", "beartype", "jaxtyping"),
-    ),
-    "parity": GpuStage(part="A3", about="the loss against fp64", run=compare_losses),
-    "step": GpuStage(part="A4", about="training steps, Swin-T", run=measure_steps),
-    "switches": GpuStage(part="A5", about="compile, checkpointing, TF32", run=measure_switches),
-    "large": GpuStage(part="A6", about="training steps, Swin-B", run=measure_large),
-    "text": GpuStage(part="A7", about="layouts of texts; parts of a step", run=measure_texts),
-    "loss": GpuStage(part="A8", about="the loss alone", run=measure_losses),
-    "open-clip": GpuStage(
-        part="A9", about="open_clip's step", run=compare_with_open_clip, needs=("open_clip",)
-    ),
-    "windows": GpuStage(part="A10", about="window attention alone", run=measure_windows),
+    "machine": _stage("A1", "card, product, copy", measure_machine),
+    "tests": _stage("A2", "pytest -m gpu", run_tests, *_TEST_PACKAGES),
+    "parity": _stage("A3", "the loss against fp64", compare_losses),
+    "step": _stage("A4", "training steps, Swin-T", measure_steps),
+    "switches": _stage("A5", "compile, checkpointing, TF32", measure_switches),
+    "large": _stage("A6", "training steps, Swin-B", measure_large),
+    "text": _stage("A7", "layouts of texts; parts of a step", measure_texts),
+    "loss": _stage("A8", "the loss on its own", measure_losses),
+    "open-clip": _stage("A9", "open_clip's step", compare_with_open_clip, "open_clip"),
+    "windows": _stage("A10", "window attention on its own", measure_windows),
 }

@@ -1,7 +1,7 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
 contenders.py says what each is. Whole loaders yield normalised float32 [b c h w]; stages and limits
-take their input from memory and yield numbers of images. Those that run beside each other in the
+take their input from memory and yield numbers of images. Those that run at the same time in the
 loader use `threads` threads, those that its feeding thread runs one after another use one.
 """
 

@@ -39,7 +39,7 @@ _ENOUGH = 2_000_000
 _MEAN = 255 * np.array(CLIP_MEAN, np.float32)
 _STD = 255 * np.array(CLIP_STD, np.float32)
 _AHEAD = 3
-"""Batches in work beside the one that was handed out."""
+"""Batches in work in addition to the one that was handed out."""
 _FFCV_EPOCH = 500_000
 """Images of one of FFCV's epochs; between two of them its threads start anew."""
 

@@ -76,7 +76,7 @@ class Worker:
             return np.asarray(self._ask("images", count))
 
     def moments(self, batches: int) -> np.ndarray:
-        """Mean and deviation of each image of so many batches [n 2], in levels."""
+        """Mean and deviation of each image of `batches` batches [n 2], in levels."""
         with self._running():
             return np.asarray(self._ask("moments", batches))
 

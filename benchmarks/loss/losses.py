@@ -8,11 +8,11 @@ in a fresh process, and includes the gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -45,8 +45,8 @@ class Contestant(NamedTuple):
 
     form: LossForm | None
     dtype: torch.dtype
-    few_texts: bool = False
-    """Whether images share `_FEW_TEXTS` texts; otherwise each image has a text of its own."""
+    num_texts: int = 0
+    """Distinct texts, which images share; 0: each image has a text of its own."""
 
     @property
     def stores_logits(self) -> bool:
@@ -60,8 +60,8 @@ CONTESTANTS = {
     "dense fp32": Contestant("dense", torch.float32),
     "tiled fp32": Contestant("tiled", torch.float32),
     "tiled bf16": Contestant("tiled", torch.bfloat16),
-    "tiled fp32, 1,000 texts": Contestant("tiled", torch.float32, few_texts=True),
-    "tiled bf16, 1,000 texts": Contestant("tiled", torch.bfloat16, few_texts=True),
+    "tiled fp32, 1,000 texts": Contestant("tiled", torch.float32, _FEW_TEXTS),
+    "tiled bf16, 1,000 texts": Contestant("tiled", torch.bfloat16, _FEW_TEXTS),
 }
 
 
@@ -91,40 +91,39 @@ def measure_losses(
 
 def make_inputs(n: int, contestant: Contestant, device: torch.device) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    images, noise = (torch.randn(n, _EMBED_DIM, generator=generator) for _ in range(2))
-    texts = F.normalize(images + noise, dim=1)
-    class_ids = torch.arange(n)
-    if contestant.few_texts:
-        texts, class_ids = texts[:_FEW_TEXTS], class_ids % _FEW_TEXTS
+    num_texts = contestant.num_texts or n
+    shape = max(n, num_texts), _EMBED_DIM
+    images, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    texts = F.normalize(images + noise, dim=1)[:num_texts]
     return Inputs(
-        F.normalize(images, dim=1).to(device, contestant.dtype).requires_grad_(),
+        F.normalize(images, dim=1)[:n].to(device, contestant.dtype).requires_grad_(),
         texts.to(device, contestant.dtype).requires_grad_(),
         torch.tensor(_SCALE, device=device, requires_grad=True),
-        class_ids.to(device),
+        torch.arange(n, device=device) % num_texts,
     )
 
 
 def loss_work(contestant: Contestant, inputs: Inputs) -> Callable[[], Tensor]:
     """A function that returns the loss and leaves the gradients with the inputs."""
     images, texts, scale, class_ids = inputs
-    clip_loss = ClipLoss()
-    counts = class_ids.bincount() if contestant.few_texts else None
-    text_classes = torch.arange(len(texts), device=texts.device) if contestant.few_texts else None
+    if contestant.form is None:
+        from open_clip.loss import ClipLoss
+
+        value: Callable[[], Tensor] = functools.partial(ClipLoss(), images, texts, scale)
+    else:
+        counts = class_ids.bincount(minlength=len(texts))
+        shared: dict[str, Tensor] = {
+            "text_class_ids": torch.arange(len(texts), device=texts.device),
+            **({"text_counts": counts} if len(texts) < len(images) else {}),
+        }
+        value = functools.partial(
+            unified_contrastive_loss, images, texts, class_ids, scale,
+            form=contestant.form, **(shared if contestant.num_texts else {}),
+        )  # fmt: skip
 
     def work() -> Tensor:
         images.grad = texts.grad = scale.grad = None
-        if contestant.form is None:
-            loss: Tensor = clip_loss(images, texts, scale)
-        else:
-            loss = unified_contrastive_loss(
-                images,
-                texts,
-                class_ids,
-                scale,
-                text_class_ids=text_classes,
-                text_counts=counts,
-                form=contestant.form,
-            )
+        loss = value()
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         return loss.detach()
 
@@ -134,15 +133,7 @@ def loss_work(contestant: Contestant, inputs: Inputs) -> Callable[[], Tensor]:
 def compare(device: torch.device) -> None:
     """Raises RuntimeError if a loss differs from the dense form in fp64 on the same features."""
     for name, contestant in CONTESTANTS.items():
-        inputs = make_inputs(3000, contestant, device)
-        loss = loss_work(contestant, inputs)().double()
-        gradients = [x.grad.double() for x in inputs[:2] if x.grad is not None]
-        images, texts = (x.detach().double().requires_grad_() for x in inputs[:2])
-        of_all = inputs.class_ids  # every image has a text of its own
-        reference = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
-        exact = torch.cat(torch.autograd.grad(reference, (images, texts)))
-        gap = float((loss - reference.detach()).abs() / reference.detach())
-        gradient_gap = float((torch.cat(gradients) - exact).norm() / exact.norm())
+        gap, gradient_gap = gaps_of(contestant, 3000, device)
         print(f"{name:46} loss off by {gap:.1e}, gradients by {gradient_gap:.1e} of their norm")
         is_fp32 = contestant.dtype == torch.float32
         # ClipLoss sums up in bf16, too
@@ -151,11 +142,24 @@ def compare(device: torch.device) -> None:
             raise RuntimeError(f"{name} is another loss; nothing was timed")
 
 
+def gaps_of(contestant: Contestant, n: int, device: torch.device) -> tuple[float, float]:
+    """Relative errors of the value and of the gradients, compared with the dense form in fp64."""
+    inputs = make_inputs(n, contestant, device)
+    loss = loss_work(contestant, inputs)().double()
+    gradients = [x.grad.double() for x in inputs[:2] if x.grad is not None]
+    images, texts = (x.detach().double().requires_grad_() for x in inputs[:2])
+    of_all = inputs.class_ids  # the text of each image
+    reference = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
+    exact = torch.cat(torch.autograd.grad(reference, (images, texts)))
+    gap = (loss - reference.detach()).abs() / reference.detach()
+    return float(gap), float((torch.cat(gradients) - exact).norm() / exact.norm())
+
+
 def _contestants_of(n: int) -> Iterator[str]:
     """Names of the losses that can be measured at this size."""
     for name, contestant in CONTESTANTS.items():
         fits = n <= _LARGEST_STORED or not contestant.stores_logits
-        if fits and (n > 2 * _FEW_TEXTS or not contestant.few_texts):
+        if fits and (n > 2 * _FEW_TEXTS or not contestant.num_texts):
             yield name
 
 

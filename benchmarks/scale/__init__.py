@@ -1,5 +1,1 @@
-"""A model of a training step on many GPUs (`unicl-bench scale`), and its check on slow links.
-
-model.py has the collectives of a step, their bytes, and the clock of computing and sending;
-run.py the stage; check.py real ranks on throttled links.
-"""
+"""`unicl-bench scale`: a model of a training step on many GPUs, and its check on slow links."""

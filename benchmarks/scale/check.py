@@ -1,4 +1,4 @@
-"""Real ranks on slow links, beside what the model says of them: `unicl-bench scale --check`.
+"""Real ranks on slow links, compared with the model: `unicl-bench scale --check`.
 
 Each rank has a network namespace of its own and a link into a switch, at a rate that the kernel
 keeps (`tc`'s tbf); so a machine stands in for a few of a cluster. It needs Linux, root, `ip` and
@@ -12,7 +12,6 @@ same time and know of no ranks, in turns with the steps.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,48 +31,52 @@ from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
 from unicl_fast.distributed.rendezvous import process_group
 
 from ..step.parts import StepInParts, build_trainer, random_batch, step_config
-from .model import Compute, Gloo, ModelSize, measure_size, simulate, without_overlap
+from .model import Compute, Gloo, simulate, without_overlap
+from .sizes import ModelSize, measure_size
 
 _PIXELS, _LOCAL_BATCH = 64, 8
 _CARD = "eth0"
 _PINGS = 50
+Values = dict[str, list[float]]
 
 
 class LinksUnavailableError(RuntimeError):
     """This process may not make network namespaces with slow links."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A number of ranks on links of one rate; of each round a step measured, and one modelled."""
-
-    ranks: int
-    link_mbit: float
-    hop_us: float
-    measured: tuple[float, ...]
-    """Seconds of a step, of the slowest rank."""
-    modelled: tuple[float, ...]
-    """Seconds that the model gives the parts of the same round."""
-    without_overlap: tuple[float, ...]
-    """Seconds that a model without overlap gives them."""
-    compute: tuple[float, ...]
-    """Seconds of those parts: a step that sends nothing, beside as many others."""
-
-    @property
-    def error(self) -> float:
-        """How far the modelled step is from the measured one: the median over rounds."""
-        return _median_distance(self.modelled, self.measured)
-
-    @property
-    def error_without_overlap(self) -> float:
-        return _median_distance(self.without_overlap, self.measured)
+def error_of(values: Mapping[str, Sequence[float]]) -> float:
+    """How far the modelled step is from the measured one: the median over rounds."""
+    pairs = zip(values["modelled, s"], values["measured, s"], strict=True)
+    return statistics.median(modelled / measured - 1 for modelled, measured in pairs)
 
 
-def _median_distance(modelled: Sequence[float], measured: Sequence[float]) -> float:
-    return statistics.median(a / b - 1 for a, b in zip(modelled, measured, strict=True))
+def run_check(
+    *, ranks: Sequence[int], rates: Sequence[float], rounds: int
+) -> Iterator[tuple[str, Values]]:
+    """Measures and models steps of each number of ranks at each rate of links, in Mb/s.
+
+    Yields a name, and for each round the seconds of a step of the slowest rank, those of the model,
+    those of a model without overlap, and those of a step that sends nothing.
+
+    Raises:
+        LinksUnavailableError: no root, or no `ip` and `tc`.
+        RuntimeError: a rank failed; its messages are on standard error.
+    """
+    for world_size in ranks:
+        size = measure_size(_config(world_size))
+        with (
+            tempfile.TemporaryDirectory(prefix="unicl-scale-") as folder,
+            machines_on_links(world_size) as machines,
+        ):
+            out = Path(folder, "measured.json")
+            settings = {"rates": rates, "rounds": rounds, "out": str(out)}
+            _run_ranks(machines, json.dumps(settings))
+            for case in json.loads(out.read_text(encoding="utf-8")):
+                name = f"{world_size} ranks, {case['link_mbit']:g} Mb/s"
+                yield name, _with_model(case, size, world_size)
 
 
-def config_of(world_size: int) -> TrainConfig:
+def _config(world_size: int) -> TrainConfig:
     """ResNet-18 and a small text encoder: 58 MB of gradients, of which DDP makes four buckets."""
     return step_config(
         "resnet18",
@@ -85,47 +88,20 @@ def config_of(world_size: int) -> TrainConfig:
     )
 
 
-def run_check(*, ranks: Sequence[int], rates: Sequence[float], rounds: int) -> Iterator[Row]:
-    """Measures and models steps of so many ranks at so many Mb/s a link.
-
-    Raises:
-        LinksUnavailableError: no root, or no `ip` and `tc`.
-        RuntimeError: a rank failed; its messages are on standard error.
-    """
-    for world_size in ranks:
-        size = measure_size(config_of(world_size))
-        with (
-            tempfile.TemporaryDirectory(prefix="unicl-scale-") as folder,
-            machines_on_links(world_size) as machines,
-        ):
-            out = Path(folder, "measured.json")
-            settings = {"rates": rates, "rounds": rounds, "out": str(out)}
-            _run_ranks(machines, json.dumps(settings))
-            for case in json.loads(out.read_text(encoding="utf-8")):
-                yield _row(case, size, world_size)
-
-
-def _row(case: dict[str, Any], size: ModelSize, world_size: int) -> Row:
-    computed = [Compute.from_parts(parts) for parts in case["parts"]]
+def _with_model(case: dict[str, Any], size: ModelSize, world_size: int) -> Values:
     network = Gloo(link_mbit=case["link_mbit"], hop_us=case["hop_us"])
-    added = (world_size - 1) * _LOCAL_BATCH
-    operations = size.step_operations(_LOCAL_BATCH, _LOCAL_BATCH)
-    modelled, plain = [], []
-    for compute in computed:
-        rate = operations / compute.total
-        grown = compute.with_columns(added, size, local_batch=_LOCAL_BATCH, rate=rate)
-        ranks = {"world_size": world_size, "num_texts": _LOCAL_BATCH}
-        modelled.append(simulate(grown, size, network, host_ahead=False, **ranks).seconds)
-        plain.append(without_overlap(grown, size, network, **ranks))
-    return Row(
-        ranks=world_size,
-        link_mbit=case["link_mbit"],
-        hop_us=case["hop_us"],
-        measured=tuple(case["measured"]),
-        modelled=tuple(modelled),
-        without_overlap=tuple(plain),
-        compute=tuple(compute.total for compute in computed),
-    )
+    ranks = {"world_size": world_size, "num_texts": _LOCAL_BATCH}
+    computed = [Compute.from_parts(parts) for parts in case["parts"]]
+    grown = [one.on_ranks(world_size, size, local_batch=_LOCAL_BATCH) for one in computed]
+    return {
+        "measured, s": case["measured"],
+        "modelled, s": [
+            simulate(one, size, network, host_seconds=None, **ranks).seconds for one in grown
+        ],
+        "computing, s": [one.total for one in computed],
+        "without overlap, s": [without_overlap(one, size, network, **ranks) for one in grown],
+        "a hop, us": [case["hop_us"]],
+    }
 
 
 @contextlib.contextmanager
@@ -207,8 +183,8 @@ def _run_ranks(machines: Sequence[str], settings: str) -> None:
 def _measure(ranks: Ranks, *, rates: Sequence[float], rounds: int) -> list[dict[str, Any]]:
     """A rank's part: steps with the others, and in turns steps by itself, at each rate."""
     batch = random_batch(_LOCAL_BATCH, pixels=_PIXELS, num_texts=_LOCAL_BATCH, seed=1 + ranks.rank)
-    together, _ = build_trainer(config_of(ranks.world_size), batch, ranks=ranks)
-    alone = StepInParts(*build_trainer(config_of(1), batch))
+    together, _ = build_trainer(_config(ranks.world_size), batch, ranks=ranks)
+    alone = StepInParts(*build_trainer(_config(1), batch))
     for _ in range(2):  # in the second DDP orders its buckets
         together.train_step(batch)
         alone.take()

@@ -1,10 +1,10 @@
-"""The time of a training step on many ranks, from its parts: a model, which measures nothing.
+"""A model of a training step on many ranks, from the parts of a step on one.
 
-A step computes and sends. `collectives` and `gradient_buckets` say what it sends, and are compared
-with the real step's (tests/golden/collectives.json). `simulate` plays the trainer's order with two
-clocks: the device computes one part after another; the network takes one collective after another,
-each when it is asked for and the one before it is done; and the device waits where the trainer
-waits. A collective costs latency + bytes times passes / rate; `Nccl` and `Gloo` know these.
+A step computes and sends. `sizes.py` says what it sends, and tests compare that with the real step
+(tests/golden/collectives.json). `simulate` plays the trainer's order with two clocks: the device
+computes one part after another; the network takes one collective after another, each when it is
+asked for and the one before it is done; and the device waits where the trainer waits. A collective
+costs latency + bytes times passes / rate, which `Nccl` and `Gloo` know.
 
 Left out: slower ranks, the loader, checkpoints, logging, and networks that others use too.
 """
@@ -12,183 +12,11 @@ Left out: slower ranks, the loader, checkpoints, logging, and networks that othe
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-from torch._C._distributed_c10d import (
-    _DEFAULT_FIRST_BUCKET_BYTES,
-    _compute_bucket_assignment_by_size,
-)
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-
-from unicl_fast.config import TrainConfig
-from unicl_fast.models.efficiency import has_batch_norm
-from unicl_fast.models.unicl import UniCL
-
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast"]
-
-# DDP's own: its first bucket is small, so that sending begins early.
-_BUCKET_BYTES = [_DEFAULT_FIRST_BUCKET_BYTES, 25 << 20]
-_FLOAT, _INT = 4, 8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Collective:
-    """One exchange between ranks; `num_bytes` are of its larger side, which ranks hold alike."""
-
-    kind: Kind
-    num_bytes: int
-    dtype: torch.dtype = torch.float32
-    on_host: bool = False
-    """Between processors, beside the device; else in order with the other collectives of it."""
-
-
-def collectives(
-    world_size: int, *, num_texts: int, embed_dim: int, buffers: Mapping[torch.dtype, int]
-) -> dict[str, Collective]:
-    """A step's collectives beside its gradients, under UniCL or CLIP, in the order of sending.
-
-    Args:
-        world_size: the number of ranks.
-        num_texts: distinct texts of the rank that has the most; the others pad theirs to it.
-        embed_dim: entries of a feature.
-        buffers: bytes of BatchNorm's averages by type; empty without BatchNorm.
-    """
-    columns = world_size * num_texts
-    features = _FLOAT * embed_dim * columns
-    averages = {
-        f"averages, {dtype}": Collective(kind="broadcast", num_bytes=size, dtype=dtype)
-        for dtype, size in buffers.items()
-    }
-    return {
-        "text counts": Collective(
-            kind="all-reduce", num_bytes=_INT, dtype=torch.int64, on_host=True
-        ),
-        **averages,
-        "texts": Collective(kind="all-gather", num_bytes=features),
-        "classes": Collective(kind="all-gather", num_bytes=2 * _INT * columns, dtype=torch.int64),
-        "loss: maxima": Collective(kind="all-reduce", num_bytes=_FLOAT * columns),
-        "loss: sums": Collective(kind="all-reduce", num_bytes=_FLOAT * (3 * columns + 1)),
-        "text gradients": Collective(kind="reduce-scatter", num_bytes=features),
-        "stop flag": Collective(kind="all-reduce", num_bytes=_INT, dtype=torch.int64, on_host=True),
-    }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
-    """Gradients that DDP sends together, once the last of them is there."""
-
-    num_bytes: int
-    of_texts: bool
-    """Whether the text encoder's backward pass completes it; else the image encoder's."""
-    ready: float
-    """Part of that backward pass, from 0 to 1, after which it is complete."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelSize:
-    """The sizes of a model that the time of a step depends on."""
-
-    image_operations: float
-    """Operations of the matrix products and convolutions of one image's forward pass."""
-    text_operations: float
-    """The same of one text, with its padding."""
-    embed_dim: int
-    buckets: tuple[Bucket, ...]
-    buffers: Mapping[torch.dtype, int]
-
-    def step_operations(self, local_batch: int, num_texts: int) -> float:
-        """Counts both encoders; a backward pass has twice the products of the forward pass."""
-        return 3 * (local_batch * self.image_operations + num_texts * self.text_operations)
-
-
-def measure_size(config: TrainConfig) -> ModelSize:
-    """Sizes of a config's model, which is built without memory for its weights.
-
-    Raises:
-        ValueError: its objective has no texts.
-    """
-    with torch.device("meta"):
-        model = UniCL(config).eval()
-        side, length = config.data.image_size, config.model.context_length
-        images, tokens = torch.zeros(1, 3, side, side), torch.zeros(1, length, dtype=torch.int64)
-        with torch.no_grad(), _Products() as of_image:
-            model.encode_image(images)
-        with torch.no_grad(), _Products() as of_text:
-            model.encode_text(tokens)
-    buffers: dict[torch.dtype, int] = {}
-    if has_batch_norm(model):
-        for buffer in model.buffers():
-            buffers[buffer.dtype] = buffers.get(buffer.dtype, 0) + buffer.nbytes
-    return ModelSize(
-        image_operations=sum(of_image.operations.values()),
-        text_operations=sum(of_text.operations.values()),
-        embed_dim=config.model.embed_dim,
-        buckets=tuple(gradient_buckets(model, of_image.operations | of_text.operations)),
-        buffers=buffers,
-    )
-
-
-class _Products(TorchFunctionMode):
-    """Counts the operations of linear layers and convolutions by the weight that is multiplied.
-
-    Attention's products of activations, a few percent, and lookups of rows count nothing.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: dict[Tensor, float] = {}
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if function in (F.linear, F.conv2d):
-            weight = args[1]
-            self.operations[weight] = 2.0 * weight.numel() * result.numel() / len(weight)
-        return result
-
-
-def gradient_buckets(model: UniCL, operations: Mapping[Tensor, float]) -> Iterator[Bucket]:
-    """DDP's buckets after its first step, in the order in which they are complete and sent.
-
-    Images are back-propagated first, each encoder from its end to its start.
-    """
-    assert model.text_encoder is not None
-    assert model.image_projection is not None
-    assert model.text_projection is not None
-    parts = [
-        [model.logit_scale, model.image_projection, *_as_they_arrive(model.image_encoder)],
-        [model.text_projection, *_as_they_arrive(model.text_encoder)],
-    ]
-    done = []
-    for side in parts:
-        counted = list(itertools.accumulate(operations.get(weight, 0.0) for weight in side))
-        done += [count / max(counted[-1], 1.0) for count in counted]
-    weights: list[Tensor] = [weight for side in parts for weight in side]
-    indices, _ = _compute_bucket_assignment_by_size(weights, _BUCKET_BYTES)
-    for members in indices:
-        last = max(members)
-        yield Bucket(
-            num_bytes=sum(weights[index].nbytes for index in members),
-            of_texts=last >= len(parts[0]),
-            ready=done[last],
-        )
-
-
-def _as_they_arrive(encoder: nn.Module) -> list[nn.Parameter]:
-    """From the last to the first; positions, the encoder's own, are added after its first child."""
-    first, *others = [
-        child for child in encoder.children() if any(True for _ in child.parameters())
-    ]
-    own = encoder.parameters(recurse=False)
-    later = itertools.chain.from_iterable(child.parameters() for child in others)
-    return [*first.parameters(), *own, *later][::-1]
+from .sizes import Bucket, Collective, Kind, ModelSize, collectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,35 +47,43 @@ class Compute:
         )
 
     @classmethod
-    def split(cls, seconds: float, size: ModelSize, *, local_batch: int, num_texts: int) -> Compute:
-        """Divides the time of a whole step by operations, of which the update has none."""
-        images, texts = local_batch * size.image_operations, num_texts * size.text_operations
-        one = seconds / (3 * (images + texts))
+    def split(cls, seconds: float, size: ModelSize) -> Compute:
+        """Divides the time of a step by operations; each image has a text of its own."""
+        one = seconds / size.step_operations(1, 1)
+        images, texts = one * size.image_operations, one * size.text_operations
         return cls(
-            text_forward=one * texts,
-            image_forward=one * images,
+            text_forward=texts,
+            image_forward=images,
             loss=0.0,
-            image_backward=2 * one * images,
-            text_backward=2 * one * texts,
+            image_backward=2 * images,
+            text_backward=2 * texts,
             update=0.0,
         )
 
-    def with_columns(
-        self, added: int, size: ModelSize, *, local_batch: int, rate: float
-    ) -> Compute:
-        """The loss compares with so many more texts: four products, at so many operations/s."""
+    def on_ranks(self, world_size: int, size: ModelSize, *, local_batch: int) -> Compute:
+        """The same parts where the loss compares with the texts of all ranks.
+
+        That is four products for the texts of the others, at the rate of the step's own products.
+        """
+        rate = size.step_operations(local_batch, local_batch) / self.total
+        added = (world_size - 1) * local_batch
         more = 4 * 2 * local_batch * added * size.embed_dim / rate
         return dataclasses.replace(self, loss=self.loss + more)
 
 
 class Network(Protocol):
-    """How long a collective takes when it has the network to itself."""
+    """The cost of a collective."""
 
     def latency(self, collective: Collective, world_size: int) -> float:
         """Seconds that do not depend on its bytes."""
 
     def transfer(self, collective: Collective, world_size: int) -> float:
         """Seconds of its bytes."""
+
+
+def seconds_of(collective: Collective, network: Network, world_size: int) -> float:
+    """Returns the time of a collective that has the network to itself."""
+    return network.latency(collective, world_size) + network.transfer(collective, world_size)
 
 
 def passes(kind: Kind, world_size: int) -> float:
@@ -273,7 +109,7 @@ class Nccl:
     nvlink_gbyte: float = 360.0
     """GB/s of a GPU within its machine: 80 % of the 450 that an H100 has in each direction."""
     achieved: float = 0.85
-    """Part of the network's rate that collectives reach."""
+    """Part of the network's rate that collectives reach: assumed."""
     start_us: float = 8.4
     nvlink_hop_us: float = 3.4
     network_hop_us: float = 14.0
@@ -332,8 +168,6 @@ class StepTime:
     gradients, gradients (of all buckets)."""
     last_bucket: float
     """Seconds that the last bucket takes by itself."""
-    latencies: Mapping[str, float]
-    """The part of each wait that does not depend on bytes, at most."""
 
 
 class _Clocks:
@@ -344,24 +178,18 @@ class _Clocks:
         self.now = 0.0
         self._free = {True: 0.0, False: 0.0}  # host and device have networks of their own
         self._done: dict[str, float] = {}
-        self._latency: dict[str, float] = {}
         self.waits: dict[str, float] = {}
-        self.latencies: dict[str, float] = {}
 
     def send(self, name: str, collective: Collective, *, at: float | None = None) -> None:
         start = max(self.now if at is None else at, self._free[collective.on_host])
-        latency = self._network.latency(collective, self._world_size)
-        done = start + latency + self._network.transfer(collective, self._world_size)
+        done = start + seconds_of(collective, self._network, self._world_size)
         self._free[collective.on_host] = self._done[name] = done
-        self._latency[name] = latency
 
     def wait(self, name: str, *, called: str = "") -> None:
         waited = max(0.0, self._done[name] - self.now)
         self.now += waited
         called = called or name
         self.waits[called] = self.waits.get(called, 0.0) + waited
-        added = min(self._latency[name], waited)
-        self.latencies[called] = self.latencies.get(called, 0.0) + added
 
 
 def simulate(
@@ -371,8 +199,7 @@ def simulate(
     *,
     world_size: int,
     num_texts: int,
-    host_ahead: bool = True,
-    host_seconds: float = 0.0,
+    host_seconds: float | None = 0.0,
 ) -> StepTime:
     """Plays one step in the trainer's order (training/global_loss.py; DDP, while back-propagating).
 
@@ -382,16 +209,15 @@ def simulate(
         network: costs of collectives.
         world_size: ranks.
         num_texts: distinct texts of a rank.
-        host_ahead: the host launches work before the device has done what was launched earlier,
-            as on a GPU. So the device waits for host collectives only if all that the host does
-            in a step takes longer than the device's. Else it waits as it waits for the others.
-        host_seconds: of the host's launches in a step; for `host_ahead` alone.
+        host_seconds: the host's launches in a step, where it launches work ahead of the device, as
+            on a GPU. Then the device waits for collectives of the host only if these and the
+            launches take longer than the device's work. None where the host computes itself.
     """
     sent = collectives(
         world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
     )
     if world_size == 1:
-        return StepTime(seconds=compute.total, waits={}, last_bucket=0.0, latencies={})
+        return StepTime(seconds=compute.total, waits={}, last_bucket=0.0)
     clocks = _Clocks(network, world_size)
 
     def exchange(name: str, called: str) -> None:
@@ -403,7 +229,7 @@ def simulate(
         if name.startswith("averages"):
             exchange(name, "averages")
     clocks.now += compute.text_forward
-    if not host_ahead:
+    if host_seconds is None:
         clocks.wait("text counts")
     clocks.send("texts", sent["texts"])
     clocks.send("classes", sent["classes"])
@@ -418,14 +244,13 @@ def simulate(
     _back_propagate(clocks, size.buckets, compute)
     clocks.now += compute.update
     seconds, waits = clocks.now, clocks.waits
-    if host_ahead:
+    if host_seconds is not None:
         of_host = host_seconds + network.latency(sent["text counts"], world_size)
         waits["text counts"] = max(0.0, of_host - seconds)
-        clocks.latencies["text counts"] = waits["text counts"]
         seconds = max(seconds, of_host)
     last = Collective(kind="all-reduce", num_bytes=size.buckets[-1].num_bytes)
-    alone = network.latency(last, world_size) + network.transfer(last, world_size)
-    return StepTime(seconds=seconds, waits=waits, last_bucket=alone, latencies=clocks.latencies)
+    alone = seconds_of(last, network, world_size)
+    return StepTime(seconds=seconds, waits=waits, last_bucket=alone)
 
 
 def _back_propagate(clocks: _Clocks, buckets: Sequence[Bucket], compute: Compute) -> None:
@@ -452,13 +277,12 @@ def without_overlap(
     )
     gradients = [Collective(kind="all-reduce", num_bytes=b.num_bytes) for b in size.buckets]
     return compute.total + sum(
-        network.latency(one, world_size) + network.transfer(one, world_size)
-        for one in [*sent.values(), *gradients]
+        seconds_of(one, network, world_size) for one in [*sent.values(), *gradients]
     )
 
 
 def binding(step: StepTime, *, compute: float, loss_growth: float) -> str:
-    """Names what costs the most beside computing; "compute" where all of it is below 3 %."""
+    """Names what costs the most besides computing; "compute" where that is below 3 %."""
     costs = {**step.waits, "loss of the global batch": loss_growth}
     name = max(costs, key=lambda each: costs[each])
     if costs[name] < 0.03 * compute:
@@ -466,6 +290,4 @@ def binding(step: StepTime, *, compute: float, loss_growth: float) -> str:
     if name == "gradients":
         is_last = costs[name] < 2 * step.last_bucket
         name = "gradients, last bucket" if is_last else "gradients, all buckets"
-    elif step.latencies.get(name, 0.0) > costs[name] / 2:
-        name += " (latency)"
     return name

@@ -31,7 +31,7 @@ _EMA_DECAY = 0.9999
 def measure_checkpoint(
     config: TrainConfig, batch: Batch, folder: Path | None, *, rounds: int
 ) -> Figures:
-    """Measures the cost of a checkpoint, awaited and written by a thread during the steps.
+    """Times steps with awaited checkpoints, and with those that a thread writes meanwhile.
 
     Raises:
         RuntimeError: the two ways write different files.

@@ -1,4 +1,4 @@
-"""The effect of each switch of `efficiency` on the time and memory of a step.
+"""Time and memory of a step, by switch of `efficiency`.
 
 Two trainers take turns on the same batch, from the same weights: one as `unicl-pretrain` runs it
 here, one with a single switch changed; then the next switch. Memory is what the first step takes

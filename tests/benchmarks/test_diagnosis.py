@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -21,7 +20,6 @@ from browser import look_at
 from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
 from packed_sets import Sample, pack
 from program_runs import SMALL
-from small_runs import objective_config
 
 from unicl_fast.benchmarks.diagnosis import clocks, outlook
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, sparse_cadence
@@ -200,31 +198,10 @@ def test_the_cadence_is_young_s() -> None:
     assert outlook.cadence(cost_seconds=1, failure_seconds=math.inf, step_seconds=1)[0] == 3600
 
 
-def test_a_plan_has_hours_and_prices() -> None:
-    one, eight, _ = outlook.on_ranks(
-        measured(), samples=3_600_000, price_per_hour=2.0, failures_per_day=0.02
-    )
-    assert (one.hours, one.price) == (pytest.approx(1.0), pytest.approx(2.0))
-    assert (eight.hours, eight.price) == (pytest.approx(1 / 8), pytest.approx(2.0))
+def test_a_plan_has_hours() -> None:
+    one, eight, _ = outlook.on_ranks(measured(), samples=3_600_000, failures_per_day=0.02)
+    assert (one.hours, eight.hours) == (pytest.approx(1.0), pytest.approx(1 / 8))
     assert eight.checkpoint_steps < one.checkpoint_steps
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_plan_counts_communication_where_the_network_is_stated(device: str) -> None:
-    config = objective_config("unicl")
-    bound = measured(loader=cost(0.1), device=device)  # by the step
-    plans = {}
-    for gbit in (0.001, 1e9):
-        longer = outlook.longer_steps(config, bound, network_gbit=gbit)
-        assert longer[1] == 1
-        plans[gbit] = outlook.on_ranks(
-            bound, samples=10**6, price_per_hour=0, failures_per_day=0, longer=longer
-        )
-    slow, fast = plans[0.001], plans[1e9]
-    assert slow[0].images_per_second == pytest.approx(bound.rate)
-    assert slow[2].images_per_second < 0.2 * fast[2].images_per_second < 64 * bound.rate * 0.2
-    with pytest.raises(ValueError, match="text"):
-        outlook.longer_steps(objective_config("ce"), bound, network_gbit=1)
 
 
 def test_a_flow_is_timed_without_what_was_begun_before() -> None:
@@ -347,9 +324,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
         text=True,
         timeout=240,
     ).stdout
-    assert sorted(path.name for path in out.iterdir()) == [
-        "report.html", "report.json", "report.md",
-    ]  # fmt: skip
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
     assert (out / "report.json").read_text() == result.read_text()
     found = json.loads(result.read_text())
     names = {stage["name"] for stage in found["measured"]["stages"]}
@@ -367,34 +342,19 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
-    check_spreads_and_steps(found["measured"])
+    check_spreads(found["measured"])
     kept = as_kept(result.read_text())
     assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
     page = look_at(out / "report.html", tmp_path, width=390)
     assert (page["scroll_width"], page["beside"], page["broken"]) == (390, [], False)
-    assert page["shown_plots"] == 1  # the time line
 
 
-def check_spreads_and_steps(found: dict[str, Any]) -> None:
-    """Loader, step, whole and stages have rounds, and steps follow each other on one clock."""
+def check_spreads(found: dict[str, Any]) -> None:
+    """Loader, step, whole and stages have rounds."""
     for part in ("loader", "step", "whole"):
         assert min(found[part]["rounds"]) <= found[part]["wall"] <= max(found[part]["rounds"])
     timed = [stage for stage in found["stages"] if stage["name"] != "collectives"]  # in one go
     assert all(len(stage["cost"]["rounds"]) >= 2 for stage in timed)
-    steps = found["timeline"]
-    assert 4 <= len(steps) <= 20
-    assert steps[0]["begin"] == 0
-    for step, following in itertools.pairwise(steps):
-        assert following["begin"] == pytest.approx(step["begin"] + sum(step["parts"].values()))
-    assert found["made_meanwhile"]
-    for step in steps:
-        assert {"data_wait", "forward", "loss", "backward", "optimizer"} <= step["parts"].keys()
-        begun, ended = step["made"]
-        assert begun < ended <= step["given"]
-        # the trainer has its batch when it has waited for it
-        before = sum(step["parts"].get(part, 0.0) for part in ("other", "checkpoint", "checks"))
-        waited = step["begin"] + before + step["parts"]["data_wait"]
-        assert step["given"] == pytest.approx(waited, abs=0.002)
 
 
 def test_wrong_options_are_refused_in_a_sentence(

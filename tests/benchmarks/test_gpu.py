@@ -20,7 +20,7 @@ import torch
 
 from unicl_fast.benchmarks.gpu import measure, run, stages
 from unicl_fast.benchmarks.gpu.measure import Bench
-from unicl_fast.benchmarks.gpu.run import MARKS, Gpu, format_page, run_stage
+from unicl_fast.benchmarks.gpu.run import Gpu, format_page, run_stage
 from unicl_fast.benchmarks.gpu.stages import PART_A, GpuStage
 from unicl_fast.config import TrainConfig
 
@@ -65,7 +65,6 @@ def test_a_bare_checkout_runs_part_a_dry(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "stages" / "A4-step.trace.json.gz").is_file()
     page = (tmp_path / "report" / "gpu.md").read_text()
     assert page.startswith("# Dry run on a CPU: no figure here is a GPU's")
-    assert "H100" not in page  # no mark stands beside it
 
 
 @pytest.mark.slow
@@ -256,14 +255,13 @@ def test_without_a_gpu_only_the_dry_run_is_possible(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_page_has_the_mark_and_the_ratio_beside_a_figure() -> None:
+def test_a_page_has_a_table_of_each_stage() -> None:
     figure = {"median": 310.0, "low": 300.0, "high": 320.0, "unit": "TFLOP/s", "busy": 0.98}
     stage = {"status": "done", "reason": "", "figures": {"product of 8192^3, bf16": figure}}
     report = {"dry_run": False, "machine": {}, "stand_ins": [], "stages": {"machine": stage}}
-    page = format_page(report)
-    line = next(line for line in page.splitlines() if line.startswith("| product"))
-    assert line.count("|") == 8
-    assert "| 0.98 |  |  | 620 (H100, assumed) | 0.50 |" in line
+    (line,) = (line for line in format_page(report).splitlines() if line.startswith("| product"))
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells == ["310 TFLOP/s (300 to 320)", "0.98", "", ""]
 
 
 class ListingBench(Bench):
@@ -291,6 +289,7 @@ def test_every_step_is_built_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(stages, "build_trainer", build_trainer)
     monkeypatch.setattr(stages, "make_batch", lambda _, size, **more: MagicMock(batch_size=size))
     monkeypatch.setattr(stages, "_write_trace", lambda bench, step: None)
+    monkeypatch.setattr(stages, "StepInParts", MagicMock())
     monkeypatch.setattr(stages, "product_seconds", lambda bench: 1.0)
     monkeypatch.setattr(measure.gc, "collect", lambda: 0)  # a fifth of a second, after each step
     # the true one takes seconds to import
@@ -327,5 +326,3 @@ def test_every_step_is_built_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -
             "swin-tiny",
         )
         assert config.model.image_encoder.startswith(encoder.replace("-", "_")), name
-    machine = {"product of 8192^3, bf16", "copy of 4 GB"}
-    assert set(MARKS) <= set(steps) | machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,30 @@ import torch
 from fake_ranks import fake_ranks
 from small_runs import labelled_batch, objective_config
 
-from unicl_fast.batch import ListLoader
 from unicl_fast.benchmarks.run import main
-from unicl_fast.benchmarks.scale.check import LinksUnavailableError, machines_on_links, run_check
+from unicl_fast.benchmarks.scale.check import (
+    LinksUnavailableError,
+    error_of,
+    machines_on_links,
+    run_check,
+)
 from unicl_fast.benchmarks.scale.model import (
-    Bucket,
-    Collective,
     Compute,
     Gloo,
-    ModelSize,
     Nccl,
     binding,
-    collectives,
-    measure_size,
     simulate,
     without_overlap,
 )
-from unicl_fast.benchmarks.scale.run import TOLERANCE, Scale, model_rows, parse_counts
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.benchmarks.scale.run import TOLERANCE, model_rows, parse_counts
+from unicl_fast.benchmarks.scale.sizes import (
+    Bucket,
+    Collective,
+    ModelSize,
+    collectives,
+    measure_size,
+)
+from unicl_fast.benchmarks.step.parts import build_trainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "collectives.json"
 SIZE = ModelSize(
@@ -43,7 +50,7 @@ SIZE = ModelSize(
     ),
     buffers={},
 )
-COMPUTE = Compute.split(0.2, SIZE, local_batch=512, num_texts=512)
+COMPUTE = Compute.split(0.2, SIZE)
 INFINITE = Nccl(
     link_gbit=math.inf,
     nvlink_gbyte=math.inf,
@@ -117,7 +124,7 @@ def test_buckets_are_those_of_ddp() -> None:
         return answer
 
     with fake_ranks(2) as ranks:
-        trainer = Trainer(config, ListLoader([batch]), ranks=ranks, progress=False)
+        trainer, batch = build_trainer(config, batch, ranks=ranks)
         trainer.parallel.encode.register_comm_hook(None, lambda _, bucket: note(bucket))
         for _ in range(2):  # the first step orders them
             found.clear()
@@ -197,20 +204,20 @@ def test_rings_send_what_is_known_of_them() -> None:
 
 
 def test_the_loss_grows_by_four_products_of_the_added_texts() -> None:
-    grown = COMPUTE.with_columns(7 * 512, SIZE, local_batch=512, rate=1e12)
-    assert grown.total - COMPUTE.total == pytest.approx(4 * 2 * 512 * 7 * 512 * 512 / 1e12)
+    grown = COMPUTE.on_ranks(8, SIZE, local_batch=512)
+    rate = SIZE.step_operations(512, 512) / 0.2
+    assert grown.total - COMPUTE.total == pytest.approx(4 * 2 * 512 * 7 * 512 * 512 / rate)
 
 
 def test_the_exchange_on_the_host_binds_where_steps_are_short() -> None:
-    short = Compute.split(0.02, SIZE, local_batch=64, num_texts=64)
+    short = Compute.split(0.02, SIZE)
     step = simulate(short, SIZE, Nccl(link_gbit=math.inf), world_size=1024, num_texts=64)
     assert step.seconds == pytest.approx(1023 * 2 * 50e-6)
-    assert binding(step, compute=short.total, loss_growth=0) == "text counts (latency)"
+    assert binding(step, compute=short.total, loss_growth=0) == "text counts"
 
 
 def test_efficiency_is_1_at_one_machine_and_falls_from_there() -> None:
-    options = Scale(network=(100, 3200), host_seconds=0.0)
-    rows = model_rows(options, [8, 64, 512], SIZE, COMPUTE)
+    rows = model_rows([8, 64, 512], [100, 3200], SIZE, COMPUTE, local_batch=512, host_seconds=0.0)
     for slow, fast in zip(rows[:3], rows[3:], strict=True):
         assert slow["efficiency"] <= fast["efficiency"] <= 1
         assert slow["rate"] == pytest.approx(slow["gpus"] * 512 / slow["seconds"])
@@ -225,30 +232,20 @@ def test_the_parts_of_a_stated_step_add_up() -> None:
 
 
 def test_numbers_of_gpus_are_read() -> None:
-    assert parse_counts("8..64", per_node=8) == [8, 16, 32, 64]
-    assert parse_counts("4,24", per_node=8) == [4, 24]
+    assert parse_counts("8..64") == [8, 16, 32, 64]
+    assert parse_counts("4,24") == [4, 24]
     for wrong in ("", "64..8", "0..8", "eight", "8,", "20"):
         with pytest.raises(ValueError, match="--gpus"):
-            parse_counts(wrong, per_node=8)
+            parse_counts(wrong)
 
 
-def test_a_report_of_a_gpu_gives_the_step(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figures = {"swin-tiny, bf16, 256": {"median": 2560.0}, "swin-tiny, bf16, 64": {"error": "x"}}
-    report = {"dry_run": False, "stages": {"step": {"figures": figures}}}
-    (tmp_path / "gpu.json").write_text(json.dumps(report))
-    asked = ["scale", "--measured", str(tmp_path / "gpu.json"), "--gpus", "8"]
-    asked += ["--preset", "cifar10-small", "--local-batch"]  # quick to build
-    main([*asked, "256", "--plot", str(tmp_path / "plot.png")])
-    assert "MODEL, not measured" in (said := capsys.readouterr().out)
-    assert "100.0 ms a step: from a report" in said
-    assert (tmp_path / "plot.png").stat().st_size > 5000
-    for change, batch, why in (({}, "64", "can be 256"), ({"dry_run": True}, "256", "dry run")):
-        (tmp_path / "gpu.json").write_text(json.dumps(report | change))
-        with pytest.raises(SystemExit):
-            main([*asked, batch])
-        assert why in capsys.readouterr().err
+def test_a_step_is_timed_where_none_is_stated(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--preset", "digits-small", "--local-batch", "2", "--rounds", "1", "--gpus", "8")
+    main(["scale", *options])
+    assert re.search(r"MODEL, not measured: .* ms a step: timed here", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["scale", *options, "--step-seconds", "-1"])
+    assert "--step-seconds must be at least 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -262,7 +259,7 @@ def test_steps_on_slow_links_take_as_long_as_the_model_says() -> None:
             pass
     except LinksUnavailableError as error:
         pytest.skip(str(error))
-    rows = list(run_check(ranks=(2, 4), rates=(200, 500), rounds=5))
-    assert [(row.ranks, row.link_mbit) for row in rows] == [(2, 200), (2, 500), (4, 200), (4, 500)]
-    for row in rows:
-        assert abs(row.error) <= TOLERANCE, row
+    found = dict(run_check(ranks=(2, 4), rates=(200, 500), rounds=5))
+    assert list(found) == [f"{ranks} ranks, {mbit} Mb/s" for ranks in (2, 4) for mbit in (200, 500)]
+    for name, values in found.items():
+        assert abs(error_of(values)) <= TOLERANCE, name

@@ -38,16 +38,11 @@ document.getElementById("page").onload = () => {
     addresses: [...page.querySelectorAll("[src], [href], [srcset]")].map((one) =>
       (one.getAttribute("src") || one.getAttribute("href") || "").slice(0, 5)),
     scroll_width: page.documentElement.scrollWidth,
+    height: page.querySelector("main").getBoundingClientRect().height,
     beside: beside.map((one) => one.outerHTML.slice(0, 120)),
     smallest_font: Math.min(...[...page.querySelectorAll("main *")]
       .filter((one) => one.childNodes.length && one.textContent.trim() && !one.closest("svg"))
       .map((one) => parseFloat(getComputedStyle(one).fontSize))),
-    smallest_drawn_font: Math.min(...[...page.querySelectorAll("svg text")]
-      .map((one) => [one.closest("svg"), parseFloat(getComputedStyle(one).fontSize)])
-      .filter(([svg]) => svg.getBoundingClientRect().width > 0)
-      .map(([svg, size]) => size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)),
-    shown_plots: [...page.querySelectorAll("svg")]
-      .filter((one) => one.getBoundingClientRect().width > 0).length,
     background: getComputedStyle(page.body).backgroundColor,
     text: page.body.innerText,
     broken: window.broken || Boolean(document.getElementById("page").contentWindow.broken),

@@ -57,7 +57,7 @@ def measured(**changes: Any) -> Measured:
 def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
     """What `unicl-bench run` makes of the numbers."""
     useful, idle = advise(found)
-    plans = outlook.on_ranks(found, samples=10**6, price_per_hour=1, failures_per_day=0.02)
+    plans = outlook.on_ranks(found, samples=10**6, failures_per_day=0.02)
     config = TrainConfig()
     plain = Diagnosis(
         measured=found,
@@ -66,8 +66,6 @@ def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
         idle=tuple(idle),
         plans=tuple(plans),
         largest_batch=64,
-        is_priced=True,
-        network_gbit=0.0,
         tried=None,
         config=config_to_dict(config),
     )

@@ -48,7 +48,7 @@ def nonzero(seconds: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_parts_are_summed_and_kept_for_each_step(hours: Hours, device: torch.device) -> None:
+def test_parts_are_summed_over_steps(hours: Hours, device: torch.device) -> None:
     clock = StepClock(device)
     hours.pass_by(0.5)
     for part, seconds in {"data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}.items():
@@ -63,12 +63,8 @@ def test_parts_are_summed_and_kept_for_each_step(hours: Hours, device: torch.dev
     hours.pass_by(64)
     first = {"other": 0.5, "data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}
     assert nonzero(clock.read()) == first | {"forward": 34, "evaluation": 16, "other": 64.5}
-    assert [nonzero(step) for step in clock.recent] == [first, {"evaluation": 16, "forward": 32}]
     hours.pass_by(3)
     assert nonzero(clock.read()) == {"other": 3}  # without a gap
-    clock.end_step()  # the step began when the one before had ended, and not when one read
-    clock.read()
-    assert nonzero(clock.recent[-1]) == {"other": 67}
 
 
 def test_only_reading_waits_for_the_device_and_events_are_used_again(

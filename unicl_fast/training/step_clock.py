@@ -9,7 +9,6 @@ so they sum to the elapsed time.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import itertools
 import time
@@ -27,7 +26,6 @@ Part = Literal[
 PARTS: tuple[Part, ...] = get_args(Part)
 NO_TRAINING: tuple[Part, ...] = ("checkpoint", "evaluation", "checks")
 """Parts that are left out of rates: `checks` compares the weights of ranks, and settles a start."""
-_REMEMBERED_STEPS = 1000
 
 
 class StepClock:
@@ -35,15 +33,9 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         """Begins with the part `other`."""
-        self.recent: collections.deque[dict[Part, float]]
-        self.recent = collections.deque(maxlen=_REMEMBERED_STEPS)
-        """Seconds by part of the last steps that were read, the newest last. To a step belongs what
-        came after the end of the one before, such as an evaluation."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._free: list[torch.cuda.Event] = []
         self._borders: list[tuple[Part, Any]] = []
-        self._ends: list[int] = []
-        self._of_step = dict.fromkeys(PARTS, 0.0)  # since the last end of a step
         self._part: Part = "other"
         self._interrupted: list[Part] = []
         self.begin("other")
@@ -55,7 +47,6 @@ class StepClock:
 
     def end_step(self) -> None:
         """Ends a step; until another part begins, the time is `other`."""
-        self._ends.append(len(self._borders))
         self.begin("other")
 
     @contextlib.contextmanager
@@ -75,20 +66,11 @@ class StepClock:
         if self._on_gpu:
             now.synchronize()
         sums: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-        ends = iter([*self._ends, -1])
-        next_end = next(ends)
-        borders = [*self._borders, (self._part, now)]
-        intervals = enumerate(itertools.pairwise(borders), start=1)
-        for number, ((part, begun), (_, ended)) in intervals:
-            seconds = begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
-            sums[part] += seconds
-            self._of_step[part] += seconds
-            if number == next_end:
-                self.recent.append(self._of_step)
-                next_end, self._of_step = next(ends), dict.fromkeys(PARTS, 0.0)
+        for (part, begun), (_, ended) in itertools.pairwise([*self._borders, (self._part, now)]):
+            sums[part] += begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
         if self._on_gpu:
             self._free += [event for _, event in self._borders]
-        self._borders, self._ends = [(self._part, now)], []
+        self._borders = [(self._part, now)]
         return sums
 
     def _note_wait(self, begins: bool) -> None:
