@@ -22,8 +22,10 @@ from property_tests import examples
 
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import trees
-from unicl_fast.packing.sources.items import EntryError, ListOptions, Source
+from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.items import Source
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.trees import open_tree
 
 pytestmark = pytest.mark.slow

@@ -26,8 +26,8 @@ from pack_runs import jpeg, run_pack
 from unicl_fast.packing import ray_engine
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.ray_engine import check_on_ray
+from unicl_fast.packing.sources.entries import FileEntry
 from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.trees import FileEntry
 from unicl_fast.packing.workers import Checked, ImageOptions, Task
 
 has_ray = importlib.util.find_spec("ray") is not None

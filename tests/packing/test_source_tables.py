@@ -25,8 +25,9 @@ from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
-from unicl_fast.packing.sources.items import ListOptions, Problem
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
 
@@ -450,6 +451,15 @@ def _crash(task: str) -> None:
 
 def _refuse(task: str) -> None:
     raise ValueError(f"of the {task}")
+
+
+def test_a_full_disk_is_told_by_what_it_is_needed_for(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
+    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+        read_source(str(tmp_path / "a.parquet"), spool=spool)
 
 
 def test_without_pyarrow_the_extra_is_named(

@@ -15,19 +15,12 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
 from unicl_fast.packing.sources import spool as spool_module
-from unicl_fast.packing.sources.items import (
-    Columns,
-    Item,
-    Problem,
-    RefusedEntry,
-    Source,
-    Span,
-    add_texts,
-    require_text,
-)
+from unicl_fast.packing.sources.entries import FileEntry, RefusedEntry, Span
+from unicl_fast.packing.sources.items import Item, Problem, Source, require_text
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Spool
-from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
+from unicl_fast.packing.sources.trees import ZipEntry, open_tree
 
 COLUMNS = Columns("", ("caption",), ("label",))
 texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])

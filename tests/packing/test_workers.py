@@ -19,7 +19,9 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.sources.items import Entry, ListOptions, RefusedEntry, Source
+from unicl_fast.packing.sources.entries import Entry, RefusedEntry
+from unicl_fast.packing.sources.items import Source
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.workers import (
     Checked,

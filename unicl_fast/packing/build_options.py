@@ -15,7 +15,7 @@ from unicl_fast.images.check import (
     ImageFormat,
 )
 from unicl_fast.packing.ray_engine import Engine, require_engine
-from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0

@@ -21,7 +21,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from unicl_fast.packing.sources.items import EntryError, Problem
+from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import (
     CHUNKS_AHEAD,
     Checked,

@@ -21,14 +21,8 @@ from tqdm import tqdm
 
 from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
-from unicl_fast.packing.sources.items import (
-    Entry,
-    EntryError,
-    Item,
-    JoinedTexts,
-    Problem,
-    Source,
-)
+from unicl_fast.packing.sources.entries import Entry, EntryError
+from unicl_fast.packing.sources.items import Item, JoinedTexts, Problem, Source
 from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
 
 _AHEAD = 64

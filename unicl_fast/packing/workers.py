@@ -46,14 +46,14 @@ from unicl_fast.packing.limited_processes import (
     enter,
     in_order,
 )
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
     PackedFile,
-    Problem,
     fields_of,
 )
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 

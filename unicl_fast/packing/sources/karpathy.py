@@ -10,18 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.sources.coco import iter_elements
-from unicl_fast.packing.sources.items import (
-    LEFT_OUT,
-    Columns,
-    Item,
-    ListOptions,
-    Source,
-    add_texts,
-    meets,
-    refused,
-    require_text,
-)
+from unicl_fast.packing.sources.items import Item, Source, refused, require_text
+from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, ListOptions, add_texts, meets
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 

@@ -22,16 +22,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
-    Item,
+    FileEntry,
     RefusedEntry,
     check_file_size,
-    read_regular,
-    refused,
 )
+from unicl_fast.packing.sources.items import Item, refused
 
 _MAX_PATH_BYTES = 4096
 """Linux's PATH_MAX. Longer names cannot exist, and resolving one takes time squared."""
@@ -39,22 +38,6 @@ _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
 """Only then do the upper 16 bits of the attributes say what kind of file a member was."""
-
-
-@dataclass(slots=True, unsafe_hash=True)
-class FileEntry:
-    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
-
-    path: str
-    num_bytes: int
-    mtime_ns: int = 0
-    """When it was written; a build that resumes sees by it that the file was changed."""
-
-    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        try:
-            return read_regular(self.path, max_bytes=max_bytes)
-        except OSError as error:
-            raise EntryError("unreadable", error.strerror or str(error)) from error
 
 
 class FolderTree:
