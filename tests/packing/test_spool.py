@@ -167,6 +167,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
     monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 50)
+    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
     store = new_store()
     many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     here = FileEntry(__file__, 10)

@@ -7,7 +7,7 @@ it cannot be packed. A `Source` has the items of one SOURCE.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,26 +98,3 @@ def require_text(item: Item) -> None:
     """Gives an item without captions and labels its problem, once all rows have been read."""
     if item.problem is None and not item.captions and not item.labels:
         item.problem = Problem("no text", "neither a caption nor a label")
-
-
-class JoinedTexts:
-    """The captions and labels of samples with the same image, each once, in order."""
-
-    def __init__(self, captions: Iterable[str], labels: Iterable[Any]) -> None:
-        self.captions = dict.fromkeys(captions)
-        self.labels = dict.fromkeys(labels)
-
-    def add(self, captions: Iterable[str], labels: Iterable[Any]) -> bool:
-        """Adds those of one more sample; adds nothing if that were more than a sample can have.
-
-        A placeholder may stand for any number of images, and must then stay several samples, so
-        that no text is lost.
-        """
-        new_captions = dict.fromkeys(text for text in captions if text not in self.captions)
-        new_labels = dict.fromkeys(label for label in labels if label not in self.labels)
-        counts = len(self.captions) + len(new_captions), len(self.labels) + len(new_labels)
-        if max(counts) > MAX_TEXTS:
-            return False
-        self.captions |= new_captions
-        self.labels |= new_labels
-        return True
