@@ -63,8 +63,7 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
     if num_rows is not None and count != num_rows:
         raise ValueError(
             f"{path} is damaged or cut short: {count_of(count, 'row')}, the manifest says "
-            f"{num_rows}; "
-            "copy the data set again"
+            f"{num_rows}; copy the data set again"
         )
 
 
