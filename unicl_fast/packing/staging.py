@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
+from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.wording import count_of, without_secrets
 
 _FILES_AT_ONCE = 4
-_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _INSIDE_ZIP = re.compile(r"(.+?\.zip)/(.+)", re.IGNORECASE)
 
 
@@ -164,7 +164,7 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy
         found = {name + secret: store.find(name + secret)}
         if found[name + secret] is None:
             return _find_folder(place, folder)
-    if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
+    if with_folder and PurePosixPath(name).suffix.lower() in LIST_SUFFIXES:
         return str(folder / store.name / name), _find_folder(above, folder)[1]
     copies = []
     for one, (signed, stored) in zip(names, found.items(), strict=True):

@@ -18,6 +18,8 @@ from typing import Any
 from unicl_fast.packing.sources.items import Item, Problem, Source, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.rows import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
     LEFT_OUT,
     Columns,
     ListOptions,
@@ -30,8 +32,6 @@ from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
 
 IMAGE_COLUMNS = ("image", "file", "path", "file_name")
-CAPTION_COLUMNS = ("caption", "captions")
-LABEL_COLUMNS = ("label", "labels")
 _USUAL = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
 
 MAP_ENDING = "map.txt"
@@ -227,3 +227,4 @@ _ROW_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     ".ndjson": _jsonl_rows,
     ".json": _json_rows,
 }
+LIST_SUFFIXES = tuple(_ROW_READERS)

@@ -35,7 +35,6 @@ from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*tables.PARQUET, *tables.ARROW)
 
 _NO_OPTIONS = ListOptions()
@@ -111,7 +110,7 @@ def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
         return read_karpathy(path, options, spool)
     if is_coco(path):
         return read_coco([path], options, spool)
-    if suffix in LIST_SUFFIXES:
+    if suffix in lists.LIST_SUFFIXES:
         return lists.read_list(path, options, spool)
     if suffix in TABLE_SUFFIXES:
         return tables.read_tables(path.name, [path], options, spool)

@@ -17,6 +17,10 @@ MAX_CAPTION_BYTES = 100_000
 """Size of the longest caption that is read, in UTF-8. Encoders see its first words, and tokenizing
 takes 140 bytes of memory for each byte."""
 
+CAPTION_COLUMNS = ("caption", "captions")
+LABEL_COLUMNS = ("label", "labels")
+"""The usual names in lists, tars and TSVs; tables have more (`arrow_tables`)."""
+
 LOW_SCORE = "low score"
 """The kind of rows that `--min-score` leaves out."""
 LEFT_OUT = "rows that --where left out"

@@ -23,9 +23,10 @@ from typing import Any, BinaryIO, cast
 
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span, open_regular
 from unicl_fast.packing.sources.items import Item, Problem, Source, refused
-from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.rows import (
+    CAPTION_COLUMNS,
     FAILED_DOWNLOADS,
+    LABEL_COLUMNS,
     LEFT_OUT,
     ListOptions,
     add_texts,

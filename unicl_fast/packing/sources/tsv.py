@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 
 from unicl_fast.packing.sources.entries import Base64Span, open_regular
 from unicl_fast.packing.sources.items import Item, Problem, Source, refused
-from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.rows import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
     LEFT_OUT,
     Columns,
     ListOptions,
