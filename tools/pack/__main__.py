@@ -102,9 +102,6 @@ class Build(BuildOptions, _SourcesAndOut):
     ] = ()
     """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
     several times."""
-    hierarchy_columns: tuple[str, ...] = ()
-    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
-    itself may be given if it has such columns."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""

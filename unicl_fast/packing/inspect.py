@@ -227,11 +227,7 @@ def inspect_dataset(
         near_copies = None
         if near:
             hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
-            # among what is left when exact ones are gone
-            kept = np.flatnonzero(exact == np.arange(len(exact)))
-            leaders = np.arange(len(hashes))
-            leaders[kept] = kept[find_leaders(hashes[kept], near_distance)]
-            near_copies = _copies(dataset, leaders, hashes)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
         return Inspection(
             folder=dataset.folder,
             **{name: getattr(manifest, name) for name in _OF_MANIFEST},
@@ -401,6 +397,19 @@ def _copies(
         num_labels_differ=sum(group.labels_differ for group in found),
         groups=tuple(found),
     )
+
+
+def _near_copies(
+    dataset: PackedDataset,
+    hashes: npt.NDArray[np.uint64],
+    exact: npt.NDArray[np.int64],
+    max_distance: int,
+) -> Copies:
+    """Groups of images that look alike, once all exact copies but the first are gone."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], max_distance)]
+    return _copies(dataset, leaders, hashes)
 
 
 def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
