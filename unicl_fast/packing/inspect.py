@@ -150,7 +150,7 @@ class Inspection:
     class_counts: tuple[tuple[str, int], ...]
     """Name and number of images of each class, in label order."""
     labels_per_image: dict[int, int]
-    """How many labelled images have so many labels."""
+    """How many images have one label, two, and so on."""
     captions_per_image: Spread | None
     caption_tokens: Spread | None
     """Lengths without start and end token."""

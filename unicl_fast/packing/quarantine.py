@@ -2,8 +2,8 @@
 
 quarantine.csv of a packed data set lists what a build left out, and why
 (`unicl_fast.dataset.writer` writes it). `--leave-out` leaves out the samples of a list with the
-same columns. A source is known by its last name alone, so samples of `a/train` and `b/train` may be
-called alike; a list that cannot tell them apart is refused.
+same columns. A source is known only by its last name, so samples of `a/train` and `b/train` may
+have the same name; a list that cannot distinguish them is refused.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def join_duplicates(
     """Makes one sample of files that are equal byte for byte, with the texts of all.
 
     The first of them gets the captions and labels of the others that it has not yet; the others get
-    a problem. What cannot be read is left alone: packing will say why. Files of different sizes
+    a problem. What cannot be read stays as it is: packing will say why. Files of different sizes
     are different, so only those that share their size with another are read. Images that merely
     look alike are found by `near_duplicates`.
 

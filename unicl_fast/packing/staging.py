@@ -151,7 +151,7 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy
     whether a list may name images in its own folder, which is then copied too.
     """
     place, mark, query = url.partition("?")
-    secret = mark + query  # a signature: for requests alone, not for paths and names
+    secret = mark + query  # a signature: only for requests, not for paths and names
     inside = _INSIDE_ZIP.fullmatch(place)
     base, rest = (inside[1], f"/{inside[2]}") if inside else (place, "")
     above, _, name = base.rpartition("/")

@@ -353,5 +353,5 @@ class _SampleChecks:
 
 
 def _without_name(error: DamagedSampleError) -> str:
-    """The message without the sample's name, which is shown beside it."""
+    """The message without the sample's name, which is shown before it."""
     return str(error).partition("): ")[2] or str(error)

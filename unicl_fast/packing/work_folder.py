@@ -1,6 +1,6 @@
 """OUT.partial: the work of an unfinished build, with which the same command resumes.
 
-Beside the data set in the making and its journal (`unicl_fast.dataset.writer`) it holds a record of
+Next to the unfinished data set and its journal (`unicl_fast.dataset.writer`) it holds a record of
 what the build is made of: its options, and a checksum of each source. Shards of another build must
 never get into this one, so a command with other options or changed sources is refused with the
 difference. A lock keeps a second build out; the kernel releases it when the process ends, however
@@ -106,7 +106,7 @@ class WorkFolder:
 
     @property
     def copies(self) -> Path:
-        """The folder of copies of sources under URLs, which --restart leaves alone."""
+        """The folder of copies of sources under URLs, which --restart keeps."""
         return self.path / _COPIES_NAME
 
     @property

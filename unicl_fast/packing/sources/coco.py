@@ -38,7 +38,7 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
 
     They are captions_*.json, instances_*.json, or others of this form: `images` with `id` and
     `file_name`; `annotations` with `image_id`, and `caption` or `category_id`; `categories` with
-    `id` and `name`. Without `image_root` the images are looked for beside each file.
+    `id` and `name`. Without `image_root` the images are looked for next to each file.
     """
     names = ", ".join(path.name for path in paths)
     if options.scores():

@@ -1,6 +1,6 @@
-"""Folders of images whose texts lie beside them: Hugging Face's ImageFolder, and x.jpg with x.txt.
+"""Folders of images next to their texts: Hugging Face's ImageFolder, and x.jpg with x.txt.
 
-They look like class folders with something beside the images. Read as such, `train/1.jpg` with
+They look like class folders with something next to the images. Read as such, `train/1.jpg` with
 `train/metadata.jsonl` would become an image of the class "train" without its caption; so what is
 such a folder, and what is a split of a data set, is decided here.
 """

@@ -50,7 +50,7 @@ def refused(name: str, kind: str, message: str) -> Item:
 
 
 def spell_classes(names: Sequence[str]) -> list[str]:
-    """Labels that tell the classes of one list apart, though some may have equal names.
+    """Labels that distinguish the classes of one list, though some may have equal names.
 
     The built-in names of ImageNet have 'missile' and 'sunglasses' twice. A label is the name, a
     zero byte, and how many classes before it have the same name.

@@ -33,7 +33,7 @@ def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads the images of a split with their captions as they were written.
 
     `--where split=test` chooses; `split=train` also takes COCO's `restval`, as papers do. Without
-    `image_root` the images are looked for beside the file. They lie in it under their `filepath`
+    `image_root` the images are looked for next to the file. They lie in it under their `filepath`
     (COCO's val2014), or directly.
 
     Raises:

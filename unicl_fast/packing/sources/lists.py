@@ -70,7 +70,7 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
 
 
 def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads `train_map.txt`: lines PATH<TAB>NUMBER, paths in the zip beside it, or ZIP@PATH.
+    """Reads `train_map.txt`: lines PATH<TAB>NUMBER, paths in the zip next to it, or ZIP@PATH.
 
     The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
     """

@@ -1,4 +1,4 @@
-"""Packed data sets as sources of a build, alone or next to others.
+"""Packed data sets as sources of a build, also together with others.
 
 Texts and origins come from the JSON in the shards; images stay there until a worker reads them and
 compares their checksum. Captions have no checksum of their own. They are tokenized and compared

@@ -43,7 +43,7 @@ _NO_OPTIONS = ListOptions()
 def read_sources(
     paths: Sequence[str], options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> list[Source]:
-    """Reads all sources of a build; COCO's files become one, whatever stands between them."""
+    """Reads all sources of a build; all of COCO's files become one, in the place of the first."""
     spool = spool or Spool(None)
     files = dict.fromkeys(map(Path, paths))
     coco = [path for path in files if is_coco(path) and not is_karpathy(path)]
@@ -135,7 +135,7 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
         return tars.read_image_folders(path, options, spool)
     archives = [file for file in files if file.lower().endswith(tars.TARS)]
     parquet = tables.find_parquet(path)
-    # what programs leave beside their output: img2dataset's _tmp, __MACOSX
+    # what programs leave next to their output: img2dataset's _tmp, __MACOSX
     aside = {folder for folder in folders if folder.startswith("_")}
     if archives and folders == aside:
         source = tars.read_tars(name, [path / archive for archive in archives], options, spool)

@@ -25,7 +25,7 @@ from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fi
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
 
 _CACHE_KILOBYTES = 16_000
-"""Memory of the database, whatever the number of samples; 64 MB were not faster."""
+"""Memory of the database for any number of samples; 64 MB were not faster."""
 READ_ITEMS = 256
 """Items read at once where many are read; SQLite below 3.32 takes 999 values in a statement."""
 _WRITE_ROWS = 64

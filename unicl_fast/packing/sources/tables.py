@@ -1,8 +1,8 @@
 """Parquet lists and folders of Hugging Face's `datasets`, read with pyarrow.
 
-Images are bytes in the file or paths beside it. Numbers that the file has names for become these
-names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves a
-line of JSON for each row.
+Images are bytes in the file, or files that it names. Numbers that the file has names for become
+these names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves
+a line of JSON for each row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TableTask:
 
 @dataclass(kw_only=True, slots=True)
 class TableResult:
-    """The facts about a file that its rows do not tell."""
+    """The facts about a file that are not in its rows."""
 
     labels_are_names: bool = True
     """Whether the file has names for all numbers that are labels."""

@@ -278,7 +278,7 @@ def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _count_failures(stem: Path, maker: _SampleMaker) -> None:
-    """Counts img2dataset's failures, by the statistics that it leaves beside each shard."""
+    """Counts img2dataset's failures, by the statistics that it leaves next to each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
         with open_regular(str(stats)) as file:
@@ -328,7 +328,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise DamagedTarError(message, offset=at) from error
         except OSError:
             raise
-        except Exception as error:  # tarfile raises whatever its parsing stumbles over
+        except Exception as error:  # tarfile raises any error that its parsing runs into
             message = f"no header of a file at byte {at:,} ({error or type(error).__name__})"
             raise DamagedTarError(message, offset=at) from error
         last = max(member.offset_data + member.size * is_plain(member), archive.offset - 511)

@@ -104,7 +104,7 @@ class FolderTree:
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
-        """Whether a path stays in the folder as it is written, whatever links do."""
+        """Whether a path stays in the folder as it is written, before links are followed."""
         if ".." in name.split("/"):
             return False
         return not os.path.isabs(name) or _is_under(name, os.path.abspath(self._root))
@@ -192,7 +192,7 @@ class ZipEntry:
     def _inflate(self, packed: bytes) -> bytes:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            # never more than the directory promises, whatever the stream holds
+            # never more than the directory promises, even if the stream holds more
             return inflater.decompress(packed, self.num_bytes + 1)
         except zlib.error as error:
             raise EntryError("damaged", f"the zip's compressed data are broken: {error}") from error
@@ -246,7 +246,7 @@ def _read_directory(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             return file.infolist()
-    except Exception as error:  # zipfile raises whatever its parsing stumbles over
+    except Exception as error:  # zipfile raises any error that its parsing runs into
         reason = str(error) or type(error).__name__
         raise ValueError(f"{archive} cannot be read as a zip: {reason}") from error
 
@@ -286,7 +286,7 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
 
 
 def require_there(entry: Entry | None, source: str) -> None:
-    """Tells an image that cannot be read from a source that has vanished, such as a dropped mount.
+    """Raises if an image cannot be read because its source has vanished, as a dropped mount does.
 
     A file may be gone by itself, and is listed then. If its folder is gone too, or empty as the
     folder of a mount that was dropped, or the archive is gone that held it, so are all others.
