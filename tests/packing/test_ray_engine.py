@@ -14,13 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bad_entries import (
-    Crashing,
-    Faulty,
-    KillsParentOnce,
-    SaysWhere,
-    SeenHereOnly,
-)
+from bad_entries import Crashing, Faulty, KillsParentOnce, SaysWhere, SeenHereOnly
 from pack_runs import jpeg, run_pack
 
 from unicl_fast.packing import ray_engine

@@ -22,13 +22,7 @@ from unicl_fast.packing.sources.entries import Entry, RefusedEntry
 from unicl_fast.packing.sources.items import Source
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.workers import (
-    Checked,
-    ImageOptions,
-    Problem,
-    Task,
-    check_in_order,
-)
+from unicl_fast.packing.workers import Checked, ImageOptions, Problem, Task, check_in_order
 
 pytestmark = pytest.mark.dist
 

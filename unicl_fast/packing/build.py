@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 from tqdm import tqdm
@@ -33,11 +33,7 @@ from unicl_fast.packing.label_space import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.quarantine import (
-    LeaveOut,
-    count_left_out,
-    describe_left_out,
-)
+from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import (
     Samples,
@@ -268,13 +264,15 @@ def _pack(
     """
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
-    kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
     with Spool(work.spool) as spool:
         contents = _read(paths, options, images, spool, work, progress=progress)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
-            out, shard_bytes=options.shard_bytes, images=kind, work=work.path
+            out,
+            shard_bytes=options.shard_bytes,
+            images="raw" if is_raw else "encoded",
+            work=work.path,
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples

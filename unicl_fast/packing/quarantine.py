@@ -74,10 +74,10 @@ def count_left_out(path: Path) -> dict[str, int]:
 
 def describe_left_out(path: Path) -> str:
     """The counts by kind and the first few reasons, as text."""
-    counts = Counter(count_left_out(path))
+    counts = count_left_out(path).items()
     first = itertools.islice(read_left_out(path), _REASONS_SHOWN)
     reasons = [f"  {row.name}: {row.message}" for row in first]
-    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts.most_common()), *reasons])
+    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts), *reasons])
 
 
 def duplicate_message(source: str, name: str) -> str:
