@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unicl_fast.packing.sources.items import EntryError
+from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.workers import ImageOptions
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from unicl_fast.packing.sources.items import EntryError, Item, Source
+from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.items import Item, Source
 
 
 def jpeg(number: int) -> bytes:

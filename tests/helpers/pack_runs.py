@@ -1,11 +1,16 @@
-"""unicl-pack called in this process, and small images for it to pack."""
+"""unicl-pack called in this process, small images for it to pack, and a look at what it wrote."""
 
 from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 
+from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.tools.pack.__main__ import main
 
 
@@ -24,3 +29,18 @@ def run_pack(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[in
         code = int(stop.code or 0)
     printed = capsys.readouterr()
     return code, printed.out + printed.err
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All files of a data set; made-of.json, which holds times and paths, is none."""
+    names = sorted(set(os.listdir(out)) - {MADE_OF_NAME})
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def left_out(out: Path) -> dict[str, tuple[str, str]]:
+    """Kind and message of each row of quarantine.csv, by the sample's name; none comes twice."""
+    with (out / "quarantine.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {row["name"]: (row["kind"], row["message"]) for row in rows}
+    assert len(found) == len(rows)
+    return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import zipfile
 from pathlib import Path
 
 import pytest
-from pack_runs import jpeg, run_pack
+from pack_runs import jpeg, left_out, run_pack
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
@@ -48,11 +47,6 @@ def read(out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
     return found
 
 
-def listed(out: Path) -> dict[str, tuple[str, str]]:
-    with (out / "quarantine.csv").open(newline="") as file:
-        return {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
-
-
 def test_equal_files_become_one_sample_with_all_texts(sources: list[Path], tmp_path: Path) -> None:
     for workers in (1, 3):
         out = tmp_path / f"set{workers}"
@@ -63,7 +57,7 @@ def test_equal_files_become_one_sample_with_all_texts(sources: list[Path], tmp_p
             "dog/3.jpg": ((), ["dog"]),
             "b.jpg": (("so",), []),
         }
-        out_of = listed(out)
+        out_of = left_out(out)
         duplicates = {name for name, (kind, _) in out_of.items() if kind == "duplicate"}
         assert duplicates == {"cat/2b.jpg", "dog/1.jpg", "a.jpg", "dog/cut2.jpg"}
         assert out_of["a.jpg"][1].startswith("the same bytes as cat/1.jpg of photos.zip")

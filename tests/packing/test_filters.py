@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inline_checks import check_inline
-from pack_runs import run_pack
+from pack_runs import contents, left_out, run_pack
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -59,11 +58,6 @@ FILTERS: dict[str, Any] = {
 }
 
 
-def listed(out: Path) -> dict[str, tuple[str, str]]:
-    with (out / "quarantine.csv").open(newline="") as file:
-        return {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
-
-
 def captions(out: Path) -> dict[str, list[str]]:
     with PackedDataset(out) as dataset:
         reader = SampleReader(dataset)
@@ -72,16 +66,12 @@ def captions(out: Path) -> dict[str, list[str]]:
         return {one.name: list(one.captions) for one in found}
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "made-of.json"}
-
-
 def test_what_each_filter_leaves_out_is_listed_with_its_reason(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_inline(monkeypatch)
     summary = build_dataset([source], tmp_path / "set", progress=False, **FILTERS)
-    assert listed(tmp_path / "set") == {
+    assert left_out(tmp_path / "set") == {
         "02.jpg": ("too small", "40 x 20 pixels; 30 a side are asked for"),
         "03.jpg": (
             "aspect ratio",
@@ -165,9 +155,9 @@ def test_an_image_that_another_row_keeps_is_not_among_those_left_out(
     rows.append(rows[10] | {"captions": ["a low caption"], "clip": 0.1})
     source.write_text("\n".join(map(json.dumps, rows)))
     build_dataset([source], tmp_path / "set", progress=False, min_score=("clip=0.15",))
-    left_out = listed(tmp_path / "set")
-    assert left_out.keys() == {"05.jpg", "06.jpg", "line 13"}
-    assert left_out["line 13"] == ("low score", "10.jpg: clip is 0.1, below 0.15")
+    listed = left_out(tmp_path / "set")
+    assert listed.keys() == {"05.jpg", "06.jpg", "line 13"}
+    assert listed["line 13"] == ("low score", "10.jpg: clip is 0.1, below 0.15")
     assert captions(tmp_path / "set")["10.jpg"] == ["a photo of number 10"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from bombs import BOMBS, SOUND_BOMBS, honest
+from pack_runs import left_out
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import MAX_PIXELS as DEFAULT_PIXELS
@@ -70,8 +71,7 @@ def peak_at_rest(tmp_path_factory: pytest.TempPathFactory) -> float:
 
 
 def quarantined(out: Path) -> dict[str, str]:
-    with (out / "quarantine.csv").open(newline="", encoding="utf-8") as file:
-        return {row["name"]: row["kind"] for row in csv.DictReader(file)}
+    return {name: kind for name, (kind, _) in left_out(out).items()}
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ from PIL import Image
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import check_image
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.workers import (
-    Checked,
-    ImageOptions,
-    Task,
-    check_in_order,
-    make_chunks,
-)
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order, make_chunks
 
 run = functools.partial(run_pack, "build", "--workers", 1, "--format", "raw")
 

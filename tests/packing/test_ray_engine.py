@@ -14,20 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bad_entries import (
-    Crashing,
-    Faulty,
-    KillsParentOnce,
-    SaysWhere,
-    SeenHereOnly,
-)
+from bad_entries import Crashing, Faulty, KillsParentOnce, SaysWhere, SeenHereOnly
 from pack_runs import jpeg, run_pack
 
 from unicl_fast.packing import ray_engine
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.ray_engine import check_on_ray
+from unicl_fast.packing.sources.entries import FileEntry
 from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.trees import FileEntry
 from unicl_fast.packing.workers import Checked, ImageOptions, Task
 
 has_ray = importlib.util.find_spec("ray") is not None

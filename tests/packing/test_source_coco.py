@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
 
-from unicl_fast.packing.sources import coco as source_coco
-from unicl_fast.packing.sources.coco import iter_elements
-from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources import json_pieces
+from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.read_sources import read_source, read_sources
+from unicl_fast.packing.sources.rows import ListOptions
 
 CAPTIONS = {
     "info": {"year": 2017},
@@ -223,7 +223,7 @@ def test_json_in_pieces_is_json(
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_coco, "_BLOCK", block)
+        patch.setattr(json_pieces, "_BLOCK", block)
         assert list(iter_elements(path)) == pieces_of(value)
         cut = random.Random(block).randrange(len(text))
         path.write_text(text[:cut], encoding="utf-8", errors="surrogatepass")
@@ -234,8 +234,8 @@ def test_json_in_pieces_is_json(
 def test_an_element_without_end_is_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_coco, "_BLOCK", 1000)
-    monkeypatch.setattr(source_coco, "MAX_ELEMENT", 10_000)
+    monkeypatch.setattr(json_pieces, "_BLOCK", 1000)
+    monkeypatch.setattr(json_pieces, "MAX_ELEMENT", 10_000)
     (tmp_path / "a.json").write_text('["' + "x" * 1_000_000)
     reader = iter_elements(tmp_path / "a.json")
     with pytest.raises(ValueError, match="at character 1"):

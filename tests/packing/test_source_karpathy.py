@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from unicl_fast.packing.sources.items import LEFT_OUT, ListOptions
 from unicl_fast.packing.sources.read_sources import read_sources
+from unicl_fast.packing.sources.rows import LEFT_OUT, ListOptions
 
 SPLITS = ("train", "val", "test", "restval")
 

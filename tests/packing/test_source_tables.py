@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import re
@@ -18,15 +17,16 @@ import pytest
 from foreign_sources import jpeg, outcomes, read, texts
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import run_pack
+from pack_runs import left_out, run_pack
 from property_tests import examples
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
-from unicl_fast.packing.sources.items import ListOptions, Problem
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
 
@@ -289,11 +289,8 @@ def test_a_build_lists_files_that_are_empty_or_cut_to_half(
     code, text = run_pack("build", tmp_path / "in", "--workers", 1, "--out", out, capsys=capsys)
     assert code == 0, text
     assert "2 images" in text
-    with (out / "quarantine.csv").open(newline="") as file:
-        assert sorted((row["name"], row["kind"]) for row in csv.DictReader(file)) == [
-            ("cut.parquet from row 0", "damaged"),
-            ("empty.parquet from row 0", "damaged"),
-        ]
+    kinds = {name: kind for name, (kind, _) in left_out(out).items()}
+    assert kinds == {"cut.parquet from row 0": "damaged", "empty.parquet from row 0": "damaged"}
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -450,6 +447,15 @@ def _crash(task: str) -> None:
 
 def _refuse(task: str) -> None:
     raise ValueError(f"of the {task}")
+
+
+def test_a_full_disk_is_told_by_what_it_is_needed_for(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
+    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+        read_source(str(tmp_path / "a.parquet"), spool=spool)
 
 
 def test_without_pyarrow_the_extra_is_named(

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
 
-from unicl_fast.packing.sources import lists
-from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources import tsv
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import ListOptions
 
 
 def write_lines(path: Path, *lines: tuple[str, ...], end: str = "\n") -> Path:
@@ -68,7 +68,7 @@ def test_companions_are_found_by_key(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_read_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lists, "_HEAD_BYTES", 100)  # less than any line has
+    monkeypatch.setattr(tsv, "_HEAD_BYTES", 100)  # less than any line has
     good = base64_text(jpeg(1))
     path = write_lines(
         tmp_path / "a.tsv",

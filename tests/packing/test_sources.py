@@ -16,17 +16,11 @@ from unicl_fast.packing.label_space import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.items import (
-    MAX_CAPTION_BYTES,
-    MAX_FILE_BYTES,
-    Entry,
-    EntryError,
-    Item,
-    ListOptions,
-    Source,
-)
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError, FileEntry
+from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.packing.sources.read_sources import read_source
-from unicl_fast.packing.sources.trees import FileEntry, open_tree
+from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
+from unicl_fast.packing.sources.trees import open_tree
 
 
 def make_files(root: Path, *names: str) -> None:

@@ -15,19 +15,12 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
 from unicl_fast.packing.sources import spool as spool_module
-from unicl_fast.packing.sources.items import (
-    Columns,
-    Item,
-    Problem,
-    RefusedEntry,
-    Source,
-    Span,
-    add_texts,
-    require_text,
-)
+from unicl_fast.packing.sources.entries import FileEntry, RefusedEntry, Span
+from unicl_fast.packing.sources.items import Item, Problem, Source, require_text
 from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.packing.sources.rows import Columns, add_texts
 from unicl_fast.packing.sources.spool import ItemStore, Spool
-from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
+from unicl_fast.packing.sources.trees import ZipEntry, open_tree
 
 COLUMNS = Columns("", ("caption",), ("label",))
 texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])
@@ -174,6 +167,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
     monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 50)
+    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
     store = new_store()
     many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     here = FileEntry(__file__, 10)

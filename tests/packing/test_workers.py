@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import multiprocessing
 import signal
@@ -12,22 +11,18 @@ from pathlib import Path
 
 import pytest
 from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart
-from pack_runs import jpeg
+from pack_runs import jpeg, left_out
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.sources.items import Entry, ListOptions, RefusedEntry, Source
+from unicl_fast.packing.sources.entries import Entry, RefusedEntry
+from unicl_fast.packing.sources.items import Source
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.workers import (
-    Checked,
-    ImageOptions,
-    Problem,
-    Task,
-    check_in_order,
-)
+from unicl_fast.packing.workers import Checked, ImageOptions, Problem, Task, check_in_order
 
 pytestmark = pytest.mark.dist
 
@@ -106,9 +101,8 @@ def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
     }
     found = build(monkeypatch, folder, tmp_path / "bad", bad, workers)
     assert found == build(monkeypatch, folder, tmp_path / "refused", refused, 1)
-    with (tmp_path / "bad" / "quarantine.csv").open(newline="") as file:
-        rows = {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
-    assert rows == {name: (kind, message) for name, (_, kind, message) in BAD.items()}
+    expected = {name: (kind, message) for name, (_, kind, message) in BAD.items()}
+    assert left_out(tmp_path / "bad") == expected
     with PackedDataset(tmp_path / "bad") as dataset:
         assert len(dataset) == 70
         images = {dataset.image_bytes(index, verify=True).tobytes() for index in range(70)}

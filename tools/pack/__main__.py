@@ -58,7 +58,7 @@ class Build(BuildOptions, _SourcesAndOut):
     caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
     {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
     of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
-    (train_map.txt beside train.zip), and TSV files with images in base64. docs/sources.md says how
+    (train_map.txt next to train.zip), and TSV files with images in base64. docs/sources.md says how
     each is read. Several sources become one data set; equal class names become one class.
 
     A packed data set is a source too: images keep their bytes and texts, and its class names,
@@ -101,9 +101,6 @@ class Build(BuildOptions, _SourcesAndOut):
     ] = ()
     """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
     several times."""
-    hierarchy_columns: tuple[str, ...] = ()
-    """Columns of a .csv or .tsv --hierarchy, from the top down; by default all. The list of images
-    itself may be given if it has such columns."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""

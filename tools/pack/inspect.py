@@ -19,7 +19,6 @@ from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,
-    DEFAULT_MODEL,
     Copies,
     HowToCount,
     Inspection,
@@ -73,8 +72,6 @@ class Inspect:
     nothing to do with each other come in."""
     concepts: HowToCount = "auto"
     """Count noun-phrases in captions, words, or auto, the first if spaCy can do it."""
-    spacy_model: str = DEFAULT_MODEL
-    """spaCy's model for noun phrases."""
     sheet: int = 48
     """Images on the contact sheet."""
     workers: int = 0
@@ -99,7 +96,6 @@ class Inspect:
             near=near,
             near_distance=self.near_distance,
             concepts=self.concepts,
-            spacy_model=self.spacy_model,
             workers=self.workers,
         )
         if is_url(self.folder):  # the copy will be removed

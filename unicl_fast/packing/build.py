@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import xxhash
 from tqdm import tqdm
@@ -33,11 +33,7 @@ from unicl_fast.packing.label_space import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.quarantine import (
-    LeaveOut,
-    count_left_out,
-    describe_left_out,
-)
+from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import (
     Samples,
@@ -175,7 +171,7 @@ def build_dataset(
 
 
 def _folder_for(url: str, work: Path) -> Path:
-    """The folder below `work` in which a data set for a URL is packed; alone in one of its own."""
+    """The folder below `work` in which a data set for a URL is packed; nothing else is in it."""
     url = without_secrets(url).rstrip("/")
     return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
 
@@ -213,7 +209,7 @@ def _build(
 def _summarize(
     out: Path, outcome: dict[str, Any], *, was_complete: bool, started: float
 ) -> BuildSummary:
-    """The summary of a finished data set; `outcome` has the fields that it does not tell."""
+    """The summary of a finished data set; `outcome` has the fields that are not in it."""
     manifest = Manifest.load(out)
     if was_complete:
         outcome = outcome | {"num_taken_over": manifest.num_samples, "was_complete": True}
@@ -264,17 +260,19 @@ def _pack(
 ) -> dict[str, Any]:
     """Reads the sources and writes the data set, from its beginning or from where it stands.
 
-    Returns the fields of the summary that the data set does not tell.
+    Returns the fields of the summary that are not in the data set.
     """
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
-    kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
     with Spool(work.spool) as spool:
         contents = _read(paths, options, images, spool, work, progress=progress)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
-            out, shard_bytes=options.shard_bytes, images=kind, work=work.path
+            out,
+            shard_bytes=options.shard_bytes,
+            images="raw" if is_raw else "encoded",
+            work=work.path,
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
@@ -434,7 +432,7 @@ def _check(
     check = check_on_ray if options.engine == "ray" else check_in_order
     # Made once, and kept while they are under way: making them takes as long as writing them.
     ahead, behind = itertools.tee(samples)
-    # Tasks are made when they are handed out: by then the first images may have told the size.
+    # Tasks are made when they are handed out: by then the size of the first image may be known.
     results = check(
         (
             Task(

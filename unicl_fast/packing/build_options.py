@@ -15,7 +15,7 @@ from unicl_fast.images.check import (
     ImageFormat,
 )
 from unicl_fast.packing.ray_engine import Engine, require_engine
-from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.workers import ImageOptions
 
 DEFAULT_IMAGE_SECONDS = 30.0
@@ -83,9 +83,9 @@ class BuildOptions:
     captions and labels of all. Those that were joined into another are listed in
     OUT/quarantine.csv. Files that share their size with another are then read twice."""
     resize: str = ""
-    """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
-    them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
-    down or up until the shorter side has so many, and cuts the longer one at both ends."""
+    """short:PIXELS scales images down until their shorter side has this many pixels, and encodes
+    them again. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS
+    scales down or up until the shorter side has this many, and cuts the longer one at both ends."""
     quality: int | None = None
     """1 to 100, by default 90: of images that become JPEG or WebP with --format, or were scaled
     with --resize. Refused where nothing would be encoded with it."""
@@ -102,7 +102,7 @@ class BuildOptions:
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
     """An image with more pixels is left out by what its header says, before it is decoded. A
-    worker's memory is limited to what so many pixels may need: 5 GB by default."""
+    worker's memory is limited to what an image of this size may need: 5 GB by default."""
     image_seconds: float = DEFAULT_IMAGE_SECONDS
     """An image that takes longer to read and check is left out, as is one that crashes a decoder;
     both are tried twice. 0 waits for ever."""
@@ -113,7 +113,7 @@ class BuildOptions:
     'unicl_fast[ray]'), whose machines must see sources, --out and --work under the same paths. The
     data set is the same."""
     restart: bool = False
-    """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
+    """Start over, and throw away what an unfinished build has left in OUT.partial."""
 
     def repeated(self) -> dict[str, Any]:
         """The options that a build must repeat to resume, by name."""

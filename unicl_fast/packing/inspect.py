@@ -33,7 +33,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
 of unrelated photographs none (docs/verify-and-inspect.md)."""
-DEFAULT_MODEL = "en_core_web_sm"
+_MODEL = "en_core_web_sm"
 """spaCy's English model."""
 MORE_THAN = 5
 """A concept occurs more often than this."""
@@ -150,7 +150,7 @@ class Inspection:
     class_counts: tuple[tuple[str, int], ...]
     """Name and number of images of each class, in label order."""
     labels_per_image: dict[int, int]
-    """How many labelled images have so many labels."""
+    """How many images have one label, two, and so on."""
     captions_per_image: Spread | None
     caption_tokens: Spread | None
     """Lengths without start and end token."""
@@ -185,7 +185,6 @@ def inspect_dataset(
     near: bool = True,
     near_distance: int = DEFAULT_DISTANCE,
     concepts: HowToCount = "auto",
-    spacy_model: str = DEFAULT_MODEL,
     workers: int = 0,
     progress: bool = True,
 ) -> Inspection:
@@ -216,7 +215,7 @@ def inspect_dataset(
         found = per_image = lengths = None
         if len(dataset.captions):
             texts = _captions(dataset, progress=progress)
-            found = count_concepts(texts, how=concepts, model=spacy_model)
+            found = count_concepts(texts, how=concepts)
             per_image = _spread(rows["captions_count"][has_captions])
             lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
         counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
@@ -227,11 +226,7 @@ def inspect_dataset(
         near_copies = None
         if near:
             hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
-            # among what is left when exact ones are gone
-            kept = np.flatnonzero(exact == np.arange(len(exact)))
-            leaders = np.arange(len(hashes))
-            leaders[kept] = kept[find_leaders(hashes[kept], near_distance)]
-            near_copies = _copies(dataset, leaders, hashes)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
         return Inspection(
             folder=dataset.folder,
             **{name: getattr(manifest, name) for name in _OF_MANIFEST},
@@ -271,9 +266,7 @@ def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
             yield from reader.read_description(int(index)).captions
 
 
-def count_concepts(
-    texts: Iterable[str], *, how: HowToCount = "auto", model: str = DEFAULT_MODEL
-) -> Concepts:
+def count_concepts(texts: Iterable[str], *, how: HowToCount = "auto") -> Concepts:
     """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
 
     The paper takes the noun phrases that spaCy finds. With `auto`, where spaCy or its English model
@@ -282,11 +275,11 @@ def count_concepts(
     Raises:
         ValueError: noun phrases are asked for, and spaCy or the model is not installed.
     """
-    missing = "" if how == "words" else _missing_for_phrases(model)
+    missing = "" if how == "words" else _missing_for_phrases()
     if missing and how == "noun-phrases":
         raise ValueError(
             f"noun phrases take spaCy with an English model, and {missing} is not installed: "
-            f"pip install spacy && python -m spacy download {model}; or count words by "
+            f"pip install spacy && python -m spacy download {_MODEL}; or count words by "
             "--concepts words"
         )
     if how == "words" or missing:
@@ -296,26 +289,26 @@ def count_concepts(
         words = (word for text in texts for word in _WORD.findall(text.lower()))
         counts = Counter(word for word in words if word not in _STOP_WORDS)
     else:
-        kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {model}"
-        counts = Counter(_noun_phrases(texts, model))
+        kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {_MODEL}"
+        counts = Counter(_noun_phrases(texts))
     frequent = [(text, count) for text, count in counts.items() if count > MORE_THAN]
     frequent.sort(key=lambda entry: (-entry[1], entry[0]))
     return Concepts(num_concepts=len(frequent), kind=kind, most_frequent=tuple(frequent[:30]))
 
 
-def _missing_for_phrases(model: str) -> str:
+def _missing_for_phrases() -> str:
     if importlib.util.find_spec("spacy") is None:
         return "spaCy"
     import spacy
 
-    return "" if spacy.util.is_package(model) else f"spaCy's model {model}"
+    return "" if spacy.util.is_package(_MODEL) else f"spaCy's model {_MODEL}"
 
 
-def _noun_phrases(texts: Iterable[str], model: str) -> Iterator[str]:
+def _noun_phrases(texts: Iterable[str]) -> Iterator[str]:
     """Noun phrases in lower case, without the articles and pronouns at their beginning."""
     import spacy
 
-    language: Any = spacy.load(model, exclude=["ner", "lemmatizer"])
+    language: Any = spacy.load(_MODEL, exclude=["ner", "lemmatizer"])
     for document in language.pipe(texts, batch_size=512):
         for chunk in document.noun_chunks:
             words = list(chunk)
@@ -401,6 +394,19 @@ def _copies(
         num_labels_differ=sum(group.labels_differ for group in found),
         groups=tuple(found),
     )
+
+
+def _near_copies(
+    dataset: PackedDataset,
+    hashes: npt.NDArray[np.uint64],
+    exact: npt.NDArray[np.int64],
+    max_distance: int,
+) -> Copies:
+    """Groups of images that look alike, once all exact copies but the first are gone."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], max_distance)]
+    return _copies(dataset, leaders, hashes)
 
 
 def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class LabelSpace:
         numbers = {display_name(name): number for number, name in enumerate(names)}
         numbers |= {name: number for number, name in enumerate(names)}
         for name in [name for name, count in Counter(names).items() if count > 1]:
-            numbers.pop(name, None)  # only keys and numbers tell such classes apart
+            numbers.pop(name, None)  # only keys and numbers distinguish such classes
             numbers.pop(display_name(name), None)
         numbers |= {label: number for number, label in enumerate(spell_classes(names))}
         self._numbers = numbers | {key: number for number, key in enumerate(keys)}
@@ -174,7 +174,7 @@ def place_classes(
 
 
 def refuse_numbers(labels: Iterable[Label], source: str) -> None:
-    """Refuses numbers as labels of a list: nobody can tell what "a photo of a 3" was to show.
+    """Refuses numbers as labels of a list: nobody knows what "a photo of a 3" shows.
 
     Class folders called 0 to 9 are another matter: a folder's name is all the name there is.
     """

@@ -2,8 +2,8 @@
 
 Readers written in C can crash or ask for all memory there is. In a process of its own this costs
 the file and nothing else. `run_limited` is for whole files, one at a time; `workers` checks images
-in a `LimitedProcess` too. concurrent.futures calls a pool broken when a worker dies, and tells
-neither its exit code nor the task it died of.
+in a `LimitedProcess` too. concurrent.futures calls a pool broken when a worker dies, and
+reports neither its exit code nor the task it died of.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class LimitedProcess:
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
-    """Limits this process to so many bytes more than it has, and reports that it is ready."""
+    """Limits this process to `memory_bytes` more than it has, and reports that it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
     # What libraries in C, libtiff above all, print would tear the progress bar; what matters of it
     # comes back as the reason in quarantine.csv.

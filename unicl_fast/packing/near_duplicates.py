@@ -38,7 +38,7 @@ _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.u
 _CHUNK = 64
 _CHUNKS_AHEAD = 64
 _DRAFT = 128
-"""A JPEG is decoded at the smallest eighth of its size that still has so many pixels a side: four
+"""A JPEG is decoded at the smallest eighth of its size that still has this many pixels a side: four
 times what the hash looks at."""
 
 Hashes = npt.NDArray[np.uint64]
@@ -46,7 +46,7 @@ Indices = npt.NDArray[np.int64]
 
 
 class TooManyPairsError(ValueError):
-    """So many images look alike that a list of them would be of no use."""
+    """Too many images look alike: a list of them would be of no use."""
 
 
 def has_imagehash() -> bool:

@@ -1,6 +1,6 @@
 """An inspection as one HTML page that needs nothing else (`unicl_fast.system.pages`).
 
-The page is the template page.html beside this file; here are its numbers in words, its plots and
+The page is the template page.html next to this file; here are its numbers in words, its plots and
 its small images. The numbers are those of `inspect_dataset`.
 """
 
@@ -29,7 +29,7 @@ _SIDE = 200
 _QUALITY = 80
 _MOST_CLASSES = 40
 _SKEWED = 30
-"""A largest class so many times the median one leaves nothing to see of the others."""
+"""If the largest class is this many times the median one, the others cannot be seen."""
 _ENDS_OF_CLASSES = 15
 """Largest and smallest classes that are shown where there are more than `_MOST_CLASSES`."""
 _MOST_COLUMNS = 200

@@ -2,8 +2,8 @@
 
 quarantine.csv of a packed data set lists what a build left out, and why
 (`unicl_fast.dataset.writer` writes it). `--leave-out` leaves out the samples of a list with the
-same columns. A source is known by its last name alone, so samples of `a/train` and `b/train` may be
-called alike; a list that cannot tell them apart is refused.
+same columns. A source is known only by its last name, so samples of `a/train` and `b/train` may
+have the same name; a list that cannot distinguish them is refused.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
     if num_rows is not None and count != num_rows:
         raise ValueError(
             f"{path} is damaged or cut short: {count_of(count, 'row')}, the manifest says "
-            f"{num_rows}; "
-            "copy the data set again"
+            f"{num_rows}; copy the data set again"
         )
 
 
@@ -75,10 +74,10 @@ def count_left_out(path: Path) -> dict[str, int]:
 
 def describe_left_out(path: Path) -> str:
     """The counts by kind and the first few reasons, as text."""
-    counts = Counter(count_left_out(path))
+    counts = count_left_out(path).items()
     first = itertools.islice(read_left_out(path), _REASONS_SHOWN)
     reasons = [f"  {row.name}: {row.message}" for row in first]
-    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts.most_common()), *reasons])
+    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts), *reasons])
 
 
 def duplicate_message(source: str, name: str) -> str:

@@ -21,7 +21,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from unicl_fast.packing.sources.items import EntryError, Problem
+from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import (
     CHUNKS_AHEAD,
     Checked,
@@ -70,7 +71,7 @@ def check_on_ray(
     most_under_way = (workers or cores) * CHUNKS_AHEAD
     # Ray runs as many as it has cores, so without a number some may wait there for the next one
     most_running = workers or most_under_way
-    # whatever kills Ray's process is not the images' doing, which have processes of their own
+    # images have processes of their own, so it is not they that kill Ray's process
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
     under_way: deque[tuple[list[Task], Any]] = deque()
     running: list[Any] = []

@@ -21,14 +21,8 @@ from tqdm import tqdm
 
 from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
-from unicl_fast.packing.sources.items import (
-    Entry,
-    EntryError,
-    Item,
-    JoinedTexts,
-    Problem,
-    Source,
-)
+from unicl_fast.packing.sources.entries import Entry, EntryError
+from unicl_fast.packing.sources.items import MAX_TEXTS, Item, Problem, Source
 from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
 
 _AHEAD = 64
@@ -106,7 +100,7 @@ def join_duplicates(
     """Makes one sample of files that are equal byte for byte, with the texts of all.
 
     The first of them gets the captions and labels of the others that it has not yet; the others get
-    a problem. What cannot be read is left alone: packing will say why. Files of different sizes
+    a problem. What cannot be read stays as it is: packing will say why. Files of different sizes
     are different, so only those that share their size with another are read. Images that merely
     look alike are found by `near_duplicates`.
 
@@ -188,13 +182,21 @@ def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]
 def _joined(samples: Samples, group: list[int]) -> Iterator[tuple[int, Item]]:
     """Numbers and new items of the samples of one image, which are joined into the first."""
     source, first = samples[group[0]]
-    texts = JoinedTexts(first.captions, first.labels)
+    captions, labels = dict.fromkeys(first.captions), dict.fromkeys(first.labels)
     for number in group[1:]:
         _, item = samples[number]
-        if texts.add(item.captions, item.labels):
-            item.problem = Problem(DUPLICATE, duplicate_message(source, first.name))
-            yield number, item
-    first.captions, first.labels = list(texts.captions), list(texts.labels)
+        new_captions = dict.fromkeys(text for text in item.captions if text not in captions)
+        new_labels = dict.fromkeys(label for label in item.labels if label not in labels)
+        counts = len(captions) + len(new_captions), len(labels) + len(new_labels)
+        if max(counts) > MAX_TEXTS:
+            # A placeholder, which may stand for any number of images. Those whose texts one sample
+            # cannot hold stay samples of their own.
+            continue
+        captions |= new_captions
+        labels |= new_labels
+        item.problem = Problem(DUPLICATE, duplicate_message(source, first.name))
+        yield number, item
+    first.captions, first.labels = list(captions), list(labels)
     yield group[0], first
 
 

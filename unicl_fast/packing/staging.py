@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
+from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.wording import count_of, without_secrets
 
 _FILES_AT_ONCE = 4
-_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _INSIDE_ZIP = re.compile(r"(.+?\.zip)/(.+)", re.IGNORECASE)
 
 
@@ -151,7 +151,7 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy
     whether a list may name images in its own folder, which is then copied too.
     """
     place, mark, query = url.partition("?")
-    secret = mark + query  # a signature: for requests alone, not for paths and names
+    secret = mark + query  # a signature: only for requests, not for paths and names
     inside = _INSIDE_ZIP.fullmatch(place)
     base, rest = (inside[1], f"/{inside[2]}") if inside else (place, "")
     above, _, name = base.rpartition("/")
@@ -164,7 +164,7 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy
         found = {name + secret: store.find(name + secret)}
         if found[name + secret] is None:
             return _find_folder(place, folder)
-    if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
+    if with_folder and PurePosixPath(name).suffix.lower() in LIST_SUFFIXES:
         return str(folder / store.name / name), _find_folder(above, folder)[1]
     copies = []
     for one, (signed, stored) in zip(names, found.items(), strict=True):

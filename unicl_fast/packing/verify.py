@@ -32,7 +32,8 @@ from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
-from unicl_fast.packing.sources.items import Problem, Span
+from unicl_fast.packing.sources.entries import Span
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
@@ -352,5 +353,5 @@ class _SampleChecks:
 
 
 def _without_name(error: DamagedSampleError) -> str:
-    """The message without the sample's name, which is shown beside it."""
+    """The message without the sample's name, which is shown before it."""
     return str(error).partition("): ")[2] or str(error)

@@ -1,6 +1,6 @@
 """OUT.partial: the work of an unfinished build, with which the same command resumes.
 
-Beside the data set in the making and its journal (`unicl_fast.dataset.writer`) it holds a record of
+Next to the unfinished data set and its journal (`unicl_fast.dataset.writer`) it holds a record of
 what the build is made of: its options, and a checksum of each source. Shards of another build must
 never get into this one, so a command with other options or changed sources is refused with the
 difference. A lock keeps a second build out; the kernel releases it when the process ends, however
@@ -39,10 +39,7 @@ _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
 _COPIES_NAME = "copies"
 _SHOWN = 5
-_FILES = (
-    *("class_names", "templates", "leave_out"),
-    *("hierarchy", "hierarchy_names"),
-)
+_FILES = ("class_names", "templates", "leave_out", "hierarchy", "hierarchy_names")
 """Options that may name a file, whose contents then matter and not its name."""
 _LISTS = ("where", "min_score", "hierarchy_columns")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
@@ -58,7 +55,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, *, restart: bool = False) -> None:
         """`restart` throws away the work of an earlier build."""
-        self.path = work_folder_of(out)
+        self.path = out.with_name(f"{out.name}.partial")
         self._out = out
         self._restart = restart
         self._record: dict[str, Any] = {}
@@ -92,10 +89,13 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        kept = describe_unfinished(self._out)
-        if kept and error is not None:
-            error.add_note(kept)
-        elif not kept and self.path.is_dir():
+        finished = read_journal(self.path / JOURNAL_NAME)
+        if finished and error is not None:
+            error.add_note(
+                f"{self.path} keeps {_describe_finished(finished)}; the same command resumes after "
+                "them, with --restart it begins anew"
+            )
+        elif not finished and self.path.is_dir():
             self.remove()
         os.close(self._lock)
 
@@ -106,7 +106,7 @@ class WorkFolder:
 
     @property
     def copies(self) -> Path:
-        """The folder of copies of sources under URLs, which --restart leaves alone."""
+        """The folder of copies of sources under URLs, which --restart keeps."""
         return self.path / _COPIES_NAME
 
     @property
@@ -115,9 +115,7 @@ class WorkFolder:
         return self._record
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Notes what the build is made of; where shards are finished, it must be what it was.
-
-        The same holds where the whole data set is finished.
+        """Notes what the build is made of; once a shard is finished, it must be what it was.
 
         `what` names the group of values, `options` or `sources`. Values are JSON, under names that
         a user knows.
@@ -125,13 +123,16 @@ class WorkFolder:
         Raises:
             ValueError: something differs; the message names it.
         """
-        if self.is_complete:
-            require_same_origin(self._out, what, self._record.get(what, {}), values)
-        elif not self._finished:
+        if not self.is_complete and not self._finished:
             self._record[what] = dict(values)
             text = dump_checksummed_json(self._record)
             write_text_atomically(self.path / _RECORD_NAME, text)
         elif differences := _differences(self._record.get(what, {}), values):
+            if self.is_complete:
+                raise ValueError(
+                    f"{self._out} already holds a packed data set, made with other {what}:"
+                    f"{differences}\nName another folder, or remove it"
+                )
             raise ValueError(
                 f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
                 f"{what}:{differences}\n"
@@ -157,17 +158,6 @@ class WorkFolder:
                 path.unlink()
 
 
-def require_same_origin(
-    out: Path, what: str, before: Mapping[str, Any], values: Mapping[str, Any]
-) -> None:
-    """Refuses to take a finished data set for one with other options or sources (`what`)."""
-    if differences := _differences(before, values):
-        raise ValueError(
-            f"{out} already holds a packed data set, made with other {what}:{differences}\n"
-            "Name another folder, or remove it"
-        )
-
-
 def _differences(before: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """The first few values that differ, a line for each; empty if none does."""
 
@@ -181,23 +171,6 @@ def _differences(before: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     ]
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "".join(found[:_SHOWN]) + more
-
-
-def work_folder_of(out: Path) -> Path:
-    """The work folder of a build of `out`."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def describe_unfinished(out: Path) -> str:
-    """Says what an unfinished build of `out` has left, and how to resume; empty if nothing."""
-    folder = work_folder_of(out)
-    finished = read_journal(folder / JOURNAL_NAME)
-    if not finished:
-        return ""
-    return (
-        f"{folder} keeps {_describe_finished(finished)}; the same command resumes after them, "
-        "with --restart it begins anew"
-    )
 
 
 def _describe_finished(finished: list[FinishedShard]) -> str:

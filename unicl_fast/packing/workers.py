@@ -15,7 +15,7 @@ Imports only what a worker needs: neither torch nor a command line.
 # cores, 5 rounds in turns: 8,400 images/s against 7,400 for small PNGs, 2,700 against 2,800 for
 # photographs). But one crash breaks the whole pool: it takes all chunks under way with it, does not
 # say which image it was, and a new pool gives its first result after 0.9 s. With a pool for each
-# worker the exit code, which tells a crash from the timer and from the ceiling, is in private
+# worker the exit code, which distinguishes a crash, the timer and the ceiling, is in private
 # attributes only, and before Python 3.14 there is no way to end a process that hangs.
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from unicl_fast.packing.limited_processes import (
     enter,
     in_order,
 )
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
     PackedFile,
-    Problem,
     fields_of,
 )
+from unicl_fast.packing.sources.items import Problem
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -103,13 +103,13 @@ class ImageOptions:
     """How sound images are changed, and how much one may cost."""
 
     short_side: int
-    """Scale the shorter side down to this; 0 leaves sizes alone."""
+    """Scale the shorter side down to this; 0 keeps sizes."""
     quality: int
     max_pixels: int
     seconds: float
     """Longest time for one sample, reading included; 0 sets no limit."""
     square_side: int = 0
-    """Make images squares of so many pixels a side; 0 leaves sizes alone."""
+    """Make images squares with this many pixels a side; 0 keeps sizes."""
     format: ImageFormat | Literal["packed"] = "keep"
     """The format of sound images; packed only looks at them (`images.check_image`)."""
     return_images: bool = True
@@ -211,7 +211,7 @@ def check_in_order(
 
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
-    """Groups tasks: so many that handing them out costs little, and few bytes."""
+    """Groups tasks: enough that handing them out costs little, but few bytes."""
     growth = _PNG_GROWTH if options.format == "png" else 1
     chunk: list[Task] = []
     num_bytes = 0
@@ -236,7 +236,7 @@ class ImageWorker:
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
-        """Returns one result for each task, whatever becomes of the process."""
+        """Returns one result for each task, even if the process dies."""
         results: list[Checked | Problem] = []
         while len(results) < len(tasks):
             left = tasks[len(results) :]

@@ -18,15 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, open_regular
+from unicl_fast.packing.sources.rows import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
-    MAX_FILE_BYTES,
     Columns,
     ListOptions,
     choose_columns,
     meets,
-    open_regular,
     too_low,
 )
 from unicl_fast.packing.sources.tables import TableResult, TableTask

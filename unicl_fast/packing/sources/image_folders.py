@@ -1,6 +1,6 @@
-"""Folders of images whose texts lie beside them: Hugging Face's ImageFolder, and x.jpg with x.txt.
+"""Folders of images next to their texts: Hugging Face's ImageFolder, and x.jpg with x.txt.
 
-They look like class folders with something beside the images. Read as such, `train/1.jpg` with
+They look like class folders with something next to the images. Read as such, `train/1.jpg` with
 `train/metadata.jsonl` would become an image of the class "train" without its caption; so what is
 such a folder, and what is a split of a data set, is decided here.
 """
@@ -14,21 +14,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources.items import (
-    MAX_CAPTION_BYTES,
+from unicl_fast.packing.sources.entries import (
     Entry,
     EntryError,
-    Item,
-    ListOptions,
-    Problem,
+    FileEntry,
     RefusedEntry,
-    Source,
     open_regular,
-    require_text,
 )
+from unicl_fast.packing.sources.items import Item, Problem, Source, require_text
 from unicl_fast.packing.sources.lists import read_list
+from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.spool import ItemStore, Spool
-from unicl_fast.packing.sources.trees import FileEntry, open_tree
+from unicl_fast.packing.sources.trees import open_tree
 
 NOT_IMAGES = frozenset(
     f".{extension}"

@@ -10,18 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.sources.coco import iter_elements
-from unicl_fast.packing.sources.items import (
-    LEFT_OUT,
-    Columns,
-    Item,
-    ListOptions,
-    Source,
-    add_texts,
-    meets,
-    refused,
-    require_text,
-)
+from unicl_fast.packing.sources.items import Item, Source, refused, require_text
+from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, ListOptions, add_texts, meets
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 
@@ -42,7 +33,7 @@ def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads the images of a split with their captions as they were written.
 
     `--where split=test` chooses; `split=train` also takes COCO's `restval`, as papers do. Without
-    `image_root` the images are looked for beside the file. They lie in it under their `filepath`
+    `image_root` the images are looked for next to the file. They lie in it under their `filepath`
     (COCO's val2014), or directly.
 
     Raises:

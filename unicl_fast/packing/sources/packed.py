@@ -1,4 +1,4 @@
-"""Packed data sets as sources of a build, alone or next to others.
+"""Packed data sets as sources of a build, also together with others.
 
 Texts and origins come from the JSON in the shards; images stay there until a worker reads them and
 compares their checksum. Captions have no checksum of their own. They are tokenized and compared
@@ -20,16 +20,9 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.packing.quarantine import LeftOut, read_left_out
-from unicl_fast.packing.sources.items import (
-    Entry,
-    Item,
-    ListOptions,
-    PackedFile,
-    PackedPixels,
-    Problem,
-    Source,
-    spell_classes,
-)
+from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
+from unicl_fast.packing.sources.items import Item, Problem, Source, spell_classes
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of

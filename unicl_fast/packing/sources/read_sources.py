@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources import lists, tables, tars
+from unicl_fast.packing.sources import lists, tables, tars, tsv
 from unicl_fast.packing.sources.coco import is_coco, read_coco
+from unicl_fast.packing.sources.entries import RefusedEntry
 from unicl_fast.packing.sources.image_folders import (
     METADATA_NAMES,
     NOT_IMAGES,
@@ -27,15 +28,14 @@ from unicl_fast.packing.sources.image_folders import (
     require_classes,
     require_one_split,
 )
-from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
+from unicl_fast.packing.sources.items import Item, Source, refused
 from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
 from unicl_fast.packing.sources.packed import is_packed, read_packed
+from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*tables.PARQUET, *tables.ARROW)
-TAR_SUFFIXES = (".tar", *tars.GZIPPED)
 
 _NO_OPTIONS = ListOptions()
 
@@ -43,7 +43,7 @@ _NO_OPTIONS = ListOptions()
 def read_sources(
     paths: Sequence[str], options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> list[Source]:
-    """Reads all sources of a build; COCO's files become one, whatever stands between them."""
+    """Reads all sources of a build; all of COCO's files become one, in the place of the first."""
     spool = spool or Spool(None)
     files = dict.fromkeys(map(Path, paths))
     coco = [path for path in files if is_coco(path) and not is_karpathy(path)]
@@ -91,7 +91,7 @@ def read_source(
 def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spool: Spool) -> Source:
     """Reads the files that a pattern in quotes matches: tars, or tables, as one source."""
     paths, name = [Path(each) for each in found], Path(pattern).name
-    if all(each.lower().endswith(TAR_SUFFIXES) for each in found):
+    if all(each.lower().endswith(tars.TARS) for each in found):
         return tars.read_tars(name, paths, options, spool)
     if all(each.lower().endswith(TABLE_SUFFIXES) for each in found):
         return tables.read_tables(name, paths, options, spool)
@@ -104,17 +104,17 @@ def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spoo
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
-    if suffix == ".tsv" and lists.holds_images(path):
-        return lists.read_tsv(path, options, spool)
+    if suffix == ".tsv" and tsv.holds_images(path):
+        return tsv.read_tsv(path, options, spool)
     if is_karpathy(path):
         return read_karpathy(path, options, spool)
     if is_coco(path):
         return read_coco([path], options, spool)
-    if suffix in LIST_SUFFIXES:
+    if suffix in lists.LIST_SUFFIXES:
         return lists.read_list(path, options, spool)
     if suffix in TABLE_SUFFIXES:
         return tables.read_tables(path.name, [path], options, spool)
-    if path.name.lower().endswith(TAR_SUFFIXES):
+    if path.name.lower().endswith(tars.TARS):
         return tars.read_tars(path.name, [path], options, spool)
     if path.name.lower().endswith(lists.MAP_ENDING):
         return lists.read_map(path, options, spool)
@@ -133,9 +133,9 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
     shards = (folder for folder in folders if folder.isdecimal())
     if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
         return tars.read_image_folders(path, options, spool)
-    archives = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
+    archives = [file for file in files if file.lower().endswith(tars.TARS)]
     parquet = tables.find_parquet(path)
-    # what programs leave beside their output: img2dataset's _tmp, __MACOSX
+    # what programs leave next to their output: img2dataset's _tmp, __MACOSX
     aside = {folder for folder in folders if folder.startswith("_")}
     if archives and folders == aside:
         source = tars.read_tars(name, [path / archive for archive in archives], options, spool)

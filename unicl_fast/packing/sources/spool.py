@@ -1,54 +1,31 @@
-"""A folder beside the output for what does not fit into memory or cannot be read in any order.
+"""A folder next to the output for what does not fit into memory or cannot be read in any order.
 
 The order of a data set is drawn over all its samples, so all must have been read before the first
 is packed, and ten million of them with their texts are gigabytes. So the items of all sources wait
-in an SQLite database. An image in a Parquet file or a .gz cannot be reached without unpacking what
-lies before it. So such files are unpacked once, in order, and images are read from the copy, which
-takes as much room as they do, on the disk that is to hold the packed ones anyway.
+in an SQLite database. An image in a Parquet file cannot be reached without unpacking what lies
+before it. So such files are unpacked once, in order, and images are read from the copy, which takes
+as much room as they do, on the disk that is to hold the packed ones anyway.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import gzip
 import json
 import os
 import sqlite3
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 from urllib.parse import quote
 
 import xxhash
 
-from unicl_fast.packing.sources.items import (
-    TOO_MANY,
-    Entry,
-    Item,
-    Label,
-    Problem,
-    field_names,
-    fields_of,
-    join_rows,
-    open_regular,
-    require_text,
-)
-from unicl_fast.packing.sources.trees import FileEntry
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
-
-_BLOCK = 1 << 20
-MAX_EXPANSION = 100
-"""A .gz that unpacks to more than this many times its size is a bomb: pixels shrink to a fifth,
-photographs not at all, and only a blank MNIST would come near."""
-_SMALL = 16_000_000
-"""A file may always unpack to so many bytes."""
+from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fields_of
+from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
 
 _CACHE_KILOBYTES = 16_000
-"""Memory of the database, whatever the number of samples; 64 MB were not faster."""
+"""Memory of the database for any number of samples; 64 MB were not faster."""
 READ_ITEMS = 256
 """Items read at once where many are read; SQLite below 3.32 takes 999 values in a statement."""
 _WRITE_ROWS = 64
@@ -103,52 +80,6 @@ class Spool:
         self._num_stores += 1
         return ItemStore(self._database, self._num_stores, self.locate)
 
-    def remember(self, paths: Sequence[Path], made_of: Any, values: Mapping[str, Any]) -> None:
-        """Notes that files are complete, for a build that resumes.
-
-        `made_of` tells whether they would be made of the same again, `values` what else is to be
-        known of them; both are JSON values.
-        """
-        for path in paths:
-            flush_to_disk(path)
-        sizes = [path.stat().st_size for path in paths]
-        note = {"made of": made_of, "sizes": sizes, "values": dict(values)}
-        write_text_atomically(_note_of(paths[0]), dump_checksummed_json(note))
-
-    def recall(self, paths: Sequence[Path], made_of: Any) -> dict[str, Any] | None:
-        """Returns the values noted with files that are complete and made of the same, or None."""
-        try:
-            note = parse_checksummed_json(_note_of(paths[0]).read_bytes())
-            sizes = [path.stat().st_size for path in paths]
-        except (ValueError, OSError):
-            return None
-        if note.get("sizes") != sizes or note.get("made of") != made_of:
-            return None
-        values: dict[str, Any] = note["values"]
-        return values
-
-    def gunzip(self, path: str) -> tuple[Path, str]:
-        """Unpacks a .gz file; a full disk is an OSError.
-
-        Returns:
-            The unpacked file, and what is wrong with the .gz, or nothing. What could be unpacked
-            before the fault is kept.
-        """
-        unpacked_path = self.new_file()
-        self.origins.append(path)
-        made_of = [*stamp(path)]
-        if (known := self.recall([unpacked_path], made_of)) is not None:
-            return unpacked_path, str(known["broken"])
-        with explaining_a_full_disk(unpacked_path):
-            with open_regular(path) as packed, unpacked_path.open("wb") as unpacked:
-                broken = _inflate(packed, unpacked)
-            self.remember([unpacked_path], made_of, {"broken": broken})
-        return unpacked_path, broken
-
-
-def _note_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
 
 def stamp(path: str) -> tuple[str, int, int]:
     """Returns a file's path, its size and when it was written; zeros for one that is missing."""
@@ -157,38 +88,6 @@ def stamp(path: str) -> tuple[str, int, int]:
     except OSError:
         return path, 0, 0
     return path, status.st_size, status.st_mtime_ns
-
-
-def _inflate(packed: BinaryIO, unpacked: BinaryIO) -> str:
-    """Unpacks a .gz until its end or its fault, which is returned."""
-    written = 0
-    try:
-        with gzip.GzipFile(fileobj=packed) as file:
-            while data := file.read1(_BLOCK):  # `read` would lose what comes before a fault
-                written += len(data)
-                if written > max(_SMALL, MAX_EXPANSION * packed.tell()):
-                    return f"it unpacks to more than {MAX_EXPANSION} times its size"
-                unpacked.write(data)
-    except EOFError:
-        return "it ends in the middle of its gzip data"
-    except (zlib.error, gzip.BadGzipFile) as error:
-        return f"its gzip data are broken: {error}"
-    return ""
-
-
-@contextlib.contextmanager
-def explaining_a_full_disk(path: object) -> Iterator[None]:
-    """Says in the error of a full disk what the room is for."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        message = (
-            f"no room left for {path}, where images that cannot be read in place are unpacked; it "
-            "takes as much room as they do, on the disk of --out"
-        )
-        raise OSError(errno.ENOSPC, message) from error
 
 
 def _open_database(folder: Path | None) -> sqlite3.Connection:

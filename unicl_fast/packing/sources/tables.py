@@ -1,37 +1,33 @@
 """Parquet lists and folders of Hugging Face's `datasets`, read with pyarrow.
 
-Images are bytes in the file or paths beside it. Numbers that the file has names for become these
-names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves a
-line of JSON for each row.
+Images are bytes in the file, or files that it names. Numbers that the file has names for become
+these names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves
+a line of JSON for each row.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unicl_fast.packing.limited_processes import run_limited
-from unicl_fast.packing.sources.items import (
-    Columns,
-    Item,
-    ListOptions,
-    Problem,
-    Source,
-    Span,
-    add_texts,
-    refused,
-)
+from unicl_fast.packing.sources.entries import Span
+from unicl_fast.packing.sources.items import Item, Problem, Source, refused
 from unicl_fast.packing.sources.lists import add_named
-from unicl_fast.packing.sources.spool import ItemStore, Spool, explaining_a_full_disk, stamp
+from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
+from unicl_fast.packing.sources.spool import ItemStore, Spool, stamp
 from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -58,7 +54,7 @@ class TableTask:
 
 @dataclass(kw_only=True, slots=True)
 class TableResult:
-    """The facts about a file that its rows do not tell."""
+    """The facts about a file that are not in its rows."""
 
     labels_are_names: bool = True
     """Whether the file has names for all numbers that are labels."""
@@ -79,37 +75,26 @@ def read_tables(
             f"{name}: reading Parquet and Arrow files takes pyarrow, which is not installed: "
             "pip install 'unicl_fast[sources]'"
         )
-    from unicl_fast.packing.sources.arrow_tables import convert
-
     tasks = []
     for file in map(str, paths):
         rows, images = str(spool.new_file()), str(spool.new_file())
         tasks.append(TableTask(file, options, rows, images, features))
         spool.origins.append(file)
-    known = [spool.recall(*_files_of(task)) for task in tasks]
-    new = [task for task, values in zip(tasks, known, strict=True) if values is None]
-    results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
     tree = open_tree(roots.pop()) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
     passed_over, labels_are_names = Counter[str](), True
-    with explaining_a_full_disk(tasks[0].images_file):
-        for task, values in zip(tasks, known, strict=True):
-            result = next(results) if values is None else TableResult(**values)
-            # a file that cannot even be opened has left nothing
-            if values is None and isinstance(result, TableResult) and Path(task.rows_file).exists():
-                spool.remember(*_files_of(task), dataclasses.asdict(result))
-            path = Path(task.path)
-            behind = _read_rows(task, tree, items)
-            if isinstance(result, Problem):
-                broken.append(Item(f"{path.name} from row {behind}", problem=result))
-                continue
-            passed_over.update(result.passed_over)
-            labels_are_names &= result.labels_are_names
-            for first, end, message in result.damaged:
-                rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
-                broken.append(refused(f"{path.name} {rest}", "damaged", message))
-        assert next(results, None) is None, "which also ends their process"
+    for task, result in _unpack(tasks):
+        path = Path(task.path)
+        behind = _read_rows(task, tree, items)
+        if isinstance(result, Problem):
+            broken.append(Item(f"{path.name} from row {behind}", problem=result))
+            continue
+        passed_over.update(result.passed_over)
+        labels_are_names &= result.labels_are_names
+        for first, end, message in result.damaged:
+            rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
+            broken.append(refused(f"{path.name} {rest}", "damaged", message))
     if not items:
         reasons = [problem.message for item in broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
@@ -119,10 +104,59 @@ def read_tables(
     )
 
 
-def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
-    """Returns what is made of a file, and what that depends on, for `Spool.remember`."""
-    files = [Path(task.rows_file), Path(task.images_file)]
-    return files, [*stamp(task.path), repr(task.options), task.features]
+def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult | Problem]]:
+    """Unpacks files, but for those that an earlier run of the build has left whole."""
+    from unicl_fast.packing.sources.arrow_tables import convert
+
+    known = [_recall(task) for task in tasks]
+    new = [task for task, result in zip(tasks, known, strict=True) if result is None]
+    results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
+    for task, before in zip(tasks, known, strict=True):
+        result: TableResult | Problem | None = before
+        if result is None:
+            try:
+                result = next(results)
+                # a file that cannot even be opened has left nothing
+                if isinstance(result, TableResult) and os.path.exists(task.rows_file):
+                    _remember(task, result)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                message = (
+                    f"no room left for {task.images_file}, where images that cannot be read in "
+                    "place are unpacked; it takes as much room as they do, on the disk of --out"
+                )
+                raise OSError(errno.ENOSPC, message) from error
+        yield task, result
+    assert next(results, None) is None, "which also ends their process"
+
+
+def _remember(task: TableTask, result: TableResult) -> None:
+    """Notes that a file is unpacked, and of what, for a build that resumes."""
+    files = Path(task.rows_file), Path(task.images_file)
+    for file in files:
+        flush_to_disk(file)
+    note = _facts_of(task) | {"result": dataclasses.asdict(result)}
+    write_text_atomically(_note_of(task), dump_checksummed_json(note))
+
+
+def _recall(task: TableTask) -> TableResult | None:
+    """The result that was noted, if all is as it was then."""
+    try:
+        note = parse_checksummed_json(_note_of(task).read_bytes())
+        result = note.pop("result", None)
+        return TableResult(**result) if note == _facts_of(task) else None
+    except (ValueError, OSError):
+        return None
+
+
+def _facts_of(task: TableTask) -> dict[str, Any]:
+    sizes = [os.path.getsize(file) for file in (task.rows_file, task.images_file)]
+    return {"made of": [*stamp(task.path), repr(task.options), task.features], "sizes": sizes}
+
+
+def _note_of(task: TableTask) -> Path:
+    return Path(f"{task.rows_file}.json")
 
 
 def _read_rows(task: TableTask, tree: Tree | None, items: ItemStore) -> int:

@@ -10,7 +10,6 @@ that ends there. Nothing is ever written under a name found in a tar.
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -22,24 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span, open_regular
+from unicl_fast.packing.sources.items import Item, Problem, Source, refused
+from unicl_fast.packing.sources.rows import (
+    CAPTION_COLUMNS,
     FAILED_DOWNLOADS,
+    LABEL_COLUMNS,
     LEFT_OUT,
-    Entry,
-    EntryError,
-    Item,
     ListOptions,
-    Problem,
-    RefusedEntry,
-    Source,
-    Span,
     add_texts,
     meets,
-    open_regular,
-    refused,
     too_low,
 )
-from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -50,7 +43,8 @@ _TEXTS = ("txt", "cls", "json")
 _NOT_REGULAR = "not a regular file but a link or a device"
 _MAX_TEXT_BYTES = 1 << 20
 """The most bytes of a .txt, .cls or .json."""
-GZIPPED = (".tar.gz", ".tgz")
+_GZIPPED = (".tar.gz", ".tgz")
+TARS = (".tar", *_GZIPPED)
 
 _NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
@@ -81,13 +75,23 @@ def expand_braces(name: str) -> list[str]:
 
 
 def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads .tar, .tar.gz or .tgz files as one source."""
+    """Reads tars as one source.
+
+    Raises:
+        ValueError: one is compressed, so that its images cannot be read in place.
+    """
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
+    for path in paths:
+        if path.name.lower().endswith(_GZIPPED):
+            raise ValueError(
+                f"{path} is compressed, and images are read out of a tar in place; unpack it to a "
+                f".tar first: gunzip {path}"
+            )
     maker = _SampleMaker(options, spool)
     for path in paths:
-        _read_tar(path, maker, spool)
+        _read_tar(path, maker)
         _count_failures(path.with_suffix(""), maker)
     return maker.source(name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
 
@@ -220,27 +224,18 @@ class _SampleMaker:
         self._items.append(item)
 
 
-def _read_tar(path: Path, maker: _SampleMaker, spool: Spool) -> None:
+def _read_tar(path: Path, maker: _SampleMaker) -> None:
     """Adds the samples of one tar; from a cut one, those that must be complete."""
-    tar, broken = str(path), ""
     try:
-        if path.name.lower().endswith(GZIPPED):
-            unpacked, broken = spool.gunzip(tar)
-            tar = str(unpacked)
-        groups, damage = _group_members(tar, maker)
-        size = os.stat(tar).st_size
+        groups, damage = _group_members(str(path), maker)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
         reason = error.strerror or str(error)
         maker.append(refused(f"{path.name} from byte 0", "unreadable", reason))
         return
     for key, group in groups.items():
         maker.add(f"{path.name}/{key}", group)
-    if damage is not None or broken:
-        offset = size if damage is None else damage.offset
-        message = " and ".join(filter(None, (broken, str(damage or ""))))
-        maker.append(refused(f"{path.name} from byte {offset}", "damaged", message))
+    if damage is not None:
+        maker.append(refused(f"{path.name} from byte {damage.offset}", "damaged", str(damage)))
 
 
 def _group_members(
@@ -283,7 +278,7 @@ def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _count_failures(stem: Path, maker: _SampleMaker) -> None:
-    """Counts img2dataset's failures, by the statistics that it leaves beside each shard."""
+    """Counts img2dataset's failures, by the statistics that it leaves next to each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
         with open_regular(str(stats)) as file:
@@ -333,7 +328,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             raise DamagedTarError(message, offset=at) from error
         except OSError:
             raise
-        except Exception as error:  # tarfile raises whatever its parsing stumbles over
+        except Exception as error:  # tarfile raises any error that its parsing runs into
             message = f"no header of a file at byte {at:,} ({error or type(error).__name__})"
             raise DamagedTarError(message, offset=at) from error
         last = max(member.offset_data + member.size * is_plain(member), archive.offset - 511)

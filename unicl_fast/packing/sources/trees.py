@@ -22,16 +22,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
-from unicl_fast.packing.sources.items import (
+from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
-    Item,
+    FileEntry,
     RefusedEntry,
     check_file_size,
-    read_regular,
-    refused,
 )
+from unicl_fast.packing.sources.items import Item, refused
 
 _MAX_PATH_BYTES = 4096
 """Linux's PATH_MAX. Longer names cannot exist, and resolving one takes time squared."""
@@ -39,22 +38,6 @@ _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
 """Only then do the upper 16 bits of the attributes say what kind of file a member was."""
-
-
-@dataclass(slots=True, unsafe_hash=True)
-class FileEntry:
-    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
-
-    path: str
-    num_bytes: int
-    mtime_ns: int = 0
-    """When it was written; a build that resumes sees by it that the file was changed."""
-
-    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        try:
-            return read_regular(self.path, max_bytes=max_bytes)
-        except OSError as error:
-            raise EntryError("unreadable", error.strerror or str(error)) from error
 
 
 class FolderTree:
@@ -121,7 +104,7 @@ class FolderTree:
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
-        """Whether a path stays in the folder as it is written, whatever links do."""
+        """Whether a path stays in the folder as it is written, before links are followed."""
         if ".." in name.split("/"):
             return False
         return not os.path.isabs(name) or _is_under(name, os.path.abspath(self._root))
@@ -209,7 +192,7 @@ class ZipEntry:
     def _inflate(self, packed: bytes) -> bytes:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            # never more than the directory promises, whatever the stream holds
+            # never more than the directory promises, even if the stream holds more
             return inflater.decompress(packed, self.num_bytes + 1)
         except zlib.error as error:
             raise EntryError("damaged", f"the zip's compressed data are broken: {error}") from error
@@ -263,7 +246,7 @@ def _read_directory(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as file:
             return file.infolist()
-    except Exception as error:  # zipfile raises whatever its parsing stumbles over
+    except Exception as error:  # zipfile raises any error that its parsing runs into
         reason = str(error) or type(error).__name__
         raise ValueError(f"{archive} cannot be read as a zip: {reason}") from error
 
@@ -303,7 +286,7 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
 
 
 def require_there(entry: Entry | None, source: str) -> None:
-    """Tells an image that cannot be read from a source that has vanished, such as a dropped mount.
+    """Raises if an image cannot be read because its source has vanished, as a dropped mount does.
 
     A file may be gone by itself, and is listed then. If its folder is gone too, or empty as the
     folder of a mount that was dropped, or the archive is gone that held it, so are all others.

@@ -1,0 +1,238 @@
+"""Entries say where the bytes of an image lie: in a file, an archive, a table, a packed data set.
+
+An entry is small, and a worker process reads it with one seek: without the directory of its
+archive, and without a library for the format that holds it. Those of zips are in `trees`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import functools
+import io
+import operator
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from unicl_fast.images.codec import encode_png
+
+MAX_FILE_BYTES = 512_000_000
+"""Size of the largest file read as an image; no larger one could be used in training."""
+_READ_BYTES = 1 << 20
+
+
+class EntryError(ValueError):
+    """Says why a file cannot be read: a short `kind` to count by, and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Entry(Protocol):
+    """One file that can be read anywhere, any time."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size as listed; a hint for dividing work."""
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Returns the bytes, or raises `EntryError`, also for more than `max_bytes`."""
+
+
+@functools.cache
+def field_names(kind: type[Entry]) -> tuple[str, ...]:
+    """Returns the fields of an entry, in order: entries are stored and compared by them."""
+    return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+
+
+def fields_of(entry: Entry) -> tuple[Any, ...]:
+    """Returns an entry as values, of which its class makes it again."""
+    return _getter(type(entry))(entry)
+
+
+@functools.cache
+def _getter(kind: type[Entry]) -> Callable[[Entry], tuple[Any, ...]]:
+    names = field_names(kind)
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda entry: tuple(getattr(entry, name) for name in names)
+
+
+def check_file_size(num_bytes: int, max_bytes: int) -> None:
+    """Raises `EntryError` for a file of too many bytes."""
+    if num_bytes > max_bytes:
+        message = f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
+        raise EntryError("too large", message)
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedEntry:
+    """A file that is listed but never read, for a reason that its listing shows."""
+
+    kind: str
+    message: str
+    num_bytes: int = 0
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        raise EntryError(self.kind, self.message)
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class FileEntry:
+    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
+
+    path: str
+    num_bytes: int
+    mtime_ns: int = 0
+    """When it was written; a build that resumes sees by it that the file was changed."""
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        try:
+            return read_regular(self.path, max_bytes=max_bytes)
+        except OSError as error:
+            raise EntryError("unreadable", error.strerror or str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive bytes of a file that are an image's file: a member of a tar, for example."""
+
+    path: str
+    offset: int
+    num_bytes: int
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        return read_span(self.path, self.offset, self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Span:
+    """Part of a text file that is an image's file in base64 (RFC 4648, with padding)."""
+
+    path: str
+    offset: int
+    num_characters: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_characters // 4 * 3
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        try:
+            text = read_span(self.path, self.offset, self.num_characters)
+            return base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise EntryError("damaged", f"not base64: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """An image's file in a shard of a packed data set."""
+
+    path: str
+    offset: int
+    num_bytes: int
+    height: int
+    width: int
+    xxh3: int
+    """XXH3-64 of the bytes, taken when they were checked and packed."""
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        return _read_packed(self.path, self.offset, self.num_bytes, self.xxh3)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPixels:
+    """An image of a raw data set; read as a PNG of exactly these pixels."""
+
+    path: str
+    offset: int
+    height: int
+    width: int
+    xxh3: int
+
+    @property
+    def num_bytes(self) -> int:
+        return 3 * self.height * self.width
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        data = _read_packed(self.path, self.offset, self.num_bytes, self.xxh3)
+        return encode_png(np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3))
+
+
+def _read_packed(path: str, offset: int, num_bytes: int, xxh3: int) -> bytes:
+    data = read_span(path, offset, num_bytes)
+    if xxhash.xxh3_64_intdigest(data) != xxh3:
+        where = f"{path}, offset {offset}"
+        message = f"{where}: the image's bytes are not those that were packed (checksum)"
+        raise EntryError("damaged", message)
+    return data
+
+
+def read_span(path: str, offset: int, num_bytes: int) -> bytes:
+    """Returns exactly these bytes of a regular file, or raises `EntryError`."""
+    try:
+        with open_regular(path) as file:
+            file.seek(offset)
+            data = file.read(num_bytes)
+    except OSError as error:
+        raise EntryError("unreadable", error.strerror or str(error)) from error
+    if len(data) < num_bytes:
+        raise EntryError("damaged", f"{path} has shrunk since it was listed")
+    return data
+
+
+def open_regular(path: str) -> io.BufferedReader:
+    """Opens a regular file; anything else is an OSError."""
+    return open(open_descriptor(path)[0], "rb")
+
+
+def open_descriptor(path: str) -> tuple[int, int]:
+    """Opens a regular file, as a descriptor, and returns its size too; else raises OSError.
+
+    Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
+    once it is open, since it may be another one by then. The call does not block: a pipe that lies
+    among images must not stop the program.
+    """
+    if stat.S_ISREG(os.stat(path).st_mode):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            return descriptor, status.st_size
+        os.close(descriptor)
+    raise OSError(f"{path} is not a regular file")
+
+
+def read_regular(path: str, *, max_bytes: int) -> bytes:
+    """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many.
+
+    With a Python file object 900 bytes take 12 us instead of 7, since it asks the kernel for more.
+    """
+    descriptor, size = open_descriptor(path)
+    try:
+        check_file_size(size, max_bytes)
+        # `read` takes memory for all that it is asked for, which for `max_bytes` takes longer than
+        # reading a small file
+        data = os.read(descriptor, size + 1)
+        if len(data) == size:
+            return data
+        parts, num_bytes = [data], len(data)  # cut short; or some files, as of /proc, have no size
+        while data and num_bytes <= max_bytes:
+            data = os.read(descriptor, _READ_BYTES)
+            parts.append(data)
+            num_bytes += len(data)
+    finally:
+        os.close(descriptor)
+    check_file_size(num_bytes, max_bytes)
+    return b"".join(parts)
