@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from object_stores import empty, upload
-from pasted_objects import paste_objects
 from PIL import Image
 from program_runs import SMALL, call, run
 from pyarrow import parquet
@@ -587,34 +586,6 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert shows_progress(Ranks())
     assert not shows_progress(Ranks(rank=1, world_size=2))
-
-
-@pytest.mark.slow
-def test_a_detector_is_trained_and_its_figures_written(
-    shared_data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("pycocotools")
-    pasted = paste_objects(shared_data, tmp_path / "objects", count=3, num_classes=2, side=64)
-    sets = ["--train", pasted / "instances.json", "--train-images", pasted / "images"]
-    sets += ["--data", pasted / "instances.json", "--images", pasted / "images"]
-    small = ["--min-size", "64", "--max-size", "64", "--boxes-per-image", "16", "--workers", "0"]
-    run_folder = tmp_path / "run"
-    call(
-        *(pretrain, *SMALL, "--model.image-encoder", "unicl_convnet7_small", "--out", run_folder),
-        *("--data.train", trained.parent / "labels", "--model.drop-path", "0", "--run.steps", "2"),
-    )
-    out = tmp_path / "detector"
-    values = evaluated(
-        *("detect", run_folder, *sets, *small, "--out", out, "--epochs", "2"),
-        *("--train-batch-size", "3"),
-    )
-    assert values["settings"]["steps"] == 2
-    assert set(values) >= {"box/AP", "box/AP50"}
-    assert (out / "detector.safetensors").is_file()
-    message = refusal(
-        capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
-    )
-    assert "take timm's ResNet, Swin" in message
 
 
 @pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])

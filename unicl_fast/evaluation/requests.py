@@ -17,7 +17,6 @@ from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 from msgspec import Meta
 
 from unicl_fast.config import EVALUATED_KIND, DeviceName, TextKind
-from unicl_fast.system.atomic_files import refuse_file
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -36,7 +35,6 @@ that texts are compared in. A model trained by cross-entropy has no such space."
 # The type of an option holds its range, as in the config.
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 Finite = Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)]
-Rate = Annotated[float, Meta(ge=1e-12, le=100)]
 _T = TypeVar("_T")
 
 
@@ -322,75 +320,6 @@ class Knn(FrozenFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorRecipe:
-    """The detector and its 1x schedule."""
-
-    masks: bool = False
-    """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
-    usual for ResNet."""
-    lr: Rate = 1e-4
-    """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
-    warmup_steps: Count = 500
-    """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
-    min_size: Number = 800
-    """Pixels that the shorter side of an image is scaled to."""
-    max_size: Number = 1333
-    """Most pixels of its longer side, for which it is made smaller still."""
-    boxes_per_image: Number = 512
-    """Proposals of an image that the heads are trained on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Detect(DetectorRecipe, Evaluation):
-    """Transfer to detection: a detector trained over the image encoder, and COCO's metrics.
-
-    torchvision's Faster R-CNN or Mask R-CNN over a feature pyramid of the encoder's maps, BatchNorm
-    frozen, by the 1x schedule. Annotations are in COCO's format (pip install
-    'unicl_fast[evaluation]').
-    """
-
-    train: Path
-    """Objects to train on, an instances_*.json."""
-    train_images: Path
-    """Folder of their images."""
-    data: Path
-    """Objects to test on, an instances_*.json."""
-    images: Path
-    """Folder of their images."""
-    out: Path
-    """Folder for the detector, its detections and its description."""
-    epochs: Finite = 12.0
-    """Epochs over the training images; 12 is the 1x schedule. The rate drops to a tenth after
-    8/12 and 11/12 of them."""
-    train_batch_size: Number = 16
-    """Images of one step over all ranks."""
-    workers: Count = 2
-    """Processes of each rank that decode images; 0 decodes in the rank itself."""
-    seed: Count = 0
-    """Seed of the heads, the order, the flips and the proposals."""
-
-    def check(self) -> None:
-        from unicl_fast.evaluation.coco import check_annotations
-
-        super().check()
-        if self.max_size < self.min_size:
-            raise ValueError(
-                f"--max-size ({self.max_size}) must not be below --min-size ({self.min_size})"
-            )
-        check_annotations(self)
-        refuse_file(self.out)
-        if (self.out / "detector.json").exists():
-            raise ValueError(f"{self.out} holds a detector: name another folder as --out")
-
-    def run(self) -> None:
-        from unicl_fast.evaluation import detection
-
-        detection.run(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Use(RankedCommand):
     """The options of commands that use a model on images without judging it."""
 
@@ -488,7 +417,6 @@ COMMANDS: dict[str, type[ModelCommand]] = {
     "zero-shot": ZeroShot,
     "linear-probe": LinearProbe,
     "knn": Knn,
-    "detect": Detect,
     "retrieval": Retrieval,
     "classify": Classify,
     "embed": Embed,
