@@ -220,8 +220,8 @@ class Retrieval(EncodingEvaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferEvaluation(EncodingEvaluation):
-    """The options of evaluations that learn from labelled images and are tested on others."""
+class FrozenFeatures(EncodingEvaluation):
+    """The options of evaluations that learn from features of labelled images."""
 
     train: str
     """Labelled images to learn from; written as --data of zero-shot."""
@@ -230,14 +230,6 @@ class TransferEvaluation(EncodingEvaluation):
     metric: MetricChoice = "auto"
     """The metric that is reported first, and that C is chosen by; auto as in zero-shot."""
 
-    def data_sets(self) -> Sequence[str]:
-        return [self.train, self.data]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(TransferEvaluation):
-    """The options of evaluations on features of labelled images."""
-
     layer: Layer = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
     after it (unit norm), which a model trained by cross-entropy lacks."""
@@ -245,23 +237,29 @@ class FrozenFeatures(TransferEvaluation):
     """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""
 
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data]
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.probes import require_scikit_learn
+
+        super().check()
+        require_scikit_learn()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(FrozenFeatures):
-    """Linear probe: logistic regression on frozen features, C chosen on a validation split.
+    """Linear probe: scikit-learn's logistic regression on frozen features, on the CPU.
 
-    L-BFGS over all samples, on features extracted once. C is searched as CLIP does, from 1e-6 to
-    1e6 in eighths of a decade, then training and validation images are fitted together. With
-    --shots, few-shot instead: several draws, their mean and spread.
+    C is searched from 1e-6 on in half decades, then training and held-out images are fitted
+    together. With --shots, few-shot instead: several draws, their mean and spread.
     """
 
     validation: str = ""
-    """Labelled images to choose C by; empty sets a part of --train aside."""
-    validation_fraction: Annotated[float, Meta(ge=1e-6, le=1 - 1e-6)] = 0.2
-    """Part of each class of --train that is set aside to choose C by. Where it would have fewer
-    than 4 images a class on the average, C is chosen by cross-validation over all of --train
-    instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has two
-    images, C is 1."""
+    """Labelled images to choose C by; empty holds out a fifth of each class of --train. Where that
+    would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
+    --train instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has
+    two images, C is 1."""
     c: FiniteNonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
@@ -272,10 +270,6 @@ class LinearProbe(FrozenFeatures):
     """Few-shot: how often images are drawn for each number of shots."""
     seed: Count = 0
     """Seed of the split and the draws."""
-    max_iterations: Number = 1000
-    """Iterations of each fit, at most."""
-    fit_precision: Literal["fp32", "fp64"] = "fp32"
-    """Arithmetic of the fits."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.train, self.data, *([self.validation] if self.validation else [])]
