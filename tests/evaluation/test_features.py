@@ -1,4 +1,4 @@
-"""Features of labelled images: kept only while they would be the same, split, put together."""
+"""Features of labelled images: kept only while they would be the same, put together."""
 
 from __future__ import annotations
 
@@ -21,14 +21,8 @@ from unicl_fast import Tokenizer, UniCL
 from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation import features
-from unicl_fast.evaluation.features import (
-    draw_shots,
-    keep_features,
-    key_of_features,
-    model_on_ranks,
-    split_folds,
-    split_validation,
-)
+from unicl_fast.evaluation.features import model_on_ranks
+from unicl_fast.evaluation.labelled import keep_features, key_of_features
 from unicl_fast.evaluation.requests import Evaluation
 from unicl_fast.models.unicl import weights_digest
 
@@ -114,43 +108,10 @@ def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
         assert on_ranks.model.config.data.decode_device == "cpu"
 
 
-def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
-    labels = np.repeat([0, 1, 2], [50, 10, 2])
-    train, validation = split_validation(labels, fraction=0.2, seed=0)
-    assert np.bincount(labels[validation], minlength=3).tolist() == [10, 2, 0]
-    assert sorted([*train, *validation]) == list(range(62))
-    assert not np.array_equal(validation, split_validation(labels, fraction=0.2, seed=1)[1])
-    shots, others = draw_shots(labels, shots=8, seed=0)
-    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
-    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
-    assert not set(shots) & set(others)
-    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
-    assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
-    assert [len(rows) for rows in split_validation(np.arange(3), fraction=0.2, seed=0)] == [3, 0]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "folds"), [((9, 7, 6), 5), ((4, 3), 3), ((5, 2), 2), ((4, 1), 2)]
-)
-def test_folds_hold_out_each_sample_once_but_never_a_class_s_only_one(
-    sizes: tuple[int, ...], folds: int
-) -> None:
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    found = split_folds(labels, seed=0)
-    assert len(found) == folds
-    held_out = np.concatenate([aside for _, aside in found])
-    assert sorted(held_out) == [row for row, label in enumerate(labels) if sizes[label] > 1]
-    for kept, aside in found:
-        assert sorted([*kept, *aside]) == list(range(len(labels)))
-        assert set(labels[kept]) == set(labels)
-    assert not np.array_equal(split_folds(labels, seed=1)[0][1], found[0][1])
-    assert split_folds(np.arange(3), seed=0) == []
-
-
 def test_kept_features_come_back_and_damaged_ones_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, features = tmp_path / "features", torch.randn(5, 3)
+    folder, features = tmp_path / "features", np.random.default_rng(0).normal(size=(5, 3))
     keep_features(folder, "key", features)
     assert np.array_equal(read_features(folder, "key", num_samples=5).rows, features)
     with pytest.raises(ValueError, match="6 rows are expected"):
@@ -176,13 +137,13 @@ def test_of_two_that_keep_the_same_features_the_first_is_read(
     def rename_and_let_the_other_begin(aside: Path, target: Path) -> Path:
         found = rename(aside, target)
         if not second:
-            second.append(Thread(target=keep_features, args=(tmp_path, "key", torch.ones(5, 3))))
+            second.append(Thread(target=keep_features, args=(tmp_path, "key", np.ones((5, 3)))))
             second[0].start()
             second[0].join(0.2)
         return found
 
     monkeypatch.setattr(Path, "rename", rename_and_let_the_other_begin)
-    keep_features(tmp_path, "key", torch.zeros(5, 3))
+    keep_features(tmp_path, "key", np.zeros((5, 3)))
     second[0].join()
     assert not read_features(tmp_path, "key", num_samples=5).rows.any()
     assert len(list(tmp_path.iterdir())) == 2

@@ -125,6 +125,11 @@ def protocol_metric(name: str) -> Metric:
     return "mean_per_class" if _MEAN_PER_CLASS.fullmatch(plain) else "top1"
 
 
+def choose_metric(metric: MetricChoice, spec: str) -> Metric:
+    """A metric as it was chosen; auto takes the protocol's for the name of the data set."""
+    return protocol_metric(short_name(spec)) if metric == "auto" else metric
+
+
 def check_data(spec: str) -> None:
     """Refuses a data set that is visibly wrong or not there, without packing anything."""
     if spec.startswith(TORCHVISION):
@@ -193,7 +198,7 @@ def open_data(
             dataset=dataset,
             class_names=names,
             templates=_choose_templates(spec, templates, dataset),
-            metric=protocol_metric(short_name(spec)) if metric == "auto" else metric,
+            metric=choose_metric(metric, spec),
         )
         if not is_packed and ranks.world_size > 1:
             dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read

@@ -17,7 +17,6 @@ from typing import Annotated, Literal, Self, TypeVar, get_type_hints
 from msgspec import Meta
 
 from unicl_fast.config import DeviceName
-from unicl_fast.system.atomic_files import refuse_file
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -36,7 +35,6 @@ that texts are compared in. A model trained by cross-entropy has no such space."
 # The type of an option holds its range, as in the config.
 Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
 Finite = Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)]
-Rate = Annotated[float, Meta(ge=1e-12, le=100)]
 _T = TypeVar("_T")
 
 
@@ -219,8 +217,8 @@ class Retrieval(EncodingEvaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferEvaluation(EncodingEvaluation):
-    """The options of evaluations that learn from labelled images and are tested on others."""
+class FrozenFeatures(EncodingEvaluation):
+    """The options of evaluations that learn from features of labelled images."""
 
     train: str
     """Labelled images to learn from; written as --data of zero-shot."""
@@ -229,14 +227,6 @@ class TransferEvaluation(EncodingEvaluation):
     metric: MetricChoice = "auto"
     """The metric that is reported first, and that C is chosen by; auto as in zero-shot."""
 
-    def data_sets(self) -> Sequence[str]:
-        return [self.train, self.data]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(TransferEvaluation):
-    """The options of evaluations on features of labelled images."""
-
     layer: Layer = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
     after it (unit norm), which a model trained by cross-entropy lacks."""
@@ -244,23 +234,29 @@ class FrozenFeatures(TransferEvaluation):
     """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""
 
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data]
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.probes import require_scikit_learn
+
+        super().check()
+        require_scikit_learn()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe(FrozenFeatures):
-    """Linear probe: logistic regression on frozen features, C chosen on a validation split.
+    """Linear probe: scikit-learn's logistic regression on frozen features, on the CPU.
 
-    L-BFGS over all samples, on features extracted once. C is searched as CLIP does, from 1e-6 to
-    1e6 in eighths of a decade, then training and validation images are fitted together. With
-    --shots, few-shot instead: several draws, their mean and spread.
+    C is searched from 1e-6 on in half decades, then training and held-out images are fitted
+    together. With --shots, few-shot instead: several draws, their mean and spread.
     """
 
     validation: str = ""
-    """Labelled images to choose C by; empty sets a part of --train aside."""
-    validation_fraction: Annotated[float, Meta(ge=1e-6, le=1 - 1e-6)] = 0.2
-    """Part of each class of --train that is set aside to choose C by. Where it would have fewer
-    than 4 images a class on the average, C is chosen by cross-validation over all of --train
-    instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has two
-    images, C is 1."""
+    """Labelled images to choose C by; empty holds out a fifth of each class of --train. Where that
+    would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
+    --train instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has
+    two images, C is 1."""
     c: FiniteNonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
@@ -271,10 +267,6 @@ class LinearProbe(FrozenFeatures):
     """Few-shot: how often images are drawn for each number of shots."""
     seed: Count = 0
     """Seed of the split and the draws."""
-    max_iterations: Number = 1000
-    """Iterations of each fit, at most."""
-    fit_precision: Literal["fp32", "fp64"] = "fp32"
-    """Arithmetic of the fits."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.train, self.data, *([self.validation] if self.validation else [])]
@@ -316,75 +308,6 @@ class Knn(FrozenFeatures):
         from unicl_fast.evaluation import probes
 
         probes.run_knn(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorRecipe:
-    """The detector and its 1x schedule."""
-
-    masks: bool = False
-    """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
-    usual for ResNet."""
-    lr: Rate = 1e-4
-    """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
-    warmup_steps: Count = 500
-    """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
-    min_size: Number = 800
-    """Pixels that the shorter side of an image is scaled to."""
-    max_size: Number = 1333
-    """Most pixels of its longer side, for which it is made smaller still."""
-    boxes_per_image: Number = 512
-    """Proposals of an image that the heads are trained on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Detect(DetectorRecipe, Evaluation):
-    """Transfer to detection: a detector trained over the image encoder, and COCO's metrics.
-
-    torchvision's Faster R-CNN or Mask R-CNN over a feature pyramid of the encoder's maps, BatchNorm
-    frozen, by the 1x schedule. Annotations are in COCO's format (pip install
-    'unicl_fast[evaluation]').
-    """
-
-    train: Path
-    """Objects to train on, an instances_*.json."""
-    train_images: Path
-    """Folder of their images."""
-    data: Path
-    """Objects to test on, an instances_*.json."""
-    images: Path
-    """Folder of their images."""
-    out: Path
-    """Folder for the detector, its detections and its description."""
-    epochs: Finite = 12.0
-    """Epochs over the training images; 12 is the 1x schedule. The rate drops to a tenth after
-    8/12 and 11/12 of them."""
-    train_batch_size: Number = 16
-    """Images of one step over all ranks."""
-    workers: Count = 2
-    """Processes of each rank that decode images; 0 decodes in the rank itself."""
-    seed: Count = 0
-    """Seed of the heads, the order, the flips and the proposals."""
-
-    def check(self) -> None:
-        from unicl_fast.evaluation.coco import check_annotations
-
-        super().check()
-        if self.max_size < self.min_size:
-            raise ValueError(
-                f"--max-size ({self.max_size}) must not be below --min-size ({self.min_size})"
-            )
-        check_annotations(self)
-        refuse_file(self.out)
-        if (self.out / "detector.json").exists():
-            raise ValueError(f"{self.out} holds a detector: name another folder as --out")
-
-    def run(self) -> None:
-        from unicl_fast.evaluation import detection
-
-        detection.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,7 +408,6 @@ COMMANDS: dict[str, type[ModelCommand]] = {
     "zero-shot": ZeroShot,
     "linear-probe": LinearProbe,
     "knn": Knn,
-    "detect": Detect,
     "retrieval": Retrieval,
     "classify": Classify,
     "embed": Embed,

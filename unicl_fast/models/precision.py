@@ -13,7 +13,6 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,17 +180,6 @@ def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) ->
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = efficiency.cudnn_benchmark
-
-
-@contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Around fits and searches: their products in fp32 have the rounding of fp32 on GPUs too."""
-    kept = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = kept
 
 
 # Bytes to the encoder's input.

@@ -86,17 +86,13 @@ class SmallConvNet(nn.Module):
         self,
         stem: nn.Module,
         blocks: Sequence[nn.Module],
-        channels: Sequence[int],
+        num_features: int,
         *,
         global_pool: Literal["avg", "max"],
     ) -> None:
         super().__init__()
-        self.num_features = channels[-1]
+        self.num_features = num_features
         self.global_pool = global_pool
-        self.feature_info = [
-            {"num_chs": width, "reduction": 2 ** (number + 1), "module": f"blocks.{number}"}
-            for number, width in enumerate(channels)
-        ]
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
         pool = nn.AdaptiveAvgPool2d(1) if global_pool == "avg" else nn.AdaptiveMaxPool2d(1)
@@ -116,23 +112,6 @@ class SmallConvNet(nn.Module):
                 f"{global_pool!r}"
             )
 
-    def forward_intermediates(
-        self,
-        images: Float[Tensor, "b c h w"],
-        *,
-        indices: Sequence[int] | None = None,
-        intermediates_only: bool = True,
-    ) -> list[Tensor]:
-        """Maps [b c h w] of the blocks in `indices`, of all without it; under timm's name."""
-        if not intermediates_only:
-            raise NotImplementedError("only the maps are given; forward gives the features")
-        maps: list[Tensor] = []
-        image_map = self.stem(images)
-        for block in self.blocks:
-            image_map = block(image_map)
-            maps.append(image_map)
-        return maps if indices is None else [maps[index] for index in indices]
-
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Layers for learning rates that decay with depth, in timm's form."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
@@ -146,7 +125,7 @@ def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNe
         nn.Conv2d(kwargs.get("in_chans", 3), 24, kernel_size=2), nn.ReLU(inplace=True)
     )
     blocks = [SmallConvBlock(24, 64), SmallConvBlock(64, 128), SmallConvBlock(128, 256)]
-    return SmallConvNet(stem, blocks, (64, 128, 256), global_pool="avg")
+    return SmallConvNet(stem, blocks, 256, global_pool="avg")
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -159,7 +138,7 @@ def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet
         SmallResidualBlock(48, 96, residual=False),
         SmallResidualBlock(96, 192, residual=True),
     ]
-    return SmallConvNet(stem, blocks, (48, 96, 192), global_pool="max")
+    return SmallConvNet(stem, blocks, 192, global_pool="max")
 
 
 def _refuse(pretrained: bool, *, drop_path_rate: float | None = None) -> None:

@@ -1,0 +1,168 @@
+"""Features of labelled images, which probes learn from: extracted once, and kept in a folder.
+
+Only the encoder takes long, and a linear probe, its few-shot draws and nearest neighbours need the
+same features again and again. They are kept as `dataset.feature_files` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from unicl_fast.dataset.feature_files import (
+    feature_key,
+    has_features,
+    read_features,
+    seal_features,
+)
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.evaluation.data import EvaluationData, open_data
+from unicl_fast.evaluation.features import ModelOnRanks, device_of, require_layer
+from unicl_fast.evaluation.requests import Layer
+from unicl_fast.models.unicl import UniCL, weights_digest
+
+logger = logging.getLogger(__name__)
+
+_KEY_VERSION = 1
+"""Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledFeatures:
+    """Samples with labels: features, the label each is fitted with, and all that count as right."""
+
+    name: str
+    """The data set's, for tables and messages."""
+    features: Float[np.ndarray, "n d"]
+    all_labels: Sequence[Sequence[int]]
+    """Labels of each sample, at least one, as numbers of classes."""
+    labels: Int[np.ndarray, " n"]
+    """The first label of each sample."""
+    class_names: tuple[str, ...]
+    num_without_label: int = 0
+    """Samples that were left out."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: NDArray[np.int64]) -> LabelledFeatures:
+        """Some of them, in the order of `rows`."""
+        return dataclasses.replace(
+            self,
+            features=self.features[rows],
+            all_labels=[self.all_labels[row] for row in rows.tolist()],
+            labels=self.labels[rows],
+            num_without_label=0,
+        )
+
+    def join(self, other: LabelledFeatures) -> LabelledFeatures:
+        """Both, one after the other."""
+        return dataclasses.replace(
+            self,
+            features=np.concatenate([self.features, other.features]),
+            all_labels=[*self.all_labels, *other.all_labels],
+            labels=np.concatenate([self.labels, other.labels]),
+            num_without_label=self.num_without_label + other.num_without_label,
+        )
+
+
+def with_labels(
+    features: Float[np.ndarray, "n d"],
+    labels: Sequence[Sequence[int]],
+    *,
+    name: str,
+    class_names: Sequence[str],
+) -> LabelledFeatures:
+    """Features of the samples that have labels; it is a ValueError if none has one."""
+    kept = [row for row, own in enumerate(labels) if own]
+    if not kept:
+        raise ValueError(f"no sample of {name} has a label")
+    return LabelledFeatures(
+        name=name,
+        features=features if len(kept) == len(labels) else features[kept],
+        all_labels=[labels[row] for row in kept],
+        labels=np.array([labels[row][0] for row in kept], dtype=np.int64),
+        class_names=tuple(class_names),
+        num_without_label=len(labels) - len(kept),
+    )
+
+
+def labelled_features(
+    on_ranks: ModelOnRanks, *specs: str, layer: Layer = "encoder", folder: Path | None = None
+) -> list[LabelledFeatures]:
+    """Features and labels of data sets, in fp32 or fp64; nothing on all ranks but rank 0.
+
+    Args:
+        on_ranks: the model that makes the features.
+        specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels are numbers of
+            the first one's classes, among which those of the others are found by name.
+        layer: before the projection into the space of texts, as CLIP's linear probes take them, or
+            after it (unit norm).
+        folder: where features are kept and found again, by a checksum of weights and images.
+
+    Raises:
+        ValueError: no labels, a class that the first data set does not have, or the features after
+            a projection of a model that has none.
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    model, ranks = on_ranks.model, on_ranks.ranks
+    require_layer(model, layer)
+    weights = weights_digest(model, "image_encoder.", "image_projection")
+    found: list[LabelledFeatures] = []
+    first: EvaluationData | None = None
+    for spec in specs:
+        with open_data(spec, ranks=ranks) as data:
+            first = first or data
+            labels = data.labels_among(first)
+            key = key_of_features(model, data.dataset, layer=layer, weights=weights)
+            is_kept = from_rank_0(folder is not None and has_features(folder, key), ranks)
+            extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
+            rows = None if extracted is None else extracted.numpy()
+            with rank_0_alone(ranks):
+                if folder is not None and is_kept and ranks.is_main:
+                    rows = np.array(read_features(folder, key, num_samples=len(data.dataset)).rows)
+                    logger.info("features of %s: found again", spec)
+                elif folder is not None and rows is not None:
+                    keep_features(folder, key, rows)
+            if rows is not None:
+                names = first.class_names
+                found.append(with_labels(rows, labels, name=data.name, class_names=names))
+    return found
+
+
+def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
+    """A name for the features of a data set in evaluations, whose view is a central crop."""
+    return feature_key(
+        model.config,
+        dataset,
+        weights=weights,
+        device_type=device_of(model).type,
+        view=model.config.data.evaluation_resize,
+        version=_KEY_VERSION,
+        layer=layer,
+    )
+
+
+def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
+    """Stores features whole or not at all; a disk that refuses is a warning and no error."""
+    aside = folder / f".{key}.{secrets.token_hex(4)}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.save(file, features, allow_pickle=False)
+        seal_features(aside, folder, key, dtype=str(features.dtype), unreadable=())
+    except OSError as error:
+        logger.warning("features are not kept: %s cannot be written: %s", folder, error)
+    finally:
+        with contextlib.suppress(OSError):  # where it has its name, or was never made
+            aside.unlink()
