@@ -165,10 +165,12 @@ def _file_of(module: str) -> Path | None:
     if package != __name__.partition(".")[0]:
         return None
     spec = find_spec(".".join([package, *parts[:1]]))  # a checkout has rooms outside the package
-    places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+    if spec is None:
+        return None
     if len(parts) < 2:
-        return Path(places[0]) if places and places[0] else None
-    paths = [Path(place).joinpath(*parts[1:]) for place in places[1:]]
+        return Path(spec.origin) if spec.origin else None
+    places = spec.submodule_search_locations or []
+    paths = [Path(place).joinpath(*parts[1:]) for place in places]
     found = [file for path in paths for file in (path / "__init__.py", path.with_suffix(".py"))]
     return next(filter(Path.is_file, found), None)
 
