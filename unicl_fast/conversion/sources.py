@@ -52,7 +52,7 @@ _Files = Callable[[Sequence[str]], Path]
 
 
 class _Towers(NamedTuple):
-    """Which encoders to read."""
+    """The encoders to read."""
 
     image: bool
     text: bool

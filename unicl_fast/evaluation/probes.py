@@ -45,7 +45,7 @@ from unicl_fast.system.wording import count_of, markdown_table
 logger = logging.getLogger(__name__)
 
 C_GRID = tuple(10 ** (half_decade / 2) for half_decade in range(-12, 13))
-"""What is searched for C: 1e-6 to 1e6, the range of CLIP's search."""
+"""Range of C: 1e-6 to 1e6, as in CLIP's search."""
 DEFAULT_C = 1.0
 """Taken where no class has two images, so that nothing can choose C; scikit-learn's default."""
 MAX_ITERATIONS = 1000

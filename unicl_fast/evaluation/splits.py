@@ -1,4 +1,4 @@
-"""Which labelled samples a probe is fitted on, and which its C is chosen by.
+"""The split of labelled samples into those that fit a probe and those that choose its C.
 
 Splits are drawn for each class by keyed random numbers, which do not depend on NumPy's version.
 """
