@@ -89,7 +89,7 @@ def plot(result: Mapping[str, Any], path: Path, *, title: str) -> None:
     rows, beyond = _bars(result)
     rates = [result["figures"][f"{name}, images/s"] for name, _ in rows]
     kinds = [facts["kind"] for _, facts in rows]
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         kind: {
             "facecolor": colour,
             "edgecolor": "#4a4a4a" if kind == "limit" else colour,

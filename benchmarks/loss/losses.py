@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def loss_work(contestant: Contestant, inputs: Inputs) -> Callable[[], Tensor]:
         value: Callable[[], Tensor] = functools.partial(ClipLoss(), images, texts, scale)
     else:
         counts = class_ids.bincount(minlength=len(texts))
-        shared: dict[str, Tensor] = {
+        shared: dict[str, Any] = {
             "text_class_ids": torch.arange(len(texts), device=texts.device),
             **({"text_counts": counts} if len(texts) < len(images) else {}),
         }

@@ -54,7 +54,7 @@ def step_config(
     image_size: int,
     batch_size: int,
     device: DeviceName = "auto",
-    text: Mapping[str, int] = MappingProxyType({}),
+    text: Mapping[str, Any] = MappingProxyType({}),
     **efficiency: Any,
 ) -> TrainConfig:
     """A timm model and the paper's text encoder (or fields of another one), in a long run."""
