@@ -25,7 +25,6 @@ from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
-from unicl_fast.text.ancestors import flat_chains
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import (
@@ -308,14 +307,19 @@ def _plan_source(
     dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
 ) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
-    hierarchy = dataset.manifest.hierarchy if data.prompts != "labels" else None
+    hierarchy = dataset.manifest.hierarchy if data.prompts == "levels" else None
+    chains = None
+    if hierarchy is not None:
+        of_labels = hierarchy.chains()
+        starts = np.cumsum([0, *map(len, of_labels)], dtype=np.int64)
+        chains = starts, np.array([one for chain in of_labels for one in chain], dtype=np.int64)
     return PlanSource(
         name=dataset.location,
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
-        chains=None if hierarchy is None else flat_chains(hierarchy),
+        chains=chains,
     )
 
 

@@ -51,7 +51,7 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 ObjectiveForm = Literal["softmax", "sigmoid"]
-PositivesName = Literal["text", "labels", "ancestors"]
+PositivesName = Literal["text", "labels"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -89,12 +89,10 @@ class DataConfig:
     """Draw the prompt template for each sample, or for each class. per_sample is the paper's;
     per_class draws once for each class and batch, so that a batch has no more prompts to encode
     than classes."""
-    prompts: Literal["labels", "ancestors", "levels"] = "labels"
-    """Class whose prompt is the text of a label: labels or ancestors. labels takes the label
-    itself; ancestors takes it or one of the classes above it with equal chance, drawn anew each
-    time, and needs objective.positives=ancestors. levels takes for all images of a batch the class
-    at one level of the hierarchy, other levels in other batches, and needs
-    objective.positives=text."""
+    prompts: Literal["labels", "levels"] = "labels"
+    """Class whose prompt is the text of a label: labels or levels. labels takes the label itself.
+    levels takes for all images of a batch the class at one level of the hierarchy, other levels in
+    other batches, and needs objective.positives=text."""
     label_space: Literal["separate", "shared"] = "separate"
     """Whether label 3 of two data sets is two classes, or the same one. Separate classes still meet
     if their names are equal; shared needs equal lists of class names."""
@@ -294,13 +292,8 @@ class ObjectiveConfig:
     an image (a text) with all other texts (images). sigmoid, SigLIP's, asks of each pair whether it
     is a positive one, with a bias that is learnt. For unicl and clip."""
     positives: PositivesName = "text"
-    """Classes of an image: text, labels or ancestors. text takes the class of the text that it is
-    shown with; labels takes those of all its labels too, whatever its text; ancestors takes these
-    and all classes above them, where data sets have a hierarchy. For unicl, and labels for ce."""
-    ancestor_weights: tuple[Fraction, ...] = ()
-    """For ancestors: weight of a text as a positive of an image that has no more than a class above
-    the text's in common with it, by the depth of the lowest such class, the top first; the last one
-    holds for all below. They must not fall. Empty: 0. For example 0,0.1,0.3."""
+    """Classes of an image: text or labels. text takes the class of the text that it is shown with;
+    labels takes those of all its labels too, whatever its text. labels is for unicl and ce."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
@@ -326,19 +319,6 @@ class ObjectiveConfig:
             self.form == "softmax" or self.has_texts,
             f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
             "not have: take unicl or clip, or softmax",
-        )
-        require(
-            self.positives != "ancestors" or self.name == "unicl",
-            f"objective.positives=ancestors is for unicl, not for {self.name}: take labels or text",
-        )
-        require(
-            not self.ancestor_weights or self.positives == "ancestors",
-            f"objective.ancestor_weights needs objective.positives=ancestors, not {self.positives}",
-        )
-        require(
-            list(self.ancestor_weights) == sorted(self.ancestor_weights),
-            "objective.ancestor_weights must not fall from the top down, as "
-            f"{self.ancestor_weights} do: classes further down have more in common",
         )
         require(
             self.positives == "text" or self.name in ("unicl", "ce"),
@@ -617,9 +597,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.data.prompts != "ancestors" or self.objective.positives == "ancestors",
-            "data.prompts=ancestors shows images with prompts of classes above their labels, which "
-            "must be their positives: set objective.positives=ancestors too",
+            self.data.prompts != "levels" or self.objective.positives == "text",
+            "data.prompts=levels contrasts the classes of one level in a batch, and "
+            f"objective.positives={self.objective.positives} adds those of other levels: take "
+            "objective.positives=text, or data.prompts=labels",
+        )
+        require(
+            self.data.prompts != "levels" or self.objective.name != "ce",
+            "data.prompts=levels shows classes above labels, for which objective.name=ce has no "
+            "rows: take data.prompts=labels, or objective.name=unicl",
         )
         require(
             not self.model.token_drop
@@ -701,9 +687,8 @@ def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
         )
     objective, data = config.objective, config.data
     require(
-        stage["context_length"] == own["context_length"]
-        or (objective.has_texts and objective.positives != "ancestors"),
-        "context_length is for objectives with texts, and not for objective.positives=ancestors",
+        stage["context_length"] == own["context_length"] or objective.has_texts,
+        "context_length is for objectives with texts",
     )
     require(
         not config.efficiency.image_features

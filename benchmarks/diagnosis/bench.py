@@ -407,11 +407,11 @@ class Bench:
     def step_stages(self, batch: Batch, *, rounds: int) -> list[Stage]:
         """The parts of a step; none where micro-batches or an objective without texts split it.
 
-        Nor are there any where positives are weighted or mixed.
+        Nor are there any where labels are mixed.
         """
         config, objective = self.trainer.config, self.trainer.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
-        if micro or not objective.has_texts or objective.mixes or objective.ancestor_weights:
+        if micro or not objective.has_texts or objective.mixes:
             return []
         step = StepInParts(self.trainer, batch)
         step.take()
@@ -500,7 +500,6 @@ class StepBench:
             ListLoader([batch]),
             ranks=bench.ranks,
             device=bench.device,
-            ancestors=bench.parts.prompts.ancestors,
             progress=False,
         )
 

@@ -276,9 +276,7 @@ class HostBatches:
         if self._config.objective.name == "clip":  # a text is its own class
             labels, prompts = np.full_like(labels, -1), None
         elif self._config.objective.positives != "text":
-            image_labels = gather_labels(
-                planned, self._datasets, self._classes_of_labels, self._prompts.ancestors
-            )
+            image_labels = gather_labels(planned, self._datasets, self._classes_of_labels)
         targets = map_steps(rows, labels, prompts, size=self._batch_size, image_labels=image_labels)
         return targets, pack_integers(targets, global_index, context_length=length)
 

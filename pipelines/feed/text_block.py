@@ -19,7 +19,6 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import ImageLabels, TargetSteps
 from unicl_fast.system.kernels import kernel
-from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.text.prompts import ClassPrompts
 
 from ..plan.plan import PlannedBatch
@@ -70,12 +69,10 @@ def gather_labels(
     planned: PlannedBatch,
     datasets: Sequence[PackedDataset],
     classes_of_labels: Sequence[NDArray[np.int64]],
-    ancestors: AncestorTable | None,
 ) -> ImageLabels:
     """Gathers all labels of each sample of a planned batch, whatever text it is shown with.
 
-    `classes_of_labels` has the training class of each label of each data set, `ancestors` those
-    above them.
+    `classes_of_labels` has the training class of each label of each data set.
     """
     firsts, counts = np.zeros((2, len(planned.global_index)), dtype=np.int64)
     of_dataset = [np.flatnonzero(planned.source_ids == number) for number in range(len(datasets))]
@@ -86,7 +83,7 @@ def gather_labels(
     found = np.empty(starts[-1], dtype=np.int64)
     for mine, dataset, classes in zip(of_dataset, datasets, classes_of_labels, strict=True):
         _copy_classes(np.asarray(dataset.labels), firsts, counts, mine, classes, starts, found)
-    return ImageLabels(classes=found, starts=starts, ancestors=ancestors)
+    return ImageLabels(classes=found, starts=starts)
 
 
 @kernel

@@ -60,7 +60,8 @@ class PlanSource:
     """Training class of each label [num_classes]."""
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
-    labels[starts[k]:starts[k + 1]]. None where the text of a label is its own prompt."""
+    labels[starts[k]:starts[k + 1]], for `data.prompts=levels`. None where the text of a label is
+    its own prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,6 @@ class _Purpose(enum.IntEnum):
     SUBSTITUTE = 8
     SECOND_VIEW = 9
     AUGMENT = 10
-    ANCESTOR = 12
 
 
 def samples_of_draws(
@@ -431,24 +431,17 @@ class TrainPlan:
         positions = rows["labels_start"][prompted].astype(np.int64) + chosen_labels[prompted]
         labels[prompted] = source.labels[positions]
         if source.chains is not None:
+            # one level a batch, in turns; a class that ends above it stands for itself
             starts, chains = source.chains
             begins, ends = starts[labels[prompted]], starts[labels[prompted] + 1]
-            if self._data.prompts == "levels":
-                # one level a batch, in turns; a class that ends above it stands for itself
-                steps = (
-                    step + (draws[prompted] - self._draws_before(step)) // self.global_batch_size
-                )
-                down = np.minimum(steps % self._num_levels, ends - begins - 1)
-            else:
-                own = np.uint64(self._key(*streams, _Purpose.ANCESTOR))
-                down = (random_units(own, draws[prompted]) * (ends - begins)).astype(np.int64)
-            labels[prompted] = chains[begins + down]
+            levels = self._steps_of(draws[prompted], step) % self._num_levels
+            labels[prompted] = chains[begins + np.minimum(levels, ends - begins - 1)]
         templates = np.full(len(rows), -1, dtype=np.int64)
         if self._data.templates == "per_class":
             # The class as counter, the step in the key: all ranks draw the same for a class, and
             # so do substitutes.
             key = self._key(_Purpose.TEMPLATE)
-            steps = step + (draws[prompted] - self._draws_before(step)) // self.global_batch_size
+            steps = self._steps_of(draws[prompted], step)
             classes = source.class_ids[labels[prompted]]
             templates[prompted] = _draw_by_step(
                 np.uint64(key), steps, classes, source.num_templates
@@ -458,6 +451,11 @@ class TrainPlan:
             drawn = random_units(np.uint64(key), draws[prompted]) * source.num_templates
             templates[prompted] = drawn.astype(np.int64)
         return np.stack([captions, labels, templates])
+
+    def _steps_of(self, draws: Int64Array, first_step: int) -> Int64Array:
+        """The step of each of the draws of a `long_batch` that begins at `first_step`."""
+        steps = (draws - self._draws_before(first_step)) // self.global_batch_size
+        return first_step + steps
 
     def _key(self, *parts: int) -> int:
         """The key of a stream, from purposes and numbers that tell streams of one purpose apart."""

@@ -28,7 +28,6 @@ from small_runs import (
     objective_config,
     poison_step,
     ragged_features,
-    small_ancestors,
     staged_batch,
     tiny_config,
 )
@@ -147,18 +146,10 @@ def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
     )
 
 
-def first_gradients(
-    images: torch.Tensor, ranks, config, loader=None, ancestors=None
-) -> tuple[float, dict]:
+def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
     loader = loader or StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(
-        config,
-        loader,
-        ranks=ranks,
-        ancestors=ancestors,
-        progress=False,
-    )
+    trainer = Trainer(config, loader, ranks=ranks, progress=False)
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
     # GradScaler's first scale is found by trial: it would overflow here, and skip the step
@@ -208,7 +199,6 @@ def write_objective_gradients(
                 ranks,
                 objective_config(objective, loss=form, **efficiency),
                 labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
-                small_ancestors(objective),
             )
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 

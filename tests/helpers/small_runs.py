@@ -25,8 +25,6 @@ from unicl_fast.config import (
 )
 from unicl_fast.objectives.targets import collate
 from unicl_fast.stages import span_at
-from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
@@ -153,28 +151,10 @@ OBJECTIVES = {
     "sigmoid": ObjectiveConfig(form="sigmoid"),
     "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
     "sigmoid, labels": ObjectiveConfig(form="sigmoid", positives="labels"),
-    "sigmoid, ancestors": ObjectiveConfig(
-        form="sigmoid", positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)
-    ),
     "unicl, labels": ObjectiveConfig(positives="labels"),
-    "unicl, ancestors": ObjectiveConfig(positives="ancestors", ancestor_weights=(0.1, 0.1, 0.4)),
     "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
     "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
 }
-
-
-PARENTS = {0: 8, 1: 9, 8: 9, 9: 10, 2**32: 9, 2**32 + 1: 10}
-"""Above the classes of `labelled_batch` are 8, 9 and 10, the top; 2**32 + 2 has no place."""
-
-
-def small_ancestors(objective: str) -> AncestorTable | None:
-    """`PARENTS` as a trainer takes them."""
-    if not objective.endswith("ancestors"):
-        return None
-    classes = sorted({*PARENTS, *PARENTS.values()})
-    parents = (classes.index(PARENTS[one]) if one in PARENTS else -1 for one in classes)
-    hierarchy = Hierarchy(names=(), parents=tuple(parents))
-    return join_hierarchies([hierarchy], [np.array(classes, dtype=np.int64)])[0]
 
 
 def objective_config(objective: str, **settings: object) -> TrainConfig:
@@ -202,15 +182,12 @@ def labelled_batch(
     prompts = [TEXTS[0], TEXTS[1], TEXTS[4], "a fish", "a bird"]
     tokens = Tokenizer()(prompts)[which]
     image_labels = None
-    if objective.endswith(("labels", "ancestors")):
+    if objective.endswith("labels"):
         others = [[], [all_labels[0]], [all_labels[2], all_labels[4]]]
         image_labels = [
             [all_labels[label], *others[sample % 3]] for sample, label in enumerate(which.tolist())
         ]
         image_labels[-1] = image_labels[-1] if objective.startswith("ce") else []
-    if objective.endswith("ancestors"):  # some prompts are those of classes above
-        labels[1], labels[2] = 9, 8
-        tokens[1:3] = Tokenizer()(["a photo of a mammal", "a photo of a hound"])
     if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
@@ -221,7 +198,6 @@ def labelled_batch(
         tokens,
         labels,
         image_labels=image_labels,
-        ancestors=small_ancestors(objective),
         step=step,
         rank=rank,
         world_size=world_size,

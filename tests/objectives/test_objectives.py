@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_loss
-import reference_targets
 import torch
 from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
 from small_runs import (
     OBJECTIVES,
-    PARENTS,
     global_batch,
     labelled_batch,
     labelled_loader,
     objective_config,
-    small_ancestors,
     tiny_config,
 )
 from timm.data import Mixup
@@ -34,7 +31,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
-from unicl_fast.objectives.positives import Membership, weigh_ancestors
+from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.global_loss import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
@@ -162,51 +159,6 @@ def test_images_of_several_labels_have_the_texts_of_all_of_them(
         assert_equal_with_gradients(model, loss_of(model, batch, config), expected)
 
 
-def texts_near_images(batch: Batch, weights: tuple[float, ...]) -> torch.Tensor:
-    """The oracle's weight of the text of each sample (columns) for each image (rows)."""
-    samples, classes = batch.image_classes
-    return torch.tensor(
-        [
-            [
-                reference_targets.hierarchical_weight(
-                    classes[samples == image].tolist(), int(text), PARENTS, weights
-                )
-                for text in batch.class_ids
-            ]
-            for image in range(len(batch.images))
-        ],
-        dtype=torch.float64,
-    )
-
-
-@pytest.mark.parametrize("weights", [(), (0.0,), (0.1, 0.1, 0.4), (0.0, 0.5, 0.5, 1.0)])
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_texts_of_classes_that_are_near_are_positives_by_the_depth_in_common(
-    images: torch.Tensor, form: str, weights: tuple[float, ...]
-) -> None:
-    """Against the oracle, with gradients."""
-    config, model = evaluated("unicl, ancestors", loss=form)
-    objective = dataclasses.replace(config.objective, ancestor_weights=weights)
-    config = dataclasses.replace(config, objective=objective)
-    ancestors = weigh_ancestors(small_ancestors("unicl, ancestors"), objective, torch.device("cpu"))
-    found = set()
-    for step in range(2):
-        batch = labelled_batch(images, objective="unicl, ancestors", step=step)
-        pixels, texts, scale, *_ = model(encoder_input(batch.images, config), batch.tokens)
-        near = texts_near_images(batch, weights)
-        found |= set(near.flatten().tolist())
-        expected = reference_loss.weighted_loss(pixels, texts[batch.text_index], near, scale)
-        loss = global_loss(model, batch, config, Ranks(), ancestors=ancestors)
-        assert_equal_with_gradients(model, loss, expected)
-    assert found == {0.0, 1.0, *weights[1:2], *weights[2:3]}
-
-
-def test_ancestors_are_needed_for_weights(images: torch.Tensor) -> None:
-    loader = labelled_loader(images, "unicl, ancestors")
-    with pytest.raises(ValueError, match="needs to know which class is above which: hand the"):
-        Trainer(objective_config("unicl, ancestors"), loader, progress=False)
-
-
 def test_ce_of_several_labels_takes_them_in_equal_parts(images: torch.Tensor) -> None:
     config, model = evaluated("ce, labels")
     batch = labelled_batch(images, objective="ce, labels")
@@ -265,24 +217,23 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tens
 
 
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-@pytest.mark.parametrize("objective", ["sigmoid, labels", "sigmoid, ancestors"])
 def test_the_sigmoid_form_takes_texts_of_all_classes_of_an_image(
-    images: torch.Tensor, objective: str, form: str, monkeypatch: pytest.MonkeyPatch
+    images: torch.Tensor, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pair weighs 1 if the text's class is one of the image's, however many these are."""
     monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
-    config, model = evaluated(objective, loss=form)
-    table, weights = small_ancestors(objective), config.objective.ancestor_weights
-    ancestors = weigh_ancestors(table, config.objective, torch.device("cpu"))
+    config, model = evaluated("sigmoid, labels", loss=form)
     for step in range(2):
-        batch = labelled_batch(images, objective=objective, step=step)
+        batch = labelled_batch(images, objective="sigmoid, labels", step=step)
         pixels, texts, scale, bias, *_ = model(encoder_input(batch.images, config), batch.tokens)
-        near = texts_near_images(batch, weights)
-        assert near.sum(dim=1).max() > 2
+        samples, classes = batch.image_classes
+        positives = torch.zeros(len(images), len(images), dtype=torch.float64)
+        for image in range(len(images)):
+            positives[image] = torch.isin(batch.class_ids, classes[samples == image])
+        assert positives.sum(dim=1).max() > 2
         logits = scale * pixels @ texts[batch.text_index].T + bias
-        expected = F.binary_cross_entropy_with_logits(logits, near, reduction="sum") / len(images)
-        loss = global_loss(model, batch, config, Ranks(), ancestors=ancestors)
-        assert_equal_with_gradients(model, loss, expected)
+        total = F.binary_cross_entropy_with_logits(logits, positives, reduction="sum")
+        assert_equal_with_gradients(model, loss_of(model, batch, config), total / len(images))
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
@@ -385,7 +336,7 @@ def test_ranks_give_the_objectives_of_one_process(
     for objective in chosen:
         config = objective_config(objective, loss="dense")
         alone_loss, alone = first_gradients(
-            images, Ranks(), config, labelled_loader(images, objective), small_ancestors(objective)
+            images, Ranks(), config, labelled_loader(images, objective)
         )
         for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
             written = f"{form}{rank}"
@@ -403,20 +354,16 @@ def test_ranks_give_the_objectives_of_one_process(
 
 @pytest.mark.parametrize(
     "objective",
-    [
-        name
-        for name in OBJECTIVES
-        if name.endswith(("labels", "ancestors")) and not name.startswith("ce")
-    ],
+    [name for name in OBJECTIVES if name.endswith("labels") and not name.startswith("ce")],
 )
 @pytest.mark.parametrize("unique_texts", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_micro_batches_of_images_of_several_classes(
     images: torch.Tensor, objective: str, unique_texts: bool
 ) -> None:
-    data = labelled_loader(images, objective), small_ancestors(objective)
-    loss, expected = first_gradients(images, Ranks(), objective_config(objective), *data)
+    loader = labelled_loader(images, objective)
+    loss, expected = first_gradients(images, Ranks(), objective_config(objective), loader)
     config = objective_config(objective, micro_batch_size=5, unique_texts=unique_texts)
-    in_parts, gradients = first_gradients(images, Ranks(), config, *data)
+    in_parts, gradients = first_gradients(images, Ranks(), config, loader)
     assert in_parts == pytest.approx(loss, rel=1e-13)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
@@ -459,14 +406,11 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
         ObjectiveConfig(name="ce", form="sigmoid")
     with pytest.raises(ValueError, match="several labels an image, which supcon does not"):
         ObjectiveConfig(name="supcon", positives="labels")
-    with pytest.raises(ValueError, match="positives=ancestors is for unicl, not for ce"):
-        ObjectiveConfig(name="ce", positives="ancestors")
-    with pytest.raises(ValueError, match="ancestor_weights needs objective.positives=ancestors"):
-        ObjectiveConfig(positives="labels", ancestor_weights=(0.5,))
-    with pytest.raises(ValueError, match="must not fall from the top down"):
-        ObjectiveConfig(positives="ancestors", ancestor_weights=(0.5, 0.1))
-    with pytest.raises(ValueError, match="set objective.positives=ancestors too"):
-        TrainConfig(data=DataConfig(prompts="ancestors"))
+    levels = DataConfig(prompts="levels")
+    with pytest.raises(ValueError, match="positives=labels adds those of other levels"):
+        TrainConfig(data=levels, objective=ObjectiveConfig(positives="labels"))
+    with pytest.raises(ValueError, match="for which objective.name=ce has no rows"):
+        TrainConfig(data=levels, objective=ObjectiveConfig(name="ce"))
     with pytest.raises(ValueError, match="positives=labels cannot be used with objective.mixup"):
         ObjectiveConfig(positives="labels", cutmix=0.1)
     with pytest.raises(ValueError, match="needs classes"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -24,8 +23,6 @@ from unicl_fast.objectives.targets import (
     map_targets,
     slice_targets,
 )
-from unicl_fast.text.ancestors import join_hierarchies
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.token_rows import (
     find_rows,
     hash_rows,
@@ -166,30 +163,6 @@ def test_images_of_several_labels_get_all_their_classes_once(
         alone = map_targets(rows[own], labels[own], prompts, as_image_labels(image_labels[own]))
         assert by_image(of_step, size) == by_image(alone.image_classes, size)
     assert set(map_steps(rows, labels, prompts, size=size).image_classes) == {None}
-
-
-@given(
-    parents=st.lists(st.integers(0, 30), min_size=1, max_size=12),
-    image_labels=st.lists(st.lists(st.integers(0, 13), max_size=5), min_size=1, max_size=8),
-)
-def test_classes_above_an_image_s_are_its_classes_too(
-    parents: list[int], image_labels: list[list[int]]
-) -> None:
-    """A class's parent has a smaller number; classes beyond the hierarchy have no place."""
-    forest = [(parent % (child + 1)) - 1 for child, parent in enumerate(parents)]
-    table, _ = join_hierarchies(
-        [Hierarchy(names=(), parents=tuple(forest))], [np.arange(len(forest))]
-    )
-    lists = dataclasses.replace(as_image_labels(image_labels), ancestors=table)
-    rows = as_rows(*([number + 1] for number in range(len(image_labels))))
-    labels = as_labels(*(of_image[0] if of_image else -1 for of_image in image_labels))
-    targets = map_targets(rows, labels, None, lists)
-    above = dict(enumerate(forest))
-    found = by_image(targets.image_classes, len(rows))
-    for of_image, own, class_id in zip(found, image_labels, targets.class_ids, strict=True):
-        expected = {one for label in own for one in reference.with_ancestors(label, above)}
-        assert len(of_image) == len(set(of_image))
-        assert set(of_image) == expected | {class_id}
 
 
 def test_labels_of_other_images_are_refused() -> None:

@@ -64,7 +64,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(
 def test_images_of_several_labels_in_a_hierarchy(
     shared_data: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """COCO's photographs, mixed with captions; it resumes on two ranks; levels."""
+    """COCO's photographs, mixed with captions; on two ranks, and resumed; then level by level."""
     coco, tree = shared_data / "captions" / "coco", tmp_path / "tree.json"
     groups = {"animal": ["dog", "cat", "bear", "cow", "horse", "sheep", "bird", "zebra", "giraffe"]}
     groups["kitchenware"] = ["bottle", "bowl", "cup", "fork", "knife", "spoon", "wine glass"]
@@ -81,27 +81,29 @@ def test_images_of_several_labels_in_a_hierarchy(
         "--efficiency.precision",
         "fp64",
     ]
-    arguments += ["--objective.positives", "ancestors", "--data.prompts", "ancestors"]
-    arguments += ["--objective.ancestor-weights", "0.1", "0.3"]
+    several = [*arguments, "--objective.positives", "labels"]
     one, two = tmp_path / "one", tmp_path / "two"
-    call(pretrain, *arguments, "--out", one)
-    run("pretrain", *arguments, "--out", two, "--nproc", "2")
+    call(pretrain, *several, "--out", one)
+    run("pretrain", *several, "--out", two, "--nproc", "2")
     assert losses(two) == pytest.approx(losses(one), rel=1e-9)
     positives = [line["positives_per_row/coco"] for line in read_metrics(one) if "loss" in line]
     assert max(positives) > 1.5
     unbroken = losses(one), weights(one)
     for checkpoint in list_checkpoints(one / "checkpoints")[STEPS // 4 :]:
         shutil.rmtree(checkpoint)
-    call(pretrain, *arguments, "--resume", "auto", "--out", one)
+    call(pretrain, *several, "--resume", "auto", "--out", one)
     assert (losses(one), weights(one)) == unbroken
-    written = tmp_path / "levels.json"
+    levels = [*arguments, "--data.prompts", "levels"]
+    one, written = tmp_path / "levels", tmp_path / "levels.json"
+    call(pretrain, *levels, "--out", one)
+    assert len(losses(one)) == STEPS
     sets = ["--checkpoint", one, "--data", packed, "--device", "cpu", "--json", written]
     call(evaluate, "zero-shot", *sets, "--hierarchy", "--average-precision")
     assert "top-1 by its names" in capsys.readouterr().out
     found = json.loads(written.read_text())
-    levels = found["hierarchy"]["levels"]
-    assert [level["depth"] for level in levels] == [0, 1, 2]
-    assert levels[0]["num_samples"] == found["num_samples"] == 97
+    scores = found["hierarchy"]["levels"]
+    assert [level["depth"] for level in scores] == [0, 1, 2]
+    assert scores[0]["num_samples"] == found["num_samples"] == 97
     assert 0 < found["hierarchy"]["distance_of_mistakes"] <= 3
     precision = found["average_precision"]
     assert precision["num_samples"] == 97
@@ -160,6 +162,9 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
     with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
         adapt_objective_to_data(wrong, datasets)
+    by_level = dataclasses.replace(labelled, prompts="levels")
+    with pytest.raises(ValueError, match="no data set of data.train has one: pack with --hier"):
+        adapt_objective_to_data(dataclasses.replace(config, data=by_level), datasets)
     prompts = build_prompts(datasets[1:], config)
     rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
     assert rows.tolist() == [3, 0]

@@ -70,13 +70,6 @@ def several_labels_loss(
         [[float(of_text in of_image) for of_text in text_classes] for of_image in image_classes],
         dtype=torch.float64,
     )
-    return weighted_loss(images, texts, weights, scale)
-
-
-def weighted_loss(
-    images: torch.Tensor, texts: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """Equations 2 and 3 with the weight [n n] of each text as a positive of each image."""
     logits = scale * images @ texts.T
     i2t = -(weights / weights.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
     t2i = -(weights / weights.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()

@@ -90,29 +90,6 @@ def classes_of_images(
     ]
 
 
-def with_ancestors(class_id: int, parents: dict[int, int]) -> list[int]:
-    """A class and those above it, from itself upwards; -1 is no parent."""
-    found = []
-    while class_id >= 0:
-        found.append(class_id)
-        class_id = parents.get(class_id, -1)
-    return found
-
-
-def hierarchical_weight(
-    labels: Sequence[int], text_class: int, parents: dict[int, int], weights: Sequence[float]
-) -> float:
-    """How much a text is a positive of an image of these labels, as `Ancestors` says it."""
-    of_image = {one for label in labels for one in with_ancestors(label, parents)}
-    if text_class in of_image:
-        return 1.0
-    for above in with_ancestors(text_class, parents):
-        if above in of_image and weights:
-            depth = len(with_ancestors(above, parents)) - 1
-            return weights[min(depth, len(weights) - 1)]
-    return 0.0
-
-
 def _join(sets: list[set[int]]) -> list[set[int]]:
     """Joins sets that share a member until none do."""
     groups: list[set[int]] = []

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from unicl_fast.text.ancestors import join_hierarchies
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 
 
@@ -92,21 +90,3 @@ def test_no_class_is_above_itself_or_under_one_that_is_not_there(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Hierarchy(names=(), parents=parents)
-
-
-def test_data_sets_share_classes_and_the_first_place_counts() -> None:
-    """`dog` (class 1) is in both; the second data set has it under another parent, and a circle."""
-    first = Hierarchy(names=("mammal",), parents=(1, 2, -1))  # beagle, dog, mammal
-    second = Hierarchy(names=("pet", "animal"), parents=(1, 2, -1))  # dog, pet, animal
-    circle = Hierarchy(names=(), parents=(1, -1))  # mammal under dog
-    ids = [np.array(one, dtype=np.int64) for one in ([0, 1, 2], [1, 11, 12], [7], [2, 1])]
-    table, num_elsewhere = join_hierarchies([first, second, None, circle], ids)
-    assert table.classes.tolist() == [0, 1, 2, 11, 12]
-    chains = [
-        table.chains[start:end].tolist()
-        for start, end in zip(table.starts, table.starts[1:], strict=False)
-    ]
-    assert chains == [[2, 1, 0], [2, 1], [2], [12, 11], [12]]
-    assert num_elsewhere == 2
-    assert table.depths.tolist() == [2, 1, 0, 1, 0]
-    assert table.at_depths(2).tolist() == [[2, 1], [2, 1], [2, -1], [12, 11], [12, -1]]

@@ -189,6 +189,17 @@ def test_shared_labels_are_the_same_class_in_all_sources(tokenizer: Tokenizer) -
     assert prompts.merged_classes == (((1, 0), (1, 2)),)
 
 
+def test_classes_above_are_numbered_after_those_below(tokenizer: Tokenizer) -> None:
+    """In a shared label space too, where a source may have no classes above."""
+    sources = [(("cat", "dog"), ("{}",))] * 2
+    for above in ([("mammal",), ()], [("mammal",), ("mammal",)]):
+        prompts = ClassPrompts(sources, tokenizer, label_space="shared", names_above=above)
+        assert prompts.num_classes.tolist() == [2 + len(names) for names in above]
+        assert prompts.class_ids.tolist() == [0, 1, 2, 0, 1, *[2 for _ in above[1]]]
+    with pytest.raises(ValueError, match="label 0 is 'mammal' in source 0 and 'pet' in source 1"):
+        ClassPrompts(sources, tokenizer, "shared", names_above=[("mammal",), ("pet",)])
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [

@@ -13,7 +13,6 @@ from small_runs import (
     global_batch,
     labelled_batch,
     objective_config,
-    small_ancestors,
     tiny_config,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,12 +144,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(images: torch.Tensor, efficiency: di
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> None:
     batch = labelled_batch(images, objective=objective)
-    trainer = Trainer(
-        objective_config(objective),
-        ListLoader([batch]),
-        ancestors=small_ancestors(objective),
-        progress=False,
-    )
+    trainer = Trainer(objective_config(objective), ListLoader([batch]), progress=False)
     trainer.train_step(batch)
     with WaitingOperators() as operators:
         trainer.train_step(batch)

@@ -22,12 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.config import ObjectiveConfig
-from unicl_fast.text.ancestors import AncestorTable
-
-_BELOW = 1 << 61
-"""Set in the label of all that is a class or below it; classes of data sets are smaller."""
-
 
 class Membership(NamedTuple):
     """Samples that have several labels, as the entries of a sparse matrix [samples, labels]."""
@@ -38,80 +32,6 @@ class Membership(NamedTuple):
     """The label of each entry, any int64. Entries of the same pair (sample, label) add up."""
     weights: Float[Tensor, " e"]
     """The weight of each entry, at least 0: 1 for a plain label, lambda for mixed images."""
-
-
-class Ancestors(NamedTuple):
-    """Classes above classes, and how much a text of one that is near is a positive.
-
-    A text is a positive of an image with weight 1 if its class is one of the image's, among which
-    are all those above its labels. Else with weight g(depth) of the lowest class that is above the
-    text's class and one of the image's, or 0. That is again a product of sparse matrices: beside
-    the column of a class k itself there is one of all that is k or below it. A text has an entry 1
-    in its own column and in those of its ancestors; an image has 1 - g(depth k) in column k, and
-    g(depth k) - g(depth k - 1) in that of what is below, for each of its classes k. The latter sum
-    up to g of the lowest one in common.
-    """
-
-    classes: Int[Tensor, " m"]
-    """The classes that have a place, rising."""
-    at_depths: Int[Tensor, "m w"]
-    """The ancestor of each class, or itself, at depth 0 to w - 1; -1 below the class."""
-    depths: Int[Tensor, " m"]
-    """Depth of each class; the top's is 0."""
-    weights: Float[Tensor, " w"]
-    """g at depth 0 to w - 1, not falling; the last one holds for all below."""
-
-    def of_images(self, images: Membership) -> Membership:
-        """Entries for images from their classes, all above them among these, with weights 1."""
-        rows, has_place = self._rows(images.labels)
-        depths = self.depths[rows]
-        weights = self.weights.to(images.weights.dtype)
-        steps = weights.diff(prepend=weights.new_zeros(1))
-        last = len(weights) - 1
-        own = torch.where(has_place, 1 - weights[depths.clamp(max=last)], 1)
-        below = torch.where(has_place & (depths <= last), steps[depths.clamp(max=last)], 0)
-        return Membership(
-            images.samples.repeat(2),
-            torch.cat([images.labels, images.labels | _BELOW]),
-            torch.cat([images.weights * own, images.weights * below]),
-        )
-
-    def of_texts(self, class_ids: Int[Tensor, " u"]) -> Membership:
-        """Entries for texts of one class each: w + 1 a text, whatever its class."""
-        rows, has_place = self._rows(class_ids)
-        above = torch.where(has_place.unsqueeze(1), self.at_depths[rows], -1)
-        labels = torch.cat([class_ids.unsqueeze(1), above | _BELOW], dim=1)
-        weights = torch.cat([torch.ones_like(class_ids).unsqueeze(1), above >= 0], dim=1)
-        samples = torch.arange(len(class_ids), device=class_ids.device)
-        samples = samples.unsqueeze(1).expand_as(labels)
-        dtype = self.weights.dtype
-        return Membership(samples.reshape(-1), labels.reshape(-1), weights.reshape(-1).to(dtype))
-
-    def _rows(self, class_ids: Int[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        """Row of each class, and whether it has one."""
-        rows = torch.searchsorted(self.classes, class_ids).clamp(max=len(self.classes) - 1)
-        return rows, self.classes[rows] == class_ids
-
-
-def weigh_ancestors(
-    table: AncestorTable | None, objective: ObjectiveConfig, device: torch.device
-) -> Ancestors | None:
-    """The table with the objective's weights, on the device; None where it has none.
-
-    Raises:
-        ValueError: weights, and no table.
-    """
-    if not objective.ancestor_weights:
-        return None
-    if table is None:
-        raise ValueError(
-            "objective.ancestor_weights needs to know which class is above which: hand the trainer "
-            "`ancestors`, or take data sets that were packed with --hierarchy"
-        )
-    arrays = table.classes, table.at_depths(len(objective.ancestor_weights)), table.depths
-    classes, at_depths, depths = (torch.from_numpy(array).to(device) for array in arrays)
-    weights = torch.tensor(objective.ancestor_weights, dtype=torch.float64, device=device)
-    return Ancestors(classes, at_depths, depths, weights)
 
 
 class SparseRows(NamedTuple):

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.system.kernels import kernel
-from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
@@ -47,8 +46,6 @@ class ImageLabels:
     """int64 [c]: classes from 0 to 2**62 - 1, one image's after another's; they may repeat."""
     starts: Int64Array
     """int64 [b + 1]: image i has classes[starts[i]:starts[i + 1]]."""
-    ancestors: AncestorTable | None = None
-    """The classes above these, which are classes of the images too; None where there are none."""
 
     def part(self, start: int, stop: int) -> ImageLabels:
         """Those of images `start` to `stop - 1`, without a copy."""
@@ -234,7 +231,6 @@ def collate(
     *,
     prompts: PromptLookup | None = None,
     image_labels: Sequence[Sequence[int]] | None = None,
-    ancestors: AncestorTable | None = None,
     step: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -247,7 +243,6 @@ def collate(
         labels: int64 [n]; -1 is a caption without a class.
         prompts: as in `map_targets`.
         image_labels: all labels of each of the n images, for `objective.positives`.
-        ancestors: the classes above others, for `objective.positives=ancestors`.
         step: optimizer step of the batch.
         rank: whose local batch is made.
         world_size: number of ranks; divides n.
@@ -268,7 +263,6 @@ def collate(
         lists = ImageLabels(
             classes=np.array([one for of_image in image_labels for one in of_image], np.int64),
             starts=np.cumsum([0, *counts], dtype=np.int64),
-            ancestors=ancestors,
         )
     start, stop = rank * n // world_size, (rank + 1) * n // world_size
     whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts, lists)
@@ -332,8 +326,6 @@ def _classes_of_images(
 ) -> Int64Array:
     """int64 [2 e]: sample and class of every class of each image, that of its text first.
 
-    Where classes have ancestors, those are among them.
-
     Args:
         class_ids: int64 [b], the class of each image's text.
         labels: of the images.
@@ -344,10 +336,7 @@ def _classes_of_images(
             f"image_labels are of {len(labels.starts) - 1} images, the batch has {len(class_ids)}"
         )
     classes = replace_classes(labels.classes, *merged)
-    entries = _distinct_classes(class_ids, classes, labels.starts)
-    if labels.ancestors is not None:
-        table = labels.ancestors
-        entries = _with_ancestors(entries, table.classes, table.starts, table.chains)
+    entries: Int64Array = _distinct_classes(class_ids, classes, labels.starts)
     return entries
 
 
@@ -432,7 +421,7 @@ def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: 
     bits, so that most are known to be new without comparing.
 
     Returns:
-        The end and `seen` after it, and whether it was new.
+        The end and `seen` after it.
     """
     is_new = entries[1, first] != one
     bit = np.uint64(is_new) << (np.uint64(one) & np.uint64(63))
@@ -442,7 +431,7 @@ def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: 
                 is_new = False
                 break
     entries[0, end], entries[1, end] = sample, one
-    return end + np.uint64(is_new), seen | bit, is_new
+    return end + np.uint64(is_new), seen | bit
 
 
 @kernel
@@ -455,39 +444,8 @@ def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64A
         entries[0, first], entries[1, first] = sample, class_ids[sample]
         end += np.uint64(1)
         for position in range(np.uint64(starts[sample]), np.uint64(starts[sample + 1])):
-            end, seen, _ = _add_entry(entries, first, end, seen, sample, classes[position])
+            end, seen = _add_entry(entries, first, end, seen, sample, classes[position])
     return entries[:, : np.int64(end)]
-
-
-@kernel
-def _with_ancestors(
-    entries: Int64Array, known: Int64Array, starts: Int64Array, chains: Int64Array
-) -> Int64Array:
-    """The entries of `_distinct_classes`, and the classes above each, again each once an image."""
-    samples, classes = entries[0], entries[1]
-    rows = np.searchsorted(known, classes)
-    lengths = np.ones(classes.size, np.int64)
-    for entry in range(classes.size):
-        row = rows[entry]
-        if row < known.size and known[row] == classes[entry]:
-            lengths[entry] = starts[row + 1] - starts[row]
-    found = np.empty((2, lengths.sum()), np.int64)
-    first = end = seen = np.uint64(0)
-    for entry in range(classes.size):
-        one = classes[entry]
-        is_new = not end or found[0, first] != samples[entry]
-        if is_new:
-            first, seen = end, np.uint64(0)
-            found[0, first], found[1, first] = samples[entry], one
-            end += np.uint64(1)
-        else:
-            end, seen, is_new = _add_entry(found, first, end, seen, samples[entry], one)
-        for up in range(1, lengths[entry]):
-            if not is_new:  # nor is what is above it
-                break
-            one = chains[starts[rows[entry] + 1] - 1 - up]
-            end, seen, is_new = _add_entry(found, first, end, seen, samples[entry], one)
-    return found[:, : np.int64(end)]
 
 
 @kernel

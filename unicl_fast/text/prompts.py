@@ -26,9 +26,7 @@ import xxhash
 
 from unicl_fast.system.atomic_files import locked, replacing
 from unicl_fast.system.wording import count_of
-from unicl_fast.text.ancestors import AncestorTable, join_hierarchies
 from unicl_fast.text.class_lists import check_templates, fill_template
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
@@ -69,7 +67,6 @@ class ClassPrompts:
             follow by label, then by template.
         num_classes: int64 [sources], 0 for a source without class names.
         num_templates: int64 [sources], 0 for a source without class names.
-        ancestors: the classes above each class; None without `hierarchies`.
         merged_classes: groups of classes that are one in training, each a tuple of
             (source, label) with the one that stands for all of them first.
     """
@@ -80,7 +77,7 @@ class ClassPrompts:
         tokenizer: Tokenizer,
         label_space: Literal["separate", "shared"] = "separate",
         *,
-        hierarchies: Sequence[Hierarchy | None] = (),
+        names_above: Sequence[Sequence[str]] = (),
         cache_folder: Path | None = None,
     ) -> None:
         """Tokenises all prompts (about 2 s for ImageNet's 80,000) and merges classes.
@@ -90,8 +87,8 @@ class ClassPrompts:
             tokenizer: the one that the captions were encoded with.
             label_space: "separate": the labels of two sources are different classes. "shared": they
                 are the same, and sources that have class names must have the same ones.
-            hierarchies: that of each source, or None, where classes above others count. The names
-                of its classes above follow the class names of the source then.
+            names_above: names of the classes above those of each source, which are numbered after
+                them; () where there are none.
             cache_folder: keeps the token rows of many prompts, for the next start and the other
                 ranks of this machine; None keeps nothing.
 
@@ -102,12 +99,14 @@ class ClassPrompts:
         for source, (names, templates) in enumerate(sources):
             if names:
                 check_templates(tuple(templates), origin=f"the templates of source {source}")
+        names_above = names_above or [()] * len(sources)
         if label_space == "shared":
-            placed = hierarchies or [None] * len(sources)
-            above = [() if one is None else one.names for one in placed]
-            pairs = zip(sources, above, strict=True)
-            _check_equal_names([names[: len(names) - len(more)] for (names, _), more in pairs])
-            _check_equal_names(above)
+            _check_equal_names([names for names, _ in sources])
+            _check_equal_names(names_above)
+        sources = [
+            ((*names, *above), templates)
+            for (names, templates), above in zip(sources, names_above, strict=True)
+        ]
         self._source_step = 0 if label_space == "shared" else 1 << LABEL_BITS
         self._names = [tuple(names) for names, _ in sources]
         self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)
@@ -133,7 +132,6 @@ class ClassPrompts:
         else:
             self.tokens = _read_or_make(cache_folder / _file_name(sources, tokenizer), make)
         self._merge()
-        self.ancestors = self._join(hierarchies) if any(hierarchies) else None
 
     def rows_of(
         self, source: int, labels: npt.ArrayLike, templates: npt.ArrayLike
@@ -201,21 +199,6 @@ class ClassPrompts:
         self.class_ids = replace_classes(class_ids, self._members, self._merged)
         self._class_of_distinct = np.append(self.class_ids[first], -1)  # found[-1] is "no prompt"
         self.merged_classes = self._describe_merged()
-
-    def _join(self, hierarchies: Sequence[Hierarchy | None]) -> AncestorTable:
-        """The hierarchies of all sources as one of training classes."""
-        class_ids = [
-            self.classes_of(source, np.arange(count))
-            for source, count in enumerate(self.num_classes.tolist())
-        ]
-        table, num_elsewhere = join_hierarchies(hierarchies, class_ids)
-        if num_elsewhere:
-            _log.warning(
-                "%s with several places in hierarchies, of data sets that differ or of equal "
-                "names; the first place counts",
-                count_of(num_elsewhere, "class"),
-            )
-        return table
 
     def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Computes `merged_classes`; the first few groups are also written to the log."""

@@ -28,7 +28,6 @@ from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.positives import Ancestors
 from unicl_fast.training.global_loss import (
     Encode,
     TextColumns,
@@ -63,7 +62,6 @@ def back_propagate_in_micro_batches(
     ranks: Ranks,
     scale_loss: Callable[[Tensor], Tensor],
     *,
-    ancestors: Ancestors | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
@@ -77,7 +75,7 @@ def back_propagate_in_micro_batches(
         The loss of the global batch, not scaled, equal on all ranks.
     """
     pieces = _MicroBatches(model, batch, config, ranks)
-    columns = TextColumns(pieces.text_class_ids, pieces.text_counts, ranks, ancestors=ancestors)
+    columns = TextColumns(pieces.text_class_ids, pieces.text_counts, ranks)
     text_features = pieces.encode_texts().requires_grad_()
     texts_of_all = columns.send(text_features)
     image_features = pieces.encode_images().requires_grad_()
@@ -89,7 +87,7 @@ def back_propagate_in_micro_batches(
     loss = columns.contrast(
         image_features,
         texts_of_all,
-        class_ids=classes_of_images(batch, ancestors),
+        class_ids=classes_of_images(batch),
         scale=scale,
         bias=bias,
         form=config.efficiency.loss,

@@ -22,7 +22,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
@@ -219,29 +218,18 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
     are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
     """
-    hierarchies = hierarchies_of(datasets, config)
+    manifests = [dataset.manifest for dataset in datasets]
+    names_above: list[tuple[str, ...]] = [()] * len(datasets)
+    if config.data.prompts == "levels":
+        hierarchies = (manifest.hierarchy for manifest in manifests)
+        names_above = [() if one is None else one.names for one in hierarchies]
     return ClassPrompts(
-        [
-            (
-                (*dataset.manifest.class_names, *(() if hierarchy is None else hierarchy.names)),
-                dataset.manifest.templates,
-            )
-            for dataset, hierarchy in zip(datasets, hierarchies, strict=True)
-        ],
+        [(manifest.class_names, manifest.templates) for manifest in manifests],
         Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
         label_space=config.data.label_space,
-        hierarchies=hierarchies,
+        names_above=names_above,
         cache_folder=cache_options(config.data).place / "prompts",
     )
-
-
-def hierarchies_of(
-    datasets: Sequence[PackedDataset], config: TrainConfig
-) -> list[Hierarchy | None]:
-    """The hierarchy of each data set's classes, where the objective takes classes above others."""
-    if config.objective.positives != "ancestors" and config.data.prompts != "levels":
-        return [None] * len(datasets)
-    return [dataset.manifest.hierarchy for dataset in datasets]
 
 
 def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> int:
@@ -286,13 +274,14 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
 
     Raises:
         ValueError: samples without labels, another number of classes than the config says, or
-            classes above others where no data set has a hierarchy.
+            levels of a hierarchy where no data set has one.
     """
     objective = config.objective
-    if objective.positives == "ancestors" and not any(hierarchies_of(datasets, config)):
+    hierarchies = [dataset.manifest.hierarchy for dataset in datasets]
+    if config.data.prompts == "levels" and not any(hierarchies):
         raise ValueError(
-            "objective.positives=ancestors needs a hierarchy of classes, and no data set of "
-            "data.train has one: pack with --hierarchy, or take objective.positives=labels"
+            "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
+            "one: pack with --hierarchy, or take data.prompts=labels"
         )
     if objective.has_texts:
         return config

@@ -47,7 +47,7 @@ from unicl_fast.objectives.loss import (
     unified_contrastive_loss,
 )
 from unicl_fast.objectives.mixup import mix
-from unicl_fast.objectives.positives import Ancestors, Membership
+from unicl_fast.objectives.positives import Membership
 from unicl_fast.text.prompts import LABEL_BITS
 from unicl_fast.training.step_clock import Part
 
@@ -72,17 +72,15 @@ def global_loss(
     config: TrainConfig,
     ranks: Ranks,
     *,
-    ancestors: Ancestors | None = None,
     begin: Callable[[Part], None] = lambda part: None,
 ) -> Tensor:
     """The loss of the global batch under `objective.name`: a scalar, equal on all ranks.
 
-    `ancestors` are those of `objective.ancestor_weights`; `begin` is called when the encoders are
-    done.
+    `begin` is called when the encoders are done.
     """
     objective = config.objective
     images = encoder_input(shown_images(batch), config)
-    class_ids = classes_of_images(batch, ancestors)
+    class_ids = classes_of_images(batch)
     if objective.mixes:
         images, class_ids = mix(images, batch, config)
     columns, encode_both = None, encode
@@ -93,7 +91,7 @@ def global_loss(
             rows = batch.text_index if config.efficiency.unique_texts else None
             columns = TextColumns(class_ids, torch.ones_like(batch.class_ids), ranks, rows=rows)
         else:
-            columns = TextColumns(text_class_ids, text_counts, ranks, ancestors=ancestors)
+            columns = TextColumns(text_class_ids, text_counts, ranks)
         encode_both = functools.partial(
             encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
         )
@@ -150,9 +148,7 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
     return torch.cat([batch.global_index, batch.global_index + global_batch_size])
 
 
-def classes_of_images(
-    batch: Batch, ancestors: Ancestors | None = None
-) -> Int[Tensor, " b"] | Membership:
+def classes_of_images(batch: Batch) -> Int[Tensor, " b"] | Membership:
     """The class of each image, or all its classes where it has several.
 
     Texts keep the one class that they have, so other ranks need to know nothing more.
@@ -160,8 +156,7 @@ def classes_of_images(
     if batch.image_classes is None:
         return batch.class_ids
     samples, labels = batch.image_classes
-    classes = Membership(samples, labels, torch.ones_like(labels, dtype=torch.float64))
-    return classes if ancestors is None else ancestors.of_images(classes)
+    return Membership(samples, labels, torch.ones_like(labels, dtype=torch.float64))
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
@@ -214,7 +209,6 @@ class TextColumns:
         ranks: Ranks,
         *,
         rows: Int[Tensor, " u"] | None = None,
-        ancestors: Ancestors | None = None,
     ) -> None:
         """Tells the other ranks how many texts this one has; all ranks come here together.
 
@@ -223,10 +217,8 @@ class TextColumns:
             counts: how many samples have each text.
             ranks: the ranks of the run.
             rows: which rows of the encoded texts to take; None means all.
-            ancestors: the classes above those of the texts, which all ranks know.
         """
         self._class_ids, self._counts, self._ranks, self._rows = class_ids, counts, ranks, rows
-        self._ancestors = ancestors
         self._num_texts = PendingMaximum(len(counts), ranks)
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
@@ -269,8 +261,6 @@ class TextColumns:
         """
         text_class_ids, text_counts = self._receive_tables()
         texts = self._features.receive(text_features)
-        if self._ancestors is not None and isinstance(text_class_ids, Tensor):
-            text_class_ids = self._ancestors.of_texts(text_class_ids)
         loss = unified_contrastive_loss
         if bias is not None:
             # texts have several classes where images are mixed, and nowhere else

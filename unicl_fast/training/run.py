@@ -346,7 +346,6 @@ def build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(data, ranks, evaluate),
-        ancestors=data.prompts.ancestors,
         data=data.description,
         dataset_meter=DatasetMeter(
             distinct_names([dataset.location for dataset in data.datasets], may_repeat=True),

@@ -49,7 +49,6 @@ from unicl_fast.models.precision import (
 from unicl_fast.models.sharding import check_sharding, divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
-from unicl_fast.objectives.positives import weigh_ancestors
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.stages import span_at
 from unicl_fast.system.atomic_files import make_folder
@@ -61,7 +60,6 @@ from unicl_fast.system.progress import (
     mark,
     stopping_when,
 )
-from unicl_fast.text.ancestors import AncestorTable
 from unicl_fast.training.agreement import check_weights_agree
 from unicl_fast.training.bottleneck import BottleneckWatch
 from unicl_fast.training.cached_gradients import (
@@ -132,7 +130,6 @@ class Trainer:
         ranks: Ranks | None = None,
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
-        ancestors: AncestorTable | None = None,
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
@@ -150,7 +147,6 @@ class Trainer:
             ranks: None is one process alone.
             device: None takes the one that `run.device` means.
             evaluations: by name; all ranks call them together.
-            ancestors: the classes above others, for `objective.ancestor_weights`.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
@@ -200,7 +196,6 @@ class Trainer:
         self.schedule = self._build_schedule()
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self.model.set_stage(self.stage.config)
-        self._ancestors = weigh_ancestors(ancestors, config.objective, self.device)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -385,7 +380,6 @@ class Trainer:
                 config,
                 self.ranks,
                 self._scale_loss,
-                ancestors=self._ancestors,
                 begin=self._begin,
             )
         global_index = shown_indices(batch, global_batch_size=config.run.global_batch_size)
@@ -395,7 +389,6 @@ class Trainer:
             batch,
             config,
             self.ranks,
-            ancestors=self._ancestors,
             begin=self._begin,
         )
         self._scale_loss(loss).backward()
