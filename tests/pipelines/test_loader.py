@@ -321,7 +321,7 @@ def test_texts_of_a_batch_are_prompts_of_one_level_of_the_hierarchy(
     chains = hierarchy.chains()
     num_levels = max(map(len, chains))
     assert num_levels == 3
-    batches = take(datasets, prompts, count=12, config=config, weights=weights)
+    batches = take(datasets, prompts, count=24, config=config, weights=weights)
     shown = Counter()
     for step, batch in enumerate(batches):
         level = step % num_levels
