@@ -56,7 +56,7 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
     assert {
         "times open_clip", "64: tiled fp32 / ClipLoss fp32", "64: tiled fp32, MB above the inputs",
         "64 rows, times np.unique(axis=0)", "packed, times the cost of its real tokens",
-    } <= check(tmp_path / "loss.json", "loss", *options)  # fmt: skip
+    } <= check(tmp_path / "loss.json", "loss", *options, smallest=0.0)  # fmt: skip
 
 
 @pytest.mark.dali

@@ -68,7 +68,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert newest[0].name == newest[1].name == f"step-{STEPS_OF_A_RUN:08d}"
     tensors = [load_file(folder / "model.safetensors") for folder in newest]
     for name, weight in tensors[0].items():
-        assert (weight - tensors[1][name]).abs().max() <= 1e-9 * weight.abs().max(), name
+        # a key's bias changes no attention: AdamW enlarges the rounding that is its gradient
+        rtol = 1e-6 if name.endswith("in_proj_bias") else 1e-9
+        assert (weight - tensors[1][name]).abs().max() <= rtol * weight.abs().max(), name
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:

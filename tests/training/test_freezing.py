@@ -380,7 +380,9 @@ def assert_close_runs(found: Path, expected: Path) -> None:
         tensors, others = load_file(one / file.name), load_file(file)
         assert tensors.keys() == others.keys()
         for name, tensor in tensors.items():
-            torch.testing.assert_close(tensor, others[name], **IN_FP64, msg=name)
+            # a key's bias changes no attention: AdamW enlarges the rounding that is its gradient
+            atol = 1e-8 if name.endswith("in_proj_bias") else IN_FP64["atol"]
+            torch.testing.assert_close(tensor, others[name], rtol=1e-9, atol=atol, msg=name)
 
 
 @pytest.mark.slow
