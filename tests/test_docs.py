@@ -195,7 +195,7 @@ def test_figures_are_no_wider_than_a_page_shows_legibly() -> None:
     for path in (ROOT / "docs" / "results").glob("*.png"):
         with Image.open(path) as image:
             sizes[path.name] = image.width
-    assert len(sizes) > 8
+    assert len(sizes) > 2
     assert {name: width for name, width in sizes.items() if width > 1250} == {}  # shown at 840
 
 
