@@ -3,7 +3,7 @@
 `unicl-pretrain --preset NAME` starts from one; every field can be set after it. The large ones are
 the paper's encoders with the released recipe's optimizer, schedule and augmentation (RandAugment,
 colour jitter, random erasing); the small ones train on two CPU cores, with crops and flips alone,
-by Muon at four times AdamW's rate, which learns more from as many images (docs/results.md).
+by Muon at two to four times AdamW's rate, which learns more from as many images (docs/results.md).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _DIGITS = _small(
         evaluation_resize=28,
     ),
     ModelConfig(text_width=128, text_heads=4, embed_dim=64),
-    lr=4e-3,
+    lr=2e-3,
     samples=70_000,
     every_steps=(100, 100),
 )
