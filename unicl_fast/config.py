@@ -293,7 +293,7 @@ class ObjectiveConfig:
     is a positive one, with a bias that is learnt. For unicl and clip."""
     positives: PositivesName = "text"
     """Classes of an image: text or labels. text takes the class of the text that it is shown with;
-    labels takes those of all its labels too, whatever its text. labels is for unicl and ce."""
+    labels takes those of all its labels too, also of a caption. labels is for unicl and ce."""
     mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""

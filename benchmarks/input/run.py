@@ -6,8 +6,8 @@
 
 Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
 same number of threads or worker processes. Their images are compared first (contenders.py), then
-each runs alone, for its memory, then they take turns with the limits and stages, which are parts of
-the work. Contestants that are not installed are named and left out.
+each runs by itself for its memory, then they take turns with the limits and stages, which are
+parts of the work. Contestants that are not installed are named and left out.
 
 `--augment` adds our loader with augmentation, by the fused operator and by DALI's, which are
 compared on a batch. `--url` also measures the loader on the same data set under a URL (storage.py).
@@ -224,7 +224,7 @@ class _Race:
         return tasks
 
     def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
-        """Runs each alone, so that no other process shares its libraries."""
+        """Runs each by itself, so that no other process shares its libraries."""
         figures = {}
         for each in self.still_in("ours", "peer"):
             with self.attempt(each), Worker(each, tasks[each.name]) as worker:

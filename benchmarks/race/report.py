@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 LEVEL = 0.95
@@ -196,11 +196,11 @@ def _draw_score(axes: Axes, outcomes: Sequence[Outcome], name: str, field: str) 
         )
     axes.set_xscale("log")
     axes.margins(x=0.08)
-    # lengths double from run to run, so all of them, or powers of two, are the ticks of a log scale
     lengths = sorted({one.images for one in outcomes})
-    ticks = lengths if field == "images" else [2**power for power in range(20)]
-    low, high = axes.get_xlim()
-    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    # powers of ten would be too few; where these are as well, LogLocator takes others
+    axes.xaxis.set_major_locator(
+        FixedLocator(lengths) if field == "images" else LogLocator(subs=(1, 2, 5))
+    )
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=7)

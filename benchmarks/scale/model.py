@@ -249,8 +249,8 @@ def simulate(
         waits["text counts"] = max(0.0, of_host - seconds)
         seconds = max(seconds, of_host)
     last = Collective(kind="all-reduce", num_bytes=size.buckets[-1].num_bytes)
-    alone = seconds_of(last, network, world_size)
-    return StepTime(seconds=seconds, waits=waits, last_bucket=alone)
+    last_bucket = seconds_of(last, network, world_size)
+    return StepTime(seconds=seconds, waits=waits, last_bucket=last_bucket)
 
 
 def _back_propagate(clocks: _Clocks, buckets: Sequence[Bucket], compute: Compute) -> None:

@@ -7,7 +7,7 @@
 | `open-clip` | the step | open_clip's own |
 | `switches` | each switch of `efficiency`: time, memory of the first step | the step as it is |
 | `profile` | the parts of the step | the rate of one matrix product |
-| `checkpoint` | steps while a checkpoint is written | steps that wait for one; steps alone |
+| `checkpoint` | steps while a checkpoint is written | steps that wait for one; steps without one |
 | `micro-batches` | peak memory of a batch of 128 micro-batches | one of them; 16 of them at once |
 
 The file of each part says how it is measured.

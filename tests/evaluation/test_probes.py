@@ -36,7 +36,7 @@ def clusters(n: int, *, seed: int, spread: float = 2.0, num_classes: int = 6) ->
 
 
 def balanced(per_class: int, *, seed: int) -> LabelledFeatures:
-    """So many samples of each of six classes, overlapping in 12 dimensions."""
+    """`per_class` samples of each of six classes, overlapping in 12 dimensions."""
     samples = clusters(60 * per_class, seed=seed, spread=1.5)
     rows = np.concatenate([np.flatnonzero(samples.labels == k)[:per_class] for k in range(6)])
     return samples.take(rows)

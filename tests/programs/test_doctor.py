@@ -1,4 +1,4 @@
-"""`unicl-doctor`: its rows whatever a check does, what it prints, and each check."""
+"""`unicl-doctor`: its rows, its output, and each check."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _plain_environment(monkeypatch: Patch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-# The rows, whatever a check does.
+# The rows, which no check can break.
 
 
 def test_checks_that_raise_end_or_block_the_process_are_faults_and_the_others_run() -> None:

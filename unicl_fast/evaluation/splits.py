@@ -71,6 +71,6 @@ def draw_shots(labels: Rows, *, shots: int, seed: int) -> tuple[Rows, Rows]:
 
 
 def _shuffled_classes(labels: Rows, key: int) -> list[Rows]:
-    """The rows of each class, in an order that a key decides, whatever NumPy's version."""
+    """The rows of each class, in an order that a key decides, with any version of NumPy."""
     order = uniform_tensor(key, torch.arange(len(labels))).argsort(stable=True).numpy()
     return [order[labels[order] == label] for label in np.unique(labels)]

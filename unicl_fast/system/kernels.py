@@ -4,7 +4,7 @@ Kernels are compiled once for a machine, and kept on disk. Numba takes what it k
 for fresh until the function's own file changes. But code of other modules is part of it too: after
 an update of those alone, a stale kernel would plan other batches here than on the next machine. So
 the kernels of a file are kept in a folder that is named by a hash of that file and of all files of
-this package that it imports, directly or not. The folder must belong to this user alone, since
+this package that it imports, directly or not. The folder must belong to this user only, since
 loading a kept kernel runs code.
 """
 

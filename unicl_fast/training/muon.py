@@ -110,7 +110,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """All singular values of a matrix moved to about 1, by Newton-Schulz steps.
 
     A step is X <- (a + b A + c A^2) X with A = X X^T. All factors are polynomials of the first A,
-    so their product is found from A alone, and meets X once.
+    so their product is found from A, and multiplies X once.
 
     Args:
         matrix: [rows, columns], fp32 or fp64.
