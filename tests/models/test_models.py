@@ -177,7 +177,7 @@ def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
                 part.varlen_attn = attention
         features = model.encode_text(tokens, min(num_tokens + more, tokens.numel()))
         results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
 def known_of_torch_2_10(query: object, key: object, *, is_causal: bool = False) -> None: ...
