@@ -33,6 +33,7 @@ Figures = dict[str, Figure]
 Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
 T = TypeVar("T")
+_CALLS_ON_GPU = 3
 
 
 class Program(abc.ABC):
@@ -119,22 +120,39 @@ def take_turns(
     rounds: int,
     warm_up: int = 1,
     before: Callable[[str], object] = lambda name: None,
+    device_type: str = "cpu",
 ) -> dict[str, list[Turn]]:
-    """The turns of each contestant, see `in_turns`; `before` is not timed."""
-    works = {name: functools.partial(timed, work) for name, work in contestants.items()}
-    return in_turns(works, rounds=rounds, warm_up=warm_up, before=before)
+    """The turns of each contestant, see `in_turns`; `before` is not timed.
+
+    Raises:
+        NotOnDeviceError: with `device_type="cuda"`, work that was not done on the GPU.
+    """
+    # several calls, so that the host can run ahead of a GPU as it does in training
+    calls = _CALLS_ON_GPU if device_type == "cuda" else 1
+    works = {name: functools.partial(timed, one, calls=calls) for name, one in contestants.items()}
+    turns = in_turns(works, rounds=rounds, warm_up=warm_up, before=before)
+    for name, work in contestants.items() if device_type == "cuda" else ():
+        from .on_gpu import busy_part  # torch, which not every program needs
+
+        seconds = statistics.median(turn.wall_seconds for turn in turns[name])
+        print(f"{name}: kernels ran in {busy_part(name, work, seconds=seconds):.0%} of the time")
+    return turns
 
 
 def timed(
-    work: Callable[[], object], *, cpu_clock: Callable[[], float] = time.process_time
+    work: Callable[[], object],
+    *,
+    cpu_clock: Callable[[], float] = time.process_time,
+    calls: int = 1,
 ) -> Turn:
-    """Times one turn after collecting garbage; waits for the GPU before and after it."""
+    """Times one of `calls` calls, on average, after collecting garbage; waits for the GPU."""
     gc.collect()
     wait_for_gpu()
     wall, cpu = time.perf_counter(), cpu_clock()
-    work()
+    for _ in range(calls):
+        work()
     wait_for_gpu()
-    return Turn(time.perf_counter() - wall, cpu_clock() - cpu)
+    return Turn((time.perf_counter() - wall) / calls, (cpu_clock() - cpu) / calls)
 
 
 def wait_for_gpu() -> None:
@@ -249,13 +267,12 @@ def peak_bytes(work: Callable[[], object], *, device_type: str = "cpu") -> int:
         work()
         return torch.cuda.max_memory_allocated() - held
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak, proc(5)
-    before = status_bytes("VmRSS")
+    before = _status_bytes("VmRSS")
     work()
-    return status_bytes("VmHWM") - before
+    return _status_bytes("VmHWM") - before
 
 
-def status_bytes(field: str, *, process: int | str = "self") -> int:
-    """A size in a process's status file, proc(5); 0 once the process has ended."""
-    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    found = re.search(rf"^{field}:\s*(\d+) kB", status, flags=re.MULTILINE)
-    return 1024 * int(found[1]) if found else 0
+def _status_bytes(field: str) -> int:
+    """A size in this process's status file, proc(5)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.findall(rf"^{field}:\s*(\d+) kB", status, flags=re.MULTILINE)[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -47,6 +48,7 @@ from .harness import (
     Figures,
     Stage,
     Turn,
+    in_turns,
     rate_of,
     ratio_of,
     seconds_of,
@@ -189,17 +191,20 @@ def take_turns_of(
     paths: Sequence[Path], recipe: _Recipe, folder: Path, names: Sequence[str], rounds: int
 ) -> dict[str, list[Turn]]:
     """Turns of the contestants; what one has written is removed each time, off the clock."""
-    turns: dict[str, list[Turn]] = {name: [] for name in names}
     out = folder / "packed"
-    for _ in range(rounds):
-        for name in names:
-            if name == _OURS:
-                turn = pack(paths[0].parents[1], out, recipe)
-            else:
-                turn = timed(lambda: loop(paths, recipe, name, out), cpu_clock=_cpu_seconds)  # noqa: B023
-            turns[name].append(turn)
-            shutil.rmtree(out, ignore_errors=True)  # the bare loop writes nothing
-    return turns
+
+    def turn_of(name: str) -> Turn:
+        if name == _OURS:
+            return pack(paths[0].parents[1], out, recipe)
+        return timed(lambda: loop(paths, recipe, name, out), cpu_clock=_cpu_seconds)
+
+    works = {name: functools.partial(turn_of, name) for name in names}
+    try:
+        return in_turns(
+            works, rounds=rounds, before=lambda _: shutil.rmtree(out, ignore_errors=True)
+        )
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
 
 
 def _less_start(turns: Sequence[Turn], starts: Sequence[Turn]) -> list[Turn]:

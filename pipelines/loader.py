@@ -17,9 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead, send
+from unicl_fast.batch import (
+    Batch,
+    EvaluationBatch,
+    ReadingTime,
+    Targets,
+    Texts,
+    copied_ahead,
+    send,
+)
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
@@ -33,7 +42,7 @@ from .feed.host_batches import (
     ImageForm,
     TrainMetadata,
 )
-from .feed.reading import BadSamples, reading_ahead
+from .feed.reading import READ_AHEAD, BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
 from .graph import (
     DecodingError,
@@ -101,17 +110,13 @@ class TrainLoader:
             )
         data = config.data
         self._data = data
-        self._rank = rank
-        self._device = torch.device(device)
+        self._rank, self._device = rank, torch.device(device)
         self._decode_device, _ = choose_decode_device(
             data.decode_device, device=self._device, threads=data.threads
         )
         self._running: Generator[Batch, None, None] | None = None
         self._feature_type: torch.dtype | None = None
-        self.form: ImageForm = "files"
-        shapes = {dataset.image_shape for dataset in datasets}
-        if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
-            self.form = "crops" if is_fused(data.resample, self._decode_device) else "pixels"
+        self.form = _form_of(datasets, data, self._decode_device)
         augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
         self.augmentation = parts_for(augmentations, data.mean)
         self.build_graph = partial(
@@ -222,26 +227,36 @@ class TrainLoader:
             contextlib.closing(self._outputs(start_step)) as outputs,
         ):
             for (images, integers), metadata in outputs:
-                first, *second = images.chunk(self.plan.num_views)
-                classes = metadata.image_classes
-                texts = unpack_integers(
-                    integers[: len(first)], num_texts=len(metadata.text_lengths)
-                )
-                yield Batch(
-                    step=metadata.actual.step,
-                    images=first,
-                    second_images=second[0] if second else None,
-                    text_lengths=metadata.text_lengths,
-                    sample_ids=torch.from_numpy(metadata.actual.sample_ids),
-                    scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
-                    source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
-                    image_classes=None
-                    if classes is None
-                    else send(torch.from_numpy(classes), self._decode_device),
-                    **texts,
-                )
-                # held here, their buffers could not be reused
-                del images, first, second, integers, texts
+                yield self._batch_of(images, integers, metadata)
+                del images, integers  # held here, their buffers could not be reused
+
+    def _batch_of(self, images: Tensor, integers: Tensor, metadata: TrainMetadata) -> Batch:
+        first, *second = images.chunk(self.plan.num_views)
+        lengths, classes = metadata.text_lengths, metadata.image_classes
+        found = unpack_integers(integers[: len(first)], num_texts=len(lengths))
+        image_classes = None
+        if classes is not None:
+            image_classes = send(torch.from_numpy(classes), self._decode_device)
+        return Batch(
+            step=metadata.actual.step,
+            images=first,
+            second_images=second[0] if second else None,
+            texts=Texts(
+                tokens=found.tokens,
+                lengths=lengths,
+                index=found.text_index,
+                counts=found.text_counts,
+            ),
+            targets=Targets(
+                class_ids=found.class_ids,
+                text_class_ids=found.text_class_ids,
+                image_classes=image_classes,
+            ),
+            global_index=found.global_index,
+            sample_ids=torch.from_numpy(metadata.actual.sample_ids),
+            scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
+            source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
+        )
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
@@ -276,6 +291,16 @@ class TrainLoader:
             source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
             self._bad.add(source, sample, f"the decoder refuses it: {reason}")
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
+
+
+def _form_of(
+    datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device
+) -> ImageForm:
+    """Raw images need no decoder, if all are of one size."""
+    shapes = {dataset.image_shape for dataset in datasets}
+    if len(shapes) > 1 or None in shapes:
+        return "files"
+    return "crops" if is_fused(data.resample, device) else "pixels"
 
 
 def fit_prefetch(
@@ -418,7 +443,7 @@ class EvaluationLoader:
             ids = self._batches[batch]
             return np.zeros(len(ids), np.int32), ids
 
-        num_chunks = -(-self._data.read_ahead // self._batch_size)
+        num_chunks = -(-READ_AHEAD // self._batch_size)
         with reading_ahead([self._dataset], schedule, num_chunks=num_chunks) as read_ahead_from:
             for batch, ids in enumerate(self._batches):
                 read_ahead_from(batch)

@@ -152,12 +152,12 @@ def test_entries_that_fit_no_data_set_or_not_together(entries: list[str], messag
 
 def test_views_are_as_many_as_the_objective_looks_at() -> None:
     with pytest.raises(ValueError, match="two views.*views=1"):
-        check_views(["a:supcon"], objective="unicl")
-    check_views(["supcon,views=1", "a:unicl"], objective="unicl")
+        check_views(["a:supcon"], name="unicl", num_views=1)
+    check_views(["supcon,views=1", "a:unicl"], name="unicl", num_views=1)
     for entries in ([], ["unicl"], ["supcon", "a:unicl"]):
         with pytest.raises(ValueError, match="shows one; set --data.augment supcon"):
-            check_views(entries, objective="supcon")
-    check_views(["supcon", "a:unicl,views=2"], objective="supcon")
+            check_views(entries, name="supcon", num_views=2)
+    check_views(["supcon", "a:unicl,views=2"], name="supcon", num_views=2)
 
 
 def test_the_released_recipe_is_that_of_the_large_presets() -> None:

@@ -6,13 +6,14 @@ import dataclasses
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
 
-from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead
+from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, Targets, Texts, copied_ahead
 
 
 @pytest.fixture
@@ -25,21 +26,29 @@ def make_batch(step: int) -> Batch:
     return Batch(
         step=step,
         images=torch.full((4, 2, 2, 3), step, dtype=torch.uint8),
-        tokens=numbers[:3, None] + torch.arange(5),
-        text_lengths=np.full(3, 5),
-        text_index=numbers,
-        class_ids=numbers + 1,
-        text_class_ids=numbers[:3] + 2,
-        text_counts=numbers[:3] + 3,
+        texts=Texts(
+            tokens=numbers[:3, None] + torch.arange(5),
+            lengths=np.full(3, 5),
+            index=numbers,
+            counts=numbers[:3] + 3,
+        ),
+        targets=Targets(
+            class_ids=numbers + 1,
+            text_class_ids=numbers[:3] + 2,
+            image_classes=torch.stack([numbers, numbers + 6]),
+        ),
         global_index=numbers + 4,
-        image_classes=torch.stack([numbers, numbers + 6]),
         sample_ids=numbers + 5,
     )
 
 
-def assert_equal(one: Batch, other: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        assert np.array_equal(getattr(one, field.name), getattr(other, field.name)), field.name
+def assert_equal(one: Any, other: Any) -> None:
+    for field in dataclasses.fields(one):
+        ours, theirs = getattr(one, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(ours):
+            assert_equal(ours, theirs)
+        else:
+            assert np.array_equal(ours, theirs), field.name
 
 
 def test_reading_counts_waiting_in_any_thread_and_no_work(
@@ -144,4 +153,4 @@ def test_a_gpu_gets_the_very_batches_and_the_host_does_not_wait() -> None:
             torch.cuda.set_sync_debug_mode("default")
         assert batch.images.is_cuda
         assert torch.equal(doubled.cpu(), 2 * make_batch(batch.step).images)
-        assert torch.equal(batch.tokens.cpu(), make_batch(batch.step).tokens)
+        assert torch.equal(batch.texts.tokens.cpu(), make_batch(batch.step).texts.tokens)

@@ -15,15 +15,18 @@ from small_runs import tiny_config
 
 from unicl_fast.config import (
     DataConfig,
+    EfficiencyConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     config_from_dict,
     config_to_dict,
     load_config,
+    settled_values,
+    with_settled,
 )
+from unicl_fast.objectives.registry import OBJECTIVES, make_objective, objective_class
 from unicl_fast.tools.pretrain import parse_arguments
 
 CONFIG = config_to_dict(tiny_config())
@@ -41,12 +44,13 @@ CONFIG = config_to_dict(tiny_config())
         ("data", "crop_scale", {"low": 0.1}),
         ("data", "interpolation", ["bilinear"]),
         ("model", "text_heads", 0),
-        ("model", "logit_scale_init", float("inf")),
-        ("model", "logit_scale_max", float("nan")),
+        ("objective", "name", "softmax"),
+        ("objective", "logit_scale_init", float("inf")),
+        ("objective", "logit_scale_max", float("nan")),
         ("optim", "lr", float("nan")),
         ("optim", "lr", 10**400),
         ("optim", "betas", [0.9, "x"]),
-        ("efficiency", "unique_texts", 1),
+        ("efficiency", "activation_checkpointing", 1),
         ("run", "seed", 2**64),
         ("run", "samples", 1.5),
     ],
@@ -85,7 +89,6 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             lambda: DataConfig(image_size=300),
             "data.evaluation_resize (256) must not be",
         ),
-        (lambda: DataConfig(cache_bytes=4096), "data.block_bytes must be at most a sixteenth"),
         (lambda: DataConfig(train=("a", "b", "c"), fraction=(1.0, 0.5)), "one for each of the 3"),
         (lambda: ModelConfig(drop_path=1), "model.drop_path must be a number in [0, 1), not 1"),
         (
@@ -93,13 +96,15 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             "model.text_heads (7) must divide",
         ),
         (
-            lambda: ModelConfig(logit_scale_init=math.inf),
-            "model.logit_scale_init must be a number that is finite, not inf",
+            lambda: make_objective(logit_scale_init=math.inf),
+            "objective.logit_scale_init must be a number that is finite, not inf",
         ),
-        (lambda: ObjectiveConfig(mixup=math.inf), "objective.mixup must be a number in [0, inf)"),
-        (lambda: ObjectiveConfig(name="clip", mixup=0.1), "mix labels, which clip does not have"),
+        (lambda: make_objective(mixup=math.inf), "objective.mixup must be a number in [0, inf)"),
         (lambda: OptimConfig(lr_min=1.0), "optim.lr_min (1.0) must not be larger than optim.lr"),
-        (lambda: OptimConfig(ema_warmup=1), "optim.ema_warmup must be true or false, not 1"),
+        (
+            lambda: EfficiencyConfig(activation_checkpointing=1),
+            "efficiency.activation_checkpointing must be true or false, not 1",
+        ),
         (lambda: RunConfig(device="tpu"), "run.device must be one of auto, cpu, cuda, not 'tpu'"),
         (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
     ],
@@ -136,12 +141,33 @@ def test_names_that_are_unknown_or_stand_twice_are_refused(
 
 def test_configs_survive_json(tmp_path: Path) -> None:
     free = config_to_dict(TrainConfig())
-    free["model"]["logit_scale_max"] = math.inf
-    for values in (config_to_dict(TrainConfig()), CONFIG, free):
+    free["objective"]["logit_scale_max"] = math.inf
+    every = [config_to_dict(TrainConfig(objective=make_objective(name))) for name in OBJECTIVES]
+    for values in (*every, CONFIG, free):
         text = json.dumps(values)
         assert config_to_dict(config_from_dict(json.loads(text))) == values
         (tmp_path / "config.json").write_text(text)
         assert load_config(tmp_path / "config.json") == config_from_dict(values)
+
+
+def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None:
+    given = TrainConfig(objective=make_objective("ce", mixup=0.8))
+    settled = dataclasses.replace(
+        given,
+        objective=given.objective.settle((2, 3)),
+        efficiency=dataclasses.replace(given.efficiency, precision="bf16"),
+    )
+    on_rank = dataclasses.replace(settled, data=dataclasses.replace(settled.data, threads=7))
+    changes = settled_values(given, on_rank)
+    assert changes == {"objective": {"num_classes": (2, 3)}, "efficiency": {"precision": "bf16"}}
+    stored = json.loads(json.dumps([config_to_dict(given), changes]))
+    assert with_settled(*stored) == settled
+    assert settled_values(given, given) == {}
+    for wrong in ([], {"objective": 3}):
+        with pytest.raises(ValueError, match="settled must hold groups of settings, not"):
+            with_settled(stored[0], wrong)
+    with pytest.raises(ValueError, match="efficiency.speed is not a field"):
+        with_settled(stored[0], {"efficiency": {"speed": 3}})
 
 
 def test_settings_that_a_file_lacks_take_their_defaults() -> None:
@@ -164,8 +190,8 @@ def test_every_field_is_documented() -> None:
     """The sentence under a field is its line of --help."""
     from unicl_fast.tools.pretrain import _first_sentences
 
-    for group in dataclasses.fields(TrainConfig):
-        cls: Any = group.default_factory
+    groups = [type(getattr(TrainConfig(), group.name)) for group in dataclasses.fields(TrainConfig)]
+    for cls in (*groups, *map(objective_class, OBJECTIVES)):
         sentences = _first_sentences(cls)
         for field in dataclasses.fields(cls):
             assert len(sentences[field.name]) > 10, field.name
@@ -174,6 +200,7 @@ def test_every_field_is_documented() -> None:
 def test_reading_a_config_or_a_manifest_needs_no_torch() -> None:
     code = (
         "import sys, unicl_fast.presets, unicl_fast.dataset.manifest;"
+        "from unicl_fast.objectives.registry import list_objectives; list_objectives();"
         "sys.exit(', '.join({'torch', 'numpy', 'tyro', 'pydantic'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -99,7 +99,7 @@ def test_what_examples_and_pages_import_is_on_the_page_about_the_api() -> None:
 _PROGRAMS = {  # with how many words before the options
     "unicl-pack": ("unicl_fast.tools.pack.__main__", 1),
     "unicl-pretrain": ("unicl_fast.tools.pretrain", 0),
-    "unicl-eval": ("unicl_fast.tools.evaluate", 1),
+    "unicl-eval": ("unicl_fast.tools.evaluate.__main__", 1),
     "unicl-convert": ("unicl_fast.tools.convert.__main__", 1),
     "unicl-ledger": ("unicl_fast.tools.ledger", 0),
     "unicl-doctor": ("unicl_fast.tools.doctor.__main__", 0),

@@ -24,8 +24,10 @@ MAPPED = ("pipelines", "tools", "benchmarks")
 FLOORS = [
     {"system", "batch"},
     {"augmentation", "stages"},
-    {"images", "text", "distributed", "config"},
-    {"dataset", "objectives", "ledger", "presets"},
+    {"images", "text", "distributed"},
+    {"objectives"},
+    {"config"},
+    {"dataset", "ledger", "presets"},
     {"models", "pipelines"},
     {"checkpoints"},
     {"training"},
@@ -322,7 +324,7 @@ sys.exit(" ".join(set(heavy.split()) & set(sys.modules)) or 0)
     [
         "tools.pretrain --help",
         "tools.pretrain --help-all",
-        "tools.evaluate --help",
+        "tools.evaluate.__main__ --help",
         "tools.pack.__main__ build --help",
         "tools.convert.__main__ onnx --help",
         "tools.ledger --help",

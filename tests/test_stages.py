@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
-    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
     config_from_dict,
     config_to_dict,
 )
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.stages import lay_out, span_at
 
 LOW = "0.8:image_size=32,crop_scale=0.4..1,global_batch_size=100,token_drop=0.5"
@@ -135,7 +135,7 @@ def test_what_stages_cannot_go_with_is_refused() -> None:
         config_of(LOW, data=windows)
     config_of(LOW, data=dataclasses.replace(windows, shuffle_groups=1))
     with pytest.raises(ValueError, match="context_length is for objectives with texts"):
-        config_of("0.5:context_length=8", objective=ObjectiveConfig(name="supcon"))
+        config_of("0.5:context_length=8", objective=make_objective("supcon"))
     with pytest.raises(ValueError, match="the same in every step"):
         config_of(
             LOW,

@@ -20,7 +20,8 @@ from PIL import Image
 
 from unicl_fast.system.program import begin_program
 
-from . import evaluate, pretrain
+from . import pretrain
+from .evaluate import __main__ as evaluate
 from .pack import __main__ as pack_dataset
 
 _MARK = ".unicl-demo"

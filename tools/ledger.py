@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
+from unicl_fast.ledger.proof import LedgerProof, Run, prove
 from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of, print_text
-
-if TYPE_CHECKING:  # it imports numba, for which --help need not wait
-    from unicl_fast.ledger.proof import LedgerProof, Run
 
 _MOST_LINES = 10
 
@@ -57,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 where nothing is proven, 2 on wrong input."""
     argv = begin_program() if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
-    from unicl_fast.ledger.proof import prove
-
     try:
         replan = Replan() if arguments.replan else None
         steps_done, run = newest_checkpoint(arguments.run)
@@ -68,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop("unicl-ledger", error, code=2)
     except OSError as error:
         stop("unicl-ledger", error, code=1)
-    except MemoryError as error:  # one bit a sample
+    except MemoryError as error:  # one byte a sample
         too_large = MemoryError(f"{folder} tells of data sets that no memory holds: {error}")
         stop("unicl-ledger", too_large, code=1)
     print_text(in_words(proof), sys.stdout)
@@ -89,7 +85,6 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
 
     The run is None where state.json is damaged: then the steps alone are compared.
     """
-    from unicl_fast.ledger.proof import Run
     from unicl_fast.system.checksums import parse_checksummed_json
 
     folders = (run_folder / "checkpoints").glob("step-*")

@@ -28,8 +28,9 @@ from unicl_fast.distributed.signals import (
     Interrupted,
     exit_immediately_on_signals,
 )
+from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
-from unicl_fast.system.checked_fields import require
+from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
 
@@ -51,7 +52,7 @@ _COMMON = {
          "max_restarts", "ledger"),
     "data": ("train", "evaluate", "fraction", "text", "augment", "image_size", "crop_scale",
              "threads"),
-    "objective": ("name", "mixup", "cutmix"),
+    "objective": (),
     "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length",
               "init", "init_image", "init_text"),
     "optim": ("name", "lr", "lr_batch_size", "warmup_fraction", "weight_decay", "clip_norm",
@@ -83,7 +84,7 @@ class PretrainArguments(TrainConfig):
     """Do all that comes before the first step, and end. Data, checkpoint, settings and memory are
     checked, the model is built, and the summary is shown; nothing is written."""
     quiet: bool = False
-    """Show warnings and errors alone. The log is in --out/log.txt in any case."""
+    """Only show warnings and errors. The log is in --out/log.txt in any case."""
     nproc: int = 1
     """Ranks to start on this machine; 1 under torchrun or SLURM."""
     resume: str = "never"
@@ -192,7 +193,7 @@ def _evaluate(
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
-    """The arguments of `parse_with_origin` alone."""
+    """Only the arguments of `parse_with_origin`."""
     return parse_with_origin(argv)[1]
 
 
@@ -210,6 +211,7 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     finder = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
     for option in ("--preset", "--resume", "--run.device", "--data.cache-folder"):
         finder.add_argument(option)
+    finder.add_argument("--objective.name")
     finder.add_argument("--data.train", nargs="*")
     finder.add_argument("--data.fraction", nargs="*", type=_number_or_text)
     for option in ("--config", "--out"):
@@ -230,6 +232,9 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         data={name: given for name in FOR_AUTO if (given := values[f"data.{name}"])},
         device=values["run.device"],
     )
+    if (name := values["objective.name"]) is not None:  # its options are those of its class
+        config = with_values(config, {"objective": {"name": name}})
+    _refuse_options_of_others(argv, config)
     groups = _groups_of(config)
     if found.help:
         print(_short_help(PretrainArguments(**groups, out=Path("DIR")), origin))
@@ -245,6 +250,19 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         f"presets are {', '.join([*PRESETS, AUTO])}.",
     )
     return origin, arguments
+
+
+def _refuse_options_of_others(argv: Sequence[str], config: TrainConfig) -> None:
+    """Refuses options of objectives that are not the one of the run."""
+    objective = config.objective
+    known = [field.name for field in dataclasses.fields(objective)]
+    for flag in argv:
+        option = flag.partition("=")[0].replace("-", "_")
+        require(
+            not option.startswith("__objective.") or option[12:] in known,
+            f"objective.name={objective.name} has no {option[2:]}: its options are "
+            f"{', '.join(known)}",
+        )
 
 
 def _number_or_text(word: str) -> float | str:
@@ -285,10 +303,14 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
         f"  {_PROGRAM} --out runs/mix --resume auto --nproc 8",
         "\npresets:",
         textwrap.indent(list_presets(), "  "),
+        "\nobjectives:",
+        textwrap.indent(list_objectives(), "  "),
     ]
     for group, names in _COMMON.items():
         settings = getattr(arguments, group) if group else arguments
         sentences = _first_sentences(type(settings))
+        if group == "objective":  # all of the one that is chosen
+            names = tuple(field.name for field in dataclasses.fields(settings))
         lines.append(f"\n{group or 'program'}:")
         for name in names:
             option = f"--{group}.{name}" if group else f"--{name}"
@@ -304,9 +326,12 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
 
 
 def _first_sentences(cls: type) -> dict[str, str]:
-    """Returns the first sentence under each field of a dataclass."""
-    pattern = re.compile(r'^    (\w+): .*?"""(.*?)\.(?:\s|""")', re.DOTALL | re.MULTILINE)
-    found = pattern.findall(inspect.getsource(cls))
+    """Returns the first sentence under each field of a dataclass and of those it is made of."""
+    pattern = re.compile(
+        r'^    (\w+): .*\n(?:    [ )].*\n)*    """((?:.|\n)*?)\.(?:\s|""")', re.MULTILINE
+    )
+    sources = [inspect.getsource(one) for one in reversed(cls.__mro__) if one is not object]
+    found = [pair for source in sources for pair in pattern.findall(source)]
     return {field: " ".join(sentence.split()) for field, sentence in found}
 
 

@@ -9,28 +9,32 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unicl_fast.system.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from unicl_fast.batch import Batch as Batch
     from unicl_fast.evaluation.inference import Model as Model
     from unicl_fast.evaluation.inference import load_model as load_model
     from unicl_fast.models.unicl import UniCL as UniCL
     from unicl_fast.models.unicl import build_model as build_model
-    from unicl_fast.objectives.loss import sigmoid_contrastive_loss as sigmoid_contrastive_loss
     from unicl_fast.objectives.loss import unified_contrastive_loss as unified_contrastive_loss
+    from unicl_fast.objectives.loss_sigmoid import (
+        sigmoid_contrastive_loss as sigmoid_contrastive_loss,
+    )
     from unicl_fast.text.tokenizer import Tokenizer as Tokenizer
+    from unicl_fast.training.assembly import make_trainer as make_trainer
     from unicl_fast.training.trainer import Trainer as Trainer
-
-__version__ = "0.2.0"
 
 _HOMES = {
     "Batch": "unicl_fast.batch",
     "load_model": "unicl_fast.evaluation.inference",
     "Model": "unicl_fast.evaluation.inference",
-    "sigmoid_contrastive_loss": "unicl_fast.objectives.loss",
+    "sigmoid_contrastive_loss": "unicl_fast.objectives.loss_sigmoid",
     "unified_contrastive_loss": "unicl_fast.objectives.loss",
     "UniCL": "unicl_fast.models.unicl",
     "build_model": "unicl_fast.models.unicl",
     "Tokenizer": "unicl_fast.text.tokenizer",
+    "make_trainer": "unicl_fast.training.assembly",
     "Trainer": "unicl_fast.training.trainer",
 }
 __all__ = sorted(_HOMES)

@@ -203,24 +203,24 @@ def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
     return chosen
 
 
-def check_views(entries: Sequence[str], *, objective: str) -> None:
-    """Checks that `data.augment` gives two views of an image for SupCon, one for the others.
+def check_views(entries: Sequence[str], num_views: int, *, name: str) -> None:
+    """Checks that `data.augment` gives as many views of an image as the objective looks at.
 
     Raises:
         ValueError: it gives another number.
     """
     views = {augmentation.views for augmentation in read_entries(entries).values()}
     shown = " ".join(entries)
-    if objective == "supcon" and views != {2}:
+    if num_views == 2 and views != {2}:
         raise ValueError(
-            "objective.name=supcon compares two views of each image, but data.augment "
+            f"objective.name={name} compares two views of each image, but data.augment "
             f"({shown or 'empty'}) shows one; set --data.augment supcon, or add views=2, for "
             "example unicl,views=2"
         )
-    if objective != "supcon" and 2 in views:
+    if num_views == 1 and 2 in views:
         raise ValueError(
-            f"data.augment ({shown}) shows each image in two views, but objective.name="
-            f"{objective} would not look at the second; add views=1, for example supcon,views=1"
+            f"data.augment ({shown}) shows each image in two views, but objective.name={name} "
+            "would not look at the second; add views=1, for example supcon,views=1"
         )
 
 

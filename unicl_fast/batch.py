@@ -26,39 +26,53 @@ from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """One rank's local batch: images, distinct texts, and the classes of both.
+class Texts:
+    """The distinct texts of a local batch, each once."""
+
+    tokens: Tensor
+    """int64 [u l]: token rows, padded with 0 to the context length."""
+    lengths: NDArray[np.int64]
+    """int64 [u]: tokens of each row without padding; on the host, where they decide shapes."""
+    index: Tensor
+    """int64 [b]: the row of `tokens` that is the text of each image."""
+    counts: Tensor
+    """int64 [u]: the number of samples of this batch with each text; they sum to b."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Classes of images and texts, as the objective has mapped them (`Objective.map_targets`).
 
     A text is a positive of an image when their class ids are equal, or when its class is one of the
     image's where these are several. Class ids are any int64; `objectives.targets.map_targets` says
     how they are found, and why ranks agree on them.
     """
 
+    class_ids: Tensor
+    """int64 [b]: the class of each image."""
+    text_class_ids: Tensor
+    """int64 [u]: the class of each text."""
+    image_classes: Tensor | None = None
+    """int64 [2 e]: a sample, 0 to b - 1, and a class of its image, for every class that the image
+    has: its `class_ids` and those of its other labels, each once. The texts of all of them are its
+    positives. None where the objective does not take all labels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One rank's local batch: images, distinct texts, and the classes of both."""
+
     step: int
     """The optimizer step this batch belongs to, counted from 0."""
     images: Tensor
     """uint8 [b h w c], RGB; or in their place the features that a frozen image encoder gives of
     them, [b w] of its type (`efficiency.image_features`)."""
-    tokens: Tensor
-    """int64 [u l]: distinct token rows, padded with 0 to the context length."""
-    text_lengths: NDArray[np.int64]
-    """int64 [u]: tokens of each row without padding; on the host, where they decide shapes."""
-    text_index: Tensor
-    """int64 [b]: the row of `tokens` that is the text of each image."""
-    class_ids: Tensor
-    """int64 [b]."""
-    text_class_ids: Tensor
-    """int64 [u]."""
-    text_counts: Tensor
-    """int64 [u]: the number of samples of this batch with each text; they sum to b."""
-    global_index: Tensor
-    """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
-    image_classes: Tensor | None = None
-    """int64 [2 e]: a sample, 0 to b - 1, and a class of its image, for every class that the image
-    has: its `class_ids` and those of its other labels, each once. The texts of all of them are its
-    positives. None where `objective.positives` is text."""
     second_images: Tensor | None = None
     """uint8 [b h w c], RGB: the second view of each image, where `data.augment` asks for two."""
+    texts: Texts
+    targets: Targets
+    global_index: Tensor
+    """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
     sample_ids: Tensor | None = None
     """int64 [b] on the host: each sample's row in its data set, for records."""
     scheduled_ids: Tensor | None = None
@@ -73,19 +87,46 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Returns the same batch with the model's inputs on `device`; records stay on the host."""
-        moved: dict[str, Any] = {
-            name: send(value, device) for name, value in self.model_inputs().items()
-        }
-        return dataclasses.replace(self, **moved)
+        inputs = _moved(_tensors(self, _INPUTS), device)
+        texts = dataclasses.replace(self.texts, **_moved(_tensors(self.texts), device))
+        targets = dataclasses.replace(self.targets, **_moved(_tensors(self.targets), device))
+        return dataclasses.replace(self, texts=texts, targets=targets, **inputs)
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """The fields that `to` moves, by name."""
-        fields = {name: getattr(self, name) for name in _MODEL_INPUTS}
-        return {name: value for name, value in fields.items() if value is not None}
+        """The tensors that `to` moves, by name."""
+        return _tensors(self, _INPUTS) | _tensors(self.texts) | _tensors(self.targets)
 
 
-_MODEL_INPUTS = ("images", "second_images", "tokens", "text_index", "class_ids", "text_class_ids",
-                 "text_counts", "global_index", "image_classes")  # fmt: skip
+def repeated_texts(batch: Batch) -> Batch:
+    """The same batch as if all its texts were distinct and as long as the context.
+
+    Its step has the same result, and computes every text of every sample with its padding: the
+    plain twin, for tests and measurements.
+    """
+    texts, targets = batch.texts, batch.targets
+    tokens = texts.tokens[texts.index]
+    each = Texts(
+        tokens=tokens,
+        lengths=np.full(len(tokens), tokens.shape[1]),
+        index=torch.arange(len(tokens), device=tokens.device),
+        counts=torch.ones_like(texts.index),
+    )
+    targets = dataclasses.replace(targets, text_class_ids=targets.class_ids)
+    return dataclasses.replace(batch, texts=each, targets=targets)
+
+
+_INPUTS = ("images", "second_images", "global_index")
+
+
+def _tensors(fields: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The tensors among the fields of a dataclass."""
+    names = [field.name for field in dataclasses.fields(fields)] if names is None else names
+    values = {name: getattr(fields, name) for name in names}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    return {name: send(value, device) for name, value in tensors.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,7 @@
 """Every setting of a run, in seven frozen groups, checked when they are made.
 
+The objective is a group of its own kind: `objectives/` has a class with its options for each.
+
 The sentences under a field are its documentation and its help; the first one alone is its line in
 `unicl-pretrain --help`. The type of a field holds its range. A `TrainConfig` goes to and from JSON
 without loss and is stored in every checkpoint; evaluation starts from it. `EfficiencyConfig` may
@@ -9,7 +11,6 @@ change speed and memory; of results no more than the rounding.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from unicl_fast.augmentation import read_entries
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.objectives.operands import LossForm
+from unicl_fast.objectives.registry import objective_class
 from unicl_fast.stages import STAGE_SETTINGS, Span, lay_out, parse_stage, span_at
 from unicl_fast.system.checked_fields import (
-    LARGEST_FLOAT,
     LARGEST_INT,
     Count,
     FiniteNonNegative,
@@ -40,18 +43,13 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16", "fp64"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-LossForm = Literal["auto", "dense", "tiled", "triton"]
 Compilation = Literal["auto", "off", "blocks", "encoders"]
 WindowAttention = Literal["auto", "triton", "timm"]
-Switch = Literal["auto", "on", "off"]
 Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
-ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
-ObjectiveForm = Literal["softmax", "sigmoid"]
-PositivesName = Literal["text", "labels"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
@@ -61,7 +59,6 @@ INITIAL_WEIGHTS = ("init", "init_image", "init_text")
 """Fields of `ModelConfig` that a run needs at its first start alone."""
 
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
-_FINITE = Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)
 # Sizes end far beyond what anybody trains: damaged settings must not take memory.
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
@@ -93,9 +90,6 @@ class DataConfig:
     """Class whose prompt is the text of a label: labels or levels. labels takes the label itself.
     levels takes for all images of a batch the class at one level of the hierarchy, other levels in
     other batches, and needs objective.positives=text."""
-    label_space: Literal["separate", "shared"] = "separate"
-    """Whether label 3 of two data sets is two classes, or the same one. Separate classes still meet
-    if their names are equal; shared needs equal lists of class names."""
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
@@ -133,13 +127,6 @@ class DataConfig:
     levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has four
     threads (data.threads) or more. If one rank takes its GPU, all do; checkpoints hold the choice.
     """
-    hw_decoder_load: Fraction = 0.65
-    """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
-    decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70
-    threads."""
-    decoder_hint: tuple[Count, Count] = (0, 0)
-    """Height and width in pixels for which a GPU's decoder sets memory aside. It does so at the
-    start, instead of when such images come."""
     shuffle_window: Count = 0
     """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch takes a
     data set in windows of this many samples, each joined from 16 chunks spread over it, and other
@@ -154,11 +141,6 @@ class DataConfig:
     All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
     cache_bytes: Count = 20_000_000_000
     """Largest size of the cached images. The least recently used make room; arrays come on top."""
-    block_bytes: Annotated[int, Meta(ge=4096, le=LARGEST_INT)] = 4_194_304
-    """Bytes per remote request and per cache file."""
-    read_ahead: Count = 65_536
-    """Samples whose images are fetched from a URL before they are needed. They are counted in the
-    order of the global batches, and limited to half of cache_bytes; 0 fetches on demand."""
     max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
     """Largest image that is decoded, as the default of unicl-pack build. A larger one counts as
     unreadable; decoded it would take 3 bytes a pixel, for each image of a batch."""
@@ -182,11 +164,6 @@ class DataConfig:
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
-        )
-        require(
-            self.block_bytes <= self.cache_bytes // 16,
-            "data.block_bytes must be at most a sixteenth of data.cache_bytes, not "
-            f"{self.block_bytes} of {self.cache_bytes}",
         )
 
     @property
@@ -224,7 +201,7 @@ class ModelConfig:
     of the paper; most of open_clip's models have gelu, SigLIP 2 has gelu_tanh."""
     text_causal: bool = True
     """Let a token see only itself and those before it; False lets it see all, as SigLIP does. All
-    padding is computed then, whatever efficiency.text_layout says."""
+    padding is computed then."""
     text_pool: TextPool = "end"
     """Token whose features are the text's: end or last. end is the end-of-text token, last the last
     of the context, padding included, as in SigLIP."""
@@ -240,16 +217,6 @@ class ModelConfig:
     """Projection of the text encoder's features, as image_projection."""
     embed_dim: Width = 512
     """Dimension of the image and text features."""
-    logit_scale_init: Annotated[float, _FINITE] | None = None
-    """Initial logarithm of the learnt scale; None takes ln(1/0.07), or ln 10 under
-    objective.form=sigmoid. The paper's code starts at 1.0."""
-    logit_scale_max: Annotated[float, Meta(ge=-LARGEST_FLOAT)] = math.log(100)
-    """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
-    learn_logit_scale: bool = True
-    """Learn the scale; False keeps its initial value, as SupCon does (1 / 0.1)."""
-    logit_bias_init: Annotated[float, _FINITE] = -10.0
-    """Initial value of the learnt bias of objective.form=sigmoid. At -10 all pairs are taken for
-    negatives at first, as nearly all of them are."""
     init: str = ""
     """Weights to start from; empty draws fresh ones. A run, checkpoint or export of ours; a folder
     of open_clip's; open-clip:MODEL/TAG, as open_clip lists them; or hf-hub:OWNER/NAME. They must be
@@ -278,72 +245,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
-    """The training objective; docs/objectives.md."""
-
-    name: ObjectiveName = "unicl"
-    """Objective: unicl, clip, supcon or ce. unicl compares images with texts, and those of the same
-    class are positives. clip does the same, but only equal texts are of the same class; labels are
-    ignored. supcon compares two views of each image with all others, by label, without texts
-    (data.augment must give two views). ce is cross-entropy over one learnt row for each class,
-    without texts."""
-    form: ObjectiveForm = "softmax"
-    """Form of the loss of images and texts: softmax or sigmoid. softmax compares the positives of
-    an image (a text) with all other texts (images). sigmoid, SigLIP's, asks of each pair whether it
-    is a positive one, with a bias that is learnt. For unicl and clip."""
-    positives: PositivesName = "text"
-    """Classes of an image: text or labels. text takes the class of the text that it is shown with;
-    labels takes those of all its labels too, also of a caption. labels is for unicl and ce."""
-    mixup: FiniteNonNegative = 0.0
-    """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
-    Beta(mixup, mixup). For unicl and ce."""
-    cutmix: FiniteNonNegative = 0.0
-    """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are
-    replaced."""
-    mix_probability: Fraction = 1.0
-    """Probability that a pair is mixed, where mixup or cutmix is set."""
-    cutmix_share: Fraction = 0.5
-    """Probability that a mixed pair gets CutMix, where mixup and cutmix are set."""
-    num_classes: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...] = ()
-    """For ce: learnt rows for each data set; empty takes the data's. One number where
-    data.label_space is shared."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, name="objective")
-        require(
-            not self.mixes or self.name in ("unicl", "ce"),
-            f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
-            "take unicl or ce, or set both to 0",
-        )
-        require(
-            self.form == "softmax" or self.has_texts,
-            f"objective.form=sigmoid is of pairs of an image and a text, which {self.name} does "
-            "not have: take unicl or clip, or softmax",
-        )
-        require(
-            self.positives == "text" or self.name in ("unicl", "ce"),
-            f"objective.positives={self.positives} takes several labels an image, which "
-            f"{self.name} does not: take unicl or ce, or objective.positives=text",
-        )
-        require(
-            self.positives == "text" or not self.mixes,
-            f"objective.positives={self.positives} cannot be used with objective.mixup or "
-            "objective.cutmix, which mix one label an image: take objective.positives=text, or "
-            "set both to 0",
-        )
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @property
-    def has_texts(self) -> bool:
-        """Whether images are compared with texts, so that there is a text encoder."""
-        return self.name in ("unicl", "clip")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Optimizer, warm-up and cosine schedule; the defaults are the released recipe's."""
 
@@ -364,8 +265,6 @@ class OptimConfig:
     """Part of the run with a rising learning rate. It rises linearly from 0."""
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
     """Decay rates of the averages of the gradient and of its square."""
-    eps: NonNegative = 1e-8
-    """Added to the denominator of the update."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay. None on 1-D parameters, biases, logit_scale and position tables."""
     clip_norm: NonNegative = 5.0
@@ -373,27 +272,14 @@ class OptimConfig:
     ema_decay: FractionBelowOne = 0.0
     """Decay of the weights' moving average; 0 keeps none. For example 0.9999. The average is
     evaluated instead of the weights, and stored beside them."""
-    ema_warmup: bool = True
-    """Raise the decay to ema_decay as 1 - step ** (-2/3). The first, random weights are soon
-    forgotten then; False takes ema_decay from the second step on."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: image, text, image:K, text:K, image_projection, text_projection.
     image and text are the encoders, image:6 is the image encoder up to its 6th block. They keep
     their weights and BatchNorm's averages bit for bit, and take neither gradients nor optimizer
     state. docs/training.md has recipes."""
-    unlock_at_step: Count = 0
-    """Step from which on frozen parts are trained too; 0: never. So fresh parts can be warmed up
-    first. The schedule of the learning rate stays as it is."""
-    unlock_warmup_steps: Count = 0
-    """Steps from unlock_at_step on during which the rate of what was frozen rises linearly from 0
-    to the schedule's; 0: it is the schedule's at once."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
     The last layers are one below the projections. Layers are timm's groups."""
-    image_rate: Positive = 1.0
-    """Factor of the learning rate of the image encoder, without its projection."""
-    text_rate: Positive = 1.0
-    """Factor of the learning rate of the text encoder, without its projection."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="optim")
@@ -409,16 +295,6 @@ class OptimConfig:
             f"optim.freeze names a part twice: {' '.join(self.freeze)}",
         )
         require(
-            bool(self.freeze) or not self.unlock_at_step,
-            f"optim.unlock_at_step ({self.unlock_at_step}) trains what is frozen, and optim.freeze "
-            "names nothing",
-        )
-        require(
-            bool(self.unlock_at_step) or not self.unlock_warmup_steps,
-            f"optim.unlock_warmup_steps ({self.unlock_warmup_steps}) warms up what is unlocked: "
-            "optim.unlock_at_step must say when that is",
-        )
-        require(
             self.lr_min <= self.lr,
             f"optim.lr_min ({self.lr_min}) must not be larger than optim.lr ({self.lr})",
         )
@@ -429,12 +305,11 @@ class EfficiencyConfig:
     """Speed and memory; nothing here changes more of the results than their rounding."""
 
     precision: PrecisionName = "fp32"
-    """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
-    with loss scaling; the loss is always computed in fp32 or better (but see tf32). auto takes bf16
+    """Arithmetic of the encoders: auto, fp32, tf32, bf16, fp16 or fp64. bf16 and fp16 are autocast,
+    fp16 with loss scaling; the loss is always computed in fp32 or better. All but fp32 and fp64
+    let a GPU compute products of fp32 in TF32, with 10 bits of fraction. auto takes bf16
     on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and takes bf16 if
     that is faster than fp32. A resumed run keeps its precision."""
-    channels_last: bool = True
-    """Keep images and convolution weights in NHWC order, as the decoder returns them."""
     activation_checkpointing: bool = False
     """Recompute encoder blocks in backward instead of storing activations. It takes about 1.3 times
     the time and saves a third to half of the memory."""
@@ -448,24 +323,10 @@ class EfficiencyConfig:
     """Attention of timm's Swin: as timm has it (timm), or by kernels that store no scores and move
     no tokens (triton), for windows of up to 64 tokens on a CUDA device, with the package triton and
     any precision but fp64. auto takes triton where it can, from an A100 on."""
-    tf32: Switch = "auto"
-    """Compute fp32 products on a GPU in TF32, with 10 bits of fraction: auto, on or off. They are
-    faster, and rounded: not for parity in fp32. auto takes TF32 with precision bf16 or fp16, which
-    round as much or more themselves, and none with fp32. What is left in fp32 there are the
-    products of the loss."""
-    cudnn_benchmark: bool = True
-    """Let cuDNN measure which of its convolutions is the fastest, once for each size. They differ
-    in rounding, so two starts of a run on a GPU may differ in it."""
     micro_batch_size: Count = 0
     """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
     takes about 4/3 of the time, and activations are stored for this many only. The loss is still
     that of the whole global batch. Refused with BatchNorm."""
-    unique_texts: bool = True
-    """Encode equal texts of a batch once."""
-    text_layout: Literal["padded", "trimmed", "packed"] = "packed"
-    """Padding of texts: to the context length, to the longest of the batch, or none. Without
-    padding (packed) all tokens are one row; attention is computed on padded rows where no kernel
-    takes rows of any length. packed needs unique_texts; without it texts are trimmed."""
     loss: LossForm = "auto"
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
     the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
@@ -476,9 +337,6 @@ class EfficiencyConfig:
     and found by a hash of weights, preprocessing and images. Empty encodes images in each step.
     Needs images that are the same in every epoch: data.crop_scale 1 1, data.crop_ratio 1 1,
     data.flip_probability 0, and no augmentation. All ranks must see the folder."""
-    fused_optimizer: bool = True
-    """Use torch's fused kernel for optim.name=adamw. It also leaves out the update of a bad step
-    without the host waiting for the device."""
     shard: Shard = "off"
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
     parameter's optimizer state on one rank, and the result is that of off, bit for bit. full also
@@ -487,9 +345,6 @@ class EfficiencyConfig:
     the parameters until backward, unless activation_checkpointing is on. full is refused with fp16,
     with other optimizers than adamw, and with compile=encoders. Checkpoints are the same, and a run
     may resume with another choice."""
-    compress_gradients: bool = False
-    """Send gradients between ranks in bf16, half the bytes. They are added up in bf16 too, so each
-    keeps 8 bits of its fraction."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="efficiency")
@@ -544,9 +399,6 @@ class RunConfig:
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
     process are counted, not those before a resume."""
-    check_ranks_every_steps: Count = 1000
-    """Steps between comparisons of the weights' bits over ranks; 0 makes none. A rank whose weights
-    have silently parted from the others' ends the run."""
     timeout_seconds: FiniteNonNegative = 600
     """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
     has hung: it names its stage and ends the run with code 70. Before the first step is done the
@@ -588,7 +440,7 @@ class TrainConfig:
     """All settings of a training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: Objective = field(default_factory=lambda: objective_class()())
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
@@ -596,39 +448,30 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        objective, efficiency = self.objective, self.efficiency
+        name = f"objective.name={objective.name}"
         require(
-            self.data.prompts != "levels" or self.objective.positives == "text",
-            "data.prompts=levels contrasts the classes of one level in a batch, and "
-            f"objective.positives={self.objective.positives} adds those of other levels: take "
-            "objective.positives=text, or data.prompts=labels",
+            self.data.prompts != "levels"
+            or (objective.takes_levels and not objective.takes_all_labels),
+            f"data.prompts=levels contrasts the classes of one level in a batch, and {name} with "
+            "these options looks at others: take data.prompts=labels, or objective.name=unicl with "
+            "objective.positives=text",
         )
         require(
-            self.data.prompts != "levels" or self.objective.name != "ce",
-            "data.prompts=levels shows classes above labels, for which objective.name=ce has no "
-            "rows: take data.prompts=labels, or objective.name=unicl",
+            not self.model.token_drop or "image" not in self.optim.freeze,
+            "model.token_drop leaves out no token of an image encoder that is frozen "
+            "(optim.freeze): set it to 0",
         )
         require(
-            not self.model.token_drop
-            or "image" not in self.optim.freeze
-            or bool(self.optim.unlock_at_step),
-            "model.token_drop leaves out no token of an image encoder that is frozen: set it to 0, "
-            "or set optim.unlock_at_step",
+            efficiency.loss in objective.forms,
+            f"efficiency.loss={efficiency.loss} cannot compute the loss of {name}: take one of "
+            f"{', '.join(objective.forms)}",
         )
         require(
-            self.objective.form != "sigmoid" or self.efficiency.loss != "triton",
-            "efficiency.loss=triton has kernels for objective.form=softmax only: take auto or "
-            "tiled",
-        )
-        require(
-            not self.efficiency.micro_batch_size or self.objective.has_texts,
-            "efficiency.micro_batch_size is for images and texts; objective.name="
-            f"{self.objective.name} has no texts: set it to 0, and "
-            "efficiency.activation_checkpointing if memory is short",
-        )
-        require(
-            not self.efficiency.micro_batch_size or not self.objective.mixes,
-            "efficiency.micro_batch_size cannot be used with objective.mixup or objective.cutmix; "
-            "set it to 0, or these",
+            not efficiency.micro_batch_size or (objective.uses_texts and not objective.mixes),
+            f"efficiency.micro_batch_size is for images and texts that are not mixed, and {name} "
+            "with these options has others: set it to 0, and efficiency.activation_checkpointing "
+            "if memory is short",
         )
         self.settings_of_stages  # noqa: B018  checks them
 
@@ -687,7 +530,7 @@ def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
         )
     objective, data = config.objective, config.data
     require(
-        stage["context_length"] == own["context_length"] or objective.has_texts,
+        stage["context_length"] == own["context_length"] or objective.uses_texts,
         "context_length is for objectives with texts",
     )
     require(
@@ -712,6 +555,33 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
+def settled_values(given: TrainConfig, settled: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Differences between a config and its settled form, by group and name.
+
+    Threads are left out: they are those of one rank's machine.
+    """
+    before, after = config_to_dict(given), config_to_dict(settled)
+    after["data"]["threads"] = before["data"]["threads"]
+    changes = {
+        group: {name: one for name, one in after[group].items() if before[group].get(name) != one}
+        for group in after
+    }
+    return {group: values for group, values in changes.items() if values}
+
+
+def with_settled(given: Any, changes: Any) -> TrainConfig:
+    """A settled config, from `config_to_dict` of the given one and from `settled_values`.
+
+    Raises:
+        ValueError: as `config_from_dict`.
+    """
+    if not isinstance(changes, dict) or not all(isinstance(one, dict) for one in changes.values()):
+        raise ValueError(f"settled must hold groups of settings, not {changes!r:.100}")
+    values = config_to_dict(config_from_dict(given))
+    return config_from_dict(values | {name: values.get(name, {}) | one
+                                      for name, one in changes.items()})  # fmt: skip
+
+
 def config_from_dict(values: Any) -> TrainConfig:
     """Rebuilds a config from `config_to_dict`'s result or its JSON.
 
@@ -721,7 +591,10 @@ def config_from_dict(values: Any) -> TrainConfig:
     try:
         return from_json_values(TrainConfig, values)
     except ValueError as error:
-        raise ValueError(f"config: {error}") from error
+        hint = ""
+        if "not a field of this version" in str(error):
+            hint = ". What another version has written is continued or exported by that version"
+        raise ValueError(f"config: {error}{hint}") from error
 
 
 def load_config(path: Path) -> TrainConfig:

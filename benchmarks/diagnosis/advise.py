@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.object_store import CONNECTIONS
 
 from .model import CHECKPOINT, OTHERS, READ, Cost, Measured, Stage, Variant
 
@@ -187,93 +185,59 @@ def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
     return useful, [advice for advice in every if advice.gain < LEAST_GAIN]
 
 
-def _without_measuring(measured: Measured) -> list[Variant]:
+def _without_measuring(measured: Measured) -> Iterator[Variant]:
     """Changes whose effect follows from what was measured anyway."""
-    variants = []
     if (every := sparse_cadence(measured)) > measured.checkpoint.every_steps > 0:
-        variants.append(
-            Variant(
-                option=f"--checkpoint.every-steps {every}",
-                about="checkpoints then take 1 % of the time; a failure costs more steps",
-                every_steps=every,
-                stage=CHECKPOINT,
-                set={"checkpoint": {"every_steps": every}},
-            )
+        yield Variant(
+            option=f"--checkpoint.every-steps {every}",
+            about="checkpoints then take 1 % of the time; a failure costs more steps",
+            every_steps=every,
+            stage=CHECKPOINT,
+            set={"checkpoint": {"every_steps": every}},
         )
     if measured.others_cores > 0.1 * measured.cores:
         # threads that find a core whenever they can run are faster by as much
         alone = Cost(wall=measured.step_ran, cpu=1.0)
-        variants.append(
-            Variant(
-                option="end or move the other processes" + _busiest(measured),
-                about=f"they took {measured.others_cores:.1f} of {measured.cores:g} cores",
-                loader=alone,
-                step=alone,
-                frees_cores=measured.others_cores,
-                stage=OTHERS,
-            )
+        yield Variant(
+            option="end or move the other processes" + _busiest(measured),
+            about=f"they took {measured.others_cores:.1f} of {measured.cores:g} cores",
+            loader=alone,
+            step=alone,
+            frees_cores=measured.others_cores,
+            stage=OTHERS,
         )
     if (limit := slow_rank(measured)) is not None:
-        variants.append(
-            Variant(
-                option=f"mend or replace the machine of {limit.stage}",
-                about="the rate if it were as fast as the others",
-                stage=limit.stage,
-                loader=_without_the_slowest(measured, "loader"),
-                step=_without_the_slowest(measured, "step"),
-            )
+        yield Variant(
+            option=f"mend or replace the machine of {limit.stage}",
+            about="the rate if it were as fast as the others",
+            stage=limit.stage,
+            loader=_without_the_slowest(measured, "loader"),
+            step=_without_the_slowest(measured, "step"),
         )
     if measured.ranks_per_machine < measured.gpus:
-        variants.append(
-            Variant(
-                option=f"--nproc {measured.gpus}",
-                about=f"a rank for each of the {measured.gpus} GPUs; the global batch stays",
-                ranks_factor=measured.gpus / measured.ranks_per_machine,
-                batch_factor=measured.ranks_per_machine / measured.gpus,
-                stage="ranks",
-            )
+        yield Variant(
+            option=f"--nproc {measured.gpus}",
+            about=f"a rank for each of the {measured.gpus} GPUs; the global batch stays",
+            ranks_factor=measured.gpus / measured.ranks_per_machine,
+            batch_factor=measured.ranks_per_machine / measured.gpus,
+            stage="ranks",
         )
-    return variants + _of_the_store(measured)
+    if measured.store_wall:
+        yield _of_the_store(measured)
 
 
-def _of_the_store(measured: Measured) -> list[Variant]:
-    """Changes of cache and read-ahead, for data sets under a URL."""
-    if not measured.store_wall:
-        return []
-    variants = []
+def _of_the_store(measured: Measured) -> Variant:
+    """A cache that holds all images of the data sets under URLs."""
+    option = "wait: from the second epoch on, images come from --data.cache-folder"
+    about = "or copy the data set to a disk of the machine before the run"
+    if measured.larger_cache:
+        option = f"--data.cache-bytes {measured.larger_cache}"
+        about = (
+            "from the second epoch on, all images come from --data.cache-folder, whose disk must "
+            "have as much room"
+        )
     cached = Cost(wall=measured.cached_wall / measured.loader.wall, cpu=1.0)
-    if measured.ahead_wall:
-        size = TrainConfig().data.read_ahead
-        seconds = max(measured.ahead_wall, measured.cached_wall)
-        variants.append(
-            Variant(
-                option=f"--data.read-ahead {size}",
-                about=f"{CONNECTIONS} requests at once, before the images are needed",
-                loader=Cost(wall=seconds / measured.loader.wall, cpu=1.0),
-                stage=READ,
-                set={"data": {"read_ahead": size}},
-            )
-        )
-    if measured.fits_cache:
-        variants.append(
-            Variant(
-                option="wait: from the second epoch on, images come from --data.cache-folder",
-                about="or copy the data set to a disk of the machine before the run",
-                loader=cached,
-                stage=READ,
-            )
-        )
-    elif measured.larger_cache:
-        variants.append(
-            Variant(
-                option=f"--data.cache-bytes {measured.larger_cache}",
-                about="from the second epoch on, all images come from --data.cache-folder, whose "
-                "disk must have as much room",
-                loader=cached,
-                stage=READ,
-            )
-        )
-    return variants
+    return Variant(option=option, about=about, loader=cached, stage=READ)
 
 
 def _without_the_slowest(measured: Measured, part: str) -> Cost:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from unicl_fast.system.machine import cpu_times
 
-from ..harness import wait_for_gpu
+from ..harness import timed
 from .model import Cost
 
 if TYPE_CHECKING:  # clocks need no DALI
@@ -51,14 +51,8 @@ def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -
 
 def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
     """The cost of an image of work that is done `count` times; waits for a GPU."""
-    wait_for_gpu()
-    gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
-    for _ in range(count):
-        work()
-    wait_for_gpu()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
+    turn = timed(work, calls=count)
+    return Cost(wall=turn.wall_seconds / images, cpu=turn.cpu_seconds / images)
 
 
 def median(costs: Iterable[Cost]) -> Cost:

@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch
-from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.system.machine import cpu_times
 
@@ -27,7 +26,7 @@ from .advise import Limit, find_limit
 from .bench import Bench, step_cost, steps_within
 from .clocks import Watch, median, median_ratio
 from .model import READ, Cost, Measured, RankFigures, Stage, Variant
-from .variants import Candidate, Trials, candidates
+from .variants import Trials, candidates
 
 _ROUNDS = 3
 _FEWEST_CHANGES = 2
@@ -77,10 +76,7 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
     `folder` is for small data sets that are packed anew and for blocks of object stores.
     """
     budget.begin("object store")
-    reads_ahead = bench.config.data.read_ahead > 0
-    cost_of_store = functools.partial(bench.store_cost, seconds=4 * budget.turn)
-    store = cost_of_store(folder / "store", connections=CONNECTIONS if reads_ahead else 1)
-    ahead = None if reads_ahead else cost_of_store(folder / "ahead", connections=CONNECTIONS)
+    store = bench.loader_parts.store_cost(folder / "store", seconds=4 * budget.turn)
     budget.begin("loader and step, alone and together")
     batch = bench.kept_batch(bench.loader)
     watch = Watch(own=set(gather_objects(bench.process, bench.ranks)))
@@ -113,9 +109,7 @@ def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float
             loader=max(loader, Cost(wall=store.wall, cpu=loader.cpu), key=lambda cost: cost.wall),
             store_wall=store.wall,
             cached_wall=loader.wall,
-            ahead_wall=0.0 if ahead is None else ahead.wall,
-            fits_cache=bench.fits_cache,
-            larger_cache=bench.larger_cache,
+            larger_cache=bench.loader_parts.larger_cache,
         )
     return _with_variants(bench, budget, measured, batch, folder=folder)
 
@@ -161,17 +155,14 @@ def _alone_and_together(
 
 def _stages(bench: Bench, budget: Budget, batch: Batch) -> list[Stage]:
     budget.begin("the loader's stages")
-    stages = bench.loader_stages(seconds=budget.turn)
+    stages = bench.loader_parts.stages(seconds=budget.turn)
     budget.begin("the step's parts")
-    rounds = max(2, min(10, round(2 * budget.turn / max(1e-6, _seconds_of(bench, batch)))))
+    seconds = step_cost(bench.trainer, batch, count=1).wall * bench.local_batch
+    rounds = max(2, min(10, round(2 * budget.turn / max(1e-6, seconds))))
     rounds = int(from_rank_0(rounds, bench.ranks))
     stages += bench.step_stages(batch, rounds=rounds)
     more = (bench.copy_stage(), bench.collectives())
     return stages + [stage for stage in more if stage is not None]
-
-
-def _seconds_of(bench: Bench, batch: Batch) -> float:
-    return step_cost(bench.trainer, batch, count=1).wall * bench.local_batch
 
 
 def _figures_of_ranks(
@@ -218,7 +209,7 @@ def _with_variants(
     return dataclasses.replace(measured, variants=tuple(found), not_measured=tuple(left_out))
 
 
-def _urgency(limit: Limit, sides: set[str], one: Candidate) -> int:
+def _urgency(limit: Limit, sides: set[str], one: Variant) -> int:
     """0 for changes of the very stage that limits, 1 for others of the same side, 2 for the rest.
 
     `sides` are those that take part in the limit: `loader` or `step`.

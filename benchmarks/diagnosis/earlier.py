@@ -15,7 +15,7 @@ import msgspec
 
 from unicl_fast.system.wording import config_diff, markdown_table
 
-from .model import Cost, Stage, rate_text
+from .model import Cost, Measured, rate_text
 
 WHOLE = "all together"
 _MUCH = 0.1
@@ -26,35 +26,10 @@ _NO_MACHINE = ("load_average", "commit", "date")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeptCosts:
-    """The costs in a report that are compared; fields as in `model.Measured`."""
-
-    cores: float
-    world_size: int
-    loader: Cost
-    step: Cost
-    whole: Cost
-    stages: tuple[Stage, ...]
-    others_cores: float = 0.0
-
-    def named(self) -> dict[str, Cost]:
-        """The stages, and all together on all ranks."""
-        ranks = self.world_size
-        whole = Cost(
-            wall=self.whole.wall / ranks,
-            cpu=self.whole.cpu,
-            rounds=tuple(one / ranks for one in self.whole.rounds),
-        )
-        stages = {stage.name: stage.cost for stage in self.stages}
-        whole_run = {"the loader alone": self.loader, "the step alone": self.step, WHOLE: whole}
-        return stages | whole_run
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class KeptReport:
     """A report of `unicl-bench run`, as far as another one is compared with it."""
 
-    measured: KeptCosts
+    measured: Measured
     config: dict[str, dict[str, Any]]
     machine: dict[str, Any]
 
@@ -105,6 +80,16 @@ class Comparison:
         return markdown_table(head, rows)
 
 
+def _costs(measured: Measured) -> dict[str, Cost]:
+    """The stages, and all together on all ranks."""
+    ranks, whole = measured.world_size, measured.whole
+    all_ranks = Cost(
+        wall=whole.wall / ranks, cpu=whole.cpu, rounds=tuple(one / ranks for one in whole.rounds)
+    )
+    parts = {"the loader alone": measured.loader, "the step alone": measured.step}
+    return {stage.name: stage.cost for stage in measured.stages} | parts | {WHOLE: all_ranks}
+
+
 def read_report(path: Path) -> KeptReport:
     """Reads a report; ValueError where the file holds none."""
     try:
@@ -133,7 +118,7 @@ def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) ->
     rounds each, chance alone puts all new ones below all old ones once in twenty, and the tolerance
     comes on top of that.
     """
-    before, after = old.measured.named(), new.measured.named()
+    before, after = _costs(old.measured), _costs(new.measured)
     names = [*after, *(one for one in before if one not in after)]
     changes = [Change(name=one, old=before.get(one), new=after.get(one)) for one in names]
     changes.sort(key=lambda change: change.name == WHOLE)  # the last row

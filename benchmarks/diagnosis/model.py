@@ -95,11 +95,13 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A changed setting, measured in turns with the run's own."""
+    """A changed setting, to be measured in turns with the run's own, or measured already."""
 
     option: str
     """An option to type, or a thing to do."""
     about: str
+    side: str = ""
+    """The part of a run that changes: `loader`, `step`, `both`, or `images` (packed anew)."""
     loader: Cost = SAME
     """Times what an image costs the loader now."""
     step: Cost = SAME
@@ -116,8 +118,13 @@ class Variant:
     """The stage that it relieves."""
     set: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of the config by group, where options are enough."""
+    packing: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `check_image` for images that are packed anew."""
     data: tuple[str, ...] = ()
     """Data sets to train on instead."""
+
+
+AS_IT_IS = Variant(option="", about="")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,11 +165,8 @@ class Measured:
     """Seconds of an image out of the object store; 0 for folders."""
     cached_wall: float = 0.0
     """Seconds of an image for the loader, once all of it is in the cache."""
-    fits_cache: bool = True
     larger_cache: int = 0
     """Bytes of a cache that would hold all images; 0 where they fit."""
-    ahead_wall: float = 0.0
-    """`store_wall` with read-ahead; 0 where it is that already."""
     gpus: int = 0
     """CUDA devices of each machine."""
     ranks_per_machine: int = 1
@@ -179,9 +183,8 @@ class Measured:
         """Measured seconds over those of the model."""
         return self.whole.wall / self.seconds()
 
-    def resources(self, variant: Variant | None = None) -> dict[str, float]:
+    def resources(self, variant: Variant = AS_IT_IS) -> dict[str, float]:
         """Seconds of an image by each resource, were it the only one."""
-        variant = variant or Variant(option="", about="")
         loader, step = self.loader.times(variant.loader), self.step.times(variant.step)
         free = max(self.cores - self.others_cores, self.cores / 10)
         more = min(self.cores, free + variant.frees_cores)
@@ -191,33 +194,29 @@ class Measured:
             "cores": (loader.cpu + step.cpu) * variant.ranks_factor / more,
         }
 
-    def checkpoint_seconds(self, seconds: float, variant: Variant | None = None) -> float:
+    def checkpoint_seconds(self, seconds: float, variant: Variant = AS_IT_IS) -> float:
         """Seconds that checkpoints add to an image which takes `seconds` without them."""
-        every = self.checkpoint.every_steps
-        batch = self.local_batch
-        if variant is not None:
-            every = every if variant.every_steps is None else variant.every_steps
-            batch = int(batch * variant.batch_factor)
+        one = self.checkpoint
+        every = one.every_steps if variant.every_steps is None else variant.every_steps
         if not every:
             return 0.0
-        one = self.checkpoint
+        batch = int(self.local_batch * variant.batch_factor)
         between = every * batch * seconds
         # the thread that writes takes a core from the others where there is none to spare
-        variant = variant or Variant(option="", about="")
         used = self.loader.times(variant.loader).cpu + self.step.times(variant.step).cpu
         idle = max(0.0, self.cores * seconds - used) * every * batch
         busy = max(0.0, one.writing_cpu_seconds - idle) / self.cores
         waits = max(0.0, one.writing_seconds - between)  # the next one waits for the one before
         return (one.blocking_seconds + max(busy, waits)) / (every * batch)
 
-    def seconds(self, variant: Variant | None = None) -> float:
+    def seconds(self, variant: Variant = AS_IT_IS) -> float:
         """The model's seconds of an image."""
         slowest = max(self.resources(variant).values())
         return slowest + self.checkpoint_seconds(slowest, variant)
 
-    def predict(self, variant: Variant | None = None) -> float:
+    def predict(self, variant: Variant = AS_IT_IS) -> float:
         """Images/s of all ranks with a variant."""
-        ranks = self.world_size * (variant.ranks_factor if variant else 1)
+        ranks = self.world_size * variant.ranks_factor
         return ranks / (self.correction * self.seconds(variant))
 
     def as_dict(self) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from unicl_fast.system.wording import count_of
 
 from .advise import LEAST_GAIN
 from .earlier import Comparison
-from .model import CHECKPOINT, STORE, Cost, rate_text
-from .report import SIDES, Diagnosis, totals
+from .model import STORE, rate_text
+from .report import Diagnosis, groups
 
 _SHOWN_CHANGES = 3
 
@@ -31,8 +31,8 @@ def make_page(
         about=_about(found),
         limit=found.limit,
         comparison=comparison,
-        groups=list(_groups(found)),
-        advice=found.useful[:_SHOWN_CHANGES],
+        groups=list(_bars(found)),
+        advice=found.advice[:_SHOWN_CHANGES],
         least_gain=f"{LEAST_GAIN:.0%}",
         tried=found.tried_sentence(),
         machine=", ".join(
@@ -53,35 +53,21 @@ def _about(found: Diagnosis) -> str:
     )
 
 
-def _groups(found: Diagnosis) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _bars(found: Diagnosis) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Titles of groups with their bars, whose widths are percentages of the longest time."""
-    groups = dict(_costs(found))
-    longest = max(cost.wall for costs in groups.values() for cost in costs.values()) or 1.0
+    shown = list(groups(found.measured))
+    longest = max(stage.cost.wall for _, stages in shown for stage in stages) or 1.0
     slowest = STORE if found.limit.resource == "store" else found.limit.stage
-    for title, costs in groups.items():
+    for title, stages in shown:
         yield (
             title,
             [
                 {
-                    "name": name,
-                    "rate": rate_text(cost),
-                    "width": f"{100 * cost.wall / longest:.2f}",
-                    "is_limit": name == slowest,
+                    "name": stage.name,
+                    "rate": rate_text(stage.cost),
+                    "width": f"{100 * stage.cost.wall / longest:.2f}",
+                    "is_limit": stage.name == slowest,
                 }
-                for name, cost in costs.items()
+                for stage in stages
             ],
         )
-
-
-def _costs(found: Diagnosis) -> Iterator[tuple[str, dict[str, Cost]]]:
-    """The costs in the order of a batch's way, then those of loader and step."""
-    measured = found.measured
-    if measured.store_wall:
-        yield "in the first epoch", {STORE: Cost(wall=measured.store_wall, cpu=0.0)}
-    for side, title in SIDES.items():
-        if costs := {each.name: each.cost for each in measured.stages if each.side == side}:
-            yield title, costs
-    if seconds := measured.checkpoint_seconds(max(measured.resources().values())):
-        every = f"every {count_of(measured.checkpoint.every_steps, 'step')}"
-        yield every, {CHECKPOINT: Cost(wall=seconds, cpu=0.0)}
-    yield "loader and step", dict(totals(measured))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unicl_fast.system.wording import count_of
+
 from .advise import Advice, Limit
-from .model import Cost, Measured
-from .outlook import OnRanks
+from .model import CHECKPOINT, STORE, Cost, Measured, Stage, rate_text
 
 SIDES = {
     "feed": "the loader's feeding thread",
@@ -25,11 +27,12 @@ class Diagnosis:
 
     measured: Measured
     limit: Limit
-    useful: tuple[Advice, ...]
+    advice: tuple[Advice, ...]
     """Advice that gains something, the largest gain first."""
-    idle: tuple[Advice, ...]
+    does_not_matter: tuple[Advice, ...]
     """Changes that were found not to matter."""
-    plans: tuple[OnRanks, ...]
+    hours: float
+    """For all samples of the run, checkpoints included."""
     largest_batch: int
     """The largest local batch that fits, by the memory plan; 0 where none does."""
     tried: dict[str, Any] | None
@@ -38,16 +41,7 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """Itself for JSON."""
-        return {
-            "measured": self.measured.as_dict(),
-            "limit": dataclasses.asdict(self.limit),
-            "advice": [dataclasses.asdict(one) for one in self.useful],
-            "does_not_matter": [dataclasses.asdict(one) for one in self.idle],
-            "plan": [dataclasses.asdict(one) for one in self.plans],
-            "largest_batch": self.largest_batch,
-            "tried": self.tried,
-            "config": self.config,
-        }
+        return dataclasses.asdict(self) | {"measured": self.measured.as_dict()}
 
     def tried_sentence(self) -> str:
         """The change that was made and what came of it; empty where none was."""
@@ -70,36 +64,49 @@ def report_lines(found: Diagnosis) -> Iterator[str]:
     if limit.besides:
         yield limit.besides
     yield ""
-    yield from _advice(measured, found.useful, found.idle)
+    yield from _advice(measured, found.advice, found.does_not_matter)
     yield ""
     yield from _plan(found)
     if found.tried is not None:
         yield f"TRIED {found.tried_sentence()}"
 
 
-def _stages(measured: Measured) -> Iterator[str]:
-    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>10} {'CPU ms/image':>13}"
-    for side, title in SIDES.items():
-        stages = [stage for stage in measured.stages if stage.side == side]
-        if stages:
-            yield f"  {title}"
-        for stage in stages:
-            rate = f"{1 / stage.cost.wall:,.0f}" if stage.cost.wall > 1e-9 else "-"
-            note = f"  {stage.note}" if stage.note else ""
-            yield f"    {stage.name:40} {rate:>10} {1e3 * stage.cost.cpu:13.3f}{note}"
-    one = measured.checkpoint
-    yield (
-        f"    {'checkpoint':40} {'':10} {one.num_bytes / 1e6:,.1f} MB: the step waits "
-        f"{one.blocking_seconds:.3f} s, written in {one.writing_seconds:.2f} s"
-    )
+def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
+    """Titles with the costs of an image: in the order of a batch's way, then of all together."""
     if measured.store_wall:
-        yield f"    {'object store':40} {1 / measured.store_wall:10,.0f}"
-    for name, cost in totals(measured):
-        yield f"  {name:42} {1 / cost.wall:10,.0f} {1e3 * cost.cpu:13.3f}"
+        store = Cost(wall=measured.store_wall, cpu=0.0)
+        yield "in the first epoch", [Stage(name=STORE, cost=store, side="")]
+    for side, title in SIDES.items():
+        if stages := [stage for stage in measured.stages if stage.side == side]:
+            yield title, stages
+    one = measured.checkpoint
+    if seconds := measured.checkpoint_seconds(max(measured.resources().values())):
+        note = (
+            f"{one.num_bytes / 1e6:,.1f} MB: the step waits {one.blocking_seconds:.3f} s, written "
+            f"in {one.writing_seconds:.2f} s"
+        )
+        cost = Cost(wall=seconds, cpu=0.0)
+        title = f"every {count_of(one.every_steps, 'step')}"
+        yield title, [Stage(name=CHECKPOINT, cost=cost, side="", note=note)]
     yield (
-        f"  {'together, by the model of both alone':42} "
-        f"{measured.rate * measured.correction / measured.world_size:10,.0f}"
+        "loader and step",
+        [
+            Stage(name="the loader alone", cost=measured.loader, side=""),
+            Stage(name="the step alone", cost=measured.step, side=""),
+            Stage(name="all together", cost=measured.whole, side=""),
+        ],
     )
+
+
+def _stages(measured: Measured) -> Iterator[str]:
+    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>24} {'CPU ms/image':>13}"
+    for title, stages in groups(measured):
+        yield f"  {title}"
+        for stage in stages:
+            rate, milliseconds = rate_text(stage.cost), 1e3 * stage.cost.cpu
+            yield f"    {stage.name:40} {rate:>24} {milliseconds:13.3f}  {stage.note}".rstrip()
+    modelled = measured.rate * measured.correction / measured.world_size
+    yield f"    {'together, by the model of both alone':40} {modelled:24,.0f}"
     for rank in measured.ranks if measured.world_size > 1 else ():
         yield (
             f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s"
@@ -129,36 +136,13 @@ def _advice(measured: Measured, useful: Sequence[Advice], idle: Sequence[Advice]
 
 def _plan(found: Diagnosis) -> Iterator[str]:
     batch = f"{found.largest_batch:,}" if found.largest_batch else "none"
-    yield (
-        "THE PLAN (evaluations and communication between ranks are not counted; "
-        "`unicl-bench scale` models communication)"
-    )
+    yield "THE PLAN (evaluations are not counted)"
     yield (
         f"  largest local batch that fits, by the memory plan: {batch}; "
         f"now {found.measured.local_batch}"
     )
-    yield f"  start: {found.measured.start_seconds:.0f} s"
-    for plan in found.plans:
-        yield (
-            f"  {plan.ranks:2} rank{'s' if plan.ranks > 1 else ' '}: "
-            f"{plan.images_per_second:,.0f} images/s, {time_of(plan.hours)}; a checkpoint "
-            f"every {plan.checkpoint_steps:,} steps loses {plan.lost:.1%}"
-        )
-
-
-def time_of(hours: float) -> str:
-    """Hours in words."""
-    if hours < 1 / 30:
-        return f"{3600 * hours:.0f} s"
-    if hours < 1:
-        return f"{60 * hours:.0f} min"
-    return f"{hours:,.1f} h"
-
-
-def totals(measured: Measured) -> list[tuple[str, Cost]]:
-    """Loader and step, alone and together."""
-    return [
-        ("the loader alone", measured.loader),
-        ("the step alone", measured.step),
-        ("all together", measured.whole),
-    ]
+    seconds = datetime.timedelta(seconds=round(3600 * found.hours))
+    yield (
+        f"  start: {found.measured.start_seconds:.0f} s; then {seconds} "
+        f"on {count_of(found.measured.world_size, 'rank')}"
+    )

@@ -63,9 +63,7 @@ class Run(Stage):
     rounds: int = 3
     """Turns of --try."""
     samples: int = 0
-    """Length of the run that is planned; 0 takes run.samples or run.steps, or 32 epochs."""
-    failures_per_day: float = 0.02
-    """Failures of one rank in a day, for the cadence of checkpoints."""
+    """Length of the run whose time is given; 0 takes run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -93,15 +91,16 @@ class Run(Stage):
             config = split_config(parse_arguments(arguments))
             # before torch is imported, which reads it once
             choose_environment(config.run.device)
-            from .session import Request, measure
+            from .session import measure
 
-            request = Request(
+            found = measure(
+                config,
                 seconds=self.seconds,
-                rounds=self.rounds if self.try_it else 0,
+                try_it=self.try_it,
+                rounds=self.rounds,
                 samples=self.samples,
-                failures_per_day=self.failures_per_day,
+                scratch=Path(scratch),
             )
-            found = measure(config, request, scratch=Path(scratch))
         if found is not None:
             self.conclude(found, earlier)
 

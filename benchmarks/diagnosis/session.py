@@ -19,7 +19,6 @@ from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.system.program import logging_at
-from unicl_fast.training.data import longest_text
 
 from ..harness import in_turns
 from .advise import Advice, advise, find_limit
@@ -27,77 +26,47 @@ from .bench import Bench
 from .clocks import median, median_ratio
 from .diagnose import Budget, diagnose
 from .model import Measured
-from .outlook import largest_batch, on_ranks
 from .report import Diagnosis
 
 _TRIED_STEPS = 5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """The options of a diagnosis; their sentences are those of `run.Run`."""
-
-    seconds: float
-    rounds: int
-    """Turns of the best change and of the run as it is; 0 tries none."""
-    samples: int
-    failures_per_day: float
-
-
-def measure(config: TrainConfig, request: Request, *, scratch: Path) -> Diagnosis | None:
+def measure(
+    config: TrainConfig, *, seconds: float, try_it: bool, rounds: int, samples: int, scratch: Path
+) -> Diagnosis | None:
     """Measures a run; None on ranks other than 0.
 
-    `scratch` is an empty folder. Raises as `unicl-pretrain` does.
+    The options are those of `unicl-bench run`, and `scratch` is an empty folder. Raises as
+    `unicl-pretrain` does.
     """
     with on_bench(config, scratch) as bench:
         start = seconds_since_start()
-        budget = Budget(request.seconds, is_shown=bench.ranks.is_main)
+        budget = Budget(seconds, is_shown=bench.ranks.is_main)
         with contextlib.closing(budget):
             measured = diagnose(bench, budget, folder=scratch / "trial", start_seconds=start)
         useful, idle = advise(measured)
         tried = None
-        if request.rounds:
-            tried = _try(bench, useful, measured, scratch, request)
+        if try_it:
+            turns = {"rounds": rounds, "seconds": seconds / 12}
+            tried = _try(bench, useful, measured, scratch, turns)
         if not bench.ranks.is_main:
             return None
-        return _diagnosis(bench, measured, useful, idle, tried, request)
-
-
-def _diagnosis(
-    bench: Bench,
-    measured: Measured,
-    useful: Sequence[Advice],
-    idle: Sequence[Advice],
-    tried: dict[str, Any] | None,
-    request: Request,
-) -> Diagnosis:
-    config = bench.config
-    plans = on_ranks(
-        measured,
-        samples=request.samples or config.run.total_steps * config.run.global_batch_size,
-        failures_per_day=request.failures_per_day,
-    )
-    batch = largest_batch(
-        config,
-        world_size=bench.ranks.world_size,
-        device_bytes=bench.free_bytes,
-        device_type=bench.device.type,
-        longest_text=longest_text(bench.parts.datasets, bench.parts.prompts),
-    )
-    return Diagnosis(
-        measured=measured,
-        limit=find_limit(measured),
-        useful=tuple(useful),
-        idle=tuple(idle),
-        plans=tuple(plans),
-        largest_batch=batch,
-        tried=tried,
-        config=config_to_dict(config),
-    )
+        run = bench.config.run
+        samples = samples or run.total_steps * run.global_batch_size
+        return Diagnosis(
+            measured=measured,
+            limit=find_limit(measured),
+            advice=tuple(useful),
+            does_not_matter=tuple(idle),
+            hours=samples / measured.predict() / 3600,
+            largest_batch=bench.largest_batch(),
+            tried=tried,
+            config=config_to_dict(bench.config),
+        )
 
 
 def _try(
-    bench: Bench, useful: Sequence[Advice], measured: Measured, scratch: Path, request: Request
+    bench: Bench, useful: Sequence[Advice], measured: Measured, scratch: Path, turns: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Runs with the best change that settings or data can make; None where there is none."""
     alone = bench.ranks.world_size == 1  # each rank has packed images anew for itself
@@ -111,7 +80,7 @@ def _try(
         return None
     return try_out(
         bench, known[option], measured, scratch / "tried",
-        rounds=request.rounds, seconds=request.seconds / 12,
+        **turns,
     )  # fmt: skip
 
 
@@ -143,9 +112,7 @@ def try_out(
                 "then": lambda: other.whole(then_steps, loader_may_limit=may_limit),
             },
             rounds=rounds,
-            before=lambda _: (
-                os.sync()
-            ),  # checkpoints of one turn are not still being written in the next
+            before=lambda _: os.sync(),  # no checkpoint of the turn before is being written
         )
     now, then = median(turns["now"]), median(turns["then"])
     # the machine may be slower now than it was for the diagnosis: the ratio is what was predicted

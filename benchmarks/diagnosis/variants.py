@@ -25,7 +25,7 @@ from unicl_fast.images.codec import ImageError
 from unicl_fast.training.data import build_prompts
 
 from ..harness import in_turns
-from .bench import Bench, Parts, StepBench, step_cost, steps_within
+from .bench import Bench, Parts, step_cost, steps_within
 from .clocks import median_ratio
 from .model import SAME, Cost, Variant
 
@@ -35,35 +35,20 @@ _SMALLEST_BATCH = 64
 """Local batches below this are tried larger."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A change to try."""
-
-    option: str
-    about: str
-    stage: str
-    side: str
-    """`loader`, `step`, `both`, or `images` for images that are packed anew."""
-    set: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    packing: dict[str, Any] = dataclasses.field(default_factory=dict)
-    same_results: bool = True
-    batch_factor: float = 1.0
-
-
-def candidates(bench: Bench) -> list[Candidate]:
+def candidates(bench: Bench) -> list[Variant]:
     """Changes worth a try with these settings; of one stage, those first that may gain the most."""
     return [*_of_step(bench), *_of_batch(bench), *_more_threads(bench), *_of_images(bench),
             *_of_loader(bench)]  # fmt: skip
 
 
-def _switch(bench: Bench, group: str, name: str, value: Any, about: str, **more: Any) -> Candidate:
+def _switch(bench: Bench, group: str, name: str, value: Any, about: str, **more: Any) -> Variant:
     option = f"--{group}.{name.replace('_', '-')} {value}"
     if isinstance(value, bool):
         option = f"--{group}.{'' if value else 'no-'}{name.replace('_', '-')}"
-    return Candidate(option=option, about=about, set={group: {name: value}}, **more)
+    return Variant(option=option, about=about, set={group: {name: value}}, **more)
 
 
-def _of_step(bench: Bench) -> Iterator[Candidate]:
+def _of_step(bench: Bench) -> Iterator[Variant]:
     efficiency, device = bench.config.efficiency, bench.device.type
     make = functools.partial(_switch, bench, "efficiency", side="step", stage="image encoder")
     other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
@@ -72,36 +57,28 @@ def _of_step(bench: Bench) -> Iterator[Candidate]:
         yield make("activation_checkpointing", False, "keeps activations; takes more memory")
     if 0 < efficiency.micro_batch_size < bench.local_batch:
         yield make("micro_batch_size", 0, "encodes each image once; takes more memory")
-    if not efficiency.channels_last:
-        yield make("channels_last", True, "the order in which images come from the decoder")
-    if not efficiency.unique_texts:
-        yield make("unique_texts", True, "equal texts are encoded once")
-    if efficiency.text_layout != "packed":
-        yield make("text_layout", "packed", "texts without padding")
-    if not efficiency.fused_optimizer:
-        yield make("fused_optimizer", True, "one kernel for the update")
     if efficiency.loss != "auto":
         yield make("loss", "auto", "the fastest form of the loss here")
     if efficiency.compile == "off" and device == "cuda":
         yield make("compile", "blocks", "compiled encoders; a minute more at the start")
 
 
-def _more_threads(bench: Bench) -> Iterator[Candidate]:
+def _more_threads(bench: Bench) -> Iterator[Variant]:
     if bench.config.data.threads < int(bench.cores):
         yield _switch(
             bench, "data", "threads", int(bench.cores), "a thread for each core",
-            side="loader", stage=f"{bench.image_kind} decode",
+            side="loader", stage=f"{bench.loader_parts.image_kind} decode",
         )  # fmt: skip
 
 
-def _of_loader(bench: Bench) -> Iterator[Candidate]:
+def _of_loader(bench: Bench) -> Iterator[Variant]:
     data = bench.config.data
     make = functools.partial(_switch, bench, "data", side="loader")
-    decode = f"{bench.image_kind} decode"
+    decode = f"{bench.loader_parts.image_kind} decode"
     if data.threads >= max(2, bench.cores):
         yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
     if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
-        yield Candidate(
+        yield Variant(
             option="--data.augment none", about="crops and flips alone", stage="augment",
             side="loader", set={"data": {"augment": ()}}, same_results=False,
         )  # fmt: skip
@@ -112,11 +89,11 @@ def _of_loader(bench: Bench) -> Iterator[Candidate]:
     else:
         yield make("prefetch", 4, "more batches ahead", stage=decode)
     if bench.device.type == "cuda":
-        other = "cpu" if bench.decode_device.type == "cuda" else "gpu"
+        other = "cpu" if bench.loader_parts.decode_device.type == "cuda" else "gpu"
         yield make("decode_device", other, "levels differ a little", stage=decode)
 
 
-def _of_batch(bench: Bench) -> Iterator[Candidate]:
+def _of_batch(bench: Bench) -> Iterator[Variant]:
     prompts, data = bench.parts.prompts, bench.config.data
     several = int(max(prompts.num_templates, default=1)) > 1
     if bench.config.objective.name == "unicl" and several and data.templates == "per_sample":
@@ -133,14 +110,14 @@ def _of_batch(bench: Bench) -> Iterator[Candidate]:
         )  # fmt: skip
 
 
-def _of_images(bench: Bench) -> Iterator[Candidate]:
+def _of_images(bench: Bench) -> Iterator[Variant]:
     if bench.loader.form != "files" or len(bench.parts.datasets) > 1:
         return
     rows = bench.parts.datasets[0].samples[:1000]
     short = float(min(rows["height"].mean(), rows["width"].mean()))
     side = -(-bench.config.data.image_size * 8 // 7 // 8) * 8  # 256 for 224
-    kind = bench.image_kind
-    make = functools.partial(Candidate, side="images", stage=f"{kind} decode", same_results=False)
+    kind = bench.loader_parts.image_kind
+    make = functools.partial(Variant, side="images", stage=f"{kind} decode", same_results=False)
     if short > 1.2 * side:
         yield make(
             option=f"unicl-pack build SOURCES --resize short:{side} --out DIR",
@@ -171,7 +148,7 @@ class Trials:
         self.bench, self.batch, self.folder, self.seconds = bench, batch, folder, seconds
         self.steps = steps_within(bench.trainer, batch, seconds)
 
-    def measure(self, one: Candidate) -> Variant | str:
+    def measure(self, one: Variant) -> Variant | str:
         """The variant with its ratios; or why there is none."""
         loader = step = SAME
         data: tuple[str, ...] = ()
@@ -189,17 +166,7 @@ class Trials:
             return f"{one.option}: {error}"
         except torch.OutOfMemoryError:
             return f"{one.option}: does not fit into the memory next to the run's own model"
-        return Variant(
-            option=one.option,
-            about=one.about,
-            stage=one.stage,
-            loader=loader,
-            step=step,
-            batch_factor=one.batch_factor,
-            same_results=one.same_results,
-            set=one.set,
-            data=data,
-        )
+        return dataclasses.replace(one, loader=loader, step=step, data=data)
 
     def _loader_ratio(self, config: TrainConfig, packed: Path | None = None) -> Cost:
         bench = self.bench
@@ -212,10 +179,7 @@ class Trials:
             "then": (bench.new_loader(config, parts), config),
         }
         works = {
-            name: functools.partial(
-                lambda loader, config: bench.loader_cost(loader, config, seconds=self.seconds),
-                *pair,
-            )
+            name: functools.partial(bench.loader_cost, *pair, seconds=self.seconds)
             for name, pair in loaders.items()
         }
         try:
@@ -229,16 +193,16 @@ class Trials:
         bench, batch = self.bench, self.batch
         if new_batch:
             batch = bench.kept_batch(bench.new_loader(config))
-        other = StepBench(bench, config, batch)
-        steps = steps_within(other.trainer, batch, self.seconds)
+        other = bench.other_trainer(config, batch)
+        steps = steps_within(other, batch, self.seconds)
         works: dict[str, Callable[[], Cost]] = {
             "now": lambda: step_cost(bench.trainer, self.batch, count=self.steps),
-            "then": lambda: other.cost(count=steps),
+            "then": lambda: step_cost(other, batch, count=steps),
         }
         turns = in_turns(works, rounds=_ROUNDS)
         return median_ratio(turns["then"], turns["now"])
 
-    def _packed(self, one: Candidate) -> Path:
+    def _packed(self, one: Variant) -> Path:
         """The first samples of the data set, packed anew; they are a random part of it."""
         out = self.folder / "-".join(str(value) for value in one.packing.values())
         if not out.exists():

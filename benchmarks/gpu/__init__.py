@@ -3,5 +3,6 @@
     python benchmarks/gpu --out REPORT                  # a bare checkout: no install, no DALI
     unicl-bench gpu --out REPORT --data PACKED          # an install
 
-`--dry-run` runs part A (stages.py) on the CPU, tiny. Part B (dali_stages.py) needs DALI and data.
+Its stages are the other programs with `--device cuda`, each in a process of its own. `--dry-run`
+runs them on the CPU, tiny.
 """

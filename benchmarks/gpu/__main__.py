@@ -11,7 +11,6 @@ takes its place; the report names it.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -83,22 +82,14 @@ class _StandIn(types.ModuleType):
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the stages; or `pytest` with the rest of the arguments, as the stages of tests do."""
+    """Runs the stages; or `pytest` with the rest of the arguments, as the stage of tests does."""
     if arguments[:1] == ["pytest"]:
         return int(importlib.import_module("pytest").main(arguments[1:]))
-    program = importlib.import_module("unicl_fast.benchmarks.gpu.run")
-    chosen = program.Gpu.parse(arguments, prog="python benchmarks/gpu")
-    try:
-        chosen.run()
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"python benchmarks/gpu: {error}", file=sys.stderr)
-        return 2
+    importlib.import_module("unicl_fast.benchmarks.run").main(["gpu", *arguments])
     return 0
 
 
 if __name__ == "__main__":
-    # an import that asks whether there is a GPU would else make it unusable in forks
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     name_the_rooms()
     stand_in_for_missing()
     sys.exit(main(sys.argv[1:]))

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import pkgutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +22,7 @@ from PIL import Image
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-Kind = Literal["ours", "peer", "limit", "stage", "augmented"]
+Kind = Literal["ours", "peer", "limit", "augmented"]
 _SQUARES = 48
 _EXTENSIONS = {b"\x89PNG": "png", b"RIFF": "webp"}
 _BATCH = 16
@@ -72,8 +70,8 @@ class Contender:
 
     name: str
     kind: Kind
-    """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that, and
-    augmented is ours with augmentation."""
+    """ours and peers make normalised float32 [b c h w]; limits do a part of that, and augmented is
+    ours with augmentation."""
     about: str
     code: str
     """module:function; takes a `Task`, yields batches, or numbers of images."""
@@ -165,22 +163,17 @@ PEERS = (
 )
 
 
-def _part(name: str, kind: Kind, about: str) -> Contender:
-    return Contender(name=name, kind=kind, about=about, code=f"{_OWN}:{name.replace('-', '_')}")
+def _limit(name: str, about: str) -> Contender:
+    code = f"{_OWN}:{name.replace('-', '_')}"
+    return Contender(name=name, kind="limit", about=about, code=code)
 
 
 PARTS = (
-    _part("decode", "limit", "DALI decodes the crop and nothing else, whole files in memory"),
-    _part("decode-cut", "limit", "the same of files cut to their crops, as the loader cuts them"),
-    _part("turbojpeg", "limit", "libjpeg-turbo decodes the whole image and nothing else"),
-    _part("read", "limit", "our reader gets the bytes and compares their checksums, one thread"),
-    _part("write", "limit", "a float32 batch is written into memory that exists, one thread"),
-    _part("plan", "stage", "samples, windows and flips of a batch, one thread"),
-    _part("texts", "stage", "token rows gathered, equal ones and classes found, one thread"),
-    _part("resample", "stage", "decoded crops to squares, flipped"),
-    _part("augment", "stage", "squares changed as the preset unicl asks"),
-    _part("normalise", "stage", "uint8 batches to float32, one thread"),
-    _part("loader", "stage", "the whole TrainLoader, uint8 batches as training takes them"),
+    _limit("decode", "DALI decodes the crop and nothing else, whole files in memory"),
+    _limit("decode-cut", "the same of files cut to their crops, as the loader cuts them"),
+    _limit("turbojpeg", "libjpeg-turbo decodes the whole image and nothing else"),
+    _limit("read", "our reader gets the bytes and compares their checksums, one thread"),
+    _limit("write", "a float32 batch is written into memory that exists, one thread"),
 )
 
 
@@ -192,12 +185,6 @@ def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Conte
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not among {', '.join(known)}, all, none")
     return [each for each in offered if "all" in names or each.name in names]
-
-
-def load(code: str) -> Callable[[Task], Iterator[Any]]:
-    """The function that `code` names."""
-    found: Callable[[Task], Iterator[Any]] = pkgutil.resolve_name(code)
-    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

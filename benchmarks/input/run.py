@@ -6,8 +6,9 @@
 
 Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
 same number of threads or worker processes. Their images are compared first (contenders.py), then
-each runs by itself for its memory, then they take turns with the limits and stages, which are
-parts of the work. Contestants that are not installed are named and left out.
+each runs by itself for its memory, then they take turns with the limits, which do a part of the
+work. Contestants that are not installed are named and left out. (`unicl-bench run` measures each
+part of our loader.)
 
 `--augment` adds our loader with augmentation, by the fused operator and by DALI's, which are
 compared on a batch. `--url` also measures the loader on the same data set under a URL (storage.py).
@@ -85,8 +86,7 @@ class Input(Stage):
     """Peers to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
     ffcv-raw, pool, dali; or all, or none."""
     parts: tuple[str, ...] = ("all",)
-    """Limits and stages that take turns too: decode, decode-cut, turbojpeg, read, write, plan,
-    texts, resample, augment, normalise, loader; or all, or none."""
+    """Limits that take turns too: decode, decode-cut, turbojpeg, read, write; or all, or none."""
     augment: tuple[str, ...] = ()
     """Entries of data.augment to measure our loader with, one view each."""
     url: str = ""
@@ -138,24 +138,21 @@ class Input(Stage):
         whole = {"figures": figures, **result}
         print(f"\n{verdict(whole)}\n\n{table(whole)}\n")
         printed({name: figure for name, figure in figures.items() if ": " in name})
-        figures |= printed(self._storage(task))
+        if self.url:
+            from .own import config_of  # with DALI
+            from .storage import measure_storage
+
+            grid = list(itertools.product(self.caches, self.windows))
+            found = measure_storage(
+                self.data,
+                self.url,
+                functools.partial(config_of, task),
+                grid,
+                block_bytes=self.block_bytes,
+                rounds=self.rounds,
+            )
+            figures |= printed(found)
         self.write_result(figures, *_PACKAGES, **result)
-
-    def _storage(self, task: Task) -> Figures:
-        if not self.url:
-            return {}
-        from .own import config_of
-        from .storage import measure_storage
-
-        return measure_storage(
-            self.data,
-            self.url,
-            functools.partial(config_of, task),
-            block_bytes=self.block_bytes,
-            windows=self.windows,
-            caches=self.caches,
-            rounds=self.rounds,
-        )
 
 
 class _Race:
@@ -256,7 +253,7 @@ class _Race:
     def _rates(self, turns: Mapping[str, list[Turn]]) -> Figures:
         figures: Figures = {}
         for unit, (second, suffix) in _UNITS.items():
-            for each in self.still_in("ours", "peer", "limit", "stage"):
+            for each in self.still_in("ours", "peer", "limit"):
                 figures[f"{each.name}, images/{second}"] = rate_of(turns[each.name], 1, unit=unit)
             pairs = itertools.product(self.still_in("ours"), self.still_in("peer", "limit"))
             for own, other in pairs:
@@ -277,7 +274,7 @@ class _Race:
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
         """For the JSON: each contestant, and how far its images are from Pillow's."""
         described = {}
-        for each in self.still_in("ours", "peer", "limit", "stage"):
+        for each in self.still_in("ours", "peer", "limit"):
             facts: dict[str, Any] = {"kind": each.kind, "what": each.about, "differs": each.differs}
             if each.name in gaps:
                 facts["levels_from_pillow"] = dataclasses.asdict(gaps[each.name])

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import pkgutil
 import re
 import signal
 import socket
@@ -28,7 +29,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.system.machine import return_freed_memory
 
 from ..harness import Turn
-from .contenders import Contender, ContenderError, MissingPackageError, Task, load
+from .contenders import Contender, ContenderError, MissingPackageError, Task
 
 _WARM_UP = 8
 """Batches taken before the clock starts: those that were ready before the turn do not count."""
@@ -149,7 +150,7 @@ def serve(descriptor: int) -> None:
         try:
             contender, task, prepare = connection.recv()
             if prepare:
-                load(contender.prepare)(task)
+                pkgutil.resolve_name(contender.prepare)(task)
                 connection.send(None)
             else:
                 _serve_batches(connection, contender, task)
@@ -164,7 +165,7 @@ def serve(descriptor: int) -> None:
 
 
 def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
-    batches = load(contender.code)(task)
+    batches = pkgutil.resolve_name(contender.code)(task)
     connection.send(None)
     while True:
         command, number = connection.recv()

@@ -9,15 +9,16 @@ in a fresh process, and includes the gradients.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.config import LossForm
 from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.operands import LossForm
 
 from ..harness import (
     Figures,
@@ -35,7 +36,6 @@ _SCALE = 1 / 0.07
 _EMBED_DIM = 512
 _LARGEST_STORED = 16384
 """Above it, losses that hold the logits are left out: at 32,768 they need 17 GB and more."""
-_ROUNDS_OF_LARGEST = 3
 # Products of tiles as large as the loss's own, and enough of them for a steady rate.
 _RATE_PRODUCTS, _RATE_SIZE = 64, 1024
 
@@ -65,6 +65,16 @@ CONTESTANTS = {
 }
 
 
+def contestants_on(device: torch.device) -> dict[str, Contestant]:
+    """All losses; with our Triton kernels where they run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return CONTESTANTS
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return CONTESTANTS | {
+        f"triton {name}": Contestant("triton", dtype) for name, dtype in types.items()
+    }
+
+
 class Inputs(NamedTuple):
     """Unit features of images [n d] and of texts [u d], which resemble each other in pairs."""
 
@@ -83,8 +93,8 @@ def measure_losses(
     figures: Figures = {}
     for n in sizes:
         figures |= printed(_measure_time(n, device, rounds))
-        for name in _contestants_of(n) if memory else ():
-            peak = peak_megabytes(_peak, name, n, device, threads)
+        for name, contestant in _contestants_of(n, device).items() if memory else ():
+            peak = peak_megabytes(_peak, contestant, n, device, threads)
             figures |= printed({f"{n}: {name}, MB above the inputs": peak})
     return figures
 
@@ -132,7 +142,7 @@ def loss_work(contestant: Contestant, inputs: Inputs) -> Callable[[], Tensor]:
 
 def compare(device: torch.device) -> None:
     """Raises RuntimeError if a loss differs from the dense form in fp64 on the same features."""
-    for name, contestant in CONTESTANTS.items():
+    for name, contestant in contestants_on(device).items():
         gap, gradient_gap = gaps_of(contestant, 3000, device)
         print(f"{name:46} loss off by {gap:.1e}, gradients by {gradient_gap:.1e} of their norm")
         is_fp32 = contestant.dtype == torch.float32
@@ -155,24 +165,26 @@ def gaps_of(contestant: Contestant, n: int, device: torch.device) -> tuple[float
     return float(gap), float((torch.cat(gradients) - exact).norm() / exact.norm())
 
 
-def _contestants_of(n: int) -> Iterator[str]:
-    """Names of the losses that can be measured at this size."""
-    for name, contestant in CONTESTANTS.items():
-        fits = n <= _LARGEST_STORED or not contestant.stores_logits
-        if fits and (n > 2 * _FEW_TEXTS or not contestant.num_texts):
-            yield name
+def _contestants_of(n: int, device: torch.device) -> dict[str, Contestant]:
+    """The losses that can be measured at this size."""
+    return {
+        name: contestant
+        for name, contestant in contestants_on(device).items()
+        if (n <= _LARGEST_STORED or not contestant.stores_logits)
+        and (n > 2 * _FEW_TEXTS or not contestant.num_texts)
+    }
 
 
 def _measure_time(n: int, device: torch.device, rounds: int) -> Figures:
     """Seconds of each loss, and their ratio to the baseline's (else the floor's)."""
-    works: dict[str, Callable[[], object]] = {}
-    for name in _contestants_of(n):
-        contestant = CONTESTANTS[name]
-        works[name] = loss_work(contestant, make_inputs(n, contestant, device))
+    works: dict[str, Callable[[], object]] = {
+        name: loss_work(contestant, make_inputs(n, contestant, device))
+        for name, contestant in _contestants_of(n, device).items()
+    }
     works |= {"rate fp32": _rate_products(torch.float32, device)}
     works |= {"rate bf16": _rate_products(torch.bfloat16, device)}
-    rounds = rounds if n <= _LARGEST_STORED else _ROUNDS_OF_LARGEST
-    turns = take_turns(works, rounds=rounds, warm_up=1 if n <= 4096 else 0)
+    warm_up = 1 if n <= 4096 else 0
+    turns = take_turns(works, rounds=rounds, warm_up=warm_up, device_type=device.type)
     # 4 products of 2 n^2 d operations each, at the rate of those just timed
     work = n * n / (_RATE_PRODUCTS * _RATE_SIZE**2)
     for dtype in ("fp32", "bf16"):
@@ -196,16 +208,16 @@ def _rate_products(dtype: torch.dtype, device: torch.device) -> Callable[[], obj
     left, right = (torch.randn(_RATE_SIZE, _EMBED_DIM).to(device, dtype) for _ in range(2))
     product = torch.empty(_RATE_SIZE, _RATE_SIZE, device=device, dtype=dtype)
 
-    def work() -> None:
+    def work() -> Tensor:
         for _ in range(_RATE_PRODUCTS):
             torch.mm(left, right.T, out=product)
+        return product
 
     return work
 
 
-def _peak(name: str, n: int, device: torch.device, threads: int) -> float:
+def _peak(contestant: Contestant, n: int, device: torch.device, threads: int) -> float:
     torch.set_num_threads(threads)
-    contestant = CONTESTANTS[name]
     loss_work(contestant, make_inputs(256, contestant, device))()  # loads the libraries
     work = loss_work(contestant, make_inputs(n, contestant, device))
     return peak_bytes(work, device_type=device.type)

@@ -40,7 +40,7 @@ class Loss(Stage):
     parts: tuple[Part, ...] = ("tokens", "loss", "targets", "text")
     """Parts to measure."""
     data: Path | None = None
-    """Packed data set with captions for the part `text`, which is left out without one."""
+    """Packed data set with captions for the part `text`; without one, random texts."""
     files: tuple[Path, ...] = ()
     """Texts for the part `tokens`: files with a caption per line, or .jsonl lists as unicl-pack
     reads them. Without any, ImageNet's prompts."""
@@ -76,10 +76,7 @@ class Loss(Stage):
         for part, measure in measures.items():
             if part not in self.parts:
                 continue
-            if part == "text" and self.data is None:
-                print("text is left out: it needs --data")
-                continue
             if part in ("targets", "text"):
                 keep_freed_memory()  # as in training; all contestants gain by it
             figures |= measure()
-        self.write_result(figures, "open_clip_torch", "tokenizers", "numpy", "numba", "pandas")
+            self.write_result(figures, "open_clip_torch", "tokenizers", "numpy", "numba", "pandas")

@@ -1,9 +1,8 @@
 """Forward and backward passes of the paper's text encoder over captions, by their layout.
 
-Captions are padded to the context length, trimmed to the longest, sorted into four groups of which
-each is trimmed to its own longest, or packed without padding; on a GPU also packed with torch's
-kernel for rows of any length. A full batch, whose texts have as many tokens as fit, gives the price
-of a token: each layout is given in multiples of that price times the captions' real tokens.
+Captions are padded to the context length, trimmed to the longest, or packed without padding; on a
+GPU also packed with torch's kernel for rows of any length. A full batch, whose texts have as many
+tokens as fit, gives the price of a token, in which layouts are given.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.text_encoder import TextAttention, TextEncoder, VarlenAttention
 
 from ..harness import Figures, printed, ratio_of, seconds_of, summarise, take_turns
+from ..step.parts import random_batch
 
 Encode = Callable[[], Tensor]
 
@@ -29,12 +29,15 @@ def measure_texts(
     data: Path | None, batch_size: int, *, device: torch.device, rounds: int
 ) -> Figures:
     """Times each layout; RuntimeError if their features differ."""
-    assert data is not None
-    tokens = read_captions(data, batch_size).to(device)
+    if data is None:
+        tokens = random_batch(batch_size, pixels=1, num_texts=batch_size).texts.tokens.to(device)
+    else:
+        tokens = read_captions(data, batch_size).to(device)
     lengths = tokens.argmax(dim=1) + 1
     num_tokens = int(lengths.sum())
     print(f"{len(tokens)} captions, {num_tokens} tokens, longest {int(lengths.max())}")
-    turns = take_turns(layout_works(tokens, lengths), rounds=rounds)
+    works = layout_works(tokens, lengths)
+    turns = take_turns(works, rounds=rounds, device_type=device.type)
     figures = {f"{name}, s": seconds_of(taken) for name, taken in turns.items()}
     padding = tokens.numel() / num_tokens
     for name in list(turns)[1:]:
@@ -43,16 +46,12 @@ def measure_texts(
     return printed(figures | {"real tokens": summarise([num_tokens])})
 
 
-def layout_works(
-    tokens: Tensor, lengths: Tensor, *, width: int = 512, layers: int = 12
-) -> dict[str, Encode]:
+def layout_works(tokens: Tensor, lengths: Tensor) -> dict[str, Encode]:
     """For each layout, "full" first, a function that goes forward and backward in bf16.
 
     Args:
         tokens: rows [n 77] on the device.
         lengths: number of tokens of each row.
-        width: of the encoder, with a head for each 64.
-        layers: number of its blocks.
 
     Raises:
         RuntimeError: the features of two layouts differ.
@@ -65,24 +64,18 @@ def layout_works(
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         return loss.detach()
 
-    layouts = _layouts(tokens, lengths, precision, width=width, layers=layers)
+    layouts = _layouts(tokens, lengths, precision)
     return {name: functools.partial(forward_and_backward, f) for name, f in layouts.items()}
 
 
-def _layouts(
-    tokens: Tensor, lengths: Tensor, precision: Precision, *, width: int, layers: int
-) -> dict[str, Encode]:
+def _layouts(tokens: Tensor, lengths: Tensor, precision: Precision) -> dict[str, Encode]:
     device = tokens.device
     trimmed, num_tokens = tokens[:, : int(lengths.max())], int(lengths.sum())
     full = torch.randint(1, 40_000, tokens.shape, generator=torch.Generator().manual_seed(0))
     full = full.to(device)
     full[:, -1] = tokens.max()  # the end of a text has the largest id
     encoder = TextEncoder(
-        vocab_size=49408,
-        context_length=tokens.shape[1],
-        width=width,
-        layers=layers,
-        heads=width // 64,
+        vocab_size=49408, context_length=tokens.shape[1], width=512, layers=12, heads=8
     )
     place_module(encoder, device=device, precision=precision)
     attentions = [part for part in encoder.modules() if isinstance(part, TextAttention)]
@@ -95,18 +88,9 @@ def _layouts(
         features: Tensor = encoder(rows, *packed)
         return features
 
-    order = lengths.argsort()
-    groups = [tokens[group, : int(lengths[group].max())] for group in order.chunk(4)]
-    positions = order.argsort()
-
-    def encode_groups() -> Tensor:
-        encoder.zero_grad()
-        return torch.cat([encoder(group) for group in groups])[positions]
-
     layouts: dict[str, Encode] = {
         "padded": lambda: encode(tokens),
         "trimmed": lambda: encode(trimmed),
-        "grouped": encode_groups,
         "packed": lambda: encode(trimmed, num_tokens),
     }
     compare(layouts, largest=1e-3)

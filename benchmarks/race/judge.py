@@ -56,9 +56,9 @@ def main(job_path: Path, result_path: Path) -> None:
             name, images = Path(test).name, _encode_images(model, dataset, config)
             if dataset.manifest.num_labels and job["probe"]:
                 scores |= _probe(name, model, config, dataset, images)
-            if dataset.manifest.num_labels and config.objective.has_texts:
+            if dataset.manifest.num_labels and config.objective.uses_texts:
                 scores |= _classify(name, dataset, images, encode)
-            if dataset.manifest.num_captions and config.objective.has_texts:
+            if dataset.manifest.num_captions and config.objective.uses_texts:
                 scores |= _retrieve(name, dataset, images, encode)
     result_path.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 

@@ -44,7 +44,7 @@ from .contestants import (
     our_options,
     write_open_clip_job,
 )
-from .report import Outcome, as_json, draw, table, verdict
+from .report import Outcome, draw, table, verdict
 
 _PARTS_OF_RATE = (0.5, 1.0, 2.0)
 _MEMORY_SECONDS = 2.0
@@ -263,8 +263,8 @@ class Race(Program):
         draw(kept, self.out / "race.png")
         result = {
             "verdict": found.splitlines(),
-            "runs": as_json(kept),
-            "rates_tried": as_json(tried),
+            "runs": [dataclasses.asdict(one) for one in kept],
+            "rates_tried": [dataclasses.asdict(one) for one in tried],
             "options": self._common(),
             "contestants": list(self.contestants),
             "machine": describe_machine("open_clip_torch", "timm"),
@@ -278,9 +278,9 @@ def _resolved(config: TrainConfig) -> str:
     """The precision that `auto` takes on this machine."""
     import torch
 
-    from unicl_fast.models.precision import resolve_precision
+    from unicl_fast.models.precision import settle_precision
 
-    return resolve_precision(config, torch.device("cpu")).efficiency.precision
+    return settle_precision(config.efficiency.precision, torch.device("cpu"))
 
 
 def _measured(command: Sequence[str], log: Path, *, threads: int) -> dict[str, Any]:

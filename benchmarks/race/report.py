@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -206,8 +205,3 @@ def _draw_score(axes: Axes, outcomes: Sequence[Outcome], name: str, field: str) 
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, object]]:
-    """The runs for JSON."""
-    return [dataclasses.asdict(one) for one in outcomes]

@@ -1,1 +1,1 @@
-"""`unicl-bench scale`: a model of a training step on many GPUs, and its check on slow links."""
+"""`unicl-bench scale`: a model of a training step on many GPUs."""

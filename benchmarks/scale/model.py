@@ -4,7 +4,7 @@ A step computes and sends. `sizes.py` says what it sends, and tests compare that
 (tests/golden/collectives.json). `simulate` plays the trainer's order with two clocks: the device
 computes one part after another; the network takes one collective after another, each when it is
 asked for and the one before it is done; and the device waits where the trainer waits. A collective
-costs latency + bytes times passes / rate, which `Nccl` and `Gloo` know.
+costs latency + bytes times passes / rate, which `Nccl` knows.
 
 Left out: slower ranks, the loader, checkpoints, logging, and networks that others use too.
 """
@@ -136,28 +136,6 @@ class Nccl:
         return passes(collective.kind, world_size) * collective.num_bytes / rate
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Gloo:
-    """Gloo's rings, each rank on a link of its own.
-
-    It has no reduce-scatter: torch's sums everything on all ranks, and takes a part of it.
-    """
-
-    link_mbit: float
-    """Mb/s of the link of a rank, as the kernel counts them: with the headers of packets."""
-    hop_us: float
-
-    def latency(self, collective: Collective, world_size: int) -> float:
-        rounds = 1 if collective.kind in ("all-gather", "broadcast") else 2
-        return 1e-6 * self.hop_us * rounds * (world_size - 1)
-
-    def transfer(self, collective: Collective, world_size: int) -> float:
-        kind: Kind = "all-reduce" if collective.kind == "reduce-scatter" else collective.kind
-        payload = 1448 / 1514  # of an Ethernet frame with TCP's timestamps
-        rate = 1e6 / 8 * self.link_mbit * payload
-        return passes(kind, world_size) * collective.num_bytes / rate
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
     """A modelled step."""
@@ -199,9 +177,9 @@ def simulate(
     *,
     world_size: int,
     num_texts: int,
-    host_seconds: float | None = 0.0,
+    host_seconds: float = 0.0,
 ) -> StepTime:
-    """Plays one step in the trainer's order (training/global_loss.py; DDP, while back-propagating).
+    """Plays one step in the trainer's order (training/step.py; DDP, while back-propagating).
 
     Args:
         compute: seconds of the parts, with a loss of the global batch.
@@ -209,9 +187,8 @@ def simulate(
         network: costs of collectives.
         world_size: ranks.
         num_texts: distinct texts of a rank.
-        host_seconds: the host's launches in a step, where it launches work ahead of the device, as
-            on a GPU. Then the device waits for collectives of the host only if these and the
-            launches take longer than the device's work. None where the host computes itself.
+        host_seconds: the host's launches in a step, which run ahead of the device. The device waits
+            for the host only if launches and the host's collective take longer than its own work.
     """
     sent = collectives(
         world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
@@ -229,8 +206,6 @@ def simulate(
         if name.startswith("averages"):
             exchange(name, "averages")
     clocks.now += compute.text_forward
-    if host_seconds is None:
-        clocks.wait("text counts")
     clocks.send("texts", sent["texts"])
     clocks.send("classes", sent["classes"])
     clocks.now += compute.image_forward
@@ -244,10 +219,9 @@ def simulate(
     _back_propagate(clocks, size.buckets, compute)
     clocks.now += compute.update
     seconds, waits = clocks.now, clocks.waits
-    if host_seconds is not None:
-        of_host = host_seconds + network.latency(sent["text counts"], world_size)
-        waits["text counts"] = max(0.0, of_host - seconds)
-        seconds = max(seconds, of_host)
+    of_host = host_seconds + network.latency(sent["text counts"], world_size)
+    waits["text counts"] = max(0.0, of_host - seconds)
+    seconds = max(seconds, of_host)
     last = Collective(kind="all-reduce", num_bytes=size.buckets[-1].num_bytes)
     last_bucket = seconds_of(last, network, world_size)
     return StepTime(seconds=seconds, waits=waits, last_bucket=last_bucket)
@@ -266,19 +240,6 @@ def _back_propagate(clocks: _Clocks, buckets: Sequence[Bucket], compute: Compute
         clocks.now += seconds
     for number in range(len(buckets)):
         clocks.wait(f"bucket {number}", called="gradients")
-
-
-def without_overlap(
-    compute: Compute, size: ModelSize, network: Network, *, world_size: int, num_texts: int
-) -> float:
-    """Seconds of a step that sends nothing while it computes: what overlap saves is the rest."""
-    sent = collectives(
-        world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
-    )
-    gradients = [Collective(kind="all-reduce", num_bytes=b.num_bytes) for b in size.buckets]
-    return compute.total + sum(
-        seconds_of(one, network, world_size) for one in [*sent.values(), *gradients]
-    )
 
 
 def binding(step: StepTime, *, compute: float, loss_growth: float) -> str:

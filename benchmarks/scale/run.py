@@ -1,45 +1,40 @@
 """Step time, images/s and efficiency on many GPUs: a model, not a measurement.
 
-    unicl-bench scale --step-seconds 0.0864 [--gpus 8..1024] [--network 100 400 3200] [--json FILE]
-    unicl-bench scale --check [--json FILE]
+    unicl-bench scale --step-seconds 0.0864 [--gpus 8 64 512] [--network 100 400 3200] [--json FILE]
 
 Its parts are a step of one GPU that sends nothing (stated, or timed here), the bytes of each
 collective, and the rates and latencies of links; model.py puts them together. Efficiency is
 images/s compared with that of as many single machines; the last column names what costs the most
-besides computing. `--check` compares the model with real ranks on slow links (check.py).
+besides computing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.presets import build_preset
+from unicl_fast.system.checked_fields import require
 from unicl_fast.system.wording import markdown_table
 
-from ..harness import Figures, Stage, printed, summarise
+from ..harness import Stage, summarise
 from ..step.parts import StepInParts, build_trainer, random_batch
-from .check import error_of, run_check
 from .model import Compute, Nccl, binding, simulate
 from .sizes import ModelSize, measure_size
 
-TOLERANCE = 0.15
-"""How far the model may be from a measured step on slow links, in the median over rounds."""
 HOST_SECONDS = 0.02
 """Seconds in which the host launches a step: assumed. Then it exchanges the numbers of texts."""
 _GPUS_PER_NODE = 8
-_CHECK_RANKS, _CHECK_MBIT = (2, 4), (100.0, 200.0, 500.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale(Stage):
     """Models training steps on many GPUs from a step on one: step time, images/s, efficiency."""
 
-    gpus: str = "8..1024"
-    """Numbers of GPUs: from..to in powers of two, or a list with commas."""
+    gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of GPUs; beyond 8, whole machines of 8."""
     network: tuple[float, ...] = (100, 400, 3200)
     """Gb/s of a machine with 8 GPUs, all its network cards together (a DGX H100 has 8 of 400)."""
     preset: str = "swin-tiny"
@@ -54,24 +49,18 @@ class Scale(Stage):
     """Seconds of a step on one GPU; 0 times a few steps here."""
     device: DeviceName = "auto"
     """Device of the step that is timed here."""
-    check: bool = False
-    """Compare the model with trainers in network namespaces on slow links; needs root and tc."""
 
     def run(self) -> None:
-        """Prints the table, and writes the JSON if one is wanted.
-
-        Raises:
-            ValueError: options that make no sense.
-            RuntimeError: the check found the model off by more than `TOLERANCE`, or cannot run.
-        """
-        if self.check:
-            self._check()
-            return
-        counts = parse_counts(self.gpus)
+        """Prints the table; ValueError for options that make no sense."""
+        for count in self.gpus:
+            require(
+                count > 0 and (count < _GPUS_PER_NODE or count % _GPUS_PER_NODE == 0),
+                f"--gpus: {count} GPUs do not fill machines of {_GPUS_PER_NODE}",
+            )
         config = self._config()
         size = measure_size(config)
         compute, source = self._compute(config, size)
-        rows = model_rows(counts, self.network, size, compute, local_batch=self.local_batch)
+        rows = model_rows(self.gpus, self.network, size, compute, local_batch=self.local_batch)
         title = f"{self.image_encoder or self.preset}, {self.local_batch} images a GPU"
         print(f"MODEL, not measured: {title}; {1e3 * compute.total:.1f} ms a step: {source}\n")
         print(as_table(rows))
@@ -95,11 +84,11 @@ class Scale(Stage):
 
     def _compute(self, config: TrainConfig, size: ModelSize) -> tuple[Compute, str]:
         """The parts of a step of one GPU, and where their seconds come from."""
-        if self.step_seconds < 0 or self.local_batch < 1:
-            raise ValueError(
-                f"--step-seconds must be at least 0 and --local-batch at least 1, not "
-                f"{self.step_seconds:g} and {self.local_batch}"
-            )
+        require(
+            self.step_seconds >= 0 and self.local_batch >= 1,
+            f"--step-seconds must be at least 0 and --local-batch at least 1, not "
+            f"{self.step_seconds:g} and {self.local_batch}",
+        )
         if self.step_seconds:
             return Compute.split(self.step_seconds, size), "stated"
         run = dataclasses.replace(
@@ -113,42 +102,6 @@ class Scale(Stage):
         taken = [Compute.from_parts(step.take()) for _ in range(1 + self.rounds)][1:]
         middle = sorted(taken, key=lambda one: one.total)[len(taken) // 2]
         return middle, f"timed here, on {step.device.type}"
-
-    def _check(self) -> None:
-        figures: Figures = {}
-        errors: dict[str, float] = {}
-        for name, values in run_check(ranks=_CHECK_RANKS, rates=_CHECK_MBIT, rounds=self.rounds):
-            errors[name] = error_of(values)
-            named = {f"{name}: {what}": summarise(found) for what, found in values.items()}
-            figures |= printed(named)
-            print(f"{name}: the model is off by {errors[name]:+.1%}", flush=True)
-        self.write_result(figures, kind="check of the model")
-        if wrong := [name for name, error in errors.items() if abs(error) > TOLERANCE]:
-            raise RuntimeError(
-                f"the model is off by more than {TOLERANCE:.0%}: {'; '.join(wrong)}. On a machine "
-                "that computes for others too, parts and steps differ from round to round: take "
-                "more --rounds"
-            )
-
-
-def parse_counts(text: str) -> list[int]:
-    """Reads `8..64` as 8, 16, 32, 64, and `8,24` as it stands.
-
-    Raises:
-        ValueError: neither, or GPUs that leave a machine of 8 partly empty.
-    """
-    if found := re.fullmatch(r"(\d+)\.\.(\d+)", text):
-        first, last = map(int, found.groups())
-        counts = [first << power for power in range(32) if first and first << power <= last]
-    else:
-        counts = [int(part) if part.strip().isdigit() else 0 for part in text.split(",")]
-    if not counts or min(counts) < 1:
-        raise ValueError(
-            f"--gpus must be a range such as 8..1024 or a list such as 8,64,512, not {text!r}"
-        )
-    if wrong := [count for count in counts if count > _GPUS_PER_NODE and count % _GPUS_PER_NODE]:
-        raise ValueError(f"--gpus: {wrong[0]} GPUs do not fill machines of {_GPUS_PER_NODE}")
-    return counts
 
 
 def model_rows(

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.efficiency import has_batch_norm
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.blocks import has_batch_norm
+from unicl_fast.models.unicl import UniCL, build_model
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast"]
 
@@ -104,7 +104,7 @@ def measure_size(config: TrainConfig) -> ModelSize:
         ValueError: its objective has no texts.
     """
     with torch.device("meta"):
-        model = UniCL(config).eval()
+        model = build_model(config).eval()
         side, length = config.data.image_size, config.model.context_length
         images, tokens = torch.zeros(1, 3, side, side), torch.zeros(1, length, dtype=torch.int64)
         with torch.no_grad(), _Products() as of_image:

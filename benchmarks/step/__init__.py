@@ -1,1 +1,1 @@
-"""`unicl-bench step`: whole training steps, their switches, parts and checkpoints."""
+"""`unicl-bench step`: whole training steps, their switches, parts and memory."""

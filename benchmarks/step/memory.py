@@ -14,15 +14,17 @@ import time
 from pathlib import Path
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.system.checked_fields import require
 
-from ..harness import Figures, summarise
+from ..harness import Figures, printed, summarise
 
 _LARGE, _PLAIN = 128, 16
 """Micro-batches in the large batch, and in the one that is encoded at once."""
 
 
-def measure_micro_batches(config: TrainConfig, data: Path) -> Figures:
+def measure_micro_batches(config: TrainConfig, data: Path | None) -> Figures:
     """Gigabytes and seconds of a micro-batch, of a large batch of them, and of a plain batch."""
+    require(data is not None, "the part micro-batches trains on a packed data set: give --data")
     micro = config.run.global_batch_size
     batches = {
         f"batch {micro:,}": (micro, 0),
@@ -33,12 +35,17 @@ def measure_micro_batches(config: TrainConfig, data: Path) -> Figures:
     for name, sizes in batches.items():
         started = time.perf_counter()
         peak = _peak_of_a_step(config, data, *sizes)
-        figures[f"{name}, peak GB"] = summarise([peak / 1e9])
-        figures[f"{name}, seconds with start"] = summarise([time.perf_counter() - started])
+        seconds = time.perf_counter() - started
+        figures |= printed(
+            {
+                f"{name}, peak GB": summarise([peak / 1e9]),
+                f"{name}, seconds with start": summarise([seconds]),
+            }
+        )
     return figures
 
 
-def _peak_of_a_step(config: TrainConfig, data: Path, batch: int, micro: int) -> int:
+def _peak_of_a_step(config: TrainConfig, data: Path | None, batch: int, micro: int) -> int:
     """Largest resident size of unicl-pretrain in bytes; at least this process's own."""
     size = str(config.data.image_size)
     with (

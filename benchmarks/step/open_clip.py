@@ -23,12 +23,12 @@ from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.training.global_loss import global_loss
+from unicl_fast.training.step import global_loss
 
-from ..harness import Figures, rate_of, ratio_of, summarise, take_turns
+from ..harness import Figures, printed, rate_of, ratio_of, summarise, take_turns
 from .parts import build_trainer
 
-_ROUNDING = 1e-4
+_ROUNDING = {"cpu": 1e-4, "cuda": 1e-3}
 """Largest difference that two orders of the same fp32 arithmetic may cause, relative to the largest
 entry."""
 
@@ -43,20 +43,19 @@ def measure_open_clip(config: TrainConfig, batch: Batch, *, rounds: int) -> Figu
             "open_clip": open_clip_step(theirs, images, texts),
         },
         rounds=rounds,
+        device_type=trainer.device.type,
     )
     figures = {f"{name}, images/s": rate_of(turns[name], batch.batch_size) for name in turns}
     figures["ratio"] = ratio_of(turns, "open_clip", "unicl_fast")
     counts = {
-        "distinct texts": len(batch.tokens),
-        "tokens of distinct texts": int(batch.text_lengths.sum()),
+        "distinct texts": len(batch.texts.tokens),
+        "tokens of distinct texts": int(batch.texts.lengths.sum()),
         "tokens of all texts with padding": texts.numel(),
     }
-    return figures | {name: summarise([count]) for name, count in counts.items()}
+    return printed(figures | {name: summarise([count]) for name, count in counts.items()})
 
 
-def open_clip_twin(
-    ours: UniCL, batch: Batch, *, rounding: float = _ROUNDING
-) -> tuple[CLIP, Tensor, Tensor]:
+def open_clip_twin(ours: UniCL, batch: Batch) -> tuple[CLIP, Tensor, Tensor]:
     """open_clip's model with our weights, and the images and texts that it takes.
 
     Raises:
@@ -65,8 +64,8 @@ def open_clip_twin(
     data = ours.config.data
     theirs = build_open_clip(ours).to(batch.images.device)
     images = normalise_images(batch.images, mean=data.mean, std=data.std)
-    texts = batch.tokens[batch.text_index]
-    compare(ours, theirs, batch, images, texts, rounding=rounding)
+    texts = batch.texts.tokens[batch.texts.index]
+    compare(ours, theirs, batch, images, texts, rounding=_ROUNDING[images.device.type])
     return theirs, images, texts
 
 
@@ -155,9 +154,12 @@ def compare(
     ours.eval()
     theirs.eval()
     image_pair = ours.encode_image(images), theirs.encode_image(images, True)
-    text_pair = ours.encode_text(batch.tokens)[batch.text_index], theirs.encode_text(texts, True)
+    text_pair = (
+        ours.encode_text(batch.texts.tokens)[batch.texts.index],
+        theirs.encode_text(texts, True),
+    )
     gaps = {"image features": _largest_gap(*image_pair), "text features": _largest_gap(*text_pair)}
-    if len(batch.text_class_ids.unique()) == batch.batch_size:  # then UniCL is CLIP
+    if len(batch.targets.text_class_ids.unique()) == batch.batch_size:  # then UniCL is CLIP
         config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
         with torch.no_grad():
             gaps["losses"] = _largest_gap(

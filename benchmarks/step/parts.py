@@ -29,17 +29,14 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.models.precision import Precision
+from unicl_fast.objectives.operands import Classes, Operands
 from unicl_fast.objectives.targets import collate
-from unicl_fast.training.cached_gradients import back_propagate_learnt
-from unicl_fast.training.global_loss import (
-    TextColumns,
-    classes_of_images,
-    encoder_input,
-    texts_to_encode,
-)
+from unicl_fast.objectives.text_columns import TextColumns
+from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.encoding import classes_of_images, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import Figures, summarise, timed, wait_for_gpu
+from ..harness import Figures, printed, rate_of, summarise, take_turns, timed, wait_for_gpu
 
 _SQUARE = 4096
 """Side of the matrices whose product gives the floor."""
@@ -68,7 +65,7 @@ def step_config(
 
 def build_trainer(config: TrainConfig, batch: Batch, **more: Any) -> tuple[Trainer, Batch]:
     """A trainer whose loader has one batch, and that batch on the trainer's device."""
-    trainer = Trainer(config, ListLoader([batch]), progress=False, **more)
+    trainer = make_trainer(config, ListLoader([batch]), progress=False, **more)
     return trainer, batch.to(trainer.device)
 
 
@@ -89,8 +86,14 @@ def measure_parts(config: TrainConfig, batch: Batch, *, rounds: int) -> Figures:
             ratios = [seconds[part] / (count / rate) for seconds in taken]
             figures[f"{part}, times its floor"] = summarise(ratios)
     figures["whole step, times its floor"] = summarise([one / (total / rate) for one in whole])
+    turns = take_turns(
+        {"step": lambda: step.trainer.train_step(step.batch)},
+        rounds=rounds,
+        device_type=step.device.type,
+    )
+    figures["step as trained, images/s"] = rate_of(turns["step"], step.batch.batch_size)
     figures["rate of one product, GFLOP/s"] = summarise([rate / 1e9])
-    return figures
+    return printed(figures)
 
 
 class StepInParts:
@@ -134,30 +137,30 @@ class StepInParts:
         model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
         with self.part("normalise images"):
             pixels = encoder_input(batch.images, config)
-            tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+            tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(
+                batch.texts, batch.targets.text_class_ids, config
+            )
         with self.part("image encoder forward"), self.precision.autocast(self.device.type):
             images = model.encode_image(pixels)
         with self.part("text encoder forward"), self.precision.autocast(self.device.type):
             texts = model.encode_text(tokens, num_tokens)
-            scale = model.logit_scale.exp()
-        bias = () if model.logit_bias is None else (model.logit_bias,)
-        features = [one.detach().requires_grad_() for one in (images, texts, scale, *bias)]
+        roots = [images, texts, *model.learnt.values()]
+        leaves = [one.detach().requires_grad_() for one in roots]
         with self.part("loss and its gradient"):
-            columns = TextColumns(text_class_ids, text_counts, trainer.ranks)
-            loss = columns.contrast(
-                features[0],
-                columns.send(features[1]),
-                class_ids=classes_of_images(batch),
-                scale=features[2],
-                bias=features[3] if bias else None,
-                form=config.efficiency.loss,
+            classes = Classes(classes_of_images(batch), text_class_ids, text_counts)
+            columns = TextColumns(classes, trainer.ranks)
+            learnt = dict(zip(model.learnt, leaves[2:], strict=True))
+            all_texts = columns.receive(columns.send(leaves[1]))
+            form = config.efficiency.loss
+            loss = config.objective.loss(
+                Operands(leaves[0], all_texts, classes.images, learnt, form, trainer.ranks)
             )
             scaled = trainer.scaler.scale(loss)
-            image_gradient, *gradients = torch.autograd.grad(scaled, features)
+            image_gradient, *gradients = torch.autograd.grad(scaled, leaves)
         with self.part("image encoder backward"):
             torch.autograd.backward(images, image_gradient)
         with self.part("text encoder backward"):
-            back_propagate_learnt([texts, scale, *bias], gradients)
+            torch.autograd.backward(roots[1:], gradients)
         return loss.detach()
 
     def count_operations(self) -> dict[str, int]:

@@ -1,13 +1,13 @@
-"""`unicl-bench step`: a training step against open_clip's, its switches, parts and checkpoints.
+"""`unicl-bench step`: a training step against open_clip's, its switches, parts and memory.
 
-    unicl-bench step --data PACKED [--parts switches profile] [--json FILE]
+    unicl-bench step [--data PACKED] [--parts switches profile] [--device cuda] [--json FILE]
 
 | part | what is timed | compared with |
 |---|---|---|
 | `open-clip` | the step | open_clip's own |
 | `switches` | each switch of `efficiency`: time, memory of the first step | the step as it is |
 | `profile` | the parts of the step | the rate of one matrix product |
-| `checkpoint` | steps while a checkpoint is written | steps that wait for one; steps without one |
+| `windows` | Swin-T's attention in windows | timm's, where our kernels run |
 | `micro-batches` | peak memory of a batch of 128 micro-batches | one of them; 16 of them at once |
 
 The file of each part says how it is measured.
@@ -25,25 +25,26 @@ from typing import Literal
 from unicl_fast.batch import Batch
 from unicl_fast.config import DeviceName, PrecisionName, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.models.precision import resolve_precision
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import choose_device, keep_freed_memory
+from unicl_fast.training.settle import settle
 
-from ..harness import Figures, Stage, printed
-from .checkpoint import measure_checkpoint
+from ..harness import Figures, Stage
 from .memory import measure_micro_batches
-from .open_clip import measure_open_clip
-from .parts import measure_parts, step_config
+from .parts import measure_parts, random_batch, step_config
 from .switches import measure_switches
+from .windows import measure_windows
 
-Part = Literal["open-clip", "switches", "profile", "checkpoint", "micro-batches"]
+Part = Literal["open-clip", "switches", "profile", "windows", "micro-batches"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Stage):
-    """Training steps: against open_clip's, by switch, by part, with checkpoints, by memory."""
+    """Training steps: against open_clip's, by switch, by part, by memory."""
 
-    data: Path
-    """Packed data set with captions, or with labels (one prompt per class shows the most)."""
+    data: Path | None = None
+    """Packed data set with captions, or with labels (one prompt per class shows the most). Without
+    one, images and texts are random."""
     parts: tuple[Part, ...] = ("open-clip",)
     """Parts to measure."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
@@ -57,8 +58,6 @@ class Step(Stage):
     tune_contender: bool = False
     """In the part `open-clip`, let the process keep freed memory, as unicl-pretrain does and
     open_clip's script does not."""
-    folder: Path | None = None
-    """Folder for checkpoints, on the disk to measure; by default a temporary one."""
     device: DeviceName = "auto"
     """Device that runs the step."""
 
@@ -66,23 +65,30 @@ class Step(Stage):
         rounds = self.rounds
         device = choose_device(self.device)
         bf16, auto = (self._config(precision) for precision in ("bf16", "auto"))
-        auto = resolve_precision(auto, device)
+        auto = settle(auto, device=device, ranks=Ranks())
         batch = take_batch(bf16, self.data)
         measures: dict[Part, Callable[[], Figures]] = {
-            "open-clip": lambda: measure_open_clip(bf16, batch, rounds=rounds),
-            "switches": lambda: measure_switches(auto, batch, rounds=rounds, memory=self.memory),
+            "open-clip": lambda: self._measure_open_clip(bf16, batch),
+            "switches": lambda: measure_switches(
+                auto, batch, device=device, rounds=rounds, memory=self.memory
+            ),
             "profile": lambda: measure_parts(auto, batch, rounds=rounds),
-            "checkpoint": lambda: measure_checkpoint(auto, batch, self.folder, rounds=rounds),
+            "windows": lambda: measure_windows(self.batch_size, device=device, rounds=rounds),
             "micro-batches": lambda: measure_micro_batches(bf16, self.data),
         }
         figures: Figures = {}
+        precision = auto.efficiency.precision
         for part, measure in measures.items():
             if part in self.parts:
                 if part != "open-clip" or self.tune_contender:
                     keep_freed_memory()  # as unicl-pretrain does
-                figures |= printed(measure())
-        precision = auto.efficiency.precision
-        self.write_result(figures, "open_clip_torch", "timm", "safetensors", precision=precision)
+                figures |= measure()
+                self.write_result(figures, "open_clip_torch", "timm", precision=precision)
+
+    def _measure_open_clip(self, config: TrainConfig, batch: Batch) -> Figures:
+        from .open_clip import measure_open_clip  # with open_clip, which a bare checkout may lack
+
+        return measure_open_clip(config, batch, rounds=self.rounds)
 
     def _config(self, precision: PrecisionName) -> TrainConfig:
         return step_config(
@@ -94,8 +100,11 @@ class Step(Stage):
         )
 
 
-def take_batch(config: TrainConfig, data: Path) -> Batch:
-    """The first batch of a run on the data set, copied out of the loader's buffers."""
+def take_batch(config: TrainConfig, data: Path | None) -> Batch:
+    """The first batch of a run on the data set, copied out of the loader's buffers; or random."""
+    if data is None:
+        size = config.run.global_batch_size
+        return random_batch(size, pixels=config.data.image_size, num_texts=size)
     from ..input.own import open_loader  # with DALI, which a step does not need
 
     with (

@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from the results that are committed as JSON.
+"""Writes docs/benchmarks.md and docs/results/input.png from the results committed as JSON.
 
     python docs/site/benchmark_page.py
 
@@ -32,7 +32,8 @@ All tables of this page are made from committed results, by `python docs/site/be
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
 
 A cell is the median of the rounds, with the lowest and the highest. A ratio is taken within a
-round, in which all contestants take turns. Nothing here was measured on a GPU."""
+round, in which all contestants take turns. The machine is 2 cores of an AMD EPYC, unless another is
+named; nothing here was measured on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,23 @@ class Section:
 
 
 _RESULTS = "benchmarks/results"
-_PACK = r"(?P<row>keep|raw|jpeg|webp|png): (?P<column>unicl-pack, images/s|rate .*|the same.*)"
+_PACK = r"(?P<row>\w+): (?P<column>unicl-pack, images/s|unicl-pack / bare loop, by CPU time)"
+_USUAL_MACHINE = "AMD EPYC, 2 cores"
 SECTIONS = (
     Section(
         "Loading images", "input", "docs/results/input-*.json",
         about="The ratios are our loader's images/s to the row's; loaders of decoded images "
         '("-raw") are compared with ours of decoded images where that ran, else with ours of '
-        "JPEGs. Limits and stages do a part of the work.",
+        "JPEGs. Limits do a part of the work.",
     ),
     Section(
         "Augmentation", "input --peers none --parts none", f"{_RESULTS}/augment_*.json",
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
     ),
-    Section("Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK),
+    Section(
+        "Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK,
+        "The ratio is that of the rates, starts of processes left out.",
+    ),
     Section(
         "Packing beside other writers", "pack", f"{_RESULTS}/pack_writers_*.json",
         r"keep: (?P<column>unicl-pack / [\w ]+)(, (?P<row>.*))?",
@@ -102,10 +107,6 @@ SECTIONS = (
         "Batches larger than memory", "step --parts micro-batches --batch-size 64",
         f"{_RESULTS}/memory_*.json",
         r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
-    ),
-    Section(
-        "The model of many ranks, checked on slow links", "scale", f"{_RESULTS}/scale_check_*.json",
-        r"(?P<row>\d ranks, \d+ Mb/s): (?P<column>.*)",
     ),
 )  # fmt: skip
 
@@ -184,8 +185,10 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     month = re.search(r"_(\d{4})(\d\d)$", path.stem)
     when = machine.get("date") or (f"{month[1]}-{month[2]}" if month else "")
+    computer = f"{machine['processor']}, {machine['cores']} cores"
     facts = [
-        f"{machine['processor']}, {machine['cores']} cores, load {machine['load_average'][0]:.1f}",
+        *([computer] if computer != _USUAL_MACHINE else []),
+        f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
         *([when] if when else []),
     ]
@@ -212,4 +215,7 @@ def command(program: str, settings: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    import loader_chart  # with matplotlib, which the page does not need
+
+    loader_chart.draw()
     PAGE.write_text(page(), encoding="utf-8")

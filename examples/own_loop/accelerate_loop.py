@@ -16,12 +16,12 @@ from accelerate import Accelerator
 
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import build_model
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.training.data import build_prompts, open_datasets
-from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.optim import build_optimizer, build_schedule
+from unicl_fast.training.step import global_loss
 
 
 def train(config: TrainConfig, steps: int) -> list[float]:
@@ -32,7 +32,7 @@ def train(config: TrainConfig, steps: int) -> list[float]:
     datasets, weights = open_datasets(config.data)
     prompts = build_prompts(datasets, config)
     loader = TrainLoader(config, datasets, weights, prompts, rank, world_size, accelerator.device)
-    model = UniCL(config).to(memory_format=torch.channels_last)
+    model = build_model(config).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
     schedule = build_schedule(optimizer, config, steps)
     encode, optimizer = accelerator.prepare(model, optimizer)
@@ -45,7 +45,8 @@ def train(config: TrainConfig, steps: int) -> list[float]:
         accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        model.clamp_logit_scale()
+        with torch.no_grad():
+            config.objective.limit(model.learnt)
         losses.append(float(loss))
         accelerator.print(f"step {batch.step + 1}: loss {losses[-1]:.4f}")
     loader.close()

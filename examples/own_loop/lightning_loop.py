@@ -16,12 +16,12 @@ from torch import Tensor
 from unicl_fast.batch import Batch
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import build_model
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.training.data import build_prompts, open_datasets
-from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.optim import build_optimizer, build_schedule
+from unicl_fast.training.step import global_loss
 
 
 class UniCLModule(lightning.LightningModule):
@@ -30,7 +30,7 @@ class UniCLModule(lightning.LightningModule):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = UniCL(config).to(memory_format=torch.channels_last)
+        self.model = build_model(config).to(memory_format=torch.channels_last)
         self.losses: list[float] = []
 
     def train_dataloader(self) -> Any:
@@ -54,7 +54,8 @@ class UniCLModule(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         super().optimizer_step(*args, **options)
-        self.model.clamp_logit_scale()
+        with torch.no_grad():
+            self.config.objective.limit(self.model.learnt)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.config)

@@ -26,14 +26,14 @@ from unicl_fast.batch import ReadingTime
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.objectives.targets import TargetSteps, map_steps
+from unicl_fast.objectives.targets import TargetSteps
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.prompts import ClassPrompts
 
 from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
-from .reading import BadSamples, reading_ahead
+from .reading import READ_AHEAD, BadSamples, reading_ahead
 from .text_block import gather_labels, gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
@@ -141,7 +141,7 @@ class HostBatches:
         with reading_ahead(
             self._datasets,
             lambda chunk: self._plan.schedule(start_step + chunk * count, count, **self._ranks),
-            num_chunks=-(-self._config.data.read_ahead // samples),
+            num_chunks=-(-READ_AHEAD // samples),
         ) as follow:
             self._read_ahead_from = lambda step: follow((step - start_step) // count)
             yield
@@ -271,13 +271,13 @@ class HostBatches:
         """
         length = self._config.model.context_length
         rows, labels = gather_texts(planned, self._datasets, self._prompts, context_length=length)
-        prompts: ClassPrompts | None = self._prompts
-        image_labels = None
-        if self._config.objective.name == "clip":  # a text is its own class
-            labels, prompts = np.full_like(labels, -1), None
-        elif self._config.objective.positives != "text":
-            image_labels = gather_labels(planned, self._datasets, self._classes_of_labels)
-        targets = map_steps(rows, labels, prompts, size=self._batch_size, image_labels=image_labels)
+        targets = self._config.objective.map_targets(
+            rows,
+            labels,
+            self._prompts,
+            size=self._batch_size,
+            all_labels=lambda: gather_labels(planned, self._datasets, self._classes_of_labels),
+        )
         return targets, pack_integers(targets, global_index, context_length=length)
 
     def _check_arrays(self) -> None:

@@ -44,6 +44,10 @@ from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
 
 logger = logging.getLogger(__name__)
 
+READ_AHEAD = 65_536
+"""Samples whose images are fetched from a URL before they are needed, in the order of the global
+batches; limited to half of `data.cache_bytes`."""
+
 MAX_ATTEMPTS = 100
 """Substitutes tried for one sample. When so many fail, the data is gone, not damaged: with half of
 all samples bad it happens once in 10**30 times."""

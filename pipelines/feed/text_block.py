@@ -10,7 +10,7 @@ which texts are equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -142,16 +142,27 @@ def _pack(
                 block[row + position] = tokens[first + text, position]
 
 
-def unpack_integers(block: Tensor, *, num_texts: int) -> dict[str, Tensor]:
-    """The fields of `Batch` that `pack_integers` stored, as contiguous views of the block."""
+class Integers(NamedTuple):
+    """The fields that `pack_integers` stored, as contiguous views of the block."""
+
+    tokens: Tensor
+    text_index: Tensor
+    class_ids: Tensor
+    global_index: Tensor
+    text_class_ids: Tensor
+    text_counts: Tensor
+
+
+def unpack_integers(block: Tensor, *, num_texts: int) -> Integers:
+    """Takes a block apart."""
     size, width = block.shape
     fields = block.view(-1)[: _FIELDS * size].view(_FIELDS, size)
     tokens = block.view(-1)[_FIELDS * size :].view(size, width - _FIELDS)
-    return {
-        "text_index": fields[0],
-        "class_ids": fields[1],
-        "global_index": fields[2],
-        "text_class_ids": fields[3, :num_texts],
-        "text_counts": fields[4, :num_texts],
-        "tokens": tokens[:num_texts],
-    }
+    return Integers(
+        tokens=tokens[:num_texts],
+        text_index=fields[0],
+        class_ids=fields[1],
+        global_index=fields[2],
+        text_class_ids=fields[3, :num_texts],
+        text_counts=fields[4, :num_texts],
+    )

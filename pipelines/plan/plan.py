@@ -81,7 +81,7 @@ class PlannedBatch:
     labels: Int64Array
     """The label whose prompt is the text, one of the sample's or one above it (`data.prompts`); -1
     where the text is a caption: an image shown with a caption is an image-text pair. Its labels are
-    set aside for this draw, unless `objective.positives` asks for all of them."""
+    set aside for this draw, unless the objective takes all of them."""
     templates: Int64Array
     """Number of the template that fills the prompt; -1 where the text is a caption."""
     augment_rows: NDArray[np.float32]

@@ -21,7 +21,7 @@ from diagnoses import MS, NO_CHECKPOINT, STAGES, cost, diagnosis, measured
 from packed_sets import Sample, pack
 from program_runs import SMALL
 
-from unicl_fast.benchmarks.diagnosis import clocks, outlook
+from unicl_fast.benchmarks.diagnosis import clocks
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, sparse_cadence
 from unicl_fast.benchmarks.diagnosis.earlier import as_kept, compare
 from unicl_fast.benchmarks.diagnosis.model import (
@@ -160,25 +160,12 @@ def test_a_store_is_a_limit_of_the_first_epoch_only() -> None:
     assert advice.images_per_second == pytest.approx(1000)  # then the step limits
 
 
-@pytest.mark.parametrize(
-    ("changes", "option", "rate"),
-    [
-        (
-            {"fits_cache": False, "larger_cache": 40_000_000_000},
-            "--data.cache-bytes 40000000000",
-            1000,
-        ),
-        ({"fits_cache": False, "ahead_wall": 2 * MS}, "--data.read-ahead 65536", 500),
-    ],
-)
-def test_cache_and_read_ahead_are_advised_where_they_help(
-    changes: dict[str, Any], option: str, rate: float
-) -> None:
+def test_a_larger_cache_is_advised_where_it_helps() -> None:
     found = measured(loader=cost(10.0, 1.0), whole=cost(10.0), store_wall=10 * MS,
-                     cached_wall=0.5 * MS, **changes)  # fmt: skip
+                     cached_wall=0.5 * MS, larger_cache=40 * 10**9)  # fmt: skip
     (advice, *more), idle = advise(found)
-    assert (advice.variant.option, more, idle) == (option, [], [])
-    assert advice.images_per_second == pytest.approx(rate)
+    assert (advice.variant.option, more, idle) == ("--data.cache-bytes 40000000000", [], [])
+    assert advice.images_per_second == pytest.approx(1000)
 
 
 def test_a_rank_for_each_gpu_is_advised_as_far_as_the_cores_carry_them() -> None:
@@ -189,19 +176,6 @@ def test_a_rank_for_each_gpu_is_advised_as_far_as_the_cores_carry_them() -> None
     assert advice.images_per_second == pytest.approx(8 / max(1 * MS, 8 * busy))
     useful, idle = advise(measured(gpus=1))
     assert all(one.variant.stage != "ranks" for one in (*useful, *idle))
-
-
-def test_the_cadence_is_young_s() -> None:
-    steps, lost = outlook.cadence(cost_seconds=2.0, failure_seconds=40_000, step_seconds=0.5)
-    assert steps == 800  # sqrt(2 * 2 * 40,000) = 400 s
-    assert lost == pytest.approx(2 * 2 / 400)  # as much by writing as by what is done again
-    assert outlook.cadence(cost_seconds=1, failure_seconds=math.inf, step_seconds=1)[0] == 3600
-
-
-def test_a_plan_has_hours() -> None:
-    one, eight, _ = outlook.on_ranks(measured(), samples=3_600_000, failures_per_day=0.02)
-    assert (one.hours, eight.hours) == (pytest.approx(1.0), pytest.approx(1 / 8))
-    assert eight.checkpoint_steps < one.checkpoint_steps
 
 
 def test_a_flow_is_timed_without_what_was_begun_before() -> None:
@@ -235,7 +209,12 @@ def test_who_else_works_is_seen() -> None:
 def test_the_report_has_limit_advice_and_plan() -> None:
     found = measured(not_measured=("--x 1: no time was left",))
     text = "\n".join(report_lines(diagnosis(found)))
-    for words in ("THE LIMIT: image encoder backward", "ADVICE", "not measured: --x 1", "64 ranks"):
+    for words in (
+        "THE LIMIT: image encoder backward",
+        "ADVICE",
+        "not measured: --x 1",
+        "then 0:16:40 on 1 rank",
+    ):
         assert words in text
 
 
@@ -265,7 +244,7 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(
 
 @pytest.mark.dali
 def test_images_in_memory_are_those_that_were_read_just_before() -> None:
-    from unicl_fast.benchmarks.diagnosis.bench import Bench
+    from unicl_fast.benchmarks.diagnosis.loader_parts import LoaderParts
 
     reads: list[tuple[bool, int]] = []
 
@@ -275,11 +254,11 @@ def test_images_in_memory_are_those_that_were_read_just_before() -> None:
 
     bench: Any = SimpleNamespace(
         loader=SimpleNamespace(host=SimpleNamespace(plan_steps=lambda first, count: None)),
-        parts=SimpleNamespace(datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")]),
+        datasets=[SimpleNamespace(image_bytes=lambda sample: b"bytes")],
         planned_samples=lambda most: ([0] * 200, [*range(100), *range(100)]),
         local_batch=8, reads_cold=False, read=read,
     )  # fmt: skip
-    first, *_ = Bench._feed_stages(bench, seconds=0.03)
+    first, *_ = LoaderParts._feed_stages(bench, seconds=0.03)
     assert reads == [(True, 100), (False, 9)] * 3
     assert first.cost.wall == pytest.approx(1e-4)
     assert "cold: 950 images/s" in first.note
@@ -287,7 +266,7 @@ def test_images_in_memory_are_those_that_were_read_just_before() -> None:
 
 @pytest.mark.dali
 def test_what_is_read_cold_is_in_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unicl_fast.benchmarks.diagnosis.bench import Bench
+    from unicl_fast.benchmarks.diagnosis.loader_parts import LoaderParts
 
     read: list[int] = []
     dropped: list[tuple[int, int]] = []
@@ -297,14 +276,14 @@ def test_what_is_read_cold_is_in_no_memory(tmp_path: Path, monkeypatch: pytest.M
         shard_of=lambda sample: "shard", offset_of=lambda sample: 40 * sample,
         image_bytes=lambda sample: read.append(sample) or b"bytes",
     )  # fmt: skip
-    bench: Any = SimpleNamespace(parts=SimpleNamespace(datasets=[dataset]))
-    bench.forget = functools.partial(Bench.forget, bench)
+    bench: Any = SimpleNamespace(datasets=[dataset])
+    bench.forget = functools.partial(LoaderParts.forget, bench)
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *range_, **_: dropped.append(range_[:2]))
     pairs = [(0, sample) for sample in range(9)]
-    assert Bench.read(bench, pairs, cold=True, seconds=0.01).wall > 0
+    assert LoaderParts.read(bench, pairs, cold=True, seconds=0.01).wall > 0
     assert read == list(range(9))  # the second time they would be warm
     assert dropped == [(0, 0)]  # the whole file: of less than a page, nothing is dropped
-    Bench.read(bench, pairs, cold=False, seconds=0.01)
+    LoaderParts.read(bench, pairs, cold=False, seconds=0.01)
     assert len(read) > 20
 
 
@@ -338,7 +317,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     reasons = ("no time was left", "has 24 samples in an epoch")
     for text in found["measured"]["not_measured"]:
         assert any(reason in text for reason in reasons), text
-    assert [plan["ranks"] for plan in found["plan"]] == [1, 8, 64]
+    assert found["hours"] > 0
     assert found["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))

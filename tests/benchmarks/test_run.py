@@ -65,12 +65,11 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.timeout(600)
 def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
-    parts = ("--parts", "open-clip", "switches", "profile", "checkpoint")
-    # the cost of a checkpoint may be noise around 0
-    found = check(tmp_path / "step.json", "step", *options, *parts, smallest=-math.inf)
+    parts = ("--parts", "open-clip", "switches", "profile", "windows")
+    found = check(tmp_path / "step.json", "step", *options, *parts)
     assert {
-        "ratio", "no channels_last, times as long", "two micro-batches, times as long",
-        "whole step, times its floor", "cost of one in a thread, s",
+        "ratio", "two micro-batches, times as long",
+        "whole step, times its floor", "windows of 96 values, timm, images/s",
     } <= found  # fmt: skip
 
 
@@ -96,7 +95,7 @@ def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_pa
     assert {
         "unicl_fast, images/s", "unicl_fast, MB",
         "none,grayscale=0.5, dali: rate by CPU time against none",
-        "URL, cache empty: rate against the folder", "cache 1, window 64: bytes read / needed",
+        "cache 1, window 64: bytes read / needed",
     } <= found  # fmt: skip
 
 
@@ -109,7 +108,7 @@ def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_scale_models_a_step(tmp_path: Path) -> None:
-    options = ("--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8..32")
+    options = ("--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8", "32")
     found = check(tmp_path / "scale.json", "scale", *options)
     assert "32 GPUs, 400 Gb/s, images/s" in found
 

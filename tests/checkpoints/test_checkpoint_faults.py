@@ -13,7 +13,7 @@ import pytest
 import torch
 from damage import limited_files
 from safetensors.torch import save_file
-from small_runs import StepLoader, tiny_config
+from small_runs import StepLoader, finish_writing, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import (
@@ -24,6 +24,7 @@ from unicl_fast.checkpoints.files import (
 )
 from unicl_fast.checkpoints.load import find_sound_checkpoint, load_model, read_state
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.slow
 def trained(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("trained")
-    Trainer(tiny_config(), StepLoader(images), run_folder=folder, progress=False).fit()
+    make_trainer(tiny_config(), StepLoader(images), run_folder=folder, progress=False).fit()
     return folder
 
 
@@ -88,7 +89,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = make_trainer(tiny_config(), StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.save()
     (first,) = list_checkpoints(tmp_path / "checkpoints")
     trainer.train_step(next(trainer.loader.batches(0)))
@@ -127,12 +128,14 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
     """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
     folder = tmp_path / "run"
     checkpoints = folder / "checkpoints"
-    trainer = Trainer(tiny_config(steps=8), StepLoader(images), run_folder=folder, progress=False)
+    trainer = make_trainer(
+        tiny_config(steps=8), StepLoader(images), run_folder=folder, progress=False
+    )
     faults = contextlib.ExitStack()
 
     def before_step(step: int) -> None:
         if step == 3:
-            trainer.finish_writing()
+            finish_writing(trainer)
             if fault == "full disk":
                 faults.enter_context(full_disk())
             elif fault == "run gone":
@@ -142,7 +145,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
                 if fault == "a file in the way":
                     checkpoints.write_text("")
         elif step == 7:
-            trainer.finish_writing()
+            finish_writing(trainer)
             faults.close()
             if fault == "a file in the way":
                 checkpoints.unlink()
@@ -169,11 +172,13 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
 
 
 def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = Trainer(tiny_config(steps=4), StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = make_trainer(
+        tiny_config(steps=4), StepLoader(images), run_folder=tmp_path, progress=False
+    )
 
     def before_step(step: int) -> None:
         if step == 3:
-            trainer.finish_writing()
+            finish_writing(trainer)
             faults.enter_context(full_disk())
 
     with contextlib.ExitStack() as faults, pytest.raises(OSError, match="00004 cannot be written"):
@@ -213,7 +218,7 @@ def test_a_checkpoint_is_read_for_its_checksums_once(
     monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
     found = find_sound_checkpoint(run_folder)
     assert found is not None
-    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=run_folder, progress=False)
+    trainer = make_trainer(tiny_config(), StepLoader(images), run_folder=run_folder, progress=False)
     trainer.resume(found)
     assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
     written = (found / "model.safetensors").stat()
@@ -240,11 +245,3 @@ def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
         (newest / "state.json").write_text(dump_checksummed_json(state))
         with pytest.raises(ValueError, match=message):
             load_model(newest)
-
-
-def test_a_folder_that_is_gone_is_made_again(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=tmp_path, progress=False)
-    trainer.save()
-    shutil.rmtree(tmp_path / "checkpoints")
-    trainer.save()
-    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,46 +36,27 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.tools import ledger
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
 
-def fuzz(folder: Path, examples: int) -> None:
-    """Runs the fuzzer in a process of its own, so that a crash of it is a failure here."""
-    program = Path(fuzz_checkpoints.__file__)
-    result = subprocess.run(
-        [sys.executable, str(program), str(folder), str(examples)],
-        capture_output=True,
-        text=True,
-        timeout=290,
-        env={**os.environ, "PYTHONPATH": f"{program.parents[2]}:{program.parent}"},
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    counts = json.loads(result.stdout)
-    assert counts["refused"] > examples / 2
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [100, pytest.param(1500, marks=pytest.mark.long)])
+def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path, cases: int) -> None:
+    counts = fuzz_checkpoints.fuzz(tmp_path, cases)
+    assert counts["refused"] > cases / 2
     assert counts["fits"] > 0
-
-
-@pytest.mark.slow
-def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
-    fuzz(tmp_path, 100)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-def test_much_more_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
-    fuzz(tmp_path, 1500)
 
 
 NUM_DRAWS = 12
 
 
 @pytest.fixture(scope="module")
-def whole_run(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_run(trainer: Trainer, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with every file that is read again: of a checkpoint, and a ledger."""
-    assert trainer.run_folder is not None
     folder = tmp_path_factory.mktemp("whole") / "run"
-    shutil.copytree(trainer.run_folder, folder)
+    shutil.copytree(run_folder, folder)
     (folder / "config.json").write_text(json.dumps(config_to_dict(trainer.config)))
     write_best(folder / "checkpoints", Best(2, "zero_shot/digits/top1", 0.5))
     (folder / "ledger").mkdir()
@@ -188,18 +166,21 @@ def low_digest(data: bytes) -> int:
 
 
 @pytest.fixture(scope="module")
-def trainer(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
-    folder = tmp_path_factory.mktemp("run")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def trainer(images: torch.Tensor, run_folder: Path) -> Trainer:
     config = tiny_config(steps=2)
-    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=run_folder, progress=False)
     trainer.fit()
     return trainer
 
 
 @pytest.fixture
-def checkpoint(trainer: Trainer, tmp_path: Path) -> Path:
-    assert trainer.run_folder is not None
-    place = trainer.run_folder / "checkpoints" / "step-00000002"
+def checkpoint(trainer: Trainer, run_folder: Path, tmp_path: Path) -> Path:
+    place = run_folder / "checkpoints" / "step-00000002"
     return Path(shutil.copytree(place, tmp_path / place.name))
 
 

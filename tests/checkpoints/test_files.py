@@ -37,6 +37,7 @@ from unicl_fast.system.checksums import (
     file_checksum,
     parse_checksummed_json,
 )
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -59,7 +60,7 @@ def trainer_in(
     )
     run = dataclasses.replace(config.run, evaluate_every_steps=evaluate_every)
     config = dataclasses.replace(config, checkpoint=checkpoint, run=run)
-    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.evaluations = {
         "zero_shot/digits": lambda model: {"top1": values[trainer.step], "top5": -trainer.step}
     }
@@ -86,29 +87,27 @@ def test_it_stays_beside_the_newest_and_the_one_before_it_goes(
     assert not torch.equal(best, newest)
 
 
-def test_another_number_can_be_named(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer_in(tmp_path, images, RISING_AND_FALLING, best="zero_shot/digits/top5").fit()
-    assert kept(tmp_path) == [1, 6]
+NUMBERS_THAT_ARE_NONE = RISING_AND_FALLING | {1: float("nan"), 3: float("inf"), 5: float("nan")}
 
 
-def test_none_keeps_none(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer_in(tmp_path, images, RISING_AND_FALLING, best="none").fit()
-    assert kept(tmp_path) == [6]
-    with pytest.raises(FileNotFoundError, match="has no best checkpoint"):
-        find_checkpoint(tmp_path / "best")
-
-
-def test_a_step_that_is_the_best_is_saved_where_none_was_due(
-    images: torch.Tensor, tmp_path: Path
+@pytest.mark.parametrize(
+    ("values", "settings", "expected"),
+    [
+        (RISING_AND_FALLING, {"best": "zero_shot/digits/top5"}, [1, 6]),
+        (RISING_AND_FALLING, {"best": "none"}, [6]),
+        (RISING_AND_FALLING, {"save_every": 0}, [2, 6]),  # though none was due in step 2
+        (NUMBERS_THAT_ARE_NONE, {}, [2, 6]),
+    ],
+    ids=["another number", "none", "not due", "not finite"],
+)
+def test_the_best_is_that_of_the_number_that_is_named(
+    images: torch.Tensor, tmp_path: Path, values: dict, settings: dict, expected: list[int]
 ) -> None:
-    trainer_in(tmp_path, images, RISING_AND_FALLING, save_every=0).fit()
-    assert kept(tmp_path) == [2, 6]
-
-
-def test_numbers_that_are_none_are_never_the_best(images: torch.Tensor, tmp_path: Path) -> None:
-    values = RISING_AND_FALLING | {1: float("nan"), 3: float("inf"), 5: float("nan")}
-    trainer_in(tmp_path, images, values).fit()
-    assert kept(tmp_path) == [2, 6]
+    trainer_in(tmp_path, images, values, **settings).fit()
+    assert kept(tmp_path) == expected
+    if len(expected) == 1:
+        with pytest.raises(FileNotFoundError, match="has no best checkpoint"):
+            find_checkpoint(tmp_path / "best")
 
 
 @pytest.mark.slow
@@ -256,7 +255,7 @@ def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
     images: torch.Tensor, tmp_path: Path, name: str
 ) -> None:
     for run in ("one", "other"):
-        Trainer(
+        make_trainer(
             tiny_config(steps=2), StepLoader(images), run_folder=tmp_path / run, progress=False
         ).fit()
     one, other = (list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in ("one", "other"))

@@ -18,11 +18,12 @@ from unicl_fast.checkpoints.files import list_checkpoints, origin_of
 from unicl_fast.checkpoints.load import CheckpointState
 from unicl_fast.checkpoints.state import refuse_another_run
 from unicl_fast.config import config_to_dict
-from unicl_fast.models import efficiency
-from unicl_fast.models.efficiency import resolve_window_attention
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models import compilation
 from unicl_fast.system.checksums import parse_checksummed_json
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.memory_plan import build_on_meta
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.settle import settle_kernels
 
 DATA = {"sources": [{"num_samples": 12}]}
 
@@ -45,7 +46,9 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
     )
-    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, data=DATA, progress=False)
+    trainer = make_trainer(
+        config, StepLoader(images), run_folder=tmp_path, data=DATA, progress=False
+    )
     trainer.fit()
     earlier, newest = list_checkpoints(tmp_path / "checkpoints")
     weights = set(trainer.model.state_dict())
@@ -64,7 +67,8 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     assert state == {
         "step": 4,
         "run_id": trainer.run_id,
-        "config": json.loads(json.dumps(config_to_dict(trainer.config))),
+        "config": json.loads(json.dumps(config_to_dict(config))),
+        "settled": {"efficiency": {"compile": "off", "window_attention": "timm"}},
         "scaler": {},
         "data": DATA,
         "optimizer": {"adamw": "AdamW", "lamb": "Lamb"}[optimizer],
@@ -77,14 +81,16 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
 
 def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(precision="fp16", steps=1)
-    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.fit()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
     state = parse_checksummed_json((checkpoint / "state.json").read_bytes())
     assert set(state["scaler"]) == {
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),
     }
-    assert set(state) == {"step", "run_id", *("config", "scaler", "data", "optimizer", "checksums")}
+    assert set(state) == {
+        *("step", "run_id", "config", "settled", "scaler", "data", "optimizer", "checksums")
+    }
 
 
 def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
@@ -94,10 +100,10 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
     config = tiny_config(image_encoder="unicl_swin6_small", precision="bf16")
     model, gpu = build_on_meta(config, "cuda"), torch.device("cuda")
     obstacle = ""
-    monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda *_, **__: obstacle)
-    on_a100 = resolve_window_attention(config, model, gpu)
+    monkeypatch.setattr(compilation, "obstacle_to_triton", lambda *_, **__: obstacle)
+    on_a100 = settle_kernels(config, model, gpu, Ranks())
     obstacle = "the GPU is too old for Triton"
-    on_t4 = resolve_window_attention(config, model, gpu)
+    on_t4 = settle_kernels(config, model, gpu, Ranks())
     state = CheckpointState(
         1, on_a100, scaler={}, data={}, optimizer="AdamW", checksums={}, run_id="a"
     )
@@ -105,8 +111,9 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
     assert not caplog.messages
     refuse_another_run(state, on_t4, {})
     assert caplog.messages == [
+        "resuming with efficiency.compile = 'off'; the checkpoint was written with 'blocks'",
         "resuming with efficiency.window_attention = 'timm'; the checkpoint was written with "
-        "'triton'"
+        "'triton'",
     ]
 
 
@@ -116,7 +123,7 @@ def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path:
     """Rank 1 has no such file: it gets what rank 0 read, bit for bit, or the same error."""
     config = tiny_config(precision="fp32", steps=2)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
-    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path / "run", progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path / "run", progress=False)
     trainer.fit()
     (sound,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     folders = [Path(shutil.copytree(sound, tmp_path / name)) for name in ("a", "b", "c")]

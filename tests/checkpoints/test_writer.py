@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import StepLoader, tiny_config
+from small_runs import StepLoader, finish_writing, tiny_config
 
 from unicl_fast.checkpoints import writer as checkpoint_writer
 from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
 from unicl_fast.checkpoints.writer import CheckpointWriter, HostCopies
 from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, *, steps: int = 6) -> Trainer:
-    return Trainer(tiny_config(steps=steps), StepLoader(images), run_folder=folder, progress=False)
+    return make_trainer(
+        tiny_config(steps=steps), StepLoader(images), run_folder=folder, progress=False
+    )
 
 
 class SlowDisk:
@@ -66,7 +69,7 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
     trainer.train_step(next(batches))
     assert not list_checkpoints(tmp_path / "checkpoints")
     disk.may_write.set()
-    trainer.finish_writing()
+    finish_writing(trainer)
     (written,) = list_checkpoints(tmp_path / "checkpoints")
     assert written.name == "step-00000001"
     assert torch.equal(load_file(written / "model.safetensors")["image_projection"], weights)
@@ -165,7 +168,7 @@ def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_s
         trainer.fit()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == written
     disk.may_write.set()
-    trainer.finish_writing()
+    finish_writing(trainer)
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
@@ -206,20 +209,6 @@ def test_copies_are_in_logical_order_and_their_memory_is_used_again() -> None:
     assert torch.equal(second["two"]["kernel"], files["two"]["kernel"])
     files["two"]["more"] = torch.ones(2)
     assert copies.take(files)["two"]["more"].tolist() == [1, 1]
-
-
-def test_copies_survive_their_files(tmp_path: Path) -> None:
-    files = {
-        "a.safetensors": {
-            "narrow": torch.randn(5).bfloat16(),
-            "wide": torch.randn(3, dtype=torch.float64),
-            "scalar": torch.tensor(2.5),
-        }
-    }
-    writer = CheckpointWriter(tmp_path, keep=0)
-    writer.write(files, {"run_id": "a"}, step=3, required=True)
-    for name, tensor in load_file(tmp_path / "step-00000003" / "a.safetensors").items():
-        assert torch.equal(tensor, files["a.safetensors"][name]), name
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from small_runs import tiny_config
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
-from unicl_fast import UniCL
+from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import preprocessing
@@ -30,6 +30,7 @@ from unicl_fast.conversion.libraries import (
 )
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.output import new_folder, require_equal
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -55,14 +56,14 @@ def small_config(image_encoder: str = "test_vit", image_size: int = 160) -> Trai
             text_heads=2,
             embed_dim=24,
             context_length=30,
-            logit_scale_max=float("inf"),
         ),
+        objective=make_objective(logit_scale_max=float("inf")),
     )
 
 
 def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
     """No bias is 0, no scale 1."""
-    model = UniCL(config).eval()
+    model = build_model(config).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -110,7 +111,7 @@ def test_open_clip_gives_equal_features_and_the_same_preprocessing(
 
 
 def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path: Path) -> None:
-    model = UniCL(small_config(image_size=96))
+    model = build_model(small_config(image_size=96))
     with pytest.raises(ValueError, match="for images of 160 pixels alone.*trained at 96"):
         write_open_clip(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())
@@ -161,7 +162,9 @@ def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
-    assert preprocessing.in_words(again.config) == preprocessing.in_words(model.config)
+    assert preprocessing.in_words(again.config.data, again.config.model) == preprocessing.in_words(
+        model.config.data, model.config.model
+    )
     texts = {
         path.name: path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors"
     }
@@ -312,5 +315,5 @@ def test_swin_goes_to_onnx(tmp_path: Path) -> None:
 def test_exports_name_no_file_of_the_machine_that_trained(tmp_path: Path) -> None:
     config = tiny_config(precision="fp32")
     data = dataclasses.replace(config.data, cache_folder="/private/cache")
-    write_export(UniCL(dataclasses.replace(config, data=data)), tmp_path / "export")
+    write_export(build_model(dataclasses.replace(config, data=data)), tmp_path / "export")
     assert "private" not in (tmp_path / "export" / "config.json").read_text()

@@ -33,17 +33,18 @@ from safetensors.torch import load_file, save_file
 from small_runs import tiny_config
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
-from unicl_fast import UniCL
+from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.hub import NotOnHubError, download
 from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
-from unicl_fast.config import ObjectiveConfig, TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, resize_positions
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import read_source
 from unicl_fast.evaluation.features import encode_images
 from unicl_fast.evaluation.inference import Model
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(config: TrainConfig) -> UniCL:
-    model = UniCL(config)
+    model = build_model(config)
     initialise(model)
     return model.eval()
 
@@ -100,7 +101,7 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     with torch.no_grad():
         theirs.logit_bias.fill_(-12.5)
     config = config_for(write_folder(theirs, LIKE_SIGLIP, tmp_path / "theirs"))
-    ours = started(dataclasses.replace(config, objective=ObjectiveConfig(form="sigmoid")))
+    ours = started(dataclasses.replace(config, objective=make_objective("sigmoid")))
     assert ours.logit_bias.item() == -12.5
     write_open_clip(ours, tmp_path / "back")
     back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
@@ -110,7 +111,9 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
         ours.config, model=dataclasses.replace(ours.config.model, init=str(tmp_path / "export"))
     )
     assert started(again).logit_bias.item() == -12.5
-    assert started(with_model(config, init=str(tmp_path / "export"))).logit_bias is None
+    plain = started(with_model(config, init=str(tmp_path / "export")))
+    assert plain.learnt.keys() == {"logit_scale"}
+    assert torch.equal(plain.logit_scale, ours.logit_scale)
 
 
 def test_an_image_encoder_of_open_clip_s_own_becomes_timm_s(tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert f"model.init={folder}: loaded" in line
     for part in ("image encoder test_vit (", "text encoder (", "text_projection", "logit_scale"):
         assert part in line
-    assert line.endswith("Left out: logit_bias, which objective.form=softmax does not see")
+    assert line.endswith("Left out: logit_bias, which objective.name=unicl does not learn")
     assert "Fresh" not in line
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
     assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
@@ -212,7 +215,7 @@ def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool
 
 def write_run(folder: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
     """A run as training leaves it; returns the average, which differs from the last weights."""
-    own = UniCL(config).state_dict()
+    own = build_model(config).state_dict()
     average = {name: one * 0.9 if one.is_floating_point() else one for name, one in own.items()}
     write_checkpoint(
         folder / "checkpoints",
@@ -240,7 +243,7 @@ def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
 
 def test_an_export_does_not_name_what_its_run_started_from(tmp_path: Path) -> None:
     config = tiny_config(precision="fp32")
-    model = UniCL(with_model(config, init="/home/somebody/secret", init_text="secret"))
+    model = build_model(with_model(config, init="/home/somebody/secret", init_text="secret"))
     write_export(model, tmp_path / "out")
     assert "secret" not in (tmp_path / "out" / "config.json").read_text()
     again = started(with_model(config, init=str(tmp_path / "out")))
@@ -258,7 +261,7 @@ def test_towers_come_from_different_sources(
     assert torch.equal(model.image_encoder.norm.bias, theirs["visual.trunk.norm.bias"])
     assert torch.equal(model.image_projection, theirs["visual.head.proj.weight"].T)
     assert torch.equal(model.text_encoder.ln_final.weight, average["text_encoder.ln_final.weight"])
-    assert torch.equal(model.text_projection, UniCL(config).text_projection)
+    assert torch.equal(model.text_projection, build_model(config).text_projection)
     assert "text_projection, since the source has [32, 12] and [32, 24] is needed" in caplog.text
 
 
@@ -267,9 +270,9 @@ def test_an_objective_without_texts_takes_what_it_has(
 ) -> None:
     caplog.set_level(logging.INFO, logger="unicl_fast")
     config = config_for(like_clip)
-    classes = ObjectiveConfig(name="ce", num_classes=(3,))
+    classes = make_objective("ce", num_classes=(3,))
     model = started(dataclasses.replace(config, objective=classes))
-    assert "class_rows, since the source has none" in caplog.text
+    assert "class_rows, which the source lacks" in caplog.text
     average = write_run(tmp_path / "ce", dataclasses.replace(model.config, objective=classes))
     again = started(
         dataclasses.replace(with_model(config, init=str(tmp_path / "ce")), objective=classes)
@@ -446,7 +449,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     timms.mkdir()
     write_timm_file(timms / "model.safetensors")
     (timms / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
-    write_export(UniCL(tiny_config(precision="fp32")), root / "us" / "small")
+    write_export(build_model(tiny_config(precision="fp32")), root / "us" / "small")
     strange = root / "them" / "strange"
     strange.mkdir()
     (strange / "config.json").write_text(json.dumps({"model_type": "clip"}))
@@ -473,7 +476,7 @@ def test_repositories_of_the_hub_are_read_once(
     assert "open_clip_config.json" in downloads[0]
     config = tiny_config(precision="fp32")
     ours = started(with_model(config, init="hf-hub:us/small"))
-    assert torch.equal(ours.text_projection, UniCL(config).text_projection)
+    assert torch.equal(ours.text_projection, build_model(config).text_projection)
     theirs = started(with_model(config, init_image="hf-hub:them/vit")).image_encoder
     file = load_file(repositories / "them" / "vit" / "model.safetensors")
     assert torch.equal(theirs.blocks[0].attn.qkv.weight, file["blocks.0.attn.qkv.weight"])

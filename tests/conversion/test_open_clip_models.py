@@ -19,7 +19,7 @@ from open_clip_folders import (
     write_folder,
 )
 
-from unicl_fast import UniCL
+from unicl_fast import build_model
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.text.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ def test_a_model_of_open_clip_gives_its_features(
     model_cfg["text_cfg"].pop("hf_tokenizer_name", None)
     theirs = draw_open_clip(model_cfg)
     config = config_for(write_folder(theirs, model_cfg, tmp_path / "theirs"))
-    ours = UniCL(config)
+    ours = build_model(config)
     initialise(ours)
     ours.eval()
     size = config.data.image_size
@@ -82,7 +82,7 @@ def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path: Path) -> No
     images = different_images(256)
     features = []
     for size in (224, 256):
-        model = UniCL(config_for(folder, image_size=size))
+        model = build_model(config_for(folder, image_size=size))
         initialise(model)
         features.append(model.eval().encode_image(images))
     torch.testing.assert_close(features[1], features[0], rtol=0, atol=1e-5)

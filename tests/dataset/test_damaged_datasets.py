@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import sample_of, write_set
 from property_tests import examples
 
 from unicl_fast.dataset.arrays import (
@@ -30,42 +30,16 @@ from unicl_fast.dataset.arrays import (
 from unicl_fast.dataset.growing_files import ArrayFile
 from unicl_fast.dataset.manifest import Manifest, PixelsInfo, ShardInfo
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """Seven samples in three shards, with captions, labels or both."""
-    out = tmp_path / "set"
-    with DatasetWriter(out, shard_bytes=9000) as writer:
-        for number in range(7):
-            image = bytes([number]) * (500 + number)
-            captions = ["text"] * (number % 3)
-            writer.add(
-                PackedSample(
-                    image=image,
-                    extension="jpg",
-                    height=16,
-                    width=20 + number,
-                    xxh3=xxhash.xxh3_64_intdigest(image),
-                    captions=captions,
-                    tokens=[np.array([49406, number, 7, 49407], np.uint16) for _ in captions],
-                    labels=[number % 2] if number % 3 != 1 else [],
-                )
-            )
-        writer.quarantine(source="here", name="bad.jpg", kind="damaged", message="cut")
-        writer.finish(
-            tokenizer="clip-bpe",
-            vocabulary_hash="0123",
-            context_length=77,
-            class_names=["cat", "dog"],
-            templates=["a photo of a {}"],
-            source=["here"],
-            seed=0,
-            tool_version="0.1.0",
-        )
-    return out
+    images = [bytes([number]) * (500 + number) for number in range(7)]
+    samples = [sample_of(image, number) for number, image in enumerate(images)]
+    write_set(tmp_path / "set", samples, shard_bytes=9000)
+    return tmp_path / "set"
 
 
 @pytest.mark.parametrize("examples", [120, pytest.param(600, marks=pytest.mark.slow)])
@@ -157,21 +131,9 @@ def test_a_pickle_in_an_array_is_not_run(packed: Path, tmp_path: Path) -> None:
     header = repr(fields).ljust(501) + "\n"
     trap = b"\x93NUMPY\x01\x00\xf6\x01" + header.encode() + pickle.dumps([Trap()] * 7)
     (packed / "samples.npy").write_bytes(trap)
-    with pytest.raises(ValueError, match=r"samples\.npy: expected 7 rows"):
+    with pytest.raises(ValueError, match=r"samples\.npy .* does not begin as an array of 7 rows"):
         PackedDataset(packed)
     assert not (tmp_path / "sprung").exists()
-
-
-def test_a_header_of_blanks_takes_no_time(packed: Path) -> None:
-    """Python's tokenizer, by which NumPy would mend it, takes minutes for this one."""
-    content = (packed / "labels.npy").read_bytes()
-    blanks = b"{" + b" " * 9_900 + b"!"
-    header = b"\x93NUMPY\x01\x00" + len(blanks).to_bytes(2, "little") + blanks
-    (packed / "labels.npy").write_bytes(header + content[512:])
-    started = time.process_time()
-    with pytest.raises(ValueError, match="header cannot be read"):
-        PackedDataset(packed)
-    assert time.process_time() - started < 1
 
 
 def test_a_data_set_without_checksums_is_read_as_before(packed: Path) -> None:
@@ -204,7 +166,7 @@ def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
     file.finish()
     assert np.array_equal(open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], length), values)
     for wrong in (length + 1, 0 if length else 5):
-        with pytest.raises(ValueError, match=f"expected {wrong} rows"):
+        with pytest.raises(ValueError, match=f"as an array of {wrong} rows"):
             open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], wrong)
 
 

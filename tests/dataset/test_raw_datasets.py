@@ -12,9 +12,9 @@ from typing import Any
 import fuzz_datasets
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import sample_of, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -24,37 +24,15 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 
-FACTS: dict[str, Any] = {
-    "tokenizer": "clip-bpe",
-    "vocabulary_hash": "0123",
-    "context_length": 77,
-    "class_names": ["cat", "dog"],
-    "templates": ["a photo of a {}"],
-    "source": ["here"],
-    "seed": 0,
-    "tool_version": "0.1.0",
-}
+
+def raw_sample(pixels: np.ndarray, number: int) -> PackedSample:
+    height, width, _ = pixels.shape
+    return sample_of(pixels.tobytes(), number, extension="raw", height=height, width=width)
 
 
-def sample_of(pixels: np.ndarray, number: int) -> PackedSample:
-    captions = ["text"] * (number % 3)
-    return PackedSample(
-        image=pixels.tobytes(),
-        extension="raw",
-        height=pixels.shape[0],
-        width=pixels.shape[1],
-        xxh3=xxhash.xxh3_64_intdigest(pixels.tobytes()),
-        captions=captions,
-        tokens=[np.array([49406, number, 49407], np.uint16) for _ in captions],
-        labels=[number % 2] if number % 3 != 1 else [],
-    )
-
-
-def write(out: Path, images: np.ndarray, *, shard_bytes: int = 4000) -> Path:
-    with DatasetWriter(out, shard_bytes=shard_bytes, images="raw") as writer:
-        for number, pixels in enumerate(images):
-            writer.add(sample_of(pixels, number))
-        writer.finish(**FACTS)
+def write(out: Path, images: np.ndarray) -> Path:
+    samples = [raw_sample(pixels, number) for number, pixels in enumerate(images)]
+    write_set(out, samples, shard_bytes=4000, images="raw")
     return out
 
 
@@ -117,9 +95,9 @@ def test_the_files_are_those_of_the_format(packed: Path) -> None:
 
 def test_images_of_another_size_are_not_written(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "set", images="raw") as writer:
-        writer.add(sample_of(noise(4, 5), 0))
+        writer.add(raw_sample(noise(4, 5), 0))
         with pytest.raises(ValueError, match="one size, 5 x 4 .*not 4 x 5"):
-            writer.add(sample_of(noise(5, 4), 1))
+            writer.add(raw_sample(noise(5, 4), 1))
     assert not list(tmp_path.iterdir())
 
 

@@ -16,25 +16,14 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import FACTS, sample_of, write_set
 from PIL import Image
 from property_tests import examples
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-
-FACTS: dict[str, Any] = {
-    "tokenizer": "clip-bpe",
-    "vocabulary_hash": "0123",
-    "context_length": 77,
-    "class_names": ["cat", "Käse"],
-    "templates": ["a photo of a {}"],
-    "source": ["here"],
-    "seed": 3,
-    "tool_version": "0.1.0",
-}
 
 
 def jpeg(number: int) -> bytes:
@@ -45,34 +34,17 @@ def jpeg(number: int) -> bytes:
 
 def sample(number: int, **changes: Any) -> PackedSample:
     image = changes.pop("image", jpeg(number))
-    fields: dict[str, Any] = {
-        "extension": "jpg",
-        "height": 16,
-        "width": 20 + number,
-        "captions": [f"caption {which} of {number}" for which in range(number % 3)],
-        "tokens": [
-            np.array([49406, number, which, 49407], np.uint16) for which in range(number % 3)
-        ],
-        "labels": list(range(2 - number % 2)),
-        "source": "test",
-        "name": f"{number}.jpg",
-    }
-    return PackedSample(image=image, xxh3=xxhash.xxh3_64_intdigest(image), **(fields | changes))
-
-
-def write(
-    out: Path, samples: list[PackedSample], *, shard_bytes: int = 10**9, **facts: Any
-) -> Manifest:
-    with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
-        for one in samples:
-            writer.add(one)
-        writer.quarantine(source="test", name="x\udcff.jpg", kind="damaged", message="a, b")
-        return writer.finish(**(FACTS | facts))
+    return sample_of(image, number, **({"labels": list(range(2 - number % 2))} | changes))
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    write(tmp_path / "set", [sample(number) for number in range(9)], shard_bytes=8_000)
+    write_set(
+        tmp_path / "set",
+        [sample(number) for number in range(9)],
+        shard_bytes=8_000,
+        class_names=["cat", "Käse"],
+    )
     return tmp_path / "set"
 
 
@@ -81,8 +53,8 @@ def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
 ) -> None:
     """A stand-in for WebP: the writer goes by the name."""
     samples = [sample(number, extension="webp" if number == 1 else "jpg") for number in range(9)]
-    assert write(tmp_path / "jpg", [sample(0)]).version == 1
-    assert write(tmp_path / "webp", samples).version == 3
+    assert write_set(tmp_path / "jpg", [sample(0)]).version == 1
+    assert write_set(tmp_path / "webp", samples).version == 3
     work = tmp_path / "work"
     work.mkdir()
     with DatasetWriter(tmp_path / "set", shard_bytes=8_000, work=work) as writer:
@@ -105,26 +77,6 @@ def test_a_description_is_what_a_json_encoder_makes(
     fields = {"captions": [*captions, odd], "labels": labels, "source": odd, "name": name}
     expected = json.dumps(fields, separators=(",", ":")).encode("ascii")
     assert shard_writer._describe(told) == expected
-
-
-def test_array_rows_are_packed_as_the_format_says() -> None:
-    assert SAMPLE_DTYPE.itemsize == 4 + 8 + 4 + 2 + 2 + 8 + 8 + 2 + 8 + 2
-    assert CAPTION_DTYPE.itemsize == 8 + 1
-
-
-def test_what_was_written_is_read_back(packed: Path) -> None:
-    with PackedDataset(packed) as dataset:
-        assert len(dataset) == 9
-        assert len(dataset.manifest.shards) > 2
-        for number in range(9):
-            expected = sample(number)
-            row = dataset.samples[number]
-            assert dataset.image_bytes(number, verify=True).tobytes() == expected.image
-            assert (row["height"], row["width"]) == (expected.height, expected.width)
-            assert row["captions_count"] == len(expected.captions)
-            for which, ids in enumerate(expected.tokens):
-                assert dataset.caption_tokens(number, which).tolist() == ids.tolist()
-            assert dataset.labels_of(number).tolist() == expected.labels
 
 
 MANY_CLASSES = [str(number) for number in range(70_000)]
@@ -150,7 +102,7 @@ def test_any_samples_survive_the_round_trip(
     shard_bytes: int,
 ) -> None:
     out = tmp_path_factory.mktemp("round") / "set"
-    write(
+    write_set(
         out,
         [
             sample(
@@ -168,6 +120,8 @@ def test_any_samples_survive_the_round_trip(
     with PackedDataset(out) as dataset:
         for number, (image, rows, labels) in enumerate(samples):
             assert dataset.image_bytes(number, verify=True).tobytes() == image
+            assert dataset.samples[number][["height", "width"]].tolist() == (16, 20)
+            assert dataset.samples[number]["captions_count"] == len(rows)
             for which, row in enumerate(rows):
                 assert dataset.caption_tokens(number, which).tolist() == row
             assert dataset.labels_of(number).tolist() == labels
@@ -437,7 +391,7 @@ def test_a_sample_without_any_text_is_refused(tmp_path: Path) -> None:
 def test_a_part_of_a_data_set_is_its_first_samples(
     tmp_path: Path, fraction: float, used: int
 ) -> None:
-    write(tmp_path / "set", [sample(number) for number in range(5)])
+    write_set(tmp_path / "set", [sample(number) for number in range(5)])
     with (
         PackedDataset(tmp_path / "set") as whole,
         PackedDataset(tmp_path / "set", fraction=fraction) as part,

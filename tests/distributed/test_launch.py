@@ -14,22 +14,38 @@ import pytest
 from unicl_fast.distributed.launch import keeping_log
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
-LAUNCH = "import sys; from unicl_fast.distributed.launch import start_ranks;" + (
-    "start_ranks(sys.argv[1], nproc=len(sys.argv) - 2, argv=sys.argv[2:])"
-)
+LAUNCH = """
+import sys
+from unicl_fast.distributed.launch import start_ranks
+program, restarts, *ranks = sys.argv[1:]
+start_ranks(program, nproc=len(ranks), argv=ranks, max_restarts=int(restarts))
+"""
 
 
-def launched(program: str, *ranks: str) -> int:
+def launch(program: str, *ranks: str, restarts: int = 0) -> subprocess.Popen[str]:
     paths = f"{HELPERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", LAUNCH, program, *ranks]
-    return subprocess.run(command, timeout=100, env=os.environ | {"PYTHONPATH": paths}).returncode
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, program, str(restarts), *ranks],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+
+
+def launched(program: str, *ranks: str, restarts: int = 0) -> tuple[int, str, str]:
+    """The code, and what all wrote to stdout and to stderr."""
+    with launch(program, *ranks, restarts=restarts) as process:
+        out, errors = process.communicate(timeout=100)
+    return process.returncode, out, errors
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
     """Neither the store of the ranks, nor their gloo connections, nor their heartbeats."""
-    assert launched("listening_program", "-", "-") == 0
+    code, _, errors = launched("listening_program", "-", "-")
+    assert code == 0, errors
 
 
 @pytest.mark.dist
@@ -49,7 +65,33 @@ def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
 def test_the_code_is_that_of_the_rank_that_brought_about_the_end(
     ranks: list[str], code: int
 ) -> None:
-    assert launched("rank_program", *ranks) == code
+    assert launched("rank_program", *ranks)[0] == code
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("asked", "code", "starts"),
+    [("die", 137, 3), ("3", 3, 3), ("0", 0, 1), ("2", 2, 1), ("75", 75, 1)],
+)
+def test_ranks_are_started_again_after_a_death_but_not_after_wrong_input_or_a_stop(
+    asked: str, code: int, starts: int
+) -> None:
+    found, out, errors = launched("rank_program", asked, restarts=2)
+    assert (found, out.count("started")) == (code, starts)
+    if starts > 1:
+        how = "WAS KILLED BY SIGKILL" if asked == "die" else "ENDED WITH CODE 3"
+        assert f"RANK 0 {how}: starting all again, restart 1 of 2" in errors
+        assert f"RANK 0 {how}, and all 2 restarts are used up" in errors
+
+
+@pytest.mark.dist
+def test_ranks_that_a_signal_ended_are_not_started_again() -> None:
+    with launch("rank_program", "sleep", restarts=2) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["started\n", "asleep\n"]
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (9, "")
 
 
 def test_a_log_is_kept_until_its_file_has_a_name_and_ends_with_the_error(

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from rank_workers import (
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.signals import Interrupted, Interruption
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -60,10 +62,10 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     images: torch.Tensor, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = tiny_config(steps=6)
-    unbroken = Trainer(config, StepLoader(images), progress=False)
+    unbroken = make_trainer(config, StepLoader(images), progress=False)
     unbroken.fit()
     before = signal.getsignal(number)
-    stopped = Trainer(
+    stopped = make_trainer(
         config,
         signalling_loader(images, number=number),
         run_folder=tmp_path,
@@ -74,7 +76,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     assert signal.getsignal(number) is before
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert newest.name == "step-00000003"
-    resumed = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    resumed = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     resumed.resume(newest)
     resumed.fit()
     for name, weight in unbroken.model.state_dict().items():
@@ -83,7 +85,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
 
 def test_a_signal_in_the_last_step_lets_the_run_end(images: torch.Tensor) -> None:
     loader = signalling_loader(images, number=signal.SIGTERM)
-    Trainer(tiny_config(steps=3), loader, progress=False).fit()
+    make_trainer(tiny_config(steps=3), loader, progress=False).fit()
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(2, 2), (5, 3)], ids=["last", "earlier"])
@@ -92,7 +94,7 @@ def test_a_signal_during_a_save_waits_for_the_save(
 ) -> None:
     """The run ends well if it was the last one, and otherwise after one more step."""
     config = tiny_config(steps=steps)  # saves in every second
-    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     state_dict = trainer.scaler.state_dict
 
     def signal_in_between() -> dict[str, object]:
@@ -204,7 +206,7 @@ def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -
         run=dataclasses.replace(config.run, evaluate_every_steps=3),
         checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
     )
-    return Trainer(
+    return make_trainer(
         config,
         StepLoader(images),
         run_folder=folder,
@@ -222,6 +224,9 @@ def evaluations_of(folder: Path) -> list[tuple[float, str, float]]:
     ]
 
 
+WHOLE = [(step, f"{name}/top1") for step in (3, 6) for name in ("first", "second")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6])
 def test_an_evaluation_that_is_broken_off_is_made_up_for(
@@ -230,12 +235,7 @@ def test_an_evaluation_that_is_broken_off_is_made_up_for(
     unbroken = evaluating(images, tmp_path / "unbroken", ZeroShotOfFour(images))
     unbroken.fit()
     expected = evaluations_of(tmp_path / "unbroken")
-    assert [line[:2] for line in expected] == [
-        (3, "first/top1"),
-        (3, "second/top1"),
-        (6, "first/top1"),
-        (6, "second/top1"),
-    ]
+    assert [line[:2] for line in expected] == WHOLE
     out = tmp_path / "stopped"
     stopping = ZeroShotOfFour(images, signals_in_pass=step // 3)
     stopped = evaluating(images, out, stopping)
@@ -249,8 +249,29 @@ def test_an_evaluation_that_is_broken_off_is_made_up_for(
     resumed.resume(newest)
     resumed.fit()
     assert evaluations_of(out) == expected
-    for name, weight in unbroken.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_a_stop_in_an_evaluation_writes_the_checkpoint_that_failed_before(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that was due at this step was begun without waiting, and a full disk refused it."""
+    refused: list[int] = []
+
+    def write(folder: Path, *, step: int, **files: Any) -> None:
+        if not refused:
+            refused.append(step)
+            raise OSError("no space left")
+        write_checkpoint(folder, step=step, **files)
+
+    monkeypatch.setattr("unicl_fast.checkpoints.writer.write_checkpoint", write)
+    stopped = evaluating(images, tmp_path, ZeroShotOfFour(images, signals_in_pass=1))
+    stopped.config = dataclasses.replace(
+        stopped.config, checkpoint=dataclasses.replace(stopped.config.checkpoint, every_steps=3)
+    )
+    with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
+        stopped.fit()
+    assert refused == [3]
+    assert [one.name for one in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
 
 
 def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
@@ -270,12 +291,7 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
     resumed = evaluating(images, tmp_path, ZeroShotOfFour(images))
     resumed.resume(list_checkpoints(tmp_path / "checkpoints")[-1])
     resumed.fit()
-    assert [line[:2] for line in evaluations_of(tmp_path)] == [
-        (3, "first/top1"),
-        (3, "second/top1"),
-        (6, "first/top1"),
-        (6, "second/top1"),
-    ]
+    assert [line[:2] for line in evaluations_of(tmp_path)] == WHOLE
 
 
 @pytest.mark.slow

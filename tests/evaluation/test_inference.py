@@ -17,9 +17,10 @@ from browser import dump_page
 from PIL import Image
 from small_runs import objective_config, tiny_config
 
-from unicl_fast import Model, UniCL
+from unicl_fast import Model
 from unicl_fast.evaluation.serving import Server, _Handler
 from unicl_fast.images.codec import ImageError
+from unicl_fast.models.unicl import build_model
 
 NAMES = ("dog", "cat", "horse")
 
@@ -34,7 +35,7 @@ def model() -> Model:
     torch.manual_seed(0)
     config = tiny_config()
     data = dataclasses.replace(config.data, evaluation_resize=40)
-    return Model(UniCL(dataclasses.replace(config, data=data)).double())
+    return Model(build_model(dataclasses.replace(config, data=data)).double())
 
 
 def test_paths_images_and_arrays_give_the_same_features(model: Model, photos: list[Path]) -> None:
@@ -58,7 +59,7 @@ def test_images_are_prepared_as_torchvision_does(
     mode = InterpolationMode(interpolation)
     config = model.encoders.config
     data = dataclasses.replace(config.data, interpolation=interpolation)
-    other = Model(UniCL(dataclasses.replace(config, data=data)))
+    other = Model(build_model(dataclasses.replace(config, data=data)))
     for photo in photos:
         resized = transforms.resize(Image.open(photo), [40], interpolation=mode)
         expected = np.asarray(transforms.center_crop(resized, [32, 32]))
@@ -100,7 +101,7 @@ def test_what_cannot_be_used_is_named(model: Model, photos: list[Path], tmp_path
 
 
 def test_a_model_without_texts_embeds_images_alone(photos: list[Path]) -> None:
-    without = Model(UniCL(objective_config("supcon")).double())
+    without = Model(build_model(objective_config("supcon")).double())
     assert without.embed_images(photos[:2]).shape == (2, 8)
     with pytest.raises(ValueError, match="no text encoder"):
         without.classify(photos, NAMES)

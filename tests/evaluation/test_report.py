@@ -1,4 +1,4 @@
-"""Intervals and confusions: what reports say, apart from how they are drawn."""
+"""Intervals, confusions and tables of results."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from damage import HOSTILE
 from sklearn.metrics import average_precision_score
-from small_runs import tiny_config
 
-from unicl_fast import UniCL
-from unicl_fast.conversion.export import write_export
 from unicl_fast.evaluation.report import (
     ClassificationCounts,
     average_precisions,
     classification_table,
-    draw_confusion,
-    most_confused,
     wilson_interval,
-    write_results,
 )
-from unicl_fast.evaluation.requests import Knn
 from unicl_fast.system.wording import markdown_table
+from unicl_fast.tools.evaluate import protocols
+from unicl_fast.tools.evaluate.figures import most_confused
+from unicl_fast.tools.evaluate.options import Knn
 
 
 def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images() -> None:
@@ -53,17 +49,6 @@ def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images(
         average_precisions(scores, [[]] * 40, "abcd")
 
 
-HOSTILE = (
-    "$\\frac{$",
-    "5 $ and 6 $",
-    "a\\b & <script>",
-    "100 % {} {0}",
-    "_tail ^up",
-    "\U0001f600 \u732b",
-    "a | b",
-)
-
-
 def test_intervals_cover_as_often_as_they_say() -> None:
     trials, rate = 200, 0.3
     covered = 0.0
@@ -77,36 +62,37 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 
 
 def test_mistakes_are_listed_by_their_number_and_go_from_class_to_what_it_was_taken_for() -> None:
-    confusion = np.array([[5, 3, 0], [1, 8, 1], [0, 4, 0]])
-    assert most_confused(confusion, ("dog", "cat", "hen")) == [
+    counts = ClassificationCounts(("dog", "cat", "hen"))
+    for own, row in enumerate(([5, 3, 0], [1, 8, 1], [0, 4, 0])):
+        for taken, number in enumerate(row):
+            counts.add([[taken]] * number, [[own]] * number)
+    result = counts.result(what="this")
+    assert most_confused(result) == [
         ("hen", "cat", 4, 1.0),
         ("dog", "cat", 3, 3 / 8),
         ("cat", "dog", 1, 1 / 10),
         ("cat", "hen", 1, 1 / 10),
     ]
-    assert [row[2] for row in most_confused(confusion, ("dog", "cat", "hen"), count=2)] == [4, 3]
+    assert [row[2] for row in most_confused(result, count=2)] == [4, 3]
 
 
-def test_texts_of_users_are_written_and_drawn_as_they_are(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_texts_of_users_are_written_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = ClassificationCounts(HOSTILE, confusion=True)
-    numbers = range(len(HOSTILE))
-    counts.add([[(number + 1) % len(HOSTILE)] for number in numbers], [[n] for n in numbers])
+    """tests/training/test_figures.py has how they are drawn."""
+    names = (*HOSTILE, "a | b")
+    counts = ClassificationCounts(names)
+    counts.add([[0]] * len(names), [[number] for number in range(len(names))])
     result = counts.result(what="this")
-    title = " ".join(HOSTILE)
-    draw_confusion(result, HOSTILE, tmp_path, "hostile", title=title)
-    assert "NO FIGURE" not in caplog.text
-    assert Image.open(tmp_path / "confusion-hostile.png").size[0] > 500
-    write_export(UniCL(tiny_config(precision="fp32")), tmp_path / "model")
+    monkeypatch.setattr(protocols, "weights_checksum", lambda *_, **__: "0")
     command = Knn(
-        checkpoint=tmp_path / "model", train="x", data="y",
+        checkpoint=tmp_path, train="x", data="y",
         json=tmp_path / "values.json", markdown=tmp_path / "table.md",
     )  # fmt: skip
-    table = classification_table([(name, "top1", result) for name in HOSTILE])
-    write_results(command, result.to_json(), table)
+    table = classification_table([(name, "top1", result) for name in names])
+    protocols.write_results(command, result.to_json(), table)
     values = json.loads((tmp_path / "values.json").read_text())
-    assert [row["class"] for row in values["per_class"]] == list(HOSTILE)
+    assert [row["class"] for row in values["per_class"]] == list(names)
     assert table in (tmp_path / "table.md").read_text(encoding="utf-8")
     assert len({line.count(" | ") for line in table.replace("\\|", "").splitlines()}) == 1
 

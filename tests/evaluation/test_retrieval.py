@@ -16,21 +16,19 @@ from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation import retrieval as drawing
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks
 from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
-    _draw_captions_found,
-    _read_captions,
     encode_captioned,
     held_out_loss,
-    retrieval,
+    rank_captions,
 )
 from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.evaluate import figures as drawing
 
 
 def test_all_captions_of_an_image_are_green_and_no_other(
@@ -49,7 +47,7 @@ def test_all_captions_of_an_image_are_green_and_no_other(
     monkeypatch.setattr(drawing, "_read_captions", lambda *_: words)
     monkeypatch.setattr(drawing, "_show_image", Mock())
     monkeypatch.setattr(drawing, "save_figure", lambda figure, _: drawn.append(figure))
-    _draw_captions_found(found, Mock(spec=PackedDataset), tmp_path / "figure.png")
+    drawing.draw_captions_found(found, Mock(spec=PackedDataset), tmp_path / "figure.png")
     first, second, *_ = drawn[0].axes
     lines = [(line.get_text(), line.get_color()) for line in (*first.texts, *second.texts)]
     assert lines == [
@@ -71,7 +69,7 @@ def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, ch
     texts = F.normalize(
         images[image_of_text] + torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1
     )
-    result = retrieval(images, texts, image_of_text)
+    result = rank_captions(images, texts, image_of_text)
     order = (images @ texts.T).argsort(dim=1, descending=True)
     back = (texts @ images.T).argsort(dim=1, descending=True)
     for place, k in enumerate((1, 5, 10)):
@@ -86,7 +84,7 @@ def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, ch
 
 def test_a_collapsed_model_finds_nothing() -> None:
     same = torch.ones(20, 4) / 2
-    result = retrieval(same, same, torch.arange(20))
+    result = rank_captions(same, same, torch.arange(20))
     assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
     assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
 
@@ -128,7 +126,7 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
         samples=np.array([0, 2, 3]),
     )
     with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
-        texts = _read_captions(found, dataset, range(6))
+        texts = drawing._read_captions(found, dataset, range(6))
     assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
 
 

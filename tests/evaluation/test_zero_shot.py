@@ -14,13 +14,14 @@ from packed_sets import Sample, pack
 from small_runs import tiny_config
 from torch.nn import functional as F
 
-from unicl_fast import Tokenizer, UniCL
+from unicl_fast import Tokenizer
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.levels import classify_at_levels
-from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
+from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
+from unicl_fast.models.unicl import UniCL, build_model
 from unicl_fast.text.hierarchies import Hierarchy
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
@@ -29,7 +30,7 @@ TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on
 
 @pytest.fixture(scope="module")
 def model() -> UniCL:
-    return UniCL(tiny_config()).double().eval()
+    return build_model(tiny_config()).double().eval()
 
 
 class ImageLoader:
@@ -62,13 +63,8 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
     labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
-    result = ModelOnRanks(model=model).classify(
-        ImageLoader(images),
-        scores_by(model, classifier),
-        labels_of=lambda sample: labels[sample],
-        class_names=NAMES,
-        what="zero-shot",
-    )
+    features = ModelOnRanks(model=model).encode(ImageLoader(images), num_samples=10)
+    result = classify(features, classifier, labels=list(labels.values()), class_names=NAMES)
     # of samples 0 to 7 the place of the label is 0 1 2 3 4 5 6 0; 8 has none, 9 is right
     assert (result.num_samples, result.num_correct, result.num_correct_top5) == (9, 3, 7)
     assert result.num_without_label == 1
@@ -94,16 +90,9 @@ def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> N
                 assert opened.class_names == tuple(names.split("\n")[:2])
 
 
-def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
-    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+def test_without_labels_there_is_nothing_to_classify() -> None:
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        ModelOnRanks(model=model).classify(
-            ImageLoader(images),
-            scores_by(model, torch.ones(7, 8, dtype=torch.float64)),
-            labels_of=lambda sample: [],
-            class_names=NAMES,
-            what="zero-shot",
-        )
+        classify(torch.ones(2, 8), torch.ones(7, 8), labels=[[], []], class_names=NAMES)
 
 
 def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:

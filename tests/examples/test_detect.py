@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unicl_fast import UniCL
 from unicl_fast.conversion.libraries import write_timm
+from unicl_fast.models.unicl import build_model
 
 pytest.importorskip("pycocotools")
 
@@ -41,7 +42,7 @@ def pasted(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def exported(folder: Path, encoder: str) -> UniCL:
     config = tiny_config(image_encoder=encoder, precision="fp32")
     settings = dataclasses.replace(config.model, drop_path=0.0)
-    model = UniCL(dataclasses.replace(config, model=settings)).eval()
+    model = build_model(dataclasses.replace(config, model=settings)).eval()
     write_timm(model, folder)
     return model
 

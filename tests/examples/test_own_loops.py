@@ -23,8 +23,8 @@ from unicl_fast.dataset.torch_dataset import TorchDataset
 from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.data import build_prompts, open_datasets
-from unicl_fast.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "own_loop"
 
@@ -61,7 +61,7 @@ def expected(config: TrainConfig) -> list[float]:
 
     datasets, weights = open_datasets(config.data)
     loader = TrainLoader(config, datasets, weights, build_prompts(datasets, config))
-    trainer = Trainer(config, loader, progress=False)
+    trainer = make_trainer(config, loader, progress=False)
     batches = itertools.islice(loader.batches(0), 20)
     losses = [float(trainer.train_step(batch)[0]) for batch in batches]
     loader.close()
@@ -108,9 +108,9 @@ def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
             if label < 0:
                 caption = source.caption_tokens(index, 0)
                 assert tokens[index, : len(caption)].tolist() == caption.tolist()
-                assert batch.class_ids[index] >= CAPTION_KEYS_START
+                assert batch.targets.class_ids[index] >= CAPTION_KEYS_START
             else:
-                assert known == [label] == [int(batch.class_ids[index])]
+                assert known == [label] == [int(batch.targets.class_ids[index])]
                 rows = dataset.prompts.rows_of(0, label, range(dataset.prompts.num_templates[0]))
                 assert tokens[index, :8].tolist() in dataset.prompts.tokens[rows][:, :8].tolist()
         kinds = {label < 0 for n, label in enumerate(labels.tolist()) if n % 3 == 2}

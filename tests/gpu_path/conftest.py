@@ -7,7 +7,7 @@ import ctypes
 import pytest
 from fake_gpu import build_stand_in
 
-from unicl_fast.models.efficiency import has_compiler
+from unicl_fast.models.compilation import has_compiler
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import ListLoader
 from unicl_fast.distributed.signals import Interruption
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 VERSIONS = {"torch": torch.__version__.split("+")[0]}
@@ -31,14 +32,14 @@ def step_of(
     """The figures of rank 0's third step, with the question whether to stop after it."""
     images = torch.zeros(LOCAL_BATCH_SIZE, 32, 32, 3, dtype=torch.uint8)
     batch = labelled_batch(images, objective=objective)
-    counts = [len(batch.tokens)] * world_size
+    counts = [len(batch.texts.tokens)] * world_size
     if ragged:
         counts[1:] = [1 + 7 * rank % 9 for rank in range(1, world_size)]
     config = objective_config(objective, **{"precision": "fp32", **efficiency})
     run = dataclasses.replace(config.run, global_batch_size=LOCAL_BATCH_SIZE * world_size)
     config = dataclasses.replace(config, run=run)
     with fake_ranks(world_size) as ranks:
-        trainer = Trainer(
+        trainer = make_trainer(
             config, ListLoader([batch]), ranks=ranks, device=torch.device("cpu"), progress=False
         )
         steps: list[Collectives] = []
@@ -78,7 +79,6 @@ OTHERS = {
     "shard=full": {"shard": "full"},
     "shard=full, micro-batches": {"shard": "full", "micro_batch_size": 6},
     "shard=full, BatchNorm": {"shard": "full", "image_encoder": "unicl_convnet7_small"},
-    "shard=full, compressed": {"shard": "full", "compress_gradients": True},
 }
 
 

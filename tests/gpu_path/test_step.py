@@ -21,7 +21,7 @@ from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
-from unicl_fast.models import efficiency
+from unicl_fast.models import compilation
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -41,10 +41,6 @@ STEPS = [
         *("unicl", "fp16", {"micro_batch_size": 6, "activation_checkpointing": True}),
         id="unicl fp16 micro-batches checkpointing",
     ),
-    pytest.param(
-        *("unicl, mixed", "bf16", {"text_layout": "trimmed", "channels_last": False}),
-        id="unicl mixed bf16 trimmed channels-first",
-    ),
     *(
         pytest.param(objective, precision, {}, id=f"{objective} {precision}", marks=slow)
         for objective in OBJECTIVES
@@ -56,10 +52,6 @@ STEPS = [
         for name, settings in {
             "checkpointing": {"activation_checkpointing": True},
             "micro-batches": {"micro_batch_size": 6},
-            "channels-first": {"channels_last": False},
-            "trimmed": {"text_layout": "trimmed"},
-            "padded": {"text_layout": "padded"},
-            "every text": {"unique_texts": False, "text_layout": "trimmed"},
             "tiled": {"loss": "tiled"},
             "ema": {"ema_decay": 0.99},
             "convnet": {"image_encoder": "unicl_convnet7_small", "max_bad_steps": 3},
@@ -140,7 +132,7 @@ def test_the_step_of_a_preset_stays_in_its_budget(
     """512 photographs of 224 x 224 in bf16: the released recipe on eight GPUs."""
     if attention == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: "")
+        monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: "")
     config = build_preset(preset)
     settings = {"precision": "bf16", "compile": "off", "window_attention": attention}
     config = dataclasses.replace(
@@ -179,7 +171,7 @@ def test_no_tower_stores_scores(
     """Neither that of texts, nor those of images but for timm's windows, in which they are seen."""
     if attention == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: "")
+        monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: "")
         from unicl_fast.models import window_attention
 
         # sums of the bias' gradients have the shape of scores where a program has one window

@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from unicl_fast.dataset.arrays import HEADER_BYTES
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -102,8 +103,8 @@ def shard_of(folder: Path, sample: int) -> Path:
 
 
 def _write_samples(folder: Path, samples: np.ndarray) -> None:
-    np.save(folder / "new.npy", samples)
-    (folder / "new.npy").rename(folder / "samples.npy")
+    path = folder / "samples.npy"
+    path.write_bytes(path.read_bytes()[:HEADER_BYTES] + samples.tobytes())
     checksums = read_checksums(folder)
     assert checksums is not None
     checksums["samples.npy"] = file_checksum(folder / "samples.npy")

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 Damage = Callable[[bytes], bytes]
@@ -17,6 +21,33 @@ ODD_VALUES = [
     None, True, False, "", "x", "../../etc/passwd", "\ud800", [], {}, [[]], [None], {"x": 1}, 0, 1,
     2, 0.5, 1e308, float("nan"), float("inf"), *HUGE,
 ]  # fmt: skip
+
+
+def run_fuzzer(program: str, folder: Path, examples: int) -> dict[str, int]:
+    """Runs a fuzzer on a folder in a process of its own, so that a crash is a failure.
+
+    Returns how many of its cases ended how.
+    """
+    result = subprocess.run(
+        [sys.executable, program, str(folder), str(examples)],
+        capture_output=True,
+        text=True,
+        timeout=290,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    counts: dict[str, int] = json.loads(result.stdout)
+    return counts
+
+
+def thorough(examples: int) -> settings:
+    """The same examples at every run."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @st.composite

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from unicl_fast.benchmarks.diagnosis import outlook
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit
 from unicl_fast.benchmarks.diagnosis.model import READ, Checkpointing, Cost, Measured, Stage
 from unicl_fast.benchmarks.diagnosis.report import Diagnosis
@@ -57,14 +56,13 @@ def measured(**changes: Any) -> Measured:
 def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
     """What `unicl-bench run` makes of the numbers."""
     useful, idle = advise(found)
-    plans = outlook.on_ranks(found, samples=10**6, failures_per_day=0.02)
     config = TrainConfig()
     plain = Diagnosis(
         measured=found,
         limit=find_limit(found),
-        useful=tuple(useful),
-        idle=tuple(idle),
-        plans=tuple(plans),
+        advice=tuple(useful),
+        does_not_matter=tuple(idle),
+        hours=10**6 / found.predict() / 3600,
         largest_batch=64,
         tried=None,
         config=config_to_dict(config),

@@ -14,8 +14,9 @@ import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,7 +36,8 @@ from torch.utils.flop_counter import flop_registry
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.models import precision
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import build_model
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 GPU = torch.device("cuda:0")
@@ -178,14 +180,21 @@ def fake_trainer(mode: FakeTensorMode, config: TrainConfig, batch: Batch) -> tup
     """A trainer on the GPU, and the batch on a host of fake tensors; call it inside `fake_gpu`."""
     # nobody reads the weights: meta tensors take no time
     with unset_fake_temporarily(), torch.device("meta"):
-        model = UniCL(config)
+        model = build_model(config)
     model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    tensors = {
-        name: mode.from_tensor(value) for name, value in values.items() if isinstance(value, Tensor)
-    }
-    batch = replace(batch, **tensors)
-    return Trainer(config, ListLoader([batch]), model=model, device=GPU, progress=False), batch
+    batch = _faked(mode, batch)
+    return make_trainer(config, ListLoader([batch]), model=model, device=GPU, progress=False), batch
+
+
+def _faked(mode: FakeTensorMode, value: Any) -> Any:
+    """A tensor, or a dataclass of tensors and of others like it, without memory."""
+    if isinstance(value, Tensor):
+        return mode.from_tensor(value)
+    if not is_dataclass(value):
+        return value
+    return replace(
+        value, **{one.name: _faked(mode, getattr(value, one.name)) for one in fields(value)}
+    )
 
 
 class HostWaitsError(AssertionError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,6 @@ def jpeg(number: int) -> bytes:
     """An image of 8 x 8 pixels; every number has its own."""
     pixels = np.full((8, 8, 3), (number * 7 % 256, number % 256, 200), np.uint8)
     return bytes(simplejpeg.encode_jpeg(pixels))
-
-
-def base64_text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:

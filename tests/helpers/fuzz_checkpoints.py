@@ -10,21 +10,25 @@ that started it sees.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
 from pathlib import Path
 
 import torch
-from damaged_files import damaged_bytes, damaged_json, damaged_safetensors
-from hypothesis import HealthCheck, given, settings
+from damaged_files import damaged_bytes, damaged_json, damaged_safetensors, run_fuzzer, thorough
+from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model
 from unicl_fast.config import config_to_dict, load_config
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
+
+fuzz = functools.partial(run_fuzzer, __file__)
 
 
 def is_clear(error: Exception) -> bool:
@@ -57,7 +61,7 @@ def main(folder: Path, examples: int) -> None:
     logging.disable(logging.WARNING)  # of settings that differ, which is not an error
     config = tiny_config(steps=2, precision="fp16")
     images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
-    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    trainer = make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.data = {"classes": ["cat", "dog"]}
     trainer.fit()
     checkpoint = folder / "checkpoints" / "step-00000002"
@@ -76,13 +80,7 @@ def main(folder: Path, examples: int) -> None:
         return name, data, draw(st.booleans()), draw(st.booleans())
 
     @given(case=damage())
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @thorough(examples)
     def check(case: tuple[str, bytes, bool, bool]) -> None:
         name, data, fitting, resume = case
         (checkpoint / name).write_bytes(data)

@@ -8,14 +8,14 @@ interpreter ends this process with a signal, which the test that started it sees
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from damaged_files import damaged_bytes, damaged_json, damaged_npy
-from hypothesis import HealthCheck, given, settings
+from damaged_files import damaged_bytes, damaged_json, damaged_npy, run_fuzzer, thorough
+from hypothesis import given
 from hypothesis import strategies as st
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES
@@ -54,17 +54,7 @@ def is_clear(error: Exception, folder: Path) -> bool:
     return ours and str(folder) in str(error)
 
 
-def fuzz(folder: Path, examples: int) -> dict[str, int]:
-    """Runs this program on a data set in a process of its own, so that a crash is a failure."""
-    result = subprocess.run(
-        [sys.executable, __file__, str(folder), str(examples)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    counts: dict[str, int] = json.loads(result.stdout)
-    return counts
+fuzz = functools.partial(run_fuzzer, __file__)
 
 
 def main(folder: Path, examples: int) -> None:
@@ -86,13 +76,7 @@ def main(folder: Path, examples: int) -> None:
         return name, data, draw(st.booleans())
 
     @given(case=damage())
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @thorough(examples)
     def check(case: tuple[str, bytes, bool]) -> None:
         name, data, with_checksums = case
         (folder / name).write_bytes(data)

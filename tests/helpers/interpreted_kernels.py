@@ -118,11 +118,12 @@ def gradients_of_swin(
     from small_runs import tiny_config
     from torch._dynamo.utils import counters
 
-    from unicl_fast.models.efficiency import find_blocks, fuse_window_attention
-    from unicl_fast.models.unicl import UniCL
+    from unicl_fast.models.blocks import find_blocks
+    from unicl_fast.models.compilation import fuse_window_attention
+    from unicl_fast.models.unicl import build_model
 
     config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32", **efficiency)
-    model = UniCL(config).to(images.device)
+    model = build_model(config).to(images.device)
     assert fuse_window_attention(model.image_encoder) == 6
     model.set_drop_path_key(step=0, global_index=torch.arange(len(images), device=images.device))
     torch.compiler.reset()

@@ -18,11 +18,12 @@ import torch  # noqa: E402
 from small_runs import tiny_config  # noqa: E402
 
 import unicl_fast  # noqa: E402
-from unicl_fast import Tokenizer, Trainer, UniCL, load_model  # noqa: E402
+from unicl_fast import Tokenizer, UniCL, load_model  # noqa: E402
 from unicl_fast.batch import ListLoader  # noqa: E402
 from unicl_fast.objectives.targets import collate  # noqa: E402
+from unicl_fast.training.assembly import make_trainer  # noqa: E402
 
-NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.arrow_tables")
+NEED_EXTRAS = ("objectives.loss_triton", "packing.sources.parquet_rows")
 """Modules that are imported where triton and pyarrow are there."""
 
 
@@ -40,7 +41,7 @@ def main(folder: Path) -> None:
     config = tiny_config(precision="fp32", steps=3)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, trackers=()))
     run_folder = folder / "run"
-    Trainer(config, ListLoader(batches), run_folder=run_folder, progress=False).fit()
+    make_trainer(config, ListLoader(batches), run_folder=run_folder, progress=False).fit()
     model = load_model(run_folder)
     assert isinstance(model.encoders, UniCL)
     assert len(model.classify([images[0].numpy()], ["square", "dog"])[0]) == 2

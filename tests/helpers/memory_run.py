@@ -14,8 +14,8 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.memory_plan import plan
-from unicl_fast.training.trainer import Trainer
 
 TEXT_TOKENS = 12
 
@@ -47,7 +47,7 @@ def train(config: TrainConfig) -> int:
     # Resets the peak (proc(5)): a process starts with the one of whoever started it.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = peak()
-    Trainer(config, ListLoader([batch]), progress=False).fit()
+    make_trainer(config, ListLoader([batch]), progress=False).fit()
     return peak() - before
 
 

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
+from unicl_fast.dataset.object_store import ObjectStore
+
 
 class FaultyStore(MemoryFileSystem):  # type: ignore[misc]
     """Objects in memory under faulty://; every read is noted, and may be made to fail."""
@@ -188,3 +190,8 @@ def s3_environment(url: str) -> dict[str, str]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "no_proxy": os.environ.get("no_proxy", "") + ",127.0.0.1",
     }
+
+
+def put(store: ObjectStore, name: str, data: bytes) -> None:
+    """Writes an object without retries."""
+    store._call("pipe_file", store._path(name), data)

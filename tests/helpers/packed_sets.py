@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import xxhash
 
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
@@ -16,6 +19,52 @@ from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
+
+FACTS: dict[str, Any] = {
+    "tokenizer": "clip-bpe",
+    "vocabulary_hash": "0123",
+    "context_length": 77,
+    "class_names": ["cat", "dog"],
+    "templates": ["a photo of a {}"],
+    "source": ["here"],
+    "seed": 3,
+    "tool_version": "0.1.0",
+}
+"""What a writer is given at the end."""
+
+
+def sample_of(image: bytes, number: int, **changes: Any) -> PackedSample:
+    """A sample with captions, labels or both, whose image need be none."""
+    fields: dict[str, Any] = {
+        "extension": "jpg",
+        "height": 16,
+        "width": 20 + number,
+        "xxh3": xxhash.xxh3_64_intdigest(image),
+        "captions": [f"caption {which} of {number}" for which in range(number % 3)],
+        "tokens": [
+            np.array([49406, number, which, 49407], np.uint16) for which in range(number % 3)
+        ],
+        "labels": [number % 2] if number % 3 != 1 else [],
+        "source": "photos",
+        "name": f"{number}.jpg",
+    }
+    return PackedSample(image=image, **(fields | changes))
+
+
+def write_set(
+    out: Path,
+    samples: Iterable[PackedSample],
+    *,
+    shard_bytes: int = 10**9,
+    images: Literal["encoded", "raw"] = "encoded",
+    **facts: Any,
+) -> Manifest:
+    """Writes samples as they are, and a row of what was left out."""
+    with DatasetWriter(out, shard_bytes=shard_bytes, images=images) as writer:
+        for one in samples:
+            writer.add(one)
+        writer.quarantine(source="photos", name="x\udcff.jpg", kind="damaged", message="a, b")
+        return writer.finish(**(FACTS | facts))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A rank that does what its own one of the arguments says: a number to exit with, or `sleep`."""
+"""A rank that does what its own one of the arguments says: a number to exit with, sleep, die."""
 
 import os
 import signal
@@ -7,6 +7,9 @@ import time
 
 if __name__ == "__main__":
     asked = sys.argv[1 + int(os.environ["RANK"])]
+    print("started", flush=True)
+    if asked == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
     if asked == "sleep":
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(9))
         print("asleep", flush=True)

@@ -16,8 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -49,24 +51,28 @@ from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
 from unicl_fast.evaluation import data
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
-from unicl_fast.evaluation.report import ClassificationCounts
-from unicl_fast.evaluation.zero_shot import scores_by
+from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult
+from unicl_fast.evaluation.zero_shot import classify
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
-from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.objectives.operands import Classes, Operands
+from unicl_fast.objectives.registry import make_objective
+from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
 from unicl_fast.system import machine
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
-from unicl_fast.training import run
+from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
-from unicl_fast.training.data import resolve_decode_device
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.settle import settle_decoding
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -124,6 +130,21 @@ def _enter(
         worker(ranks, *arguments)
 
 
+def trainer_of(
+    ranks: Ranks,
+    images: torch.Tensor,
+    config: TrainConfig,
+    *,
+    loader: StepLoader | None = None,
+    change: Callable[[Batch], Batch] = lambda batch: batch,
+    **options: Any,
+) -> Trainer:
+    """A rank's trainer, by default with a `StepLoader` of its part of each batch."""
+    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
+    loader = loader or StepLoader(images, change=change, **mine)
+    return make_trainer(config, loader, ranks=ranks, progress=False, **options)
+
+
 NAMED = LedgerSource("images", 32)
 
 
@@ -148,8 +169,7 @@ def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
 
 def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
-    loader = loader or StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    trainer = trainer_of(ranks, images, config, loader=loader)
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
     # GradScaler's first scale is found by trial: it would overflow here, and skip the step
@@ -160,17 +180,6 @@ def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[f
     return loss.item(), {
         name: parameter.grad for name, parameter in trainer.model.named_parameters()
     }
-
-
-def with_fixed_scale(config):
-    model = dataclasses.replace(config.model, learn_logit_scale=False)
-    return dataclasses.replace(config, model=model)
-
-
-def write_fixed_scale_gradients(ranks, images: torch.Tensor, folder: str) -> None:
-    """Loss and parameter gradients of this rank in micro-batches."""
-    config = with_fixed_scale(tiny_config(micro_batch_size=4))
-    torch.save(first_gradients(images, ranks, config), Path(folder) / f"{ranks.rank}.pt")
 
 
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
@@ -206,32 +215,25 @@ def write_objective_gradients(
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
-    from unicl_fast.training.global_loss import TextColumns
-
     images, texts, text_index, class_ids = ragged_features()
     share = ranks.local_batch_size(len(images))
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
-    for name, form in itertools.product(("softmax", "sigmoid"), ("dense", "tiled")):
-        inputs = [
-            images[mine].clone().requires_grad_(),
-            texts.clone().requires_grad_(),
-            torch.tensor(40.0, dtype=torch.float64, requires_grad=True),
-        ]
+    text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
+    classes = Classes(class_ids[mine], text_class_ids, counts)
+    for name, form in itertools.product(("unicl", "sigmoid"), ("dense", "tiled")):
+        inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
+        learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
         if name == "sigmoid":
-            inputs.append(torch.tensor(-10.0, dtype=torch.float64, requires_grad=True))
-        text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
-        columns = TextColumns(text_class_ids, counts, ranks)
-        loss = columns.contrast(
-            inputs[0],
-            columns.send(inputs[1][distinct]),
-            class_ids=class_ids[mine],
-            scale=inputs[2],
-            bias=inputs[3] if name == "sigmoid" else None,
-            form=form,
+            bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+            learnt["logit_bias"] = bias
+        columns = TextColumns(classes, ranks)
+        all_texts = columns.receive(columns.send(inputs[1][distinct]))
+        loss = make_objective(name).loss(
+            Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
         )
-        gradients = torch.autograd.grad(loss, inputs)
+        gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
         torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
 
@@ -240,7 +242,6 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from unicl_fast.distributed import ranks as ranks_module
-    from unicl_fast.training.global_loss import TextColumns
 
     generator = torch.Generator().manual_seed(ranks.rank)
     images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -267,15 +268,14 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
         for module, name in collectives:
             stack.enter_context(mock.patch.object(module, name, counting(module, name)))
         flops = stack.enter_context(FlopCounterMode(display=False))
-        columns = TextColumns(
-            torch.arange(len(texts)), torch.ones(len(texts), dtype=torch.int64), ranks
+        classes = Classes(
+            torch.arange(6), torch.arange(len(texts)), torch.ones(len(texts), dtype=torch.int64)
         )
-        loss = columns.contrast(
-            images,
-            columns.send(texts),
-            class_ids=torch.arange(6),
-            scale=torch.tensor(10.0, dtype=torch.float64),
-            form="dense",
+        columns = TextColumns(classes, ranks)
+        learnt = {"logit_scale": torch.tensor(10.0, dtype=torch.float64).log()}
+        all_texts = columns.receive(columns.send(texts))
+        loss = make_objective().loss(
+            Operands(images, all_texts, classes.images, learnt, "dense", ranks)
         )
         forward = flops.get_total_flops()
         loss.backward()
@@ -289,31 +289,19 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
         torch.save(dict(model.named_buffers()), Path(folder) / f"{ranks.rank}.pt")
         return {}
 
-    Trainer(
-        tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32"),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
-        ranks=ranks,
-        evaluations={"buffers": evaluation},
-        progress=False,
-    ).fit()
+    config = tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32")
+    trainer_of(ranks, images, config, evaluations={"buffers": evaluation}).fit()
 
 
 def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
     """Trains, and writes the average of the weights as this rank has it."""
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    trainer = trainer_of(ranks, images, config)
     trainer.fit()
     torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
 
 
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
-    trainer = Trainer(
-        tiny_config(steps=steps),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
-        run_folder=Path(folder),
-        ranks=ranks,
-        progress=False,
-    )
+    trainer = trainer_of(ranks, images, tiny_config(steps=steps), run_folder=Path(folder))
     if resume:
         trainer.resume(Path(resume))
     trainer.fit()
@@ -333,24 +321,26 @@ class PassesByRank:
         return {"worst": max((abs(norm - len(pixels)) for norm in found), default=0.0)}
 
 
+@mock.patch("unicl_fast.training.observers._CHECKED_EVERY", 1)
 def train_each(
     ranks, images: torch.Tensor, folder: Path, runs: dict[str, tuple[TrainConfig, Path | None]]
 ) -> None:
     """Trains runs of a name, a config and a checkpoint to resume from, each in a folder of its own.
 
-    Each rank adds its weights, and the bytes that it holds of parameters and optimizer state.
+    Weights are compared over ranks after each step. Each rank adds its weights, and the bytes that
+    it holds of parameters and optimizer state.
     """
     place = {"rank": ranks.rank, "world_size": ranks.world_size}
     for name, (config, checkpoint) in runs.items():
         in_stages = functools.partial(staged_batch, config=config)
         make = in_stages if config.run.stages else global_batch
-        trainer = Trainer(
+        trainer = trainer_of(
+            ranks,
+            images,
             config,
-            StepLoader(images, **place, make=make),
+            loader=StepLoader(images, **place, make=make),
             run_folder=folder / name,
-            ranks=ranks,
             evaluations={"passes": PassesByRank(images, ranks)},
-            progress=False,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint)
@@ -375,22 +365,21 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
     with contextlib.ExitStack() as stack:
         if not ranks.is_main:
             stack.enter_context(mock.patch("unicl_fast.conversion.initial.read_source", not_here))
-        model = UniCL(config)
+        model = build_model(config)
         initialise(model, ranks)
         nowhere = dataclasses.replace(config.model, init=str(folder / "nowhere"))
         refusal = ""
         try:
-            initialise(UniCL(dataclasses.replace(config, model=nowhere)), ranks)
+            initialise(build_model(dataclasses.replace(config, model=nowhere)), ranks)
         except SharedRefusal as error:
             refusal = str(error)
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(config, loader, model=model, ranks=ranks, progress=False)
+    trainer = trainer_of(ranks, images, config, model=model)
     tensors = {
         what: {name: whole(tensor) for name, tensor in module.state_dict().items()}
         for what, module in (("model", trainer.model), ("average", trainer.ema.module))
     }
     torch.save(tensors | {"refusal": refusal}, folder / f"{ranks.rank}.pt")
-    trainer.train_step(next(loader.batches(0)))
+    trainer.train_step(next(trainer.loader.batches(0)))
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -414,9 +403,8 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
 
     Rank 1 looks for the checkpoint on a disk where there is none.
     """
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     for checkpoint in checkpoints:
-        trainer = Trainer(config, loader, ranks=ranks, progress=False)
+        trainer = trainer_of(ranks, images, config)
         try:
             trainer.resume(checkpoint if ranks.is_main else Path("/not-there") / checkpoint.name)
             found = [trainer.step, trainer.run_id, trainer.scaler.state_dict()]
@@ -430,12 +418,7 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
     """Gradient values that DDP sends in each of three steps in micro-batches of 2."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    trainer = Trainer(
-        tiny_config(micro_batch_size=2),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
-        ranks=ranks,
-        progress=False,
-    )
+    trainer = trainer_of(ranks, images, tiny_config(micro_batch_size=2))
     reduced = [0, 0, 0]
 
     def count(state, bucket):  # DDP reads annotations, and takes no strings
@@ -452,10 +435,7 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
 
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
     """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(
-        tiny_config(steps=50), loader, run_folder=folder / "run", ranks=ranks, progress=False
-    )
+    trainer = trainer_of(ranks, images, tiny_config(steps=50), run_folder=folder / "run")
     step_of = trainer.train_step
 
     def train_step(batch):
@@ -473,13 +453,8 @@ def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
     """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
     ledger = ledger_in(folder, ranks)
-    trainer = Trainer(
-        tiny_config(),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=named),
-        run_folder=folder,
-        ranks=ranks,
-        ledger=ledger,
-        progress=False,
+    trainer = trainer_of(
+        ranks, images, tiny_config(), change=named, run_folder=folder, ledger=ledger
     )
     write, found = ledger._write, []
 
@@ -511,13 +486,8 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
     limits.LEAST_DRAWS = 30
     config = tiny_config(steps=50)
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
-    trainer = Trainer(
-        dataclasses.replace(config, data=data),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=replaced),
-        run_folder=Path(folder),
-        ranks=ranks,
-        progress=False,
-    )
+    config = dataclasses.replace(config, data=data)
+    trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
     try:
         trainer.fit()
     except limits.TooManyBadSamplesError as error:
@@ -542,17 +512,16 @@ def train_watched(
     config = dataclasses.replace(
         config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
     )
-    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
 
     def hang(batch: Batch) -> Batch:
         if batch.step == hangs_at.get(ranks.rank):
             time.sleep(600)
         return batch
 
-    loader = StepLoader(images, change=hang, **mine)
+    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
     with Watchdog(limit_seconds=limit_seconds, **mine) as watchdog:
         watchdog.meet(ranks)
-        trainer = Trainer(config, loader, ranks=ranks, progress=False)
+        trainer = trainer_of(ranks, images, config, change=hang)
         step_of = trainer.train_step
 
         def train_step(batch):
@@ -577,13 +546,8 @@ def recorded(batch: Batch) -> Batch:
 
 def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path, shard: str) -> None:
     config = tiny_config(steps=4, shard=shard)
-    trainer = Trainer(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1)),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=recorded),
-        run_folder=folder / "run",
-        ranks=ranks,
-        progress=False,
-    )
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1))
+    trainer = trainer_of(ranks, images, config, change=recorded, run_folder=folder / "run")
     if ranks.rank == 1:
         poison_step(trainer, step=2)
     trainer.fit()
@@ -607,8 +571,9 @@ class ZeroShotOfFour:
             if number == 2 and len(self.shown) == self.signals_in_pass:
                 os.kill(os.getpid(), signal.SIGTERM)
             self.shown[-1] = number
-            places = slice(3 * number, 3 * number + 3)
-            yield EvaluationBatch(images=self.images[places], sample_ids=torch.arange(12)[places])
+            places = torch.arange(3 * number, 3 * number + 3)
+            ids = self.ranks.rank + self.ranks.world_size * places
+            yield EvaluationBatch(images=self.images[places], sample_ids=ids)
         self.shown[-1] = 4
 
     def close(self) -> None: ...
@@ -617,28 +582,27 @@ class ZeroShotOfFour:
         generator = torch.Generator().manual_seed(1)
         width = model.config.model.embed_dim
         classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
-        result = ModelOnRanks(model=model, ranks=self.ranks).classify(
-            self,
-            scores_by(model, classifier),
-            labels_of=lambda sample: [sample % 3],
+        on_ranks = ModelOnRanks(model=model, ranks=self.ranks)
+        count = 12 * self.ranks.world_size
+        judge = functools.partial(
+            classify,
+            classifier=classifier,
+            labels=[[sample % 3] for sample in range(count)],
             class_names=("a", "b", "c"),
-            what="zero-shot",
         )
-        return {"top1": result.top1}
+        features = on_ranks.encode(self, num_samples=count)
+        return {"top1": on_ranks.on_rank_0(judge, features, ClassificationResult).top1}
 
 
 def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
     """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
     config = tiny_config(steps=50)
-    trainer = Trainer(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, evaluate_every_steps=3)),
-        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
-        run_folder=folder / "run",
-        ranks=ranks,
-        evaluations={
-            "some": ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
-        },
-        progress=False,
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, evaluate_every_steps=3)
+    )
+    zero_shot = ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
+    trainer = trainer_of(
+        ranks, images, config, run_folder=folder / "run", evaluations={"some": zero_shot}
     )
     try:
         trainer.fit()
@@ -674,10 +638,10 @@ def agree_on_a_precision(ranks: Ranks) -> None:
     """Rank 0 finds bf16 faster; the others, which find it slower, are not asked."""
     seconds = (2.0, 1.0) if ranks.is_main else (1.0, 2.0)
     with mock.patch.object(precision, "seconds_of_products", return_value=seconds):
-        config = precision.resolve_precision(
-            build_preset("digits-small"), torch.device("cpu"), ranks=ranks
-        )
-    assert config.efficiency.precision == "bf16"
+        given = build_preset("digits-small").efficiency.precision
+        assert given == "auto"
+        settled = precision.settle_precision(given, torch.device("cpu"), ranks=ranks)
+    assert settled == "bf16"
 
 
 def agree_on_a_decoder(ranks: Ranks) -> None:
@@ -686,11 +650,11 @@ def agree_on_a_decoder(ranks: Ranks) -> None:
     with mock.patch.object(machine, "has_jpeg_decoder", return_value=False):
         for cores, expected in (((8, 2), "gpu"), ((8, 4), "cpu")):
             own = dataclasses.replace(ranks, cores=cores[ranks.rank])
-            config = resolve_decode_device(TrainConfig(), gpu, own)
+            config = settle_decoding(TrainConfig(), gpu, own)
             assert config.data.decode_device == expected
     requested: DecodeDevice = "cpu" if ranks.is_main else "gpu"
-    config = TrainConfig(data=DataConfig(decode_device=requested))
-    assert resolve_decode_device(config, gpu, ranks) == config
+    config = TrainConfig(data=DataConfig(decode_device=requested, threads=2))
+    assert settle_decoding(config, gpu, ranks) == config
 
 
 def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
@@ -702,8 +666,8 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
         dataset.remote = mock.Mock()
         dataset.remote.store.traffic.read_bytes = 9
     data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
-    with mock.patch.object(run, "Ledger") as ledger:
-        run._build_ledger(Path(), data, mock.Mock(), ranks)
+    with mock.patch.object(build, "Ledger") as ledger:
+        build._build_ledger(Path(), data, mock.Mock(), ranks)
     assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
     meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
     found = meter.describe(global_batch(images), ranks, num_steps=1)
@@ -713,13 +677,13 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
 def name_evaluations(ranks: Ranks, folders: list[str]) -> None:
     """Each rank has a link to another folder, and evaluations have the name of rank 0's."""
     mine = folders[ranks.rank]
-    with mock.patch.object(run, "PackedDataset"):
+    with mock.patch.object(build, "PackedDataset"):
         # the same one twice, on one rank
         for evaluate in ((mine,), (mine, folders[0]), (mine, folders[1])):
             config = TrainConfig(data=DataConfig(evaluate=evaluate))
             try:
                 data = mock.Mock(config=config, datasets=[])
-                found = list(run._build_evaluations(data, ranks, mock.Mock()))
+                found = list(build._build_evaluations(data, ranks, mock.Mock()))
             except SharedRefusal as error:
                 found = [str(error).rpartition(": ")[2]]
             expected = "name it once" if len(evaluate) > 1 else "zero_shot/first"
@@ -731,7 +695,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
     timeout = datetime.timedelta(seconds=seconds)
     ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
     dist.barrier(ranks.host_group)  # connects them, as those of a run are
-    pack = data._pack
+    pack = data.build_dataset
 
     def pack_slowly(*arguments: object, **settings: object) -> None:
         if ends:
@@ -739,7 +703,7 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
         time.sleep(2 * seconds)
         pack(*arguments, **settings)
 
-    with mock.patch.object(data, "_pack", pack_slowly):
+    with mock.patch.object(data, "build_dataset", pack_slowly):
         try:
             with data.open_data(source, ranks=ranks) as opened:
                 assert len(opened.dataset) == 21
@@ -802,14 +766,20 @@ def gather_features_of_slices(ranks, path: str) -> None:
         whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
         assert (whole is None) == (not ranks.is_main)
         tables.append(None if whole is None else whole.tolist())
-    counts = ClassificationCounts(("a", "b"), confusion=True)
-    places = range(ranks.rank, 7, ranks.world_size)
-    counts.add([[place % 2, 0] for place in places], [[0] if place else [] for place in places])
-    counts.sum_over(ranks)
+    counts = ClassificationCounts(("a", "b"))
+    counts.add([[0], [1, 0], [1]], [[0], [0], []])
+    expected = counts.result(what="this")
+    on_ranks = ModelOnRanks(mock.Mock(spec=UniCL), ranks)
+    gathered = expected if ranks.is_main else None
+    assert on_ranks.on_rank_0(lambda value: value, gathered, ClassificationResult) == expected
+    with pytest.raises(ValueError, match="no label"):
+        on_ranks.on_rank_0(refuse, gathered, ClassificationResult)
     if ranks.is_main:
-        result = counts.result(what="this")
-        found = result.to_json() | {"tables": tables, "confusion": result.confusion.tolist()}
-        Path(path).write_text(json.dumps(found))
+        Path(path).write_text(json.dumps(tables))
+
+
+def refuse(value: ClassificationResult) -> ClassificationResult:
+    raise ValueError("no label")
 
 
 def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
@@ -826,10 +796,7 @@ def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
 
 def train_with_a_parted_weight(ranks, images: torch.Tensor, folder: str, every_steps: int) -> None:
     """One bit of one weight of rank 1 changes after step 3."""
-    config = tiny_config(steps=6)
-    run = dataclasses.replace(config.run, check_ranks_every_steps=every_steps)
-    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
-    trainer = Trainer(dataclasses.replace(config, run=run), loader, ranks=ranks, progress=False)
+    trainer = trainer_of(ranks, images, tiny_config(steps=6))
     train_step = trainer.train_step
 
     def parting(batch: Batch):
@@ -842,8 +809,9 @@ def train_with_a_parted_weight(ranks, images: torch.Tensor, folder: str, every_s
 
     trainer.train_step = parting
     said = Path(folder) / str(ranks.rank)
-    try:
-        trainer.fit()
-        said.write_text(f"{trainer.step} steps")
-    except RuntimeError as error:
-        said.write_text(str(error))
+    with mock.patch("unicl_fast.training.observers._CHECKED_EVERY", every_steps):
+        try:
+            trainer.fit()
+            said.write_text(f"{trainer.step} steps")
+        except RuntimeError as error:
+            said.write_text(str(error))

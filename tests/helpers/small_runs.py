@@ -18,14 +18,16 @@ from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
 )
+from unicl_fast.objectives import registry
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import collate
 from unicl_fast.stages import span_at
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.observers import Checkpoints
 from unicl_fast.training.trainer import Trainer
 
 IMAGE_SIZE = 32
@@ -128,6 +130,11 @@ def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
     return images, texts, text_index, text_classes[text_index]
 
 
+def finish_writing(trainer: Trainer) -> None:
+    """Waits until the checkpoint that was begun is on the disk."""
+    next(one for one in trainer.observers if isinstance(one, Checkpoints)).finish_writing()
+
+
 def poison_step(trainer: Trainer, *, step: int) -> None:
     """In that step the features of the first image, and what BatchNorm sees, are not numbers."""
 
@@ -142,18 +149,27 @@ def poison_step(trainer: Trainer, *, step: int) -> None:
         module.register_forward_hook(poison)
 
 
+_MIXED = {"mixup": 0.8, "cutmix": 1.0}
+_BY_LABELS = {"positives": "labels"}
+_SETTINGS = {
+    "unicl": ("unicl", {}),
+    "clip": ("clip", {}),
+    "supcon": ("supcon", {}),
+    "ce": ("ce", {"num_classes": (2, 3)}),
+    "unicl, mixed": ("unicl", _MIXED),
+    "sigmoid": ("sigmoid", {}),
+    "siglip": ("siglip", {}),
+    "sigmoid, mixed": ("sigmoid", _MIXED),
+    "sigmoid, labels": ("sigmoid", _BY_LABELS),
+    "unicl, labels": ("unicl", _BY_LABELS),
+    "ce, labels": ("ce", {"num_classes": (2, 3), **_BY_LABELS}),
+    "ce, mixed": ("ce", {"num_classes": (2, 3), **_MIXED}),
+}
+# one test deletes an objective, and all others must work then
 OBJECTIVES = {
-    "unicl": ObjectiveConfig(),
-    "clip": ObjectiveConfig(name="clip"),
-    "supcon": ObjectiveConfig(name="supcon"),
-    "ce": ObjectiveConfig(name="ce", num_classes=(2, 3)),
-    "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
-    "sigmoid": ObjectiveConfig(form="sigmoid"),
-    "sigmoid, mixed": ObjectiveConfig(form="sigmoid", mixup=0.8, cutmix=1.0),
-    "sigmoid, labels": ObjectiveConfig(form="sigmoid", positives="labels"),
-    "unicl, labels": ObjectiveConfig(positives="labels"),
-    "ce, labels": ObjectiveConfig(name="ce", num_classes=(2, 3), positives="labels"),
-    "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
+    case: make_objective(name, **settings)
+    for case, (name, settings) in _SETTINGS.items()
+    if name in registry.OBJECTIVES
 }
 
 
@@ -191,7 +207,7 @@ def labelled_batch(
     if objective.startswith(("unicl, ", "sigmoid, ")):
         labels[-3:] = -1
         tokens[-3:] = Tokenizer()(TEXTS[2:5])
-    if objective == "clip":
+    if objective in ("clip", "siglip"):
         labels[:] = -1
     batch = collate(
         images.roll(step, dims=0),

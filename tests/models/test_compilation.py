@@ -21,22 +21,22 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import encode_images, encode_token_rows
-from unicl_fast.models import efficiency, image_encoder, small, text_encoder
-from unicl_fast.models.efficiency import (
+from unicl_fast.models import compilation, image_encoder, small, text_encoder
+from unicl_fast.models.compilation import (
     compile_encoders,
     has_compiler,
     pad_texts,
-    resolve_compilation,
     round_up_count,
     round_up_length,
     rounds_sizes,
+    settle_compilation,
 )
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import parallel as parallel_module
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.assembly import make_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +84,7 @@ def test_sizes_are_few_and_not_much_larger() -> None:
 
 
 def test_more_tokens_than_there_are_change_no_feature() -> None:
-    model = UniCL(tiny_config()).double().eval()
+    model = build_model(tiny_config()).double().eval()
     tokens = Tokenizer()(["a dog", "two people in the snow", "a photo of a cat"])[:, :12]
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
     exact = model.encode_text(tokens, num_tokens)
@@ -99,13 +99,7 @@ def test_more_tokens_than_there_are_change_no_feature() -> None:
 
 @pytest.mark.parametrize(
     "others",
-    [
-        {},
-        {"text_layout": "trimmed"},
-        {"text_layout": "padded"},
-        {"unique_texts": False},
-        {"micro_batch_size": 5},
-    ],
+    [{}, {"micro_batch_size": 5}],
     ids=lambda others: ",".join(others) or "default",
 )
 def test_padded_texts_do_not_count(
@@ -124,7 +118,7 @@ def test_padded_texts_do_not_count(
     "image_encoder", ["test_vit", pytest.param("unicl_convnet7_small", marks=pytest.mark.slow)]
 )
 def test_an_image_encoder_is_one_graph(image_encoder: str) -> None:
-    model = UniCL(tiny_config(image_encoder=image_encoder, precision="fp32"))
+    model = build_model(tiny_config(image_encoder=image_encoder, precision="fp32"))
     model.set_drop_path_key(step=0, global_index=torch.arange(3))
     found = torch._dynamo.explain(model.image_encoder)(torch.zeros(3, 3, 32, 32))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
@@ -136,7 +130,7 @@ def test_an_image_encoder_is_one_graph(image_encoder: str) -> None:
     ["swin-tiny", "focalnet-base", "resnet50", pytest.param("vit-base", marks=pytest.mark.long)],
 )
 def test_the_image_encoder_of_a_preset_is_one_graph(name: str) -> None:
-    model = UniCL(build_preset(name))
+    model = build_model(build_preset(name))
     model.set_drop_path_key(step=0, global_index=torch.arange(1))
     found = torch._dynamo.explain(model.image_encoder)(torch.zeros(1, 3, 224, 224))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
@@ -145,7 +139,7 @@ def test_the_image_encoder_of_a_preset_is_one_graph(name: str) -> None:
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "trimmed"])
 def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
     """A size that was new once, and one for all sizes; each without a break."""
-    encoder = UniCL(tiny_config(precision="fp32")).text_encoder
+    encoder = build_model(tiny_config(precision="fp32")).text_encoder
     for length in range(8, 88, 8):
         tokens = torch.ones(16, min(length, 77), dtype=torch.int64)
         inputs = tokens, tokens.numel() - length if is_packed else None
@@ -161,19 +155,15 @@ def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "layout", "first", "most"),
+    ("what", "first", "most"),
     [
-        ("encoders", "packed", 2, 4),
-        ("encoders", "trimmed", 2, 4),
-        # image blocks with and without drop path, and text blocks
-        ("blocks", "packed", 3, 6),
-        ("blocks", "trimmed", 3, 6),
+        ("encoders", 2, 4),
+        ("blocks", 3, 6),  # image blocks with and without drop path, and text blocks
     ],
 )
 def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
     images: torch.Tensor,
     what: str,
-    layout: str,
     first: int,
     most: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -200,8 +190,8 @@ def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
         batch_of_texts(images, num_texts=texts, num_words=words, step=step)
         for step, (texts, words) in enumerate(sizes)
     ]
-    config = tiny_config(compile=what, text_layout=layout)
-    trainer = Trainer(config, ListLoader(batches), progress=False)
+    config = tiny_config(compile=what)
+    trainer = make_trainer(config, ListLoader(batches), progress=False)
     graphs = []
     for batch in batches:
         trainer.train_step(batch)
@@ -237,7 +227,7 @@ def test_alike_batches_compile_once(
         batch_of_texts(images, num_texts=texts, num_words=words, step=step)
         for step, (texts, words) in enumerate([(12, 8), (11, 9), (10, 10), (12, 7), (9, 11)])
     ]
-    trainer = Trainer(tiny_config(compile=what), ListLoader(batches), progress=False)
+    trainer = make_trainer(tiny_config(compile=what), ListLoader(batches), progress=False)
     for batch in batches:
         trainer.train_step(batch)
     assert counters["stats"]["unique_graphs"] == graphs
@@ -275,9 +265,9 @@ def test_compiled_blocks_give_the_eager_gradients(
 
 def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch.Tensor) -> None:
     config = tiny_config(compile="blocks")
-    plain = UniCL(config).state_dict().keys()
+    plain = build_model(config).state_dict().keys()
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
-    trainer = Trainer(config, StepLoader(images), progress=False)
+    trainer = make_trainer(config, StepLoader(images), progress=False)
 
     def num_compiled(model: torch.nn.Module) -> int:
         return sum(module._compiled_call_impl is not None for module in model.modules())
@@ -315,7 +305,7 @@ def test_blocks_of_real_kernels_give_the_eager_gradients(images: torch.Tensor) -
 def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
         config = tiny_config(steps=3, **efficiency)
-        trainer = Trainer(config, StepLoader(images), progress=False)
+        trainer = make_trainer(config, StepLoader(images), progress=False)
         batches = trainer.loader.batches(0)
         losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
         return losses, trainer.model.state_dict()
@@ -358,60 +348,62 @@ def test_a_machine_without_a_compiler_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*efficiency.compile=off"):
-        compile_encoders(UniCL(tiny_config()), "blocks")
+        compile_encoders(build_model(tiny_config()), "blocks")
 
 
 def test_recomputed_batchnorm_is_not_compiled() -> None:
     config = tiny_config(image_encoder="unicl_convnet7_small", activation_checkpointing=True)
     with pytest.raises(ValueError, match="BatchNorm.*activation_checkpointing=False"):
-        compile_encoders(UniCL(config), "blocks", backend="eager")
+        compile_encoders(build_model(config), "blocks", backend="eager")
 
 
 def test_an_encoder_of_unknown_blocks_is_not_compiled_by_block() -> None:
-    model = UniCL(tiny_config(image_encoder="test_nfnet"))
+    model = build_model(tiny_config(image_encoder="test_nfnet"))
     with pytest.raises(ValueError, match="NormFreeNet has none.*compile=encoders"):
         compile_encoders(model, "blocks", backend="eager")
 
 
-def resolved(model: UniCL, device: str) -> str:
+def settled(model: UniCL, device: str) -> str:
     config = dataclasses.replace(model.config, efficiency=EfficiencyConfig(precision="fp64"))
-    return resolve_compilation(config, model, torch.device(device)).efficiency.compile
+    return settle_compilation(config.efficiency, model, torch.device(device))
 
 
 def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = UniCL(tiny_config())
+    model = build_model(tiny_config())
     capability = (8, 0)
     found = {"g++", "gcc", "triton"}
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in found else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(efficiency, "has_compiler", lambda: "g++" in found)
+    monkeypatch.setattr(compilation, "has_compiler", lambda: "g++" in found)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
-    assert (resolved(model, "cpu"), resolved(model, "cuda")) == ("off", "blocks")
+    assert (settled(model, "cpu"), settled(model, "cuda")) == ("off", "blocks")
     for missing in ("g++", "gcc", "triton"):
         found.remove(missing)
-        assert resolved(model, "cuda") == "off"
+        assert settled(model, "cuda") == "off"
         found.add(missing)
     capability = (6, 1)
-    assert resolved(model, "cuda") == "off"
+    assert settled(model, "cuda") == "off"
     capability = (7, 0)
-    assert resolved(UniCL(tiny_config(image_encoder="test_nfnet")), "cuda") == "off"
+    assert settled(build_model(tiny_config(image_encoder="test_nfnet")), "cuda") == "off"
     norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
-    assert resolved(UniCL(tiny_config(**norms)), "cuda") == "off"
-    monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
-    assert resolved(model, "cuda") == "off"
+    assert settled(build_model(tiny_config(**norms)), "cuda") == "off"
+    monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 1])
+    assert settled(model, "cuda") == "off"
 
 
 def test_on_a_cpu_nothing_is_compiled_by_default(images: torch.Tensor) -> None:
-    trainer = Trainer(tiny_config(), StepLoader(images), progress=False)
+    trainer = make_trainer(tiny_config(), StepLoader(images), progress=False)
     assert trainer.config.efficiency.compile == "off"
     assert EfficiencyConfig().compile == "auto"
 
 
 def test_sizes_of_texts_are_rounded_where_that_helps() -> None:
     cases = [("auto", "cpu"), ("off", "cpu"), ("blocks", "cpu"), ("off", "cuda")]
-    rounded = [rounds_sizes(tiny_config(compile=what), torch.device(on)) for what, on in cases]
+    rounded = [
+        rounds_sizes(tiny_config(compile=what).efficiency, torch.device(on)) for what, on in cases
+    ]
     assert rounded == [False, False, True, True]

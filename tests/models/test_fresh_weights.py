@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from unicl_fast.config import ModelConfig, TrainConfig
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import build_model
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def test_other_words_are_other_features(preset: str) -> None:
         config = fresh(preset, image_encoder="unicl_convnet7_small", drop_path=0.0)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
         with torch.no_grad():
-            features = UniCL(config).eval().encode_text(tokens)
+            features = build_model(config).eval().encode_text(tokens)
         of_noun = features.view(len(NOUNS), len(TEMPLATES), -1)
         pairs = (of_noun[:, None] - of_noun).square().sum(-1).mean(-1)
         distances.append(pairs.sum().item() / (len(NOUNS) * (len(NOUNS) - 1)))
@@ -66,7 +66,7 @@ def test_text_weights_are_as_large_as_open_clips(preset: str) -> None:
     from open_clip.transformer import TextTransformer
 
     model = text_shapes()[preset]
-    ours = UniCL(fresh(preset, image_encoder="unicl_convnet7_small", drop_path=0.0))
+    ours = build_model(fresh(preset, image_encoder="unicl_convnet7_small", drop_path=0.0))
     theirs = TextTransformer(
         context_length=model.context_length,
         vocab_size=model.vocab_size,
@@ -102,13 +102,14 @@ def test_both_towers_get_gradients_of_one_size(preset: str) -> None:
     0.4 to 2 in most presets; an EfficientNet whose BatchNorms see ten images is at 8 to 11.
     """
     config = fresh(preset)
-    model = UniCL(config)
+    model = build_model(config)
     texts = [f"a photo of a {noun}." for noun in NOUNS]
     model.set_drop_path_key(step=0, global_index=torch.arange(len(texts)))
     side = config.data.image_size
     images = torch.randn(len(texts), 3, side, side, generator=torch.Generator().manual_seed(0))
-    features, text_features, scale, *_ = model(images, Tokenizer()(texts))
-    logits, own = scale * features @ text_features.T, torch.arange(len(texts))
+    features, text_features, learnt = model(images, Tokenizer()(texts))
+    logits = learnt["logit_scale"].exp() * features @ text_features.T
+    own = torch.arange(len(texts))
     loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     loss.backward()
     image, text = (

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.models import text_encoder
-from unicl_fast.models.efficiency import checkpoint_blocks
+from unicl_fast.models.blocks import checkpoint_blocks
 from unicl_fast.models.image_encoder import (
     DropPathKey,
     KeyedDropPath,
@@ -40,7 +40,7 @@ from unicl_fast.training.optim import split_parameters
 
 @pytest.fixture(scope="module")
 def model() -> UniCL:
-    return UniCL(tiny_config()).double().eval()
+    return build_model(tiny_config()).double().eval()
 
 
 def test_padding_and_what_follows_the_end_change_nothing(model: UniCL) -> None:
@@ -82,7 +82,7 @@ def test_padding_that_is_part_of_a_text_is_computed_in_every_layout(
 ) -> None:
     config = tiny_config()
     settings = dataclasses.replace(config.model, text_causal=causal, text_pool=pool)
-    model = UniCL(dataclasses.replace(config, model=settings)).double().eval()
+    model = build_model(dataclasses.replace(config, model=settings)).double().eval()
     tokens = Tokenizer()(TEXTS)
     features = model.encode_text(tokens)
     changed = tokens.clone()
@@ -102,7 +102,7 @@ def test_a_projection_may_be_missing_or_have_a_bias() -> None:
 
     def with_projections(**settings: object) -> UniCL:
         model = dataclasses.replace(config.model, **settings)
-        return UniCL(dataclasses.replace(config, model=model)).double().eval()
+        return build_model(dataclasses.replace(config, model=model)).double().eval()
 
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     tokens = Tokenizer()(TEXTS)
@@ -267,7 +267,7 @@ def test_torchs_kernel_for_rows_of_any_length_equals_padded_rows(more: int) -> N
 
 
 def test_attention_is_plain_in_16_bits_on_a_cpu_and_equals_the_fused_one() -> None:
-    model = UniCL(tiny_config()).double().eval()
+    model = build_model(tiny_config()).double().eval()
     tokens = Tokenizer()(TEXTS)[:, :20]
     features = model.encode_text(tokens)
     place_module(model, device=torch.device("cpu"), precision=Precision("fp64"))
@@ -302,10 +302,10 @@ def test_a_text_that_is_too_long_for_the_encoder_is_refused(model: UniCL) -> Non
 
 def test_weights_depend_on_the_seed_alone() -> None:
     torch.manual_seed(1)
-    first = UniCL(tiny_config())
+    first = build_model(tiny_config())
     torch.manual_seed(2)
     state_before = torch.random.get_rng_state()
-    second = UniCL(tiny_config())
+    second = build_model(tiny_config())
     assert torch.equal(torch.random.get_rng_state(), state_before)
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
@@ -322,7 +322,7 @@ def test_torch_and_numba_draw_the_same_numbers() -> None:
 
 
 def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
-    model = UniCL(tiny_config()).double().train()
+    model = build_model(tiny_config()).double().train()
     layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
     assert len(model.drop_path_key.layers) == len(layers) > 4
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
@@ -341,7 +341,7 @@ def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
 
 
 def test_drop_path_keeps_the_fraction_and_the_mean_it_should() -> None:
-    model = UniCL(tiny_config())
+    model = build_model(tiny_config())
     layer = KeyedDropPath(drop_prob=0.3).train()
     model.drop_path_key.layers.append(layer)
     model.set_drop_path_key(step=3, global_index=torch.arange(20_000))
@@ -351,13 +351,13 @@ def test_drop_path_keeps_the_fraction_and_the_mean_it_should() -> None:
 
 
 def test_training_without_a_key_says_what_is_missing() -> None:
-    model = UniCL(tiny_config()).double().train()
+    model = build_model(tiny_config()).double().train()
     with pytest.raises(RuntimeError, match="set_drop_path_key"):
         model.encode_image(torch.randn(2, 3, 32, 32, dtype=torch.float64))
 
 
 def test_weight_decay_spares_what_the_recipe_spares() -> None:
-    model = build_model("swin-tiny")
+    model = build_model(build_preset("swin-tiny"))
     spared = {id(parameter) for parameter in split_parameters(model)[1]}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
     assert {"logit_scale", "text_encoder.positional_embedding"} <= names
@@ -368,16 +368,16 @@ def test_weight_decay_spares_what_the_recipe_spares() -> None:
 
 
 def test_swin_tiny_has_the_size_of_the_released_checkpoint() -> None:
-    model = build_model("swin-tiny")
+    model = build_model(build_preset("swin-tiny"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 91_340_667
 
 
 def test_unknown_names_are_answered_with_known_ones() -> None:
     with pytest.raises(ValueError, match="cifar10-small"):
-        build_model("cifar-10")
+        build_preset("cifar-10")
     config = tiny_config(image_encoder="swin_tinny_patch4_window7_224")
     with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224"):
-        UniCL(config)
+        build_model(config)
 
 
 def test_the_small_network_has_no_published_weights_and_says_so() -> None:
@@ -499,14 +499,14 @@ def test_each_preset_runs_forward_and_backward(name: str) -> None:
     config = dataclasses.replace(
         config, efficiency=dataclasses.replace(config.efficiency, activation_checkpointing=True)
     )
-    model = UniCL(config).train()
+    model = build_model(config).train()
     size = config.data.image_size
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        image_features, text_features, scale, *_ = model(
+        image_features, text_features, learnt = model(
             torch.randn(2, 3, size, size), Tokenizer(config.model.context_length)(TEXTS[:2])
         )
-    (scale * (image_features * text_features).sum()).backward()
+    (learnt["logit_scale"].exp() * (image_features * text_features).sum()).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name

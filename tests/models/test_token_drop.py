@@ -11,9 +11,9 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.image_encoder import DropPathKey, KeyedTokenDrop, build_image_encoder
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.mfu import flops_of_step
-from unicl_fast.training.trainer import Trainer
 
 
 def config_of(*, part: float = 0.5, **settings: Any) -> TrainConfig:
@@ -36,7 +36,7 @@ def shown(model: UniCL, batch: Any, *, step: int, rows: slice = slice(None)) -> 
 
 def test_tokens_are_a_function_of_step_and_sample(images: torch.Tensor) -> None:
     batch = next(iter(StepLoader(images).batches(0)))
-    model = UniCL(config_of())
+    model = build_model(config_of())
     first = shown(model, batch, step=0)
     model.eval()
     every = shown(model, batch, step=0)
@@ -58,11 +58,11 @@ def test_tokens_are_a_function_of_step_and_sample(images: torch.Tensor) -> None:
 def test_micro_batches_leave_out_what_the_whole_batch_does(images: torch.Tensor) -> None:
     losses = []
     for size in (0, 4):
-        trainer = Trainer(config_of(micro_batch_size=size), StepLoader(images), progress=False)
+        trainer = make_trainer(config_of(micro_batch_size=size), StepLoader(images), progress=False)
         batch = next(iter(trainer.loader.batches(0)))
         losses.append([float(trainer.train_step(batch)[0]) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    plain = Trainer(config_of(part=0.0), StepLoader(images), progress=False)
+    plain = make_trainer(config_of(part=0.0), StepLoader(images), progress=False)
     assert float(plain.train_step(batch)[0]) != pytest.approx(losses[0][0], rel=1e-6)
 
 

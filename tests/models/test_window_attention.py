@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.distributed import ranks
 from unicl_fast.distributed.launch import SharedRefusal
-from unicl_fast.models import efficiency
-from unicl_fast.models.efficiency import fuse_window_attention, resolve_window_attention
+from unicl_fast.models import compilation
+from unicl_fast.models.compilation import fuse_window_attention, settle_window_attention
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, set_image_size
 from unicl_fast.models.sharding import WholeCopy
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import build_model
 
 pytest.importorskip("triton")
 
@@ -169,7 +169,7 @@ def test_compiled_and_recomputed_blocks_give_the_same_gradients(
 
 
 def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
-    model = UniCL(tiny_config(image_encoder="unicl_swin6_small"))
+    model = build_model(tiny_config(image_encoder="unicl_swin6_small"))
     names = list(model.state_dict())
     assert fuse_window_attention(model.image_encoder) == 6
     assert list(model.state_dict()) == names
@@ -250,45 +250,44 @@ def test_compiled_kernels_fit_and_spill_no_register(
         check_fit(compiled, tmp_path)
 
 
-def resolved(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
+def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
     config = tiny_config(**{"image_encoder": "unicl_swin6_small", "precision": "bf16"} | settings)
-    model = UniCL(config)
+    model = build_model(config)
     config = dataclasses.replace(
         config, efficiency=dataclasses.replace(config.efficiency, window_attention=chosen)
     )
-    config = resolve_window_attention(config, model, torch.device(device))
-    return config.efficiency.window_attention
+    return settle_window_attention(config.efficiency, model, torch.device(device))
 
 
 def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     obstacle = ""
-    monkeypatch.setattr(efficiency, "obstacle_to_triton", lambda index, oldest: obstacle)
-    caplog.set_level(logging.INFO, logger=efficiency.logger.name)
-    assert resolved("auto") == "triton"
+    monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: obstacle)
+    caplog.set_level(logging.INFO, logger=compilation.logger.name)
+    assert settled("auto") == "triton"
     assert "window_attention: triton (efficiency.window_attention=auto)" in caplog.text
-    assert resolved("auto", device="cpu") == "timm"
-    assert resolved("auto", precision="fp64") == "timm"
+    assert settled("auto", device="cpu") == "timm"
+    assert settled("auto", precision="fp64") == "timm"
     assert "timm (efficiency.window_attention=auto): the kernels do not compute in" in caplog.text
-    assert resolved("timm") == "timm"
+    assert settled("timm") == "timm"
     obstacle = "Triton is not installed"
-    assert resolved("auto") == "timm"
+    assert settled("auto") == "timm"
     with pytest.raises(ValueError, match=r"=triton cannot work here, since Triton is not inst"):
-        resolved("triton")
+        settled("triton")
     obstacle = ""
     another = "efficiency.window_attention=triton cannot work here, since Triton is not installed"
     with monkeypatch.context() as ranks_differ:
         ranks_differ.setattr(ranks, "gather_objects", lambda value, ranks: [value, another])
         with pytest.raises(SharedRefusal, match="rank 1: .* since Triton is not installed"):
-            resolved("triton")
-    monkeypatch.setattr(efficiency, "gather_integers", lambda value, ranks: [value, 1])
-    assert resolved("auto") == "timm"
+            settled("triton")
+    monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 1])
+    assert settled("auto") == "timm"
     caplog.clear()
-    assert resolved("auto", image_encoder="test_vit") == "timm"
+    assert settled("auto", image_encoder="test_vit") == "timm"
     assert not caplog.text  # nothing to say where there are no windows
     with pytest.raises(ValueError, match="no block of timm's Swin with windows of at most 64"):
-        resolved("triton", image_encoder="test_vit")
+        settled("triton", image_encoder="test_vit")
 
 
 def test_windows_that_are_too_large_stay_timms() -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from property_tests import examples
 
 from unicl_fast.objectives.targets import (
+    HostTargets,
     ImageLabels,
-    Targets,
     collate,
     map_steps,
     map_targets,
@@ -64,7 +64,7 @@ def key_of(row: reference.Row) -> int:
 
 
 def assert_equal(
-    targets: Targets,
+    targets: HostTargets,
     rows: Rows,
     labels: npt.NDArray[np.int64],
     prompts: PlainPrompts,

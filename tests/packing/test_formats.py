@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,6 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.build import BuildSummary, build_dataset
-from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 
 run = functools.partial(run_pack, "build", "--workers", 1)
 
@@ -106,23 +104,6 @@ def test_verify_inspect_and_build_take_every_format(
     assert page.read_text().count("<img") >= 15
 
 
-def test_webps_of_earlier_programs_which_called_it_version_1_are_read(
-    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = tmp_path / "old"
-    shutil.copytree(packed["webp"], old)
-    text = (old / "manifest.json").read_text().replace('"version": 3', '"version": 1')
-    (old / "manifest.json").write_text(text)
-    names = [path.name for path in old.iterdir() if path.name != CHECKSUMS_NAME]
-    sums = format_checksums((name, file_checksum(old / name)) for name in names)
-    (old / CHECKSUMS_NAME).write_text(sums)
-    code, said = run_pack("verify", old, "--workers", 1, capsys=capsys)
-    assert code == 0, said
-    code, said = run(old, "--out", tmp_path / "new", capsys=capsys)
-    assert code == 0, said
-    assert Manifest.load(tmp_path / "new").version == 3
-
-
 @pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_bytes(
     folder: Path, packed: dict[str, Path], tmp_path: Path
@@ -149,25 +130,3 @@ def test_the_program_scales_counts_and_writes_what_it_did(
     assert summary["num_quarantined"] == 1
     with PackedDataset(tmp_path / "out") as dataset:
         assert set(dataset.samples["height"].tolist()) == {12}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--format", "png", "--quality", "90"], "no meaning with --format png"),
-        (["--format", "raw", "--quality", "90"], "no meaning with --format raw"),
-        (["--quality", "90"], "--quality would change nothing"),
-        (["--format", "jpeg", "--quality", "101"], "--quality must lie in 1 to 100"),
-    ],
-)
-def test_a_quality_that_nothing_would_have_is_refused(
-    folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    code, text = run(folder, "--out", tmp_path / "out", *options, capsys=capsys)
-    assert code == 2
-    assert message in text
-    assert not (tmp_path / "out").exists()

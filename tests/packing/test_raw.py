@@ -106,27 +106,6 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
     assert any(np.array_equal(image, noise(20, 21)[:, :20]) for image in pixels)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--resize", "square:0"], "square:PIXELS"),
-        (["--resize", "square:20000"], "400,000,000 pixels; at most"),
-        (["--resize", "square:9", "--max-pixels", "80"], "81 pixels; at most 80"),
-        (["--format", "tiff"], "tiff"),
-    ],
-)
-def test_wrong_usage_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    (tmp_path / "in").mkdir()
-    code, text = run(tmp_path / "in", "--out", tmp_path / "out", *arguments, capsys=capsys)
-    assert code == 2
-    if "tiff" not in arguments:  # the last --format counts
-        assert message in text
-    with pytest.raises(ValueError, match="--format takes keep, jpeg, webp, png or raw, not 'tiff'"):
-        build_dataset([tmp_path], tmp_path / "out", format="tiff")  # type: ignore[arg-type]
-
-
 def saved(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")

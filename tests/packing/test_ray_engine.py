@@ -57,15 +57,13 @@ def test_a_build_on_ray_without_ray_says_what_to_install(
 
 
 class InOneProcess:
-    """Stands for Ray: tasks run when they are asked for, and those that wait are counted."""
+    """Stands for Ray: tasks run when their results are asked for, and are counted until then."""
 
     exceptions = SimpleNamespace(RayError=ArithmeticError)
 
     def __init__(self, cores: int) -> None:
         self._cores = cores
-        self._unfinished: dict[int, Callable[[], Any]] = {}
-        self._finished: dict[int, Any] = {}
-        self.most = 0
+        self._under_way = self.most = 0
 
     def is_initialized(self) -> bool:
         return True
@@ -76,26 +74,15 @@ class InOneProcess:
     def remote(self, **_: Any) -> Callable[..., Any]:
         return lambda function: SimpleNamespace(remote=functools.partial(self._submit, function))
 
-    def _submit(self, function: Callable[..., Any], *arguments: Any) -> int:
-        number = len(self._unfinished) + len(self._finished)
-        self._unfinished[number] = functools.partial(function, *arguments)
-        self.most = max(self.most, len(self._unfinished))
-        return number
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> SimpleNamespace:
+        self._under_way += 1
+        self.most = max(self.most, self._under_way)
 
-    def wait(
-        self, references: list[int], *, num_returns: int, fetch_local: bool
-    ) -> tuple[list[int], list[int]]:
-        for reference in references[:num_returns]:
-            self.get(reference)
-        return references[:num_returns], references[num_returns:]
+        def result() -> Any:
+            self._under_way -= 1
+            return function(*arguments)
 
-    def get(self, reference: int) -> Any:
-        if reference not in self._finished:
-            self._finished[reference] = self._unfinished.pop(reference)()
-        return self._finished[reference]
-
-    def cancel(self, reference: int, *, force: bool) -> None:
-        self._unfinished.pop(reference, None)
+        return SimpleNamespace(future=lambda: SimpleNamespace(result=result))
 
 
 @pytest.mark.parametrize(("workers", "most"), [(1, 1), (3, 3), (0, 2 * 3)])

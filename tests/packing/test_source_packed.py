@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
 from pack_runs import jpeg, run_pack
+from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
@@ -142,7 +142,7 @@ def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_fo
         assert not faults_of(tmp_path / name)
         assert Manifest.load(tmp_path / name).license == license
     # WebPs are none of the plain images that a build keeps, unless they are packed already
-    build(tmp_path / "small", out=tmp_path / "kept", resize="short:12", min_side=12)
+    build(tmp_path / "small", out=tmp_path / "kept", resize="short:12")
     assert contents(tmp_path / "kept") == contents(tmp_path / "small")
 
 
@@ -206,17 +206,14 @@ def test_captions_of_another_tokenizer_are_tokenized_anew(
         if number:
             tokens[0] = tokens[1]
         folders.append(tmp_path / str(number))
-        with DatasetWriter(folders[-1]) as writer:
-            sample = PackedSample(
-                image=jpeg(1), extension="jpg", height=24, width=32, captions=captions,
-                xxh3=xxhash.xxh3_64_intdigest(jpeg(1)), tokens=tokens, name=str(number),
-            )  # fmt: skip
-            writer.add(sample)
-            writer.finish(
-                tokenizer=tokenizer.name, vocabulary_hash=tokenizer.vocabulary_hash,
-                context_length=length, class_names=[], templates=[], source=["here"], seed=0,
-                tool_version="0.1.0",
-            )  # fmt: skip
+        sample = sample_of(
+            jpeg(1), 0, height=24, width=32, captions=captions, tokens=tokens, labels=[],
+            source="", name=str(number),
+        )  # fmt: skip
+        write_set(
+            folders[-1], [sample], tokenizer=tokenizer.name, context_length=length,
+            vocabulary_hash=tokenizer.vocabulary_hash, class_names=[], templates=[],
+        )  # fmt: skip
     with PackedDataset(packed["pairs"]) as dataset:
         folders.append(copy_of(dataset, tmp_path / "pairs"))
     change_manifest(folders[-1], vocabulary_hash="12")
@@ -234,36 +231,6 @@ def test_lists_of_copies_find_samples_by_their_first_source(
     summary = build(packed["pairs"], out=tmp_path / "set", leave_out=listed)
     assert summary.passed_over == {f"images named in {listed}": 1}
     assert "3.jpg" not in {sample[1] for sample in contents(tmp_path / "set")}
-
-
-def test_equal_images_of_all_sets_become_one_sample(
-    packed: dict[str, Path], tmp_path: Path
-) -> None:
-    """Labels in one set, captions in the other; one copy is damaged, which costs nothing."""
-    (tmp_path / "in").mkdir()
-    rows = []
-    for number in range(6):
-        (tmp_path / "in" / f"{number:03d}.jpg").write_bytes(jpeg(number))
-        row = {"image": f"{number:03d}.jpg", "captions": [f"so {number}", "so"], "label": "cat"}
-        rows.append(json.dumps(row))
-    (tmp_path / "in" / "more.jsonl").write_text("\n".join(rows))
-    build(tmp_path / "in" / "more.jsonl", out=tmp_path / "more")
-    flip_byte(tmp_path / "more", 2)
-    damaged = contents_in_order(tmp_path / "more")[2][1]
-    build(packed["photos"], tmp_path / "more", out=tmp_path / "set", duplicates="join")
-    found = {sample[2]: sample[4:] for sample in contents(tmp_path / "set")}
-    assert len(found) == 30
-    for number in range(6):
-        captions, tokens, labels = found[jpeg(number)]
-        own = ("cat", "dog", "sea lion")[number % 3]
-        if f"{number:03d}.jpg" == damaged:
-            assert (captions, labels) == ((), [own])
-        else:
-            assert set(captions) == {f"so {number}", "so"}
-            assert set(labels) == {own, "cat"}
-            assert tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
-    kinds = [row[2] for row in quarantined(tmp_path / "set") if "the same bytes as" in row[3]]
-    assert kinds == ["duplicate"] * 5
 
 
 def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(

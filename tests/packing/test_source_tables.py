@@ -1,4 +1,4 @@
-"""Parquet lists and data sets of Hugging Face."""
+"""Parquet lists, also those of Hugging Face."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from property_tests import examples
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
-from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
 from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.parquet_rows import TableResult, TableTask, convert
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
@@ -52,12 +52,6 @@ def described(found: pa.Table) -> pa.Table:
     """With the description that `datasets` puts into a file."""
     text = json.dumps({"info": {"features": FEATURES}})
     return found.replace_schema_metadata({"huggingface": text})
-
-
-def write_stream(path: Path, found: pa.Table, *, rows: int = 1000) -> Path:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, found.schema) as writer:
-        writer.write_table(found, max_chunksize=rows)
-    return path
 
 
 @pytest.fixture
@@ -185,30 +179,6 @@ def test_tables_without_the_columns_say_what_they_have(
         read_source(str(tmp_path / "a.parquet"), options, spool)
 
 
-def test_a_saved_dataset_is_read_where_it_lies(tmp_path: Path, spool: Spool) -> None:
-    folder = tmp_path / "set" / "train"
-    folder.mkdir(parents=True)
-    first, second = "data-00000-of-00002.arrow", "data-00001-of-00002.arrow"
-    write_stream(folder / first, table(5), rows=2)
-    write_stream(folder / second, table(3))
-    state = {"_data_files": [{"filename": first}, {"filename": second}], "_split": "train"}
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
-    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    source = read_source(str(folder), spool=spool)
-    assert source.name == "train"
-    assert [read(item) for item in source.items] == [jpeg(n) for n in (*range(5), *range(3))]
-    assert texts(source)[f"{second}:1"] == ([], ["cat"])
-    for number in (2, 4):  # 1 and 3 hold the rows
-        assert (tmp_path / "spool" / f"{number:06d}").stat().st_size == 0, "nothing was copied"
-    with pytest.raises(ValueError, match=r"splits train, test; name one, such as .*set/train"):
-        read_source(str(tmp_path / "set"), spool=spool)
-    state["_data_files"] = [{"filename": "../../x.arrow"}]
-    (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="does not say what files"):
-        read_source(str(folder), spool=spool)
-
-
 def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: Spool) -> None:
     (tmp_path / "set" / "data").mkdir(parents=True)
     for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test", 1)):
@@ -293,24 +263,20 @@ def test_a_build_lists_files_that_are_empty_or_cut_to_half(
     assert kinds == {"cut.parquet from row 0": "damaged", "empty.parquet from row 0": "damaged"}
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, size: int
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
 ) -> None:
-    path = tmp_path / name
-    if name.endswith(".parquet"):
-        pq.write_table(described(table()), path)
-    else:
-        write_stream(path, described(table()))
+    path = tmp_path / "a.parquet"
+    pq.write_table(described(table()), path)
     path.write_bytes(path.read_bytes()[:size])
     code, text = run_pack("build", path, "--out", tmp_path / "set", capsys=capsys)
     assert code == 2
     why = r"\w+" if size else "the file is empty"
-    assert re.search(rf"{name} has no rows that can be read: {why}", text)
+    assert re.search(rf"a.parquet has no rows that can be read: {why}", text)
     assert "spool" not in text
     assert "Traceback" not in text
-    assert [each.name for each in tmp_path.iterdir()] == [name]
+    assert [each.name for each in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
@@ -328,41 +294,24 @@ def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
     assert not source.passed_over
 
 
-def test_a_cut_arrow_file_gives_what_comes_before(tmp_path: Path, spool: Spool) -> None:
-    path = write_stream(tmp_path / "a.arrow", table(9), rows=3)
-    data = path.read_bytes()
-    for cut, rows in ((len(data) // 2, 3), (len(data) - 8, 9)):
-        path.write_bytes(data[:cut])
-        source = read_source(str(path), spool=spool)
-        assert outcomes(source) == {
-            **{f"a.arrow:{row}": "read" for row in range(rows)},
-            f"a.arrow from row {rows}": "damaged",
-        }
-
-
-def damaged_copies(kind: str, data: st.DataObject) -> bytes:
+def damaged_copies(data: st.DataObject) -> bytes:
     found = table(4, tags=[[1], [], None, [0, 1]])
     file = io.BytesIO()
-    if kind == "parquet":
-        pq.write_table(found, file, row_group_size=2, compression="snappy")
-    else:
-        with pa.ipc.new_stream(file, found.schema) as writer:
-            writer.write_table(found, max_chunksize=2)
+    pq.write_table(found, file, row_group_size=2, compression="snappy")
     content = bytearray(file.getvalue())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     return bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "arrow"])
 @given(data=st.data())
 @examples(60)
 def test_any_damage_to_a_table_is_named(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("table")
-    path = folder / f"a.{kind}"
-    path.write_bytes(damaged_copies(kind, data))
+    path = folder / "a.parquet"
+    path.write_bytes(damaged_copies(data))
     options = ListOptions(label_column="label")
     task = TableTask(
         path=str(path),
@@ -382,8 +331,7 @@ def test_any_damage_to_a_table_is_named(
     for line in rows.read_bytes().splitlines() if rows.exists() else ():
         row = json.loads(line)
         if "offset" in row:
-            file = path if row["in_place"] else folder / "images"
-            assert row["offset"] + row["size"] <= file.stat().st_size
+            assert row["offset"] + row["size"] <= (folder / "images").stat().st_size
 
 
 def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Spool) -> None:

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
-from unicl_fast.packing.sources import spool as spool_module
+from unicl_fast.packing.samples import Samples
 from unicl_fast.packing.sources.entries import FileEntry, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, Source, require_text
 from unicl_fast.packing.sources.read_sources import read_source
@@ -98,7 +97,7 @@ def test_many_items_are_read_in_any_order_by_few_statements() -> None:
     source = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     statements: list[str] = []
     store._database.set_trace_callback(statements.append)
-    shuffled = list(reorder(all_samples([source]), numbers))
+    shuffled = list(Samples([source]).at(numbers))
     assert [item.name for _, item in shuffled] == [str(number) for number in numbers]
     assert [item.entry for _, item in shuffled] == [
         FileEntry(f"{number}.jpg", number) for number in numbers
@@ -130,14 +129,9 @@ def test_a_full_disk_is_told_by_what_it_is_needed_for() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_names_are_found_among_many_and_told_apart_by_more_than_a_checksum(
-    monkeypatch: pytest.MonkeyPatch, collide: bool
-) -> None:
-    if collide:
-        monkeypatch.setattr(spool_module, "_checksum", len)
+def test_names_are_found_among_many() -> None:
     store = new_store()
-    count = 100 if collide else 1500
+    count = 1500
     for number in range(count):
         assert store.find(f"name {number}") is None
         assert store.append_named(Item(f"name {number}")) == number
@@ -152,32 +146,14 @@ def source(name: str, count: int) -> Source:
 
 
 def test_views_are_the_lists_that_they_stand_for() -> None:
-    every = all_samples([source("a", 2), source("b", 0), source("c", 3)])
+    every = Samples([source("a", 2), source("b", 0), source("c", 3)])
     assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
     assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
-    some = choose(every, lambda sample: sample[1].name != "a1")
+    some = every.choose(lambda sample: sample[1].name != "a1")
     assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
-    turned = reorder(some, np.array([3, 0]))
+    turned = some.at(np.array([3, 0]))
     assert [item.name for _, item in turned] == ["c2", "a0"]
-    assert len(choose(every, lambda sample: False)) == 0
-
-
-def test_a_placeholder_for_many_images_stays_several_samples(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Equal files with captions of their own: all that one sample can have, and the rest."""
-    monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 50)
-    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
-    store = new_store()
-    many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
-    here = FileEntry(__file__, 10)
-    store.extend(Item(str(number), here, [str(number)]) for number in range(52))
-    joined = join_duplicates(
-        all_samples([many]), new_store(), max_file_bytes=10**6, workers=1, progress=False
-    )
-    assert len(joined[0][1].captions) == 50
-    assert joined[1][1].problem is not None
-    assert [joined[number][1].problem for number in (50, 51)] == [None, None]
+    assert len(every.choose(lambda sample: False)) == 0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from foreign_sources import write_tar
 from inline_checks import check_inline
+from object_stores import put
 from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.manifest import Manifest
@@ -224,7 +225,7 @@ def test_advice_about_a_damaged_url_can_be_followed(
     store = ObjectStore(url)
     data = bytearray(store.read_whole("shard-000000.tar") or b"")
     data[600] ^= 1
-    store.write("shard-000000.tar", bytes(data))
+    put(store, "shard-000000.tar", bytes(data))
     code, text = run_pack("verify", url, "--no-decode", capsys=capsys)
     assert code == 1
     assert f"unicl-pack upload DIR --out {url}" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import io
@@ -12,23 +13,23 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
-import xxhash
 from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_runs import run_pack
+from packed_sets import sample_of, write_set
 from PIL import Image
 from property_tests import examples
 
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.dataset.writer import PackedSample
 from unicl_fast.images.check import check_image
 from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.verify import verify_dataset
@@ -53,42 +54,19 @@ def png(**options: str) -> bytes:
 def sample(image: bytes, number: int, **changes: object) -> PackedSample:
     """A sample with nothing wrong but what `changes` says."""
     captions = ["A cat!", f"the number {number}"][: number % 3]
-    values = {
-        "image": image,
+    sound = {
         "extension": "png" if image.startswith(b"\x89PNG") else "jpg",
         "height": 20 + number,
         "width": 24,
-        "xxh3": xxhash.xxh3_64_intdigest(image),
         "captions": captions,
         "tokens": TOKENIZER.encode(captions),
-        "labels": [number % 2] if number % 3 != 1 else [],
-        "source": "photos",
-        "name": f"{number}.jpg",
     }
-    return PackedSample(**(values | changes))  # type: ignore[arg-type]
+    return sample_of(image, number, **(sound | changes))
 
 
-def write(
-    out: Path,
-    samples: list[PackedSample],
-    *,
-    shard_bytes: int = 12_000,
-    images: Literal["encoded", "raw"] = "encoded",
-) -> Path:
-    with DatasetWriter(out, shard_bytes=shard_bytes, images=images) as writer:
-        for one in samples:
-            writer.add(one)
-        writer.quarantine(source="photos", name="bad.jpg", kind="damaged", message="cut")
-        writer.finish(
-            tokenizer=TOKENIZER.name,
-            vocabulary_hash=TOKENIZER.vocabulary_hash,
-            context_length=TOKENIZER.context_length,
-            class_names=["cat", "dog"],
-            templates=["a photo of a {}"],
-            source=["photos"],
-            seed=0,
-            tool_version="0.1.0",
-        )
+def write(out: Path, samples: list[PackedSample], **options: Any) -> Path:
+    facts = {"tokenizer": TOKENIZER.name, "vocabulary_hash": TOKENIZER.vocabulary_hash}
+    write_set(out, samples, **({"shard_bytes": 12_000} | facts | options))
     return out
 
 
@@ -170,10 +148,12 @@ def test_a_flipped_byte_anywhere_is_found(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["shard-000000.tar", "samples.npy", "shard-000001.idx"])
-def test_a_flipped_byte_is_found_with_decoding_too(copy: Path, name: str) -> None:
-    with Damaged(copy, name, 700, 1):
-        assert name in {fault.file for fault in faults_of(copy, decode=True)}
+def test_a_flipped_byte_is_found_with_decoding_too(copy: Path) -> None:
+    names = {"shard-000000.tar", "samples.npy", "shard-000001.idx"}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(Damaged(copy, name, 700, 1))
+        assert names <= {fault.file for fault in faults_of(copy, decode=True)}
 
 
 @given(data=st.data(), where=places, flip=flips)

@@ -16,7 +16,7 @@ import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
@@ -24,6 +24,7 @@ from unicl_fast.dataset.reader import (
     TooManyBadSamplesError,
 )
 from unicl_fast.images.check import MAX_PIXELS
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.pipelines import graph
 from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS, QuarantineFile
 from unicl_fast.pipelines.graph import DecodingError
@@ -53,7 +54,7 @@ def make_loader(
             templates="per_class",
             augment=("unicl,views=2",),
         ),
-        objective=ObjectiveConfig(positives="labels"),
+        objective=make_objective(positives="labels"),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
     return TrainLoader(config, datasets, None, prompts, **more)
@@ -99,7 +100,9 @@ def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
 
 
 def texts_of(batch: Batch) -> torch.Tensor:
-    return torch.cat([batch.tokens[batch.text_index], batch.class_ids[:, None]], dim=1)
+    return torch.cat(
+        [batch.texts.tokens[batch.texts.index], batch.targets.class_ids[:, None]], dim=1
+    )
 
 
 def views_of(batch: Batch) -> torch.Tensor:
@@ -225,7 +228,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     for one, other in zip(batches, take(loader), strict=True):
         assert torch.equal(views_of(one), views_of(other))
         assert torch.equal(texts_of(one), texts_of(other))
-        assert torch.equal(one.image_classes, other.image_classes)
+        assert torch.equal(one.targets.image_classes, other.targets.image_classes)
 
 
 def planned_pairs_of(planned: Any) -> list[tuple[int, int]]:

@@ -17,18 +17,18 @@ from fake_copies import CUDA, FakeGpu
 from nvidia.dali import backend
 from packed_sets import Sample, pack
 from PIL import Image
+from same_batches import assert_equal
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import (
     DataConfig,
     ModelConfig,
-    ObjectiveConfig,
-    PositivesName,
     RunConfig,
     TrainConfig,
 )
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.pipelines.feed.host_batches import decoding_threads
 from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
@@ -48,11 +48,9 @@ LEVELS_APART = 3
 mirrored images are 8 levels away and other images 37, or more."""
 
 
-def make_config(
-    *, context_length: int = 77, positives: PositivesName = "text", **data: Any
-) -> TrainConfig:
+def make_config(*, context_length: int = 77, positives: str = "text", **data: Any) -> TrainConfig:
     return TrainConfig(
-        objective=ObjectiveConfig(positives=positives),
+        objective=make_objective(positives=positives),
         data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
         model=ModelConfig(context_length=context_length),
         run=RunConfig(global_batch_size=BATCH, seed=3),
@@ -85,13 +83,9 @@ def take(
 
 def texts_of(batch: Batch) -> torch.Tensor:
     """Token rows and class ids by sample, whatever the order of distinct texts."""
-    return torch.cat([batch.tokens[batch.text_index], batch.class_ids[:, None]], dim=1)
-
-
-def assert_equal(one: Batch, other: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        left, right = getattr(one, field.name), getattr(other, field.name)
-        assert np.array_equal(left, right), field.name
+    return torch.cat(
+        [batch.texts.tokens[batch.texts.index], batch.targets.class_ids[:, None]], dim=1
+    )
 
 
 def test_batches_of_very_large_images_are_decoded_one_at_a_time(
@@ -122,16 +116,18 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
         assert batch.step == step
         assert batch.images.dtype == torch.uint8
         assert tuple(batch.images.shape) == (BATCH, 32, 32, 3)
-        u = len(batch.tokens)
-        assert tuple(batch.tokens.shape) == (u, 77)
-        assert len(torch.unique(batch.tokens, dim=0)) == u
-        assert batch.text_lengths.tolist() == (batch.tokens.argmax(dim=1) + 1).tolist()
-        assert int(batch.text_counts.sum()) == BATCH
-        assert torch.equal(batch.text_counts, torch.bincount(batch.text_index, minlength=u))
-        assert torch.equal(batch.class_ids, batch.text_class_ids[batch.text_index])
+        u = len(batch.texts.tokens)
+        assert tuple(batch.texts.tokens.shape) == (u, 77)
+        assert len(torch.unique(batch.texts.tokens, dim=0)) == u
+        assert batch.texts.lengths.tolist() == (batch.texts.tokens.argmax(dim=1) + 1).tolist()
+        assert int(batch.texts.counts.sum()) == BATCH
+        assert torch.equal(batch.texts.counts, torch.bincount(batch.texts.index, minlength=u))
+        assert torch.equal(batch.targets.class_ids, batch.targets.text_class_ids[batch.texts.index])
         assert batch.global_index.tolist() == list(range(BATCH))
-        for name in ("tokens", "text_index", "class_ids", "text_class_ids", "text_counts"):
-            tensor = getattr(batch, name)
+        texts, targets = batch.texts, batch.targets
+        for tensor in (
+            *(texts.tokens, texts.index, texts.counts, targets.class_ids, targets.text_class_ids),
+        ):
             assert tensor.dtype == torch.int64
             assert tensor.is_contiguous()
 
@@ -162,7 +158,7 @@ def test_a_run_in_stages_feeds_what_each_says_and_resumes_in_any(
     assert [batch.step for batch in whole] == list(range(6))
     assert [len(batch.images) for batch in whole] == [18, 18, 12, 12, 12, 12]
     assert [batch.images.shape[1] for batch in whole] == [16, 16, 32, 32, 32, 32]
-    assert [batch.tokens.shape[1] for batch in whole] == [6, 6, 77, 77, 77, 77]
+    assert [batch.texts.tokens.shape[1] for batch in whole] == [6, 6, 77, 77, 77, 77]
     for step in (1, 2):
         for one, other in zip(batches_from(step), whole[step:], strict=True):
             assert_equal(one, other)
@@ -187,10 +183,10 @@ def test_each_image_comes_with_a_text_of_its_own_sample(
     for batch in take(datasets, prompts, count=8):
         assert batch.sample_ids is not None
         assert batch.source_ids is not None
-        rows = batch.tokens[batch.text_index].numpy()
+        rows = batch.texts.tokens[batch.texts.index].numpy()
         for i in range(BATCH):
             sample, source = int(batch.sample_ids[i]), int(batch.source_ids[i])
-            row, class_id = rows[i], int(batch.class_ids[i])
+            row, class_id = rows[i], int(batch.targets.class_ids[i])
             kinds[source] += 1
             if source == 0:
                 label = int(labelled.labels_of(sample)[0])
@@ -284,14 +280,15 @@ def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
     batches = take(datasets, prompts, count=4, config=config)
     most, num_captions = 0, 0
     for batch, of_one_label in zip(batches, take(datasets, prompts, count=4), strict=True):
-        assert_equal(dataclasses.replace(batch, image_classes=None), of_one_label)
-        samples, classes = batch.image_classes
+        plain_targets = dataclasses.replace(batch.targets, image_classes=None)
+        assert_equal(dataclasses.replace(batch, targets=plain_targets), of_one_label)
+        samples, classes = batch.targets.image_classes
         for i in range(BATCH):
-            expected = {int(batch.class_ids[i])}
+            expected = {int(batch.targets.class_ids[i])}
             if batch.source_ids[i] == 1:
                 labels = several.labels_of(int(batch.sample_ids[i]))
                 expected |= set(prompts.classes_of(1, labels).tolist())
-                num_captions += int(batch.class_ids[i]) >= 2**62 and len(labels) > 1
+                num_captions += int(batch.targets.class_ids[i]) >= 2**62 and len(labels) > 1
             found = classes[samples == i].tolist()
             assert len(found) == len(expected)
             assert set(found) == expected
@@ -302,10 +299,10 @@ def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
     assert_equal(later, batches[3])
     for rank in range(2):
         (part,) = take(datasets, prompts, start=1, count=1, rank=rank, world_size=2, config=config)
-        samples, classes = batches[1].image_classes
+        samples, classes = batches[1].targets.image_classes
         mine = (samples >= 6 * rank) & (samples < 6 * rank + 6)
         assert torch.equal(
-            part.image_classes, torch.stack([samples[mine] - 6 * rank, classes[mine]])
+            part.targets.image_classes, torch.stack([samples[mine] - 6 * rank, classes[mine]])
         )
 
 
@@ -329,8 +326,8 @@ def test_texts_of_a_batch_are_prompts_of_one_level_of_the_hierarchy(
             labels = several.labels_of(int(batch.sample_ids[i]))
             allowed = [chains[label][: level + 1][-1] for label in labels]
             if allowed:
-                assert int(batch.class_ids[i]) in prompts.classes_of(1, np.array(allowed))
-                shown[int(batch.class_ids[i]) & 0xFFFFFFFF] += 1
+                assert int(batch.targets.class_ids[i]) in prompts.classes_of(1, np.array(allowed))
+                shown[int(batch.targets.class_ids[i]) & 0xFFFFFFFF] += 1
     assert sum(shown[number] for number in range(hierarchy.num_classes, len(chains))) > 10
     assert sum(shown[number] for number in range(hierarchy.num_classes)) > 10
     again = {"start": 4, "count": 1, "config": config, "weights": weights}
@@ -480,8 +477,8 @@ def test_prompts_with_an_exclamation_mark_keep_their_end(
     (batch,) = take([labelled], ClassPrompts([(names, [template])], tokenizer), count=1)
     rows = tokenizer([fill_template(template, name) for name in names]).tolist()
     assert any(0 in row[: row.index(tokenizer.end_id)] for row in rows)
-    assert all(row in rows for row in batch.tokens.tolist())
-    assert batch.text_lengths.tolist() == (batch.tokens.argmax(dim=1) + 1).tolist()
+    assert all(row in rows for row in batch.texts.tokens.tolist())
+    assert batch.texts.lengths.tolist() == (batch.texts.tokens.argmax(dim=1) + 1).tolist()
 
 
 def test_a_shorter_context_cuts_captions_and_keeps_their_end(
@@ -491,7 +488,7 @@ def test_a_shorter_context_cuts_captions_and_keeps_their_end(
     (long,) = take([captioned], prompts, count=1)
     (short,) = take([captioned], prompts, count=1, config=make_config(context_length=8))
     rows, cut = texts_of(long)[:, :-1], texts_of(short)[:, :-1]
-    assert short.text_lengths.max() == 8
+    assert short.texts.lengths.max() == 8
     assert tuple(cut.shape) == (BATCH, 8)
     assert torch.equal(cut[:, :7], rows[:, :7])
     assert (cut[:, 7] == tokenizer.end_id).all()
@@ -549,21 +546,18 @@ def test_fewer_large_batches_are_made_ahead() -> None:
 
 
 def test_a_gpu_decodes_with_its_own_settings() -> None:
-    data = DataConfig(hw_decoder_load=0.12, decoder_hint=(900, 1200))
-    assert _decoder_settings(data, torch.device("cpu")) == {"device": "cpu"}
-    assert _decoder_settings(data, torch.device("cuda")) == {
+    assert _decoder_settings(torch.device("cpu")) == {"device": "cpu"}
+    assert _decoder_settings(torch.device("cuda")) == {
         "device": "mixed",
         "jpeg_fancy_upsampling": True,
-        "hw_decoder_load": 0.12,
-        "preallocate_height_hint": 900,
-        "preallocate_width_hint": 1200,
+        "hw_decoder_load": 0.65,
     }
 
 
 @pytest.mark.parametrize("operator", ["decoders__Image", "decoders__ImageSlice"])
 def test_the_decoders_of_a_gpu_know_its_settings(operator: str) -> None:
     """Building the operator would need a driver; its schema does not."""
-    settings = _decoder_settings(DataConfig(), torch.device("cuda"))
+    settings = _decoder_settings(torch.device("cuda"))
     assert operator in backend.RegisteredMixedOps()
     schema = backend.GetSchema(operator)
     assert [name for name in settings if name != "device" and not schema.HasArgument(name)] == []

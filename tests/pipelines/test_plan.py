@@ -16,6 +16,7 @@ from property_tests import examples
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
+from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES
 from unicl_fast.pipelines.plan.augment import Column
 from unicl_fast.pipelines.plan.order import assign_sources, integer_weights
 from unicl_fast.pipelines.plan.plan import (
@@ -183,9 +184,9 @@ def blocks_read(
     """
     data, batch, sample_bytes = DataConfig(), 32_768, 30 << 10
     per_shard = (1 << 30) // sample_bytes
-    blocks_of_shard = -(-(1 << 30) // data.block_bytes)
+    blocks_of_shard = -(-(1 << 30) // DEFAULT_BLOCK_BYTES)
     weights = integer_weights(list(sizes.values()))
-    fetched, cache = 0, data.cache_bytes // data.block_bytes
+    fetched, cache = 0, data.cache_bytes // DEFAULT_BLOCK_BYTES
     firsts = np.cumsum([0, *(-(-size // per_shard) * blocks_of_shard for size in sizes)])
     last_use = np.full(firsts[-1], -1)  # by step; -1 is not in the cache
     for step in range(num_draws // batch):
@@ -200,7 +201,7 @@ def blocks_read(
             )  # fmt: skip
             shards, places = np.divmod(samples, per_shard)
             ends = places[:, None] * sample_bytes + [0, sample_bytes - 1]
-            blocks = shards[:, None] * blocks_of_shard + ends // data.block_bytes
+            blocks = shards[:, None] * blocks_of_shard + ends // DEFAULT_BLOCK_BYTES
             blocks = np.unique(firsts[source] + blocks)
             fetched += np.count_nonzero(last_use[blocks] < 0)
             last_use[blocks] = step
@@ -244,7 +245,7 @@ def test_machines_together_read_a_remote_data_set_little_more_than_once(
         )
         for one in looked_at
     ]
-    needed = num_draws * (30 << 10) / DataConfig().block_bytes
+    needed = num_draws * (30 << 10) / DEFAULT_BLOCK_BYTES
     ratio = sum(fetched) / len(fetched) * machines / needed
     print(f"{machines} machines read {ratio:.3f} times the data, {window=}, {num_groups=}")
     assert least <= ratio <= most

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import itertools
 import os
@@ -19,6 +18,7 @@ import torch
 from damage import copy_of
 from packed_sets import Sample, pack
 from PIL import Image
+from same_batches import assert_equal
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -91,9 +91,7 @@ def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Bat
 
 def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
     for one, other in zip(batches, others, strict=True):
-        for field in dataclasses.fields(Batch):
-            left, right = getattr(one, field.name), getattr(other, field.name)
-            assert np.array_equal(left, right), (one.step, field.name)
+        assert_equal(one, other)
 
 
 @pytest.mark.parametrize("form", ["png", "raw"])
@@ -253,7 +251,7 @@ def num_replaced(
         is_bad = torch.tensor([pair in bad for pair in planned])
         assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
         assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
-        texts, expected_texts = (b.tokens[b.text_index][~is_bad] for b in (batch, whole))
+        texts, expected_texts = (b.texts.tokens[b.texts.index][~is_bad] for b in (batch, whole))
         assert torch.equal(texts, expected_texts)
         count += int(is_bad.sum())
     return count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import threading
@@ -17,6 +16,7 @@ import torch
 from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
+from same_batches import assert_equal
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -77,12 +77,6 @@ def take(
     return batches
 
 
-def assert_equal(one: Batch, other: Batch) -> None:
-    for field in dataclasses.fields(Batch):
-        left, right = getattr(one, field.name), getattr(other, field.name)
-        assert np.array_equal(left, right), field.name
-
-
 def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> list[PackedDataset]:
     options = {"block_bytes": 65_536, "max_bytes": 10**8} | options
     cache = CacheOptions(folder=tmp_path / "cache", **options)
@@ -92,6 +86,10 @@ def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> lis
     ]
 
 
+def read_ahead_by(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.READ_AHEAD", samples)
+
+
 def fetched_bytes() -> int:
     return sum((end or 0) - (start or 0) for _, start, end in FaultyStore.reads)
 
@@ -99,9 +97,10 @@ def fetched_bytes() -> int:
 @pytest.mark.parametrize("read_ahead", [0, 100])
 def test_batches_are_those_of_a_local_copy(
     labelled: PackedDataset, captioned: PackedDataset, prompts: ClassPrompts, tmp_path: Path,
-    read_ahead: int,
+    read_ahead: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    config = config_of(read_ahead=read_ahead)
+    read_ahead_by(monkeypatch, read_ahead)
+    config = config_of()
     expected = take([labelled, captioned], prompts, config=config)
     remote = opened([labelled, captioned], tmp_path)
     FaultyStore.reads.clear()
@@ -116,10 +115,15 @@ def test_batches_are_those_of_a_local_copy(
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
 def test_decoded_images_too(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, resample: str
+    raw: PackedDataset,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    resample: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = ClassPrompts([((), ())], tokenizer)
-    config = config_of(resample=resample, read_ahead=64)
+    read_ahead_by(monkeypatch, 64)
+    config = config_of(resample=resample)
     remote = opened([raw], tmp_path)
     batches = take(remote, prompts, config=config)
     for one, other in zip(batches, take([raw], prompts, config=config), strict=True):
@@ -127,14 +131,15 @@ def test_decoded_images_too(
 
 
 def test_with_a_window_an_epoch_fetches_each_byte_about_once(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1,200 images of 3 kB, a cache that holds half of them, five images in a block."""
     prompts = ClassPrompts([((), ())], tokenizer)
     remote = opened([raw], tmp_path, block_bytes=16_384, max_bytes=1_900_000)
+    read_ahead_by(monkeypatch, 240)
     ratios = {}
     for window in (0, 256):
-        config = config_of(shuffle_window=window, read_ahead=240, resample="dali")
+        config = config_of(shuffle_window=window, resample="dali")
         start = fetched_bytes()
         batches = take(remote, prompts, config=config, count=100)
         ids = torch.cat([batch.sample_ids for batch in batches if batch.sample_ids is not None])
@@ -152,14 +157,19 @@ def test_with_a_window_an_epoch_fetches_each_byte_about_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_with_caches_of_their_own_read_an_epoch_about_once(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, world_size: int
+    raw: PackedDataset,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    world_size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ranks on a machine each: each reads its groups' parts of two windows, in blocks of 5."""
     prompts = ClassPrompts([((), ())], tokenizer)
     count = len(raw) // BATCH - 15  # what is decoded ahead is of the same epoch
+    read_ahead_by(monkeypatch, 0)
     read = {}
     for groups in (8, 1):
-        config = config_of(shuffle_window=600, shuffle_groups=groups, read_ahead=0, resample="dali")
+        config = config_of(shuffle_window=600, shuffle_groups=groups, resample="dali")
         start = fetched_bytes()
         shown = []
         for rank in range(world_size):
@@ -179,8 +189,9 @@ def test_ranks_with_caches_of_their_own_read_an_epoch_about_once(
 
 
 def test_what_comes_is_fetched_before_it_is_asked_for(
-    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_ahead_by(monkeypatch, 1200)
     (remote,) = opened([raw], tmp_path, block_bytes=16_384)
     names = set()
 
@@ -189,7 +200,7 @@ def test_what_comes_is_fetched_before_it_is_asked_for(
         return data
 
     FaultyStore.spoil = staticmethod(spoil)
-    config = config_of(read_ahead=1200, resample="dali")
+    config = config_of(resample="dali")
     loader = TrainLoader(config, [remote], None, ClassPrompts([((), ())], tokenizer))
     batches = loader.batches(0)
     next(batches)
@@ -220,12 +231,13 @@ def test_evaluation_reads_each_block_once(captioned: PackedDataset, tmp_path: Pa
 
 
 def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
-    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_ahead_by(monkeypatch, 24)
     (remote,) = opened([captioned], tmp_path)
     quarantine = tmp_path / "quarantine.csv"
     prompts = ClassPrompts([((), ())], tokenizer)
-    config = config_of(read_ahead=24)
+    config = config_of()
     loader = TrainLoader(config, [remote], None, prompts, quarantine=quarantine)
     batches = loader.batches(0)
     expected = take([captioned], prompts, config=config, count=4)

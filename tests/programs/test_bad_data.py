@@ -77,7 +77,6 @@ def keys_in_quarantine(run: Path) -> list[int]:
         return sorted(int(row["key"]) for row in csv.DictReader(file))
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(
     data: Path, train: Callable[..., str], tmp_path: Path
@@ -109,18 +108,6 @@ def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(
         for name in ("one", "two")
     )
     assert two == pytest.approx(one, rel=1e-10)
-
-
-def test_too_many_end_the_run_with_1_and_the_name_of_the_list(
-    data: Path, train: Callable[..., str], tmp_path: Path
-) -> None:
-    flip_byte(data, 3)
-    flip_byte(data, 12)
-    run = tmp_path / "run"
-    errors = train(run, "--data.max-bad-fraction", "0.0001", expect=1)
-    assert "had to be replaced, more than data.max_bad_fraction = 0.0001 (of" in errors
-    assert f"{run}/quarantine.csv says which" in errors
-    assert keys_in_quarantine(run) == [3, 12]
 
 
 def test_missing_shards_are_tolerated_up_to_the_limit_and_refused_beyond_it(

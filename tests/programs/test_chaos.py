@@ -40,15 +40,8 @@ def run_chaos(
     assert found["faults"] == []
     assert done.returncode == 0
     assert found["kills"] == kills
-    assert found["ledger"]["samples_lost"] == found["ledger"]["scheduled_twice_in_an_epoch"] == 0
+    assert found["samples_lost"] == found["scheduled_twice_in_an_epoch"] == 0
     return found
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
-    run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from program_runs import call
 from small_runs import tiny_config
 
 import unicl_fast
-from unicl_fast import UniCL
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.load import (
     EMA_FILE,
@@ -33,8 +32,9 @@ from unicl_fast.conversion.card import collect_facts
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.tools import evaluate
+from unicl_fast.models.unicl import build_model
 from unicl_fast.tools.convert import __main__ as convert
+from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.data import describe_datasets
 
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as training leaves it, with a moving average that differs from its last weights."""
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32")
-    model = UniCL(config).state_dict()
+    model = build_model(config).state_dict()
     average = {name: tensor * 0.9 for name, tensor in model.items()}
     average |= {name: tensor for name, tensor in model.items() if not tensor.is_floating_point()}
     write_checkpoint(
@@ -116,7 +116,7 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(
         run / "checkpoints",
         step=2,
-        files={MODEL_FILE: UniCL(config).state_dict(), OPTIMIZER_FILE: {}},
+        files={MODEL_FILE: build_model(config).state_dict(), OPTIMIZER_FILE: {}},
         state={
             "config": config_to_dict(config), "scaler": {}, "data": described,
             "optimizer": "AdamW", "run_id": "",
@@ -180,7 +180,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
     assert np.array_equal(again.embed_texts(["a cat"]), expected.embed_texts(["a cat"]))
     config = again.encoders.config
     settings = dataclasses.replace(config.model, init="hf-hub:us/first")
-    started = UniCL(dataclasses.replace(config, model=settings))
+    started = build_model(dataclasses.replace(config, model=settings))
     initialise(started)
     assert torch.equal(started.text_projection, expected.encoders.text_projection)
     facts, _ = collect_facts("hf-hub:us/first", weights="auto", evaluations=())

@@ -14,20 +14,17 @@ from program_runs import SMALL, STEPS, call, losses, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, load_model
-from unicl_fast.config import ObjectiveConfig
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack_program
-from unicl_fast.training.data import (
-    adapt_objective_to_data,
-    build_prompts,
-    open_datasets,
-    rows_of_class_names,
-)
+from unicl_fast.training.data import build_prompts, open_datasets, rows_of_class_names
 from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.settle import settle_objective
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
@@ -128,15 +125,15 @@ def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
     config = build_preset("digits-small")
     config = dataclasses.replace(
         config,
-        objective=ObjectiveConfig(name="clip"),
+        objective=make_objective(name="clip"),
         data=dataclasses.replace(config.data, train=(str(data / "labels"), str(data / "captions"))),
         run=dataclasses.replace(config.run, global_batch_size=16),
     )
     datasets, shares = open_datasets(config.data)
     loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config))
     batch = next(loader.batches(0))
-    assert (batch.class_ids >= CAPTION_KEYS_START).all()
-    assert len(set(batch.class_ids.tolist())) == len(batch.tokens)
+    assert (batch.targets.class_ids >= CAPTION_KEYS_START).all()
+    assert len(set(batch.targets.class_ids.tolist())) == len(batch.texts.tokens)
     loader.close()
 
 
@@ -149,22 +146,20 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     config = build_preset("digits-small")
     with_captions = dataclasses.replace(config.data, train=(str(data / "captions"),))
     datasets, _ = open_datasets(with_captions)
-    ce = dataclasses.replace(config, objective=ObjectiveConfig(name="ce"))
-    with pytest.raises(ValueError, match=r"20 of the 20 samples .* have none: leave it out"):
-        adapt_objective_to_data(ce, datasets)
+    ce = dataclasses.replace(config, objective=make_objective(name="ce"))
+    with pytest.raises(ValueError, match=r"20 of 20 samples .* have none: leave it out"):
+        settle_objective(ce, datasets)
     labelled = dataclasses.replace(config.data, train=(str(data / "labels"),) * 2)
     datasets, _ = open_datasets(labelled)
-    suited = adapt_objective_to_data(ce, datasets)
+    suited = settle_objective(ce, datasets)
     assert suited.objective.num_classes == (10, 10)
     assert suited.data.text == "labels"
-    shared = dataclasses.replace(ce, data=dataclasses.replace(labelled, label_space="shared"))
-    assert adapt_objective_to_data(shared, datasets).objective.num_classes == (10,)
-    wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
+    wrong = dataclasses.replace(ce, objective=make_objective(name="ce", num_classes=(9,)))
     with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
-        adapt_objective_to_data(wrong, datasets)
+        settle_objective(wrong, datasets)
     by_level = dataclasses.replace(labelled, prompts="levels")
     with pytest.raises(ValueError, match="no data set of data.train has one: pack with --hier"):
-        adapt_objective_to_data(dataclasses.replace(config, data=by_level), datasets)
+        settle_objective(dataclasses.replace(config, data=by_level), datasets)
     prompts = build_prompts(datasets[1:], config)
     rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
     assert rows.tolist() == [3, 0]
@@ -190,7 +185,11 @@ def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Pat
     [
         ("supcon", [], "set --data.augment supcon"),
         ("unicl", ["--data.augment", "supcon"], "would not look at the second"),
-        ("clip", ["--objective.mixup", "1"], "which clip does not have"),
+        (
+            "clip",
+            ["--objective.mixup", "1"],
+            "clip has no objective.mixup: its options are name,",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_end_with_2(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import FaultyLine, FaultyStore, s3_environment, s3_server
+from object_stores import FaultyLine, FaultyStore, put, s3_environment, s3_server
 from program_runs import SMALL, call, losses, run, weights
 
 from unicl_fast.dataset import object_store
@@ -22,7 +22,8 @@ from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.packing.verify import verify_dataset
-from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack
 from unicl_fast.training.metrics import read_metrics
 
@@ -123,7 +124,7 @@ def test_an_upload_goes_on_where_it_was_cut_off_and_appears_when_whole(
     upload_dataset(data / "labels", url, progress=False)  # the same once more: nothing to do
     with pytest.raises(ValueError, match="already holds another packed data set"):
         upload_dataset(data / "captions", url, progress=False)
-    ObjectStore(f"s3://bucket/{tmp_path.name}/used").write("notes.txt", b"x")
+    put(ObjectStore(f"s3://bucket/{tmp_path.name}/used"), "notes.txt", b"x")
     with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
         upload_dataset(data / "labels", f"s3://bucket/{tmp_path.name}/used", progress=False)
 
@@ -163,7 +164,7 @@ def test_no_file_and_no_message_holds_a_password_of_a_url(
     store = ObjectStore(f"{root}/classes")
     for path in (data / "classes").rglob("*.jpg"):
         store.write_file(path, str(path.relative_to(data / "classes")))
-    store.write("cat/bad.jpg", b"no image")
+    put(store, "cat/bad.jpg", b"no image")
     call(pack, "build", f"{root}/classes", "--out", f"{root}/labels", "--workers", 1)
     call(pack, "inspect", f"{root}/labels", "--html", tmp_path / "page.html", "--no-near")
     call(pack, "verify", f"{root}/labels")

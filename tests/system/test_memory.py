@@ -72,12 +72,15 @@ def test_no_more_is_kept_than_one_spare_and_what_is_held() -> None:
     del held, another
 
 
-def test_too_small_ones_go_and_larger_ones_serve() -> None:
+def test_the_smallest_that_fits_serves_and_too_small_ones_go() -> None:
     buffers = HostBuffers()
-    large = buffers.empty((8, *SHAPE), torch.float32).data_ptr()
-    assert buffers.empty(SHAPE, torch.bfloat16).data_ptr() == large
+    large, small = (buffers.empty((count, *SHAPE), torch.float32) for count in (8, 2))
+    places = large.data_ptr(), small.data_ptr()
+    del large, small
+    assert buffers.empty(SHAPE, torch.bfloat16).data_ptr() == places[1]
     assert buffers.empty((16, *SHAPE), torch.float32).numel() == 16 * 4 * 300 * 300
     assert len(buffers._buffers) == 1
+    assert buffers.empty((0, 3), torch.float32).shape == (0, 3)
 
 
 def test_threads_never_get_the_same_memory() -> None:
@@ -111,14 +114,6 @@ def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once() -> None
     assert others[0].data_ptr() != others[1].data_ptr()
 
 
-def test_the_smallest_that_fits_is_taken() -> None:
-    buffers = HostBuffers()
-    large, small = (buffers.empty((count, *SHAPE), torch.float32) for count in (4, 2))
-    places = large.data_ptr(), small.data_ptr()
-    del large, small
-    assert buffers.empty(SHAPE, torch.float32).data_ptr() == places[1]
-
-
 def test_huge_pages_are_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing(mmap.mmap):
         def madvise(self, *arguments: int) -> None:
@@ -126,10 +121,6 @@ def test_huge_pages_are_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mmap, "mmap", Refusing)
     assert HostBuffers().empty(SHAPE, torch.float32).shape == SHAPE
-
-
-def test_nothing_at_all_can_be_had() -> None:
-    assert HostBuffers().empty((0, 3), torch.float32).shape == (0, 3)
 
 
 def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:

@@ -19,7 +19,7 @@ from unicl_fast.system.wording import (
     shorten,
     without_secrets,
 )
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.assembly import make_trainer
 
 DATA: dict[str, Any] = {
     "shares": [0.5, 0.5],
@@ -130,7 +130,7 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
 def test_data_that_differ_are_refused_with_the_element_that_does(
     images: torch.Tensor, checkpoint: Path, change: dict[str, Any], difference: str
 ) -> None:
-    trainer = Trainer(tiny_config(), StepLoader(images), data=DATA | change, progress=False)
+    trainer = make_trainer(tiny_config(), StepLoader(images), data=DATA | change, progress=False)
     before = trainer.model.image_projection.detach().clone()
     with pytest.raises(ValueError) as refused:
         trainer.resume(checkpoint)
@@ -145,12 +145,12 @@ def test_data_that_differ_are_refused_with_the_element_that_does(
 def checkpoint(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     loader = StepLoader(images)
-    Trainer(tiny_config(steps=1), loader, run_folder=folder, data=DATA, progress=False).fit()
+    make_trainer(tiny_config(steps=1), loader, run_folder=folder, data=DATA, progress=False).fit()
     return list_checkpoints(folder / "checkpoints")[-1]
 
 
 def test_the_same_data_are_taken(images: torch.Tensor, checkpoint: Path) -> None:
-    trainer = Trainer(tiny_config(), StepLoader(images), data=DATA, progress=False)
+    trainer = make_trainer(tiny_config(), StepLoader(images), data=DATA, progress=False)
     trainer.resume(checkpoint)
     assert trainer.step == 1
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -180,40 +179,13 @@ def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
     assert ClassPrompts([], tokenizer).class_ids.tolist() == []
 
 
-def test_shared_labels_are_the_same_class_in_all_sources(tokenizer: Tokenizer) -> None:
-    sources = [NO_NAMES, (("cat", "dog", "cat"), TEMPLATES), (("cat", "dog", "cat"), ("{}",))]
-    prompts = ClassPrompts(sources, tokenizer, label_space="shared")
-    assert prompts.class_ids.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0]
-    for source in range(3):
-        assert prompts.classes_of(source, [0, 1, 2, 3, -1]).tolist() == [0, 1, 0, 3, -1]
-    assert prompts.merged_classes == (((1, 0), (1, 2)),)
-
-
 def test_classes_above_are_numbered_after_those_below(tokenizer: Tokenizer) -> None:
-    """In a shared label space too, where a source may have no classes above."""
+    """Equal names of two sources are one class, above and below."""
     sources = [(("cat", "dog"), ("{}",))] * 2
     for above in ([("mammal",), ()], [("mammal",), ("mammal",)]):
-        prompts = ClassPrompts(sources, tokenizer, label_space="shared", names_above=above)
+        prompts = ClassPrompts(sources, tokenizer, names_above=above)
         assert prompts.num_classes.tolist() == [2 + len(names) for names in above]
         assert prompts.class_ids.tolist() == [0, 1, 2, 0, 1, *[2 for _ in above[1]]]
-    with pytest.raises(ValueError, match="label 0 is 'mammal' in source 0 and 'pet' in source 1"):
-        ClassPrompts(sources, tokenizer, "shared", names_above=[("mammal",), ("pet",)])
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (("cat", "cow"), "label 1 is 'dog' in source 0 and 'cow' in source 1"),
-        (("cat",), "source 0 has 2 class names and source 1 has 1"),
-    ],
-)
-def test_a_shared_label_space_of_different_names_is_refused(
-    tokenizer: Tokenizer, second: tuple[str, ...], message: str
-) -> None:
-    sources = [(("cat", "dog"), TEMPLATES), (second, TEMPLATES)]
-    with pytest.raises(ValueError, match=message):
-        ClassPrompts(sources, tokenizer, label_space="shared")
-    assert ClassPrompts(sources, tokenizer).num_classes.tolist() == [2, len(second)]
 
 
 def test_names_without_a_usable_template_are_refused(tokenizer: Tokenizer) -> None:
@@ -264,16 +236,9 @@ template_lists = st.lists(st.sampled_from(["{}", "a {}", "{} a", "b {}"]), min_s
 
 
 @examples(100)
-@given(
-    st.lists(st.tuples(names_lists, template_lists), max_size=3),
-    st.sampled_from(["separate", "shared"]),
-)
-def test_equal_rows_always_have_equal_classes(
-    tokenizer: Tokenizer, sources: Sources, label_space: Literal["separate", "shared"]
-) -> None:
-    if label_space == "shared" and sources:
-        sources = [(sources[0][0], templates) for _, templates in sources]
-    prompts = ClassPrompts(sources, tokenizer, label_space=label_space)
+@given(st.lists(st.tuples(names_lists, template_lists), max_size=3))
+def test_equal_rows_always_have_equal_classes(tokenizer: Tokenizer, sources: Sources) -> None:
+    prompts = ClassPrompts(sources, tokenizer)
     claimed: dict[bytes, int] = {}
     row = 0
     for source, (names, templates) in enumerate(sources):
@@ -286,11 +251,10 @@ def test_equal_rows_always_have_equal_classes(
                 row += 1
     assert row == len(prompts.tokens)
     # Merging joins nothing that no chain of common prompts joins.
-    if label_space == "separate":
-        for group in prompts.merged_classes:
-            for member in group:
-                others = [other for other in group if other != member]
-                assert any(_share_a_prompt(prompts, member, other) for other in others)
+    for group in prompts.merged_classes:
+        for member in group:
+            others = [other for other in group if other != member]
+            assert any(_share_a_prompt(prompts, member, other) for other in others)
 
 
 def _share_a_prompt(prompts: ClassPrompts, first: tuple[int, int], second: tuple[int, int]) -> bool:

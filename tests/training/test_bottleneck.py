@@ -15,8 +15,8 @@ from unicl_fast.config import DataConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import CpuTimes
 from unicl_fast.training import bottleneck
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.bottleneck import BottleneckWatch, Usage, find_bottleneck
-from unicl_fast.training.trainer import Trainer
 
 SOUND = Usage(seconds=40, data_wait_seconds=1, cores=2, cpu_seconds=70, cpu_wait_seconds=30)
 WAITING = dataclasses.replace(SOUND, data_wait_seconds=8)
@@ -80,7 +80,7 @@ def test_storage_is_named_with_its_rate_and_the_options_of_a_url() -> None:
     assert remote[0] == "storage"
     assert "20% of the time, for storage: its readers are blocked 80%" in remote[1]
     assert "12.0 MB/s come from the store" in remote[1]
-    for option in ("read_ahead", "cache_bytes", "shuffle_window", "cache_folder"):
+    for option in ("cache_bytes", "shuffle_window", "cache_folder"):
         assert f"data.{option}" in remote[1]
         assert hasattr(DataConfig(), option)
     local = find(blocked, on_gpu=True)
@@ -142,7 +142,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def watch(reading: ReadingTime | None = None, *, ranks: Ranks | None = None) -> BottleneckWatch:
-    return BottleneckWatch(tiny_config(), ranks=ranks or Ranks(), on_gpu=False, reading=reading)
+    return BottleneckWatch(
+        tiny_config().data, ranks=ranks or Ranks(), on_gpu=False, reading=reading
+    )
 
 
 def look(watch: BottleneckWatch, machine: Machine, waits: float, **cores: float) -> str | None:
@@ -197,6 +199,8 @@ def test_a_run_logs_the_sentence(
         return batch
 
     with caplog.at_level(logging.WARNING):
-        Trainer(tiny_config(steps=12), StepLoader(images, change=crowded), progress=False).fit()
+        make_trainer(
+            tiny_config(steps=12), StepLoader(images, change=crowded), progress=False
+        ).fit()
     (warning,) = [one for one in caplog.messages if "other processes hold the cores" in one]
     assert "got 1.0 of 2 cores" in warning

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rank_workers import agree_on_a_decoder, name_data_by_rank, name_evaluations, run_on_ranks
 
-from unicl_fast.config import DataConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.distributed.ranks import Ranks
@@ -26,8 +26,8 @@ from unicl_fast.training.data import (
     describe_datasets,
     distinct_names,
     open_datasets,
-    with_threads,
 )
+from unicl_fast.training.settle import settle_decoding
 
 
 @pytest.mark.parametrize("token", [49_405, 49_408])
@@ -220,8 +220,10 @@ def test_weights_that_do_not_sum_to_1_are_warned_of(
 
 
 def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
-    assert with_threads(DataConfig(), Ranks(cores=14)).threads == 14
-    assert with_threads(DataConfig(threads=3), Ranks(cores=14)).threads == 3
+    for given, expected in ((0, 14), (3, 3)):
+        config = TrainConfig(data=DataConfig(threads=given))
+        settled = settle_decoding(config, torch.device("cpu"), Ranks(cores=14))
+        assert settled.data.threads == expected
 
 
 @pytest.mark.dist

@@ -16,12 +16,13 @@ from matplotlib.text import Text
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
-from unicl_fast.evaluation.report import ClassificationCounts, draw_confusion
+from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.figures import as_written, draw_contact_sheet, draw_curves, drawing
+from unicl_fast.tools.evaluate.figures import draw_confusion
+from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
-from unicl_fast.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -58,18 +59,6 @@ def test_a_contact_sheet_shows_any_text(
     assert any("frames of one colour have one class" in text for text in drawn)
 
 
-@pytest.mark.parametrize(
-    ("parted", "written"),
-    [
-        ("it 's my daughter 's , too .", "it's my daughter's, too."),
-        ("they do n't ( always ) high - five", "they don't (always) high-five"),
-        ("at 5 : 30 ; or so ?", "at 5: 30; or so?"),
-    ],
-)
-def test_texts_are_spaced_as_they_were_written(parted: str, written: str) -> None:
-    assert as_written(parted) == written
-
-
 def test_classes_are_named_by_data_set_and_label(
     images: torch.Tensor, tmp_path: Path, drawn: list[str]
 ) -> None:
@@ -95,27 +84,6 @@ def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(
     assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [0.5]
 
 
-@pytest.mark.parametrize(
-    ("keys", "title"),
-    [
-        (["accuracy/x/top1"], "Top-1"),
-        (["retrieval/x/recall_at_1"], "Recall at 1 of both directions"),
-        (["retrieval/x/recall_at_1", "zero_shot/y/top1"],
-         "Zero-shot top-1, recall at 1 of both directions"),
-    ],
-)  # fmt: skip
-def test_curves_have_the_title_of_what_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], title: str
-) -> None:
-    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
-        metrics.write({"step": 1, "samples_seen": 8, "loss": 1.0, "lr": 0.1})
-        metrics.write({"step": 1} | dict.fromkeys(keys, 0.5))
-    figures: list[Figure] = []
-    monkeypatch.setattr("unicl_fast.training.figures.save_figure", lambda f, _: figures.append(f))
-    draw_curves(tmp_path, tmp_path / "curves.png")
-    assert figures[0].axes[1].get_title(loc="left") + figures[0].axes[1].get_title() == title
-
-
 def test_curves_and_metrics_take_any_name_of_a_data_set(
     tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,19 +96,17 @@ def test_curves_and_metrics_take_any_name_of_a_data_set(
     with drawing(tmp_path / "curves.png"):
         draw_curves(tmp_path, tmp_path / "curves.png")
     assert not caplog.records
-    assert "pay $5 or $6" in drawn
+    assert "zero_shot/pay $5 or $6/top1" in drawn
     assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_confusion_matrix_shows_any_class_name(
     tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    counts = ClassificationCounts(HOSTILE, confusion=True)
+    counts = ClassificationCounts(HOSTILE)
     rankings = [[(number + 1) % len(HOSTILE)] for number in range(len(HOSTILE))]
     counts.add(rankings, [[number] for number in range(len(HOSTILE))])
-    draw_confusion(
-        counts.result(what="test"), HOSTILE, tmp_path, "set", title="set, 100 % of $ and $"
-    )
+    draw_confusion(counts.result(what="test"), tmp_path, "set", title="set, 100 % of $ and $")
     assert (tmp_path / "confusion-set.png").is_file()
     assert not caplog.records
     assert "pay $5 or $6" in drawn
@@ -158,19 +124,6 @@ def test_what_goes_wrong_in_a_figure_is_logged(
     assert f"NO FIGURE {tmp_path / 'x.png'}: {type(error).__name__}" in record.getMessage()
 
 
-def test_a_confusion_matrix_that_cannot_be_drawn_ends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no font")
-
-    monkeypatch.setattr("unicl_fast.evaluation.report.save_figure", fail)
-    counts = ClassificationCounts(["a", "b"], confusion=True)
-    counts.add([[0]], [[1]])
-    draw_confusion(counts.result(what="test"), ["a", "b"], tmp_path, "set", title="set")
-    assert "NO FIGURE" in caplog.text
-
-
 def test_a_log_on_a_full_disk_ends_nothing(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +135,7 @@ def test_a_log_on_a_full_disk_ends_nothing(
             self.write("")
 
     monkeypatch.setattr("sys.stderr", FullDisk())
-    Trainer(
+    make_trainer(
         tiny_config(steps=2),
         StepLoader(images),
         run_folder=tmp_path,

@@ -1,4 +1,4 @@
-"""`optim.freeze`: what is frozen stays as it is, costs nothing, and is taken up when it is due."""
+"""`optim.freeze`: what is frozen stays as it is and costs nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from small_runs import StepLoader, objective_config, tiny_config
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import find_blocks, has_compiler
+from unicl_fast.models.compilation import find_blocks, has_compiler
 from unicl_fast.models.freezing import freeze
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -25,31 +26,22 @@ TOWER = ("image", "image_projection")
 
 def config_of(
     *frozen: str,
-    unlock_at_step: int = 0,
-    unlock_warmup_steps: int = 0,
     ema_decay: float = 0.0,
     drop_path: float | None = None,
     every_steps: int = 1,
     **settings: object,
 ) -> TrainConfig:
     config = tiny_config(**settings)
-    optim = dataclasses.replace(
-        config.optim,
-        freeze=frozen,
-        unlock_at_step=unlock_at_step,
-        unlock_warmup_steps=unlock_warmup_steps,
-        ema_decay=ema_decay,
-    )
+    optim = dataclasses.replace(config.optim, freeze=frozen, ema_decay=ema_decay)
     model = config.model
     if drop_path is not None:
         model = dataclasses.replace(model, drop_path=drop_path)
-    run = dataclasses.replace(config.run, check_ranks_every_steps=1)
     checkpoint = dataclasses.replace(config.checkpoint, every_steps=every_steps)
-    return dataclasses.replace(config, optim=optim, model=model, run=run, checkpoint=checkpoint)
+    return dataclasses.replace(config, optim=optim, model=model, checkpoint=checkpoint)
 
 
 def trainer_of(images: torch.Tensor, config: TrainConfig, folder: Path | None = None) -> Trainer:
-    return Trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
 
 
 def train(trainer: Trainer, *, steps: int) -> None:
@@ -174,7 +166,7 @@ def test_gradients_are_those_of_a_step_that_trains_all(
     loss, gradients = first_gradients(images, Ranks(), config)
     assert loss == pytest.approx(plain_loss, rel=1e-13)
     trained = {name for name, gradient in gradients.items() if gradient is not None}
-    model = UniCL(config)
+    model = build_model(config)
     freeze(model)
     assert trained == plain.keys() - model.frozen.names
     for name in trained:
@@ -194,24 +186,20 @@ def test_a_frozen_image_encoder_is_run_once_in_micro_batches(
     assert sizes == [5, 5, 2]
 
 
-def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.Tensor) -> None:
+def test_batchnorm_that_is_frozen_may_see_micro_batches(images: torch.Tensor) -> None:
     settings = {"image_encoder": "unicl_convnet7_small", "micro_batch_size": 5}
     loss, _ = first_gradients(images, Ranks(), config_of("image", **settings))
     whole, _ = first_gradients(images, Ranks(), config_of("image", **settings, **{"loss": "dense"}))
     assert loss == pytest.approx(whole, rel=1e-12)
-    for config in (
-        config_of("image", unlock_at_step=2, **settings),
-        config_of("image:2", **settings),
-    ):
-        with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
-            trainer_of(images, config)
+    with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
+        trainer_of(images, config_of("image:2", **settings))
 
 
 @pytest.mark.parametrize(
     ("optimizer", "precision", "settings"),
     [
         ("adamw", "fp32", {"ema_decay": 0.9}),
-        pytest.param("lamb", "fp64", {"unlock_warmup_steps": 3}, marks=pytest.mark.slow),
+        pytest.param("lamb", "fp64", {}, marks=pytest.mark.slow),
         pytest.param("adamw", "bf16", {"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param(
             *("adamw", "fp32", {"image_encoder": "unicl_convnet7_small", "ema_decay": 0.9}),
@@ -219,56 +207,25 @@ def test_batchnorm_that_is_frozen_for_good_may_see_micro_batches(images: torch.T
         ),
     ],
 )
-def test_a_run_that_unlocks_resumes_bit_for_bit_from_any_step(
+def test_a_run_with_frozen_parts_resumes_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, optimizer: str, precision: str, settings: dict
 ) -> None:
-    """A checkpoint from before, at and after the step, which is the third of five."""
     config = config_of(
-        *("image:2", "text"),
-        unlock_at_step=3,
-        steps=5,
-        optimizer=optimizer,
-        precision=precision,
-        **settings,
+        *("image:2", "text"), steps=3, optimizer=optimizer, precision=precision, **settings
     )
     unbroken = trainer_of(images, config, tmp_path / "unbroken")
+    before = copy_of(unbroken.model)
     unbroken.fit()
-    *earlier, last = list_checkpoints(tmp_path / "unbroken" / "checkpoints")
-    locked = {name for name in unbroken.model.state_dict() if name.startswith("text_encoder.")}
-    first, at_unlock, after = (
-        load_file(earlier[step - 1] / "model.safetensors") for step in (1, 3, 4)
-    )
-    assert all(torch.equal(first[name], at_unlock[name]) for name in locked)
-    assert not any(torch.equal(after[name], at_unlock[name]) for name in locked)
-    for checkpoint in earlier[1:]:
-        folder = tmp_path / checkpoint.name
-        resumed = trainer_of(images, config, folder)
-        resumed.resume(checkpoint)
-        resumed.fit()
-        assert_equal_checkpoints(list_checkpoints(folder / "checkpoints")[-1], last)
+    first, *_, last = list_checkpoints(tmp_path / "unbroken" / "checkpoints")
+    tensors = load_file(last / "model.safetensors")
+    frozen = [name for name in before if name.startswith("text_encoder.")]
+    assert all(torch.equal(tensors[name], before[name]) for name in frozen)
+    resumed = trainer_of(images, config, tmp_path / "resumed")
+    resumed.resume(first)
+    resumed.fit()
+    assert_equal_checkpoints(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1], last)
     losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
-    assert [line["loss"] for line in read_metrics(folder)] == losses[-1:]
-
-
-def test_what_is_unlocked_is_warmed_up_and_the_rest_keeps_its_rate(images: torch.Tensor) -> None:
-    settings = {"unlock_at_step": 2, "steps": 8}
-    trainers = [
-        trainer_of(images, config_of("image", unlock_warmup_steps=steps, **settings))
-        for steps in (0, 4)
-    ]
-    batches = trainers[0].loader.batches(0)
-    parts = []
-    for _, batch in zip(range(8), batches, strict=False):
-        for trainer in trainers:
-            trainer.train_step(batch)
-        plain, warmed = (
-            {group.get("unlocked", False): group["lr"] for group in trainer.optimizer.param_groups}
-            for trainer in trainers
-        )
-        assert warmed[False] == plain[False]
-        if True in warmed:
-            parts.append(warmed[True] / plain[True])
-    assert parts == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == losses[1:]
 
 
 def assert_equal_checkpoints(found: Path, expected: Path) -> None:
@@ -299,8 +256,30 @@ def test_a_run_that_freezes_when_it_resumes_keeps_no_state_of_what_is_frozen(
     assert 0 < (average - weight).abs().max() < apart
 
 
+def test_a_run_that_freezes_less_when_it_resumes_trains_it_from_there_on(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    locked = trainer_of(images, config_of("image", ema_decay=0.9, steps=2), tmp_path / "locked")
+    first = copy_of(locked.model)
+    locked.fit()
+    (*_, checkpoint) = list_checkpoints(tmp_path / "locked" / "checkpoints")
+    config = config_of(ema_decay=0.9, steps=4)
+    unbroken = trainer_of(images, config, tmp_path / "unbroken")
+    unbroken.resume(checkpoint)
+    weight = unbroken.model.image_encoder.blocks[0].attn.qkv.weight
+    assert torch.equal(weight, first["image_encoder.blocks.0.attn.qkv.weight"])
+    assert weight not in unbroken.optimizer.state
+    unbroken.fit()
+    assert moved(unbroken.model, first) == {name for name, _ in unbroken.model.named_parameters()}
+    middle, last = list_checkpoints(tmp_path / "unbroken" / "checkpoints")
+    resumed = trainer_of(images, config, tmp_path / "resumed")
+    resumed.resume(middle)
+    resumed.fit()
+    assert_equal_checkpoints(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1], last)
+
+
 def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Path) -> None:
-    config = config_of("image", unlock_at_step=3, ema_decay=0.9, steps=4)
+    config = config_of("image", ema_decay=0.9, steps=3)
     trainer = trainer_of(images, config, tmp_path)
     assert trainer.ema is not None
     places = []
@@ -314,9 +293,9 @@ def test_frozen_weights_are_their_own_average(images: torch.Tensor, tmp_path: Pa
 
     trainer.train_step = train_step
     trainer.fit()
-    assert places == [1, 1, 1, 2]
+    assert places == [1, 1, 1]
     plain = trainer_of(images, config)
-    train(plain, steps=4)  # without `fit`, which shares them
+    train(plain, steps=3)  # without `fit`, which shares them
     for name, average in plain.ema.module.state_dict().items():
         assert torch.equal(average, trainer.ema.module.state_dict()[name]), name
 
@@ -327,7 +306,7 @@ def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
     plain = trainer_of(images, config_of(steps=2), tmp_path / "plain")
     plain.fit()
     config = config_of(*("image_projection", "text_projection"), steps=2)
-    optim = dataclasses.replace(config.optim, image_rate=0.1, layer_decay=0.5)
+    optim = dataclasses.replace(config.optim, layer_decay=0.5)
     trainer_of(images, dataclasses.replace(config, optim=optim), tmp_path / "scaled").fit()
     rates = [[line["lr"] for line in read_metrics(tmp_path / run)] for run in ("plain", "scaled")]
     assert rates[0] == pytest.approx(rates[1], rel=1e-14)
@@ -363,7 +342,6 @@ def test_a_run_with_nothing_to_train_is_refused(images: torch.Tensor) -> None:
         ({"freeze": ("images",)}, "optim.freeze takes image, text, .* not 'images'"),
         ({"freeze": ("image:0",)}, "not 'image:0'"),
         ({"freeze": ("image", "image:2")}, "names a part twice: image image:2"),
-        ({"unlock_at_step": 3}, r"unlock_at_step \(3\) .*names nothing"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
@@ -387,10 +365,10 @@ def assert_close_runs(found: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
+def test_ranks_train_what_is_not_frozen(images: torch.Tensor, tmp_path: Path) -> None:
     """Two ranks train as one does, also where they divide the state, which has one owner."""
     # without checkpoints in between, for which divided parameters would be put in order
-    settings = {"unlock_at_step": 1, "steps": 2, "every_steps": 0}
+    settings = {"steps": 2, "every_steps": 0}
     runs = {
         shard: (config_of("image", "text:1", shard=shard, **settings), None)
         for shard in ("off", "optimizer", "full")
@@ -406,7 +384,13 @@ def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) ->
         run: [torch.load(tmp_path / run / f"{rank}.pt")[0][1] for rank in range(2)] for run in runs
     }
     assert sum(states["optimizer"]) == states["off"][0]
-    assert sum(states["full"]) == pytest.approx(states["off"][0], rel=0.01)
+    of_no_encoder = sum(
+        value.nbytes
+        for name, parameter in alone.model.named_parameters()
+        for value in alone.optimizer.state.get(parameter, {}).values()
+        if "_encoder." not in name
+    )
+    assert sum(states["full"]) == pytest.approx(states["off"][0] + of_no_encoder, rel=0.01)
 
 
 @pytest.mark.slow
@@ -425,25 +409,19 @@ def test_ranks_take_up_what_is_unlocked(images: torch.Tensor, tmp_path: Path) ->
     ],
     ids=["plain", "recomputed micro-batches", "BatchNorm"],
 )
-def test_three_ranks_resume_bit_for_bit_around_the_step_that_unlocks(
+def test_three_ranks_with_frozen_parts_resume_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, entries: tuple[str, ...], settings: dict
 ) -> None:
     """The order in which DDP's buckets are added up shows from three ranks on."""
     config = {
-        shard: config_of(
-            *entries, shard=shard, unlock_at_step=2, ema_decay=0.9, steps=4, **settings
-        )
+        shard: config_of(*entries, shard=shard, ema_decay=0.9, steps=3, **settings)
         for shard in ("off", "optimizer", "full")
     }
     run_on_ranks(
         train_each, 3, images, tmp_path, {shard: (config[shard], None) for shard in config}
     )
     checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
-    again = {
-        f"{shard} from {number + 1}": (config[shard], checkpoints[shard][number])
-        for shard in config
-        for number in (range(3) if shard == "off" else [1])  # all steps, or that which unlocks
-    }
+    again = {f"{shard}, again": (config[shard], checkpoints[shard][0]) for shard in config}
     run_on_ranks(train_each, 3, images, tmp_path, again)
     for run, (resumed, _) in again.items():
         found = list_checkpoints(tmp_path / run / "checkpoints")[-1]
@@ -457,31 +435,11 @@ def test_three_ranks_resume_bit_for_bit_around_the_step_that_unlocks(
 
 
 @pytest.mark.slow
-@pytest.mark.dist
-def test_gradients_in_bf16_are_those_of_what_is_trained(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
-    settings = {"precision": "fp32", "compress_gradients": True, "unlock_at_step": 1, "steps": 3}
-    runs = {
-        shard: (config_of("image", shard=shard, **settings), None)
-        for shard in ("off", "optimizer", "full")
-    }
-    run_on_ranks(train_each, 2, images, tmp_path, runs)
-    last = {run: list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in runs}
-    assert_equal_checkpoints(last["optimizer"], last["off"])
-    # a run that resumes has nothing frozen when its first pass chooses the type of gradients
-    resumed = runs["full"][0], list_checkpoints(tmp_path / "full" / "checkpoints")[1]
-    run_on_ranks(train_each, 2, images, tmp_path, {"resumed": resumed})
-    (*_, found) = list_checkpoints(tmp_path / "resumed" / "checkpoints")
-    assert_equal_checkpoints(found, last["full"])
-
-
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.dist
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
-def test_compiled_blocks_are_frozen_and_unlocked(images: torch.Tensor, tmp_path: Path) -> None:
-    settings = {"unlock_at_step": 1, "steps": 2}
+def test_compiled_blocks_are_frozen(images: torch.Tensor, tmp_path: Path) -> None:
+    settings = {"steps": 2}
     entries = ("image:2", "text")
     runs = {
         shard: (config_of(*entries, shard=shard, compile="blocks", **settings), None)

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.limits import (
     _REMEMBERED_STEPS,
     NonfiniteSteps,
@@ -52,7 +54,7 @@ def trained(
     change: Callable[[Trainer], None],
     run_folder: Path | None = None,
 ) -> Trainer:
-    trainer = Trainer(
+    trainer = make_trainer(
         config, StepLoader(images, change=recorded), run_folder=run_folder, progress=False
     )
     change(trainer)
@@ -79,7 +81,6 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
         {},
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         pytest.param({"micro_batch_size": 5}, marks=pytest.mark.slow),
-        pytest.param({"fused_optimizer": False}, marks=pytest.mark.slow),
         pytest.param({"optimizer": "lamb"}, marks=pytest.mark.slow),
         # its BatchNorm takes in all that it sees
         pytest.param({"image_encoder": "unicl_convnet7_small"}, marks=pytest.mark.slow),
@@ -198,13 +199,13 @@ def test_the_samples_of_all_ranks_are_written_down(
 
 
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    steps = NonfiniteSteps(tiny_config(), ranks=Ranks(), run_folder=None, scaler=scaler)
+    scaler, one = torch.amp.GradScaler("cpu", enabled=False), torch.tensor(1.0)
+    steps = NonfiniteSteps(tiny_config().run, sources=(), ranks=Ranks(), run_folder=None)
     batch = next(StepLoader(images, change=recorded).batches(0))
     for step in range(_REMEMBERED_STEPS + 100):
-        steps.remember(dataclasses.replace(batch, step=step))
+        steps.on_step(Mock(), dataclasses.replace(batch, step=step), loss=one, grad_norm=one)
     assert len(steps._remembered) == _REMEMBERED_STEPS
-    steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, last_metrics={})
+    steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, scaler=scaler)
     assert not steps._remembered
 
 
@@ -229,9 +230,9 @@ def test_metrics_hold_the_count_since_the_start_of_this_process(
 ) -> None:
     batches = [with_replaced(global_batch(images, step=step), count=step % 3) for step in range(6)]
     config = tiny_config()
-    Trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False).fit()
+    make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False).fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 4, 6]
-    resumed = Trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False)
+    resumed = make_trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False)
     resumed.resume(tmp_path / "checkpoints" / "step-00000004")
     resumed.fit()
     assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 1, 3]
@@ -241,7 +242,7 @@ def test_batches_that_do_not_say_what_was_planned_count_as_good(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     loader = ListLoader([global_batch(images)])
-    Trainer(tiny_config(), loader, run_folder=tmp_path, progress=False).fit()
+    make_trainer(tiny_config(), loader, run_folder=tmp_path, progress=False).fit()
     assert {line["replaced_samples"] for line in read_metrics(tmp_path)} == {0}
 
 
@@ -265,8 +266,10 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
     config = tiny_config(steps=50)  # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
     config = dataclasses.replace(config, data=data)
-    Trainer(config, Replacing(images, 2), run_folder=tmp_path / "good", progress=False).fit()
-    trainer = Trainer(config, Replacing(images, 3), run_folder=tmp_path / "bad", progress=False)
+    make_trainer(config, Replacing(images, 2), run_folder=tmp_path / "good", progress=False).fit()
+    trainer = make_trainer(
+        config, Replacing(images, 3), run_folder=tmp_path / "bad", progress=False
+    )
     with pytest.raises(
         TooManyBadSamplesError,
         match=rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv",
@@ -279,17 +282,17 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
 def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -> None:
     config = tiny_config()
     assert (config.run.global_batch_size, config.data.max_bad_fraction) == (12, 0.01)
-    draws = ReplacedSamples(config, run_folder=None)
+    draws = ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=None)
     draws.add(with_replaced(global_batch(images), count=12))
-    draws.check(100)
+    draws.check_total(100)
     with pytest.raises(TooManyBadSamplesError, match="101 of the 12 samples .*the log"):
-        draws.check(101)
+        draws.check_total(101)
     good = with_replaced(global_batch(images), count=0)
     for _ in range(2_000):
         draws.add(good)
-    draws.check(240)
+    draws.check_total(240)
     with pytest.raises(TooManyBadSamplesError, match="241 of the 24012"):
-        draws.check(241)
+        draws.check_total(241)
     assert draws.total(Ranks()) == 12
 
 

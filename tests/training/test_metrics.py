@@ -13,11 +13,11 @@ from damage import limited_files
 from rank_workers import describe_sources_of_slices, run_on_ranks
 from small_runs import global_batch, labelled_batch, tiny_config
 
-from unicl_fast.batch import ListLoader
+from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
 from unicl_fast.training.trackers import Trackers
-from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
@@ -81,10 +81,17 @@ def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(
     assert len(caplog.records) == 1
 
 
+def with_targets(batch: Batch, **targets: torch.Tensor) -> Batch:
+    return dataclasses.replace(batch, targets=dataclasses.replace(batch.targets, **targets))
+
+
 def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
-    batch = dataclasses.replace(
+    batch = with_targets(
         global_batch(images),
         class_ids=torch.tensor([5, 5, 5, 9] + [2**61 + i for i in range(6)] + [9, 5]),
+    )
+    batch = dataclasses.replace(
+        batch,
         source_ids=torch.tensor([0, 0, 2, 2] + [1] * 6 + [2, 2]),
     )
     meter = DatasetMeter(["a", "b", "c"], epochs=lambda step: [step / 2, step / 4, 0.0])
@@ -104,12 +111,12 @@ def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
     several = [[1, 2], [1], [2], *[[one] for one in captions]]
     several[-1] += [2, 3]
     entries = [(sample, one) for sample, classes in enumerate(several) for one in classes]
-    batch = dataclasses.replace(
+    batch = with_targets(
         global_batch(images),
         class_ids=torch.tensor([1, 1, 2, *captions]),
         image_classes=torch.tensor(entries).T.contiguous(),
-        source_ids=torch.tensor([0, 1] + [2] * 9 + [3]),
     )
+    batch = dataclasses.replace(batch, source_ids=torch.tensor([0, 1] + [2] * 9 + [3]))
     meter = DatasetMeter(["a", "b", "c", "d"], epochs=lambda step: [0.0] * 4)
     found = meter.describe(batch, Ranks(), num_steps=1)
     assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
@@ -142,7 +149,7 @@ def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> Non
     batch = dataclasses.replace(global_batch(images), source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
     config = tiny_config(steps=2)
-    Trainer(
+    make_trainer(
         config, ListLoader([batch]), run_folder=tmp_path, dataset_meter=meter, progress=False
     ).fit()
     lines = read_metrics(tmp_path)

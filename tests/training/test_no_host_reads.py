@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 # What makes the host wait: values read, shapes that depend on values, and tensors made of Python's
@@ -72,7 +73,7 @@ def trainer_of(
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
     )
-    return Trainer(config, ListLoader([global_batch(images)]), progress=False)
+    return make_trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
 def rarely_logging(log_every_steps: int) -> TrainConfig:
@@ -95,8 +96,6 @@ def rarely_logging(log_every_steps: int) -> TrainConfig:
         {"loss": "tiled"},
         {"micro_batch_size": 5},
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
-        {"text_layout": "trimmed"},
-        {"unique_texts": False, "text_layout": "padded"},
         {"ema_decay": 0.99},
         {"ema_decay": 0.99, "micro_batch_size": 5, "precision": "fp32"},
         {"ema_decay": 0.99, "image_encoder": "unicl_convnet7_small", "precision": "fp32"},
@@ -144,7 +143,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(images: torch.Tensor, efficiency: di
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> None:
     batch = labelled_batch(images, objective=objective)
-    trainer = Trainer(objective_config(objective), ListLoader([batch]), progress=False)
+    trainer = make_trainer(objective_config(objective), ListLoader([batch]), progress=False)
     trainer.train_step(batch)
     with WaitingOperators() as operators:
         trainer.train_step(batch)
@@ -163,7 +162,7 @@ def test_the_recorder_sees_reads() -> None:
 
 
 def test_a_run_reads_when_it_logs_and_at_no_other_step(images: torch.Tensor) -> None:
-    trainer = Trainer(rarely_logging(3), ListLoader([global_batch(images)]), progress=False)
+    trainer = make_trainer(rarely_logging(3), ListLoader([global_batch(images)]), progress=False)
     trainer.train_step(next(trainer.loader.batches(0)))
     with WaitingOperators() as operators:
         reads_before = []
@@ -209,7 +208,6 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
         {},
         {"precision": "fp16"},
         {"micro_batch_size": 5},
-        {"fused_optimizer": False},
         {"optimizer": "lamb"},
     ],
     ids=lambda settings: ",".join(settings) or "default",
@@ -237,7 +235,7 @@ def test_a_nonfinite_step_changes_neither_weights_nor_optimizer(
 
 
 def test_the_first_nonfinite_step_is_named_at_the_next_logging_step(images: torch.Tensor) -> None:
-    trainer = Trainer(rarely_logging(5), ListLoader([global_batch(images)]), progress=False)
+    trainer = make_trainer(rarely_logging(5), ListLoader([global_batch(images)]), progress=False)
     plain_step = trainer.train_step
 
     def step_with_two_nonfinite_ones(batch):

@@ -18,15 +18,15 @@ from small_runs import StepLoader, tiny_config
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import has_compiler
+from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
-from unicl_fast.models.unicl import UniCL
-from unicl_fast.training.global_loss import encoder_autocast
+from unicl_fast.models.unicl import build_model
+from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.encoding import encoder_autocast
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.run import check_request
 from unicl_fast.training.step_clock import NO_TRAINING, PARTS
-from unicl_fast.training.trainer import Trainer
 
 STEPS = 4
 
@@ -38,7 +38,7 @@ def config_of(
     return dataclasses.replace(
         config,
         optim=dataclasses.replace(config.optim, ema_decay=ema_decay, clip_norm=clip_norm),
-        run=dataclasses.replace(config.run, evaluate_every_steps=3, check_ranks_every_steps=1),
+        run=dataclasses.replace(config.run, evaluate_every_steps=3),
     )
 
 
@@ -135,7 +135,6 @@ def test_two_ranks_that_divide_the_state_train_as_before(
 
 SETTINGS: dict[str, dict] = {
     "clipped": {"clip_norm": 0.05, "ema_decay": 0.9},
-    "clipped, without the fused kernel": {"clip_norm": 0.05, "fused_optimizer": False},
     "micro-batches": {"micro_batch_size": 1, "ema_decay": 0.9},
     "recomputed micro-batches": {"micro_batch_size": 2, "activation_checkpointing": True},
     "BatchNorm": {"image_encoder": "unicl_convnet7_small"},
@@ -211,7 +210,7 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     }
     run_on_ranks(train_each, 2, images, tmp_path, on_two)
     alone = config_of("full", **averaged)
-    trainer = Trainer(alone, StepLoader(images), run_folder=tmp_path / "alone", progress=False)
+    trainer = make_trainer(alone, StepLoader(images), run_folder=tmp_path / "alone", progress=False)
     trainer.resume(middle)
     trainer.fit()
     back = {
@@ -249,29 +248,6 @@ def test_compiled_blocks_are_divided(images: torch.Tensor, tmp_path: Path) -> No
         assert_close_runs(tmp_path / run, tmp_path / "off", **IN_FP64)
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_gradients_in_bf16_leave_ranks_equal_and_results_near(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
-    """By as much as 8 bits of a fraction may do in a few of AdamW's steps."""
-    sent = {"precision": "fp32", "compress_gradients": True}
-    runs = {"plain": (config_of(precision="fp32"), None)} | {
-        shard: (config_of(shard, **sent), None) for shard in ("off", "optimizer", "full")
-    }
-    run_on_ranks(train_each, 2, images, tmp_path, runs)
-    for shard in ("off", "optimizer"):
-        ((_, one), (_, other)) = (held_by(tmp_path / shard, rank) for rank in range(2))
-        assert all(map(torch.equal, one, other))
-    assert_equal_runs(tmp_path / "optimizer", tmp_path / "off")
-    plain = losses_of(tmp_path / "plain")
-    for shard in ("off", "full"):
-        losses = losses_of(tmp_path / shard)
-        assert losses[0] == plain[0]
-        assert losses[1:] != plain[1:]
-        assert losses == pytest.approx(plain, rel=1e-3)
-
-
 def test_owners_have_nearly_as_much_each() -> None:
     sizes = [7, 1, 1, 30, 5, 5, 4, 9, 2, 20]
     owners = choose_owners(sizes, 3)
@@ -298,7 +274,7 @@ def test_what_full_cannot_divide_is_refused(
     """By the trainer, and before the data is opened."""
     config = tiny_config(shard="full", **settings)
     with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
-        Trainer(config, StepLoader(images), progress=False)
+        make_trainer(config, StepLoader(images), progress=False)
     config = dataclasses.replace(config, data=DataConfig(train=("no such folder",)))
     with pytest.raises(ValueError, match=message):
         check_request(config, run_folder=tmp_path, nproc=2, resume="never")
@@ -310,7 +286,7 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
     monkeypatch.setattr("unicl_fast.models.precision.fast_precision", lambda device: "fp16")
     config = tiny_config(shard="full", precision="auto")
     with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
-        Trainer(config, StepLoader(images), progress=False)
+        make_trainer(config, StepLoader(images), progress=False)
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,10 +296,10 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
     )
-    model = UniCL(tiny_config(image_encoder="test_nfnet"))
+    model = build_model(tiny_config(image_encoder="test_nfnet"))
     with pytest.raises(ValueError, match="NormFreeNet has none.*take efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
-    model = UniCL(tiny_config())
+    model = build_model(tiny_config())
     model.text_encoder = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Linear has none.*take efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))

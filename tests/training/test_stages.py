@@ -16,12 +16,12 @@ from small_runs import StepLoader, staged_batch, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.efficiency import has_compiler
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.compilation import has_compiler
+from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.mfu import flops_of_step
 from unicl_fast.training.optim import build_optimizer, build_schedule, set_rates, steps_of_samples
-from unicl_fast.training.trainer import Trainer
 
 # 3 steps of 8 images of 16 pixels, 2 of 12 without half of their tokens, and the rest as it is
 STAGES = (
@@ -38,7 +38,7 @@ def config_of(*stages: str, samples: int = 60, **settings: Any) -> TrainConfig:
 
 def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, **more: Any) -> Any:
     loader = StepLoader(images, make=functools.partial(staged_batch, config=config))
-    return Trainer(config, loader, run_folder=folder, progress=False, **more)
+    return make_trainer(config, loader, run_folder=folder, progress=False, **more)
 
 
 @pytest.mark.slow
@@ -152,12 +152,20 @@ def test_every_stage_trains_and_shows_what_it_says(images: torch.Tensor, tmp_pat
 
 def test_the_model_is_evaluated_at_the_runs_own_sizes(images: torch.Tensor) -> None:
     config = config_of("0.5:image_size=16,context_length=6", image_encoder="unicl_swin6_small")
-    trainer = trainer_in(None, config, images)
-    encoder, text = trainer.model.image_encoder, trainer.model.text_encoder
-    assert (encoder.patch_embed.img_size[0], text.longest) == (16, 6)
-    with trainer._at_full_size(trainer.model):
-        assert (encoder.patch_embed.img_size[0], text.longest) == (32, 77)
-    assert (encoder.patch_embed.img_size[0], text.longest) == (16, 6)
+    evaluated: list[tuple[int, int]] = []
+
+    def sizes(model: UniCL) -> tuple[int, int]:
+        return model.image_encoder.patch_embed.img_size[0], model.text_encoder.longest
+
+    def evaluation(model: UniCL) -> dict[str, float]:
+        evaluated.append(sizes(model))
+        return {}
+
+    trainer = trainer_in(None, config, images, evaluations={"sizes": evaluation})
+    assert sizes(trainer.model) == (16, 6)
+    trainer._evaluate_one("sizes")
+    assert evaluated == [(32, 77)]
+    assert sizes(trainer.model) == (16, 6)
 
 
 def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
@@ -165,7 +173,7 @@ def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, lr_batch_size=12, warmup_fraction=0.0)
     )
-    model = UniCL(config)
+    model = build_model(config)
     optimizer = build_optimizer(model, config)
     assert steps_of_samples(config, 0) == 0
     assert steps_of_samples(config, config.run.total_steps) == 100

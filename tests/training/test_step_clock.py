@@ -15,9 +15,9 @@ from small_runs import StepLoader, global_batch, tiny_config
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.system.progress import WaitingForRanks
 from unicl_fast.training import step_clock
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import StepMeter, read_metrics
 from unicl_fast.training.step_clock import NO_TRAINING, PARTS, StepClock
-from unicl_fast.training.trainer import Trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -142,7 +142,7 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
         time.sleep(0.06)
         return {"top1": 0.5}
 
-    trainer = Trainer(
+    trainer = make_trainer(
         config,
         StepLoader(images, change=late),
         run_folder=tmp_path,
@@ -162,21 +162,23 @@ def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path
     training = sum(value for part, value in seconds.items() if part not in NO_TRAINING)
     assert first["step_seconds"] == pytest.approx(training)
     assert first["images_per_second"] == pytest.approx(12 / training)
-    assert trainer._clock is None
+    assert trainer.clock is None
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}], ids=str)
 def test_each_way_to_back_propagate_has_the_parts_in_order(
     images: torch.Tensor, settings: dict[str, int]
 ) -> None:
-    trainer = Trainer(tiny_config(**settings), ListLoader([global_batch(images)]), progress=False)
+    trainer = make_trainer(
+        tiny_config(**settings), ListLoader([global_batch(images)]), progress=False
+    )
     begun: list[str] = []
 
     class Recorder(StepClock):
         def begin(self, part: str) -> None:
             begun.append(part)
 
-    trainer._clock = Recorder(CPU)
+    trainer.clock = Recorder(CPU)
     begun.clear()
     trainer.train_step(global_batch(images))
     # three micro-batches of images, one of texts

@@ -171,7 +171,6 @@ def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"optim.freeze": ("image:2",)}, r"this run trains it: add --optim\.freeze image"),
-        ({"optim.unlock_at_step": 3}, "this run trains it"),
         ({"data.crop_ratio": (0.75, 1.0)}, "this run draws crops: add"),
         (
             {
@@ -181,7 +180,7 @@ def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path
             },
             r"draws crops, flips, augmentation: add --data\.crop-scale 1 1",
         ),
-        ({"objective.mixup": 0.2}, "set both to 0"),
+        ({"objective.mixup": 0.2}, "set objective.mixup and objective.cutmix to 0"),
         ({"efficiency.shard": "full"}, "take off or optimizer"),
     ],
 )

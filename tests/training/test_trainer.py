@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -18,17 +20,29 @@ from small_runs import StepLoader, global_batch, labelled_loader, objective_conf
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import load_model, read_state
-from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.config import (
+    DataConfig,
+    EfficiencyConfig,
+    RunConfig,
+    TrainConfig,
+    config_from_dict,
+    load_config,
+)
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.training import run
+from unicl_fast.objectives.registry import make_objective
+from unicl_fast.training import build, run
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.observers import RunLog
 from unicl_fast.training.run import pretrain
 from unicl_fast.training.trainer import Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
-    return Trainer(config or tiny_config(), StepLoader(images), run_folder=folder, progress=False)
+    return make_trainer(
+        config or tiny_config(), StepLoader(images), run_folder=folder, progress=False
+    )
 
 
 def test_a_batch_is_let_go_before_the_next_one_is_requested(images: torch.Tensor) -> None:
@@ -44,7 +58,7 @@ def test_a_batch_is_let_go_before_the_next_one_is_requested(images: torch.Tensor
                 yield own
                 del own
 
-    Trainer(tiny_config(), Watching(images), progress=False).fit()
+    make_trainer(tiny_config(), Watching(images), progress=False).fit()
     assert len(held) == tiny_config().run.total_steps
 
 
@@ -187,14 +201,15 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
         other.resume(checkpoint)
 
 
-def test_the_first_scale_of_a_run_may_be_written_otherwise(
+def test_the_first_scale_of_a_resumed_run_does_not_count(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    """Versions before 0.2 wrote the number that is the default now."""
-    config = tiny_config()
-    old = dataclasses.replace(config.model, logit_scale_init=math.log(1 / 0.07))
-    trainer_in(tmp_path, images, dataclasses.replace(config, model=old)).fit()
-    trainer_in(tmp_path / "b", images).resume(tmp_path / "checkpoints" / "step-00000006")
+    small = dataclasses.replace(tiny_config(), objective=make_objective(logit_scale_init=1.0))
+    trainer_in(tmp_path, images, small).fit()
+    resumed = trainer_in(tmp_path / "b", images)
+    assert resumed.model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    resumed.resume(tmp_path / "checkpoints" / "step-00000006")
+    assert resumed.model.logit_scale.item() == pytest.approx(1, abs=0.01)
 
 
 def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: Path) -> None:
@@ -225,7 +240,7 @@ def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> No
         tiny_config(image_encoder="unicl_convnet7_small", steps=40),
         efficiency=EfficiencyConfig(precision="fp32"),
     )
-    trainer = Trainer(config, ListLoader([global_batch(images)]), progress=False)
+    trainer = make_trainer(config, ListLoader([global_batch(images)]), progress=False)
     first = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
     trainer.fit()
     last = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
@@ -234,7 +249,7 @@ def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> No
 
 def test_a_run_without_a_length_is_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
-        Trainer(tiny_config(steps=0), StepLoader(images))
+        make_trainer(tiny_config(steps=0), StepLoader(images))
 
 
 @pytest.mark.parametrize("level", ["WARNING", "INFO"])
@@ -275,57 +290,74 @@ def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=("supcon",)))
     images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
-        Trainer(config, ListLoader([global_batch(images)]), progress=False)
+        make_trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
 def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor) -> None:
     clip = objective_config("clip", steps=1)
     with pytest.raises(ValueError, match="objective.name=clip: .* labels of -1"):
-        Trainer(clip, StepLoader(images), progress=False).fit()
-    Trainer(clip, labelled_loader(images, "clip"), progress=False).fit()
+        make_trainer(clip, StepLoader(images), progress=False).fit()
+    make_trainer(clip, labelled_loader(images, "clip"), progress=False).fit()
 
 
 def test_a_decoder_on_a_gpu_is_refused_where_none_trains(tmp_path: Path) -> None:
     config = TrainConfig(data=DataConfig(decode_device="gpu"), run=RunConfig(device="cpu"))
 
-    def build(*arguments: object, **settings: object) -> NoReturn:
+    def too_late(*arguments: object, **settings: object) -> NoReturn:
         raise AssertionError("it comes too late")
 
     with pytest.raises(ValueError, match=r"run is on the CPU: take data\.decode_device=auto"):
-        pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
+        pretrain(config, run_folder=tmp_path, build_loader=too_late, evaluate=too_late)
 
 
-def test_a_run_keeps_which_decoder_auto_took(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor
-) -> None:
-    """So checkpoints hold it, and a run that resumes with another one says so."""
-    config = dataclasses.replace(tiny_config(), run=RunConfig(device="cpu", steps=2))
-    assert config.data.decode_device == "auto"
-
-    def build(config: TrainConfig, **settings: object) -> Trainer:
-        return trainer_in(tmp_path, images, config)
-
-    monkeypatch.setattr(run, "build_trainer", build)
-    pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
-    (*_, checkpoint) = list_checkpoints(tmp_path / "checkpoints")
-    assert read_state(checkpoint).config.data.decode_device == "cpu"
-
-
-def test_a_run_reads_initial_weights_at_its_first_start_alone(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    data: Path,
-    images: torch.Tensor,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = dataclasses.replace(
+def config_of_labels(data: Path) -> TrainConfig:
+    return dataclasses.replace(
         tiny_config(steps=2),
         data=DataConfig(train=(str(data / "labels"),), image_size=32, evaluation_resize=32),
     )
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="somewhere"))
+
+
+@pytest.fixture(name="start")
+def pretrain_on_twelve_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, images: torch.Tensor
+) -> Callable[..., None]:
+    """Begins a run, or resumes it, whose loader needs no decoder."""
     loader = StepLoader(images)
     loader.plan = SimpleNamespace(epochs=lambda steps: [1.0], weights=(1,))
     loader.reading = ReadingTime()
+    monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
+    monkeypatch.setattr(build, "DatasetMeter", lambda *arguments, **settings: None)
+    monkeypatch.setattr(run, "_report", lambda *arguments: None)
+    return functools.partial(
+        pretrain,
+        run_folder=tmp_path,
+        build_loader=lambda *arguments, **settings: loader,
+        evaluate=dict,
+    )
+
+
+def test_a_run_keeps_what_was_given_and_which_decoder_auto_took(
+    tmp_path: Path, data: Path, start: Callable[..., None]
+) -> None:
+    """So a run that resumes with another one says so."""
+    config = config_of_labels(data)
+    assert config.data.decode_device == "auto"
+    start(config)
+    assert load_config(tmp_path / "config.json") == config
+    (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
+    assert read_state(checkpoint).config.data.decode_device == "cpu"
+    stored = json.loads((checkpoint / "state.json").read_text())
+    assert config_from_dict(stored["config"]) == config
+
+
+def test_a_run_reads_initial_weights_at_its_first_start_alone(
+    tmp_path: Path,
+    data: Path,
+    start: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = config_of_labels(data)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="somewhere"))
     started: list[torch.Tensor] = []
 
     def initialise(model: UniCL, ranks: Ranks) -> None:
@@ -333,20 +365,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
             model.image_projection.fill_(0.5)
         started.append(model.image_projection.detach().clone())
 
-    def start(config: TrainConfig, *, resume: str) -> None:
-        pretrain(
-            config,
-            run_folder=tmp_path,
-            build_loader=lambda *arguments, **settings: loader,
-            evaluate=dict,
-            initialise=initialise,
-            resume=resume,
-        )
-
-    monkeypatch.setattr(run, "check_memory", lambda config, **arguments: None)
-    monkeypatch.setattr(run, "DatasetMeter", lambda *arguments, **settings: None)
-    monkeypatch.setattr(run, "_report", lambda *arguments: None)
-    start(config, resume="never")
+    start(config, initialise=initialise)
     assert len(started) == 1
     (newest,) = list_checkpoints(tmp_path / "checkpoints")
     weights = load_model(newest).image_projection
@@ -354,8 +373,9 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     longer = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=4))
     for name in ("", "elsewhere"):
         settings = dataclasses.replace(longer.model, init=name)
-        start(dataclasses.replace(longer, model=settings), resume="auto")
-        assert json.loads((tmp_path / "config.json").read_text())["model"]["init"] == "somewhere"
+        config = dataclasses.replace(longer, model=settings)
+        start(config, initialise=initialise, resume="auto")
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["init"] == name
     assert len(started) == 1
     assert "model.init=elsewhere is not read: the run resumes, and started from somewhere" in (
         caplog.text
@@ -382,8 +402,8 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
 ) -> None:
     config = dataclasses.replace(tiny_config(), data=DataConfig(train=(str(data / "labels"),)))
     loader = SimpleNamespace(plan=SimpleNamespace(epochs=list), reading=ReadingTime())
-    monkeypatch.setattr(run, "check_memory", lambda config, **arguments: None)
-    trainer = run.build_trainer(
+    monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
+    trainer = build.build_trainer(
         config,
         run_folder=tmp_path,
         build_loader=lambda *arguments, **settings: loader,
@@ -393,5 +413,15 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
         keeps_ledger=False,
         check_run_folder=None,
     )
-    with trainer._session() as session:
-        assert session.bottlenecks._reading is loader.reading
+    log = next(observer for observer in trainer.observers if isinstance(observer, RunLog))
+    with log.fitting(trainer):
+        assert log._watch is not None
+        assert log._watch._reading is loader.reading
+
+
+def test_a_loader_that_ends_before_the_run_is_refused(images: torch.Tensor) -> None:
+    loader = StepLoader(images)
+    three = itertools.islice(loader.batches(0), 3)
+    loader.batches = lambda start_step: three
+    with pytest.raises(ValueError, match="the loader ended before step 3 of 6"):
+        make_trainer(tiny_config(steps=6), loader, progress=False).fit()

@@ -27,9 +27,10 @@ from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, fill_template
 from .. import pretrain
 from ..demo import make_anew, run
 from ..pack import __main__ as pack_dataset
-from .captions import CAPTIONS
 
 _LISTS = ("captions.jsonl", "captions.csv")
+_SHIPPED = Path(__file__).with_name("captions.csv")
+"""Captions, written for this demo, of photographs that Python packages ship: PACKAGE/FILE."""
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _HELD_OUT = 5  # every fifth photograph
 _MOST_SHOWN = 100
@@ -105,8 +106,8 @@ def main() -> None:
 def shipped_photos(folder: Path) -> Task:
     """Takes the photographs of installed packages into a folder; SystemExit where one is not."""
     train, asked = [], []
-    for path, captions in CAPTIONS.items():
-        package, _, inside = path.partition("/")
+    for photo in read_captions(_SHIPPED):
+        package, _, inside = photo.name.partition("/")
         found = find_spec(package)
         if found is None or found.origin is None:
             raise SystemExit(
@@ -117,8 +118,8 @@ def shipped_photos(folder: Path) -> Task:
         folder.mkdir(parents=True, exist_ok=True)
         # as JPEG: a PNG of theirs has a colour profile that libpng complains of at each reading
         (folder / name).write_bytes(_as_jpeg(Path(found.origin).parent / inside, side=640))
-        train.append(Photo(name=name, captions=captions[:-1]))
-        asked.append(Photo(name=name, captions=captions[-1:]))
+        train.append(Photo(name=name, captions=photo.captions[:-1]))
+        asked.append(Photo(name=name, captions=photo.captions[-1:]))
     about = (
         f"{len(train)} photographs that scikit-image, scikit-learn and matplotlib ship. The text "
         "encoder learnt three captions of each; below are the nearest of the fourth ones, which "
@@ -135,7 +136,7 @@ def own_photos(folder: Path) -> Task:
     if not folder.is_dir():
         raise SystemExit(f"--photos {folder} is no folder")
     lists = [folder / name for name in _LISTS if (folder / name).is_file()]
-    groups = read_captions(lists[0]) if lists else read_classes(folder)
+    groups = [read_captions(lists[0])] if lists else read_classes(folder)
     train = [photo for group in groups for photo in _parted(group, held_out=False)]
     asked = [photo for group in groups for photo in _parted(group, held_out=True)]
     if not asked or (not lists and len(groups) < 2):
@@ -158,8 +159,8 @@ def _parted(group: Sequence[Photo], *, held_out: bool) -> list[Photo]:
     return [photo for number, photo in enumerate(group) if (number % step == step - 1) == held_out]
 
 
-def read_captions(path: Path) -> list[list[Photo]]:
-    """One group of photographs with their captions, from JSONL or CSV with image and caption."""
+def read_captions(path: Path) -> list[Photo]:
+    """Photographs with their captions, from JSONL or CSV with image and caption."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows: Iterable[dict[str, Any]] = (
             csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
@@ -170,7 +171,7 @@ def read_captions(path: Path) -> list[list[Photo]]:
             if not row.get("image") or not texts:
                 raise SystemExit(f"{path}: expected image and caption in each row, not {row}")
             found.setdefault(row["image"], []).extend([texts] if isinstance(texts, str) else texts)
-    return [[Photo(name=name, captions=tuple(texts)) for name, texts in found.items()]]
+    return [Photo(name=name, captions=tuple(texts)) for name, texts in found.items()]
 
 
 def read_classes(folder: Path) -> list[list[Photo]]:

@@ -56,10 +56,10 @@ class Build(BuildOptions, _SourcesAndOut):
     one image a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
     captions and labels; metadata.jsonl in a folder is one, and in a flat folder x.txt is the
     caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
-    {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
-    of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
-    (train_map.txt next to train.zip), and TSV files with images in base64. docs/sources.md says how
-    each is read. Several sources become one data set; equal class names become one class.
+    {000..123}.tar), img2dataset's folders, folders of Parquet files as on Hugging
+    Face's hub, COCO's captions and instances (.json, both together), and a map of a zip
+    (train_map.txt next to train.zip). docs/sources.md says how each is read. Several sources become
+    one data set; equal class names become one class.
 
     A packed data set is a source too: images keep their bytes and texts, and its class names,
     templates, hierarchy, license and list of what was left out are taken over. What is damaged in

@@ -27,7 +27,6 @@ from unicl_fast.packing.inspect import (
 )
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
-from unicl_fast.packing.quarantine import DUPLICATE
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of, without_secrets
@@ -117,8 +116,7 @@ class Inspect:
             lines.append(
                 f"note: --leave-out will refuse {self.duplicates_list}: names in it that images "
                 f"which stay have too: {num_unclear:,}, since several sources are called alike. "
-                "Pack these under names of their own (links to them will do) and inspect that; or "
-                "let --duplicates join of build see to exact copies"
+                "Pack these under names of their own (links to them will do) and inspect that"
             )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
@@ -160,7 +158,7 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     ):
         for group, is_near in groups:
             first = reader.read_description(group.samples[0])
-            kind = "near duplicate" if is_near else DUPLICATE
+            kind = "near duplicate" if is_near else "duplicate"
             distances = group.distances or (0,) * len(group.samples)
             for index, distance in zip(group.samples[1:], distances[1:], strict=True):
                 copy = reader.read_description(index)
@@ -205,13 +203,9 @@ def _in_words(inspection: Inspection) -> str:
         ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
         shown = " to ".join(f"{name} {count:,}" for name, count in ends)
         lines.append(f"classes: {shown}" + (f"; {empty:,} have no image" if empty else ""))
-        groups = "; ".join(" = ".join(group) for group in inspection.equal_classes[:5])
-        if groups:
-            lines.append(f"classes with a prompt in common, one class in training: {groups}")
     if inspection.num_captions:
         lines.append(
-            f"distinct captions: {inspection.num_distinct_captions:,}; equal to a class prompt: "
-            f"{inspection.num_captions_equal_to_prompts:,}; as long as the context: "
+            f"distinct captions: {inspection.num_distinct_captions:,}; as long as the context: "
             f"{inspection.num_cut_captions:,}"
         )
     lines.append(f"exact copies: {_copies(inspection.exact_copies)}")

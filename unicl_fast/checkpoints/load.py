@@ -28,12 +28,12 @@ from unicl_fast.checkpoints.files import (
     origin_of,
     read_best,
 )
-from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.config import TrainConfig, with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
 from unicl_fast.system.checked_fields import FiniteNonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 from unicl_fast.system.wording import shorten
@@ -60,6 +60,7 @@ class CheckpointState:
     step: Annotated[int, Meta(ge=0, lt=1 << 53)]
     """Number of optimizer steps done, and of the batch that training resumes with."""
     config: TrainConfig
+    """As it was settled."""
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty for the other precisions."""
     data: dict[str, Any]
@@ -117,6 +118,7 @@ def _parse_state(path: Path) -> CheckpointState:
         config = known.get("config")
         if not isinstance(config, dict):
             raise ValueError(f"config must be an object, not {shorten(config)}")
+        settled = values.get("settled", {})
         # read below: a config of another version is not damaged
         others = from_json_values(CheckpointState, known | {"config": {}})
         for name, value in others.scaler.items():
@@ -129,7 +131,7 @@ def _parse_state(path: Path) -> CheckpointState:
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
     try:
-        return dataclasses.replace(others, config=config_from_dict(config))
+        return dataclasses.replace(others, config=with_settled(config, settled))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -240,7 +242,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
         ValueError: it is damaged, or has no average where "ema" is required.
     """
     config, file = find_weights(path, weights=weights)
-    model = UniCL(config)
+    model = build_model(config)
     # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
     load_weights(model, file)
@@ -324,7 +326,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
     """
     model, objective = config.model, config.objective
     expected: dict[str, list[int]] = {}
-    if objective.has_texts:
+    if objective.uses_texts:
         expected = {
             "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
@@ -334,15 +336,13 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
-    if objective.name == "ce":
-        expected["class_rows"] = [sum(objective.num_classes)]  # the encoder sets their width
+    expected |= (learnt := objective.shapes())
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         names = set(file.keys())
         found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
-    if "class_rows" in found:
-        found["class_rows"] = found["class_rows"][:1]
+    found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
     layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
-    num_layers = model.text_layers if objective.has_texts else 0
+    num_layers = model.text_layers if objective.uses_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(
             f"{path} is not of the model that its config describes: a text encoder of "

@@ -24,7 +24,7 @@ from unicl_fast.checkpoints.load import (
     load_weights,
     read_tensors,
 )
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict, settled_values
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
 from unicl_fast.models.sharding import (
     ParameterOwners,
@@ -63,7 +63,7 @@ def collect_tensors(
     if ema is not None:
         files[EMA_FILE] = ema.module.state_dict()
     files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
-    if divides_optimizer(model.config, ranks):
+    if divides_optimizer(model.config.efficiency, ranks):
         files[OPTIMIZER_FILE] = tensors_to_rank_0(files[OPTIMIZER_FILE], ranks)
     return {
         file: {name: _whole_on_host(one, ranks) for name, one in tensors.items()}
@@ -79,7 +79,8 @@ def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 def describe_state(
     *,
-    model: UniCL,
+    given: TrainConfig,
+    settled: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
@@ -88,7 +89,8 @@ def describe_state(
     """The content of state.json, except the step and the checksums."""
     return {
         "run_id": run_id,
-        "config": config_to_dict(model.config),
+        "config": config_to_dict(given),
+        "settled": settled_values(given, settled),
         "scaler": scaler.state_dict(),
         "data": dict(data),
         "optimizer": type(optimizer).__name__,
@@ -109,8 +111,9 @@ def refuse_another_run(
     stored, present = config_to_dict(state.config), config_to_dict(config)
     for name in INITIAL_WEIGHTS:  # a resumed run does not read them
         del stored["model"][name], present["model"][name]
-    for name in ("logit_scale_init", "logit_bias_init"):  # the learnt values count
-        stored["model"].pop(name, None), present["model"].pop(name, None)
+    for one in (stored, present):
+        one["objective"].pop("logit_scale_init", None)  # the learnt value counts
+        del one["data"]["threads"]
     for group in ("model", "objective"):
         refuse_differences(group, stored[group], present[group])
     refuse_differences("data", state.data, data)
@@ -178,7 +181,11 @@ def restore_checkpoint(
             f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
             "checkpoint"
         ) from error
-    own = ParameterOwners(model, ranks).own if divides_optimizer(model.config, ranks) else None
+    own = (
+        ParameterOwners(model, ranks).own
+        if divides_optimizer(model.config.efficiency, ranks)
+        else None
+    )
     _restore_optimizer(model, optimizer, tensors, own=own)
 
 
@@ -208,10 +215,10 @@ def _check_optimizer_tensors(
     keys_of: dict[str, set[str]] = {}
     num_groups = len(optimizer.param_groups)
     stored = [name for name in tensors if name.partition(".")[0] == _GROUP_STEP]
-    if len(stored) > num_groups:  # there are fewer before optim.unlock_at_step
+    if len(stored) > num_groups:
         raise ValueError(
-            f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze, "
-            f"layer_decay, image_rate and text_rate make {num_groups} here: give them as they were"
+            f"it counts steps by {count_of(len(stored), 'group')} of parameters, and optim.freeze "
+            f"and layer_decay make {num_groups} here: give them as they were"
         )
     for full_name, value in tensors.items():
         key, _, name = full_name.partition(".")

@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from unicl_fast import __version__
 from unicl_fast.checkpoints.export import CONFIG_FILE, FORMAT_VERSION, LIBRARY, WEIGHTS_FILE
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.conversion import preprocessing
@@ -24,6 +23,7 @@ from unicl_fast.conversion.output import (
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.version import __version__
 
 _CARD_FILE = "README.md"
 _NOT_PUBLISHED = {

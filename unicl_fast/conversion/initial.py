@@ -79,7 +79,7 @@ def initial_tensors(model: UniCL) -> dict[str, Tensor]:
         if text:
             loading.take_text()
         if option == "init":
-            loading.take_scale_and_classes()
+            loading.take_learnt()
         loading.say()
         tensors |= loading.tensors
     return tensors
@@ -112,7 +112,7 @@ class _Loading:
             )
         names = [*IMAGE_SETTINGS] if image else []
         names += TEXT_SETTINGS if has_text else ()
-        if self._option == "init" and image and model.class_rows is None:
+        if self._option == "init" and image and model.has_space:
             names += ["embed_dim", "image_projection"]
         if self._option == "init" and has_text:
             names += ["text_projection"]
@@ -147,7 +147,7 @@ class _Loading:
         if source.data.get("image_size", size) != size and fixed_size(name):
             kind += f", its tables resized from {source.data['image_size']} pixels to {size}"
         self._take("image_encoder.", found, kind)
-        if self._model.class_rows is None:
+        if self._model.has_space:
             self._take_projection("image_projection")
         self._warn_of_other_images()
 
@@ -171,21 +171,21 @@ class _Loading:
         self._take("text_encoder.", found, kind)
         self._take_projection("text_projection")
 
-    def take_scale_and_classes(self) -> None:
-        """Takes the logit scale if it is learnt, the logit bias, and rows for the same classes."""
-        scale, own = self._source.tensors.get("logit_scale"), self._model.logit_scale
-        if own.requires_grad and scale is not None:
-            self._take("", {"logit_scale": scale}, "logit_scale")
-        self._take_if_both(
-            "logit_bias",
-            fresh="which the source lacks",
-            left_out="which objective.form=softmax does not see",
-        )
-        rows, needed = self._source.tensors.get("class_rows"), self._model.class_rows
-        if needed is not None and rows is not None and rows.shape != needed.shape:
-            self._fresh.append(f"class_rows, since the source has {list(rows.shape)}")
-        else:
-            self._take_if_both("class_rows", fresh="since the source has none")
+    def take_learnt(self) -> None:
+        """Takes what the objective learns: the logit scale, rows for the same classes."""
+        given, own = self._source.tensors, self._model.learnt
+        for name, tensor in own.items():
+            if name not in given:
+                self._fresh.append(f"{name}, which the source lacks")
+            elif given[name].shape != tensor.shape:
+                self._fresh.append(f"{name}, since the source has {list(given[name].shape)}")
+            else:
+                self._take("", {name: given[name]}, name)
+        self._left_out += [
+            f"{name}, which objective.name={self._model.config.objective.name} does not learn"
+            for name in ("logit_scale", "logit_bias", "class_rows")
+            if name in given and name not in own
+        ]
 
     def say(self) -> None:
         """Logs what was taken, what stays fresh and what was left out."""
@@ -194,16 +194,6 @@ class _Loading:
         for what, names in (("fresh", self._fresh), ("left out", self._left_out)):
             text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
         logger.info("%s", text)
-
-    def _take_if_both(self, name: str, *, fresh: str, left_out: str = "") -> None:
-        """Takes a tensor that both sides have; if only one has it, notes why."""
-        given = self._source.tensors.get(name)
-        if name in self._own and given is not None:
-            self._take("", {name: given}, name)
-        elif name in self._own:
-            self._fresh.append(f"{name}, {fresh}")
-        elif given is not None and left_out:
-            self._left_out.append(f"{name}, {left_out}")
 
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or keeps the fresh one if the source's is of another shape."""

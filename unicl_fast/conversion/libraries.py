@@ -164,7 +164,7 @@ def _write_towers(model: UniCL, folder: Path, suffix: str, *, export: Export) ->
                 rows = torch.arange(size) % len(inputs)
                 found = run(inputs[rows])
                 differences.append(require_equal(features[rows], found, what=f"{name}_features"))
-        described = preprocessing.in_words(model.config) | logits_of(model)
+        described = preprocessing.in_words(model.config.data, model.config.model) | logits_of(model)
         write_json(aside / "preprocessing.json", described)
     return max(differences)
 

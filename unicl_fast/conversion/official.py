@@ -23,7 +23,8 @@ from unicl_fast.config import ModelConfig, TrainConfig
 from unicl_fast.conversion.fitting import misfits, phrase
 from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.objectives.unicl import UniCLObjective
 from unicl_fast.presets import build_preset
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
@@ -61,7 +62,7 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
             over, or of a wrong shape or content.
     """
     entries = _with_present_names(entries, source=source)
-    model = UniCL(_config_of(entries, source=source)).eval()
+    model = build_model(_config_of(entries, source=source)).eval()
     tensors = official_entries(model)
     faults = misfits(tensors, entries)
     tables = [
@@ -101,8 +102,8 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         reason = (
             f"files hold {' or '.join(known)}, this model's image encoder is {config.image_encoder}"
         )
-    elif model.logit_bias is not None:
-        reason = "code knows no bias of the logits, which objective.form=sigmoid trains"
+    elif "logit_bias" in model.learnt:
+        reason = "code knows no bias of the logits, which the sigmoid form trains"
     elif others:
         reason = f"code knows no {', '.join(others)}"
     if reason:
@@ -165,8 +166,8 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
     return dataclasses.replace(
         preset,
         data=dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        model=dataclasses.replace(
-            model, logit_scale_init=1.0, logit_scale_max=max(model.logit_scale_max, trained)
+        objective=UniCLObjective(
+            logit_scale_init=1.0, logit_scale_max=max(UniCLObjective().logit_scale_max, trained)
         ),
         efficiency=dataclasses.replace(preset.efficiency, precision="fp32"),
     )

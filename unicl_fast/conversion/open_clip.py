@@ -264,13 +264,13 @@ def _require_convertible(model: UniCL) -> None:
     if (own_size := fixed_size(name)) not in (None, size):
         raise ValueError(
             f"open_clip builds {name} for images of {own_size} pixels alone, this model was "
-            f"trained at {size}: convert it to timm, hf, onnx or export instead"
+            f"trained at {size}: convert it to timm, hf or onnx instead"
         )
     width = feature_width(model.image_encoder)
     if width != int(model.image_encoder.num_features):  # type: ignore[arg-type]
         raise ValueError(
             f"{name} returns features of width {width}, open_clip expects "
-            f"{model.image_encoder.num_features}: convert it to timm, hf, onnx or export instead"
+            f"{model.image_encoder.num_features}: convert it to timm, hf or onnx instead"
         )
 
 
@@ -304,7 +304,8 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
     }
     if config.text_activation == "gelu_tanh":
         text["act_kwargs"] = {"approximate": "tanh"}
-    bias = {} if model.logit_bias is None else {"init_logit_bias": model.logit_bias.item()}
+    learnt = model.learnt.get("logit_bias")
+    bias = {} if learnt is None else {"init_logit_bias": learnt.item()}
     return {
         "embed_dim": config.embed_dim,
         **bias,

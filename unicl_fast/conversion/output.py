@@ -87,9 +87,8 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def logits_of(model: UniCL) -> dict[str, Any]:
-    """The logarithm of the scale of the logits, and their bias where the model has one."""
-    bias = {} if model.logit_bias is None else {"logit_bias": model.logit_bias.item()}
-    return {"logit_scale": model.logit_scale.item(), **bias}
+    """The logarithm of the scale of the logits, and their bias, where the model learns them."""
+    return {name: one.item() for name, one in model.learnt.items() if one.ndim == 0}
 
 
 def sample_images(model: UniCL) -> Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config import DataConfig, ModelConfig
 
 _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers stores
 
 
-def in_words(config: TrainConfig) -> dict[str, Any]:
+def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
     """The content of `preprocessing.json`, for people who write their own preprocessing."""
-    data, model = config.data, config.model
     return {
         "image": {
             "color": "RGB",

@@ -146,11 +146,9 @@ def _our_source(given: str, path: Path) -> Source:
             "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH, pypi:NAME"
         ) from error
     names, tensors = [*IMAGE_SETTINGS], read_tensors(file)
-    if config.objective.name == "ce":
-        tensors.pop("logit_scale", None)  # which is never used
-    else:
+    if config.objective.has_space:
         names += ["embed_dim", "image_projection"]
-    if config.objective.has_texts:
+    if config.objective.uses_texts:
         names += [*TEXT_SETTINGS, "text_projection", "context_length"]
     images = ("image_size", "mean", "std", "interpolation")
     return Source(

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.system.atomic_files import flush_to_disk, lock, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
@@ -45,9 +45,11 @@ class FeatureFile:
 
 
 def feature_key(
-    config: TrainConfig,
+    data: DataConfig,
     dataset: PackedDataset,
     *,
+    encoder: str,
+    precision: str,
     weights: str,
     device_type: str,
     view: Any,
@@ -56,24 +58,25 @@ def feature_key(
     """The key of a data set's features: equal if and only if the features would be.
 
     Args:
-        config: of the model.
+        data: settings of the model's images.
         dataset: whose images are encoded.
+        encoder: name of the image encoder.
+        precision: its arithmetic.
         weights: digest of the weights that decide them.
         device_type: of the device that encodes.
         view: what decides the part of an image that is shown, beside the sizes in the config; in
             JSON's types.
         more: what else they depend on, in JSON's types; a version among them.
     """
-    data = config.data
     images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
     facts = {
         **more,
-        "encoder": config.model.image_encoder,
+        "encoder": encoder,
         "weights": weights,
         "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
         "view": [data.image_size, view, data.interpolation, data.resample],
         "normalisation": [*data.mean, *data.std],
-        "precision": config.efficiency.precision,
+        "precision": precision,
         "device": [device_type, data.decode_device],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())

@@ -335,14 +335,14 @@ def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> N
     """Fetches a file unless it has its checksum already; one without a checksum always."""
     if expected is not None and path.is_file() and file_checksum(path) == expected:
         return
-    size = store.size_of(path.name)
-    if size is None:
+    stored = store.find(path.name)
+    if stored is None:
         path.unlink(missing_ok=True)
         return
     aside = path.with_name(f".{path.name}.partial")
     found = ""
     for _ in range(2):
-        found = store.fetch_file(path.name, aside, size=size)
+        found = store.fetch_file(path.name, aside, size=stored.size)
         if expected is None or found == expected:
             aside.replace(path)
             return

@@ -17,7 +17,7 @@ from unicl_fast.system.wording import shorten
 from unicl_fast.text.hierarchies import Hierarchy
 
 FORMAT_VERSION = 1
-"""Version of data sets whose shards hold JPEGs and PNGs; earlier programs also put WebPs there."""
+"""Version of data sets whose shards hold JPEGs and PNGs."""
 RAW_FORMAT_VERSION = 2
 """Version of data sets whose images are decoded and lie in one array."""
 WEBP_FORMAT_VERSION = 3

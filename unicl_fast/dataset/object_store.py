@@ -7,7 +7,6 @@ tries and what to do. An object that does not exist is a FileNotFoundError at on
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -139,10 +138,6 @@ class ObjectStore:
         except FileNotFoundError:
             return None
 
-    def size_of(self, name: str) -> int | None:
-        """Bytes of an object; None where it does not exist."""
-        return found.size if (found := self.find(name)) is not None else None
-
     def find(self, name: str) -> StoredObject | None:
         """Size and version of an object; None where it does not exist."""
 
@@ -159,11 +154,6 @@ class ObjectStore:
             return self._retry(self.url_of(name), "be asked for its size", attempt)
         except FileNotFoundError:
             return None
-
-    def list_sizes(self) -> dict[str, int] | None:
-        """Names and sizes of all objects below the URL; None where the store cannot list."""
-        listed = self.list_objects()
-        return None if listed is None else {name: one.size for name, one in listed.items()}
 
     def list_objects(self) -> dict[str, StoredObject] | None:
         """All objects below the URL by name (with a / in folders); None if it cannot list."""
@@ -219,20 +209,17 @@ class ObjectStore:
                     mark_progress()
         return digest.hexdigest()
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a small object whole or not at all; raises StorageError if it cannot."""
-        self._write(name, lambda: self._call("pipe_file", self._path(name), data))
-
     def write_file(self, path: Path, name: str) -> None:
-        """Writes a file as an object, in parts where it is large; raises as `write`."""
+        """Writes a file as an object, in parts where it is large, and its folder if need be.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
         # each of its parts may take as long as an answer
         limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
-        self._write(
-            name, lambda: self._call("put_file", str(path), self._path(name), seconds=limit)
-        )
 
-    def _write(self, name: str, put: Callable[[], None]) -> None:
-        """Writes an object by `put`, and makes its folder where stores have them."""
+        def put() -> None:
+            self._call("put_file", str(path), self._path(name), seconds=limit)
 
         def attempt() -> None:
             try:
@@ -252,13 +239,6 @@ class ObjectStore:
                 f"exist ({_describe(error.__cause__ or error)}); see that the URL is right, or "
                 f"make the {place}, then start again"
             ) from error
-
-    def remove(self, name: str) -> None:
-        """Removes an object, if it exists."""
-        with contextlib.suppress(FileNotFoundError):
-            self._retry(
-                self.url_of(name), "be removed", lambda: self._call("rm_file", self._path(name))
-            )
 
     def _retry(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
         """Calls `attempt` until it succeeds or trying again is pointless."""

@@ -90,7 +90,6 @@ class SampleReader:
         """Everything its shard holds of a sample, or DamagedSampleError; compares no checksum."""
         members = self._members(index)
         found = [member.extension for member in members]
-        # WebPs are accepted under version 1 too, as data sets of earlier programs have them
         if found not in ([["json"]] if self._is_raw else _MEMBERS):
             expected = "json alone" if self._is_raw else "jpg, webp or png, then json"
             raise self._damaged(

@@ -6,48 +6,56 @@ Ranks share the images of a data set: rank r of w takes the samples r, r + w, r 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
+import msgspec
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from unicl_fast.batch import EvaluationBatch, EvaluationLoader, send
-from unicl_fast.checkpoints.load import load_model
+from unicl_fast.batch import EvaluationLoader, send
+from unicl_fast.checkpoints.load import Weights, load_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.launch import configure_logging
+from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
     gather_integers,
-    gather_objects,
+    rank_0_alone,
+    tensors_to_rank_0,
 )
 from unicl_fast.distributed.rendezvous import process_group
-from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
-from unicl_fast.evaluation.requests import Layer, RankedCommand
+from unicl_fast.evaluation.choices import Layer
 from unicl_fast.models.precision import (
     Precision,
-    resolve_precision,
     set_device_arithmetic,
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
-from unicl_fast.training.data import resolve_decode_device, with_threads
-from unicl_fast.training.global_loss import encoder_input
+from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.training.encoding import encoder_input
+from unicl_fast.training.settle import settle, settle_decoding
 
 _ALONE = Ranks()
-_ROWS_AT_ONCE = 8192
-"""Rows that each rank sends in one collective: 25 MB of 768 numbers."""
+_G = TypeVar("_G")
+_T = TypeVar("_T")
+
+
+@runtime_checkable
+class LoadedModel(Protocol):
+    """A model as `unicl_fast.load_model` returns it."""
+
+    encoders: UniCL
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,15 @@ class ModelOnRanks:
     progress: bool = False
     """Whether progress bars are shown."""
 
+    @classmethod
+    def of(cls, model: LoadedModel | ModelOnRanks) -> ModelOnRanks:
+        """The same if it is on ranks, else a loaded model in this process."""
+        if isinstance(model, ModelOnRanks):
+            return model
+        encoders = model.encoders
+        encoders.config = settle_decoding(encoders.config, device_of(encoders), _ALONE)
+        return cls(encoders, progress=shows_progress(_ALONE))
+
     def loader(self, dataset: PackedDataset) -> EvaluationLoader:
         """This rank's part of a data set, prepared as the model needs it, on its device."""
         # here, so that the protocols serve other loaders where DALI is not installed
@@ -68,55 +85,12 @@ class ModelOnRanks:
 
         return DaliLoader(
             dataset,
-            with_threads(self.model.config.data, self.ranks),
+            self.model.config.data,
             batch_size=self.batch_size,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             device=device_of(self.model),
         )
-
-    def _batches(self, loader: EvaluationLoader, *, title: str) -> Iterator[EvaluationBatch]:
-        """All batches of this rank; if any is asked to stop, all raise EvaluationStopped."""
-        stopped = False
-        for batch in tqdm(loader, desc=title, disable=not self.progress):
-            if not heartbeat_and_check_stop():
-                stopped = True
-                break
-            yield batch
-        if any(gather_integers(int(stopped), self.ranks)):
-            raise EvaluationStopped
-
-    @torch.no_grad()
-    def classify(
-        self,
-        loader: EvaluationLoader,
-        scores_of: Callable[[Tensor], Tensor],
-        *,
-        labels_of: Callable[[int], Sequence[int]],
-        class_names: Sequence[str],
-        what: str,
-        confusion: bool = False,
-    ) -> ClassificationResult:
-        """Classifies the images of a loader, each sample once over all ranks, and counts.
-
-        Args:
-            loader: this rank's part.
-            scores_of: scores [b k] of images, uint8 [b h w c].
-            labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
-            class_names: k names.
-            what: is evaluated, for messages.
-            confusion: also count which class is taken for which.
-
-        Raises:
-            ValueError: no sample has a label.
-            EvaluationStopped: it was asked to stop, on all ranks.
-        """
-        counts = ClassificationCounts(class_names, confusion=confusion)
-        for batch in self._batches(loader, title="classify"):
-            labels = (list(map(int, labels_of(sample))) for sample in batch.sample_ids.tolist())
-            counts.add(rank_classes(scores_of(batch.images)), labels)
-        counts.sum_over(self.ranks)
-        return counts.result(what=what)
 
     def features(
         self, dataset: PackedDataset, *, layer: Layer = "projection"
@@ -126,40 +100,73 @@ class ModelOnRanks:
         Raises:
             EvaluationStopped: it was asked to stop, on all ranks.
         """
+        return self.encode(self.loader(dataset), num_samples=len(dataset), layer=layer)
+
+    def encode(
+        self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"
+    ) -> Float[Tensor, "n d"] | None:
+        """As `features`, from this rank's part of a data set."""
         parts: list[Tensor] = []
         ids: list[int] = []
-        for batch in self._batches(self.loader(dataset), title="encode images"):
+        stopped = False
+        for batch in tqdm(loader, desc="encode images", disable=not self.progress):
+            if stopped := not heartbeat_and_check_stop():
+                break
             parts.append(encode_images(self.model, batch.images, layer=layer).cpu())
             ids += batch.sample_ids.tolist()
-        assert ids == list(range(self.ranks.rank, len(dataset), self.ranks.world_size))
+        if any(gather_integers(int(stopped), self.ranks)):
+            raise EvaluationStopped
+        assert ids == list(range(self.ranks.rank, num_samples, self.ranks.world_size))
         mine = torch.cat(parts) if parts else None
-        return collect_rows(mine, num_rows=len(dataset), ranks=self.ranks)
+        return collect_rows(mine, num_rows=num_samples, ranks=self.ranks)
+
+    def on_rank_0(self, judge: Callable[[_G], _T], gathered: _G | None, kind: Any) -> _T:
+        """Calls `judge` on what rank 0 has gathered; all ranks get its result, of type `kind`.
+
+        The type is a dataclass or a dict. Errors of `judge` are raised on all ranks.
+        """
+        result: Any = None
+        with refused_together(self.ranks), rank_0_alone(self.ranks):
+            if gathered is not None:
+                result = judge(gathered)
+        if self.ranks.world_size == 1:
+            return cast(_T, result)
+        if dataclasses.is_dataclass(result):
+            result = dataclasses.asdict(cast(Any, result))
+        return cast(_T, msgspec.convert(from_rank_0(result, self.ranks), kind))
 
 
 @contextlib.contextmanager
-def model_on_ranks(command: RankedCommand) -> Iterator[ModelOnRanks]:
-    """The model of a command on its device; its ranks share the work."""
-    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with process_group(device) as ranks:
+def model_on_ranks(
+    checkpoint: str | Path,
+    *,
+    weights: Weights = "auto",
+    device: str = "auto",
+    batch_size: int = 256,
+) -> Iterator[ModelOnRanks]:
+    """A model on the ranks that torchrun, SLURM or `--nproc` started, which share the work.
+
+    Arguments are those of `unicl_fast.load_model`; `batch_size` is that of each rank.
+    """
+    chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    with process_group(chosen) as ranks:
         configure_logging(ranks)
         # a run may have written another one since this rank looked
-        checkpoint = from_rank_0(str(command.checkpoint), ranks)
-        model = load_model(checkpoint, weights=command.weights)
-        on_device(model, device, ranks)
-        model.config = resolve_decode_device(model.config, device, ranks)
-        batch_size = getattr(command, "batch_size", 1)
+        checkpoint = from_rank_0(str(checkpoint), ranks)
+        model = load_model(checkpoint, weights=weights)
+        on_device(model, chosen, ranks)
+        model.config = settle_decoding(model.config, chosen, ranks)
         yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=shows_progress(ranks))
 
 
 def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniCL:
     """Moves a model to a device, with the arithmetic and the memory format it was trained with."""
     model.to(device)
-    model.config = resolve_precision(model.config, device, ranks=ranks)
+    model.config = settle(model.config, device=device, ranks=ranks)
     set_device_arithmetic(model.config.efficiency, device)
-    if model.config.efficiency.channels_last:
-        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
 
 
@@ -184,7 +191,7 @@ def require_text_encoder(model: UniCL, what: str) -> None:
 
 def require_layer(model: UniCL, layer: Layer) -> None:
     """Refuses (ValueError) features after a projection that the model does not have."""
-    if layer == "projection" and model.class_rows is not None:
+    if layer == "projection" and not model.has_space:
         raise ValueError(
             "features after the projection were asked for, and this model, trained by "
             "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
@@ -208,9 +215,8 @@ def encode_images(
 ) -> Float[Tensor, "b d"]:
     """Features of images uint8 [b h w c], in the precision the model was trained in.
 
-    Layer "projection" gives the unit-norm features (under cross-entropy what `class_rows` is
-    multiplied by, see `UniCL.encode_image`), "encoder" those before the projection, in fp32 at
-    least.
+    Layer "projection" gives the unit-norm features, "encoder" those before the projection, in fp32
+    at least.
     """
     normalised = prepare_images(model, images)
     with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
@@ -255,22 +261,11 @@ def collect_rows(
     """
     if ranks.world_size == 1:
         return mine
-    num_received = ranks.world_size if ranks.is_main else 0
-    # a rank without rows knows neither their width nor their type
-    kind: list[Any] | None = None if mine is None else [mine.shape[1], str(mine.dtype)]
-    width, name = next(kind for kind in gather_objects(kind, ranks) if kind is not None)
-    dtype = getattr(torch, name.removeprefix("torch."))
-    mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
-    whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
-    most = -(-num_rows // ranks.world_size)
-    for start in range(0, most, _ROWS_AT_ONCE):
-        sent = torch.zeros(min(_ROWS_AT_ONCE, most - start), width, dtype=dtype)
-        part = mine[start : start + len(sent)]
-        sent[: len(part)] = part
-        received = [torch.empty_like(sent) for _ in range(num_received)]
-        with WaitingForRanks():
-            dist.gather(sent, received or None, dst=0, group=ranks.host_group)
-        if whole is not None:
-            rows, begin = torch.stack(received, dim=1).flatten(0, 1), start * ranks.world_size
-            whole[begin : begin + len(rows)] = rows[: num_rows - begin]
+    gathered = tensors_to_rank_0({} if mine is None else {str(ranks.rank): mine}, ranks)
+    if not gathered:
+        return None
+    first = gathered["0"]
+    whole = first.new_empty(num_rows, first.shape[1])
+    for rank, rows in gathered.items():
+        whole[int(rank) :: ranks.world_size] = rows
     return whole

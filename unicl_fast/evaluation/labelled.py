@@ -25,9 +25,9 @@ from unicl_fast.dataset.feature_files import (
 )
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
+from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import EvaluationData, open_data
-from unicl_fast.evaluation.features import ModelOnRanks, device_of, require_layer
-from unicl_fast.evaluation.requests import Layer
+from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, device_of, require_layer
 from unicl_fast.models.unicl import UniCL, weights_digest
 
 logger = logging.getLogger(__name__)
@@ -98,12 +98,15 @@ def with_labels(
 
 
 def labelled_features(
-    on_ranks: ModelOnRanks, *specs: str, layer: Layer = "encoder", folder: Path | None = None
+    model: LoadedModel | ModelOnRanks,
+    *specs: str | Path,
+    layer: Layer = "encoder",
+    folder: Path | None = None,
 ) -> list[LabelledFeatures]:
     """Features and labels of data sets, in fp32 or fp64; nothing on all ranks but rank 0.
 
     Args:
-        on_ranks: the model that makes the features.
+        model: makes the features.
         specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels are numbers of
             the first one's classes, among which those of the others are found by name.
         layer: before the projection into the space of texts, as CLIP's linear probes take them, or
@@ -115,16 +118,17 @@ def labelled_features(
             a projection of a model that has none.
         EvaluationStopped: it was asked to stop, on all ranks.
     """
-    model, ranks = on_ranks.model, on_ranks.ranks
-    require_layer(model, layer)
-    weights = weights_digest(model, "image_encoder.", "image_projection")
+    on_ranks = ModelOnRanks.of(model)
+    encoders, ranks = on_ranks.model, on_ranks.ranks
+    require_layer(encoders, layer)
+    weights = weights_digest(encoders, "image_encoder.", "image_projection")
     found: list[LabelledFeatures] = []
     first: EvaluationData | None = None
     for spec in specs:
-        with open_data(spec, ranks=ranks) as data:
+        with open_data(str(spec), ranks=ranks) as data:
             first = first or data
             labels = data.labels_among(first)
-            key = key_of_features(model, data.dataset, layer=layer, weights=weights)
+            key = key_of_features(encoders, data.dataset, layer=layer, weights=weights)
             is_kept = from_rank_0(folder is not None and has_features(folder, key), ranks)
             extracted = None if is_kept else on_ranks.features(data.dataset, layer=layer)
             rows = None if extracted is None else extracted.numpy()
@@ -143,8 +147,10 @@ def labelled_features(
 def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
     """A name for the features of a data set in evaluations, whose view is a central crop."""
     return feature_key(
-        model.config,
+        model.config.data,
         dataset,
+        encoder=model.config.model.image_encoder,
+        precision=model.config.efficiency.precision,
         weights=weights,
         device_type=device_of(model).type,
         view=model.config.data.evaluation_resize,

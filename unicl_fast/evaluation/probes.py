@@ -13,31 +13,23 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from unicl_fast.checkpoints.load import find_model
-from unicl_fast.evaluation.data import choose_metric
-from unicl_fast.evaluation.features import model_on_ranks
-from unicl_fast.evaluation.labelled import LabelledFeatures, labelled_features
+from unicl_fast.evaluation.choices import Metric
+from unicl_fast.evaluation.labelled import LabelledFeatures
 from unicl_fast.evaluation.report import (
     RATE_NAMES,
     ClassificationCounts,
     ClassificationResult,
-    classification_table,
-    draw_confusion,
     interval_text,
     percent,
-    write_results,
 )
-from unicl_fast.evaluation.requests import FrozenFeatures, Knn, Layer, LinearProbe, Metric
 from unicl_fast.evaluation.splits import Rows, draw_shots, hold_out, split_folds
 from unicl_fast.system.progress import heartbeat_and_check_stop
 from unicl_fast.system.wording import count_of, markdown_table
@@ -68,6 +60,8 @@ class ProbeResult:
     """How good a linear probe is, and how its C was chosen."""
 
     classes: ClassificationResult
+    metric: Metric
+    """C was chosen by it."""
     c: float
     chosen_by: ChosenBy
     """`DEFAULT_C` is the default, where no class has two images."""
@@ -80,17 +74,39 @@ class ProbeResult:
     num_fitted: int
     """Images of the last fit."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types; rates in 0 to 1."""
+        values: dict[str, Any] = {"c_chosen_by": self.chosen_by}
+        if self.num_folds:
+            values["num_folds"] = self.num_folds
+        if self.validation:
+            tried = [{"c": c, self.metric: value} for c, value in self.validation.items()]
+            values |= {"validation": tried, "num_validation": self.num_validation}
+        return values | {"c": self.c, "num_fitted": self.num_fitted} | self.classes.to_json()
+
+    def to_table(self) -> str:
+        """The rates in percent, and a sentence about C, as text."""
+        how = f"chosen by {self.chosen_by}" if self.validation else self.chosen_by
+        if self.num_folds:
+            how += f" in {self.num_folds} folds, since too few images could be held out"
+        edge = ""
+        if self.c in (C_GRID[0], C_GRID[-1]):
+            edge = ", at the edge of what is searched: a better one may lie beyond"
+        fitted = count_of(self.num_fitted, "sample")
+        return f"{self.classes.to_table()}\nC {self.c:.4g} ({how}{edge}), fitted on {fitted}"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FewShotResult:
     """Linear probes on several draws of a few images of each class."""
 
     shots: int
-    values: tuple[float, ...]
-    """The metric of each draw."""
-    c: tuple[float, ...]
-    """The C of each draw."""
-    chosen_by: ChosenBy
+    draws: tuple[ProbeResult, ...]
+
+    @property
+    def values(self) -> list[float]:
+        """The metric of each draw."""
+        return [one.classes.value(one.metric) for one in self.draws]
 
     @property
     def mean(self) -> float:
@@ -99,7 +115,30 @@ class FewShotResult:
     @property
     def standard_deviation(self) -> float | None:
         """That of the draws; None for a single one."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+        return float(np.std(self.values, ddof=1)) if len(self.draws) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types; rates in 0 to 1."""
+        return {
+            "shots": self.shots,
+            "mean": self.mean,
+            "standard_deviation": self.standard_deviation,
+            "draws": self.values,
+            "c": [one.c for one in self.draws],
+            "c_chosen_by": self.draws[-1].chosen_by,
+        }
+
+
+def few_shot_table(results: Sequence[FewShotResult]) -> str:
+    """A row for each number of shots, as Markdown."""
+    rows = []
+    for one in results:
+        spread = one.standard_deviation
+        lowest_to_highest = interval_text((min(one.values), max(one.values)))
+        deviation = "" if spread is None else percent(spread)
+        rows.append([str(one.shots), percent(one.mean), deviation, lowest_to_highest])
+    rate = RATE_NAMES[results[0].draws[0].metric]
+    return markdown_table(["shots", f"{rate}, %", "standard deviation", "range"], rows)
 
 
 def require_scikit_learn() -> None:
@@ -119,8 +158,6 @@ def linear_probe(
     c: float = 0.0,
     metric: Metric = "top1",
     seed: int = 0,
-    confusion: bool = False,
-    progress: bool = False,
 ) -> ProbeResult:
     """Fits logistic regression on labelled features, and tests it on others.
 
@@ -131,8 +168,6 @@ def linear_probe(
         c: inverse strength of the penalty; 0 chooses it.
         metric: C is chosen by it.
         seed: decides which images are held out.
-        confusion: also count which class is taken for which.
-        progress: shows a bar.
 
     Raises:
         ValueError: features that are not finite, other classes, or only one class to fit.
@@ -142,7 +177,7 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    return _probe(fitted, test, pairs, c=c, metric=metric, confusion=confusion, progress=progress)
+    return _probe(fitted, test, pairs, c=c, metric=metric)
 
 
 def few_shot_probes(
@@ -155,7 +190,6 @@ def few_shot_probes(
     c: float = 0.0,
     metric: Metric = "top1",
     seed: int = 0,
-    progress: bool = False,
 ) -> list[FewShotResult]:
     """Fits linear probes on a few images of each class, several draws for each number of `shots`.
 
@@ -166,7 +200,7 @@ def few_shot_probes(
     num_classes = len(np.unique(train.labels))
     found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
     work = [(count, draw) for count in shots for draw in range(draws)]
-    for count, draw in tqdm(work, desc="few-shot", disable=not progress):
+    for count, draw in tqdm(work, desc="few-shot", disable=None):
         kept, aside = draw_shots(train.labels, shots=count, seed=seed + draw)
         fitted, others = train.take(kept), validation
         if others is None and len(aside) >= num_classes:
@@ -174,15 +208,7 @@ def few_shot_probes(
         folds = split_folds(fitted.labels, seed=seed + draw) if others is None else []
         pairs = _pairs(fitted, folds) if others is None else [(fitted, others)]
         found[count].append(_probe(fitted, test, pairs, c=c, metric=metric))
-    return [
-        FewShotResult(
-            shots=count,
-            values=tuple(one.classes.value(metric) for one in results),
-            c=tuple(one.c for one in results),
-            chosen_by=results[-1].chosen_by,
-        )
-        for count, results in found.items()
-    ]
+    return [FewShotResult(shots=count, draws=tuple(probes)) for count, probes in found.items()]
 
 
 def nearest_neighbours(
@@ -191,12 +217,10 @@ def nearest_neighbours(
     *,
     ks: Sequence[int] = (10, 20),
     temperature: float = 0.07,
-    confusion: bool = False,
 ) -> dict[int, ClassificationResult]:
     """Results for several numbers `ks` of neighbours, from one search.
 
-    Each training sample votes for its first label; `temperature` is positive. `confusion` also
-    counts which class is taken for which.
+    Each training sample votes for its first label; `temperature` is positive.
 
     Raises:
         ValueError: more neighbours than training samples, features that are not finite, or other
@@ -212,7 +236,7 @@ def nearest_neighbours(
 
     search = NearestNeighbors(n_neighbors=max(ks), algorithm="brute", metric="cosine")
     search.fit(train.features)
-    counts = {k: ClassificationCounts(train.class_names, confusion=confusion) for k in ks}
+    counts = {k: ClassificationCounts(train.class_names) for k in ks}
     for rows in _blocks(len(test)):
         heartbeat_and_check_stop()  # shows progress
         distances, neighbours = search.kneighbors(test.features[rows])
@@ -253,8 +277,6 @@ def _probe(
     *,
     c: float,
     metric: Metric,
-    confusion: bool = False,
-    progress: bool = False,
 ) -> ProbeResult:
     """Chooses C by pairs where it is 0, then fits and tests."""
     _check(fitted, test, *(held_out for _, held_out in pairs))
@@ -263,14 +285,15 @@ def _probe(
     if not c:
         ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
         chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric, progress=progress)
+        scores = _search_c(pairs, metric=metric)
         c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
         if not pairs:
             logger.warning(_DEFAULT_TAKEN, c)
-    counts = ClassificationCounts(fitted.class_names, confusion=confusion)
+    counts = ClassificationCounts(fitted.class_names)
     _count(counts, _fit(_logistic_regression(c), fitted), test)
     return ProbeResult(
         classes=_result(counts, test, what="a linear probe"),
+        metric=metric,
         c=c,
         chosen_by=chosen_by,
         validation=scores,
@@ -280,7 +303,7 @@ def _probe(
     )
 
 
-def _search_c(pairs: Sequence[Pair], *, metric: Metric, progress: bool) -> dict[float, float]:
+def _search_c(pairs: Sequence[Pair], *, metric: Metric) -> dict[float, float]:
     """C -> the metric on all that is held out, from the smallest C on.
 
     Each fit begins where that of the C before ended. The fits for large C take longest, so from 1
@@ -288,7 +311,7 @@ def _search_c(pairs: Sequence[Pair], *, metric: Metric, progress: bool) -> dict[
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    bar = tqdm(C_GRID if pairs else (), desc="choose C", disable=not progress)
+    bar = tqdm(C_GRID if pairs else (), desc="choose C", disable=None)
     for c in bar:
         counts = ClassificationCounts(pairs[0][0].class_names)
         for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
@@ -339,131 +362,3 @@ def _result(
 ) -> ClassificationResult:
     without = samples.num_without_label  # which are not among them
     return dataclasses.replace(counts.result(what=what), num_without_label=without)
-
-
-def run_linear_probe(command: LinearProbe) -> None:
-    """Extracts features on all ranks; rank 0 fits, prints and writes."""
-    sets, described = _extract(command)
-    if not sets:
-        return
-    train, test, *more = sets
-    metric = choose_metric(command.metric, command.data)
-    common: dict[str, Any] = {
-        "validation": more[0] if more else None,
-        "c": command.c,
-        "metric": metric,
-        "seed": command.seed,
-        "progress": sys.stderr.isatty(),
-    }
-    if command.shots:
-        found = few_shot_probes(train, test, shots=command.shots, draws=command.draws, **common)
-        values, table = _report_shots(command, found, train=train, test=test, metric=metric)
-        write_results(command, described | values, table)
-        return
-    confusion = command.figures is not None
-    result = linear_probe(train, test, confusion=confusion, **common)
-    _say_how_c_was_chosen(result, layer=command.layer)
-    values = {"c_chosen_by": result.chosen_by}
-    if result.num_folds:
-        values["num_folds"] = result.num_folds
-    if result.validation:
-        tried = [{"c": c, metric: value} for c, value in result.validation.items()]
-        values |= {"validation": tried, "num_validation": result.num_validation}
-    values |= {"c": result.c, "num_fitted": result.num_fitted} | result.classes.to_json()
-    table = classification_table([(test.name, metric, result.classes)])
-    write_results(command, described | values, table)
-    title = f"{test.name}, linear probe"
-    draw_confusion(result.classes, train.class_names, command.figures, "linear-probe", title=title)
-
-
-def run_knn(command: Knn) -> None:
-    """Extracts features on all ranks; rank 0 searches, prints and writes."""
-    sets, described = _extract(command)
-    if not sets:
-        return
-    train, test = sets
-    metric = choose_metric(command.metric, command.data)
-    results = nearest_neighbours(
-        train,
-        test,
-        ks=command.k,
-        temperature=command.temperature,
-        confusion=command.figures is not None,
-    )
-    rows = [(f"k = {k}", metric, result) for k, result in results.items()]
-    table = classification_table(rows, mean=False)  # a mean over k would mean nothing
-    print(table)
-    found = [{"k": k} | result.to_json() for k, result in results.items()]
-    values = {"temperature": command.temperature, "results": found}
-    write_results(command, described | values, table)
-    best = max(results, key=lambda k: results[k].value(metric))
-    title = f"{test.name}, {best} nearest neighbours"
-    draw_confusion(results[best], train.class_names, command.figures, "knn", title=title)
-
-
-def _extract(command: FrozenFeatures) -> tuple[list[LabelledFeatures], dict[str, Any]]:
-    """Features of the data sets of a command, and the first values of its report; rank 0 only."""
-    folder = None if command.features == "none" else Path(command.features)
-    if command.features == "auto":
-        run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
-        folder = (run.parent if run.name == "checkpoints" else run) / "features"
-    with model_on_ranks(command) as on_ranks:
-        sets = labelled_features(on_ranks, *command.data_sets(), layer=command.layer, folder=folder)
-    if not sets:
-        return [], {}
-    return sets, {
-        "train": command.train,
-        "data": command.data,
-        "name": sets[1].name,
-        "layer": command.layer,
-        "num_train": len(sets[0]),
-        "num_test": len(sets[1]),
-        "num_features": sets[0].features.shape[1],
-        "metric": choose_metric(command.metric, command.data),
-    }
-
-
-def _say_how_c_was_chosen(result: ProbeResult, *, layer: Layer) -> None:
-    how = f"chosen by {result.chosen_by}" if result.validation else result.chosen_by
-    if result.num_folds:
-        how += f" in {result.num_folds} folds, since too few images could be held out"
-    if result.c in (C_GRID[0], C_GRID[-1]):
-        print(f"C {result.c:g} is at the edge of what is searched; a better one may lie beyond")
-    print(result.classes.to_table())
-    print(
-        f"C {result.c:.4g} ({how}), fitted on {count_of(result.num_fitted, 'sample')}, features of "
-        f"the {layer}"
-    )
-
-
-def _report_shots(
-    command: LinearProbe,
-    found: Sequence[FewShotResult],
-    *,
-    train: LabelledFeatures,
-    test: LabelledFeatures,
-    metric: Metric,
-) -> tuple[dict[str, Any], str]:
-    """Prints a table of the draws; returns values for the JSON, and the table."""
-    values: list[dict[str, Any]] = []
-    rows = []
-    for one in found:
-        spread = one.standard_deviation
-        values.append(
-            {"shots": one.shots, "mean": one.mean, "standard_deviation": spread}
-            | {"draws": list(one.values), "c": list(one.c), "c_chosen_by": one.chosen_by}
-        )
-        deviation = "" if spread is None else percent(spread)
-        lowest_to_highest = interval_text((min(one.values), max(one.values)))
-        rows.append([str(one.shots), percent(one.mean), deviation, lowest_to_highest])
-    header = ["shots", f"{RATE_NAMES[metric]}, %", "standard deviation", "range"]
-    table = markdown_table(header, rows)
-    print(table)
-    print(
-        f"{count_of(command.draws, 'draw')} each, {len(test):,} test samples, "
-        f"{count_of(len(train.class_names), 'class')}"
-    )
-    smallest = int(np.unique(train.labels, return_counts=True)[1].min())
-    if smallest < max(command.shots):
-        print(f"the smallest class has {smallest} training samples, and gave all it has")
-    return {"shots": values, "num_draws": command.draws, "smallest_class": smallest}, table

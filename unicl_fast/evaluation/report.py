@@ -1,54 +1,57 @@
-"""Reports of evaluations: counts, rates with intervals, tables, JSON and confusion matrices.
+"""Results of evaluations: counts, rates with intervals, tables.
 
-Zero-shot, linear probe, k nearest neighbours and fine-tuning differ in how they rank classes. What
-is counted is the same, so that their numbers can stand in one table.
+Zero-shot, linear probe and k nearest neighbours differ in how they rank classes. What is counted is
+the same, so that their numbers can stand in one table.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.checkpoints.load import weights_checksum
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.requests import COMMANDS, Evaluation, Metric
-from unicl_fast.system.atomic_files import make_folder
-from unicl_fast.system.progress import WaitingForRanks
-from unicl_fast.system.wording import count_of, markdown_table, without_secrets
-from unicl_fast.training.figures import INK, drawing, new_figure, save_figure
+from unicl_fast.evaluation.choices import Metric
+from unicl_fast.system.wording import count_of, markdown_table
 
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
-MAX_CONFUSION_CLASSES = 4096
-"""Classes for which a confusion matrix is kept: 128 MiB of counts."""
-_MAX_NAMED_CLASSES = 120
-"""More names would not be legible."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ClassificationResult:
-    """Counts of one data set, exact over all ranks, and rates in 0 to 1 that follow from them."""
+    """Counts of one data set, and rates in 0 to 1 that follow from them."""
 
-    num_samples: int
-    num_correct: int
+    class_names: tuple[str, ...]
+    taken_for: tuple[tuple[int, int, int], ...]
+    """A class, the one it was taken for, and how many samples; both are the same if right."""
     num_correct_top5: int
     num_without_label: int
     """Samples of the data set that have no label and were left out."""
-    per_class: list[tuple[str, int, int]]
-    """Name, samples and correct ones of each class that has samples."""
-    confusion: NDArray[np.int64] | None = None
-    """[k k] over all class names: samples of a class (row) taken for a class (column)."""
+
+    @cached_property
+    def per_class(self) -> list[tuple[str, int, int]]:
+        """Name, samples and correct ones of each class that has samples."""
+        samples: Counter[int] = Counter()
+        right: Counter[int] = Counter()
+        for own, taken, count in self.taken_for:
+            samples[own] += count
+            right[own] += count * (taken == own)
+        return [(self.class_names[own], samples[own], right[own]) for own in sorted(samples)]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that have a label."""
+        return sum(count for _, count, _ in self.per_class)
+
+    @property
+    def num_correct(self) -> int:
+        return sum(right for _, _, right in self.per_class)
 
     @property
     def top1(self) -> float:
@@ -196,21 +199,13 @@ def average_precisions(
 
 
 class ClassificationCounts:
-    """Adds up rankings of samples, on one rank or many."""
+    """Adds up rankings of samples."""
 
-    def __init__(self, class_names: Sequence[str], *, confusion: bool = False) -> None:
-        """Starts with all counts at 0; `confusion` also counts which class is taken for which."""
-        k = len(class_names)
-        if confusion and k > MAX_CONFUSION_CLASSES:
-            raise ValueError(
-                f"a confusion matrix of {k:,} classes is too large; one is made of up to "
-                f"{MAX_CONFUSION_CLASSES:,}: leave --figures out"
-            )
+    def __init__(self, class_names: Sequence[str]) -> None:
+        """Starts with all counts at 0."""
         self._names = tuple(class_names)
-        # labelled, right, right in five, without label
-        self._totals = torch.zeros(4, dtype=torch.int64)
-        self._per_class = torch.zeros(k, 2, dtype=torch.int64)
-        self._confusion = torch.zeros(k, k, dtype=torch.int64) if confusion else None
+        self._taken_for: Counter[tuple[int, int]] = Counter()
+        self._in_five = self._without_label = 0
 
     def add(self, rankings: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> None:
         """Counts samples by their most likely classes, best first, up to five.
@@ -220,40 +215,20 @@ class ClassificationCounts:
         """
         for ranking, given in zip(rankings, labels, strict=True):
             if not given:
-                self._totals[3] += 1
+                self._without_label += 1
                 continue
-            right = ranking[0] in given
-            in_five = not set(given).isdisjoint(ranking)
-            self._totals += torch.tensor([1, right, in_five, 0])
-            self._per_class[given[0]] += torch.tensor([1, right])
-            if self._confusion is not None:
-                self._confusion[given[0], given[0] if right else ranking[0]] += 1
-
-    def sum_over(self, ranks: Ranks) -> None:
-        """Adds the counts of all ranks, on all of them."""
-        if ranks.world_size == 1:
-            return
-        with WaitingForRanks():
-            for counts in (self._totals, self._per_class, self._confusion):
-                if counts is not None:
-                    dist.all_reduce(counts, group=ranks.host_group)
+            self._taken_for[given[0], given[0] if ranking[0] in given else ranking[0]] += 1
+            self._in_five += not set(given).isdisjoint(ranking)
 
     def result(self, *, what: str) -> ClassificationResult:
         """The counts as a result; without any label it is a ValueError that names `what`."""
-        labelled, right, in_five, without = self._totals.tolist()
-        if labelled == 0:
+        if not self._taken_for:
             raise ValueError(f"no sample of this data set has a label: {what} needs some")
         return ClassificationResult(
-            num_samples=labelled,
-            num_correct=right,
-            num_correct_top5=in_five,
-            num_without_label=without,
-            per_class=[
-                (name, count, right)
-                for name, (count, right) in zip(self._names, self._per_class.tolist(), strict=True)
-                if count
-            ],
-            confusion=None if self._confusion is None else self._confusion.numpy(),
+            class_names=self._names,
+            taken_for=tuple((*pair, count) for pair, count in sorted(self._taken_for.items())),
+            num_correct_top5=self._in_five,
+            num_without_label=self._without_label,
         )
 
 
@@ -295,110 +270,3 @@ def classification_table(
         *("top-1", "top-5", "mean per class"),
     )
     return markdown_table(header, rows)
-
-
-def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """Writes the JSON (which it returns) and the Markdown that a command asks for.
-
-    It names the protocol, and the file of weights by its checksum, by which a model card knows
-    figures of its own model (`unicl_fast.conversion.card`).
-    """
-    described = {
-        "protocol": next(name for name, kind in COMMANDS.items() if kind is type(command)),
-        "checkpoint": str(command.checkpoint),
-        "weights": command.weights,
-        "weights_xxh3": weights_checksum(command.checkpoint, weights=command.weights),
-        **values,
-    }
-    for path, content in (
-        (command.json, without_secrets(json.dumps(described, indent=1))),
-        (command.markdown, table.rstrip()),
-    ):
-        if path is not None:
-            make_folder(path.parent)
-            path.write_text(content + "\n", encoding="utf-8")
-            print(f"written to {path}")
-    return described
-
-
-def most_confused(
-    confusion: NDArray[np.int64], class_names: Sequence[str], *, count: int = 15
-) -> list[tuple[str, str, int, float]]:
-    """The most frequent mistakes: class, taken for, samples, part of the class."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
-    found = []
-    for cell in order.tolist():
-        row, column = divmod(cell, len(wrong))
-        if number := int(wrong[row, column]):
-            part = number / int(confusion[row].sum())
-            found.append((class_names[row], class_names[column], number, part))
-    return found
-
-
-def draw_confusion(
-    result: ClassificationResult,
-    class_names: Sequence[str],
-    folder: Path | None,
-    name: str,
-    *,
-    title: str,
-) -> None:
-    """Draws a confusion matrix and the most frequent mistakes as confusion-NAME.png.
-
-    Rows are classes, columns the classes they were taken for, in parts of the row. Classes without
-    samples are left out. Without a folder, as without --figures, nothing is drawn.
-    """
-    confusion = result.confusion
-    if folder is None or confusion is None:
-        return
-    path = folder / f"confusion-{name}.png"
-    with drawing(path):
-        _draw_confusion(confusion, class_names, path, title=title)
-        print(f"written to {path}")
-
-
-def _draw_confusion(
-    confusion: NDArray[np.int64], class_names: Sequence[str], path: Path, *, title: str
-) -> None:
-    present = np.flatnonzero(confusion.sum(axis=1) + confusion.sum(axis=0))
-    shown = confusion[np.ix_(present, present)]
-    names = [_short(class_names[i], 24) for i in present.tolist()]
-    parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
-    has_names = len(names) <= _MAX_NAMED_CLASSES
-    side = max(4.5, min(0.24 * len(names), 14.0 if has_names else 7.0))
-    figure = new_figure(side + 5.5, side + 1.6, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
-    image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    left.set_title(title, loc="left", color=INK)
-    left.set_xlabel("taken for")
-    left.set_ylabel("class")
-    if has_names:
-        size = min(7.0, 0.75 * 72 * side / len(names))  # of a row's height, in points
-        left.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
-        left.set_yticks(range(len(names)), names, fontsize=size)
-    if len(names) <= 20:
-        for row, column in np.argwhere(shown).tolist():
-            part = parts[row, column]
-            left.text(
-                *(column, row, f"{100 * part:.0f}"),
-                ha="center", va="center", fontsize=6, color="white" if part > 0.6 else INK,
-            )  # fmt: skip
-    figure.colorbar(image, ax=left, shrink=0.6, label="part of the class")
-    left.set_anchor("N")  # the list beside it begins at the top too
-    right.set_axis_off()
-    right.set_title("most frequent mistakes", loc="left", color=INK)
-    lines = [
-        f"{100 * part:5.1f} %  {count:5,}   {_short(own, 22)} -> {_short(taken, 22)}"
-        for own, taken, count, part in most_confused(confusion, class_names)
-    ]
-    right.text(
-        *(0, 0.98, "\n".join(lines) or "none"),
-        va="top", fontsize=8, family="monospace", color=INK, transform=right.transAxes,
-    )  # fmt: skip
-    save_figure(figure, path)
-
-
-def _short(name: str, width: int) -> str:
-    return textwrap.shorten(name, width, placeholder="...")

@@ -6,51 +6,37 @@ similar of all captions; a caption counts if its image is among the k most simil
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import math
-import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.distributed.ranks import from_rank_0, rank_0_alone
-from unicl_fast.evaluation.data import EvaluationData, open_data
+from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import (
+    LoadedModel,
     ModelOnRanks,
     collect_rows,
     device_of,
     encode_token_rows,
-    model_on_ranks,
     require_finite,
     require_text_encoder,
 )
-from unicl_fast.evaluation.report import interval_text, percent, wilson_interval, write_results
-from unicl_fast.evaluation.requests import Retrieval
-from unicl_fast.objectives.loss import sigmoid_contrastive_loss, unified_contrastive_loss
+from unicl_fast.evaluation.report import interval_text, percent, wilson_interval
+from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.system.wording import count_of, markdown_table
-from unicl_fast.training.figures import FAINT, INK, drawing, new_figure, save_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 KS = (1, 5, 10)
 _CHUNK = 1024
-_RIGHT, _WRONG = "#1a7f37", "#b42318"
-_SIDE, _CAPTIONS = 2.9, 1.3
-"""Height of an image, and of three captions under it, in inches."""
-_LEGEND = "Green is right. Places count from the most similar; the similarity is in brackets."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +78,7 @@ class RetrievalResult:
                 values[f"{key}_chance"] = recall.chance
         return values
 
-    def to_markdown(self) -> str:
+    def to_table(self) -> str:
         """The recalls in percent with their 95 % intervals and chance, as a table."""
         rows = [
             [title, str(one.k), percent(one.rate), interval_text(one.interval), percent(one.chance)]
@@ -109,7 +95,7 @@ class RetrievalResult:
         )
 
 
-def retrieval(
+def rank_captions(
     image_features: Float[Tensor, "n d"],
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
@@ -165,7 +151,7 @@ def _chance(total: int, wanted: int, k: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetrievalFeatures:
-    """Images and captions to compare, on the host."""
+    """Images and captions to compare, on the model's device."""
 
     image_features: Tensor
     """[n d], unit norm."""
@@ -175,6 +161,10 @@ class RetrievalFeatures:
     """int64 [m]: row of `image_features`."""
     samples: NDArray[np.int64]
     """[n]: samples of the data set that the images are."""
+
+    def ranked(self) -> RetrievalResult:
+        """The recalls, as `rank_captions` counts them."""
+        return rank_captions(self.image_features, self.text_features, self.image_of_text)
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
@@ -202,52 +192,65 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     texts = collect_rows(own, num_rows=len(rows), ranks=ranks)
     if images is None or texts is None:
         return None
+    owners = torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned]))
+    device = device_of(model)
     return RetrievalFeatures(
-        image_features=images[torch.from_numpy(captioned)],
-        text_features=texts,
-        image_of_text=torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned])),
+        image_features=images[torch.from_numpy(captioned)].to(device),
+        text_features=texts.to(device),
+        image_of_text=owners.to(device),
         samples=captioned,
     )
+
+
+def retrieval(model: LoadedModel | ModelOnRanks, data: str | Path) -> RetrievalResult:
+    """Caption retrieval in both directions, on all ranks.
+
+    Args:
+        model: what `unicl_fast.load_model` returns, or a model on ranks.
+        data: images with captions, written as `--data` of `unicl-eval retrieval`.
+
+    Raises:
+        ValueError: no captions, or a model without texts or with features that are not finite.
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    on_ranks = ModelOnRanks.of(model)
+    with open_data(str(data), ranks=on_ranks.ranks) as opened:
+        found = encode_captioned(on_ranks, opened.dataset)
+        return on_ranks.on_rank_0(RetrievalFeatures.ranked, found, RetrievalResult)
 
 
 def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[str, float]:
     """The held-out loss and the recalls of a data set with captions; on all ranks.
 
     The loss is the contrastive one of training, with as large a batch (`held_out_loss`);
-    `recall_at_1` is the mean of both directions.
-
-    Raises:
-        ValueError: no captions, or a model without texts or with features that are not finite.
-        EvaluationStopped: it was asked to stop, on all ranks.
+    `recall_at_1` is the mean of both directions. Errors are those of `retrieval`.
     """
-    model, ranks = on_ranks.model, on_ranks.ranks
-    found = encode_captioned(on_ranks, dataset)
-    values: dict[str, float] = {}
-    with rank_0_alone(ranks):
-        if found is not None:
-            device = device_of(model)
-            features = [
-                one.to(device)
-                for one in (found.image_features, found.text_features, found.image_of_text)
-            ]
-            result = retrieval(*features)
-            tokens = [
-                dataset.caption_tokens(sample, 0).tobytes() for sample in found.samples.tolist()
-            ]
-            number_of = {text: number for number, text in enumerate(dict.fromkeys(tokens))}
-            values["loss"] = held_out_loss(
-                *features,
-                class_ids=torch.tensor([number_of[text] for text in tokens], device=device),
-                scale=float(model.logit_scale.detach().exp()),
-                bias=None if model.logit_bias is None else float(model.logit_bias.detach()),
-                batch_size=model.config.run.global_batch_size,
-            )
-            both = result.image_to_text[0].rate + result.text_to_image[0].rate
-            values["recall_at_1"] = both / 2
-            for name in ("image_to_text", "text_to_image"):
-                for recall in getattr(result, name):
-                    values[f"{name}_recall_at_{recall.k}"] = recall.rate
-    return from_rank_0(values, ranks)
+    model = on_ranks.model
+    bias = model.learnt.get("logit_bias")
+
+    def judge(found: RetrievalFeatures) -> dict[str, float]:
+        result = found.ranked()
+        tokens = [dataset.caption_tokens(sample, 0).tobytes() for sample in found.samples.tolist()]
+        number_of = {text: number for number, text in enumerate(dict.fromkeys(tokens))}
+        class_ids = torch.tensor([number_of[text] for text in tokens])
+        loss = held_out_loss(
+            found.image_features,
+            found.text_features,
+            found.image_of_text,
+            class_ids=class_ids.to(found.image_of_text),
+            scale=model.learnt["logit_scale"].exp().item(),
+            bias=None if bias is None else bias.item(),
+            batch_size=model.config.run.global_batch_size,
+        )
+        both = result.image_to_text[0].rate + result.text_to_image[0].rate
+        recalls = {
+            f"{name}_recall_at_{recall.k}": recall.rate
+            for name in ("image_to_text", "text_to_image")
+            for recall in getattr(result, name)
+        }
+        return {"loss": loss, "recall_at_1": both / 2} | recalls
+
+    return on_ranks.on_rank_0(judge, encode_captioned(on_ranks, dataset), dict[str, float])
 
 
 def held_out_loss(
@@ -282,145 +285,3 @@ def held_out_loss(
         for start in range(0, n - size + 1, size)
     ]
     return float(torch.stack(losses).mean())
-
-
-def run(command: Retrieval) -> None:
-    """Encodes on all ranks; rank 0 compares, prints and writes."""
-    with model_on_ranks(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
-        found = encode_captioned(on_ranks, data.dataset)
-        with rank_0_alone(on_ranks.ranks):
-            if found is not None:
-                _report(command, found, data, device=device_of(on_ranks.model))
-
-
-def _report(
-    command: Retrieval, found: RetrievalFeatures, data: EvaluationData, *, device: torch.device
-) -> None:
-    """Compares, prints, writes and draws."""
-    result = retrieval(
-        found.image_features.to(device),
-        found.text_features.to(device),
-        found.image_of_text.to(device),
-    )
-    print(result.to_markdown())
-    write_results(
-        command, {"data": command.data, "name": data.name} | result.to_json(), result.to_markdown()
-    )
-    if command.figures is not None:
-        for name, draw in (
-            ("captions-found.png", _draw_captions_found),
-            ("images-found.png", _draw_images_found),
-        ):
-            with drawing(command.figures / name):
-                draw(found, data.dataset, command.figures / name)
-                print(f"written to {command.figures / name}")
-
-
-def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 12 images over the 3 captions they find, with cosines; its own are green, as a PNG.
-
-    Where none is its own, its best one follows with its place.
-    """
-    chosen = _spread(len(found.samples), 12)
-    columns = 4
-    rows = -(-len(chosen) // columns)
-    height = rows * (_SIDE + _CAPTIONS)
-    figure = new_figure(1.05 * _SIDE * columns, height)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    figure.subplots_adjust(
-        *(0.01, _CAPTIONS / height, 0.99, 1 - 0.05 / height), wspace=0.05, hspace=_CAPTIONS / _SIDE
-    )
-    scores = found.image_features[chosen] @ found.text_features.T
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    is_own = found.image_of_text[order] == torch.tensor(chosen)[:, None]
-    first_own = is_own.int().argmax(dim=1).tolist()
-    shown_places = [[0, 1, place if place > 2 else 2] for place in first_own]
-    shown_places = [[p for p in row if p < scores.shape[1]] for row in shown_places]
-    rows_of_texts = [order[row, places].tolist() for row, places in enumerate(shown_places)]
-    texts = _read_captions(found, dataset, sorted({text for row in rows_of_texts for text in row}))
-    for number, (axis, image) in enumerate(zip(axes, chosen, strict=False)):
-        _show_image(axis, dataset, int(found.samples[image]))
-        for line, (place, text) in enumerate(
-            zip(shown_places[number], rows_of_texts[number], strict=True)
-        ):
-            right = bool(is_own[number, place])
-            words = f"{place + 1:,}. ({float(scores[number, text]):.2f}) {texts[text]}"
-            shown = "\n".join(textwrap.wrap(words, 46, max_lines=2, placeholder=" ..."))
-            axis.annotate(
-                shown,
-                *((0, 0), (0, -5 - 24 * line)),
-                xycoords="axes fraction", textcoords="offset points", va="top", fontsize=8,
-                color=_RIGHT if right else _WRONG,
-            )  # fmt: skip
-    for axis in axes[len(chosen) :]:
-        axis.set_axis_off()
-    figure.text(0.01, 0.06 / height, _LEGEND, fontsize=8, color=INK)
-    save_figure(figure, path)
-
-
-def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
-    """Draws 8 captions over the 5 images they find, with cosines; its own has a green frame.
-
-    Where none is its own, that one stands in the last place, under the number of its own.
-    """
-    chosen = _spread(len(found.text_features), 8)
-    columns = min(5, len(found.image_features))
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    layout = ConstrainedLayoutEngine(h_pad=0.21)  # inches, for the captions over the rows
-    figure = new_figure(2.1 * columns, 2.5 * len(chosen), layout=layout)
-    grid = figure.subplots(len(chosen), columns, squeeze=False)
-    scores = found.text_features[chosen] @ found.image_features.T
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    texts = _read_captions(found, dataset, chosen)
-    for row, (axes, text) in enumerate(zip(grid, chosen, strict=True)):
-        own = int(found.image_of_text[text])
-        place = order[row].tolist().index(own)
-        places = [*range(columns - 1), max(place, columns - 1)]
-        for axis, number in zip(axes, places, strict=True):
-            image = int(order[row, number])
-            _show_image(axis, dataset, int(found.samples[image]))
-            right = image == own
-            axis.set_xlabel(
-                f"{number + 1:,}. ({float(scores[row, image]):.2f})",
-                fontsize=8, color=_RIGHT if right else FAINT,
-            )  # fmt: skip
-            for spine in axis.spines.values():
-                spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
-        above = axes[0].annotate(
-            textwrap.shorten(texts[text], 24 * columns, placeholder=" ..."),
-            *((0, 1), (0, 5)),
-            xycoords="axes fraction", textcoords="offset points", fontsize=9, color=INK,
-        )  # fmt: skip
-        above.set_in_layout(False)  # or its column becomes as wide as half of the text
-    figure.supxlabel(_LEGEND, x=0.01, ha="left", fontsize=8, color=INK)
-    save_figure(figure, path)
-
-
-def _read_captions(
-    found: RetrievalFeatures, dataset: PackedDataset, numbers: Iterable[int]
-) -> dict[int, str]:
-    """Texts of captions by their number among all captions of the images compared."""
-    first = torch.searchsorted(found.image_of_text, torch.arange(len(found.samples)))
-    texts = {}
-    with contextlib.closing(SampleReader(dataset)) as reader:
-        for number in numbers:
-            owner = int(found.image_of_text[number])
-            captions = reader.read_description(int(found.samples[owner])).captions
-            texts[number] = captions[number - int(first[owner])]
-    return texts
-
-
-def _spread(total: int, count: int) -> list[int]:
-    """So many numbers below `total`, evenly spread."""
-    count = min(total, count)
-    return [number * total // count for number in range(count)]
-
-
-def _show_image(axis: Axes, dataset: PackedDataset, sample: int) -> None:
-    data = dataset.image_bytes(sample, verify=True)
-    with Image.open(io.BytesIO(data.tobytes())) as image:
-        # all squares, so that rows and columns are even
-        axis.imshow(np.asarray(ImageOps.pad(image.convert("RGB"), (320, 320), color="white")))
-    axis.set_xticks([])
-    axis.set_yticks([])

@@ -14,8 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
-from unicl_fast.evaluation.inference import Model, load_model
-from unicl_fast.evaluation.requests import Serve
+from unicl_fast.evaluation.inference import Model
 from unicl_fast.images.codec import MAX_PIXELS, open_image, pillow_limits, pixels_of
 
 _HOSTS = ("127.0.0.1", "localhost")
@@ -112,17 +111,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Stays silent: the page shows what there is to see."""
-
-
-def run(command: Serve) -> None:
-    """Serves until Ctrl-C. Raises OSError if the port is taken."""
-    model = load_model(command.checkpoint, weights=command.weights, device=command.device)
-    model.require_classes(command.classes)
-    with Server(
-        model, name=str(command.checkpoint), classes=command.classes, port=command.port
-    ) as server:
-        print(f"{server.address} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()

@@ -6,8 +6,10 @@ The classifier of a class is the mean of its normalised prompt embeddings, norma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,25 +20,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import rank_0_alone
-from unicl_fast.evaluation.data import EvaluationData, open_data, short_names
+from unicl_fast.evaluation.choices import Metric, MetricChoice
+from unicl_fast.evaluation.data import all_labels, choose_metric, open_data
 from unicl_fast.evaluation.features import (
+    LoadedModel,
     ModelOnRanks,
-    encode_images,
     encode_token_rows,
-    model_on_ranks,
     require_text_encoder,
 )
 from unicl_fast.evaluation.levels import LevelsResult, classify_at_levels
 from unicl_fast.evaluation.report import (
+    ClassificationCounts,
     ClassificationResult,
     PrecisionResult,
     average_precisions,
-    classification_table,
-    draw_confusion,
-    write_results,
+    rank_classes,
 )
-from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import fill_template
@@ -46,8 +45,8 @@ from unicl_fast.text.tokenizer import Tokenizer
 @torch.no_grad()
 def zero_shot_classifier(
     model: UniCL,
-    *,
     class_names: Sequence[str],
+    *,
     templates: Sequence[str],
     batch_size: int = 512,
     progress: bool = False,
@@ -65,183 +64,175 @@ def zero_shot_classifier(
     return F.normalize(each.mean(dim=1), dim=-1)
 
 
-def scores_by(model: UniCL, classifier: Float[Tensor, "k d"]) -> Callable[[Tensor], Tensor]:
-    """A function from images uint8 [b h w c] to their scores [b k], for `classify`."""
+def classify(
+    features: Float[Tensor, "n d"],
+    classifier: Float[Tensor, "k d"],
+    *,
+    labels: Sequence[Sequence[int]],
+    class_names: Sequence[str],
+    batch_size: int = 256,
+) -> ClassificationResult:
+    """Takes each image for the class whose row is the most similar, `batch_size` images at once.
 
-    def scores_of(images: Tensor) -> Tensor:
-        features = encode_images(model, images)
-        return features @ classifier.to(features.dtype).T
-
-    return scores_of
+    Raises:
+        ValueError: no image has a label.
+    """
+    counts = ClassificationCounts(class_names)
+    rows = classifier.to(features.dtype).T
+    for start in range(0, len(features), batch_size):
+        images = slice(start, start + batch_size)
+        counts.add(rank_classes(features[images].to(rows.device) @ rows), labels[images])
+    return counts.result(what="zero-shot")
 
 
 def evaluate_zero_shot(
     on_ranks: ModelOnRanks,
     dataset: PackedDataset,
     *,
-    class_names: Sequence[str] = (),
-    templates: Sequence[str] = (),
     rows_of_classes: NDArray[np.int64] | None = None,
-    confusion: bool = False,
 ) -> ClassificationResult:
     """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
-    Class names, as many, and templates are instead of the data set's own. For cross-entropy,
-    `rows_of_classes` [k] says which of the model's rows each class has. `confusion` also counts
-    which class is taken for which.
+    For the latter `rows_of_classes` [k] says which of the model's rows each class has. All ranks
+    call it and get the result.
 
     Raises:
         ValueError: no classes, or no sample has a label.
+        EvaluationStopped: it was asked to stop, on all ranks.
     """
-    model = on_ranks.model
-    class_names = tuple(class_names) or dataset.manifest.class_names
-    if not class_names:
-        raise ValueError(f"{dataset.location} has no classes: zero-shot needs labelled images")
-    if rows_of_classes is not None and model.class_rows is not None:
-        classifier = model.class_rows.detach()[torch.from_numpy(rows_of_classes)]
+    model, manifest = on_ranks.model, dataset.manifest
+    _require_classes(dataset)
+    if rows_of_classes is not None:
+        classifier = model.learnt["class_rows"].detach()[torch.from_numpy(rows_of_classes)]
     else:
         classifier = zero_shot_classifier(
-            model,
-            class_names=class_names,
-            templates=tuple(templates) or dataset.manifest.templates,
-            progress=on_ranks.progress,
+            model, manifest.class_names, templates=manifest.templates, progress=on_ranks.progress
         )
-    return on_ranks.classify(
-        on_ranks.loader(dataset),
-        scores_by(model, classifier),
-        labels_of=lambda sample: dataset.labels_of(sample).tolist(),
-        class_names=class_names,
-        what="zero-shot",
-        confusion=confusion,
-    )
+
+    def judge(features: Tensor) -> ClassificationResult:
+        return classify(
+            # a 1 for the bias, the last column of the model's rows
+            features if rows_of_classes is None else F.pad(features, (0, 1), value=1.0),
+            classifier,
+            labels=all_labels(dataset),
+            class_names=manifest.class_names,
+            batch_size=on_ranks.batch_size,
+        )
+
+    return on_ranks.on_rank_0(judge, on_ranks.features(dataset), ClassificationResult)
+
+
+def _require_classes(dataset: PackedDataset) -> None:
+    if not dataset.manifest.class_names:
+        raise ValueError(f"{dataset.location} has no classes: zero-shot needs labelled images")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Evaluated:
-    """The result of one data set, and what is written of it."""
+class ZeroShotResult:
+    """The result of zero-shot classification on one data set."""
 
     name: str
     metric: Metric
-    result: ClassificationResult
-    class_names: Sequence[str]
-    values: dict[str, Any]
+    """The metric that is reported first."""
+    classes: ClassificationResult
+    num_templates: int
+    num_quarantined: int
+    """Files that were refused when the data was packed; they are not counted."""
+    levels: LevelsResult | None
+    precision: PrecisionResult | None
 
+    @property
+    def value(self) -> float:
+        """The metric, in 0 to 1."""
+        return self.classes.value(self.metric)
 
-def run(command: ZeroShot) -> None:
-    """Evaluates one data set after the other, each reported as soon as it is done."""
-    with model_on_ranks(command) as on_ranks:
-        found = _evaluate_each(command, on_ranks)
-        if not on_ranks.ranks.is_main:
-            return
-        table = classification_table([(one.name, one.metric, one.result) for one in found])
-        values = [one.values for one in found]
-        if len(found) == 1:
-            write_results(command, values[0], table)
-        else:
-            print(f"\n{table}")
-            write_results(command, {"mean": _mean(found), "data_sets": values}, table)
-        for one in found:
-            title = f"{one.name}, zero-shot"
-            draw_confusion(one.result, one.class_names, command.figures, one.name, title=title)
-
-
-def _mean(found: Sequence[_Evaluated]) -> float:
-    return sum(one.result.value(one.metric) for one in found) / len(found)
-
-
-def _evaluate_each(command: ZeroShot, on_ranks: ModelOnRanks) -> list[_Evaluated]:
-    """Evaluates every data set of a command; rank 0 prints."""
-    names = short_names(command.data)
-    class_names = command.for_each("class_names", default="")
-    templates = command.for_each("templates", default="")
-    metrics: list[MetricChoice] = command.for_each("metric", default="auto")
-    found: list[_Evaluated] = []
-    for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
-        with open_data(
-            spec,
-            ranks=on_ranks.ranks,
-            metric=metrics[number],
-            class_names=class_names[number],
-            templates=templates[number],
-            name=name,
-        ) as data:
-            result = evaluate_zero_shot(
-                on_ranks,
-                data.dataset,
-                class_names=data.class_names,
-                templates=data.templates,
-                confusion=command.figures is not None,
-            )
-            levels, precision = _from_features(command, on_ranks, data)
-            num_quarantined = data.dataset.manifest.num_quarantined
-        values: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
-        values["num_templates"] = len(data.templates)
-        values |= result.to_json() | {"num_quarantined": num_quarantined}
-        if levels is not None:
-            values["hierarchy"] = levels.to_json()
-        if precision is not None:
-            values["average_precision"] = precision.to_json()
-        found.append(
-            _Evaluated(
-                name=name,
-                metric=data.metric,
-                result=result,
-                class_names=data.class_names,
-                values=values,
-            )
-        )
-        if not on_ranks.ranks.is_main:
-            continue
-        print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
-        for more in (levels, precision):
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        values: dict[str, Any] = {"name": self.name, "metric": self.metric}
+        values["num_templates"] = self.num_templates
+        values |= self.classes.to_json() | {"num_quarantined": self.num_quarantined}
+        for key, more in (("hierarchy", self.levels), ("average_precision", self.precision)):
             if more is not None:
-                print(f"\n{more.to_table()}")
-        if num_quarantined:
-            refused = count_of(num_quarantined, "file")
-            print(f"refused when packing, and not counted above: {refused}")
-    return found
+                values[key] = more.to_json()
+        return values
+
+    def to_table(self) -> str:
+        """The rates in percent, with levels and average precision, as text."""
+        parts = [self.classes, self.levels, self.precision]
+        text = "\n\n".join(part.to_table() for part in parts if part is not None)
+        if self.num_quarantined:
+            refused = count_of(self.num_quarantined, "file")
+            text += f"\nrefused when packing, and not counted above: {refused}"
+        return text
 
 
-def _from_features(
-    command: ZeroShot, on_ranks: ModelOnRanks, data: EvaluationData
-) -> tuple[LevelsResult | None, PrecisionResult | None]:
-    """Levels and average precision, where asked for, on rank 0; None on the other ranks.
+def zero_shot(
+    model: LoadedModel | ModelOnRanks,
+    data: str | Path,
+    *,
+    class_names: str = "",
+    templates: str = "",
+    metric: MetricChoice = "auto",
+    name: str = "",
+    hierarchy: bool = False,
+    average_precision: bool = False,
+) -> ZeroShotResult:
+    """Zero-shot classification of labelled images, on all ranks.
+
+    Args:
+        model: what `unicl_fast.load_model` returns, or a model on ranks.
+        data: labelled images, written as `--data` of `unicl-eval zero-shot`.
+        class_names: names instead of the data's own, written as `--class-names`.
+        templates: prompt templates instead of the data's own, written as `--templates`.
+        metric: is reported first; auto takes the one that CLIP's protocol has for the data set.
+        name: for tables; empty takes that of the folder.
+        hierarchy: also classify among the classes of each level of the data's hierarchy.
+        average_precision: also compute the mean average precision of the classes.
 
     Raises:
-        ValueError: levels are asked for, and the data has no hierarchy.
+        ValueError: a model without texts, data without labels or, for levels, without a hierarchy.
+        EvaluationStopped: it was asked to stop, on all ranks.
     """
-    hierarchy, dataset = data.dataset.manifest.hierarchy, data.dataset
-    if command.hierarchy and hierarchy is None:
-        raise ValueError(
-            f"--hierarchy: {data.name} has no hierarchy of classes; pack it by unicl-pack build "
-            "--hierarchy FILE"
+    on_ranks = ModelOnRanks.of(model)
+    with open_data(
+        str(data), ranks=on_ranks.ranks, class_names=class_names, templates=templates, name=name
+    ) as opened:
+        dataset, names = opened.dataset, opened.class_names
+        tree = dataset.manifest.hierarchy
+        _require_classes(dataset)
+        if hierarchy and tree is None:
+            raise ValueError(
+                f"--hierarchy: {opened.name} has no hierarchy of classes; pack it by unicl-pack "
+                "build --hierarchy FILE"
+            )
+        classifier_of = functools.partial(
+            zero_shot_classifier,
+            on_ranks.model,
+            templates=opened.templates,
+            progress=on_ranks.progress,
         )
-    if not (command.hierarchy or command.average_precision):
-        return None, None
-    features = on_ranks.features(dataset)
-    levels = precision = None
-    with rank_0_alone(on_ranks.ranks):
-        if features is None:
-            return None, None
-        labels = data.labels()
+        classifier, labels = classifier_of(names), all_labels(dataset)
 
-        def classifier_of(class_names: Sequence[str]) -> Tensor:
-            return zero_shot_classifier(
-                on_ranks.model,
-                class_names=class_names,
-                templates=data.templates,
-                progress=on_ranks.progress,
+        def judge(features: Tensor) -> ZeroShotResult:
+            levels = precision = None
+            if hierarchy and tree is not None:
+                levels = classify_at_levels(
+                    features, classifier_of, labels=labels, class_names=names, hierarchy=tree
+                )
+            if average_precision:
+                scores = features @ classifier.to(features).T
+                precision = average_precisions(scores, labels, names)
+            size = on_ranks.batch_size
+            return ZeroShotResult(
+                name=opened.name,
+                metric=choose_metric(metric, str(data)),
+                classes=classify(
+                    features, classifier, labels=labels, class_names=names, batch_size=size
+                ),
+                num_templates=len(opened.templates),
+                num_quarantined=dataset.manifest.num_quarantined,
+                levels=levels,
+                precision=precision,
             )
 
-        if command.hierarchy and hierarchy is not None:
-            levels = classify_at_levels(
-                features,
-                classifier_of,
-                labels=labels,
-                class_names=data.class_names,
-                hierarchy=hierarchy,
-            )
-        if command.average_precision:
-            scores = features @ classifier_of(data.class_names).to(features).T
-            precision = average_precisions(scores, labels, data.class_names)
-    return levels, precision
+        return on_ranks.on_rank_0(judge, on_ranks.features(dataset), ZeroShotResult)

@@ -113,8 +113,6 @@ def check_image(
     square_side: int = 0,
     quality: int = RESIZE_QUALITY,
     max_pixels: int = MAX_PIXELS,
-    min_side: int = 0,
-    max_aspect: float = 0.0,
     format: ImageFormat | Literal["packed"] = "keep",
 ) -> CheckedImage:
     """Checks an image's bytes and normalises them if need be.
@@ -129,20 +127,16 @@ def check_image(
         quality: 1 to 100, for images that become JPEG or WebP; with `format` keep, for those that
             are scaled.
         max_pixels: an image whose header names more is refused before it is decoded.
-        min_side: an image whose shorter side has fewer pixels is refused.
-        max_aspect: an image is refused whose longer side is more times as long as the shorter; 0
-            takes all.
         format: the form of the result; "packed" keeps the bytes of all that a data set may hold.
 
     Raises:
-        ImageError: the image is damaged, not an image, too large or small, or of an unsupported
+        ImageError: the image is damaged, not an image, too large, or of an unsupported
             kind.
     """
     if not data:
         raise ImageError("empty", "the file is empty")
     target = _Target(short_side=short_side, square_side=square_side)
     decoded = _decode(data, target, max_pixels=max_pixels, kept=_KEPT[format])
-    _check_sides(decoded, min_side=min_side, max_aspect=max_aspect)
     if isinstance(decoded, CheckedImage):
         return decoded
     pixels = target.scaled(decoded)
@@ -163,20 +157,6 @@ def check_image(
     return CheckedImage(
         data=data, extension=extension, height=height, width=width, reencoded=format != "raw"
     )
-
-
-def _check_sides(image: CheckedImage | Pixels, *, min_side: int, max_aspect: float) -> None:
-    """Refuses an image by the sides that it has before it is scaled."""
-    sides = (image.height, image.width) if isinstance(image, CheckedImage) else image.shape[:2]
-    height, width = sides
-    short, long = sorted(sides)
-    if short < min_side:
-        raise ImageError("too small", f"{width} x {height} pixels; {min_side} a side are asked for")
-    if max_aspect and long > max_aspect * short:
-        raise ImageError(
-            "aspect ratio",
-            f"{width} x {height} pixels; the longer side may have {max_aspect:g} times the shorter",
-        )
 
 
 @dataclass(kw_only=True, slots=True)

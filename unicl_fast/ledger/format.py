@@ -42,13 +42,8 @@ _NAME = re.compile(r"segment-(\d{4,})-rank-(\d{4,})\.bin")
 
 _MARK = b"\xf5STP"
 _HEAD = struct.Struct("<4sIQI")  # mark, checksum of what follows it, step, substitutes
-_HEAD_DTYPE = np.dtype(
-    [("mark", "<u4"), ("checksum", "<u4"), ("step", "<u8"), ("num_substitutes", "<u4")]
-)
-_MARK_NUMBER = int.from_bytes(_MARK, "little")
 _CHECKED_FROM = 8
 _INDEX_BYTES = 4
-_HEADS_AT_ONCE = 1024
 
 # What is beyond these was not written by a run, and must take neither memory nor time.
 _STEPS = 1 << 53
@@ -85,23 +80,19 @@ class SegmentHeader:
     sources: tuple[LedgerSource, ...]
     seed: Annotated[int, Meta(ge=-LARGEST_INT - 1, le=LARGEST_INT)]
     shares: tuple[_Share, ...]
-    """Integers in the proportion of the sources' weights. With the seed they allow to plan the run
-    again."""
+    """Integers in the proportion of the sources' weights. With the seed, and the next two, they
+    allow to plan the run again."""
     shuffle_window: Count = 0
-    """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
     shuffle_groups: int = 1
-    """`data.shuffle_groups`, which means nothing without a window and is not in the file then, nor
-    where it is 1."""
     run_id: str = ""
     """The run's, as in its checkpoints."""
     first_draw: Count = 0
-    """Draws of all steps before the first one, where stages before had other batches; not in the
-    file where it is 0: then they are those of as many steps of this size."""
+    """Draws of all steps before the first one, where stages before had other batches; 0 for those
+    of as many steps of this size."""
     last_batch_size: Count = 0
-    """`run.global_batch_size`, which the last stage has; not in the file where it is 0: then it is
-    this segment's."""
+    """`run.global_batch_size`, which the last stage has; 0 where it is this segment's."""
     follows: bool = False
-    """Whether a stage begins here, and the program has been running; not in the file where not."""
+    """Whether a stage begins here, and the program has been running."""
 
     @property
     def run_batch_size(self) -> int:
@@ -151,13 +142,7 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 
 def encode_header(header: SegmentHeader) -> bytes:
-    values = {"version": VERSION} | dataclasses.asdict(header)
-    for name in ("shuffle_window", "run_id", "first_draw", "last_batch_size", "follows"):
-        if not values[name]:
-            del values[name]
-    if not header.shuffle_window or header.shuffle_groups == 1:
-        del values["shuffle_groups"]
-    text = json.dumps(values).encode()
+    text = json.dumps({"version": VERSION} | dataclasses.asdict(header)).encode()
     return _START.pack(_MAGIC, len(text), _checksum(text)) + text
 
 
@@ -278,8 +263,8 @@ def read_segment_file(path: Path) -> SegmentFile | None:
         damaged: list[tuple[int, int]] = []
         torn_bytes = 0
         while offset < len(view):
-            one = _read_range(view, header, offset)
-            if one is None:
+            head = _sound_head(view, header, offset)
+            if head is None:
                 sound = _next_sound_record(mapped, view, header, offset + 1)
                 if sound is None and _is_torn(view, header, offset):
                     torn_bytes = len(view) - offset
@@ -287,12 +272,22 @@ def read_segment_file(path: Path) -> SegmentFile | None:
                     damaged.append((offset, sound or len(view)))
                 offset = sound or len(view)
                 continue
-            if ranges and one.step < ranges[-1].end:
+            step, num_substitutes = head
+            if ranges and step < ranges[-1].end:
                 raise DamagedSegmentError(
-                    f"the record of step {one.step} follows that of step {ranges[-1].end - 1}"
+                    f"the record of step {step} follows that of step {ranges[-1].end - 1}"
                 )
-            ranges.append(one)
-            offset += one.count * header.record_bytes(one.num_substitutes)
+            size = header.record_bytes(num_substitutes)
+            last = ranges[-1] if ranges else None
+            if (
+                last is not None
+                and (last.end, last.num_substitutes) == head
+                and (last.offset + last.count * size == offset)
+            ):
+                ranges[-1] = dataclasses.replace(last, count=last.count + 1)
+            else:
+                ranges.append(RecordRange(step, offset, 1, num_substitutes))
+            offset += size
     return SegmentFile(
         path=path,
         header=header,
@@ -337,28 +332,6 @@ def _checked_header(values: Any) -> SegmentHeader:
         "sources and shares must be as many as each other, and one at least",
     )
     return header
-
-
-def _read_range(view: memoryview, header: SegmentHeader, offset: int) -> RecordRange | None:
-    """Sound records from `offset` on, _HEADS_AT_ONCE at most; None if the first is not sound."""
-    head = _sound_head(view, header, offset)
-    if head is None:
-        return None
-    step, num_substitutes = head
-    size = header.record_bytes(num_substitutes)
-    most = min((len(view) - offset) // size, _HEADS_AT_ONCE)
-    # Heads first, all at once, then checksums, one call each: that is what a long ledger costs.
-    heads = np.ndarray((most,), dtype=_HEAD_DTYPE, buffer=view, offset=offset, strides=(size,))
-    alike = heads["mark"] == _MARK_NUMBER
-    alike &= heads["num_substitutes"] == num_substitutes
-    alike &= heads["step"] == np.arange(step, step + most, dtype=np.uint64)
-    most = int(np.argmin(alike)) if not alike.all() else most
-    digest = xxhash.xxh3_64_intdigest
-    for count, checksum in enumerate(heads["checksum"][:most].tolist()):
-        first = offset + count * size
-        if digest(view[first + _CHECKED_FROM : first + size]) & 0xFFFFFFFF != checksum:
-            return RecordRange(step, offset, count, num_substitutes)
-    return RecordRange(step, offset, most, num_substitutes)
 
 
 def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[int, int] | None:

@@ -2,7 +2,7 @@
 
 Nothing of the plan is used: the ids alone must say it. An epoch of a source of N samples is N draws
 of it one after another; it is complete and right when no sample came twice, for then each came
-once. Memory is one bit a sample and some megabytes, however long the run.
+once. Memory is one byte a sample and some megabytes, however long the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,6 @@ from unicl_fast.ledger.format import (
     list_segments,
     read_segment_file,
 )
-from unicl_fast.system.kernels import kernel
 
 _ENDLESS = 1 << 62
 _DRAWS_AT_ONCE = 1 << 20
@@ -394,41 +392,61 @@ def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> 
 
 
 class EpochCounter:
-    """Counts the draws of all sources, given in their order, epoch by epoch; one bit a sample."""
+    """Counts the draws of all sources, given in their order, epoch by epoch; one byte a sample."""
 
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
         self._sources = list(sources)
-        sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
-        first_words = np.concatenate([[0], np.cumsum((sizes + 63) // 64)]).astype(np.int64)
-        seen = np.zeros(first_words[-1], dtype=np.uint64)
-        self._draws = np.zeros(len(sizes), dtype=np.int64)
-        self._counts = np.zeros((len(sizes), 3), dtype=np.int64)
-        # kind, source, epoch, sample, number of the draw in the whole run (-1 for lost ones)
-        self._examples = np.full((_MOST_EXAMPLES, 5), -1, dtype=np.int64)
-        self._state = (
-            sizes,
-            first_words,
-            seen,
-            self._draws,
-            self._counts,
-            self._examples,
-        )
+        self._seen = [np.zeros(source.num_samples, np.bool_) for source in sources]
+        """Samples that the present epoch of a source has drawn."""
+        self._draws = [0] * len(self._sources)
+        self._counts = np.zeros((len(self._sources), 3), np.int64)
+        self._examples: list[tuple[int, int, int, int, int]] = []
+        """Kind, source, epoch, sample, and number of the draw in the run (-1 for lost ones)."""
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
         """Counts draws in their order: rows `ids` of the sources, both of any shape.
 
         `first` is the number of the first one in the run, for messages.
         """
-        if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sources):
-            raise ValueError(f"draws of source {source_ids.max()} of {len(self._sources)}")
-        _count_draws(first, source_ids.reshape(-1), ids.reshape(-1), self._state)
+        for number, source in enumerate(self._sources):
+            places = np.flatnonzero(source_ids == number)
+            while len(places):
+                left = source.num_samples - self._draws[number] % source.num_samples
+                now, places = places[:left], places[left:]
+                self._add_to_epoch(number, ids.reshape(-1)[now], first + now)
+
+    def _add_to_epoch(self, number: int, ids: Int64Array, draws: Int64Array) -> None:
+        """Counts draws of one epoch of a source; `draws` are their numbers in the run."""
+        seen, size = self._seen[number], self._sources[number].num_samples
+        epoch = self._draws[number] // size
+        known = (ids >= 0) & (ids < size)
+        self._note(_UNKNOWN, number, epoch, ids[~known], draws[~known])
+        mine, draws = ids[known], draws[known]
+        again = np.ones(len(mine), np.bool_)
+        again[np.unique(mine, return_index=True)[1]] = False
+        again |= seen[mine]
+        self._note(_TWICE, number, epoch, mine[again], draws[again])
+        seen[mine] = True
+        self._draws[number] += len(ids)
+        if self._draws[number] % size == 0:
+            lost = np.flatnonzero(~seen)
+            self._note(_LOST, number, epoch, lost, np.full(len(lost), -1))
+            seen[:] = False
+
+    def _note(
+        self, kind: int, number: int, epoch: int, samples: Int64Array, draws: Int64Array
+    ) -> None:
+        self._counts[number, kind] += len(samples)
+        most = _MOST_EXAMPLES - len(self._examples)
+        for sample, draw in zip(samples[:most].tolist(), draws[:most].tolist(), strict=True):
+            self._examples.append((kind, number, epoch, sample, draw))
 
     def results(self) -> list[SourceProof]:
         return [
             SourceProof(
                 name=source.name,
                 num_samples=source.num_samples,
-                draws=int(draws),
+                draws=draws,
                 scheduled_twice=int(counts[_TWICE]),
                 lost=int(counts[_LOST]),
                 unknown=int(counts[_UNKNOWN]),
@@ -440,9 +458,7 @@ class EpochCounter:
         """The first faults, in words; the headers are of all segments that were counted."""
         found = []
         firsts = [header.draws_before(header.start_step) for header in headers]
-        for kind, source, epoch, sample, draw in self._examples.tolist():
-            if kind < 0:
-                break
+        for kind, source, epoch, sample, draw in self._examples:
             name = self._sources[source].name
             header = headers[max(0, bisect.bisect_right(firsts, draw) - 1)]
             step, index = divmod(draw - header.draws_before(0), header.global_batch_size)
@@ -454,41 +470,3 @@ class EpochCounter:
             }
             found.append(words[kind])
         return found
-
-
-@kernel
-def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
-    sizes, first_words, seen, draws, counts, examples = state
-    one = np.uint64(1)
-    for i in range(ids.size):
-        source, sample = source_ids[i], ids[i]
-        epoch = draws[source] // sizes[source]
-        kind = -1
-        if sample < 0 or sample >= sizes[source]:
-            kind = _UNKNOWN
-        else:
-            word = first_words[source] + (sample >> 6)
-            bit = one << np.uint64(sample & 63)
-            if seen[word] & bit:
-                kind = _TWICE
-            seen[word] |= bit
-        if kind >= 0:
-            _add_fault(counts, examples, kind, source, epoch, sample, first + i)
-        draws[source] += 1
-        if draws[source] % sizes[source] == 0:
-            # the epoch is over: samples that were not seen in it are lost
-            for sample in range(sizes[source]):
-                word = first_words[source] + (sample >> 6)
-                if not seen[word] & (one << np.uint64(sample & 63)):
-                    _add_fault(counts, examples, _LOST, source, epoch, sample, -1)
-            seen[first_words[source] : first_words[source + 1]] = 0
-
-
-@kernel
-def _add_fault(
-    counts: Any, examples: Any, kind: Any, source: Any, epoch: Any, sample: Any, draw: Any
-) -> None:
-    found = counts.sum()
-    if found < len(examples):
-        examples[found] = np.array([kind, source, epoch, sample, draw])
-    counts[source, kind] += 1

@@ -2,34 +2,20 @@
 
 `optim.freeze` names them. Their parameters take no gradient, so torch keeps no graph of what comes
 before the first layer that is trained. Their modules stay in evaluation mode: drop path is off, and
-BatchNorm takes its averages and leaves them alone. From `optim.unlock_at_step` on all is trained.
+BatchNorm takes its averages and leaves them alone.
 
 A frozen image encoder under a trained text encoder is LiT (Zhai et al., arXiv 2111.07991).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 
-from unicl_fast.config import TrainConfig
-from unicl_fast.models.efficiency import find_blocks
+from unicl_fast.models.blocks import find_blocks
+from unicl_fast.models.unicl import FrozenParts, UniCL
 from unicl_fast.system.wording import count_of
-
-if TYPE_CHECKING:  # the model keeps its frozen parts in evaluation mode
-    from unicl_fast.models.unicl import UniCL
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class FrozenParts:
-    """The parts of one model that are not trained now."""
-
-    names: frozenset[str] = frozenset()
-    """The names of their parameters."""
-    modules: tuple[nn.Module, ...] = ()
-    """The modules that are frozen whole, the outermost ones."""
 
 
 def freeze(model: UniCL) -> None:
@@ -40,38 +26,18 @@ def freeze(model: UniCL) -> None:
     Raises:
         ValueError: the model has no such part or fewer blocks, or nothing would be left to train.
     """
-    unfreeze(model)
     found = _find(model)
     for name, parameter in model.named_parameters():
         if name in found.names:
             parameter.requires_grad_(False)
     model.frozen = found
     left = {name for name, one in model.named_parameters() if one.requires_grad}
-    if not left - {"logit_scale", "logit_bias"}:
+    scalars = {name for name, one in model.learnt.items() if one.ndim == 0}
+    if not left - scalars:
         raise ValueError(
             f"optim.freeze={' '.join(model.config.optim.freeze)} leaves nothing to train: leave "
             "something out"
         )
-
-
-def unfreeze(model: UniCL) -> None:
-    """Lets the frozen parts be trained; their modules follow at the next `model.train()`."""
-    for name, parameter in model.named_parameters():
-        if name in model.frozen.names:
-            parameter.requires_grad_(True)
-    model.frozen = FrozenParts()
-
-
-def without_freezing(config: TrainConfig) -> TrainConfig:
-    """The settings as they are when frozen parts have been unlocked."""
-    optim = dataclasses.replace(config.optim, freeze=(), unlock_at_step=0, unlock_warmup_steps=0)
-    return dataclasses.replace(config, optim=optim)
-
-
-def ever_trained(model: UniCL) -> list[nn.Parameter]:
-    """The parameters that are trained now, or from `optim.unlock_at_step` on."""
-    later = model.frozen.names if model.config.optim.unlock_at_step else frozenset()
-    return [one for name, one in model.named_parameters() if one.requires_grad or name in later]
 
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:

@@ -7,7 +7,6 @@ moves weights accordingly; `normalise_images` makes the encoder's input of decod
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -24,7 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import EfficiencyConfig, PrecisionName, TrainConfig
+from unicl_fast.config import EfficiencyConfig, PrecisionName
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.models.text_encoder import TextAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
@@ -38,6 +37,7 @@ _MEASURED_SECONDS = 0.3
 """Turns of the measurement for `auto`: so many at least, and as long after the first."""
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
+    "tf32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp64": torch.float64,
@@ -68,7 +68,7 @@ class Precision:
         self, device_type: str, *, cache_enabled: bool = True
     ) -> contextlib.AbstractContextManager[object]:
         """The context to run encoders in; casts each weight once, or each time it is used."""
-        if self.name in ("fp32", "fp64"):
+        if self.compute_type == self.weight_type:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.compute_type, cache_enabled=cache_enabled)
 
@@ -77,22 +77,20 @@ class Precision:
         return torch.amp.GradScaler(device_type, enabled=self.name == "fp16")
 
 
-def resolve_precision(
-    config: TrainConfig,
+def settle_precision(
+    given: PrecisionName,
     device: torch.device,
     *,
-    precision: PrecisionName | None = None,
+    stored: PrecisionName | None = None,
     ranks: Ranks = _ALONE,
-) -> TrainConfig:
-    """Replaces `efficiency.precision=auto` by the precision given, or the fastest of rank 0."""
-    if config.efficiency.precision != "auto":
-        return config
-    if precision is None:
-        fastest: PrecisionName = fast_precision(device) if ranks.is_main else "fp32"
-        fastest = from_rank_0(fastest, ranks)
-        precision = fastest
-    efficiency = dataclasses.replace(config.efficiency, precision=precision)
-    return dataclasses.replace(config, efficiency=efficiency)
+) -> PrecisionName:
+    """Settles `efficiency.precision`: for auto, a checkpoint's, or the fastest of rank 0."""
+    if given != "auto":
+        return given
+    if stored is not None:
+        return stored
+    fastest: PrecisionName = fast_precision(device) if ranks.is_main else "fp32"
+    return from_rank_0(fastest, ranks)
 
 
 def fast_precision(device: torch.device) -> PrecisionName:
@@ -171,15 +169,15 @@ def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) ->
     """Sets torch's switches for the whole process, as `efficiency` says; those of a CPU stay.
 
     Under autocast TF32 is for the loss, whose products of features are in fp32: the features have
-    the rounding of 16 bits already.
+    the rounding of 16 bits already. cuDNN measures which of its convolutions is the fastest, once
+    for each size; they differ in rounding, so two starts of a run on a GPU may differ in it.
     """
     if device.type != "cuda":
         return
-    in_16_bits = Precision(efficiency.precision).compute_type.itemsize == 2
-    tf32 = efficiency.tf32 == "on" or (efficiency.tf32 == "auto" and in_16_bits)
+    tf32 = Precision(efficiency.precision).name in ("tf32", "bf16", "fp16")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = efficiency.cudnn_benchmark
+    torch.backends.cudnn.benchmark = True
 
 
 # Bytes to the encoder's input.
@@ -198,7 +196,6 @@ def normalise_images(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype = torch.float32,
-    channels_last: bool = True,
 ) -> Tensor:
     """Turns decoded images into the encoder's input: (images / 255 - mean) / std.
 
@@ -207,8 +204,8 @@ def normalise_images(
     lose a bit and a half. On the CPU, fp32 is made by one kernel, and other types in pieces of the
     batch that stay in the cache.
 
-    `mean` and `std` are those of each channel, of values in 0 to 1. The result is [b c h w];
-    without `channels_last` it has this order in memory too.
+    `mean` and `std` are those of each channel, of values in 0 to 1. The result is [b c h w] in
+    channels_last order.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(
@@ -232,8 +229,7 @@ def normalise_images(
                 part.copy_(pixels).mul_(scale).add_(shift)
             else:
                 part.copy_(pixels.to(arithmetic).mul_(scale).add_(shift))
-    seen = normalised.view(b, h, w, c).permute(0, 3, 1, 2)
-    return seen if channels_last else seen.contiguous()
+    return normalised.view(b, h, w, c).permute(0, 3, 1, 2)
 
 
 def _normalise_on_host(

@@ -25,24 +25,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import find_blocks, keep_activations_in_copy
-from unicl_fast.models.freezing import ever_trained
+from unicl_fast.models.blocks import find_blocks, keep_activations_in_copy
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.progress import WaitingForRanks
 
 
-def check_sharding(config: TrainConfig) -> None:
+def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:
     """Refuses what `efficiency.shard=full` cannot do.
 
     Raises:
         ValueError: names the setting, and what to take instead.
     """
-    efficiency, optimizer = config.efficiency, config.optim.name
     if efficiency.shard != "full":
         return
     refused = {
@@ -60,12 +58,12 @@ def check_sharding(config: TrainConfig) -> None:
                              "efficiency.shard=optimizer")  # fmt: skip
 
 
-def divides_optimizer(config: TrainConfig, ranks: Ranks) -> bool:
-    return config.efficiency.shard == "optimizer" and ranks.world_size > 1
+def divides_optimizer(efficiency: EfficiencyConfig, ranks: Ranks) -> bool:
+    return efficiency.shard == "optimizer" and ranks.world_size > 1
 
 
-def divides_all(config: TrainConfig, ranks: Ranks) -> bool:
-    return config.efficiency.shard == "full" and ranks.world_size > 1
+def divides_all(efficiency: EfficiencyConfig, ranks: Ranks) -> bool:
+    return efficiency.shard == "full" and ranks.world_size > 1
 
 
 def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
@@ -90,11 +88,8 @@ class ParameterOwners:
     """The rank that updates each trainable parameter (`efficiency.shard=optimizer`)."""
 
     def __init__(self, model: UniCL, ranks: Ranks) -> None:
-        """Decides it by the sizes of the parameters: the same on all ranks, and at every start.
-
-        Parameters that are trained later have their rank already, so that no state moves then.
-        """
-        parameters = ever_trained(model)
+        """Decides it by the sizes of the parameters: the same on all ranks, and at every start."""
+        parameters = [one for one in model.parameters() if one.requires_grad]
         owners = choose_owners([one.numel() for one in parameters], ranks.world_size)
         self._rank = ranks.rank
         self._parameters: list[list[nn.Parameter]] = [[] for _ in range(ranks.world_size)]
@@ -146,28 +141,15 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         tensor.copy_(piece.view(tensor.shape))
 
 
-def take_up_unfrozen(model: nn.Module) -> None:
-    """Lets divided encoders reduce gradients of what was frozen in the type of the others.
-
-    torch looks once, before the first forward pass, which types a part's gradients have.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            group = module._get_fsdp_state()._fsdp_param_group
-            if group is not None:
-                group._init_mp_dtypes()
-
-
-def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | None = None) -> None:
+def shard_encoders(model: UniCL, ranks: Ranks) -> None:
     """Divides each block of the encoders, and what is left of them, over all ranks.
 
-    Blocks are compiled before this is called. `reduce_type` is the type in which gradients are
-    added up over ranks; None is their own.
+    Blocks are compiled before this is called.
 
     Raises:
         ValueError: an encoder without blocks that are known, or a torch that is too old.
     """
-    device_type = model.logit_scale.device.type
+    device_type = model.device.type
     # gloo's own averaging has been missing, and silently wrong (pytorch issue 162338)
     if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(
@@ -184,14 +166,13 @@ def shard_encoders(model: UniCL, ranks: Ranks, *, reduce_type: torch.dtype | Non
             )
         parts += [*blocks, encoder]
     mesh = init_device_mesh(device_type, (ranks.world_size,))
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce_type)
     # encoders return views, which nothing here changes in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for part in parts:
         # torch keeps what is outside of blocks whole until backward, which never reaches a part
         # without gradients
         reshards = None if any(one.requires_grad for one in part.parameters()) else True
-        divided = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=reshards)
+        divided = fully_shard(part, mesh=mesh, reshard_after_forward=reshards)
         if device_type == "cpu":
             divided.set_force_sum_reduction_for_comms(True)
 
@@ -209,20 +190,15 @@ def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor
 
 
 @torch.no_grad()
-def average_whole_gradients(
-    model: nn.Module, ranks: Ranks, *, reduce_type: torch.dtype | None = None
-) -> None:
-    """Averages the gradients of the parameters that are not divided, in an all-reduce a type.
-
-    They are added up in `reduce_type`; None is their own.
-    """
+def average_whole_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Averages the gradients of the parameters that are not divided, in an all-reduce a type."""
     whole_ones = split_divided(model.parameters())[1]
     gradients = [one.grad for one in whole_ones if one.grad is not None]
     for same in _by_type(gradients):
-        sums = _flatten(same).to(reduce_type or same[0].dtype)
+        sums = _flatten(same)
         with WaitingForRanks():
             dist.all_reduce(sums)
-        _copy_from(sums.to(same[0].dtype) / ranks.world_size, same)
+        _copy_from(sums / ranks.world_size, same)
 
 
 def whole(tensor: Tensor) -> Tensor:

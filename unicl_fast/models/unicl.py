@@ -1,4 +1,4 @@
-"""UniCL: two encoders, two projections and a scale; for objectives without texts a part of it.
+"""UniCL: two encoders and two projections; for objectives without texts a part of it.
 
 This is the model and how it is built from a config. Files of weights are the business of
 `unicl_fast.checkpoints.load`, the loss on the features that of `unicl_fast.objectives`.
@@ -6,8 +6,8 @@ This is the model and how it is built from a config. Files of weights are the bu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 import xxhash
@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.config import ModelConfig, Projection, TrainConfig
-from unicl_fast.models.efficiency import checkpoint_blocks
-from unicl_fast.models.freezing import FrozenParts
+from unicl_fast.models.blocks import checkpoint_blocks
 from unicl_fast.models.image_encoder import (
     DropPathKey,
     build_image_encoder,
@@ -25,76 +24,86 @@ from unicl_fast.models.image_encoder import (
     set_image_size,
 )
 from unicl_fast.models.text_encoder import TextEncoder, TextSettings
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.objectives.operands import Encoded
 
-Encoded = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""Image features [b d], the features they are contrasted with [n d], their scale [], and the bias
-[] of the sigmoid form or None."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FrozenParts:
+    """The parts of one model that are not trained now."""
+
+    names: frozenset[str] = frozenset()
+    """The names of their parameters."""
+    modules: tuple[nn.Module, ...] = ()
+    """The modules that are frozen whole, the outermost ones."""
 
 
 class UniCL(nn.Module):
-    """Images and texts to unit vectors of one space, and the scale of their products.
+    """Images and texts to unit vectors of one space, and what the objective learns besides.
 
-    `text_encoder` and `text_projection` are None where the objective has no texts. SupCon compares
-    images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
-    each class a row of weights whose last entry is the bias. A projection may be None, or have a
-    bias beside it, as `model.image_projection` and `model.text_projection` say. `logit_bias` is
-    None but under `objective.form=sigmoid`.
+    `text_encoder` and `text_projection` are None where the objective has no texts, projections
+    where it has no common space or `model.image_projection` is none. The objective's parameters are
+    attributes of the names in `learnt_names`, such as `logit_scale`.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Builds the model with fresh weights drawn from `run.seed`.
+    config: TrainConfig
+    """The settings of the run that the model is of; `build_model` sets them."""
+    logit_scale: nn.Parameter
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        objective: Objective,
+        *,
+        image_size: int = 224,
+        other_sizes: Sequence[int] = (),
+        drops_tokens: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Builds the model with fresh weights.
+
+        Args:
+            config: its encoders and its space.
+            objective: says whether there are texts and a space, and what else is learnt.
+            image_size: side of the square images, in pixels.
+            other_sizes: those of `run.stages`.
+            drops_tokens: whether tokens of images are ever left out (`model.token_drop`).
+            seed: of the fresh weights and of drop path.
 
         Raises:
-            ValueError: an encoder that timm does not know or that cannot be built so,
-                cross-entropy without a number of classes, or no projection between an encoder and
-                a space of another width.
+            ValueError: an encoder that timm does not know or that cannot be built so, or no
+                projection between an encoder and a space of another width.
         """
         super().__init__()
-        self.config = config
         self.frozen = FrozenParts()
-        model, objective = config.model, config.objective
-        classifies = objective.name == "ce"
-        if classifies and not sum(objective.num_classes):
-            raise ValueError(
-                "objective.num_classes: cross-entropy needs classes, and there are none"
-            )
-        self.drop_path_key = DropPathKey(config.run.seed)
-        settings = config.settings_of_stages
+        self.drop_path_key = DropPathKey(seed)
+        self.image_projection = self.image_projection_bias = None
+        self.text_projection = self.text_projection_bias = None
+        self.has_space = objective.has_space
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.run.seed)
+            torch.manual_seed(seed)
             self.image_encoder = build_image_encoder(
-                model.image_encoder,
-                image_size=config.data.image_size,
-                drop_path=model.drop_path,
+                config.image_encoder,
+                image_size=image_size,
+                drop_path=config.drop_path,
                 key=self.drop_path_key,
-                drops_tokens=any(stage.model.token_drop for stage in settings),
-                other_sizes=[stage.data.image_size for stage in settings],
+                drops_tokens=drops_tokens,
+                other_sizes=other_sizes,
             )
-            self.text_encoder = _text_encoder(model) if objective.has_texts else None
+            self.text_encoder = _text_encoder(config) if objective.uses_texts else None
             image_width = feature_width(self.image_encoder)
-            self.image_projection = self.image_projection_bias = self.class_rows = None
-            self.text_projection = self.text_projection_bias = None
-            if classifies:
-                self.class_rows = _rows(sum(objective.num_classes), image_width)
-            else:
+            if objective.has_space:
                 self.image_projection, self.image_projection_bias = _projection(
-                    model.image_projection, image_width, model
+                    config.image_projection, image_width, config
                 )
-            if objective.has_texts:
+            if objective.uses_texts:
                 self.text_projection, self.text_projection_bias = _projection(
-                    model.text_projection, model.text_width, model
+                    config.text_projection, config.text_width, config
                 )
-        self.logit_scale = nn.Parameter(
-            torch.tensor(_initial_logit_scale(config)),
-            requires_grad=model.learn_logit_scale and not classifies,
-        )
-        self.logit_bias = None
-        if objective.form == "sigmoid":
-            self.logit_bias = nn.Parameter(torch.tensor(model.logit_bias_init))
-        if config.efficiency.activation_checkpointing:
-            for encoder in self.encoders:
-                checkpoint_blocks(encoder)
-        self.set_stage(config)
+            learnt = objective.parameters(image_width)
+        for name, parameter in learnt.items():
+            self.register_parameter(name, parameter)
+        self.learnt_names = tuple(learnt)
 
     def train(self, mode: bool = True) -> UniCL:
         """Sets training mode, in which frozen parts stay in evaluation mode."""
@@ -120,23 +129,25 @@ class UniCL(nn.Module):
         return [one for one in (self.image_encoder, self.text_encoder) if one is not None]
 
     @property
-    def scale(self) -> Float[Tensor, ""]:
-        """Factor of the products of features."""
-        return self.logit_scale.exp()
+    def learnt(self) -> dict[str, Tensor]:
+        """The parameters of the objective, besides encoders and projections, by name."""
+        return {name: getattr(self, name) for name in self.learnt_names}
+
+    @property
+    def device(self) -> torch.device:
+        """The device that holds the weights."""
+        return next(self.parameters()).device
 
     def encode_image(
         self, images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"]
     ) -> Float[Tensor, "b d"]:
-        """Features of normalised images, of unit norm.
+        """Features of normalised images, of unit norm; the encoder's own without a common space.
 
         In place of images, what the image encoder gives of them may come: it is not run then.
-
-        Under cross-entropy they are what `class_rows` is multiplied by, [b width + 1]: those of the
-        encoder, and a 1 for the bias.
         """
         features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
-        if self.class_rows is not None:
-            return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
+        if not self.has_space:
+            return _at_least_fp32(features)
         return _unit_norm(project(features, self.image_projection, self.image_projection_bias))
 
     def encode_text(
@@ -165,37 +176,43 @@ class UniCL(nn.Module):
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
-        """Computes features, and what else is learnt that the loss needs.
+        """Computes the features of a batch, and what else is learnt that the loss needs.
 
-        Images are contrasted with the features of texts if there are tokens, else with the learnt
-        rows of classes, else with their own. `after_texts` may begin to send the texts' to other
-        ranks, and returns what takes their place.
+        `after_texts` may begin to send the texts' to other ranks, and returns what takes their
+        place.
         """
         # texts first: their order decides how gradients are added up, and sending takes time
-        contrast = None if tokens is None else self.encode_text(tokens, num_tokens)
-        if contrast is not None and after_texts is not None:
-            contrast = after_texts(contrast)
-        features = self.encode_image(images)
-        if contrast is None:
-            contrast = features if self.class_rows is None else self.class_rows
-        return features, contrast, self.scale, self.logit_bias
+        texts = None if tokens is None else self.encode_text(tokens, num_tokens)
+        if texts is not None and after_texts is not None:
+            texts = after_texts(texts)
+        return Encoded(self.encode_image(images), texts, self.learnt)
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
         self.drop_path_key.set(step=step, global_index=global_index)
 
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keeps the learnt log-scale at or below its maximum; called after each update."""
-        self.logit_scale.clamp_(max=self.config.model.logit_scale_max)
 
+def build_model(config: TrainConfig) -> UniCL:
+    """The model of a run, with fresh weights drawn from `run.seed`.
 
-def _initial_logit_scale(config: TrainConfig) -> float:
-    if config.objective.name == "ce":  # which has none
-        return 0.0
-    if config.model.logit_scale_init is not None:
-        return config.model.logit_scale_init
-    return math.log(10) if config.objective.form == "sigmoid" else math.log(1 / 0.07)
+    Raises:
+        ValueError: as `UniCL`, or an objective that lacks what the data would say.
+    """
+    stages = config.settings_of_stages
+    model = UniCL(
+        config.model,
+        config.objective,
+        image_size=config.data.image_size,
+        other_sizes=[stage.data.image_size for stage in stages],
+        drops_tokens=any(stage.model.token_drop for stage in stages),
+        seed=config.run.seed,
+    )
+    model.config = config
+    if config.efficiency.activation_checkpointing:
+        for encoder in model.encoders:
+            checkpoint_blocks(encoder)
+    model.set_stage(config)
+    return model
 
 
 def project(
@@ -252,13 +269,6 @@ def _projection(
     return nn.Parameter(weight), bias
 
 
-def _rows(count: int, width: int) -> nn.Parameter:
-    """Rows of a linear layer [count width + 1], whose last column holds the biases."""
-    rows = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, width + 1), std=0.02))
-    nn.init.zeros_(rows.data[:, -1])
-    return rows
-
-
 def _unit_norm(features: Tensor) -> Tensor:
     # the norm of bf16 vectors would be off by a percent
     return F.normalize(_at_least_fp32(features), dim=-1)
@@ -266,14 +276,3 @@ def _unit_norm(features: Tensor) -> Tensor:
 
 def _at_least_fp32(features: Tensor) -> Tensor:
     return features.to(torch.promote_types(torch.float32, features.dtype))
-
-
-def build_model(name: str) -> UniCL:
-    """The model of a preset with fresh weights, for example `build_model("swin-tiny")`.
-
-    Raises:
-        ValueError: no preset of that name.
-    """
-    from unicl_fast.presets import build_preset  # presets name models; not the other way round
-
-    return UniCL(build_preset(name))

@@ -7,10 +7,8 @@ rank or many, and has the special cases CLIP, SupCon and cross-entropy.
 
 Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
 texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
-times; positives need only sums over classes (`positives.py`); from 2^20 logits on (2^22
+times; in tiles, positives need only sums over classes (`positives.py`); from 2^20 logits on (2^22
 on a GPU) none is stored (`loss_tiled.py`, `loss_triton.py`).
-
-`sigmoid_contrastive_loss` is SigLIP's form with the same positives: a question for each pair.
 
 The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
 complete; the function `all_reduce` that the training step hands in completes its columns.
@@ -25,17 +23,13 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
-from unicl_fast.config import LossForm
-from unicl_fast.objectives.loss_sigmoid import TiledSigmoid
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
+from unicl_fast.objectives.operands import LossForm
 from unicl_fast.objectives.positives import (
     Membership,
     Positives,
-    as_membership,
     find_positives,
-    of_unit_length,
 )
 from unicl_fast.system.machine import obstacle_to_triton
 
@@ -65,7 +59,8 @@ def reference_loss(
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
     targets = positives / positives.sum(dim=1, keepdim=True)  # the rows of TargetM's matrix
     i2t = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    t2i = -(targets.T * logits.log_softmax(dim=0)).sum(dim=0).mean()
+    of_texts = positives / positives.sum(dim=0)
+    t2i = -(of_texts * logits.log_softmax(dim=0)).sum(dim=0).mean()
     return (i2t + t2i) / 2
 
 
@@ -153,7 +148,7 @@ def unified_contrastive_loss(
     """
     if text_class_ids is None:
         text_class_ids = class_ids
-    _check_shapes(
+    check_shapes(
         image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
     )
     with torch.autocast(image_features.device.type, enabled=False):
@@ -168,91 +163,44 @@ def unified_contrastive_loss(
             form=form,
             with_columns=directions != "i2t",
         )
-        complete, i2t = all_reduce(columns, rows.losses().mean())
-        if complete is None:
-            return i2t
-        text_losses = complete.losses()
-        if text_counts is None:
-            t2i = text_losses.mean()
-        else:
-            t2i = (text_counts * text_losses).sum() / text_counts.sum()
-        return t2i if directions == "t2i" else (i2t + t2i) / 2
+        return _mean_loss(rows, columns, text_counts, directions, all_reduce)
 
 
-def sigmoid_contrastive_loss(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "u d"],
-    class_ids: Int[Tensor, " b"] | Membership,
-    scale: Float[Tensor, ""] | float,
-    bias: Float[Tensor, ""] | float,
+def loss_of_logits(
+    logits: Float[Tensor, "b u"],
+    weights: Float[Tensor, "b u"],
     *,
-    text_class_ids: Int[Tensor, " u"] | Membership | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
-    cosines: bool = True,
-    form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:
-    """The sigmoid form: each pair of an image and a text is a positive one or not.
+    """The loss in both directions of logits that are given, and of weights of pairs as positives.
 
-    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, with any number
-    of positives: with the logits z_ik = s u_i.v_k + bias, m_k samples that have text k, and the
-    weights W_ik of pairs as positives, it is the cross-entropy of sigmoid(z_ik) against W_ik,
-
-        L = 1/b sum_ik m_k ( log(1 + exp(z_ik)) - W_ik z_ik )
-
-    All classes distinct is SigLIP's loss.
-
-    Args:
-        image_features: of unit norm.
-        text_features: of unit norm, the distinct texts.
-        class_ids: any int64; or a `Membership`, for several labels an image.
-        scale: factor of the products, exp(logit_scale).
-        bias: added to all logits.
-        text_class_ids: None takes `class_ids`, one text for each image.
-        text_counts: how many samples have each text; None means 1.
-        cosines: whether W is the cosine of the rows of Y where one is a `Membership`, as mixed
-            images need it: 1 for the same labels, 0 for none in common, and never more, which no
-            sigmoid could reach. Else it is Y Y^T, as for texts of one class each, which are
-            positives of an image if it is among the image's; it must not be above 1.
-        form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
-        all_reduce: is handed the images' mean loss alone, as rows need nothing of other ranks.
-
-    Returns:
-        A scalar of the types of `unified_contrastive_loss`.
-
-    Raises:
-        ValueError: shapes that do not fit together, or "triton", which has no kernels for it.
+    The other arguments are those of `unified_contrastive_loss`.
     """
-    if form == "triton":
-        raise ValueError(
-            "form triton has kernels for the softmax form only: take auto, dense or tiled"
-        )
-    if text_class_ids is None:
-        text_class_ids = class_ids
-    b, u = len(image_features), len(text_features)
-    _check_shapes(image_features, text_features, class_ids, text_class_ids, text_counts, False)
-    dense = stores_logits(form, b * u, image_features.device.type)
-    with torch.autocast(image_features.device.type, enabled=False):
-        images, texts, arithmetic = _as_operands(image_features, text_features, dense=dense)
-        if isinstance(class_ids, Membership) and cosines:
-            class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
-        if isinstance(text_class_ids, Membership) and cosines:
-            text_class_ids = of_unit_length(
-                as_membership(text_class_ids, arithmetic), num_samples=u
-            )
-        scale, bias = (
-            torch.as_tensor(one, dtype=arithmetic, device=images.device) for one in (scale, bias)
-        )
-        counts = None if text_counts is None else text_counts.to(arithmetic)
-        if dense:
-            weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
-            logits = scale * (images @ texts.T) + bias
-            pairs = F.softplus(logits, threshold=40) - weights * logits
-            losses = pairs.sum(dim=1) if counts is None else pairs @ counts
-        else:
-            positives = find_positives(class_ids, text_class_ids, b, u, dtype=arithmetic)
-            losses = TiledSigmoid.apply(images, texts, scale, bias, counts, *positives)  # type: ignore[no-untyped-call]
-        return all_reduce(None, losses.mean())[1]
+    counts = None if text_counts is None else text_counts.to(logits.dtype)
+    rows, columns = _dense_statistics(
+        logits, weights, counts, exclude_self=False, with_columns=True
+    )
+    return _mean_loss(rows, columns, text_counts, "both", all_reduce)
+
+
+def _mean_loss(
+    rows: LogitStatistics,
+    columns: LogitStatistics | None,
+    text_counts: Tensor | None,
+    directions: Literal["both", "i2t", "t2i"],
+    all_reduce: AllReduce,
+) -> Tensor:
+    """The mean loss of images and texts of all ranks, from this rank's statistics."""
+    complete, i2t = all_reduce(columns, rows.losses().mean())
+    if complete is None:
+        return i2t
+    text_losses = complete.losses()
+    if text_counts is None:
+        t2i = text_losses.mean()
+    else:
+        t2i = (text_counts * text_losses).sum() / text_counts.sum()
+    return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
 def stores_logits(form: LossForm, num_logits: int, device_type: str) -> bool:
@@ -281,11 +229,11 @@ def logit_statistics(
     b, u = len(image_features), len(text_features)
     if form == "auto":
         form = _fastest_form(b * u, image_features.device)
-    images, texts, arithmetic = _as_operands(image_features, text_features, dense=form == "dense")
+    images, texts, arithmetic = as_operands(image_features, text_features, dense=form == "dense")
     counts = None if text_counts is None else text_counts.to(arithmetic)
-    scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
+    scale = scalar_like(images, scale, arithmetic)
     if form == "dense":
-        weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+        weights = positive_weights(class_ids, text_class_ids, b, u, arithmetic)
         logits = scale * (images @ texts.T)
         return _dense_statistics(
             logits, weights, counts, exclude_self=exclude_self, with_columns=with_columns
@@ -297,7 +245,7 @@ def logit_statistics(
     return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type, with_columns)
 
 
-def _as_operands(
+def as_operands(
     image_features: Tensor, text_features: Tensor, *, dense: bool
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Features in the type of the products, and the type of all else."""
@@ -306,6 +254,13 @@ def _as_operands(
     if operands == torch.float16 or dense:
         operands = arithmetic  # the gradients of logits are too small for fp16
     return image_features.to(operands), text_features.to(operands), arithmetic
+
+
+def scalar_like(features: Tensor, value: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """A number [0-d] on the device of features; made there, as the host would wait for a copy."""
+    if isinstance(value, Tensor):
+        return value.to(features.device, dtype)
+    return torch.full((), value, dtype=dtype, device=features.device)
 
 
 def _fastest_form(num_logits: int, device: torch.device) -> LossForm:
@@ -381,14 +336,17 @@ def _dense_statistics(
     return statistics(logits, weights, weighted, dim=1), columns
 
 
-def _positive_weights(
+def positive_weights(
     class_ids: Tensor | Membership,
     text_class_ids: Tensor | Membership,
     b: int,
     u: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The pairs' weights as positives [b u]: 1 in one class, (Y Y^T)_ik with several labels."""
+    """The pairs' weights as positives [b u]: (Y Y^T)_ik of `dtype` with several labels.
+
+    Where images and texts have one class each it is a bool [b u], a quarter of the memory.
+    """
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
     positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
@@ -398,7 +356,7 @@ def _positive_weights(
     return positives.times(unit) if u <= b else transposed.times(unit).T
 
 
-def _check_shapes(
+def check_shapes(
     image_features: Tensor,
     text_features: Tensor,
     class_ids: Tensor | Membership,
@@ -418,10 +376,10 @@ def _check_shapes(
             f"{text_features.shape[1]}"
         )
     if isinstance(class_ids, Tensor) and class_ids.shape != (b,):
-        raise ValueError(f"expected {b} class_ids, one an image, got {list(class_ids.shape)}")
+        raise ValueError(f"expected {b} class_ids, one per image, got {list(class_ids.shape)}")
     if isinstance(text_class_ids, Tensor) and text_class_ids.shape != (u,):
         raise ValueError(
-            f"expected {u} text_class_ids, one a text, got {list(text_class_ids.shape)}; "
+            f"expected {u} text_class_ids, one per text, got {list(text_class_ids.shape)}; "
             "pass text_class_ids when there are not as many texts as images"
         )
     if text_counts is not None and text_counts.shape != (u,):

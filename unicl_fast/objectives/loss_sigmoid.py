@@ -1,6 +1,7 @@
-"""The sigmoid form from tiles that are computed, used and overwritten: none is stored.
+"""The sigmoid form of the loss: each pair of an image and a text is a positive one or not.
 
-The loss of an image is a sum over its row, and the row's positives are again class sums:
+Large ones come from tiles that are computed, used and overwritten: none is stored. The loss of an
+image is a sum over its row, and the row's positives are again class sums:
 
     sum_k m_k log(1 + exp(z_ik))  -  s u_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
 
@@ -14,11 +15,103 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from unicl_fast.objectives.loss import (
+    AllReduce,
+    as_operands,
+    check_shapes,
+    one_rank,
+    positive_weights,
+    scalar_like,
+    stores_logits,
+)
 from unicl_fast.objectives.loss_tiled import TorchTiles, add_product
-from unicl_fast.objectives.positives import Positives
+from unicl_fast.objectives.operands import LossForm
+from unicl_fast.objectives.positives import (
+    Membership,
+    Positives,
+    as_membership,
+    find_positives,
+    of_unit_length,
+)
+
+
+def sigmoid_contrastive_loss(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    class_ids: Int[Tensor, " b"] | Membership,
+    scale: Float[Tensor, ""] | float,
+    bias: Float[Tensor, ""] | float,
+    *,
+    text_class_ids: Int[Tensor, " u"] | Membership | None = None,
+    text_counts: Int[Tensor, " u"] | None = None,
+    cosines: bool = True,
+    form: LossForm = "auto",
+    all_reduce: AllReduce = one_rank,
+) -> Float[Tensor, ""]:
+    """The sigmoid form: each pair of an image and a text is a positive one or not.
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, with any number
+    of positives: with the logits z_ik = s u_i.v_k + bias, m_k samples that have text k, and the
+    weights W_ik of pairs as positives, it is the cross-entropy of sigmoid(z_ik) against W_ik,
+
+        L = 1/b sum_ik m_k ( log(1 + exp(z_ik)) - W_ik z_ik )
+
+    All classes distinct is SigLIP's loss.
+
+    Args:
+        image_features: of unit norm.
+        text_features: of unit norm, the distinct texts.
+        class_ids: any int64; or a `Membership`, for several labels an image.
+        scale: factor of the products, exp(logit_scale).
+        bias: added to all logits.
+        text_class_ids: None takes `class_ids`, one text for each image.
+        text_counts: how many samples have each text; None means 1.
+        cosines: whether W is the cosine of the rows of Y where one is a `Membership`, as mixed
+            images need it: 1 for the same labels, 0 for none in common, and never more, which no
+            sigmoid could reach. Else it is Y Y^T, as for texts of one class each, which are
+            positives of an image if it is among the image's; it must not be above 1.
+        form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
+        all_reduce: is handed the images' mean loss alone, as rows need nothing of other ranks.
+
+    Returns:
+        A scalar of the types of `unified_contrastive_loss`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or "triton", which has no kernels for it.
+    """
+    if form == "triton":
+        raise ValueError(
+            "form triton has kernels for the softmax form only: take auto, dense or tiled"
+        )
+    if text_class_ids is None:
+        text_class_ids = class_ids
+    b, u = len(image_features), len(text_features)
+    check_shapes(image_features, text_features, class_ids, text_class_ids, text_counts, False)
+    dense = stores_logits(form, b * u, image_features.device.type)
+    with torch.autocast(image_features.device.type, enabled=False):
+        images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
+        if isinstance(class_ids, Membership) and cosines:
+            class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
+        if isinstance(text_class_ids, Membership) and cosines:
+            text_class_ids = of_unit_length(
+                as_membership(text_class_ids, arithmetic), num_samples=u
+            )
+        scale, bias = (scalar_like(images, one, arithmetic) for one in (scale, bias))
+        counts = None if text_counts is None else text_counts.to(arithmetic)
+        if dense:
+            weights = positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+            logits = scale * (images @ texts.T) + bias
+            pairs = F.softplus(logits, threshold=40) - weights * logits
+            losses = pairs.sum(dim=1) if counts is None else pairs @ counts
+        else:
+            positives = find_positives(class_ids, text_class_ids, b, u, dtype=arithmetic)
+            losses = TiledSigmoid.apply(images, texts, scale, bias, counts, *positives)  # type: ignore[no-untyped-call]
+        return all_reduce(None, losses.mean())[1]
 
 
 class TiledSigmoid(torch.autograd.Function):

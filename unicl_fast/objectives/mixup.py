@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import Batch, send
-from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.keyed_random import fold_key, random_betas, random_units
@@ -39,9 +38,9 @@ class PairDraws(NamedTuple):
 
 
 def draw_pairs(
-    objective: ObjectiveConfig, *, seed: int, step: int, num_pairs: int, image_size: int
+    mixup: float, cutmix: float, *, seed: int, step: int, num_pairs: int, image_size: int
 ) -> PairDraws:
-    """The numbers of all pairs of a step.
+    """The numbers of all pairs of a step, by the alphas of both, of which 0 does none.
 
     lambda is drawn from Beta(alpha, alpha). CutMix's box has the area 1 - lambda about a centre
     drawn anywhere, is cut at the edges, and lambda becomes the area that is left outside of it.
@@ -51,11 +50,9 @@ def draw_pairs(
     def key(purpose: int) -> np.uint64:
         return np.uint64(fold_key(seed, _PURPOSE, step, purpose))
 
-    part_of_cutmix = objective.cutmix_share if objective.mixup else 1.0
-    is_mixed = random_units(key(0), pairs) < objective.mix_probability
-    is_cut = is_mixed & (random_units(key(1), pairs) < (part_of_cutmix if objective.cutmix else 0))
-    alphas = np.where(is_cut, objective.cutmix or 1.0, objective.mixup or 1.0)
-    lambdas = np.where(is_mixed, random_betas(key(2), pairs, alphas), 1.0)
+    part_of_cutmix = 0.0 if not cutmix else 0.5 if mixup else 1.0
+    is_cut = random_units(key(1), pairs) < part_of_cutmix
+    lambdas = random_betas(key(2), pairs, np.where(is_cut, cutmix or 1.0, mixup or 1.0))
     side = image_size * np.sqrt(1 - lambdas)
     centres = np.stack([random_units(key(3), pairs), random_units(key(4), pairs)]) * image_size
     low = np.clip(centres - side / 2, 0, image_size).astype(np.int64)
@@ -67,24 +64,19 @@ def draw_pairs(
 
 
 def mix(
-    images: Float[Tensor, "b c h w"], batch: Batch, config: TrainConfig
+    images: Float[Tensor, "b c h w"], batch: Batch, draws: PairDraws
 ) -> tuple[Float[Tensor, "b c h w"], Membership]:
     """This rank's normalised images mixed with their neighbours, and the labels of each.
 
-    There is an even number of images, and the first one's global index is even.
+    There is an even number of images, and the first one's global index is even. `draws` are those
+    of the whole global batch.
     """
-    draws = draw_pairs(
-        config.objective,
-        seed=config.run.seed,
-        step=batch.step,
-        num_pairs=config.run.global_batch_size // 2,
-        image_size=images.shape[-1],
-    )
+    class_ids = batch.targets.class_ids
     device = images.device
     pairs = batch.global_index // 2
     lambdas = send(torch.from_numpy(draws.lambdas), device)[pairs]
     boxes = send(torch.from_numpy(draws.boxes), device)[pairs]
-    is_labelled = batch.class_ids < CAPTION_KEYS_START
+    is_labelled = class_ids < CAPTION_KEYS_START
     is_mixed = is_labelled & _swapped(is_labelled)
     lambdas = torch.where(is_mixed, lambdas, 1.0)
     boxes = boxes * is_mixed.unsqueeze(1)
@@ -93,7 +85,7 @@ def mix(
     outside = torch.where(has_box, 1.0, lambdas)[:, None, None]
     parts = torch.where(_inside(boxes, images.shape[-1]), 0.0, outside)
     mixed = torch.lerp(_swapped(images), images, parts.unsqueeze(1).to(images.dtype))
-    return mixed, labels_of_pairs(batch.class_ids, _swapped(batch.class_ids), lambdas)
+    return mixed, labels_of_pairs(class_ids, _swapped(class_ids), lambdas)
 
 
 def labels_of_pairs(
@@ -106,16 +98,6 @@ def labels_of_pairs(
         torch.cat([class_ids, partners]),
         torch.cat([lambdas, 1 - lambdas]),
     )
-
-
-def check_pairs_on_one_rank(config: TrainConfig, *, local_batch_size: int) -> None:
-    """Refuses (ValueError) an odd number of images on a rank, which would part neighbours."""
-    if config.objective.mixes and local_batch_size % 2:
-        raise ValueError(
-            "objective.mixup and objective.cutmix mix images two by two, and a rank has "
-            f"{local_batch_size} of them: make run.global_batch_size an even multiple of the "
-            "number of ranks"
-        )
 
 
 def _swapped(values: Tensor) -> Tensor:

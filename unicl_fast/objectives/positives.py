@@ -96,8 +96,8 @@ def find_positives(
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
     # a label's row in the table is its first position among the sorted labels of the texts
-    text_rows = torch.searchsorted(known, texts.labels)
-    image_rows = torch.searchsorted(known, images.labels).clamp(max=len(known) - 1)
+    text_rows = torch.searchsorted(known, texts.labels.contiguous())
+    image_rows = torch.searchsorted(known, images.labels.contiguous()).clamp(max=len(known) - 1)
     image_weights = images.weights * (known[image_rows] == images.labels)
     self_weights = None
     if exclude_self:

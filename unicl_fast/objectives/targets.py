@@ -53,8 +53,8 @@ class ImageLabels:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Targets:
-    """Distinct texts and class ids of one batch: the fields of a `Batch` that have these names.
+class HostTargets:
+    """Distinct texts and class ids of one batch, which become `Batch.texts` and `Batch.targets`.
 
     `tokens` are in order of first occurrence; `class_ids` are text_class_ids[text_index].
     """
@@ -72,9 +72,9 @@ class Targets:
 class TargetSteps:
     """Targets of several batches of `size` samples, concatenated.
 
-    Fields are those of `Targets` but for class_ids, which are text_class_ids[text_index]. The texts
-    of batch s begin at s * size, and only its first num_texts[s] entries are valid. image_classes
-    has an array, or None, for each batch.
+    Fields are those of `HostTargets` but for class_ids, which are text_class_ids[text_index]. The
+    texts of batch s begin at s * size, and only its first num_texts[s] entries are valid.
+    image_classes has an array, or None, for each batch.
     """
 
     size: int
@@ -101,7 +101,7 @@ def map_targets(
     labels: Int64Array,
     prompts: PromptLookup | None = None,
     image_labels: ImageLabels | None = None,
-) -> Targets:
+) -> HostTargets:
     """TargetM (Algorithm 1 of the paper): gives every sample a class id, and finds distinct texts.
 
     The class of a text, and of all its samples:
@@ -138,7 +138,7 @@ def map_targets(
     image_classes = None
     if image_labels is not None:
         image_classes = _classes_of_images(class_ids, image_labels, merged)
-    return Targets(
+    return HostTargets(
         tokens=tokens,
         text_index=text_index,
         class_ids=class_ids,
@@ -193,7 +193,7 @@ def map_steps(
     )
 
 
-def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
+def slice_targets(targets: HostTargets, start: int, stop: int) -> HostTargets:
     """The targets of samples `start` to `stop - 1`, with only their texts and their counts.
 
     Texts are again in order of first occurrence; class ids are those of the whole batch.
@@ -213,7 +213,7 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
     if image_classes is not None:
         first_entry, end_entry = np.searchsorted(image_classes[0], [start, stop])
         image_classes = image_classes[:, first_entry:end_entry] - np.array([[start], [0]])
-    return Targets(
+    return HostTargets(
         tokens=targets.tokens[texts],
         text_index=position[inverse],
         class_ids=targets.class_ids[start:stop],
@@ -249,7 +249,7 @@ def collate(
     """
     import torch
 
-    from unicl_fast.batch import Batch
+    from unicl_fast.batch import Batch, Targets, Texts
 
     n = len(images)
     if not n == len(tokens) == len(labels) or n % world_size:
@@ -271,14 +271,18 @@ def collate(
     return Batch(
         step=step,
         images=images[start:stop],
-        tokens=torch.from_numpy(targets.tokens.astype(np.int64)),
-        text_lengths=targets.text_lengths,
-        text_index=torch.from_numpy(targets.text_index),
-        class_ids=torch.from_numpy(targets.class_ids),
-        text_class_ids=torch.from_numpy(targets.text_class_ids),
-        text_counts=torch.from_numpy(targets.text_counts),
+        texts=Texts(
+            tokens=torch.from_numpy(targets.tokens.astype(np.int64)),
+            lengths=targets.text_lengths,
+            index=torch.from_numpy(targets.text_index),
+            counts=torch.from_numpy(targets.text_counts),
+        ),
+        targets=Targets(
+            class_ids=torch.from_numpy(targets.class_ids),
+            text_class_ids=torch.from_numpy(targets.text_class_ids),
+            image_classes=None if of_images is None else torch.from_numpy(of_images),
+        ),
         global_index=torch.arange(start, stop),
-        image_classes=None if of_images is None else torch.from_numpy(of_images),
     )
 
 

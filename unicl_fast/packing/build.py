@@ -20,7 +20,6 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
-import unicl_fast
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME
@@ -35,15 +34,7 @@ from unicl_fast.packing.label_space import (
 )
 from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
-from unicl_fast.packing.samples import (
-    Samples,
-    all_samples,
-    choose,
-    filter_captions,
-    join_duplicates,
-    reorder,
-    shuffled_order,
-)
+from unicl_fast.packing.samples import Samples, shuffled_order
 from unicl_fast.packing.sources.items import Item, Label, Problem, Source
 from unicl_fast.packing.sources.packed import (
     PackedSource,
@@ -63,10 +54,11 @@ from unicl_fast.packing.work_folder import (
     shown_place,
     stamp_all,
     survey_source,
+    work_folder,
 )
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
-from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
+from unicl_fast.system.version import __version__
 from unicl_fast.system.wording import count_of_kind, without_secrets
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
@@ -181,7 +173,7 @@ def _build(
 ) -> BuildSummary:
     """Packs sources into a folder."""
     started = time.perf_counter()
-    with WorkFolder(out, restart=options.restart) as work:
+    with work_folder(out, restart=options.restart) as work:
         if not work.is_complete:
             require_free(out)
         work.require_same("options", describe_options(sources, options.repeated()))
@@ -265,7 +257,7 @@ def _pack(
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
     with Spool(work.spool) as spool:
-        contents = _read(paths, options, images, spool, work, progress=progress)
+        contents = _read(paths, options, spool, work)
         if work.is_complete:
             return dict(work.record["summary"])
         with DatasetWriter(
@@ -284,7 +276,7 @@ def _pack(
                     writer.quarantine(**asdict(row))
             order = shuffled_order(len(contents.samples), seed=options.seed)
             checked = _check(
-                reorder(contents.samples, order[num_done:]),
+                contents.samples.at(order[num_done:]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -314,7 +306,7 @@ def _pack(
                     hierarchy=contents.hierarchy,
                     source=source_names,
                     seed=options.seed,
-                    tool_version=unicl_fast.__version__,
+                    tool_version=__version__,
                     license=contents.license,
                     made_of={**work.record, "summary": summary},
                 )
@@ -325,16 +317,8 @@ def _pack(
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
-def _read(
-    paths: list[str],
-    options: BuildOptions,
-    images: ImageOptions,
-    spool: Spool,
-    work: WorkFolder,
-    *,
-    progress: bool,
-) -> _Contents:
-    """Reads all sources, numbers their labels, and chooses and joins samples."""
+def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder) -> _Contents:
+    """Reads all sources, numbers their labels, and chooses samples."""
     unwanted = LeaveOut(options.leave_out)
     read = read_sources(paths, options.lists, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
@@ -342,25 +326,11 @@ def _read(
     templates = _choose_templates(options, space, packed)
     hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
-    samples = all_samples(read)
+    samples = Samples(read)
     if unwanted:
-        wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
+        wanted = samples.choose(lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
         samples = wanted
-    if options.duplicates == "join":
-        samples = join_duplicates(
-            samples,
-            spool.new_items(),
-            max_file_bytes=images.max_file_bytes,
-            workers=options.workers or usable_cores(),
-            progress=progress,
-        )
-    if options.min_caption_words or options.max_caption_words:
-        samples, count = filter_captions(
-            samples, fewest=options.min_caption_words, most=options.max_caption_words
-        )
-        if count:
-            passed_over["captions of too few or too many words"] = count
     return _Contents(
         samples=samples,
         space=space,

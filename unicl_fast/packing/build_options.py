@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.images.check import (
@@ -66,22 +66,9 @@ class BuildOptions:
     min_score: Sequence[str] = ()
     """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
     several times."""
-    min_caption_words: int = 0
-    """Drop captions of fewer words, and images that have no other text."""
-    max_caption_words: int = 0
-    """Drop captions of more words; 0 drops none."""
-    min_side: int = 0
-    """Leave out images whose shorter side has fewer pixels, before any scaling."""
-    max_aspect: float = 0.0
-    """Leave out images whose longer side is more times as long as the shorter; 0 leaves out
-    none."""
     leave_out: str = ""
     """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
-    duplicates: Literal["keep", "join"] = "keep"
-    """Files that are equal byte for byte: keep them all, or join them into one sample with the
-    captions and labels of all. Those that were joined into another are listed in
-    OUT/quarantine.csv. Files that share their size with another are then read twice."""
     resize: str = ""
     """short:PIXELS scales images down until their shorter side has this many pixels, and encodes
     them again. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS
@@ -143,7 +130,6 @@ class BuildOptions:
                 "that too"
             )
         self.lists.scores()
-        self._check_filters()
         short_side, square_side = self._resized_to()
         return ImageOptions(
             short_side=short_side,
@@ -151,21 +137,8 @@ class BuildOptions:
             quality=self._used_quality(),
             max_pixels=self.max_pixels,
             seconds=self.image_seconds,
-            min_side=self.min_side,
-            max_aspect=self.max_aspect,
             format=self.format,
         )
-
-    def _check_filters(self) -> None:
-        for name in ("min_caption_words", "max_caption_words"):
-            _require_in(f"--{name.replace('_', '-')}", getattr(self, name), 0, 2**31)
-        _require_in("--min-side", self.min_side, 0, MAX_SIDE)
-        if self.max_caption_words:
-            _require_in(
-                "--max-caption-words", self.max_caption_words, self.min_caption_words, 2**31
-            )
-        if self.max_aspect and not self.max_aspect >= 1:  # also refuses NaN
-            raise ValueError(f"--max-aspect must be 1 or more, not {self.max_aspect}")
 
     @property
     def lists(self) -> ListOptions:

@@ -27,12 +27,11 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
 from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
 from unicl_fast.packing.quarantine import read_left_out
-from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
-of unrelated photographs none (docs/verify-and-inspect.md)."""
+of unrelated photographs none (docs/data.md)."""
 _MODEL = "en_core_web_sm"
 """spaCy's English model."""
 MORE_THAN = 5
@@ -170,11 +169,6 @@ class Inspection:
     near_distance: int
     near_copies: Copies | None
     """Those that are not exact; None where nobody looked for them."""
-    equal_classes: tuple[tuple[str, ...], ...]
-    """Groups of classes with a prompt in common: one class in training."""
-    num_captions_equal_to_prompts: int
-    captions_equal_to_prompts: tuple[tuple[str, str, int], ...]
-    """Caption, name of the class, and how often; the most frequent ones."""
     concepts: tuple[ConceptRow, ...]
     seconds: float
 
@@ -410,56 +404,17 @@ def _near_copies(
 
 
 def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
-    """Captions by their tokens: how many are equal to each other, to prompts; and equal classes."""
-    manifest = dataset.manifest
+    """Captions by their tokens: how many are cut, distinct, and repeated."""
+    manifest, captions = dataset.manifest, dataset.captions
+    places = zip(captions["tokens_start"].tolist(), captions["tokens_length"].tolist(), strict=True)
+    occurrences = Counter(dataset.tokens[start : start + size].tobytes() for start, size in places)
     tokenizer = Tokenizer(manifest.context_length)
-    occurrences = Counter(
-        dataset.tokens[start : start + length].tobytes()
-        for start, length in zip(
-            dataset.captions["tokens_start"].tolist(),
-            dataset.captions["tokens_length"].tolist(),
-            strict=True,
-        )
-    )
-
-    def text_of(tokens: bytes) -> str:
-        return tokenizer.decode(np.frombuffer(tokens, np.uint16))
-
-    class_of, equal_classes = _prompts(manifest.class_names, manifest.templates, tokenizer)
-    equal = Counter({key: count for key, count in occurrences.items() if key in class_of})
     return {
-        "num_cut_captions": int(
-            (dataset.captions["tokens_length"] == manifest.context_length).sum()
-        ),
+        "num_cut_captions": int((captions["tokens_length"] == manifest.context_length).sum()),
         "num_distinct_captions": len(occurrences),
         "repeated_captions": tuple(
-            (text_of(tokens), count) for tokens, count in occurrences.most_common(10) if count > 1
-        ),
-        "equal_classes": equal_classes,
-        "num_captions_equal_to_prompts": equal.total(),
-        "captions_equal_to_prompts": tuple(
-            (text_of(tokens), manifest.class_names[class_of[tokens]], count)
-            for tokens, count in equal.most_common(10)
+            (tokenizer.decode(np.frombuffer(tokens, np.uint16)), count)
+            for tokens, count in occurrences.most_common(10)
+            if count > 1
         ),
     }
-
-
-def _prompts(
-    names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
-) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
-    """The class of each prompt by its tokens, and groups of classes that share one."""
-    from unicl_fast.text.token_rows import merge_classes  # here, because it loads numba
-
-    class_of: dict[bytes, int] = {}
-    pairs: list[tuple[int, int]] = []
-    for number, name in enumerate(names):
-        prompts = tokenizer.encode([fill_template(template, name) for template in templates])
-        for tokens in prompts:
-            first = class_of.setdefault(tokens.tobytes(), number)
-            if first != number:
-                pairs.append((first, number))
-    members, merged = merge_classes(np.array(pairs, np.int64).reshape(-1, 2))
-    groups: dict[int, list[str]] = {}
-    for member, first in zip(members.tolist(), merged.tolist(), strict=True):
-        groups.setdefault(first, []).append(names[member])
-    return class_of, tuple(tuple(group) for group in groups.values())

@@ -45,10 +45,6 @@ Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
 
 
-class TooManyPairsError(ValueError):
-    """Too many images look alike: a list of them would be of no use."""
-
-
 def has_imagehash() -> bool:
     """Whether ImageHash is installed."""
     return importlib.util.find_spec("imagehash") is not None
@@ -131,7 +127,7 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
         int64 [n] for uint64 [n]: the image that each follows, its own number if it follows none.
 
     Raises:
-        TooManyPairsError: more than 20 million pairs are near each other.
+        ValueError: more than 20 million pairs are near each other.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"the distance must lie in 0 to {MAX_DISTANCE} bits, not {max_distance}")
@@ -156,7 +152,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
         int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.
 
     Raises:
-        TooManyPairsError: more than 20 million.
+        ValueError: more than 20 million.
     """
     num_exact = _choose_blocks(len(hashes), max_distance)
     num_blocks = max_distance + num_exact
@@ -166,7 +162,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
     for blocks in itertools.combinations(masks, num_exact):
         found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
         if len(found) > MAX_PAIRS:
-            raise TooManyPairsError(
+            raise ValueError(
                 f"more than {MAX_PAIRS:,} pairs of images are within {max_distance} bits of each "
                 "other: such images have too little detail for perceptual hashes; choose a "
                 "smaller distance"

@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import math
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +25,8 @@ from unicl_fast.system.wording import count_of
 _SIDE = 200
 _QUALITY = 80
 _MOST_CLASSES = 40
-_SKEWED = 30
-"""If the largest class is this many times the median one, the others cannot be seen."""
 _ENDS_OF_CLASSES = 15
 """Largest and smallest classes that are shown where there are more than `_MOST_CLASSES`."""
-_MOST_COLUMNS = 200
 
 
 ShownImage = dict[str, Any]
@@ -144,12 +138,13 @@ def _number(value: float) -> str:
 
 
 def _classes(inspection: Inspection) -> dict[str, Any]:
-    """The sizes of classes: all as bars, or of many an outline and both ends."""
+    """The sizes of classes as bars: of all, or of many those of the largest and the smallest."""
     ordered = sorted(inspection.class_counts, key=lambda entry: (-entry[1], entry[0]))
     present = [entry for entry in ordered if entry[1]]
     largest, smallest = ordered[0][1], ordered[-1][1]
     several = {count: number for count, number in inspection.labels_per_image.items() if count > 1}
-    values: dict[str, Any] = {
+    is_long = len(ordered) > _MOST_CLASSES
+    return {
         "largest": max(1, largest),
         "range": f"{smallest:,} to {count_of(largest, 'image')}"
         if smallest < largest
@@ -158,84 +153,31 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
         "several": f"{sum(several.values()):,} images have several labels, up to {max(several):,}"
         if several
         else "",
-        "first": ordered[:_MOST_CLASSES],
-        "plot": None,
+        "first": present[:_ENDS_OF_CLASSES] if is_long else ordered,
+        "last": present[-_ENDS_OF_CLASSES:] if is_long else [],
     }
-    if len(ordered) > _MOST_CLASSES and present:
-        counts = [count for _, count in present]
-        is_skewed = largest > _SKEWED * statistics.median(counts)
-        scale = ", logarithmic" if is_skewed else ""
-        values["plot"] = _Plot(
-            title=f"Images of each class, largest class first{scale}",
-            counts=[math.log1p(count) for count in counts] if is_skewed else counts,
-            top=count_of(largest, "image"),
-            unit="classes",
-            ends=("1", f"{len(present):,}"),
-        )
-        values["first"], values["last"] = present[:_ENDS_OF_CLASSES], present[-_ENDS_OF_CLASSES:]
-    return values
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plot:
-    """Columns that fill the width; without counts, only its words."""
-
-    title: str
-    words: str = ""
-    counts: Sequence[float] = ()
-    top: str = ""
-    """The number that the highest column stands for."""
-    unit: str = ""
-    """The unit of the numbers below, in words."""
-    ends: tuple[str, str] = ("", "")
-    """Texts below the first and the last column."""
-    hovers: Sequence[str] = ()
-
-    @property
-    def outline(self) -> str:
-        """Many columns become one path, since thinner ones would vanish; empty of few."""
-        if len(self.counts) <= _MOST_COLUMNS:
-            return ""
-        top = max(self.counts) or 1
-        steps = "".join(
-            f"V{100 - 100 * count / top:.2f}H{number}"
-            for number, count in enumerate(self.counts, 1)
-        )
-        return f"M0 100{steps}V100Z"
-
-    @property
-    def columns(self) -> Iterable[tuple[str, str, str, str, str]]:
-        """Left, top, width and height of each column, and what it says when one points at it."""
-        top, gap = max(self.counts) or 1, 0.12 if len(self.counts) > 1 else 0.35
-        hovers = self.hovers or [""] * len(self.counts)
-        for number, (count, hover) in enumerate(zip(self.counts, hovers, strict=True)):
-            height = 100 * count / top
-            yield (
-                *(f"{number + gap / 2:.3f}", f"{100 - height:.2f}"),
-                *(f"{1 - gap:.3f}", f"{height:.2f}", hover),
-            )
-
-
-def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image") -> _Plot:
+def _histogram(title: str, spread: Spread, unit: str = "", *, of: str = "image") -> dict[str, Any]:
     """Columns of how many `of` have values in each bin; `unit` is that of the values."""
     words_of = f" {unit}" if unit else ""
     if spread.smallest == spread.largest:
-        return _Plot(title=title, words=f"all {_number(spread.smallest)}{words_of}")
+        words = f"all {_number(spread.smallest)}{words_of}"
+        return {"title": title, "words": words, "columns": []}
     first, second, *_, before_last, last = (*spread.edges[:2], *spread.edges)
     if last - before_last > second - first + 1e-6:
         end = f"{_number(before_last)} and more"
     else:
         end = _number(last - 1 if second - first == 1 else last)
-    return _Plot(
-        title=title,
-        words=f"{_number(spread.smallest)} to {_number(spread.largest)}{words_of}, median "
+    return {
+        "title": title,
+        "words": f"{_number(spread.smallest)} to {_number(spread.largest)}{words_of}, median "
         f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}",
-        counts=spread.counts,
-        top=count_of(max(spread.counts), of),
-        unit=unit,
-        ends=(_number(first), end),
-        hovers=[
-            f"{_number(low)} to {_number(high)}: {count:,}"
+        "top": count_of(max(spread.counts), of),
+        "unit": unit,
+        "ends": (_number(first), end),
+        "columns": [
+            (count, f"{_number(low)} to {_number(high)}: {count:,}")
             for (low, high), count in zip(pairwise(spread.edges), spread.counts, strict=True)
         ],
-    )
+    }

@@ -19,8 +19,6 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
 from unicl_fast.system.wording import count_of
 
-DUPLICATE = "duplicate"
-"""The kind of images that were joined into equal ones."""
 _REASONS_SHOWN = 5
 
 
@@ -80,11 +78,6 @@ def describe_left_out(path: Path) -> str:
     return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts), *reasons])
 
 
-def duplicate_message(source: str, name: str) -> str:
-    """The message of an image that was joined into an equal one, which is named."""
-    return f"the same bytes as {name} of {source}, which has its texts too"
-
-
 def as_listed(name: str) -> str:
     """A name as a list has it, which is UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -123,11 +116,10 @@ class LeaveOut:
             raise ValueError(
                 f"--leave-out: {self._path} names {key[1]} of {key[0]} in "
                 f"{count_of(rows, 'row')}, and more samples are called so: "
-                f"several sources are called {key[0]}, so which is meant cannot be told, and "
+                f"several sources are called {key[0]}, so which is meant cannot be known, and "
                 "leaving all out would drop the one that is to stay. Pack sources under names of "
-                "their own (links to them will do) and list copies anew; equal files need no list, "
-                "--duplicates join makes one sample of them. If all are to go, give the row as "
-                "many times as there are samples"
+                "their own (links to them will do) and list copies anew. If all are to go, give "
+                "the row as many times as there are samples"
             )
         return True
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import platform
-from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
+from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import (
@@ -68,39 +69,24 @@ def check_on_ray(
     if is_ours:
         _join(ray, workers)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    most_under_way = (workers or cores) * CHUNKS_AHEAD
-    # Ray runs as many as it has cores, so without a number some may wait there for the next one
-    most_running = workers or most_under_way
     # images have processes of their own, so it is not they that kill Ray's process
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
-    under_way: deque[tuple[list[Task], Any]] = deque()
-    running: list[Any] = []
-    chunks = make_chunks(map(_with_whole_paths, tasks), options)
+    sent, answered = itertools.tee(make_chunks(map(_with_whole_paths, tasks), options))
+    answers = in_order(
+        lambda chunk: remote.remote(chunk, options, context_length).future(),
+        sent,
+        ahead=workers or cores * CHUNKS_AHEAD,
+    )
     try:
-        while True:
-            for chunk in chunks:
-                if len(running) >= most_running:
-                    _, running = ray.wait(running, num_returns=1, fetch_local=False)
-                reference = remote.remote(chunk, options, context_length)
-                running.append(reference)
-                under_way.append((chunk, reference))
-                if len(under_way) >= most_under_way:
-                    break
-            if not under_way:
-                return
-            chunk, reference = under_way[0]
-            try:
-                machine, results = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                raise RuntimeError(f"Ray could not check images: {error}") from error
-            under_way.popleft()
+        # the answers come first: they read the chunks that they answer
+        for (machine, results), chunk in zip(answers, answered, strict=False):
             for task, result in zip(chunk, results, strict=True):
                 if isinstance(result, Problem) and result.kind in _NOT_READ:
                     _require_unreadable_here(task, result, machine, options)
                 yield result
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray could not check images: {error}") from error
     finally:
-        for _, reference in under_way:
-            ray.cancel(reference, force=True)
         if is_ours:
             ray.shutdown()
 

@@ -67,9 +67,10 @@ def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int
     if not is_url(url):
         raise ValueError(f"--out takes a URL such as s3://bucket/folder, not {url}")
     store = ObjectStore(url)
-    there = store.list_sizes()
-    if there is None:
+    listed = store.list_objects()
+    if listed is None:
         raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
+    there = {name: found.size for name, found in listed.items()}
     manifest = folder / MANIFEST_NAME
     own = set(_checksums_of(folder)) if there and manifest.is_file() else set()
     if MANIFEST_NAME in there and (

@@ -34,6 +34,7 @@ from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Span
 from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.packed import encode_all
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
@@ -224,18 +225,11 @@ def _tokenise_again(
     """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
     left = iter(samples)
     while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
-        if tokenizer is None:
-            continue
-        try:
-            rows = iter(tokenizer.encode([text for sample in group for text in sample.captions]))
+        if tokenizer is not None:
+            texts = [text for sample in group for text in sample.captions]
+            rows = iter(encode_all(tokenizer, texts))
             for sample in group:
                 checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
-        except (UnicodeError, TypeError):  # lone surrogates: find out where
-            for sample in group:
-                try:
-                    checks.compare_tokens(sample.index, tokenizer.encode(sample.captions))
-                except (UnicodeError, TypeError) as error:
-                    checks.fault(sample.index, "tokens", f"a caption is no text: {error}")
 
 
 class _SampleChecks:

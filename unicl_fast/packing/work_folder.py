@@ -3,40 +3,39 @@
 Next to the unfinished data set and its journal (`unicl_fast.dataset.writer`) it holds a record of
 what the build is made of: its options, and a checksum of each source. Shards of another build must
 never get into this one, so a command with other options or changed sources is refused with the
-difference. A lock keeps a second build out; the kernel releases it when the process ends, however
-that happens.
+difference. A lock keeps a second build out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-import unicl_fast
 from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
 from unicl_fast.packing.sources.items import Label, Source
 from unicl_fast.packing.sources.spool import ItemStore, stamp
 from unicl_fast.system.atomic_files import (
+    LOCK_NAME,
     flush_to_disk,
-    is_at,
-    lock,
     make_folder,
+    sole_writer,
     write_text_atomically,
 )
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.version import __version__
 from unicl_fast.system.wording import count_of, shorten, without_secrets
 
 _RECORD_NAME = "build.json"
-_LOCK_NAME = "unicl-pack.lock"
 _COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = ("class_names", "templates", "leave_out", "hierarchy", "hierarchy_names")
@@ -46,58 +45,69 @@ _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
 
 
-class WorkFolder:
-    """The folder; use it as a context manager.
+@contextlib.contextmanager
+def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
+    """Locks and opens the work folder of `out`.
 
-    Left without `remove`, it stays if it holds finished shards, and is removed otherwise. An
-    exception that ends the build gets a note about what the folder keeps.
+    It stays if it holds finished shards, and is removed otherwise. An exception that ends the build
+    gets a note about what the folder keeps.
+
+    Raises:
+        ValueError: another process holds it, the folder is none of ours, or its record is damaged.
     """
+    path = out.with_name(f"{out.name}.partial")
+    names = set(os.listdir(path)) if path.is_dir() else set()
+    if names and not names & {LOCK_NAME, _RECORD_NAME}:
+        raise ValueError(
+            f"{path} is where an unfinished build would lie, and it holds something else; "
+            "move it away or name another --out"
+        )
+    make_folder(out.parent)
+    with sole_writer(path):
+        flush_to_disk(out.parent)
+        work = WorkFolder(out, path, restart=restart)
+        try:
+            yield work
+        except BaseException as error:
+            if finished := read_journal(path / JOURNAL_NAME):
+                error.add_note(
+                    f"{path} keeps {_describe_finished(finished)}; the same command resumes after "
+                    "them, with --restart it begins anew"
+                )
+            raise
+        finally:
+            if path.is_dir() and not read_journal(path / JOURNAL_NAME):
+                work.remove()
 
-    def __init__(self, out: Path, *, restart: bool = False) -> None:
-        """`restart` throws away the work of an earlier build."""
-        self.path = out.with_name(f"{out.name}.partial")
+
+class WorkFolder:
+    """The folder, once it is locked."""
+
+    def __init__(self, out: Path, path: Path, *, restart: bool) -> None:
+        """Reads the record of an earlier build; `restart` throws its work away."""
+        self.path = path
         self._out = out
-        self._restart = restart
-        self._record: dict[str, Any] = {}
-        self._finished: list[FinishedShard] = []
+        self.record: dict[str, Any] = {}
+        """The options and sources of the build; of a complete one also its summary."""
         self.is_complete = False
         """Whether an earlier build has finished the data set; nothing is left to do if
         `require_same` finds that it is the same build."""
-        self._lock = -1
-
-    def __enter__(self) -> WorkFolder:
-        make_folder(self._out.parent)
-        self._lock = lock_folder(self.path)
-        flush_to_disk(self._out.parent)
-        made_of = None if (self.path / SET_NAME).exists() else read_made_of(self._out)
+        made_of = None if (path / SET_NAME).exists() else read_made_of(out)
         if made_of is not None:
-            self._record, self.is_complete = made_of, True
-        if self._restart or self.is_complete:
+            self.record, self.is_complete = made_of, True
+        if restart or self.is_complete:
             self._clear()
-        self._finished = read_journal(self.path / JOURNAL_NAME)
+        self._finished = read_journal(path / JOURNAL_NAME)
         if not self._finished:
             self._clear()
-            return self
+            return
         try:
-            self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
+            self.record = parse_checksummed_json((path / _RECORD_NAME).read_bytes())
         except (ValueError, OSError) as error:
-            os.close(self._lock)
             raise ValueError(
-                f"{self.path} holds an unfinished build, but what it was to become cannot be read "
+                f"{path} holds an unfinished build, but what it was to become cannot be read "
                 f"({error}); add --restart to begin anew, or name another --out"
             ) from error
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        finished = read_journal(self.path / JOURNAL_NAME)
-        if finished and error is not None:
-            error.add_note(
-                f"{self.path} keeps {_describe_finished(finished)}; the same command resumes after "
-                "them, with --restart it begins anew"
-            )
-        elif not finished and self.path.is_dir():
-            self.remove()
-        os.close(self._lock)
 
     @property
     def spool(self) -> Path:
@@ -109,11 +119,6 @@ class WorkFolder:
         """The folder of copies of sources under URLs, which --restart keeps."""
         return self.path / _COPIES_NAME
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """The options and sources of the build; of a complete one also its summary."""
-        return self._record
-
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Notes what the build is made of; once a shard is finished, it must be what it was.
 
@@ -124,10 +129,10 @@ class WorkFolder:
             ValueError: something differs; the message names it.
         """
         if not self.is_complete and not self._finished:
-            self._record[what] = dict(values)
-            text = dump_checksummed_json(self._record)
+            self.record[what] = dict(values)
+            text = dump_checksummed_json(self.record)
             write_text_atomically(self.path / _RECORD_NAME, text)
-        elif differences := _differences(self._record.get(what, {}), values):
+        elif differences := _differences(self.record.get(what, {}), values):
             if self.is_complete:
                 raise ValueError(
                     f"{self._out} already holds a packed data set, made with other {what}:"
@@ -150,7 +155,7 @@ class WorkFolder:
         # first of all: without it, a program that is killed on the way leaves nothing to resume
         (self.path / JOURNAL_NAME).unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name in (_COPIES_NAME, _LOCK_NAME):
+            if path.name in (_COPIES_NAME, LOCK_NAME):
                 continue
             if path.is_dir():
                 shutil.rmtree(path)
@@ -178,34 +183,6 @@ def _describe_finished(finished: list[FinishedShard]) -> str:
     return f"{count_of(len(finished), 'finished shard')} ({samples})"
 
 
-def lock_folder(folder: Path) -> int:
-    """Makes the folder and holds a lock on it until the descriptor is closed.
-
-    Raises:
-        ValueError: another process holds it, or the folder is none of ours.
-    """
-    path = folder / _LOCK_NAME
-    while True:
-        folder.mkdir(exist_ok=True)
-        if not path.exists() and any(folder.iterdir()):
-            raise ValueError(
-                f"{folder} is where an unfinished build would lie, and it holds something else; "
-                "move it away or name another --out"
-            )
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # a build that ended has just removed the folder
-            continue
-        if not lock(descriptor):
-            os.close(descriptor)
-            raise ValueError(
-                f"another build is writing into {folder}; wait for it, or name another --out"
-            )
-        if is_at(descriptor, path):
-            return descriptor
-        os.close(descriptor)  # of a folder that is gone
-
-
 def shown_place(place: str) -> str:
     """A path as it is, a URL without passwords, which are as good as others for the same data."""
     return without_secrets(place) if is_url(place) else place
@@ -222,7 +199,7 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
     described["--image-root"] = shown_place(image_root := options["image_root"])
     places = [place for place in (*sources, image_root) if place and not is_url(place)]
     described["where the sources lie"] = list(map(os.path.realpath, places))
-    described["version of unicl_fast"] = unicl_fast.__version__
+    described["version of unicl_fast"] = __version__
     for package in _MADE_BY:
         described[f"version of {package}"] = importlib.metadata.version(package)
     return described

@@ -114,14 +114,6 @@ class ImageOptions:
     """The format of sound images; packed only looks at them (`images.check_image`)."""
     return_images: bool = True
     """Results bring the images' bytes; a verification needs only their properties."""
-    min_side: int = 0
-    max_aspect: float = 0.0
-    """Images that are smaller or longer are refused, as by `images.check_image`."""
-
-    @property
-    def takes_all_sizes(self) -> bool:
-        """Whether images of all sizes are taken, and keep theirs."""
-        return not (self.short_side or self.square_side or self.min_side or self.max_aspect)
 
     @property
     def max_file_bytes(self) -> int:
@@ -409,7 +401,8 @@ class ImageChecker:
         format: ImageFormat | Literal["packed"] = options.format
         if isinstance(entry, PackedFile) and format == "keep":
             height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
-            if options.takes_all_sizes and extension and height * width <= options.max_pixels:
+            keeps_size = not (options.short_side or options.square_side)
+            if keeps_size and extension and height * width <= options.max_pixels:
                 # its checksum has just shown that it is what was checked when it was packed
                 return CheckedImage(
                     data=data, extension=extension, height=height, width=width, reencoded=False
@@ -421,7 +414,5 @@ class ImageChecker:
             square_side=options.square_side,
             quality=options.quality,
             max_pixels=options.max_pixels,
-            min_side=options.min_side,
-            max_aspect=options.max_aspect,
             format=format,
         )

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without room for more: all of it, the user's part, or the largest file."""
-_LOCK_NAME = ".in-use"
+LOCK_NAME = ".in-use"
 _NO_PLACE_TO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -134,7 +134,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     Raises:
         ValueError: another process writes there; names it. Or nobody can write there.
     """
-    path = folder / _LOCK_NAME
+    path = folder / LOCK_NAME
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     token = secrets.token_hex(4)  # processes in containers may share host name and number
     name = f"process {os.getpid()} on {socket.gethostname()}, since {now} ({token})"
@@ -199,13 +199,13 @@ def _open_locked(path: Path) -> int:
 def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]:
     """Makes a folder for a while, after removing those that killed programs left."""
     root = root or Path(tempfile.gettempdir())
-    for old in root.glob(f"{prefix}*/{_LOCK_NAME}"):
+    for old in root.glob(f"{prefix}*/{LOCK_NAME}"):
         with contextlib.suppress(OSError), locked(old) as is_unused:
             if is_unused:
                 shutil.rmtree(old.parent, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name,
-        locked(Path(name) / _LOCK_NAME),
+        locked(Path(name) / LOCK_NAME),
     ):
         yield Path(name)
 

@@ -80,9 +80,13 @@ def with_values(instance: T, values: Any, *, name: str = "") -> T:
     Raises:
         ValueError: a field is unknown or of another type, or its value out of range.
     """
-    types_of = _field_types(type(instance))  # type: ignore[arg-type]
+    cls: type[Any] = type(instance)
+    if hasattr(cls, "class_for") and cls.class_for(values) is not cls:
+        cls = cls.class_for(values)
+        instance = cls()  # of another kind, so with the defaults of that
+    types_of = _field_types(cls)  # type: ignore[arg-type]
     _refuse_unknown(values, types_of, name=name)
-    changed = object.__new__(type(instance))
+    changed: T = object.__new__(cls)
     for field, kind in types_of.items():
         value = getattr(instance, field)
         if field in values:
@@ -101,6 +105,7 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
     if origin in (typing.Union, types.UnionType) and value is not None:  # all are `... | None`
         return convert(value, inner[0], name=name)
     if dataclasses.is_dataclass(kind):
+        kind = kind.class_for(value) if hasattr(kind, "class_for") else kind
         return from_json_values(typing.cast(Any, kind), value, name=name)
     if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
         named = ((f"{name}[{number}]", entry) for number, entry in enumerate(value))
@@ -122,7 +127,8 @@ def parse_json(data: bytes | str, *, where: str) -> Any:
 
 @functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls, include_extras=True)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _refuse_unknown(values: Any, types_of: dict[str, Any], *, name: str) -> None:

@@ -384,12 +384,9 @@ def cpu_times() -> CpuTimes:
     return CpuTimes(spent.user + spent.system, waited, busy)
 
 
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM; None where the kernel does not tell (no Linux)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * mmap.PAGESIZE
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from unicl_fast import __version__
+from unicl_fast.system.version import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
 

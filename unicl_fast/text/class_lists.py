@@ -120,11 +120,6 @@ def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...
     return tuple(line.strip() for line in lines)
 
 
-def has_clip_benchmark() -> bool:
-    """Whether the package clip-benchmark is installed."""
-    return importlib.util.find_spec("clip_benchmark") is not None
-
-
 def clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
     """A list of clip-benchmark for a data set such as cifar10, pets or fgvc_aircraft.
 

@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +54,8 @@ _MOST_FILES = 8
 class ClassPrompts:
     """The prompts of all classes of all sources as one table of tokens.
 
-    A class id is a label with its source in front (see `LABEL_BITS`; the label itself in source 0
-    or in a shared label space), so that ids need no list of classes and a source without class
+    A class id is a label with its source in front (see `LABEL_BITS`; the label itself in source
+    0), so that ids need no list of classes and a source without class
     names can have labels too. Classes that have a prompt in common are merged: the smallest id
     stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
 
@@ -75,7 +74,6 @@ class ClassPrompts:
         self,
         sources: Sequence[tuple[Sequence[str], Sequence[str]]],
         tokenizer: Tokenizer,
-        label_space: Literal["separate", "shared"] = "separate",
         *,
         names_above: Sequence[Sequence[str]] = (),
         cache_folder: Path | None = None,
@@ -85,29 +83,22 @@ class ClassPrompts:
         Args:
             sources: class names and templates of each source; both empty if it has captions only.
             tokenizer: the one that the captions were encoded with.
-            label_space: "separate": the labels of two sources are different classes. "shared": they
-                are the same, and sources that have class names must have the same ones.
             names_above: names of the classes above those of each source, which are numbered after
                 them; () where there are none.
             cache_folder: keeps the token rows of many prompts, for the next start and the other
                 ranks of this machine; None keeps nothing.
 
         Raises:
-            ValueError: class names without templates, a template without exactly one "{}", or
-                different class names in a shared label space.
+            ValueError: class names without templates, or a template without exactly one "{}".
         """
         for source, (names, templates) in enumerate(sources):
             if names:
                 check_templates(tuple(templates), origin=f"the templates of source {source}")
         names_above = names_above or [()] * len(sources)
-        if label_space == "shared":
-            _check_equal_names([names for names, _ in sources])
-            _check_equal_names(names_above)
         sources = [
             ((*names, *above), templates)
             for (names, templates), above in zip(sources, names_above, strict=True)
         ]
-        self._source_step = 0 if label_space == "shared" else 1 << LABEL_BITS
         self._names = [tuple(names) for names, _ in sources]
         self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)
         self.num_templates = np.array(
@@ -166,7 +157,7 @@ class ClassPrompts:
             raise ValueError(
                 f"labels must lie in -1 to {_LABELS_END - 1}, not {ids.min()} to {ids.max()}"
             )
-        ids = np.where(ids >= 0, ids + source * self._source_step, ids)
+        ids = np.where(ids >= 0, ids + source * (1 << LABEL_BITS), ids)
         return replace_classes(ids, self._members, self._merged)
 
     def lookup(self, rows: UInt16Array) -> Int64Array:
@@ -188,7 +179,7 @@ class ClassPrompts:
         first, index, _, self._distinct, _ = unique_rows(self.tokens, hashes, self._table)
         counts = zip(self.num_classes, self.num_templates, strict=True)
         blocks = [
-            np.repeat(np.arange(classes) + source * self._source_step, templates)
+            np.repeat(np.arange(classes) + source * (1 << LABEL_BITS), templates)
             for source, (classes, templates) in enumerate(counts)
         ]
         class_ids = np.concatenate([np.empty(0, dtype=np.int64), *blocks])
@@ -204,8 +195,8 @@ class ClassPrompts:
         """Computes `merged_classes`; the first few groups are also written to the log."""
         groups: dict[int, list[tuple[int, int]]] = {}
         for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
-            if self._source_step:
-                source, label = divmod(member, self._source_step)
+            if 1 << LABEL_BITS:
+                source, label = divmod(member, (1 << LABEL_BITS))
             else:  # the names are the same wherever there are any
                 source, label = next(i for i, names in enumerate(self._names) if names), member
             groups.setdefault(merged, []).append((source, label))
@@ -286,22 +277,3 @@ def _write_rows(path: Path, rows: UInt16Array) -> None:
     files = sorted(path.parent.glob("prompts-*"), key=lambda file: file.stat().st_mtime)
     for old in files[:-_MOST_FILES]:
         old.unlink(missing_ok=True)
-
-
-def _check_equal_names(lists: Sequence[Sequence[str]]) -> None:
-    """In a shared label space, label k must have the same name wherever it has one."""
-    advice = 'make the lists equal, or set label_space to "separate"'
-    named = [(source, list(names)) for source, names in enumerate(lists) if names]
-    for source, names in named[1:]:
-        first_source, first_names = named[0]
-        for label, (expected, name) in enumerate(zip(first_names, names, strict=False)):
-            if expected != name:
-                raise ValueError(
-                    f"label_space is shared, but label {label} is {expected!r} in source "
-                    f"{first_source} and {name!r} in source {source}; {advice}"
-                )
-        if len(names) != len(first_names):
-            raise ValueError(
-                f"label_space is shared, but source {first_source} has {len(first_names)} class "
-                f"names and source {source} has {len(names)}; {advice}"
-            )

@@ -1,8 +1,8 @@
 """Whether all ranks run the same thing: settings, data, code and, now and then, weights.
 
 Ranks that disagree do not fail: they sum gradients of different losses and end with 0. So what each
-rank has is compared before the first step of every start, and a fingerprint of the weights every
-`run.check_ranks_every_steps`. The price is a hash of the package's files and one small gather.
+rank has is compared before the first step of every start, and a fingerprint of the weights now
+and then. The price is a hash of the package's files and one small gather.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-import unicl_fast
-from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.system.wording import count_of, shorten
 
@@ -32,19 +30,17 @@ _PACKAGES = (
 )
 _OTHERS = ("tools", "benchmarks")
 # Where the data lie and how they are fetched may differ from node to node.
-_OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes", "block_bytes")
+_OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes")
 
 
-def describe_rank(config: TrainConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+def describe_rank(settings: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Describes all that ranks must have in common, in JSON's types.
 
     Args:
-        config: the settings, as this rank will use them.
+        settings: those of `config_to_dict`, as this rank will use them.
         data: the contents of the data sets (`data.describe_datasets`).
     """
-    settings = config_to_dict(config)
-    for name in _OF_A_NODE:
-        del settings["data"][name]
+    data_settings = {k: v for k, v in settings["data"].items() if k not in _OF_A_NODE}
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -53,6 +49,7 @@ def describe_rank(config: TrainConfig, data: Mapping[str, Any]) -> dict[str, Any
             versions[name] = "not installed"
     return {
         **settings,
+        "data": data_settings,
         "contents of data": dict(data),
         "code": code_digest(),
         "version of": versions,
@@ -68,9 +65,7 @@ def code_digest() -> str:
 
 def source_files() -> set[Path]:
     """Finds the Python files of the library and of pipelines/, wherever that lies."""
-    rooms = [
-        path for path in Path(unicl_fast.__file__).parent.iterdir() if path.name not in _OTHERS
-    ]
+    rooms = [path for path in Path(__file__).parents[1].iterdir() if path.name not in _OTHERS]
     pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
     rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
     files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}

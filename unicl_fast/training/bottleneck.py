@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unicl_fast.batch import ReadingTime
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DataConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.system.machine import cpu_times, usable_cores
 
@@ -109,7 +109,7 @@ def _storage(usage: Usage) -> str | None:
     if usage.is_remote:
         rate = usage.read_bytes / usage.seconds / 1e6
         remedies = (
-            f"{rate:,.1f} MB/s come from the store; raise data.read_ahead, give data.cache_bytes "
+            f"{rate:,.1f} MB/s come from the store; give data.cache_bytes "
             "room for the data set or set data.shuffle_window, and put data.cache_folder on a disk "
             "of this machine"
         )
@@ -166,7 +166,7 @@ class BottleneckWatch:
     """Looks at windows of some logging steps and says what limits, once a cause."""
 
     def __init__(
-        self, config: TrainConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
+        self, data: DataConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
     ) -> None:
         """Begins before the first step; `reading` is the loader's, None where it measures none."""
         self._reading = reading or ReadingTime()
@@ -175,9 +175,9 @@ class BottleneckWatch:
         self._settings: dict[str, Any] = {
             "on_gpu": on_gpu,
             "compute_threads": torch.get_num_threads(),
-            "threads": config.data.threads,
+            "threads": data.threads,
             "decodes_files": self._reading.decodes_files,
-            "is_remote": any("://" in name for name in config.data.train),
+            "is_remote": any("://" in name for name in data.train),
         }
         self._said: set[str] = set()
         self._steps = 0

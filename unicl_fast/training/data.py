@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig, TrainConfig
-from unicl_fast.dataset.arrays import blocks_of
-from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES, CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_objects
-from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
@@ -90,7 +86,7 @@ def cache_options(data: DataConfig) -> CacheOptions:
     return CacheOptions(
         folder=Path(data.cache_folder) if data.cache_folder else None,
         max_bytes=data.cache_bytes,
-        block_bytes=data.block_bytes,
+        block_bytes=max(4096, min(DEFAULT_BLOCK_BYTES, data.cache_bytes // 16)),
     )
 
 
@@ -183,35 +179,6 @@ def _num_machines() -> int:
     return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
-def with_threads(data: DataConfig, ranks: Ranks) -> DataConfig:
-    """Returns the settings for this rank's loader: its cores decode where no number is given."""
-    return dataclasses.replace(data, threads=data.threads or ranks.cores)
-
-
-def resolve_decode_device(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
-    """Replaces `data.decode_device=auto` by gpu if any rank would take its GPU, or else by cpu.
-
-    All ranks call it together: the decoders' images differ by a few levels, and which one a rank
-    would take depends on its GPU and cores. A GPU's decoder is none for a model on the CPU.
-    """
-    requested = config.data.decode_device
-    threads = with_threads(config.data, ranks).threads
-    chosen, why = choose_decode_device(requested, device=device, threads=threads)
-    choices = gather_objects([chosen.type, why], ranks)
-    kinds = [kind for kind, _ in choices]
-    kind = "cuda" if "cuda" in kinds else "cpu"
-    if requested != "auto":  # that ranks were told different things is refused, not settled here
-        kind = chosen.type
-    elif device.type == "cuda":
-        rank = kinds.index(kind)
-        logger.info(
-            "images are decoded on the %s (data.decode_device=auto); rank %d: %s",
-            "GPU" if kind == "cuda" else "CPU", rank, choices[rank][1],
-        )  # fmt: skip
-    data = dataclasses.replace(config.data, decode_device="gpu" if kind == "cuda" else "cpu")
-    return dataclasses.replace(config, data=data)
-
-
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
     """Builds the prompts of all classes of all data sets, as long as the model reads them.
 
@@ -226,7 +193,6 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     return ClassPrompts(
         [(manifest.class_names, manifest.templates) for manifest in manifests],
         Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
-        label_space=config.data.label_space,
         names_above=names_above,
         cache_folder=cache_options(config.data).place / "prompts",
     )
@@ -267,50 +233,6 @@ def describe_datasets(
     }
 
 
-def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
-    """Fills in what the objective needs to know of the data.
-
-    Without texts captions are not used, and cross-entropy gets as many rows as there are classes.
-
-    Raises:
-        ValueError: samples without labels, another number of classes than the config says, or
-            levels of a hierarchy where no data set has one.
-    """
-    objective = config.objective
-    hierarchies = [dataset.manifest.hierarchy for dataset in datasets]
-    if config.data.prompts == "levels" and not any(hierarchies):
-        raise ValueError(
-            "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
-            "one: pack with --hierarchy, or take data.prompts=labels"
-        )
-    if objective.has_texts:
-        return config
-    for dataset in datasets:
-        num_unlabelled = sum(
-            int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
-        )
-        if num_unlabelled or not dataset.manifest.class_names:
-            raise ValueError(
-                f"objective.name={objective.name} learns from labels, and {num_unlabelled:,} of "
-                f"the {len(dataset):,} samples of {dataset.location} have none"
-                + ("" if num_unlabelled else "; its labels have no class names")
-                + ": leave it out, or take objective.name=unicl"
-            )
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, text="labels"))
-    if objective.name != "ce":
-        return config
-    counts = tuple(len(dataset.manifest.class_names) for dataset in datasets)
-    if config.data.label_space == "shared":
-        counts = (max(counts),)
-    if objective.num_classes not in ((), counts):
-        raise ValueError(
-            f"objective.num_classes is {objective.num_classes}, but the data has {counts}: leave "
-            "it empty, or make the class lists equal"
-        )
-    objective = dataclasses.replace(objective, num_classes=counts)
-    return dataclasses.replace(config, objective=objective)
-
-
 def rows_of_class_names(
     datasets: Sequence[PackedDataset], names: Sequence[str], *, prompts: ClassPrompts
 ) -> NDArray[np.int64]:
@@ -333,7 +255,7 @@ def rows_of_class_names(
     if unknown:
         raise ValueError(
             f"data.evaluate has {count_of(len(unknown), 'class')} that the run does not learn, "
-            f"such as {unknown[0]!r}; a model trained with objective.name=ce knows no others"
+            f"such as {unknown[0]!r}; the model knows no others"
         )
     return np.array([row_of[name] for name in names], dtype=np.int64)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
-_PARTED = re.compile(r" (n't|'(?:s|t|re|ve|m|ll|d)\b)| ([,.!?;:)])")
-_HYPHENS = re.compile(r"(?<=\w) - (?=\w)")
-_OPENED = re.compile(r"(\() ")
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
@@ -78,12 +74,14 @@ def draw_curves(run_folder: Path, path: Path) -> None:
         return
     steps, seen = ([line[key] for line in trained] for key in ("step", "samples_seen"))
     evaluations: dict[str, list[tuple[float, float]]] = {}
+    chances = set()
     for line in lines:
+        samples = float(np.interp(line["step"], [0, *steps], [0, *seen]))
         for key, value in line.items():
             if key.endswith(("/top1", "/recall_at_1")):
-                samples = float(np.interp(line["step"], [0, *steps], [0, *seen]))
-                point = (samples, 100 * value)
-                evaluations.setdefault(key, []).append(point)
+                evaluations.setdefault(key, []).append((samples, 100 * value))
+            elif key.endswith("/chance"):
+                chances.add(100 * value)
     figure = new_figure(10 if evaluations else 6, 4, layout="constrained")
     axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
     axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
@@ -93,25 +91,11 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     rate.set_ylabel("learning rate (dashed)", color=FAINT)
     rate.tick_params(colors=FAINT)
     for name, points in evaluations.items():
-        label = encodable(name.removeprefix("zero_shot/").removesuffix("/top1"))
-        label = label.removeprefix("retrieval/").replace("/recall_at_1", ", recall at 1")
-        axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
-        axes[1].annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points",
-                         xytext=(-4, 8), ha="right")  # fmt: skip
+        axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=encodable(name))
+    for chance in chances:
+        axes[1].axhline(chance, color=FAINT, linewidth=1, linestyle=":")
     if evaluations:
-        chances = sorted(
-            {100 * line[key] for line in lines for key in line if key.endswith("/chance")}
-        )
-        for chance in chances:
-            axes[1].axhline(chance, color=FAINT, linewidth=1, linestyle=":")
-        if chances:
-            axes[1].annotate("chance", (0.01, chances[-1]), xycoords=("axes fraction", "data"),
-                             textcoords="offset points", xytext=(0, 3), color=FAINT)  # fmt: skip
-        kinds = {"zero_shot": "zero-shot top-1", "accuracy": "top-1",
-                 "retrieval": "recall at 1 of both directions"}  # fmt: skip
-        shown = {name.partition("/")[0] for name in evaluations}
-        title = ", ".join(words for kind, words in kinds.items() if kind in shown)
-        _label(axes[1], title=title[:1].upper() + title[1:], y="%")
+        _label(axes[1], title="Evaluations (dotted: chance)" if chances else "Evaluations", y="%")
         best = max(value for points in evaluations.values() for _, value in points)
         axes[1].set_ylim(0, min(105, 1.3 * max(best, *chances, 1)))  # a weak run is seen to learn
         axes[1].legend(loc="best", frameon=False)
@@ -121,15 +105,15 @@ def draw_curves(run_folder: Path, path: Path) -> None:
 def draw_contact_sheet(batch: Batch, path: Path) -> None:
     """Draws the first images of a batch over their classes and texts, as a PNG.
 
-    Images are exactly as the model gets them; texts are its tokens, spaced as people write. The
-    colour of a frame is the class: equal colours are positives of each other.
+    Images are exactly as the model gets them; texts are its tokens. The colour of a frame is
+    the class: equal colours are positives of each other.
     """
     from matplotlib import colormaps
 
     count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
     rows = math.ceil(count / _COLUMNS)
     tokenizer = Tokenizer()
-    class_ids = batch.class_ids[:count].tolist()
+    class_ids = batch.targets.class_ids[:count].tolist()
     # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
     figure = new_figure(1.6 * _COLUMNS, 2.35 * rows, layout="constrained")
@@ -140,7 +124,7 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
             axis.set_axis_off()
             continue
         axis.imshow(batch.images[number].cpu().numpy())
-        text = as_written(tokenizer.decode(batch.tokens[batch.text_index[number]].tolist()))
+        text = tokenizer.decode(batch.texts.tokens[batch.texts.index[number]].tolist())
         lines = textwrap.wrap(text, width=22, max_lines=3, placeholder=" ...")
         axis.set_xlabel("\n".join(lines), fontsize=7, color=INK)
         axis.set_title(_class_name(class_ids[number]), fontsize=6, color=FAINT, pad=3)
@@ -154,11 +138,6 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
         x=0.01, ha="left", fontsize=8, color=INK,
     )  # fmt: skip
     save_figure(figure, path)
-
-
-def as_written(text: str) -> str:
-    """Joins what the tokenizer has parted: "it 's red , too" becomes "it's red, too"."""
-    return _HYPHENS.sub("-", _PARTED.sub(r"\1\2", _OPENED.sub(r"\1", text)))
 
 
 def _class_name(class_id: int) -> str:

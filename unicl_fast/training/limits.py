@@ -8,25 +8,25 @@ no other step waits for the device or for another rank. What is counted is on th
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.amp import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import RunConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
-from unicl_fast.stages import span_at
+from unicl_fast.stages import Span, span_at
 from unicl_fast.system.wording import without_secrets
+from unicl_fast.training.trainer import Observer, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _REMEMBERED_STEPS = 512
 _RECORDS = ("source_ids", "sample_ids", "scheduled_ids")
 
 
-class NonfiniteSteps:
+class NonfiniteSteps(Observer):
     """Finds steps whose loss or gradient norm is not finite, and stops a run with too many of them.
 
     Their update has been masked on the device (`optim.update`); the samples they saw are written
@@ -46,38 +46,52 @@ class NonfiniteSteps:
     """
 
     def __init__(
-        self, config: TrainConfig, *, ranks: Ranks, run_folder: Path | None, scaler: GradScaler
+        self, config: RunConfig, *, sources: Sequence[str], ranks: Ranks, run_folder: Path | None
     ) -> None:
-        """Gradient norms that are not finite are the scaler's business where it is enabled."""
+        """Takes the limit from the config; samples of `sources` are listed in `run_folder`."""
         self.count = 0
         """Non-finite steps of this process so far."""
         self._config, self._ranks, self._run_folder = config, ranks, run_folder
-        self._scaler = scaler
+        self._sources = [without_secrets(one) for one in sources]
         self._judged = 0
+        self._last_metrics: dict[str, float] = {}
         self._remembered: collections.deque[tuple[int, dict[str, Tensor | None]]]
         self._remembered = collections.deque(maxlen=_REMEMBERED_STEPS)
 
-    def start_at(self, step: int) -> None:
-        """Resumes from `step`: steps that were judged before may come again."""
-        self._judged = step
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Steps that were judged before a resume may come again."""
+        self._judged = run.step
         self._remembered.clear()
+        yield
 
-    def remember(self, batch: Batch) -> None:
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Keeps which samples a batch holds, until its step is judged."""
         self._remembered.append((batch.step, {name: getattr(batch, name) for name in _RECORDS}))
 
-    def judge(
-        self, steps: Sequence[tuple[float, float]], *, done: int, last_metrics: Mapping[str, float]
-    ) -> None:
+    def check(self, run: Trainer, steps: Sequence[tuple[float, float]]) -> None:
+        """Looks at the steps that were not judged yet."""
+        self.judge(steps, done=run.step, scaler=run.scaler)
+
+    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Adds the count."""
+        values["nonfinite_steps"] = self.count
+
+    def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Keeps the line, for the file of a bad step."""
+        self._last_metrics = dict(values)
+
+    def judge(self, steps: Sequence[tuple[float, float]], *, done: int, scaler: GradScaler) -> None:
         """Looks at the steps that were not judged yet; all ranks call it together.
 
         `steps` holds loss and gradient norm of the last ones of the `done` steps of the run.
+        Gradient norms that are not finite are the scaler's business where it is enabled.
 
         Raises:
             FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
                 any loss scale; names the step.
         """
-        scales_loss = self._scaler.is_enabled()
+        scales_loss = scaler.is_enabled()
         for step, (loss, grad_norm) in enumerate(steps, start=done - len(steps)):
             if step < self._judged:
                 continue
@@ -90,19 +104,19 @@ class NonfiniteSteps:
                 continue
             self.count += 1
             values = {"step": step, "loss": loss, "grad_norm": grad_norm}
-            where = self._write(values, last_metrics)
+            where = self._write(values)
             self._report(f"{fault}, and the update was left out", where)
         self._remembered.clear()
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 it has nothing more to give
-        if overflowed and scales_loss and self._scaler.get_scale() < 1:
+        if overflowed and scales_loss and scaler.get_scale() < 1:
             raise FloatingPointError(
                 f"no gradient of the {len(steps)} steps before step {done} was finite in fp16, "
                 "whatever the loss scale: use efficiency.precision=bf16"
             )
 
     def _report(self, fault: str, where: str) -> None:
-        allowed = self._config.run.max_bad_steps
+        allowed = self._config.max_bad_steps
         if self.count > allowed:
             if allowed:
                 fault += f" (non-finite step {self.count}, run.max_bad_steps={allowed})"
@@ -116,7 +130,7 @@ class NonfiniteSteps:
                 self.count, allowed, fault, where,
             )  # fmt: skip
 
-    def _write(self, values: dict[str, Any], last_metrics: Mapping[str, float]) -> str:
+    def _write(self, values: dict[str, Any]) -> str:
         """Writes the step with the samples of all ranks; returns the end of a message about it."""
         step = values["step"]
         columns = dict(self._remembered).get(step, dict.fromkeys(_RECORDS))
@@ -128,10 +142,10 @@ class NonfiniteSteps:
         if self._ranks.is_main:
             content = {
                 **_for_json(values),
-                "last_metrics": _for_json(last_metrics),
-                "seed": self._config.run.seed,
-                "global_batch_size": span_at(self._config.run.spans, step).global_batch_size,
-                "sources": list(map(without_secrets, self._config.data.train)),
+                "last_metrics": _for_json(self._last_metrics),
+                "seed": self._config.seed,
+                "global_batch_size": span_at(self._config.spans, step).global_batch_size,
+                "sources": self._sources,
                 "ranks": [{"rank": rank, **samples} for rank, samples in enumerate(every)],
             }
             try:
@@ -139,25 +153,6 @@ class NonfiniteSteps:
             except OSError as error:
                 logger.error("the samples of step %d cannot be written down: %s", step, error)
         return f"; its samples are in {path}"
-
-
-class BatchNormBackup:
-    """Puts back BatchNorm's averages, which the forward pass of a non-finite step has changed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._buffers: list[Tensor] = [buffer for norm in norms for buffer in norm.buffers()]
-        self._kept: list[Tensor] = []
-
-    def keep(self) -> None:
-        """Copies the averages, before a step."""
-        self._kept = [buffer.clone() for buffer in self._buffers]
-
-    @torch.no_grad()
-    def restore_where(self, is_bad: Tensor) -> None:
-        """Restores them after it, where `is_bad` (bool [] on the device, which is not read)."""
-        for buffer, kept in zip(self._buffers, self._kept, strict=True):
-            buffer.copy_(torch.where(is_bad, kept, buffer))
 
 
 def count_replaced(batch: Batch) -> int:
@@ -168,16 +163,29 @@ def count_replaced(batch: Batch) -> int:
     return int(np.count_nonzero(differ))
 
 
-class ReplacedSamples:
+class ReplacedSamples(Observer):
     """Counts draws of another sample than the planned one, since this process began to train."""
 
-    def __init__(self, config: TrainConfig, *, run_folder: Path | None) -> None:
+    def __init__(
+        self, max_fraction: float, spans: Sequence[Span], *, run_folder: Path | None
+    ) -> None:
         """Takes the limit from the config; `run_folder` is for the message."""
-        self._max_fraction = config.data.max_bad_fraction
-        self._spans = config.run.spans
+        self._max_fraction, self._spans = max_fraction, spans
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
         self._replaced = 0
         self._draws = 0
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Counts this rank's samples of a step."""
+        self.add(batch)
+
+    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Adds the count of all ranks."""
+        values["replaced_samples"] = self.total(run.ranks)
+
+    def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Stops a run that has replaced too many, once the line is written."""
+        self.check_total(int(values["replaced_samples"]))
 
     def add(self, batch: Batch) -> None:
         """Counts this rank's samples of one step."""
@@ -188,7 +196,7 @@ class ReplacedSamples:
         """Adds up the counts of all ranks, which call it together."""
         return sum_integers([self._replaced], ranks)[0]
 
-    def check(self, total: int) -> None:
+    def check_total(self, total: int) -> None:
         """Stops a run whose limit `total` exceeds; the same on all ranks.
 
         Raises:

@@ -25,17 +25,16 @@ from torch.overrides import TorchFunctionMode
 
 from unicl_fast.config import DataConfig, EfficiencyConfig, OptimConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.efficiency import (
-    find_blocks,
+from unicl_fast.models.blocks import find_blocks, has_batch_norm
+from unicl_fast.models.compilation import (
     fuse_window_attention,
-    has_batch_norm,
     obstacle_to_window_attention,
     refuse_window_attention,
 )
-from unicl_fast.models.freezing import freeze, without_freezing
+from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.sharding import check_sharding, largest_load
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.unicl import UniCL, build_model
 from unicl_fast.objectives.loss import stores_logits
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.system.machine import free_memory
@@ -111,18 +110,16 @@ def plan(
     config = _with_known_precision(config, device_type)
     efficiency, objective = config.efficiency, config.objective
     batch = Ranks(world_size=world_size).local_batch_size(config.run.global_batch_size)
-    views = 2 if objective.name == "supcon" else 1
+    views = objective.num_views
     at_once = min(views * batch, efficiency.micro_batch_size or views * batch)
     length = min(longest_text or config.model.context_length, config.model.context_length)
-    if efficiency.text_layout == "padded":
-        length = config.model.context_length
     encoders = _measure(_only_encoders(config), device_type, length)
     width, gathered = encoders.feature_width, 0
     number_bytes = Precision(efficiency.precision).weight_type.itemsize
-    if world_size > 1 and objective.name != "ce":
+    if world_size > 1 and objective.has_space:
         gathered = views * config.run.global_batch_size * width * number_bytes
     pixels = views * 3 * config.data.image_size**2
-    tokens = 8 * config.model.context_length * objective.has_texts
+    tokens = 8 * config.model.context_length * objective.uses_texts
     parts = {
         "images: activations": at_once * encoders.image_bytes,
         "texts: activations": min(at_once, batch) * encoders.text_bytes,
@@ -175,9 +172,6 @@ def _bytes_of_state(
         # of it that is sent, and what lies outside of blocks
         collected = 4 * encoders.largest_block + encoders.outside_blocks
         parts["collected parameters"] = number_bytes * collected
-    elif config.efficiency.compress_gradients and world_size > 1:
-        # DDP's hook casts each bucket, and all may be on their way at once
-        parts["gradients in bf16"] = 2 * sum(encoders.trainable_sizes)
     return parts
 
 
@@ -208,7 +202,9 @@ def check_memory(
     windows = config.efficiency.window_attention
     if windows == "triton" or (windows == "auto" and device.type == "cuda"):
         config = _with(config, window_attention="timm")  # the other way imports triton
-        obstacle = obstacle_to_window_attention(config, build_on_meta(config, device.type), device)
+        obstacle = obstacle_to_window_attention(
+            config.efficiency, build_on_meta(config, device.type), device
+        )
         if windows == "triton":
             refuse_window_attention(obstacle)
         config = _with(config, window_attention="timm" if obstacle else "triton")
@@ -236,7 +232,7 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
     smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
     model = build_on_meta(config, arguments["device_type"])
     objective = config.objective
-    can_split = objective.has_texts and not objective.mixes and not has_batch_norm(model)
+    can_split = objective.uses_texts and not objective.mixes and not has_batch_norm(model)
     recomputing = _with(config, activation_checkpointing=True)
     shards: tuple[Shard, ...] = ("optimizer", "full") if world_size > 1 else ()
     doubled = [world_size << power for power in range(1, batch.bit_length())]
@@ -262,7 +258,9 @@ def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
 
 def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
     try:
-        check_sharding(_with(config, shard=shard))
+        check_sharding(
+            dataclasses.replace(config.efficiency, shard=shard), optimizer=config.optim.name
+        )
     except ValueError:
         return False
     has_blocks = all(map(find_blocks, model.encoders))
@@ -271,11 +269,8 @@ def _can_shard(model: UniCL, config: TrainConfig, shard: Shard) -> bool:
 
 def _loss_bytes(config: TrainConfig, num_images: int, width: int, device_type: str) -> int:
     """The loss of a rank's images and their second views."""
-    objective, num_columns = config.objective, config.run.global_batch_size
-    if objective.name == "ce":
-        num_columns = sum(objective.num_classes)
-    elif objective.name == "supcon":
-        num_columns *= 2
+    size = config.run.global_batch_size
+    num_columns = config.objective.num_columns(num_images=size, num_texts=size)
     return _logit_bytes(config, num_images, num_columns, width, device_type)
 
 
@@ -286,7 +281,8 @@ def _logit_bytes(
     number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
     features = 4 * (num_rows + num_columns) * width * number_bytes
     num_logits = num_rows * num_columns
-    if stores_logits(config.efficiency.loss, num_logits, device_type):
+    form = config.efficiency.loss if "tiled" in config.objective.forms else "dense"
+    if stores_logits(form, num_logits, device_type):
         return features + int(_DENSE_COPIES * num_logits * number_bytes)
     return features + 2 * min(num_logits, LARGEST_TILE[device_type]) * number_bytes
 
@@ -327,21 +323,16 @@ class _Encoders:
 
 
 def _only_encoders(config: TrainConfig) -> TrainConfig:
-    """The config with defaults for all that leaves the encoders alone, so that plans share them.
-
-    Of a run that unlocks frozen parts, the steps after that are planned.
-    """
+    """The config with defaults for all that leaves the encoders alone, so that plans share them."""
     size, efficiency = config.data.image_size, config.efficiency
-    freeze = () if config.optim.unlock_at_step else config.optim.freeze
     return TrainConfig(
         data=DataConfig(image_size=size, evaluation_resize=size),
         model=config.model,
         objective=config.objective,
-        optim=OptimConfig(freeze=freeze),
+        optim=OptimConfig(freeze=config.optim.freeze),
         efficiency=EfficiencyConfig(
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,
-            text_layout=efficiency.text_layout,
             window_attention="triton" if efficiency.window_attention == "triton" else "timm",
         ),
     )
@@ -359,7 +350,7 @@ def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
     """
     precision, meta = Precision(config.efficiency.precision), torch.device("meta")
     with meta:
-        model = UniCL(config)
+        model = build_model(config)
     freeze(model)
     if config.efficiency.window_attention == "triton":
         fuse_window_attention(model.image_encoder)
@@ -391,7 +382,9 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
     precision = Precision(config.efficiency.precision)
     model = plain = build_on_meta(config, device_type)
     if config.efficiency.activation_checkpointing or config.optim.freeze:
-        all_kept = without_freezing(_with(config, activation_checkpointing=False))
+        all_kept = dataclasses.replace(
+            _with(config, activation_checkpointing=False), optim=OptimConfig()
+        )
         plain = build_on_meta(all_kept, device_type)
     size = config.data.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
@@ -406,8 +399,7 @@ def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encode
             return torch.empty(count, text_length, dtype=torch.int64)
 
         def encode_text(one: UniCL, rows: Tensor) -> Tensor:
-            packed = config.efficiency.text_layout == "packed"
-            return one.encode_text(rows, rows.numel() if packed else None)
+            return one.encode_text(rows, rows.numel())
 
         def kept(
             tower: str, encode: Callable[[UniCL, Tensor], Tensor], make: Any

@@ -107,9 +107,7 @@ class StepMeter:
 
 def _memory(device: torch.device) -> dict[str, float]:
     """Resident memory of this process, and a GPU's largest allocation since the last question."""
-    values: dict[str, float] = {}
-    if (resident := resident_bytes()) is not None:
-        values["host_memory_bytes"] = resident
+    values: dict[str, float] = {"host_memory_bytes": resident_bytes()}
     if device.type == "cuda":
         values["device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -160,7 +158,7 @@ class DatasetMeter:
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        text_classes = gather_rows(batch.class_ids, ranks).cpu().numpy()
+        text_classes = gather_rows(batch.targets.class_ids, ranks).cpu().numpy()
         own = _count_positives(batch, text_classes)
         every = gather_to_rank_0(torch.stack([torch.from_numpy(own), batch.source_ids]), ranks)
         if not every:
@@ -175,9 +173,9 @@ class DatasetMeter:
 
 def _count_positives(batch: Batch, text_classes: NDArray[np.int64]) -> NDArray[np.int64]:
     """How many samples of the global batch have a text of the classes of each image: int64 [b]."""
-    samples, classes = np.arange(batch.batch_size), batch.class_ids.cpu().numpy()
-    if batch.image_classes is not None:
-        samples, classes = batch.image_classes.cpu().numpy()
+    samples, classes = np.arange(batch.batch_size), batch.targets.class_ids.cpu().numpy()
+    if batch.targets.image_classes is not None:
+        samples, classes = batch.targets.image_classes.cpu().numpy()
     known, counts = np.unique(text_classes, return_counts=True)
     rows = np.searchsorted(known, classes).clip(max=len(known) - 1)
     found = np.where(known[rows] == classes, counts[rows], 0)

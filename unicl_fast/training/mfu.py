@@ -87,7 +87,7 @@ class Utilisation:
         if self._device.type == "cuda":
             name = torch.cuda.get_device_name(self._device)
             # auto takes no TF32 with fp32
-            tf32 = self._config.efficiency.tf32 == "on"
+            tf32 = precision.name == "tf32"
             peak = peak_of_gpu(name, precision.compute_type, tf32=tf32)
             if peak is None:
                 logger.info("no mfu in the metrics: the peak of %s is not known", name)
@@ -131,9 +131,9 @@ def flops_of_step(config: TrainConfig, batch: Batch) -> float:
             num_texts = len(rows)
             of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens))
     world_size = config.run.global_batch_size // batch.batch_size
-    num_columns = world_size * (num_texts or num_rows)
-    if config.objective.name == "ce":
-        num_columns = sum(config.objective.num_classes)
+    num_columns = config.objective.num_columns(
+        num_images=world_size * batch.batch_size, num_texts=world_size * num_texts
+    )
     sides = is_trained(model, "image"), model.text_encoder is None or is_trained(model, "text")
     logits = (1 + sum(sides)) * 2 * num_rows * num_columns * features.shape[1]
     return float(num_rows * of_image + of_texts + logits)
@@ -165,11 +165,8 @@ def _count(
 
 def _fake_texts(config: TrainConfig, batch: Batch) -> tuple[Tensor, int | None]:
     """Texts of the sizes of a batch's, as `texts_to_encode` gives them, and how many tokens."""
-    layout, unique = config.efficiency.text_layout, config.efficiency.unique_texts
-    num_texts = len(batch.text_lengths) if unique else batch.batch_size
-    length = batch.tokens.shape[1] if layout == "padded" else int(batch.text_lengths.max())
-    num_tokens = int(batch.text_lengths.sum()) if unique and layout == "packed" else None
-    return torch.empty(num_texts, length, dtype=torch.int64), num_tokens
+    lengths = batch.texts.lengths
+    return torch.empty(len(lengths), int(lengths.max()), dtype=torch.int64), int(lengths.sum())
 
 
 def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:

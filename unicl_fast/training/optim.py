@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
-from unicl_fast.models.efficiency import keep_activations_in_copy
+from unicl_fast.models.blocks import keep_activations_in_copy
 from unicl_fast.models.sharding import split_divided
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.stages import span_at
@@ -31,6 +31,7 @@ from unicl_fast.training.muon import Muon
 logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
+_EPS = 1e-8
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
@@ -80,14 +81,10 @@ def parameter_groups(model: UniCL, optim: OptimConfig) -> list[dict[str, Any]]:
     of their own; under Muon so are the matrices that it takes, `use_muon`.
     """
     factors: dict[nn.Parameter, float] = {}
-    towers = (model.image_encoder, optim.image_rate), (model.text_encoder, optim.text_rate)
-    for encoder, rate in towers:
-        if encoder is None:
-            continue
-        factors |= dict.fromkeys(encoder.parameters(), rate)
-        if optim.layer_decay != 1:
+    if optim.layer_decay != 1:
+        for encoder in model.encoders:
             for group in groups_by_depth(encoder, layer_decay=optim.layer_decay):
-                factors |= dict.fromkeys(group["params"], rate * group["lr_scale"])
+                factors |= dict.fromkeys(group["params"], group["lr_scale"])
     groups: list[dict[str, Any]] = []
     for kind, weight_decay in zip(split_parameters(model), (optim.weight_decay, 0.0), strict=True):
         by_factor: dict[float, list[nn.Parameter]] = {}
@@ -146,45 +143,23 @@ def build_optimizer(model: UniCL, config: TrainConfig) -> torch.optim.Optimizer:
     """
     optim, efficiency = config.optim, config.efficiency
     groups = parameter_groups(model, optim)
-    device = model.logit_scale.device
+    device = model.device
     check_optimizer(optim.name, device=device, precision=efficiency.precision)
     lr = scaled_lr(optim.lr, config)
-    common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
+    common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": _EPS}
     # the two LAMBs clip the gradient to norm 1 by themselves; here optim.clip_norm decides
     match optim.name:
         case "adamw":
-            return torch.optim.AdamW(groups, fused=efficiency.fused_optimizer, **common)
+            return torch.optim.AdamW(groups, fused=True, **common)
         case "lamb":
             return Lamb(groups, max_grad_norm=None, **common)  # type: ignore[no-any-return]
         case "muon":
-            return Muon(groups, fused=efficiency.fused_optimizer, **common)
+            return Muon(groups, fused=True, **common)
         case "fusedadamw":
             return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
         case "fusedlamb":
             return load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **common)  # type: ignore[no-any-return]
     raise AssertionError(optim.name)
-
-
-def add_unfrozen(optimizer: torch.optim.Optimizer, model: UniCL, config: TrainConfig) -> None:
-    """Adds the parameters that begin to be trained, in groups of their own.
-
-    They begin without a state, and with counts of steps of their own. The schedule is to be built
-    anew for them.
-    """
-    known = {one for group in optimizer.param_groups for one in group["params"]}
-    for group in parameter_groups(model, config.optim):
-        unknown = [one for one in group["params"] if one not in known]
-        if unknown:
-            optimizer.add_param_group({**group, "params": unknown, "unlocked": True})
-
-
-def warm_up_unlocked(optimizer: torch.optim.Optimizer, optim: OptimConfig, *, step: int) -> None:
-    """Lowers a step's rate, which the schedule has set, of what was unlocked shortly before."""
-    done = step + 1 - optim.unlock_at_step
-    if done < optim.unlock_warmup_steps:
-        for group in optimizer.param_groups:
-            if group.get("unlocked"):
-                group["lr"] *= done / optim.unlock_warmup_steps
 
 
 def load_apex_optimizers() -> ModuleType:
@@ -299,7 +274,6 @@ def set_rates(
     if config.optim.lr_batch_size and size != own:
         for group in optimizer.param_groups:
             group["lr"] *= size / own
-    warm_up_unlocked(optimizer, config.optim, step=step)
 
 
 def steps_of_samples(config: TrainConfig, step: int) -> float:
@@ -379,7 +353,7 @@ def build_weight_average(model: UniCL, optim: OptimConfig) -> WeightAverage:
     average = WeightAverage(
         model,
         decay=optim.ema_decay,
-        use_warmup=optim.ema_warmup,
+        use_warmup=True,
         warmup_gamma=1.0,
         warmup_power=2 / 3,
     )

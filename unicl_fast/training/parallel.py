@@ -11,16 +11,16 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from timm.utils import ModelEmaV3
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import sharding
-from unicl_fast.models.efficiency import compile_encoders, has_batch_norm
-from unicl_fast.models.unicl import Encoded, UniCL
+from unicl_fast.models.blocks import has_batch_norm
+from unicl_fast.models.compilation import compile_encoders
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.operands import Encoded
 from unicl_fast.system.progress import WaitingForRanks
 
 # torch 2.13 renames DDP's argument.
@@ -34,7 +34,7 @@ class Parallel:
     """A model on all ranks: encodes, joins gradients, sends updates."""
 
     def __init__(
-        self, model: UniCL, ema: ModelEmaV3 | None, config: TrainConfig, ranks: Ranks
+        self, model: UniCL, ema: ModelEmaV3 | None, efficiency: EfficiencyConfig, ranks: Ranks
     ) -> None:
         """Compiles the encoders if asked to, and divides or replicates the model.
 
@@ -44,21 +44,20 @@ class Parallel:
         self._model, self._ranks = model, ranks
         self._whole_copy: sharding.WholeCopy | None = None
         self._owners: sharding.ParameterOwners | None = None
-        efficiency, divides_all = config.efficiency, sharding.divides_all(config, ranks)
+        divides_all = sharding.divides_all(efficiency, ranks)
         if divides_all:
             self._whole_copy = sharding.WholeCopy(model)
         if efficiency.compile != "off":
             compile_encoders(model, efficiency.compile)
         self.encode: Callable[..., Encoded] = model
-        self._reduce_type = torch.bfloat16 if efficiency.compress_gradients else None
         if divides_all:
-            sharding.shard_encoders(model, ranks, reduce_type=self._reduce_type)
+            sharding.shard_encoders(model, ranks)
             if ema is not None:
                 sharding.shard_encoders(ema.module, ranks)
                 ema.foreach = False  # no kernel takes divided tensors and whole ones at once
         elif ranks.world_size > 1:
-            self.encode = _build_ddp(model, compress=efficiency.compress_gradients)
-        if sharding.divides_optimizer(config, ranks):
+            self.encode = _build_ddp(model)
+        if sharding.divides_optimizer(efficiency, ranks):
             self._owners = sharding.ParameterOwners(model, ranks)
 
     @property
@@ -71,17 +70,12 @@ class Parallel:
         """Whether all ranks are needed to collect the training state."""
         return self._owners is not None or self._whole_copy is not None
 
-    def take_up_unfrozen(self) -> None:
-        """Gives parameters that begin to be trained a place in what ranks exchange."""
-        sharding.take_up_unfrozen(self._model)
-        self.rebuild()
-
     def rebuild(self) -> None:
         """Makes DDP's buckets anew, as a start makes them."""
         self._model.zero_grad()  # gradients are parts of the old buckets
         if self.has_buckets:
             self.encode = self._model  # which frees the old ones
-            self.encode = _build_ddp(self._model, compress=self._reduce_type is not None)
+            self.encode = _build_ddp(self._model)
 
     def order_buckets(self) -> None:
         """Orders DDP's buckets as gradients came in the first backward pass; none are there now.
@@ -100,9 +94,7 @@ class Parallel:
     def join_gradients(self) -> None:
         """Averages the gradients over ranks, as DDP and `fully_shard` do by themselves."""
         if self._whole_copy is not None:
-            sharding.average_whole_gradients(
-                self._model, self._ranks, reduce_type=self._reduce_type
-            )
+            sharding.average_whole_gradients(self._model, self._ranks)
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -127,11 +119,7 @@ class Parallel:
             sharding.send_from(0, model.buffers(), rank=self._ranks.rank)
 
 
-def _build_ddp(model: UniCL, *, compress: bool) -> DistributedDataParallel:
+def _build_ddp(model: UniCL) -> DistributedDataParallel:
     # only those of BatchNorm ever change
     buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(model)}
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)
-    if compress:
-        # by another name: DDP would refuse torch's own on gloo, which sums bf16 as well
-        ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-    return ddp
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **buffers)

@@ -72,7 +72,7 @@ def describe_stage(stage: Stage) -> str:
         f"{count_of(config.run.global_batch_size, 'image')} at {config.data.image_size} pixels",
         f"crops of {crops} of the area",
     ]
-    if config.objective.has_texts:
+    if config.objective.uses_texts:
         parts.append(f"texts of up to {count_of(config.model.context_length, 'token')}")
     if config.model.token_drop:
         parts.append(f"without {config.model.token_drop:.0%} of the image tokens")

@@ -43,7 +43,7 @@ from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import START_PATIENCE, mark, mark_progress
 from unicl_fast.system.wording import count_of
-from unicl_fast.training.global_loss import encoder_autocast, encoder_input
+from unicl_fast.training.encoding import encoder_autocast, encoder_input
 
 logger = logging.getLogger("unicl_fast")
 
@@ -63,11 +63,8 @@ def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]
     if not config.efficiency.image_features:
         return
     option = "efficiency.image_features stores what a frozen image encoder gives"
-    if "image" not in optim.freeze or optim.unlock_at_step:
-        raise ValueError(
-            f"{option}, and this run trains it: add --optim.freeze image, and no "
-            "--optim.unlock-at-step"
-        )
+    if "image" not in optim.freeze:
+        raise ValueError(f"{option}, and this run trains it: add --optim.freeze image")
     augmentations = augmentations_of(data.augment, [each.location for each in datasets])
     drawn = [
         *data.drawn,
@@ -80,7 +77,10 @@ def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]
             "--data.flip-probability 0 --data.augment none"
         )
     if config.objective.mixes:
-        raise ValueError(f"{option}, and mixup and CutMix mix images: set both to 0")
+        raise ValueError(
+            f"{option}, and the objective mixes images: set objective.mixup and "
+            "objective.cutmix to 0"
+        )
     if config.efficiency.shard == "full":
         raise ValueError(f"{option}, and shard=full divides it: take off or optimizer")
 
@@ -132,8 +132,10 @@ def stored_features(
 def _key_of(model: UniCL, dataset: PackedDataset, weights: str, device: torch.device) -> str:
     data = model.config.data
     return feature_key(
-        model.config,
+        model.config.data,
         dataset,
+        encoder=model.config.model.image_encoder,
+        precision=model.config.efficiency.precision,
         weights=weights,
         device_type=device.type,
         view=data.crop_ratio[0],

@@ -6,18 +6,28 @@ from pathlib import Path
 
 import torch
 
+from unicl_fast.config import TrainConfig, settled_values
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.training.data import with_threads
 from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.trainer import Trainer
 
 
-def describe_run(trainer: Trainer, run_folder: Path) -> list[str]:
-    """Returns the summary, a line for each subject; `run_folder` is where the run is saved."""
+def describe_run(
+    trainer: Trainer, run_folder: Path, *, given: TrainConfig, origin: str = ""
+) -> list[str]:
+    """Returns the summary, a line for each subject.
+
+    `run_folder` is where the run is saved; the `given` settings, which come from `origin`, are
+    compared with what was settled.
+    """
     config = trainer.config
+    changes = settled_values(given, config)
+    settled = [f"{g}.{name}={one}" for g in changes for name, one in changes[g].items()]
     evaluated = ", ".join(map(without_secrets, config.data.evaluate))
     evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
     return [
+        *([f"settings: {origin}"] if origin else []),
+        f"settled: {' '.join(settled) or 'nothing was left open'}",
         *_describe_data(trainer),
         f"evaluated: {evaluated}",
         _describe_model(trainer),
@@ -47,7 +57,7 @@ def _describe_data(trainer: Trainer) -> list[str]:
     ):
         part, size = weight / sum(plan.weights), source["num_samples"]
         classes = source["num_classes"]
-        kinds = count_of(classes, "class") if classes else "captions alone"
+        kinds = count_of(classes, "class") if classes else "captions only"
         lines.append(
             f"data: {without_secrets(name)}: {count_of(size, 'image')}, {kinds}; {part:.1%} of "
             f"each batch, {drawn:,.1f} epochs"
@@ -60,7 +70,7 @@ def _describe_model(trainer: Trainer) -> str:
     config = trainer.config
     parameters = list(trainer.model.named_parameters())
     parts = [f"{config.model.image_encoder}, {_millions(parameters, 'image_encoder.')}"]
-    if config.objective.has_texts:
+    if config.objective.uses_texts:
         text = _millions(parameters, "text_encoder.")
         parts.append(
             f"text encoder of {count_of(config.model.text_layers, 'layer')}, width "
@@ -99,7 +109,7 @@ def _describe_device(trainer: Trainer) -> str:
     config, device = trainer.config, trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     decodes = "CPU" if config.data.decode_device != "gpu" else "GPU"
-    threads = with_threads(config.data, trainer.ranks).threads
+    threads = config.data.threads
     return (
         f"device: {name}, {config.efficiency.precision}; images are decoded on the {decodes}, in "
         f"{count_of(threads, 'thread')} a rank"

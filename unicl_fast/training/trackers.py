@@ -37,7 +37,6 @@ PROJECT = "unicl_fast"
 """The project, or experiment, where no environment variable names one."""
 _KNOW_THEIR_STEPS = ("tensorboard", "mlflow")
 """Trackers that replace, or leave out, what they have already."""
-_SHEET = "contact-sheet.png"
 _SECONDS_TO_CLOSE = 60.0
 _MOST_WAITING = 10_000
 """Lines that wait for a tracker that does not keep up; further ones are left out."""
@@ -60,8 +59,6 @@ class Tracker(NamedTuple):
 
     log: Callable[[Mapping[str, Any], int], object]
     """Adds the numbers of a step to the curves."""
-    upload: Callable[[Path, int], object]
-    """Shows an image file."""
     close: Callable[[], object]
     """Sends what is left."""
 
@@ -109,15 +106,11 @@ class Trackers:
                 worker.log(lines)
             self._workers.append(worker)
         _write_state(run_folder / STATE_NAME, {"run_id": run_id, "sent": sent})
-        self._sheet: Path | None = run_folder / _SHEET if start_step == 0 else None
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Hands a line over; `step` is among the values. The first brings the contact sheet."""
-        sheet, self._sheet = self._sheet, None
+        """Hands a line over; `step` is among the values."""
         for worker in self._workers:
             worker.log([values])
-            if sheet is not None and sheet.is_file():
-                worker.call(lambda tracker: tracker.upload(sheet, int(values["step"])))
 
     def close(self) -> None:
         """Waits for what is under way; a tracker that does not come to an end is left behind."""
@@ -164,7 +157,7 @@ class _Worker:
         self._thread.start()
 
     def log(self, lines: Sequence[Mapping[str, float]]) -> None:
-        """Sends what the tracker does not have, later."""
+        """Sends what the tracker does not have, later, in the thread."""
 
         def send(tracker: Tracker) -> None:
             for line in lines:
@@ -174,15 +167,11 @@ class _Worker:
                     tracker.log({encodable(name): line[name] for name in new}, step)
                     self._sent |= dict.fromkeys(new, step)
 
-        self.call(send)
-
-    def call(self, work: Callable[[Tracker], object]) -> None:
-        """Does it in the thread, later."""
         if self._failed:
             return
         was_full, self._is_full = self._is_full, self._calls.qsize() >= _MOST_WAITING
         if not self._is_full:
-            self._calls.put(work)
+            self._calls.put(send)
         elif not was_full:
             logger.error("%s does not keep up: lines are left out there", self._name)
 
@@ -211,7 +200,7 @@ class _Worker:
 
 
 def _open_tensorboard(run: TrackedRun) -> Tracker:
-    """Files in RUN/tensorboard, next to the contact sheet."""
+    """Files in RUN/tensorboard."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.purge_step)
@@ -220,7 +209,7 @@ def _open_tensorboard(run: TrackedRun) -> Tracker:
         for name, value in values.items():
             writer.add_scalar(name, value, global_step=step)
 
-    return Tracker(log, lambda image, step: None, writer.close)
+    return Tracker(log, writer.close)
 
 
 def _open_wandb(run: TrackedRun) -> Tracker:
@@ -240,10 +229,7 @@ def _open_wandb(run: TrackedRun) -> Tracker:
     def log(values: Mapping[str, Any], step: int) -> None:
         opened.log({**values, "step": step})
 
-    def upload(image: Path, step: int) -> None:
-        log({image.stem: wandb.Image(str(image))}, step)
-
-    return Tracker(log, upload, opened.finish)
+    return Tracker(log, opened.finish)
 
 
 def _open_trackio(run: TrackedRun) -> Tracker:
@@ -259,10 +245,7 @@ def _open_trackio(run: TrackedRun) -> Tracker:
     def log(values: Mapping[str, Any], step: int) -> None:
         opened.log(dict(values), step=step)
 
-    def upload(image: Path, step: int) -> None:
-        log({image.stem: trackio.Image(str(image))}, step)
-
-    return Tracker(log, upload, opened.finish)
+    return Tracker(log, opened.finish)
 
 
 def _open_mlflow(run: TrackedRun) -> Tracker:
@@ -294,10 +277,7 @@ def _open_mlflow(run: TrackedRun) -> Tracker:
         client.log_batch(key, metrics=[Metric(name, named[name], now, step) for name in new])
         newest.update(dict.fromkeys(new, step))
 
-    def upload(image: Path, step: int) -> None:
-        client.log_artifact(key, str(image))
-
-    return Tracker(log, upload, lambda: client.set_terminated(key))
+    return Tracker(log, lambda: client.set_terminated(key))
 
 
 OPENERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {

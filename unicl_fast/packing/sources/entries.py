@@ -6,15 +6,11 @@ archive, and without a library for the format that holds it. Those of zips are i
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import functools
 import io
-import operator
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,15 +51,7 @@ def field_names(kind: type[Entry]) -> tuple[str, ...]:
 
 def fields_of(entry: Entry) -> tuple[Any, ...]:
     """Returns an entry as values, of which its class makes it again."""
-    return _getter(type(entry))(entry)
-
-
-@functools.cache
-def _getter(kind: type[Entry]) -> Callable[[Entry], tuple[Any, ...]]:
-    names = field_names(kind)
-    if len(names) > 1:
-        return operator.attrgetter(*names)
-    return lambda entry: tuple(getattr(entry, name) for name in names)
+    return tuple([getattr(entry, name) for name in field_names(type(entry))])
 
 
 def check_file_size(num_bytes: int, max_bytes: int) -> None:
@@ -112,27 +100,6 @@ class Span:
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         check_file_size(self.num_bytes, max_bytes)
         return read_span(self.path, self.offset, self.num_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Base64Span:
-    """Part of a text file that is an image's file in base64 (RFC 4648, with padding)."""
-
-    path: str
-    offset: int
-    num_characters: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_characters // 4 * 3
-
-    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-        check_file_size(self.num_bytes, max_bytes)
-        try:
-            text = read_span(self.path, self.offset, self.num_characters)
-            return base64.b64decode(text, validate=True)
-        except binascii.Error as error:
-            raise EntryError("damaged", f"not base64: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

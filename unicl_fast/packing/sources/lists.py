@@ -1,7 +1,7 @@
 """Lists of images: CSV, TSV, JSONL and JSON with one image a row, and maps of zips.
 
 A row names an image by its path, and says which captions and labels it has. Rows that name the same
-image become one sample. JSON may be larger than memory: `json_pieces` reads it.
+image become one sample.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from unicl_fast.packing.sources.rows import (
 )
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
+from unicl_fast.system.wording import shorten
 
 IMAGE_COLUMNS = ("image", "file", "path", "file_name")
 _USUAL = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
@@ -61,7 +62,7 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
         options,
         find,
         no_image=f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with image "
-        f"paths by --image-column. It has {header}",
+        f"paths by --image-column. It has {shorten(header, limit=1000)}",
     )
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     return _collect_rows(

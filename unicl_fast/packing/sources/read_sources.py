@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources import lists, tables, tars, tsv
+from unicl_fast.packing.sources import lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
 from unicl_fast.packing.sources.entries import RefusedEntry
 from unicl_fast.packing.sources.image_folders import (
@@ -34,8 +34,6 @@ from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
-
-TABLE_SUFFIXES = (*tables.PARQUET, *tables.ARROW)
 
 _NO_OPTIONS = ListOptions()
 
@@ -93,7 +91,7 @@ def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spoo
     paths, name = [Path(each) for each in found], Path(pattern).name
     if all(each.lower().endswith(tars.TARS) for each in found):
         return tars.read_tars(name, paths, options, spool)
-    if all(each.lower().endswith(TABLE_SUFFIXES) for each in found):
+    if all(each.lower().endswith(tables.PARQUET) for each in found):
         return tables.read_tables(name, paths, options, spool)
     raise ValueError(
         f"{pattern} matches {len(found):,} files or folders, such as {found[0]}; patterns are read "
@@ -104,15 +102,13 @@ def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spoo
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
-    if suffix == ".tsv" and tsv.holds_images(path):
-        return tsv.read_tsv(path, options, spool)
     if is_karpathy(path):
         return read_karpathy(path, options, spool)
     if is_coco(path):
         return read_coco([path], options, spool)
     if suffix in lists.LIST_SUFFIXES:
         return lists.read_list(path, options, spool)
-    if suffix in TABLE_SUFFIXES:
+    if suffix in tables.PARQUET:
         return tables.read_tables(path.name, [path], options, spool)
     if path.name.lower().endswith(tars.TARS):
         return tars.read_tars(path.name, [path], options, spool)
@@ -125,8 +121,6 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
     """Reads a folder by what is directly in it; any other folder is one of class folders."""
     if is_packed(path):
         return read_packed(path, options, spool)
-    if tables.is_saved_dataset(path):
-        return tables.read_saved_dataset(path, options, spool)
     names = [each for each in os.listdir(path) if not each.startswith(".")]
     files = sorted(each for each in names if os.path.isfile(path / each))
     folders = {each for each in names if os.path.isdir(path / each)}

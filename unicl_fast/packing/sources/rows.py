@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows
@@ -19,7 +19,7 @@ takes 140 bytes of memory for each byte."""
 
 CAPTION_COLUMNS = ("caption", "captions")
 LABEL_COLUMNS = ("label", "labels")
-"""The usual names in lists, tars and TSVs; tables have more (`arrow_tables`)."""
+"""The usual names in lists and tars; tables have more (`parquet_rows`)."""
 
 LOW_SCORE = "low score"
 """The kind of rows that `--min-score` leaves out."""
@@ -183,3 +183,26 @@ def _values(value: Any) -> list[Any]:
 
 def _bad_value(where: str, column: str, value: Any) -> Problem:
     return Problem("bad row", f"{where}: {column} holds {shorten(value, limit=200)}")
+
+
+@dataclass(frozen=True, slots=True)
+class TableTask:
+    """One file to read."""
+
+    path: str
+    options: ListOptions
+    rows_file: str
+    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset` and
+    `size`, or with `path`."""
+    images_file: str
+
+
+@dataclass(kw_only=True, slots=True)
+class TableResult:
+    """The facts about a file that are not in its rows."""
+
+    labels_are_names: bool = True
+    """Whether the file has names for all numbers that are labels."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    damaged: list[tuple[int, int, str]] = field(default_factory=list)
+    """Rows that cannot be read: the first, the one after the last or -1, and why."""

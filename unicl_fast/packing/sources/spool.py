@@ -114,9 +114,9 @@ class ItemStore(Sequence[Item]):
     """Items in the order in which they were appended; each is made anew when it is asked for.
 
     Lists name an image in several rows, not always one after another. A record is never changed:
-    a later row is a record of its own, with a larger number. Names are found by their checksums,
-    and compared with the stored ones. Records are written some at a time, and read many at a time
-    where many are wanted: a statement for each takes as long as reading a small image.
+    a later row is a record of its own, with a larger number. Records are written some at a time,
+    and read many at a time where many are wanted: a statement for each takes as long as reading a
+    small image.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ItemStore(Sequence[Item]):
         self._pending_bytes = 0
         self._insert_row = f"INSERT INTO {rows} VALUES (?, ?)"
         self._insert_name = f"INSERT INTO {names} VALUES (?, ?)"
-        self._find_name = f"SELECT item FROM {names} WHERE checksum = ?"
+        self._find_name = f"SELECT item FROM {names} WHERE name = ?"
         self._select = f"SELECT id >> 32, record FROM {rows} WHERE id >= ? AND id < ? ORDER BY id"
         # the id of a row is (number of the item << 32) + number of the row
         self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record TEXT)")
@@ -146,10 +146,7 @@ class ItemStore(Sequence[Item]):
         self._holders: dict[str, None] = {}
         """Files that hold images of entries which do not know its size and time."""
         self._labels: dict[Label, None] = {}
-        self._execute(
-            f"CREATE TABLE {names} (checksum INTEGER, item INTEGER, PRIMARY KEY (checksum, item)) "
-            "WITHOUT ROWID"
-        )
+        self._execute(f"CREATE TABLE {names} (name BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID")
 
     def __len__(self) -> int:
         return self._count
@@ -206,7 +203,7 @@ class ItemStore(Sequence[Item]):
     def append_named(self, item: Item) -> int:
         """Adds an item that `find` is to find by its name, which is not known yet."""
         number = self.append(item)
-        self._execute(self._insert_name, _checksum(item.name), number)
+        self._execute(self._insert_name, _as_key(item.name), number)
         self._last = (item.name, number)
         return number
 
@@ -214,10 +211,9 @@ class ItemStore(Sequence[Item]):
         """Returns the number of the item that was appended under this name; None without one."""
         if self._last[0] == name and self._last[1] >= 0:
             return self._last[1]
-        for (number,) in self._execute(self._find_name, _checksum(name)):
-            if self[number].name == name:
-                self._last = (name, number)
-                return int(number)
+        for (number,) in self._execute(self._find_name, _as_key(name)):
+            self._last = (name, int(number))
+            return int(number)
         return None
 
     def add_row(self, number: int, row: Item) -> None:
@@ -308,7 +304,7 @@ class ItemStore(Sequence[Item]):
             self._flush()
         return self._execute(statement, *values)
 
-    def _execute(self, statement: str, *values: int | str) -> list[Any]:
+    def _execute(self, statement: str, *values: int | bytes) -> list[Any]:
         return self._run(self._database.execute, statement, values).fetchall()
 
     def _run(
@@ -326,6 +322,6 @@ class ItemStore(Sequence[Item]):
             raise
 
 
-def _checksum(name: str) -> int:
-    """Returns 64 bits, signed as SQLite's integers are."""
-    return int(xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))) - 2**63
+def _as_key(name: str) -> bytes:
+    """A name as bytes, since it may hold half characters, which SQLite takes in no text."""
+    return name.encode("utf-8", "surrogatepass")

@@ -1,7 +1,7 @@
-"""Parquet lists and folders of Hugging Face's `datasets`, read with pyarrow.
+"""Parquet lists and folders of them as on Hugging Face's hub, read with pyarrow.
 
 Images are bytes in the file, or files that it names. Numbers that the file has names for become
-these names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves
+these names. The files themselves are read by `parquet_rows`, in a process of its own, which leaves
 a line of JSON for each row.
 """
 
@@ -15,7 +15,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +22,36 @@ from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources.entries import Span
 from unicl_fast.packing.sources.items import Item, Problem, Source, refused
 from unicl_fast.packing.sources.lists import add_named
-from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
+from unicl_fast.packing.sources.rows import (
+    Columns,
+    ListOptions,
+    TableResult,
+    TableTask,
+    add_texts,
+)
 from unicl_fast.packing.sources.spool import ItemStore, Spool, stamp
 from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 
 PARQUET = (".parquet", ".pq")
-ARROW = (".arrow", ".feather")
 _MEMORY_BYTES = 5_000_000_000
 """A ceiling: for a page, packed and unpacked, which may have 2 GB each; 16 MB is a usual use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 _COLUMNS = Columns("", ("captions",), ("labels",))
-_MAX_JSON_BYTES = 64_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class TableTask:
-    """One file to read."""
-
-    path: str
-    options: ListOptions
-    rows_file: str
-    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset`,
-    `size` and `in_place`, or with `path`."""
-    images_file: str
-    features: str = ""
-    """Features of Hugging Face's `datasets`, as JSON, where the file may lack them."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TableResult:
-    """The facts about a file that are not in its rows."""
-
-    labels_are_names: bool = True
-    """Whether the file has names for all numbers that are labels."""
-    passed_over: dict[str, int] = field(default_factory=dict)
-    damaged: list[tuple[int, int, str]] = field(default_factory=list)
-    """Rows that cannot be read: the first, the one after the last or -1, and why."""
-
-
-def read_tables(
-    name: str, paths: Sequence[Path], options: ListOptions, spool: Spool, *, features: str = ""
-) -> Source:
-    """Reads Parquet or Arrow files as one source.
-
-    `features` are those of Hugging Face's `datasets`, as JSON.
-    """
+def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
+    """Reads Parquet files as one source."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
-            f"{name}: reading Parquet and Arrow files takes pyarrow, which is not installed: "
+            f"{name}: reading Parquet files takes pyarrow, which is not installed: "
             "pip install 'unicl_fast[sources]'"
         )
     tasks = []
     for file in map(str, paths):
         rows, images = str(spool.new_file()), str(spool.new_file())
-        tasks.append(TableTask(file, options, rows, images, features))
+        tasks.append(TableTask(file, options, rows, images))
         spool.origins.append(file)
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
     tree = open_tree(roots.pop()) if len(roots) == 1 else None
@@ -106,7 +79,7 @@ def read_tables(
 
 def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult | Problem]]:
     """Unpacks files, but for those that an earlier run of the build has left whole."""
-    from unicl_fast.packing.sources.arrow_tables import convert
+    from unicl_fast.packing.sources.parquet_rows import convert
 
     known = [_recall(task) for task in tasks]
     new = [task for task, result in zip(tasks, known, strict=True) if result is None]
@@ -123,8 +96,8 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
                 if error.errno != errno.ENOSPC:
                     raise
                 message = (
-                    f"no room left for {task.images_file}, where images that cannot be read in "
-                    "place are unpacked; it takes as much room as they do, on the disk of --out"
+                    f"no room left for {task.images_file}, where images are "
+                    "unpacked; it takes as much room as they do, on the disk of --out"
                 )
                 raise OSError(errno.ENOSPC, message) from error
         yield task, result
@@ -152,7 +125,7 @@ def _recall(task: TableTask) -> TableResult | None:
 
 def _facts_of(task: TableTask) -> dict[str, Any]:
     sizes = [os.path.getsize(file) for file in (task.rows_file, task.images_file)]
-    return {"made of": [*stamp(task.path), repr(task.options), task.features], "sizes": sizes}
+    return {"made of": [*stamp(task.path), repr(task.options)], "sizes": sizes}
 
 
 def _note_of(task: TableTask) -> Path:
@@ -194,60 +167,10 @@ def _read_rows(task: TableTask, tree: Tree | None, items: ItemStore) -> int:
             if "problem" in row:
                 item.problem = Problem(*row["problem"])
             else:
-                file = task.path if row["in_place"] else task.images_file
-                item.entry = Span(file, row["offset"], row["size"])
+                item.entry = Span(task.images_file, row["offset"], row["size"])
                 add_texts(item, row, _COLUMNS, where)
             items.append(item)
     return number + 1
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether a folder was written by `save_to_disk` of Hugging Face's `datasets`."""
-    state = folder / "state.json"
-    if not state.is_file():
-        return (folder / "dataset_dict.json").is_file()
-    with state.open("rb") as file:  # others have files of this name too
-        return b'"_data_files"' in file.read(_MAX_JSON_BYTES)
-
-
-def read_saved_dataset(folder: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a folder that `save_to_disk` made: one split of a data set."""
-    if not (folder / "state.json").is_file():
-        splits = _read_json(folder / "dataset_dict.json").get("splits")
-        known = ", ".join(map(str, splits)) if isinstance(splits, list) else "?"
-        raise ValueError(f"{folder} holds the splits {known}; name one, such as {folder}/train")
-    state = _read_json(folder / "state.json")
-    if state.get("_indices_data_files"):
-        raise ValueError(
-            f"{folder} was saved with a selection of its rows beside them; save it again by a "
-            "newer version of `datasets`, or after flatten_indices()"
-        )
-    files = state.get("_data_files")
-    names = [
-        str(file.get("filename")) if isinstance(file, dict) else ""
-        for file in (files if isinstance(files, list) else ())
-    ]
-    if not names or not all(name and name == Path(name).name for name in names):
-        raise ValueError(f"{folder / 'state.json'} does not say what files the data set has")
-    paths = [folder / name for name in names]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(
-            f"{len(missing)} files that state.json names are not there: {missing[0]}"
-        )
-    info = folder / "dataset_info.json"
-    features = json.dumps(_read_json(info)) if info.is_file() else ""
-    return read_tables(folder.name, paths, options, spool, features=features)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            fields = json.loads(file.read(_MAX_JSON_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error!s:.300}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return fields
 
 
 def find_parquet(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ _MADE_ON_UNIX = 3
 
 
 class FolderTree:
-    """The files under a folder; each folder is listed once.
+    """The files under a folder.
 
     Links are followed wherever they lead, in `entries` and in `find`: who made them could have put
     the files there. A name that itself leaves the folder is refused, since a list may come from
@@ -53,35 +53,20 @@ class FolderTree:
         self._real_root = os.path.realpath(root)
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Yields all files, sorted by name.
+        """Yields all files, sorted by name; a folder that several links lead to comes once, first.
 
-        In memory are all folders, and the names in one of them.
+        In memory are the names in a folder and in those above it.
         """
-        folders = self._folders()
+        seen = set[str]()
         # not by recursion: folders can be nested deeper than Python's stack
-        waiting: list[tuple[str, Entry | None]] = [("", None)]
+        waiting: list[tuple[str, Entry | _Folder]] = [("", _Folder(self._root, self._real_root))]
         while waiting:
-            name, entry = waiting.pop()
-            if entry is not None:
-                yield name, entry
-            elif name in folders:
-                waiting += sorted(_list_files(folders[name], name), reverse=True, key=itemgetter(0))
-
-    def _folders(self) -> dict[str, str]:
-        """Returns the paths of the folders to be listed, by the beginning of their files' names.
-
-        A folder that several links lead to is listed where it comes first, and once.
-        """
-        found: dict[str, str] = {}
-        seen: set[str] = set()
-        waiting = [("", str(self._root), self._real_root)]
-        while waiting:
-            prefix, path, real = waiting.pop()
-            if real not in seen:
-                seen.add(real)
-                found[prefix] = path
-                waiting.extend(reversed(_list_folders(prefix, path, real)))
-        return found
+            name, found = waiting.pop()
+            if not isinstance(found, _Folder):
+                yield name, found
+            elif found.real not in seen:
+                seen.add(found.real)
+                waiting += sorted(_list_folder(found, name), reverse=True, key=itemgetter(0))
 
     def find(self, name: str) -> Entry:
         """Returns the file called `name`, or raises `EntryError`."""
@@ -114,31 +99,24 @@ def _is_under(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
-def _list_folders(prefix: str, path: str, real: str) -> list[tuple[str, str, str]]:
-    """Returns prefix, path, and path without links, of the folders in a folder; sorted."""
-    folders = []
-    with os.scandir(path) as listing:
-        for child in listing:
-            try:
-                if not child.is_dir():
-                    continue
-            except OSError:  # a link to itself; it is named among the files
-                continue
-            inside = os.path.join(real, child.name)
-            if child.is_symlink():  # resolving is slow where it is deep
-                inside = os.path.realpath(child.path)
-            folders.append((f"{prefix}{child.name}/", child.path, inside))
-    return sorted(folders, key=lambda each: each[0].removesuffix("/"))
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    path: str | Path
+    real: str
+    """The path without links."""
 
 
-def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
+def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _Folder]]:
     """Yields what is directly in a folder: files, and folders, whose names end in a slash."""
-    with os.scandir(path) as listing:
+    with os.scandir(folder.path) as listing:
         for child in listing:
             name = prefix + child.name
             try:
                 if child.is_dir():
-                    yield name + "/", None
+                    real = os.path.join(folder.real, child.name)
+                    if child.is_symlink():  # resolving is slow where it is deep
+                        real = os.path.realpath(child.path)
+                    yield name + "/", _Folder(child.path, real)
                     continue
                 status = child.stat()
                 yield name, FileEntry(child.path, status.st_size, status.st_mtime_ns)

@@ -1,0 +1,229 @@
+"""Measures the structure of the code: `python tests/helpers/trunk_table.py` prints a table.
+
+`tests/test_trunk.py` holds the rows that a test can hold to their limits.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PRODUCT = ("unicl_fast", "pipelines", "tools", "benchmarks", "examples")
+# What every batch passes, from the plan to the update.
+TRUNK = (
+    "unicl_fast/batch.py",
+    "unicl_fast/models/unicl.py",
+    "unicl_fast/training/encoding.py",
+    "unicl_fast/training/micro_batches.py",
+    "unicl_fast/training/parallel.py",
+    "unicl_fast/training/step.py",
+    "unicl_fast/training/trainer.py",
+    "unicl_fast/training/observers.py",
+    "unicl_fast/training/assembly.py",
+    "unicl_fast/training/run.py",
+    "unicl_fast/training/settle.py",
+    "unicl_fast/training/data.py",
+    "unicl_fast/training/metrics.py",
+    "unicl_fast/checkpoints/load.py",
+    "unicl_fast/checkpoints/state.py",
+    "unicl_fast/checkpoints/writer.py",
+    "unicl_fast/objectives/objective.py",
+    "unicl_fast/objectives/text_columns.py",
+    "pipelines/loader.py",
+    "pipelines/feed/host_batches.py",
+    "pipelines/feed/text_block.py",
+)
+BUILT_IN = ("unicl", "clip", "sigmoid", "siglip", "supcon", "ce")
+# Objectives and optional features by the names that code would have for them.
+FEATURES = re.compile(
+    r"supcon|sigmoid|siglip|cross_entropy|class_rows|logit_bias|mixup|cutmix|distil|reinforce|"
+    r"ancestor|balance|(?<!\.)\bclip\b(?!_)|\"ce\"|=ce\b",
+    re.IGNORECASE,
+)
+
+
+def files_of(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((CHECKOUT / folder).rglob("*.py"))]
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def code_of(path: Path) -> str:
+    """The code of a file without docstrings and comments."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [  # type: ignore[attr-defined]
+                one
+                for one in body
+                if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+            ] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def named_features() -> list[str]:
+    """Lines of the trunk's code that name an objective or an optional feature."""
+    return [
+        f"{path}: {line.strip()}"
+        for path in TRUNK
+        for line in code_of(CHECKOUT / path).splitlines()
+        if FEATURES.search(line)
+    ]
+
+
+def long_functions(limit: int = 80) -> list[str]:
+    """Functions of `limit` lines and more."""
+    return [
+        f"{path.relative_to(CHECKOUT)}: {node.name} has {length} lines"
+        for path in files_of(*PRODUCT)
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) >= limit
+    ]
+
+
+def trainer_init() -> tuple[int, int]:
+    """Lines and arguments of `Trainer.__init__`, without the docstring and `self`."""
+    tree = tree_of(CHECKOUT / "unicl_fast/training/trainer.py")
+    trainer = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer"
+    )
+    init = next(
+        node
+        for node in trainer.body
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    )
+    docstring, first = init.body[0], init.body[1]
+    assert isinstance(docstring, ast.Expr)
+    arguments = len(init.args.args) + len(init.args.kwonlyargs) - 1
+    return (init.end_lineno or 0) - first.lineno + 1, arguments
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(CHECKOUT).with_suffix("").parts
+    parts = parts if parts[0] == "unicl_fast" else ("unicl_fast", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+@functools.cache
+def imports_of(path: Path) -> frozenset[str]:
+    """The modules of ours that a file imports, lazily and for types too."""
+    package = module_of(path).split(".")
+    package = package if path.name == "__init__.py" else package[:-1]
+    known = {module_of(one) for one in files_of(*PRODUCT)}
+    found: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    own = module_of(path)
+    # the package itself imports lazily what it offers
+    return frozenset(one for one in found & known if one not in (own, "unicl_fast"))
+
+
+def circles() -> list[list[str]]:
+    """Groups of modules that import each other, also lazily or for types (Tarjan's algorithm)."""
+    graph = {module_of(path): imports_of(path) for path in files_of(*PRODUCT)}
+    graph.pop("unicl_fast", None)
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = lowest[module] = len(order)
+        stack.append(module)
+        for other in graph[module]:
+            if other not in order:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], order[other])
+        if lowest[module] == order[module]:
+            at = stack.index(module)
+            group = stack[at:]
+            del stack[at:]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in graph:
+        if module not in order:
+            visit(module)
+    return found
+
+
+def knowing_train_config() -> list[str]:
+    """Files of the library and the pipelines that import `TrainConfig`."""
+    return [
+        str(path.relative_to(CHECKOUT))
+        for path in files_of("unicl_fast", "pipelines", "tools")
+        if any(
+            isinstance(node, ast.ImportFrom)
+            and any(one.name == "TrainConfig" for one in node.names)
+            for node in ast.walk(tree_of(path))
+        )
+    ]
+
+
+def options() -> dict[str, list[str]]:
+    """The options of a run by group; those of another objective are tested with it."""
+    from unicl_fast.config import TrainConfig
+    from unicl_fast.objectives.registry import make_objective
+
+    groups = {}
+    for group in dataclasses.fields(TrainConfig):
+        values = [getattr(TrainConfig(), group.name)]
+        if group.name == "objective":
+            values = [make_objective(name) for name in BUILT_IN]
+        names = [field.name for value in values for field in dataclasses.fields(value)]
+        groups[group.name] = list(dict.fromkeys(names))
+    return groups
+
+
+def lines_of(*folders: str) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files_of(*folders))
+
+
+def words_of_docs() -> int:
+    paths = [*CHECKOUT.glob("docs/*.md"), CHECKOUT / "README.md"]
+    return sum(len(path.read_text(encoding="utf-8").split()) for path in paths)
+
+
+def rows() -> Iterator[tuple[str, object, str]]:
+    """Each check, what is found, and the goal."""
+    lines, arguments = trainer_init()
+    trainer = CHECKOUT / "unicl_fast/training/trainer.py"
+    yield "lines of the trunk that name a feature", len(named_features()), "0"
+    yield "functions of 80 lines and more", len(long_functions()), "0"
+    yield "Trainer.__init__: lines, arguments", f"{lines}, {arguments}", "<= 40, <= 7"
+    yield "modules of ours that trainer.py imports", len(imports_of(trainer)), "<= 18"
+    yield "files that import TrainConfig", len(knowing_train_config()), "<= 18"
+    yield "circles of imports", len(circles()), "0"
+    yield "options of a run", sum(map(len, options().values())), "<= 85"
+    yield "lines of product and benchmarks", lines_of(*PRODUCT), "<= 46,000"
+    yield "lines of tests", lines_of("tests"), "<= 36,000"
+    yield "words of docs and README", words_of_docs(), "<= 32,000"
+
+
+if __name__ == "__main__":
+    for check, found, goal in rows():
+        print(f"{check:44}{found!s:>10}  {goal}")
+    for title, details in (
+        ("named features", named_features()),
+        ("long functions", long_functions()),
+        ("circles", [" ".join(group) for group in circles()]),
+        ("TrainConfig", knowing_train_config()),
+    ):
+        print(f"\n{title}:", *details, sep="\n  ")

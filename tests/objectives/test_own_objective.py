@@ -1,0 +1,83 @@
+"""The objective of docs/objectives.md, as it stands there: a file and a line in the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from rank_workers import first_gradients
+from small_runs import StepLoader, labelled_loader, tiny_config
+from torch.nn import functional as F
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import build_model
+from unicl_fast.objectives import registry
+from unicl_fast.objectives.registry import make_objective
+from unicl_fast.training.encoding import encoder_input
+from unicl_fast.training.step import global_loss
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
+
+
+@pytest.fixture(autouse=True)
+def margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("unicl_fast.objectives.margin")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, module.__dict__)
+    (line,) = re.findall(r'`"(\w+)": "([\w:]+)"`', PAGE.read_text(encoding="utf-8"))
+    monkeypatch.setitem(registry.OBJECTIVES, *line)
+
+
+def config_of(**options: float) -> TrainConfig:
+    return dataclasses.replace(tiny_config(), objective=make_objective("margin", **options))
+
+
+def clip_loader(images: torch.Tensor) -> StepLoader:
+    return labelled_loader(images, "clip")
+
+
+def test_without_a_margin_it_is_clip(images: torch.Tensor) -> None:
+    clip = dataclasses.replace(tiny_config(), objective=make_objective("clip"))
+    loss, gradients = first_gradients(images, Ranks(), clip, clip_loader(images))
+    found, again = first_gradients(images, Ranks(), config_of(margin=0.0), clip_loader(images))
+    assert found == loss
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_positives_lose_the_margin(images: torch.Tensor) -> None:
+    config = config_of(margin=0.2)
+    batch = next(clip_loader(images).batches(0))
+    model = build_model(config).double().eval()
+    loss = global_loss(model, batch, config, Ranks())
+    pixels, texts, learnt = model(encoder_input(batch.images, config), batch.texts.tokens)
+    each = texts[batch.texts.index]
+    pairs = (batch.texts.index[:, None] == batch.texts.index[None, :]).double()
+    logits = learnt["logit_scale"].exp() * (pixels @ each.T - 0.2 * pairs)
+    targets = pairs / pairs.sum(1, keepdim=True)
+    expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
+    config = config_of(margin=0.2)
+    loss, gradients = first_gradients(images, Ranks(), config, clip_loader(images))
+    efficiency = dataclasses.replace(config.efficiency, micro_batch_size=5)
+    parts = dataclasses.replace(config, efficiency=efficiency)
+    found, again = first_gradients(images, Ranks(), parts, clip_loader(images))
+    assert found == pytest.approx(loss, rel=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_a_form_that_it_lacks_is_refused() -> None:
+    efficiency = dataclasses.replace(tiny_config().efficiency, loss="tiled")
+    with pytest.raises(ValueError, match="objective.name=margin: take one of auto, dense"):
+        dataclasses.replace(config_of(), efficiency=efficiency)

@@ -1,0 +1,122 @@
+"""`unicl-pack build --leave-out`."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from inline_checks import check_inline
+from pack_runs import jpeg, run_pack
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.packing.build import build_dataset
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_inline(monkeypatch)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    """Class folders in a zip, and a list with captions."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name, number in {"cat/1": 1, "cat/2": 2, "cat/2b": 2, "dog/1": 1, "dog/3": 3}.items():
+            archive.writestr(f"{name}.jpg", jpeg(number))
+        archive.writestr("dog/cut.jpg", jpeg(5)[:200])
+        archive.writestr("dog/cut2.jpg", jpeg(5)[:200])
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "b.jpg").write_bytes(jpeg(4))
+    rows = [
+        {"image": "a.jpg", "captions": ["so", "so it is"], "label": "cat"},
+        {"image": "b.jpg", "captions": ["so"]},
+        {"image": "missing.jpg", "captions": ["so"]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
+
+
+def read(out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Captions and names of labels by the name of the sample."""
+    found = {}
+    with PackedDataset(out) as dataset:
+        reader = SampleReader(dataset)
+        for index in range(len(dataset)):
+            text = reader.read(index).description
+            labels = [dataset.manifest.class_names[label] for label in text.labels]
+            found[text.name] = (text.captions, labels)
+        reader.close()
+    return found
+
+
+def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
+    summary = build_dataset(
+        sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False
+    )
+    assert set(read(tmp_path / "set")) == {
+        "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
+    }  # fmt: skip
+    assert summary.passed_over[f"images named in {tmp_path / 'out.csv'}"] == 1
+
+
+def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a copy's row would take the image that stays as well, and nobody would notice."""
+    places = [tmp_path / folder / "train" for folder in "ab"]
+    for number, place in enumerate(places):
+        (place / "cat").mkdir(parents=True)
+        for name in ("1", "2"):  # four equal images, and one of their own
+            (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
+        (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
+    build_dataset(places, tmp_path / "all", workers=1, progress=False)
+    code, said = run_pack(
+        *("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv"),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "note: --leave-out will refuse" in said
+    assert "names in it that images which stay have too: 1," in said
+    rows = (tmp_path / "copies.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3
+    before = set(os.listdir(tmp_path))
+    for sources in (places, [tmp_path / "all"]):
+        code, said = run_pack(
+            *("build", *sources, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x"),
+            capsys=capsys,
+        )
+        assert code == 2
+        assert "of train in 1 row, and more samples are called so" in said
+        assert "several sources are called train" in said
+    assert set(os.listdir(tmp_path)) == before
+    for name in ("1", "2"):  # who means all of them says so
+        rows += [f"train,cat/{name}.jpg,,"] * 2
+    (tmp_path / "copies.csv").write_text("\n".join(rows))
+    options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
+    for name, sources in (("built", places), ("again", [tmp_path / "all"])):
+        build_dataset(sources, tmp_path / name, workers=1, **options)  # type: ignore[arg-type]
+        assert set(read(tmp_path / name)) == {"cat/own0.jpg", "cat/own1.jpg"}
+
+
+def test_a_list_under_a_url_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
+        build_dataset(sources, tmp_path / "set", leave_out="s3://bucket/list.csv", progress=False)
+
+
+def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
+        with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
+            file.write(jpeg(number))
+    (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
+    options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
+    build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
+    assert set(read(tmp_path / "all")) == {"cat/\udcff.jpg", "cat/plain.jpg"}
+    for name in ("in", "all"):
+        build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]
+        assert set(read(tmp_path / f"of {name}")) == {"cat/plain.jpg"}

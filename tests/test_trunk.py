@@ -1,0 +1,76 @@
+"""The trunk knows no feature: `python tests/helpers/trunk_table.py` shows all measures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trunk_table
+
+from unicl_fast.objectives.registry import OBJECTIVES
+
+CHECKOUT = trunk_table.CHECKOUT
+
+
+def test_the_trunk_names_no_objective_and_no_optional_feature() -> None:
+    assert trunk_table.named_features() == []
+
+
+def test_functions_fit_a_screen_or_two() -> None:
+    assert trunk_table.long_functions(80) == []
+
+
+def test_the_trainer_is_put_together_from_few_parts() -> None:
+    lines, arguments = trunk_table.trainer_init()
+    assert lines <= 40
+    assert arguments <= 7
+    trainer = CHECKOUT / "unicl_fast" / "training" / "trainer.py"
+    assert len(trunk_table.imports_of(trainer)) <= 18
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    """Imports in functions and for types count."""
+    assert trunk_table.circles() == []
+
+
+def test_there_are_few_options() -> None:
+    count = sum(map(len, trunk_table.options().values()))
+    assert count <= 85, trunk_table.options()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["sigmoid", "supcon", "cross_entropy"])
+def test_without_an_objective_all_others_work(module: str, tmp_path: Path) -> None:
+    """Its file and its lines in the registry are deleted: nobody else knew of it."""
+    names = [name for name, where in OBJECTIVES.items() if where.startswith(f"{module}:")]
+    library = tmp_path / "lib"
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(library)]
+    subprocess.run(command, cwd=CHECKOUT, check=True, timeout=120)
+    objectives = library / "unicl_fast" / "objectives"
+    (objectives / f"{module}.py").unlink()
+    registry = objectives / "registry.py"
+    lines = registry.read_text(encoding="utf-8").splitlines(keepends=True)
+    registry.write_text("".join(line for line in lines if f'"{module}:' not in line), "utf-8")
+    tests = tmp_path / "tests"
+    shutil.copytree(CHECKOUT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(CHECKOUT / "pyproject.toml", tmp_path)
+    rooms = ["training/test_trainer.py", "training/test_step.py", "checkpoints/test_state.py",
+             "models/test_models.py", "test_config.py"]  # fmt: skip
+    # the tests' own list of objectives leaves out what is not there; "ce" is a part of many names
+    others = " and ".join(f"not {name if name != 'ce' else 'for_ce'}" for name in names)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rfE", "-k", others, "-m", "not slow and not gpu",
+         *(str(tests / room) for room in rooms)],
+        cwd=tmp_path,
+        env={"UNICL_TEST_DATA": str(CHECKOUT.parent / "shared" / "data"), **os.environ}
+        | {"PYTHONPATH": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert " passed" in run.stdout

@@ -1,0 +1,182 @@
+"""Micro-batches give the plain step's loss, gradients and runs; one of them at a time is alive."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import (
+    count_reductions,
+    first_gradients,
+    run_on_ranks,
+    write_gradients,
+    write_objective_gradients,
+)
+from small_runs import StepLoader, labelled_loader, objective_config, tiny_config
+
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.assembly import make_trainer
+
+
+@pytest.fixture(scope="module")
+def plain(images: torch.Tensor) -> tuple[float, dict]:
+    """Loss and gradients of one process without micro-batches."""
+    return first_gradients(images, Ranks(), tiny_config())
+
+
+def assert_equal_gradients(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    assert "logit_scale" in found
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-13, msg=name)
+        assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+
+
+# The batch holds 12 images and 5 distinct texts.
+@pytest.mark.parametrize(
+    ("micro_batch_size", "others"),
+    [
+        pytest.param(size, others, marks=pytest.mark.slow if others and size != 5 else ())
+        for size in (1, 4, 5, 11)
+        for others in (
+            {},
+            {"activation_checkpointing": True},
+        )
+    ],
+    ids=str,
+)
+def test_micro_batches_give_the_gradients_of_the_batch(
+    images: torch.Tensor, plain: tuple[float, dict], micro_batch_size: int, others: dict
+) -> None:
+    config = tiny_config(micro_batch_size=micro_batch_size, **others)
+    loss, gradients = first_gradients(images, Ranks(), config)
+    assert loss == pytest.approx(plain[0], rel=1e-13)
+    assert_equal_gradients(gradients, plain[1])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
+def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
+    images: torch.Tensor,
+    plain: tuple[float, dict],
+    tmp_path: Path,
+    world_size: int,
+    micro_batch_size: int,
+) -> None:
+    efficiency = {"micro_batch_size": micro_batch_size}
+    run_on_ranks(write_gradients, world_size, images, str(tmp_path), efficiency)
+    for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
+        assert loss == pytest.approx(plain[0], rel=1e-13)
+        assert_equal_gradients(gradients, plain[1])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_micro_batches_of_the_sigmoid_form(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    """Its bias has a gradient too, which every rank adds to once."""
+    plain = first_gradients(
+        images, Ranks(), objective_config("sigmoid"), labelled_loader(images, "sigmoid")
+    )
+    assert "logit_bias" in plain[1]
+    arguments = images, str(tmp_path), ["sigmoid"], {"micro_batch_size": 5}
+    if world_size == 1:
+        write_objective_gradients(Ranks(), *arguments)
+    else:
+        run_on_ranks(write_objective_gradients, world_size, *arguments)
+    for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
+        path = tmp_path / f"sigmoid-{form}{rank}.pt"
+        loss, gradients = torch.load(path, weights_only=True)
+        assert loss == pytest.approx(plain[0], rel=1e-13)
+        assert_equal_gradients(gradients, plain[1])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_gradients_are_reduced_once_a_step(images: torch.Tensor, tmp_path: Path) -> None:
+    """As many values go over the network as the model has parameters, whatever the micro-batch."""
+    run_on_ranks(count_reductions, 2, images, str(tmp_path))
+    for rank in range(2):
+        counts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert counts["reduced"] == [counts["parameters"]] * 3
+
+
+def train_three_steps(images: torch.Tensor, **efficiency: object) -> tuple[list[float], dict]:
+    trainer = make_trainer(tiny_config(steps=3, **efficiency), StepLoader(images), progress=False)
+    batches = trainer.loader.batches(0)
+    losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+    return losses, trainer.model.state_dict()
+
+
+def test_a_run_in_micro_batches_is_the_plain_run(images: torch.Tensor) -> None:
+    plain_losses, plain = train_three_steps(images)
+    losses, weights = train_three_steps(images, micro_batch_size=5)
+    assert losses == pytest.approx(plain_losses, rel=1e-10)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])
+def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
+    images: torch.Tensor, precision: str, tolerance: float
+) -> None:
+    """Against the plain step of the same precision: only the order of summation differs."""
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(precision=precision))
+    micro_loss, micro = first_gradients(
+        images, Ranks(), tiny_config(precision=precision, micro_batch_size=5)
+    )
+    assert micro_loss == pytest.approx(loss, rel=tolerance)
+    flat, flat_micro = (
+        torch.cat([gradient.flatten() for gradient in each.values()]) for each in (gradients, micro)
+    )
+    assert torch.linalg.vector_norm(flat_micro - flat) < tolerance * torch.linalg.vector_norm(flat)
+
+
+def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) -> None:
+    trainer = make_trainer(tiny_config(micro_batch_size=5), StepLoader(images), progress=False)
+    without_graph, with_graph = [], []
+    alive = 0
+
+    def watch(module: torch.nn.Module, inputs: tuple, features: torch.Tensor) -> None:
+        nonlocal alive
+        (without_graph, with_graph)[features.requires_grad].append(len(inputs[0]))
+        if features.requires_grad:
+            alive += len(features)
+            assert alive <= 5, "the graph of an earlier micro-batch has not been used yet"
+            features.register_hook(release)
+
+    def release(gradient: torch.Tensor) -> None:
+        nonlocal alive
+        alive -= len(gradient)
+
+    trainer.model.image_encoder.register_forward_hook(watch)
+    trainer.train_step(next(trainer.loader.batches(0)))
+    assert without_graph == with_graph == [5, 5, 2]
+    assert alive == 0
+
+
+def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
+    trainer = make_trainer(tiny_config(micro_batch_size=12), StepLoader(images), progress=False)
+    sizes = []
+    trainer.model.image_encoder.register_forward_hook(
+        lambda module, inputs, features: sizes.append(len(features))
+    )
+    trainer.train_step(next(trainer.loader.batches(0)))
+    assert sizes == [12]
+
+
+@pytest.mark.parametrize("image_encoder", ["unicl_convnet7_small", "test_resnet"])
+def test_batchnorm_is_refused(images: torch.Tensor, image_encoder: str) -> None:
+    config = tiny_config(image_encoder=image_encoder, micro_batch_size=4)
+    with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
+        make_trainer(config, StepLoader(images), progress=False)
+
+
+def test_a_negative_micro_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="micro_batch_size must be .* of at least 0, not -1"):
+        tiny_config(micro_batch_size=-1)

@@ -1,0 +1,259 @@
+"""Two to four ranks equal one process, and each efficiency switch leaves the result alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import (
+    count_work_of_the_loss,
+    first_gradients,
+    run_on_ranks,
+    train,
+    write_evaluated_buffers,
+    write_feature_gradients,
+    write_gradients,
+)
+from small_runs import StepLoader, global_batch, ragged_features, tiny_config
+
+from unicl_fast.batch import repeated_texts
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.precision import normalise_images
+from unicl_fast.models.unicl import build_model
+from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
+from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.metrics import read_metrics
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+)
+def test_ranks_give_the_loss_and_gradients_of_one_process(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    """Classes and numbers of distinct texts differ by rank; the last rank may have no label."""
+    shares = [global_batch(images, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share.texts.tokens) for share in shares}) > 1
+    if world_size > 2:
+        assert (shares[-1].targets.text_class_ids >= CAPTION_KEYS_START).all()
+    alone_loss, alone = first_gradients(images, Ranks(), tiny_config(loss="dense"))
+    run_on_ranks(write_gradients, world_size, images, str(tmp_path), {})
+    for written in [
+        f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(world_size)
+    ]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
+        assert loss == pytest.approx(alone_loss, rel=1e-13)
+        assert gradients.keys() == alone.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-13, msg=name)
+            assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
+    tmp_path: Path, world_size: int
+) -> None:
+    """Features instead of a model: one rank with a single text, one with distinct captions only."""
+    if world_size == 1:
+        write_feature_gradients(Ranks(), str(tmp_path))
+    else:
+        run_on_ranks(write_feature_gradients, world_size, str(tmp_path))
+    images, texts, text_index, class_ids = ragged_features()
+    log_scale, bias = (
+        torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for value in (math.log(40), -10.0)
+    )
+    inputs = [images.requires_grad_(), texts.requires_grad_(), log_scale, bias]
+    plain = images, texts[text_index], class_ids, log_scale.exp()
+    for name, alone in (
+        ("unicl", unified_contrastive_loss(*plain, form="dense")),
+        ("sigmoid", sigmoid_contrastive_loss(*plain, bias, form="dense")),
+    ):
+        learnt = inputs if name == "sigmoid" else inputs[:3]
+        gradients = torch.autograd.grad(alone, learnt, retain_graph=True)
+        for form in ("dense", "tiled"):
+            results = [
+                torch.load(tmp_path / f"{name}-{form}{rank}.pt", weights_only=True)
+                for rank in range(world_size)
+            ]
+            for loss, *_ in results:
+                assert loss == pytest.approx(alone.item(), rel=1e-13)
+            _, of_images, *of_all = zip(*results, strict=True)
+            found = [torch.cat(of_images), *(torch.stack(parts).sum(dim=0) for parts in of_all)]
+            for ours, expected in zip(found, gradients, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.dist
+def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> None:
+    """Rank r has 6 images and 3 + r texts, features of 4 numbers; texts are padded to 5."""
+    run_on_ranks(count_work_of_the_loss, 3, str(tmp_path))
+    most = 5
+    texts = 3 * most
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["forward"] == 2 * 6 * texts * 4
+        assert found["calls"] == {
+            "_all_gather": [texts * 4, texts * 2],  # features, classes and counts
+            "all_reduce": [1, texts, 3 * texts + 1],  # the most texts, maxima, sums
+            "_reduce_scatter": [most * 4],
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_path: Path) -> None:
+    config = tiny_config(steps=6)
+    make_trainer(config, StepLoader(images), run_folder=tmp_path / "one", progress=False).fit()
+    run_on_ranks(train, 2, images, str(tmp_path / "two"), 6)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [line["loss"] for line in two] == pytest.approx(
+        [line["loss"] for line in one], rel=1e-11
+    )
+    assert [line["grad_norm"] for line in two] == pytest.approx(
+        [line["grad_norm"] for line in one], rel=1e-9
+    )
+    assert not any(line["seconds/communication"] for line in one)
+    assert all(line["seconds/communication"] > 0 for line in two)
+    assert two[0]["seconds/checks"] > 0  # DDP's buckets are settled
+    assert two[-1]["images_per_second_per_device"] == two[-1]["images_per_second"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_resumed_ranks_equal_unbroken_ones(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    """From three on, the order of a sum over ranks depends on a weight's place in DDP's buckets."""
+    run_on_ranks(train, world_size, images, str(tmp_path / "unbroken"), 6)
+    middle = tmp_path / "unbroken" / "checkpoints" / "step-00000004"
+    run_on_ranks(train, world_size, images, str(tmp_path / "resumed"), 6, str(middle))
+    last = "checkpoints/step-00000006/model.safetensors"
+    unbroken = (tmp_path / "unbroken" / last).read_bytes()
+    assert (tmp_path / "resumed" / last).read_bytes() == unbroken
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    run_on_ranks(write_evaluated_buffers, 2, images, str(tmp_path))
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert any("running_mean" in name for name in one)
+    for name, buffer in one.items():
+        assert torch.equal(buffer, two[name]), name
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_a_training_step_is_the_public_function_on_its_features(
+    images: torch.Tensor, form: str
+) -> None:
+    """Loss and all gradients; texts are encoded at full length, one for each sample."""
+    config = tiny_config(loss=form)
+    loss, gradients = first_gradients(images, Ranks(), config)
+    batch = global_batch(images)
+    model = build_model(config).double().train()
+    model.set_drop_path_key(step=0, global_index=batch.global_index)
+    pixels = normalise_images(
+        batch.images, mean=config.data.mean, std=config.data.std, dtype=torch.float64
+    )
+    features = (
+        model.encode_image(pixels),
+        model.encode_text(batch.texts.tokens[batch.texts.index]),
+        batch.targets.class_ids,
+        model.logit_scale.exp(),
+    )
+    for plain in (unified_contrastive_loss(*features), reference_loss(*features)):
+        assert loss == pytest.approx(plain.item(), rel=1e-13)
+        model.zero_grad()
+        plain.backward(retain_graph=True)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name
+            )
+
+
+def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> tuple:
+    """Gradients of the first step; losses and weights of three."""
+    config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
+    gradients = first_gradients(images, Ranks(), config)[1]
+    trainer = make_trainer(config, StepLoader(images), progress=False)
+    batches = trainer.loader.batches(0)
+    losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+    return gradients, losses, trainer.model.state_dict()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "test_vit",
+        pytest.param("unicl_convnet7_small", marks=pytest.mark.slow),
+        pytest.param("test_resnet", marks=pytest.mark.slow),
+    ],
+    name="plain",
+)
+def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple[str, tuple]:
+    """The image encoder's name, and what it is after steps without any switch."""
+    return request.param, trained(images, request.param)
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"activation_checkpointing": True},
+        {"loss": "tiled"},
+    ],
+    ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
+)
+def test_efficiency_changes_nothing(
+    images: torch.Tensor, switch: dict[str, object], plain: tuple[str, tuple]
+) -> None:
+    """Loss and gradients of a step; weights and BatchNorm's running averages after three."""
+    image_encoder, (plain_gradients, plain_losses, plain_weights) = plain
+    gradients, losses, weights = trained(images, image_encoder, **switch)
+    assert losses == pytest.approx(plain_losses, rel=1e-10)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-8, atol=1e-12, msg=name)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, plain_weights[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 5])
+def test_distinct_texts_without_padding_equal_every_text_with_it(
+    images: torch.Tensor, micro_batch_size: int
+) -> None:
+    """Loss and gradients of a step."""
+    config = tiny_config(micro_batch_size=micro_batch_size)
+    loss, gradients = first_gradients(images, Ranks(), config)
+    plain_loss, plain = first_gradients(
+        images, Ranks(), config, StepLoader(images, change=repeated_texts)
+    )
+    assert loss == pytest.approx(plain_loss, rel=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
+def test_narrow_arithmetic_is_off_by_its_rounding_alone(
+    images: torch.Tensor, precision: str, tolerance: float
+) -> None:
+    """Loss to the type's resolution; gradients point the same way."""
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(precision="fp32"))
+    narrow_loss, narrow = first_gradients(images, Ranks(), tiny_config(precision=precision))
+    assert narrow_loss == pytest.approx(loss, rel=tolerance)
+    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    flat_narrow = torch.cat([gradient.flatten() for gradient in narrow.values()])
+    assert torch.nn.functional.cosine_similarity(flat, flat_narrow, dim=0) > 1 - 5 * tolerance
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
+    with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
+        Ranks(rank=0, world_size=4).local_batch_size(10)

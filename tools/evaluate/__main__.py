@@ -1,0 +1,60 @@
+"""`unicl-eval`: how good a trained model is, and its use on images.
+
+Reads the arguments, starts ranks, and ends with the exit code of what happened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import tyro
+
+from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
+from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
+from unicl_fast.system.program import begin_program
+
+from .options import COMMANDS, ModelCommand, RankedCommand
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 2 on wrong input."""
+    end_with_torchrun()
+    argv = begin_program() if argv is None else list(argv)
+    command: ModelCommand = tyro.extras.subcommand_cli_from_dict(
+        dict(COMMANDS),
+        args=argv,
+        prog="unicl-eval",
+        description="Evaluates or uses a trained model. unicl-eval COMMAND --help explains each; "
+        "docs/evaluation.md has the protocols.",
+    )
+    try:
+        check_current_folder()
+        choose_environment(command.device)
+        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
+        from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
+
+        command.check()
+        command = command.settled()
+        nproc = command.nproc if isinstance(command, RankedCommand) else 1
+        if nproc > 1 and "WORLD_SIZE" not in os.environ:
+            argv += ["--checkpoint", str(command.checkpoint)]
+            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
+        adopt_slurm_ranks()
+        keep_freed_memory()
+        run(command)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        stop("unicl-eval", error, code=2)
+    except (OSError, RuntimeError) as error:  # an image, a disk or a device that failed
+        stop("unicl-eval", explain(error), code=1)
+
+
+def run(command: ModelCommand) -> None:
+    """Runs a command on all ranks; rank 0 prints and writes."""
+    from . import protocols, using
+
+    {**protocols.RUNS, **using.RUNS}[type(command)](command)
+
+
+if __name__ == "__main__":
+    main()

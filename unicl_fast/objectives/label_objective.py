@@ -1,0 +1,88 @@
+"""Objectives that take labels: several for an image, and images that are mixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.objectives.operands import Classes
+from unicl_fast.system.checked_fields import FiniteNonNegative, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unicl_fast.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelObjective(Objective):
+    """Images of one class are alike, and an image may be of several."""
+
+    positives: Literal["text", "labels"] = "text"
+    """Classes of an image: text or labels. text takes the class of the text that it is shown with;
+    labels takes those of all its labels too, also of a caption."""
+    mixup: FiniteNonNegative = 0.0
+    """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
+    Beta(mixup, mixup)."""
+    cutmix: FiniteNonNegative = 0.0
+    """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are replaced.
+    With both each pair gets one of the two, with equal chance."""
+
+    def __post_init__(self) -> None:
+        Objective.__post_init__(self)
+        require(
+            self.positives == "text" or not self.mixes,
+            f"objective.positives={self.positives} cannot be used with objective.mixup or "
+            "objective.cutmix, which mix one label an image: take objective.positives=text, or "
+            "set both to 0",
+        )
+
+    @property
+    def takes_all_labels(self) -> bool:
+        """Whether all labels of an image count."""
+        return self.positives == "labels"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def check_local_batch(self, batch_size: int) -> None:
+        """Refuses an odd number of images on a rank, which would part the two of a pair."""
+        require(
+            not self.mixes or batch_size % 2 == 0,
+            "objective.mixup and objective.cutmix mix images two by two, and a rank has "
+            f"{batch_size} of them: make run.global_batch_size an even multiple of the number of "
+            "ranks",
+        )
+
+    def mix(
+        self,
+        images: Tensor,
+        classes: Classes,
+        batch: Batch,
+        *,
+        seed: int,
+        global_batch_size: int,
+    ) -> tuple[Tensor, Classes]:
+        """Mixes neighbours and their labels. Equal texts may differ then, one for each image."""
+        if not self.mixes:
+            return images, classes
+        import torch
+
+        from unicl_fast.objectives.mixup import draw_pairs, mix
+
+        draws = draw_pairs(
+            self.mixup,
+            self.cutmix,
+            seed=seed,
+            step=batch.step,
+            num_pairs=global_batch_size // 2,
+            image_size=images.shape[-1],
+        )
+        images, labels = mix(images, batch, draws)
+        if classes.texts is None:
+            return images, classes._replace(images=labels)
+        counts = torch.ones_like(batch.targets.class_ids)
+        return images, Classes(labels, labels, counts, rows=batch.texts.index)

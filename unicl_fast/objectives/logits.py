@@ -1,0 +1,31 @@
+"""A loss from logits that an objective has made itself, where the forms of `loss.py` do not fit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from unicl_fast.objectives.loss import loss_of_logits, positive_weights
+from unicl_fast.objectives.operands import Operands
+from unicl_fast.objectives.text_columns import all_reduce_over
+
+
+def positive_pairs(of: Operands) -> Tensor:
+    """The weight of each pair of an image and a text as positives: [b n] of the features' type.
+
+    It is 1 in one class and 0 otherwise; (Y Y^T)_ik where images or texts have several classes.
+    """
+    assert of.texts is not None
+    b, n, dtype = len(of.images), len(of.texts.features), of.images.dtype
+    return positive_weights(of.classes, of.texts.class_ids, b, n, dtype).to(dtype)
+
+
+def softmax_loss(logits: Tensor, pairs: Tensor, of: Operands) -> Tensor:
+    """UniCL's loss of this rank's logits [b n], completed over ranks: equal on all of them.
+
+    Each column is a text of any rank; `of.texts.counts` says how many samples have it, and padding
+    counts 0. `pairs` are the weights of positives [b n].
+    """
+    assert of.texts is not None
+    return loss_of_logits(
+        logits, pairs, text_counts=of.texts.counts, all_reduce=all_reduce_over(of.ranks)
+    )

@@ -1,0 +1,67 @@
+"""Operands of a loss: features, classes, and the parameters of the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:  # options are read before torch may be imported
+    from torch import Tensor
+
+    from unicl_fast.distributed.ranks import Ranks
+    from unicl_fast.objectives.positives import Membership
+
+LossForm = Literal["auto", "dense", "tiled", "triton"]
+
+
+class Encoded(NamedTuple):
+    """The features of a local batch."""
+
+    images: Tensor
+    """[b d], of unit norm unless the objective takes the encoder's own features."""
+    texts: Tensor | None
+    """[u d], of unit norm: this rank's distinct texts; None without texts. While a batch is
+    encoded, those of all ranks may take their place."""
+    learnt: Mapping[str, Tensor]
+    """The objective's own parameters, by name."""
+
+
+class Classes(NamedTuple):
+    """The classes of a local batch, by which the loss knows positives."""
+
+    images: Tensor | Membership
+    """The class of each image, int64 [b], or all its classes."""
+    texts: Tensor | Membership | None
+    """The class of each text, int64 [u]; None without texts."""
+    counts: Tensor | None
+    """int64 [u]: how many samples have each text; None without texts."""
+    rows: Tensor | None = None
+    """The encoded texts that are the texts here, int64; None takes them all."""
+
+
+class Columns(NamedTuple):
+    """The texts of all ranks, with which images are compared."""
+
+    features: Tensor
+    """[n d], of unit norm."""
+    class_ids: Tensor | Membership
+    """int64 [n], or all classes of each text."""
+    counts: Tensor
+    """int64 [n]: how many samples have each text; 0 for padding."""
+
+
+class Operands(NamedTuple):
+    """All that a loss is computed from, on one rank."""
+
+    images: Tensor
+    """Features of this rank's images [b d]."""
+    texts: Columns | None
+    """None without texts."""
+    classes: Tensor | Membership
+    """The class of each image, int64 [b], or all its classes."""
+    learnt: Mapping[str, Tensor]
+    """The objective's own parameters, by name."""
+    form: LossForm
+    """How the loss is computed, as in `loss.unified_contrastive_loss`."""
+    ranks: Ranks
+    """Other ranks have as many images of the same batch, and the same texts."""

@@ -1,0 +1,44 @@
+"""The objectives by name. A new one is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+OBJECTIVES = {
+    "unicl": "unicl:UniCLObjective",
+    "clip": "unicl:CLIPObjective",
+    "sigmoid": "sigmoid:SigmoidObjective",
+    "siglip": "sigmoid:SigLIPObjective",
+    "supcon": "supcon:SupConObjective",
+    "ce": "cross_entropy:CrossEntropyObjective",
+}
+"""File and class of each; the first is the default."""
+
+
+def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
+    """The class of an objective, a subclass of `objective.Objective`.
+
+    Raises:
+        ValueError: there is no objective of that name.
+    """
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, not {name!r}")
+    module, _, attribute = OBJECTIVES[name].partition(":")
+    found: type[Any] = getattr(import_module(f"{__package__}.{module}"), attribute)
+    return found
+
+
+def make_objective(name: str = next(iter(OBJECTIVES)), **options: Any) -> Any:
+    """An objective with its options, for example `make_objective("ce", mixup=0.8)`.
+
+    Raises:
+        TypeError: an option that it does not have.
+        ValueError: no such objective, or a value out of range.
+    """
+    return objective_class(name)(**options)
+
+
+def list_objectives() -> str:
+    """A line for each objective, for the help."""
+    return "\n".join(f"{name:10}{objective_class(name).about}" for name in OBJECTIVES)

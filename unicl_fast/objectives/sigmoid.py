@@ -1,0 +1,78 @@
+"""The sigmoid form of UniCL's and CLIP's objectives: each pair is a positive one or not.
+
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (SigLIP), arXiv 2303.15343.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from msgspec import Meta
+
+from unicl_fast.objectives.label_objective import LabelObjective
+from unicl_fast.objectives.operands import LossForm
+from unicl_fast.objectives.text_objective import PairObjective, TextObjective
+from unicl_fast.system.checked_fields import LARGEST_FLOAT
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from unicl_fast.objectives.operands import Operands
+
+_BIAS_INIT = -10.0
+"""SigLIP's: all pairs are taken for negatives at first, as nearly all of them are."""
+
+
+class _Sigmoid:
+    """A question for each pair of an image and a text."""
+
+    forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled")
+    logit_scale_init: float
+
+    def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
+        """The logarithm of the scale and the bias of the logits, [0-d] each."""
+        import torch
+
+        values = {"logit_scale": self.logit_scale_init, "logit_bias": _BIAS_INIT}
+        return {name: torch.nn.Parameter(torch.tensor(one)) for name, one in values.items()}
+
+    def loss(self, of: Operands) -> Tensor:
+        """The cross-entropy of all pairs of this rank's images and all texts."""
+        from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
+        from unicl_fast.objectives.positives import Membership
+        from unicl_fast.objectives.text_columns import all_reduce_over
+
+        assert of.texts is not None
+        return sigmoid_contrastive_loss(
+            of.images,
+            of.texts.features,
+            of.classes,
+            of.learnt["logit_scale"].exp(),
+            of.learnt["logit_bias"],
+            text_class_ids=of.texts.class_ids,
+            text_counts=of.texts.counts,
+            # texts have several classes where images are mixed, and nowhere else
+            cosines=isinstance(of.texts.class_ids, Membership),
+            form=of.form,
+            all_reduce=all_reduce_over(of.ranks),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidObjective(_Sigmoid, LabelObjective, TextObjective):
+    """UniCL's positives under the sigmoid form."""
+
+    name: str = "sigmoid"
+    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
+    about: ClassVar[str] = "unicl's positives, each pair for itself by a sigmoid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigLIPObjective(_Sigmoid, PairObjective):
+    """CLIP's positives under the sigmoid form."""
+
+    name: str = "siglip"
+    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
+    about: ClassVar[str] = "clip's positives, each pair for itself by a sigmoid (SigLIP)"

@@ -1,0 +1,61 @@
+"""Supervised contrastive learning: two views of each image against all others, by label.
+
+Khosla et al., arXiv 2004.11362, L_out with a fixed temperature. It is UniCL's loss with the images
+of all ranks in place of texts, without the pairs of a view with itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.system.checked_fields import Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unicl_fast.objectives.operands import Operands
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupConObjective(Objective):
+    """Views of images of one class are positives of each other."""
+
+    name: str = "supcon"
+    temperature: Positive = 0.1
+    """Divisor of the products of features."""
+
+    about: ClassVar[str] = "two views of each image against all others, by label (SupCon)"
+    uses_texts: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
+    num_views: ClassVar[int] = 2
+    evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = ""
+
+    def num_columns(self, *, num_images: int, num_texts: int) -> int:
+        """Each view is compared with all views."""
+        return 2 * num_images
+
+    def loss(self, of: Operands) -> Tensor:
+        """The loss of this rank's views [2b d], all first ones and then all second ones."""
+        from unicl_fast.distributed.ranks import gather_rows
+        from unicl_fast.objectives.loss import unified_contrastive_loss
+        from unicl_fast.objectives.positives import Membership
+        from unicl_fast.objectives.text_columns import all_reduce_over
+
+        assert not isinstance(of.classes, Membership)
+        view_ids = of.classes.repeat(2)
+        # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
+        shift = -of.ranks.rank * len(view_ids)
+        # every view is a row and a column, so one direction is the mean of both
+        return unified_contrastive_loss(
+            of.images,
+            gather_rows(of.images, of.ranks).roll(shift, 0),
+            view_ids,
+            1 / self.temperature,
+            text_class_ids=gather_rows(view_ids, of.ranks).roll(shift, 0),
+            exclude_self=True,
+            directions="i2t",
+            form=of.form,
+            all_reduce=all_reduce_over(of.ranks),
+        )

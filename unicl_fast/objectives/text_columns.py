@@ -1,0 +1,102 @@
+"""The texts of all ranks, which are the columns of a loss of images and texts.
+
+They are sent as soon as they are encoded, and arrive while images are encoded. Ranks have different
+numbers of texts, and pad them to the largest with texts of count 0: so all ranks send and compute
+the same shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unicl_fast.distributed.ranks import (
+    PendingMaximum,
+    Ranks,
+    RowsInFlight,
+    max_over_ranks,
+    sum_over_ranks,
+)
+from unicl_fast.objectives.loss import AllReduce, LogitStatistics, one_rank
+from unicl_fast.objectives.operands import Classes, Columns
+from unicl_fast.objectives.positives import Membership
+
+
+class TextColumns:
+    """This rank's texts on their way to all ranks, and theirs to this one."""
+
+    def __init__(self, classes: Classes, ranks: Ranks) -> None:
+        """Begins to find out how many texts each rank has; all ranks come here together.
+
+        A `Membership` of the texts must have the same number of entries on every rank.
+        """
+        assert classes.texts is not None
+        assert classes.counts is not None
+        self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
+        self._ranks = ranks
+        self._num_texts = PendingMaximum(len(self._counts), ranks)
+        self._features = RowsInFlight(ranks)
+        self._tables: list[tuple[RowsInFlight, Tensor]] = []
+
+    def send(self, text_features: Float[Tensor, "u d"]) -> Float[Tensor, "n d"]:
+        """Begins to send this rank's texts; those of all, which it returns, are for `receive`."""
+        if self._rows is not None:
+            text_features = text_features[self._rows]
+        if self._ranks.world_size == 1:
+            return text_features
+        num_texts = self._num_texts.wait()
+        gathered = self._features.send(text_features, num_rows=num_texts)
+        if isinstance(self._class_ids, Membership):
+            samples, labels, weights = self._class_ids
+            first = self._ranks.rank * num_texts  # samples are numbered as in the joined batch
+            self._send_table(torch.stack([samples + first, labels], dim=1), len(samples))
+            self._send_table(weights, len(samples))
+            self._send_table(self._counts, num_texts)
+        else:
+            self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
+        return gathered
+
+    def receive(self, text_features: Float[Tensor, "n d"]) -> Columns:
+        """Waits for what `send` returned, and for the classes and counts of those texts."""
+        class_ids, counts = self._receive_tables()
+        return Columns(self._features.receive(text_features), class_ids, counts)
+
+    def _send_table(self, rows: Tensor, num_rows: int) -> None:
+        in_flight = RowsInFlight(self._ranks)
+        self._tables.append((in_flight, in_flight.send(rows, num_rows=num_rows)))
+
+    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor]:
+        if self._ranks.world_size == 1:
+            return self._class_ids, self._counts
+        tables = [in_flight.receive(table) for in_flight, table in self._tables]
+        if isinstance(self._class_ids, Membership):
+            entries, weights, counts = tables
+            samples, labels = entries.T.contiguous()
+            return Membership(samples, labels, weights), counts
+        class_ids, counts = tables[0].T.contiguous()
+        return class_ids, counts
+
+
+def all_reduce_over(ranks: Ranks) -> AllReduce:
+    """Completes the loss's statistics over ranks that hold disjoint images and the same texts.
+
+    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1], with
+    the images' mean loss among them.
+    """
+    if ranks.world_size == 1:
+        return one_rank
+
+    def all_reduce(
+        columns: LogitStatistics | None, mean_loss: Tensor
+    ) -> tuple[LogitStatistics | None, Tensor]:
+        mean_loss = mean_loss / ranks.world_size
+        if columns is None:
+            return None, sum_over_ranks(mean_loss, ranks)
+        maximum = max_over_ranks(columns.log_sum_exp.detach(), ranks)
+        parts = (columns.log_sum_exp - maximum).exp(), columns.positive_sum, columns.positive_weight
+        sums = sum_over_ranks(torch.cat([*parts, mean_loss.reshape(1)]), ranks)
+        exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
+        return LogitStatistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]
+
+    return all_reduce

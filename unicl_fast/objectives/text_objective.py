@@ -1,0 +1,77 @@
+"""Objectives of images and texts: a learnt scale, and the texts of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from msgspec import Meta
+
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.system.checked_fields import LARGEST_FLOAT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from unicl_fast.batch import Targets
+    from unicl_fast.objectives.targets import ImageLabels, PromptLookup, TargetSteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextObjective(Objective):
+    """Images against the texts of all ranks; subclasses have the loss."""
+
+    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(
+        1 / 0.07
+    )
+    """Initial logarithm of the learnt scale of the logits. CLIP's is ln(1/0.07), SigLIP's ln 10;
+    the paper's code starts at 1.0."""
+    logit_scale_max: Annotated[float, Meta(ge=-LARGEST_FLOAT)] = math.log(100)
+    """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
+
+    def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
+        """The logarithm of the scale, [0-d]."""
+        import torch
+
+        return {"logit_scale": torch.nn.Parameter(torch.tensor(self.logit_scale_init))}
+
+    def limit(self, learnt: Mapping[str, Tensor]) -> None:
+        """Keeps the scale at or below its maximum."""
+        learnt["logit_scale"].clamp_(max=self.logit_scale_max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairObjective(TextObjective):
+    """Only equal texts are of the same class: labels are ignored."""
+
+    def map_targets(
+        self,
+        rows: NDArray[np.uint16],
+        labels: NDArray[np.int64],
+        prompts: PromptLookup | None,
+        *,
+        size: int,
+        all_labels: Callable[[], ImageLabels],
+    ) -> TargetSteps:
+        """Gives each distinct text a class of its own."""
+        import numpy as np
+
+        from unicl_fast.objectives.targets import map_steps
+
+        return map_steps(rows, np.full_like(labels, -1), None, size=size)
+
+    def check_targets(self, targets: Targets) -> None:
+        """Refuses texts with labels: the loss would take those of one class for positives."""
+        from unicl_fast.objectives.targets import CAPTION_KEYS_START
+
+        super().check_targets(targets)
+        if (targets.text_class_ids < CAPTION_KEYS_START).any():
+            raise ValueError(
+                f"objective.name={self.name}: the loader's samples have classes, and the loss "
+                "would take those of one class for positives of each other: make batches with "
+                "labels of -1 and without prompts, or choose an objective that takes labels"
+            )

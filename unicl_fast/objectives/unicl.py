@@ -1,0 +1,53 @@
+"""UniCL, and CLIP as the same loss with a class for each text.
+
+UniCL: Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022. CLIP:
+Radford et al., arXiv 2103.00020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from unicl_fast.objectives.label_objective import LabelObjective
+from unicl_fast.objectives.text_objective import PairObjective, TextObjective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unicl_fast.objectives.operands import Operands
+
+
+class _Softmax:
+    def loss(self, of: Operands) -> Tensor:
+        """Equations 2 and 3 of the paper, over the images and texts of all ranks."""
+        from unicl_fast.objectives.loss import unified_contrastive_loss
+        from unicl_fast.objectives.text_columns import all_reduce_over
+
+        assert of.texts is not None
+        return unified_contrastive_loss(
+            of.images,
+            of.texts.features,
+            of.classes,
+            of.learnt["logit_scale"].exp(),
+            text_class_ids=of.texts.class_ids,
+            text_counts=of.texts.counts,
+            form=of.form,
+            all_reduce=all_reduce_over(of.ranks),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniCLObjective(_Softmax, LabelObjective, TextObjective):
+    """Images and texts of one class are positives of each other."""
+
+    name: str = "unicl"
+    about: ClassVar[str] = "images and texts of one class are positives (UniCL)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPObjective(_Softmax, PairObjective):
+    """An image and its own text, and equal ones, are positives of each other."""
+
+    name: str = "clip"
+    about: ClassVar[str] = "an image and its own text are positives; labels are ignored (CLIP)"

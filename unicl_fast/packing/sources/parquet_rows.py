@@ -1,0 +1,289 @@
+"""Reads Parquet files with pyarrow, and writes out their rows and images.
+
+`convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
+offsets and pyarrow is C++. It reads one file once, in order: texts and offsets go to a file of JSON
+lines, images, which are compressed or split into pages, to a file of images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, open_regular
+from unicl_fast.packing.sources.rows import (
+    FAILED_DOWNLOADS,
+    LEFT_OUT,
+    Columns,
+    ListOptions,
+    TableResult,
+    TableTask,
+    choose_columns,
+    meets,
+    too_low,
+)
+
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
+    *("file", "path", "file_name", "filename", "filepath", "image_path"),
+)
+CAPTION_COLUMNS = (("caption", "captions"), ("text", "texts"), ("sentence", "sentences"))
+"""The first group of which there is a column."""
+LABEL_COLUMNS = (("label", "labels"), ("fine_label",), ("class", "cls"))
+_USUAL: dict[str, Sequence[Sequence[str]]] = {
+    "image": [(name,) for name in IMAGE_COLUMNS],
+    "caption": CAPTION_COLUMNS,
+    "label": LABEL_COLUMNS,
+}
+ADDRESS_COLUMNS = ("url", "image_url")
+_IMG2DATASET = {"key", "status", "error_message"}
+
+_BATCH_BYTES = 16_000_000
+_MAX_BATCH_ROWS = 1024
+
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
+_BROKEN = (pa.ArrowException, OSError, ValueError)
+"""The errors that pyarrow raises at files that are broken."""
+
+
+def convert(task: TableTask) -> TableResult:
+    """Reads one file; a ValueError says what columns it lacks."""
+    with open_regular(task.path) as file:
+        if not file.read(1):
+            return TableResult(damaged=[(0, -1, "the file is empty")])
+    try:
+        table = _ParquetTable(task.path)
+        header = list(table.schema.names)  # which need not be UTF-8
+    except _BROKEN as error:
+        return TableResult(damaged=[(0, -1, _reason(error))])
+    columns = _choose_columns(task.path, header, task.options)
+    names = _class_names(table.schema, columns.labels)
+    result = TableResult(labels_are_names=all(label in names for label in columns.labels))
+    conditions, scores = task.options.conditions(), task.options.scores()
+    others = [column for column, _ in [*conditions, *scores]]
+    if set(header) >= _IMG2DATASET:
+        others.append("status")
+    wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
+    with (
+        open(task.rows_file, "w", encoding="ascii") as rows,
+        open(task.images_file, "wb") as images,
+    ):
+        writer = _RowWriter(columns, others, names, conditions, scores, rows, images)
+        for first, batch in table.batches(wanted, result.damaged):
+            try:
+                writer.write(first, batch)
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                result.damaged.append((first, first + batch.num_rows, _reason(error)))
+            except ValueError as error:
+                raise ValueError(f"{task.path}: {error}") from error
+            images.flush()
+            rows.flush()  # so that complete lines can be taken if this process is to die
+    result.passed_over = dict(writer.passed_over)
+    return result
+
+
+def _reason(error: Exception) -> str:
+    """Returns the error as a sentence, unless it is want of memory, which ends this process."""
+    if isinstance(error, MemoryError):
+        raise error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _choose_columns(path: str, header: list[str], options: ListOptions) -> Columns:
+    """Finds the columns to read; usual names count in any case, as in LAION's TEXT."""
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path} has several columns of one name: {header}")
+
+    def find(what: str) -> tuple[str, ...]:
+        for group in _USUAL[what]:
+            if found := tuple(name for name in header if name.lower() in group):
+                return found
+        return ()
+
+    no_image = (
+        f"{path} has no column with images or their paths of a usual name "
+        f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by --image-column. "
+        f"It has {header}"
+    )
+    if any(name.lower() in ADDRESS_COLUMNS for name in header):
+        no_image = (
+            f"{path} has addresses of images but no images. Fetch them with img2dataset "
+            "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
+            "...) and build from the folder that it makes"
+        )
+    return choose_columns(path, header, options, find, no_image=no_image)
+
+
+def _class_names(schema: pa.Schema, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the class names of columns of labels, by Hugging Face's description of them."""
+    try:
+        found = dict(json.loads(schema.metadata[b"huggingface"])["info"]["features"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}  # absent, or of a kind that says nothing of names
+    return {label: names for label in labels if (names := _names_of(found.get(label)))}
+
+
+def _names_of(feature: Any) -> tuple[str, ...]:
+    """Returns the names of a ClassLabel, or of a list of them."""
+    for _ in range(3):
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        elif isinstance(feature, dict) and "feature" in feature:
+            feature = feature["feature"]
+    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+        names = feature.get("names")
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return ()
+
+
+class _ParquetTable:
+    """A Parquet file, read page by page and not by row groups, which may be the whole file."""
+
+    def __init__(self, path: str) -> None:
+        self._file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        self.schema: pa.Schema = self._file.schema_arrow
+
+    def batches(
+        self, columns: list[str], damaged: list[tuple[int, int, str]]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yields batches with the number of their first row.
+
+        Of a row group that breaks, the rest is damaged.
+        """
+        first = 0
+        for number in range(self._file.num_row_groups):
+            group = self._file.metadata.row_group(number)
+            end = first + group.num_rows
+            at, trouble = first, "it holds fewer rows than it declares"
+            row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+            size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+            try:
+                for batch in self._file.iter_batches(size, [number], columns, use_threads=False):
+                    yield at, batch
+                    at += batch.num_rows
+            except _BROKEN as error:
+                trouble = _reason(error)
+            if at < end:
+                damaged.append((at, end, trouble))
+            first = end
+
+
+@dataclass(slots=True)
+class _RowWriter:
+    """Writes batches as rows."""
+
+    columns: Columns
+    others: Sequence[str]
+    """The columns of `conditions` and `scores`, and img2dataset's `status`."""
+    names: dict[str, tuple[str, ...]]
+    conditions: Sequence[tuple[str, str]]
+    scores: Sequence[tuple[str, float]]
+    rows: TextIO
+    images: BinaryIO
+    num_written: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+    def write(self, first: int, batch: pa.RecordBatch) -> None:
+        """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
+        if batch.num_rows == 0:
+            return
+        lines: list[str] = []
+        passed_over: Counter[str] = Counter()
+        columns = self.columns
+        names = dict.fromkeys((*columns.captions, *columns.labels, *self.others))
+        fields = {name: batch.column(name).to_pylist() for name in names}
+        images = _Images(batch.column(self.columns.image))
+        for number in range(batch.num_rows):
+            row = {name: values[number] for name, values in fields.items()}
+            if "status" in row and row["status"] not in (None, "success"):
+                passed_over[FAILED_DOWNLOADS] += 1
+                continue
+            if not meets(row, self.conditions):
+                passed_over[LEFT_OUT] += 1
+                continue
+            low = too_low(row, self.scores)
+            found = self._texts_of(row) if low is None else {"problem": [low.kind, low.message]}
+            if "problem" not in found:  # the image of a bad row would be copied for nothing
+                found |= self._image(images, number)
+            lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
+        self.rows.writelines(lines)
+        self.passed_over += passed_over
+
+    def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the row's texts, with names for numbers; or its problem."""
+        labels: list[Any] = []
+        for column in self.columns.labels:
+            names = self.names.get(column, ())
+            for value in _as_list(row[column]):
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                if names and is_number and not -1 <= value < len(names):
+                    message = f"{column} {value}, where there are {len(names)} class names"
+                    return {"problem": ["bad row", message]}
+                labels.append(names[value] if names and is_number and value >= 0 else value)
+        captions = [text for column in self.columns.captions for text in _as_list(row[column])]
+        return {"captions": captions, "labels": labels}
+
+    def _image(self, images: _Images, number: int) -> dict[str, Any]:
+        """Copies the image and returns where it is; or its path, or its problem."""
+        buffer = images.bytes_at(number)
+        if buffer is None:
+            path = images.path_at(number)
+            return {"path": path} if path else {"problem": ["missing", "no image in the row"]}
+        if buffer.size > MAX_FILE_BYTES:
+            return {"problem": ["too large", f"an image of {buffer.size:,} bytes"]}
+        offset = self.num_written
+        self.num_written += self.images.write(buffer)
+        return {"offset": offset, "size": buffer.size}
+
+
+class _Images:
+    """A column of images: bytes, paths, or Hugging Face's structs of both."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self._paths: pa.Array | None = None
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pa.types.is_struct(column.type):
+            names = [column.type.field(number).name for number in range(column.type.num_fields)]
+            # `flatten` leaves no bytes in rows that are null
+            parts = dict(zip(names, column.flatten(), strict=True))
+            self._paths, values = parts.get("path"), parts.get("bytes")
+            is_image = "bytes" in parts or "path" in parts
+        elif column.type in (pa.string(), pa.large_string(), pa.string_view()):
+            self._paths, values, is_image = column, None, True
+        else:
+            values, is_image = column, _is_bytes(column.type)
+        if not is_image:
+            raise ValueError(
+                f"the column of images is of type {column.type}; expected bytes, paths, or a "
+                "struct of `bytes` and `path`"
+            )
+        self._values = values if values is not None and _is_bytes(values.type) else None
+
+    def bytes_at(self, number: int) -> pa.Buffer | None:
+        if self._values is None or not (value := self._values[number]).is_valid:
+            return None
+        return value.as_buffer()
+
+    def path_at(self, number: int) -> str | None:
+        return None if self._paths is None else self._paths[number].as_py()
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return kind in _BYTES or bool(pa.types.is_fixed_size_binary(kind))
+
+
+def _other_type(value: Any) -> dict[str, str]:
+    """Encodes dates, bytes and the like, none of which can be a caption or label."""
+    return {type(value).__name__: repr(value)[:100]}

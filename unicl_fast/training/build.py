@@ -1,0 +1,317 @@
+"""The parts of a run from its data: loader, ledger, evaluations, trainer.
+
+What builds the loader, what evaluates a model and what reads its first weights are arguments, so
+that this room needs neither DALI nor the protocols of evaluation, nor the formats of others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.load import read_state
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
+from unicl_fast.dataset.feature_files import FeatureFile
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
+from unicl_fast.ledger.writer import Ledger
+from unicl_fast.models.sharding import check_sharding
+from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.system.machine import free_memory
+from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.training.agreement import check_ranks_agree, describe_rank
+from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.data import (
+    build_prompts,
+    cache_options,
+    check_tokenizer,
+    describe_datasets,
+    distinct_names,
+    longest_text,
+    open_datasets,
+    rows_of_class_names,
+)
+from unicl_fast.training.figures import draw_contact_sheet, drawing
+from unicl_fast.training.memory_plan import check_memory, check_sizes
+from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.settle import settle
+from unicl_fast.training.stages import PlannedLoader, StagedLoader
+from unicl_fast.training.stored_features import check_stored_features, stored_features
+from unicl_fast.training.trainer import Evaluation, Trainer
+
+BuildLoader = Callable[..., PlannedLoader]
+"""Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+Evaluate = Callable[..., Mapping[str, float]]
+"""Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
+and ranks."""
+Initialise = Callable[[UniCL, Ranks], None]
+"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
+together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunData:
+    """The data of a run, opened on this rank."""
+
+    config: TrainConfig
+    """With what it takes from the data: the length of the run, the number of classes."""
+    datasets: list[PackedDataset]
+    weights: list[float] | None
+    description: dict[str, Any]
+    """As checkpoints store it, to know the data again."""
+    prompts: ClassPrompts
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    build_loader: BuildLoader,
+    evaluate: Evaluate,
+    initialise: Initialise | None = None,
+    ranks: Ranks,
+    device: torch.device,
+    keeps_ledger: bool = False,
+    check_run_folder: Callable[[], None] | None = None,
+    checkpoint: Path | None = None,
+    encodes_features: bool = True,
+    progress: bool = True,
+) -> Trainer:
+    """Opens the data, checks that it suits the model, and puts the trainer together.
+
+    Settings that are left open are settled for all ranks. Without `initialise` the weights are
+    fresh; with a `checkpoint` the trainer resumes from it. Without `encodes_features` those of
+    efficiency.image_features are neither looked for nor encoded. The other arguments are those of
+    `run.pretrain` and of `make_trainer`. Raises as `pretrain` does.
+    """
+    given = config
+    stored = None if checkpoint is None else read_state(checkpoint, ranks).config
+    data = _open_data(given, device, ranks, stored)
+    config = data.config
+    mark("planning memory", patience=START_PATIENCE)
+    _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
+    model = build_model(config)
+    if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
+        mark("reading the initial weights", patience=START_PATIENCE)
+        initialise(model, ranks)
+    mark("opening the data and building the model", patience=START_PATIENCE)
+    build = functools.partial(
+        build_loader,
+        datasets=data.datasets,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        quarantine=run_folder / QUARANTINE_NAME,
+    )
+    loader = _build_stages(data, functools.partial(build, weights=data.weights))
+    sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
+    trainer = make_trainer(
+        config,
+        _DrawsFirstBatch(loader, sheet),
+        given=given,
+        run_folder=run_folder,
+        model=model,
+        ranks=ranks,
+        device=device,
+        evaluations=_build_evaluations(data, ranks, evaluate),
+        data=data.description,
+        dataset_meter=DatasetMeter(
+            distinct_names([dataset.location for dataset in data.datasets], may_repeat=True),
+            epochs=loader.plan.epochs,
+            datasets=data.datasets,
+        ),
+        ledger=_build_ledger(run_folder, data, loader.plan, ranks) if keeps_ledger else None,
+        reading=loader.reading,
+        check_run_folder=check_run_folder,
+        progress=progress,
+    )
+    if checkpoint is not None:
+        mark("reading the checkpoint", patience=START_PATIENCE)
+        with refused_together(ranks):
+            trainer.resume(checkpoint)
+    if config.efficiency.image_features and encodes_features:
+        loader.feed_features(_stored_features(trainer, data, build, sheet))
+    return trainer
+
+
+def _stored_features(
+    trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: Path | None
+) -> list[FeatureFile]:
+    """Features of a frozen encoder, for images as the last stage shows them."""
+    last = data.config.settings_of_stages[-1]
+    in_order = dataclasses.replace(last, data=dataclasses.replace(last.data, shuffle_window=0))
+    return stored_features(
+        trainer.model,
+        data.datasets,
+        build_loader=lambda: _DrawsFirstBatch(
+            build(in_order, prompts=data.prompts, weights=None), sheet
+        ),
+        ranks=trainer.ranks,
+        device=trainer.device,
+    )
+
+
+def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:
+    """Opens the data and refuses what the model cannot take."""
+    check_sharding(config.efficiency, optimizer=config.optim.name)
+    datasets, weights = open_datasets(config.data)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+    check_stored_features(config, datasets)
+    return datasets, weights
+
+
+def _open_data(
+    config: TrainConfig, device: torch.device, ranks: Ranks, stored: TrainConfig | None
+) -> RunData:
+    """Opens the data on all ranks, and settles the config."""
+    datasets, weights = open_checked(config)
+    config = settle(config, device=device, ranks=ranks, datasets=datasets, stored=stored)
+    description = describe_datasets(datasets, weights)
+    if ranks.world_size > 1:
+        mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
+        with refused_together(ranks):
+            check_ranks_agree(describe_rank(config_to_dict(config), description), ranks)
+        mark("opening the data and building the model", patience=START_PATIENCE)
+    return RunData(
+        config=config,
+        datasets=datasets,
+        weights=weights,
+        description=description,
+        prompts=build_prompts(datasets, config),
+    )
+
+
+def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks) -> Ledger:
+    # others may have them in folders of other names
+    names = from_rank_0([dataset.folder.name for dataset in data.datasets], ranks)
+    return Ledger(
+        run_folder / LEDGER_FOLDER,
+        sources=[
+            LedgerSource(name, len(dataset))
+            for name, dataset in zip(names, data.datasets, strict=True)
+        ],
+        global_batch_size=plan.global_batch_size,
+        spans=data.config.run.spans,
+        seed=plan.seed,
+        shares=plan.weights,
+        shuffle_window=plan.shuffle_window,
+        shuffle_groups=plan.shuffle_groups,
+        ranks=ranks,
+    )
+
+
+def _check_memory_of_stages(
+    config: TrainConfig, longest: int, ranks: Ranks, device: torch.device
+) -> None:
+    """Refuses sizes that the encoder cannot take, and stages that cannot fit, on all ranks."""
+    free = min(gather_integers(free_memory(device), ranks))
+    with refused_together(ranks):
+        if config.run.stages:
+            check_sizes(config, device.type)
+        for number, stage in enumerate(config.settings_of_stages):
+            check_memory(
+                stage,
+                ranks=ranks,
+                device=device,
+                longest_text=longest,
+                free_bytes=free,
+                stage=number if config.run.stages else None,
+            )
+
+
+def _build_stages(data: RunData, build: Callable[..., PlannedLoader]) -> PlannedLoader:
+    """Builds the run's loader, or one for each of its stages."""
+    config = data.config
+    if not config.run.stages:
+        return build(config, prompts=data.prompts)
+    by_length = {config.model.context_length: data.prompts}
+    loaders: list[PlannedLoader] = []
+    for number, stage in enumerate(config.settings_of_stages):
+        if (length := stage.model.context_length) not in by_length:
+            by_length[length] = build_prompts(data.datasets, stage)
+        of_stage = {"spans": config.run.spans, "stage": number}
+        loaders.append(build(stage, prompts=by_length[length], **of_stage))
+    return StagedLoader(loaders, config.run.spans)
+
+
+class _DrawsFirstBatch:
+    """A loader that draws the first batch of the run, which shows what the model really gets.
+
+    It draws nothing where there is no path.
+    """
+
+    def __init__(self, loader: PlannedLoader, path: Path | None) -> None:
+        self._loader, self._path = loader, path
+        self.plan = loader.plan
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for batch in self._loader.batches(start_step):
+            is_images = batch.images.ndim == 4  # features are nothing to look at
+            if self._path is not None and batch.step == 0 and is_images:
+                with drawing(self._path):
+                    draw_contact_sheet(batch, self._path)
+            yield batch
+            del batch  # before the next one is requested
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
+    """Opens `data.evaluate`; ValueError where a data set has nothing that could be evaluated."""
+    objective = config.objective
+    if config.data.evaluate and not objective.evaluation:
+        raise ValueError(
+            f"data.evaluate: a model trained with objective.name={objective.name} knows neither "
+            "texts nor classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
+        )
+    datasets = [PackedDataset(each, cache=cache_options(config.data))
+                for each in config.data.evaluate]  # fmt: skip
+    for dataset in datasets:
+        if not dataset.manifest.class_names and not objective.uses_texts:
+            raise ValueError(
+                f"data.evaluate: {dataset.location} has no labels, and a model trained with "
+                f"objective.name={objective.name} knows no texts: name data sets with labels"
+            )
+    return datasets
+
+
+def evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
+    """The names of `data.evaluate` in metrics; ValueError where one is there twice."""
+    kinds = [
+        config.objective.evaluation if one.manifest.class_names else "retrieval" for one in datasets
+    ]
+    try:
+        names = distinct_names(config.data.evaluate)
+    except ValueError as error:
+        raise ValueError(f"data.evaluate: {error}") from error
+    return [f"{kind}/{name}" for kind, name in zip(kinds, names, strict=True)]
+
+
+def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[str, Evaluation]:
+    config = data.config
+    evaluations: dict[str, Evaluation] = {}
+    with refused_together(ranks):
+        datasets = open_evaluated(config)
+        names = evaluation_names(config, datasets)
+    names = from_rank_0(names, ranks)  # others would have other names for links to other folders
+    for dataset, name in zip(datasets, names, strict=True):
+        rows = None
+        if config.objective.evaluation == "accuracy":
+            names_of_classes = dataset.manifest.class_names
+            rows = rows_of_class_names(data.datasets, names_of_classes, prompts=data.prompts)
+        evaluations[name] = functools.partial(
+            evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks
+        )
+    return evaluations

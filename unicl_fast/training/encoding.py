@@ -1,0 +1,137 @@
+"""A local batch on its way into the encoders: images, texts, classes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unicl_fast.batch import Batch, Texts
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.compilation import pad_texts, round_up_length, rounds_sizes
+from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.models.sharding import divides_all
+from unicl_fast.objectives.operands import Classes, Encoded
+from unicl_fast.objectives.positives import Membership
+from unicl_fast.training.step_clock import Part
+
+Encode = Callable[..., Encoded]
+"""The model, or its DDP wrapper. Called with images and, if there are texts, their tokens, the
+number of tokens that are not padding, and the function that sends text features to other ranks."""
+Send = Callable[[Tensor], Tensor]
+Begin = Callable[[Part], None]
+"""Counts the time from now on as a part of the step."""
+
+
+class Encoding(Protocol):
+    """A local batch that is encoded, and back-propagated through what was encoded."""
+
+    classes: Classes
+
+    def encode(self, send: Send | None) -> Encoded:
+        """Encodes texts, which `send` sends to other ranks, and images."""
+        ...
+
+    def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
+        """Adds the gradient of the loss to the parameters' `.grad`."""
+        ...
+
+
+class WholeBatch:
+    """A local batch that goes through the encoders at once."""
+
+    def __init__(self, encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> None:
+        """Prepares images and texts; mixes images if the objective does."""
+        self._encode = encode
+        self._autocast = encoder_autocast(config, ranks, batch.images.device.type)
+        self._texts: tuple[Tensor, int | None] | None = None
+        texts = counts = None
+        if config.objective.uses_texts:
+            tokens, num_tokens, texts, counts = texts_to_encode(
+                batch.texts, batch.targets.text_class_ids, config
+            )
+            self._texts = tokens, num_tokens
+        self._images, self.classes = config.objective.mix(
+            encoder_input(shown_images(batch), config),
+            Classes(classes_of_images(batch), texts, counts),
+            batch,
+            seed=config.run.seed,
+            global_batch_size=config.run.global_batch_size,
+        )
+
+    def encode(self, send: Send | None) -> Encoded:
+        """Encodes the batch with a graph."""
+        with self._autocast:
+            if self._texts is None:
+                return self._encode(self._images)
+            tokens, num_tokens = self._texts
+            return self._encode(self._images, tokens, num_tokens, send)
+
+    def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
+        """Goes back through the graph."""
+        scaled_loss.backward()
+
+
+def encoder_autocast(
+    config: TrainConfig, ranks: Ranks, device_type: str
+) -> contextlib.AbstractContextManager[object]:
+    """The context in which encoders run in training."""
+    # where ranks divide the blocks, the cache would keep a whole copy in 16 bits of every block
+    # until the end of the forward pass
+    cache_enabled = not divides_all(config.efficiency, ranks)
+    return Precision(config.efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
+
+
+def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
+    """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w].
+
+    Stored features [b w] stay as they are.
+    """
+    if images.ndim == 2:
+        return images
+    dtype = Precision(config.efficiency.precision).compute_type
+    return normalise_images(images, mean=config.data.mean, std=config.data.std, dtype=dtype)
+
+
+def shown_images(batch: Batch) -> Tensor:
+    """uint8 [b h w c], or [2b h w c] where there are two views: all first ones, then the others."""
+    if batch.second_images is None:
+        return batch.images
+    return torch.cat([batch.images, batch.second_images])
+
+
+def shown_indices(batch: Batch, *, global_batch_size: int) -> Tensor:
+    """Global index of each of `shown_images`; second views come after all first views."""
+    if batch.second_images is None:
+        return batch.global_index
+    return torch.cat([batch.global_index, batch.global_index + global_batch_size])
+
+
+def classes_of_images(batch: Batch) -> Tensor | Membership:
+    """The class of each image, int64 [b], or all its classes where it has several.
+
+    Texts keep the one class that they have, so other ranks need to know nothing more.
+    """
+    if batch.targets.image_classes is None:
+        return batch.targets.class_ids
+    samples, labels = batch.targets.image_classes
+    return Membership(samples, labels, torch.ones_like(labels, dtype=torch.float64))
+
+
+def texts_to_encode(
+    texts: Texts, class_ids: Tensor, config: TrainConfig
+) -> tuple[Tensor, int | None, Tensor, Tensor]:
+    """Cuts off the padding that no text needs, and counts tokens, so that none is computed.
+
+    Returns:
+        Token rows [u l]; the number of their tokens that are not padding; class ids [u] and counts
+        [u] of the texts. `rounds_sizes` says where sizes are rounded up.
+    """
+    rounds, longest = rounds_sizes(config.efficiency, texts.tokens.device), int(texts.lengths.max())
+    tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
+    found = tokens, int(texts.lengths.sum()), class_ids, texts.counts
+    return pad_texts(*found) if rounds else found

@@ -1,0 +1,286 @@
+"""Observers of a run: lines of metrics, the ledger, checkpoints, agreement of ranks.
+
+Those that end a run, for bad steps and bad samples, are in `limits.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from unicl_fast.batch import Batch, ReadingTime
+from unicl_fast.checkpoints.files import choose_best_metric
+from unicl_fast.checkpoints.state import collect_tensors, describe_state
+from unicl_fast.checkpoints.writer import CheckpointWriter
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.ledger.writer import Ledger
+from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.training.agreement import check_weights_agree
+from unicl_fast.training.bottleneck import BottleneckWatch
+from unicl_fast.training.metrics import METRICS_NAME, DatasetMeter, MetricsWriter, read_metrics
+from unicl_fast.training.mfu import Utilisation
+from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
+from unicl_fast.training.trackers import Trackers, require_trackers
+from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_EVERY = 1000
+"""Steps between comparisons of the weights' bits over ranks."""
+
+
+class RunLog(Observer):
+    """metrics.jsonl, the trackers, the progress bar, and what limits the run; on rank 0."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path | None,
+        *,
+        given: TrainConfig,
+        ranks: Ranks,
+        reading: ReadingTime | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Opens nothing yet.
+
+        Args:
+            config: the run's, as `settle` has left it.
+            folder: the run folder; None writes nothing.
+            given: the config before it was settled, for trackers.
+            ranks: the ranks of the run.
+            reading: how long the loader waits for storage, where it says so.
+            progress: show a progress bar.
+        """
+        if folder is not None:
+            require_trackers(config.run.trackers)
+        self._folder = folder if ranks.is_main else None
+        self._is_main, self._given, self._reading = ranks.is_main, given, reading
+        self._shows_progress = progress and ranks.is_main
+        self._metrics: MetricsWriter | None = None
+        self._bar: ProgressBar | None = None
+        self._watch: BottleneckWatch | None = None
+        self._utilisation: tuple[object, Utilisation] | None = None
+        self._results: set[str] | None = None
+        self._last_line = 0
+        """The step of the last line."""
+
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Opens the file and the trackers; lines of later steps are of a run that was cut off."""
+        self._last_line = run.step
+        with contextlib.ExitStack() as stack:
+            if self._folder is not None:
+                self._open(run, self._folder)
+                stack.callback(self._close)
+            self._bar = stack.enter_context(
+                progress_bar(done=run.step, total=run.total_steps, hidden=not self._shows_progress)
+            )
+            self._watch = BottleneckWatch(
+                run.config.data,
+                ranks=run.ranks,
+                on_gpu=run.device.type == "cuda",
+                reading=self._reading,
+            )
+            yield
+
+    def _open(self, run: Trainer, folder: Path) -> None:
+        make_folder(folder)
+        lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
+        self._results = {key for line in lines if line["step"] == run.step for key in line}
+        trackers = Trackers(
+            run.config.run.trackers,
+            folder,
+            run_id=run.run_id,
+            config=config_to_dict(self._given),
+            start_step=run.step,
+            lines=lines,
+        )
+        self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
+
+    def _close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+        self._metrics = None
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Writes and shows the line, with the device's utilisation."""
+        if not self._is_main:
+            return
+        if self._metrics is not None:
+            if run.step - run.compiled_from > COMPILING_STEPS:
+                run.begin("checks")
+                values |= self._of_stage(run).values(batch, step_seconds=values["step_seconds"])
+                run.begin("other")
+            self._metrics.write(values)
+        if self._bar is not None:
+            self._bar.show(values)
+        num_steps, self._last_line = run.step - self._last_line, run.step
+        if self._watch is not None and (advice := self._watch.look(values, num_steps=num_steps)):
+            logger.warning("%s", advice)
+
+    def _of_stage(self, run: Trainer) -> Utilisation:
+        """Counts the work of a step once for each stage."""
+        if self._utilisation is None or self._utilisation[0] != run.stage:
+            self._utilisation = run.stage, Utilisation(run.stage.config, run.device)
+        return self._utilisation[1]
+
+    def on_evaluation(self, run: Trainer, values: Mapping[str, float]) -> None:
+        """Writes and shows the numbers of an evaluation."""
+        if self._metrics is None:
+            return
+        self._metrics.write({"step": run.step, **values})
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        # a program's log shows it, and keeps it in a file; without one it is still shown
+        say = logger.info if logger.isEnabledFor(logging.INFO) else write_line
+        say(f"step {run.step}: {shown}")
+
+    def results_of(self, step: int) -> Collection[str] | None:
+        """The numbers that were there when the file was opened."""
+        return self._results
+
+
+class DatasetNumbers(Observer):
+    """Epochs, positives and traffic of each data set, in each line of metrics."""
+
+    def __init__(self, meter: DatasetMeter) -> None:
+        self._meter = meter
+
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Logs the traffic at the end."""
+        yield
+        if run.ranks.is_main and self._meter.traffic is not None:
+            read, needed = self._meter.traffic
+            logger.info(
+                f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: "
+                f"{needed / 1e6:,.1f} MB of images"
+                + (f", {read / needed:.2f} times as much" if needed else "")
+            )
+
+    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+        """Adds the numbers."""
+        values |= self._meter.describe(batch, run.ranks, num_steps=run.step)
+
+
+class LedgerKeeper(Observer):
+    """Records the samples of every step."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Opens a segment."""
+        with self._ledger.segment(run.step, run_id=run.run_id):
+            yield
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Records a batch."""
+        self._ledger.record(batch)
+
+    def allows_save(self, *, required: bool) -> bool:
+        """Records are on the disk before a checkpoint that comes after them."""
+        return self._ledger.flush(required=required)
+
+
+class WeightsAgree(Observer):
+    """Ends a run in which a rank's weights have silently parted from the others'."""
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Compares the bits of the weights, every 1,000 steps."""
+        if run.ranks.world_size > 1 and run.is_due(_CHECKED_EVERY):
+            run.mark("comparing the weights of all ranks", part="checks", waits_for_ranks=True)
+            check_weights_agree(run.model, run.ranks, step=run.step)
+            run.begin("other")
+
+
+class Checkpoints(Observer):
+    """Writes checkpoints into the run folder, and keeps the newest and the best."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        given: TrainConfig,
+        ranks: Ranks,
+        check_run_folder: Callable[[], None] | None = None,
+    ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            folder: the run folder.
+            keep: how many of the newest stay; 0 keeps all.
+            given: the config before it was settled.
+            ranks: the ranks of the run; rank 0 writes.
+            check_run_folder: is called before a checkpoint is written, and raises if another
+                process has taken the run folder over (`atomic_files.sole_writer`).
+        """
+        self._folder, self._given, self._check = folder, given, check_run_folder
+        self._writer = (
+            CheckpointWriter(folder / "checkpoints", keep=keep) if ranks.is_main else None
+        )
+        self._metric: str | None = None
+
+    @contextlib.contextmanager
+    def fitting(self, run: Trainer) -> Iterator[None]:
+        """Finds the best so far; waits for the last checkpoint at the end."""
+        self._metric = choose_best_metric(run.config.checkpoint.best, run.evaluations)
+        if self._writer is None:
+            yield
+            return
+        has_lines = (self._folder / METRICS_NAME).is_file()
+        lines = read_metrics(self._folder) if has_lines else []
+        lines = [line for line in lines if line["step"] <= run.step]
+        with self._writer.finishing():
+            self._writer.begin(step=run.step, metric=self._metric, lines=lines)
+            yield
+
+    def on_save(self, run: Trainer, *, required: bool) -> None:
+        """Writes a checkpoint; all ranks help to collect what is divided over them."""
+        if self._writer is None and not run.parallel.is_divided:
+            return
+        tensors = collect_tensors(
+            model=run.model, ema=run.ema, optimizer=run.optimizer, ranks=run.ranks
+        )
+        if self._writer is None:
+            return
+        if self._check is not None:
+            self._check()
+        state = describe_state(
+            given=self._given,
+            settled=run.config,
+            optimizer=run.optimizer,
+            scaler=run.scaler,
+            data=run.data,
+            run_id=run.run_id,
+        )
+        self._writer.write(tensors, state, step=run.step, required=required)
+
+    def on_evaluated(self, run: Trainer, values: Mapping[str, float], *, all_done: bool) -> None:
+        """Keeps the checkpoint of this step, written now if need be, if none is better."""
+        # the best number of evaluations that ran before we resumed was read from the lines
+        if not all_done and self._metric not in values:
+            return
+        best = None if self._writer is None else self._writer.better_than_best(run.step, values)
+        # no checkpoint may be due at a step that evaluates
+        if run.saved_step != run.step and from_rank_0(best is not None, run.ranks):
+            run.save(required=False)
+        if self._writer is not None and best is not None:
+            self._writer.keep_as_best(best)
+
+    def finish_writing(self) -> None:
+        """Returns when the checkpoint that was begun is on the disk, or has failed."""
+        if self._writer is not None:
+            self._writer.wait()

@@ -1,0 +1,158 @@
+"""The last place that changes a config: what `auto` and blanks become for these data and machines.
+
+`settle` decides what can be known before there is a model, `settle_kernels` the rest. Each choice
+is a line of the log. config.json and checkpoints hold what was given, and checkpoints, apart from
+it, what was settled: a run that resumes keeps its precision and its decoder, and chooses kernels
+anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.dataset.arrays import blocks_of
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.models.compilation import settle_compilation, settle_window_attention
+from unicl_fast.models.precision import settle_precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.machine import choose_decode_device
+
+logger = logging.getLogger(__name__)
+
+_RELEASED_EPOCHS = 32
+
+
+def settle(
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    ranks: Ranks,
+    datasets: Sequence[PackedDataset] = (),
+    stored: TrainConfig | None = None,
+) -> TrainConfig:
+    """The config without `auto` and without blanks; all ranks call it together.
+
+    Args:
+        config: as it was given.
+        device: trains.
+        ranks: the ranks of the run.
+        datasets: those of data.train, open; without any, the data are the caller's business.
+        stored: the settled config of the checkpoint that the run resumes from.
+
+    Raises:
+        ValueError: the data lack what the objective needs.
+    """
+    before = None if stored is None else stored.efficiency.precision
+    precision = settle_precision(config.efficiency.precision, device, stored=before, ranks=ranks)
+    config = _replaced(config, "efficiency", precision=precision)
+    if stored is not None:
+        config = _with_first_weights(config, stored)
+    if not datasets:
+        return config
+    config = settle_decoding(config, device, ranks)
+    config = settle_objective(config, datasets)
+    if not config.run.total_steps:
+        samples = _RELEASED_EPOCHS * sum(map(len, datasets))
+        logger.info("run.samples: %d, %d epochs", samples, _RELEASED_EPOCHS)
+        config = _replaced(config, "run", samples=samples)
+    return config
+
+
+def settle_kernels(
+    config: TrainConfig, model: UniCL, device: torch.device, ranks: Ranks
+) -> TrainConfig:
+    """Decides how a model is compiled and attends; all ranks call it together.
+
+    Raises:
+        SharedRefusal: kernels that were asked for cannot work on some rank; all ranks raise it.
+    """
+    return _replaced(
+        config,
+        "efficiency",
+        compile=settle_compilation(config.efficiency, model, device, ranks=ranks),
+        window_attention=settle_window_attention(config.efficiency, model, device, ranks=ranks),
+    )
+
+
+def _replaced(config: TrainConfig, group: str, **values: Any) -> TrainConfig:
+    changed: Mapping[str, Any] = {group: dataclasses.replace(getattr(config, group), **values)}
+    return dataclasses.replace(config, **changed)
+
+
+def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
+    """Replaces `model.init` of a run that resumes by what it started from, which stays stored."""
+    first = {name: getattr(stored.model, name) for name in INITIAL_WEIGHTS}
+    for name, value in first.items():
+        if (given := getattr(config.model, name)) not in ("", value):
+            logger.warning(
+                "model.%s=%s is not read: the run resumes, and started from %s",
+                name, given, value or "fresh weights",
+            )  # fmt: skip
+    return _replaced(config, "model", **first)
+
+
+def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
+    """Decides the decoding threads of this rank, and the device that decodes on all ranks.
+
+    It is the GPU if any rank would take its own: the decoders' images differ by a few levels, and
+    which one a rank would take depends on its GPU and cores. A GPU's decoder is none for a model on
+    the CPU.
+    """
+    requested, threads = config.data.decode_device, config.data.threads or ranks.cores
+    chosen, why = choose_decode_device(requested, device=device, threads=threads)
+    choices = gather_objects([chosen.type, why], ranks)
+    kinds = [kind for kind, _ in choices]
+    kind = "cuda" if "cuda" in kinds else "cpu"
+    if requested != "auto":  # that ranks were given different values is refused elsewhere
+        kind = chosen.type
+    elif device.type == "cuda":
+        rank = kinds.index(kind)
+        logger.info(
+            "images are decoded on the %s (data.decode_device=auto); rank %d: %s",
+            "GPU" if kind == "cuda" else "CPU", rank, choices[rank][1],
+        )  # fmt: skip
+    decodes = "gpu" if kind == "cuda" else "cpu"
+    return _replaced(config, "data", threads=threads, decode_device=decodes)
+
+
+def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
+    """Fills in what the objective takes from the data.
+
+    Raises:
+        ValueError: samples without labels for an objective that needs them, other classes than its
+            options say, or levels of a hierarchy where no data set has one.
+    """
+    objective, manifests = config.objective, [dataset.manifest for dataset in datasets]
+    if config.data.prompts == "levels" and not any(one.hierarchy for one in manifests):
+        raise ValueError(
+            "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
+            "one: pack with --hierarchy, or take data.prompts=labels"
+        )
+    if not objective.needs_labels:
+        return config
+    for dataset in datasets:
+        num_unlabelled = sum(
+            int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
+        )
+        fault = ""
+        if num_unlabelled:
+            where = f"{len(dataset):,} samples of {dataset.location}"
+            fault = f"{num_unlabelled:,} of {where} have none"
+        elif not dataset.manifest.class_names:
+            fault = f"those of {dataset.location} have no class names"
+        if fault:
+            raise ValueError(
+                f"objective.name={objective.name} learns from labels, and {fault}: leave it out, "
+                "or take objective.name=unicl"
+            )
+    counts = tuple(len(one.class_names) for one in manifests)
+    config = dataclasses.replace(config, objective=objective.settle(counts))
+    return _replaced(config, "data", text="labels")

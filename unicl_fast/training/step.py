@@ -1,0 +1,83 @@
+"""One step on one rank: encode, gather, loss, back-propagate.
+
+    encode  this rank's distinct texts, then its images
+    gather  the texts of all ranks, with gradient, while images are encoded; image features stay on
+            their rank
+    loss    the objective's, from features and classes (`objectives/`)
+
+`loss_of` is that middle, whatever the objective, and whether a batch is encoded as a whole or in
+pieces that fit into memory. Every rank ends with the same scalar. Its gradient with respect to a
+rank's own features is exact, so summing parameter gradients over ranks gives the gradient of one
+process on the joined batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.operands import Operands
+from unicl_fast.objectives.text_columns import TextColumns
+from unicl_fast.training.encoding import Begin, Encode, Encoding, WholeBatch, shown_indices
+from unicl_fast.training.micro_batches import MicroBatches
+from unicl_fast.training.step_clock import Part
+
+
+def _no_clock(part: Part) -> None:
+    pass
+
+
+def back_propagate(
+    model: UniCL,
+    encode: Encode,
+    batch: Batch,
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss,
+    begin: Begin = _no_clock,
+) -> Tensor:
+    """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
+
+    `encode` is the model or its DDP wrapper, `config` that of the present stage.
+
+    Returns:
+        The loss of the global batch, not scaled, equal on all ranks.
+    """
+    encoding: Encoding
+    if 0 < config.efficiency.micro_batch_size < batch.batch_size:
+        encoding = MicroBatches(model, encode, batch, config, ranks)
+    else:
+        indices = shown_indices(batch, global_batch_size=config.run.global_batch_size)
+        model.set_drop_path_key(step=batch.step, global_index=indices)
+        encoding = WholeBatch(encode, batch, config, ranks)
+    loss = loss_of(encoding, config, ranks, begin)
+    encoding.back_propagate(scale_loss(loss), begin)
+    return loss.detach()
+
+
+def loss_of(
+    encoding: Encoding, config: TrainConfig, ranks: Ranks, begin: Begin = _no_clock
+) -> Tensor:
+    """The loss of the global batch, a scalar equal on all ranks, with its graph."""
+    objective, classes = config.objective, encoding.classes
+    columns = TextColumns(classes, ranks) if objective.uses_texts else None
+    encoded = encoding.encode(None if columns is None else columns.send)
+    begin("loss")
+    texts = None
+    if columns is not None and encoded.texts is not None:
+        texts = columns.receive(encoded.texts)
+    form = config.efficiency.loss
+    return objective.loss(
+        Operands(encoded.images, texts, classes.images, encoded.learnt, form, ranks)
+    )
+
+
+def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
+    """`loss_of` of a batch as a whole, for training loops of one's own."""
+    return loss_of(WholeBatch(encode, batch, config, ranks), config, ranks)
