@@ -63,7 +63,8 @@ def test_without_an_objective_all_others_work(module: str, tmp_path: Path) -> No
     # the tests' own list of objectives leaves out what is not there; "ce" is a part of many names
     others = " and ".join(f"not {name if name != 'ce' else 'for_ce'}" for name in names)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rfE", "-k", others, "-m", "not slow and not gpu",
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rfE", "-k", others,
+         "-m", "not slow and not gpu",
          *(str(tests / room) for room in rooms)],
         cwd=tmp_path,
         env={"UNICL_TEST_DATA": str(CHECKOUT.parent / "shared" / "data"), **os.environ}
