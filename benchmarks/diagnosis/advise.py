@@ -197,12 +197,12 @@ def _without_measuring(measured: Measured) -> Iterator[Variant]:
         )
     if measured.others_cores > 0.1 * measured.cores:
         # threads that find a core whenever they can run are faster by as much
-        alone = Cost(wall=measured.step_ran, cpu=1.0)
+        undisturbed = Cost(wall=measured.step_ran, cpu=1.0)
         yield Variant(
             option="end or move the other processes" + _busiest(measured),
             about=f"they took {measured.others_cores:.1f} of {measured.cores:g} cores",
-            loader=alone,
-            step=alone,
+            loader=undisturbed,
+            step=undisturbed,
             frees_cores=measured.others_cores,
             stage=OTHERS,
         )

@@ -66,7 +66,7 @@ class LoaderParts:
         )[0]
 
     def stages(self, *, seconds: float) -> list[Stage]:
-        """The parts of the loader, each alone."""
+        """The parts of the loader, each by itself."""
         stages = self._feed_stages(seconds=seconds)
         if self.loader.form == "crops":
             # made in threads from plan to crop: one stage
@@ -183,7 +183,7 @@ class LoaderParts:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _graph_stages(self, *, seconds: float) -> list[Stage]:
-        """Decode alone, with resizing, and with augmentation: what each adds to the one before."""
+        """Only decode, then with resizing, then with augmentation: what each adds."""
         held = self._held()
         data = self.data
         where: dict[str, Any] = {"device": self.decode_device, "form": self.loader.form}

@@ -76,7 +76,7 @@ def sigmoid_contrastive_loss(
             sigmoid could reach. Else it is Y Y^T, as for texts of one class each, which are
             positives of an image if it is among the image's; it must not be above 1.
         form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
-        all_reduce: is handed the images' mean loss alone, as rows need nothing of other ranks.
+        all_reduce: is handed only the images' mean loss, as rows need nothing of other ranks.
 
     Returns:
         A scalar of the types of `unified_contrastive_loss`.

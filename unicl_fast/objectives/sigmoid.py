@@ -25,18 +25,19 @@ _BIAS_INIT = -10.0
 """SigLIP's: all pairs are taken for negatives at first, as nearly all of them are."""
 
 
-class _Sigmoid:
+@dataclass(frozen=True, kw_only=True)
+class _Sigmoid(TextObjective):
     """A question for each pair of an image and a text."""
 
+    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
     forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled")
-    logit_scale_init: float
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
         """The logarithm of the scale and the bias of the logits, [0-d] each."""
         import torch
 
-        values = {"logit_scale": self.logit_scale_init, "logit_bias": _BIAS_INIT}
-        return {name: torch.nn.Parameter(torch.tensor(one)) for name, one in values.items()}
+        bias = torch.nn.Parameter(torch.tensor(_BIAS_INIT))
+        return {**super().parameters(image_width), "logit_bias": bias}
 
     def loss(self, of: Operands) -> Tensor:
         """The cross-entropy of all pairs of this rank's images and all texts."""
@@ -61,11 +62,10 @@ class _Sigmoid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SigmoidObjective(_Sigmoid, LabelObjective, TextObjective):
+class SigmoidObjective(LabelObjective, _Sigmoid):
     """UniCL's positives under the sigmoid form."""
 
     name: str = "sigmoid"
-    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
     about: ClassVar[str] = "unicl's positives, each pair for itself by a sigmoid"
 
 
@@ -74,5 +74,4 @@ class SigLIPObjective(_Sigmoid, PairObjective):
     """CLIP's positives under the sigmoid form."""
 
     name: str = "siglip"
-    logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
     about: ClassVar[str] = "clip's positives, each pair for itself by a sigmoid (SigLIP)"

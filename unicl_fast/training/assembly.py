@@ -139,9 +139,7 @@ def _place(model: UniCL, config: TrainConfig, device: torch.device, ranks: Ranks
     efficiency = config.efficiency
     set_device_arithmetic(efficiency, device)
     place_module(model, device=device, precision=Precision(efficiency.precision))
-    if not divides_all(
-        config.efficiency, ranks
-    ):  # torch divides tensors in no other order of dimensions
+    if not divides_all(efficiency, ranks):  # torch divides tensors in no other order of dimensions
         model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if efficiency.window_attention == "triton":
         fuse_window_attention(model.image_encoder)

@@ -201,11 +201,7 @@ class MetricsWriter:
         """
         self._path = run_folder / METRICS_NAME
         if self._path.is_file():
-            lines = [
-                json.dumps(line) + "\n"
-                for line in read_metrics(run_folder)
-                if line["step"] <= start_step
-            ]
+            lines = [json.dumps(line) + "\n" for line in lines_until(run_folder, start_step)]
             write_text_atomically(self._path, "".join(lines))
         self._open()
         self._fails = False
@@ -275,6 +271,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
             path, damaged[0] + 1, shorten(lines[damaged[0]]), len(damaged), len(lines),
         )  # fmt: skip
     return [values for values in [*found, _parse_line(cut_off)] if values is not None]
+
+
+def lines_until(run_folder: Path, step: int) -> list[dict[str, float]]:
+    """The lines that a run keeps which resumes from a step; none where there is no file."""
+    if not (run_folder / METRICS_NAME).is_file():
+        return []
+    return [line for line in read_metrics(run_folder) if line["step"] <= step]
 
 
 def _parse_line(line: bytes) -> dict[str, float] | None:

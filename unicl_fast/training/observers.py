@@ -22,7 +22,13 @@ from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.training.agreement import check_weights_agree
 from unicl_fast.training.bottleneck import BottleneckWatch
-from unicl_fast.training.metrics import METRICS_NAME, DatasetMeter, MetricsWriter, read_metrics
+from unicl_fast.training.metrics import (
+    METRICS_NAME,
+    DatasetMeter,
+    MetricsWriter,
+    lines_until,
+    read_metrics,
+)
 from unicl_fast.training.mfu import Utilisation
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
 from unicl_fast.training.trackers import Trackers, require_trackers
@@ -240,9 +246,7 @@ class Checkpoints(Observer):
         if self._writer is None:
             yield
             return
-        has_lines = (self._folder / METRICS_NAME).is_file()
-        lines = read_metrics(self._folder) if has_lines else []
-        lines = [line for line in lines if line["step"] <= run.step]
+        lines = lines_until(self._folder, run.step)
         with self._writer.finishing():
             self._writer.begin(step=run.step, metric=self._metric, lines=lines)
             yield
