@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-photos notebook test test-slow faults test-all lint types docs package clean
+.PHONY: demo demo-photos notebook figures test test-slow faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -16,6 +16,13 @@ demo-photos: $(VENV)/photos.stamp
 # examples/first_run.ipynb with what it shows when it is run now.
 notebook: $(VENV)/dev.stamp
 	$(BIN)/python examples/renew_notebook.py
+
+# The stale figures of README, docs/performance.md and docs/benchmarks.md, measured again (hours, on
+# a quiet machine); some of them: make figures ONLY="step_ input-256"
+UNICL_TEST_DATA ?= ../shared/data
+figures: $(VENV)/dev.stamp
+	$(BIN)/python docs/site/figures.py --test-data $(UNICL_TEST_DATA) --work build/figures \
+		$(if $(ONLY),--only $(ONLY))
 
 # A process of tests for each core and one more, since many tests wait for others; those of a file
 # stay together, since they share what they made. A process that crashes ends the run and its test

@@ -1,7 +1,6 @@
 """The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-The figure is the median over rounds of the ratio within a round. On a machine that others use too,
-CPU time is the figure to trust. README.md has the rules.
+The figure is the median over rounds of the ratio within a round; README.md has the rules.
 """
 
 from __future__ import annotations
@@ -12,10 +11,12 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import multiprocessing
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,9 +24,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from unicl_fast.system.wording import without_secrets
+
+from .sources import mark_of
 
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
@@ -34,6 +38,7 @@ Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
 T = TypeVar("T")
 _CALLS_ON_GPU = 3
+_POLL_SECONDS, _WATCH_SECONDS = 0.05, 2.0
 
 
 class Program(abc.ABC):
@@ -67,9 +72,9 @@ class Stage(Program):
         Raises RuntimeError before anything is timed if the contestants disagree.
         """
 
-    def report(self, figures: Figures, *packages: str, **more: Any) -> None:
-        """Prints the figures and writes the result; `packages` are those whose version matters."""
-        self.write_result(printed(figures), *packages, **more)
+    def timed_rooms(self) -> tuple[str, ...]:
+        """Folders and files of the library whose change makes the figures stale."""
+        return ()
 
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
@@ -83,6 +88,8 @@ class Stage(Program):
         settings.pop("json")
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
+        if rooms := self.timed_rooms():
+            result["sources"] = mark_of(rooms)
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 
@@ -101,13 +108,18 @@ def in_turns(
     rounds: int,
     warm_up: int = 0,
     before: Callable[[str], object] = lambda name: None,
+    most_seconds: float = math.inf,
 ) -> dict[str, list[T]]:
     """Collects the results of each contestant, one per round after `warm_up` rounds.
 
-    `before` is called with the name of the contestant whose turn comes.
+    `before` is called with the name of the contestant whose turn comes. After `most_seconds` no
+    further round begins.
     """
     found: dict[str, list[T]] = {name: [] for name in contestants}
-    for _ in range(warm_up + rounds):
+    deadline = time.perf_counter() + most_seconds
+    for number in range(warm_up + rounds):
+        if number > warm_up and time.perf_counter() > deadline:
+            break
         for name, work in contestants.items():
             before(name)
             found[name].append(work())
@@ -245,6 +257,60 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **versions,
     }
+
+
+class Ended(NamedTuple):
+    """A process that has ended, with all processes that it waited for."""
+
+    code: int | None
+    """None where it was killed since its time was over."""
+    wall_seconds: float
+    cpu_seconds: float
+    largest_bytes: int
+    """Resident memory of the largest of them."""
+
+
+def run_apart(
+    command: Sequence[object],
+    log: Path,
+    *,
+    seconds: float = math.inf,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    watch: Callable[[int], object] = lambda number: None,
+) -> Ended:
+    """Runs a command in a session of its own, which is killed after `seconds` and by Ctrl-C.
+
+    Its output goes into a file. `watch` is called with the session's number now and then.
+    """
+    started, watched = time.monotonic(), 0.0
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            if (now := time.monotonic() - started) > seconds:
+                os.killpg(process.pid, signal.SIGKILL)
+                ended = os.wait4(process.pid, 0)
+                break
+            if now - watched > _WATCH_SECONDS:
+                watched = now
+                watch(process.pid)
+            time.sleep(_POLL_SECONDS)
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    passed = time.monotonic() - started
+    code = process.returncode if passed <= seconds else None
+    return Ended(code, passed, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
+
+
+def end_of(log: Path) -> str:
+    """The last lines of a log, for a message."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:])
 
 
 def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:

@@ -1,8 +1,7 @@
 """The proof that timed work was done on a GPU.
 
-A clock cannot say who worked: the GPU may have waited for the host, or have had nothing to do. So
-one more call runs under the profiler, and its kernels must take a good part of the measured time;
-the rest is waiting for launches. What the work returns must lie on the device, too.
+One more call runs under the profiler: its kernels must take a good part of the measured time, the
+rest of which is waiting for launches, and its results must lie on the device.
 """
 
 from __future__ import annotations
@@ -23,15 +22,9 @@ class NotOnDeviceError(RuntimeError):
 
 
 def busy_part(name: str, work: Callable[[], object], *, seconds: float) -> float:
-    """The part of a call's `seconds` in which kernels ran.
+    """The part of a call's `seconds` in which kernels ran; it returns tensors, in any nesting.
 
-    Args:
-        name: of the work, for the error.
-        work: returns one or more tensors, in any nesting.
-        seconds: measured time of a call.
-
-    Raises:
-        NotOnDeviceError: hardly any kernel ran, or the results lie elsewhere.
+    Raises NotOnDeviceError where hardly any kernel ran, or the results lie elsewhere.
     """
     results: list[object] = []
 

@@ -2,11 +2,9 @@
 
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
 
-All contestants read, decode strictly and encode the same files in as many processes, with
-the same libraries and settings. The bare loop then does no more; webdataset's and img2dataset's
-writers get its images, and each process writes shards of its own, as img2dataset runs them.
-`CONTESTANTS` and docs/performance-notes.md say what each leaves out. All start their processes on
-the clock; the start is measured with one image each, and left out of the ratios that say so.
+All read, decode strictly and encode the same files in as many processes, with the same libraries
+and settings; `CONTESTANTS` says what each leaves out. The start of their processes is measured with
+one image each, and left out of the ratios that say so.
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ from PIL import Image
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFormat
 from unicl_fast.images.codec import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
+from unicl_fast.system.installation import install_command
 from unicl_fast.system.machine import usable_cores
 
 from .harness import (
@@ -49,6 +48,7 @@ from .harness import (
     Stage,
     Turn,
     in_turns,
+    printed,
     rate_of,
     ratio_of,
     seconds_of,
@@ -68,7 +68,7 @@ CONTESTANTS = {
 }
 _NEEDS = {_WEBDATASET: ("webdataset",), _IMG2DATASET: ("img2dataset", "webdataset", "pyarrow")}
 _INSTALL = {
-    _WEBDATASET: "pip install 'unicl_fast[bench]'",
+    _WEBDATASET: install_command("bench"),
     _IMG2DATASET: "pip install --no-deps img2dataset",
 }
 _CHUNK = 64
@@ -80,7 +80,7 @@ _BUILD = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack(Stage):
-    """Images/s of packing, against other writers, and against decoding and encoding alone."""
+    """Images/s of packing, against other writers, and against only decoding and encoding."""
 
     data: Path
     """Folder or zip with plain JPEGs in it, at any depth; other files are skipped."""
@@ -92,6 +92,10 @@ class Pack(Stage):
     """Number of images to take, evenly spread; 0 takes all."""
     copies: int = 1
     """Copies of each image: a run should be much longer than the start of its processes."""
+
+    def timed_rooms(self) -> tuple[str, ...]:
+        """The code of packing."""
+        return ("packing/build.py", "packing/samples.py", "dataset/writer.py", "images")
 
     def run(self) -> None:
         left_out = {name: why for name in _NEEDS if (why := _missing(name))}
@@ -114,8 +118,8 @@ class Pack(Stage):
                 compare(paths, recipe, folder, names)
                 turns = take_turns_of(paths, recipe, folder, names, self.rounds)
                 figures |= _figures(format, turns, starts, len(paths))
-        self.report(
-            figures,
+        self.write_result(
+            printed(figures),
             *("pillow", "simplejpeg", "numpy", "tokenizers", "webdataset", "img2dataset"),
             contestants={name: CONTESTANTS[name] for name in names},
             left_out=left_out,

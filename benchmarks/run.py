@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from unicl_fast.system.program import begin_program
+from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.system.program import EXIT_ABORTED, begin_program
 
 PROGRAMS = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"unicl-bench: {error}", file=sys.stderr)
         sys.exit(2)
+    except (KeyboardInterrupt, Interrupted):
+        sys.exit(EXIT_ABORTED)
 
 
 def load_program(name: str) -> type[Any]:

@@ -1,12 +1,9 @@
-"""DALI's graphs: images and crop windows go in, uint8 [h w c] crops come out.
+"""DALI's graphs: images and crop windows go in, uint8 [b h w c] crops come out.
 
-One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
-on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it. The
-device is where images are decoded; the model's may be another (`data.decode_device`).
-Nothing in a graph is random; every number that shapes an image is an input (see plan/). Images
-leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision`
-normalises them. First graphs are built, then they are run over batches that `feed/` prepares; of
-a batch that failed, `find_undecodable` names the images that are the cause.
+One definition serves both devices: on `cpu` everything runs on the host and no driver is needed, on
+`cuda` decoding starts on the host and ends on the device ("mixed"). Nothing in a graph is random:
+every number that shapes an image is an input (see plan/). Images leave as uint8, a quarter of
+float32's bytes; `unicl_fast.models.precision` normalises them.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import functools
 import io
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Generic
 
@@ -29,6 +26,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.config import DataConfig, Resample
+from unicl_fast.system.installation import install_command
 
 try:
     from nvidia.dali import fn, types
@@ -37,7 +35,7 @@ try:
 except ImportError as error:
     raise type(error)(
         "the data pipeline runs on NVIDIA DALI, which is not installed here: "
-        "pip install 'unicl_fast[cuda12]', or [cuda13], or [cpu] where there is no GPU"
+        f"{install_command('cuda12')}, or [cuda13], or [cpu] where there is no GPU"
     ) from error
 
 from unicl_fast.system.machine import return_freed_memory
@@ -47,19 +45,63 @@ from .kernels.operators import GraphParts, augment, augment_operator, resample_o
 
 NextInputs = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration after the last one."""
-Outputs = Generator[tuple[list[Tensor], Metadata], None, None]
-"""The output tensors of each batch, and its metadata."""
+Outputs = Generator[tuple[Tensor, Metadata], None, None]
+"""The images of each batch, and its metadata."""
 
 HW_DECODER_LOAD = 0.65
 """Part of a batch's JPEGs for the hardware decoder of a GPU that has one; its cores decode the
 others. DALI's default; its own benchmark on a Hopper takes 0.12 with 70 threads."""
 _SMALL_BATCH_BYTES = 5_000_000
 """Bytes of a small batch's crops."""
+_LARGE_BATCH_BYTES = 1_000_000_000
+"""Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
 _SOUND_SIDE = 16
 """Pixels of a side of the image that any decoder takes."""
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How much a loader decodes at the same time."""
+
+    threads: tuple[int, ...]
+    """Decoding threads of each graph; graphs take turns."""
+    ahead: int
+    """Batches that each graph has ready before they are asked for."""
+
+    @property
+    def batches_begun(self) -> int:
+        """Batches that have been begun when the first one is given."""
+        return (len(self.threads) + 1) * self.ahead + 1
+
+
+ONE_BY_ONE = Pace(threads=(1,), ahead=1)
+
+
+def choose_pace(
+    data: DataConfig, device: torch.device, *, num_images: int, window_bytes: float = 0
+) -> Pace:
+    """Chooses the pace of a loader whose batches have `num_images`, over all views.
+
+    Decoders hold all windows of a batch, of `window_bytes` each on average. Images of 88 megapixels
+    take 1.1 GB for eight, and 8.3 GB with the usual batches ahead (4.6 GB without); a stop waits
+    until those under way are decoded. So very large ones are decoded one batch at a time.
+
+    On the CPU two graphs have half of the threads each, so that no thread waits for another. There
+    is one graph if there is one thread, or nothing is decoded ahead: two would only take turns
+    waiting.
+    """
+    ahead = data.prefetch
+    if not ahead:
+        is_small = 3 * num_images * data.image_size**2 <= _SMALL_BATCH_BYTES
+        is_large = num_images * window_bytes >= _LARGE_BATCH_BYTES
+        ahead = 1 if is_large else 4 if is_small else 2
+    threads = decoding_threads(data.threads)
+    if threads == 1 or ahead == 1 or device.type != "cpu":
+        return Pace(threads=(threads,), ahead=ahead)
+    return Pace(threads=(-(-threads // 2), threads // 2), ahead=ahead)
 
 
 def build_train_graph(
@@ -68,6 +110,8 @@ def build_train_graph(
     data: DataConfig,
     batch_size: int,
     device: torch.device,
+    threads: int = 1,
+    ahead: int = 1,
     form: ImageForm = "files",
     augmentation: GraphParts | None = None,
 ) -> Pipeline:
@@ -75,64 +119,66 @@ def build_train_graph(
 
     Args:
         next_inputs: gives what `feed.host_batches.graph_inputs` makes: images, window starts (row,
-            column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1],
-            integers int64 [b k], and, where there is augmentation, its rows float32 [b m]. For
-            crops, windows and flips are not given.
-        data: the settings of crops, decoding threads and batches made ahead.
+            column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], and,
+            where there is augmentation, its rows float32 [b m]. For crops, windows and flips are
+            not given.
+        data: the settings of crops.
         batch_size: most samples of a batch.
         device: where images end up.
+        threads: decode.
+        ahead: batches that are ready before they are asked for.
         form: of the images that are given.
         augmentation: what the data sets need (see `operators.parts_for`); None does without.
 
     Returns:
-        A pipeline with two outputs: images uint8 [b h w c] and the integers, both on `device`.
+        A pipeline with one output, uint8 [b h w c] on `device`.
     """
     fused = is_fused(data.resample, device)
-    kinds = [(types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")]
-    kinds += [(types.INT32, 1, "")] * (0 if form == "crops" else 3)
-    kinds += [(types.INT64, 1, "")] + [(types.FLOAT, 1, "")] * (augmentation is not None)
+    kinds = _kinds_of(form) + [(types.FLOAT, 1, "")] * (augmentation is not None)
 
-    def define() -> tuple[Any, Any]:
-        nodes = _inputs(next_inputs, kinds) + [None] * (augmentation is None)
-        first, *windows, integers, rows = nodes
-        crops = first
+    def define() -> Any:
+        crops, *others = _inputs(next_inputs, kinds)
         if form != "crops":
-            starts, shapes, flips = windows
-            regions = decode_windows(first, starts, shapes, data=data, device=device, form=form)
+            starts, shapes, flips = others[:3]
+            regions = decode_windows(crops, starts, shapes, device=device, form=form)
             crops = _resampled(regions, flips, data=data, fused=fused)
         if augmentation is not None:
             if fused:
                 fill = types.Constant(list(augmentation.fill), dtype=types.UINT8)
-                crops = augment_operator(data.image_size)(crops, rows, fill)
+                crops = augment_operator(data.image_size)(crops, others[-1], fill)
             else:
-                crops = augment(crops, rows, augmentation)
-        return crops, _on_device(integers, device)
+                crops = augment(crops, others[-1], augmentation)
+        return crops
 
     build = pipeline_def(define, enable_conditionals=augmentation is not None and not fused)
-    return build(**_pipeline_settings(data, batch_size, device))
+    return build(**_pipeline_settings(batch_size, device, threads, ahead))
 
 
 def build_decoding_graph(
     next_inputs: NextInputs,
     *,
-    data: DataConfig,
     batch_size: int,
     device: torch.device,
+    threads: int = 1,
+    ahead: int = 1,
     form: ImageForm = "files",
 ) -> Pipeline:
-    """Decode the windows and give their shapes alone: for measuring what decoding costs.
+    """Decode the windows and give only their shapes: for measuring what decoding costs.
 
     Inputs are those of `build_train_graph` without augmentation, and so are the arguments.
     """
-    pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
+    pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, ahead))
     with pipeline:
-        kinds = [(types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")]
-        kinds += [(types.INT32, 1, "")] * 3 + [(types.INT64, 1, "")]
-        first, starts, shapes, flips, integers = _inputs(next_inputs, kinds)
-        regions = decode_windows(first, starts, shapes, data=data, device=device, form=form)
-        # DALI warns of inputs that nothing takes
-        pipeline.set_outputs(regions.shape(), flips, integers)
+        first, starts, shapes, flips = _inputs(next_inputs, _kinds_of(form))
+        regions = decode_windows(first, starts, shapes, device=device, form=form)
+        pipeline.set_outputs(regions.shape(), flips)  # DALI warns of inputs that nothing takes
     return pipeline
+
+
+def _kinds_of(form: ImageForm) -> list[tuple[Any, int, str]]:
+    """Type, number of dimensions and layout of images and, but for crops, of their windows."""
+    images = (types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")
+    return [images] + [(types.INT32, 1, "")] * (0 if form == "crops" else 3)
 
 
 def _inputs(next_inputs: NextInputs, kinds: list[tuple[Any, int, str]]) -> list[Any]:
@@ -153,13 +199,14 @@ def decode_windows(
     starts: Any,
     shapes: Any,
     *,
-    data: DataConfig,
     device: torch.device,
     form: ImageForm,
 ) -> Any:
     """The window of each image, uint8 [h w c] of its own size."""
     if form == "pixels":
-        return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
+        # sent along to a GPU a batch ahead of its use
+        pixels = first if device.type == "cpu" else first.gpu()
+        return fn.slice(pixels, start=starts, shape=shapes, axis_names="HW")
     # Only the blocks under the window are decoded. Sizes in the index are as displayed and
     # packing leaves no image with an orientation tag, so nothing may turn it here.
     return fn.decoders.image_slice(
@@ -195,14 +242,15 @@ def build_evaluation_graph(
     data: DataConfig,
     batch_size: int,
     device: torch.device,
+    threads: int = 1,
+    ahead: int = 1,
 ) -> Pipeline:
-    """Decode the whole image and resample its central region to a crop.
+    """Decode the whole image and resample a region of it to a crop.
 
-    `next_inputs` gives encoded images as a list of uint8 arrays, and region starts and ends float32
-    [b 2] from `crop.central_windows`; the rest is as for `build_train_graph`. The pipeline has one
-    output: images uint8 [b h w c] on `device`.
+    `next_inputs` gives encoded images as a list of uint8 arrays, and starts and ends of regions,
+    float32 [b 2], from `crop.evaluation_regions`; the rest is as for `build_train_graph`.
     """
-    pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
+    pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, ahead))
     with pipeline:
         kinds = [(types.UINT8, 1, ""), (types.FLOAT, 1, ""), (types.FLOAT, 1, "")]
         encoded, starts, ends = _inputs(next_inputs, kinds)
@@ -229,30 +277,14 @@ def build_evaluation_graph(
     return pipeline
 
 
-def batches_ahead(data: DataConfig, batch_size: int) -> int:
-    """The number of batches that `data.prefetch` means for batches of this size."""
-    is_small = 3 * batch_size * data.image_size**2 <= _SMALL_BATCH_BYTES
-    return data.prefetch or (4 if is_small else 2)
-
-
-def split_threads(data: DataConfig, device: torch.device) -> list[DataConfig]:
-    """The settings of graphs that take turns on the CPU, so that no thread waits for another.
-
-    Two, with half of the threads each; one where there is one thread, nothing is done ahead (they
-    would only take turns waiting), or a GPU does the work.
-    """
-    threads = decoding_threads(data.threads)
-    if threads == 1 or data.prefetch == 1 or device.type != "cpu":
-        return [data]
-    return [dataclasses.replace(data, threads=part) for part in (-(-threads // 2), threads // 2)]
-
-
 def is_fused(resample: Resample, device: torch.device) -> bool:
     """Whether our operator resamples; a GPU's resize is DALI's."""
     return resample == "fused" and device.type == "cpu"
 
 
-def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) -> dict[str, Any]:
+def _pipeline_settings(
+    batch_size: int, device: torch.device, threads: int, ahead: int
+) -> dict[str, Any]:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"DALI decodes for cpu or cuda, not for {device}; set run.device")
     device_id = None  # the host
@@ -265,9 +297,9 @@ def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) 
         device_id = torch.cuda.current_device() if device.index is None else device.index
     return {
         "batch_size": batch_size,
-        "num_threads": decoding_threads(data.threads),
+        "num_threads": threads,
         "device_id": device_id,
-        "prefetch_queue_depth": batches_ahead(data, batch_size),
+        "prefetch_queue_depth": ahead,
     }
 
 
@@ -279,11 +311,6 @@ def _decoder_settings(device: torch.device) -> dict[str, Any]:
         "jpeg_fancy_upsampling": True,  # as on the CPU; DALI's default is the nearest chroma
         "hw_decoder_load": HW_DECODER_LOAD,
     }
-
-
-def _on_device(node: Any, device: torch.device) -> Any:
-    """Sends an input along to the device, a batch ahead of its use."""
-    return node if device.type == "cpu" else node.gpu()
 
 
 # Running graphs.
@@ -302,28 +329,11 @@ def decode(
     build: Callable[..., Pipeline],
     host_batches: Generator[HostBatch[Metadata], None, None],
     *,
-    data: DataConfig,
     batch_size: int,
     device: torch.device,
+    pace: Pace = ONE_BY_ONE,
 ) -> Outputs[Metadata]:
-    """As `run_graphs`, with graphs as `build_train_graph` makes them for these settings."""
-    builds = [
-        functools.partial(build, data=part, batch_size=batch_size)
-        for part in split_threads(data, device)
-    ]
-    ahead = batches_ahead(data, batch_size)
-    with contextlib.closing(host_batches):
-        yield from run_graphs(builds, host_batches, device=device, ahead=ahead)
-
-
-def run_graphs(
-    builds: Sequence[Callable[[NextInputs], Pipeline]],
-    host_batches: Iterator[HostBatch[Metadata]],
-    *,
-    device: torch.device,
-    ahead: int,
-) -> Outputs[Metadata]:
-    """Outputs and metadata of every batch, in order. Close the generator to stop before the end.
+    """Images and metadata of every batch, in order. Close the generator to stop before the end.
 
     Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
     the one before has done the whole batch, and threads that are done early wait; another graph's
@@ -334,19 +344,28 @@ def run_graphs(
     looks at it (a test pins that).
 
     Args:
-        builds: each makes a graph that asks a function for its inputs.
+        build: makes a graph that asks a function for its inputs, as `build_train_graph`.
         host_batches: the batches; iterated in another thread, so that waiting for storage hides
-            after decoding.
-        device: where the graphs' outputs lie.
-        ahead: batches prepared before they are asked for, beside those that graphs prefetch.
+            after decoding, and closed at the end.
+        batch_size: of the largest batch.
+        device: where the graphs' images lie.
+        pace: of the graphs; as many batches are prepared ahead of what they have ahead.
 
     Raises:
         DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
             raises comes as it is.
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
-        dealer = _Dealer(worker, host_batches, num_graphs=len(builds), ahead=ahead)
-        pipelines = [build(dealer.inputs_of(graph)) for graph, build in enumerate(builds)]
+    with (
+        contextlib.closing(host_batches),
+        ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker,
+    ):
+        num_graphs = len(pace.threads)
+        dealer = _Dealer(worker, host_batches, num_graphs=num_graphs, ahead=pace.ahead)
+        settings = {"batch_size": batch_size, "ahead": pace.ahead}
+        pipelines = [
+            build(dealer.inputs_of(graph), threads=threads, **settings)
+            for graph, threads in enumerate(pace.threads)
+        ]
         try:
             for pipeline in pipelines:
                 pipeline.build()
@@ -356,7 +375,7 @@ def run_graphs(
                 # the host; positional only in DALI 2.4.
                 stream = [] if device.type == "cpu" else [torch.cuda.current_stream(device)]
                 try:
-                    outputs = pipelines[number % len(pipelines)].run(*stream)
+                    outputs = pipelines[number % num_graphs].run(*stream)
                 except StopIteration:
                     return
                 except Exception as error:  # DALI's are of several types
@@ -364,10 +383,7 @@ def run_graphs(
                         raise
                     in_flight = [metadata for _, metadata in sorted(dealer.in_flight.items())]
                     raise DecodingError(str(error), in_flight) from error
-                yield (
-                    [from_dlpack(output.as_tensor()) for output in outputs],
-                    dealer.in_flight.pop(number),
-                )
+                yield from_dlpack(outputs[0].as_tensor()), dealer.in_flight.pop(number)
                 del outputs  # held here, the buffers could not be reused for the next batch
         finally:
             dealer.cancel()
@@ -379,7 +395,7 @@ class _Dealer(Generic[Metadata]):
     def __init__(
         self,
         worker: Executor,
-        host_batches: Iterator[HostBatch[Metadata]],
+        host_batches: Generator[HostBatch[Metadata], None, None],
         *,
         num_graphs: int,
         ahead: int,
@@ -426,31 +442,24 @@ class _Dealer(Generic[Metadata]):
 
 
 def find_undecodable(
-    build: Callable[..., Pipeline],
-    inputs: tuple[Any, ...],
-    *,
-    data: DataConfig,
-    device: torch.device,
+    build: Callable[..., Pipeline], inputs: tuple[Any, ...], *, device: torch.device
 ) -> dict[int, str]:
     """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
 
-    DALI says that a batch failed, seldom at which image. So every sample is decoded alone, by the
-    same graph with room for one. That is slow (about the time of the batch on one thread, and a
+    DALI says that a batch failed, seldom at which image. So every sample is decoded by itself, by
+    the same graph with room for one. That is slow (about the time of the batch on one thread, and a
     new graph after each image that fails) and happens only when a batch has failed.
 
     Args:
         build: makes the graph that failed, as `build_train_graph`.
         inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
             and a size of the window, and more with a row a sample.
-        data: the settings of the graph that failed.
-        device: where the graph's outputs lie.
+        device: where the graph's images lie.
 
     Raises:
         DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
             device that is lost, or out of memory).
     """
-    alone = dataclasses.replace(data, threads=1, prefetch=1)
-    builds = [functools.partial(build, data=alone, batch_size=1)]
     reasons: dict[int, str] = {}
     start, size = 0, len(inputs[0])
     while start < size:
@@ -459,7 +468,7 @@ def find_undecodable(
             for row in range(start, size)
         )
         try:
-            for _ in run_graphs(builds, one_by_one, device=device, ahead=1):
+            for _ in decode(build, one_by_one, batch_size=1, device=device):
                 pass
             break
         except DecodingError as error:
@@ -470,7 +479,7 @@ def find_undecodable(
         _, first, end_or_shape, *more = (column[:1] for column in inputs)
         window = np.zeros_like(first), np.full_like(end_or_shape, _SOUND_SIDE)
         sound = HostBatch(inputs=([_sound_image()], *window, *more), metadata=0)
-        for _ in run_graphs(builds, iter([sound]), device=device, ahead=1):
+        for _ in decode(build, (one for one in [sound]), batch_size=1, device=device):
             pass
     return reasons
 

@@ -1,14 +1,13 @@
 """From packed data sets to batches: without end for training, each sample once for evaluation.
 
-`TrainLoader._decode` is the table of contents. Its chapters: `plan/` says which samples and which
-random numbers a step is given, `feed/` reads and replaces images and makes the texts, `graph.py`
-decodes and augments, and a `Batch` is put together.
+`TrainLoader._decode` is the table of contents: `plan/` says which samples and which random numbers
+a step is given, `feed/` reads and replaces images and makes texts and targets, `graph.py` decodes
+and augments, and a `Batch` is put together.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
@@ -20,47 +19,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import (
-    Batch,
-    EvaluationBatch,
-    ReadingTime,
-    Targets,
-    Texts,
-    copied_ahead,
-    send,
-)
-from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead
+from unicl_fast.config import DataConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.host_batches import (
-    HostBatch,
-    HostBatches,
-    ImageForm,
-    TrainMetadata,
-)
+from .feed.host_batches import HostBatch, HostBatches, ImageForm, LoaderSettings, TrainMetadata
 from .feed.reading import READ_AHEAD, BadSamples, reading_ahead
-from .feed.text_block import unpack_integers
 from .graph import (
     DecodingError,
     Outputs,
-    batches_ahead,
     build_evaluation_graph,
     build_train_graph,
+    choose_pace,
     decode,
     find_undecodable,
     is_fused,
     reason_of,
 )
 from .kernels.operators import parts_for
-from .plan.crop import central_windows
+from .plan.crop import evaluation_regions, fill_borders
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
-_LARGE_BATCH_BYTES = 1_000_000_000
-"""Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
 _SAMPLES_MEASURED = 100_000
 
 
@@ -72,9 +55,12 @@ class TrainLoader:
     else.
     """
 
+    _running: Generator[Batch, None, None] | None = None
+    _feature_type: torch.dtype | None = None
+
     def __init__(
         self,
-        config: TrainConfig,
+        config: LoaderSettings,
         datasets: Sequence[PackedDataset],
         weights: Sequence[float] | None,
         prompts: ClassPrompts,
@@ -89,16 +75,15 @@ class TrainLoader:
 
         Args:
             config: the run's.
-            datasets: the data sets to train on, open; closing them is the caller's business.
+            datasets: to train on, open; the caller closes them.
             weights: each data set's part of every batch; None takes the numbers of samples.
             prompts: made of the same data sets in the same order.
-            rank: number of this loader's local batch in a global batch.
-            world_size: how many local batches there are.
+            rank: number of this loader's local batch.
+            world_size: how many there are in a global batch.
             device: where batches lie; `data.decode_device` says whether images are decoded there.
-                A run has replaced its `auto` for all ranks together; a loader alone decides itself.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
-            spans: those of the run, if it has stages.
-            stage: number of the one that `config` is of.
+            spans: those of the run, if it has stages, of which `config` is number `stage`.
+            stage: see `spans`.
 
         Raises:
             ValueError: data that cannot be planned or shared; or `config` has stages.
@@ -108,19 +93,17 @@ class TrainLoader:
                 "a TrainLoader is of one stage: make one of each of config.stages, with "
                 "spans=config.run.spans, or train by unicl_fast.training.run"
             )
-        data = config.data
-        self._data = data
+        data, batch_size = config.data, config.run.global_batch_size
         self._rank, self._device = rank, torch.device(device)
         self._decode_device, _ = choose_decode_device(
             data.decode_device, device=self._device, threads=data.threads
         )
-        self._running: Generator[Batch, None, None] | None = None
-        self._feature_type: torch.dtype | None = None
         self.form = _form_of(datasets, data, self._decode_device)
         augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
         self.augmentation = parts_for(augmentations, data.mean)
         self.build_graph = partial(
             build_train_graph,
+            data=data,
             device=self._decode_device,
             form=self.form,
             augmentation=self.augmentation,
@@ -128,7 +111,7 @@ class TrainLoader:
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, data, i) for i, dataset in enumerate(datasets)],
             data=data,
-            global_batch_size=config.run.global_batch_size,
+            global_batch_size=batch_size,
             seed=config.run.seed,
             weights=weights,
             augmentations=augmentations,
@@ -136,10 +119,12 @@ class TrainLoader:
             stage=stage,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
-        self.num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
-        if self.form == "files":
-            part = sum(data.crop_scale) / 2  # of a window on average
-            self._data = fit_prefetch(data, datasets, num_images=self.num_images, part=part)
+        self.num_images = self.plan.num_views * (batch_size // world_size)
+        part = sum(data.crop_scale) / 2 if self.form == "files" else 0  # of an image, in a window
+        size = part * _image_bytes(datasets, data)
+        self.pace = choose_pace(
+            data, self._decode_device, num_images=self.num_images, window_bytes=size
+        )
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self.host = HostBatches(
             config,
@@ -207,7 +192,7 @@ class TrainLoader:
                 yield from self._decode(step)
             except DecodingError as error:
                 # Not the error itself: through its traceback it would keep the dead graph alive
-                # beside the one that looks for the cause.
+                # next to the one that looks for the cause.
                 failed, reason = error.in_flight, reason_of(error)
             else:
                 return
@@ -226,66 +211,50 @@ class TrainLoader:
             self.host.reading_ahead(start_step),
             contextlib.closing(self._outputs(start_step)) as outputs,
         ):
-            for (images, integers), metadata in outputs:
-                yield self._batch_of(images, integers, metadata)
-                del images, integers  # held here, their buffers could not be reused
+            for images, metadata in outputs:
+                yield self._batch_of(images, metadata)
+                del images  # held here, its buffer could not be reused
 
-    def _batch_of(self, images: Tensor, integers: Tensor, metadata: TrainMetadata) -> Batch:
+    def _batch_of(self, images: Tensor, metadata: TrainMetadata) -> Batch:
         first, *second = images.chunk(self.plan.num_views)
-        lengths, classes = metadata.text_lengths, metadata.image_classes
-        found = unpack_integers(integers[: len(first)], num_texts=len(lengths))
-        image_classes = None
-        if classes is not None:
-            image_classes = send(torch.from_numpy(classes), self._decode_device)
-        return Batch(
-            step=metadata.actual.step,
+        actual = metadata.actual
+        batch = Batch(
+            step=actual.step,
             images=first,
             second_images=second[0] if second else None,
-            texts=Texts(
-                tokens=found.tokens,
-                lengths=lengths,
-                index=found.text_index,
-                counts=found.text_counts,
-            ),
-            targets=Targets(
-                class_ids=found.class_ids,
-                text_class_ids=found.text_class_ids,
-                image_classes=image_classes,
-            ),
-            global_index=found.global_index,
-            sample_ids=torch.from_numpy(metadata.actual.sample_ids),
+            texts=metadata.texts,
+            targets=metadata.targets,
+            global_index=torch.from_numpy(actual.global_index),
+            sample_ids=torch.from_numpy(actual.sample_ids),
             scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
-            source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
+            source_ids=torch.from_numpy(actual.source_ids.astype(np.int64)),
         )
+        return batch.to(images.device) if images.is_cuda else batch
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
-        """Images and integers of every batch, and its metadata."""
+        """Images of every batch, and its metadata."""
         if self._feature_type is not None:
             for batch in self.host.batches(start_step):
-                rows, integers = map(torch.from_numpy, batch.inputs)
-                yield [rows.view(self._feature_type), integers], batch.metadata
+                yield torch.from_numpy(*batch.inputs).view(self._feature_type), batch.metadata
         elif self.form == "crops" and self.augmentation is None:  # nothing is left for a graph
-            ahead = batches_ahead(self._data, self.num_images)
-            made = self.host.batches_without_graph(start_step, ahead=ahead)
+            made = self.host.batches_without_graph(start_step, ahead=self.pace.ahead)
             with contextlib.closing(made):
                 for batch in made:
-                    yield [torch.from_numpy(array) for array in batch.inputs], batch.metadata
+                    yield torch.from_numpy(*batch.inputs), batch.metadata
         else:
             yield from decode(
                 self.build_graph,
                 self.host.batches(start_step),
-                data=self._data,
                 batch_size=self.num_images,
                 device=self._decode_device,
+                pace=self.pace,
             )
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
         batch = self.host.batch(failed.step)
         actual = batch.metadata.actual
-        reasons = find_undecodable(
-            self.build_graph, batch.inputs, data=self._data, device=self._decode_device
-        )
+        reasons = find_undecodable(self.build_graph, batch.inputs, device=self._decode_device)
         for row, reason in reasons.items():
             row %= len(actual.sample_ids)  # of the second view
             source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
@@ -303,29 +272,12 @@ def _form_of(
     return "crops" if is_fused(data.resample, device) else "pixels"
 
 
-def fit_prefetch(
-    data: DataConfig, datasets: Sequence[PackedDataset], *, num_images: int, part: float
-) -> DataConfig:
-    """Settings by which one batch is decoded at a time, where its images are very large.
-
-    Decoders hold all windows of a batch. Images of 88 megapixels take 1.1 GB for eight, and 8.3 GB
-    with the usual batches ahead (4.6 GB without); a stop waits until those under way are decoded.
-
-    Args:
-        data: the run's; a `prefetch` that is set stays.
-        datasets: those of the run.
-        num_images: in a rank's batch, over all views.
-        part: how much of an image's pixels a decoded window has.
-    """
-    # packing has shuffled the samples: the first ones tell of all
-    sizes = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
-    pixels = max(
-        float(np.mean(rows["height"].astype(np.float64) * rows["width"])) for rows in sizes
-    )
-    window_bytes = 3 * min(pixels, data.max_pixels) * part  # larger images are not decoded
-    if data.prefetch or num_images * window_bytes < _LARGE_BATCH_BYTES:
-        return data
-    return dataclasses.replace(data, prefetch=1)
+def _image_bytes(datasets: Sequence[PackedDataset], data: DataConfig) -> float:
+    """Bytes of a decoded image on average, of the data set with the largest."""
+    # packing has shuffled the samples, so the first ones are like all
+    samples = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
+    means = [np.mean(rows["height"].astype(np.float64) * rows["width"]) for rows in samples]
+    return 3 * min(float(max(means)), data.max_pixels)  # larger images are not decoded
 
 
 def _plan_source(
@@ -372,13 +324,18 @@ class EvaluationLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self._dataset = dataset
-        self._data = fit_prefetch(data, [dataset], num_images=batch_size, part=1.0)
-        self._batch_size = batch_size
+        self._data, self._batch_size = data, batch_size
         self._device = torch.device(device)
         self._decode_device, _ = choose_decode_device(
             data.decode_device, device=self._device, threads=data.threads
         )
-        self._build = partial(build_evaluation_graph, device=self._decode_device)
+        self._build = partial(build_evaluation_graph, data=data, device=self._decode_device)
+        self.pace = choose_pace(
+            data,
+            self._decode_device,
+            num_images=batch_size,
+            window_bytes=_image_bytes([dataset], data),
+        )
         ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
@@ -405,13 +362,15 @@ class EvaluationLoader:
         outputs = decode(
             self._build,
             self._host_batches(),
-            data=self._data,
             batch_size=len(self._batches[0]),
             device=self._decode_device,
+            pace=self.pace,
         )
         try:
             with contextlib.closing(outputs):
-                for (images,), ids in outputs:
+                for images, ids in outputs:
+                    sizes = self._dataset.samples[ids]
+                    fill_borders(images, sizes["height"], sizes["width"], self._data)
                     yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
                     del images
             return
@@ -419,9 +378,7 @@ class EvaluationLoader:
             failed, reason = error.in_flight, reason_of(error)
         for ids in failed:
             inputs = self._host_batch(ids).inputs
-            reasons = find_undecodable(
-                self._build, inputs, data=self._data, device=self._decode_device
-            )
+            reasons = find_undecodable(self._build, inputs, device=self._decode_device)
             if reasons:
                 raise DecodingError(
                     "cannot be decoded, though the bytes are those that were packed; pack the data "
@@ -452,12 +409,7 @@ class EvaluationLoader:
     def _host_batch(self, ids: NDArray[np.int64]) -> HostBatch[NDArray[np.int64]]:
         self._dataset.check_arrays()
         samples = self._dataset.samples[ids]
-        starts, ends = central_windows(
-            samples["height"],
-            samples["width"],
-            resize=self._data.evaluation_resize,
-            crop=self._data.image_size,
-        )
+        starts, ends = evaluation_regions(samples["height"], samples["width"], self._data)
         limit = self._data.max_pixels
         encoded = [
             self._dataset.image_bytes(sample, verify=True, max_pixels=limit)

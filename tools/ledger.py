@@ -1,8 +1,4 @@
-"""`unicl-ledger`: proves from a run's ledger that no step is missing and no sample was left out.
-
-Reading and proving is done in `unicl_fast.ledger.proof`. Here the result is put into words and
-JSON, and `--replan` adds a second witness: the run is planned again from the ledger's headers.
-"""
+"""`unicl-ledger`: proves from a run's ledger that no step is missing and no sample was left out."""
 
 from __future__ import annotations
 
@@ -21,7 +17,9 @@ from numpy.typing import NDArray
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
 from unicl_fast.ledger.proof import LedgerProof, Run, prove
+from unicl_fast.system.checksums import parse_checksummed_json
 from unicl_fast.system.program import begin_program
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of, print_text
 
 _MOST_LINES = 10
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         stop("unicl-ledger", error, code=1)
     except MemoryError as error:  # one byte a sample
-        too_large = MemoryError(f"{folder} tells of data sets that no memory holds: {error}")
+        too_large = MemoryError(f"{folder} describes data sets too large for any memory: {error}")
         stop("unicl-ledger", too_large, code=1)
     print_text(in_words(proof), sys.stdout)
     values = as_json(proof)
@@ -83,26 +81,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
     """The steps that the newest checkpoint has done, by its name, and its run; 0 if there is none.
 
-    The run is None where state.json is damaged: then the steps alone are compared.
+    The run is None where state.json is damaged: then only the steps are compared.
     """
-    from unicl_fast.system.checksums import parse_checksummed_json
-
     folders = (run_folder / "checkpoints").glob("step-*")
     steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
     if not steps:
         return 0, None
     newest = max(steps)
     try:
-        state = parse_checksummed_json((steps[newest] / "state.json").read_bytes())
-        run = Run(
-            run_id=str(state["run_id"]),
-            seed=state["config"]["run"]["seed"],
-            global_batch_size=state["config"]["run"]["global_batch_size"],
-            sizes=[source["num_samples"] for source in state["data"]["sources"]],
-        )
+        state = parse_checksummed_json(read_file(steps[newest] / "state.json"))
+        sizes = [source["num_samples"] for source in state["data"]["sources"]]
+        settings = state["config"]["run"]
+        run_id = str(state["run_id"])
+        return newest, Run(run_id, settings["seed"], settings["global_batch_size"], sizes)
     except (OSError, ValueError, KeyError, TypeError):
         return newest, None
-    return newest, run
 
 
 class Replan:

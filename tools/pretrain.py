@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import os
 import re
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
 from unicl_fast.distributed.signals import (
-    EXIT_ABORTED,
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_WRONG_INPUT,
@@ -32,7 +34,7 @@ from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
-from unicl_fast.system.program import begin_program
+from unicl_fast.system.program import EXIT_ABORTED, begin_program, showing_stages
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets
 
@@ -73,18 +75,18 @@ class PretrainArguments(TrainConfig):
     curves.png, contact-sheet.png, log.txt, checkpoints/ and tensorboard/; quarantine.csv lists
     unreadable samples."""
     preset: str = DEFAULT_PRESET
-    """Preset that all other settings start from; list shows all. auto takes one by the data and the
-    machine."""
+    """Preset that all other settings start from; list shows all. auto chooses one that suits the
+    data and the machine."""
     config: Path | None = None
-    """YAML or JSON file with any of the settings. It comes after the preset, which it may name
-    (preset: NAME), and before the options given here."""
+    """YAML or JSON file with any of the settings. It overrides the preset, which it may name
+    (preset: NAME); options given here override the file."""
     print_config: bool = False
-    """Print all settings as YAML that --config takes, and end. Needs neither --out nor data."""
+    """Print all settings as YAML that --config takes, and exit. Needs neither --out nor data."""
     dry_run: bool = False
-    """Do all that comes before the first step, and end. Data, checkpoint, settings and memory are
+    """Do everything up to the first step, then exit. Data, checkpoint, settings and memory are
     checked, the model is built, and the summary is shown; nothing is written."""
     quiet: bool = False
-    """Only show warnings and errors. The log is in --out/log.txt in any case."""
+    """Only show warnings and errors. --out/log.txt always has the whole log."""
     nproc: int = 1
     """Ranks to start on this machine; 1 under torchrun or SLURM."""
     resume: str = "never"
@@ -95,8 +97,8 @@ class PretrainArguments(TrainConfig):
     """Times to restart all ranks after one has died. They resume from the newest checkpoint. (Only
     ranks that --nproc starts; torchrun has a flag of that name for its own.)"""
     ledger: bool = False
-    """Record what every step is fed, for unicl-ledger. The records are in --out/ledger; a run that
-    has a ledger continues it in any case."""
+    """Record the samples of every step for unicl-ledger, in --out/ledger. A run that has a ledger
+    always continues it."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,16 +107,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
         try:
-            _main(begin_program() if argv is None else list(argv))
+            given = begin_program() if argv is None else list(argv)
+            with showing_stages(hidden="--quiet" in given):
+                _main(given)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)
         except Interrupted as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{_PROGRAM}: {error}; resume with --resume auto", file=sys.stderr)
             sys.exit(EXIT_INTERRUPTED)
-        except KeyboardInterrupt:
-            ended = Interrupted("ended at once; checkpoints are from before")
-            stop(_PROGRAM, ended, code=EXIT_ABORTED)
+        except KeyboardInterrupt:  # has been said
+            sys.exit(EXIT_ABORTED)
         except (FloatingPointError, OSError, RuntimeError) as error:
             stop(_PROGRAM, explain(error), code=EXIT_FAULT)
 
@@ -131,6 +134,7 @@ def _main(argv: Sequence[str]) -> None:
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
     check_current_folder()
     choose_environment(config.run.device)
+    _refuse_missing_data(config)
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader
@@ -153,7 +157,7 @@ def _main(argv: Sequence[str]) -> None:
         config,
         run_folder=run_folder,
         build_loader=TrainLoader,
-        evaluate=_evaluate,
+        evaluate=functools.partial(evaluate_in_run, quiet=arguments.quiet),
         initialise=initialise,
         resume=resume,
         origin=origin,
@@ -173,18 +177,28 @@ def _refuse_shortened_urls(config: TrainConfig) -> None:
         )
 
 
-def _evaluate(
+def _refuse_missing_data(config: TrainConfig) -> None:
+    """Refuses paths that are no packed data sets before torch is imported, which takes seconds."""
+    for place in (*config.data.train, *config.data.evaluate):
+        folder, equals, _ = place.rpartition("=")  # DIR=WEIGHT
+        if not is_url(place) and not (equals and Path(folder).exists()):
+            Manifest.load(place)
+
+
+def evaluate_in_run(
     model: UniCL,
     *,
     dataset: PackedDataset,
     rows_of_classes: NDArray[np.int64] | None,
     ranks: Ranks,
+    quiet: bool,
 ) -> Mapping[str, float]:
     from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.retrieval import evaluate_captions
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
-    on_ranks = ModelOnRanks(model=model, ranks=ranks)
+    shown = ranks.is_main and not quiet
+    on_ranks = ModelOnRanks(model=model, ranks=ranks, progress=shown)
     if not dataset.manifest.class_names:
         return evaluate_captions(on_ranks, dataset)
     result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)

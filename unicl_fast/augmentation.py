@@ -1,9 +1,7 @@
 """Augmentation of training images beyond cropping and flipping, in numbers.
 
 The augmentation of a data set is one `Augmentation`: probabilities and ranges, nothing drawn. It is
-written as a preset's name and changes to it (`unicl,blur=0.5`), for all data sets or for one of
-them. The data plan draws the numbers of an image, the graph applies them to its pixels;
-docs/augmentation.md describes both.
+written as a preset's name and changes to it (`unicl,blur=0.5`). See docs/augmentation.md.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from msgspec import Meta
 
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
-    FiniteNonNegative,
     Fraction,
+    NonNegative,
     PositiveFraction,
     check_fields,
     require,
@@ -51,13 +49,13 @@ class Augmentation:
     """Probability that an operation RandAugment has drawn is applied; timm's default is a half."""
     magnitude: Annotated[float, Meta(ge=0, le=LARGEST_MAGNITUDE)] = 9.0
     """Strength of RandAugment's operations, 0 to 10: the m of timm's rand-m9-mstd0.5-inc1."""
-    magnitude_std: FiniteNonNegative = 0.5
+    magnitude_std: NonNegative = 0.5
     """Standard deviation with which that strength is drawn anew for each operation."""
-    brightness: FiniteNonNegative = 0.0
+    brightness: NonNegative = 0.0
     """Colour jitter: a factor is drawn from 1 - brightness (at least 0) to 1 + brightness."""
-    contrast: FiniteNonNegative = 0.0
+    contrast: NonNegative = 0.0
     """The same for contrast."""
-    saturation: FiniteNonNegative = 0.0
+    saturation: NonNegative = 0.0
     """The same for saturation."""
     hue: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """The hue is turned by up to this part of a whole turn either way."""

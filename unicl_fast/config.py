@@ -1,24 +1,22 @@
 """Every setting of a run, in seven frozen groups, checked when they are made.
 
-The objective is a group of its own kind: `objectives/` has a class with its options for each.
-
 The sentences under a field are its documentation and its help; the first one alone is its line in
-`unicl-pretrain --help`. The type of a field holds its range. A `TrainConfig` goes to and from JSON
-without loss and is stored in every checkpoint; evaluation starts from it. `EfficiencyConfig` may
-change speed and memory; of results no more than the rounding.
+`unicl-pretrain --help`. The type of a field holds its range. `EfficiencyConfig` may change speed
+and memory; of results no more than the rounding. `objectives/` has the options of objectives.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from unicl_fast.augmentation import read_entries
+from unicl_fast.augmentation import Augmentation, read_entries
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import LossForm
 from unicl_fast.objectives.registry import objective_class
@@ -26,16 +24,15 @@ from unicl_fast.stages import STAGE_SETTINGS, Span, lay_out, parse_stage, span_a
 from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
-    FiniteNonNegative,
     Fraction,
     NonNegative,
     Positive,
     PositiveFraction,
     check_fields,
     from_json_values,
-    parse_json,
     require,
 )
+from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.system.wording import without_secrets
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -56,7 +53,7 @@ Projection = Literal["linear", "biased", "none"]
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
-"""Fields of `ModelConfig` that a run needs at its first start alone."""
+"""Fields of `ModelConfig` that are only read on a run's first start."""
 
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 # Sizes end far beyond what anybody trains: damaged settings must not take memory.
@@ -78,7 +75,7 @@ class DataConfig:
     half, which is a random half, since packing has shuffled the samples."""
     evaluate: tuple[str, ...] = ()
     """Packed data sets that are evaluated in training. With labels it is zero-shot accuracy; with
-    captions alone, the loss of held-out batches and the recalls of retrieval."""
+    only captions, the loss of held-out batches and the recalls of retrieval."""
     text: Literal["any", "captions", "labels"] = "any"
     """Text of samples that have both: any, captions or labels. It is one of its captions, the
     prompt of one of its labels, or (any) one of the two with equal chance, drawn anew each time."""
@@ -89,7 +86,7 @@ class DataConfig:
     prompts: Literal["labels", "levels"] = "labels"
     """Class whose prompt is the text of a label: labels or levels. labels takes the label itself.
     levels takes for all images of a batch the class at one level of the hierarchy, other levels in
-    other batches, and needs objective.positives=text."""
+    other batches, and not objective.positives=labels."""
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
@@ -102,8 +99,10 @@ class DataConfig:
     augment: tuple[str, ...] = ()
     """Augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5; NAME:SPEC
     is for the data set whose folder is called NAME. See docs/augmentation.md."""
-    evaluation_resize: Pixels = 256
-    """Pixels of the shorter side before evaluation crops image_size in the centre."""
+    evaluation_resize: Pixels | Literal["longest", "squash"] = 256
+    """Pixels of the shorter side before evaluation crops image_size in the centre; or longest or
+    squash, which show the whole image. longest scales the longer side to image_size and fills the
+    rest with grey, the mean; squash distorts. They are open_clip's."""
     interpolation: Interpolation = "bilinear"
     """Filter for resizing; both are antialiased."""
     resample: Resample = "fused"
@@ -134,7 +133,7 @@ class DataConfig:
     is fetched while the previous one is trained on, and each byte once an epoch."""
     shuffle_groups: Annotated[int, Meta(ge=1, le=65_536)] = 128
     """Groups of a global batch that each take a part of every shuffle window, so that a machine
-    reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
+    reads only its own parts. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
@@ -161,7 +160,7 @@ class DataConfig:
             require(low <= high, f"data.{name} must not fall, as {low:g} to {high:g} does")
         read_entries(self.augment)
         require(
-            self.evaluation_resize >= self.image_size,
+            isinstance(self.evaluation_resize, str) or self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
         )
@@ -193,7 +192,8 @@ class ModelConfig:
     text_heads: Layers = 8
     """Attention heads of each text block; they must divide text_width."""
     context_length: Width = 77
-    """Longest text in tokens, start and end tokens included."""
+    """Longest text in tokens, start and end tokens included. Longer ones are cut, keep their end
+    token, and are counted in the log."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
     text_activation: Activation = "quick_gelu"
@@ -271,7 +271,7 @@ class OptimConfig:
     """Global norm to which gradients are clipped; 0 clips none."""
     ema_decay: FractionBelowOne = 0.0
     """Decay of the weights' moving average; 0 keeps none. For example 0.9999. The average is
-    evaluated instead of the weights, and stored beside them."""
+    evaluated instead of the weights, and stored next to them."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: image, text, image:K, text:K, image_projection, text_projection.
     image and text are the encoders, image:6 is the image encoder up to its 6th block. They keep
@@ -360,7 +360,7 @@ class CheckpointConfig:
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
     """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1. Empty takes top1 of
-    the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has captions alone;
+    the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has only captions;
     none keeps no best checkpoint. The largest value is the best."""
 
     def __post_init__(self) -> None:
@@ -399,7 +399,7 @@ class RunConfig:
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
     process are counted, not those before a resume."""
-    timeout_seconds: FiniteNonNegative = 600
+    timeout_seconds: NonNegative = 600
     """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
     has hung: it names its stage and ends the run with code 70. Before the first step is done the
     limit is 3 times as long; with compiled encoders 6 times, for 16 steps and in evaluations."""
@@ -473,7 +473,16 @@ class TrainConfig:
             "with these options has others: set it to 0, and efficiency.activation_checkpointing "
             "if memory is short",
         )
+        _check_image_features(self)
         self.settings_of_stages  # noqa: B018  checks them
+
+    def changed(self, **groups: Mapping[str, Any]) -> TrainConfig:
+        """Returns a copy with other values of some fields: `config.changed(run={"seed": 1})`."""
+        changes = {
+            group: dataclasses.replace(getattr(self, group), **values)
+            for group, values in groups.items()
+        }
+        return dataclasses.replace(self, **changes)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -498,6 +507,40 @@ class TrainConfig:
         return (*configs, _with_settings(self, {}) if configs else self)
 
 
+def _check_image_features(config: TrainConfig) -> None:
+    """Refuses stored features that would not be those of every epoch."""
+    if not config.efficiency.image_features:
+        return
+    option = "efficiency.image_features stores what a frozen image encoder gives"
+    require(
+        "image" in config.optim.freeze,
+        f"{option}, and this run trains it: add --optim.freeze image",
+    )
+    augmentations = read_entries(config.data.augment).values()
+    augments = any(one != Augmentation() for one in augmentations)
+    drawn = [*config.data.drawn, *(["augmentation"] if augments else [])]
+    require(
+        not drawn,
+        f"{option} of images that are the same in every epoch, and this run draws "
+        f"{', '.join(drawn)}: add --data.crop-scale 1 1 --data.crop-ratio 1 1 "
+        "--data.flip-probability 0 --data.augment none",
+    )
+    require(
+        not config.objective.mixes,
+        f"{option}, and the objective mixes images: set objective.mixup and objective.cutmix to 0",
+    )
+    require(
+        config.efficiency.shard != "full",
+        f"{option}, and shard=full divides it: take off or optimizer",
+    )
+
+
+class Configured:
+    """Has the settings of the run that it is of."""
+
+    config: TrainConfig
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A part of a run with settings of its own."""
@@ -512,11 +555,7 @@ def _with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig
     changes: dict[str, dict[str, Any]] = {"run": {"stages": ()}}
     for name, value in settings.items():
         changes.setdefault(STAGE_SETTINGS[name], {})[name] = value
-    groups = {
-        group: dataclasses.replace(getattr(config, group), **values)
-        for group, values in changes.items()
-    }
-    return dataclasses.replace(config, **groups)
+    return config.changed(**changes)
 
 
 def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -555,15 +594,15 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     return values
 
 
-def settled_values(given: TrainConfig, settled: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Differences between a config and its settled form, by group and name.
+def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Differences between a config, of `config_to_dict`, and its settled form, by group and name.
 
     Threads are left out: they are those of one rank's machine.
     """
-    before, after = config_to_dict(given), config_to_dict(settled)
-    after["data"]["threads"] = before["data"]["threads"]
+    after = config_to_dict(settled)
+    after["data"]["threads"] = given["data"]["threads"]
     changes = {
-        group: {name: one for name, one in after[group].items() if before[group].get(name) != one}
+        group: {name: one for name, one in after[group].items() if given[group].get(name) != one}
         for group in after
     }
     return {group: values for group, values in changes.items() if values}
@@ -604,7 +643,7 @@ def load_config(path: Path) -> TrainConfig:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not a config of this version.
     """
-    values = parse_json(path.read_bytes(), where=str(path))
+    values = read_json(path)
     try:
         return config_from_dict(values)
     except ValueError as error:

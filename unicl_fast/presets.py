@@ -9,6 +9,7 @@ by Muon at two to four times AdamW's rate, which learns more from as many images
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import NamedTuple
 
 from unicl_fast.config import (
@@ -36,10 +37,6 @@ def _released(image_encoder: str, *, drop_path: float = 0.0) -> TrainConfig:
         efficiency=EfficiencyConfig(precision="auto"),
         run=RunConfig(global_batch_size=4096),
     )
-
-
-def _with_halves(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, fraction=(0.5,)))
 
 
 def _small(
@@ -92,40 +89,35 @@ _MIXED = _small(
     samples=80_000,
     every_steps=(50, 125),
 )
-_PHOTOS = dataclasses.replace(
-    _MIXED,
-    data=DataConfig(
-        image_size=128,
-        crop_scale=(0.4, 1.0),
-        evaluation_resize=144,
-        interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    ),
-    model=dataclasses.replace(
-        _MIXED.model,
-        image_encoder="tf_efficientnet_lite0",
-        init_image="pypi:efficientnet-lite0",
-    ),
-    optim=dataclasses.replace(_MIXED.optim, freeze=("image",)),
-    run=dataclasses.replace(_MIXED.run, samples=12_800),
+_HALF = {"fraction": (0.5,)}
+_HALF_OF_RANGE = (0.5, 0.5, 0.5)
+_PHOTOS = _MIXED.changed(
+    data={
+        "image_size": 128,
+        "evaluation_resize": 144,
+        "interpolation": "bicubic",
+        "mean": _HALF_OF_RANGE,
+        "std": _HALF_OF_RANGE,
+    },
+    model={"image_encoder": "tf_efficientnet_lite0", "init_image": "pypi:efficientnet-lite0"},
+    optim={"freeze": ("image",)},
+    run={"samples": 12_800},
 )
 # Without crops an image is the same in every epoch, so a locked encoder encodes it once, where
 # efficiency.image_features names a folder for what it gives.
-_PHOTOS_FEATURES = dataclasses.replace(
-    _PHOTOS,
-    data=dataclasses.replace(
-        _PHOTOS.data, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_probability=0.0
-    ),
+_PHOTOS_FEATURES = _PHOTOS.changed(
+    data={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
 )
 
 PRESETS = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
     "swin-tiny-half-half": Preset(
-        "Swin-T on half of each data set (the paper's mixes)", _with_halves(_SWIN_TINY)
+        "Swin-T on half of each data set (the paper's mixes)", _SWIN_TINY.changed(data=_HALF)
     ),
     "swin-base": Preset("Swin-B", _SWIN_BASE),
-    "swin-base-half-half": Preset("Swin-B on half of each data set", _with_halves(_SWIN_BASE)),
+    "swin-base-half-half": Preset(
+        "Swin-B on half of each data set", _SWIN_BASE.changed(data=_HALF)
+    ),
     "focalnet-base": Preset(
         "FocalNet-B with the small receptive field", _released("focalnet_base_srf", drop_path=0.5)
     ),
@@ -142,7 +134,7 @@ PRESETS = {
     ),
 }
 AUTO = "auto"
-ABOUT_AUTO = "one of these by the data and the machine; says which, and why"
+ABOUT_AUTO = "one of these that suits the data and the machine; says which and why"
 _SMALL_SIDE = 48
 """Pixels of the shorter side up to which images are those of CIFAR-10 rather than photographs."""
 _ENCODED_ONCE = {False: 20_000, True: 100_000}
@@ -164,8 +156,8 @@ class Facts(NamedTuple):
     """Largest global batch that holds no image twice."""
     gpu_bytes: int
     """Memory of the smallest GPU; 0 without one."""
-    has_weights: bool
-    """Whether the package with ImageNet's weights is installed."""
+    weights: str
+    """ImageNet's weights of photos-small that are here, as `model.init_image`; empty without."""
 
 
 def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str]:
@@ -183,7 +175,7 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
         reasons.append(f"{facts.side:.0f} pixels")
     elif facts.num_images > many and room >= 16:
         name = "swin-tiny"
-    elif not facts.has_weights:
+    elif not facts.weights:
         name = "mixed-small"
         reasons.append(
             "no package with ImageNet's weights, from which a short run learns far more: pip "
@@ -191,18 +183,19 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
         )
     else:
         name = "photos-features" if facts.num_images <= many else "photos-small"
-        reasons.append("ImageNet's weights are installed")
+        reasons.append(f"ImageNet's weights are here ({facts.weights})")
     config = build_preset(name)
-    efficiency, run = config.efficiency, config.run
+    if name.startswith("photos"):
+        config = config.changed(model={"init_image": facts.weights})
     if name == "photos-features":
-        efficiency = dataclasses.replace(efficiency, image_features=features)
+        config = config.changed(efficiency={"image_features": features})
     if name == "swin-tiny":
-        efficiency = dataclasses.replace(efficiency, micro_batch_size=_power_of_two(room))
-    if run.global_batch_size > facts.largest_batch:
-        run = dataclasses.replace(run, global_batch_size=_power_of_two(facts.largest_batch))
-    if run.samples > _MOST_EPOCHS * facts.num_images:
-        run = dataclasses.replace(run, samples=_MOST_EPOCHS * facts.num_images)
-    config = dataclasses.replace(config, efficiency=efficiency, run=run)
+        config = config.changed(efficiency={"micro_batch_size": _power_of_two(room)})
+    batch_size = config.run.global_batch_size
+    if batch_size > facts.largest_batch:
+        batch_size = _power_of_two(facts.largest_batch)
+    samples = min(config.run.samples, _MOST_EPOCHS * facts.num_images)
+    config = config.changed(run={"global_batch_size": batch_size, "samples": samples})
     return name, config, ", ".join(reasons)
 
 
@@ -217,6 +210,11 @@ def build_preset(name: str) -> TrainConfig:
     Raises:
         ValueError: there is none; the message lists them.
     """
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; presets are {', '.join(PRESETS)}")
-    return PRESETS[name].config
+    if name in PRESETS:
+        return PRESETS[name].config
+    if name == AUTO:
+        reason = "only unicl-pretrain has the preset auto, which looks at the data"
+    else:
+        similar = difflib.get_close_matches(name, [*PRESETS, AUTO], n=1)
+        reason = f"no preset {name!r}" + (f" (did you mean {similar[0]}?)" if similar else "")
+    raise ValueError(f"{reason}; presets are {', '.join(PRESETS)}, and {AUTO} for unicl-pretrain")

@@ -1,24 +1,24 @@
 """From the numbers of a diagnosis to sentences: the limit, what to change, what does not matter.
 
-A piece of advice is a variant that was measured, with the rate that the model gives it; one that
-gains less than `LEAST_GAIN` is listed as not mattering. Nothing here measures.
+Nothing here measures, so all of it can be tested with made-up numbers.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .model import CHECKPOINT, OTHERS, READ, Cost, Measured, Stage, Variant
+from .model import LOGGING, READ, Change, Measured, RankFigures, Stage, rate_text
 
 LEAST_GAIN = 0.03
-"""Part of the rate that a change must gain to be advice: less is noise here."""
+"""Part of the rate that a change must gain to be advice."""
 _SLOW_RANK = 1.5
 """A rank that takes this multiple of the median's time holds up the others."""
 _MUCH = 0.2
-"""Part of the time that checkpoints must take to be the limit."""
+"""Part of the time from which on what is no computing is the limit."""
+_BLOCKED = 0.5
+"""Part of the time in which a reading thread must wait for storage to be the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,233 +26,161 @@ class Limit:
     """The stage that a run waits for, and the evidence."""
 
     stage: str
-    resource: str
-    """loader, step, cores, checkpoint, rank or store."""
     sentence: str
     head_room: str
-    besides: str = ""
-    """The cores that other processes take; empty where they take few."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """A change and the rate that it would give."""
+    """A change, and the part of the rate that it adds: median, least and most of the rounds."""
 
-    variant: Variant
-    images_per_second: float
+    change: Change
     gain: float
-    """Part of the present rate that it adds."""
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.gain:+.0%} ({self.low:+.0%} to {self.high:+.0%})"
+
+
+def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
+    """Advice that gains something, the largest gain first; and what was found not to matter.
+
+    A change whose rounds do not all gain is none.
+    """
+    every = []
+    for trial in measured.trials:
+        gains = trial.gains(by_cpu=measured.is_busy)
+        gain = statistics.median(gains)
+        every.append(Advice(change=trial.change, gain=gain, low=min(gains), high=max(gains)))
+    every.sort(key=lambda one: -one.gain)
+    rounds = {trial.change.option: len(trial.now) for trial in measured.trials}
+    useful = [
+        one
+        for one in every
+        if one.gain >= LEAST_GAIN and one.low > 0 and rounds[one.change.option] > 1
+    ]
+    return useful, [one for one in every if one not in useful]
+
+
+def hints(measured: Measured) -> Iterator[str]:
+    """Changes that cannot be measured here."""
+    if measured.ranks_per_machine < measured.gpus:
+        yield f"--nproc {measured.gpus}: a rank for each of the {measured.gpus} GPUs"
+    if (slow := slow_rank(measured)) is not None:
+        yield f"mend or replace the machine of rank {slow[0].rank}"
+
+
+def neighbours(measured: Measured) -> str:
+    """A sentence on other processes of the machine, where they take much of it."""
+    if not measured.is_busy:
+        return ""
+    who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
+    return (
+        f"OTHER PROCESSES took {measured.others_cores:.1f} of {measured.cores:g} cores{who}. So no "
+        "gain in images/s is promised: changes are compared by images per CPU second."
+    )
+
+
+def waits_for_storage(measured: Measured) -> bool:
+    """Whether the loop waits for batches, and these for storage."""
+    return measured.waiting > _MUCH and measured.reading > _BLOCKED
 
 
 def find_limit(measured: Measured) -> Limit:
-    """Names the stage that sets the rate, with its evidence, and what would come next."""
-    resources = measured.resources()
-    slowest = max(resources, key=lambda name: resources[name])
-    checkpoints = measured.checkpoint_seconds(resources[slowest])
-    if slow := slow_rank(measured):
-        return slow
-    if checkpoints > _MUCH * measured.seconds():
-        part = checkpoints / measured.seconds()
+    """Names the stage that sets the rate, with its evidence."""
+    if (slow := slow_rank(measured)) is not None:
+        rank, usual, what = slow
+        mine = 1e3 * getattr(rank, what)
         return _limit(
-            measured, CHECKPOINT, "checkpoint",
-            f"checkpoints take {part:.0%} of the time: one of "
-            f"{measured.checkpoint.num_bytes / 1e6:,.0f} MB every "
-            f"{measured.checkpoint.every_steps} steps is copied in "
-            f"{measured.checkpoint.blocking_seconds:.2f} s and written in "
-            f"{measured.checkpoint.writing_seconds:.2f} s",
+            measured, f"rank {rank.rank}",
+            f"rank {rank.rank} is slow, and the others wait for it: its {what} takes {mine:.2f} ms "
+            f"an image, the others' {1e3 * usual:.2f}",
         )  # fmt: skip
-    if slowest == "loader" and measured.store_wall >= measured.loader.wall:
+    beside = _beside_computing(measured)
+    stage = max(beside, key=lambda name: beside[name][0])
+    part, evidence = beside[stage]
+    if part > _MUCH:
+        return _limit(measured, stage, evidence)
+    if measured.waiting > _MUCH and (stages := _of_loader(measured)):
+        largest = max(stages, key=lambda one: one.cost.wall)
+        threads = f"{measured.threads} threads" if measured.threads > 1 else "1 thread"
         return _limit(
-            measured, READ, "store",
-            f"the object store gives {1 / measured.store_wall:,.0f} images/s in the first epoch, "
-            f"and the loader could take {1 / measured.cached_wall:,.0f}",
+            measured, largest.name,
+            f"the loop waits for batches {measured.waiting:.0%} of the time, which the loader "
+            f"makes on {threads}; "
+            f"{_part_of(largest, measured.loader.wall, largest.cost.wall)}",
         )  # fmt: skip
-    if slowest == "loader":
-        stage = _slowest_of_loader(measured)
-        where = _share_of(stage, measured.loader.wall, unit="wall")
-        return _limit(
-            measured, stage.name, "loader",
-            f"the loader alone makes {1 / measured.loader.wall:,.0f} images/s on "
-            f"{measured.threads} threads; {where}",
-        )  # fmt: skip
-    if slowest == "step":
-        stage = _largest(measured, {"step", "between"}, by="wall")
-        where = _share_of(stage, measured.step.wall, unit="wall")
-        return _limit(
-            measured, stage.name, "step",
-            f"the step alone takes {1 / measured.step.wall:,.0f} images/s; {where}",
-        )  # fmt: skip
-    return _cores(measured)
+    if measured.device == "cpu":
+        return _cores(measured)
+    steps = [stage for stage in measured.stages if stage.side in ("step", "between")]
+    largest = max(steps, key=lambda one: one.cost.wall)
+    where = _part_of(largest, measured.step.wall, largest.cost.wall)
+    return _limit(measured, largest.name, f"the step does not wait for batches; {where}")
+
+
+def _beside_computing(measured: Measured) -> dict[str, tuple[float, str]]:
+    """The part of the time that goes into all that is no computing, and the evidence."""
+    found = {READ: (0.0, "")}
+    if waits_for_storage(measured):
+        evidence = (
+            f"the loop waits for batches {measured.waiting:.0%} of the time, and the thread that "
+            f"reads waits for storage {measured.reading:.0%} of it"
+        )
+        found[READ] = measured.waiting, evidence
+    for work in measured.periodic:
+        part = measured.part_of(work)
+        about = f"{part:.0%} of the time: training waits {work.seconds:.2f} s every "
+        about += f"{work.every_steps} steps" + (f" ({work.note})" if work.note else "")
+        found[work.name] = part, f"{work.name}s take {about}"
+    found[LOGGING] = measured.logging, f"metrics and trackers take {measured.logging:.0%} of it"
+    return found
+
+
+def _of_loader(measured: Measured) -> list[Stage]:
+    """The stages of whichever is slower: the thread that reads, or the decoding threads."""
+    sides = [[one for one in measured.stages if one.side == side] for side in ("feed", "graph")]
+    return max(sides, key=lambda stages: sum(one.cost.wall for one in stages))
 
 
 def _cores(measured: Measured) -> Limit:
     """The cores are what loader and step share; the largest user of them is named."""
-    stage = _largest(measured, {"feed", "graph", "step", "between"}, by="cpu")
-    where = _share_of(stage, measured.loader.cpu + measured.step.cpu, unit="cpu")
+    largest = max(measured.stages, key=lambda one: one.cost.cpu)
+    threads = ""
+    if measured.compute_threads < int(measured.cores):
+        threads = f", torch's operators on {measured.compute_threads} of them"
     return _limit(
-        measured, stage.name, "cores",
-        f"{measured.cores:g} cores do it all: an image takes {1e3 * measured.loader.cpu:.2f} ms of "
-        f"CPU time in the loader and {1e3 * measured.step.cpu:.2f} ms in the step; {where}",
+        measured, largest.name,
+        f"{measured.cores:g} cores do it all{threads}: an image takes "
+        f"{1e3 * measured.whole.cpu:.2f} ms of CPU time; "
+        f"{_part_of(largest, measured.whole.cpu, largest.cost.cpu)}",
     )  # fmt: skip
 
 
-def slow_rank(measured: Measured) -> Limit | None:
-    """The rank that the others wait for, if one is clearly slower."""
+def slow_rank(measured: Measured) -> tuple[RankFigures, float, str] | None:
+    """The rank that the others wait for, the usual seconds of an image, and the slow part."""
     if len(measured.ranks) < 2:
         return None
     for part in ("step", "loader"):
-        seconds = {one.rank: getattr(one, part) for one in measured.ranks}
-        worst = max(seconds, key=lambda rank: seconds[rank])
-        usual = statistics.median(value for rank, value in seconds.items() if rank != worst)
-        if seconds[worst] > _SLOW_RANK * usual and seconds[worst] > 0.5 * measured.whole.wall:
-            return _limit(
-                measured, f"rank {worst}", "rank",
-                f"rank {worst} is slow, and the others wait for it: its {part} takes "
-                f"{1e3 * seconds[worst]:.2f} ms an image, the others' {1e3 * usual:.2f}",
-            )  # fmt: skip
+        worst = max(measured.ranks, key=lambda one: getattr(one, part))
+        usual = statistics.median(getattr(one, part) for one in measured.ranks if one != worst)
+        mine = getattr(worst, part)
+        if mine > _SLOW_RANK * usual and mine > 0.5 * measured.whole.wall:
+            return worst, usual, part
     return None
 
 
-def _limit(measured: Measured, stage: str, resource: str, evidence: str) -> Limit:
+def _limit(measured: Measured, stage: str, evidence: str) -> Limit:
     return Limit(
         stage=stage,
-        resource=resource,
         sentence=f"{stage} limits the run to {measured.rate:,.0f} images/s: {evidence}.",
-        head_room=_head_room(measured, resource),
-        besides=_neighbours(measured),
+        head_room=(
+            f"By itself a rank's loader makes {rate_text(measured.loader)} images/s, and its step "
+            f"takes {rate_text(measured.step)}."
+        ),
     )
 
 
-def _neighbours(measured: Measured) -> str:
-    """The other processes of the machine, where they take much of it."""
-    if measured.others_cores < _MUCH * measured.cores:
-        return ""
-    return (
-        f"Other processes took {measured.others_cores:.1f} of {measured.cores:g} cores meanwhile"
-        f"{_busiest(measured)}: all rates here are those of a busy machine."
-    )
-
-
-def _busiest(measured: Measured) -> str:
-    return "".join(f"; {who}: {cores:.1f}" for who, cores in measured.others[:3])
-
-
-def _head_room(measured: Measured, resource: str) -> str:
-    """How far the next limit is."""
-    seconds = measured.resources()
-    first = max(seconds, key=lambda name: seconds[name])
-    rest = {name: value for name, value in seconds.items() if name != first}
-    if resource in ("checkpoint", "rank"):
-        rest = seconds
-    following = max(rest, key=lambda name: rest[name])
-    rate = measured.world_size / (measured.correction * rest[following])
-    names = {"loader": "the loader alone", "step": "the step alone", "cores": "the cores"}
-    return (
-        f"Next comes {names[following]}, at {rate:,.0f} images/s: "
-        f"{rate / measured.rate:.2f} times the present rate."
-    )
-
-
-def _slowest_of_loader(measured: Measured) -> Stage:
-    """The largest stage of whichever is slower: the thread that reads, or the decoding threads."""
-    sides = {
-        side: [stage for stage in measured.stages if stage.side == side]
-        for side in ("feed", "graph")
-    }
-    slower = max(sides, key=lambda side: sum(stage.cost.wall for stage in sides[side]))
-    return max(sides[slower], key=lambda stage: stage.cost.wall)
-
-
-def _largest(measured: Measured, sides: set[str], *, by: str) -> Stage:
-    stages = [stage for stage in measured.stages if stage.side in sides]
-    return max(stages, key=lambda stage: getattr(stage.cost, by))
-
-
-def _share_of(stage: Stage, total: float, *, unit: str) -> str:
-    part = min(1.0, getattr(stage.cost, unit) / total) if total else 0.0
+def _part_of(stage: Stage, total: float, own: float) -> str:
     note = f" ({stage.note})" if stage.note else ""
-    return f"{stage.name}{note} takes {part:.0%} of that"
-
-
-def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
-    """Advice that gains something, the largest gain first; and what was found not to matter."""
-    every = []
-    for variant in (*measured.variants, *_without_measuring(measured)):
-        rate = measured.predict(variant)
-        every.append(Advice(variant=variant, images_per_second=rate, gain=rate / measured.rate - 1))
-    every.sort(key=lambda advice: -advice.gain)
-    useful = [advice for advice in every if advice.gain >= LEAST_GAIN]
-    return useful, [advice for advice in every if advice.gain < LEAST_GAIN]
-
-
-def _without_measuring(measured: Measured) -> Iterator[Variant]:
-    """Changes whose effect follows from what was measured anyway."""
-    if (every := sparse_cadence(measured)) > measured.checkpoint.every_steps > 0:
-        yield Variant(
-            option=f"--checkpoint.every-steps {every}",
-            about="checkpoints then take 1 % of the time; a failure costs more steps",
-            every_steps=every,
-            stage=CHECKPOINT,
-            set={"checkpoint": {"every_steps": every}},
-        )
-    if measured.others_cores > 0.1 * measured.cores:
-        # threads that find a core whenever they can run are faster by as much
-        undisturbed = Cost(wall=measured.step_ran, cpu=1.0)
-        yield Variant(
-            option="end or move the other processes" + _busiest(measured),
-            about=f"they took {measured.others_cores:.1f} of {measured.cores:g} cores",
-            loader=undisturbed,
-            step=undisturbed,
-            frees_cores=measured.others_cores,
-            stage=OTHERS,
-        )
-    if (limit := slow_rank(measured)) is not None:
-        yield Variant(
-            option=f"mend or replace the machine of {limit.stage}",
-            about="the rate if it were as fast as the others",
-            stage=limit.stage,
-            loader=_without_the_slowest(measured, "loader"),
-            step=_without_the_slowest(measured, "step"),
-        )
-    if measured.ranks_per_machine < measured.gpus:
-        yield Variant(
-            option=f"--nproc {measured.gpus}",
-            about=f"a rank for each of the {measured.gpus} GPUs; the global batch stays",
-            ranks_factor=measured.gpus / measured.ranks_per_machine,
-            batch_factor=measured.ranks_per_machine / measured.gpus,
-            stage="ranks",
-        )
-    if measured.store_wall:
-        yield _of_the_store(measured)
-
-
-def _of_the_store(measured: Measured) -> Variant:
-    """A cache that holds all images of the data sets under URLs."""
-    option = "wait: from the second epoch on, images come from --data.cache-folder"
-    about = "or copy the data set to a disk of the machine before the run"
-    if measured.larger_cache:
-        option = f"--data.cache-bytes {measured.larger_cache}"
-        about = (
-            "from the second epoch on, all images come from --data.cache-folder, whose disk must "
-            "have as much room"
-        )
-    cached = Cost(wall=measured.cached_wall / measured.loader.wall, cpu=1.0)
-    return Variant(option=option, about=about, loader=cached, stage=READ)
-
-
-def _without_the_slowest(measured: Measured, part: str) -> Cost:
-    """The ratio of a part's seconds, were its slowest rank as fast as the others usually are."""
-    seconds = sorted(getattr(one, part) for one in measured.ranks)
-    surplus = seconds[-1] - statistics.median(seconds[:-1])
-    whole = getattr(measured, part).wall
-    return Cost(wall=max(0.01, 1 - surplus / whole), cpu=1.0)
-
-
-def sparse_cadence(measured: Measured) -> int:
-    """Steps between checkpoints that take 1 % of the time; none waits for the one before."""
-    one = measured.checkpoint
-    step_seconds = max(measured.resources().values()) * measured.local_batch
-    cost = one.blocking_seconds + one.writing_cpu_seconds / measured.cores
-    return max(
-        1, math.ceil(100 * cost / step_seconds), math.ceil(one.writing_seconds / step_seconds)
-    )
+    return f"{stage.name}{note} takes {min(1.0, own / total) if total else 0.0:.0%} of that"

@@ -1,19 +1,23 @@
-"""The user's run on the bench: built as `unicl-pretrain` builds it, then taken apart.
+"""The user's run on the bench: built as `unicl-pretrain` builds it, to be measured in turns.
 
-`Bench` holds the trainer and the loader of a run, and measures them alone and together. A changed
-setting is another loader (`new_loader`) or another trainer (`other_trainer`) on the same data.
+A changed setting is a `Contestant` with another loader or trainer on the same data. All share the
+observers, trackers and evaluations of the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import os
+import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,33 +25,48 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
+from unicl_fast.system.progress import EvaluationStopped, stopping_when
 from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.tools.pretrain import evaluate_in_run
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.build import build_trainer
 from unicl_fast.training.data import longest_text
 from unicl_fast.training.memory_plan import plan as plan_memory
-from unicl_fast.training.observers import Checkpoints, WeightsAgree
+from unicl_fast.training.observers import WeightsAgree
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import wait_for_gpu
 from ..step.parts import StepInParts
-from .clocks import TimedLoader, flow, median, repeated
-from .loader_parts import FIRST_STEP, LoaderParts, batches_begun
-from .model import COPY, Checkpointing, Cost, Stage
+from .clocks import Loop, LoopClock, PacedLoader, flow, keep_open, repeated
+from .model import CHECKPOINT, COPY, EVALUATION, Change, Cost, Periodic, Stage, median
 
 _LARGEST_BATCH = 1 << 16
+_EVALUATED_AT_ONCE = 256
+_ENDLESS = 1 << 40
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """The data, its weights and its prompts, of which a loader is built."""
 
     datasets: Sequence[PackedDataset]
     weights: Sequence[float] | None
     prompts: ClassPrompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """The run as it is, or with a change."""
+
+    config: TrainConfig
+    trainer: Trainer
+    loader: PacedLoader
+    local_batch: int
+    begun: int
+    """Batches that the loader makes ahead."""
+    compute_threads: int
 
 
 class Bench:
@@ -57,13 +76,8 @@ class Bench:
         self, config: TrainConfig, *, folder: Path, ranks: Ranks, device: torch.device
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
-        # Evaluations are no part of a step. A run in stages is measured by its own settings, those
-        # of the last stage.
-        config = dataclasses.replace(
-            config,
-            data=dataclasses.replace(config.data, evaluate=()),
-            run=dataclasses.replace(config.run, stages=()),
-        )
+        # a run in stages is measured by its own settings, those of the last stage
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, stages=()))
         require(
             not config.efficiency.image_features,
             "unicl-bench measures runs that decode and encode images: leave "
@@ -71,218 +85,252 @@ class Bench:
         )
         self.ranks, self.device, self.folder = ranks, device, folder
         self.free_bytes = min(gather_integers(free_memory(device), ranks))
+        self.clock, self._opened = LoopClock(), contextlib.ExitStack()
+        self.most_seconds = math.inf
+        """An evaluation that takes longer is stopped, and its time is estimated."""
+        self._evaluated: list[float] = []
         built: list[TrainLoader] = []
 
-        def build_loader(
-            config: TrainConfig,
-            datasets: Sequence[PackedDataset],
-            weights: Sequence[float] | None,
-            prompts: ClassPrompts,
-            **more: Any,
-        ) -> TrainLoader:
-            self.parts = Parts(datasets, weights, prompts)
+        def build_loader(config: TrainConfig, **parts: Any) -> TrainLoader:
+            self.parts = Parts(*(parts[name] for name in Parts._fields))
             self.data_config = config
-            built.append(TrainLoader(config, datasets, weights, prompts, **more))
+            built.append(TrainLoader(config, **parts))
             return built[0]
 
-        self.trainer = build_trainer(
+        trainer = build_trainer(
             config,
             run_folder=folder,
             build_loader=build_loader,
-            evaluate=lambda *_, **__: {},
+            evaluate=self._evaluate,
             ranks=ranks,
             device=device,
             progress=False,
         )
         # each rank takes the parts of a step by itself (`step_stages`), after which weights differ
-        self.trainer.observers = [
-            one for one in self.trainer.observers if not isinstance(one, WeightsAgree)
-        ]
+        kept = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
+        for observer in kept:
+            keep_open(observer, self._opened)
+        self._observers = [self.clock, *kept]
         (self.loader,) = built
-        self.config = dataclasses.replace(self.trainer.config, data=self.data_config.data)
-        self.timed_loader = TimedLoader(self.trainer.loader)
-        self.trainer.loader = self.timed_loader
+        self.config = dataclasses.replace(trainer.config, data=self.data_config.data)
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
-        self.loader_parts = LoaderParts(
-            self.loader,
-            self.parts.datasets,
-            self.data_config.data,
-            ranks=ranks,
-            local_batch=self.local_batch,
-            device=device,
-        )
-        self.process = os.getpid()
         # ranks of this machine share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.now = self._contestant(self.config, trainer, PacedLoader(self.loader, self.clock))
 
     def close(self) -> None:
-        """Closes the loader and the data."""
-        self.loader.close()
+        """Closes the trackers, the loader and the data."""
+        self._opened.close()
+        self.now.loader.close()
         for dataset in self.parts.datasets:
             dataset.close()
 
-    def changed(self, changes: dict[str, dict[str, Any]]) -> TrainConfig:
-        """The run's config with changes of its groups."""
-        groups = {
-            group: dataclasses.replace(getattr(self.config, group), **fields)
-            for group, fields in changes.items()
-        }
-        return dataclasses.replace(self.config, **groups)
+    # The run as it is, and with a change.
 
-    # The loader.
-
-    def new_loader(self, config: TrainConfig, parts: Parts | None = None) -> TrainLoader:
-        """The loader of this rank with other settings or other data."""
-        parts = parts or self.parts
-        return TrainLoader(
-            config,
-            parts.datasets,
-            parts.weights,
-            parts.prompts,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.device,
+    def _contestant(self, config: TrainConfig, trainer: Trainer, loader: PacedLoader) -> Contestant:
+        if trainer.observers is not self._observers:
+            self.clock.follow(trainer)
+            trainer.observers, trainer.total_steps = self._observers, _ENDLESS
+        batch = self.ranks.local_batch_size(config.run.global_batch_size)
+        return Contestant(
+            config=config,
+            trainer=trainer,
+            loader=loader,
+            local_batch=batch,
+            begun=loader.batches_begun,
+            compute_threads=torch.get_num_threads(),
         )
 
-    def meet(self) -> None:
-        """Waits for the other ranks, so that all measure the same at the same time."""
-        gather_integers(0, self.ranks)
+    @contextlib.contextmanager
+    def changed(self, change: Change, parts: Parts | None) -> Iterator[Contestant]:
+        """The run with a change; `parts` are other data.
 
-    def loader_cost(self, loader: TrainLoader, config: TrainConfig, *, seconds: float) -> Cost:
-        """The loader alone, drained."""
-        self.meet()
-        images = self.ranks.local_batch_size(config.run.global_batch_size)
-        batches = (batch.step for batch in loader.batches(FIRST_STEP))
-        skip = batches_begun(config.data, images, self.device)
+        Raises:
+            ValueError: settings that a run would refuse, or that need more memory than there is.
+        """
+        config = change.applied_to(self.config)
+        loader, trainer = self.now.loader, self.now.trainer
+        if change.side in ("step", "both"):
+            plan = self._plan(config, free_memory(self.device))
+            require(
+                plan.fits, f"it takes {plan.total / 1e9:.1f} GB next to the run's own model, of "
+                f"{plan.device_bytes / 1e9:.1f} that are free",
+            )  # fmt: skip
+            feed = ListLoader([self.kept_batch()])
+            trainer = make_trainer(
+                config, feed, ranks=self.ranks, device=self.device, progress=False
+            )
+            trainer.run_id = self.now.trainer.run_id
+            trainer.evaluations = self.now.trainer.evaluations
+        if change.side in ("loader", "both", "images"):
+            of_rank: dict[str, Any] = {"rank": self.ranks.rank, "world_size": self.ranks.world_size}
+            parts = parts or self.parts
+            new = TrainLoader(config, *parts, device=self.device, **of_rank)
+            loader = PacedLoader(new, self.clock)
         try:
-            return flow(batches, images=images, skip=skip, seconds=seconds)
+            then = self._contestant(config, trainer, loader)
+            yield dataclasses.replace(
+                then, compute_threads=change.compute_threads or then.compute_threads
+            )
         finally:
-            loader.close()
+            if loader is not self.now.loader:
+                loader.close()
 
-    def kept_batch(self, loader: TrainLoader) -> Batch:
+    # Loader, step, and both together.
+
+    def loop(self, one: Contestant, *, seconds: float, skip: int, least: int) -> Loop:
+        """A turn of the trainer's own loop, with checkpoints, evaluations and log."""
+        gather_integers(0, self.ranks)  # all ranks measure the same at the same time
+        trainer, now = one.trainer, self.now.trainer
+        trainer.step, trainer.saved_step = now.step, now.saved_step  # all write the same files
+        trainer.config, trainer.loader = one.config, one.loader  # cadences are read from it
+        try:
+            torch.set_num_threads(one.compute_threads)
+            return one.loader.turn(trainer, seconds=seconds, skip=skip, least=least)
+        finally:
+            torch.set_num_threads(self.now.compute_threads)
+            now.step = trainer.step
+            self._join_writer(seconds)
+
+    def _join_writer(self, seconds: float) -> None:
+        """Lets a checkpoint be written, which would disturb the next turn."""
+        deadline = time.perf_counter() + seconds
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join(max(0.0, deadline - time.perf_counter()))
+
+    def loader_cost(self, *, seconds: float) -> Cost:
+        """The loader by itself, drained."""
+        gather_integers(0, self.ranks)  # all ranks measure the same at the same time
+        take = iter(self.now.loader.take, None)
+        return flow(take, images=self.local_batch, skip=self.now.begun, seconds=seconds)
+
+    def kept_batch(self) -> Batch:
         """A batch on the device that outlives the loader's buffers."""
-        try:
-            return copy.deepcopy(next(iter(loader.batches(FIRST_STEP)))).to(self.device)
-        finally:
-            loader.close()
+        return copy.deepcopy(self.now.loader.take()).to(self.device)
 
-    # The step.
+    def step_cost(self, batch: Batch, *, count: int) -> Cost:
+        """The step by itself, on one batch."""
+        work = functools.partial(self.now.trainer.train_step, batch)
+        return repeated(work, images=batch.batch_size, count=count)
 
-    def step_stages(self, batch: Batch, *, rounds: int) -> list[Stage]:
+    # The parts of a step.
+
+    def step_stages(self, batch: Batch, *, seconds: float) -> list[Stage]:
         """The parts of a step; none where micro-batches or an objective without texts split it.
 
         Nor are there any where labels are mixed.
         """
-        config, objective = self.trainer.config, self.trainer.config.objective
+        config, objective = self.config, self.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
         if micro or not objective.uses_texts or objective.mixes:
             return []
-        step = StepInParts(self.trainer, batch)
-        step.take()
-        wall: dict[str, list[Cost]] = {}
-        for _ in range(rounds):
-            seconds = step.take()
+        step = StepInParts(self.now.trainer, batch)
+        taken: dict[str, list[Cost]] = {}
+        begun, is_over = time.perf_counter(), False
+        while not is_over:
+            walls = step.take()
             for name, cpu in step.cpu_seconds.items():
-                cost = Cost(wall=seconds[name] / self.local_batch, cpu=cpu / self.local_batch)
-                wall.setdefault(name, []).append(cost)
-        self.trainer.optimizer.zero_grad()
-        return [Stage(name=name, cost=median(costs), side="step") for name, costs in wall.items()]
+                cost = Cost(wall=walls[name] / self.local_batch, cpu=cpu / self.local_batch)
+                taken.setdefault(name, []).append(cost)
+            is_over = from_rank_0(time.perf_counter() - begun > seconds, self.ranks)
+        self.now.trainer.optimizer.zero_grad()
+        return [Stage(name=name, cost=median(costs), side="step") for name, costs in taken.items()]
 
-    def copy_stage(self) -> Stage | None:
+    def copy_stage(self, batch: Batch) -> Stage | None:
         """The copy of a batch to a GPU; None on a CPU."""
         if self.device.type == "cpu":
             return None
-        batch = self.kept_batch(self.loader).to(torch.device("cpu"))
-        cost = repeated(lambda: batch.to(self.device), images=self.local_batch, count=8)
+        host = batch.to(torch.device("cpu"))
+        cost = repeated(lambda: host.to(self.device), images=self.local_batch, count=8)
         return Stage(name=COPY, cost=cost, side="between")
 
     def collectives(self) -> Stage | None:
         """The sum of all gradients over the ranks; None for one rank."""
         if self.ranks.world_size == 1:
             return None
-        size = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+        model = self.now.trainer.model
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
         gradient = torch.zeros(size, device=self.device)
         work = functools.partial(torch.distributed.all_reduce, gradient)
         work()
         cost = repeated(work, images=self.local_batch, count=3)
         return Stage(name="collectives", cost=cost, side="step", note=f"{size:,} gradients")
 
-    def other_trainer(self, config: TrainConfig, batch: Batch) -> Trainer:
-        """A trainer with other settings, on a kept batch. Raises as a run does."""
-        loader = ListLoader([batch])
-        return make_trainer(config, loader, ranks=self.ranks, device=self.device, progress=False)
+    # What a run does from time to time.
+
+    def checkpoint(self, *, seconds: float) -> Periodic:
+        """Writes a checkpoint as a run does, without training; waits at most `seconds` for it."""
+        trainer = self.now.trainer
+        begun = time.perf_counter()
+        trainer.save(required=False)
+        blocked = time.perf_counter() - begun
+        self._join_writer(seconds)
+        written = time.perf_counter() - begun
+        found = sorted((self.folder / "checkpoints").glob("step-*"))
+        size = sum(path.stat().st_size for path in found[-1].iterdir()) if found else 0
+        note = f"{size / 1e6:,.1f} MB, written in {written:.2f} s"
+        return Periodic(
+            name=CHECKPOINT,
+            every_steps=self.config.checkpoint.every_steps,
+            seconds=blocked,
+            note=note if found else f"not written after {written:.2f} s",
+        )
+
+    def evaluation(self) -> Periodic | None:
+        """Evaluates as a run does; None where it does not."""
+        evaluations, every = self.now.trainer.evaluations, self.config.run.evaluate_every_steps
+        if not (evaluations and every):
+            return None
+        for evaluate in evaluations.values():
+            evaluate(self.now.trainer.model.eval())
+        self.now.trainer.model.train()
+        return Periodic(name=EVALUATION, every_steps=every, seconds=self.evaluation_seconds)
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds of the evaluations of a step, by those that were made so far."""
+        return statistics.fmean(self._evaluated) * len(self.now.trainer.evaluations)
+
+    def _evaluate(
+        self, model: UniCL, *, dataset: PackedDataset, **more: Any
+    ) -> Mapping[str, float]:
+        """Evaluates for `most_seconds`; the rest is taken to last as long as its images say."""
+        begun, num_batches = time.perf_counter(), 0
+
+        def is_stopped() -> bool:
+            nonlocal num_batches
+            num_batches += 1
+            return time.perf_counter() - begun > self.most_seconds
+
+        part, results = 1.0, {}
+        try:
+            with stopping_when(is_stopped):
+                results = dict(evaluate_in_run(model, dataset=dataset, quiet=True, **more))
+        except EvaluationStopped:
+            all_batches = math.ceil(len(dataset) / (_EVALUATED_AT_ONCE * self.ranks.world_size))
+            part = min(1.0, max(1, num_batches - 1) / all_batches)
+        self._evaluated.append((time.perf_counter() - begun) / part)
+        return results
+
+    # Memory.
+
+    def _plan(self, config: TrainConfig, device_bytes: int) -> Any:
+        return plan_memory(
+            config,
+            world_size=self.ranks.world_size,
+            device_bytes=device_bytes,
+            device_type=self.device.type,
+            longest_text=longest_text(self.parts.datasets, self.parts.prompts),
+        )
 
     def largest_batch(self) -> int:
         """The largest local batch, a power of two, that fits by the memory plan; 0 if none does."""
-        text = longest_text(self.parts.datasets, self.parts.prompts)
         largest, batch = 0, 1
         while batch <= _LARGEST_BATCH:
-            config = self.changed({"run": {"global_batch_size": batch * self.ranks.world_size}})
-            found = plan_memory(
-                config,
-                world_size=self.ranks.world_size,
-                device_bytes=self.free_bytes,
-                device_type=self.device.type,
-                longest_text=text,
-            )
-            if not found.fits:
+            size = batch * self.ranks.world_size
+            run = dataclasses.replace(self.config.run, global_batch_size=size)
+            if not self._plan(dataclasses.replace(self.config, run=run), self.free_bytes).fits:
                 break
             largest, batch = batch, 2 * batch
         return largest
-
-    # Together.
-
-    def whole(self, steps: int, *, loader_may_limit: bool = True) -> Cost:
-        """The cost of an image in the trainer's own loop, checkpoints and log included.
-
-        The first steps are not timed: where the loader may limit the run, as many as there are
-        batches that it makes ahead.
-        """
-        self.meet()
-        images = self.loader.num_images
-        skip = batches_begun(self.data_config.data, images, self.device) if loader_may_limit else 2
-        trainer, moments = self.trainer, self.timed_loader.moments
-        moments.clear()
-        trainer.total_steps = trainer.step + skip + steps + 1
-        try:
-            trainer.fit()
-        finally:
-            self.loader.close()
-        (first, cpu), (last, last_cpu) = moments[skip], moments[-1]
-        count = (len(moments) - 1 - skip) * self.local_batch
-        return Cost(wall=(last - first) / count, cpu=(last_cpu - cpu) / count)
-
-    def checkpointing(self) -> Checkpointing:
-        """Writes a checkpoint, and then another as a run does, without training."""
-        trainer = self.trainer
-        trainer.save()
-        wall, cpu = time.perf_counter(), time.process_time()
-        trainer.save(required=False)
-        blocking = time.perf_counter() - wall
-        for observer in trainer.observers:
-            if isinstance(observer, Checkpoints):
-                observer.finish_writing()
-        writing = time.perf_counter() - wall
-        cpu = time.process_time() - cpu
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        size = sum(path.stat().st_size for path in found[-1].iterdir()) if found else 0
-        return Checkpointing(
-            blocking_seconds=blocking,
-            writing_seconds=writing,
-            writing_cpu_seconds=max(0.0, cpu),
-            num_bytes=size,
-            every_steps=self.config.checkpoint.every_steps,
-        )
-
-
-def step_cost(trainer: Trainer, batch: Batch, *, count: int) -> Cost:
-    """The step alone, on one batch that is kept; an image of a rank."""
-    return repeated(lambda: trainer.train_step(batch), images=batch.batch_size, count=count)
-
-
-def steps_within(trainer: Trainer, batch: Batch, seconds: float, *, most: int = 200) -> int:
-    """Steps that take so long, agreed by all ranks; takes two to find out."""
-    trainer.train_step(batch)
-    wait_for_gpu()
-    one = step_cost(trainer, batch, count=1).wall * batch.batch_size
-    return int(from_rank_0(max(1, min(most, round(seconds / one))), trainer.ranks))

@@ -1,46 +1,55 @@
-"""Clocks of a diagnosis: the cost of an image, and who else works on the machine."""
+"""Clocks of a diagnosis: the trainer's loop in turns, its parts, and who else works here."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import os
-import statistics
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from torch import Tensor
+
+from unicl_fast.batch import Batch, Loader
+from unicl_fast.distributed.ranks import from_rank_0
 from unicl_fast.system.machine import cpu_times
+from unicl_fast.training.trackers import OPENERS
+from unicl_fast.training.trainer import Observer, Trainer
 
-from ..harness import timed
+from ..harness import timed, wait_for_gpu
 from .model import Cost
 
-if TYPE_CHECKING:  # clocks need no DALI
-    from unicl_fast.batch import Batch, Loader
-
+_WAITS = 0.5
+"""A step that waits for its batch for more than this part of the time has no queue before it."""
+_NOTEWORTHY_CORES = 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
+FIRST_STEP = 1
+"""The first step of a run draws a contact sheet, which no other does."""
 
 
-def flow(batches: Iterable[object], *, images: int, skip: int, seconds: float) -> Cost:
+def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float) -> Cost:
     """The cost of an image of batches that are made ahead.
 
-    The first `skip` are not timed: they were begun before the clock. As many are timed as `seconds`
-    allow, at least two, and at least as many as were skipped: those that wait in a queue when the
-    clock starts come at once, and are no rate. Where they end before that, all are timed.
+    The first `skip` are not timed, or as many of them as come within `seconds`: they were begun
+    before the clock. As many are timed as `seconds` allow, at least two.
     """
-    iterator = iter(batches)
+    iterator, begun = iter(batches), time.perf_counter()
     try:
         for _ in range(skip):
             next(iterator)
+            if time.perf_counter() - begun > seconds:
+                break
         gc.collect()
         count = 0
         wall, cpu = time.perf_counter(), time.process_time()
         for batch in iterator:
             del batch  # its buffer can be used again
             count += 1
-            if count >= max(2, skip) and time.perf_counter() - wall >= seconds:
+            if count >= 2 and time.perf_counter() - wall >= seconds:
                 break
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
@@ -55,73 +64,206 @@ def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
     return Cost(wall=turn.wall_seconds / images, cpu=turn.cpu_seconds / images)
 
 
-def median(costs: Iterable[Cost]) -> Cost:
-    """The medians of wall time and of CPU time, with the wall time of each round."""
-    costs = list(costs)
-    return Cost(
-        wall=statistics.median(cost.wall for cost in costs),
-        cpu=statistics.median(cost.cpu for cost in costs),
-        rounds=tuple(cost.wall for cost in costs),
-    )
+class TurnIsOver(Exception):  # noqa: N818 - it is no error
+    """Ends a call of `Trainer.fit` at the end of a turn."""
 
 
-def median_ratio(ones: Iterable[Cost], others: Iterable[Cost]) -> Cost:
-    """The medians of the ratios within the rounds."""
-    return median(one.over(other) for one, other in zip(ones, others, strict=True))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """The work of a trainer's loop in a turn."""
+
+    steps: int
+    wall: float
+    cpu: float
+    parts: dict[str, float]
+    """Wall seconds by the trainer's own names of its parts."""
+    saves: int
+    """Checkpoints that were begun."""
+    reading: float
+    """Seconds in which a thread of the loader waited for storage."""
+    trackers: float
+    """CPU seconds of threads that talk to trackers."""
 
 
-class TimedLoader:
-    """A trainer's loader that notes when its batches are asked for."""
+class LoopClock(Observer):
+    """Follows trainers that take turns: the time that each part of their loops takes, on the host.
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self.moments: list[tuple[float, float]] = []
-        """The time at which each batch was asked for, and the CPU time of the process then."""
+    It is the first of a trainer's observers.
+    """
+
+    def __init__(self) -> None:
+        self._part, self._since = "other", time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._saves = 0
+
+    def follow(self, trainer: Trainer) -> None:
+        """Notes what a trainer begins from now on."""
+        plain = trainer.begin
+
+        def begin(part: Any) -> None:
+            self._begin(part)
+            plain(part)
+
+        setattr(trainer, "begin", begin)  # noqa: B010 - mypy allows no other way
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        """Ends a step: what follows is no part of it."""
+        self._begin("other")
+
+    def on_save(self, run: Trainer, *, required: bool) -> None:
+        """Counts a checkpoint."""
+        self._saves += 1
+
+    def restart(self) -> tuple[dict[str, float], int]:
+        """The seconds and the checkpoints since the last call."""
+        self._begin(self._part)
+        found = self._seconds, self._saves
+        self._seconds, self._saves = {}, 0
+        return found
+
+    def _begin(self, part: str) -> None:
+        now = time.perf_counter()
+        self._seconds[self._part] = self._seconds.get(self._part, 0.0) + now - self._since
+        self._part, self._since = part, now
+
+
+class PacedLoader:
+    """A trainer's loader whose batches keep coming between calls of `fit`; ends each at its time.
+
+    A loader that starts anew would have to fill its queues again in each turn.
+    """
+
+    def __init__(self, loader: Any, clock: LoopClock) -> None:
+        """`loader` is a `TrainLoader`, or any `Loader`."""
+        self._loader: Loader = loader
+        self._reading = getattr(loader, "reading", None)
+        self.batches_begun: int = loader.pace.batches_begun if hasattr(loader, "pace") else 1
+        self._clock = clock
+        self._iterator: Iterator[Batch] | None = None
+        self._is_over: Callable[[], bool] = lambda: False
+        self._waited = 0.0
+        """Seconds until the last batch came."""
+
+    def take(self) -> Batch:
+        """The next batch."""
+        begun = time.perf_counter()
+        if self._iterator is None:
+            self._iterator = self._loader.batches(FIRST_STEP)
+        batch = next(self._iterator)
+        self._waited = time.perf_counter() - begun
+        return batch
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yields the loader's batches."""
-        batches = self._loader.batches(start_step)
-        while True:
-            asked = time.perf_counter(), time.process_time()
-            batch = next(batches)
-            self.moments.append(asked)
-            yield batch
-            del batch  # held here, its buffers could not be reused
+        """Batches until the turn is over, whatever the step."""
+        while not self._is_over():
+            yield self.take()
+        raise TurnIsOver
 
     def close(self) -> None:
         """Closes the loader."""
+        self._iterator = None
         self._loader.close()
 
+    def turn(self, trainer: Trainer, *, seconds: float, skip: int, least: int) -> Loop:
+        """Trains for `seconds`, or `least` steps if these take longer.
 
-@dataclass(slots=True)
-class Watch:
-    """The users of this machine's cores while something was measured."""
+        The first `skip` steps are not timed, since their batches were made before; or as many of
+        them as fit into `seconds`, and as come without being waited for.
+        """
+        found: Loop
+        begun: tuple[float, ...] = ()
+        steps, start = -1, time.perf_counter()
+        last = start
 
-    own: set[int] = field(default_factory=lambda: {os.getpid()})
-    """Processes that are not others: the ranks of this measurement."""
-    seconds: float = 0.0
-    cores: float = 0.0
-    """Cores that others took."""
-    busiest: tuple[tuple[str, float], ...] = ()
+        def is_over() -> bool:
+            nonlocal steps, begun, found, last
+            steps += 1
+            now = time.perf_counter()
+            passed, waits, last = now - start, self._waited > _WAITS * (now - last), now
+            if not begun:
+                if from_rank_0(
+                    steps >= skip or (steps > 0 and (waits or passed > seconds)), trainer.ranks
+                ):
+                    steps = 0
+                    self._clock.restart()
+                    begun = self._now()
+                return False
+            passed = now - begun[0]
+            if not from_rank_0(steps >= least and passed >= seconds, trainer.ranks):
+                return False
+            wall, cpu, reading, trackers = (
+                now - before for now, before in zip(self._now(), begun, strict=True)
+            )
+            parts, saves = self._clock.restart()
+            found = Loop(
+                steps=steps, wall=wall, cpu=cpu, parts=parts, saves=saves, reading=reading,
+                trackers=trackers,
+            )  # fmt: skip
+            return True
+
+        self._is_over = is_over
+        with contextlib.suppress(TurnIsOver):
+            trainer.fit()
+        return found
+
+    def _now(self) -> tuple[float, float, float, float]:
+        wait_for_gpu()
+        reading = 0.0
+        if self._reading is not None:
+            reading = self._reading.blocked_seconds / self._reading.num_threads
+        return time.perf_counter(), time.process_time(), reading, _tracker_seconds()
+
+
+def keep_open(observer: Observer, stack: contextlib.ExitStack) -> None:
+    """Lets an observer stay open from its first `fit` on until the stack is closed.
+
+    Trackers would otherwise begin and end in each turn.
+    """
+    plain, is_open = observer.fitting, False
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watches during the block."""
-        busy, processes, started = cpu_times().busy, _process_seconds(), time.perf_counter()
+    def fitting(run: Trainer) -> Iterator[None]:
+        nonlocal is_open
+        if not is_open:
+            stack.enter_context(plain(run))
+            is_open = True
         yield
-        self.seconds = time.perf_counter() - started
-        used = {
-            key: seconds - processes.get(key, 0.0) for key, seconds in _process_seconds().items()
-        }
-        mine = sum(seconds for (number, _), seconds in used.items() if number in self.own)
-        self.cores = max(0.0, cpu_times().busy - busy - mine) / self.seconds
-        rest = [(key, seconds) for key, seconds in used.items() if key[0] not in self.own]
-        rest.sort(key=lambda entry: -entry[1])
-        self.busiest = tuple(
-            (f"{name}, process {number}", round(seconds / self.seconds, 2))
-            for (number, name), seconds in rest[:3]
-            if seconds > 0.05 * self.seconds
-        )
+
+    setattr(observer, "fitting", fitting)  # noqa: B010 - mypy allows no other way
+
+
+def _tracker_seconds() -> float:
+    """CPU time of the threads that talk to trackers."""
+    total = 0.0
+    for thread in threading.enumerate():
+        if thread.name.removeprefix("unicl-") in OPENERS:
+            path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            with contextlib.suppress(OSError):  # it has ended
+                total += int(path.read_text(encoding="utf-8").split()[0]) / 1e9
+    return total
+
+
+class Watch:
+    """The users of this machine's cores from now on."""
+
+    def __init__(self, own: Collection[int]) -> None:
+        """`own` processes, the ranks, are no others."""
+        self._own, self._begun = own, time.perf_counter()
+        self._busy, self._processes = cpu_times().busy, _process_seconds()
+
+    def look(self) -> tuple[float, tuple[tuple[str, float], ...]]:
+        """The cores that others have taken so far, and the busiest of them with theirs."""
+        seconds = time.perf_counter() - self._begun
+        busy, processes = cpu_times().busy - self._busy, _process_seconds()
+        used = {key: now - self._processes.get(key, 0.0) for key, now in processes.items()}
+        mine = sum(taken for (number, _), taken in used.items() if number in self._own)
+        rest = sorted(
+            ((f"{name}, process {number}", round(taken / seconds, 2))
+             for (number, name), taken in used.items() if number not in self._own),
+            key=lambda entry: -entry[1],
+        )  # fmt: skip
+        busiest = tuple(entry for entry in rest[:3] if entry[1] > _NOTEWORTHY_CORES)
+        return max(0.0, busy - mine) / seconds, busiest
 
 
 def _process_seconds() -> dict[tuple[int, str], float]:

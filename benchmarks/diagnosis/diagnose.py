@@ -1,220 +1,309 @@
-"""Measures a run on the bench: its stages alone, all of it together, and changes until time is up.
+"""Measures a run on the bench: all of it together, its stages, and changes until time is up.
 
-All ranks do the same at the same time: numbers of steps are rank 0's, and so is the decision
-whether there is time for one more change.
+All ranks do the same at the same time: what depends on measurements is decided by rank 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
-from unicl_fast.system.machine import cpu_times
+from unicl_fast.images.codec import ImageError
 
 from ..harness import in_turns
-from .advise import Limit, find_limit
-from .bench import Bench, step_cost, steps_within
-from .clocks import Watch, median, median_ratio
-from .model import READ, Cost, Measured, RankFigures, Stage, Variant
-from .variants import Trials, candidates
+from .advise import find_limit, waits_for_storage
+from .bench import Bench, Contestant
+from .clocks import Loop, Watch
+from .deadline import Budget, seconds_since_start
+from .loader_parts import feed_stages, graph_stages
+from .model import (
+    CHECKPOINT,
+    EVALUATION,
+    LOGGING,
+    READ,
+    Change,
+    Cost,
+    Measured,
+    Periodic,
+    RankFigures,
+    Stage,
+    Trial,
+    median,
+)
+from .variants import candidates, data_of
 
-_ROUNDS = 3
-_FEWEST_CHANGES = 2
-"""Changes that are measured even where the time is up: without one there is no advice."""
-_FEWEST_STEPS, _MOST_STEPS = 4, 400
+_NOT_YET = Cost(wall=0.0, cpu=0.0)
+_HOPELESS = -0.03
+"""A change whose first round loses more than this part of the rate gets no others."""
+_OVERTIME = 0.7
+"""Part of the seconds by which the first change may take longer: without one there is no advice."""
+_LOADER_MATTERS = 0.02
+"""Part of the time that a loop waits for batches, from which on those made in a pause are skipped.
+"""
 _LOSS = "loss and its gradient"
 """The part of a step in which ranks wait for each other."""
 
 
-class Budget:
-    """The seconds that a diagnosis may take, and a bar that shows them."""
+class Diagnoser:
+    """One rank's diagnosis of a run; all ranks call the same methods together."""
 
-    def __init__(self, seconds: float, *, turn: float | None = None, is_shown: bool) -> None:
-        self.seconds = seconds
-        self.turn = turn or min(1.0, seconds / 90)
-        """Seconds of one turn of one contestant."""
-        self._started = time.perf_counter()
-        self._bar = tqdm(
-            total=round(seconds), bar_format="{desc:40} {percentage:3.0f} %", disable=not is_shown
-        )
+    def __init__(
+        self,
+        bench: Bench,
+        budget: Budget,
+        *,
+        folder: Path,
+        rounds: int,
+        report: Callable[[Measured], None],
+    ) -> None:
+        """`folder` is for small data sets; `report` is called with what is known so far."""
+        self.bench, self.budget, self._folder, self._report = bench, budget, folder, report
+        self._rounds = rounds
+        self._skip, self._least = 0, 1
+        self._periodic: dict[str, Periodic] = {}
+        self._watch = Watch(set(gather_objects(os.getpid(), bench.ranks)))
+        self._start_seconds = seconds_since_start()
+        bench.most_seconds = budget.seconds / 10
 
-    def begin(self, what: str) -> None:
-        """Names what is measured now."""
-        self._bar.set_description_str(what, refresh=False)
-        self._bar.n = min(self._bar.total, round(self.spent))
-        self._bar.refresh()
-
-    @property
-    def spent(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self._started
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.seconds - self.spent
-
-    def close(self) -> None:
-        """Removes the bar."""
-        self._bar.leave = False
-        self._bar.close()
-
-
-def diagnose(bench: Bench, budget: Budget, *, folder: Path, start_seconds: float) -> Measured:
-    """Measures one rank's run; all ranks call it together, and each has its own numbers.
-
-    `folder` is for small data sets that are packed anew and for blocks of object stores.
-    """
-    budget.begin("object store")
-    store = bench.loader_parts.store_cost(folder / "store", seconds=4 * budget.turn)
-    budget.begin("loader and step, alone and together")
-    batch = bench.kept_batch(bench.loader)
-    watch = Watch(own=set(gather_objects(bench.process, bench.ranks)))
-    loader, step, whole, step_ran = _alone_and_together(bench, budget, batch, watch)
-    stages = _stages(bench, budget, batch)
-    budget.begin("checkpoint")
-    checkpoint = bench.checkpointing()
-    measured = Measured(
-        device=bench.device.type,
-        cores=bench.cores,
-        threads=bench.config.data.threads,
-        world_size=bench.ranks.world_size,
-        local_batch=bench.local_batch,
-        loader=loader,
-        step=step,
-        whole=whole,
-        stages=tuple(stages),
-        checkpoint=checkpoint,
-        others_cores=watch.cores / bench.ranks.world_size,
-        others=watch.busiest,
-        step_ran=step_ran,
-        gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
-        ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        ranks=_figures_of_ranks(bench, loader, stages),
-        start_seconds=start_seconds,
-    )
-    if store is not None:
+    def diagnose(self) -> Measured:
+        """Measures the run and changes of it."""
+        measured, batch = self._together_and_separately()
+        self._report(measured)
+        stages = self._stages(measured, batch)
         measured = dataclasses.replace(
             measured,
-            loader=max(loader, Cost(wall=store.wall, cpu=loader.cpu), key=lambda cost: cost.wall),
-            store_wall=store.wall,
-            cached_wall=loader.wall,
-            larger_cache=bench.loader_parts.larger_cache,
+            stages=tuple(stages),
+            ranks=self._figures_of_ranks(measured.loader, stages),
+            largest_batch=self.bench.largest_batch(),
         )
-    return _with_variants(bench, budget, measured, batch, folder=folder)
+        self._report(measured)
+        return self._with_changes(measured)
+
+    # The run as it is.
+
+    def _together_and_separately(self) -> tuple[Measured, Batch]:
+        """Turns of the run, and of its loader and its step by themselves; a batch."""
+        bench, turn = self.bench, self.budget.turn
+        first = bench.loop(bench.now, seconds=turn, skip=1, least=1)
+        self._report(self._measured([first], loader=_NOT_YET, step=_NOT_YET))
+        batch = bench.kept_batch()
+        self._periodic[CHECKPOINT] = bench.checkpoint(seconds=2 * turn)
+        if (evaluation := bench.evaluation()) is not None:
+            self._periodic[EVALUATION] = evaluation
+        waits = first.parts.get("data_wait", 0.0) > _LOADER_MATTERS * first.wall
+        # long enough for a checkpoint and an evaluation, where these are frequent
+        pace = first.wall / first.steps
+        due = [work.every_steps for work in self._periodic.values()]
+        least = 1 + max((every for every in due if every * pace < 4 * turn), default=waits)
+        count = max(1, min(200, round(turn / pace)))
+        count, self._least, self._skip = from_rank_0(
+            [count, least, bench.now.begun if waits else 0], bench.ranks
+        )
+        works: dict[str, Callable[[], Any]] = {
+            "step": lambda: bench.step_cost(batch, count=count),
+            "loader": lambda: bench.loader_cost(seconds=turn),
+            "whole": lambda: self._turn_of_run(2 * turn),
+        }
+        turns = in_turns(works, rounds=self._rounds, most_seconds=self.budget.seconds / 4)
+        self._note_checkpoints(turns["whole"])
+        loader, step = median(turns["loader"]), median(turns["step"])
+        return self._measured(turns["whole"], loader=loader, step=step), batch
+
+    def _measured(self, loops: Sequence[Loop], *, loader: Cost, step: Cost) -> Measured:
+        bench, wall = self.bench, sum(loop.wall for loop in loops)
+        cores, busiest = self._watch.look()
+        return Measured(
+            device=bench.device.type,
+            cores=bench.cores,
+            threads=bench.config.data.threads,
+            compute_threads=torch.get_num_threads(),
+            world_size=bench.ranks.world_size,
+            local_batch=bench.local_batch,
+            loader=loader,
+            step=step,
+            whole=median(self._cost_of(loop, bench.now) for loop in loops),
+            waiting=sum(loop.parts.get("data_wait", 0.0) for loop in loops) / wall,
+            reading=min(1.0, sum(loop.reading for loop in loops) / wall),
+            periodic=tuple(self._periodic.values()),
+            others_cores=cores / bench.ranks.world_size,
+            others=busiest,
+            stages=tuple(self._stages_of_loop(loops)),
+            gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
+            ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            start_seconds=self._start_seconds,
+        )
+
+    def _turn_of_run(self, seconds: float) -> Loop:
+        bench = self.bench
+        return bench.loop(bench.now, seconds=seconds, skip=self._skip, least=self._least)
+
+    def _note_checkpoints(self, loops: Sequence[Loop]) -> None:
+        """Those of a loop may also wait for the one before to be written."""
+        if count := sum(loop.saves for loop in loops):
+            seconds = sum(loop.parts.get(CHECKPOINT, 0.0) for loop in loops) / count
+            known = self._periodic[CHECKPOINT]
+            self._periodic[CHECKPOINT] = dataclasses.replace(known, seconds=seconds)
+
+    def _cost_of(self, loop: Loop, one: Contestant) -> Cost:
+        """An image in a loop, with what is done from time to time as often as the config says."""
+        wall = loop.wall - loop.parts.get("checks", 0.0)
+        cadences = {
+            CHECKPOINT: one.config.checkpoint.every_steps,
+            EVALUATION: one.config.run.evaluate_every_steps,
+        }
+        for name, known in self._periodic.items():
+            seconds, taken = known.seconds, loop.parts.get(name, 0.0)
+            if name == CHECKPOINT and loop.saves:
+                seconds = taken / loop.saves
+            if name == EVALUATION:
+                seconds = self.bench.evaluation_seconds
+            wall += (loop.steps / cadences[name] * seconds if cadences[name] else 0.0) - taken
+        images = loop.steps * one.local_batch
+        return Cost(wall=wall / images, cpu=loop.cpu / images)
+
+    # Its stages.
+
+    def _stages_of_loop(self, loops: Sequence[Loop]) -> Iterator[Stage]:
+        """The stages that the loop itself times: parts of a step, and the log with its trackers."""
+        images = self.bench.local_batch * sum(loop.steps for loop in loops)
+
+        def seconds_of(*parts: str) -> float:
+            return sum(loop.parts.get(part, 0.0) for loop in loops for part in parts) / images
+
+        micro = self.bench.config.efficiency.micro_batch_size
+        encoding = "forward and backward"
+        if 0 < micro < self.bench.local_batch:
+            encoding += f" in micro-batches of {micro}"
+        cores = self.bench.cores
+        for name, parts in {
+            encoding: ("forward", "loss", "backward", "communication"),
+            "clip and update": ("optimizer",),
+        }.items():
+            wall = seconds_of(*parts)
+            cpu = wall * min(cores, torch.get_num_threads())
+            yield Stage(name=name, cost=Cost(wall=wall, cpu=cpu), side="step")
+        trackers = sum(loop.trackers for loop in loops) / images
+        names = ", ".join(self.bench.config.run.trackers)
+        wall = seconds_of("other")
+        yield Stage(
+            name=LOGGING, cost=Cost(wall=wall, cpu=wall + trackers), side="loop",
+            note=f"with {names}" if names else "",
+        )  # fmt: skip
+
+    def _stages(self, measured: Measured, batch: Batch) -> list[Stage]:
+        bench, turn = self.bench, self.budget.turn
+        self.budget.phase = "the loader's stages"
+        stages = feed_stages(bench, seconds=turn / 2)
+        if not waits_for_storage(measured):  # in which time it could hardly be measured
+            stages += graph_stages(bench, seconds=turn)
+        self.budget.phase = "the step's parts"
+        parts = bench.step_stages(batch, seconds=2 * turn)
+        stages += [one for one in measured.stages if one.side != "step" or not parts]
+        more = (*parts, bench.copy_stage(batch), bench.collectives())
+        return stages + [stage for stage in more if stage is not None]
+
+    def _figures_of_ranks(self, loader: Cost, stages: Sequence[Stage]) -> tuple[RankFigures, ...]:
+        """The seconds that each rank takes by itself, from all ranks."""
+        ranks = self.bench.ranks
+        step = sum(
+            stage.cost.wall
+            for stage in stages
+            if stage.side == "step" and stage.name not in (_LOSS, "collectives")
+        )
+        every = gather_objects([ranks.rank, loader.wall, step], ranks)
+        return tuple(RankFigures(rank=int(r), loader=one, step=other) for r, one, other in every)
+
+    # Changes.
+
+    def _with_changes(self, measured: Measured) -> Measured:
+        """Measures changes, those first that relieve what limits the run, until time is up."""
+        bench, budget = self.bench, self.budget
+        left_out: list[str] = []
+        limit = find_limit(measured)
+        every = sorted(candidates(bench, measured), key=lambda one: _urgency(limit.stage, one))
+        # others may have measured something else
+        fields = from_rank_0([dataclasses.asdict(one) for one in every], bench.ranks)
+        every = [Change(**one) for one in fields]
+        longest = 0.0
+        for number, change in enumerate(every):
+            least = -_OVERTIME * budget.seconds if number == 0 else longest / 2
+            if not from_rank_0(budget.left > least, bench.ranks):
+                left_out.append(f"{change.option}: no time was left, --seconds was "
+                                f"{budget.seconds:g}")  # fmt: skip
+                continue
+            begun = time.perf_counter()
+            found = self.trial(change, by_cpu=measured.is_busy)
+            longest = max(longest, time.perf_counter() - begun)
+            if isinstance(found, Trial):
+                measured = dataclasses.replace(measured, trials=(*measured.trials, found))
+            else:
+                left_out.append(found)
+            measured = dataclasses.replace(measured, not_measured=tuple(left_out))
+            self._report(measured)
+        cores, busiest = self._watch.look()
+        return dataclasses.replace(
+            measured,
+            not_measured=tuple(left_out),
+            others_cores=cores / bench.ranks.world_size,
+            others=busiest,
+        )
+
+    def trial(self, change: Change, *, by_cpu: bool, turns: float = 1.0) -> Trial | str:
+        """A change in turns with the run as it is; or why it was not measured.
+
+        A turn takes `turns` times the usual one.
+        """
+        bench, seconds = self.bench, self.budget.turn * turns
+        self.budget.phase = change.option
+        try:
+            with (
+                data_of(bench, change, self._folder, seconds=10 * self.budget.turn) as parts,
+                bench.changed(change, parts) as then,
+            ):
+                return self._in_turns(change, then, seconds=seconds, by_cpu=by_cpu)
+        except (ValueError, ImageError) as error:
+            return f"{change.option}: {error}"
+        except torch.OutOfMemoryError:
+            return f"{change.option}: does not fit into the memory next to the run's own model"
+
+    def _in_turns(self, change: Change, then: Contestant, *, seconds: float, by_cpu: bool) -> Trial:
+        bench = self.bench
+        own_loader = then.loader is not bench.now.loader
+
+        def take(is_then: bool, round_: int) -> Cost:
+            if not is_then:
+                return self._cost_of(self._turn_of_run(seconds), bench.now)
+            skip = then.begun if own_loader else max(self._skip, int(round_ == 0))
+            least = self._least if change.side != "nothing" else 1 + bool(self._skip)
+            loop = bench.loop(then, seconds=seconds, skip=skip, least=least)
+            return self._cost_of(loop, then)
+
+        taken: dict[bool, list[Cost]] = {False: [], True: []}
+        for round_ in range(1 + self._rounds):
+            # what drifts in one direction favours neither
+            for is_then in (False, True) if round_ % 2 else (True, False):
+                taken[is_then].append(take(is_then, round_))
+            trial = Trial(change=change, now=tuple(taken[False]), then=tuple(taken[True]))
+            is_hopeless = round_ == 0 and trial.gains(by_cpu=by_cpu)[0] < _HOPELESS
+            is_late = self.budget.left < -_OVERTIME * self.budget.seconds
+            if from_rank_0(is_hopeless or is_late, bench.ranks):
+                break
+        # the first round chose which changes are measured further: it would flatter them
+        first = int(len(trial.now) > 1)
+        return dataclasses.replace(trial, now=trial.now[first:], then=trial.then[first:])
 
 
-def _alone_and_together(
-    bench: Bench, budget: Budget, batch: Batch, watch: Watch
-) -> tuple[Cost, Cost, Cost, float]:
-    """The costs of loader, step and both, in turns: on a busy machine only their ratios hold.
-
-    The last number is `Measured.step_ran`.
-    """
-    steps = steps_within(bench.trainer, batch, budget.turn)
-    first = step_cost(bench.trainer, batch, count=1)
-    loader = bench.loader_cost(bench.loader, bench.config, seconds=0)
-    slowest = max(loader.wall, first.wall, (loader.cpu + first.cpu) / bench.cores)
-    count = round(budget.seconds / 30 / (slowest * bench.local_batch))
-    count = max(_FEWEST_STEPS, min(_MOST_STEPS, count))
-    may_limit = loader.wall > first.wall / 2
-    count = int(from_rank_0(count, bench.ranks))
-    may_limit = bool(from_rank_0(may_limit, bench.ranks))
-    ran = []
-
-    def step_alone() -> Cost:
-        before = cpu_times()
-        cost = step_cost(bench.trainer, batch, count=steps)
-        after = cpu_times()
-        own, waited = after.own - before.own, after.waited - before.waited
-        ran.append(own / (own + max(0.0, waited)))
-        return cost
-
-    works = {
-        "loader": lambda: bench.loader_cost(bench.loader, bench.config, seconds=budget.turn),
-        "step": step_alone,
-        "whole": lambda: bench.whole(count, loader_may_limit=may_limit),
-    }
-    with watch.watching():
-        turns = in_turns(works, rounds=_ROUNDS)
-    whole = median(turns["whole"])
-    loader = whole.times(median_ratio(turns["loader"], turns["whole"]))
-    step = whole.times(median_ratio(turns["step"], turns["whole"]))
-    return loader, step, whole, statistics.median(ran)
-
-
-def _stages(bench: Bench, budget: Budget, batch: Batch) -> list[Stage]:
-    budget.begin("the loader's stages")
-    stages = bench.loader_parts.stages(seconds=budget.turn)
-    budget.begin("the step's parts")
-    seconds = step_cost(bench.trainer, batch, count=1).wall * bench.local_batch
-    rounds = max(2, min(10, round(2 * budget.turn / max(1e-6, seconds))))
-    rounds = int(from_rank_0(rounds, bench.ranks))
-    stages += bench.step_stages(batch, rounds=rounds)
-    more = (bench.copy_stage(), bench.collectives())
-    return stages + [stage for stage in more if stage is not None]
-
-
-def _figures_of_ranks(
-    bench: Bench, loader: Cost, stages: Sequence[Stage]
-) -> tuple[RankFigures, ...]:
-    """The seconds that each rank takes by itself, from all ranks."""
-    step = sum(
-        stage.cost.wall
-        for stage in stages
-        if stage.side == "step" and stage.name not in (_LOSS, "collectives")
-    )
-    mine = [bench.ranks.rank, loader.wall, step]
-    every = gather_objects(mine, bench.ranks)
-    return tuple(RankFigures(rank=int(r), loader=one, step=other) for r, one, other in every)
-
-
-def _with_variants(
-    bench: Bench, budget: Budget, measured: Measured, batch: Batch, *, folder: Path
-) -> Measured:
-    """Measures changes, those first that relieve what limits the run, until time is up."""
-    trials = Trials(bench, batch, folder=folder, seconds=budget.turn / 2)
-    found: list[Variant] = []
-    left_out: list[str] = []
-    longest = 0.0
-    limit = find_limit(measured)
-    of_step = {stage.name for stage in measured.stages if stage.side == "step"}
-    sides = {"step"} if limit.resource == "step" or limit.stage in of_step else {"loader"}
-    every = sorted(candidates(bench), key=functools.partial(_urgency, limit, sides))
-    order = from_rank_0([one.option for one in every], bench.ranks)  # ranks may see other limits
-    every.sort(key=lambda one: order.index(one.option))
-    for number, one in enumerate(every):
-        has_time = number < _FEWEST_CHANGES or budget.left > longest
-        if not from_rank_0(has_time, bench.ranks):
-            left_out.append(f"{one.option}: no time was left, --seconds was {budget.seconds:g}")
-            continue
-        budget.begin(one.option)
-        begun = time.perf_counter()
-        variant = trials.measure(one)
-        longest = max(longest, time.perf_counter() - begun)
-        if isinstance(variant, Variant):
-            found.append(variant)
-        else:
-            left_out.append(variant)
-    return dataclasses.replace(measured, variants=tuple(found), not_measured=tuple(left_out))
-
-
-def _urgency(limit: Limit, sides: set[str], one: Variant) -> int:
-    """0 for changes of the very stage that limits, 1 for others of the same side, 2 for the rest.
-
-    `sides` are those that take part in the limit: `loader` or `step`.
-    """
-    if limit.stage.startswith(one.stage) or (limit.stage == READ and one.side == "images"):
+def _urgency(limit: str, change: Change) -> int:
+    """0 for changes of the stage that limits, 1 for others of the same side, 2 for the rest."""
+    if limit.startswith(change.stage) or (limit == READ and change.side == "images"):
         return 0
-    own = {"loader", "images"} if "loader" in sides else {"step"}
-    return 1 if one.side in own or one.side == "both" else 2
+    of_step = limit.startswith(("image", "text", "loss", "clip", "forward", "normalise"))
+    return 1 if change.side == "both" or (change.side in ("step", "nothing")) == of_step else 2

@@ -13,13 +13,12 @@ from typing import Any
 
 import msgspec
 
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import config_diff, markdown_table
 
 from .model import Cost, Measured, rate_text
 
 WHOLE = "all together"
-_MUCH = 0.1
-"""Part of the cores that other processes may take without a warning."""
 _NAMED_DIFFERENCES = 4
 # differs in every run, and changes no rate
 _NO_MACHINE = ("load_average", "commit", "date")
@@ -35,33 +34,12 @@ class KeptReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """A stage before and now; None where it is not part of the run."""
-
-    name: str
-    old: Cost | None
-    new: Cost | None
-
-    @property
-    def rate(self) -> float | None:
-        """The change of the rate, 0.1 for a tenth more; None where it is unknown."""
-        if self.old is None or self.new is None or not self.old.wall or not self.new.wall:
-            return None
-        return self.old.wall / self.new.wall - 1
-
-    @property
-    def cpu(self) -> float | None:
-        """The change of the CPU time of an image."""
-        if self.old is None or self.new is None or not self.old.cpu:
-            return None
-        return self.new.cpu / self.old.cpu - 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """The differences of a run from an earlier one."""
 
-    changes: list[Change]
+    changes: dict[str, tuple[Cost | None, Cost | None]]
+    """Every stage before and now, all of them together last; None where it is not part of the
+    run."""
     is_regression: bool
     verdict: str
     warnings: list[str]
@@ -69,13 +47,13 @@ class Comparison:
 
     def table(self) -> str:
         """Every stage before and now, as Markdown."""
-        rows = [
-            [
-                *(one.name, rate_text(one.old), rate_text(one.new)),
-                *("-" if part is None else f"{part:+.1%}" for part in (one.rate, one.cpu)),
-            ]
-            for one in self.changes
-        ]
+        rows = []
+        for name, (old, new) in self.changes.items():
+            rate = cpu = "-"
+            if old is not None and new is not None:
+                rate = f"{old.wall / new.wall - 1:+.1%}" if old.wall and new.wall else "-"
+                cpu = f"{new.cpu / old.cpu - 1:+.1%}" if old.cpu else "-"
+            rows.append([name, rate_text(old), rate_text(new), rate, cpu])
         head = ["stage", "images/s before", "images/s now", "rate", "CPU time"]
         return markdown_table(head, rows)
 
@@ -83,17 +61,19 @@ class Comparison:
 def _costs(measured: Measured) -> dict[str, Cost]:
     """The stages, and all together on all ranks."""
     ranks, whole = measured.world_size, measured.whole
-    all_ranks = Cost(
-        wall=whole.wall / ranks, cpu=whole.cpu, rounds=tuple(one / ranks for one in whole.rounds)
-    )
-    parts = {"the loader alone": measured.loader, "the step alone": measured.step}
-    return {stage.name: stage.cost for stage in measured.stages} | parts | {WHOLE: all_ranks}
+    rounds = tuple(one / ranks for one in whole.rounds)
+    return {
+        **{stage.name: stage.cost for stage in measured.stages},
+        "loader only": measured.loader,
+        "step only": measured.step,
+        WHOLE: Cost(wall=whole.wall / ranks, cpu=whole.cpu, rounds=rounds),
+    }
 
 
 def read_report(path: Path) -> KeptReport:
     """Reads a report; ValueError where the file holds none."""
     try:
-        return as_kept(path.read_bytes())
+        return as_kept(read_file(path))
     except ValueError as error:  # msgspec's are
         raise ValueError(
             f"--against: {path} is no report of `unicl-bench run` ({error}); give the report.json "
@@ -114,64 +94,55 @@ def compare(old: KeptReport, new: KeptReport, *, name: str, tolerance: float) ->
     """Compares a run with an earlier one; `name` is that of the earlier one's file.
 
     It is a regression if the fastest of its rounds is slower than the slowest round before by more
-    than `tolerance`, a part of the rate. So what the rounds' spread explains is none. Of three
-    rounds each, chance alone puts all new ones below all old ones once in twenty, and the tolerance
-    comes on top of that.
+    than `tolerance`, a part of the rate. Of three rounds each, chance does that once in twenty
+    without it.
     """
     before, after = _costs(old.measured), _costs(new.measured)
-    names = [*after, *(one for one in before if one not in after)]
-    changes = [Change(name=one, old=before.get(one), new=after.get(one)) for one in names]
-    changes.sort(key=lambda change: change.name == WHOLE)  # the last row
-    slowest, fastest = 1 / before[WHOLE].spread[1], 1 / after[WHOLE].spread[0]
-    gap = 1 - fastest / slowest
-    change = before[WHOLE].wall / after[WHOLE].wall - 1
-    is_regression = gap > tolerance
+    names = sorted({**after, **before}, key=WHOLE.__eq__)  # it is the last row
+    whole, now = before[WHOLE], after[WHOLE]
+    gap = 1 - whole.spread[1] / now.spread[0]
+    change = whole.wall / now.wall - 1
     speed = f"{abs(change):.1%} {'slower' if change < 0 else 'faster'}"
-    now, then = rate_text(after[WHOLE]), rate_text(before[WHOLE])
-    rates = f"{now} images/s, and {then} in {name}"
-    if is_regression:
+    rates = f"{rate_text(now)} images/s, and {rate_text(whole)} in {name}"
+    if gap > tolerance:
         verdict = (
             f"REGRESSION: the run is {speed}: {rates}. Even its fastest round is {gap:.1%} below "
             f"the slowest one before, and --tolerance is {tolerance:.1%}."
         )
     elif change < -tolerance:
         verdict = (
-            f"No regression that can be told: the run is {speed}: {rates}. But the rounds of the "
-            f"two do not lie more than the tolerance of {tolerance:.1%} apart; measure longer "
-            "(--seconds), on a quieter machine."
+            f"No sure regression: the run is {speed}: {rates}. But the rounds of the two do not "
+            f"lie more than the tolerance of {tolerance:.1%} apart; measure longer (--seconds), "
+            "on a quieter machine."
         )
     else:
         verdict = f"No regression: the run is {speed}: {rates}."
     return Comparison(
-        changes=changes,
-        is_regression=is_regression,
+        changes={one: (before.get(one), after.get(one)) for one in names},
+        is_regression=gap > tolerance,
         verdict=verdict,
         warnings=list(_warnings(old, new, name)),
     )
 
 
 def _warnings(old: KeptReport, new: KeptReport, name: str) -> Iterator[str]:
-    machines = [
-        {key: value for key, value in one.machine.items() if key not in _NO_MACHINE}
-        for one in (old, new)
-    ]
-    configs = [
-        one.config | {"data": one.config.get("data", {}) | {"cache_folder": ""}}
-        for one in (old, new)
-    ]
-    ranks = [{"nproc": one.measured.world_size} for one in (old, new)]
+    both = (old, new)
     pairs = {
-        "comes from another machine": machines,
-        "has other settings": configs,
-        "has another number of ranks": ranks,
+        "comes from another machine": [
+            {key: value for key, value in one.machine.items() if key not in _NO_MACHINE}
+            for one in both
+        ],
+        "has other settings": [
+            one.config | {"data": one.config.get("data", {}) | {"cache_folder": ""}} for one in both
+        ],
+        "has another number of ranks": [{"nproc": one.measured.world_size} for one in both],
     }
-    for what, pair in pairs.items():
-        if differences := list(config_diff(pair[0], pair[1])):
+    for what, (then, now) in pairs.items():
+        if differences := list(config_diff(then, now)):
             more = len(differences) - _NAMED_DIFFERENCES
             rest = f"; and {more} more" if more > 0 else ""
             yield f"{name} {what}: {'; '.join(differences[:_NAMED_DIFFERENCES])}{rest}."
-    for one, when in ((old, name), (new, "this run")):
-        taken, cores = one.measured.others_cores, one.measured.cores * one.measured.world_size
-        taken *= one.measured.world_size
-        if taken > _MUCH * cores:
+    for one, when in zip(both, (name, "this run"), strict=True):
+        if one.measured.is_busy:
+            taken, cores = one.measured.others_cores, one.measured.cores
             yield f"Other processes took {taken:.1f} of {cores:g} cores during {when}."

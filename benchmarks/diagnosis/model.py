@@ -1,29 +1,26 @@
-"""How fast a run is, by the costs of its parts: a model with three resources that work at once.
-
-A batch costs the loader some time, the step some time, and both together CPU time of the same
-cores. While the step works on one batch the loader makes the next, so the slowest of the three
-sets the rate, and checkpoints come on top. On a machine without a GPU the cores are nearly always
-the slowest; on one with a GPU they matter where the loader takes them all.
-
-The model is held against the run: what it misses in the run as it is (`Measured.correction`), it is
-taken to miss in every changed run too. Nothing here measures anything, so all of it can be tested
-with made-up numbers.
-"""
+"""The numbers of a diagnosis: plain data, of which limits, advice, reports and pages are made."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from unicl_fast.config import TrainConfig
 
 CHECKSUMS = "checksums"
 COPY = "copy to the device"
 CHECKPOINT = "checkpoint"
-OTHERS = "other processes"
+EVALUATION = "evaluation"
+LOGGING = "logging"
 READ = "storage read"
-STORE = "object store"
+WAITING = "waiting for batches"
 _NOTHING = 1e-9
 """Seconds of an image that a stage takes at most where it does nothing."""
+BUSY = 0.1
+"""Part of the cores from which on other processes make rates and gains unreliable."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,17 +38,15 @@ class Cost:
         """The shortest and the longest round."""
         return min(self.rounds, default=self.wall), max(self.rounds, default=self.wall)
 
-    def times(self, ratio: Cost) -> Cost:
-        return Cost(
-            wall=self.wall * ratio.wall,
-            cpu=self.cpu * ratio.cpu,
-            rounds=tuple(self.wall * one for one in ratio.rounds),
-        )
 
-    def over(self, other: Cost) -> Cost:
-        """The ratio of two costs; 1 where there is no CPU time to compare."""
-        cpu = self.cpu / other.cpu if other.cpu else 1.0
-        return Cost(wall=self.wall / other.wall, cpu=cpu)
+def median(costs: Iterable[Cost]) -> Cost:
+    """The medians of wall time and of CPU time, with the wall time of each round."""
+    costs = list(costs)
+    return Cost(
+        wall=statistics.median(cost.wall for cost in costs),
+        cpu=statistics.median(cost.cpu for cost in costs),
+        rounds=tuple(cost.wall for cost in costs),
+    )
 
 
 def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
@@ -60,71 +55,82 @@ def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
         return "-"
     rate = f"{ranks / cost.wall:,.0f}"
     low, high = cost.spread
-    if not cost.rounds or low <= _NOTHING:
+    if len(cost.rounds) < 2 or low <= _NOTHING:
         return rate
     return f"{rate} ({ranks / high:,.0f} to {ranks / low:,.0f})"
 
 
-SAME = Cost(wall=1.0, cpu=1.0)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A part of the batch's way, measured alone."""
+    """A part of the batch's way, measured separately."""
 
     name: str
     cost: Cost
     side: str
-    """`feed` (one thread reads and plans), `graph` (decoding threads), `step` or `between`."""
+    """`feed` (one thread reads and plans), `graph` (decoding threads), `step`, `between`, or
+    `loop`."""
     note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpointing:
-    """The cost of one checkpoint."""
+class Periodic:
+    """Work that a run does after every so many steps, while training waits."""
 
-    blocking_seconds: float
-    """The step waits as long for the copy."""
-    writing_seconds: float
-    """Until it is on the disk, while training continues."""
-    writing_cpu_seconds: float
-    num_bytes: int
+    name: str
+    """CHECKPOINT or EVALUATION."""
     every_steps: int
     """0: only at the end."""
+    seconds: float
+    """That training waits each time."""
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Variant:
-    """A changed setting, to be measured in turns with the run's own, or measured already."""
+class Change:
+    """A changed setting that is worth a try."""
 
     option: str
-    """An option to type, or a thing to do."""
+    """The option to type, or a thing to do."""
     about: str
-    side: str = ""
-    """The part of a run that changes: `loader`, `step`, `both`, or `images` (packed anew)."""
-    loader: Cost = SAME
-    """Times what an image costs the loader now."""
-    step: Cost = SAME
-    batch_factor: float = 1.0
-    """Times the local batch."""
-    every_steps: int | None = None
-    """Another cadence of checkpoints."""
-    frees_cores: float = 0.0
-    ranks_factor: float = 1.0
-    """Times the ranks, on the same machines and cores."""
+    stage: str
+    """The stage that it relieves."""
+    side: str
+    """The part that it changes: `loader`, `step`, `both`, `images` (packed anew), or `nothing`."""
+    set: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Changes of the config by group."""
+    compute_threads: int = 0
+    """Threads of torch's operators; 0 leaves them."""
+    image: dict[str, Any] | None = None
+    """Arguments of `check_image` for images that are packed anew; empty copies them."""
     same_results: bool = True
     """False where the model that comes out is another one."""
-    stage: str = ""
-    """The stage that it relieves."""
-    set: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of the config by group, where options are enough."""
-    packing: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `check_image` for images that are packed anew."""
-    data: tuple[str, ...] = ()
-    """Data sets to train on instead."""
+
+    def applied_to(self, config: TrainConfig) -> TrainConfig:
+        """The config with the changes."""
+        groups = {
+            group: dataclasses.replace(getattr(config, group), **fields)
+            for group, fields in self.set.items()
+        }
+        return dataclasses.replace(config, **groups)
 
 
-AS_IT_IS = Variant(option="", about="")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """A change that was measured in turns with the run as it is."""
+
+    change: Change
+    now: tuple[Cost, ...]
+    """An image of the run as it is, in each round."""
+    then: tuple[Cost, ...]
+
+    def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
+        """The part of the rate that the change adds, in each round.
+
+        The rate is in images per second; with `by_cpu`, per CPU second.
+        """
+        unit = "cpu" if by_cpu else "wall"
+        pairs = zip(self.now, self.then, strict=True)
+        return tuple(getattr(old, unit) / getattr(new, unit) - 1 for old, new in pairs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,38 +145,38 @@ class RankFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """All numbers of a diagnosis; plain, so that a report or a page can be made from it."""
+    """All numbers of a diagnosis."""
 
     device: str
     cores: float
     """That this rank may use."""
     threads: int
+    compute_threads: int
     world_size: int
     local_batch: int
     loader: Cost
     step: Cost
     whole: Cost
-    """Loader and step together, by the trainer's own loop, checkpoints included."""
-    stages: tuple[Stage, ...]
-    checkpoint: Checkpointing
+    """Loader and step together, by the trainer's own loop, all that it does from time to time
+    included."""
+    waiting: float
+    """Part of that time in which the loop waits for a batch."""
+    reading: float
+    """Part of it in which the loader's reading thread waits for storage."""
+    periodic: tuple[Periodic, ...] = ()
     others_cores: float = 0.0
     """Cores that other processes took meanwhile."""
     others: tuple[tuple[str, float], ...] = ()
     """The busiest of them, and the cores of each."""
-    step_ran: float = 1.0
-    """The step alone: of the time in which its threads could run, the part in which they did."""
+    stages: tuple[Stage, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
-    variants: tuple[Variant, ...] = ()
-    store_wall: float = 0.0
-    """Seconds of an image out of the object store; 0 for folders."""
-    cached_wall: float = 0.0
-    """Seconds of an image for the loader, once all of it is in the cache."""
-    larger_cache: int = 0
-    """Bytes of a cache that would hold all images; 0 where they fit."""
+    trials: tuple[Trial, ...] = ()
     gpus: int = 0
     """CUDA devices of each machine."""
     ranks_per_machine: int = 1
     start_seconds: float = 0.0
+    largest_batch: int = 0
+    """The largest local batch that fits, by the memory plan; 0 where none does."""
     not_measured: tuple[str, ...] = ()
 
     @property
@@ -179,51 +185,28 @@ class Measured:
         return self.world_size / self.whole.wall
 
     @property
-    def correction(self) -> float:
-        """Measured seconds over those of the model."""
-        return self.whole.wall / self.seconds()
+    def is_busy(self) -> bool:
+        """Whether other processes take so much of the cores that wall time says little."""
+        return self.others_cores > BUSY * self.cores
 
-    def resources(self, variant: Variant = AS_IT_IS) -> dict[str, float]:
-        """Seconds of an image by each resource, were it the only one."""
-        loader, step = self.loader.times(variant.loader), self.step.times(variant.step)
-        free = max(self.cores - self.others_cores, self.cores / 10)
-        more = min(self.cores, free + variant.frees_cores)
-        return {
-            "loader": loader.wall,
-            "step": step.wall,
-            "cores": (loader.cpu + step.cpu) * variant.ranks_factor / more,
-        }
-
-    def checkpoint_seconds(self, seconds: float, variant: Variant = AS_IT_IS) -> float:
-        """Seconds that checkpoints add to an image which takes `seconds` without them."""
-        one = self.checkpoint
-        every = one.every_steps if variant.every_steps is None else variant.every_steps
-        if not every:
+    @property
+    def logging(self) -> float:
+        """The part of the run's time that goes into metrics and trackers."""
+        costs = [stage.cost for stage in self.stages if stage.name == LOGGING]
+        if not costs or not self.whole.cpu:
             return 0.0
-        batch = int(self.local_batch * variant.batch_factor)
-        between = every * batch * seconds
-        # the thread that writes takes a core from the others where there is none to spare
-        used = self.loader.times(variant.loader).cpu + self.step.times(variant.step).cpu
-        idle = max(0.0, self.cores * seconds - used) * every * batch
-        busy = max(0.0, one.writing_cpu_seconds - idle) / self.cores
-        waits = max(0.0, one.writing_seconds - between)  # the next one waits for the one before
-        return (one.blocking_seconds + max(busy, waits)) / (every * batch)
+        # what is beyond the loop's own time is that of trackers, in threads of theirs
+        return costs[0].wall / self.whole.wall + (costs[0].cpu - costs[0].wall) / self.whole.cpu
 
-    def seconds(self, variant: Variant = AS_IT_IS) -> float:
-        """The model's seconds of an image."""
-        slowest = max(self.resources(variant).values())
-        return slowest + self.checkpoint_seconds(slowest, variant)
-
-    def predict(self, variant: Variant = AS_IT_IS) -> float:
-        """Images/s of all ranks with a variant."""
-        ranks = self.world_size * variant.ranks_factor
-        return ranks / (self.correction * self.seconds(variant))
+    def part_of(self, work: Periodic) -> float:
+        """The part of the run's time that goes into this work."""
+        if not work.every_steps:
+            return 0.0
+        return work.seconds / (work.every_steps * self.local_batch * self.whole.wall)
 
     def as_dict(self) -> dict[str, Any]:
         """Itself for JSON, with what follows from it."""
-        return {
-            **dataclasses.asdict(self),
+        return dataclasses.asdict(self) | {
             "images_per_second": self.rate,
-            "model_correction": self.correction,
-            "resources": {name: 1 / seconds for name, seconds in self.resources().items()},
+            "images_per_cpu_second": 1 / self.whole.cpu if self.whole.cpu else 0.0,
         }

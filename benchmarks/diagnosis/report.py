@@ -4,109 +4,95 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from unicl_fast.system.wording import count_of
 
-from .advise import Advice, Limit
-from .model import CHECKPOINT, STORE, Cost, Measured, Stage, rate_text
+from .advise import advise, find_limit, hints, neighbours
+from .model import Cost, Measured, Stage, rate_text
 
 SIDES = {
     "feed": "the loader's feeding thread",
     "graph": "the loader's decoding threads",
     "between": "between loader and step",
     "step": "the step",
+    "loop": "after a step",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Diagnosis:
-    """Everything that a diagnosis has found."""
+    """Everything that a diagnosis has found so far."""
 
     measured: Measured
-    limit: Limit
-    advice: tuple[Advice, ...]
-    """Advice that gains something, the largest gain first."""
-    does_not_matter: tuple[Advice, ...]
-    """Changes that were found not to matter."""
     hours: float
-    """For all samples of the run, checkpoints included."""
-    largest_batch: int
-    """The largest local batch that fits, by the memory plan; 0 where none does."""
-    tried: dict[str, Any] | None
-    """The change that `--try` has made."""
+    """For all samples of the run, checkpoints and evaluations included."""
+    applied: list[dict[str, Any]]
+    """Changes that `--apply` has measured again, and whether it kept them."""
     config: dict[str, Any]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Itself for JSON."""
-        return dataclasses.asdict(self) | {"measured": self.measured.as_dict()}
+    @property
+    def kept(self) -> list[str]:
+        """The options that `--apply` has kept."""
+        return [one["option"] for one in self.applied if one["is_kept"]]
 
-    def tried_sentence(self) -> str:
-        """The change that was made and what came of it; empty where none was."""
-        if self.tried is None:
-            return ""
-        return (
-            f"{self.tried['option']}: {self.tried['predicted_gain']:.2f} times the rate was "
-            f"predicted, {self.tried['measured_gain']:.2f} times came ({self.tried['now']:,.0f} "
-            f"and {self.tried['then']:,.0f} images/s in the same turns)"
-        )
+    def as_dict(self) -> dict[str, Any]:
+        """Itself for JSON, with its limit and its advice."""
+        useful, idle = advise(self.measured)
+        return dataclasses.asdict(self) | {
+            "measured": self.measured.as_dict(),
+            "limit": dataclasses.asdict(find_limit(self.measured)),
+            "advice": [dataclasses.asdict(one) for one in useful],
+            "does_not_matter": [dataclasses.asdict(one) for one in idle],
+            "options": self.kept,
+        }
 
 
 def report_lines(found: Diagnosis) -> Iterator[str]:
     """The report, line by line."""
-    measured, limit = found.measured, found.limit
+    measured, limit = found.measured, find_limit(found.measured)
+    if text := neighbours(measured):
+        yield f"{text}\n"
     yield from _stages(measured)
-    yield ""
-    yield f"THE LIMIT: {limit.sentence}"
-    yield limit.head_room
-    if limit.besides:
-        yield limit.besides
-    yield ""
-    yield from _advice(measured, found.advice, found.does_not_matter)
+    yield f"\nTHE LIMIT: {limit.sentence}"
+    yield f"{limit.head_room}\n"
+    yield from _advice(measured)
     yield ""
     yield from _plan(found)
-    if found.tried is not None:
-        yield f"TRIED {found.tried_sentence()}"
+    for one in found.applied:
+        again = ", ".join(f"{gain:+.0%}" for gain in one["again"])
+        kept = "kept" if one["is_kept"] else "not kept"
+        yield f"APPLIED {one['option']}: {one['gain']:+.0%}, then {again}: {kept}"
+    if found.applied:
+        yield f"USE: {' '.join(found.kept) or 'the options as they are'}"
 
 
 def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
     """Titles with the costs of an image: in the order of a batch's way, then of all together."""
-    if measured.store_wall:
-        store = Cost(wall=measured.store_wall, cpu=0.0)
-        yield "in the first epoch", [Stage(name=STORE, cost=store, side="")]
     for side, title in SIDES.items():
         if stages := [stage for stage in measured.stages if stage.side == side]:
             yield title, stages
-    one = measured.checkpoint
-    if seconds := measured.checkpoint_seconds(max(measured.resources().values())):
-        note = (
-            f"{one.num_bytes / 1e6:,.1f} MB: the step waits {one.blocking_seconds:.3f} s, written "
-            f"in {one.writing_seconds:.2f} s"
-        )
-        cost = Cost(wall=seconds, cpu=0.0)
-        title = f"every {count_of(one.every_steps, 'step')}"
-        yield title, [Stage(name=CHECKPOINT, cost=cost, side="", note=note)]
-    yield (
-        "loader and step",
-        [
-            Stage(name="the loader alone", cost=measured.loader, side=""),
-            Stage(name="the step alone", cost=measured.step, side=""),
-            Stage(name="all together", cost=measured.whole, side=""),
-        ],
-    )
+    for work in measured.periodic:
+        if work.every_steps:
+            cost = Cost(wall=measured.part_of(work) * measured.whole.wall, cpu=0.0)
+            note = f"training waits {work.seconds:.3f} s" + (f"; {work.note}" if work.note else "")
+            title = f"every {count_of(work.every_steps, 'step')}"
+            yield title, [Stage(name=work.name, cost=cost, side="", note=note)]
+    together = {
+        "loader only": measured.loader, "step only": measured.step, "all together": measured.whole
+    }  # fmt: skip
+    yield "loader and step", [Stage(name=n, cost=cost, side="") for n, cost in together.items()]
 
 
 def _stages(measured: Measured) -> Iterator[str]:
-    yield f"{'images/s on a rank, each stage alone':44} {'images/s':>24} {'CPU ms/image':>13}"
+    yield f"{'images/s on a rank, each stage by itself':44} {'images/s':>24} {'CPU ms/image':>13}"
     for title, stages in groups(measured):
         yield f"  {title}"
         for stage in stages:
             rate, milliseconds = rate_text(stage.cost), 1e3 * stage.cost.cpu
             yield f"    {stage.name:40} {rate:>24} {milliseconds:13.3f}  {stage.note}".rstrip()
-    modelled = measured.rate * measured.correction / measured.world_size
-    yield f"    {'together, by the model of both alone':40} {modelled:24,.0f}"
     for rank in measured.ranks if measured.world_size > 1 else ():
         yield (
             f"  rank {rank.rank}: loader {1 / rank.loader:,.0f} images/s"
@@ -114,35 +100,41 @@ def _stages(measured: Measured) -> Iterator[str]:
         )
 
 
-def _advice(measured: Measured, useful: Sequence[Advice], idle: Sequence[Advice]) -> Iterator[str]:
-    yield f"ADVICE (now {measured.rate:,.0f} images/s; each by itself)"
-    for number, advice in enumerate(useful, 1):
-        variant = advice.variant
-        results = "" if variant.same_results else " It changes what is learnt."
-        yield (
-            f"  {number}. {variant.option}: {advice.images_per_second:,.0f} images/s "
-            f"({advice.gain:+.0%})"
-        )
-        yield f"     {variant.about}.{results}"
-    if not useful:
-        yield "  nothing that was tried gains 3 %"
+def rate_of(measured: Measured) -> str:
+    """The present rate, in the unit in which changes are compared."""
+    if measured.is_busy and measured.whole.cpu:
+        return f"{1 / measured.whole.cpu:,.0f} images per CPU second"
+    return f"{measured.rate:,.0f} images/s"
+
+
+def _advice(measured: Measured) -> Iterator[str]:
+    useful, idle = advise(measured)
+    yield f"ADVICE (now {rate_of(measured)}; each change by itself: median, slowest, fastest round)"
+    for number, one in enumerate(useful, 1):
+        results = "" if one.change.same_results else " It changes what is learnt."
+        yield f"  {number}. {one.change.option}: {one}"
+        yield f"     {one.change.about}.{results}"
+    if not measured.trials:
+        yield "  no change could be measured in time: raise --seconds"
+    elif not useful:
+        yield "  nothing that was tried gains 3 % in each round"
+    for text in hints(measured):
+        yield f"  worth a try, not measured: {text}"
     if idle:
-        yield "  does not matter: " + "; ".join(
-            f"{advice.variant.option} ({advice.gain:+.0%})" for advice in idle
-        )
+        yield "  does not matter: " + "; ".join(f"{one.change.option} {one}" for one in idle)
     for text in measured.not_measured:
         yield f"  not measured: {text}"
 
 
 def _plan(found: Diagnosis) -> Iterator[str]:
-    batch = f"{found.largest_batch:,}" if found.largest_batch else "none"
-    yield "THE PLAN (evaluations are not counted)"
-    yield (
-        f"  largest local batch that fits, by the memory plan: {batch}; "
-        f"now {found.measured.local_batch}"
-    )
+    measured = found.measured
+    if measured.largest_batch:
+        yield (
+            f"THE PLAN: the largest local batch that fits, by the memory plan, is "
+            f"{measured.largest_batch:,}; now {measured.local_batch}"
+        )
     seconds = datetime.timedelta(seconds=round(3600 * found.hours))
     yield (
-        f"  start: {found.measured.start_seconds:.0f} s; then {seconds} "
-        f"on {count_of(found.measured.world_size, 'rank')}"
+        f"  start: {measured.start_seconds:.0f} s; then {seconds} "
+        f"on {count_of(measured.world_size, 'rank')}"
     )

@@ -1,18 +1,15 @@
 """`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
 
     unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
-        [--against OLD.json] [OPTIONS]
+        [--apply] [--against OLD.json] [OPTIONS of unicl-pretrain]
 
-OPTIONS are those of `unicl-pretrain`. The run is built as that program builds it, in a folder that
-is removed at the end. Its parts are measured alone and together, and then changes of its settings,
-each in turns with the run as it is. The rate of a change is what the model of model.py gives for
-it; `--try` makes the change that promises the most, and reports the rate that came. `--out` leaves
-a page and the JSON; `--against` an earlier JSON ends with 1 if the run became slower.
+The run is built as that program builds it, in a folder that is removed at the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -31,6 +28,7 @@ from unicl_fast.system.wording import without_secrets
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 from ..harness import Stage
+from .deadline import Deadline
 from .earlier import Comparison, KeptReport, as_kept, compare, read_report
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
@@ -49,9 +47,11 @@ class Run(Stage):
     nproc: int = 1
     """Ranks to start on this machine."""
     seconds: float = 60.0
-    """Time to measure for; start and end come on top."""
-    try_it: Annotated[bool, tyro.conf.arg(name="try")] = False
-    """Make the change that promises the most, and report the rate that comes."""
+    """Time to measure for. It ends, in any case, after twice that and 60 seconds; with --apply
+    each further pass may take as long again."""
+    apply: bool = False
+    """Follow the best advice that changes no result, measure it again, keep it if it helps, and so
+    on; print the options to use."""
     out: Path | None = None
     """Folder for the report: report.html and report.json."""
     against: Path | None = None
@@ -61,7 +61,7 @@ class Run(Stage):
     folder: Path | None = None
     """Folder on the disk that checkpoints go to; by default a temporary one."""
     rounds: int = 3
-    """Turns of --try."""
+    """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
     """Length of the run whose time is given; 0 takes run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -89,23 +89,28 @@ class Run(Stage):
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
             arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
             config = split_config(parse_arguments(arguments))
-            # before torch is imported, which reads it once
-            choose_environment(config.run.device)
-            from .session import measure
+            deadline = Deadline(self.seconds, scratch=Path(scratch), conclude=functools.partial(
+                self.conclude, earlier
+            ))  # fmt: skip
+            with deadline.enforced():
+                # before torch is imported, which reads it once
+                choose_environment(config.run.device)
+                from .session import measure
 
-            found = measure(
-                config,
-                seconds=self.seconds,
-                try_it=self.try_it,
-                rounds=self.rounds,
-                samples=self.samples,
-                scratch=Path(scratch),
-            )
-        if found is not None:
-            self.conclude(found, earlier)
+                measure(
+                    config,
+                    deadline.budget,
+                    applies=self.apply,
+                    rounds=self.rounds,
+                    samples=self.samples,
+                    scratch=Path(scratch),
+                    note=functools.partial(setattr, deadline, "found"),
+                )
+        if deadline.found is not None and self.conclude(earlier, deadline.found):
+            sys.exit(1)
 
-    def conclude(self, found: Diagnosis, earlier: KeptReport | None) -> None:
-        """Prints and writes the report; ends with 1 on a regression."""
+    def conclude(self, earlier: KeptReport | None, found: Diagnosis) -> bool:
+        """Prints and writes the report; returns whether there is a regression."""
         from .report import report_lines
 
         print("\n".join(report_lines(found)), flush=True)
@@ -123,8 +128,7 @@ class Run(Stage):
             self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
             self._write(found, text, comparison)
-        if comparison is not None and comparison.is_regression:
-            sys.exit(1)
+        return comparison is not None and comparison.is_regression
 
     def _write(self, found: Diagnosis, text: str, comparison: Comparison | None) -> None:
         from .page import make_page

@@ -1,4 +1,4 @@
-"""A diagnosis from a config to its report: what `unicl-bench run` does on each rank."""
+"""A diagnosis from a config to its result: what `unicl-bench run` does on each rank."""
 
 from __future__ import annotations
 
@@ -7,157 +7,137 @@ import dataclasses
 import gc
 import logging
 import os
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.distributed.ranks import from_rank_0, gather_objects
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.system.program import logging_at
 
-from ..harness import in_turns
-from .advise import Advice, advise, find_limit
+from .advise import Advice, advise
 from .bench import Bench
-from .clocks import median, median_ratio
-from .diagnose import Budget, diagnose
-from .model import Measured
+from .deadline import Budget
+from .diagnose import Diagnoser
+from .model import Measured, Trial
 from .report import Diagnosis
 
-_TRIED_STEPS = 5
+_MOST_PASSES = 4
+_LONGER = 2.0
+"""Times the usual turn, in which a change is measured again before it is kept."""
 
 
 def measure(
-    config: TrainConfig, *, seconds: float, try_it: bool, rounds: int, samples: int, scratch: Path
-) -> Diagnosis | None:
-    """Measures a run; None on ranks other than 0.
-
-    The options are those of `unicl-bench run`, and `scratch` is an empty folder. Raises as
-    `unicl-pretrain` does.
-    """
-    with on_bench(config, scratch) as bench:
-        start = seconds_since_start()
-        budget = Budget(seconds, is_shown=bench.ranks.is_main)
-        with contextlib.closing(budget):
-            measured = diagnose(bench, budget, folder=scratch / "trial", start_seconds=start)
-        useful, idle = advise(measured)
-        tried = None
-        if try_it:
-            turns = {"rounds": rounds, "seconds": seconds / 12}
-            tried = _try(bench, useful, measured, scratch, turns)
-        if not bench.ranks.is_main:
-            return None
-        run = bench.config.run
-        samples = samples or run.total_steps * run.global_batch_size
-        return Diagnosis(
-            measured=measured,
-            limit=find_limit(measured),
-            advice=tuple(useful),
-            does_not_matter=tuple(idle),
-            hours=samples / measured.predict() / 3600,
-            largest_batch=bench.largest_batch(),
-            tried=tried,
-            config=config_to_dict(bench.config),
-        )
-
-
-def _try(
-    bench: Bench, useful: Sequence[Advice], measured: Measured, scratch: Path, turns: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Runs with the best change that settings or data can make; None where there is none."""
-    alone = bench.ranks.world_size == 1  # each rank has packed images anew for itself
-    known = {
-        advice.variant.option: advice
-        for advice in useful
-        if advice.variant.set or (advice.variant.data and alone)
-    }
-    option = from_rank_0(next(iter(known), ""), bench.ranks)  # ranks may see other gains
-    if not all(gather_objects(option in known, bench.ranks)):
-        return None
-    return try_out(
-        bench, known[option], measured, scratch / "tried",
-        **turns,
-    )  # fmt: skip
-
-
-def try_out(
-    bench: Bench,
-    advice: Advice,
-    measured: Measured,
-    folder: Path,
+    config: TrainConfig,
+    budget: Budget,
     *,
+    applies: bool,
     rounds: int,
-    seconds: float,
-) -> dict[str, Any]:
-    """The rate that a change gives in the trainer's own loop, in turns with the run as it is."""
-    variant = advice.variant
-    config = bench.changed(variant.set)
-    if variant.data:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, train=variant.data)
-        )
-    other = Bench(config, folder=folder, ranks=bench.ranks, device=bench.device)
-    may_limit = measured.loader.wall > measured.step.wall / 2
-    may_limit = bool(from_rank_0(may_limit, bench.ranks))
-    now_steps = steps_in(bench, measured.rate, seconds)
-    then_steps = steps_in(other, advice.images_per_second, seconds)
-    with contextlib.closing(other):
-        turns = in_turns(
-            {
-                "now": lambda: bench.whole(now_steps, loader_may_limit=may_limit),
-                "then": lambda: other.whole(then_steps, loader_may_limit=may_limit),
-            },
-            rounds=rounds,
-            before=lambda _: os.sync(),  # no checkpoint of the turn before is being written
-        )
-    now, then = median(turns["now"]), median(turns["then"])
-    # the machine may be slower now than it was for the diagnosis: the ratio is what was predicted
-    gain = 1 / median_ratio(turns["then"], turns["now"]).wall
-    return {
-        "option": variant.option,
-        "now": measured.world_size / now.wall,
-        "then": measured.world_size / then.wall,
-        "predicted_gain": advice.images_per_second / measured.rate,
-        "measured_gain": gain,
-    }
+    samples: int,
+    scratch: Path,
+    note: Callable[[Diagnosis], None],
+) -> None:
+    """Measures a run, with options of `unicl-bench run`; raises as `unicl-pretrain` does.
+
+    Rank 0 calls `note` with what is known, again and again; `scratch` is an empty folder.
+    """
+    applied: list[dict[str, Any]] = []
+    refused: set[str] = set()
+    with on_ranks(config) as (ranks, device):
+        for number in range(_MOST_PASSES):
+            if number:
+                budget.begin("building the run with the change")
+                budget.deadline = time.monotonic() + budget.most_seconds
+            place = Path(tempfile.mkdtemp(dir=scratch))
+            with on_bench(config, place, ranks=ranks, device=device) as bench:
+                budget.begin("the run as it is")
+
+                def tell(measured: Measured, bench: Bench = bench) -> None:
+                    if ranks.is_main:
+                        note(_diagnosis(measured, bench, samples, applied))
+
+                diagnoser = Diagnoser(bench, budget, folder=place, rounds=rounds, report=tell)
+                measured = diagnoser.diagnose()
+                tell(measured)
+                best = _best(bench, measured, refused) if applies else None
+                if best is None:
+                    return
+                again = diagnoser.trial(best.change, by_cpu=measured.is_busy, turns=_LONGER)
+                gains = again.gains(by_cpu=measured.is_busy) if isinstance(again, Trial) else (0.0,)
+                is_kept = from_rank_0(min(gains) > 0, ranks)
+                applied.append(
+                    {"option": best.change.option, "gain": best.gain, "again": list(gains),
+                     "is_kept": is_kept}
+                )  # fmt: skip
+                tell(measured)
+            if is_kept:
+                config = best.change.applied_to(config)
+                torch.set_num_threads(best.change.compute_threads or torch.get_num_threads())
+            else:
+                refused.add(best.change.option)
 
 
-def steps_in(bench: Bench, rate: float, seconds: float) -> int:
-    """Steps in `seconds` at a rate of all ranks, agreed by them; at least a few."""
-    steps = max(_TRIED_STEPS, round(seconds * rate / bench.config.run.global_batch_size))
-    return int(from_rank_0(steps, bench.ranks))
+def _best(bench: Bench, measured: Measured, refused: set[str]) -> Advice | None:
+    """The best advice that options can follow and that leaves what is learnt as it is."""
+    useful = {
+        one.change.option: one
+        for one in advise(measured)[0]
+        if one.change.side != "images" and one.change.same_results
+        and one.change.option not in refused
+    }  # fmt: skip
+    option = from_rank_0(next(iter(useful), ""), bench.ranks)  # ranks may see other gains
+    is_everywhere = all(gather_objects(option in useful, bench.ranks))
+    return useful[option] if is_everywhere else None
+
+
+def _diagnosis(
+    measured: Measured, bench: Bench, samples: int, applied: list[dict[str, Any]]
+) -> Diagnosis:
+    run = bench.config.run
+    return Diagnosis(
+        measured=measured,
+        hours=(samples or run.total_steps * run.global_batch_size) / measured.rate / 3600,
+        applied=list(applied),
+        config=config_to_dict(bench.config),
+    )
 
 
 @contextlib.contextmanager
-def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
-    """The run of a config on this rank's bench; caches of object stores begin empty."""
+def on_ranks(config: TrainConfig) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks of a run, and the device of this one."""
     keep_freed_memory()
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    cache = dataclasses.replace(config.data, cache_folder=str(scratch / "cache"))
-    config = dataclasses.replace(config, data=cache)
+    observers = logging.getLogger("unicl_fast.training.observers")
+    observers.addHandler(logging.NullHandler())
     with (
-        logging_at("unicl_fast", logging.WARNING),  # what each part says at its start
+        logging_at("unicl_fast", logging.ERROR),  # what each part says at its start
+        logging_at(observers.name, logging.INFO),  # or evaluations are written to stderr
         process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks,
     ):
-        bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
-        with contextlib.closing(bench):
-            # each measurement collects garbage first: 0.3 s, if it looked at all that stays
-            gc.collect()
-            gc.freeze()
-            try:
-                yield bench
-            finally:
-                gc.unfreeze()
+        yield ranks, device
 
 
-def seconds_since_start() -> float:
-    """Seconds since this process was started; Linux only."""
-    text = Path("/proc/self/stat").read_text(encoding="utf-8")
-    ticks = int(text[text.rindex(")") + 2 :].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+@contextlib.contextmanager
+def on_bench(
+    config: TrainConfig, scratch: Path, *, ranks: Ranks, device: torch.device
+) -> Iterator[Bench]:
+    """The run of a config on this rank's bench; caches of object stores begin empty."""
+    cache = dataclasses.replace(config.data, cache_folder=str(scratch / "cache"))
+    config = dataclasses.replace(config, data=cache)
+    bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
+    with contextlib.closing(bench):
+        # each measurement collects garbage first: 0.3 s, if it looked at all that stays
+        gc.collect()
+        gc.freeze()
+        try:
+            yield bench
+        finally:
+            gc.unfreeze()

@@ -1,86 +1,106 @@
-"""Changes that may make a run faster, each measured in turns with the run as it is.
-
-`candidates` chooses by the settings what is worth a try here. A change of the loader is a
-loader of its own, one of the step a trainer of its own, one of the images a small data set that is
-packed anew.
-"""
+"""Changes that may make a run faster, by its settings, and the data that some of them need."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import shutil
-from collections.abc import Callable, Iterator
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import xxhash
 
-from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
-from unicl_fast.images.codec import ImageError
-from unicl_fast.training.data import build_prompts
+from unicl_fast.training.build import build_prompts
 
-from ..harness import in_turns
-from .bench import Bench, Parts, step_cost, steps_within
-from .clocks import median_ratio
-from .model import SAME, Cost, Variant
+from .bench import Bench, Parts
+from .loader_parts import decode_device, image_kind
+from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 
-_ROUNDS = 3
-_COPIED_SAMPLES = 384
 _SMALLEST_BATCH = 64
 """Local batches below this are tried larger."""
+_RARE = 0.01
+"""Part of the time that checkpoints and evaluations take where they are advised to come less often.
+"""
+_SELDOM_LOGGED = 50
 
 
-def candidates(bench: Bench) -> list[Variant]:
+def candidates(bench: Bench, measured: Measured) -> list[Change]:
     """Changes worth a try with these settings; of one stage, those first that may gain the most."""
-    return [*_of_step(bench), *_of_batch(bench), *_more_threads(bench), *_of_images(bench),
+    return [*_of_cadences(bench, measured), *_of_step(bench), *_of_batch(bench),
             *_of_loader(bench)]  # fmt: skip
 
 
-def _switch(bench: Bench, group: str, name: str, value: Any, about: str, **more: Any) -> Variant:
+def _switch(group: str, name: str, value: Any, about: str, **more: Any) -> Change:
     option = f"--{group}.{name.replace('_', '-')} {value}"
     if isinstance(value, bool):
         option = f"--{group}.{'' if value else 'no-'}{name.replace('_', '-')}"
-    return Variant(option=option, about=about, set={group: {name: value}}, **more)
+    return Change(option=option, about=about, set={group: {name: value}}, **more)
 
 
-def _of_step(bench: Bench) -> Iterator[Variant]:
+def _of_cadences(bench: Bench, measured: Measured) -> Iterator[Change]:
+    config, make = bench.config, functools.partial(_switch, side="nothing")
+    groups = {
+        CHECKPOINT: ("checkpoint", "every_steps"),
+        EVALUATION: ("run", "evaluate_every_steps"),
+    }
+    for work in measured.periodic:
+        if (part := measured.part_of(work)) > _RARE:
+            steps = work.every_steps * part / (_RARE * (1 - min(part, 0.99)))
+            digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
+            group, name = groups[work.name]
+            about = f"{work.name}s then take 1 % of the time"
+            if work.name == CHECKPOINT:
+                about += "; a failure costs more steps"
+            yield make(group, name, math.ceil(steps / digits) * digits, about, stage=work.name)
+    if measured.logging > _RARE and config.run.log_every_steps < _SELDOM_LOGGED:
+        about = "fewer lines in metrics.jsonl and trackers"
+        yield make("run", "log_every_steps", _SELDOM_LOGGED, about, stage=LOGGING)
+
+
+def _of_step(bench: Bench) -> Iterator[Change]:
     efficiency, device = bench.config.efficiency, bench.device.type
-    make = functools.partial(_switch, bench, "efficiency", side="step", stage="image encoder")
+    make = functools.partial(_switch, "efficiency", side="step", stage="image encoder")
     other = "bf16" if efficiency.precision in ("fp32", "fp64") else "fp32"
-    yield make("precision", other, "arithmetic of the encoders; rounds differently")
+    if 0 < efficiency.micro_batch_size < bench.local_batch:
+        about = "encodes each image once; takes more memory"
+        yield make("micro_batch_size", 0, about, stage="forward and backward")
+    threads, cores = torch.get_num_threads(), int(bench.cores)
+    if device == "cpu" and threads != cores:
+        yield Change(
+            option=f"OMP_NUM_THREADS={cores}", about="a thread of torch's operators for each core",
+            stage="image encoder", side="nothing", compute_threads=cores,
+        )  # fmt: skip
     if efficiency.activation_checkpointing:
         yield make("activation_checkpointing", False, "keeps activations; takes more memory")
-    if 0 < efficiency.micro_batch_size < bench.local_batch:
-        yield make("micro_batch_size", 0, "encodes each image once; takes more memory")
     if efficiency.loss != "auto":
         yield make("loss", "auto", "the fastest form of the loss here")
+    yield make("precision", other, "arithmetic of the encoders; rounds differently")
     if efficiency.compile == "off" and device == "cuda":
         yield make("compile", "blocks", "compiled encoders; a minute more at the start")
 
 
-def _more_threads(bench: Bench) -> Iterator[Variant]:
-    if bench.config.data.threads < int(bench.cores):
-        yield _switch(
-            bench, "data", "threads", int(bench.cores), "a thread for each core",
-            side="loader", stage=f"{bench.loader_parts.image_kind} decode",
-        )  # fmt: skip
-
-
-def _of_loader(bench: Bench) -> Iterator[Variant]:
+def _of_loader(bench: Bench) -> Iterator[Change]:
     data = bench.config.data
-    make = functools.partial(_switch, bench, "data", side="loader")
-    decode = f"{bench.loader_parts.image_kind} decode"
-    if data.threads >= max(2, bench.cores):
+    make = functools.partial(_switch, "data", side="loader")
+    decode = f"{image_kind(bench.parts.datasets[0])} decode"
+    cores = int(bench.cores)
+    if data.threads < cores:
+        yield make("threads", cores, "a thread for each core", stage=decode)
+    yield from _of_images(bench)
+    if data.threads >= max(2, cores):
         yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
     if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
-        yield Variant(
-            option="--data.augment none", about="crops and flips alone", stage="augment",
-            side="loader", set={"data": {"augment": ()}}, same_results=False,
+        yield Change(
+            option="--data.augment none", about="only crops and flips", stage="augment",
+            side="loader", set={"data": {"augment": ["none"]}}, same_results=False,
         )  # fmt: skip
     if data.resample == "dali" and bench.device.type == "cpu":
         yield make("resample", "fused", "our operators", stage="resize and flip")
@@ -89,149 +109,96 @@ def _of_loader(bench: Bench) -> Iterator[Variant]:
     else:
         yield make("prefetch", 4, "more batches ahead", stage=decode)
     if bench.device.type == "cuda":
-        other = "cpu" if bench.loader_parts.decode_device.type == "cuda" else "gpu"
+        other = "cpu" if decode_device(bench).type == "cuda" else "gpu"
         yield make("decode_device", other, "levels differ a little", stage=decode)
 
 
-def _of_batch(bench: Bench) -> Iterator[Variant]:
+def _of_batch(bench: Bench) -> Iterator[Change]:
     prompts, data = bench.parts.prompts, bench.config.data
     several = int(max(prompts.num_templates, default=1)) > 1
     if bench.config.objective.name == "unicl" and several and data.templates == "per_sample":
         yield _switch(
-            bench, "data", "templates", "per_class", "as many prompts to encode as classes",
+            "data", "templates", "per_class", "as many prompts to encode as classes",
             side="both", stage="text encoder", same_results=False,
         )  # fmt: skip
     if bench.local_batch < _SMALLEST_BATCH:
         factor = max(2, _SMALLEST_BATCH // bench.local_batch)
-        size = factor * bench.config.run.global_batch_size
         yield _switch(
-            bench, "run", "global_batch_size", size, "fixed costs of a step are shared by more",
-            side="both", stage="local batch", same_results=False, batch_factor=factor,
+            "run", "global_batch_size", factor * bench.config.run.global_batch_size,
+            "fixed costs of a step are shared by more",
+            side="both", stage="clip and update", same_results=False,
         )  # fmt: skip
 
 
-def _of_images(bench: Bench) -> Iterator[Variant]:
+def _of_images(bench: Bench) -> Iterator[Change]:
     if bench.loader.form != "files" or len(bench.parts.datasets) > 1:
         return
     rows = bench.parts.datasets[0].samples[:1000]
     short = float(min(rows["height"].mean(), rows["width"].mean()))
     side = -(-bench.config.data.image_size * 8 // 7 // 8) * 8  # 256 for 224
-    kind = bench.loader_parts.image_kind
-    make = functools.partial(Variant, side="images", stage=f"{kind} decode", same_results=False)
+    kind = image_kind(bench.parts.datasets[0])
+    make = functools.partial(Change, side="images", stage=f"{kind} decode", same_results=False)
+    if bench.parts.datasets[0].remote is not None:
+        yield make(
+            option="copy the data set to a disk of this machine", stage=READ, image={},
+            about="as from the second epoch on, where --data.cache-bytes holds all of it",
+        )  # fmt: skip
     if short > 1.2 * side:
         yield make(
             option=f"unicl-pack build SOURCES --resize short:{side} --out DIR",
             about="images that are no larger than crops need",
-            packing={"short_side": side, "format": "jpeg"},
+            image={"short_side": side, "format": "jpeg"},
         )
     elif kind in ("PNG", "WebP"):
         yield make(
             option="unicl-pack build SOURCES --format jpeg --out DIR",
             about=f"JPEGs are decoded faster than {kind}",
-            packing={"format": "jpeg"},
+            image={"format": "jpeg"},
         )
     yield make(
         option=f"unicl-pack build SOURCES --resize square:{side} --format raw --out DIR",
         about="nothing is decoded; more bytes are read",
-        packing={"square_side": side, "format": "raw"},
+        image={"square_side": side, "format": "raw"},
     )
 
 
-# Measuring.
+@contextlib.contextmanager
+def data_of(
+    bench: Bench, change: Change, folder: Path, *, seconds: float
+) -> Iterator[Parts | None]:
+    """The data that a change reads: a few images packed anew within `seconds`; None for the run's.
+
+    Raises ImageError for images that cannot be packed so.
+    """
+    if change.image is None:
+        yield None
+        return
+    out = Path(tempfile.mkdtemp(dir=folder)) / "packed"
+    count = max(bench.config.run.global_batch_size, 128)
+    pack_again(bench.parts.datasets[0], out, count=count, seconds=seconds, **change.image)
+    with PackedDataset(out) as dataset:
+        yield Parts([dataset], None, build_prompts([dataset], bench.config))
 
 
-class Trials:
-    """Measures candidates one after the other."""
+def pack_again(
+    dataset: PackedDataset, out: Path, *, count: int, seconds: float, **image: Any
+) -> None:
+    """Packs the first samples with other images: `image` are arguments of `check_image`.
 
-    def __init__(self, bench: Bench, batch: Any, *, folder: Path, seconds: float) -> None:
-        """`seconds` is what one turn takes."""
-        self.bench, self.batch, self.folder, self.seconds = bench, batch, folder, seconds
-        self.steps = steps_within(bench.trainer, batch, seconds)
-
-    def measure(self, one: Variant) -> Variant | str:
-        """The variant with its ratios; or why there is none."""
-        loader = step = SAME
-        data: tuple[str, ...] = ()
-        try:
-            config = self.bench.changed(one.set)
-            if one.side == "images":
-                packed = self._packed(one)
-                data = (str(packed),)
-                loader = self._loader_ratio(config, packed)
-            if one.side in ("loader", "both"):
-                loader = self._loader_ratio(config)
-            if one.side in ("step", "both"):
-                step = self._step_ratio(config, new_batch=one.side == "both")
-        except (ValueError, ImageError) as error:
-            return f"{one.option}: {error}"
-        except torch.OutOfMemoryError:
-            return f"{one.option}: does not fit into the memory next to the run's own model"
-        return dataclasses.replace(one, loader=loader, step=step, data=data)
-
-    def _loader_ratio(self, config: TrainConfig, packed: Path | None = None) -> Cost:
-        bench = self.bench
-        parts = None
-        if packed is not None:
-            dataset = PackedDataset(packed)
-            parts = Parts([dataset], None, build_prompts([dataset], config))
-        loaders = {
-            "now": (bench.loader, bench.config),
-            "then": (bench.new_loader(config, parts), config),
-        }
-        works = {
-            name: functools.partial(bench.loader_cost, *pair, seconds=self.seconds)
-            for name, pair in loaders.items()
-        }
-        try:
-            turns = in_turns(works, rounds=_ROUNDS)
-        finally:
-            if parts is not None:
-                parts.datasets[0].close()
-        return median_ratio(turns["then"], turns["now"])
-
-    def _step_ratio(self, config: TrainConfig, *, new_batch: bool) -> Cost:
-        bench, batch = self.bench, self.batch
-        if new_batch:
-            batch = bench.kept_batch(bench.new_loader(config))
-        other = bench.other_trainer(config, batch)
-        steps = steps_within(other, batch, self.seconds)
-        works: dict[str, Callable[[], Cost]] = {
-            "now": lambda: step_cost(bench.trainer, self.batch, count=self.steps),
-            "then": lambda: step_cost(other, batch, count=steps),
-        }
-        turns = in_turns(works, rounds=_ROUNDS)
-        return median_ratio(turns["then"], turns["now"])
-
-    def _packed(self, one: Variant) -> Path:
-        """The first samples of the data set, packed anew; they are a random part of it."""
-        out = self.folder / "-".join(str(value) for value in one.packing.values())
-        if not out.exists():
-            pack_again(self.bench.parts.datasets[0], out, count=_COPIED_SAMPLES, **one.packing)
-        return out
-
-
-def pack_again(dataset: PackedDataset, out: Path, *, count: int, **image: Any) -> None:
-    """Packs the first `count` samples with other images: `image` are arguments of `check_image`."""
+    There are `count` of them; those that take longer than `seconds` are the first ones again.
+    Without `image` they are copied. Samples lie in random order, so the first are like the others.
+    """
     manifest = dataset.manifest
     form: Literal["raw", "encoded"] = "raw" if image.get("format") == "raw" else "encoded"
-    shutil.rmtree(out, ignore_errors=True)
+    deadline = time.perf_counter() + seconds
+    made: list[PackedSample] = []
+    for index in range(min(count, len(dataset))):
+        made.append(_sample(dataset, index, image or {"format": "packed"}))
+        if time.perf_counter() > deadline:
+            break
     with DatasetWriter(out, images=form) as writer:
-        for index in range(min(count, len(dataset))):
-            row = dataset.samples[index]
-            made = check_image(bytes(dataset.image_bytes(index)), **image)
-            captions = range(int(row["captions_count"]))
-            writer.add(
-                PackedSample(
-                    image=made.data,
-                    extension=made.extension,
-                    height=made.height,
-                    width=made.width,
-                    xxh3=xxhash.xxh3_64_intdigest(made.data),
-                    captions=["" for _ in captions],
-                    tokens=[dataset.caption_tokens(index, which) for which in captions],
-                    labels=dataset.labels_of(index).tolist(),
-                )
-            )
+        for sample in itertools.islice(itertools.cycle(made), count):
+            writer.add(sample)
         writer.finish(
             tokenizer=manifest.tokenizer,
             vocabulary_hash=manifest.vocabulary_hash,
@@ -242,3 +209,18 @@ def pack_again(dataset: PackedDataset, out: Path, *, count: int, **image: Any) -
             seed=0,
             tool_version="0",
         )
+
+
+def _sample(dataset: PackedDataset, index: int, image: dict[str, Any]) -> PackedSample:
+    made = check_image(bytes(dataset.image_bytes(index)), **image)
+    captions = range(int(dataset.samples[index]["captions_count"]))
+    return PackedSample(
+        image=made.data,
+        extension=made.extension,
+        height=made.height,
+        width=made.width,
+        xxh3=xxhash.xxh3_64_intdigest(made.data),
+        captions=["" for _ in captions],
+        tokens=[dataset.caption_tokens(index, which) for which in captions],
+        labels=dataset.labels_of(index).tolist(),
+    )

@@ -1,11 +1,7 @@
 """Starts `unicl-bench gpu` from a bare checkout: `python benchmarks/gpu --out REPORT`.
 
-A machine that lends its GPU for half an hour may have torch and timm (which brings torchvision,
-safetensors and Pillow), tokenizers, numba and NumPy, and nothing to install from. Without an
-install the three folders next to unicl_fast/ have no import names, so they get them here. Of the
-other packages that the trainer imports some only annotate and check (jaxtyping, msgspec), and some
-are not called by what runs here (xxhash, ftfy, regex). Where one of them is missing, a stand-in
-takes its place; the report names it.
+The folders next to unicl_fast/ get their import names here. Packages that only annotate and check
+(jaxtyping, msgspec) or are not called by what runs here (xxhash, ftfy, regex) get stand-ins.
 """
 
 from __future__ import annotations

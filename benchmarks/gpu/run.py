@@ -1,18 +1,10 @@
-"""Runs the stages one after another and keeps the report up to date.
-
-Each stage has a process of its own, so that a crash or an illegal access on the device only ends
-that stage, and its memory is free afterwards.
-"""
+"""Runs the stages one after another, each in a process of its own, and writes the report."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +17,7 @@ import torch
 from unicl_fast.system.atomic_files import make_folder, write_text_atomically
 from unicl_fast.system.wording import markdown_table
 
-from ..harness import Program, describe_machine
+from ..harness import Program, describe_machine, end_of, run_apart
 from ..run import load_program
 from .stages import PROGRAMS, STAGES, TINY
 
@@ -105,30 +97,16 @@ class Gpu(Program):
             return _skipped(f"the {self.minutes:g} minutes are over")
         options = ["--out", self.out.absolute(), "--only", name]
         options += ["--dry-run"] * self.dry_run + (["--data", self.data] if self.data else [])
-        started = time.monotonic()
-        log = self._file(name, "log")
-        with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent), *map(str, options)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                process.wait(max(1.0, deadline - time.monotonic()))
-                status, reason = "done", ""
-                if process.returncode:
-                    last = log.read_text(encoding="utf-8", errors="replace").strip()[-1000:]
-                    status, reason = "failed", f"ended with code {process.returncode}: {last}"
-            except subprocess.TimeoutExpired:
-                status, reason = "cut off", f"the {self.minutes:g} minutes are over"
-            finally:  # also after Ctrl-C, which the stage's session does not get
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        file = self._file(name, "json")
+        log, file = self._file(name, "log"), self._file(name, "json")
+        command = [sys.executable, Path(__file__).parent, *options]
+        ended = run_apart(command, log, seconds=max(1.0, deadline - time.monotonic()))
+        status, reason = "done", ""
+        if ended.code is None:
+            status, reason = "cut off", f"the {self.minutes:g} minutes are over"
+        elif ended.code:
+            status, reason = "failed", f"ended with code {ended.code}: {end_of(log)[-1000:]}"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"figures": {}}
-        seconds = round(time.monotonic() - started, 1)
+        seconds = round(ended.wall_seconds, 1)
         return found | {"status": status, "reason": reason, "wall_seconds": seconds}
 
     def _run_here(self, name: str) -> None:

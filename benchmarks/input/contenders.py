@@ -1,12 +1,8 @@
 """The contestants of `unicl-bench input`, and the proof that they make the same images.
 
-Nothing here imports their code, nor torch: each runs in a process of its own (worker.py), which
-imports what that one needs, so that memory is counted honestly and a missing package costs its
-contestant only.
-
-Two comparisons decide who is timed. **Pixels**: square images, of which a crop with scale and ratio
-1 is the whole, are resized by each and compared with Pillow's result for the same file. **The
-distribution of the crops**: means and deviations of images with random crops are those of ours.
+Nothing here imports their code, nor torch: each runs in a process of its own (worker.py). Two
+comparisons decide who is timed: the pixels of squares that are shown whole, with Pillow's; and
+means and deviations of images with random crops, with ours.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from PIL import Image
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.installation import install_command
 
 Kind = Literal["ours", "peer", "limit", "augmented"]
 _SQUARES = 48
@@ -88,7 +85,7 @@ class Contender:
 
 _OWN = "unicl_fast.benchmarks.input.own"
 _PEERS = "unicl_fast.benchmarks.input.peers"
-_BENCH = "pip install 'unicl_fast[bench]'"
+_BENCH = install_command("bench")
 _FFCV = (
     f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
     "pip install --no-deps ffcv"
@@ -208,13 +205,9 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
 
 
 def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
-    """A task whose result is known: squares shown whole, not flipped.
+    """A task whose result is known, and that: squares shown whole, by Pillow, [n h w 3] in levels.
 
-    Packs the squares, cropped from the middle of the data set's first images, in `task.scratch`: as
-    JPEGs, or raw as the data set is.
-
-    Returns:
-        The task, and Pillow's images: float32 [n h w 3] in levels of 255.
+    They are cropped from the first images and packed as JPEGs, or raw as the data set is.
     """
     from unicl_fast.packing.build import build_dataset  # of which no contestant's process needs any
 

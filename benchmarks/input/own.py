@@ -1,18 +1,16 @@
 """Our own loader for `unicl-bench input`, and what limits it.
 
-contenders.py says what each is. Whole loaders yield normalised float32 [b c h w]; limits take their
-input from memory and yield numbers of images. Decoding uses `threads` threads, reading and writing
-one, as in the loader.
+Whole loaders yield normalised float32 [b c h w]; limits take their input from memory and yield
+numbers of images. Decoding uses `threads` threads, reading and writing one, as in the loader.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 import math
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,13 +24,12 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainC
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.pipelines.feed.reading import BadSamples
-from unicl_fast.pipelines.graph import batches_ahead, decode_windows
+from unicl_fast.pipelines.graph import decode_windows
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_windows
 from unicl_fast.system.machine import keep_freed_memory
-from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.build import build_prompts
 
 from .contenders import ContenderError, Task
 
@@ -49,15 +46,9 @@ def config_of(task: Task, **data: Any) -> TrainConfig:
     )
 
 
-def prompts_of(dataset: PackedDataset) -> ClassPrompts:
-    """The prompts of a single data set, of its own class names and templates."""
-    manifest = dataset.manifest
-    return ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
-
-
 def open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
     """The training loader of a single data set."""
-    return TrainLoader(config, [dataset], None, prompts_of(dataset))
+    return TrainLoader(config, [dataset], None, build_prompts([dataset], config))
 
 
 class _Own:
@@ -75,8 +66,7 @@ class _Own:
             augment=task.augment,
         )
         self.dataset = PackedDataset(task.data)
-        self.prompts = prompts_of(self.dataset)
-        self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
+        self.loader = open_loader(self.dataset, self.config)
         self.bad = BadSamples(
             [self.dataset], self.loader.plan, None, max_pixels=self.config.data.max_pixels
         )
@@ -86,12 +76,9 @@ class _Own:
         steps = range(math.ceil(_HELD / self.task.batch_size))
         return [self.loader.plan.batch(step, rank=0, world_size=1) for step in steps]
 
-    def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        return self.bad.read_files(planned)
-
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
         """`planned` with the encoded images."""
-        return [self.read(planned) for planned in self.planned()]
+        return list(map(self.bad.read_files, self.planned()))
 
 
 def ours(task: Task) -> Iterator[Tensor]:
@@ -103,11 +90,11 @@ def ours(task: Task) -> Iterator[Tensor]:
 def read(task: Task) -> Iterator[int]:
     own = _Own(task)
     for planned in itertools.cycle(own.planned()):
-        yield len(own.read(planned)[1])
+        yield len(own.bad.read_files(planned)[1])
 
 
 def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
-    """The decoder of graph.py alone, on whole files, or cut to windows as the loader does it."""
+    """Only the decoder of graph.py, on whole files, or cut to windows as the loader does it."""
     own = _Own(task)
     held = []
     for planned, encoded in own.held():
@@ -119,7 +106,7 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
         batch_size=task.batch_size,
         num_threads=task.threads,
         device_id=None,
-        prefetch_queue_depth=batches_ahead(own.config.data, task.batch_size),
+        prefetch_queue_depth=own.loader.pace.ahead,
     )
     with pipeline:
         encoded, starts, shapes = fn.external_source(
@@ -129,8 +116,8 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
             dtype=[types.UINT8, types.INT32, types.INT32],
             ndim=[1, 1, 1],
         )
-        where: Any = {"data": own.config.data, "device": torch.device("cpu")}
-        pipeline.set_outputs(decode_windows(encoded, starts, shapes, form="files", **where))
+        cpu = torch.device("cpu")
+        pipeline.set_outputs(decode_windows(encoded, starts, shapes, form="files", device=cpu))
     while True:
         (images,) = pipeline.run()
         yield len(images)
@@ -143,31 +130,18 @@ decode_cut = functools.partial(decode, cut=True)
 def turbojpeg(task: Task) -> Iterator[int]:
     from .peers import decode_whole
 
-    images = [(image,) for _, encoded in _Own(task).held() for image in encoded]
-    if any(bytes(image[:2]) != b"\xff\xd8" for (image,) in images):
+    images = [image for _, encoded in _Own(task).held() for image in encoded]
+    if any(bytes(image[:2]) != b"\xff\xd8" for image in images):
         raise ContenderError("the images are not JPEGs")
-    yield from _in_threads(task, decode_whole, images)
+    size = max(1, task.batch_size // task.threads)
+    pieces = [images[start : start + size] for start in range(0, len(images), size)]
+    with ThreadPoolExecutor(task.threads) as pool:
+        while True:
+            for decoded in pool.map(lambda piece: list(map(decode_whole, piece)), pieces):
+                yield len(decoded)
 
 
 def write(task: Task) -> Iterator[int]:
     batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
     for value in itertools.count():
         yield len(batch.fill_(value % 7))
-
-
-def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
-    """Runs `work` over all arguments again and again; each thread takes a piece of a batch."""
-    size = max(1, task.batch_size // task.threads)
-    pieces = [arguments[i : i + size] for i in range(0, len(arguments), size)]
-
-    def run(piece: list[Any]) -> int:
-        for each in piece:
-            work(*each)
-        return len(piece)
-
-    with ThreadPoolExecutor(task.threads) as pool:
-        running: collections.deque[Future[int]] = collections.deque()
-        for piece in itertools.cycle(pieces):
-            running.append(pool.submit(run, piece))
-            if len(running) > 2 * task.threads:
-                yield running.popleft().result()

@@ -2,10 +2,8 @@
 
 Each is set up as its own documentation does it, with the same crops, the bilinear filter where it
 has one, and no other augmentation, and yields normalised float32 [b c h w]. Each function imports
-its own packages, so that memory is counted honestly. FFCV's own files are written first, once, with
-the settings of its ImageNet scripts that apply to a CPU: at most 500 pixels, JPEG quality 90, the
-operating system's cache, random order. Stops between epochs would weigh more on small data than on
-real data, so loaders with epochs run them without a stop.
+its own packages. Stops between epochs would weigh more on small data than on real data, so loaders
+with epochs run them without a stop.
 """
 
 from __future__ import annotations

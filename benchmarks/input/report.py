@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from unicl_fast.system.wording import markdown_table
+
 from .contenders import OURS
 
 RAW = "-raw"
@@ -38,28 +40,26 @@ def table(result: Mapping[str, Any]) -> str:
 
     Readers of decoded images are compared with our loader of decoded images, if it ran.
     """
-    figures = result["figures"]
-    lines = [
-        "| | images/s | ours, times that | by CPU time | memory, MB | levels from Pillow |",
-        "|---|---|---|---|---|---|",
-    ]
+    figures, rows = result["figures"], []
     for name, facts in by_rate(result):
         ours = OURS.name
         if name.endswith(RAW) and f"{ours}{RAW}" in result["contenders"]:
             ours += RAW
-        cells = [
-            spread(figures[f"{name}, images/s"]),
-            spread(figures.get(f"{ours} / {name}")),
-            spread(figures.get(f"{ours} / {name}, by CPU time")),
-        ]
-        memory, gap = figures.get(f"{name}, MB"), facts.get("levels_from_pillow")
-        cells.append(_number(memory["median"]) if memory else "")
-        cells.append(f"{gap['mean']:.2f}" if gap else "")
+        ratio, gap = f"{ours} / {name}", facts.get("levels_from_pillow")
         kind = "" if facts["kind"] in ("ours", "peer") else f"{facts['kind']}: "
-        lines.append(f"| {kind}{name} | {' | '.join(cells)} |")
-    for name, reason in result["left_out"].items():
-        lines.append(f"| {name} | left out: {reason} | | | | |")
-    return "\n".join(lines)
+        memory = figures.get(f"{name}, MB")
+        rows.append(
+            [
+                f"{kind}{name}",
+                *map(spread, (figures[f"{name}, images/s"], figures.get(ratio))),
+                spread(figures.get(f"{ratio}, by CPU time")),
+                _number(memory["median"]) if memory else "",
+                f"{gap['mean']:.2f}" if gap else "",
+            ]
+        )
+    rows += [[name, f"left out: {why}", *[""] * 4] for name, why in result["left_out"].items()]
+    head = ["", "images/s", "ours, times that", "by CPU time", "memory, MB", "levels from Pillow"]
+    return markdown_table(head, rows)
 
 
 def by_rate(result: Mapping[str, Any]) -> list[Row]:

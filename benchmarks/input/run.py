@@ -1,17 +1,9 @@
 """Images/s of the input pipeline on the CPU, compared with nine other loaders and the limits.
 
-    unicl-bench input --data PACKED [--peers torchvision dali] [--json FILE]
-    unicl-bench input --data PACKED --peers none --parts none --augment unicl none,policy=auto
-    unicl-bench input --data PACKED --peers none --parts none --url s3://bucket/PACKED
+    unicl-bench input --data PACKED [--peers torchvision dali] [--augment SPEC...] [--url URL]
 
-Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
-same number of threads or worker processes. Their images are compared first (contenders.py), then
-each runs by itself for its memory, then they take turns with the limits, which do a part of the
-work. Contestants that are not installed are named and left out. (`unicl-bench run` measures each
-part of our loader.)
-
-`--augment` adds our loader with augmentation, by the fused operator and by DALI's, which are
-compared on a batch. `--url` also measures the loader on the same data set under a URL (storage.py).
+Images are compared first (contenders.py); then each contestant runs by itself for its memory; then
+all take turns with the limits, which do a part of the work.
 """
 
 from __future__ import annotations
@@ -102,6 +94,10 @@ class Input(Stage):
     seconds: float = 3.0
     """Length of a turn."""
 
+    def timed_rooms(self) -> tuple[str, ...]:
+        """The code that loads images."""
+        return ("pipelines", "dataset/reader.py", "dataset/files.py")
+
     def run(self) -> None:
         for spec in self.augment:
             if parse_augmentation(spec).views != 1:
@@ -143,15 +139,9 @@ class Input(Stage):
             from .storage import measure_storage
 
             grid = list(itertools.product(self.caches, self.windows))
-            found = measure_storage(
-                self.data,
-                self.url,
-                functools.partial(config_of, task),
-                grid,
-                block_bytes=self.block_bytes,
-                rounds=self.rounds,
-            )
-            figures |= printed(found)
+            plain = functools.partial(config_of, task)
+            sizes = {"block_bytes": self.block_bytes, "rounds": self.rounds}
+            figures |= printed(measure_storage(self.data, self.url, plain, grid, **sizes))
         self.write_result(figures, *_PACKAGES, **result)
 
 

@@ -1,7 +1,6 @@
 """The bytes that the training loader reads of a data set under a URL (unicl-pack upload).
 
-An epoch is read without decoding for each window of the order and each size of the cache, and the
-bytes read from the store are divided by those of the images. `unicl-bench run` measures the rate.
+An epoch is read without decoding for each window of the order and each size of the cache.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ def measure_storage(
 ) -> Figures:
     """Traffic and rates by cache and window; ValueError unless the URL has the same data set.
 
-    `grid` has sizes of the cache, as parts of the data set, and windows. `config_of` makes the
-    loader's config with other fields of DataConfig.
+    `grid` has sizes of the cache, as parts of the data set, and windows.
     """
     torch.set_num_threads(1)
     with PackedDataset(data) as local:

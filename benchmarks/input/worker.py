@@ -1,8 +1,7 @@
 """A contestant of `unicl-bench input` in a process of its own, and the handle to it.
 
-A contestant must not run while another has its turn: the whole session of its process, with all
-threads and children, is stopped by a signal between its turns. Its memory and CPU time are those of
-all processes of the session.
+The whole session of its process is stopped by a signal between its turns; its memory and CPU time
+are those of all processes of the session.
 """
 
 from __future__ import annotations
@@ -245,10 +244,9 @@ def session_seconds(session: int) -> float:
 def session_bytes(session: int) -> int:
     """Memory that all processes of a session would hold if they were alone on the machine.
 
-    Pages of a file, such as a library's, count once and whole, even if other processes have it
-    mapped (this benchmark has most of them); so does memory that is shared by a name, as much as
-    the process with the most of it has. Other pages can only be shared within the session, between
-    a process and its forks, and count in parts.
+    Pages of a file count once and whole; so does memory that is shared by a name, as much as the
+    process with the most of it has. Other pages are shared within the session only, and count in
+    parts.
     """
     named: dict[tuple[str, ...], int] = {}
     unnamed = 0

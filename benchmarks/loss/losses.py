@@ -1,9 +1,7 @@
 """Time and memory of the loss, forward and backward, compared with open_clip's ClipLoss.
 
-All classes are distinct, since ClipLoss handles nothing else; then both losses are the same number.
-The floor is the cost of four matrix products of the loss's size at the rate measured in the same
-round: one for the logits, one to recompute them, two for the gradients. Memory is above the inputs,
-in a fresh process, and includes the gradients.
+All classes are distinct: ClipLoss handles nothing else. The floor is four matrix products of the
+loss's size at the rate measured in the same round. Memory is above the inputs, in a fresh process.
 """
 
 from __future__ import annotations

@@ -2,13 +2,6 @@
 
     unicl-bench loss --data PACKED [--parts loss] [--sizes 1024 4096] [--json FILE]
 
-| part | what is timed | compared with |
-|---|---|---|
-| `tokens` | the tokenizer | open_clip's |
-| `loss` | value and gradients of the loss | open_clip's ClipLoss, four matrix products |
-| `targets` | TargetM: equal texts and their classes | np.unique, torch.unique, pandas, a dict |
-| `text` | captions in the text encoder, by layout | a batch without padding |
-
 The file of each part says how it is measured.
 """
 
@@ -54,6 +47,16 @@ class Loss(Stage):
     """Also measure the memory of the loss."""
     device: DeviceName = "auto"
     """Device of the loss and of the text encoder."""
+
+    def timed_rooms(self) -> tuple[str, ...]:
+        """The code of the parts."""
+        rooms: dict[Part, tuple[str, ...]] = {
+            "tokens": ("text/tokenizer.py",),
+            "loss": tuple(f"objectives/{name}.py" for name in ("loss", "loss_tiled")),
+            "targets": ("objectives/targets.py",),
+            "text": ("models/text_encoder.py",),
+        }
+        return tuple(room for part in rooms if part in self.parts for room in rooms[part])
 
     def run(self) -> None:
         torch.set_num_threads(self.threads)

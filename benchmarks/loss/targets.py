@@ -1,9 +1,7 @@
 """Milliseconds of TargetM, and of functions of common libraries that find equal rows.
 
-Ours also gives classes. Half of the rows are captions, half have labels, and a third of the texts
-occurs more than once. Rows begin alike, as captions do, which slows sorting down but not hashing.
-The last contestant is ours again, for images with four labels each (COCO's have 3.4). All run on
-one thread.
+Half of the rows are captions, half have labels, and a third of the texts occurs more than once.
+Rows begin alike, as captions do, which slows sorting down but not hashing. All run on one thread.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from unicl_fast.objectives.targets import ImageLabels, map_targets
+from unicl_fast.system.installation import install_command
 
 from ..harness import Figures, printed, ratio_of, seconds_of, take_turns
 
@@ -38,7 +37,7 @@ def measure_targets(sizes: Sequence[int], *, rounds: int) -> Figures:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if pandas is None:
-        print("pandas is left out: it is not installed (pip install 'unicl_fast[bench]')")
+        print(f"pandas is left out: it is not installed ({install_command('bench')})")
     figures: Figures = {}
     for size in sizes:
         calls = max(1, _ROWS_OF_A_TURN // size)  # one call is too short to be timed

@@ -1,8 +1,7 @@
 """Forward and backward passes of the paper's text encoder over captions, by their layout.
 
-Captions are padded to the context length, trimmed to the longest, or packed without padding; on a
-GPU also packed with torch's kernel for rows of any length. A full batch, whose texts have as many
-tokens as fit, gives the price of a token, in which layouts are given.
+A full batch, whose texts have as many tokens as fit, gives the price of a token, in which layouts
+are given.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unicl_fast.config import ModelConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.text_encoder import TextAttention, TextEncoder, VarlenAttention
@@ -47,14 +47,9 @@ def measure_texts(
 
 
 def layout_works(tokens: Tensor, lengths: Tensor) -> dict[str, Encode]:
-    """For each layout, "full" first, a function that goes forward and backward in bf16.
+    """For each layout of token rows [n 77], "full" first, a pass forward and backward in bf16.
 
-    Args:
-        tokens: rows [n 77] on the device.
-        lengths: number of tokens of each row.
-
-    Raises:
-        RuntimeError: the features of two layouts differ.
+    Raises RuntimeError if the features of two layouts differ.
     """
     precision = Precision("bf16")
 
@@ -74,9 +69,7 @@ def _layouts(tokens: Tensor, lengths: Tensor, precision: Precision) -> dict[str,
     full = torch.randint(1, 40_000, tokens.shape, generator=torch.Generator().manual_seed(0))
     full = full.to(device)
     full[:, -1] = tokens.max()  # the end of a text has the largest id
-    encoder = TextEncoder(
-        vocab_size=49408, context_length=tokens.shape[1], width=512, layers=12, heads=8
-    )
+    encoder = TextEncoder(ModelConfig(context_length=tokens.shape[1]))
     place_module(encoder, device=device, precision=precision)
     attentions = [part for part in encoder.modules() if isinstance(part, TextAttention)]
     varlen = attentions[0].varlen_attn

@@ -1,11 +1,8 @@
 """The two sides of a race: `unicl-pretrain`, and open_clip's own training program.
 
-Both train the same image encoder and a text encoder of the same size, on the same images, with the
-same crops and batch. Everything else is each side's own: optimizer, weight decay, fresh weights,
-order, loss. Options that a contestant is given come last.
-
-open_clip reads a list of image files with one text each, as its users write it: one row for each
-caption of an image, or for each of five prompts of its label.
+Both train the same image encoder and a text encoder of the same size, on the same images, crops and
+batch. Everything else is each side's own: optimizer, weight decay, fresh weights, order, loss.
+open_clip reads a list of files as its users write it: a row for each caption, or of five prompts.
 """
 
 from __future__ import annotations
@@ -216,6 +213,12 @@ def _draw_text(
     return template.replace("{}", labels[int(generator.integers(len(labels)))])
 
 
-def write_open_clip_job(path: Path, model: dict[str, Any], options: Sequence[str]) -> None:
-    """Writes what `open_clip_loop.py` is to do."""
-    path.write_text(json.dumps({"model": model, "options": list(options)}), encoding="utf-8")
+def register_open_clip_model(folder: Path, model: dict[str, Any]) -> None:
+    """Makes open_clip know a model by the name race, and timm our encoders."""
+    import open_clip
+
+    import unicl_fast.models.small  # noqa: F401  registers its encoders
+
+    description = folder / "race.json"  # the file's name is the model's
+    description.write_text(json.dumps(model), encoding="utf-8")
+    open_clip.add_model_config(description)

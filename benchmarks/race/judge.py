@@ -2,9 +2,7 @@
 
     python -m unicl_fast.benchmarks.race.judge JOB.json RESULT.json
 
-Pillow decodes, torchvision resizes and crops, open_clip's tokenizer makes tokens, and the metrics
-are a few lines of torch. Of a model only `encode_image` and `encode_text` are used, in fp32. The
-linear probe is scikit-learn's.
+Pillow, torchvision and open_clip's tokenizer prepare the data, and a model encodes it in fp32.
 """
 
 from __future__ import annotations
@@ -27,6 +25,8 @@ from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.levels import classify_at_levels
+
+from .contestants import register_open_clip_model
 
 _Scores = dict[str, float]
 _Encode = Callable[[Sequence[str]], Tensor]
@@ -69,13 +69,7 @@ def _load(job: dict[str, Any]) -> Any:
         from unicl_fast import load_model
 
         return load_model(job["checkpoint"], device="cpu").encoders
-    import open_clip
-
-    import unicl_fast.models.small  # noqa: F401  registers its encoders
-
-    description = Path(job["folder"]) / "race.json"
-    description.write_text(json.dumps(job["model"]), encoding="utf-8")
-    open_clip.add_model_config(description)
+    register_open_clip_model(Path(job["folder"]), job["model"])
     return create_model("race", job["checkpoint"], device="cpu").eval()
 
 

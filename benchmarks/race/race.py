@@ -2,24 +2,17 @@
 
     unicl-bench race --train packed/train --test packed/test --out race
 
-Runs of several lengths train the same encoders on the same images, by `unicl-pretrain` and by
-open_clip's own program; a judge that belongs to neither evaluates them. At the longest length each
-contestant tries all learning rates with the first seed, and keeps the best for its other runs.
-Other contestants are ours or theirs with options: --contestants unicl "muon: --optim.name muon".
+Runs of several lengths by `unicl-pretrain` and by open_clip's own program, judged by neither. At
+the longest length each contestant tries all learning rates with the first seed, and keeps the best.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +26,7 @@ from unicl_fast.config import TrainConfig, config_to_dict, load_config
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import usable_cores
 
-from ..harness import Program, describe_machine
+from ..harness import Program, describe_machine, end_of, run_apart
 from ..input.worker import session_bytes
 from .contestants import (
     Contestant,
@@ -42,13 +35,10 @@ from .contestants import (
     open_clip_model,
     open_clip_options,
     our_options,
-    write_open_clip_job,
 )
 from .report import Outcome, draw, table, verdict
 
 _PARTS_OF_RATE = (0.5, 1.0, 2.0)
-_MEMORY_SECONDS = 2.0
-"""Time between two looks at the memory of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +115,9 @@ class Race(Program):
             Length.nearest(count, num_images=images.num_images, batch_size=batch)
             for count in sorted(self.images)
         ]
-        first, *others = self.seeds
         own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
         longest = [
-            _Task(one, lengths[-1], lr, first)
+            _Task(one, lengths[-1], lr, self.seeds[0])
             for one in contestants
             for lr in (self.open_clip_lr if one.is_open_clip else own)
         ]
@@ -143,23 +132,26 @@ class Race(Program):
                 for one in contestants
             }
             rest = [
-                _Task(one, lengths[-1], best[one], seed) for seed in others for one in contestants
-            ]
-            rest += [
                 _Task(one, length, best[one], seed)
+                for length in reversed(lengths)  # the longest first
                 for seed in self.seeds
-                for length in lengths[:-1]
                 for one in contestants
+                if (length, seed) != (lengths[-1], self.seeds[0])
             ]
             done = tried | dict(zip(rest, self._do_all(rest, config, images, bar), strict=True))
         kept = [outcome for task, outcome in done.items() if task.lr == best[task.contestant]]
         self._report(contestants, kept, list(tried.values()))
 
     def _config(self) -> TrainConfig:
-        """The config that the options common to our contestants give."""
-        from unicl_fast.tools.pretrain import parse_arguments, split_config
+        """The config that the options common to our contestants give, with its precision here."""
+        import torch
 
-        return split_config(parse_arguments([*self._common(), "--out", "."]))
+        from unicl_fast.distributed.ranks import Ranks
+        from unicl_fast.tools.pretrain import parse_arguments, split_config
+        from unicl_fast.training.settle import settle
+
+        config = split_config(parse_arguments([*self._common(), "--out", "."]))
+        return settle(config, device=torch.device("cpu"), ranks=Ranks())
 
     def _common(self) -> list[str]:
         return ["--preset", self.preset, "--data.train", *self.train, *self.options]
@@ -210,9 +202,10 @@ class Race(Program):
                 lr=task.lr,
                 seed=task.seed,
                 workers=self.threads,
-                precision=_resolved(config),
+                precision=config.efficiency.precision,
             )
-            write_open_clip_job(folder / "job.json", model, options)
+            job = {"model": model, "options": options}
+            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             command = ["benchmarks.race.open_clip_loop", str(folder / "job.json")]
             checkpoint = folder / "open_clip" / "checkpoints" / f"epoch_{task.length.epochs}.pt"
         else:
@@ -274,56 +267,23 @@ class Race(Program):
         print(f"{path}, and .md and .png beside it")
 
 
-def _resolved(config: TrainConfig) -> str:
-    """The precision that `auto` takes on this machine."""
-    import torch
-
-    from unicl_fast.models.precision import settle_precision
-
-    return settle_precision(config.efficiency.precision, torch.device("cpu"))
-
-
 def _measured(command: Sequence[str], log: Path, *, threads: int) -> dict[str, Any]:
-    """Runs a program of unicl_fast to its end; what it cost, with all that it started.
-
-    Raises:
-        RuntimeError: it failed; with the end of its log.
-    """
+    """Runs a program of unicl_fast; its cost with all it started, or RuntimeError with its log."""
     module, *options = command
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started = time.perf_counter()
     peak = 0
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"unicl_fast.{module}", *options],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        ended = threading.Event()
 
-        def watch() -> None:
-            nonlocal peak
-            while not ended.wait(_MEMORY_SECONDS):
-                peak = max(peak, session_bytes(process.pid))
+    def watch(session: int) -> None:
+        nonlocal peak
+        peak = max(peak, session_bytes(session))
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            ended.set()
-            watcher.join()
-    process.returncode = code = os.waitstatus_to_exitcode(status)
-    if code != 0:
-        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"unicl_fast.{module} ended with {code}; the end of {log}:\n{end}")
+    ended = run_apart(
+        [sys.executable, "-m", f"unicl_fast.{module}", *options], log, watch=watch,
+        environment={"OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if ended.code != 0:
+        raise RuntimeError(f"unicl_fast.{module} ended with {ended.code}:\n{end_of(log)}")
     return {
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "wall_seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(ended.cpu_seconds, 1),
+        "wall_seconds": round(ended.wall_seconds, 1),
         "peak_bytes": peak,
     }

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 from scipy import stats
+
+from unicl_fast.system.wording import markdown_table
 
 LEVEL = 0.95
 _COLORS = ("#2563a8", "#d9480f", "#2b8a3e", "#862e9c", "#5c5f66", "#c2255c", "#0b7285", "#e67700")
@@ -100,16 +103,13 @@ def seconds_to(curve: Sequence[Point], name: str, score: float) -> float:
     Between two lengths the score is taken to rise with the logarithm of the CPU seconds. Where the
     shortest run has it already, the answer is that run's time, which is too long.
     """
-    before: tuple[float, float] | None = None
-    for point in curve:
-        mean, log_seconds = statistics.fmean(point.scores[name]), math.log(point.cpu_seconds)
-        if mean >= score:
-            if before is None or mean == before[0]:
-                return point.cpu_seconds
-            part = (score - before[0]) / (mean - before[0])
-            return math.exp(before[1] + part * (log_seconds - before[1]))
-        before = mean, log_seconds
-    return math.nan
+    means = [statistics.fmean(point.scores[name]) for point in curve]
+    place = next((number for number, mean in enumerate(means) if mean >= score), None)
+    if place is None:
+        return math.nan
+    around = slice(max(0, place - 1), place + 1)
+    logarithms = [math.log(point.cpu_seconds) for point in curve[around]]
+    return math.exp(np.interp(score, means[around], logarithms))
 
 
 def verdict(outcomes: Sequence[Outcome], ours: str, theirs: str) -> str:
@@ -135,25 +135,17 @@ def verdict(outcomes: Sequence[Outcome], ours: str, theirs: str) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: a row for each contestant and length, with means and 95 % intervals over seeds."""
-    names = _names(outcomes)
-    lines = [
-        f"| contestant | images | rate | CPU s | memory, GB | {' | '.join(names)} |",
-        "|---" * (5 + len(names)) + "|",
-    ]
+    names, rows = _names(outcomes), []
     for contestant in dict.fromkeys(one.contestant for one in outcomes):
         for point in curve_of(outcomes, contestant):
-            runs = [
-                one
-                for one in outcomes
-                if (one.contestant, one.images) == (contestant, point.images)
-            ]
+            key = contestant, point.images
+            runs = [one for one in outcomes if (one.contestant, one.images) == key]
             peak = max(one.peak_bytes for one in runs) / 1e9
             found = {name: f"{Interval.of(values):.1f}" for name, values in point.scores.items()}
-            scores = [found.get(name, "") for name in names]
             cells = [contestant, f"{point.images:,}", f"{runs[0].lr:g}"]
-            cells += [f"{point.cpu_seconds:.0f}", f"{peak:.1f}", *scores]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells += [f"{point.cpu_seconds:.0f}", f"{peak:.1f}"]
+            rows.append(cells + [found.get(name, "") for name in names])
+    return markdown_table(["contestant", "images", "rate", "CPU s", "memory, GB", *names], rows)
 
 
 def _names(outcomes: Sequence[Outcome]) -> list[str]:

@@ -1,12 +1,8 @@
-"""A model of a training step on many ranks, from the parts of a step on one.
+"""A model of a training step on many ranks: two clocks, of the device and of its network.
 
-A step computes and sends. `sizes.py` says what it sends, and tests compare that with the real step
-(tests/golden/collectives.json). `simulate` plays the trainer's order with two clocks: the device
-computes one part after another; the network takes one collective after another, each when it is
-asked for and the one before it is done; and the device waits where the trainer waits. A collective
-costs latency + bytes times passes / rate, which `Nccl` knows.
-
-Left out: slower ranks, the loader, checkpoints, logging, and networks that others use too.
+The device computes one part after another, and waits where the trainer waits; the network takes one
+collective after another. Left out: slower ranks, the loader, checkpoints, and networks that others
+use too. `sizes.py` says what is sent; tests compare that with the real step.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 from .sizes import Bucket, Collective, Kind, ModelSize, collectives
 
@@ -60,6 +55,23 @@ class Compute:
             update=0.0,
         )
 
+    def enlarged(self, size: ModelSize, *, batch: int, local_batch: int) -> Compute:
+        """The same parts for a larger batch than the one that was timed; the update stays.
+
+        The loss grows by the four products of the larger square, at the rate of the step's own.
+        """
+        factor = local_batch / batch
+        rate = size.step_operations(batch, batch) / self.total
+        more = 4 * 2 * (local_batch**2 - batch**2) * size.embed_dim / rate
+        return Compute(
+            text_forward=factor * self.text_forward,
+            image_forward=factor * self.image_forward,
+            loss=self.loss + more,
+            image_backward=factor * self.image_backward,
+            text_backward=factor * self.text_backward,
+            update=self.update,
+        )
+
     def on_ranks(self, world_size: int, size: ModelSize, *, local_batch: int) -> Compute:
         """The same parts where the loss compares with the texts of all ranks.
 
@@ -71,17 +83,7 @@ class Compute:
         return dataclasses.replace(self, loss=self.loss + more)
 
 
-class Network(Protocol):
-    """The cost of a collective."""
-
-    def latency(self, collective: Collective, world_size: int) -> float:
-        """Seconds that do not depend on its bytes."""
-
-    def transfer(self, collective: Collective, world_size: int) -> float:
-        """Seconds of its bytes."""
-
-
-def seconds_of(collective: Collective, network: Network, world_size: int) -> float:
+def seconds_of(collective: Collective, network: Nccl, world_size: int) -> float:
     """Returns the time of a collective that has the network to itself."""
     return network.latency(collective, world_size) + network.transfer(collective, world_size)
 
@@ -97,10 +99,8 @@ def passes(kind: Kind, world_size: int) -> float:
 class Nccl:
     """NCCL's rings over machines that are all alike; host collectives are gloo's.
 
-    Channels of a ring share a machine's cards, so bytes move at the lower of two rates: NVLink's,
-    and that of all network cards of a machine together. Latencies are NCCL's own estimates for its
-    protocol Simple (src/graph/tuning.cc): a fixed one, and one for each hop of a ring; an
-    all-reduce takes a tree where that has fewer.
+    Bytes move at the lower rate of NVLink's and that of a machine's network cards together.
+    Latencies are NCCL's own estimates for its protocol Simple (src/graph/tuning.cc).
     """
 
     link_gbit: float
@@ -151,7 +151,7 @@ class StepTime:
 class _Clocks:
     """Two clocks: of a device that computes and waits, and of its network."""
 
-    def __init__(self, network: Network, world_size: int) -> None:
+    def __init__(self, network: Nccl, world_size: int) -> None:
         self._network, self._world_size = network, world_size
         self.now = 0.0
         self._free = {True: 0.0, False: 0.0}  # host and device have networks of their own
@@ -173,7 +173,7 @@ class _Clocks:
 def simulate(
     compute: Compute,
     size: ModelSize,
-    network: Network,
+    network: Nccl,
     *,
     world_size: int,
     num_texts: int,
@@ -181,14 +181,9 @@ def simulate(
 ) -> StepTime:
     """Plays one step in the trainer's order (training/step.py; DDP, while back-propagating).
 
-    Args:
-        compute: seconds of the parts, with a loss of the global batch.
-        size: the model's sizes.
-        network: costs of collectives.
-        world_size: ranks.
-        num_texts: distinct texts of a rank.
-        host_seconds: the host's launches in a step, which run ahead of the device. The device waits
-            for the host only if launches and the host's collective take longer than its own work.
+    `compute` has a loss of the global batch, and each rank `num_texts` distinct texts. The device
+    waits for the host's launches only if these and the host's collective take longer than its own
+    work.
     """
     sent = collectives(
         world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers

@@ -2,10 +2,8 @@
 
     unicl-bench scale --step-seconds 0.0864 [--gpus 8 64 512] [--network 100 400 3200] [--json FILE]
 
-Its parts are a step of one GPU that sends nothing (stated, or timed here), the bytes of each
-collective, and the rates and latencies of links; model.py puts them together. Efficiency is
-images/s compared with that of as many single machines; the last column names what costs the most
-besides computing.
+Efficiency is images/s compared with that of as many single machines; the last column names what
+costs the most besides computing.
 """
 
 from __future__ import annotations
@@ -14,10 +12,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.presets import build_preset
 from unicl_fast.system.checked_fields import require
-from unicl_fast.system.wording import markdown_table
+from unicl_fast.system.machine import choose_device, free_memory
+from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.training.memory_plan import plan as plan_memory
 
 from ..harness import Stage, summarise
 from ..step.parts import StepInParts, build_trainer, random_batch
@@ -27,6 +29,10 @@ from .sizes import ModelSize, measure_size
 HOST_SECONDS = 0.02
 """Seconds in which the host launches a step: assumed. Then it exchanges the numbers of texts."""
 _GPUS_PER_NODE = 8
+_BYTES_ON_CPU = 1.1e9
+"""That a step may take by the memory plan where it is timed on a CPU; libraries and temporaries
+take 0.7 GB more."""
+_WITHOUT_UPDATE = ("images: activations", "texts: activations", "parameters", "gradients")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,8 @@ class Scale(Stage):
     local_batch: int = 512
     """Images on a GPU, each with a text of its own."""
     step_seconds: float = 0.0
-    """Seconds of a step on one GPU; 0 times a few steps here."""
+    """Seconds of a step on one GPU; 0 times a few steps here. On a CPU these are of as few images
+    as fit into 2 GB, and are enlarged."""
     device: DeviceName = "auto"
     """Device of the step that is timed here."""
 
@@ -80,7 +87,11 @@ class Scale(Stage):
             width, layers, embed_dim = self.text_encoder
             text = {"text_width": width, "text_heads": width // 64, "text_layers": layers}
             model |= {**text, "embed_dim": embed_dim}
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, **model),
+            run=dataclasses.replace(config.run, device=self.device),
+        )
 
     def _compute(self, config: TrainConfig, size: ModelSize) -> tuple[Compute, str]:
         """The parts of a step of one GPU, and where their seconds come from."""
@@ -91,17 +102,55 @@ class Scale(Stage):
         )
         if self.step_seconds:
             return Compute.split(self.step_seconds, size), "stated"
-        run = dataclasses.replace(
-            config.run, global_batch_size=self.local_batch, steps=1 << 20, device=self.device
-        )
-        config = dataclasses.replace(config, run=run)
-        batch = random_batch(
-            self.local_batch, pixels=config.data.image_size, num_texts=self.local_batch
-        )
+        config = timed_config(config, choose_device(self.device), local_batch=self.local_batch)
+        count = config.run.global_batch_size
+        batch = random_batch(count, pixels=config.data.image_size, num_texts=count)
         step = StepInParts(*build_trainer(config, batch))
-        taken = [Compute.from_parts(step.take()) for _ in range(1 + self.rounds)][1:]
+        taken = [Compute.from_parts(_take(step)) for _ in range(1 + self.rounds)][1:]
         middle = sorted(taken, key=lambda one: one.total)[len(taken) // 2]
-        return middle, f"timed here, on {step.device.type}"
+        source = f"timed here, on {step.device.type}"
+        if count < self.local_batch:
+            source += f", with {count_of(count, 'image')} and a text for each"
+        return middle.enlarged(size, batch=count, local_batch=self.local_batch), source
+
+
+def timed_config(config: TrainConfig, device: torch.device, *, local_batch: int) -> TrainConfig:
+    """The config of a step that is timed here: of as many images as there is memory for.
+
+    A CPU gives little of it: a machine that runs out of memory ends programs without a message.
+    Raises ValueError if not even a step of one image fits.
+    """
+    is_cpu, free = device.type == "cpu", free_memory(device)
+    size = local_batch
+    while True:
+        run = {"global_batch_size": size, "steps": 1 << 20}
+        timed = config.changed(run=run)
+        plan = plan_memory(timed, world_size=1, device_bytes=free, device_type=device.type)
+        needed = sum(plan.parts[part] for part in _WITHOUT_UPDATE) if is_cpu else plan.total
+        if needed <= (min(free, _BYTES_ON_CPU) if is_cpu and size > 1 else free):
+            return timed
+        require(
+            size > 1,
+            f"a step of one image takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free "
+            "here: state the seconds of a step on one GPU by --step-seconds",
+        )
+        size = -(-size // 2)
+
+
+def _take(step: StepInParts) -> dict[str, float]:
+    """The seconds of each part of a step; on a CPU those of the update by the traffic of AdamW.
+
+    Its averages of the gradients would take twice the memory of the weights.
+    """
+    if step.device.type != "cpu":
+        return step.take()
+    step.back_propagate()
+    with torch.no_grad(), step.part("clip and update"):
+        for parameter in step.trainer.model.parameters():
+            if parameter.grad is not None:
+                parameter.add_(parameter.grad, alpha=0.0)  # three passes over memory of eight
+    step.trainer.optimizer.zero_grad()
+    return step.seconds | {"clip and update": 8 / 3 * step.seconds["clip and update"]}
 
 
 def model_rows(

@@ -16,9 +16,10 @@ from torch._C._distributed_c10d import (
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.blocks import has_batch_norm
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast"]
 
@@ -43,11 +44,8 @@ def collectives(
 ) -> dict[str, Collective]:
     """A step's collectives without its gradients, under UniCL or CLIP, in the order of sending.
 
-    Args:
-        world_size: the number of ranks.
-        num_texts: distinct texts of the rank that has the most; the others pad theirs to it.
-        embed_dim: entries of a feature.
-        buffers: bytes of BatchNorm's averages by type; empty without BatchNorm.
+    `num_texts` are those of the rank that has the most; the others pad theirs to it. `buffers` are
+    bytes of BatchNorm's averages by type.
     """
     columns = world_size * num_texts
     features = _FLOAT * embed_dim * columns

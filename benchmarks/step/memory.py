@@ -1,22 +1,18 @@
 """Peak memory of a batch that is larger than memory, in micro-batches.
 
-`unicl-pretrain` takes one step of each batch, in a process of its own; the figure is the largest
-resident size of the whole process.
+`unicl-pretrain` takes one step of each; the figure is the largest resident size of its process.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.system.checked_fields import require
 
-from ..harness import Figures, printed, summarise
+from ..harness import Ended, Figures, end_of, printed, run_apart, summarise
 
 _LARGE, _PLAIN = 128, 16
 """Micro-batches in the large batch, and in the one that is encoded at once."""
@@ -33,25 +29,20 @@ def measure_micro_batches(config: TrainConfig, data: Path | None) -> Figures:
     }
     figures: Figures = {}
     for name, sizes in batches.items():
-        started = time.perf_counter()
-        peak = _peak_of_a_step(config, data, *sizes)
-        seconds = time.perf_counter() - started
+        ended = _take_a_step(config, data, *sizes)
         figures |= printed(
             {
-                f"{name}, peak GB": summarise([peak / 1e9]),
-                f"{name}, seconds with start": summarise([seconds]),
+                f"{name}, peak GB": summarise([ended.largest_bytes / 1e9]),
+                f"{name}, seconds with start": summarise([ended.wall_seconds]),
             }
         )
     return figures
 
 
-def _peak_of_a_step(config: TrainConfig, data: Path | None, batch: int, micro: int) -> int:
-    """Largest resident size of unicl-pretrain in bytes; at least this process's own."""
+def _take_a_step(config: TrainConfig, data: Path | None, batch: int, micro: int) -> Ended:
+    """One step of unicl-pretrain; its resident size is at least this process's own."""
     size = str(config.data.image_size)
-    with (
-        tempfile.TemporaryDirectory() as name,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
-    ):
+    with tempfile.TemporaryDirectory() as name:
         command = (
             *(sys.executable, "-m", "unicl_fast.tools.pretrain", "--preset", "mixed-small"),
             *("--model.image-encoder", config.model.image_encoder, "--data.image-size", size),
@@ -61,10 +52,7 @@ def _peak_of_a_step(config: TrainConfig, data: Path | None, batch: int, micro: i
             *("--run.global-batch-size", str(batch), "--out", f"{name}/run"),
             *("--efficiency.micro-batch-size", str(micro)),
         )
-        with subprocess.Popen(command, stdout=output, stderr=output) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            output.seek(0)
-            raise RuntimeError(f"{' '.join(command[2:])}:\n{output.read()[-2000:]}")
-    return usage.ru_maxrss * 1024
+        log = Path(name) / "log.txt"
+        if (ended := run_apart(command, log)).code != 0:
+            raise RuntimeError(f"{' '.join(command[2:])}:\n{end_of(log)}")
+    return ended

@@ -1,11 +1,8 @@
-"""Training steps in images/s, compared with open_clip's own.
+"""Training steps in images/s, compared with open_clip's own: bf16 autocast, its best on a CPU.
 
-Both train the same timm image encoder and the same text encoder on the same images and texts, from
-the same weights; their features, the gradients of all their weights and (on captions) their losses
-are compared. open_clip's step is written as its training script does it, with the best of its flags
-on a CPU: bf16 autocast. It gets normalised images; ours starts from the bytes that the decoder
-gives. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py) and open_clip's script does
-not, though it gains more by it; without --tune-contender ours does not keep it here either.
+Both train the same encoders from the same weights; features, gradients and (on captions) losses are
+compared. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py) and open_clip's script
+does not, though it gains more by it; without --tune-contender ours does not keep it here either.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from open_clip.loss import ClipLoss
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from open_clip.model import CLIP
 from torch import Tensor, nn
 
 from unicl_fast.batch import Batch
@@ -26,6 +23,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.step import global_loss
 
 from ..harness import Figures, printed, rate_of, ratio_of, summarise, take_turns
+from ..race.contestants import open_clip_model
 from .parts import build_trainer
 
 _ROUNDING = {"cpu": 1e-4, "cuda": 1e-3}
@@ -56,11 +54,7 @@ def measure_open_clip(config: TrainConfig, batch: Batch, *, rounds: int) -> Figu
 
 
 def open_clip_twin(ours: UniCL, batch: Batch) -> tuple[CLIP, Tensor, Tensor]:
-    """open_clip's model with our weights, and the images and texts that it takes.
-
-    Raises:
-        RuntimeError: the two models differ on the batch, see `compare`.
-    """
+    """open_clip's model with our weights, and its images and texts; RuntimeError if it differs."""
     data = ours.config.data
     theirs = build_open_clip(ours).to(batch.images.device)
     images = normalise_images(batch.images, mean=data.mean, std=data.std)
@@ -71,24 +65,7 @@ def open_clip_twin(ours: UniCL, batch: Batch) -> tuple[CLIP, Tensor, Tensor]:
 
 def build_open_clip(ours: UniCL) -> CLIP:
     """The same model as open_clip builds it, with the same weights."""
-    model = ours.config.model
-    theirs = CLIP(
-        model.embed_dim,
-        CLIPVisionCfg(
-            timm_model_name=model.image_encoder,
-            timm_pool="",  # the network's own, as here
-            timm_proj="linear",
-            image_size=ours.config.data.image_size,
-        ),
-        CLIPTextCfg(
-            context_length=model.context_length,
-            vocab_size=model.vocab_size,
-            width=model.text_width,
-            heads=model.text_heads,
-            layers=model.text_layers,
-        ),
-        quick_gelu=True,
-    )
+    theirs = CLIP(**open_clip_model(ours.config))
     for mine, copied in _pairs(ours, theirs, lambda parameter: parameter.data):
         copied.copy_(mine)
     theirs.logit_scale.data.copy_(ours.logit_scale.data)

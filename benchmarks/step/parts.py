@@ -1,9 +1,7 @@
 """A training step built for a benchmark, and taken apart at the features.
 
-The parts must give the gradients of the whole step. The floor of a part is the time that its matrix
-products and convolutions would take at the rate of one large square product of the same type on the
-same machine. (Fused attention on a CPU is not counted: it is used there in fp32 only, and is a few
-percent.)
+The parts must give the gradients of the whole step. The floor of a part is the time of its matrix
+products and convolutions at the rate of one large square product of the same type.
 """
 
 from __future__ import annotations
@@ -138,7 +136,7 @@ class StepInParts:
         with self.part("normalise images"):
             pixels = encoder_input(batch.images, config)
             tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(
-                batch.texts, batch.targets.text_class_ids, config
+                batch.texts, batch.targets.text_class_ids, config.efficiency
             )
         with self.part("image encoder forward"), self.precision.autocast(self.device.type):
             images = model.encode_image(pixels)

@@ -2,14 +2,6 @@
 
     unicl-bench step [--data PACKED] [--parts switches profile] [--device cuda] [--json FILE]
 
-| part | what is timed | compared with |
-|---|---|---|
-| `open-clip` | the step | open_clip's own |
-| `switches` | each switch of `efficiency`: time, memory of the first step | the step as it is |
-| `profile` | the parts of the step | the rate of one matrix product |
-| `windows` | Swin-T's attention in windows | timm's, where our kernels run |
-| `micro-batches` | peak memory of a batch of 128 micro-batches | one of them; 16 of them at once |
-
 The file of each part says how it is measured.
 """
 
@@ -33,9 +25,8 @@ from ..harness import Figures, Stage
 from .memory import measure_micro_batches
 from .parts import measure_parts, random_batch, step_config
 from .switches import measure_switches
-from .windows import measure_windows
 
-Part = Literal["open-clip", "switches", "profile", "windows", "micro-batches"]
+Part = Literal["open-clip", "switches", "profile", "micro-batches"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +52,16 @@ class Step(Stage):
     device: DeviceName = "auto"
     """Device that runs the step."""
 
+    def timed_rooms(self) -> tuple[str, ...]:
+        """The code of a step."""
+        of_training = ("step", "encoding", "micro_batches", "optim")
+        of_loss = ("unicl", "operands", "text_columns", "loss", "loss_tiled")
+        return (
+            "models",
+            *(f"training/{name}.py" for name in of_training),
+            *(f"objectives/{name}.py" for name in of_loss),
+        )
+
     def run(self) -> None:
         rounds = self.rounds
         device = choose_device(self.device)
@@ -73,7 +74,6 @@ class Step(Stage):
                 auto, batch, device=device, rounds=rounds, memory=self.memory
             ),
             "profile": lambda: measure_parts(auto, batch, rounds=rounds),
-            "windows": lambda: measure_windows(self.batch_size, device=device, rounds=rounds),
             "micro-batches": lambda: measure_micro_batches(bf16, self.data),
         }
         figures: Figures = {}

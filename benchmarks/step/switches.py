@@ -1,8 +1,7 @@
 """Time and memory of a step, by switch of `efficiency`.
 
-Two trainers take turns on the same batch, from the same weights: one as `unicl-pretrain` runs it
-here, one with a single switch changed; then the next switch. Memory is what the first step takes
-above the model in a fresh process, at most: gradients, averages of the optimizer and activations.
+Two trainers take turns on the same batch: one as `unicl-pretrain` runs it here, one with a switch
+changed. Memory is that of the first step above the model, at most, in a fresh process.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ def measure_switches(
 ) -> Figures:
     """The ratio of each changed step's time to the step's as it is; megabytes with `memory`.
 
-    Raises:
-        RuntimeError: a switch changes the loss.
+    Raises RuntimeError if a switch changes the loss.
     """
     figures: Figures = {}
     measured = {_AS_IT_IS: base}

@@ -1,6 +1,6 @@
 """Writes docs/benchmarks.md and docs/results/input.png from the results committed as JSON.
 
-    python docs/site/benchmark_page.py
+    python docs/site/benchmark_page.py                   # `make figures` also renews the results
 
 A table for each stage of `unicl-bench`, and below it the command, machine, commit and month of each
 of its results, so that no figure is copied by hand. `tests/test_docs.py` compares the page with
@@ -26,7 +26,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks
 
-All tables of this page are made from committed results, by `python docs/site/benchmark_page.py`.
+All tables of this page are made from committed results, which `make figures` renews.
 [Performance](performance.md) says what follows from them,
 [benchmarks/README.md](../benchmarks/README.md) how they are measured, and
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
@@ -65,26 +65,26 @@ SECTIONS = (
         r"(?P<row>.*): (?P<column>images/s|rate .*)",
     ),
     Section(
-        "Packing beside a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK,
+        "Packing compared with a bare loop", "pack", f"{_RESULTS}/pack_[!w]*.json", _PACK,
         "The ratio is that of the rates, starts of processes left out.",
     ),
     Section(
-        "Packing beside other writers", "pack", f"{_RESULTS}/pack_writers_*.json",
+        "Packing compared with other writers", "pack", f"{_RESULTS}/pack_writers_*.json",
         r"keep: (?P<column>unicl-pack / [\w ]+)(, (?P<row>.*))?",
         "Ratios of images/s, of whole runs with the starts of their processes, and without.",
     ),
-    Section("Tokenizer", "loss --parts tokens", f"{_RESULTS}/tokenize_*.json"),
+    Section("Tokenizer", "loss --parts tokens", f"{_RESULTS}/tokenize*.json"),
     Section(
-        "Target map", "loss --parts targets", f"{_RESULTS}/targets_*.json",
+        "Target map", "loss --parts targets", f"{_RESULTS}/targets*.json",
         r"(?P<column>[\d,]+ rows), (?P<row>map_targets, ms|times .*)",
-        "The others take so many times as long as `map_targets` to find equal rows of 77 tokens.",
+        "The times of others are ratios to `map_targets`, which finds equal rows of 77 tokens.",
     ),
     Section(
-        "Layouts of texts", "loss --parts text", f"{_RESULTS}/text_*.json",
+        "Layouts of texts", "loss --parts text", f"{_RESULTS}/text*.json",
         r"(?P<row>.*), (?P<column>s|times the cost of its real tokens)",
     ),
     Section(
-        "Loss", "loss --parts loss", f"{_RESULTS}/loss_*.json",
+        "Loss", "loss --parts loss", f"{_RESULTS}/loss*.json",
         r"(?P<column>\d+): (?P<row>[^/]+) / ClipLoss fp32",
         "Time of value and gradients, in times that of open_clip's ClipLoss in fp32, by the "
         "number of images and texts.",
@@ -105,7 +105,7 @@ SECTIONS = (
     ),
     Section(
         "Batches larger than memory", "step --parts micro-batches --batch-size 64",
-        f"{_RESULTS}/memory_*.json",
+        f"{_RESULTS}/memory*.json",
         r"(?P<row>.*), (?P<column>peak GB|seconds with start)",
     ),
 )  # fmt: skip
@@ -131,7 +131,7 @@ def _section(section: Section) -> str:
 
 
 def _table(section: Section, results: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each result, or for each part of it; what tells the results apart comes first."""
+    """A row for each result or part of one; the settings in which results differ come first."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for label, result in zip(_labels(results), results, strict=True):
         for name, figure in result["figures"].items():
@@ -169,28 +169,26 @@ def _labels(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         and values[name] != values[name][:1] * len(results)
     ]
     for result in results:
-        told = []
+        label = []
         for name in differ:
             value, words = result["settings"].get(name), name.replace("_", " ")
             if isinstance(value, bool):
-                told += [words] if value else []
+                label += [words] if value else []
             elif isinstance(value, int):
-                told.append(f"{words} {value}")
+                label.append(f"{words} {value}")
             elif value:
-                told.append(value.rsplit("/", 1)[-1])
-        yield ", ".join(told)
+                label.append(value.rsplit("/", 1)[-1])
+        yield ", ".join(label)
 
 
 def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
     machine = result["machine"]
-    month = re.search(r"_(\d{4})(\d\d)$", path.stem)
-    when = machine.get("date") or (f"{month[1]}-{month[2]}" if month else "")
     computer = f"{machine['processor']}, {machine['cores']} cores"
     facts = [
         *([computer] if computer != _USUAL_MACHINE else []),
         f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
-        *([when] if when else []),
+        machine["date"],
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
     return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"

@@ -14,13 +14,15 @@ import math
 import torch
 from accelerate import Accelerator
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.unicl import build_model
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
-from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
+from unicl_fast.training.settle import settle_objective
 from unicl_fast.training.step import global_loss
 
 
@@ -30,6 +32,7 @@ def train(config: TrainConfig, steps: int) -> list[float]:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     ranks = Ranks(rank, accelerator.local_process_index, world_size)
     datasets, weights = open_datasets(config.data)
+    config = settle_objective(config, datasets)
     prompts = build_prompts(datasets, config)
     loader = TrainLoader(config, datasets, weights, prompts, rank, world_size, accelerator.device)
     model = build_model(config).to(memory_format=torch.channels_last)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.unicl import build_model
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
-from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
+from unicl_fast.training.settle import settle_objective
 from unicl_fast.training.step import global_loss
 
 
@@ -35,6 +37,7 @@ class UniCLModule(lightning.LightningModule):
 
     def train_dataloader(self) -> Any:
         datasets, weights = open_datasets(self.config.data)
+        self.config = settle_objective(self.config, datasets)
         prompts = build_prompts(datasets, self.config)
         rank, world_size = self.global_rank, self.trainer.world_size
         self.ranks = Ranks(rank, self.local_rank, world_size)

@@ -1,10 +1,7 @@
-"""The host's part of each step: plan, texts, images as the graph takes them.
+"""The host's part of each step: plan, texts and targets, images as the graph takes them.
 
-Numbers and texts are made for many steps in one go, since calling NumPy costs more than small
-batches do; encoded images are read step by step. Of raw data sets the images are read and cropped
-some batches at a time, and what comes out needs no decoder. Two views are a batch of twice the
-images, all first views and then all second ones; both are decoded, which an image shared by them
-would save only where their windows overlap.
+Plans and texts are made for many steps in one go, since calling NumPy costs more than small batches
+do. Two views are a batch of twice the images, all first views and then all second ones.
 """
 
 from __future__ import annotations
@@ -17,16 +14,18 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.batch import ReadingTime
-from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.batch import ReadingTime, Targets, Texts
+from unicl_fast.config import DataConfig, ModelConfig, RunConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.objectives.targets import TargetSteps
+from unicl_fast.objectives.objective import Objective
+from unicl_fast.objectives.targets import ImageLabels
+from unicl_fast.system.kernels import kernel
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -34,7 +33,6 @@ from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
 from .reading import READ_AHEAD, BadSamples, reading_ahead
-from .text_block import gather_labels, gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
 ImageForm = Literal["files", "pixels", "crops", "features"]
@@ -62,10 +60,9 @@ def decoding_threads(threads: int) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostBatch(Generic[Metadata]):
-    """The inputs of one run of a graph, and metadata that is kept beside them.
+    """The inputs of one run of a graph, and what comes out again with its images.
 
-    DALI cannot carry numbers that the host must know without reading the device, or names for
-    messages. Graphs give their batches in the order in which they took them, so metadata is queued.
+    Graphs give their batches in the order in which they took them, so metadata is queued.
     """
 
     inputs: tuple[Any, ...]
@@ -74,23 +71,34 @@ class HostBatch(Generic[Metadata]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainMetadata:
-    """Metadata of a training batch."""
+    """All of a training batch but its images."""
 
     actual: PlannedBatch
     """The plan, with substitutes for bad samples: what the batch holds."""
     scheduled_ids: NDArray[np.int64]
-    text_lengths: NDArray[np.int64]
-    image_classes: NDArray[np.int64] | None
-    """As in `Batch`. Their number differs from batch to batch: no block of DALI's can hold them."""
+    texts: Texts
+    targets: Targets
 
 
 class _Planned(NamedTuple):
     """A step without its images, as long as nothing is bad."""
 
     batch: PlannedBatch
-    integers: NDArray[np.int64]
-    text_lengths: NDArray[np.int64]
-    image_classes: NDArray[np.int64] | None
+    texts: Texts
+    targets: Targets
+
+
+class LoaderSettings(Protocol):
+    """The groups of a run's config that its loader needs; a `TrainConfig` has them."""
+
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def run(self) -> RunConfig: ...
 
 
 class HostBatches:
@@ -98,7 +106,7 @@ class HostBatches:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: LoaderSettings,
         datasets: Sequence[PackedDataset],
         prompts: ClassPrompts,
         plan: TrainPlan,
@@ -109,14 +117,12 @@ class HostBatches:
         form: ImageForm,
     ) -> None:
         """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`."""
-        self._config = config
-        self._datasets = datasets
-        self._prompts = prompts
-        self._plan = plan
-        self._bad = bad
+        self._datasets, self._prompts, self._plan, self._bad = datasets, prompts, plan, bad
+        self._data, self._objective = config.data, config.objective
+        self._context_length = config.model.context_length
         self._ranks = {"rank": rank, "world_size": world_size}
         self._form = form
-        self._batch_size = config.run.global_batch_size // world_size
+        self._batch_size = plan.global_batch_size // world_size
         self._classes_of_labels = [
             prompts.classes_of(number, np.arange(num_classes))
             for number, num_classes in enumerate(prompts.num_classes)
@@ -137,11 +143,10 @@ class HostBatches:
             yield
             return
         count = self._steps_of_chunk
-        samples = count * self._config.run.global_batch_size
         with reading_ahead(
             self._datasets,
             lambda chunk: self._plan.schedule(start_step + chunk * count, count, **self._ranks),
-            num_chunks=-(-READ_AHEAD // samples),
+            num_chunks=-(-READ_AHEAD // (count * self._plan.global_batch_size)),
         ) as follow:
             self._read_ahead_from = lambda step: follow((step - start_step) // count)
             yield
@@ -166,7 +171,7 @@ class HostBatches:
     ) -> Generator[HostBatch[TrainMetadata], None, None]:
         """Yields every step from `start_step` on, its crops being made in threads.
 
-        `ahead` is the number of groups that are made before they are asked for, beside those that
+        `ahead` is the number of groups that are made before they are asked for, besides those that
         are made at the same time.
         """
         ready: collections.deque[Future[list[HostBatch[TrainMetadata]]]] = collections.deque()
@@ -207,34 +212,29 @@ class HostBatches:
         """Makes the resizer that `group` takes; the caller closes it."""
         shape = self._datasets[0].image_shape
         assert shape is not None
-        return CropResizer(self._config.data, batch_size=self._batch_size, image_shape=shape)
+        return CropResizer(self._data, batch_size=self._batch_size, image_shape=shape)
 
     def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
         self._read_ahead_from(planned.batch.step)
-        if self._form == "files":
-            with self.reading.measuring():
-                actual, files = self._bad.read_files(planned.batch)
-            return self._host_batch(planned, actual, files)
         if self._form == "features":
             actual, rows = self._bad.read_files(planned.batch)
             return self._host_batch(planned, actual, np.stack(rows))
+        images: Any
         with self.reading.measuring():
-            (actual,), pixels = self._bad.read_pixels([planned.batch])
-        return self._host_batch(planned, actual, pixels)
+            if self._form == "files":
+                actual, images = self._bad.read_files(planned.batch)
+            else:
+                (actual,), images = self._bad.read_pixels([planned.batch])
+        return self._host_batch(planned, actual, images)
 
     def plan_steps(self, first: int, count: int) -> list[_Planned]:
         """Some steps without their images, made in one go."""
         self._check_arrays()
-        size = self._batch_size
         long = self._plan.long_batch(first, count, **self._ranks)
         steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
-        targets, integers = self._texts_of(long, steps[0].global_index)
-        parts = zip(range(0, count * size, size), targets.num_texts.tolist(), strict=True)
-        lengths = [targets.text_lengths[start : start + num_texts] for start, num_texts in parts]
-        parts_of_steps = integers.reshape(count, size, -1), lengths, targets.image_classes
-        return list(map(_Planned, steps, *parts_of_steps))
+        return [_Planned(step, *own) for step, own in zip(steps, self._texts_of(long), strict=True)]
 
     def _host_batch(
         self,
@@ -243,54 +243,125 @@ class HostBatches:
         images: list[NDArray[np.uint8]] | NDArray[Any],
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
-        integers, text_lengths = planned.integers, planned.text_lengths
-        image_classes = planned.image_classes
+        _, texts, targets = planned
         if actual is not planned.batch:  # substitutes come with texts and labels of their own
-            targets, integers = self._texts_of(actual, actual.global_index)
-            text_lengths = targets.text_lengths[: targets.num_texts[0]]
-            image_classes = targets.image_classes[0]
-        is_ready = self._form in ("crops", "features")
+            ((texts, targets),) = self._texts_of(actual)
         return HostBatch(
-            inputs=graph_inputs(actual, images, integers, are_ready=is_ready),
+            inputs=graph_inputs(actual, images, are_ready=self._form in ("crops", "features")),
             metadata=TrainMetadata(
                 actual=actual,
                 scheduled_ids=planned.batch.sample_ids,
-                text_lengths=text_lengths,
-                image_classes=image_classes,
+                texts=texts,
+                targets=targets,
             ),
         )
 
-    def _texts_of(
-        self, planned: PlannedBatch, global_index: NDArray[np.int64]
-    ) -> tuple[TargetSteps, NDArray[np.int64]]:
-        """The targets of some steps, and the integers that DALI carries.
+    def _texts_of(self, planned: PlannedBatch) -> list[tuple[Texts, Targets]]:
+        """Texts and targets of some steps.
 
-        The objective says what samples' classes are. A rank's own texts are enough: a text with a
-        label is always a prompt, and captions equal to a prompt are found by look-up, so no other
-        rank's labels can change a class here.
+        A rank's own texts are enough: a text with a label is always a prompt, and captions equal to
+        a prompt are found by look-up, so no other rank's labels can change a class here.
         """
-        length = self._config.model.context_length
-        rows, labels = gather_texts(planned, self._datasets, self._prompts, context_length=length)
-        targets = self._config.objective.map_targets(
+        rows, labels = gather_texts(
+            planned, self._datasets, self._prompts, context_length=self._context_length
+        )
+        steps = self._objective.map_targets(
             rows,
             labels,
             self._prompts,
             size=self._batch_size,
             all_labels=lambda: gather_labels(planned, self._datasets, self._classes_of_labels),
         )
-        return targets, pack_integers(targets, global_index, context_length=length)
+        return [targets.tensors() for targets in steps]
 
     def _check_arrays(self) -> None:
         for dataset in self._datasets:
             dataset.check_arrays()
 
 
-def graph_inputs(
+def gather_texts(
     planned: PlannedBatch,
-    images: list[NDArray[np.uint8]] | NDArray[Any],
-    integers: NDArray[np.int64],
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
     *,
-    are_ready: bool,
+    context_length: int,
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Gathers token rows and training classes of a planned batch: stored captions, and prompts.
+
+    A text longer than `context_length` is cut and keeps its end token, as the tokenizer does it.
+
+    Returns:
+        uint16 [b context_length] padded with 0, and int64 [b] classes, -1 where the text is a
+        caption.
+    """
+    size = len(planned.global_index)
+    rows = np.zeros((size, context_length), dtype=np.uint16)
+    classes = np.full(size, -1, dtype=np.int64)
+    for number, dataset in enumerate(datasets):
+        mine = planned.source_ids == number
+        chosen = np.flatnonzero(mine & (planned.captions >= 0))
+        samples = dataset.samples.take(planned.sample_ids[chosen])
+        positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
+        captions = dataset.captions.take(positions)
+        starts = captions["tokens_start"].astype(np.int64)
+        lengths = captions["tokens_length"].astype(np.int64)
+        _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
+        chosen = np.flatnonzero(mine & (planned.labels >= 0))
+        if len(chosen):
+            labels = planned.labels[chosen]
+            found = prompts.tokens[prompts.rows_of(number, labels, planned.templates[chosen])]
+            # Up to the end token: 0 is padding after it, and "!" before.
+            lengths = (found.shape[1] - np.argmax(found[:, ::-1] != 0, axis=1)).astype(np.int64)
+            starts = np.arange(len(chosen), dtype=np.int64) * found.shape[1]
+            _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
+            classes[chosen] = prompts.classes_of(number, labels)
+    return rows, classes
+
+
+def gather_labels(
+    planned: PlannedBatch,
+    datasets: Sequence[PackedDataset],
+    classes_of_labels: Sequence[NDArray[np.int64]],
+) -> ImageLabels:
+    """Gathers all labels of each sample of a planned batch, also if it is shown with a caption.
+
+    `classes_of_labels` has the training class of each label of each data set.
+    """
+    firsts, counts = np.zeros((2, len(planned.global_index)), dtype=np.int64)
+    of_dataset = [np.flatnonzero(planned.source_ids == number) for number in range(len(datasets))]
+    for mine, dataset in zip(of_dataset, datasets, strict=True):
+        samples = dataset.samples.take(planned.sample_ids[mine])
+        firsts[mine], counts[mine] = samples["labels_start"], samples["labels_count"]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    found = np.empty(starts[-1], dtype=np.int64)
+    for mine, dataset, classes in zip(of_dataset, datasets, classes_of_labels, strict=True):
+        _copy_classes(np.asarray(dataset.labels), firsts, counts, mine, classes, starts, found)
+    return ImageLabels(classes=found, starts=starts)
+
+
+@kernel
+def _copy_classes(
+    labels: Any, firsts: Any, counts: Any, samples: Any, classes: Any, starts: Any, found: Any
+) -> None:
+    """Writes the classes of labels[firsts[i]:][:counts[i]] for each i of `samples`."""
+    for i in samples:
+        for j in range(counts[i]):
+            found[starts[i] + j] = classes[labels[firsts[i] + j]]
+
+
+@kernel
+def _copy_texts(tokens: Any, starts: Any, lengths: Any, targets: Any, rows: Any) -> None:
+    """Copies text i to row targets[i]; one that is too long ends in its own last token."""
+    longest = rows.shape[1]
+    for i in range(targets.size):
+        length = min(lengths[i], longest)
+        for j in range(length):
+            rows[targets[i], j] = tokens[starts[i] + j]
+        rows[targets[i], length - 1] = tokens[starts[i] + lengths[i] - 1]
+
+
+def graph_inputs(
+    planned: PlannedBatch, images: list[NDArray[np.uint8]] | NDArray[Any], *, are_ready: bool
 ) -> tuple[Any, ...]:
     """The inputs of `graph.build_train_graph`: all first views, then all second ones.
 
@@ -299,7 +370,6 @@ def graph_inputs(
         images: encoded images, a list of uint8 arrays, which are cut to what their windows need;
             or pixels uint8 [b h w 3]; or the crops of all views, uint8 [v*b size size 3]; or
             features [b w].
-        integers: see `pack_integers`.
         are_ready: whether `images` are crops or features, to which nothing is done.
     """
     num_views, rows = planned.num_views, planned.augment_rows
@@ -311,10 +381,6 @@ def graph_inputs(
         elif num_views == 2:
             inputs[0] = np.concatenate([images] * 2)
         inputs += [starts, shapes, flips[:, None]]
-    if num_views == 2:
-        # the second half of the integers is never looked at
-        integers = np.concatenate([integers, np.zeros_like(integers)])
-    inputs.append(integers)
     if rows.shape[2]:
         inputs.append(np.ascontiguousarray(rows.transpose(1, 0, 2)).reshape(-1, rows.shape[2]))
     return tuple(inputs)
@@ -323,9 +389,8 @@ def graph_inputs(
 class CropResizer:
     """Crops raw images, resizes and flips the crops; close it at the end.
 
-    This is what raw data sets need instead of a decoder: the kernel that resamples files' images
-    inside DALI's graph takes windows of pixels here. An image of 32 pixels a side takes 3 us, less
-    than DALI spends on handling it, so nothing is done for a single image in Python.
+    This is what raw data sets need instead of a decoder. An image of 32 pixels a side takes 3 us,
+    less than DALI spends on handling it, so nothing is done for a single image in Python.
 
     Small batches are made several at a time, each such group by one thread from its plan to its
     crops, since a thread that takes work over waits to be woken and for Python's lock: with batches

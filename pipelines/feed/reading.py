@@ -1,16 +1,8 @@
-"""Reads the images of planned samples, and replaces those that are bad.
+"""Reads the images of planned samples, replaces those that are bad, and reads ahead from URLs.
 
 A sample is bad when its bytes cannot be read, are not those that were packed (checksum), hold more
 than `data.max_pixels`, or are refused by the decoder. The plan says which samples may stand in for
-it; `BadSamples` reads them until one is good. What it remembers only spares it from trying a bad
-sample again: a process that has seen none of them yet feeds the same batches. `QuarantineFile`
-lists what is bad.
-
-`reading_ahead` brings blocks of data sets under a URL into the local cache before the samples in
-them are read. The plan knows which samples come, however far ahead, so nothing is guessed: the
-reader says where it is, and a few threads fetch the blocks that come after, in the order in which
-they will be needed. A fetch that fails is left to the reading itself, which tries anew and says
-what is wrong; so nothing waits for these threads, and they may stop at any time.
+it, so a process that has seen no bad sample yet feeds the same batches.
 """
 
 from __future__ import annotations
@@ -39,6 +31,7 @@ from unicl_fast.dataset.reader import (
     sample_key,
 )
 from unicl_fast.system.atomic_files import lock
+from unicl_fast.system.untrusted_files import open_regular
 
 from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
 
@@ -89,7 +82,6 @@ class BadSamples:
         self.features: Sequence[FeatureFile] | None = None
         """Those of each data set, which are read in place of images."""
         self._known: set[tuple[int, int]] = set()
-        self._num_met = 0
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
@@ -115,13 +107,12 @@ class BadSamples:
             return
         self._known.add((source, sample))
         dataset = self._datasets[source]
-        self._num_met += 1
-        if self._num_met <= _LOGGED:
+        if len(self._known) <= _LOGGED:
             logger.error(
                 "BAD SAMPLE: %s: %s; another of the same data set is fed in its place",
                 dataset.describe(sample), reason,
             )  # fmt: skip
-        if self._num_met == _LOGGED:
+        if len(self._known) == _LOGGED:
             logger.error(
                 "further bad samples: replaced_samples in metrics.jsonl counts them, %s lists them",
                 self._where,
@@ -216,10 +207,9 @@ def _pairs(planned: PlannedBatch) -> list[tuple[int, int]]:
 class QuarantineFile:
     """The list of a run's bad samples, `quarantine.csv`: one row each, however often met.
 
-    Several ranks, and the same run after a restart, append to one file. Each row goes out in a
-    single write at its end, under a lock, after reading what the rest wrote meanwhile; so rows stay
-    whole and no sample stands there twice. Training never depends on the list: if the file cannot
-    be written, that is logged once. Not for several threads at once.
+    Several ranks, and the same run after a restart, append to one file: each row in a single write,
+    under a lock, after reading what the rest wrote meanwhile. Training never depends on the list:
+    if the file cannot be written, that is logged once. Not for several threads at once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -268,7 +258,7 @@ class QuarantineFile:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)[0]
     try:
         # Where there are no locks there are appends all the same: a sample may stand there twice.
         with contextlib.suppress(OSError):
@@ -294,11 +284,11 @@ def _printable(text: str) -> str:
 def reading_ahead(
     datasets: Sequence[PackedDataset], schedule: Schedule, *, num_chunks: int
 ) -> Iterator[Callable[[int], None]]:
-    """Fetches ahead within this context, if a data set lies under a URL and `num_chunks` is not 0.
+    """Fetches blocks into the local cache within this context, if a data set lies under a URL.
 
     Reading begins with chunk 0 of the schedule; `num_chunks` are looked at beyond the one that is
-    being read. Yields a function to call with the number of a chunk that is about to be
-    read; from any thread, nearly in order.
+    being read. Yields a function to call with the number of a chunk that is about to be read; from
+    any thread, nearly in order. A fetch that fails is left to the reading itself.
     """
     options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
     if not options or not num_chunks:

@@ -1,10 +1,8 @@
 """Everything that augmentation does to an image's pixels on the CPU, in one call of one operator.
 
-DALI's own operators take 1 to 3 ms an image of 224 pixels for a colour twist, a warp or a blur on
-one core, more than decoding and resampling together, and splitting a batch among them costs more.
-This does the same arithmetic (operators.py has the twin, which a GPU runs) in place, while the
-image lies in the second-level cache. Loops are written so that LLVM vectorises them: long, over
-values that lie side by side, in float32.
+DALI's own operators take 1 to 3 ms an image of 224 pixels for a colour twist, a warp or a blur,
+more than decoding and resampling together. This does the same arithmetic (operators.py has the
+twin) in place, while the image lies in the second-level cache, in loops that LLVM vectorises.
 """
 
 from __future__ import annotations
@@ -31,12 +29,9 @@ _inlined = kernel(fastmath={"contract"}, error_model="numpy", inline="always")
 
 @_compiled
 def augment_image(image: Any, row: Any, fill: Any) -> None:
-    """Augments an image as its row of the plan says.
+    """Augments an image, uint8 [s s 3], in place as its row of the plan says, float32 [k].
 
-    Args:
-        image: uint8 [s s 3], changed in place.
-        row: float32 [k], columns as in `Column`.
-        fill: uint8 [3], the colour of erased rectangles; its mean is shown where a warp uncovers.
+    `fill` uint8 [3] is the colour of erased rectangles; its mean is shown where a warp uncovers.
     """
     for start in range(_STAGES, row.size, STAGE_WIDTH):
         _apply_operator(image, int(row[start]), row[start + 1 : start + STAGE_WIDTH], fill)
@@ -306,13 +301,10 @@ _SLACK = 1e-3
 
 @_compiled
 def warp(image: Any, matrix: Any, grey: int) -> None:
-    """Takes each pixel from the position that the matrix gives it.
+    """Takes each pixel of an image, uint8 [s s 3], from the position that the matrix gives it.
 
-    Args:
-        image: uint8 [s s 3], changed in place.
-        matrix: float32 [6], the x and the y of a pixel's source as functions of its x, y and 1, in
-            pixels whose centres lie at halves.
-        grey: level outside the image.
+    `matrix` float32 [6] has the x and the y of a pixel's source as functions of its x, y and 1, in
+    pixels whose centres lie at halves. `grey` is the level outside the image.
     """
     size = image.shape[0]
     original = np.empty(image.size + _SPARE_BYTES, np.uint8)

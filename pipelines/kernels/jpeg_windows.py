@@ -1,16 +1,9 @@
 """Shorter JPEGs for the decoder: only the parts of a file that its crop window lies in.
 
-A JPEG's codes have no fixed length, so a decoder that is to give a window reads all codes before
-the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81, B.2.4.4
-and E.1.4) are points where decoding can begin. The packing tool sets some in each row of blocks
-(`unicl_fast.images.codec`), and here the segments between markers that lie under a window become a
-JPEG of their own: the same header with another size, the segments, and markers numbered anew. The
-window's pixels are the same bit for bit. Of random crops of 256-pixel images 0.6 of the bytes are
-left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files that
-are 2 to 3 % longer; cutting takes 7 us. On a GPU less goes over the bus.
-
-Files without such markers are left as they are, and so is what looks damaged: the decoder judges
-that.
+Restart markers (ITU-T T.81, B.2.4.4 and E.1.4), which packing sets, are points where decoding can
+begin. The segments under a window become a JPEG of their own, with the same pixels bit for bit. Of
+random crops of 256-pixel images 0.6 of the bytes are left, and DALI's decoder takes 0.85 of the
+time (282 us instead of 332, one thread); cutting takes 7 us.
 """
 
 from __future__ import annotations
@@ -78,11 +71,7 @@ def cut_to_windows(
 
 @kernel
 def _cut(data: Any, start: Any, shape: Any, out: Any) -> int:
-    """Writes the shorter file into `out` and moves `start`; returns its length, 0 if there is none.
-
-    `data` is a file, uint8 [bytes], and `out` as long; `start` is the window's first row and column
-    [2], changed to those in the shorter file, `shape` its height and width [2].
-    """
+    """Writes the shorter file to `out` and moves `start`; its length, 0 if there is none."""
     frame, scan, interval = _find_parts(data)
     if interval == 0:
         return 0
@@ -184,10 +173,7 @@ def _find_parts(data: Any) -> tuple[int, int, int]:
 
 @kernel
 def _find_markers(data: Any, position: int, markers: Any) -> bool:
-    """Finds the first markers in the codes from a position on.
-
-    False if one of them, the last left out, is no restart marker counted modulo eight.
-    """
+    """Finds the first markers in the codes; False if one but the last is not counted modulo 8."""
     found = 0
     last = data.size - 1  # the last byte alone is no marker
     start = position

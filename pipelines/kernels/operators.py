@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,8 +67,7 @@ def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> G
 _CHANNELS = 3
 # How DALI calls such functions. A tensor list is an address of addresses of data, one of addresses
 # of shapes (int64 each), one of numbers of dimensions, and the number of its tensors. A function
-# that runs gets one sample's outputs and inputs; one that sets shapes gets those of all samples and
-# no data.
+# that sets shapes gets those of all samples and no data.
 _ADDRESS, _NUMBER = numba_types.uint64, numba_types.int32
 _RUN = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER] * 2
 _SET_SHAPES = [_ADDRESS, _ADDRESS, _NUMBER] * 2 + [_NUMBER]
@@ -77,7 +77,7 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
     """Resamples regions of images to crops, flipped or not.
 
     Takes images uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
-    columns; ends beyond the image mean its end), and flips int32 [1]; gives uint8 [size size 3].
+    columns; an infinite end is the image's), and flips int32 [1]; gives uint8 [size size 3].
     """
     in_types = [types.UINT8, types.FLOAT, types.FLOAT, types.INT32]
     return _Compiled(_resample(interpolation == "bicubic"), image_size, in_types=in_types)
@@ -171,9 +171,9 @@ def _resample(cubic: bool) -> Any:
             _image(out_data, out_shapes, 0),
             image,
             np.float64(start[0]),
-            np.float64(min(end[0], image.shape[0])),
+            np.float64(image.shape[0] if math.isinf(end[0]) else end[0]),
             np.float64(start[1]),
-            np.float64(min(end[1], image.shape[1])),
+            np.float64(image.shape[1] if math.isinf(end[1]) else end[1]),
             flip[0] != 0,
             cubic,
         )
@@ -238,11 +238,9 @@ _pointer: Any = intrinsic(_define_pointer)
 def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
     """Augments images uint8 [s s 3] as their rows say, with DALI's operators, on either device.
 
-    An image goes through those operators alone that its row asks for: DALI splits the batch at
-    every `if` below (AutoGraph reads them: this module is converted when a graph with conditionals
-    is built) and puts it together after it. What no data set uses is not in a run's graph. Rows
-    are float32 [k] on the host, columns as in `Column`. The result's samples lie one after another
-    in memory.
+    An image goes only through those operators that its row asks for: DALI splits the batch at every
+    `if` below (AutoGraph converts this module when a graph with conditionals is built). Rows are
+    float32 [k] on the host, columns as in `Column`.
     """
     for stage in range(parts.stages):
         images = _apply_stage(images, rows, parts, Column.STAGES + stage * STAGE_WIDTH)

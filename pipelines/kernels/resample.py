@@ -1,14 +1,10 @@
 """From a decoded image to a crop: a region is resampled with antialias, and flipped or not.
 
-DALI's resize on the CPU takes longer than decoding does. This kernel runs inside DALI's graph, on
-its threads (or, for raw data sets, before it and by the batch), and filters as Pillow and
-torchvision do: filters are widened when they shrink, and what lies outside the image has no
-weight. It goes down the crop one row at a time: the rows under the filter are added up into one
-line (long, contiguous, vectorised, and small enough for the first-level cache), and the line is
-then filtered to pixels. All of it is in fixed point, since a vector holds twice as many values of
-16 bits as floats: a line has 128 steps a level, so that levels are in effect rounded once, at the
-end: at most one from torchvision, which rounds between its two passes. The cubic filter takes these
-two passes itself, for the reason given there, and equals torchvision.
+DALI's resize on the CPU takes longer than decoding does. This filters as Pillow and torchvision do,
+one row of the crop at a time: the rows under the filter are added up into one line in the
+first-level cache, which is then filtered to pixels. All is in fixed point, since a vector holds
+twice as many values of 16 bits as floats. A line has 128 steps a level, so that results are at most
+one level from torchvision, which rounds between its two passes; the cubic filter equals it.
 """
 
 from __future__ import annotations
@@ -57,20 +53,12 @@ def resample_region(
     flip: bool,
     cubic: bool,
 ) -> None:
-    """Fills a crop with a region of an image.
+    """Fills a crop `out`, uint8 [size size 3], with a region of an image, uint8 [h w 3].
 
-    The filter may look beyond the region, but not beyond the image.
-
-    Args:
-        out: uint8 [size size 3], the crop, written.
-        image: uint8 [h w 3].
-        top: first row of the region, in pixels; may lie between two. The region is not empty and
-            lies in the image: nothing is checked here.
-        bottom: end of its rows.
-        left: first column.
-        right: end of its columns.
-        flip: whether left and right are exchanged.
-        cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
+    Edges of the region are in pixels and may lie between two. It is not empty: nothing is checked
+    here. The filter may look beyond the region, but not beyond the image. Rows and columns of the
+    crop that lie outside the image mean nothing.
+    `cubic` takes the cubic filter (a = -0.5) instead of the triangular one, called bilinear.
     """
     height, width = image.shape[0], image.shape[1]
     length = width * _CHANNELS
@@ -104,16 +92,9 @@ def resample_windows(
     cost as much as the filter does; for them memory is taken once for all, and lines are as long as
     vectors like them.
 
-    Args:
-        crops: uint8 [b size size 3], written.
-        images: uint8 [b h w 3].
-        starts: int32 [b 2], first row and column of each window.
-        shapes: int32 [b 2], its height and width, not 0; it lies in the image.
-        flips: int32 [b], whether it is flipped.
-        cubic: the cubic filter instead of the triangular one.
-        begin: the first image to take, for threads that share a batch.
-        end: after the last one.
-        most_values: values of images up to which they are widened to 16 bits whole.
+    Writes `crops` uint8 [b size size 3] of `images` uint8 [b h w 3] from `begin` to `end`. Windows
+    lie in the image: first row and column `starts` int32 [b 2], height and width `shapes`, and
+    `flips` int32 [b]. Images of up to `most_values` are widened to 16 bits whole.
     """
     height, width = images.shape[1], images.shape[2]
     (
@@ -159,19 +140,15 @@ def resample_windows(
 
 @kernel
 def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
-    """Memory for one image's crop after the other; no image is larger than these sizes.
+    """Memory for one image's crop after the other, of images that are no larger than these.
 
-    Returns:
-        exact: float64, weights before they are in fixed point; see `_weigh`.
-        first_rows, fixed_rows: int64 [size], and int32; see `_weigh`.
-        first_columns, fixed_columns: likewise.
-        first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
-        spread: int16; see `_spread_taps`.
-        narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.
-        sums: float32, a line of the crop.
+    That is exact, first_rows, fixed_rows, first_columns and fixed_columns (see `_weigh`),
+    first_values and spread (see `_spread_taps`), narrow (uint8 rows of the crop's width: one, or
+    for the cubic filter as many as the image has) and sums (a line of the crop).
     """
     reach = 4.0 if cubic else 2.0
-    taps = np.int64(reach * max(max(height, width) / size, 1.0)) + 2  # no region needs more
+    # No region needs more, nor an image that is shown whole: 1.5 pixels may be rounded to 1.
+    taps = np.int64(1.5 * reach * max(max(height, width) / size, 1.0)) + 2
     groups = -(-size // _PIXELS)
     return (
         np.empty(size * taps, np.float64),
@@ -196,8 +173,7 @@ def _fill_crop(
 ) -> None:  # fmt: skip
     """Fills a crop with the region of an image whose rows [h l], uint8 or uint16, are given.
 
-    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read after it,
-    which has no weight. The memory is as of `_memory_for`, the region as of `resample_region`.
+    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read after it.
     """
     size = out.shape[0]
     # numbers as int64, or Numba compiles `_weigh` for each of them
@@ -332,24 +308,14 @@ def _weigh(
     """Finds, weighs and rounds the input rows or columns (taps) of every output position.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
-    pixel would be mispredicted at every second one. A weight has as many places after the point as
-    the largest leaves. Each is rounded by itself for the cubic filter, as torchvision's uint8
-    kernels do it; for the other, with what was lost of the one before, so that all of a pixel come
-    to 1 and an even image stays as it is, however many they are.
+    pixel would be mispredicted at every second one. Each weight is rounded by itself for the cubic
+    filter, as torchvision's uint8 kernels do it; for the other, with what was lost of the one
+    before, so that all of a pixel come to 1 and an even image stays as it is.
 
-    Args:
-        exact: float64 memory.
-        first: int64 [size], written: the first input position of every output position.
-        memory: int32, written: weights [size taps] as whole numbers.
-        length: rows or columns of the image.
-        start: start of the region.
-        end: end of the region.
-        bits: weights are below 2**bits; for the cubic filter, below 2**15, as in torchvision.
-        most_places: most binary places after the point; for the cubic filter 22, likewise.
-        cubic: the cubic filter instead of the triangular one.
-
-    Returns:
-        The number of taps of a position, and of places of the weights.
+    Writes to `first` int64 [size] the first input position of every output position, and to
+    `memory` int32 its weights [size taps], which are below 2**bits and have up to `most_places`
+    binary places (15 and 22 for the cubic filter, as in torchvision). `length` are the rows or
+    columns of the image. Returns the number of taps of a position, and of places of the weights.
     """
     size = first.size
     scale = (end - start) / size
@@ -367,6 +333,10 @@ def _weigh(
     for i in range(size):
         first[i] = min(first[i], length - taps)
         center = start + (i + 0.5) * scale
+        if center < 0.0 or center > length:  # no pixel of the image
+            for t in range(taps):
+                weights[i, t] = 0.0
+            continue
         total = 0.0
         for t in range(taps):
             distance = abs((first[i] + t - center + 0.5) * narrowing)
@@ -409,8 +379,8 @@ def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip:
     """Lays out columns' weights as `_filter_line` takes them, in the order of the crop's pixels.
 
     Fills `first_values` [n], n a multiple of 4, and returns weights int16 [n/4 pairs 32] in
-    `memory`: of four pixels, those of two taps beside each other, for each channel, and two that
-    mean nothing. Weights of pixels that are not there are zeros.
+    `memory`: of four pixels, those of two taps next to each other, for each channel, and two that
+    mean nothing.
     """
     size, taps = weights.shape
     groups, pairs = first_values.size // _PIXELS, (taps + 1) // 2

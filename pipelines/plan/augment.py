@@ -1,12 +1,8 @@
 """Augmentation in numbers: what is done to each image of a step beyond cropping and flipping.
 
-Nothing is drawn in the graph: everything that shapes an image is a function of a key and the draw,
-written here into one row of float32 an image, which travels through DALI as one input. RandAugment,
-TrivialAugment and AutoAugment are tables of operations: one turns a strength and a sign into an
-`Operator` of the graph and its parameters. The five that move pixels are a single operator, an
-affine warp, with a matrix each; brightness, contrast, colour and sharpness take a factor, of which
-1 changes nothing. `kernels/augment.py` (fused) and `kernels/operators.py` (DALI's operators) say
-what the operators do to pixels.
+All that shapes an image is drawn here, into one row of float32 an image. The five operations that
+move pixels are one operator, an affine warp, with a matrix each. `kernels/augment.py` (fused) and
+`kernels/operators.py` (DALI's operators) do it to pixels.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Crop windows: RandomResizedCrop's distribution for training, the centre for evaluation.
+"""Crop windows: RandomResizedCrop's distribution for training, and regions for evaluation.
 
-Windows are computed on the host from the images' sizes, so that the decoder is told what to
-decode and a plan can be replayed. Both follow torchvision to the rounding, since published
-accuracies rest on it. Nothing here touches pixels.
+Both follow torchvision to the rounding, since published accuracies rest on it.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.config import DataConfig
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_bits, random_unit
 
@@ -86,29 +85,70 @@ def _random_windows(
     return starts, shapes
 
 
-def central_windows(
+def evaluation_regions(
     heights: NDArray[np.integer[Any]],
     widths: NDArray[np.integer[Any]],
-    *,
-    resize: int,
-    crop: int,
+    data: DataConfig,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The region that torchvision's Resize(resize) and CenterCrop(crop) keep, in original pixels.
+    """The region of each image that evaluation resamples to a square, in its own pixels.
 
-    Resampling just this region to crop x crop gives the same pixels as resizing the whole and
-    cutting, because the scale is the same and the filter may still look beyond the region's edge.
+    For a number as `data.evaluation_resize` it is what torchvision's Resize and CenterCrop keep:
+    resampling just this region gives the same pixels as resizing the whole and cutting, because the
+    scale is the same and the filter may still look beyond the region's edge. For `squash` it is the
+    whole image. For `longest` it begins before the image and ends after it, where `fill_borders`
+    fills the square.
 
-    Images' `heights` and `widths` are [b]; `resize` is the length of the shorter side after
-    resizing, at least `crop`, the side of the crop. Returns float32 [b 2] region start and end
-    (row, column) in pixels of the original.
+    Images' `heights` and `widths` are [b]. Returns float32 [b 2] starts and ends (row, column).
     """
     original = np.stack([heights, widths], axis=1).astype(np.int64)
-    shorter = original.min(axis=1, keepdims=True)
-    # int() of a quotient of floats: torchvision truncates, after rounding to the nearest double.
-    resized = (resize * original / shorter).astype(np.int64)
-    first = np.rint((resized - crop) / 2.0)
+    crop = data.image_size
+    first: NDArray[Any]
+    if data.evaluation_resize == "squash":
+        first, resized = np.zeros_like(original), np.full_like(original, crop)
+    elif data.evaluation_resize == "longest":
+        first, resized = _within_square(original, crop)
+    else:
+        shorter = original.min(axis=1, keepdims=True)
+        # truncated, after rounding to the nearest double, as in torchvision
+        resized = (data.evaluation_resize * original / shorter).astype(np.int64)
+        first = np.rint((resized - crop) / 2.0).astype(np.int64)
     per_pixel = original / resized
-    return (
-        (first * per_pixel).astype(np.float32),
-        ((first + crop) * per_pixel).astype(np.float32),
-    )
+    starts = (first * per_pixel).astype(np.float32)
+    ends = ((first + crop) * per_pixel).astype(np.float32)
+    if data.evaluation_resize != "longest":  # not by a rounding beyond the image
+        ends = np.minimum(ends, original.astype(np.float32))
+    return starts, ends
+
+
+def _within_square(
+    original: NDArray[np.int64], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Minus the first row and column of each image in its square, and its size there [b 2]."""
+    longer = original.max(axis=1, keepdims=True)
+    resized = np.maximum(np.rint(original * size / longer), 1).astype(np.int64)
+    return -((size - resized) // 2), resized
+
+
+def fill_borders(squares: Any, heights: Any, widths: Any, data: DataConfig) -> None:
+    """Fills what is not image in squares that show whole images (`evaluation_resize=longest`).
+
+    `squares` uint8 [b size size 3], an array or a tensor, are changed in place; `heights` and
+    `widths` [b] are those of the images.
+    """
+    if data.evaluation_resize != "longest":
+        return
+    first, resized = _within_square(np.stack([heights, widths], axis=1).astype(np.int64),
+                                    data.image_size)  # fmt: skip
+    level = padding_level(data)
+    for square, (top, left), (height, width) in zip(
+        squares, (-first).tolist(), resized.tolist(), strict=True
+    ):
+        for border in (square[:top], square[top + height :]):
+            border[...] = level
+        for border in (square[:, :left], square[:, left + width :]):
+            border[...] = level
+
+
+def padding_level(data: DataConfig) -> int:
+    """The grey of borders, nearest to the mean colour; open_clip pads with one level."""
+    return round(255 * sum(data.mean) / 3)

@@ -1,12 +1,7 @@
 """The order of samples in closed formulas: no state, no array of all samples.
 
-The draws of a run are numbered: step * n + global index, for global batches of n (where a run has
-stages, from the end of the one before). Two questions about a draw are answered in constant time.
-Which source (data set) does it take, and how many draws did that source have before? Fixed weights
-say so (`assign_sources`). Which sample is draw `q` of an epoch? A keyed permutation says so
-(`permute`). With shuffle windows it also depends on the global index, so that each machine reads a
-part of them (`ShuffleGroups`); that takes a table for each window. This module knows neither images
-nor texts; plan.py puts the answers together.
+The draws of a run are numbered: step * n + global index, for global batches of n (in stages, from
+the end of the one before). `assign_sources` says which source a draw takes, `permute` which sample.
 """
 
 from __future__ import annotations
@@ -40,9 +35,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 
     A Feistel network (Luby and Rackoff 1988) permutes a power of four that is not below `size`; a
     value that falls outside is permuted again until it is inside ("cycle walking", Black and
-    Rogaway 2002), fewer than four times on average (more below 64 elements).
-
-    `index` is int64 of any shape, each in [0, size); `key` has 64 bits, as from `fold_key`.
+    Rogaway 2002). `index` is int64 of any shape, each in [0, size); `key` has 64 bits.
     """
     if not 1 <= size <= _MAX_SIZE:
         raise ValueError(f"a permutation needs 1 to 2**48 elements, not {size}")
@@ -56,11 +49,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 
 @kernel
 def permute_kernel(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
-    """`permute` of many [n], round by round, and again of those outside until none is left.
-
-    `half_bits` is at least 3, and 4**half_bits at least `size`; all but `index` are uint64. The
-    rounds of one value wait for each other, those of several do not, and fit into vectors.
-    """
+    """`permute` of many [n], round by round: those of several values fit into vectors."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = np.empty(index.size, np.uint64)
     outside = np.empty(index.size, np.int64)
@@ -95,8 +84,7 @@ class ShuffleGroups:
 
     Ranks have ranges of global indices, so a machine needs the parts of its own groups and little
     else of a window, whatever the number of ranks. A group's part holds as many samples as it has
-    draws from the window. They are counted from tables of a row for each step, which are kept for
-    a few windows, with at most 4 bytes for each sample of a window.
+    draws from the window.
     """
 
     count: int
@@ -105,17 +93,12 @@ class ShuffleGroups:
     weights: tuple[int, ...]
     """All sources' weights, from `integer_weights`."""
     source: int
-    """The source whose samples these are."""
 
 
 def shuffle_groups_of(
     count: int, *, global_batch_size: int, weights: tuple[int, ...], source: int
 ) -> ShuffleGroups | None:
-    """Groups of one source, or None if there is only one.
-
-    A source with fewer draws in a global batch than there are groups halves their number, as often
-    as needed: more would not be finer, and would take longer tables.
-    """
+    """Groups of one source: `count`, halved until each has a draw; None if one is left."""
     draws = global_batch_size * weights[source] // sum(weights)
     while count > max(1, draws):
         count //= 2
@@ -138,20 +121,16 @@ def permute_in_shuffle_windows(
 ) -> Int64Array:
     """Permutes as `permute`, but positions that are close together need little of the storage.
 
-    [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted.
-    16 pieces that then follow each other are a shuffle window (fewer where windows are to be of
-    nearly equal size). So all draws from one shuffle window need its pieces and nothing else.
-    Packing has shuffled the samples, so neighbours have nothing in common; each key brings other
-    pieces together.
+    [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted. 16 pieces
+    that then follow each other are a shuffle window (fewer where windows are to be of nearly equal
+    size), of at most `window` elements. So all draws from one shuffle window need its pieces and
+    nothing else. Packing has shuffled the samples, so neighbours have nothing in common.
 
     Without `groups` the elements of a window are permuted. With them the window is cut into a part
     for each group, beginning anywhere in it, and each part is permuted. Two samples of a window
     come into the same batch as often either way if they are of different parts, and (c - 1) / c
-    times as often if a batch takes c samples of their part.
-
-    `window` is the most elements of one; from `size` on this is a single `permute`, or with groups
-    a single window. `groups` needs the `epoch` that `index` [b] is of, and the number of each draw
-    [b] among those of all sources.
+    times as often if a batch takes c samples of their part. `groups` needs the `epoch` that `index`
+    [b] is of, and the number of each draw [b] among those of all sources.
     """
     if window >= size and groups is None:
         return permute(index, size=size, key=key)
@@ -207,10 +186,7 @@ def _group_table(
 def _permute_in_groups(
     positions: Any, draws: Any, batch_size: Any, first_step: Any, offsets: Any, edges: Any, key: Any
 ) -> Any:
-    """Permutes positions in a shuffle window within the parts of their groups.
-
-    `first_step`, `offsets` and `edges` are `_group_table`'s. Draws in ascending order are fastest.
-    """
+    """Permutes positions in a shuffle window within their groups' parts; see `_group_table`."""
     numbers = np.empty(positions.size, np.int64)
     found = np.empty(positions.size, np.int64)
     num_groups, window = offsets.shape[1], edges[-1]
@@ -243,10 +219,7 @@ def _permute_in_groups(
 def _shuffle_windows(
     size: int, piece: int, most: int, key: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Permuted pieces, the position at which each begins, and the edges of the shuffle windows.
-
-    They take some 10 bytes a piece, and are kept for a few epochs.
-    """
+    """Permuted pieces, the position at which each begins, and the edges of the shuffle windows."""
     num_pieces = -(-size // piece)
     pieces = permute(np.arange(num_pieces, dtype=np.int64), size=num_pieces, key=fold_key(key, -1))
     lengths = np.minimum(piece, size - pieces * piece)
@@ -302,12 +275,8 @@ def assign_sources(
 
     After k draws, source 0 should have had its weight times k of them, rounded: it takes the draws
     at which that number rises. The draws left over are numbered anew, and source 1 takes its part
-    of them in the same way, and so on. So a source's draws are spread evenly. With one or two
-    sources a source's count differs from its exact quota by half a sample at most, and with each
-    further source by less than half a sample more.
-
-    `draws` are int64, not negative; `weights` come from `integer_weights`. Returns int32 source
-    ids, and int64 numbers of draws that the source had before.
+    of them in the same way, and so on. So a source's draws are spread evenly, and its count differs
+    from its exact quota by half a sample at most for each source but one.
     """
     draws = np.ascontiguousarray(draws, dtype=np.int64)
     if len(weights) == 1:
@@ -342,10 +311,8 @@ def _draw_of_source(source_draw: int, weights: tuple[int, ...], source: int) -> 
 
 @kernel(inline="always")
 def _count_before(draw: Any, weight: Any, total: Any) -> Any:
-    """How many of the draws [0, draw) `weight` of `total` gets: draw * weight / total, rounded.
-
-    Whole multiples of `total` are taken out first, so that no product leaves int64.
-    """
+    """How many of the draws [0, draw) `weight` of `total` gets: draw * weight / total, rounded."""
+    # Whole multiples of `total` are taken out first, so that no product leaves int64.
     return (draw // total) * weight + ((draw % total) * weight + total // 2) // total
 
 

@@ -1,10 +1,8 @@
 """The plan of a run: the samples of each step, as a pure function of (data, seed, step).
 
-For every sample of a global batch the plan says which source (data set) it comes from, which text
-it has, where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
-generator, so resuming is knowing the step, and a rank computes just its local batch, whatever the
-number of ranks. order.py, crop.py and augment.py have the formulas. Reading bytes, filling in
-tokens and decoding are left to `feed/` and graph.py.
+For every sample of a global batch the plan says its source (data set), text, crop, flip and
+augmentation. Nothing is drawn from a generator, so resuming is knowing the step, and a rank
+computes only its local batch. order.py, crop.py and augment.py have the formulas.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,13 +150,10 @@ def samples_of_draws(
     shuffle_window: int = 0,
     shuffle_groups: int = 1,
 ) -> Int64Array:
-    """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
+    """Draw q of a source of N samples is sample q mod N of its epoch q div N, each shuffled anew.
 
-    N is the `size` of the source.
-
-    `draws` [b] are numbered over the whole run, step by step, `source_draws` [b] the same counted
-    among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
-    `shuffle_groups` means nothing then, and otherwise is as `data.shuffle_groups`.
+    `draws` [b] are numbered over the whole run, `source_draws` [b] among the source's own
+    (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch.
     """
     groups = None
     if shuffle_window:
@@ -211,11 +206,11 @@ class TrainPlan:
             stage: number of the one that is planned here.
 
         Raises:
-            ValueError: an empty source, one smaller than its part of a batch, a sample without
-                usable text, or labels that no class name belongs to.
+            ValueError: an empty source, one smaller than its part of a batch, or a sample without
+                text.
         """
         for source in sources:
-            _check_source(source, text=data.text)
+            _check_source(source)
         self._sizes = [len(source.samples) for source in sources]
         if weights is None:
             weights = self._sizes
@@ -246,21 +241,14 @@ class TrainPlan:
         return self.long_batch(step, 1, rank=rank, world_size=world_size)
 
     def long_batch(self, step: int, count: int, *, rank: int, world_size: int) -> PlannedBatch:
-        """The batches of `count` steps from `step` on, concatenated; see `split_steps`.
-
-        Planning a step takes some 30 calls, whatever its size; for small batches it pays to make
-        them once for many steps. The global index is counted on from step to step.
-        """
+        """The batches of `count` steps from `step` on, concatenated; see `split_steps`."""
         global_index = self._global_index(count, rank=rank, world_size=world_size)
         return self._fill_in(step, global_index, *self._scheduled(step, global_index))
 
     def schedule(
         self, step: int, count: int, *, rank: int, world_size: int
     ) -> tuple[NDArray[np.int32], Int64Array]:
-        """Sources and samples of a `long_batch` and nothing else, to look ahead.
-
-        Takes a tenth of a microsecond a sample.
-        """
+        """Sources and samples of a `long_batch` and nothing else, to look ahead."""
         return self._scheduled(step, self._global_index(count, rank=rank, world_size=world_size))
 
     def _global_index(self, count: int, *, rank: int, world_size: int) -> Int64Array:
@@ -289,10 +277,9 @@ class TrainPlan:
         """Plans substitutes for planned samples that turned out to be bad.
 
         A substitute is another sample of the same source, with text, window, flip and augmentation
-        of its own: as `batch`, a function of (data, seed, step, global index, attempt) and nothing
-        else. Successive attempts at one global index try all other samples of its source, in an
-        order of that draw's own, before any comes again; a source of one sample has only that one.
-        A substitute may appear in the batch, or the epoch, a second time.
+        of its own, as a function of (data, seed, step, global index, attempt). Successive attempts
+        at one global index try all other samples of its source, in an order of that draw's own,
+        before any comes again. A substitute may appear in the batch, or the epoch, a second time.
 
         Args:
             step: step of the batch.
@@ -343,10 +330,7 @@ class TrainPlan:
         *,
         streams: tuple[int, ...] = (),
     ) -> PlannedBatch:
-        """Adds texts, windows and augmentation.
-
-        `streams` gives a substitute its own random streams.
-        """
+        """Adds texts, windows and augmentation; `streams` are a substitute's own random streams."""
         draws = self._draws_before(step) + global_index
         sizes = np.empty((2, len(draws)), dtype=np.int64)
         texts = np.empty((3, len(draws)), dtype=np.int64)
@@ -417,13 +401,12 @@ class TrainPlan:
         streams: tuple[int, ...],
     ) -> NDArray[np.int64]:
         """Caption, label and template of each draw, [3 b]; see `PlannedBatch`."""
-        labels_count = rows["labels_count"] if source.num_templates else 0 * rows["labels_count"]
         purposes = (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)
         captions, chosen_labels = _draw_captions_or_labels(
             np.array([self._key(*streams, purpose) for purpose in purposes], dtype=np.uint64),
             draws,
             rows["captions_count"].astype(np.int64),
-            labels_count.astype(np.int64),
+            rows["labels_count"].astype(np.int64),
             _CAPTION_CHANCE[self._data.text],
         )
         prompted = chosen_labels >= 0
@@ -495,34 +478,19 @@ def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
     return drawn
 
 
-def _check_source(source: PlanSource, *, text: Literal["any", "captions", "labels"]) -> None:
-    """Refuses a source with a sample that could not be shown."""
+def _check_source(source: PlanSource) -> None:
+    """Refuses a source with a sample that could not be shown; a label has a prompt (`reader`)."""
     if not len(source.samples):
         raise ValueError(f"{source.name} has no samples")
-    num_without_text, unprompted = 0, False
-    for rows in blocks_of(source.samples):
-        no_captions = rows["captions_count"] == 0
-        has_labels = rows["labels_count"] > 0
-        unprompted |= bool((has_labels & (no_captions | (text != "captions"))).any())
-        num_without_text += int(np.count_nonzero(no_captions & ~has_labels))
-    if not source.num_templates and unprompted:
+    without_text = sum(
+        int(np.count_nonzero((rows["captions_count"] == 0) & (rows["labels_count"] == 0)))
+        for rows in blocks_of(source.samples)
+    )
+    if without_text:
         raise ValueError(
-            f"{source.name} has labels but no class names and templates to make texts of; pack it "
-            "again with class names, or set data.text=captions if all its images have captions"
-        )
-    if num_without_text:
-        raise ValueError(
-            f"{num_without_text} of the {len(source.samples)} samples of {source.name} have "
+            f"{without_text} of the {len(source.samples)} samples of {source.name} have "
             "neither a caption nor a label; leave them out when packing for training"
         )
-    if source.num_templates and len(source.labels):
-        extremes = [(int(part.min()), int(part.max())) for part in blocks_of(source.labels)]
-        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
-        if low < 0 or high >= len(source.class_ids):
-            raise ValueError(
-                f"{source.name} has class names for labels 0 to {len(source.class_ids) - 1}, but "
-                f"labels from {low} to {high}; pack it again with a name for each label"
-            )
 
 
 def _check_sizes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import torch
 
 from unicl_fast.benchmarks import harness, on_gpu
 from unicl_fast.benchmarks.gpu import run
-from unicl_fast.benchmarks.gpu.run import Gpu, format_page
+from unicl_fast.benchmarks.gpu.run import Gpu
 from unicl_fast.benchmarks.gpu.stages import STAGES, GpuStage
 from unicl_fast.benchmarks.on_gpu import NotOnDeviceError, busy_part
 from unicl_fast.benchmarks.run import load_program
@@ -34,7 +36,7 @@ MISSING = (
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_bare_checkout_runs_dry(tmp_path: Path) -> None:
-    chosen = ("tests", "step", "switches", "windows", "open-clip", "loss", "text", "run")
+    chosen = ("tests", "step", "switches", "open-clip", "loss", "text", "run")
     command = [sys.executable, str(CHECKOUT / "benchmarks/gpu"), "--stages", ",".join(chosen)]
     subprocess.run(
         [*command, "--out", str(tmp_path / "report"), "--dry-run"],
@@ -67,14 +69,7 @@ def test_a_bare_checkout_runs_dry(tmp_path: Path) -> None:
     assert all(stage["figures"] for name, stage in stages.items() if name not in skipped)
     page = (tmp_path / "report" / "gpu.md").read_text()
     assert page.startswith("# Dry run on a CPU: no figure here is a GPU's")
-
-
-@pytest.mark.slow
-def test_the_dry_run_of_an_install_compares_with_open_clip(tmp_path: Path) -> None:
-    Gpu(out=tmp_path, dry_run=True, stages="open-clip").run()
-    found = json.loads((tmp_path / "gpu.json").read_text())["stages"]["open-clip"]
-    assert found["status"] == "done", found["reason"]
-    assert "ratio" in found["figures"]
+    assert re.search(r"^\| whole step, times its floor +\|( +[\d.,]+ \|){3}$", page, re.MULTILINE)
 
 
 ON_CARD = SimpleNamespace(device=torch.device("cuda:0"))
@@ -125,7 +120,7 @@ class Small(harness.Stage):
         if self.does == "fail":
             raise RuntimeError("this fails")
         if self.does == "die":
-            run.os._exit(3)
+            os._exit(3)
         if self.does == "stall":
             time.sleep(600)
 
@@ -183,22 +178,10 @@ def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path: Path) -
     (tmp_path / "gpu.json").touch()
     with pytest.raises(ValueError, match="holds a report"):
         Gpu(out=tmp_path, dry_run=True).run()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device works here"):
+            Gpu(out=tmp_path / "new").run()
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_only_the_dry_run_is_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no CUDA device works here"):
-        Gpu(out=tmp_path / "new").run()
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_page_has_a_table_of_each_stage() -> None:
-    figure = {"median": 310.0, "low": 300.0, "high": 320.0}
-    stage = {"status": "done", "reason": "", "figures": {"product, TFLOP/s": figure}}
-    report = {"dry_run": False, "machine": {}, "stand_ins": [], "stages": {"step": stage}}
-    (line,) = (line for line in format_page(report).splitlines() if line.startswith("| product"))
-    assert [cell.strip() for cell in line.split("|")[2:-1]] == ["310", "300", "320"]
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -65,11 +65,11 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 @pytest.mark.timeout(600)
 def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
-    parts = ("--parts", "open-clip", "switches", "profile", "windows")
+    parts = ("--parts", "open-clip", "switches", "profile")
     found = check(tmp_path / "step.json", "step", *options, *parts)
     assert {
         "ratio", "two micro-batches, times as long",
-        "whole step, times its floor", "windows of 96 values, timm, images/s",
+        "whole step, times its floor",
     } <= found  # fmt: skip
 
 

@@ -31,14 +31,12 @@ from unicl_fast.checkpoints.load import (
     load_model,
     read_state,
 )
-from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.system.checksums import (
     dump_checksummed_json,
     file_checksum,
     parse_checksummed_json,
 )
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
 
@@ -136,17 +134,6 @@ def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_pat
     assert read_best(tmp_path / "checkpoints") == Best(1, "zero_shot/digits/top1", 0.2)
 
 
-@pytest.mark.slow
-def test_without_evaluations_it_stays_what_it_was(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4).fit()
-    resumed = trainer_in(tmp_path, images, {})
-    resumed.evaluations = {}
-    resumed.resume(find_checkpoint(tmp_path))
-    resumed.fit()
-    assert kept(tmp_path) == [2, 6]
-    assert find_checkpoint(tmp_path / "best").name == "step-00000002"
-
-
 def test_one_that_could_not_be_written_is_not_the_best(
     images: torch.Tensor,
     tmp_path: Path,
@@ -167,33 +154,6 @@ def test_one_that_could_not_be_written_is_not_the_best(
     assert kept(tmp_path) == [4, 6]
     assert "NO CHECKPOINT of step 2: no space left; training continues" in caplog.text
     assert "step 2 is the best so far, and is not kept as that" in caplog.text
-
-
-def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = RISING_AND_FALLING | {4: 0.9}
-    stopped = trainer_in(tmp_path, images, values, evaluate_every=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "unicl_fast.distributed.signals.Interruption.has_come", lambda *_: stopped.step == 4
-        )
-        with pytest.raises(Interrupted, match="after step 4"):
-            stopped.fit()
-    assert evaluated_steps(tmp_path) == [2]
-    resumed = trainer_in(tmp_path, images, values, evaluate_every=2)
-    resumed.resume(find_checkpoint(tmp_path))
-    resumed.fit()
-    assert evaluated_steps(tmp_path) == [2, 4, 6]
-    assert kept(tmp_path) == [4, 6]
-    again = trainer_in(tmp_path, images, values, evaluate_every=2)
-    again.resume(find_checkpoint(tmp_path))
-    again.fit()
-    assert evaluated_steps(tmp_path) == [2, 4, 6], "nothing is evaluated twice"
-
-
-def evaluated_steps(folder: Path) -> list[float]:
-    return [line["step"] for line in read_metrics(folder) if "zero_shot/digits/top1" in line]
 
 
 def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: Path) -> None:

@@ -120,15 +120,6 @@ def written_later(disk: SlowDisk) -> Iterator[None]:
     timer.join()
 
 
-def test_at_the_end_it_is_awaited(images: torch.Tensor, tmp_path: Path, disk: SlowDisk) -> None:
-    trainer = trainer_in(tmp_path, images, steps=2)
-    with written_later(disk):
-        trainer.fit()
-        assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
-            "step-00000002"
-        ]
-
-
 def test_an_interruption_waits_for_its_own(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

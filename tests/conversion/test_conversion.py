@@ -12,14 +12,12 @@ import open_clip
 import pytest
 import timm
 import torch
-from PIL import Image
-from small_runs import tiny_config
+from small_models import model_with_weights_that_matter, small_config
 from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.load import load_model
-from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.card import Facts
 from unicl_fast.conversion.export import write_export
@@ -30,46 +28,10 @@ from unicl_fast.conversion.libraries import (
 )
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.output import new_folder, require_equal
-from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEXTS = ["a photo of a dog", "", "two people in the snow"]
-
-
-def small_config(image_encoder: str = "test_vit", image_size: int = 160) -> TrainConfig:
-    """A timm model with position tables, and statistics that nobody else has."""
-    return TrainConfig(
-        data=DataConfig(
-            train=("/home/somebody/secret=0.5",),
-            image_size=image_size,
-            evaluation_resize=image_size + 37,
-            interpolation="bicubic",
-            mean=(0.4, 0.5, 0.6),
-            std=(0.3, 0.2, 0.25),
-            augment=("unicl", "secret:clip,blur=0.5"),
-        ),
-        model=ModelConfig(
-            image_encoder=image_encoder,
-            text_width=32,
-            text_layers=2,
-            text_heads=2,
-            embed_dim=24,
-            context_length=30,
-        ),
-        objective=make_objective(logit_scale_max=float("inf")),
-    )
-
-
-def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
-    """No bias is 0, no scale 1."""
-    model = build_model(config).eval()
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point() and tensor.ndim == 1:
-                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator).abs())
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +130,17 @@ def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
     texts = {
         path.name: path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors"
     }
-    assert texts.keys() == {"config.json", "preprocessor_config.json", "README.md"}
+    assert texts.keys() == {
+        *("config.json", "preprocessor_config.json", "README.md"),
+        *("vocab.json", "merges.txt", "tokenizer_config.json"),
+    }
+    del texts["vocab.json"], texts["merges.txt"]
+    described = json.loads(texts["config.json"])["unicl_fast"]
+    assert described.keys() == {
+        *("version", "format_version", "model", "objective", "pixels", "precision"),
+        *("facts", "checksums"),
+    }
+    assert not [name for name in described["model"] if name.startswith("init")]
     assert not any("secret" in text or "Infinity" in text for text in texts.values())
     assert "license: mit" in texts["README.md"]
     assert "- steps: 12" in texts["README.md"]
@@ -186,8 +158,8 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
         load_model(folder)
     weights.write_bytes(contents)
     for old, new, message in (
-        ('"library_name": "unicl_fast"', '"library_name": "timm"', "read by their own libraries"),
-        ('"format_version": 1', '"format_version": 2', "format version 2"),
+        ('"unicl_fast": {', '"timm": {', "read by their own libraries"),
+        ('"format_version": 2', '"format_version": 1', "format version 1"),
         ('"text_width": 32', '"text_width": 64', "not of the model that its config describes"),
         ("{", "", "is not JSON"),
     ):
@@ -249,7 +221,7 @@ def test_without_onnxruntime_the_extra_is_named(
     model: UniCL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[convert\]'"):
+    with pytest.raises(ValueError, match=r"pip install .*\[convert\]"):
         write_onnx(model, tmp_path / "out")
 
 
@@ -284,12 +256,6 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
     assert (out / "file").read_text() == "x"
 
 
-def test_the_preprocessing_in_words_of_transformers_is_pillows(tmp_path: Path) -> None:
-    said = preprocessing.for_transformers(small_config().data)
-    assert said["resample"] == Image.Resampling.BICUBIC
-    assert (said["size"], said["crop_size"]["height"]) == ({"shortest_edge": 197}, 160)
-
-
 def swin() -> UniCL:
     """Windows are where the number of samples may be fixed by mistake."""
     config = build_preset("swin-tiny")
@@ -299,21 +265,5 @@ def swin() -> UniCL:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_swin_goes_to_torch_libraries(tmp_path: Path) -> None:
-    model = swin()
-    assert write_open_clip(model, tmp_path / "open_clip") < 1e-4
-    assert write_timm(model, tmp_path / "timm") < 1e-4
-    assert write_exported_programs(model, tmp_path / "pt2") < 1e-4
-
-
-@pytest.mark.slow
-@torch.inference_mode()
 def test_swin_goes_to_onnx(tmp_path: Path) -> None:
     assert_onnx_gives_our_features(swin(), tmp_path / "onnx", counts=(1, 3))
-
-
-def test_exports_name_no_file_of_the_machine_that_trained(tmp_path: Path) -> None:
-    config = tiny_config(precision="fp32")
-    data = dataclasses.replace(config.data, cache_folder="/private/cache")
-    write_export(build_model(dataclasses.replace(config, data=data)), tmp_path / "export")
-    assert "private" not in (tmp_path / "export" / "config.json").read_text()

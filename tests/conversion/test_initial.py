@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import math
-import pickle
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,14 +29,13 @@ from open_clip_folders import (
 )
 from rank_workers import run_on_ranks, train_from_initial_weights
 from safetensors.torch import load_file, save_file
+from small_models import write_run
 from small_runs import tiny_config
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.hub import NotOnHubError, download
-from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, resize_positions
 from unicl_fast.conversion.open_clip import write_open_clip
@@ -139,6 +137,7 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert "Fresh" not in line
     assert "was trained on images of another mean: add --data.mean 0.4 0.5 0.6" in caplog.text
     assert "of another interpolation: add --data.interpolation bicubic" in caplog.text
+    assert "evaluation_resize: add --data.evaluation-resize squash" in caplog.text
 
 
 def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:
@@ -213,22 +212,6 @@ def test_positions_for_another_context_are_open_clip_s(length: int, causal: bool
     torch.testing.assert_close(found, state["positional_embedding"])
 
 
-def write_run(folder: Path, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """A run as training leaves it; returns the average, which differs from the last weights."""
-    own = build_model(config).state_dict()
-    average = {name: one * 0.9 if one.is_floating_point() else one for name, one in own.items()}
-    write_checkpoint(
-        folder / "checkpoints",
-        step=2,
-        files={MODEL_FILE: own, EMA_FILE: average, OPTIMIZER_FILE: {}},
-        state={
-            "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
-            "run_id": "a",
-        },
-    )  # fmt: skip
-    return average
-
-
 def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
     config = tiny_config()
     average = write_run(tmp_path / "run", tiny_config(precision="fp32"))
@@ -239,15 +222,6 @@ def test_a_run_starts_from_the_average_of_another(tmp_path: Path) -> None:
     assert model.image_projection.dtype == torch.float32
     with pytest.raises(ValueError, match=r"expected a run folder.*open-clip:MODEL/TAG"):
         started(with_model(config, init=str(tmp_path / "nowhere")))
-
-
-def test_an_export_does_not_name_what_its_run_started_from(tmp_path: Path) -> None:
-    config = tiny_config(precision="fp32")
-    model = build_model(with_model(config, init="/home/somebody/secret", init_text="secret"))
-    write_export(model, tmp_path / "out")
-    assert "secret" not in (tmp_path / "out" / "config.json").read_text()
-    again = started(with_model(config, init=str(tmp_path / "out")))
-    assert torch.equal(again.text_projection, model.text_projection)
 
 
 def test_towers_come_from_different_sources(
@@ -406,27 +380,6 @@ def test_swin_s_windows_are_resized(tmp_path: Path) -> None:
     torch.testing.assert_close(table, expected)
 
 
-class Trap:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
-def test_nothing_in_a_file_of_weights_is_run(tmp_path: Path) -> None:
-    sprung, file = tmp_path / "sprung", tmp_path / "weights.pth"
-    torch.save({"state_dict": {"norm.weight": Trap(sprung)}}, file)
-    with pytest.raises(ValueError, match="holds Python objects besides tensors"):
-        started(with_model(tiny_config(), init_image=f"timm-file:{file}"))
-    file.write_bytes(pickle.dumps(Trap(sprung)))
-    with pytest.raises(ValueError, match="weights.pth"):
-        started(with_model(tiny_config(), init_image=f"timm-file:{file}"))
-    assert not sprung.exists()
-
-
 def test_weights_that_are_not_numbers_are_refused(like_clip: Path, tmp_path: Path) -> None:
     tensors = load_file(like_clip / "open_clip_model.safetensors")
     tensors["ln_final.bias"][3] = float("nan")
@@ -439,6 +392,19 @@ def test_weights_that_are_not_numbers_are_refused(like_clip: Path, tmp_path: Pat
         started(with_model(config_for(like_clip), init=str(folder)))
 
 
+@pytest.mark.parametrize(
+    "pretrained_cfg", [5, ["mean"], {"classifier": 5}, {"mean": [0.5, None, 0.5]}], ids=str
+)
+def test_a_config_that_timm_has_not_written_is_refused(
+    tmp_path: Path, pretrained_cfg: object
+) -> None:
+    write_timm_file(tmp_path / "model.safetensors")
+    config = {"architecture": "test_vit", "pretrained_cfg": pretrained_cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json has no pretrained_cfg that timm could have"):
+        started(with_model(tiny_config(), init_image=str(tmp_path)))
+
+
 @pytest.fixture(scope="module")
 def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of open_clip's, one of timm's and one of ours."""
@@ -449,7 +415,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     timms.mkdir()
     write_timm_file(timms / "model.safetensors")
     (timms / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
-    write_export(build_model(tiny_config(precision="fp32")), root / "us" / "small")
+    write_export(build_model(tiny_config(precision="fp32")).eval(), root / "us" / "small")
     strange = root / "them" / "strange"
     strange.mkdir()
     (strange / "config.json").write_text(json.dumps({"model_type": "clip"}))

@@ -67,14 +67,11 @@ def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_description_has_the_released_counts(model: UniCL, entries: dict[str, Tensor]) -> None:
-    assert len(entries) == 339
-    assert num_parameters(model) == 91_340_667
-
-
 def test_features_equal_those_of_a_plain_forward_pass(
     model: UniCL, entries: dict[str, Tensor]
 ) -> None:
+    assert len(entries) == 339
+    assert num_parameters(model) == 91_340_667
     assert_features_of(model, entries)
     assert model.logit_scale.item() == pytest.approx(4.7)
 
@@ -105,18 +102,6 @@ def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_en
     present = _with_present_names(renamed, source=FILE)
     assert present.keys() == entries.keys()
     assert all(present[name] is tensor for name, tensor in entries.items())
-
-
-def test_two_blocks_exchanged_are_another_model(model: UniCL, entries: dict[str, Tensor]) -> None:
-    """What the comparison above would notice."""
-    blocks = [f"image_encoder.layers.2.blocks.{block}." for block in (2, 4)]
-    exchanged = dict(entries)
-    for name in entries:
-        if name.startswith(blocks[0]):
-            other = name.replace(*blocks)
-            exchanged[name], exchanged[other] = entries[other], entries[name]
-    with pytest.raises(AssertionError, match="not close"):
-        assert_features_of(model, exchanged)
 
 
 def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:

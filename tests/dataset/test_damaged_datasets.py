@@ -14,9 +14,10 @@ import fuzz_datasets
 import numpy as np
 import pytest
 import xxhash
+from damage import mend_checksums
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import sample_of, write_set
+from packed_sets import FACTS, sample_of, write_set
 from property_tests import examples
 
 from unicl_fast.dataset.arrays import (
@@ -42,16 +43,30 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-@pytest.mark.parametrize("examples", [120, pytest.param(600, marks=pytest.mark.slow)])
-def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path, examples: int) -> None:
-    counts = fuzz_datasets.fuzz(packed, examples)
-    assert min(counts.values()) > examples // 30, counts  # each way out has been tried
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Seven images of 6 x 5 pixels; the shards hold their descriptions."""
+    images = [bytes([number]) * 90 for number in range(7)]
+    size = {"extension": "raw", "height": 5, "width": 6}
+    samples = [sample_of(image, number, **size) for number, image in enumerate(images)]
+    write_set(tmp_path / "raw", samples, shard_bytes=4000, images="raw")
+    return tmp_path / "raw"
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_much_more_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
-    fuzz_datasets.fuzz(packed, 15_000)
+@pytest.mark.parametrize("kind", ["packed", "raw"])
+@pytest.mark.parametrize(
+    "examples",
+    [
+        100,
+        pytest.param(500, marks=pytest.mark.slow),
+        pytest.param(15_000, marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+)
+def test_any_damage_is_a_clear_error_or_changes_nothing(
+    request: pytest.FixtureRequest, kind: str, examples: int
+) -> None:
+    counts = fuzz_datasets.fuzz(request.getfixturevalue(kind), examples)
+    assert min(counts.values()) > examples // 40, counts  # each way out has been tried
 
 
 @pytest.mark.parametrize(
@@ -76,10 +91,7 @@ def rewrite(packed: Path, name: str, change: Any) -> None:
     rows = np.frombuffer(content[512:], ARRAY_DTYPES[name]).copy()
     change(rows)
     path.write_bytes(content[:512] + rows.tobytes())
-    checksums = (packed / CHECKSUMS_NAME).read_text().splitlines()
-    listed = [line for line in checksums if not line.endswith(f" {path.name}")]
-    listed.append(f"XXH3_{file_checksum(path)}  {path.name}")
-    (packed / CHECKSUMS_NAME).write_text("\n".join(listed) + "\n")
+    mend_checksums(packed, path.name)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,7 @@ def rewrite(packed: Path, name: str, change: Any) -> None:
         ("samples", "height", 0, "no pixels"),
         ("samples", "captions_start", 2**64 - 1, "captions that do not exist"),
         ("samples", "captions_count", 65_535, "captions that do not exist"),
+        ("samples", ["captions_count", "labels_count"], 0, "row 4 has neither captions nor labels"),
         ("samples", "labels_start", 6, "labels that do not exist"),
         ("captions", "tokens_start", 2**64 - 2, "tokens that do not exist"),
         ("captions", "tokens_start", 25, "tokens that do not exist"),
@@ -103,23 +116,21 @@ def rewrite(packed: Path, name: str, change: Any) -> None:
     ],
 )
 def test_references_to_what_is_not_there_are_refused_whatever_the_checksums_say(
-    packed: Path, name: str, field: str, value: int, message: str
+    packed: Path, name: str, field: str | list[str], value: int, message: str
 ) -> None:
     def change(rows: Any) -> None:
-        (rows[field] if field else rows)[4] = value
+        for one in [field] if isinstance(field, str) else field:
+            (rows[one] if one else rows)[4] = value
 
     rewrite(packed, name, change)
     with pytest.raises(ValueError, match=message):
         PackedDataset(packed)
 
 
-def test_a_sample_without_any_text_is_refused(packed: Path) -> None:
-    def change(rows: Any) -> None:
-        rows["captions_count"][4] = rows["labels_count"][4] = 0
-
-    rewrite(packed, "samples", change)
-    with pytest.raises(ValueError, match="row 4 has neither captions nor labels"):
-        PackedDataset(packed)
+def test_a_sample_of_another_size_than_the_raw_data_set_s_is_refused(raw: Path) -> None:
+    rewrite(raw, "samples", lambda rows: rows["width"].__setitem__(3, 7))
+    with pytest.raises(ValueError, match="row 3 is an image of another size"):
+        PackedDataset(raw)
 
 
 def test_a_pickle_in_an_array_is_not_run(packed: Path, tmp_path: Path) -> None:
@@ -233,6 +244,8 @@ def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(
         with (tmp_path / "pixels.npy").open("wb") as file:
             file.write(npy_header(PIXEL_DTYPE, (10 * million, 9, 9, 3)))
             file.truncate(pixels.num_bytes)
+    info = ShardInfo(name=shard.name, num_samples=10 * million, num_bytes=100 * million, xxh3="0")
+    facts = FACTS | {"class_names": tuple(map(str, range(1000)))}
     manifest = Manifest(
         version=version,
         num_samples=10 * million,
@@ -240,18 +253,9 @@ def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(
         num_tokens=0,
         num_labels=10 * million,
         num_quarantined=0,
-        shards=(
-            ShardInfo(name=shard.name, num_samples=10 * million, num_bytes=100 * million, xxh3="0"),
-        ),
-        tokenizer="clip-bpe",
-        vocabulary_hash="0",
-        context_length=77,
-        class_names=tuple(map(str, range(1000))),
-        templates=("{}",),
-        source=("here",),
-        seed=0,
-        tool_version="0",
+        shards=(info,),
         pixels=pixels,
+        **facts,
     )
     (tmp_path / "manifest.json").write_text(manifest.to_json())
     lines = [f"XXH3_{file_checksum(path)}  {path.name}\n" for path in tmp_path.glob("[!p]*.[nj]*")]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import io
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from property_tests import examples
 from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 
@@ -200,7 +204,6 @@ def test_manifest_survives_json(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 4}, "format version 4, this program reads versions 1 to 3"),
         ({"num_samples": "9"}, "num_samples"),
         ({"shards": [3]}, "shards"),
         ({"class_names": [1]}, "class_names"),
@@ -346,11 +349,6 @@ def test_numbers_out_of_range_are_refused(packed: Path) -> None:
             dataset.caption_tokens(2, 2)
 
 
-def test_arrays_are_read_only(packed: Path) -> None:
-    with PackedDataset(packed) as dataset, pytest.raises(ValueError, match="read-only"):
-        dataset.labels[0] = 1
-
-
 def test_many_shards_do_not_use_up_descriptors(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,3 +402,48 @@ def test_a_part_of_a_data_set_is_its_first_samples(
         os.truncate(tmp_path / "set" / "samples.npy", 600)
         with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
             part.check_arrays()
+
+
+class Sums(torch.utils.data.Dataset[int]):
+    """The sum of each image's bytes."""
+
+    def __init__(self, packed: PackedDataset) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.packed.image_bytes(index, verify=True).astype(np.int64).sum())
+
+
+@pytest.mark.parametrize(
+    "context", ["fork", *(pytest.param(c, marks=pytest.mark.slow) for c in ("spawn", "forkserver"))]
+)
+def test_workers_of_any_kind_read_what_has_been_read_before(packed: Path, context: str) -> None:
+    with PackedDataset(packed) as dataset:
+        sums = Sums(dataset)
+        expected = [sums[number] for number in range(9)]
+        loader = torch.utils.data.DataLoader(
+            sums, batch_size=None, num_workers=2, multiprocessing_context=context
+        )
+        assert list(loader) == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_has_files_of_its_own(packed: Path, copied: Any) -> None:
+    with PackedDataset(packed, fraction=0.5) as dataset:
+        samples = SampleReader(dataset)
+        before, shown = dataset.image_bytes(3), samples.read(3)
+        for _ in range(2):
+            one, other = copied(dataset), copied(samples)
+            assert (len(one), one.largest_token) == (len(dataset), dataset.largest_token)
+            assert np.array_equal(one.image_bytes(3, verify=True), before)
+            assert other.read(3).description == shown.description
+            one.close()
+            other.close()
+        assert np.array_equal(dataset.image_bytes(3, verify=True), before)
+        assert samples.read(3).description == shown.description
+        samples.close()
+    with pytest.raises(ValueError, match="has been closed"):
+        dataset.image_bytes(3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,17 @@ start_ranks(program, nproc=len(ranks), argv=ranks, max_restarts=int(restarts))
 """
 
 
-def launch(program: str, *ranks: str, restarts: int = 0) -> subprocess.Popen[str]:
+def launch(
+    program: str, *ranks: str, restarts: int = 0, code: str = LAUNCH
+) -> subprocess.Popen[str]:
     paths = f"{HELPERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, program, str(restarts), *ranks],
+        [sys.executable, "-c", code, program, str(restarts), *ranks],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": paths},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -82,6 +86,18 @@ def test_ranks_are_started_again_after_a_death_but_not_after_wrong_input_or_a_st
         how = "WAS KILLED BY SIGKILL" if asked == "die" else "ENDED WITH CODE 3"
         assert f"RANK 0 {how}: starting all again, restart 1 of 2" in errors
         assert f"RANK 0 {how}, and all 2 restarts are used up" in errors
+
+
+@pytest.mark.dist
+def test_a_program_that_resumes_nothing_ends_with_130_after_ctrl_c() -> None:
+    begin = "from unicl_fast.system.program import begin_program; begin_program()\n"
+    code = begin + LAUNCH.replace("max_restarts=int(restarts)", "resumes=False")
+    with launch("rank_program", "sleep", "sleep", code=code) as process:
+        assert process.stdout is not None
+        assert {process.stdout.readline() for _ in range(4)} == {"started\n", "asleep\n"}
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "\nunicl_fast: stopped by Ctrl-C\n")
 
 
 @pytest.mark.dist

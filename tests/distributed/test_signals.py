@@ -83,11 +83,6 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end(images: torch.Tensor) -> None:
-    loader = signalling_loader(images, number=signal.SIGTERM)
-    make_trainer(tiny_config(steps=3), loader, progress=False).fit()
-
-
 @pytest.mark.parametrize(("steps", "expected"), [(2, 2), (5, 3)], ids=["last", "earlier"])
 def test_a_signal_during_a_save_waits_for_the_save(
     images: torch.Tensor, tmp_path: Path, steps: int, expected: int
@@ -150,7 +145,7 @@ assert "torch" not in sys.modules
 signals._SECONDS_TO_UNWIND = 0.5
 with signals.exit_immediately_on_signals("program"), signals.Interruption():
     if sys.argv[1] == "training":
-        signals.defer_signals(True)
+        signals.defer_signals(True, saves=True)
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     print("ready", flush=True)
     libc.pthread_mutex_lock(mutex)
@@ -159,29 +154,34 @@ with signals.exit_immediately_on_signals("program"), signals.Interruption():
 
 
 @pytest.mark.parametrize(
-    ("phase", "signals", "code"),
+    ("phase", "signals", "code", "said"),
     [
-        ("starting", [signal.SIGTERM], 75),
-        ("starting", [signal.SIGINT], 75),
-        ("training", [signal.SIGINT, signal.SIGINT], 130),
-        ("training", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], None),
+        ("starting", [signal.SIGTERM], 75, "stopped by SIGTERM; no step is at risk"),
+        ("starting", [signal.SIGINT], 75, "stopped by SIGINT; no step is at risk"),
+        ("training", [signal.SIGINT, signal.SIGINT], 130, "ended by a second Ctrl-C, unsaved"),
+        ("training", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], None, ""),
     ],
     ids=str,
 )
-def test_signals_are_heard_while_the_main_thread_hears_nothing(
-    phase: str, signals: list[signal.Signals], code: int | None
+def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
+    phase: str, signals: list[signal.Signals], code: int | None, said: str
 ) -> None:
     """It hangs in a call that no signal interrupts, as in a collective."""
     process = subprocess.Popen(
         [sys.executable, "-c", IN_A_CALL_THAT_HEARS_NOTHING, phase],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert process.stdout is not None
+        assert process.stderr is not None
         assert process.stdout.readline() == b"ready\n"
         for number in signals:
             process.send_signal(number)
+        if phase == "training":  # before the step ends, which here it never does
+            assert process.stderr.readline() == b"\n"
+            assert b" came: finishing this step, then saving (Ctrl-C " in process.stderr.readline()
         if code is None:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(timeout=2)
@@ -192,10 +192,10 @@ def test_signals_are_heard_while_the_main_thread_hears_nothing(
             if len(signals) > 1:  # two that wait are one to the kernel: it may have missed one
                 process.send_signal(signals[-1])
         assert process.returncode == code
+        assert process.stderr.read().decode().count(said) == 1
     finally:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.communicate()
 
 
 def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -> Trainer:
@@ -292,6 +292,10 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
     resumed.resume(list_checkpoints(tmp_path / "checkpoints")[-1])
     resumed.fit()
     assert [line[:2] for line in evaluations_of(tmp_path)] == WHOLE
+    again = evaluating(images, tmp_path, ZeroShotOfFour(images))
+    again.resume(list_checkpoints(tmp_path / "checkpoints")[-1])
+    again.fit()
+    assert [line[:2] for line in evaluations_of(tmp_path)] == WHOLE, "nothing is evaluated twice"
 
 
 @pytest.mark.slow

@@ -37,7 +37,6 @@ from unicl_fast.distributed.watchdog import (
     group_timeout,
     parse_heartbeat,
 )
-from unicl_fast.system import progress
 from unicl_fast.system.progress import Stage, WaitingForRanks, current_stage, mark, mark_progress
 from unicl_fast.training import run
 
@@ -116,7 +115,7 @@ def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
         run.pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
     assert [stage.name for stage in stages] == [
         "reading checkpoints",
-        "opening the data and building the model",
+        "opening the data",
     ]
     assert all(stage.patience == 3 for stage in stages)
     clock = Clock()
@@ -156,7 +155,9 @@ class Line:
     def send(self, stage: Stage, *, age_seconds: float, left_seconds: float) -> None: ...
 
 
-def test_nobody_is_blamed_for_waiting_while_another_rank_works() -> None:
+def test_nobody_is_blamed_for_waiting_while_another_rank_works(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Rank 0 may take long to save; the others wait in a collective of the next step."""
     clock = Clock(world_size=3)
     line = Line(clock, {1: (Stage("checkpoint", 8), 50.0), 2: (Stage("x", 8, 1, True), 50.0)})
@@ -167,13 +168,19 @@ def test_nobody_is_blamed_for_waiting_while_another_rank_works() -> None:
         line.beats[1] = (Stage("checkpoint", 8), -1.0)  # that one hangs, and says so itself
         clock.pass_by(2)
         assert clock.codes == [EXIT_HUNG]
+    assert "LOOK THERE FIRST: rank 1: for 5 s in 'checkpoint' in step 8." in capfd.readouterr().err
 
 
-def test_a_rank_that_hangs_in_its_own_work_does_not_wait_for_others() -> None:
+def test_a_rank_that_hangs_in_its_own_work_does_not_wait_for_others(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     clock = Clock(world_size=2)
     clock.watchdog._heartbeats = Line(clock, {1: (Stage("checkpoint", 8), 50.0)})
     clock.pass_by(102)
     assert clock.codes == [EXIT_HUNG]
+    said = capfd.readouterr().err
+    assert "rank 1: for 5 s in 'checkpoint' in step 8." in said
+    assert "LOOK THERE FIRST" not in said
 
 
 class Failing:
@@ -348,43 +355,6 @@ def test_suspects_are_named_first() -> None:
     ]
 
 
-@pytest.mark.parametrize("waits_for_ranks", [True, False])
-def test_another_rank_is_blamed_by_one_that_waits_for_it(
-    waits_for_ranks: bool, capfd: pytest.CaptureFixture[str]
-) -> None:
-    clock = Clock(world_size=2)
-    clock.watchdog._heartbeats = Line(clock, {1: (Stage("checkpoint", 8), -1.0)})
-    mark("step", 8, waits_for_ranks=waits_for_ranks)
-    clock.pass_by(102)
-    assert clock.codes == [EXIT_HUNG]
-    suspect = "rank 1: for 5 s in 'checkpoint' in step 8."
-    blamed = f"LOOK THERE FIRST: {suspect}"
-    said = capfd.readouterr().err
-    assert suspect in said
-    assert (blamed in said) == waits_for_ranks
-
-
-def test_a_mark_costs_next_to_nothing() -> None:
-    """A step has a dozen; a thousandth of a millisecond each is what the docs say at most."""
-    best = min(_seconds_of_marks(1000) for _ in range(20))
-    assert best / 1000 < 5e-6
-
-
-def _seconds_of_marks(count: int) -> float:
-    started = time.perf_counter()
-    for step in range(count):
-        mark("step", step)
-    return time.perf_counter() - started
-
-
-def test_a_collective_is_marked_and_left() -> None:
-    before = progress.current_stage()
-    with WaitingForRanks():
-        assert progress.current_stage() == Stage("testing: waiting for other ranks", 7, 1.0, True)
-    assert progress.current_stage() == before
-    assert progress.current_stage() is not before  # that is progress
-
-
 def wait_for(condition, *, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -394,23 +364,6 @@ def wait_for(condition, *, seconds: float = 120) -> None:
 
 def said_by(folder: Path, rank: int) -> str:
     return (folder / f"stderr-{rank}").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-@pytest.mark.timeout(200)
-def test_a_rank_whose_data_hang_is_the_one_that_speaks(
-    images: torch.Tensor, tmp_path: Path
-) -> None:
-    with ranks_of(train_watched, 3, images, tmp_path, 5.0, {1: 5}) as processes:
-        processes[1].join(150)
-        assert processes[1].exitcode == EXIT_HUNG
-        for other in (0, 2):  # a launcher would end them; here their peer is gone
-            processes[other].join(60)
-            assert processes[other].exitcode not in (0, None)
-    said = said_by(tmp_path, 1)
-    assert "rank 1 of 3 HANGS: 'waiting for the next batch' in step 5 has lasted" in said
-    assert "ranks 0, 2: in 'step: encoding: waiting for other ranks' in step 5." in said
 
 
 @pytest.mark.slow
@@ -426,6 +379,6 @@ def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(
         assert processes[0].exitcode == EXIT_HUNG
     said = said_by(tmp_path, 0)
     # a collective of the step, or the one of its figures: where the other was stopped decides
-    hangs = r"rank 0 of 2 HANGS: '(step: [\w-]+|reading the loss): waiting for other ranks' in step"
+    hangs = r"rank 0 of 2 HANGS: '(step|reading the loss)[^']*waiting for other ranks' in step"
     assert re.search(hangs, said)
     assert re.search(r"LOOK THERE FIRST: rank 1: \d+ s without a sign of life", said)

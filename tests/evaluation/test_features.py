@@ -17,13 +17,14 @@ from rank_workers import gather_features_of_slices, open_class_folders, ranks_of
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset.feature_files import has_features, read_features
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation import features
 from unicl_fast.evaluation.features import collect_rows, model_on_ranks
 from unicl_fast.evaluation.labelled import keep_features, key_of_features
-from unicl_fast.models.unicl import UniCL, build_model, weights_digest
+from unicl_fast.models.unicl import UniCL, weights_digest
 
 TOKENIZER = Tokenizer()
 

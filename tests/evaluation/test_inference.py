@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import http.client
-import json
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browser import dump_page
 from PIL import Image
 from small_runs import objective_config, tiny_config
 
 from unicl_fast import Model
-from unicl_fast.evaluation.serving import Server, _Handler
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.images.codec import ImageError
-from unicl_fast.models.unicl import build_model
 
 NAMES = ("dog", "cat", "horse")
 
@@ -105,108 +98,3 @@ def test_a_model_without_texts_embeds_images_alone(photos: list[Path]) -> None:
     assert without.embed_images(photos[:2]).shape == (2, 8)
     with pytest.raises(ValueError, match="no text encoder"):
         without.classify(photos, NAMES)
-
-
-# The page.
-
-
-class _Outer(_Handler):
-    """Also serves a page that uses the other one as a person does, and the photograph it takes."""
-
-    photo: Path
-
-    def do_GET(self) -> None:  # noqa: N802 - the name of its base
-        if self.path == "/photo":
-            self._send(self.photo.read_bytes(), kind="image/jpeg")
-        elif self.path == "/outer":
-            self._send(_USED.encode(), kind="text/html")
-        elif self.path == "/outer.js":
-            self._send(_USE.encode(), kind="text/javascript")
-        else:
-            super().do_GET()
-
-
-_USED = '<iframe id="page" src="/" width="390" height="900"></iframe><script src="/outer.js">'
-_USED += "</script>"
-_USE = """
-const frame = document.getElementById("page");
-frame.onload = async () => {
-  const page = frame.contentDocument;
-  const file = new File([await (await fetch("/photo")).blob()], "photo.jpg");
-  const chosen = new DataTransfer();
-  chosen.items.add(file);
-  while (!page.getElementById("classes").value) await new Promise((go) => setTimeout(go, 20));
-  page.getElementById("image").files = chosen.files;
-  page.getElementById("image").dispatchEvent(new Event("change"));
-  while (!page.querySelector("#answer li")) await new Promise((go) => setTimeout(go, 20));
-  const result = document.createElement("pre");
-  result.id = "result";
-  result.textContent = JSON.stringify({
-    answer: [...page.querySelectorAll("#answer .name")].map((one) => one.innerText),
-    error: page.getElementById("error").textContent,
-    width: page.documentElement.scrollWidth,
-  });
-  document.body.replaceChildren(result);
-};
-"""
-
-
-@pytest.fixture
-def server(model: Model, photos: list[Path]) -> Iterator[Server]:
-    with Server(model, name="runs/<first>", classes=NAMES, port=0) as server:
-        server.RequestHandlerClass = type("_", (_Outer,), {"photo": photos[0]})
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def ask(
-    server: Server, method: str, path: str, body: bytes | None = None, **headers: str
-) -> tuple[int, bytes]:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as line:
-        line.request(method, path, body=body, headers=headers)
-        answer = line.getresponse()
-        return answer.status, answer.read()
-
-
-def test_the_page_s_questions_are_answered(
-    server: Server, model: Model, photos: list[Path]
-) -> None:
-    question = json.dumps({"classes": list(NAMES), "template": "a photo of a {}."})
-    body = question.encode() + b"\n" + photos[0].read_bytes()
-    status, content = ask(server, "POST", "/classify", body)
-    (expected,) = model.classify(photos[:1], NAMES)
-    assert (status, json.loads(content)) == (200, {"classes": [list(x) for x in expected.items()]})
-    for body, asked in (
-        (b"no image", question),
-        (photos[0].read_bytes(), "[]"),
-        (photos[0].read_bytes(), "{"),
-        (photos[0].read_bytes(), json.dumps({"classes": ["dog"], "template": "{}"})),
-    ):
-        status, content = ask(server, "POST", "/classify", asked.encode() + b"\n" + body)
-        assert (status, list(json.loads(content))) == (200, ["error"])
-
-
-def test_only_this_machine_and_known_files_are_served(server: Server) -> None:
-    assert server.server_address[0] == "127.0.0.1"
-    assert ask(server, "GET", "/", Host="evil.example:80")[0] == 403
-    assert ask(server, "POST", "/classify", b"{}\n", Origin="http://evil.example")[0] == 403
-    assert ask(server, "POST", "/classify", b"{}\n", Origin=server.address[:-1])[0] == 200
-    assert ask(server, "GET", "/serving.py")[0] == 404
-    assert ask(server, "GET", "/../serving.py")[0] == 404
-    assert ask(server, "GET", "/")[0] == 200
-
-
-def test_a_browser_shows_the_answer(
-    server: Server, model: Model, photos: list[Path], tmp_path: Path
-) -> None:
-    found = dump_page(server.address + "outer", tmp_path)
-    (expected,) = model.classify(photos[:1], NAMES)
-    assert found["error"] == ""
-    assert found["width"] <= 390
-    for shown, (name, value) in zip(found["answer"], expected.items(), strict=True):
-        assert shown.split("\n") == [name, f"{100 * value:.1f} %"]

@@ -19,7 +19,6 @@ from unicl_fast.evaluation.probes import (
     nearest_neighbours,
 )
 from unicl_fast.evaluation.report import ClassificationCounts
-from unicl_fast.evaluation.splits import split_validation
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 
@@ -134,18 +133,6 @@ def test_few_samples_choose_c_by_cross_validation() -> None:
     assert (held_out.num_validation, held_out.num_fitted) == (24, 120)
 
 
-@pytest.mark.slow
-def test_cross_validation_chooses_better_than_one_sample_a_class() -> None:
-    test = clusters(600, seed=9, spread=1.5)
-    crossed, alone = [], []
-    for seed in range(4):
-        train = balanced(5, seed=seed)
-        crossed.append(linear_probe(train, test, seed=seed).classes.top1)
-        kept, aside = (train.take(rows) for rows in split_validation(train.labels, seed=0))
-        alone.append(linear_probe(kept, test, validation=aside).classes.top1)
-    assert sum(crossed) > sum(alone), (crossed, alone)
-
-
 def test_one_sample_a_class_takes_the_default_c(caplog: pytest.LogCaptureFixture) -> None:
     train, test = balanced(1, seed=0), clusters(50, seed=1)
     given = linear_probe(train, test, c=3.0)
@@ -216,7 +203,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
 
 def test_a_missing_scikit_learn_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'unicl_fast\[evaluation\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[evaluation\]"):
         nearest_neighbours(clusters(50, seed=0), clusters(30, seed=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
+from small_runs import tiny_config
 from torch.nn import functional as F
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.features import ModelOnRanks
+from unicl_fast.evaluation.features import ModelOnRanks, encode_token_rows
 from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
     encode_captioned,
@@ -128,6 +131,24 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
     with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
         texts = drawing._read_captions(found, dataset, range(6))
     assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
+
+
+def test_captions_are_cut_to_what_the_model_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    short = dataclasses.replace(config.model, context_length=8)
+    model = build_model(dataclasses.replace(config, model=short)).eval()
+    monkeypatch.setattr(ModelOnRanks, "features", lambda self, data: torch.zeros(len(data), 2))
+    texts = ["a dog", "a dog on a long leash that pulls", "a dog on a long leash of its owner"]
+    sample = Sample(jpeg(0), captions=texts)
+    with pack(tmp_path / "set", [sample], class_names=(), tokenizer=Tokenizer()) as dataset:
+        found = encode_captioned(ModelOnRanks(model), dataset)
+    assert found is not None
+    expected = encode_token_rows(model, Tokenizer(8).encode(texts))
+    assert torch.allclose(found.text_features, expected, atol=1e-12)
+    assert torch.allclose(expected[1], expected[2], atol=1e-12)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-3)
 
 
 def test_messages_name_what_was_given_not_the_folder_it_is_packed_into(tmp_path: Path) -> None:

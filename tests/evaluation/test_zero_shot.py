@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer
 from unicl_fast.batch import EvaluationBatch
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.levels import classify_at_levels
 from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.hierarchies import Hierarchy
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")

@@ -10,15 +10,18 @@ from types import ModuleType
 
 import pytest
 import torch
-from pasted_objects import paste_objects
+from PIL import Image
 from small_runs import tiny_config
 from torch import Tensor, nn
 
 from unicl_fast import UniCL
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.conversion.libraries import write_timm
-from unicl_fast.models.unicl import build_model
 
 pytest.importorskip("pycocotools")
+
+BOXES = ([(4, 8, 24)], [(30, 20, 28)], [(10, 30, 30)], [(2, 2, 20), (36, 34, 26)])
+"""Left, top and side of the objects in each image, in pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +35,29 @@ def detect() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def pasted(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A file of annotations, and the folder of its images."""
-    folder = tmp_path_factory.mktemp("objects") / "objects"
-    paste_objects(shared_data, folder, count=4, num_classes=3, side=64)
-    return [folder / "instances.json", folder / "images"]
+def pasted(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A file of annotations as COCO's, and the folder of its images.
+
+    In three photographs of 64 pixels others are pasted, a kind of object each, and in a fourth two.
+    """
+    folder = tmp_path_factory.mktemp("objects")
+    listed, annotations = [], []
+    for number, boxes in enumerate(BOXES):
+        canvas = Image.fromarray(images[number].numpy()).resize((64, 64))
+        for kind, (x, y, size) in enumerate(boxes, start=number % 3):
+            canvas.paste(Image.fromarray(images[4 + kind].numpy()).resize((size, size)), (x, y))
+            corners = [x, y, x + size, y, x + size, y + size, x, y + size]
+            annotations.append(
+                {"id": len(annotations) + 1, "image_id": number, "category_id": 10 * (kind + 1),
+                 "bbox": [x, y, size, size], "area": size * size, "iscrowd": 0,
+                 "segmentation": [corners]}
+            )  # fmt: skip
+        canvas.save(folder / f"{number}.png")
+        listed.append({"id": number, "file_name": f"{number}.png", "height": 64, "width": 64})
+    categories = [{"id": number, "name": str(number)} for number in (10, 20, 30)]
+    content = {"images": listed, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return [folder / "instances.json", folder]
 
 
 def exported(folder: Path, encoder: str) -> UniCL:
@@ -130,18 +151,8 @@ def test_a_detector_is_trained_and_its_figures_written(
     sets = ["--train", pasted[0], "--train-images", pasted[1], "--test", pasted[0]]
     sets += ["--test-images", pasted[1], "--backbone", tmp_path / "backbone", "--out", tmp_path]
     small = ["--min-size", "64", "--max-size", "64", "--boxes-per-image", "32", "--workers", "0"]
-    small += [
-        "--batch-size",
-        "4",
-        "--epochs",
-        "25",
-        "--lr",
-        "1e-3",
-        "--warmup-steps",
-        "5",
-        "--masks",
-    ]
-    monkeypatch.setattr(sys, "argv", ["detect.py", *map(str, sets), *small])
+    small += ["--batch-size", "4", "--epochs", "25", "--lr", "1e-3", "--warmup-steps", "5"]
+    monkeypatch.setattr(sys, "argv", ["detect.py", *map(str, sets), *small, "--masks"])
     detect.main()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["bbox AP50"] > 30

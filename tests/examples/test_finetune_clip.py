@@ -68,6 +68,8 @@ def test_each_run_of_the_recipes_could_start() -> None:
     )
     assert len(commands) >= 4
     for words in commands:
+        # auto looks at the data, which is not here
+        words = words.replace("--preset auto", "--preset photos-small")
         given = shlex.split(words.replace("run.yaml", settings))
         assert split_config(parse_arguments(given)).data.train, words
 

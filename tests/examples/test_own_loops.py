@@ -24,7 +24,9 @@ from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.data import build_prompts, open_datasets
+from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import open_datasets
+from unicl_fast.training.settle import settle_objective
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "own_loop"
 
@@ -60,6 +62,8 @@ def expected(config: TrainConfig) -> list[float]:
     from unicl_fast.pipelines.loader import TrainLoader
 
     datasets, weights = open_datasets(config.data)
+    config = settle_objective(config, datasets)
+    assert config.objective.takes_all_labels  # some images have a label and a caption
     loader = TrainLoader(config, datasets, weights, build_prompts(datasets, config))
     trainer = make_trainer(config, loader, progress=False)
     batches = itertools.islice(loader.batches(0), 20)

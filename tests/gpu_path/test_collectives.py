@@ -7,7 +7,6 @@ of a tiny model; bytes of texts and sizes grow with the ranks.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -36,8 +35,7 @@ def step_of(
     if ragged:
         counts[1:] = [1 + 7 * rank % 9 for rank in range(1, world_size)]
     config = objective_config(objective, **{"precision": "fp32", **efficiency})
-    run = dataclasses.replace(config.run, global_batch_size=LOCAL_BATCH_SIZE * world_size)
-    config = dataclasses.replace(config, run=run)
+    config = config.changed(run={"global_batch_size": LOCAL_BATCH_SIZE * world_size})
     with fake_ranks(world_size) as ranks:
         trainer = make_trainer(
             config, ListLoader([batch]), ranks=ranks, device=torch.device("cpu"), progress=False

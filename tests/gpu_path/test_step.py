@@ -8,7 +8,6 @@ an eager step costs beside its arithmetic.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -64,11 +63,7 @@ def config_of(objective: str, precision: str, settings: dict) -> TrainConfig:
     settings = dict(settings)
     ema_decay, max_bad_steps = settings.pop("ema_decay", 0.0), settings.pop("max_bad_steps", 0)
     config = objective_config(objective, precision=precision, **settings)
-    return dataclasses.replace(
-        config,
-        optim=dataclasses.replace(config.optim, ema_decay=ema_decay),
-        run=dataclasses.replace(config.run, max_bad_steps=max_bad_steps),
-    )
+    return config.changed(optim={"ema_decay": ema_decay}, run={"max_bad_steps": max_bad_steps})
 
 
 def tiny_batch(objective: str = "unicl") -> Batch:
@@ -133,12 +128,9 @@ def test_the_step_of_a_preset_stays_in_its_budget(
     if attention == "triton":
         pytest.importorskip("triton")
         monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: "")
-    config = build_preset(preset)
-    settings = {"precision": "bf16", "compile": "off", "window_attention": attention}
-    config = dataclasses.replace(
-        config,
-        efficiency=dataclasses.replace(config.efficiency, **settings),
-        run=dataclasses.replace(config.run, global_batch_size=512, steps=10),
+    config = build_preset(preset).changed(
+        efficiency={"precision": "bf16", "compile": "off", "window_attention": attention},
+        run={"global_batch_size": 512, "steps": 10},
     )
     batch = photographs(512, 224)
     with fake_gpu(stand_in) as mode:
@@ -178,7 +170,7 @@ def test_no_tower_stores_scores(
         monkeypatch.setattr(window_attention, "PROGRAMS", 1)
     settings = {"image_encoder": image_encoder, "window_attention": attention, "compile": "off"}
     config, batch = config_of("unicl", precision, settings), tiny_batch()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text_heads=1))
+    config = config.changed(model={"text_heads": 1})
     with fake_gpu(stand_in) as mode:
         kernels = second_step(*fake_trainer(mode, config, batch))
     assert kernels.shapes & {*SCORES} == expected
@@ -186,11 +178,7 @@ def test_no_tower_stores_scores(
 
 def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:
     config = config_of("unicl", "bf16", {})
-    config = dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, log_every_steps=3),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
-    )
+    config = config.changed(run={"log_every_steps": 3}, checkpoint={"every_steps": 0})
     batch = tiny_batch()
     with fake_gpu(stand_in) as mode:
         trainer, batch = fake_trainer(mode, config, batch)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.workers import ImageOptions
 
 
@@ -103,28 +102,3 @@ class KillsParentOnce(CrashingOnce):
 
     def victim(self) -> int:
         return os.getppid()
-
-
-@dataclass(frozen=True)
-class SeenHereOnly:
-    """A file that only one process sees, as a folder that a machine has not mounted."""
-
-    path: str
-    owner: int
-    data: bytes
-    num_bytes: int = 1
-
-    def read(self, *, max_bytes: int = 0) -> bytes:
-        if os.getpid() != self.owner:
-            raise EntryError("unreadable", "No such file or directory")
-        return self.data
-
-
-@dataclass(frozen=True)
-class SaysWhere:
-    """Names the folder of the process that reads it."""
-
-    num_bytes: int = 1
-
-    def read(self, *, max_bytes: int = 0) -> bytes:
-        raise EntryError("damaged", os.getcwd())

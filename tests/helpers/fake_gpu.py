@@ -34,9 +34,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from torch.utils.flop_counter import flop_registry
 
 from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.models import precision
-from unicl_fast.models.unicl import build_model
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 

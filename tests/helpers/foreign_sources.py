@@ -11,7 +11,8 @@ import numpy as np
 import simplejpeg
 
 from unicl_fast.packing.sources.entries import EntryError
-from unicl_fast.packing.sources.items import Item, Source
+from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.spool import Source
 
 
 def jpeg(number: int) -> bytes:

@@ -14,10 +14,11 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from werkzeug.serving import make_server
+from werkzeug.wrappers import Request, Response
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_ofthetests"
@@ -38,108 +39,91 @@ def serve_hub(root: Path) -> Iterator[Hub]:
     """Serves repositories root/OWNER/NAME, of the revisions main and COMMIT."""
     sent: dict[str, bytes] = {}  # large files, by their SHA-256
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            hub.requests.append((self.command, self.path))
-            parts = self.path.split("?")[0].strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
-                if not root.joinpath(*parts[2:4]).is_dir():
-                    return self.refuse(404, "RepoNotFound")
-                return self.say({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []})
-            repository = root.joinpath(*parts[:2])
-            if len(parts) < 5 or parts[2] != "resolve" or not repository.is_dir():
-                return self.refuse(404, "RepoNotFound")
-            if parts[3] not in ("main", COMMIT):
-                return self.refuse(404, "RevisionNotFound")
-            file = repository.joinpath(*parts[4:])
-            if not file.is_file():
-                return self.refuse(404, "EntryNotFound")
-            return self.send(200, file.read_bytes())
+    @Request.application
+    def answer(request: Request) -> Response:
+        response = respond(request)
+        # which huggingface_hub shows: a hub may send back what it got
+        response.headers["X-Request-Id"] = request.headers.get("Authorization", "0")
+        return response
 
-        do_HEAD = do_GET  # noqa: N815
+    def respond(request: Request) -> Response:
+        hub.requests.append((request.method, request.path))
+        body, parts = request.get_data(), request.path.strip("/").split("/")
+        if request.method == "POST" and request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return refusal(401, message="Invalid credentials in Authorization header")
+        match [request.method.replace("HEAD", "GET"), *parts]:
+            case ["GET", "api", "models", owner, name, *_]:
+                if not (root / owner / name).is_dir():
+                    return refusal(404, "RepoNotFound")
+                return values({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []})
+            case ["GET", owner, name, "resolve", revision, *file]:
+                path = root.joinpath(owner, name, *file)
+                if not (root / owner / name).is_dir():
+                    return refusal(404, "RepoNotFound")
+                if revision not in ("main", COMMIT):
+                    return refusal(404, "RevisionNotFound")
+                return content(path.read_bytes()) if path.is_file() else refusal(404)
+            case ["POST", "api", "validate-yaml"]:
+                return values({"warnings": [], "errors": []})
+            case ["POST", "api", "repos", "create"]:
+                wanted = json.loads(body)
+                if wanted["organization"] != "us":
+                    return refusal(403, message="You don't have the rights")
+                if (root / "us" / wanted["name"]).exists():
+                    return refusal(409, message="You already created this model repo")
+                (root / "us" / wanted["name"]).mkdir(parents=True)
+                return values({"url": f"{hub.url}/us/{wanted['name']}"})
+            case ["POST", "api", "models", _, _, "preupload", _]:
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                return values({"files": [
+                    {"path": path, "shouldIgnore": False,
+                     "uploadMode": "lfs" if path.endswith(LARGE) else "regular"}
+                    for path in paths
+                ]})  # fmt: skip
+            case ["POST", _, _, "info", "lfs", "objects", "batch"]:
+                objects = json.loads(body)["objects"]
+                for one in objects:
+                    one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}
+                return values({"objects": objects})
+            case ["PUT", "lfs", checksum]:
+                assert checksum == hashlib.sha256(body).hexdigest()
+                sent[checksum] = body
+                return content(b"")
+            case ["POST", "api", "models", owner, name, "commit", _]:
+                if hub.breaks_off:
+                    return refusal(500, message="Internal error")
+                for line in map(json.loads, body.splitlines()):
+                    value, file = line["value"], root / owner / name
+                    if line["key"] == "file":
+                        (file / value["path"]).write_bytes(base64.b64decode(value["content"]))
+                    elif line["key"] == "lfsFile":
+                        (file / value["path"]).write_bytes(sent[value["oid"]])
+                url = f"{hub.url}/{owner}/{name}/commit/{COMMIT}"
+                return values({"commitUrl": url, "commitOid": COMMIT})
+        return refusal(404, "RepoNotFound" if request.method == "GET" else "EntryNotFound")
 
-        def do_POST(self) -> None:
-            hub.requests.append((self.command, self.path))
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.headers["Authorization"] != f"Bearer {TOKEN}":
-                return self.refuse(401, "", "Invalid credentials in Authorization header")
-            parts = self.path.split("?")[0].strip("/").split("/")
-            match parts:
-                case ["api", "validate-yaml"]:
-                    return self.say({"warnings": [], "errors": []})
-                case ["api", "repos", "create"]:
-                    wanted = json.loads(body)
-                    name = f"{wanted['organization']}/{wanted['name']}"
-                    if wanted["organization"] != "us":
-                        return self.refuse(403, "", "You don't have the rights")
-                    if (root / name).exists():
-                        return self.refuse(409, "", "You already created this model repo")
-                    (root / name).mkdir(parents=True)
-                    return self.say({"url": f"{hub.url}/{name}"})
-                case ["api", "models", _, _, "preupload", _]:
-                    files = json.loads(body)["files"]
-                    return self.say({"files": [self.mode_of(file["path"]) for file in files]})
-                case [_, _, "info", "lfs", "objects", "batch"]:
-                    objects = json.loads(body)["objects"]
-                    for one in objects:
-                        one["actions"] = {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}
-                    return self.say({"objects": objects})
-                case ["api", "models", owner, name, "commit", _]:
-                    if hub.breaks_off:
-                        return self.refuse(500, "", "Internal error")
-                    self.commit(root / owner / name, body)
-                    url = f"{hub.url}/{owner}/{name}/commit/{COMMIT}"
-                    return self.say({"commitUrl": url, "commitOid": COMMIT})
-            return self.refuse(404, "EntryNotFound")
+    def content(data: bytes) -> Response:
+        response = Response(data, headers={"X-Repo-Commit": COMMIT})
+        response.set_etag(hashlib.sha1(data).hexdigest())
+        return response
 
-        def do_PUT(self) -> None:
-            hub.requests.append((self.command, self.path))
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == f"/lfs/{hashlib.sha256(content).hexdigest()}"
-            sent[self.path.rpartition("/")[2]] = content
-            self.send(200, b"")
+    def values(given: object) -> Response:
+        return content(json.dumps(given).encode())
 
-        def mode_of(self, path: str) -> dict[str, object]:
-            mode = "lfs" if path.endswith(LARGE) else "regular"
-            return {"path": path, "uploadMode": mode, "shouldIgnore": False}
+    def refusal(status: int, code: str = "EntryNotFound", message: str = "") -> Response:
+        kind = {"X-Error-Message": message} if message else {"X-Error-Code": code}
+        return Response(status=status, headers=kind)
 
-        def commit(self, repository: Path, body: bytes) -> None:
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    (repository / value["path"]).write_bytes(base64.b64decode(value["content"]))
-                elif line["key"] == "lfsFile":
-                    (repository / value["path"]).write_bytes(sent[value["oid"]])
-
-        def say(self, values: object) -> None:
-            self.send(200, json.dumps(values).encode())
-
-        def refuse(self, status: int, code: str, message: str = "") -> None:
-            self.send(status, b"", {"X-Error-Code": code, "X-Error-Message": message})
-
-        def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("Content-Length", str(len(content)))
-            for name, value in (headers or {}).items():
-                if value:
-                    self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub = Hub(f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    hub = Hub(f"http://127.0.0.1:{server.port}")
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def ask_hub_at(

@@ -118,9 +118,9 @@ def gradients_of_swin(
     from small_runs import tiny_config
     from torch._dynamo.utils import counters
 
+    from unicl_fast.checkpoints.load import build_model
     from unicl_fast.models.blocks import find_blocks
     from unicl_fast.models.compilation import fuse_window_attention
-    from unicl_fast.models.unicl import build_model
 
     config = tiny_config(image_encoder="unicl_swin6_small", precision="fp32", **efficiency)
     model = build_model(config).to(images.device)

@@ -18,9 +18,9 @@ CAPTION_KEY = 2**62
 D = 8
 
 
-def rows(n: int, *, seed: int, unit: bool = True) -> torch.Tensor:
+def rows(n: int, d: int = D, *, seed: int = 0, unit: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(n, D, dtype=torch.float64, generator=generator)
+    features = torch.randn(n, d, dtype=torch.float64, generator=generator)
     return F.normalize(features, dim=1) if unit else features
 
 

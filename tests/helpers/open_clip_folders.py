@@ -69,6 +69,7 @@ def write_folder(model: torch.nn.Module, model_cfg: dict[str, Any], folder: Path
         "model_cfg": model_cfg,
         "preprocess_cfg": {
             "mean": [0.4, 0.5, 0.6],
+            "resize_mode": "squash",
             "std": [0.3, 0.2, 0.25],
             "interpolation": "bicubic",
         },

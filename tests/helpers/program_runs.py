@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import psutil
+import pytest
 from safetensors.torch import load_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -25,13 +31,21 @@ SMALL = [
 ]
 
 
-def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    program: str,
+    *arguments: str | Path,
+    expect: int = 0,
+    before: Sequence[str] = (),
+    env: Mapping[str, str] = os.environ,
+    **how: Any,
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
+        [*before, sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env={**env, "OMP_NUM_THREADS": "1"},
+        **how,
     )
     assert done.returncode == expect, done.stderr[-3000:]
     return done
@@ -40,6 +54,14 @@ def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.Com
 def call(program: ModuleType, *arguments: str | Path) -> None:
     """In this process, which has imported everything already."""
     program.main([str(argument) for argument in arguments])
+
+
+def refusal_of(program: ModuleType, *arguments: str | Path, code: int = 2) -> str:
+    """What a program that exits with `code` prints to standard error."""
+    with pytest.raises(SystemExit) as stopped, redirect_stderr(io.StringIO()) as said:
+        call(program, *arguments)
+    assert stopped.value.code == code, said.getvalue()
+    return said.getvalue()
 
 
 def losses(run_folder: Path) -> list[float]:
@@ -68,18 +90,14 @@ def start(*arguments: str | Path, env: dict[str, str] | None = None) -> subproce
     return process
 
 
-def processes_of(out: Path) -> dict[int, str]:
-    """Process id -> RANK ("" for the launcher) of all that train into a folder."""
+def processes_of(mark: str | Path) -> dict[int, str]:
+    """Process id -> RANK ("" for the launcher) of all that have a word or a variable like this."""
     found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(out).encode() in words:
-            rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), b"")
-            found[int(folder.name)] = rank.decode()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            if str(mark) in [*process.cmdline(), *variables.values()]:
+                found[process.pid] = variables.get("RANK", "")
     return found
 
 

@@ -5,7 +5,10 @@ import signal
 import sys
 import time
 
+from unicl_fast.system.program import begin_program
+
 if __name__ == "__main__":
+    begin_program()
     asked = sys.argv[1 + int(os.environ["RANK"])]
     print("started", flush=True)
     if asked == "die":

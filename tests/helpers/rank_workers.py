@@ -36,6 +36,7 @@ from small_runs import (
 from torch.distributed.tensor import DTensor
 
 from unicl_fast.batch import Batch, EvaluationBatch
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.config import DataConfig, DecodeDevice, TrainConfig
 from unicl_fast.conversion.initial import initialise
@@ -59,7 +60,7 @@ from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models import precision
 from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.operands import Classes, Operands
 from unicl_fast.objectives.registry import make_objective
@@ -677,7 +678,8 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
 def name_evaluations(ranks: Ranks, folders: list[str]) -> None:
     """Each rank has a link to another folder, and evaluations have the name of rank 0's."""
     mine = folders[ranks.rank]
-    with mock.patch.object(build, "PackedDataset"):
+    with mock.patch.object(build, "PackedDataset") as opened:
+        opened.return_value.count_longer_captions.return_value = 0
         # the same one twice, on one rank
         for evaluate in ((mine,), (mine, folders[0]), (mine, folders[1])):
             config = TrainConfig(data=DataConfig(evaluate=evaluate))

@@ -143,28 +143,17 @@ def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
 
 def test_restarts_on_other_ranks_supersede_what_was_done_before(tmp_path: Path) -> None:
     other = IDS.copy()
-    other[25:] = 0  # what was abandoned may be anything
+    other[20:] = 0  # what was abandoned may be anything
     write(tmp_path, 1, 0, 30, ids=other)
-    write(tmp_path, 2, 25, 45, world_size=3, fewer={1: 2})
+    write(tmp_path, 2, 25, 45, world_size=3, fewer={1: 2}, ids=other)  # all of it is abandoned
     write(tmp_path, 3, 42, 42, world_size=2)  # ended before its first step
-    write(tmp_path, 4, 40, STEPS, world_size=4, fewer={0: 1})
+    write(tmp_path, 4, 20, STEPS, world_size=4, fewer={0: 1})
     proof = prove(tmp_path)
     assert proof.holds, proof.faults
     assert proof.steps == STEPS - 1, "the last step lacks a rank, so nobody knows it was done"
     assert [segment.header.world_size for segment in proof.segments] == [1, 3, 2, 4]
-    assert [segment.num_superseded for segment in proof.segments] == [5, 3, 0, 0]
-    assert proof.num_superseded == 8
-
-
-def test_a_start_that_goes_far_back_supersedes_whole_segments(tmp_path: Path) -> None:
-    wrong = np.zeros_like(IDS)
-    write(tmp_path, 1, 0, 20)
-    write(tmp_path, 2, 20, 40, ids=wrong)
-    write(tmp_path, 3, 30, 50, ids=wrong)
-    write(tmp_path, 4, 10, STEPS, world_size=2)
-    proof = prove(tmp_path)
-    assert proof.holds, proof.faults
-    assert proof.num_superseded == 10 + 20 + 20
+    assert [segment.num_superseded for segment in proof.segments] == [10, 18, 0, 0]
+    assert proof.num_superseded == 28
 
 
 HOLES = {
@@ -350,15 +339,6 @@ def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
     assert replan.num_different > STEPS
 
 
-def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:
-    write(tmp_path, 1, 0, 30)
-    other = dataclasses.replace(header(2, 30), sources=(SOURCES[0], LedgerSource("captions", 301)))
-    (tmp_path / segment_name(2, 0)).write_bytes(encode_header(other))
-    proof = prove(tmp_path)
-    assert "different runs" in proof.faults[0]
-    assert not proof.holds
-
-
 def test_another_version_is_refused_by_its_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,8 +369,9 @@ def test_any_name_of_a_data_set_is_printed(
 
 
 def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:
-    """What two runs leave that shared a folder: the same sources and batches."""
-    for change in ({"run_id": "b"}, {"seed": 1}):
+    """What two runs leave that shared a folder."""
+    other = (SOURCES[0], LedgerSource("captions", 301))
+    for change in ({"run_id": "b"}, {"seed": 1}, {"sources": other}):
         folder = tmp_path / "-".join(change)
         folder.mkdir()
         write(folder, 1, 0, 30, run_id="a")
@@ -467,20 +448,6 @@ def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = N
         ledger=ledger_in(folder),
         progress=False,
     )
-
-
-@pytest.mark.slow
-def test_the_trainer_writes_a_record_of_every_step(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer_in(tmp_path, images).fit()
-    again = trainer_in(tmp_path, images)
-    again.resume(tmp_path / "checkpoints" / "step-00000002")
-    again.fit()
-    proof = prove(tmp_path / "ledger", steps_done=6)
-    assert proof.holds
-    assert (proof.steps, proof.num_superseded, len(proof.segments)) == (6, 4, 2)
-    source_ids, ids = proof.segments[1].files[0].batch_rows(2, 6)
-    assert not source_ids.any()
-    assert np.array_equal(ids.reshape(-1), np.arange(2 * N, 6 * N) % NAMED.num_samples)
 
 
 @pytest.mark.dist

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from small_runs import StepLoader, tiny_config
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.image_encoder import DropPathKey, KeyedTokenDrop, build_image_encoder
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.image_encoder import KeyedTokenDrop
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.mfu import flops_of_step
 
 
 def config_of(*, part: float = 0.5, **settings: Any) -> TrainConfig:
-    config = tiny_config(**settings)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, token_drop=part))
+    return tiny_config(**settings).changed(model={"token_drop": part})
 
 
 def shown(model: UniCL, batch: Any, *, step: int, rows: slice = slice(None)) -> torch.Tensor:
@@ -74,13 +73,7 @@ def test_work_that_is_left_out_is_not_counted(images: torch.Tensor) -> None:
 
 def test_an_encoder_without_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.token_drop .* timm's ViTs, and .* is none"):
-        build_image_encoder(
-            "unicl_convnet7_small",
-            image_size=32,
-            drop_path=0.0,
-            key=DropPathKey(0),
-            drops_tokens=True,
-        )
+        build_model(config_of(image_encoder="unicl_convnet7_small"))
 
 
 def test_at_least_one_patch_is_left() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed import ranks
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import compilation
 from unicl_fast.models.compilation import fuse_window_attention, settle_window_attention
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, set_image_size
 from unicl_fast.models.sharding import WholeCopy
-from unicl_fast.models.unicl import build_model
 
 pytest.importorskip("triton")
 
@@ -78,73 +77,56 @@ def check_against_timm(
         assert our_error <= max(1.5 * their_error, rounding * float(exact.norm()))
 
 
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    ("size", "window", "shift"),
+    ("form", "size", "window", "shift"),
     [
-        ((6, 8), (3, 4), 1),
-        ((7, 10), (3, 4), 1),  # padded on both sides
-        ((7, 7), 7, 3),  # one window, which timm does not shift
+        ("fp32", (6, 8), (3, 4), 1),
+        ("fp32", (7, 10), (3, 4), 1),  # padded on both sides
+        ("fp32", (7, 7), 7, 3),  # one window, which timm does not shift
         *(
-            pytest.param(size, 7, shift, marks=pytest.mark.slow)
+            pytest.param("fp32", size, 7, shift, marks=slow)
             for size in [(14, 14), (10, 15)]
             for shift in (0, 3)
         ),
+        *((form, (6, 4), (3, 4), 1) for form in ("autocast", "bf16", "fp16")),
+        *(pytest.param(form, (14, 14), 7, 3, marks=slow) for form in ("autocast", "bf16", "fp16")),
     ],
     ids=str,
 )
-def test_fp32_is_timms(compute: Compute, size: tuple[int, int], window: Any, shift: int) -> None:
-    check_against_timm(compute, build_block(size, window=window, shift=shift), size)
-
-
-@pytest.mark.parametrize(
-    ("size", "window", "shift"),
-    [((6, 4), (3, 4), 1), pytest.param((14, 14), 7, 3, marks=pytest.mark.slow)],
-    ids=str,
-)
-@pytest.mark.parametrize("form", ["autocast", "bf16", "fp16"])
-def test_narrow_types_round_no_more_than_timms(
+def test_kernels_round_no_more_than_timms(
     compute: Compute, form: str, size: tuple[int, int], window: Any, shift: int
 ) -> None:
     block = build_block(size, window=window, shift=shift)
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = types.get(form, torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
     check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
 
 
-def check_a_random_block(compute: Compute, draw: st.DrawFn, *, largest: int) -> None:
+@pytest.mark.parametrize("largest", [3, pytest.param(8, marks=[slow, pytest.mark.long])])
+@given(data=st.data())
+@examples(25)
+def test_any_window(compute: Compute, largest: int, data: st.DataObject) -> None:
     side = st.integers(1, largest)
-    window = draw(side, "height"), draw(side, "width")
-    size = tuple(draw(st.integers(w, 2 * w + 3), "map") for w in window)
+    window = data.draw(side, "height"), data.draw(side, "width")
+    size = tuple(data.draw(st.integers(w, 2 * w + 3), "map") for w in window)
     block = build_block(
         size,
         window=window,
-        shift=draw(st.integers(0, min(window) - 1), "shift"),
-        heads=draw(st.integers(1, 3), "heads"),
-        head_width=draw(st.sampled_from([4, 16, 24, 32]), "head width"),
+        shift=data.draw(st.integers(0, min(window) - 1), "shift"),
+        heads=data.draw(st.integers(1, 3), "heads"),
+        head_width=data.draw(st.sampled_from([4, 16, 24, 32]), "head width"),
     )
-    check_against_timm(compute, block, size, images=draw(st.integers(1, 2), "images"))
+    check_against_timm(compute, block, size, images=data.draw(st.integers(1, 2), "images"))
 
 
-@given(data=st.data())
-@examples(3)
-def test_any_window(compute: Compute, data: st.DataObject) -> None:
-    check_a_random_block(compute, data.draw, largest=3)
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@given(data=st.data())
-@examples(25)
-def test_more_windows(compute: Compute, data: st.DataObject) -> None:
-    check_a_random_block(compute, data.draw, largest=8)
-
-
-@pytest.mark.parametrize("shift", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("shift", [pytest.param(0, marks=slow), 1])
 def test_torch_may_trace_and_compile_the_operators(compute: Compute, shift: int) -> None:
     compute(check_operators, shift=shift)
 
 
-@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=slow)])
 def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
     """On tensors without content, forward and backward; six blocks are of three kinds."""
     images = torch.empty(2, 3, 32, 32, device="meta")
@@ -153,7 +135,7 @@ def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
     assert counts.tolist() == [3, 0]
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.long
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_compiled_and_recomputed_blocks_give_the_same_gradients(
@@ -208,11 +190,11 @@ def test_operations_are_counted_as_those_of_timm() -> None:
 @pytest.mark.parametrize(
     ("capability", "dtype", "shift"),
     [
-        pytest.param(80, torch.bfloat16, 3, marks=pytest.mark.slow),
+        pytest.param(80, torch.bfloat16, 3, marks=slow),
         (90, torch.bfloat16, 3),
-        pytest.param(100, torch.bfloat16, 3, marks=pytest.mark.slow),
+        pytest.param(100, torch.bfloat16, 3, marks=slow),
         *(
-            pytest.param(capability, dtype, shift, marks=[pytest.mark.slow, pytest.mark.long])
+            pytest.param(capability, dtype, shift, marks=[slow, pytest.mark.long])
             for capability in (80, 90, 100)
             for dtype in (torch.bfloat16, torch.float16, torch.float32)
             for shift in (0, 3)
@@ -253,9 +235,7 @@ def test_compiled_kernels_fit_and_spill_no_register(
 def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
     config = tiny_config(**{"image_encoder": "unicl_swin6_small", "precision": "bf16"} | settings)
     model = build_model(config)
-    config = dataclasses.replace(
-        config, efficiency=dataclasses.replace(config.efficiency, window_attention=chosen)
-    )
+    config = config.changed(efficiency={"window_attention": chosen})
     return settle_window_attention(config.efficiency, model, torch.device(device))
 
 

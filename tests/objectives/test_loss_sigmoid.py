@@ -25,12 +25,8 @@ def loss_and_gradients(
     images: torch.Tensor, texts: torch.Tensor, *rest: object, scale: float, bias: float, **options
 ) -> list[torch.Tensor]:
     """The loss, and its gradients of images, texts, scale and bias."""
-    learnt = [
-        images.clone().requires_grad_(),
-        texts.clone().requires_grad_(),
-        torch.tensor(scale, dtype=torch.float64, requires_grad=True),
-        torch.tensor(bias, dtype=torch.float64, requires_grad=True),
-    ]
+    learnt = [images.clone(), texts.clone(), *torch.tensor([scale, bias], dtype=torch.float64)]
+    learnt = [one.detach().requires_grad_() for one in learnt]
     loss = sigmoid_contrastive_loss(*learnt[:2], *rest, *learnt[2:], **options)
     return [loss.detach(), *torch.autograd.grad(loss, learnt)]
 
@@ -73,67 +69,16 @@ def test_equals_the_formula(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_equal_differences_of_the_formula(form: str) -> None:
-    images, texts = rows(7, seed=3).numpy(), rows(6, seed=4).numpy()
-    of_images, of_texts = np.array([0, 0, 1, 1, 1, 7, 8]), np.array([0, 1, 1, 7, 9, 0])
-    counts = np.array([1, 2, 3, 1, 4, 1])
-    values = [images, texts, np.array(12.0), np.array(-3.0)]
-    found = loss_and_gradients(
-        torch.from_numpy(images),
-        torch.from_numpy(texts),
-        torch.from_numpy(of_images),
-        scale=12.0,
-        bias=-3.0,
-        text_class_ids=torch.from_numpy(of_texts),
-        text_counts=torch.from_numpy(counts),
-        form=form,
-    )
-    weights, h = of_images[:, None] == of_texts, 1e-6
-    for which, gradient in enumerate(found[1:]):
-        for index in np.ndindex(values[which].shape):
-            around = []
-            for moved_by in (h, -h):
-                moved = [value.copy() for value in values]
-                moved[which][index] += moved_by
-                u, v, scale, bias = moved
-                around.append(reference_loss(u, v, weights, counts, float(scale), float(bias)))
-            expected = (around[0] - around[1]) / (2 * h)
-            assert gradient[index].item() == pytest.approx(expected, rel=1e-5, abs=1e-7)
-
-
-@pytest.mark.parametrize("form", FORMS)
 def test_all_classes_distinct_is_siglip(form: str) -> None:
     images, texts = rows(12, seed=1), rows(12, seed=2)
-    learnt = [images.clone().requires_grad_(), texts.clone().requires_grad_()]
-    learnt += [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (10, -10)]
+    learnt = [images.clone(), texts.clone(), *torch.tensor([10.0, -10.0], dtype=torch.float64)]
+    learnt = [one.detach().requires_grad_() for one in learnt]
     theirs = SigLipLoss()(*learnt)
     expected = [theirs.detach(), *torch.autograd.grad(theirs, learnt)]
     class_ids = torch.arange(12) + 1000
     assert_equal(
         loss_and_gradients(images, texts, class_ids, scale=10.0, bias=-10.0, form=form), expected
     )
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_distinct_texts_with_counts_equal_all_texts(form: str) -> None:
-    index = torch.tensor([0, 1, 1, 2, 0, 3, 1, 4])
-    classes = torch.tensor([0, 1, 1, 7, 2**62])[index]
-    images, texts = rows(8, seed=1), rows(5, seed=2)
-    plain, *gradients = loss_and_gradients(
-        images, texts[index], classes, scale=20.0, bias=-4.0, form="dense"
-    )
-    gradients[1] = torch.zeros_like(texts).index_add(0, index, gradients[1])
-    counted = loss_and_gradients(
-        images,
-        texts,
-        classes,
-        scale=20.0,
-        bias=-4.0,
-        text_class_ids=torch.tensor([0, 1, 1, 7, 2**62]),
-        text_counts=torch.bincount(index),
-        form=form,
-    )
-    assert_equal(counted, [plain, *gradients])
 
 
 @given(

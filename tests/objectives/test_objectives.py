@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference_loss
 import torch
 from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
 from small_runs import (
@@ -24,11 +23,11 @@ from timm.data import Mixup
 from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, ListLoader, repeated_texts
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig, config_from_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import require_text_encoder
-from unicl_fast.models.unicl import UniCL, build_model
-from unicl_fast.objectives.cross_entropy import with_one
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
@@ -77,29 +76,6 @@ def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, for
     torch.testing.assert_close(loss_of(model, batch, config), total, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, form: str) -> None:
-    config, model = evaluated("ce", loss=form)
-    batch = labelled_batch(images, objective="ce")
-    features = model.image_encoder(encoder_input(batch.images, config))
-    weight, bias = model.class_rows[:, :-1], model.class_rows[:, -1]
-    source, label = batch.targets.class_ids >> 32, batch.targets.class_ids & 0xFFFFFFFF
-    expected = F.cross_entropy(F.linear(features, weight, bias), 2 * source + label)
-    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
-
-
-def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch.Tensor) -> None:
-    """Radford et al., figure 3: the diagonal of all pairs, whatever is equal."""
-    config, model = evaluated("clip")
-    batch = labelled_batch(images, objective="clip")
-    assert len(batch.texts.tokens) < len(images)
-    logits = logits_of(model, encoder_input(batch.images, config), batch)
-    # an equal text is as good as one's own: its logit is the same
-    diagonal = torch.arange(len(images))
-    expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
-    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
-
-
 def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, and shares of labels [n classes], pixel by pixel."""
     images = encoder_input(batch.images, config)
@@ -127,23 +103,6 @@ def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torc
     return mixed, shares
 
 
-@pytest.mark.parametrize("every_text", [False, True])
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_unicl_of_mixed_images_takes_labels_times_labels(
-    images: torch.Tensor, form: str, every_text: bool
-) -> None:
-    config, model = evaluated("unicl, mixed", loss=form)
-    for step in range(3):
-        batch = labelled_batch(images, objective="unicl, mixed", step=step)
-        batch = repeated_texts(batch) if every_text else batch
-        mixed, shares = mixed_by_hand(batch, config)
-        logits = logits_of(model, mixed, batch)
-        affinity = shares @ shares.T
-        targets = affinity / affinity.sum(1, keepdim=True)
-        expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
-
-
 def assert_equal_with_gradients(model: UniCL, loss: torch.Tensor, expected: torch.Tensor) -> None:
     """The loss, and its gradient with respect to every parameter, in fp64."""
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
@@ -153,68 +112,85 @@ def assert_equal_with_gradients(model: UniCL, loss: torch.Tensor, expected: torc
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
 
 
+def classes_of(batch: Batch) -> torch.Tensor:
+    """Y [b classes]: which of all classes, sorted, an image has; by its labels if there are any."""
+    names = batch.targets.class_ids.unique()
+    if batch.targets.image_classes is None:
+        return (batch.targets.class_ids[:, None] == names).double()
+    samples, classes = batch.targets.image_classes
+    return torch.stack(
+        [torch.isin(names, classes[samples == image]) for image in range(len(batch.images))]
+    ).double()
+
+
 @pytest.mark.parametrize("every_text", [False, True])
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_images_of_several_labels_have_the_texts_of_all_of_them(
-    images: torch.Tensor, form: str, every_text: bool
+@pytest.mark.parametrize(
+    "objective",
+    [name for name in OBJECTIVES if name.startswith(("unicl", "clip", "sigmoid", "siglip"))],
+)
+def test_images_and_texts_give_the_loss_of_a_dense_matrix(
+    images: torch.Tensor,
+    objective: str,
+    form: str,
+    every_text: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the oracle; the last images have captions, and the very last one no label."""
-    config, model = evaluated("unicl, labels", loss=form)
+    """Weights of pairs: Y Y^T of mixed images, in cosines for sigmoids; else 1 in a common class.
+
+    Of CLIP's they are the diagonal, whatever is equal: an equal text has the same logit.
+    """
+    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
+    config, model = evaluated(objective, loss=form)
     for step in range(2):
-        batch = labelled_batch(images, objective="unicl, labels", step=step)
+        batch = labelled_batch(images, objective=objective, step=step)
+        pixels = encoder_input(batch.images, config)
+        assert len(batch.texts.tokens) < len(images)
+        of_texts = F.one_hot(batch.targets.class_ids.unique(return_inverse=True)[1]).double()
+        weights = classes_of(batch) @ of_texts.T
+        if objective.endswith("labels"):
+            assert weights.sum(1).max() > 2
+            assert (batch.targets.class_ids >= CAPTION_KEYS_START).sum() == 2
+        if objective.endswith("mixed"):
+            pixels, parts = mixed_by_hand(batch, config)
+            parts = F.normalize(parts, dim=1) if objective.startswith("sigmoid") else parts
+            weights = parts @ parts.T
+        if objective == "clip":
+            weights = torch.eye(len(images), dtype=torch.float64)
         batch = repeated_texts(batch) if every_text else batch
-        pixels, texts, learnt = model(encoder_input(batch.images, config), batch.texts.tokens)
-        samples, classes = batch.targets.image_classes
-        of_images = [set(classes[samples == sample].tolist()) for sample in range(len(images))]
-        assert max(map(len, of_images)) > 2
-        assert (batch.targets.class_ids >= CAPTION_KEYS_START).sum() == 2
-        expected = reference_loss.several_labels_loss(
-            pixels,
-            texts[batch.texts.index],
-            of_images,
-            batch.targets.class_ids.tolist(),
-            learnt["logit_scale"].exp(),
-        )
+        logits = logits_of(model, pixels, batch)
+        if objective.startswith("sig"):
+            total = F.binary_cross_entropy_with_logits(logits, weights, reduction="sum")
+            expected = total / len(images)
+        else:
+            i2t = F.cross_entropy(logits, weights / weights.sum(1, keepdim=True))
+            t2i = F.cross_entropy(logits.T, (weights / weights.sum(0)).T)
+            expected = (i2t + t2i) / 2
         assert_equal_with_gradients(model, loss_of(model, batch, config), expected)
 
 
-def test_ce_of_several_labels_takes_them_in_equal_parts(images: torch.Tensor) -> None:
-    config, model = evaluated("ce, labels")
-    batch = labelled_batch(images, objective="ce, labels")
-    samples, classes = batch.targets.image_classes
-    parts = torch.zeros(len(images), 5, dtype=torch.float64)
-    parts[samples, 2 * (classes >> 32) + (classes & 0xFFFFFFFF)] = 1
-    assert parts.sum(1).max() == 3
-    features = with_one(model.encode_image(encoder_input(batch.images, config)))
-    expected = F.cross_entropy(features @ model.class_rows.T, parts / parts.sum(1, keepdim=True))
-    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
-
-
-def test_ce_of_mixed_images_takes_mixed_labels(images: torch.Tensor) -> None:
-    config, model = evaluated("ce, mixed")
-    batch = labelled_batch(images, objective="ce, mixed")
-    mixed, shares = mixed_by_hand(batch, config)
-    logits = with_one(model.encode_image(mixed)) @ model.class_rows.T
-    expected = F.cross_entropy(logits, shares)  # the batch has all five classes, in their order
-    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("objective", ["sigmoid", "siglip", "sigmoid, mixed"])
-def test_the_sigmoid_form_asks_of_each_pair(images: torch.Tensor, objective: str) -> None:
-    """Weights are cosines of labels, so that a mixed image's own text is wholly its own."""
-    config, model = evaluated(objective)
-    assert model.logit_scale.item() == pytest.approx(math.log(10))
-    assert model.logit_bias.item() == -10
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+@pytest.mark.parametrize("objective", ["ce", "ce, labels", "ce, mixed"])
+def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, objective: str, form: str) -> None:
+    """Of several labels it takes all in equal parts, of mixed images mixed labels."""
+    config, model = evaluated(objective, loss=form)
     batch = labelled_batch(images, objective=objective)
-    if objective != "sigmoid, mixed":
-        mixed = encoder_input(batch.images, config)
-        shares = F.one_hot(batch.targets.class_ids.unique(return_inverse=True)[1]).double()
-    else:
-        mixed, shares = mixed_by_hand(batch, config)
-    logits = logits_of(model, mixed, batch)
-    rows = F.normalize(shares, dim=1)
-    expected = F.binary_cross_entropy_with_logits(logits, rows @ rows.T, reduction="sum") / 12
-    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-9, atol=0)
+    pixels, targets = encoder_input(batch.images, config), classes_of(batch)
+    if objective == "ce, mixed":
+        pixels, targets = mixed_by_hand(batch, config)
+    assert targets.sum(1).max() == (3 if objective == "ce, labels" else pytest.approx(1))
+    features = model.image_encoder(pixels)
+    logits = F.linear(features, model.class_rows[:, :-1], model.class_rows[:, -1])
+    # the batch has all five classes, in their order
+    expected = F.cross_entropy(logits, targets / targets.sum(1, keepdim=True))
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+def test_sigmoids_begin_where_siglip_does() -> None:
+    for objective in ("sigmoid", "siglip"):
+        _, model = evaluated(objective)
+        assert model.logit_scale.item() == pytest.approx(math.log(10))
+        assert model.logit_bias.item() == -10
 
 
 def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tensor) -> None:
@@ -232,25 +208,6 @@ def test_many_learnt_rows_of_few_images_take_no_square_matrix(images: torch.Tens
             form="dense",
         )
     assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 20e6
-
-
-@pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_the_sigmoid_form_takes_texts_of_all_classes_of_an_image(
-    images: torch.Tensor, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A pair weighs 1 if the text's class is one of the image's, however many these are."""
-    monkeypatch.setitem(LARGEST_TILE, "cpu", 5 * 5)
-    config, model = evaluated("sigmoid, labels", loss=form)
-    for step in range(2):
-        batch = labelled_batch(images, objective="sigmoid, labels", step=step)
-        samples, classes = batch.targets.image_classes
-        positives = torch.zeros(len(images), len(images), dtype=torch.float64)
-        for image in range(len(images)):
-            positives[image] = torch.isin(batch.targets.class_ids, classes[samples == image])
-        assert positives.sum(dim=1).max() > 2
-        logits = logits_of(model, encoder_input(batch.images, config), batch)
-        total = F.binary_cross_entropy_with_logits(logits, positives, reduction="sum")
-        assert_equal_with_gradients(model, loss_of(model, batch, config), total / len(images))
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])

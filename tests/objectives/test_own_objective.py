@@ -14,9 +14,9 @@ from rank_workers import first_gradients
 from small_runs import StepLoader, labelled_loader, tiny_config
 from torch.nn import functional as F
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.unicl import build_model
 from unicl_fast.objectives import registry
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.training.encoding import encoder_input
@@ -69,8 +69,7 @@ def test_positives_lose_the_margin(images: torch.Tensor) -> None:
 def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
     config = config_of(margin=0.2)
     loss, gradients = first_gradients(images, Ranks(), config, clip_loader(images))
-    efficiency = dataclasses.replace(config.efficiency, micro_batch_size=5)
-    parts = dataclasses.replace(config, efficiency=efficiency)
+    parts = config.changed(efficiency={"micro_batch_size": 5})
     found, again = first_gradients(images, Ranks(), parts, clip_loader(images))
     assert found == pytest.approx(loss, rel=1e-13)
     for name, gradient in gradients.items():
@@ -78,6 +77,5 @@ def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
 
 
 def test_a_form_that_it_lacks_is_refused() -> None:
-    efficiency = dataclasses.replace(tiny_config().efficiency, loss="tiled")
     with pytest.raises(ValueError, match="objective.name=margin: take one of auto, dense"):
-        dataclasses.replace(config_of(), efficiency=efficiency)
+        config_of().changed(efficiency={"loss": "tiled"})

@@ -127,42 +127,53 @@ def by_image(image_classes: npt.NDArray[np.int64] | None, size: int) -> list[lis
     return [classes[samples == sample].tolist() for sample in range(size)]
 
 
+FIELDS = ("tokens", "text_index", "text_class_ids", "text_counts", "text_lengths")
+
+
 @examples(300)
 @given(batches(), st.data())
 def test_images_of_several_labels_get_all_their_classes_once(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
 ) -> None:
-    """In one batch, in steps mapped together, and in a rank's slice."""
+    """And they change nothing for texts; in one batch, in steps mapped together, in a slice."""
     rows, labels, prompts = batch
     few = st.lists(st.sampled_from([0, 1, 2, 3, 6, 9, BIG]), max_size=5)
     image_labels = data.draw(st.lists(few, min_size=len(rows), max_size=len(rows)))
     lists = as_image_labels(image_labels)
-    targets = map_targets(rows, labels, prompts, lists)
+    whole = map_targets(rows, labels, prompts, lists)
     plain = map_targets(rows, labels, prompts)
-    for name in ("tokens", "text_index", "class_ids", "text_class_ids", "text_counts"):
-        assert np.array_equal(getattr(targets, name), getattr(plain, name)), name
+    for name in (*FIELDS, "class_ids"):
+        assert np.array_equal(getattr(whole, name), getattr(plain, name)), name
     assert plain.image_classes is None
-    found = by_image(targets.image_classes, len(rows))
+    found = by_image(whole.image_classes, len(rows))
     expected = reference.classes_of_images(
         rows.tolist(), labels.tolist(), prompts.classes, image_labels
     )
-    for of_image, of_oracle, class_id in zip(found, expected, targets.class_ids, strict=True):
+    for of_image, of_oracle, class_id in zip(found, expected, whole.class_ids, strict=True):
         assert of_image[0] == class_id
         assert len(of_image) == len(of_oracle)
         assert set(of_image) == of_oracle
 
     start = data.draw(st.integers(0, len(rows) - 1))
     stop = data.draw(st.integers(start + 1, len(rows)))
-    part = slice_targets(targets, start, stop)
+    part = slice_targets(whole, start, stop)
+    alone = map_targets(rows[start:stop], labels[start:stop])
     assert by_image(part.image_classes, stop - start) == found[start:stop]
+    assert part.class_ids.tolist() == whole.class_ids[start:stop].tolist()
+    assert part.text_class_ids[part.text_index].tolist() == part.class_ids.tolist()
+    for name in ("tokens", "text_index", "text_counts", "text_lengths"):
+        assert getattr(part, name).tolist() == getattr(alone, name).tolist(), name
 
     size = data.draw(st.sampled_from([n for n in range(1, len(rows) + 1) if len(rows) % n == 0]))
     steps = map_steps(rows, labels, prompts, size=size, image_labels=lists)
-    for step, of_step in enumerate(steps.image_classes):
+    assert len(steps) == len(rows) // size
+    for step, found in enumerate(steps):
         own = slice(step * size, (step + 1) * size)
         alone = map_targets(rows[own], labels[own], prompts, as_image_labels(image_labels[own]))
-        assert by_image(of_step, size) == by_image(alone.image_classes, size)
-    assert set(map_steps(rows, labels, prompts, size=size).image_classes) == {None}
+        assert by_image(found.image_classes, size) == by_image(alone.image_classes, size)
+        for name in FIELDS:
+            assert getattr(found, name).tolist() == getattr(alone, name).tolist(), name
+    assert {one.image_classes for one in map_steps(rows, labels, prompts, size=size)} == {None}
 
 
 def test_labels_of_other_images_are_refused() -> None:
@@ -172,78 +183,29 @@ def test_labels_of_other_images_are_refused() -> None:
         collate(images, rows, labels, image_labels=[[0], [1], [2]])
 
 
-@examples(150)
-@given(batches(), st.data())
-def test_steps_mapped_together_are_mapped_as_each_alone(
-    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
+@pytest.mark.parametrize(
+    ("texts", "labels", "prompts", "expected"),
+    [
+        pytest.param("abc", (0, 0, -1), {}, [0, 0, "c"], id="label 0 is a class"),
+        pytest.param("aab", (-1, -1, -1), {}, ["a", "a", "b"], id="equal captions"),
+        pytest.param("ab", (-1, 0), {"a": 0}, [0, 0], id="a caption that is a prompt"),
+        pytest.param("aa", (-1, 7), {}, [7, 7], id="a caption that is a labelled text"),
+        pytest.param(
+            "aabbcd", (9, 5, 9, BIG, BIG, 6), {}, [5, 5, 5, 5, 5, 6], id="labels meet in a text"
+        ),
+        pytest.param("aab", (8, -1, 8), {"a": 3}, [3, 3, 3], id="a label meets a prompt"),
+        *(pytest.param("a", (label,), {}, ["a" if label < 0 else label]) for label in (-1, 0, BIG)),
+    ],
+)
+def test_the_rules_by_example(
+    texts: str, labels: tuple[int, ...], prompts: dict[str, int], expected: list[int | str]
 ) -> None:
-    rows, labels, prompts = batch
-    size = data.draw(st.sampled_from([n for n in range(1, len(rows) + 1) if len(rows) % n == 0]))
-    steps = map_steps(rows, labels, prompts, size=size)
-    assert len(steps.num_texts) == len(rows) // size
-    for step, texts in enumerate(steps.num_texts.tolist()):
-        first = step * size
-        alone = map_targets(rows[first : first + size], labels[first : first + size], prompts)
-        assert steps.text_index[first : first + size].tolist() == alone.text_index.tolist()
-        for name in ("tokens", "text_class_ids", "text_counts", "text_lengths"):
-            found = getattr(steps, name)[first : first + texts]
-            assert found.tolist() == getattr(alone, name).tolist(), name
-
-
-@examples(100)
-@given(batches(), st.data())
-def test_a_slice_has_its_own_texts_and_the_classes_of_the_whole(
-    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
-) -> None:
-    rows, labels, prompts = batch
-    start = data.draw(st.integers(0, len(rows) - 1))
-    stop = data.draw(st.integers(start + 1, len(rows)))
-    whole = map_targets(rows, labels, prompts)
-    part = slice_targets(whole, start, stop)
-    alone = map_targets(rows[start:stop], labels[start:stop])
-    assert part.class_ids.tolist() == whole.class_ids[start:stop].tolist()
-    assert part.text_class_ids[part.text_index].tolist() == part.class_ids.tolist()
-    assert part.tokens.tolist() == alone.tokens.tolist()
-    assert part.text_index.tolist() == alone.text_index.tolist()
-    assert part.text_counts.tolist() == alone.text_counts.tolist()
-    assert part.text_lengths.tolist() == alone.text_lengths.tolist()
-
-
-def test_label_0_is_a_class() -> None:
-    targets = map_targets(as_rows([1, 2], [1, 3], [1, 4]), as_labels(0, 0, -1))
-    assert targets.class_ids[:2].tolist() == [0, 0]
-    assert targets.class_ids[2] >= 2**62
-
-
-def test_equal_captions_are_positives_and_others_are_not() -> None:
-    first, second, third = map_targets(
-        as_rows([1, 2], [1, 2], [1, 3]), as_labels(-1, -1, -1)
-    ).class_ids.tolist()
-    assert first == second != third
-    assert {key >> 62 for key in (first, third)} == {1}
-
-
-def test_a_caption_equal_to_a_prompt_belongs_to_its_class() -> None:
-    prompts = PlainPrompts({(1, 2): 0})
-    targets = map_targets(as_rows([1, 2], [1, 9]), as_labels(-1, 0), prompts)
-    assert targets.class_ids.tolist() == [0, 0]
-
-
-def test_a_caption_equal_to_a_labelled_text_belongs_to_its_class() -> None:
-    assert map_targets(as_rows([1], [1]), as_labels(-1, 7)).class_ids.tolist() == [7, 7]
-
-
-def test_labels_that_meet_in_a_text_are_one_class_everywhere_in_the_batch() -> None:
-    rows = as_rows([1], [1], [2], [2], [3], [4])
-    targets = map_targets(rows, as_labels(9, 5, 9, BIG, BIG, 6))
-    assert targets.class_ids.tolist() == [5, 5, 5, 5, 5, 6]
-    assert targets.text_class_ids.tolist() == [5, 5, 5, 6]
-
-
-def test_a_label_and_a_prompt_that_meet_in_a_text_are_one_class() -> None:
-    prompts = PlainPrompts({(1,): 3})
-    targets = map_targets(as_rows([1], [1], [2]), as_labels(8, -1, 8), prompts)
-    assert targets.class_ids.tolist() == [3, 3, 3]
+    """Texts of one token, and the classes of samples: a text's name for its key."""
+    plain = PlainPrompts({(ord(text),): label for text, label in prompts.items()})
+    targets = map_targets(as_rows(*([ord(text)] for text in texts)), as_labels(*labels), plain)
+    wanted = [key_of((ord(one),)) if isinstance(one, str) else one for one in expected]
+    assert targets.class_ids.tolist() == wanted
+    assert all(key >> 62 for key, one in zip(wanted, expected, strict=True) if isinstance(one, str))
 
 
 def test_a_batch_of_equal_texts_has_one_text() -> None:
@@ -251,12 +213,6 @@ def test_a_batch_of_equal_texts_has_one_text() -> None:
     assert targets.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
     assert targets.text_counts.tolist() == [1000]
     assert targets.text_lengths.max() == 3
-
-
-@pytest.mark.parametrize("label", [-1, 0, BIG])
-def test_one_sample_is_a_batch(label: int) -> None:
-    targets = map_targets(as_rows([1]), as_labels(label))
-    assert targets.class_ids.tolist() == ([label] if label >= 0 else [key_of((1,))])
 
 
 @given(st.lists(st.integers(0, 65535), max_size=77), st.integers(0, 50))

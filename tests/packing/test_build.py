@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -17,14 +18,16 @@ from typing import Any
 
 import pytest
 from inline_checks import check_inline
-from pack_runs import jpeg, left_out
+from pack_runs import contents, jpeg, left_out, run_pack, samples_of
 from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.tools.pack.__main__ import main
+
+run = functools.partial(run_pack, "build")
 
 
 @pytest.fixture
@@ -56,49 +59,21 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield dataset
 
 
-def description(dataset: PackedDataset, index: int) -> dict[str, object]:
-    """KEY.json, found through the index file."""
-    row = dataset.samples[index]
-    shard = dataset.folder / dataset.manifest.shards[int(row["shard"])].name
-    for line in shard.with_suffix(".idx").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[1]) == row["offset"]:
-            with shard.open("rb") as file:
-                file.seek(int(fields[5]))
-                found: dict[str, object] = json.loads(file.read(int(fields[6])))
-                return found
-    raise AssertionError(index)
-
-
 def test_every_sound_image_is_packed_with_its_class(packed: PackedDataset, folder: Path) -> None:
     assert packed.manifest.class_names == ("cat", "dog", "sea lion")
-    assert len(packed.manifest.templates) == 80
-    names = []
-    for index in range(len(packed)):
-        name = str(description(packed, index)["name"])
-        names.append(name)
-        (label,) = packed.labels_of(index)
-        assert packed.manifest.class_names[label] == name.split("/")[0].replace("_", " ")
-        if not name.endswith("alpha.png"):
-            original = (folder / name).read_bytes()
-            assert packed.image_bytes(index, verify=True).tobytes() == original
-    assert len(names) == len(set(names)) == 91
+    assert packed.manifest.templates == SIMPLE_TEMPLATES
+    samples = samples_of(packed.folder)
+    for one in samples:
+        assert one.labels == [one.name.split("/")[0].replace("_", " ")]
+        if not one.name.endswith("alpha.png"):
+            assert one.image == (folder / one.name).read_bytes()
+    assert len({one.name for one in samples}) == len(samples) == 91
 
 
 def test_what_is_damaged_is_listed_with_its_reason(packed: PackedDataset) -> None:
     kinds = {name: kind for name, (kind, _) in left_out(packed.folder).items()}
     assert kinds == {"dog/cut.jpg": "damaged", "dog/page.jpg": "not an image"}
     assert packed.manifest.num_quarantined == 2
-
-
-def test_samples_are_shuffled_over_the_whole_set(packed: PackedDataset) -> None:
-    labels = [int(packed.labels_of(index)[0]) for index in range(len(packed))]
-    assert labels != sorted(labels)
-    assert {tuple(sorted(set(labels[i : i + 30]))) for i in (0, 30, 60)} == {(0, 1, 2)}
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
 def test_the_order_in_which_the_system_lists_leaves_no_trace(
@@ -173,54 +148,12 @@ def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_pat
     assert sorted(here) == sorted(there)
 
 
-@pytest.mark.usefixtures("checked")
-def test_sources_of_all_kinds_become_one_set(folder: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
-        archive.writestr("x/dog/1.jpg", jpeg(200))
-        archive.writestr("x/yak/2.jpg", jpeg(201))
-    rows = [
-        {"image": "cat/000.jpg", "captions": ["A cat!", "it's a cat"], "labels": ["cat"]},
-        {"image": "dog/002.jpg", "caption": "a dog"},
-        {"image": "sea_lion/001.jpg", "caption": "\ud800 broken text"},
-    ]
-    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    summary = build_dataset(
-        [tmp_path / "more.zip" / "x", tmp_path / "list.jsonl"],
-        tmp_path / "set",
-        image_root=str(folder),
-        templates="simple",
-        workers=1,
-        progress=False,
-    )
-    assert (summary.num_samples, summary.num_captions, summary.num_labels) == (5, 4, 3)
-    with PackedDataset(tmp_path / "set") as dataset:
-        assert dataset.manifest.class_names == ("cat", "dog", "yak")
-        found = {str(description(dataset, index)["name"]): index for index in range(5)}
-        cat = found["cat/000.jpg"]
-        expected = Tokenizer().encode(["A cat!", "it's a cat"])
-        for which, ids in enumerate(expected):
-            assert dataset.caption_tokens(cat, which).tolist() == ids.tolist()
-        assert dataset.labels_of(cat).tolist() == [0]
-        assert dataset.labels_of(found["dog/002.jpg"]).tolist() == []
-        assert dataset.labels_of(found["yak/2.jpg"]).tolist() == [2]
-
-
-def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    try:
-        main(["build", *arguments])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
-
-
 def test_the_program_says_what_it_did_and_what_comes_next(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "set")
     options = ("--out", out, "--workers", "1", "--license", "CC-BY-4.0")
-    code, text, _ = run(str(folder), *options, capsys=capsys)
+    code, text = run(folder, *options, capsys=capsys)
     assert code == 0
     assert Manifest.load(out).license == "CC-BY-4.0"
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
@@ -228,6 +161,21 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     assert "passed over: 1 .txt file\n" in text
     assert "dog/page.jpg: no known image format" in text
     assert f"unicl-pretrain --preset auto --data.train {out} --out runs/first" in text
+
+
+@pytest.mark.usefixtures("checked")
+def test_what_is_repeated_or_held_out_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = run(folder, folder, "--out", tmp_path / "held-out", capsys=capsys)
+    out = tmp_path / "held-out"
+    assert f"note: 91 images of {out} that an earlier sample has too, byte for byte: " in text
+    assert f"next: unicl-pretrain --preset auto --data.train TRAIN --data.evaluate {out}" in text
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "cat").symlink_to(folder / "cat")
+    run(tmp_path / "some", "--out", tmp_path / "cats", capsys=capsys)
+    _, text = run(out, tmp_path / "cats", "--out", tmp_path / "all", capsys=capsys)
+    assert f"note: 31 images of {tmp_path}/cats that are in {out} too\n" in text
 
 
 @pytest.mark.usefixtures("checked")
@@ -239,12 +187,12 @@ def test_class_names_that_are_numbers_are_warned_of(
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
     arguments = (str(tmp_path / "in"), "--workers", "1", "--out")
-    _, text, _ = run(*arguments, str(tmp_path / "set"), capsys=capsys)
+    _, text = run(*arguments, str(tmp_path / "set"), capsys=capsys)
     assert ("WARNING: the class names are numbers (00, 42)" in text) == warns
     assert ("--class-names FILE" in text) == warns
     (tmp_path / "names").write_text("".join(f"{name}\tclass {name}\n" for name in names))
     named = ("--class-names", str(tmp_path / "names"))
-    _, text, _ = run(*arguments, str(tmp_path / "named"), *named, capsys=capsys)
+    _, text = run(*arguments, str(tmp_path / "named"), *named, capsys=capsys)
     assert "2 classes" in text
     assert "WARNING" not in text
 
@@ -267,6 +215,9 @@ def test_class_names_that_are_numbers_are_warned_of(
         (["FOLDER", "--out", "OUT", "--image-seconds", "-1"], "--image-seconds"),
         (["FOLDER", "--out", "OUT", "--image-seconds", "nan"], "--image-seconds"),
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
+        (["FOLDER", "--out", "NAMES"], "name another"),
+        (["FOLDER", "--out", "NAMES/set"], "name another"),
+        (["FOLDER", "--out", "s3://bucket/set", "--engine", "ray"], "takes --work FOLDER"),
         (["--out", "OUT"], "at least one source"),
         (["FOLDER"], "--out"),
     ],
@@ -280,24 +231,12 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(
 ) -> None:
     (tmp_path / "names").write_text("bird\n")
     places = {"FOLDER": folder, "OUT": tmp_path / "out", "NAMES": tmp_path / "names"}
-    code, _, errors = run(*(str(places.get(a, a)) for a in arguments), capsys=capsys)
+    places["NAMES/set"] = tmp_path / "names" / "set"
+    code, errors = run(*(places.get(word, word) for word in arguments), capsys=capsys)
     assert code == 2
     assert message in errors
     assert "Traceback" not in errors
     assert os.listdir(tmp_path) == ["names"]
-
-
-@pytest.mark.parametrize("name", ["file", "file/set"])
-def test_a_file_as_the_output_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    (tmp_path / "file").touch()
-    code, _, errors = run(str(tmp_path), "--out", str(tmp_path / name), capsys=capsys)
-    assert code == 2
-    assert f"{tmp_path}/file" in errors
-    assert "name another" in errors
-    assert "Errno" not in errors
-    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.usefixtures("checked")
@@ -307,7 +246,7 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.jpg").write_text("no image")
     (tmp_path / "in" / "0.tar").touch()
-    code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
+    code, errors = run(tmp_path / "in", "--out", tmp_path / "out", capsys=capsys)
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
     assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors

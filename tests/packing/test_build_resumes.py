@@ -162,27 +162,11 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     assert os.listdir(tmp_path) == ["set"]
     code, printed = run_pack(*command, "--seed", 1, capsys=capsys)
     assert code == 2
-    assert "already holds a packed data set, made with other options:\n  --seed: it" in printed
+    assert "already holds a packed data set, made with other options:\n  --seed was" in printed
     (out / "manifest.json").write_bytes(unbroken["manifest.json"] + b" ")
     code, printed = run_pack(*command, capsys=capsys)
     assert (code, "already holds a packed data set; name" in printed) == (2, True)
     assert os.listdir(tmp_path) == ["set"]
-
-
-def test_a_finished_build_of_changed_sources_is_another(
-    checked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    image = tmp_path / "photos" / "cat" / "1.jpg"
-    image.parent.mkdir(parents=True)
-    image.write_bytes(jpeg(1))
-    command = ("build", tmp_path / "photos", "--out", tmp_path / "set", "--format", "raw")
-    assert run_pack(*command, capsys=capsys)[0] == 0
-    code, printed = run_pack(*command, capsys=capsys)
-    assert (code, "complete already" in printed) == (0, True)
-    image.write_bytes(jpeg(2))
-    code, printed = run_pack(*command, capsys=capsys)
-    assert code == 2
-    assert "set already holds a packed data set, made with other sources:\n  source 1" in printed
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -211,6 +195,25 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
     rows = unbroken["quarantine.csv"].decode().splitlines()[1:]
     assert summary.num_quarantined == len(rows)
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
+
+
+@pytest.mark.parametrize("num_more", [-3, 0, 1])
+def test_a_split_that_is_killed_on_either_side_resumes(
+    sources: list[Path], checked: list[str], tmp_path: Path, num_more: int
+) -> None:
+    """Killed so many shards after the last one for training."""
+    build(sources, tmp_path / "whole", split=0.7)
+    num_finished = len(list((tmp_path / "whole" / "train").glob("*.tar"))) + num_more
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", num_finished, after=True)
+        killed(lambda: build(sources, tmp_path / "set", split=0.7))
+    assert (tmp_path / "set" / "train").exists() == (num_more > 0)
+    summary = build(sources, tmp_path / "set", split=0.7)
+    assert summary.held_out is not None
+    assert summary.num_taken_over + summary.held_out.num_taken_over > 0
+    assert sorted(os.listdir(tmp_path / "set")) == ["held-out", "train"]
+    for side in ("train", "held-out"):
+        assert contents(tmp_path / "set" / side) == contents(tmp_path / "whole" / side)
 
 
 @pytest.mark.parametrize("kind", ["folder", "mount", "zip"])
@@ -310,7 +313,7 @@ def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
     changed = f"faulty://photos/dog/{torn.name}"
     system.pipe_file(changed, system.cat_file(changed))
     system.reads.clear()
-    with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos: it"):
+    with pytest.raises(ValueError, match="with other sources under URLs:\n  faulty://photos was"):
         build_dataset([url], tmp_path / "set", **options)
     assert not system.reads
     assert copies.is_dir(), "an error must not take what the next try needs"
@@ -362,28 +365,6 @@ def test_a_complete_build_from_urls_is_complete_for_the_same_command(
     empty()
 
 
-def test_a_build_to_a_url_that_is_killed_resumes(
-    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
-) -> None:
-    system = FaultyStore()
-    url, work = "faulty://bucket/set", str(tmp_path / "work")
-    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False, "work": work}
-    places = [*map(str, sources)]
-    with pytest.MonkeyPatch.context() as patch:
-        at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build_dataset(places, url, **options))
-    (first,) = (tmp_path / "work").rglob("shard-000000.tar")
-    assert not system.find("faulty://bucket")
-    summary = build_dataset(places, url, **options)
-    assert not first.exists()
-    assert summary.num_taken_over > 0
-    assert len(checked) < 80 + 9 + 30
-    stored = {Path(path).name: system.cat_file(path) for path in system.find("faulty://bucket")}
-    assert stored == unbroken
-    assert not os.listdir(work)
-    empty()
-
-
 @pytest.fixture
 def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
     """Where a build was to be; two shards of it are finished."""
@@ -396,7 +377,7 @@ def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
 def test_another_build_does_not_resume_it(
     sources: list[Path], unfinished: Path, unbroken: dict[str, bytes]
 ) -> None:
-    message = r"2 finished shards .*other options:\n  --seed: it was 0, and is 1\n.*--restart"
+    message = r"2 finished shards .*other options:\n  --seed was 0 and is now 1\n.*--restart"
     with pytest.raises(ValueError, match=message):
         build(sources, unfinished, seed=1)
     with pytest.raises(ValueError, match="other options"):
@@ -407,8 +388,7 @@ def test_another_build_does_not_resume_it(
 
 
 def test_restart_begins_anew(sources: list[Path], unfinished: Path) -> None:
-    summary = build(sources, unfinished, seed=1, restart=True)
-    assert summary.num_taken_over == 0
+    assert build(sources, unfinished, seed=1, restart=True).num_taken_over == 0
     assert os.listdir(unfinished.parent) == ["set"]
 
 
@@ -417,7 +397,7 @@ def test_a_source_that_has_changed_is_named(sources: list[Path], unfinished: Pat
     before = image.stat()
     image.touch()
     try:
-        with pytest.raises(ValueError, match="other sources:\n  source 1, photos: it was '89 samp"):
+        with pytest.raises(ValueError, match="other sources:\n  source 1, photos was '89 samp"):
             build(sources, unfinished)
     finally:
         os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -447,8 +427,9 @@ def read_first(unbroken: dict[str, bytes]) -> int:
     return len(unbroken["shard-000000.idx"].splitlines()) - 1
 
 
+@pytest.mark.parametrize("split", [None, 0.7])
 def test_what_was_unpacked_is_not_unpacked_again(
-    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: float | None
 ) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -457,14 +438,15 @@ def test_what_was_unpacked_is_not_unpacked_again(
         numbers = range(30)
         table = {"image": list(map(jpeg, numbers)), "caption": [f"number {n}" for n in numbers]}
         parquet.write_table(pyarrow.table(table), place)
-    build(places, tmp_path / "whole")
+    build(places, tmp_path / "whole", split=split)
     with monkeypatch.context() as patch:
         at_call(patch, ShardJournal, "append", 2, after=True)
-        killed(lambda: build(places, tmp_path / "set"))
+        killed(lambda: build(places, tmp_path / "set", split=split))
     with monkeypatch.context() as patch:
         patch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
-        build(places, tmp_path / "set")
-    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+        build(places, tmp_path / "set", split=split)
+    for side in ("train", "held-out") if split else (".",):
+        assert contents(tmp_path / "set" / side) == contents(tmp_path / "whole" / side)
     assert sorted(os.listdir(tmp_path)) == ["a.parquet", "b.parquet", "set", "whole"]
 
 
@@ -475,6 +457,19 @@ def test_two_builds_of_one_data_set_do_not_mix(sources: list[Path], tmp_path: Pa
     ):
         build(sources, tmp_path / "set")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_link_in_the_place_of_the_work_folder_is_followed(
+    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "set.partial").symlink_to(tmp_path / "fast")
+    build(sources, tmp_path / "set")
+    assert contents(tmp_path / "set") == unbroken
+    assert not (tmp_path / "fast").exists()
+    (tmp_path / "more.partial").symlink_to("/dev/shm")
+    with pytest.raises(ValueError, match=r"more.partial is a link to another file system"):
+        build(sources, tmp_path / "more")
 
 
 def test_a_folder_of_somebody_else_is_left_alone(sources: list[Path], tmp_path: Path) -> None:

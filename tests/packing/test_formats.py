@@ -104,15 +104,6 @@ def test_verify_inspect_and_build_take_every_format(
     assert page.read_text().count("<img") >= 15
 
 
-@pytest.mark.slow
-def test_any_number_of_workers_makes_the_same_bytes(
-    folder: Path, packed: dict[str, Path], tmp_path: Path
-) -> None:
-    build_dataset([folder], tmp_path / "out", format="webp", workers=3, progress=False)
-    for path in packed["webp"].iterdir():
-        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
-
-
 def test_the_program_scales_counts_and_writes_what_it_did(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,10 +24,8 @@ from property_tests import examples
 
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import trees
-from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.trees import open_tree
 
 IMAGE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
 
@@ -251,14 +249,6 @@ def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
     assert set(found.values()) == {"unreadable"}
     assert len(found) == 7
     assert {name for name in opened if name.endswith(".jpg")} == {"1.jpg", "mem.jpg"}
-
-
-def test_a_file_without_a_size_is_read_up_to_the_limit_only(tmp_path: Path) -> None:
-    (tmp_path / "endless.jpg").symlink_to("/proc/self/smaps")
-    entry = next(open_tree(tmp_path).entries())[1]
-    assert entry.num_bytes == 0
-    with pytest.raises(EntryError, match="at most 100 are read"):
-        entry.read(max_bytes=100)
 
 
 @pytest.mark.slow

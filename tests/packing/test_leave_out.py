@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from inline_checks import check_inline
-from pack_runs import jpeg, run_pack
+from pack_runs import jpeg, run_pack, samples_of
 
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.build import build_dataset
 
 
@@ -40,25 +38,12 @@ def sources(tmp_path: Path) -> list[Path]:
     return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
 
 
-def read(out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
-    """Captions and names of labels by the name of the sample."""
-    found = {}
-    with PackedDataset(out) as dataset:
-        reader = SampleReader(dataset)
-        for index in range(len(dataset)):
-            text = reader.read(index).description
-            labels = [dataset.manifest.class_names[label] for label in text.labels]
-            found[text.name] = (text.captions, labels)
-        reader.close()
-    return found
-
-
 def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
     summary = build_dataset(
         sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False
     )
-    assert set(read(tmp_path / "set")) == {
+    assert {one.name for one in samples_of(tmp_path / "set")} == {
         "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
     }  # fmt: skip
     assert summary.passed_over[f"images named in {tmp_path / 'out.csv'}"] == 1
@@ -100,7 +85,7 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
     for name, sources in (("built", places), ("again", [tmp_path / "all"])):
         build_dataset(sources, tmp_path / name, workers=1, **options)  # type: ignore[arg-type]
-        assert set(read(tmp_path / name)) == {"cat/own0.jpg", "cat/own1.jpg"}
+        assert {one.name for one in samples_of(tmp_path / name)} == {"cat/own0.jpg", "cat/own1.jpg"}
 
 
 def test_a_list_under_a_url_is_refused(sources: list[Path], tmp_path: Path) -> None:
@@ -116,7 +101,7 @@ def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
     (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
     options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
     build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
-    assert set(read(tmp_path / "all")) == {"cat/\udcff.jpg", "cat/plain.jpg"}
+    assert {one.name for one in samples_of(tmp_path / "all")} == {"cat/\udcff.jpg", "cat/plain.jpg"}
     for name in ("in", "all"):
         build_dataset([tmp_path / name], tmp_path / f"of {name}", workers=1, **options)  # type: ignore[arg-type]
-        assert set(read(tmp_path / f"of {name}")) == {"cat/plain.jpg"}
+        assert {one.name for one in samples_of(tmp_path / f"of {name}")} == {"cat/plain.jpg"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
-from pack_runs import jpeg, run_pack
+from pack_runs import jpeg, run_pack, samples_of
 from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
@@ -73,25 +73,6 @@ def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {path.name: path for path in out.iterdir()}
 
 
-def contents(folder: Path) -> list[tuple[Any, ...]]:
-    """Every sample by its name, with everything that is known of it, labels as names."""
-    found: list[tuple[Any, ...]] = []
-    with PackedDataset(folder) as dataset:
-        reader = SampleReader(dataset)
-        for index in range(len(dataset)):
-            text = reader.read(index).description
-            tokens = [
-                dataset.caption_tokens(index, which).tolist() for which in range(len(text.captions))
-            ]
-            names = [dataset.manifest.class_names[label] for label in dataset.labels_of(index)]
-            image = dataset.image_bytes(index, verify=True).tobytes()
-            row = dataset.samples[index]
-            size = (int(row["height"]), int(row["width"]))
-            found.append((text.source, text.name, image, size, text.captions, tokens, names))
-        reader.close()
-    return sorted(found, key=lambda sample: sample[:2])
-
-
 def quarantined(folder: Path) -> list[tuple[str, ...]]:
     with (folder / "quarantine.csv").open(newline="") as file:
         return [tuple(row.values()) for row in csv.DictReader(file)]
@@ -114,7 +95,7 @@ def test_a_build_of_packed_sets_is_the_build_of_their_sources(
             patch.setattr(check_module, "_decode", None)
         summary = build(*places, out=tmp_path / "set", shard_bytes=20_000, **options)
     both = packed[f"{format}both"]
-    assert contents(tmp_path / "set") == contents(both)
+    assert samples_of(tmp_path / "set") == samples_of(both)
     assert sorted(quarantined(tmp_path / "set")) == sorted(quarantined(both))
     assert summary.class_names == ("cat", "dog", "sea lion", "ape")
     assert summary.num_reencoded == 0
@@ -132,10 +113,10 @@ def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_fo
     sources: dict[str, Path], packed: dict[str, Path], tmp_path: Path
 ) -> None:
     build(packed["photos"], packed["rawpairs"], out=tmp_path / "mixed", license="MIT")
-    kinds = {data[2][:2] for data in contents(tmp_path / "mixed")}
+    kinds = {one.image[:2] for one in samples_of(tmp_path / "mixed")}
     assert kinds == {b"\xff\xd8", b"\x89P"}  # JPEGs stay, pixels become PNGs
     build(packed["photos"], sources["pairs"], out=tmp_path / "set")
-    assert contents(tmp_path / "set") == contents(packed["both"])
+    assert samples_of(tmp_path / "set") == samples_of(packed["both"])
     summary = build(packed["both"], out=tmp_path / "small", resize="short:12", format="webp")
     assert summary.num_reencoded == 50
     for name, license in (("mixed", "MIT"), ("small", "")):
@@ -143,7 +124,7 @@ def test_packed_sets_go_with_other_sources_and_are_changed_when_that_is_asked_fo
         assert Manifest.load(tmp_path / name).license == license
     # WebPs are none of the plain images that a build keeps, unless they are packed already
     build(tmp_path / "small", out=tmp_path / "kept", resize="short:12")
-    assert contents(tmp_path / "kept") == contents(tmp_path / "small")
+    assert samples_of(tmp_path / "kept") == samples_of(tmp_path / "small")
 
 
 def test_damage_is_left_out_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -219,8 +200,8 @@ def test_captions_of_another_tokenizer_are_tokenized_anew(
     change_manifest(folders[-1], vocabulary_hash="12")
     build(*folders, out=tmp_path / "set")
     assert not faults_of(tmp_path / "set")
-    short, long = contents(tmp_path / "set")[:2]
-    assert short[5] == long[5] == [ids.tolist() for ids in Tokenizer().encode(captions)]
+    short, long = samples_of(tmp_path / "set")[:2]
+    assert short.tokens == long.tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
 
 
 def test_lists_of_copies_find_samples_by_their_first_source(
@@ -230,7 +211,7 @@ def test_lists_of_copies_find_samples_by_their_first_source(
     listed = str(tmp_path / "out.csv")
     summary = build(packed["pairs"], out=tmp_path / "set", leave_out=listed)
     assert summary.passed_over == {f"images named in {listed}": 1}
-    assert "3.jpg" not in {sample[1] for sample in contents(tmp_path / "set")}
+    assert "3.jpg" not in {one.name for one in samples_of(tmp_path / "set")}
 
 
 def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(
@@ -281,7 +262,7 @@ def change_manifest(folder: Path, **fields: object) -> None:
     [
         ({"templates": ["only {}"]}, [], "say by --templates which to take"),
         ({"num_labels": 3}, [], "labels.npy"),
-        ({}, ["--where", "a=b"], "a packed data set, which has no columns: leave --where and"),
+        ({}, ["--where", "a=b"], "a packed data set, which has no columns: leave --where"),
         ("manifest.json", [], "is not a packed data set"),
         ("samples.npy", [], "samples.npy"),
         ("shard-000000.tar", [], "shard-000000.tar"),

@@ -17,7 +17,7 @@ import pytest
 from foreign_sources import jpeg, outcomes, read, texts
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import left_out, run_pack
+from pack_runs import run_pack
 from property_tests import examples
 
 from unicl_fast.packing.limited_processes import run_limited
@@ -152,7 +152,7 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="addresses of images but no images.*img2dataset"):
+    with pytest.raises(ValueError, match="They are addresses: fetch them with img2dataset"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
     odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
@@ -164,10 +164,7 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"a": [1]}, ListOptions(), "no column with images.*It has .'a'"),
-        ({"image": [b"x"]}, ListOptions(), "neither captions nor labels"),
         ({"image": [b"x"], "label": [1]}, ListOptions(caption_column="c"), "no column 'c'"),
-        ({"image": [b"x"], "label": [1]}, ListOptions(where=["c=1"]), "no column 'c'.*--where"),
         ({"image": [1.5], "label": [1]}, ListOptions(), "of type double; expected bytes"),
     ],
 )
@@ -244,23 +241,6 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
         read_source(str(tmp_path / "b.parquet"), spool=spool)
-
-
-def test_a_build_lists_files_that_are_empty_or_cut_to_half(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for number, name in enumerate(("cut", "empty", "sound")):
-        path = tmp_path / "in" / f"{name}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(described(table().slice(2 * number, 2)), path)
-        left = {"cut": path.stat().st_size // 2, "empty": 0, "sound": path.stat().st_size}[name]
-        path.write_bytes(path.read_bytes()[:left])
-    out = tmp_path / "set"
-    code, text = run_pack("build", tmp_path / "in", "--workers", 1, "--out", out, capsys=capsys)
-    assert code == 0, text
-    assert "2 images" in text
-    kinds = {name: kind for name, (kind, _) in left_out(out).items()}
-    assert kinds == {"cut.parquet from row 0": "damaged", "empty.parquet from row 0": "damaged"}
 
 
 @pytest.mark.parametrize("size", [0, 100])
@@ -411,11 +391,5 @@ def test_without_pyarrow_the_extra_is_named(
 ) -> None:
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[sources\]'"):
+    with pytest.raises(ValueError, match=r"pip install .*\[sources\]"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
-
-
-def test_without_a_spool_nothing_is_unpacked(tmp_path: Path) -> None:
-    pq.write_table(table(3), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="no place for it"):
-        read_source(str(tmp_path / "a.parquet"))

@@ -268,22 +268,6 @@ def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
             assert len(read(item)) in {len(jpeg(number)) for number in range(3)}
 
 
-@given(data=st.binary(max_size=3000))
-@examples(100)
-def test_no_bytes_make_the_tar_reader_fail_otherwise(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes
-) -> None:
-    path = tmp_path_factory.mktemp("tar") / "a.tar"
-    path.write_bytes(data)
-    with path.open("rb") as file:
-        try:
-            assert all(
-                member.offset_data + member.size <= len(data) for member in iter_members(file)
-            )
-        except DamagedTarError as error:
-            assert error.offset <= len(data)  # noqa: PT017
-
-
 def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
     three_samples(tmp_path / "00000.tar")
     statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from foreign_sources import outcomes, write_tar
+from foreign_sources import outcomes, texts, write_tar
 
 from unicl_fast.packing.label_space import (
     LabelSpace,
@@ -17,9 +20,10 @@ from unicl_fast.packing.label_space import (
     refuse_numbers,
 )
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError, FileEntry
-from unicl_fast.packing.sources.items import Item, Source
+from unicl_fast.packing.sources.items import Item
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
+from unicl_fast.packing.sources.spool import Source, Spool
 
 
 def make_files(root: Path, *names: str) -> None:
@@ -152,7 +156,7 @@ def test_an_imagefolder_is_read_as_its_metadata_says(tmp_path: Path, kind: str) 
         (name, [text], [label]) for name, text, label in rows
     ]
     assert source.name == "train"
-    assert read(source.items[1].entry) == b"cat/2.jpg"
+    assert read(list(source.items)[1].entry) == b"cat/2.jpg"
     assert source.passed_over == {f"images that metadata.{kind} does not name": 1}
     with (tmp_path / "train" / f"metadata.{kind}").open("a") as file:
         file.truncate(MAX_FILE_BYTES + 1)  # large lists are lists too, though no image is so large
@@ -355,6 +359,75 @@ def test_rows_of_a_low_score_are_listed_unless_another_row_keeps_their_image(
     assert by_name(source)["0.jpg"].captions == ["0: 0.3"]
 
 
+def test_columns_may_be_several_and_rows_are_counted(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.jpg", "2.jpg")
+    rows = ["image,title,more,kind,place", "1.jpg,one,eins,cat,home", "2.jpg,,,dog,home"]
+    (tmp_path / "list.csv").write_text("\n".join([*rows, rows[1]]))
+    options = ListOptions(
+        caption_column=["title", "more"], label_column=("kind", "place"), group_column="place"
+    )
+    source = read_source(str(tmp_path / "list.csv"), options)
+    assert texts(source) == {
+        "1.jpg": (["one", "eins"], ["cat", "home"]),
+        "2.jpg": ([], ["dog", "home"]),
+    }
+    assert [item.groups for item in source.items] == [["home"], ["home"]]
+    assert source.items.notes() == {
+        "rows of an image that an earlier row names": 1,
+        "rows without a caption, where others have one": 1,
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_paths_of_windows_are_read_and_counted(tmp_path: Path, kind: str) -> None:
+    make_files(tmp_path, "data/images/1.jpg", "data/images/2.jpg", "odd\\name.jpg")
+    names = ["data\\images\\1.jpg", "data/images\\2.jpg", "odd\\name.jpg", "data\\images\\3.jpg"]
+    if kind == "csv":
+        text = "path,label\n" + "".join(f"{name},x\n" for name in names)
+        (tmp_path / "list.csv").write_text(text)
+    else:
+        pq.write_table(pa.table({"path": names, "label": ["x"] * 4}), tmp_path / "list.parquet")
+    with Spool(tmp_path / "spool") as spool:
+        source = read_source(str(tmp_path / f"list.{kind}"), spool=spool)
+        assert list(outcomes(source)) == names
+        assert list(outcomes(source).values()) == ["read", "read", "read", "missing"]
+    assert source.notes == {"paths with \\ read as if it were /": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("{n}.jpg", "It is in ROOT/set/photos: add --image-root ROOT/set/photos"),
+        ("set\\photos\\{n}.jpg", "It is in ROOT: add --image-root ROOT"),
+        ("ROOT/far/{n}.jpg", "It is in /: add --image-root /"),
+        ("C:\\me\\photos\\{n}.jpg", "photos/0.jpg' is there: take 'C:/me' away from"),
+        ("../photos/{n}.jpg", "Write the paths without .."),
+        ("https://host/{n}.jpg", "They are addresses: fetch them with img2dataset"),
+        ("elsewhere/x{n}.jpg", "Say by --image-root in which folder or zip the paths begin"),
+    ],
+)
+def test_a_list_of_missing_images_ends_after_a_thousand_with_advice(
+    tmp_path: Path, name: str, advice: str
+) -> None:
+    make_files(tmp_path, "far/0.jpg", *(f"set/photos/{number}.jpg" for number in range(3)))
+    name, advice = (text.replace("ROOT", str(tmp_path)) for text in (name, advice))
+    for count, said in ((1500, "1,000 images"), (1, "1 image")):
+        rows = (json.dumps({"image": name.format(n=n), "label": "x"}) for n in range(count))
+        (tmp_path / "set" / "list.jsonl").write_text("\n".join(rows))
+        with pytest.raises(ValueError, match=re.escape(advice)) as caught:
+            read_source(str(tmp_path / "set" / "list.jsonl"))
+        assert f"list.jsonl: not one of {said} is there, such as" in str(caught.value)
+
+
+def test_a_condition_is_compared_with_values_nested_to_any_depth(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.jpg", "2.jpg")
+    rows = [("1.jpg", "[" * 900 + '"x"' + "]" * 900), ("2.jpg", '{"a":' * 900 + "1" + "}" * 900)]
+    lines = (f'{{"image": "{name}", "label": "x", "deep": {value}}}' for name, value in rows)
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    source = read_source(str(tmp_path / "list.jsonl"), ListOptions(where=["deep=x"]))
+    assert list(texts(source)) == ["1.jpg"]
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -394,40 +467,29 @@ def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path: Path)
     (tmp_path / "names.txt").write_text("n01\tbig cat\nn02\tdog\n7\tbird\n")
     space = read_label_space(str(tmp_path / "names.txt"))
     assert space.names == ("big cat", "dog", "bird")
-    assert [space.number_of(x) for x in ("n02", "big cat", "big_cat", "7", "1", 2)] == [
-        1,
-        0,
-        0,
-        2,
-        1,
-        2,
-    ]
+    found = [space.number_of(x) for x in ("n02", "big cat", "big_cat", "7", "1", 2)]
+    assert found == [1, 0, 0, 2, 1, 2]
     for label in ("cow", "3", 3, -5):
         with pytest.raises(ValueError, match=str(label)):
             space.number_of(label)
 
 
-def test_names_that_occur_twice_are_told_apart_by_keys_only() -> None:
+def test_imagenets_names_are_built_in_and_names_that_occur_twice_need_keys() -> None:
+    space = read_label_space("imagenet")
+    assert (len(space.names), space.number_of("n01440764"), space.names[0]) == (1000, 0, "tench")
     space = LabelSpace(("crane", "crane"), ("bird", "machine"))
     assert space.number_of("machine") == 1
     with pytest.raises(ValueError, match="crane"):
         space.number_of("crane")
 
 
-def test_names_with_keys_on_some_lines_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("n01\tcat\ndog\n")
-    with pytest.raises(ValueError, match="1 of 2 lines"):
+@pytest.mark.parametrize(
+    ("text", "message"), [("n1\tcat\ndog\n", "1 of 2 lines"), ("n1\tcat\nn1\tdog\n", "twice")]
+)
+def test_names_with_keys_on_some_lines_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
         read_label_space(str(tmp_path / "names.txt"))
-    (tmp_path / "names.txt").write_text("n01\tcat\nn01\tdog\n")
-    with pytest.raises(ValueError, match="twice"):
-        read_label_space(str(tmp_path / "names.txt"))
-
-
-def test_imagenets_names_are_built_in() -> None:
-    space = read_label_space("imagenet")
-    assert len(space.names) == len(space.keys) == 1000
-    assert space.number_of("n01440764") == 0
-    assert space.names[0] == "tench"
 
 
 def test_labels_found_become_names_in_sorted_order() -> None:
@@ -436,13 +498,10 @@ def test_labels_found_become_names_in_sorted_order() -> None:
     assert space.number_of("sea_lion") == 1
 
 
-def test_numbers_without_names_are_refused_for_lists_only() -> None:
+def test_numbers_of_lists_and_names_that_are_no_text_are_refused() -> None:
     for label in ("3", 3):
         with pytest.raises(ValueError, match="--class-names"):
             refuse_numbers(["cat", label], "list.csv")
     assert collect_label_space(["0", "1"]).names == ("0", "1")
-
-
-def test_a_class_folder_whose_name_is_not_text_is_refused() -> None:
     with pytest.raises(ValueError, match="rename"):
         collect_label_space(["caf\udce9"])

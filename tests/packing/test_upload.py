@@ -66,15 +66,6 @@ def raising(error: BaseException) -> Callable[..., None]:
     return function
 
 
-def test_a_build_makes_the_folders_of_its_url_and_leaves_nothing_else(
-    photos: Path, url: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    build(photos, url)
-    assert not os.listdir(work)
-    code, text = run_pack("verify", tmp_path / "store" / "new" / "set", capsys=capsys)
-    assert code == 0, text
-
-
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"]
 )
@@ -123,26 +114,6 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     assert found == code
     assert f"stopped; what was uploaded stays under {url}" in text
     assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
-
-
-def test_what_was_uploaded_later_is_not_said_to_be_missing(
-    photos: Path,
-    url: str,
-    work: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(upload, "_send", raising(OSError("the line is cut")))
-        with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
-            build(photos, url)
-    (packed,) = work.glob("*/set")
-    assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
-    build(photos, url)
-    assert not os.listdir(work)
-    with pytest.raises(ValueError, match="already holds another packed data set"):
-        build(photos, url)
 
 
 def test_the_same_build_resumes_an_upload_that_was_cut_off(

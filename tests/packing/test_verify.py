@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import io
@@ -147,15 +146,6 @@ def test_a_flipped_byte_anywhere_is_found(
             assert named & {fault.file for fault in found}
 
 
-@pytest.mark.dist
-def test_a_flipped_byte_is_found_with_decoding_too(copy: Path) -> None:
-    names = {"shard-000000.tar", "samples.npy", "shard-000001.idx"}
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(Damaged(copy, name, 700, 1))
-        assert names <= {fault.file for fault in faults_of(copy, decode=True)}
-
-
 @given(data=st.data(), where=places, flip=flips)
 @examples(100)
 def test_without_checksums_a_sample_still_contradicts_its_neighbours(
@@ -260,15 +250,6 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     assert quick == {5, 6, 7}
 
 
-def test_a_raw_set_is_sound_and_nothing_is_decoded(
-    raw: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert len(list(raw.glob("shard-*.tar"))) >= 3
-    code, text = run(raw, capsys=capsys)
-    assert code == 0
-    assert f"{raw}: sound; 9 images (kept as pixels), 9 captions" in text
-
-
 @given(data=st.data(), where=places, flip=flips)
 @examples(60)
 def test_a_flipped_byte_anywhere_in_a_raw_set_is_found(
@@ -355,24 +336,6 @@ def test_the_program_prints_some_and_lists_all(
     assert {"samples.npy", "shard-000000.tar"} <= {row["file"] for row in rows}
     assert f"and {len(rows) - 1} more, listed in {tmp_path / 'all.csv'}" in text
     assert "FAULTS FOUND" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["NOWHERE"], "not a packed data set"),
-        (["FOLDER", "--show", "-1"], "--show"),
-        ([], "DIR"),
-    ],
-)
-def test_wrong_usage_is_exit_code_2(
-    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    places = {"NOWHERE": tmp_path / "nowhere", "FOLDER": tmp_path}
-    code, text = run(*(places.get(word, word) for word in arguments), capsys=capsys)
-    assert code == 2
-    assert message in text
-    assert "Traceback" not in text
 
 
 @pytest.mark.slow

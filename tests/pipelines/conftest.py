@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,12 @@ def prompts(
     return ClassPrompts(
         [(d.manifest.class_names, d.manifest.templates) for d in (labelled, captioned)], tokenizer
     )
+
+
+@pytest.fixture
+def opening() -> Iterator[Callable[[Sequence[Path]], list[PackedDataset]]]:
+    """Opens spoilt data sets, which are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda folders: [
+            stack.enter_context(PackedDataset(folder, max_bad_fraction=1.0)) for folder in folders
+        ]

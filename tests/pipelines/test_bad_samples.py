@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
+from loader_runs import assert_joined, assert_same, count_replaced, take
+from same_batches import assert_equal
 
-from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
@@ -60,15 +62,6 @@ def make_loader(
     return TrainLoader(config, datasets, None, prompts, **more)
 
 
-def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Batch]:
-    host = torch.device("cpu")
-    batches = [batch.to(host) for batch in itertools.islice(loader.batches(start), count)]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # the copies are not waited for
-    loader.close()
-    return batches
-
-
 @pytest.fixture
 def sound(labelled: PackedDataset, captioned: PackedDataset) -> list[PackedDataset]:
     return [labelled, captioned]
@@ -81,58 +74,14 @@ def folders(sound: list[PackedDataset], tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def spoilt(folders: list[Path]) -> Iterator[Any]:
+def spoilt(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset]]:
     """Opens the copies, once they are spoilt."""
-    opened: list[PackedDataset] = []
-
-    def open_all() -> list[PackedDataset]:
-        opened.extend(PackedDataset(folder, max_bad_fraction=1.0) for folder in folders)
-        return opened[-len(folders) :]
-
-    yield open_all
-    for dataset in opened:
-        dataset.close()
+    return partial(opening, folders)
 
 
 def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
     planned = loader.plan.batch(step, rank=0, world_size=1)
     return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
-
-
-def texts_of(batch: Batch) -> torch.Tensor:
-    return torch.cat(
-        [batch.texts.tokens[batch.texts.index], batch.targets.class_ids[:, None]], dim=1
-    )
-
-
-def views_of(batch: Batch) -> torch.Tensor:
-    """Both views of each image [b 2 h w c]."""
-    assert batch.second_images is not None
-    return torch.stack([batch.images, batch.second_images], dim=1)
-
-
-def assert_only_bad_ones_differ(
-    batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
-) -> int:
-    """Compares with batches of sound data, row by row; returns how many were replaced."""
-    replaced = 0
-    for batch, whole in zip(batches, expected, strict=True):
-        assert batch.step == whole.step
-        assert batch.scheduled_ids is not None
-        assert batch.sample_ids is not None
-        assert batch.source_ids is not None
-        assert torch.equal(batch.scheduled_ids, whole.sample_ids)
-        assert torch.equal(batch.source_ids, whole.source_ids)
-        assert torch.equal(batch.global_index, whole.global_index)
-        pairs = zip(batch.source_ids.tolist(), batch.scheduled_ids.tolist(), strict=True)
-        is_bad = torch.tensor([pair in bad for pair in pairs])
-        assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
-        shown = zip(batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True)
-        assert not bad & set(shown)
-        assert torch.equal(views_of(batch)[~is_bad], views_of(whole)[~is_bad])
-        assert torch.equal(texts_of(batch)[~is_bad], texts_of(whole)[~is_bad])
-        replaced += int(is_bad.sum())
-    return replaced
 
 
 def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
@@ -142,19 +91,11 @@ def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
     return loader
 
 
-def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
-    for one, other in zip(batches, others, strict=True):
-        assert torch.equal(views_of(one), views_of(other))
-        for name in ("sample_ids", "scheduled_ids", "source_ids", "global_index"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), (one.step, name)
-        assert torch.equal(texts_of(one), texts_of(other))
-
-
 @pytest.mark.parametrize("kind", ["flipped byte", "html", "gif", "cut png", "wrong size"])
 def test_one_bad_sample_is_replaced_and_nothing_else_changes(
     sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, kind: str
 ) -> None:
-    expected = take(make_loader(sound, prompts))
+    expected = take(make_loader(sound, prompts), count=STEPS)
     bad = 17
     if kind == "flipped byte":
         flip_byte(folders[CAPTIONED], bad)
@@ -162,8 +103,8 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
         store(folders[CAPTIONED], bad, graph._sound_image().tobytes())
     else:
         store(folders[CAPTIONED], bad, undecodable(kind))
-    batches = take(make_loader(spoilt(), prompts))
-    assert assert_only_bad_ones_differ(batches, expected, {(CAPTIONED, bad)}) >= 1
+    batches = take(make_loader(spoilt(), prompts), count=STEPS)
+    assert count_replaced(batches, expected, {(CAPTIONED, bad)}) >= 1
 
 
 def test_images_beyond_the_limit_on_pixels_are_never_decoded(
@@ -178,8 +119,8 @@ def test_images_beyond_the_limit_on_pixels_are_never_decoded(
     limit = sorted(pixels.values())[-4]
     bad = {pair for pair, number in pixels.items() if number > limit}
     path = tmp_path / "quarantine.csv"
-    batches = take(make_loader(sound, prompts, limit, quarantine=path))
-    assert assert_only_bad_ones_differ(batches, take(make_loader(sound, prompts)), bad) >= 1
+    batches = take(make_loader(sound, prompts, limit, quarantine=path), count=STEPS)
+    assert count_replaced(batches, take(make_loader(sound, prompts), count=STEPS), bad) >= 1
     assert 1 <= len(rows_of(path)) <= len(bad)
     for row in rows_of(path):
         size = sound[LABELLED].samples[int(row["key"])]
@@ -203,7 +144,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     bad = {(LABELLED, 5), (LABELLED, 40), (CAPTIONED, 17), (CAPTIONED, 20)}
     for source, sample in sorted(bad):
         flip_byte(folders[source], sample)
-    batches = take(make_loader(spoilt(), prompts))
+    batches = take(make_loader(spoilt(), prompts), count=STEPS)
     loader = make_loader(sound, prompts)
     plan_of = loader.plan.long_batch
     monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
@@ -225,10 +166,8 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
         return planned
 
     loader.plan.long_batch = with_substitutes  # type: ignore[method-assign]
-    for one, other in zip(batches, take(loader), strict=True):
-        assert torch.equal(views_of(one), views_of(other))
-        assert torch.equal(texts_of(one), texts_of(other))
-        assert torch.equal(one.targets.image_classes, other.targets.image_classes)
+    for one, other in zip(batches, take(loader, count=STEPS), strict=True):
+        assert_equal(dataclasses.replace(one, scheduled_ids=other.scheduled_ids), other)
 
 
 def planned_pairs_of(planned: Any) -> list[tuple[int, int]]:
@@ -262,14 +201,17 @@ def test_many_bad_ones_of_both_kinds_and_bad_substitutes(
     sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, device: str
 ) -> None:
     loader = make_loader(sound, prompts, device=device)
-    expected = take(loader)
+    expected = take(loader, count=STEPS)
     bad = many_bad(loader)
     assert len(bad) >= 8
     spoil(folders, bad)
-    batches = take(make_loader(spoilt(), prompts, device=device))
-    assert assert_only_bad_ones_differ(batches, expected, set(bad)) >= len(bad)
+    batches = take(make_loader(spoilt(), prompts, device=device), count=STEPS)
+    assert count_replaced(batches, expected, set(bad)) >= len(bad)
     # known beforehand, they are replaced by the same, on data where nothing is wrong with them
-    assert_same(batches, take(remembering(make_loader(sound, prompts, device=device), set(bad))))
+    assert_same(
+        batches,
+        take(remembering(make_loader(sound, prompts, device=device), set(bad)), count=STEPS),
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -287,12 +229,8 @@ def test_ranks_join_to_the_same_global_batches(
         take(make_loader(datasets, prompts, rank=rank, world_size=world_size), count=9)
         for rank in range(world_size)
     ]
-    for step, expected in enumerate(whole):
-        parts = [batches[step] for batches in ranks]
-        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "global_index"):
-            joined = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(joined, getattr(expected, name)), name
-        assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        assert_joined(parts, expected)
 
 
 @pytest.mark.slow
@@ -302,30 +240,16 @@ def test_a_restart_gives_the_same_with_and_without_memory(
 ) -> None:
     spoil(folders, many_bad(make_loader(sound, prompts)))
     loader = make_loader(spoilt(), prompts)
-    whole = take(loader)
+    whole = take(loader, count=STEPS)
     assert_same(whole[start:], take(loader, start=start, count=STEPS - start))
     anew = make_loader(spoilt(), prompts)
     assert_same(whole[start:], take(anew, start=start, count=STEPS - start))
 
 
-def test_batches_handed_out_stay_what_they_were(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
-) -> None:
-    spoil(folders, many_bad(make_loader(sound, prompts)))
-    loader = make_loader(spoilt(), prompts)
-    held, copies = [], []
-    for batch in itertools.islice(loader.batches(0), STEPS):
-        held.append(batch.images)
-        copies.append(batch.images.clone())
-    loader.close()
-    for images, copy in zip(held, copies, strict=True):
-        assert torch.equal(images, copy)
-
-
 def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
     sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
 ) -> None:
-    expected = take(make_loader(sound, prompts))
+    expected = take(make_loader(sound, prompts), count=STEPS)
     datasets = spoilt()
     names = [datasets[LABELLED].shard_of(i) for i in range(len(sound[LABELLED]))]
     cut, gone = names[0], names[-1]
@@ -340,7 +264,7 @@ def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
     loader.close()
     bad = {(LABELLED, i) for i, name in enumerate(names) if name in (cut, gone)}
     # by then up to four more batches had been prepared
-    assert assert_only_bad_ones_differ(batches[5:], expected[5:], bad) > 3
+    assert count_replaced(batches[5:], expected[5:], bad) > 3
     shown = [b.sample_ids == b.scheduled_ids for b in batches[:5]]
     for batch, whole, same in zip(batches, expected, shown, strict=False):
         assert torch.equal(batch.images[same], whole.images[same])
@@ -356,7 +280,10 @@ def test_a_deleted_file_that_is_open_is_read_on(
     for folder in folders:
         for path in folder.iterdir():
             path.unlink()
-    assert_same(take(make_loader(datasets, prompts)), take(make_loader(sound, prompts)))
+    assert_same(
+        take(make_loader(datasets, prompts), count=STEPS),
+        take(make_loader(sound, prompts), count=STEPS),
+    )
 
 
 def test_arrays_cut_in_place_end_the_run_with_a_sentence(
@@ -398,7 +325,7 @@ def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
     bad = many_bad(make_loader(sound, prompts))
     spoil(folders, bad)
     path = tmp_path / "run" / "quarantine.csv"
-    take(make_loader(sound, prompts, quarantine=path))
+    take(make_loader(sound, prompts, quarantine=path), count=STEPS)
     assert not path.exists()
     datasets = spoilt()
     for world_size in (2, 1):

@@ -24,29 +24,41 @@ import dataclasses
 import io
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Literal
+from unittest.mock import Mock
 
 import numba
 import numpy as np
 import pytest
 import torch
 from nvidia.dali.plugin.numba import NumbaFunction
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from packed_sets import Sample, pack
 from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
-from unicl_fast.config import DataConfig, Interpolation, Resample
+from unicl_fast.config import DataConfig, Interpolation, Resample, TrainConfig
+from unicl_fast.conversion import preprocessing
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.inference import Model
+from unicl_fast.images.codec import encode_png
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.feed.host_batches import HostBatch
 from unicl_fast.pipelines.graph import (
+    Pace,
+    Pipeline,
     build_evaluation_graph,
     build_train_graph,
-    run_graphs,
-    split_threads,
+    decode,
 )
 from unicl_fast.pipelines.kernels.operators import resample_operator
 from unicl_fast.pipelines.kernels.resample import resample_region
-from unicl_fast.pipelines.plan.crop import central_windows, random_windows
+from unicl_fast.pipelines.loader import EvaluationLoader
+from unicl_fast.pipelines.plan.crop import evaluation_regions, random_windows
+from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
 
@@ -87,27 +99,26 @@ def train_images(
     starts, shapes = windows_of(dataset)
     count = len(dataset)
     encoded = [dataset.image_bytes(index) for index in range(count)]
-    integers = np.arange(3 * count).reshape(count, 3)
-    batch = HostBatch(
-        inputs=(encoded, starts, shapes, alternate_flips(count), integers), metadata="all"
+    batch = HostBatch(inputs=(encoded, starts, shapes, alternate_flips(count)), metadata="all")
+    data = DataConfig(
+        image_size=image_size,
+        evaluation_resize=image_size,
+        interpolation=interpolation,
+        resample=resample,
     )
-    build = partial(
-        build_train_graph,
-        data=DataConfig(
-            image_size=image_size,
-            evaluation_resize=image_size,
-            interpolation=interpolation,
-            resample=resample,
-            threads=2,
-            prefetch=1,
-        ),
-        batch_size=count,
-        device=torch.device(device),
+    return decoded(partial(build_train_graph, data=data), batch, device)
+
+
+def decoded(
+    build: Callable[..., Pipeline], batch: HostBatch[str], device: str = "cpu"
+) -> torch.Tensor:
+    """The images of a batch as a graph makes them."""
+    place, size = torch.device(device), len(batch.inputs[0])
+    build = partial(build, device=place)
+    pace = Pace(threads=(2,), ahead=1)
+    images, _ = next(
+        decode(build, (one for one in [batch]), batch_size=size, device=place, pace=pace)
     )
-    ((images, carried), _) = next(
-        run_graphs([build], iter([batch]), device=torch.device(device), ahead=1)
-    )
-    assert np.array_equal(carried.cpu().numpy(), integers)
     return images.cpu()
 
 
@@ -134,23 +145,11 @@ def evaluation_images(
     device: str = "cpu",
 ) -> torch.Tensor:
     encoded = [dataset.image_bytes(index) for index in range(len(dataset))]
-    regions = central_windows(
-        dataset.samples["height"],
-        dataset.samples["width"],
-        resize=data.evaluation_resize,
-        crop=data.image_size,
-    )
-    build = partial(
-        build_evaluation_graph,
-        data=dataclasses.replace(
-            data, interpolation=interpolation, resample=resample, threads=2, prefetch=1
-        ),
-        batch_size=len(dataset),
-        device=torch.device(device),
-    )
+    sizes = dataset.samples["height"], dataset.samples["width"]
+    regions = evaluation_regions(*sizes, data)
+    data = dataclasses.replace(data, interpolation=interpolation, resample=resample)
     batch = HostBatch(inputs=(encoded, *regions), metadata="all")
-    ((images,), _) = next(run_graphs([build], iter([batch]), device=torch.device(device), ahead=1))
-    return images.cpu()
+    return decoded(partial(build_evaluation_graph, data=data), batch, device)
 
 
 def differences(ours: torch.Tensor, twin: np.ndarray) -> np.ndarray:
@@ -255,21 +254,11 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(
     encoded = [captioned.image_bytes(index) for index in chosen.tolist()]
     starts = np.tile(np.array([9, 5], dtype=np.int32), (count, 1))
     shapes = np.full((count, 2), side, dtype=np.int32)
-    integers = np.zeros((count, 1), dtype=np.int64)
     batch = HostBatch(
-        inputs=(encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32), integers),
-        metadata="",
+        inputs=(encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32)), metadata=""
     )
-    cpu = torch.device("cpu")
-    build = partial(
-        build_train_graph,
-        data=DataConfig(
-            image_size=side, evaluation_resize=side, resample=resample, threads=2, prefetch=1
-        ),
-        batch_size=count,
-        device=cpu,
-    )
-    ((images, _), _) = next(run_graphs([build], iter([batch]), device=cpu, ahead=1))
+    data = DataConfig(image_size=side, evaluation_resize=side, resample=resample)
+    images = decoded(partial(build_train_graph, data=data), batch)
     whole = [np.asarray(open_image(captioned, index)) for index in chosen.tolist()]
     twin = np.stack([image[9 : 9 + side, 5 : 5 + side] for image in whole])
     assert differences(images, twin).max() == 0
@@ -312,6 +301,54 @@ def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
     assert_equal_to_rounding(gap, resample)
 
 
+SIDES = ((60, 80), (80, 60), (47, 1000), (1000, 46), (32, 32), (5, 3), (300, 299), (1, 300))
+
+
+@pytest.fixture(scope="module")
+def oblong(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
+    """Images of all shapes, whose pixels are noise."""
+    random = np.random.default_rng(0)
+    samples = []
+    for height, width in SIDES:
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        samples.append(Sample(encode_png(pixels), captions=["noise"]))
+    folder = tmp_path_factory.mktemp("packed") / "oblong"
+    with pack(folder, samples, class_names=(), tokenizer=Tokenizer()) as dataset:
+        yield dataset
+
+
+@both_resamplers
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["longest", "squash"])
+def test_whole_images_are_shown_as_open_clip_shows_them(
+    oblong: PackedDataset, mode: Literal["longest", "squash"], interpolation: Interpolation,
+    resample: Resample,
+) -> None:  # fmt: skip
+    """In evaluation and, by the same kernel, where a model is used on images."""
+    data = DataConfig(
+        image_size=32, evaluation_resize=mode, interpolation=interpolation, resample=resample
+    )
+    cfg = PreprocessCfg(size=32, **preprocessing.for_open_clip(data))
+    transform = image_transform_v2(cfg, is_train=False).transforms[:-3]  # to pixels
+    (shown,) = EvaluationLoader(oblong, data, batch_size=len(SIDES))
+    encoders = Mock(spec=UniCL)
+    encoders.eval.return_value.config = TrainConfig(data=data)
+    user = Model(encoders)
+    for index, image in zip(shown.sample_ids.tolist(), shown.images.numpy(), strict=True):
+        whole = np.array(open_image(oblong, index))
+        prepared = user.prepare(whole)
+        gap = np.abs(prepared.astype(int) - image)
+        assert gap.mean() <= (3 if resample == "dali" else 0), whole.shape
+        if whole.shape[0] == 1 and mode == "longest":
+            continue  # which is no pixel high, to open_clip
+        twin = Image.fromarray(whole)
+        for step in transform:
+            twin = step(twin)
+        gap = np.abs(prepared.astype(int) - np.asarray(twin))
+        assert gap.max() <= (1 if interpolation == "bilinear" else 14), whole.shape
+        assert gap.mean() < 0.3
+
+
 def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for build in (build_train_graph, build_evaluation_graph):
@@ -341,7 +378,7 @@ def test_without_dali_the_message_says_what_to_install() -> None:
     assert result.returncode == 1
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ModuleNotFoundError")
-    assert "pip install 'unicl_fast[cuda12]'" in last_line
+    assert "[cuda12]" in last_line
 
 
 @pytest.mark.gpu
@@ -368,13 +405,3 @@ def test_gpu_images_equal_the_cpu_s(
     ):
         assert gap.mean() < 0.5
         assert np.quantile(gap, 0.99) <= 2
-
-
-def test_threads_are_shared_out_where_graphs_can_take_turns() -> None:
-    cpu = torch.device("cpu")
-    data = DataConfig(threads=5)
-    assert [part.threads for part in split_threads(data, cpu)] == [3, 2]
-    one_thread, nothing_ahead = DataConfig(threads=1), DataConfig(threads=5, prefetch=1)
-    assert split_threads(one_thread, cpu) == [one_thread]
-    assert split_threads(nothing_ahead, cpu) == [nothing_ahead]
-    assert split_threads(data, torch.device("cuda")) == [data]

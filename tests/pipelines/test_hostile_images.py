@@ -23,7 +23,7 @@ from unicl_fast.pipelines.graph import (
     decode_windows,
     fn,
 )
-from unicl_fast.pipelines.plan.crop import central_windows
+from unicl_fast.pipelines.plan.crop import evaluation_regions
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
@@ -32,9 +32,7 @@ CPU = torch.device("cpu")
 
 
 def settings(resample: Resample) -> DataConfig:
-    return DataConfig(
-        image_size=SIZE, evaluation_resize=SIZE, resample=resample, threads=2, prefetch=1
-    )
+    return DataConfig(image_size=SIZE, evaluation_resize=SIZE, resample=resample)
 
 
 @pytest.fixture(scope="module", params=["keep", pytest.param("webp", marks=pytest.mark.slow)])
@@ -73,7 +71,7 @@ def test_every_accepted_image_is_decoded_in_every_training_window(
     encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
     windows = list(corners(pixels))
     flips = np.zeros((len(pixels), 1), np.int32)
-    inputs = iter([(encoded, *window, flips, flips.astype(np.int64)) for window in windows])
+    inputs = iter([(encoded, *window, flips) for window in windows])
     graph = build_train_graph(
         lambda: next(inputs), data=settings(resample), batch_size=len(pixels), device=CPU
     )
@@ -95,12 +93,9 @@ def test_every_accepted_image_is_decoded_for_evaluation(
 ) -> None:
     pixels = list(accepted.values())
     encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
-    starts, ends = central_windows(
-        np.array([image.height for image in pixels]),
-        np.array([image.width for image in pixels]),
-        resize=SIZE,
-        crop=SIZE,
-    )
+    heights, widths = (np.array([getattr(one, side) for one in pixels])
+                       for side in ("height", "width"))  # fmt: skip
+    starts, ends = evaluation_regions(heights, widths, settings(resample))
     inputs = iter([(encoded, starts, ends)])
     graph = build_evaluation_graph(
         lambda: next(inputs), data=settings(resample), batch_size=len(pixels), device=CPU
@@ -126,9 +121,7 @@ def test_windows_of_real_photographs_are_what_pillow_cuts_out(
     pipeline = Pipeline(batch_size=len(paths), num_threads=2, device_id=None)
     with pipeline:
         inputs = fn.external_source(lambda: (encoded, starts, shapes), num_outputs=3, batch=True)
-        pipeline.set_outputs(
-            decode_windows(*inputs, data=settings("dali"), device=CPU, form="files")
-        )
+        pipeline.set_outputs(decode_windows(*inputs, device=CPU, form="files"))
     (windows,) = pipeline.run()
     for place, data in enumerate(encoded):
         whole = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import loader_runs
 import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
+from loader_runs import assert_joined, assert_same, texts_of
 from nvidia.dali import backend
 from packed_sets import Sample, pack
 from PIL import Image
@@ -29,15 +31,14 @@ from unicl_fast.config import (
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.objectives.registry import make_objective
-from unicl_fast.pipelines.feed.host_batches import decoding_threads
-from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
+from unicl_fast.pipelines.graph import Pace, _decoder_settings, choose_pace
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, fit_prefetch
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.data import build_prompts
+from unicl_fast.training.build import build_prompts
 from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali
@@ -76,39 +77,46 @@ def take(
     loader = TrainLoader(
         config or make_config(), datasets, weights, prompts, rank=rank, world_size=world_size
     )
-    batches = list(itertools.islice(loader.batches(start), count))
-    loader.close()
-    return batches
+    return loader_runs.take(loader, start=start, count=count)
 
 
-def texts_of(batch: Batch) -> torch.Tensor:
-    """Token rows and class ids by sample, whatever the order of distinct texts."""
-    return torch.cat(
-        [batch.texts.tokens[batch.texts.index], batch.targets.class_ids[:, None]], dim=1
-    )
+@pytest.mark.parametrize(
+    ("settings", "num_images", "window_bytes", "threads", "ahead"),
+    [
+        ({}, 32, 0, (3, 2), 4),
+        ({}, 64, 0, (3, 2), 2),  # more than 5 MB of crops
+        ({"prefetch": 3}, 1024, 0, (3, 2), 3),
+        ({"prefetch": 1}, 32, 0, (5,), 1),
+        ({"threads": 1}, 32, 0, (1,), 4),
+        ({"threads": 0}, 32, 0, (6, 6), 4),  # as many as there are cores
+        ({"decode_device": "gpu"}, 32, 0, (5,), 4),
+        ({}, 10, 1e8, (5,), 1),  # 1 GB of windows
+        ({}, 9, 1e8, (3, 2), 4),
+        ({"prefetch": 3}, 10, 1e8, (3, 2), 3),
+    ],
+)
+def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(
+    settings: dict[str, Any], num_images: int, window_bytes: float, threads: tuple[int, ...],
+    ahead: int, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.usable_cores", lambda: 12)
+    data = DataConfig(**{"threads": 5} | settings)
+    device = torch.device("cuda" if data.decode_device == "gpu" else "cpu")
+    pace = choose_pace(data, device, num_images=num_images, window_bytes=window_bytes)
+    assert pace == Pace(threads=threads, ahead=ahead)
 
 
-def test_batches_of_very_large_images_are_decoded_one_at_a_time(
+def test_the_size_of_windows_is_that_of_the_largest_images(
     datasets: list[PackedDataset], prompts: ClassPrompts
 ) -> None:
     data = make_config(crop_scale=(0.5, 1.0)).data
     shown = np.mean([int(row["height"]) * int(row["width"]) for row in datasets[0].samples])
-    enough = int(1e9 / (3 * 0.75 * shown)) + 1  # images of the data set with the larger ones
-
-    def fitted(data: DataConfig, num_images: int = enough) -> DataConfig:
-        return fit_prefetch(data, datasets, num_images=num_images, part=0.75)
-
-    assert fitted(data, enough - 1) is data
-    assert fitted(data).prefetch == 1
-    few_pixels = dataclasses.replace(data, max_pixels=1000)  # none is decoded
-    assert fitted(few_pixels) is few_pixels
-    asked_for = dataclasses.replace(data, prefetch=3)
-    assert fitted(asked_for) is asked_for
     # evaluations decode whole images
     whole = int(1e9 / (3 * shown)) + 1
-    for batch_size, prefetch in ((whole, 1), (whole - 1, 0)):
-        loader = EvaluationLoader(datasets[0], data, batch_size=batch_size)
-        assert loader._data.prefetch == prefetch
+    for batch_size, ahead in ((whole, 1), (whole - 1, 4)):
+        assert EvaluationLoader(datasets[0], data, batch_size=batch_size).pace.ahead == ahead
+    few_pixels = dataclasses.replace(data, max_pixels=1000)  # none is decoded
+    assert EvaluationLoader(datasets[0], few_pixels, batch_size=whole).pace.ahead == 4
 
 
 def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
@@ -202,20 +210,6 @@ def test_each_image_comes_with_a_text_of_its_own_sample(
     assert min(kinds.values()) > 30
 
 
-def test_each_sample_is_seen_once_a_pass(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    total = len(datasets[0]) + len(datasets[1])
-    steps = -(-total // BATCH)
-    seen = Counter()
-    for batch in take(datasets, prompts, count=steps):
-        assert batch.sample_ids is not None
-        assert batch.source_ids is not None
-        seen.update(zip(batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True))
-    assert len(seen) == total
-    assert sum(count - 1 for count in seen.values()) == steps * BATCH - total
-
-
 def test_images_belong_to_their_samples(labelled: PackedDataset, prompts: ClassPrompts) -> None:
     """Whole images (no crop, no flip), compared by their mean colour."""
     config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip_probability=0.0)
@@ -227,14 +221,6 @@ def test_images_belong_to_their_samples(labelled: PackedDataset, prompts: ClassP
         distance = torch.cdist(colours, reference.mean(dim=(1, 2)))
         own = distance.gather(1, batch.sample_ids[:, None])
         assert (distance < own).float().mean() < 0.15
-
-
-def test_restarting_at_a_step_gives_the_same_batches(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    whole = take(datasets, prompts, count=6)
-    for one, other in zip(whole[3:], take(datasets, prompts, start=3, count=3), strict=True):
-        assert_equal(one, other)
 
 
 @pytest.fixture
@@ -339,43 +325,31 @@ def test_texts_of_a_batch_are_prompts_of_one_level_of_the_hierarchy(
 AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,erase=0.5")
 
 
-@pytest.mark.parametrize("resample", ["fused", pytest.param("dali", marks=pytest.mark.slow)])
-def test_augmented_batches_are_the_same_from_any_step_and_over_any_ranks(
-    datasets: list[PackedDataset], prompts: ClassPrompts, resample: str
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [
+        ({}, 2),
+        ({"augment": AUGMENTED, "interpolation": "bicubic"}, 3),
+        ({"augment": ("supcon",)}, 2),
+        pytest.param(
+            {"augment": AUGMENTED, "resample": "dali"}, 2, marks=pytest.mark.slow
+        ),
+    ],
+)  # fmt: skip
+def test_batches_are_the_same_from_any_step_and_over_any_ranks(
+    datasets: list[PackedDataset], prompts: ClassPrompts, settings: dict[str, Any], world_size: int
 ) -> None:
-    config = make_config(augment=AUGMENTED, resample=resample, interpolation="bicubic")
-    whole = take(datasets, prompts, count=3, config=config)
-    (later,) = take(datasets, prompts, start=2, count=1, config=config)
-    assert_equal(whole[2], later)
+    options: dict[str, Any] = {"config": make_config(**settings), "weights": [1.0, 2.0]}
+    whole = take(datasets, prompts, start=6, count=3, **options)
+    assert_same(whole[1:], take(datasets, prompts, start=7, count=2, **options))
     ranks = [
-        take(datasets, prompts, start=1, count=1, rank=rank, world_size=2, config=config)[0]
-        for rank in range(2)
+        take(datasets, prompts, start=7, count=2, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
     ]
-    assert torch.equal(torch.cat([part.images for part in ranks]), whole[1].images)
-
-
-def test_augmentation_changes_the_images_of_its_own_source_only(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    plain = take(datasets, prompts, count=2)
-    for resample in ("fused", "dali"):
-        config = make_config(augment=("captioned:none,brightness=0.5",), resample=resample)
-        same = take(datasets, prompts, count=2, config=make_config(resample=resample))
-        for one, other, reference in zip(
-            take(datasets, prompts, count=2, config=config), same, plain, strict=True
-        ):
-            assert one.source_ids is not None
-            changed = (one.images != other.images).flatten(1).any(dim=1)
-            assert torch.equal(changed, one.source_ids == 1)
-            assert torch.equal(texts_of(one), texts_of(reference))
-
-
-def test_a_name_that_is_no_data_set_s_is_refused(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    config = make_config(augment=("images:unicl",))
-    with pytest.raises(ValueError, match="no data set is called 'images'; there are labelled, "):
-        TrainLoader(config, datasets, None, prompts)
+    for expected, *parts in zip(whole[1:], *ranks, strict=True):
+        assert_joined(parts, expected)
+        assert expected.source_ids is not None
+        assert torch.bincount(expected.source_ids).tolist() == [4, 8]
 
 
 def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
@@ -389,13 +363,6 @@ def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None
     assert torch.equal(both.images, one.images)
     assert (both.images != both.second_images).flatten(1).any(dim=1).all()
     assert torch.equal(texts_of(both), texts_of(one))
-    parts = [
-        take(datasets, prompts, start=4, count=1, rank=r, world_size=3, config=config)[0]
-        for r in range(3)
-    ]
-    seconds = [part.second_images for part in parts if part.second_images is not None]
-    assert torch.equal(torch.cat(seconds), both.second_images)
-    assert both.to(torch.device("cpu")).second_images is not None
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -448,26 +415,6 @@ def test_one_loader_can_be_asked_again(
     loader.close()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_join_to_the_global_batch(
-    datasets: list[PackedDataset], prompts: ClassPrompts, world_size: int
-) -> None:
-    weights = [1.0, 2.0]
-    whole = take(datasets, prompts, start=7, count=3, weights=weights)
-    ranks = [
-        take(datasets, prompts, start=7, count=3, weights=weights, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    for step, expected in enumerate(whole):
-        parts = [batches[step] for batches in ranks]
-        for name in ("images", "global_index", "sample_ids", "source_ids"):
-            joined = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(joined, getattr(expected, name)), name
-        assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
-        assert expected.source_ids is not None
-        assert torch.bincount(expected.source_ids).tolist() == [4, 8]
-
-
 def test_prompts_with_an_exclamation_mark_keep_their_end(
     labelled: PackedDataset, tokenizer: Tokenizer
 ) -> None:
@@ -494,12 +441,13 @@ def test_a_shorter_context_cuts_captions_and_keeps_their_end(
     assert (cut[:, 7] == tokenizer.end_id).all()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("batch_size", [7, 1000])
-def test_evaluation_shows_each_sample_once_over_all_ranks_and_passes(
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1000), (2, 7), (3, 6)])
+def test_evaluation_shows_each_sample_once_over_all_ranks_and_epochs(
     captioned: PackedDataset, world_size: int, batch_size: int
 ) -> None:
+    """The same images whatever the ranks and batches; some ranks have none."""
     data = make_config().data
+    (whole,) = EvaluationLoader(captioned, data, batch_size=100)
     loaders = [
         EvaluationLoader(captioned, data, batch_size=batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -510,48 +458,11 @@ def test_evaluation_shows_each_sample_once_over_all_ranks_and_passes(
             batches = list(loader)
             assert len(batches) == len(loader)
             for batch in batches:
-                assert tuple(batch.images.shape) == (len(batch.sample_ids), 32, 32, 3)
+                assert torch.equal(batch.images, whole.images[batch.sample_ids])
                 seen += batch.sample_ids.tolist()
         assert sorted(seen) == list(range(len(captioned)))
-
-
-def test_evaluation_images_do_not_depend_on_ranks_or_batch_size(
-    captioned: PackedDataset,
-) -> None:
-    data = make_config().data
-    (whole,) = EvaluationLoader(captioned, data, batch_size=1000)
-    for batch in EvaluationLoader(captioned, data, batch_size=6, rank=1, world_size=3):
-        assert torch.equal(batch.images, whole.images[batch.sample_ids])
-
-
-def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset) -> None:
-    loader = EvaluationLoader(captioned, make_config().data, batch_size=4, rank=70, world_size=80)
-    assert len(loader) == 0
-    assert list(loader) == []
-
-
-def test_threads_are_as_given_or_as_many_as_cores(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.usable_cores", lambda: 12)
-    assert decoding_threads(0) == 12
-    assert decoding_threads(7) == 7
-
-
-def test_fewer_large_batches_are_made_ahead() -> None:
-    data = DataConfig(image_size=224)
-    assert batches_ahead(data, 32) == 4
-    assert batches_ahead(data, 64) == 2
-    assert batches_ahead(dataclasses.replace(data, prefetch=3), 1024) == 3
-
-
-def test_a_gpu_decodes_with_its_own_settings() -> None:
-    assert _decoder_settings(torch.device("cpu")) == {"device": "cpu"}
-    assert _decoder_settings(torch.device("cuda")) == {
-        "device": "mixed",
-        "jpeg_fancy_upsampling": True,
-        "hw_decoder_load": 0.65,
-    }
+    none = EvaluationLoader(captioned, data, batch_size=batch_size, rank=70, world_size=80)
+    assert len(none) == len(list(none)) == 0
 
 
 @pytest.mark.parametrize("operator", ["decoders__Image", "decoders__ImageSlice"])
@@ -592,19 +503,6 @@ def levels_apart(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of each image, in levels of 255."""
     assert images.shape == others.shape
     return (images.float() - others.float()).abs().mean(dim=(1, 2, 3))
-
-
-def test_images_of_another_resize_are_a_few_levels_apart(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    """The limit for another decoder passes them, and refuses mirrored or other images."""
-    (first, second), (other, _) = (
-        take(datasets, prompts, count=2, config=make_config(resample=name))
-        for name in ("fused", "dali")
-    )
-    assert 0 < levels_apart(first.images, other.images).max() < LEVELS_APART
-    for images in (first.images.flip(2), second.images):
-        assert levels_apart(first.images, images).min() > LEVELS_APART
 
 
 @pytest.mark.gpu

@@ -54,24 +54,6 @@ def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert np.array_equal(np.sort(image), np.arange(size))
 
 
-@given(size=st.integers(10**5, 2**48), key=st.integers(0, 2**64 - 1), data=st.data())
-@examples(50)
-def test_permute_of_a_large_set_stays_inside_and_never_repeats(
-    size: int, key: int, data: st.DataObject
-) -> None:
-    start = data.draw(st.integers(0, size - 1000))
-    image = permute(np.arange(start, start + 1000), size=size, key=key)
-    assert image.min() >= 0
-    assert image.max() < size
-    assert len(np.unique(image)) == 1000
-
-
-def test_permute_does_not_depend_on_what_else_is_asked() -> None:
-    whole = permute(np.arange(1000), size=1000, key=5)
-    part = permute(np.array([[999, 3], [500, 3]]), size=1000, key=5)
-    assert np.array_equal(part, whole[[[999, 3], [500, 3]]])
-
-
 def test_keys_give_unrelated_permutations() -> None:
     orders = [permute(np.arange(1000), size=1000, key=fold_key(0, i)) for i in range(20)]
     for one, other in itertools.combinations(orders, 2):
@@ -91,15 +73,6 @@ def test_all_orders_of_a_tiny_set_are_equally_likely(size: int) -> None:
     chi_square = sum((count - expected) ** 2 / expected for count in orders.values())
     freedom = math.factorial(size) - 1
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
-
-
-@pytest.mark.parametrize("size", [7, 64, 65, 1000])
-def test_the_first_place_goes_to_every_sample_equally_often(size: int) -> None:
-    tries = 20 * size
-    first = [int(permute(np.zeros(1, int), size=size, key=fold_key(9, i))[0]) for i in range(tries)]
-    counts = np.bincount(first, minlength=size)
-    chi_square = float(((counts - 20) ** 2 / 20).sum())
-    assert abs(chi_square - (size - 1)) < 5 * math.sqrt(2 * size)
 
 
 def test_neighbouring_draws_get_unrelated_samples() -> None:
@@ -256,27 +229,13 @@ def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: in
             assert abs(int(draws[row]) - exact) <= Fraction(1, 2) * level + 1
 
 
-@given(weights=weights_strategy)
-def test_draws_are_counted_from_the_first_one(weights: list[int]) -> None:
-    source_ids, draws = assign_sources(np.arange(2000), integer_weights(weights))
-    for source in range(len(weights)):
-        mine = draws[source_ids == source]
-        assert np.array_equal(mine, np.arange(len(mine)))
-
-
 @given(weights=weights_strategy, end=st.integers(0, 600))
 def test_draws_before_one_are_those_that_were_assigned(weights: list[int], end: int) -> None:
     whole = integer_weights(weights)
-    source_ids, _ = assign_sources(np.arange(end), whole)
-    assert draws_before(end, whole) == np.bincount(source_ids, minlength=len(weights)).tolist()
-
-
-def test_two_sources_alternate_evenly() -> None:
-    source_ids, _ = assign_sources(np.arange(3000), integer_weights([1, 2]))
-    assert np.bincount(source_ids).tolist() == [1000, 2000]
-    windows = np.lib.stride_tricks.sliding_window_view(source_ids == 0, 30).sum(axis=1)
-    assert windows.min() >= 9
-    assert windows.max() <= 11
+    source_ids, draws = assign_sources(np.arange(end), whole)
+    counts = draws_before(end, whole)
+    for source, count in enumerate(counts):
+        assert draws[source_ids == source].tolist() == list(range(count))
 
 
 @pytest.mark.parametrize(

@@ -223,14 +223,10 @@ MILLION = 1_000_000
         (8, [5], ONE, 250_000, 1, 7.5, 8.5),
         (128, [0, 77], ONE, 250_000, 128, 1, 1.2),
         (128, [0, 77], ONE, 250_000, 1, 80, 90),
-        (128, [0, 77], ONE, MILLION, 128, 1, 1.1),
         (128, [64], TWO, MILLION, 128, 1, 1.1),
-        (12, [3], TWO, MILLION, 128, 1, 1.1),
         (100, [10, 50, 90], ONE, MILLION, 128, 1.6, 1.9),
-        pytest.param(8, range(8), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
         pytest.param(8, [5], ONE, MILLION, 1, 40, 60, marks=pytest.mark.slow),
         pytest.param(128, range(128), ONE, 250_000, 128, 1, 1.2, marks=pytest.mark.slow),
-        pytest.param(128, range(128), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
     ],
 )
 def test_machines_together_read_a_remote_data_set_little_more_than_once(
@@ -392,6 +388,11 @@ def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks() -> None
             ):
                 templates.setdefault(label, set()).add(template)
                 drawn_of_class.setdefault(label, set()).add(template)
+            substitutes = plan.substitute(step, batch.global_index, attempt=1)
+            for label, template in zip(
+                substitutes.labels.tolist(), substitutes.templates.tolist(), strict=True
+            ):
+                templates.setdefault(label, set()).add(template)
         assert all(len(found) == 1 for found in templates.values())
     assert all(len(found) == 5 for found in drawn_of_class.values())
 
@@ -413,23 +414,6 @@ def test_samples_without_any_text_are_refused_and_counted() -> None:
     source = make_source(20, captions=1, name="mute")
     source.samples["captions_count"][:3] = 0
     with pytest.raises(ValueError, match="3 of the 20 samples of mute"):
-        make_plan(source)
-
-
-def test_labels_without_class_names_are_refused_unless_never_shown() -> None:
-    labels_only = make_source(20, labels=1, num_templates=0)
-    both = make_source(20, captions=1, labels=1, num_templates=0)
-    for source, text in ((labels_only, "any"), (labels_only, "captions"), (both, "any")):
-        with pytest.raises(ValueError, match="no class names"):
-            make_plan(source, text=text)
-    drawn = all_of(make_plan(both, text="captions"), 2)
-    assert (drawn["captions"] == 0).all()
-
-
-def test_a_label_beyond_the_class_names_is_refused() -> None:
-    source = make_source(20, labels=1)
-    source.labels[7] = NUM_CLASSES
-    with pytest.raises(ValueError, match=r"0 to 9.*from 0 to 10"):
         make_plan(source)
 
 
@@ -489,29 +473,8 @@ def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else() ->
         same = np.mean(whole["sample_ids"] == other.sample_ids)
         assert same < 0.02
         assert np.mean(whole["windows"][..., :2] == other.windows[..., :2]) < 0.2
-        assert 0.3 < np.mean(whole["windows"][..., 4] == other.windows[..., 4]) < 0.7
         assert (whole["augment_rows"] != other.augment_rows).any(axis=(1, 2)).all()
-    planned, later = (plan.batch(step, rank=0, world_size=1) for step in (7, 12))
-    assert 0.3 < np.mean(whole["windows"][..., 4] == planned.windows[..., 4]) < 0.7
-    assert (whole["augment_rows"] != planned.augment_rows).any(axis=(1, 2)).all()
-    distance = whole["sample_ids"] - planned.sample_ids
-    assert (
-        np.mean(
-            distance == plan.substitute(12, global_index, attempt=2).sample_ids - later.sample_ids
-        )
-        < 0.02
-    )
     assert len(np.unique(whole["sample_ids"])) > 180
-
-
-def test_substitutes_take_their_class_s_template_of_the_step() -> None:
-    plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
-    planned = plan.batch(4, rank=0, world_size=1)
-    substitutes = plan.substitute(4, planned.global_index, attempt=1)
-    of_class = dict(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
-    assert [of_class[label] for label in substitutes.labels.tolist()] == (
-        substitutes.templates.tolist()
-    )
 
 
 def test_a_source_of_one_sample_has_no_other() -> None:
@@ -558,6 +521,7 @@ def test_a_stage_continues_the_order_where_the_one_before_ended(
     expected = plain.long_batch(0, steps * sum(sizes), rank=0, world_size=1)
     for name, parts in shown.items():
         assert np.array_equal(np.concatenate(parts), getattr(expected, name)), name
+    assert plain.epochs(40 + 23) == [1, 1]
     assert plan.epochs(spans[-1].end_step) == plain.epochs(steps * sum(sizes))
     assert plan.epochs(1) == plain.epochs(sizes[0])
 
@@ -589,13 +553,6 @@ def test_a_class_has_one_template_in_a_step_of_a_later_stage() -> None:
         assert len(pairs) == NUM_CLASSES
         drawn.append(pairs)
     assert drawn[0] != drawn[1]
-
-
-def test_passes_are_counted_by_source() -> None:
-    sources = [make_source(40, labels=1), make_source(100, captions=1)]
-    plan = make_plan(*sources, batch=10, weights=[1, 1])
-    assert plan.epochs(0) == [0, 0]
-    assert plan.epochs(16) == [2, 0.8]
 
 
 @pytest.mark.parametrize("templates", ["per_sample", "per_class"])

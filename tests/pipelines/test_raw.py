@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of
+from loader_runs import assert_joined, assert_same, count_replaced, take
 from packed_sets import Sample, pack
 from PIL import Image
-from same_batches import assert_equal
 
-from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
-from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
+from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -83,17 +82,6 @@ def make_loader(
     return TrainLoader(config, datasets, None, prompts, **more)
 
 
-def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Batch]:
-    batches = list(itertools.islice(loader.batches(start), count))
-    loader.close()
-    return batches
-
-
-def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
-    for one, other in zip(batches, others, strict=True):
-        assert_equal(one, other)
-
-
 @pytest.mark.parametrize("form", ["png", "raw"])
 def test_a_loader_tells_how_long_storage_kept_it_waiting(
     sets: Sets, prompts: ClassPrompts, form: str, monkeypatch: pytest.MonkeyPatch
@@ -120,9 +108,9 @@ def test_raw_images_give_the_batches_of_files(
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
     assert raw.form == {"fused": "crops", "dali": "pixels"}[resample]
-    batches = take(raw)
+    batches = take(raw, count=STEPS)
     assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
-    assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
+    assert_same(batches, take(make_loader(sets["png"], prompts, **settings), count=STEPS))
     assert batches[0].images.dtype == torch.uint8
     assert tuple(batches[0].images.shape) == (BATCH, SIZE, SIZE, 3)
 
@@ -143,7 +131,7 @@ def test_raw_and_files_train_together_through_the_decoder(
 ) -> None:
     loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
     assert loader.form == "files"
-    assert_same(take(loader), take(make_loader(sets["raw"], prompts)))
+    assert_same(take(loader, count=STEPS), take(make_loader(sets["raw"], prompts), count=STEPS))
 
 
 def test_raw_data_sets_of_two_sizes_train_together(
@@ -162,16 +150,14 @@ def test_raw_data_sets_of_two_sizes_train_together(
 def test_ranks_join_and_a_restart_continues(
     sets: Sets, prompts: ClassPrompts, world_size: int
 ) -> None:
-    whole = take(make_loader(sets["raw"], prompts))
+    whole = take(make_loader(sets["raw"], prompts), count=STEPS)
     assert_same(whole[7:], take(make_loader(sets["raw"], prompts), start=7, count=3))
     ranks = [
-        take(make_loader(sets["raw"], prompts, rank=rank, world_size=world_size))
+        take(make_loader(sets["raw"], prompts, rank=rank, world_size=world_size), count=STEPS)
         for rank in range(world_size)
     ]
-    for step, expected in enumerate(whole):
-        for name in ("images", "global_index", "sample_ids", "scheduled_ids", "source_ids"):
-            joined = torch.cat([getattr(batches[step], name) for batches in ranks])
-            assert torch.equal(joined, getattr(expected, name)), name
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        assert_joined(parts, expected)
 
 
 def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompts) -> None:
@@ -184,26 +170,6 @@ def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompt
     assert all(map(torch.equal, held, copies))
 
 
-def test_crops_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -> None:
-    """For operators that follow resampling: the graph that files and pixels go through too."""
-    loader = make_loader(sets["raw"], prompts)
-    batches = take(loader, count=3)
-    host_batches = iter(loader.host.group(loader.host.crop_resizer(), 0))
-    build = partial(
-        build_train_graph,
-        data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),
-        batch_size=BATCH,
-        device=torch.device("cpu"),
-        form="crops",
-    )
-    running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
-    for batch, ((images, integers), metadata) in zip(batches, running, strict=False):
-        assert metadata.actual.step == batch.step
-        assert torch.equal(images, batch.images)
-        assert len(integers) == BATCH
-    running.close()
-
-
 # From here on: damage.
 
 
@@ -214,17 +180,9 @@ def folders(sets: Sets, tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def opened(folders: list[Path]) -> Iterator[Callable[[], list[PackedDataset]]]:
+def opened(folders: list[Path], opening: Any) -> Callable[[], list[PackedDataset]]:
     """Opens the copies, once they are spoilt."""
-    found: list[PackedDataset] = []
-
-    def open_all() -> list[PackedDataset]:
-        found.extend(PackedDataset(folder, max_bad_fraction=1.0) for folder in folders)
-        return found[-len(folders) :]
-
-    yield open_all
-    for dataset in found:
-        dataset.close()
+    return partial(opening, folders)
 
 
 ROW = HEIGHT * WIDTH * 3
@@ -238,43 +196,24 @@ def flip_pixel(folder: Path, sample: int) -> None:
         file.write(bytes([old ^ 1]))
 
 
-def num_replaced(
-    batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
-) -> int:
-    """Checks that the bad ones, and nothing else, are others than those of sound data."""
-    count = 0
-    for batch, whole in zip(batches, expected, strict=True):
-        assert batch.source_ids is not None
-        assert batch.sample_ids is not None
-        assert torch.equal(batch.scheduled_ids, whole.sample_ids)  # type: ignore[arg-type]
-        planned = zip(batch.source_ids.tolist(), batch.scheduled_ids.tolist(), strict=True)  # type: ignore[union-attr]
-        is_bad = torch.tensor([pair in bad for pair in planned])
-        assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
-        assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
-        texts, expected_texts = (b.texts.tokens[b.texts.index][~is_bad] for b in (batch, whole))
-        assert torch.equal(texts, expected_texts)
-        count += int(is_bad.sum())
-    return count
-
-
 def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
     sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, tmp_path: Path
 ) -> None:
-    expected = take(make_loader(sets["raw"], prompts))
+    expected = take(make_loader(sets["raw"], prompts), count=STEPS)
     bad = {(LABELLED, 7), (LABELLED, 39), (CAPTIONED, 0)}
     for source, sample in bad:
         flip_pixel(folders[source], sample)
     path = tmp_path / "quarantine.csv"
-    batches = take(make_loader(opened(), prompts, quarantine=path))
-    assert num_replaced(batches, expected, bad) >= len(bad)
+    batches = take(make_loader(opened(), prompts, quarantine=path), count=STEPS)
+    assert count_replaced(batches, expected, bad) >= len(bad)
     # what is fed instead is a function of the step, and the same through the decoder and DALI
     again = make_loader(opened(), prompts)
     assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
     for source, sample in bad:
         again._bad.add(source, sample, "found by the test")
-    assert_same(batches, take(again))
+    assert_same(batches, take(again, count=STEPS))
     mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
-    for batch, other in zip(batches, take(make_loader(mixed, prompts)), strict=True):
+    for batch, other in zip(batches, take(make_loader(mixed, prompts), count=STEPS), strict=True):
         same = batch.source_ids == LABELLED
         assert torch.equal(batch.images[same], other.images[same])
     with path.open(newline="") as file:
@@ -315,7 +254,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     batches += itertools.islice(running, count - 1)
     loader.close()
     # by then some groups of batches had been read
-    assert num_replaced(batches[-20:], expected[-20:], bad) >= 20 * BATCH / 70 / 2
+    assert count_replaced(batches[-20:], expected[-20:], bad) >= 20 * BATCH / 70 / 2
     if kind == "gone":
         with PackedDataset(folders[CAPTIONED], max_bad_fraction=1.0) as later:
             with pytest.raises(DamagedSampleError, match=r"pixels\.npy cannot be read: .*No such"):

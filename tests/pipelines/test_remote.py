@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import loader_runs
 import numpy as np
 import pytest
 import torch
+from loader_runs import assert_same
 from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
-from same_batches import assert_equal
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -72,9 +73,7 @@ def take(
     world_size: int = 1,
 ) -> list[Batch]:
     loader = TrainLoader(config, datasets, None, prompts, rank=rank, world_size=world_size)
-    batches = list(itertools.islice(loader.batches(start), count))
-    loader.close()
-    return batches
+    return loader_runs.take(loader, start=start, count=count)
 
 
 def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> list[PackedDataset]:
@@ -104,8 +103,7 @@ def test_batches_are_those_of_a_local_copy(
     expected = take([labelled, captioned], prompts, config=config)
     remote = opened([labelled, captioned], tmp_path)
     FaultyStore.reads.clear()
-    for one, other in zip(take(remote, prompts, config=config), expected, strict=True):
-        assert_equal(one, other)
+    assert_same(take(remote, prompts, config=config), expected)
     assert len(FaultyStore.reads) == len(set(FaultyStore.reads))
     for rank in range(2):
         parts = take(remote, prompts, config=config, start=3, count=1, rank=rank, world_size=2)
@@ -126,8 +124,7 @@ def test_decoded_images_too(
     config = config_of(resample=resample)
     remote = opened([raw], tmp_path)
     batches = take(remote, prompts, config=config)
-    for one, other in zip(batches, take([raw], prompts, config=config), strict=True):
-        assert_equal(one, other)
+    assert_same(batches, take([raw], prompts, config=config))
 
 
 def test_with_a_window_an_epoch_fetches_each_byte_about_once(
@@ -144,8 +141,7 @@ def test_with_a_window_an_epoch_fetches_each_byte_about_once(
         batches = take(remote, prompts, config=config, count=100)
         ids = torch.cat([batch.sample_ids for batch in batches if batch.sample_ids is not None])
         assert sorted(ids.tolist()) == list(range(1200))
-        for one, other in zip(batches, take([raw], prompts, config=config, count=100), strict=True):
-            assert_equal(one, other)
+        assert_same(batches, take([raw], prompts, config=config, count=100))
         ratios[window] = (fetched_bytes() - start) / (1200 * 3072)
     # A stretch of 16 images is three blocks long and touches four; a fifth of the pass is read
     # ahead behind its end; and what slow threads fetch too late is fetched again: 1.5, or 2 on a
@@ -177,8 +173,7 @@ def test_ranks_with_caches_of_their_own_read_an_epoch_about_once(
             place = tmp_path / f"{groups}-{rank}"
             split = {"rank": rank, "world_size": world_size, "config": config, "count": count}
             batches = take(opened([raw], place, **options), prompts, **split)
-            for one, other in zip(batches, take([raw], prompts, **split), strict=True):
-                assert_equal(one, other)
+            assert_same(batches, take([raw], prompts, **split))
             shown += [batch.sample_ids for batch in batches if batch.sample_ids is not None]
         assert len(torch.cat(shown).unique()) == count * BATCH
         read[groups] = (fetched_bytes() - start) / (len(raw) * 3072)
@@ -255,8 +250,7 @@ def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
     loader.close()
     assert not quarantine.exists()
     FaultyStore.spoil = None
-    for one, other in zip(take([remote], prompts, config=config, count=4), expected, strict=True):
-        assert_equal(one, other)
+    assert_same(take([remote], prompts, config=config, count=4), expected)
 
 
 def test_a_shard_that_is_gone_is_replaced_as_a_local_one(

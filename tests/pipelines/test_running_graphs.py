@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.feed.host_batches import HostBatch
-from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
+from unicl_fast.pipelines.graph import DecodingError, Pace, build_train_graph, decode
 
 pytestmark = pytest.mark.dali
 
@@ -28,7 +28,7 @@ def encoded(shared_data: Path) -> list[np.ndarray]:
 
 def host_batches(
     encoded: list[np.ndarray], count: int, *, damaged: int = -1, failing: int = -1
-) -> Iterator[HostBatch[int]]:
+) -> Generator[HostBatch[int], None, None]:
     """Batches of four images; number `damaged` holds a web page, at `failing` reading fails."""
     for number in range(count):
         images = [encoded[(4 * number + i) % len(encoded)] for i in range(4)]
@@ -41,21 +41,17 @@ def host_batches(
             np.zeros((4, 2), dtype=np.int32),
             np.full((4, 2), 60, dtype=np.int32),
             np.zeros((4, 1), dtype=np.int32),
-            np.full((4, 2), number, dtype=np.int64),
         )
         yield HostBatch(inputs=inputs, metadata=number)
 
 
 def run(
-    batches: Iterator[HostBatch[int]], *, prefetch: int = 2, graphs: int = 2
-) -> Iterator[tuple[list[torch.Tensor], int]]:
-    build = partial(
-        build_train_graph,
-        data=DataConfig(image_size=SIZE, evaluation_resize=SIZE, threads=2, prefetch=prefetch),
-        batch_size=4,
-        device=CPU,
-    )
-    return run_graphs([build] * graphs, batches, device=CPU, ahead=2)
+    batches: Generator[HostBatch[int], None, None], *, prefetch: int = 2, graphs: int = 2
+) -> Iterator[tuple[torch.Tensor, int]]:
+    data = DataConfig(image_size=SIZE, evaluation_resize=SIZE)
+    build = partial(build_train_graph, data=data, device=CPU)
+    pace = Pace(threads=(2,) * graphs, ahead=prefetch)
+    return decode(build, batches, batch_size=4, device=CPU, pace=pace)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -65,9 +61,8 @@ def test_every_batch_comes_once_and_beside_its_metadata(
 ) -> None:
     seen = []
     running = run(host_batches(encoded, count), prefetch=prefetch, graphs=graphs)
-    for (images, integers), number in running:
+    for images, number in running:
         assert tuple(images.shape) == (4, SIZE, SIZE, 3)
-        assert integers.tolist() == [[number, number]] * 4
         seen.append(number)
     assert seen == list(range(count))
 
@@ -75,7 +70,7 @@ def test_every_batch_comes_once_and_beside_its_metadata(
 def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.ndarray]) -> None:
     """No copy is made, so this is DALI's promise to keep, even behind the end of the graph."""
     held, copies = [], []
-    for (images, _), _ in run(host_batches(encoded, 10)):
+    for images, _ in run(host_batches(encoded, 10)):
         held.append(images)
         copies.append(images.clone())
     assert len({images.data_ptr() for images in held}) == 10
@@ -85,7 +80,7 @@ def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.n
 
 def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) -> None:
     addresses = set()
-    for (images, _), _ in run(host_batches(encoded, 40)):
+    for images, _ in run(host_batches(encoded, 40)):
         addresses.add(images.data_ptr())
         del images
     assert len(addresses) < 40  # one a batch if none were reused; the allocator decides how many

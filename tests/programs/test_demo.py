@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from program_runs import run
 
 pytestmark = pytest.mark.dali
-
-
-def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "unicl_fast.tools.demo", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
 
 
 @pytest.mark.slow
 def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    done = demo("--out", out, "--samples", "1280")
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run("demo", "--out", out, "--samples", "1280")
     last = done.stdout.splitlines()[-1]
     assert last.startswith("zero-shot top-1: ")
     assert 0 <= float(last.split(": ")[1]) <= 100
@@ -40,7 +29,5 @@ def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> 
 
 def test_the_demo_removes_nothing_but_an_earlier_demo(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("not yours")
-    done = demo("--out", tmp_path)
-    assert done.returncode != 0
-    assert "choose another --out" in done.stderr
+    assert "choose another --out" in run("demo", "--out", tmp_path, expect=1).stderr
     assert (tmp_path / "thesis.txt").read_text() == "not yours"

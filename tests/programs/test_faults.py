@@ -12,8 +12,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from program_runs import SMALL, STEPS
+from program_runs import SMALL, STEPS, processes_of
 
 from unicl_fast.checkpoints.files import list_checkpoints
 
@@ -64,14 +65,7 @@ class Program:
 
     def processes(self) -> dict[int, str]:
         """Process id -> RANK ("" where there is none) of all that live."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                variables = (folder / "environ").read_bytes().split(b"\0")
-                if f"UNICL_TEST_RUN={self.mark}".encode() in variables:
-                    rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), b"")
-                    found[int(folder.name)] = rank.decode()
-        return found
+        return processes_of(self.mark)
 
     def rank(self, rank: int) -> int:
         """Process id of a rank."""
@@ -114,10 +108,9 @@ class Program:
         """New files in /dev/shm that no living process has; other programs may run meanwhile."""
         new = set(SHARED_MEMORY.iterdir()) - self._shared_memory_before
         used = set()
-        for folder in Path("/proc").glob("[0-9]*") if new else ():
-            with contextlib.suppress(OSError):
-                used |= {line.split()[-1] for line in (folder / "maps").read_text().splitlines()}
-                used |= {os.readlink(path) for path in (folder / "fd").iterdir()}
+        for process in psutil.process_iter() if new else ():
+            with contextlib.suppress(psutil.Error):
+                used |= {one.path for one in (*process.memory_maps(), *process.open_files())}
         return [path for path in new if str(path) not in used and path.exists()]
 
 

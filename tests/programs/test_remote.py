@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import FaultyLine, FaultyStore, put, s3_environment, s3_server
+from object_stores import FaultyLine, FaultyStore, put, s3_environment
 from program_runs import SMALL, call, losses, run, weights
 
 from unicl_fast.dataset import object_store
@@ -31,23 +31,16 @@ pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow  # each opening of S3 takes half a second; the like without it is not
 
 
-@pytest.fixture(scope="module")
-def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with s3_server(tmp_path_factory.mktemp("moto")) as port:
-        yield port
-
-
 @pytest.fixture
-def line(moto: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyLine]:
-    line = FaultyLine(moto)
+def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyLine]:
+    line = FaultyLine()
     for name, value in s3_environment(line.url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     for name, value in (("TRIES", 4), ("FIRST_PAUSE_SECONDS", 0.02), ("ANSWER_SECONDS", 2)):
         monkeypatch.setattr(object_store, name, value)
     yield line
-    line.shutdown()
-    line.server_close()
+    line.close()
 
 
 class NowAndThen:
@@ -209,7 +202,7 @@ def test_two_ranks_train_from_s3_over_a_bad_line_as_from_a_folder(
     run("pack", "upload", data / "labels", "--out", url)
     line.fault = NowAndThen("500", "cut", "short", "slow", every=6)
     line.requests.clear()
-    more = ["--nproc", "2", "--data.block-bytes", "4096", "--data.shuffle-window", "16"]
+    more = ["--nproc", "2", "--data.cache-bytes", "65536", "--data.shuffle-window", "16"]
     run("pretrain", *SMALL, *more, "--data.train", data / "labels", "--out", tmp_path / "local")
     run(
         *("pretrain", *SMALL, *more, "--data.train", url, "--out", tmp_path / "remote"),

@@ -1,11 +1,8 @@
-"""The loss written out, in fp64: with loops and NumPy, and, for gradients, with a dense matrix."""
+"""The losses written out with loops and NumPy, in fp64."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:
@@ -53,24 +50,3 @@ def sigmoid_contrastive_loss(
             log_yes, log_no = -np.logaddexp(0, -logit), -np.logaddexp(0, logit)
             total -= counts[k] * (weights[i, k] * log_yes + (1 - weights[i, k]) * log_no)
     return total / len(images)
-
-
-def several_labels_loss(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    image_classes: Sequence[set[int]],
-    text_classes: Sequence[int],
-    scale: torch.Tensor,
-) -> torch.Tensor:
-    """Equations 2 and 3 of n images of several classes and their n texts of one class each.
-
-    A text is a positive of an image when its class is one of the image's.
-    """
-    weights = torch.tensor(
-        [[float(of_text in of_image) for of_text in text_classes] for of_image in image_classes],
-        dtype=torch.float64,
-    )
-    logits = scale * images @ texts.T
-    i2t = -(weights / weights.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-    t2i = -(weights / weights.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-    return (i2t + t2i) / 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from unicl_fast.system import atomic_files
 from unicl_fast.system.atomic_files import (
     is_at,
     lock,
@@ -50,6 +51,24 @@ with temporary_folder("unicl-test-") as folder:
     print(folder, flush=True)
     time.sleep(600)
 """
+
+
+def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def lock_after_another_start(descriptor: int, *, wait: bool) -> bool:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            with temporary_folder("unicl-test-", root=tmp_path):
+                pass
+        return lock(descriptor, wait=wait)
+
+    monkeypatch.setattr(atomic_files, "lock", lock_after_another_start)
+    with temporary_folder("unicl-test-", root=tmp_path) as folder:
+        assert folder.is_dir()
+    assert len(calls) == 4  # ours, the other's of our folder and of its own, ours again
 
 
 def test_folders_of_killed_programs_are_removed_and_others_are_not(

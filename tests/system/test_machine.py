@@ -266,22 +266,26 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert machine.free_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
 
 
-def test_files_that_were_read_are_no_obstacle(tmp_path: Path) -> None:
-    """A control group's limit, less what it uses, plus what it would give up."""
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\nactive_file 70\n")
-    assert machine._free_in_group(tmp_path) == 670
-
-
+@pytest.mark.parametrize(
+    ("controller", "names", "prefix"),
+    [("", ("max", "current"), ""), ("memory", ("limit_in_bytes", "usage_in_bytes"), "total_")],
+    ids=["v2", "v1"],
+)
 @pytest.mark.parametrize(("limit", "expected"), [("1000", 670), (str(2**63 - 4096), None)])
-def test_a_limit_of_the_first_control_groups_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, expected: int | None
+def test_a_control_group_s_limit_counts_and_files_that_were_read_are_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    controller: str,
+    names: tuple[str, str],
+    prefix: str,
+    limit: str,
+    expected: int | None,
 ) -> None:
-    (tmp_path / "memory.limit_in_bytes").write_text(f"{limit}\n")
-    (tmp_path / "memory.usage_in_bytes").write_text("900\n")
-    (tmp_path / "memory.stat").write_text("total_inactive_file 500\ntotal_active_file 70\n")
-    groups = {"": [], "memory": [tmp_path]}
+    for name, value in zip(names, (limit, "900"), strict=True):
+        (tmp_path / f"memory.{name}").write_text(f"{value}\n")
+    stat = f"{prefix}inactive_file 500\n{prefix}active_file 70\n"
+    (tmp_path / "memory.stat").write_text(stat)
+    groups = {"": [], "memory": [], controller: [tmp_path]}
     monkeypatch.setattr(machine, "control_groups", lambda controller="": groups[controller])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     free = machine.free_memory(torch.device("cpu"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import mmap
 import platform
 import subprocess
 import sys
@@ -16,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from unicl_fast.models.precision import normalise_images
 from unicl_fast.system.machine import HostBuffers
 
 SHAPE = (4, 300, 300)
@@ -114,31 +111,10 @@ def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once() -> None
     assert others[0].data_ptr() != others[1].data_ptr()
 
 
-def test_huge_pages_are_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing(mmap.mmap):
-        def madvise(self, *arguments: int) -> None:
-            raise OSError(errno.EINVAL, "this kernel has none")
-
-    monkeypatch.setattr(mmap, "mmap", Refusing)
-    assert HostBuffers().empty(SHAPE, torch.float32).shape == SHAPE
-
-
-def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
-    def normalised(level: int) -> Tensor:
-        images = torch.full((8, 224, 224, 3), level, dtype=torch.uint8)
-        return normalise_images(images, mean=(0.0,) * 3, std=(1.0,) * 3)
-
-    held = [normalised(level) for level in (0, 51, 255)]
-    assert [float(batch.min()) for batch in held] == pytest.approx([0, 0.2, 1])
-    assert [float(batch.max()) for batch in held] == pytest.approx([0, 0.2, 1])
-    place = held.pop(1).data_ptr()
-    assert normalised(102).data_ptr() == place
-
-
 SCRIPT = """
 import resource, sys
 import numpy as np
-from unicl_fast.system.machine import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory, resident_bytes, return_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -147,42 +123,22 @@ for turn in range(12):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     np.empty(40_000_000, dtype=np.uint8)[::4096] = 1
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-RETURNING = """
-from pathlib import Path
-from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-assert keep_freed_memory()
 texts = [bytes(1000) for _ in range(100_000)]
 held = bytes(1000)
 del texts
-kept = resident()
+kept = resident_bytes()
 return_freed_memory()
-print(kept - resident())
+print(kept - resident_bytes())
 """
 
-glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 
-
-@glibc
-def test_what_is_free_can_be_given_back_once() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) > 80_000_000
-
-
-@glibc
-def test_a_large_block_is_reused_instead_of_fetched_anew() -> None:
-    faults = {}
-    for mode in ("plain", "keep"):
-        result = subprocess.run(
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_a_large_block_is_reused_until_what_is_free_is_given_back() -> None:
+    found = [
+        subprocess.run(
             [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True
-        )
-        faults[mode] = int(result.stdout)
-    assert faults["keep"] < faults["plain"] / 10
+        ).stdout.split()
+        for mode in ("plain", "keep")
+    ]
+    assert int(found[1][0]) < int(found[0][0]) / 10
+    assert int(found[1][1]) > 80_000_000

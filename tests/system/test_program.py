@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import termios
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,8 @@ import pytest
 import unicl_fast
 from unicl_fast.system import program
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+SCRIPTS = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 _LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
@@ -60,6 +68,35 @@ def test_what_libraries_tell_their_callers_is_shown_only_where_it_is_asked_for()
     assert b"old" in run(warn, PYTHONWARNINGS="default").stderr
 
 
+@pytest.mark.parametrize("module", sorted(set(SCRIPTS.values())))
+def test_every_program_begins_as_all_do(module: str) -> None:
+    """So that what is tested here of one is true of all."""
+    spec = importlib.util.find_spec(module.partition(":")[0])
+    assert spec is not None
+    assert "begin_program() if " in Path(str(spec.origin)).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
+    code = "begin_program(); print('ready', flush=True); import time; time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"from unicl_fast.system.program import begin_program; {code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"UNICL_TRACEBACK": traceback},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    if traceback:
+        assert "KeyboardInterrupt" in said
+    else:
+        assert (process.returncode, said) == (130, "\nunicl_fast: stopped by Ctrl-C\n")
+
+
 @pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()", "; raise SystemExit(3)"])
 def test_a_reader_that_leaves_ends_no_program(tmp_path: Path, ending: str) -> None:
     """As in `unicl-pack inspect ... 2>&1 | head -1`, also where only the last flush finds out."""
@@ -90,3 +127,71 @@ pathlib.Path(sys.argv[1]).touch(){ending}
         assert process.wait(timeout=60) == (3 if "3" in ending else 0)
     assert done.exists()
     assert not errors.read_bytes()
+
+
+def seen_on_a_terminal(code: str, **environment: str) -> str:
+    """What a program that has begun writes to a terminal of 80 columns."""
+    begin = "from unicl_fast.system.program import begin_program, showing_stages\nbegin_program()\n"
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    process = subprocess.Popen(
+        [sys.executable, "-c", begin + code],
+        stdout=end,
+        stderr=end,
+        env={"TERM": "xterm", **os.environ, **environment},
+    )
+    os.close(end)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while data := os.read(terminal, 65536):
+            seen += data
+    os.close(terminal)
+    assert process.wait(60) == 0, seen
+    return seen.decode()
+
+
+_QUIET = """
+import sys, time
+from unicl_fast.system import status_line
+from unicl_fast.system.progress import mark
+status_line._QUIET_SECONDS = status_line._LOOK_SECONDS = 0.05
+def wait(): time.sleep(0.5)
+with showing_stages(hidden=HIDDEN):
+    wait()
+    print("ready")
+    wait()
+    print("x" * 70, end="\\r", file=sys.stderr)
+    print("\\rbar 50%", end="", file=sys.stderr, flush=True)
+    mark("drawing the curves", 7)
+    wait()
+    print("\\rbar 100%", file=sys.stderr)
+    mark("")
+    wait()
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered: str) -> None:
+    seen = seen_on_a_terminal(_QUIET.replace("HIDDEN", "False"), PYTHONUNBUFFERED=unbuffered)
+    assert re.match(r"(\r\[starting, \d s\]\x1b\[K)+\r\x1b\[Kready\r\n\r\[working, \d s\]", seen)
+    assert re.search(r"\rbar 50% \[drawing the curves, \d s\]\x1b\[K\rbar 50%\x1b\[K\rbar 1", seen)
+    assert seen.endswith("\rbar 100%\r\ndone\r\n")
+
+
+@pytest.mark.parametrize(("hidden", "rank"), [("True", "0"), ("False", "1")])
+def test_quiet_programs_and_other_ranks_show_no_stages(hidden: str, rank: str) -> None:
+    assert "[" not in seen_on_a_terminal(_QUIET.replace("HIDDEN", hidden), RANK=rank)
+
+
+def test_a_stage_is_cut_to_the_width_of_the_terminal() -> None:
+    code = _QUIET.replace("HIDDEN", "False").replace('"ready"', '"y" * 70, end="", flush=True')
+    seen = seen_on_a_terminal(code)
+    added = re.findall(r"\r(y+ \[working, \d s\])", seen)
+    assert added
+    assert all(len(text) < 80 for text in added)
+
+
+def test_unbuffered_output_is_not_kept_back() -> None:
+    code = "import os\nprint('one', end='')\nos.write(1, b'two')"
+    assert run(code, PYTHONUNBUFFERED="1").stdout == b"onetwo"

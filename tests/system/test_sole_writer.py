@@ -59,13 +59,6 @@ def test_a_folder_where_nobody_can_write_is_refused(
         pass
 
 
-def test_a_file_is_no_folder_to_write_in(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match="move that file away"), sole_writer(folder):
-            pass
-
-
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     with sole_writer(tmp_path / "empty"):
         assert len(list((tmp_path / "empty").iterdir())) == 1

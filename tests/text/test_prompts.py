@@ -26,6 +26,7 @@ from unicl_fast.text.class_lists import (
     imagenet_wnids,
     read_class_names,
     read_templates,
+    templates_for,
 )
 from unicl_fast.text.prompts import ClassPrompts, _read_or_make
 from unicl_fast.text.tokenizer import Tokenizer
@@ -65,6 +66,19 @@ def test_the_built_in_lists_are_those_of_open_clip_and_timm() -> None:
     assert len(wnids) == len(imagenet_class_names()) == 1000
     assert list(wnids) == sorted(wnids)
     assert (wnids[0], imagenet_class_names()[0]) == ("n01440764", "tench")
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (("Tench", "great white-shark", "cock"), 80),
+        (("tench", "shirts"), 80),
+        (("tench", "shirts", "trousers"), 1),
+        (("Golden Delicious", "Bravo Orange Juice"), 1),
+    ],
+)
+def test_templates_of_imagenet_are_for_its_classes(names: tuple[str, ...], count: int) -> None:
+    assert len(templates_for(names)) == count
 
 
 def test_every_imagenet_prompt_has_its_row_and_its_class(
@@ -177,15 +191,6 @@ def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
     assert prompts.lookup(pad(tokenizer.encode(["a cat", ""]))).tolist() == [-1, -1]
     assert prompts.classes_of(0, 5) == 5
     assert ClassPrompts([], tokenizer).class_ids.tolist() == []
-
-
-def test_classes_above_are_numbered_after_those_below(tokenizer: Tokenizer) -> None:
-    """Equal names of two sources are one class, above and below."""
-    sources = [(("cat", "dog"), ("{}",))] * 2
-    for above in ([("mammal",), ()], [("mammal",), ("mammal",)]):
-        prompts = ClassPrompts(sources, tokenizer, names_above=above)
-        assert prompts.num_classes.tolist() == [2 + len(names) for names in above]
-        assert prompts.class_ids.tolist() == [0, 1, 2, 0, 1, *[2 for _ in above[1]]]
 
 
 def test_names_without_a_usable_template_are_refused(tokenizer: Tokenizer) -> None:

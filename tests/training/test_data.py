@@ -10,24 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pack_runs import jpeg
+from packed_sets import Sample, pack, sample_of, write_set
 from rank_workers import agree_on_a_decoder, name_data_by_rank, name_evaluations, run_on_ranks
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import data as training_data
+from unicl_fast.training.build import build_prompts
 from unicl_fast.training.data import (
-    build_prompts,
     check_tokenizer,
     describe_datasets,
     distinct_names,
+    log_cut_captions,
     open_datasets,
+    warn_of_shared_images,
 )
-from unicl_fast.training.settle import settle_decoding
+from unicl_fast.training.settle import settle_decoding, settle_objective
 
 
 @pytest.mark.parametrize("token", [49_405, 49_408])
@@ -57,10 +62,65 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         )
     with PackedDataset(tmp_path / "set") as dataset:
         if token < tokenizer.vocab_size:
-            check_tokenizer(dataset, context_length=77)
+            check_tokenizer(dataset)
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
-                check_tokenizer(dataset, context_length=77)
+                check_tokenizer(dataset)
+
+
+@pytest.mark.parametrize("context_length", [2, 16, 77])
+def test_longer_captions_are_cut_as_the_tokenizer_cuts_them_and_counted(
+    tmp_path: Path, context_length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That a data set was packed for 77 tokens says nothing about its texts."""
+    texts = ["a dog", "word " * 14, "word " * 20, "word " * 200]  # 4, 16, 22 and 77 tokens
+    samples = [Sample(jpeg(number), captions=[text]) for number, text in enumerate(texts)]
+    caplog.set_level("INFO")
+    with pack(tmp_path / "set", samples, class_names=(), tokenizer=Tokenizer()) as dataset:
+        log_cut_captions(dataset, context_length)
+        expected = {2: "4 of 4 captions", 16: "2 of 4 captions"}.get(context_length)
+        cut = f"are cut to model.context_length={context_length} tokens"
+        lines = [f"{dataset.location}: {expected} {cut}"] if expected else []
+        assert caplog.messages == lines
+        for number, row in enumerate(Tokenizer(context_length).encode(texts)):
+            found = dataset.caption_tokens(number, 0, context_length=context_length)
+            assert found.tolist() == row.tolist()
+
+
+A_DOG = {"captions": ["a dog"], "labels": [0]}
+
+
+@pytest.mark.parametrize(
+    ("sample", "settings", "options", "positives"),
+    [
+        (A_DOG, {}, {}, "labels"),
+        ({"labels": [0, 1]}, {}, {}, "labels"),
+        (A_DOG, {}, {"name": "sigmoid"}, "labels"),
+        ({"labels": [0, 1]}, {}, {"name": "ce"}, "labels"),
+        ({"captions": ["a dog", "a hound"]}, {}, {}, "text"),
+        ({"labels": [0]}, {}, {}, "text"),
+        (A_DOG, {"text": "labels"}, {}, "text"),  # its only class is shown
+        (A_DOG, {"text": "captions"}, {}, "labels"),
+        (A_DOG, {}, {"mixup": 0.8}, "text"),  # mixes one label an image
+        (A_DOG, {}, {"positives": "text"}, "text"),
+    ],
+)
+def test_all_labels_of_an_image_count_where_one_text_does_not_have_them(
+    sample: dict[str, Any], settings: dict[str, str], options: dict[str, Any], positives: str,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Otherwise the prompt of its label is wrong for an image that is shown with its title."""
+    config = TrainConfig(data=DataConfig(**settings), objective=make_objective(**options))
+    samples = [Sample(jpeg(0), **sample), Sample(jpeg(1), labels=[1])]
+    caplog.set_level("INFO")
+    with pack(
+        tmp_path / "set", samples, class_names=("dog", "cat"), tokenizer=Tokenizer()
+    ) as dataset:
+        settled = settle_objective(config, [dataset]).objective
+    assert settled.positives == positives
+    assert settled.takes_all_labels == (positives == "labels")
+    said = [line for line in caplog.messages if "objective.positives: labels, since" in line]
+    assert len(said) == settled.takes_all_labels
 
 
 @pytest.mark.parametrize(("context_length", "are_one"), [(77, False), (6, True)])
@@ -217,6 +277,18 @@ def test_weights_that_do_not_sum_to_1_are_warned_of(
     open_datasets(DataConfig(train=train))
     assert ("weights sum to 4, not 1" in caplog.text) == warned
     assert ("labels 25.0%" in caplog.text) == warned
+
+
+def test_images_that_are_trained_on_and_evaluated_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, numbers in {"train": range(9), "held-out": range(7, 12)}.items():
+        write_set(tmp_path / name, [sample_of(b"image %d" % number, 0) for number in numbers])
+    train, held_out = (PackedDataset(tmp_path / name) for name in ("train", "held-out"))
+    warn_of_shared_images([train], [held_out])
+    expected = f"2 of the 5 images of {tmp_path}/held-out are in {tmp_path}/train too"
+    assert expected in caplog.text
+    assert "unicl-pack build SOURCE... --split 0.9" in caplog.text
 
 
 def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:

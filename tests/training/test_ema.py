@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,8 +20,7 @@ from unicl_fast.training.trainer import Trainer
 
 def averaging_config(**settings: object) -> TrainConfig:
     config = tiny_config(**settings)
-    optim = dataclasses.replace(config.optim, ema_decay=0.9)
-    return dataclasses.replace(config, optim=optim)
+    return config.changed(optim={"ema_decay": 0.9})
 
 
 def trainer_in(folder: Path | None, images: torch.Tensor, config: TrainConfig) -> Trainer:

@@ -59,14 +59,17 @@ def test_a_contact_sheet_shows_any_text(
     assert any("frames of one colour have one class" in text for text in drawn)
 
 
-def test_classes_are_named_by_data_set_and_label(
+def test_classes_have_their_names_or_data_set_and_label(
     images: torch.Tensor, tmp_path: Path, drawn: list[str]
 ) -> None:
     labels = torch.tensor([0, 1, (1 << 32) + 7] * 4)
     texts = ["a dog", "a cat", "a horse"] * 4
+    names = [("dog", "cat, with a name that is longer than the width of an image")]
     with drawing(tmp_path / "sheet.png"):
-        draw_contact_sheet(collate(images, Tokenizer()(texts), labels), tmp_path / "sheet.png")
-    assert {"class 0", "class 1", "class 7 of data set 2"} <= set(drawn)
+        batch = collate(images, Tokenizer()(texts), labels)
+        draw_contact_sheet(batch, tmp_path / "sheet.png", names)
+    assert {"dog", "class 7 of data set 2"} <= set(drawn)
+    assert any(text.startswith("cat, with") and len(text) <= 28 for text in drawn)
 
 
 def test_curves_of_a_weak_run_fill_the_axis_over_a_line_of_chance(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, objective_config, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import find_blocks, has_compiler
 from unicl_fast.models.freezing import freeze
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -32,12 +32,11 @@ def config_of(
     **settings: object,
 ) -> TrainConfig:
     config = tiny_config(**settings)
-    optim = dataclasses.replace(config.optim, freeze=frozen, ema_decay=ema_decay)
-    model = config.model
-    if drop_path is not None:
-        model = dataclasses.replace(model, drop_path=drop_path)
-    checkpoint = dataclasses.replace(config.checkpoint, every_steps=every_steps)
-    return dataclasses.replace(config, optim=optim, model=model, checkpoint=checkpoint)
+    return config.changed(
+        optim={"freeze": frozen, "ema_decay": ema_decay},
+        model={} if drop_path is None else {"drop_path": drop_path},
+        checkpoint={"every_steps": every_steps},
+    )
 
 
 def trainer_of(images: torch.Tensor, config: TrainConfig, folder: Path | None = None) -> Trainer:
@@ -67,8 +66,7 @@ def test_a_projection_is_frozen_or_trained_with_its_bias(
 ) -> None:
     for entries, frozen in ((TOWER, True), (("image",), False)):
         config = config_of(*entries, micro_batch_size=micro_batch_size)
-        model = dataclasses.replace(config.model, image_projection="biased")
-        trainer = trainer_of(images, dataclasses.replace(config, model=model))
+        trainer = trainer_of(images, config.changed(model={"image_projection": "biased"}))
         before = copy_of(trainer.model)
         train(trainer, steps=2)
         changed = {name for name in moved(trainer.model, before) if name.startswith("image_")}
@@ -306,8 +304,7 @@ def test_all_that_is_logged_as_lr_is_the_rate_of_what_stands_on_the_encoders(
     plain = trainer_of(images, config_of(steps=2), tmp_path / "plain")
     plain.fit()
     config = config_of(*("image_projection", "text_projection"), steps=2)
-    optim = dataclasses.replace(config.optim, layer_decay=0.5)
-    trainer_of(images, dataclasses.replace(config, optim=optim), tmp_path / "scaled").fit()
+    trainer_of(images, config.changed(optim={"layer_decay": 0.5}), tmp_path / "scaled").fit()
     rates = [[line["lr"] for line in read_metrics(tmp_path / run)] for run in ("plain", "scaled")]
     assert rates[0] == pytest.approx(rates[1], rel=1e-14)
 
@@ -325,9 +322,8 @@ def test_parts_that_are_not_there_are_refused(
     images: torch.Tensor, objective: str, entries: tuple[str, ...], message: str
 ) -> None:
     config = objective_config(objective)
-    optim = dataclasses.replace(config.optim, freeze=entries)
     with pytest.raises(ValueError, match=message):
-        trainer_of(images, dataclasses.replace(config, optim=optim))
+        trainer_of(images, config.changed(optim={"freeze": entries}))
 
 
 def test_a_run_with_nothing_to_train_is_refused(images: torch.Tensor) -> None:

@@ -39,12 +39,9 @@ def config_of(
     *, max_bad_steps: int = 0, log_every_steps: int = 1, **settings: object
 ) -> TrainConfig:
     config = tiny_config(**settings)
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(
-            config.run, max_bad_steps=max_bad_steps, log_every_steps=log_every_steps
-        ),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+    return config.changed(
+        run={"max_bad_steps": max_bad_steps, "log_every_steps": log_every_steps},
+        checkpoint={"every_steps": 0},
     )
 
 
@@ -264,8 +261,7 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
 ) -> None:
     monkeypatch.setattr("unicl_fast.training.limits.LEAST_DRAWS", 30)
     config = tiny_config(steps=50)  # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
-    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
-    config = dataclasses.replace(config, data=data)
+    config = config.changed(data={"max_bad_fraction": 0.2})
     make_trainer(config, Replacing(images, 2), run_folder=tmp_path / "good", progress=False).fit()
     trainer = make_trainer(
         config, Replacing(images, 3), run_folder=tmp_path / "bad", progress=False

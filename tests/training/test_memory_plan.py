@@ -16,11 +16,11 @@ import torch
 from budgets import compare
 from small_runs import objective_config, tiny_config
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import compilation
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.models.unicl import build_model
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.training import memory_plan
 from unicl_fast.training.memory_plan import MemoryPlan, check_memory, check_sizes, plan
@@ -33,16 +33,13 @@ CARDS = {"40 GB": 40 << 30, "80 GB": 80 << 30}
 
 
 def plan_on_cpu(config: TrainConfig, **efficiency: object) -> MemoryPlan:
-    config = dataclasses.replace(
-        config, efficiency=dataclasses.replace(config.efficiency, **efficiency)
-    )
+    config = config.changed(efficiency={**efficiency})
     return plan(config, world_size=1, device_bytes=0, device_type="cpu")
 
 
 def with_large_batch(image_encoder: str) -> TrainConfig:
     config = tiny_config(image_encoder=image_encoder, precision="fp32")
-    run = dataclasses.replace(config.run, global_batch_size=16_384)
-    return dataclasses.replace(config, run=run)
+    return config.changed(run={"global_batch_size": 16_384})
 
 
 def plans_of(preset: str) -> dict[str, object]:
@@ -56,8 +53,7 @@ def plans_of(preset: str) -> dict[str, object]:
         found[f"on {world_size}"] = parts | {"total": round(one.total / 1e6)}
     for shard in ("optimizer", "full"):
         config = build_preset(preset)
-        efficiency = dataclasses.replace(config.efficiency, shard=shard)
-        config = dataclasses.replace(config, efficiency=efficiency)
+        config = config.changed(efficiency={"shard": shard})
         one = plan(config, world_size=8, device_bytes=0)
         divided = {name: round(part / 1e6) for name, part in one.parts.items()}
         divided = {name: part for name, part in divided.items() if part != parts.get(name)}
@@ -127,7 +123,7 @@ def test_parts_follow_the_settings() -> None:
     assert 0 < narrow.parts["parameters in the narrow type"] <= plain.parts["parameters"] // 2
     assert narrow.image_bytes < plain.image_bytes
     assert plan_on_cpu(config, precision="fp64").parts["optimizer"] == 2 * plain.parts["optimizer"]
-    averaged = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
+    averaged = config.changed(optim={"ema_decay": 0.9})
     assert plan_on_cpu(averaged).parts["moving average"] == plain.parts["gradients"]
     on_cuda = plan(config, world_size=2, device_bytes=0, longest_text=20)
     assert on_cuda.parts["fixed"] == 3_000_000_000
@@ -138,11 +134,10 @@ def test_parts_follow_the_settings() -> None:
 @pytest.mark.slow
 def test_frozen_parts_take_their_weights_and_no_more() -> None:
     config = tiny_config(precision="fp32")
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
+    config = config.changed(optim={"ema_decay": 0.9})
 
     def freezing(*entries: str) -> TrainConfig:
-        optim = dataclasses.replace(config.optim, freeze=entries)
-        return dataclasses.replace(config, optim=optim)
+        return config.changed(optim={"freeze": entries})
 
     plain, locked = plan_on_cpu(config).parts, plan_on_cpu(freezing("image")).parts
     model = build_model(config)
@@ -158,9 +153,7 @@ def test_frozen_parts_take_their_weights_and_no_more() -> None:
     assert 0 < locked["images: activations"] < half < plain["images: activations"]
     divided, whole = (
         plan(
-            dataclasses.replace(
-                one, efficiency=dataclasses.replace(one.efficiency, shard="full", compile="off")
-            ),
+            one.changed(efficiency={"shard": "full", "compile": "off"}),
             world_size=2,
             device_bytes=0,
         ).parts
@@ -203,14 +196,13 @@ def test_window_attention_that_cannot_work_is_refused_before_it_is_built(
     with pytest.raises(ValueError, match=f"=triton cannot work here, since {reason}: set auto or"):
         check_memory(config, ranks=Ranks(), device=torch.device(device), free_bytes=1 << 40)
     measured_nowhere.assert_not_called()
-    settings = dataclasses.replace(config.efficiency, precision="fp32")
-    check_sizes(dataclasses.replace(config, efficiency=settings), device)  # imports no triton
+    check_sizes(config.changed(efficiency={"precision": "fp32"}), device)  # imports no triton
 
 
 def with_many_parameters(**efficiency: object) -> TrainConfig:
     """134 million of them, nearly all in one table; hardly any activations."""
     config = tiny_config(precision="fp32", compile="off", **efficiency)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=2**23))
+    return config.changed(model={"vocab_size": 2**23})
 
 
 def test_ranks_may_divide_the_state() -> None:
@@ -290,8 +282,7 @@ def test_micro_batches_are_not_advised_where_images_are_mixed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = with_large_batch("test_vit")
-    mixing = dataclasses.replace(config.objective, mixup=0.8)
-    config = dataclasses.replace(config, objective=mixing)
+    config = config.changed(objective={"mixup": 0.8})
     monkeypatch.setattr(memory_plan, "free_memory", lambda _: plan_on_cpu(config).total - 1)
     check_memory(config, ranks=Ranks(), device=CPU)
     assert "What fits: " in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from pathlib import Path
 from unittest.mock import Mock
@@ -61,9 +60,8 @@ def test_what_is_frozen_has_no_backward_pass(
     images: torch.Tensor, entries: tuple[str, ...]
 ) -> None:
     config, batch = tiny_config(), labelled_batch(images, objective="unicl")
-    wide_texts = dataclasses.replace(config.model, text_width=128)
-    config = dataclasses.replace(config, model=wide_texts)
-    frozen = dataclasses.replace(config, optim=dataclasses.replace(config.optim, freeze=entries))
+    config = config.changed(model={"text_width": 128})
+    frozen = config.changed(optim={"freeze": entries})
     real = make_trainer(frozen, ListLoader([batch]), progress=False)
     for module in real.model.modules():
         if hasattr(module, "fused_attn"):
@@ -170,9 +168,7 @@ def test_a_run_counts_once_and_is_not_disturbed(
 
     monkeypatch.setattr(mfu, "flops_of_step", count)
     config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32", steps=5)
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
-    )
+    config = config.changed(checkpoint={"every_steps": 0})
     weights, numbers = [], []
     for folder in (tmp_path / "counting", None):
         torch.manual_seed(7)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,21 +68,15 @@ def trainer_of(
     **efficiency: object,
 ) -> Trainer:
     config = tiny_config(**efficiency)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, device=device))
-    config = dataclasses.replace(
-        config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
-    )
+    config = config.changed(run={"device": device})
+    config = config.changed(optim={"ema_decay": ema_decay})
     return make_trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
 def rarely_logging(log_every_steps: int) -> TrainConfig:
     """Six steps and one checkpoint at the end, since its numbers are looked over before writing."""
     config = tiny_config(steps=6)
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, log_every_steps=log_every_steps),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
-    )
+    return config.changed(run={"log_every_steps": log_every_steps}, checkpoint={"every_steps": 0})
 
 
 @pytest.mark.parametrize(

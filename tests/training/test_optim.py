@@ -13,7 +13,7 @@ import torch
 from small_runs import tiny_config
 from timm.optim import Lamb
 
-from unicl_fast.models.unicl import build_model
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.training import optim
 from unicl_fast.training.optim import load_apex_optimizers
@@ -137,7 +137,7 @@ def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -
 
 def test_rates_fall_with_depth() -> None:
     config = tiny_config()
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, layer_decay=0.5))
+    config = config.changed(optim={"layer_decay": 0.5})
     model = build_model(config)
     optimizer = optim.build_optimizer(model, config)
     schedule = optim.build_schedule(optimizer, config, 10)

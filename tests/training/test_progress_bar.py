@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import io
+import itertools
 import logging
 import os
 import pty
@@ -15,6 +15,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,9 +96,7 @@ def test_a_run_in_a_terminal_shows_whole_lines(
 ) -> None:
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread is left behind
     config = tiny_config(steps=6)
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, evaluate_every_steps=2)
-    )
+    config = config.changed(run={"evaluate_every_steps": 2})
 
     def with_a_line(batch: Batch) -> Batch:
         if batch.step == 1:
@@ -163,3 +162,22 @@ def test_stderr_on_a_full_disk_ends_no_run(
         )
         trainer.fit()
     assert trainer.step == 2
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    clock = itertools.count(10_000.0, -3600.0)
+    monkeypatch.setattr("tqdm.std.time", clock.__next__)
+    with (
+        terminal_on_stderr(monkeypatch, columns=80) as terminal,
+        progress_bar(done=0, total=3, hidden=False) as bar,
+    ):
+        bar.mininterval = 0.0
+        for _ in range(2):
+            time.sleep(0.01)
+            bar.update()
+        bar.fp.flush()
+        deadline = time.monotonic() + 20
+        while "2/3" not in terminal.raw.decode() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "2/3" in terminal.raw.decode()

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
-from unicl_fast.models.unicl import build_model
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import encoder_autocast
 from unicl_fast.training.memory_plan import plan
@@ -35,21 +35,15 @@ def config_of(
     shard: str = "off", *, ema_decay: float = 0.0, clip_norm: float = 5.0, **settings: object
 ) -> TrainConfig:
     config = tiny_config(steps=STEPS, shard=shard, **settings)
-    return dataclasses.replace(
-        config,
-        optim=dataclasses.replace(config.optim, ema_decay=ema_decay, clip_norm=clip_norm),
-        run=dataclasses.replace(config.run, evaluate_every_steps=3),
+    return config.changed(
+        optim={"ema_decay": ema_decay, "clip_norm": clip_norm}, run={"evaluate_every_steps": 3}
     )
 
 
 def quick_config(shard: str) -> TrainConfig:
     """Without an evaluation, and with one checkpoint, of the last step."""
     config = config_of(shard)
-    return dataclasses.replace(
-        config,
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
-        run=dataclasses.replace(config.run, steps=2, log_every_steps=1),
-    )
+    return config.changed(checkpoint={"every_steps": 0}, run={"steps": 2, "log_every_steps": 1})
 
 
 def last_of(run: Path) -> Path:
@@ -91,7 +85,7 @@ def assert_close_runs(found: Path, expected: Path, *, rtol: float, atol: float) 
 
 
 def longer(config: TrainConfig) -> TrainConfig:
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, steps=2 * STEPS))
+    return config.changed(run={"steps": 2 * STEPS})
 
 
 IN_FP64 = {"rtol": 1e-9, "atol": 1e-12}
@@ -309,6 +303,6 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(("shard", "keeps"), [("off", True), ("optimizer", True), ("full", False)])
 def test_weights_of_divided_blocks_are_not_kept_in_16_bits(shard: str, keeps: bool) -> None:
     config = tiny_config(shard=shard, precision="bf16")
-    with encoder_autocast(config, Ranks(world_size=2), "cpu"):
+    with encoder_autocast(config.efficiency, Ranks(world_size=2), "cpu"):
         assert torch.is_autocast_cache_enabled() == keeps
     assert torch.is_autocast_cache_enabled()

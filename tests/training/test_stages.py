@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -15,9 +14,10 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, staged_batch, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.compilation import has_compiler
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.mfu import flops_of_step
@@ -32,8 +32,7 @@ STAGES = (
 
 def config_of(*stages: str, samples: int = 60, **settings: Any) -> TrainConfig:
     config = tiny_config(**settings)
-    run = dataclasses.replace(config.run, steps=0, samples=samples, stages=stages)
-    return dataclasses.replace(config, run=run)
+    return config.changed(run={"steps": 0, "samples": samples, "stages": stages})
 
 
 def trainer_in(folder: Path | None, config: TrainConfig, images: torch.Tensor, **more: Any) -> Any:
@@ -70,12 +69,7 @@ def test_three_ranks_resume_bit_for_bit_in_every_stage_and_equal_one_rank(
         shard: config_of(*stages, samples=36, shard=shard, **settings)
         for shard in ("off", "optimizer", "full")
     }
-    config = {
-        shard: dataclasses.replace(
-            one, checkpoint=dataclasses.replace(one.checkpoint, every_steps=1)
-        )
-        for shard, one in config.items()
-    }
+    config = {shard: one.changed(checkpoint={"every_steps": 1}) for shard, one in config.items()}
     run_on_ranks(train, 3, images, tmp_path, {shard: (config[shard], None) for shard in config})
     checkpoints = {shard: list_checkpoints(tmp_path / shard / "checkpoints") for shard in config}
     assert all(len(found) == 4 for found in checkpoints.values())
@@ -116,10 +110,11 @@ def test_a_resumed_run_equals_an_unbroken_one_within_stages_and_between_them(
     if image_encoder == "unicl_swin6_small":  # BatchNorm takes no micro-batches, Swin drops none
         stages = ("0.4:image_size=16,global_batch_size=8", "0.4:image_size=24,context_length=7")
     config = config_of(*stages, image_encoder=image_encoder)
-    optim = dataclasses.replace(config.optim, ema_decay=ema_decay)
-    every = dataclasses.replace(config.checkpoint, every_steps=1, best="none")
-    run = dataclasses.replace(config.run, evaluate_every_steps=1)
-    config = dataclasses.replace(config, optim=optim, checkpoint=every, run=run)
+    config = config.changed(
+        optim={"ema_decay": ema_decay},
+        checkpoint={"every_steps": 1, "best": "none"},
+        run={"evaluate_every_steps": 1},
+    )
     shown = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     evaluations = {"eval": lambda model: {"top1": float(model.encode_image(shown).detach().sum())}}
     unbroken = trainer_in(tmp_path / "unbroken", config, images, evaluations=evaluations)
@@ -170,9 +165,7 @@ def test_the_model_is_evaluated_at_the_runs_own_sizes(images: torch.Tensor) -> N
 
 def test_rates_follow_samples_and_the_batch_of_the_stage() -> None:
     config = config_of("600:global_batch_size=3", samples=1200)
-    config = dataclasses.replace(
-        config, optim=dataclasses.replace(config.optim, lr_batch_size=12, warmup_fraction=0.0)
-    )
+    config = config.changed(optim={"lr_batch_size": 12, "warmup_fraction": 0.0})
     model = build_model(config)
     optimizer = build_optimizer(model, config)
     assert steps_of_samples(config, 0) == 0

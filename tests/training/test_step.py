@@ -19,9 +19,9 @@ from rank_workers import (
 from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 
 from unicl_fast.batch import repeated_texts
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.models.unicl import build_model
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,10 +127,8 @@ def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
 
 def test_the_parts_of_a_run_sum_to_its_time(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(steps=4)
-    config = dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, log_every_steps=3, evaluate_every_steps=2),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=1),
+    config = config.changed(
+        run={"log_every_steps": 3, "evaluate_every_steps": 2}, checkpoint={"every_steps": 1}
     )
 
     def late(batch: Batch) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import shutil
 import struct
@@ -170,7 +169,7 @@ def test_a_tracker_that_hangs_keeps_no_step_waiting(
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers_module, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"pip install wandb, or 'unicl_fast\[trackers\]'"):
+    with pytest.raises(ValueError, match=r"pip install wandb, or pip install .*\[trackers\]"):
         require_trackers(["wandb"])
 
 
@@ -276,7 +275,9 @@ def test_one_curve_is_kept_over_kills_and_resumes(
                 if step % 4 == 0:  # an evaluation, on a line of its own
                     metrics.write({"step": step, "top1": step / 16})
     assert not [record for record in caplog.records if record.name.startswith("unicl_fast")]
-    curves = READ[name](tmp_path)
+    deadline = time.monotonic() + 60
+    while len((curves := READ[name](tmp_path))["loss"]) < 8 and time.monotonic() < deadline:
+        time.sleep(0.5)  # wandb's own process may still write the file
     assert curves["loss"] == [(step, step / 8) for step in range(1, 9)]
     assert curves["top1"] == [(4, 0.25), (8, 0.5)]
     assert [step for step, _ in curves["seconds/data_wait"]] == list(range(1, 9))
@@ -337,8 +338,7 @@ def test_a_trainer_sends_its_lines(
     images: torch.Tensor, tmp_path: Path, recorder: Recorder
 ) -> None:
     config = tiny_config(steps=2)
-    run = dataclasses.replace(config.run, trackers=("wandb",))
-    config = dataclasses.replace(config, run=run)
+    config = config.changed(run={"trackers": ("wandb",)})
     trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.fit()
     lines = read_metrics(tmp_path)

@@ -153,9 +153,7 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
 
 def test_only_the_newest_checkpoints_stay(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config()
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1, keep=2)
-    )
+    config = config.changed(checkpoint={"every_steps": 1, "keep": 2})
     trainer_in(tmp_path, images, config).fit()
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step-00000005", "step-00000006"]
@@ -182,13 +180,13 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
     trainer_in(tmp_path, images).fit()
     checkpoint = tmp_path / "checkpoints" / "step-00000006"
     config = tiny_config()
-    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, text_width=32))
+    wider = config.changed(model={"text_width": 32})
     with pytest.raises(ValueError, match="another model: text_width was 16 and is now 32"):
         trainer_in(tmp_path / "b", images, wider).resume(checkpoint)
-    reseeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    reseeded = config.changed(run={"seed": 1})
     with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
         trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
-    regrouped = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_groups=8))
+    regrouped = config.changed(data={"shuffle_groups": 8})
     with pytest.raises(ValueError, match="another data: shuffle_groups was 128 and is now 8"):
         trainer_in(tmp_path / "g", images, regrouped).resume(checkpoint)
     with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
@@ -215,8 +213,7 @@ def test_the_first_scale_of_a_resumed_run_does_not_count(
 def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(optimizer="muon", precision="fp32")
     trainer_in(tmp_path, images, config).fit()
-    optim = dataclasses.replace(config.optim, freeze=("text",))
-    resumed = trainer_in(tmp_path / "b", images, dataclasses.replace(config, optim=optim))
+    resumed = trainer_in(tmp_path / "b", images, config.changed(optim={"freeze": ("text",)}))
     resumed.resume(tmp_path / "checkpoints" / "step-00000006")
     assert resumed.step == 6
 
@@ -263,10 +260,8 @@ def test_evaluations_run_at_their_steps_and_are_written(
     """A program has them in its log, and so in its log file; a notebook without a log sees them."""
     caplog.set_level(level)
     config = tiny_config()
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every_steps=6))
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, evaluate_every_steps=4)
-    )
+    config = config.changed(run={"log_every_steps": 6})
+    config = config.changed(run={"evaluate_every_steps": 4})
     trainer = trainer_in(tmp_path, images, config)
     modes = []
 
@@ -287,7 +282,7 @@ def test_evaluations_run_at_their_steps_and_are_written(
 
 def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
     config = tiny_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=("supcon",)))
+    config = config.changed(data={"augment": ("supcon",)})
     images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
         make_trainer(config, ListLoader([global_batch(images)]), progress=False)
@@ -357,7 +352,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = config_of_labels(data)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, init="somewhere"))
+    config = config.changed(model={"init": "somewhere"})
     started: list[torch.Tensor] = []
 
     def initialise(model: UniCL, ranks: Ranks) -> None:
@@ -370,10 +365,9 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     (newest,) = list_checkpoints(tmp_path / "checkpoints")
     weights = load_model(newest).image_projection
     assert (weights - 0.5).abs().max() < 0.1  # it trained from there
-    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=4))
+    longer = config.changed(run={"steps": 4})
     for name in ("", "elsewhere"):
-        settings = dataclasses.replace(longer.model, init=name)
-        config = dataclasses.replace(longer, model=settings)
+        config = longer.changed(model={"init": name})
         start(config, initialise=initialise, resume="auto")
         assert json.loads((tmp_path / "config.json").read_text())["model"]["init"] == name
     assert len(started) == 1
@@ -391,8 +385,9 @@ def test_a_checkpoint_is_resumed_whatever_it_started_from(
     config = tiny_config(steps=2)
     trainer_in(tmp_path, images, config).fit()
     (newest,) = list_checkpoints(tmp_path / "checkpoints")
-    settings = dataclasses.replace(config.model, init="elsewhere", init_text="somewhere")
-    trainer = trainer_in(tmp_path, images, dataclasses.replace(config, model=settings))
+    trainer = trainer_in(
+        tmp_path, images, config.changed(model={"init": "elsewhere", "init_text": "somewhere"})
+    )
     trainer.resume(newest)
     assert trainer.step == 2
 

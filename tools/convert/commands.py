@@ -7,6 +7,7 @@ which neither `--help` nor a mistyped option has to wait.
 from __future__ import annotations
 
 import abc
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,8 @@ class FromOfficial(Conversion):
             "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
             "xxh3 of that file": file_checksum(self.file),
         }
-        write_export(model, self.out, facts=Facts(origin=origin))
-        _print_written(self.out)
+        difference = write_export(model, self.out, facts=Facts(origin=origin))
+        _print_written(self.out, difference=difference)
         print(
             f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
             "normalised as ImageNet's"
@@ -104,9 +105,11 @@ class ModelConversion(Conversion):
         """
         from unicl_fast.checkpoints.load import find_model, load_model
         from unicl_fast.conversion.output import require_new
+        from unicl_fast.system.progress import said_if_slow
 
         require_new(self.out)  # before minutes are spent
-        model = load_model(self.model, weights=self.weights).float()
+        with said_if_slow(f"reading {self.model}"):
+            model = load_model(self.model, weights=self.weights).float()
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "
@@ -174,15 +177,21 @@ class ToOpenClip(ModelConversion):
         model = self.load()
         _print_written(self.out, difference=write_open_clip(model, self.out))
         data = model.config.data
-        if data.evaluation_resize != data.image_size:
+        if data.evaluation_resize not in (data.image_size, "longest", "squash"):
             print(
                 f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval "
                 f"to {data.evaluation_resize} and then crops {data.image_size}: accuracies differ "
                 "a little"
             )
-        _print_registration(model.config.model.image_encoder)
-        print(f'next: open_clip.create_model_and_transforms("local-dir:{self.out}")')
-        print(f"  or: clip_benchmark eval --model local-dir:{self.out} --dataset ...")
+        module = _registering_module(model)
+        imports = f"{module}, open_clip" if module else "open_clip"
+        name = f"local-dir:{self.out}"
+        print(f"next: import {imports}; open_clip.create_model_and_transforms({name!r})")
+        program = "clip_benchmark"
+        if module:
+            program = f"python -c 'import {module}; from clip_benchmark import cli; cli.main()'"
+        options = shlex.join(["--model", name, "--pretrained", ""])
+        print(f"  or: {program} eval {options} --dataset wds/NAME --dataset_root DIR --no_amp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,32 +205,30 @@ class ToTimm(ModelConversion):
     """
 
     def run(self) -> None:
-        import timm
-
         from unicl_fast.conversion.libraries import timm_arguments, write_timm
 
         model = self.load(needs_texts=False)
         _print_written(self.out, difference=write_timm(model, self.out))
-        name = model.config.model.image_encoder
-        _print_registration(name)
+        name, module = model.config.model.image_encoder, _registering_module(model)
         more = "".join(f", {key}={value}" for key, value in timm_arguments(model).items())
-        weights = self.out / "model.safetensors"
-        print(
-            f'next: timm.create_model("{name}", num_classes=0, checkpoint_path="{weights}"{more})'
-        )
-        if timm.get_pretrained_cfg(name) is not None:
-            again = f'timm.create_model("local-dir:{self.out}", pretrained=True)'
-            print(f"  or, from timm 1.0.16 on: {again}")
+        more = f"num_classes=0, checkpoint_path={str(self.out / 'model.safetensors')!r}{more}"
+        imports = f"{module}, timm" if module else "timm"
+        print(f"next: import {imports}; timm.create_model({name!r}, {more})")
+        if not module:
+            again = f"timm.create_model({f'local-dir:{self.out}'!r}, pretrained=True)"
+            print(f"  or, from timm 1.0.16 on: import timm; {again}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToHub(ModelConversion):
     """A folder in the layout of the Hugging Face hub, or a repository there, with a model card.
 
-    Safetensors, config, preprocessing, and a card with the run's data sets (names of folders,
-    counts, licenses) and the figures, with intervals, of all evaluations of these weights whose
-    --json lies in the run's folder. OUT holds no path of this machine. unicl-eval, unicl-pretrain
-    --init and unicl_fast.load_model take OUT, and hf-hub:OWNER/NAME once it is there.
+    transformers.AutoModel loads it, where the encoders are timm's or CLIP's, without this package.
+    Safetensors, config, preprocessing, tokenizer, and a card with the run's data sets (names of
+    folders, counts, licenses) and the figures, with intervals, of all evaluations of these weights
+    whose --json lies in the run's folder. OUT holds no path of this machine. unicl-eval,
+    unicl-pretrain --init and unicl_fast.load_model take OUT, and hf-hub:OWNER/NAME once it is
+    there.
 
     Example:
       unicl-eval zero-shot --checkpoint runs/first --data DIR --json runs/first/zero-shot.json
@@ -239,6 +246,7 @@ class ToHub(ModelConversion):
     """With --push: only you and those you invite see it."""
 
     def run(self) -> None:
+        from unicl_fast.conversion import hugging_face
         from unicl_fast.conversion.card import collect_facts
         from unicl_fast.conversion.export import write_export
 
@@ -256,8 +264,11 @@ class ToHub(ModelConversion):
             print(f"left out of the card: {reason}")
         print(f"figures on the card: {len(facts.figures)}")
         name = f"hf-hub:{self.push}" if self.push else "FOLDER"
-        write_export(model, self.out, facts=facts, name=name, license=self.license)
-        _print_written(self.out)
+        difference = write_export(model, self.out, facts=facts, name=name, license=self.license)
+        _print_written(self.out, difference=difference)
+        layout = hugging_face.layout_of(model)
+        if layout != "unicl" and difference is None:
+            print("not checked: transformers is not installed, which loads it too")
         if self.push:
             try:
                 address = upload(self.out, self.push, private=self.private)
@@ -268,6 +279,11 @@ class ToHub(ModelConversion):
             print(f"uploaded to {address}")
         where = name if self.push else self.out
         print(f"next: unicl-eval zero-shot --checkpoint {where} --data DIR")
+        if layout != "unicl":
+            repository = self.push or str(self.out)
+            print(
+                f"  or: import transformers; transformers.AutoModel.from_pretrained({repository!r})"
+            )
         if not self.push:
             print(f"to publish it: hf upload OWNER/NAME {self.out}")
 
@@ -277,7 +293,7 @@ class ToOnnx(ModelConversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
     They are run with onnxruntime at three batch sizes and compared before OUT appears. Takes
-    pip install 'unicl_fast[convert]'.
+    the extra `convert`.
 
     Example:
       unicl-convert onnx runs/first models/first-onnx
@@ -331,13 +347,18 @@ def _print_written(path: Path, *, difference: float | None = None, where: str = 
         print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
 
 
-def _print_registration(image_encoder: str) -> None:
-    if image_encoder.startswith("unicl_"):
-        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
+def _registering_module(model: UniCL) -> str:
+    """The module whose import registers the image encoder with timm; empty for timm's own."""
+    from unicl_fast.conversion.libraries import is_of_timm, module_of_encoder
+
+    name = model.config.model.image_encoder
+    return "" if is_of_timm(name) else module_of_encoder(name)
 
 
 def _view(data: DataConfig) -> str:
     """How an evaluation shows images to a model, in words."""
+    if isinstance(data.evaluation_resize, str):
+        return f"whole images, {data.evaluation_resize} ({data.interpolation})"
     return (
         f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
         "the centre"

@@ -19,8 +19,11 @@ import numpy as np
 from PIL import Image
 
 from unicl_fast.images.codec import MAX_PIXELS, open_image, pillow_limits, pixels_of
+from unicl_fast.packing.sources.read_sources import read_source
+from unicl_fast.system.installation import install_command
 from unicl_fast.system.pages import fill_page
 from unicl_fast.system.program import begin_program
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, fill_template
 
@@ -29,10 +32,8 @@ from ..demo import make_anew, run
 from ..pack import __main__ as pack_dataset
 
 _LISTS = ("captions.jsonl", "captions.csv")
-_SHIPPED = Path(__file__).with_name("captions.csv")
-"""Captions, written for this demo, of photographs that Python packages ship: PACKAGE/FILE."""
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _HELD_OUT = 5  # every fifth photograph
+_MOST_FILE_BYTES = 512_000_000
 _MOST_SHOWN = 100
 _NEAREST = 5
 _BATCH_SIZE = 64
@@ -103,23 +104,32 @@ def main() -> None:
     print(f"right text first: {100 * accuracy:.1f}")
 
 
+def shipped_captions() -> dict[str, tuple[str, ...]]:
+    """Captions of the photographs that Python packages ship, by PACKAGE/FILE."""
+    found: dict[str, tuple[str, ...]] = {}
+    with Path(__file__).with_name("captions.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            found[row["image"]] = (*found.get(row["image"], ()), row["caption"])
+    return found
+
+
 def shipped_photos(folder: Path) -> Task:
     """Takes the photographs of installed packages into a folder; SystemExit where one is not."""
     train, asked = [], []
-    for photo in read_captions(_SHIPPED):
-        package, _, inside = photo.name.partition("/")
+    for path, captions in shipped_captions().items():
+        package, _, inside = path.partition("/")
         found = find_spec(package)
         if found is None or found.origin is None:
             raise SystemExit(
                 f"the photographs are those of packages, and {package} is not installed: "
-                "pip install 'unicl_fast[photos]', or name a folder: --photos DIR"
+                f"{install_command('photos')}, or name a folder: --photos DIR"
             )
         name = f"{Path(inside).stem}.jpg"
         folder.mkdir(parents=True, exist_ok=True)
         # as JPEG: a PNG of theirs has a colour profile that libpng complains of at each reading
         (folder / name).write_bytes(_as_jpeg(Path(found.origin).parent / inside, side=640))
-        train.append(Photo(name=name, captions=photo.captions[:-1]))
-        asked.append(Photo(name=name, captions=photo.captions[-1:]))
+        train.append(Photo(name=name, captions=captions[:-1]))
+        asked.append(Photo(name=name, captions=captions[-1:]))
     about = (
         f"{len(train)} photographs that scikit-image, scikit-learn and matplotlib ship. The text "
         "encoder learnt three captions of each; below are the nearest of the fourth ones, which "
@@ -136,9 +146,17 @@ def own_photos(folder: Path) -> Task:
     if not folder.is_dir():
         raise SystemExit(f"--photos {folder} is no folder")
     lists = [folder / name for name in _LISTS if (folder / name).is_file()]
-    groups = [read_captions(lists[0])] if lists else read_classes(folder)
-    train = [photo for group in groups for photo in _parted(group, held_out=False)]
-    asked = [photo for group in groups for photo in _parted(group, held_out=True)]
+    groups: dict[str, list[Photo]] = {}
+    try:
+        for item in read_source(str((lists or [folder])[0])).items:
+            label = "" if lists else str(*item.labels).replace("_", " ")
+            if item.problem is None:
+                photo = Photo(name=item.name, captions=tuple(item.captions), label=label)
+                groups.setdefault(label, []).append(photo)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"--photos {folder}: {error}") from error
+    train = [photo for group in groups.values() for photo in _parted(group, held_out=False)]
+    asked = [photo for group in groups.values() for photo in _parted(group, held_out=True)]
     if not asked or (not lists and len(groups) < 2):
         raise SystemExit(
             f"--photos {folder} has {count_of(len(train) + len(asked), 'photograph')} in "
@@ -157,35 +175,6 @@ def _parted(group: Sequence[Photo], *, held_out: bool) -> list[Photo]:
     """The photographs of a group that are held out, or the others; one of a few is."""
     step = min(_HELD_OUT, max(2, len(group)))
     return [photo for number, photo in enumerate(group) if (number % step == step - 1) == held_out]
-
-
-def read_captions(path: Path) -> list[Photo]:
-    """Photographs with their captions, from JSONL or CSV with image and caption."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows: Iterable[dict[str, Any]] = (
-            csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
-        )
-        found: dict[str, list[str]] = {}
-        for row in rows:
-            texts = row.get("captions", row.get("caption"))
-            if not row.get("image") or not texts:
-                raise SystemExit(f"{path}: expected image and caption in each row, not {row}")
-            found.setdefault(row["image"], []).extend([texts] if isinstance(texts, str) else texts)
-    return [Photo(name=name, captions=tuple(texts)) for name, texts in found.items()]
-
-
-def read_classes(folder: Path) -> list[list[Photo]]:
-    """A group for each class folder, in the order of their names."""
-    groups = [
-        [
-            Photo(name=path.relative_to(folder).as_posix(), label=inner.name.replace("_", " "))
-            for path in sorted(inner.iterdir())
-            if path.suffix.lower() in _IMAGES
-        ]
-        for inner in sorted(folder.iterdir())
-        if inner.is_dir()
-    ]
-    return [group for group in groups if group]
 
 
 def write_list(photos: Iterable[Photo], path: Path) -> None:
@@ -243,9 +232,9 @@ def _thumbnail(path: Path) -> str:
 
 
 def _as_jpeg(path: Path, *, side: int) -> bytes:
-    """The photograph, upright and at most so many pixels wide and high."""
+    """The photograph, upright, with sides of at most `side` pixels."""
     with pillow_limits(MAX_PIXELS):
-        pixels = pixels_of(open_image(path.read_bytes()))
+        pixels = pixels_of(open_image(read_file(path, most_bytes=_MOST_FILE_BYTES)))
     image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[2] == 1 else pixels)
     image.thumbnail((side, side))
     file = io.BytesIO()

@@ -14,13 +14,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from unicl_fast.system.wording import shorten
 
-_MOST_SECONDS = 300.0
-"""A check without an answer for this long is blocked. On a busy machine importing torch takes a
-minute."""
+_IDLE_SECONDS = 120.0
+"""A check that has neither answered nor computed for this long is blocked. One that computes may
+take any time: on a busy machine importing torch takes minutes."""
 
 
 class Found(NamedTuple):
@@ -44,12 +46,12 @@ class Check:
 
 
 def run_checks(
-    checks: Sequence[Check], *, seconds: float = _MOST_SECONDS
+    checks: Sequence[Check], *, seconds: float = _IDLE_SECONDS
 ) -> Iterator[tuple[str, Found]]:
     """Runs checks in order in a child process, and yields each result as soon as it is known.
 
-    After a check that ended the child, or did not answer within `seconds`, a new child makes the
-    others. Where a check failed, those that need it are left out.
+    After a check that ended the child, or was idle for `seconds`, a new child makes the others.
+    Where a check failed, those that need it are left out.
     """
     context = multiprocessing.get_context("fork")
     failed: set[str] = set()
@@ -64,7 +66,7 @@ def run_checks(
             child.start()
             sending.close()
         try:
-            found = results.recv() if results.poll(seconds) else None
+            found = _receive(results, child, seconds)
         except (EOFError, ConnectionError):
             child.join()
             code = child.exitcode or 0
@@ -75,10 +77,25 @@ def run_checks(
             assert child is not None
             child.kill()
             fix = "see which disk, mount or driver does not answer: mount, dmesg, nvidia-smi"
-            found, child = Found("fault", f"blocked: no answer in {seconds:g} s", fix), None
+            found, child = (
+                Found("fault", f"blocked: no answer, and idle for {seconds:g} s", fix),
+                None,
+            )
         if found.state == "fault":
             failed.add(check.name)
         yield check.name, found
+
+
+def _receive(results: Connection, child: ForkProcess, seconds: float) -> Found | None:
+    """The next result; None where the child is idle."""
+    spent = ""
+    while not results.poll(seconds):
+        status = Path(f"/proc/{child.pid}/stat").read_text(encoding="utf-8")
+        before, spent = spent, " ".join(status.rpartition(")")[2].split()[11:13])  # CPU times
+        if spent == before:
+            return None
+    found: Found = results.recv()
+    return found
 
 
 def _serve(checks: Sequence[Check], failed: Collection[str], results: Connection) -> None:

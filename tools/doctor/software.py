@@ -159,10 +159,10 @@ def _decode(graph: Any, name: str) -> None:
     Image.new("RGB", (_SIDE, _SIDE), (120, 130, 140)).save(file, format=name)
     edges = (np.full((1, 2), edge, np.float32) for edge in (0, _SIDE))
     batch = HostBatch(inputs=([np.frombuffer(file.getvalue(), np.uint8)], *edges), metadata=0)
-    data = DataConfig(image_size=_SIDE, threads=1, prefetch=1, resample="dali")
+    data = DataConfig(image_size=_SIDE, resample="dali")
     cpu = torch.device("cpu")
-    build = functools.partial(graph.build_evaluation_graph, data=data, batch_size=1, device=cpu)
-    for (images,), _ in graph.run_graphs([build], iter([batch]), device=cpu, ahead=1):
+    build = functools.partial(graph.build_evaluation_graph, data=data, device=cpu)
+    for images, _ in graph.decode(build, (one for one in [batch]), batch_size=1, device=cpu):
         if not (images.float().mean((0, 1, 2)) - torch.tensor([120, 130, 140])).abs().max() < 4:
             raise RuntimeError("other pixels than were encoded")
 

@@ -13,6 +13,7 @@ import tyro
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
+from unicl_fast.system.progress import said_if_slow
 
 from .options import COMMANDS, ModelCommand, RankedCommand
 
@@ -34,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
-        command.check()
-        command = command.settled()
+        with said_if_slow("unicl-eval is starting", shown=os.environ.get("RANK", "0") == "0"):
+            command.check()
+            command = command.settled()
         nproc = command.nproc if isinstance(command, RankedCommand) else 1
         if nproc > 1 and "WORLD_SIZE" not in os.environ:
             argv += ["--checkpoint", str(command.checkpoint)]
-            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv)
+            start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv, resumes=False)
         adopt_slurm_ranks()
         keep_freed_memory()
         run(command)

@@ -102,7 +102,7 @@ def _draw_confusion(result: ClassificationResult, path: Path, *, title: str) -> 
                 ha="center", va="center", fontsize=6, color="white" if part > 0.6 else INK,
             )  # fmt: skip
     figure.colorbar(image, ax=left, shrink=0.6, label="part of the class")
-    left.set_anchor("N")  # the list beside it begins at the top too
+    left.set_anchor("N")  # the list next to it begins at the top too
     right.set_axis_off()
     right.set_title("most frequent mistakes", loc="left", color=INK)
     lines = [
@@ -221,7 +221,7 @@ def _read_captions(
 
 
 def _spread(total: int, count: int) -> list[int]:
-    """So many numbers below `total`, evenly spread."""
+    """Numbers below `total`, evenly spread."""
     count = min(total, count)
     return [number * total // count for number in range(count)]
 

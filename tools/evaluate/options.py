@@ -22,7 +22,7 @@ from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
     Count,
-    FiniteNonNegative,
+    NonNegative,
     convert,
 )
 
@@ -70,8 +70,8 @@ class ModelCommand(abc.ABC):
     def settled(self) -> Self:
         """This command with the checkpoint that a run folder stands for now.
 
-        Ranks that are started with it, and the checksum in the results, mean this one, whatever a
-        run writes next.
+        Ranks that are started with it, and the checksum in the results, mean this one, even if
+        a run writes another.
         """
         from unicl_fast.checkpoints.load import find_model
 
@@ -124,10 +124,10 @@ class ZeroShot(Evaluation):
 
     data: tuple[str, ...]
     """One data set or several, evaluated in turn: packed ones with labels (folders or URLs), or
-    folders or zips of class folders and whatever else unicl-pack reads."""
+    folders or zips of class folders, or any other source of unicl-pack build."""
     class_names: tuple[str, ...] = ()
     """Names instead of the data's own: a file with one a line, imagenet, or clip-benchmark:KEY
-    (pip install 'unicl_fast[evaluation]'), such as clip-benchmark:dtd. One for all data sets, or
+    (from the extra `evaluation`), such as clip-benchmark:dtd. One for all data sets, or
     one for each, where own keeps the data's."""
     templates: tuple[str, ...] = ()
     """Prompt templates instead of the data's own: a file with one a line, imagenet, simple, or
@@ -200,7 +200,8 @@ class FrozenFeatures(Evaluation):
     after it (unit norm), which a model trained by cross-entropy lacks."""
     features: str = "auto"
     """Folder where features are kept and found again, by a checksum of weights and images; auto
-    is the folder features/ of the run, none keeps nothing."""
+    is the folder features/ of the run (of a model on the hub, one in the user's cache), none keeps
+    nothing."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.train, self.data]
@@ -225,11 +226,11 @@ class LinearProbe(FrozenFeatures):
     would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
     --train instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has
     two images, C is 1."""
-    c: FiniteNonNegative = 0.0
+    c: NonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
-    by up to 4 others of each class, and the fit is on the shots alone. Where the others are fewer
+    by up to 4 others of each class, and the fit only uses the shots. Where the others are fewer
     than one a class on the average, C is chosen by cross-validation over the shots."""
     draws: Number = 3
     """Few-shot: how often images are drawn for each number of shots."""
@@ -244,7 +245,7 @@ class LinearProbe(FrozenFeatures):
         if self.shots and self.validation and self.c:
             raise ValueError(
                 f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
-                "which are fitted alone, give one of the two"
+                "all that is fitted, give one of the two"
             )
         if self.shots and self.figures is not None:
             raise ValueError(
@@ -273,8 +274,8 @@ class Use(RankedCommand):
     """The options of commands that use a model on images without judging it."""
 
     data: str
-    """Images: a packed data set (a folder or a URL), a folder of them, or whatever else unicl-pack
-    reads. What cannot be read is named and left out."""
+    """Images: a packed data set (a folder or a URL), a folder of them, or any
+    source of unicl-pack build. What cannot be read is named and left out."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.data]
@@ -311,8 +312,8 @@ class Embed(Use):
 
     out: Path
     """.npy for an array [images, width] in the data set's order, or .parquet with a row for each
-    image: its source, its name there, its labels, its feature (pip install
-    'unicl_fast[sources]')."""
+    image: its source, its name there, its labels, its feature (takes the extra
+    `sources`)."""
     layer: Layer = "projection"
     """projection: unit-norm features to compare with those of texts; encoder: what comes before."""
 
@@ -324,16 +325,53 @@ class Embed(Use):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Serve(ModelCommand):
-    """Opens a page on this machine where images are tried against classes that you type.
+class Search(Use):
+    """Finds the images of a data set that are nearest to texts or to example images.
 
-    Nothing is sent anywhere: the page and the model are reached from this machine alone.
+    The images are encoded once and kept in a folder. Without --query and --image, texts are read
+    from the terminal or the standard input, one a line.
+
+    Example: unicl-eval search --checkpoint runs/shop --data packed/shop --query "red apples"
     """
 
+    query: tuple[str, ...] = ()
+    """Texts to search for."""
+    image: tuple[Path, ...] = ()
+    """Image files to search for."""
+    top: Number = 10
+    """Images that are shown for each."""
+    features: str = "auto"
+    """Folder where features are kept and found again, as in linear-probe."""
+
+    def check(self) -> None:
+        super().check()
+        for path in self.image:
+            if not path.is_file():
+                raise FileNotFoundError(f"--image {path}: there is no such file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(ModelCommand):
+    """Opens a page on this machine: search of a data set, and images tried against typed classes.
+
+    Nothing is sent anywhere: the page and the model can only be reached from this machine.
+    """
+
+    data: str = ""
+    """Images to search, as in search; without it the page has no search."""
+    features: str = "auto"
+    """Folder where their features are kept and found again, as in linear-probe."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """Port of the page; 0 takes a free one."""
-    classes: tuple[str, ...] = ("cat", "dog", "bird")
-    """Classes that the page begins with."""
+    classes: tuple[str, ...] = ()
+    """Classes that the page begins with: by default those of the data, or a few animals."""
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.data import check_data
+
+        super().check()
+        if self.data:
+            check_data(self.data)
 
 
 def refuse_other_kinds(path: Path, endings: tuple[str, ...]) -> None:
@@ -349,5 +387,6 @@ COMMANDS: dict[str, type[ModelCommand]] = {
     "retrieval": Retrieval,
     "classify": Classify,
     "embed": Embed,
+    "search": Search,
     "serve": Serve,
 }

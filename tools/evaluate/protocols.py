@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from unicl_fast.checkpoints.load import find_model, weights_checksum
+from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.evaluation.data import choose_metric, open_data
 from unicl_fast.evaluation.features import ModelOnRanks, model_on_ranks
 from unicl_fast.evaluation.labelled import LabelledFeatures, labelled_features
@@ -29,7 +30,7 @@ from unicl_fast.evaluation.retrieval import (
 from unicl_fast.evaluation.zero_shot import zero_shot
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.training.data import distinct_names
+from unicl_fast.training.data import distinct_names, log_cut_captions
 
 from .figures import draw_confusion, draw_found
 from .options import (
@@ -53,6 +54,16 @@ def command_model(command: RankedCommand) -> AbstractContextManager[ModelOnRanks
         device=command.device,
         batch_size=command.batch_size,
     )
+
+
+def features_folder(given: str, checkpoint: Path) -> Path | None:
+    """The folder that --features stands for; None for none."""
+    if given != "auto":
+        return None if given == "none" else Path(given)
+    if str(checkpoint).startswith("hf-hub:"):
+        return CacheOptions().place / "features"
+    run = find_model(checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
+    return (run.parent if run.name == "checkpoints" else run) / "features"
 
 
 def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> None:
@@ -116,7 +127,11 @@ def run_zero_shot(command: ZeroShot) -> None:
 
 def run_retrieval(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints, writes and draws."""
-    with command_model(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
+    with (
+        command_model(command) as on_ranks,
+        open_data(command.data, ranks=on_ranks.ranks, takes_loose=True) as data,
+    ):
+        log_cut_captions(data.dataset, on_ranks.model.config.model.context_length)
         found = encode_captioned(on_ranks, data.dataset)
         result = on_ranks.on_rank_0(RetrievalFeatures.ranked, found, RetrievalResult)
         if found is None:
@@ -139,6 +154,7 @@ def run_linear_probe(command: LinearProbe) -> None:
         "c": command.c,
         "metric": described["metric"],
         "seed": command.seed,
+        "progress": True,
     }
     if command.shots:
         found = few_shot_probes(train, test, shots=command.shots, draws=command.draws, **settings)
@@ -170,7 +186,9 @@ def run_knn(command: Knn) -> None:
         return
     train, test = sets
     metric = described["metric"]
-    results = nearest_neighbours(train, test, ks=command.k, temperature=command.temperature)
+    results = nearest_neighbours(
+        train, test, ks=command.k, temperature=command.temperature, progress=True
+    )
     rows = [(f"k = {k}", metric, result) for k, result in results.items()]
     print(table := classification_table(rows, mean=False))  # a mean over k would mean nothing
     found = [{"k": k} | result.to_json() for k, result in results.items()]
@@ -184,10 +202,7 @@ def run_knn(command: Knn) -> None:
 
 def _extract(command: FrozenFeatures) -> tuple[list[LabelledFeatures], dict[str, Any]]:
     """Features of the data sets of a command, and the first values of its report; rank 0 only."""
-    folder = None if command.features == "none" else Path(command.features)
-    if command.features == "auto":
-        run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
-        folder = (run.parent if run.name == "checkpoints" else run) / "features"
+    folder = features_folder(command.features, command.checkpoint)
     with command_model(command) as on_ranks:
         sets = labelled_features(on_ranks, *command.data_sets(), layer=command.layer, folder=folder)
     if not sets:

@@ -1,8 +1,9 @@
-"""`unicl-eval classify`, `embed` and `serve`: a trained model on images."""
+"""`unicl-eval classify`, `embed`, `search` and `serve`: a trained model on images."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,15 +17,21 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.evaluation.choices import Layer
 from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.features import require_layer
+from unicl_fast.evaluation.features import (
+    ModelOnRanks,
+    require_layer,
+    require_text_encoder,
+)
 from unicl_fast.evaluation.inference import Model, load_model
-from unicl_fast.evaluation.serving import Server
+from unicl_fast.evaluation.search import Found, SearchIndex, open_index
+from unicl_fast.evaluation.serving import MOST_CLASSES, Server
 from unicl_fast.system.atomic_files import replacing, write_text_atomically
+from unicl_fast.system.progress import said_if_slow
 from unicl_fast.system.wording import count_of, encodable, print_text
 from unicl_fast.text.class_lists import read_class_names, read_templates
 
-from .options import Classify, Embed, ModelCommand, Serve, Use
-from .protocols import command_model
+from .options import Classify, Embed, ModelCommand, Search, Serve, Use
+from .protocols import command_model, features_folder
 
 
 def run_classify(command: Classify) -> None:
@@ -75,7 +82,7 @@ def _features(
         if names is not None:
             model.require_classes(names)  # before images are encoded
         require_layer(model.encoders, layer)
-        with open_data(command.data, ranks=on_ranks.ranks) as data:
+        with open_data(command.data, ranks=on_ranks.ranks, takes_loose=True) as data:
             features = on_ranks.features(data.dataset, layer=layer)
             yield model, data.dataset, features
             refused = data.dataset.manifest.num_quarantined
@@ -108,22 +115,69 @@ def _write_parquet(command: Embed, dataset: PackedDataset, rows: Float[np.ndarra
         pyarrow.parquet.write_table(table, partial)
 
 
+def run_search(command: Search) -> None:
+    """Encodes on all ranks; rank 0 answers."""
+    folder = features_folder(command.features, command.checkpoint)
+    with contextlib.ExitStack() as stack:
+        on_ranks = stack.enter_context(command_model(command))
+        if command.query or not command.image:
+            require_text_encoder(on_ranks.model, "search by texts")  # before images are encoded
+        index = stack.enter_context(open_index(on_ranks, command.data, folder=folder))
+        if not on_ranks.ranks.is_main:
+            return
+        for path in command.image:
+            _print_found(str(path), index.by_images([path], top=command.top)[0])
+        asked = command.query
+        for text in asked if asked or command.image else _typed(index):
+            _print_found(text, index.by_texts([text], top=command.top)[0])
+
+
+def _typed(index: SearchIndex) -> Iterator[str]:
+    """Texts from the terminal or the standard input, until it ends."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print(f"{count_of(len(index), 'image')}; type what to search for (Ctrl-D ends)")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if text := input("search> " if is_terminal else "").strip():
+                yield text
+
+
+def _print_found(query: str, found: Sequence[Found]) -> None:
+    lines = [query]
+    for one in found:
+        labels = f" [{', '.join(one.labels)}]" if one.labels else ""
+        where = f"{one.source}/{one.name}"
+        lines.append(f"  {one.score:.3f}  {one.caption or one.name}{labels}  {where}")
+    print_text("\n".join(lines), sys.stdout)
+
+
 def run_serve(command: Serve) -> None:
     """Serves until Ctrl-C. Raises OSError if the port is taken."""
-    model = load_model(command.checkpoint, weights=command.weights, device=command.device)
-    model.require_classes(command.classes)
-    with Server(
-        model, name=str(command.checkpoint), classes=command.classes, port=command.port
-    ) as server:
-        print(f"{server.address} (Ctrl-C ends it)", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
+    with contextlib.ExitStack() as stack:
+        with said_if_slow(f"loading {command.checkpoint}"):
+            model = load_model(command.checkpoint, weights=command.weights, device=command.device)
+        index = None
+        if command.data:
+            folder = features_folder(command.features, command.checkpoint)
+            on_ranks = dataclasses.replace(ModelOnRanks.of(model), progress=True)
+            index = stack.enter_context(open_index(on_ranks, command.data, folder=folder))
+        named = () if index is None else index.dataset.manifest.class_names
+        classes = command.classes or tuple(dict.fromkeys(named))[:MOST_CLASSES]
+        classes = classes if len(classes) > 1 else ("cat", "dog", "bird")
+        model.require_classes(classes)
+        name = str(command.checkpoint)
+        server = Server(model, name=name, classes=classes, port=command.port, index=index)
+        with server:
+            print(f"{server.address} (Ctrl-C ends it)", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
             print()
 
 
 RUNS: dict[type[ModelCommand], Callable[[Any], None]] = {
     Classify: run_classify,
     Embed: run_embed,
+    Search: run_search,
     Serve: run_serve,
 }

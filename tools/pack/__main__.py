@@ -1,7 +1,7 @@
 """`unicl-pack`: images with labels, captions or both -> a packed, verified, shuffled data set.
 
-This module reads arguments and prints; `unicl_fast.packing` does the work. Each sub-command is a
-dataclass of its arguments whose `run` returns the closing report and the exit code.
+Each sub-command is a dataclass of its arguments whose `run` returns the closing report and the exit
+code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -33,6 +32,8 @@ from .verify import Verify
 
 _COMPLETE = "complete already: an earlier run of this command has written all of it"
 _WORDNET_ID = re.compile(r"n\d{8}")
+_HELD_OUT = {"val", "valid", "validation", "dev", "test", "testing", "held", "heldout", "holdout"}
+"""Words by which people call what a model is not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,9 @@ class Build(BuildOptions, _SourcesAndOut):
 
       unicl-pack build captions.csv --out packed/captions --where split=train
 
+      unicl-pack build shop.parquet --out packed/shop --split 0.9 --caption-column title
+      --label-column category
+
       unicl-pack build imagenet/train --out packed/imagenet --class-names imagenet
 
       unicl-pack build images.zip/train --out packed/small --resize short:256
@@ -94,13 +98,9 @@ class Build(BuildOptions, _SourcesAndOut):
     where: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=VALUE")
     ] = ()
-    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
-    then all must hold."""
     min_score: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=NUMBER")
     ] = ()
-    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
-    several times."""
     json: Path | None = None
     """Write the outcome, in numbers, into this file."""
     work: str = ""
@@ -112,9 +112,11 @@ class Build(BuildOptions, _SourcesAndOut):
         path = options.pop("json")
         summary = build_dataset(**options)
         if path is not None:
-            values = dataclasses.asdict(summary) | {"out": str(summary.out)}
-            write_text_atomically(path, json.dumps(values, indent=1) + "\n")
-        return _report_build(summary, encoding=self.encoding), 0
+            text = json.dumps(dataclasses.asdict(summary), indent=1, default=str)  # a folder's path
+            write_text_atomically(path, text + "\n")
+        words = {word for each in (*self.sources, self.out, *self.where) for word in _words(each)}
+        is_held_out = self.split is None and bool(words & _HELD_OUT) and "train" not in words
+        return _report_build(summary, encoding=self.encoding, is_held_out=is_held_out), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,60 +152,75 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; 0 when done, 1 for faults found or a full disk, 2 for wrong input."""
     arguments = begin_program() if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clean up
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:
         report, code = command.run()
     except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
         code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
-        _fail(f"stopped; {_how_to_resume(stop) or 'this run has written nothing'}", code=code)
-    except (OSError, RuntimeError) as error:
-        is_full = isinstance(error, OSError) and error.errno in FULL_DISK
-        advice = "make room there, then give the same command again" if is_full else ""
-        lines = [str(error), advice, _how_to_resume(error)]
-        _fail("\n".join(filter(None, lines)), code=EXIT_FAULT if is_full else 2)
-    except (ValueError, ModuleNotFoundError) as error:
-        _fail(str(error), code=2)
+        notes = getattr(stop, "__notes__", ["this run has written nothing"])
+        _fail("stopped", *notes, code=code, between="; ")
+    except (OSError, RuntimeError, ValueError, ModuleNotFoundError) as error:
+        notes = getattr(error, "__notes__", [])  # how to resume
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            advice = "make room there, then give the same command again"
+            _fail(str(error), advice, *notes, code=EXIT_FAULT)
+        _fail(str(error), *(notes if isinstance(error, (OSError, RuntimeError)) else ()), code=2)
     print_text(report, sys.stdout)
     if code:
         raise SystemExit(code)
 
 
-def _how_to_resume(error: BaseException) -> str:
-    """Says how to resume, as a build or upload that was ended has noted it."""
-    return "\n".join(getattr(error, "__notes__", ()))
-
-
-def _report_build(summary: BuildSummary, *, encoding: str) -> str:
+def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) -> str:
     """The closing summary, and what to do next; `encoding` is that of re-encoded images."""
+    sides = [summary] if summary.held_out is None else [summary, summary.held_out]
+    num_samples = sum(one.num_samples for one in sides)
     if summary.image_size is None:
-        kept = summary.num_samples - summary.num_reencoded
-        how = f" as {encoding}" if summary.num_reencoded else ""
-        treatment = f"{summary.num_reencoded:,} re-encoded{how}, {kept:,} copied unchanged"
+        num_reencoded = sum(one.num_reencoded for one in sides)
+        how = f" as {encoding}" if num_reencoded else ""
+        kept = num_samples - num_reencoded
+        treatment = f"{num_reencoded:,} re-encoded{how}, {kept:,} copied unchanged"
     else:
         height, width = summary.image_size
         treatment = f"decoded, {width} x {height} pixels each"
-    rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
-    lines = [
-        f"{summary.out}: {contents_of(summary, num_classes=len(summary.class_names))}",
-        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} images/s; "
-        + treatment,
-    ]
-    if summary.was_complete:
-        lines[1:] = [_COMPLETE]
-    elif summary.num_taken_over:
-        taken_over = count_of(summary.num_taken_over, "image")
-        lines.append(f"{taken_over} had been packed before this run")
+    num_taken_over = sum(one.num_taken_over for one in sides)
+    rate = (num_samples - num_taken_over) / summary.seconds
+    lines = [f"{one.out}: {contents_of(one, num_classes=len(one.class_names))}" for one in sides]
+    if all(one.was_complete for one in sides):
+        lines.append(_COMPLETE)
+    else:
+        megabytes = sum(one.num_bytes for one in sides) / 1e6
+        seconds = f"{summary.seconds:,.1f} s"
+        lines.append(f"{megabytes:,.1f} MB in {seconds}, {rate:,.0f} images/s; {treatment}")
+        if num_taken_over:
+            taken_over = count_of(num_taken_over, "image")
+            lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
         parts = (count_of_kind(count, kind) for kind, count in summary.passed_over.items())
         lines.append(f"passed over: {', '.join(parts)}")
-    if summary.num_quarantined:
+    lines += [f"note: {count_of_kind(count, kind)}" for kind, count in summary.notes.items()]
+    for one in sides:
+        if one.num_quarantined:
+            lines.append(
+                f"left out: {one.num_quarantined:,}, listed in {one.out}/{QUARANTINE_NAME} - "
+                + one.quarantined
+            )
+        if one.num_copies:
+            lines.append(
+                f"note: {count_of(one.num_copies, 'image')} of {one.out} that an earlier sample "
+                f"has too, byte for byte: unicl-pack inspect {one.out} --duplicates-list FILE "
+                "lists them for --leave-out"
+            )
+    if summary.num_shared:
         lines.append(
-            f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
-            + summary.quarantined
+            f"WARNING: {count_of(summary.num_shared, 'image')} held out are in {summary.out} too, "
+            "once encoded"
         )
     if summary.hierarchy:
         lines.append(f"hierarchy: {summary.hierarchy}")
+    if summary.templates:
+        count = count_of(len(summary.templates), "template")
+        lines.append(f"prompts: {count} for each class, such as {summary.templates[0]!r}")
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
         lines.append(
             "note: the class names are WordNet ids, from which no text encoder learns much; "
@@ -216,18 +233,23 @@ def _report_build(summary: BuildSummary, *, encoding: str) -> str:
             "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words"
         )
-    lines.append(f"next: unicl-pretrain --preset auto --data.train {summary.out} --out runs/first")
+    train, evaluate = "TRAIN" if is_held_out else summary.out, ""
+    if is_held_out or len(sides) > 1:
+        evaluate = f" --data.evaluate {sides[-1].out}"
+    lines.append(
+        f"next: unicl-pretrain --preset auto --data.train {train}{evaluate} --out runs/first"
+    )
     return "\n".join(lines)
 
 
-def _fail(message: str, *, code: int) -> NoReturn:
-    print_text(f"unicl-pack: {message}", sys.stderr)
+def _words(place: str) -> list[str]:
+    """The words in the last part of a path, or in a condition."""
+    return re.findall(r"[a-z]+", place.rstrip("/").rpartition("/")[2].lower())
+
+
+def _fail(*messages: str, code: int, between: str = "\n") -> NoReturn:
+    print_text(f"unicl-pack: {between.join(messages)}", sys.stderr)
     raise SystemExit(code)
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Turns SIGTERM into an exit that cleans up."""
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

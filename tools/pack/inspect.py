@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +28,8 @@ from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.system.installation import install_command
+from unicl_fast.system.wording import count_of, markdown_table, without_secrets
 
 _GROUPS_SHOWN = 12
 _IMAGES_OF_A_GROUP = 6
@@ -43,7 +43,7 @@ class Inspect:
     Concepts are categories where there are labels; of captions they are the noun phrases that
     spaCy finds more than 5 times, or words where it or its English model is not installed.
 
-    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]'); without that
+    Near copies are found by perceptual hashes (the extra `inspect`); without that
     package they are passed over with a note, unless an option asks for them.
 
     Examples:
@@ -107,8 +107,8 @@ class Inspect:
         lines = [_in_words(inspection)]
         if self.near and not near:
             lines.append(
-                "near copies: not looked for, which takes the package ImageHash: pip install "
-                "'unicl_fast[inspect]'"
+                "near copies: not looked for, which takes the package ImageHash: "
+                f"{install_command('inspect')}"
             )
         if self.duplicates_list is not None and (
             num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
@@ -141,11 +141,7 @@ def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
 
 
 def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
-    """Writes a list in the form of quarantine.csv.
-
-    Returns:
-        How many of its names images that stay have too, so that --leave-out refuses them.
-    """
+    """Writes a list for --leave-out; returns how many of its names are ambiguous."""
     groups = [(group, False) for group in inspection.exact_copies.groups]
     if inspection.near_copies is not None:
         groups += [(group, True) for group in inspection.near_copies.groups]
@@ -174,16 +170,17 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
 
 
 def _in_words(inspection: Inspection) -> str:
-    table = [("data", "images", "concepts", "images/concept", "concepts are")]
-    for row in inspection.concepts:
-        numbers = f"{row.num_images:,}", f"{row.num_concepts:,}", f"{row.images_per_concept:,.2f}"
-        table.append((row.data, *numbers, row.kind))
+    concepts = [
+        (row.data, f"{row.num_images:,}", f"{row.num_concepts:,}", f"{row.images_per_concept:,.2f}")
+        for row in inspection.concepts
+    ]
     lines = [
         f"{inspection.folder}: "
         f"{contents_of(inspection, num_classes=len(inspection.class_counts))}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
-        *align_columns(table),
+        markdown_table(("data", "images", "concepts", "images/concept"), concepts),
+        *(f"concepts of {row.data}: {row.kind}" for row in inspection.concepts),
         "",
     ]
     spreads = [
@@ -194,9 +191,8 @@ def _in_words(inspection: Inspection) -> str:
         ("width/height", inspection.aspects),
         ("bytes", inspection.image_bytes),
     ]
-    head = ("", "least", "median", "mean", "95 %", "most")
-    lines += align_columns([head, *(_numbers(what, spread) for what, spread in spreads if spread)])
-    lines.append("")
+    numbers = [_numbers(what, spread) for what, spread in spreads if spread]
+    lines += [markdown_table(("", "least", "median", "mean", "95 %", "most"), numbers), ""]
     if inspection.class_counts:
         ordered = sorted(inspection.class_counts, key=lambda entry: -entry[1])
         empty = sum(count == 0 for _, count in ordered)
@@ -238,19 +234,3 @@ def _copies(copies: Copies) -> str:
 def _numbers(what: str, spread: Spread) -> tuple[str, ...]:
     values = (spread.smallest, spread.median, spread.mean, spread.percentile_95, spread.largest)
     return (what, *(f"{value:,.0f}" if value >= 100 else f"{value:.4g}" for value in values))
-
-
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligns the cells of a table; the first column, and a last one of words, to the left."""
-    widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
-    last = len(widths) - 1
-    words_at_end = any(row[last][:1].isalpha() for row in rows[1:])
-    return [
-        "  ".join(
-            cell.ljust(width)
-            if number == 0 or (number == last and words_at_end)
-            else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

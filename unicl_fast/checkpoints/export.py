@@ -1,21 +1,27 @@
 """Reads exports: a model without its run, as `config.json` and `model.safetensors`.
 
-`unicl_fast.conversion.export` writes them, in the layout of the Hugging Face hub.
+The config holds what another library needs to know, and under `unicl_fast` our settings of the
+model, its objective and its pixels, but none of the run's: later versions read it as long as they
+can build the model.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from unicl_fast.checkpoints.files import STATE_FILE
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.untrusted_files import read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LIBRARY = "unicl_fast"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PIXELS = ("image_size", "evaluation_resize", "interpolation", "mean", "std")
+"""Fields of `DataConfig` that are a model's."""
 
 
 def is_export(path: Path) -> bool:
@@ -24,33 +30,42 @@ def is_export(path: Path) -> bool:
     return has_both and not (path / STATE_FILE).exists()
 
 
-def read_export(folder: Path) -> tuple[TrainConfig, Path]:
-    """Returns an export's config and weights file; raises ValueError if it is none or damaged."""
+def read_description(folder: Path) -> Mapping[str, Any]:
+    """Reads our part of an export's config; raises ValueError if it is none or damaged."""
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; convert the model again") from error
-    library = values.get("library_name") if isinstance(values, dict) else None
-    if library != LIBRARY:
+        values = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; convert the model again") from error
+    ours = values.get(LIBRARY) if isinstance(values, dict) else None
+    if not isinstance(ours, dict):
+        library = values.get("library_name") if isinstance(values, dict) else None
         raise ValueError(
-            f"{path}: expected library_name {LIBRARY}, as unicl-convert hf and official write it, "
-            f"not {library!r}; what other formats hold is read by their own libraries"
+            f"{path} is no export of {LIBRARY}, as unicl-convert hf and official write it "
+            f"(library_name is {library!r}); what other formats hold is read by their own "
+            "libraries, and exports by the version that wrote them"
         )
-    if values.get("format_version") != FORMAT_VERSION:
+    if ours.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {values.get('format_version')!r}, this unicl_fast reads "
+            f"{path} has format version {ours.get('format_version')!r}, this unicl_fast reads "
             f"{FORMAT_VERSION}: install the version that wrote it, or convert the model again"
         )
-    checksums = values.get("checksums")
+    return ours
+
+
+def read_export(folder: Path) -> tuple[TrainConfig, Path]:
+    """Returns an export's config and weights file; raises ValueError if it is none or damaged."""
+    ours, weights = read_description(folder), folder / WEIGHTS_FILE
+    checksums = ours.get("checksums")
     expected = checksums.get(WEIGHTS_FILE) if isinstance(checksums, dict) else None
-    weights = folder / WEIGHTS_FILE
     if (found := file_checksum(weights)) != expected:
         raise ValueError(
             f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
             f"{expected}; copy the folder again or convert the model again"
         )
+    groups = {"model": ours.get("model"), "objective": ours.get("objective")}
+    groups |= {"data": ours.get("pixels"), "efficiency": {"precision": ours.get("precision")}}
     try:
-        return config_from_dict(values.get("config")), weights
+        return config_from_dict(groups), weights
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error

@@ -1,8 +1,7 @@
 """The folder of a run's checkpoints: writes, lists and removes them, and names the best.
 
-`checkpoints/best.json` names the step with the highest evaluation result; its checkpoint is not
-removed. A file can be replaced atomically, and unlike a link it survives copies to other file
-systems.
+`checkpoints/best.json` names the best step, whose checkpoint stays; a file, unlike a link, can be
+replaced atomically and survives copies to other file systems.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.checked_fields import from_json_values, parse_json
+from unicl_fast.system.checked_fields import from_json_values
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
+from unicl_fast.system.untrusted_files import NotRegularError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +129,7 @@ def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) 
 
 
 def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
-    """Renames checkpoints of steps after `step`, and cleans up after interrupted writes.
-
-    They are not removed, so that damaged ones can still be inspected.
-    """
+    """Renames checkpoints of steps after `step`, for inspection; cleans up interrupted writes."""
     for replaced in checkpoints_folder.glob(".step-*.replaced"):  # interrupted between two renames
         target = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
         if target.exists():
@@ -181,10 +178,10 @@ def read_best(checkpoints_folder: Path) -> Best | None:
     """Reads best.json; None if there is none. Raises ValueError if it is damaged."""
     path = checkpoints_folder / _BEST_FILE
     try:
-        return from_json_values(Best, parse_json(path.read_bytes(), where="it"))
+        return from_json_values(Best, read_json(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, IsADirectoryError) as error:
+    except (ValueError, NotRegularError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove it, and name a checkpoint by its own folder"
         ) from error
@@ -204,9 +201,8 @@ def find_best(
 ) -> Best | None:
     """Finds the best of the existing checkpoints, the earliest if several are equal.
 
-    It reads both best.json and the run's metrics (`lines`), since a run can be killed after an
-    evaluation and before best.json is written, and metrics can be truncated. Without a metric it
-    takes best.json's step, for any metric.
+    Reads both best.json (for any metric without a `metric`) and the run's metrics (`lines`): a run
+    can be killed between an evaluation and best.json, and metrics can be truncated.
     """
     found = [
         Best(int(line["step"]), metric, float(line[metric]))

@@ -1,8 +1,4 @@
-"""Downloads files and exports from the Hugging Face hub, and uploads exports.
-
-Files go to the hub's shared cache, which also serves without a network. `HF_ENDPOINT`, `HF_HOME`,
-`HF_TOKEN` and `HF_HUB_OFFLINE` have huggingface_hub's meaning.
-"""
+"""Downloads files and exports from the Hugging Face hub, through its cache, and uploads exports."""
 
 from __future__ import annotations
 
@@ -21,10 +17,12 @@ from huggingface_hub import (
 )
 
 from unicl_fast.checkpoints.export import CONFIG_FILE, WEIGHTS_FILE
-from unicl_fast.system.checked_fields import parse_json
 from unicl_fast.system.program import logging_at
+from unicl_fast.system.untrusted_files import read_json
 
 logger = logging.getLogger("unicl_fast")
+
+_LOG_IN = "log in with hf auth login, or set HF_TOKEN"
 
 
 class NotOnHubError(FileNotFoundError):
@@ -47,6 +45,7 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
     """
     name, _, revision = repository.partition("@")
     logger.info("hf-hub:%s: looking for %s", repository, file_names[0])
+    names, place = ", ".join(file_names), f"hf-hub:{repository}"
     for file_name in file_names:
         try:
             with _silent_retries():
@@ -57,9 +56,9 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
                 if isinstance(cached, str):
                     return Path(cached)
             raise FileNotFoundError(
-                f"hf-hub:{repository}: the hub cannot be reached, and the cache has none of "
-                f"{', '.join(file_names)}: download the repository where there is a network, and "
-                f"give its folder ({_first_line(error.__cause__ or error)})"
+                f"{place}: the hub cannot be reached, and the cache has none of {names}: download "
+                "the repository where there is a network, and give its folder "
+                f"({_first_line(error.__cause__ or error)})"
             ) from error
         except errors.EntryNotFoundError:
             continue
@@ -67,20 +66,17 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
             raise _no_name(repository, error) from error
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
             raise FileNotFoundError(
-                f"hf-hub:{repository}: no such repository or revision, or it is not public: check "
-                "the name, accept its conditions on its page, or log in with hf auth login "
+                f"{place}: no such repository or revision, or it is not public: check the name, "
+                "accept its conditions on its page, or log in with hf auth login "
                 f"({_first_line(error)})"
             ) from error
         except Exception as error:  # also the HTTP library's, which huggingface_hub changed twice
             if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
                 raise
-            raise FileNotFoundError(
-                f"hf-hub:{repository}: {file_name} could not be downloaded: {_first_line(error)}; "
-                "try again"
-            ) from error
+            text = f"{place}: {file_name} could not be downloaded: {_first_line(error)}; try again"
+            raise FileNotFoundError(text) from error
     raise NotOnHubError(
-        f"hf-hub:{repository} has none of {', '.join(file_names)}: expected a repository of ours, "
-        "open_clip's or timm's"
+        f"{place} has none of {names}: expected a repository of ours, open_clip's or timm's"
     )
 
 
@@ -91,7 +87,7 @@ def download_export(repository: str) -> Path:
     refused (ValueError) before its weights are downloaded.
     """
     config = download(repository, [CONFIG_FILE])
-    values = parse_json(config.read_bytes(), where=str(config))
+    values = read_json(config)
     if not isinstance(values, dict) or "library_name" not in values:  # transformers' lack it
         raise ValueError(
             f"hf-hub:{repository} is neither a model of ours nor of open_clip or timm: its "
@@ -109,14 +105,12 @@ def check_upload(repository: str) -> None:
         ValueError: not a valid name, no token, or the repository exists.
         OSError: the hub cannot be reached or refuses the token.
     """
+    place = f"hf-hub:{repository}"
     if "/" not in repository:
-        raise ValueError(f"hf-hub:{repository}: expected OWNER/NAME, the owner being you or yours")
+        raise ValueError(f"{place}: expected OWNER/NAME, the owner being you or yours")
     with _one_sentence(repository):
         if get_token() is None:
-            raise ValueError(
-                f"hf-hub:{repository}: no token to write with: log in with hf auth login, or set "
-                "HF_TOKEN"
-            )
+            raise ValueError(f"{place}: no token to write with: {_LOG_IN}")
         if HfApi().repo_exists(repository):
             raise _there_already(repository)
 
@@ -142,6 +136,7 @@ def upload(folder: Path, repository: str, *, private: bool) -> str:
 @contextlib.contextmanager
 def _one_sentence(repository: str) -> Iterator[None]:
     """Turns huggingface_hub's errors during an upload into one sentence each."""
+    place = f"hf-hub:{repository}"
     try:
         with _silent_retries():
             yield
@@ -150,25 +145,21 @@ def _one_sentence(repository: str) -> Iterator[None]:
     except ValueError:
         raise
     except errors.OfflineModeIsEnabled as error:
-        raise OSError(
-            f"hf-hub:{repository}: HF_HUB_OFFLINE is set, which allows no upload: unset it"
-        ) from error
+        text = f"{place}: HF_HUB_OFFLINE is set, which allows no upload: unset it"
+        raise OSError(text) from error
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status == 409:
             raise _there_already(repository) from error
         if status in (401, 403):
             raise OSError(
-                f"hf-hub:{repository}: the hub refuses the token, which must be valid and may "
-                f"write to {repository.partition('/')[0]}: log in with hf auth login, or set "
-                f"HF_TOKEN ({_first_line(error)})"
+                f"{place}: the hub refuses the token, which must be valid and may write to "
+                f"{repository.partition('/')[0]}: {_LOG_IN} ({_first_line(error)})"
             ) from error
-        raise OSError(f"hf-hub:{repository}: the hub refused: {_first_line(error)}") from error
+        raise OSError(f"{place}: the hub refused: {_first_line(error)}") from error
     except Exception as error:  # of the HTTP library, or of the one for large files
-        raise OSError(
-            f"hf-hub:{repository}: the hub cannot be reached, or broke off: "
-            f"{_first_line(error.__cause__ or error)}"
-        ) from error
+        reason = _first_line(error.__cause__ or error)
+        raise OSError(f"{place}: the hub cannot be reached, or broke off: {reason}") from error
 
 
 def _there_already(repository: str) -> ValueError:
@@ -188,4 +179,7 @@ def _silent_retries() -> contextlib.AbstractContextManager[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The beginning of an error, without the token that a hub may send back in it."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    token = get_token()
+    return line if token is None else line.replace(token, "***")

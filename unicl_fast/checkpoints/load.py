@@ -1,9 +1,7 @@
-"""Finds, checks and reads checkpoints: safetensors and JSON, never a pickle.
+"""Builds models; finds, checks and reads checkpoints and exports: safetensors and JSON, no pickle.
 
-A checkpoint is a folder `step-00001000/` with `model.safetensors`, `optimizer.safetensors`, perhaps
-`ema.safetensors` (the moving average of the weights), and `state.json`, which holds the step, the
-config and the checksums of the other files. A run folder holds `config.json` and `checkpoints/`,
-where `best.json` names the best one. Exports (`unicl_fast.checkpoints.export`) are loaded here too.
+A checkpoint `step-00001000/` holds `model.safetensors`, `optimizer.safetensors`, perhaps
+`ema.safetensors`, and `state.json`: the step, the config and the checksums of the other files.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from msgspec import Meta
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -28,14 +27,17 @@ from unicl_fast.checkpoints.files import (
     origin_of,
     read_best,
 )
+from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import TrainConfig, with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
+from unicl_fast.models.blocks import checkpoint_blocks
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
-from unicl_fast.models.unicl import UniCL, build_model
-from unicl_fast.system.checked_fields import FiniteNonNegative, convert, from_json_values
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ def _parse_state(path: Path) -> CheckpointState:
     """Reads state.json without looking at the other files; raises as `read_state`."""
     names = [field.name for field in dataclasses.fields(CheckpointState)]
     try:
-        values = parse_checksummed_json(path.read_bytes())
+        values = parse_checksummed_json(read_file(path))
         known = {name: values[name] for name in names if name in values}
         config = known.get("config")
         if not isinstance(config, dict):
@@ -122,7 +124,7 @@ def _parse_state(path: Path) -> CheckpointState:
         # read below: a config of another version is not damaged
         others = from_json_values(CheckpointState, known | {"config": {}})
         for name, value in others.scaler.items():
-            convert(value, FiniteNonNegative, name=f"the loss scaler's {name}")
+            convert(value, NonNegative, name=f"the loss scaler's {name}")
         files = others.checksums.keys()
         if not {MODEL_FILE, OPTIMIZER_FILE} <= files <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
             raise ValueError(f"checksums are of {', '.join(map(repr, files)) or 'no file'}")
@@ -210,10 +212,7 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """Finds the export or checkpoint at a path.
-
-    hf-hub:OWNER/NAME, optionally with @REVISION, is an export on the Hugging Face hub, which is
-    downloaded if it is not in the hub's cache.
+    """Finds the export or checkpoint at a path, or downloads hf-hub:OWNER/NAME[@REVISION].
 
     Raises:
         FileNotFoundError: no model there, or it cannot be downloaded.
@@ -226,6 +225,29 @@ def find_model(path: str | Path) -> Path:
         return download_export(repository)
     path = Path(path)
     return path if is_export(path) else find_checkpoint(path)
+
+
+def build_model(config: TrainConfig) -> UniCL:
+    """The model of a run, with fresh weights drawn from `run.seed`.
+
+    Raises:
+        ValueError: as `UniCL`, or an objective that lacks what the data would say.
+    """
+    stages = config.settings_of_stages
+    model = UniCL(
+        config.model,
+        config.objective,
+        image_size=config.data.image_size,
+        other_sizes=[stage.data.image_size for stage in stages],
+        drops_tokens=any(stage.model.token_drop for stage in stages),
+        seed=config.run.seed,
+    )
+    model.config = config
+    if config.efficiency.activation_checkpointing:
+        for encoder in model.encoders:
+            checkpoint_blocks(encoder)
+    model.set_stage(config.data, config.model)
+    return model
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
@@ -293,7 +315,7 @@ def _checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
-    """Reads a safetensors file; raises DamagedCheckpointError if it is none.
+    """Reads a safetensors file, by our names; raises DamagedCheckpointError if it is none.
 
     All ranks call it together; rank 0 reads, and the others get its tensors.
     """
@@ -304,7 +326,7 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
                 tensors = read_tensors(path)
         return tensors_from_rank_0(tensors, ranks)
     with _refusing_other_files(path):
-        return load_file(path)
+        return from_transformers(load_file(path))
 
 
 @contextlib.contextmanager
@@ -320,28 +342,27 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
 
 
 def _require_sizes(path: Path, config: TrainConfig) -> None:
-    """Compares the sizes in a config with those in the file, before a model is built.
-
-    A model of wrong sizes could be larger than memory.
-    """
+    """Compares a config's sizes with the file's: a model of wrong ones could exceed memory."""
     model, objective = config.model, config.objective
     expected: dict[str, list[int]] = {}
     if objective.uses_texts:
+        hidden = int(model.text_width * model.text_mlp_ratio)
         expected = {
             "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
-            "text_encoder.resblocks.0.mlp.c_fc.bias": [
-                int(model.text_width * model.text_mlp_ratio)
-            ],
+            "text_encoder.resblocks.0.mlp.c_fc.bias": [hidden],
         }
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
     expected |= (learnt := objective.shapes())
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+        shapes = [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
+        ours = from_transformers(
+            {name: torch.empty(shape, device="meta") for name, shape in shapes}
+        )
+    found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
-    layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    layers = {name.split(".")[2] for name in ours if name.startswith("text_encoder.resblocks.")}
     num_layers = model.text_layers if objective.uses_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(

@@ -1,7 +1,6 @@
 """Collects and restores a run's state: weights, their average, optimizer and loss scaler.
 
-The data path and random generators have no state: batch, drop path and learning rate are functions
-of the step.
+Nothing else has state: batch, drop path and learning rate are functions of the step.
 """
 
 from __future__ import annotations
@@ -79,17 +78,20 @@ def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 def describe_state(
     *,
-    given: TrainConfig,
+    given: Mapping[str, Any],
     settled: TrainConfig,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
     run_id: str,
 ) -> dict[str, Any]:
-    """The content of state.json, except the step and the checksums."""
+    """The content of state.json, except the step and the checksums.
+
+    `given` is the config before it was settled, of `config_to_dict`.
+    """
     return {
         "run_id": run_id,
-        "config": config_to_dict(given),
+        "config": given,
         "settled": settled_values(given, settled),
         "scaler": scaler.state_dict(),
         "data": dict(data),
@@ -172,34 +174,24 @@ def restore_checkpoint(
         if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):
             raise ValueError(f"the loss scaler's state has {sorted(state.scaler)}")
         scaler.load_state_dict(state.scaler)
-    except (
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # torch's, for numbers that are too large
+    except (ValueError, OverflowError, RuntimeError) as error:  # torch's, for too large numbers
         raise DamagedCheckpointError(
             f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
             "checkpoint"
         ) from error
-    own = (
-        ParameterOwners(model, ranks).own
-        if divides_optimizer(model.config.efficiency, ranks)
-        else None
-    )
+    is_divided = divides_optimizer(model.config.efficiency, ranks)
+    own = ParameterOwners(model, ranks).own if is_divided else None
     _restore_optimizer(model, optimizer, tensors, own=own)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Names the optimizer's state by parameters, for example `exp_avg.logit_scale`.
-
-    LAMB and apex count steps per parameter group, not per parameter: `group_step.0`.
-    """
+    """Names an optimizer's state by parameter (`exp_avg.logit_scale`) or group (`group_step.0`)."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value)
     for index, group in enumerate(optimizer.param_groups):
-        if "step" in group:
+        if "step" in group:  # LAMB and apex count per group
             tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
     return tensors
 
@@ -207,10 +199,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _check_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Refuses tensors that `_optimizer_tensors` cannot have written for this model.
-
-    Copying would broadcast a single number without an error.
-    """
+    """Refuses tensors that `_optimizer_tensors` cannot have written: copying would broadcast."""
     parameters = dict(model.named_parameters())
     keys_of: dict[str, set[str]] = {}
     num_groups = len(optimizer.param_groups)

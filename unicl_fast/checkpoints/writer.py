@@ -1,8 +1,7 @@
 """Writes checkpoints while training continues, one at a time, and keeps the best one.
 
-Training waits while tensors are copied to the host (0.3 s for the 1.5 GB of a Swin-T and its
-average, on one core); a thread writes them. If the previous checkpoint is still being written,
-training waits for it too: none is skipped, and memory is needed for only one copy.
+Training waits for the copy to the host (0.3 s for 1.5 GB, on one core) and for the checkpoint
+before: none is skipped, and memory is needed for only one copy.
 """
 
 from __future__ import annotations
@@ -140,10 +139,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
-        """Waits until all is written when the block ends, also by an exception.
-
-        KeyboardInterrupt, a second request to stop, does not wait: the unfinished one is discarded.
-        """
+        """Waits until all is written when the block ends, but not after a KeyboardInterrupt."""
         try:
             yield
         except KeyboardInterrupt:
@@ -155,11 +151,7 @@ class CheckpointWriter:
         self.wait()
 
     def _start(self, job: Callable[[], None], *, failed: str) -> threading.Thread:
-        """Runs a job in a thread, after the previous job.
-
-        In a daemon thread, since the interpreter would wait for those of concurrent.futures: a
-        second Ctrl-C must not wait for a slow disk.
-        """
+        """Runs a job in a daemon thread, after the previous job: Ctrl-C waits for no slow disk."""
         before = self._thread
 
         def work() -> None:
@@ -181,11 +173,7 @@ class CheckpointWriter:
 
 
 class HostCopies:
-    """Copies tensors into one block of host memory, which is reused.
-
-    Copies from a CUDA device run asynchronously on its current stream, between two updates, into
-    page-locked memory.
-    """
+    """Copies tensors into one block of host memory, which is reused; from CUDA on its stream."""
 
     def __init__(self) -> None:
         self._layout: list[tuple[str, str, torch.Size, torch.dtype, bool]] = []

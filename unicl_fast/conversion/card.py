@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, is_export
+from unicl_fast.checkpoints.export import LIBRARY, is_export, read_description
 from unicl_fast.checkpoints.load import (
     CheckpointState,
     Weights,
@@ -22,11 +22,12 @@ from unicl_fast.checkpoints.load import (
 )
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
+from unicl_fast.conversion.hugging_face import Layout
+from unicl_fast.conversion.libraries import module_of_encoder
 from unicl_fast.conversion.output import num_parameters
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.checked_fields import parse_json
 from unicl_fast.system.wording import markdown_text
 from unicl_fast.training.data import distinct_names, folder_and_weight
 
@@ -47,10 +48,11 @@ class Facts(NamedTuple):
     """Results of evaluations, with 95 % intervals, as fractions of 1."""
 
 
-def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
+def model_card(model: UniCL, facts: Facts, *, layout: Layout, name: str, license: str) -> str:
     """Formats the README.md of an exported model, which the hub shows.
 
-    `name` is what `load_model` takes, `license` the hub's identifier or empty.
+    `name` is what `load_model` takes, `license` the hub's identifier or empty, `layout` the class
+    of transformers that loads the model.
     """
     results = [
         EvalResult(
@@ -65,7 +67,7 @@ def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
         for one in facts.figures
     ]
     metadata = ModelCardData(
-        library_name=LIBRARY,
+        library_name=LIBRARY if layout == "unicl" else "transformers",
         license=license or None,
         pipeline_tag=_TASK,
         tags=_TAGS,
@@ -79,6 +81,8 @@ def model_card(model: UniCL, facts: Facts, *, name: str, license: str) -> str:
         model=model.config.model,
         data=model.config.data,
         model_name=name,
+        layout=layout,
+        encoder_module=module_of_encoder(model.config.model.image_encoder),
         num_parameters=num_parameters(model),
         text=lambda value: markdown_text(str(value)),
     )
@@ -90,18 +94,8 @@ def collect_facts(
 ) -> tuple[Facts, list[str]]:
     """Collects the facts about a model, including all evaluations of exactly these weights.
 
-    Args:
-        path: the model, as for `load_model`. Evaluations in its run's folder are found.
-        weights: which weights are exported.
-        evaluations: more results of evaluations, which must be of these weights.
-
-    Returns:
-        The facts, and a sentence for each evaluation in the run's folder that is left out.
-
-    Raises:
-        ValueError: a file is damaged, or one of `evaluations` is of other weights.
-        FileNotFoundError: no model or no such file.
-        OSError: a file cannot be read.
+    Those in the run's folder are found, and a sentence is returned for each that is left out; one
+    of `evaluations` that is damaged or of other weights is a ValueError.
     """
     model, checksum = find_model(path), weights_checksum(path, weights=weights)
     facts = _kept_facts(model) if is_export(model) else _facts_of(read_state(model))
@@ -111,7 +105,7 @@ def collect_facts(
 
 
 def _kept_facts(export: Path) -> Facts:
-    kept = parse_json((export / CONFIG_FILE).read_bytes(), where=str(export)).get("facts", {})
+    kept = read_description(export).get("facts", {})
     return Facts(**{name: kept[name] for name in Facts._fields if name in kept})
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.system.checked_fields import Fraction, convert, parse_json
+from unicl_fast.system.checked_fields import Fraction, convert
+from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.system.wording import count_of
 
 _INTERVAL = "_interval_95"
@@ -17,19 +18,10 @@ _SHARED = ("name", "metric", "protocol", *_COUNTS)
 def figures_of(
     checksum: str, evaluations: Sequence[Path], *, run: Path | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Collects the figures of all evaluations of a model.
+    """Collects the figures of all evaluations of the weights with a checksum.
 
-    Args:
-        checksum: of the model's weights file.
-        evaluations: files that must be evaluations of these weights.
-        run: a run's folder to search for more.
-
-    Returns:
-        The figures, and a sentence for each file in `run` that is damaged or of other weights.
-
-    Raises:
-        ValueError: one of `evaluations` is damaged, of other weights, or no evaluation.
-        OSError: a file cannot be read.
+    Files of the folder `run` that are damaged or of other weights are left out, with a sentence
+    for each; one of `evaluations` is a ValueError.
     """
     figures, left_out = [], []
     for path in evaluations:
@@ -50,7 +42,7 @@ def figures_of(
 def _evaluation(path: Path) -> dict[str, Any] | None:
     """Reads the result of an evaluation; None for any other file."""
     try:
-        values = parse_json(path.read_bytes(), where=str(path))
+        values = read_json(path)
     except ValueError:
         return None
     return values if isinstance(values, dict) and "protocol" in values else None

@@ -1,10 +1,8 @@
 """Starts a model from existing weights: `model.init`, `init_image`, `init_text`.
 
-The settings that a source needs are compared with the run's before anything is copied. Weights of
-another activation or mask would load and give wrong features, so a difference is an error that
-names the options to set. Only tables of positions and windows may differ in size: timm resizes
-those of an image encoder; those of a text encoder are cut or interpolated here. The log says what
-was loaded, what stays fresh and why.
+Weights of another activation or mask would load and give wrong features, so settings are compared
+first, and a difference is an error that names the options to set. Only tables of positions and
+windows may differ in size. The log says what was loaded, what stays fresh and why.
 """
 
 from __future__ import annotations
@@ -39,14 +37,10 @@ _SHOWN = 6
 
 @torch.no_grad()
 def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
-    """Loads the weights that the model's config names; all ranks call it together.
+    """Loads the weights that the model's config names, in the run's type; all ranks call it.
 
-    Rank 0 reads or downloads them, logs what was loaded, and sends the tensors to the others.
-    Afterwards the weights are whole, in the type of the run's precision.
-
-    Raises:
-        SharedRefusal: a source is missing, damaged, or of another model; raised on all ranks.
-        OSError: a disk that failed.
+    Rank 0 reads or downloads them, and sends the tensors to the others. Raises SharedRefusal on all
+    ranks if a source is missing, damaged, or of another model.
     """
     model.to(Precision(model.config.efficiency.precision).weight_type)
     tensors: dict[str, Tensor] = {}
@@ -57,11 +51,7 @@ def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
 
 
 def initial_tensors(model: UniCL) -> dict[str, Tensor]:
-    """Reads the weights that a model's config names, by our names, and logs what they are.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError: as `read_source`; ValueError also for another model.
-    """
+    """Reads the weights that a model's config names, and logs them; raises as `read_source`."""
     config = model.config.model
     tensors: dict[str, Tensor] = {}
     for option, given, image, text in (
@@ -223,20 +213,20 @@ class _Loading:
         raise ValueError(f"model.{self._option}={self._source.name}: {reason}")
 
     def _warn_of_other_images(self) -> None:
-        for name in ("mean", "std", "interpolation"):
+        for name in ("mean", "std", "interpolation", "evaluation_resize"):
             known = self._source.data.get(name)
             present = getattr(self._model.config.data, name)
             if known is not None and _shown(known) != _shown(present):
                 logger.warning(
                     "model.%s=%s was trained on images of another %s: add --data.%s %s",
-                    self._option, self._source.name, name, name,
-                    known if name == "interpolation" else " ".join(map(str, known)),
+                    self._option, self._source.name, name, name.replace("_", "-"),
+                    known if isinstance(known, str) else " ".join(map(str, known)),
                 )  # fmt: skip
 
 
 def _shown(value: Any) -> Any:
     """Rounds statistics, since libraries store different numbers of digits."""
-    return value if isinstance(value, str) else [round(number, 3) for number in value]
+    return value if isinstance(value, str | int) else [round(number, 3) for number in value]
 
 
 def resize_positions(table: Tensor, length: int, *, causal: bool) -> Tensor:

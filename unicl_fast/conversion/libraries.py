@@ -1,10 +1,4 @@
-"""Writes folders for timm, ONNX runtimes and torch.export.
-
-timm gets only the image encoder, with its preprocessing:
-`timm.create_model("local-dir:FOLDER", pretrained=True)` loads it (timm 1.0.16 and newer).
-
-ONNX and torch.export get one program for images and one for texts, for any batch size. torch runs
-a .pt2 file, or compiles it ahead of time, without this package or timm.
+"""Writes folders for timm (the image encoder), ONNX runtimes and torch.export (two programs).
 
 Before a folder appears, its library reads it and its features are compared with ours.
 """
@@ -37,11 +31,22 @@ from unicl_fast.conversion.output import (
 )
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL, project
+from unicl_fast.system.installation import install_command
 
 _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
 """A third batch size: exported programs can be fixed to one sample or the traced number."""
 _OPSET = 18  # from 2022, so all current runtimes have it
+
+
+def is_of_timm(name: str) -> bool:
+    """Whether timm itself has an encoder of that name; others register theirs with it."""
+    return module_of_encoder(name).startswith("timm.")
+
+
+def module_of_encoder(name: str) -> str:
+    """The module that registers an encoder with timm."""
+    return str(timm.model_entrypoint(name.split(".")[0]).__module__)
 
 
 def fixed_size(name: str) -> int | None:
@@ -54,19 +59,10 @@ def fixed_size(name: str) -> int | None:
 
 @torch.no_grad()
 def write_timm(model: UniCL, folder: Path) -> float:
-    """Writes a folder with the image encoder, and compares timm's features with ours.
+    """Writes a new folder with the image encoder of a model in fp32 and evaluation mode.
 
-    Args:
-        model: in fp32 and evaluation mode.
-        folder: a new one.
-
-    Returns:
-        The largest difference between coordinates of timm's features and ours.
-
-    Raises:
-        ValueError: the folder exists.
-        RuntimeError: the features differ.
-        OSError: it cannot be written.
+    Returns the largest difference between coordinates of timm's features and ours; raises
+    RuntimeError if they differ, ValueError if the folder exists.
     """
     name, arguments = model.config.model.image_encoder, timm_arguments(model)
     registered = timm.get_pretrained_cfg(name)
@@ -137,7 +133,7 @@ def require_packages() -> None:
         raise ValueError(
             f"converting to ONNX takes {', '.join(missing)}, which "
             f"{'is' if len(missing) == 1 else 'are'} not installed: "
-            "pip install 'unicl_fast[convert]'"
+            f"{install_command('convert')}"
         )
 
 

@@ -2,10 +2,6 @@
 
 Their image encoder is the original Swin: downsampling ends a stage, while in timm it begins the
 next one, and tables that depend on the window size are stored. Their text encoder has our names.
-`official_entries` maps their names to a model's own tensors: reading copies into these, writing
-copies them out, so there is one list of names.
-
-Their files are pickles, which `torch_files` reads; ours hold only tensors.
 """
 
 from __future__ import annotations
@@ -19,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import ModelConfig, TrainConfig
 from unicl_fast.conversion.fitting import misfits, phrase
 from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.unicl import UniCLObjective
 from unicl_fast.presets import build_preset
 
@@ -54,12 +51,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     """Builds our model with the weights of a released one, in fp32 and evaluation mode.
 
-    Its config is the preset's, with the preprocessing of the released models. `source` is the file,
-    for errors.
-
-    Raises:
-        ValueError: no Swin-T or Swin-B in this layout; names all entries that are missing, left
-            over, or of a wrong shape or content.
+    Raises ValueError for no Swin-T or Swin-B in this layout, naming all entries of `source` that
+    are missing, left over, or of a wrong shape or content.
     """
     entries = _with_present_names(entries, source=source)
     model = build_model(_config_of(entries, source=source)).eval()
@@ -87,8 +80,7 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
 def official_entries(model: UniCL) -> dict[str, Tensor]:
     """Maps names in a released file to the model's own tensors (no copies).
 
-    Raises:
-        ValueError: their code does not have this image encoder, logit bias or kind of text encoder.
+    Raises ValueError if their code has no such image encoder, logit bias or text encoder.
     """
     config, defaults = model.config.model, ModelConfig()
     known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
@@ -179,12 +171,7 @@ def read_official_file(path: Path) -> dict[str, Tensor]:
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
-    """Writes `{"model": entries}` to a new file.
-
-    Raises:
-        ValueError: the path exists.
-        OSError: it cannot be written.
-    """
+    """Writes `{"model": entries}` to a new file; raises ValueError if the path exists."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
     with new_file(path) as aside:
         torch.save({"model": copies}, aside)

@@ -3,8 +3,6 @@
 Text encoders differ in a few settings, which `ModelConfig` has. Our image encoders are timm's, so
 open_clip's own (CLIP's ViT and ResNet) become timm's of the same architecture, for which timm
 renames the tensors. In the other direction every image encoder is written as timm's.
-
-`open_clip.create_model_and_transforms("local-dir:FOLDER")` loads what `write_open_clip` writes.
 """
 
 from __future__ import annotations
@@ -84,10 +82,9 @@ class UnknownArchitectureError(ValueError):
 
 
 def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates the image encoder of an open_clip `model_cfg` to fields of `ModelConfig`.
+    """Translates the image encoder of a `model_cfg` to fields of `ModelConfig`.
 
-    Raises:
-        UnknownArchitectureError: names the settings that ours do not support.
+    Raises UnknownArchitectureError, which names the settings that ours do not support.
     """
     vision = model_cfg["vision_cfg"]
     _refuse_others("vision_cfg", vision)
@@ -113,11 +110,7 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates the text encoder of an open_clip `model_cfg` to fields of `ModelConfig`.
-
-    Raises:
-        UnknownArchitectureError: names the settings that ours do not support.
-    """
+    """Translates the text encoder of a `model_cfg`, as `image_settings`."""
     text = model_cfg["text_cfg"]
     _refuse_others("text_cfg", text)
     pools = {"argmax": "end", "last": "last"}
@@ -216,19 +209,9 @@ def _projecting_classifier(model_cfg: Mapping[str, Any]) -> list[str]:
 
 @torch.no_grad()
 def write_open_clip(model: UniCL, folder: Path) -> float:
-    """Writes a folder for open_clip, and compares open_clip's features with ours.
+    """Writes a folder for open_clip, as `write_timm`.
 
-    Args:
-        model: in fp32 and evaluation mode.
-        folder: a new one.
-
-    Returns:
-        The largest difference between coordinates of open_clip's features and ours.
-
-    Raises:
-        ValueError: open_clip cannot build this image encoder at this size, or the folder exists.
-        RuntimeError: the features differ.
-        OSError: it cannot be written.
+    Also raises ValueError if open_clip cannot build this image encoder at this size.
     """
     import open_clip  # seconds to import
 

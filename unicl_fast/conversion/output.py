@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.progress import said_if_slow
 from unicl_fast.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -41,15 +42,13 @@ def require_new(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, which is renamed to `path` if the block raises nothing.
-
-    Raises:
-        ValueError: `path` exists.
-        OSError: it cannot be written.
-    """
+    """Yields a path that is renamed to `path`, a new one, if the block raises nothing."""
     require_new(path)
     make_folder(path.parent)
-    with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
+    with (
+        said_if_slow(f"writing and checking {path}"),
+        temporary_folder(f".{path.name}.partial-", root=path.parent) as folder,
+    ):
         aside = folder / path.name
         yield aside
         if path.is_dir():
@@ -105,12 +104,9 @@ def sample_tokens(model: UniCL) -> Tensor:
 
 
 def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
-    """Returns the largest difference between coordinates of unit-norm features.
+    """Returns the largest difference between coordinates of ours and theirs [n d], of unit norm.
 
-    `expected` are ours [n d], `found` the converted model's; `what` names them in errors.
-
-    Raises:
-        RuntimeError: shapes differ, or values by more than `TOLERANCE`.
+    Raises RuntimeError if shapes differ, or values by more than `TOLERANCE`.
     """
     if expected.shape != found.shape:
         raise RuntimeError(

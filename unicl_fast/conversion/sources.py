@@ -31,7 +31,7 @@ from unicl_fast.checkpoints.load import find_weights, read_tensors
 from unicl_fast.config import Interpolation
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.system.checked_fields import parse_json
+from unicl_fast.system.untrusted_files import read_json
 
 IMAGE_SETTINGS = ("image_encoder",)
 TEXT_SETTINGS = (
@@ -82,18 +82,11 @@ class Source:
 
 
 def read_source(given: str, *, image_encoder: str, image: bool = True, text: bool = True) -> Source:
-    """Finds and reads a source.
+    """Finds and reads a source; encoders that are not wanted can be of any kind.
 
-    Args:
-        given: one of the forms listed above.
-        image_encoder: `model.image_encoder`, timm's name for the content of `timm-file:`.
-        image: whether to read the image encoder.
-        text: whether to read the text encoder. Encoders that are not read can be of any kind.
-
-    Raises:
-        FileNotFoundError: it does not exist, or cannot be downloaded.
-        ValueError: it is damaged, holds more than tensors, or is a model that we cannot build.
-        OSError: a disk that failed.
+    `image_encoder` is timm's name for the content of `timm-file:`. Raises FileNotFoundError if it
+    does not exist or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or
+    is a model that we cannot build.
     """
     scheme, _, rest = given.partition(":")
     if scheme in ("timm", "timm-file", "pypi") and text:
@@ -120,7 +113,7 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
 def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     """Reads a model of open_clip or timm and its config; None for a config of another kind."""
     config = find((open_clip_models.CONFIG_FILE, _CONFIG))
-    values = parse_json(config.read_bytes(), where=str(config))
+    values = read_json(config)
     if not isinstance(values, dict):
         raise ValueError(
             f"{config} holds a {type(values).__name__}: expected an object of settings"
@@ -132,7 +125,13 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     if "architecture" in values:
         tensors = _read_tensors(find(_TIMM_WEIGHTS))
         known = values.get("pretrained_cfg", {})
-        return _timm_source(given, str(values["architecture"]), tensors, known)
+        try:
+            return _timm_source(given, str(values["architecture"]), tensors, known)
+        except (AttributeError, TypeError, ValueError) as error:  # a config may hold anything
+            raise ValueError(
+                f"{config} has no pretrained_cfg that timm could have written: {error!r}; copy or "
+                "convert it again"
+            ) from error
     return None
 
 
@@ -293,15 +292,15 @@ def _open_clip_source(
 def _timm_source(
     given: str, architecture: str, tensors: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any]
 ) -> Source:
-    classifier = pretrained_cfg.get("classifier")
+    classifier = pretrained_cfg.get("classifier") or ()
     if not classifier and timm.is_model(architecture):
-        classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None)
+        classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
     return Source(
         name=given,
         settings={"image_encoder": architecture},
         tensors={f"image_encoder.{name}": tensor for name, tensor in tensors.items()},
         data=_data_settings(pretrained_cfg, pretrained_cfg.get("input_size")),
-        classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier or ()),
+        classifier=(classifier,) if isinstance(classifier, str) else tuple(map(str, classifier)),
     )
 
 
@@ -314,6 +313,9 @@ def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]
             found[name] = tuple(map(float, numbers))
     if values.get("interpolation") in get_args(Interpolation):
         found["interpolation"] = values["interpolation"]
+    mode = values.get("resize_mode", values.get("crop_mode"))  # open_clip's, or timm's
+    if mode in ("longest", "border", "squash"):
+        found["evaluation_resize"] = "squash" if mode == "squash" else "longest"
     side = image_size[-1] if isinstance(image_size, list | tuple) and image_size else image_size
     return found | ({"image_size": side} if isinstance(side, int) else {})
 

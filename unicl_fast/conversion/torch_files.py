@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unicl_fast.system.untrusted_files import open_file
+
 # torch words it differently for modules that it knows to be dangerous, such as os
 _FOREIGN_OBJECT = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 _NEW_PROTOCOL = "Unsupported operand 149"
@@ -24,18 +26,15 @@ _ZIP = b"PK\x03\x04"
 
 
 def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
-    """Reads the tensors of a checkpoint, `{"model": {name: tensor}}`.
+    """Reads `{"model": {name: tensor}}`; the wrapper may also be `state_dict`, or missing.
 
-    The wrapper may also be `state_dict`, or missing. Errors say that `expected` was expected.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is truncated, not a checkpoint, or holds more than tensors.
+    Raises FileNotFoundError, or ValueError if it is cut short, not a checkpoint, or holds more than
+    tensors; errors say that `expected` was expected.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
         raise FileNotFoundError(f"{path} {what}: expected {expected}")
-    with path.open("rb") as file:
+    with open_file(path) as file:
         is_zip = file.read(4) == _ZIP
     if is_zip and not zipfile.is_zipfile(path):
         raise ValueError(

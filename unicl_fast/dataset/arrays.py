@@ -1,9 +1,7 @@
 """The arrays of a packed data set: their types, and reading them without trust.
 
-Readers follow the numbers in the arrays into other arrays and into shards, some of it in compiled
-code that checks no bounds. So each number that refers to something is compared, when a data set is
-opened, with what it refers to; and the bytes with their checksums in the same pass. Ten million
-samples take about a second (`tests/dataset/test_damaged_datasets.py`).
+Compiled code that checks no bounds follows their numbers into other arrays and into shards. So each
+is compared with what it refers to at opening, in about a second for ten million samples.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import xxhash
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, PixelsInfo
 from unicl_fast.system.checksums import compare_checksum, file_checksum
+from unicl_fast.system.untrusted_files import open_file
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -74,7 +73,7 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
             f"{path} is missing; the copy of this data set is not complete, copy it again"
         )
     descr = np.lib.format.dtype_to_descr(dtype)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         # compared, and not read: NumPy would make types of whatever stands there
         if file.read(HEADER_BYTES) != npy_header(dtype, (length,)):
             raise ValueError(
@@ -84,10 +83,8 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
         num_bytes = os.fstat(file.fileno()).st_size
     expected = HEADER_BYTES + length * dtype.itemsize
     if num_bytes != expected:
-        raise ValueError(
-            f"{path} is damaged or cut short: {num_bytes} bytes where {expected} are expected; "
-            "copy the data set again"
-        )
+        found = f"{num_bytes} bytes where {expected} are expected"
+        raise ValueError(f"{path} is damaged or cut short: {found}; copy the data set again")
     if not length:  # an empty array has nothing to map, and mmap refuses it
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(length,))
@@ -126,10 +123,7 @@ class PixelLayout:
 
 
 def blocks_of(array: Rows) -> Iterator[Rows]:
-    """Yields all rows in blocks; pages of a mapped file that were read for it are given back.
-
-    They would stay counted as this process's memory: half a gigabyte for ten million samples.
-    """
+    """Yields all rows in blocks, and gives the pages back that were read for it."""
     mapped = mapping_of(array)
     for start in range(0, len(array), _BLOCK_ROWS):
         yield np.asarray(array)[start : start + _BLOCK_ROWS]
@@ -154,9 +148,8 @@ def verify_arrays(
 ) -> int:
     """Compares the arrays with their checksums, and each reference in them with what is there.
 
-    They are read, not mapped: mapped pages would count as this process's memory. Checksums are
-    None where the data set has no list of them, or where they have been compared. Returns the
-    largest token id.
+    They are read, since mapped pages count as this process's memory. Without checksums (None) only
+    references are compared. Returns the largest token id.
 
     Raises:
         ValueError: a file was changed, or a row refers to what does not exist.
@@ -185,7 +178,7 @@ def _blocks(path: Path, dtype: np.dtype[Any], digest: Any) -> Iterator[Rows]:
     """Yields all rows of a file, and updates `digest` with all its bytes."""
     buffer = np.empty(_BLOCK_ROWS, dtype)
     view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
-    with path.open("rb", buffering=0) as file:
+    with open_file(path, buffering=0) as file:
         digest.update(file.read(HEADER_BYTES))
         filled = 0
         while count := file.readinto(view[filled:]):

@@ -1,18 +1,8 @@
 """Ranges of remote files, read in blocks that a bounded local folder keeps for all processes.
 
-A block is a file of its own, written aside and renamed, so one of the right name is whole. It is
-named by the checksum of the file that it is a part of, so a data set that was replaced under its
-URL has other blocks, and two copies of a data set share theirs. A process that wants a missing
-block takes the lock on the file aside, which does not outlive it; the others wait for it and then
-read what it wrote, so each block is fetched once.
-Before a block is fetched its bytes are added to a count in the folder; where they would pass the
-limit, the least recently used blocks make room, and the count is taken anew from the files that
-are there. So what a killed process leaves makes the folder smaller than it may be, never larger.
-The folder should lie on a disk of the machine.
-
-Why not fsspec's own caching (measured with fsspec 2026.9): none of it has a limit on disk, and none
-is shared while it fills. Three processes that read the same 32 of 64 blocks at once made 96
-requests with `blockcache` (32 here); `filecache` and `simplecache` copy whole files first.
+A block is a file named by its whole file's checksum, written aside under a lock, so that it is
+fetched once, and renamed. Its bytes are counted before it is fetched, so the limit holds even after
+kills. fsspec's caches have no limit and are not shared while they fill (96 requests for our 32).
 """
 
 from __future__ import annotations
@@ -34,6 +24,7 @@ import numpy.typing as npt
 from unicl_fast.dataset.manifest import PixelsInfo, ShardInfo
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import is_at, lock
+from unicl_fast.system.untrusted_files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +126,7 @@ class BlockCache:
         """Opens a block that is there, and marks it as used; one of another size is removed."""
         path = self._blocks / name
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = open_regular(path)[0]
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):
                 self._complain(error)
@@ -180,7 +171,7 @@ class BlockCache:
         part = f"{path}{_PART}"
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+            file = open_regular(part, os.O_RDWR | os.O_CREAT)[0]
             try:
                 if not lock(file):
                     if not wait:
@@ -210,7 +201,7 @@ class BlockCache:
         # Threads queue here, so that only one of each process polls for the lock: nine of them held
         # each other up for 20 ms a block. Not for ever: a fork may have copied it locked.
         mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
-        file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = open_regular(self._lock_path, os.O_RDWR | os.O_CREAT)[0]
         try:
             _wait_for_lock(file, longest=_FIRST_WAIT_SECONDS)
             text = os.pread(file, _COUNT_DIGITS + 1, 0)  # what is no count is taken for full
@@ -360,7 +351,7 @@ class BlockReader:
 
 
 class _StuckError(Exception):
-    """A lock was held for longer than any request takes."""
+    """A lock was held longer than any request takes."""
 
 
 def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None:
@@ -376,7 +367,7 @@ def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None
 def _remove_if_left(path: str) -> bool:
     """Removes an unfinished block if its writer has died; returns whether it did."""
     try:
-        file = os.open(path, os.O_RDWR)
+        file = open_regular(path, os.O_RDWR)[0]
     except OSError:
         return True
     try:

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.system.atomic_files import flush_to_disk, lock, write_text_atomically
+from unicl_fast.system.atomic_files import flush_to_disk, lock, locked, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.untrusted_files import open_regular, read_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,16 +58,9 @@ def feature_key(
 ) -> str:
     """The key of a data set's features: equal if and only if the features would be.
 
-    Args:
-        data: settings of the model's images.
-        dataset: whose images are encoded.
-        encoder: name of the image encoder.
-        precision: its arithmetic.
-        weights: digest of the weights that decide them.
-        device_type: of the device that encodes.
-        view: what decides the part of an image that is shown, beside the sizes in the config; in
-            JSON's types.
-        more: what else they depend on, in JSON's types; a version among them.
+    `encoder` is the image encoder's name, `weights` a digest of those that decide the features,
+    `view` what part of an image is shown, beside the sizes in the config. `view` and `more` (a
+    version and whatever else counts) are in JSON's types.
     """
     images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
     facts = {
@@ -87,8 +81,20 @@ def has_features(folder: Path, key: str) -> bool:
     return all((folder / f"{key}.{kind}").is_file() for kind in ("json", "npy"))
 
 
+def partial_path(folder: Path, key: str, token: str) -> Path:
+    """The file that rows of features are written to before they have their name."""
+    return folder / f".{key}.{token}.partial"
+
+
 def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
-    """Makes a file for rows of NumPy's type `kind`, which `RowsWriter` fills."""
+    """Makes a file for rows of NumPy's type `kind`, which `RowsWriter` fills.
+
+    Those of its key that killed runs have left are removed: each is as large as the features.
+    """
+    for left in path.parent.glob(partial_path(Path(), path.name.split(".")[1], "*").name):
+        with contextlib.suppress(OSError), locked(left) as is_unused:
+            if is_unused:
+                left.unlink()
     shape = (num_samples, width)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kind), shape=shape).flush()
 
@@ -96,15 +102,16 @@ def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
 class RowsWriter:
     """Writes rows into a file of `make_rows`; processes may write different ones at once.
 
-    By `pwrite`: a network file system sends just these bytes, where pages of a mapped file would
-    bring along what this machine knows of the rows beside them.
+    By `pwrite`: pages of a mapped file would overwrite the rows beside them on a network drive.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens the file, which `make_rows` has made."""
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         self._offset, self._row_bytes = int(rows.offset), rows.shape[1] * rows.itemsize
-        self._file = os.open(path, os.O_WRONLY)
+        self._file = open_regular(path, os.O_WRONLY)[0]
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock(self._file, shared=True)  # until its process ends: it is in use
 
     def write(self, samples: NDArray[np.int64], rows: NDArray[Any]) -> None:
         """Writes `rows` [k width] as those of these samples."""
@@ -127,14 +134,9 @@ def seal_features(
 ) -> None:
     """Gives a file whose rows are written its name, and states what is in it.
 
-    Another run may have stored the same meanwhile; its file, which others read, stays. Others wait
-    while the two files get their names, or the rows of one might stand beside the other's checksum.
+    If another run has stored the same meanwhile, its files stay; a lock keeps pairs together.
     """
-    values = {
-        "dtype": dtype,
-        "xxh3": file_checksum(aside),
-        "unreadable": sorted(unreadable),
-    }
+    values = {"dtype": dtype, "xxh3": file_checksum(aside), "unreadable": sorted(unreadable)}
     flush_to_disk(aside)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -158,7 +160,7 @@ def read_features(folder: Path, key: str, *, num_samples: int, check: bool = Tru
     """
     path = folder / f"{key}.npy"
     try:
-        values = parse_checksummed_json((folder / f"{key}.json").read_bytes())
+        values = parse_checksummed_json(read_file(folder / f"{key}.json"))
         if check and (found := file_checksum(path)) != values["xxh3"]:
             raise ValueError(f"its xxh3 is {found}, {key}.json says {values['xxh3']}")
         rows = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,10 +1,7 @@
 """A data set's files, in a folder or under a URL, and how they are read.
 
-`PackedDataset` asks here for what it does not map: how large files are, whether they are what the
-manifest says, and ranges of the large ones. Of a data set under a URL the large files are read
-through a cache (`block_cache`). Every batch needs the small ones, manifest, checksums and arrays,
-so they are copied into a local folder once, and mapped there. Manifest and checksums are read at
-every opening, and name that folder: a data set that was replaced under its URL gets another one.
+Under a URL, large files are read through `block_cache`; manifest, checksums and arrays are copied
+into a local folder that the first two name, so a data set that was replaced gets another one.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +38,7 @@ from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import lock, read_fully, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
 from unicl_fast.system.progress import mark_progress
+from unicl_fast.system.untrusted_files import open_file, open_regular, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +58,13 @@ class LocalReader:
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._paths = [folder / name for name in names]
+        self._arguments = folder, names
         self._files: dict[int, int] = {}
         self._folder = folder
         self._closed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalReader, self._arguments  # a copy's descriptors are its own
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
@@ -74,7 +77,7 @@ class LocalReader:
                 # The descriptor is left alone, since another thread may be reading through it.
                 if error.errno != errno.ESTALE:
                     raise
-            file = os.open(self._paths[number], os.O_RDONLY)
+            file = open_regular(self._paths[number])[0]
         try:
             return read_fully(file, buffer.data, offset=offset)
         finally:
@@ -107,7 +110,7 @@ class LocalReader:
         file = self._files.get(number)
         if file is not None:
             return file, True
-        opened = os.open(self._paths[number], os.O_RDONLY)
+        opened = open_regular(self._paths[number])[0]
         if most is not None and len(self._files) >= most:
             return opened, False
         file = self._files.setdefault(number, opened)
@@ -136,8 +139,9 @@ class LocalFiles:
 
     def head_of(self, name: str, size: int) -> bytes:
         """The first bytes of a file; raises OSError if it cannot be read."""
-        with (self.folder / name).open("rb") as file:
-            return file.read(size)
+        with open_file(self.folder / name) as file:
+            data: bytes = file.read(size)
+        return data
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
@@ -154,7 +158,7 @@ class RemoteFiles:
         self.options = options
         self._cache = BlockCache(options.place, max_bytes=options.max_bytes)
         self.folder = copy_small_files(self.store, options.place, array_names)
-        self._manifest = (self.folder / MANIFEST_NAME).read_bytes()
+        self._manifest = read_file(self.folder / MANIFEST_NAME)
 
     def where(self, name: str) -> str:
         return self.store.url_of(name)
@@ -183,9 +187,8 @@ def check_files(
 ) -> None:
     """Compares the sizes of the large files with the manifest, without reading them.
 
-    Files that are missing or of another size are tolerated, with a warning, if they hold at most
-    the part `max_bad_fraction` of the images, since training can feed other samples than those;
-    None tolerates all without a warning.
+    Missing files and other sizes are tolerated, with a warning, if they cost at most the part
+    `max_bad_fraction` of the images; None tolerates all without a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -274,8 +277,7 @@ def _size_of(path: Path) -> int | OSError | None:
 def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
     """Makes a folder with the manifest, the checksums and the named files of a data set.
 
-    What is there already is compared with its checksums. Processes that ask at the same time fetch
-    the files once. Missing ones are left for the reader to find.
+    Files whose checksums are right are not fetched again; missing ones are the reader's to find.
 
     Raises:
         FileNotFoundError: the URL is not that of a data set.
@@ -287,7 +289,7 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
     above = cache_folder / "datasets"
     folder = above / identity / store.name
     folder.mkdir(parents=True, exist_ok=True)
-    with (above / f"{identity}.lock").open("wb") as file:
+    with open_file(above / f"{identity}.lock", "wb") as file:
         while not lock(file.fileno()):  # its holder shows progress of its own
             mark_progress()
             time.sleep(0.05)
@@ -354,6 +356,6 @@ def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> N
 
 
 def _put(path: Path, data: bytes) -> None:
-    if not path.is_file() or path.read_bytes() != data:
+    if not path.is_file() or read_file(path) != data:
         with replacing(path, flush=False) as aside:
             aside.write_bytes(data)

@@ -1,11 +1,7 @@
 """The files of a packed data set while they grow, and the journal that a killed build resumes from.
 
-`DatasetWriter` decides what goes where; each class here knows one file.
-
-The journal gets a line when a shard is finished and everything that the line describes is on the
-disk. It says how much of each file belongs to the samples of the shards so far, so the rest can be
-cut off, and packing resumes as if it had never been written. Each line carries its own checksum:
-one that was being written when the power failed is not taken for a line.
+A line of the journal, with its checksum, follows each finished shard once all is on the disk. It
+says how much of each file belongs to the shards so far, so that the rest can be cut off.
 """
 
 from __future__ import annotations
@@ -28,6 +24,7 @@ import xxhash
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, HEADER_BYTES, npy_header
 from unicl_fast.dataset.manifest import ShardInfo
 from unicl_fast.system.atomic_files import flush_to_disk
+from unicl_fast.system.untrusted_files import open_file
 
 _CHECKSUM_DIGITS = 16
 BLOCK = 512
@@ -49,7 +46,7 @@ class GrowingFile:
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
         """Begins a file, or continues it after `kept`; raises ValueError if that has changed."""
-        self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
+        self.file: BinaryIO = open_file(path, "wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()
         if kept is None:
@@ -119,7 +116,7 @@ class ShardFile(GrowingFile):
         """Ends the tar, writes its index, and closes both safely."""
         self.append(END_OF_TAR)
         sync_and_close(self.file)
-        with self._path.with_suffix(".idx").open("w", encoding="ascii") as file:
+        with open_file(self._path.with_suffix(".idx"), "w", encoding="ascii") as file:
             file.write(f"v1.2 {len(self._index)}\n")
             file.writelines(f"{line}\n" for line in self._index)
             sync_and_close(file)
@@ -208,7 +205,7 @@ def read_journal(path: Path) -> list[FinishedShard]:
     """The finished shards in order, up to the first line that is not whole."""
     found: list[FinishedShard] = []
     if path.is_file():
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for line in file:
                 finished = FinishedShard.from_line(line)
                 if finished is None:
@@ -222,7 +219,7 @@ class ShardJournal:
 
     def __init__(self, path: Path, finished: Sequence[FinishedShard]) -> None:
         data = b"".join(each.to_line() for each in finished)
-        self._file = path.open("r+b" if path.exists() else "wb", buffering=0)
+        self._file = open_file(path, "r+b" if path.exists() else "wb", buffering=0)
         # overwritten with the same bytes, then cut: at no moment is a true line missing
         self._file.write(data)
         self._file.truncate(len(data))
@@ -261,7 +258,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
     """Begins a list, with escapes for what is not UTF-8; returns the file and its csv writer."""
-    file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    file = open_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="")
     rows = _csv_writer(file)
     rows.writerow(columns)
     return file, rows

@@ -1,8 +1,4 @@
-"""The manifest of a packed data set: what it holds and how it was made.
-
-A data set is complete when its manifest is there, so this is the first file read and the last one
-written. It does not say where samples lie: the arrays do.
-"""
+"""The manifest of a packed data set, written last and read first: what it holds and of what."""
 
 from __future__ import annotations
 
@@ -12,7 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.system.checked_fields import Count, from_json_values, parse_json
+from unicl_fast.system.checked_fields import Count, from_json_values
+from unicl_fast.system.paths import nearest_name
+from unicl_fast.system.untrusted_files import parse_json, read_file
 from unicl_fast.system.wording import shorten
 from unicl_fast.text.hierarchies import Hierarchy
 
@@ -124,11 +122,17 @@ class Manifest:
         """Reads the manifest of the data set in `folder`."""
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a packed data set: it has no {MANIFEST_NAME}. "
-                "Make one with: unicl-pack build SOURCE... --out DIR"
-            )
-        return cls.from_json(path.read_bytes(), where=str(path))
+            raise FileNotFoundError(f"{folder} is not a packed data set: {_why(path.parent)}")
+        return cls.from_json(read_file(path), where=str(path))
+
+
+def _why(folder: Path) -> str:
+    """Why a folder without a manifest is no data set, and what to do."""
+    if not folder.exists():
+        return f"there is no such folder{nearest_name(folder)}"
+    if inside := sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST_NAME}")):
+        return f"it holds some; name {' or '.join(inside[:4])}"
+    return f"it has no {MANIFEST_NAME}. Make one with: unicl-pack build SOURCE... --out DIR"
 
 
 def shard_name(index: int) -> str:

@@ -1,9 +1,4 @@
-"""Objects under one URL: read in ranges and written, with retries and errors that name everything.
-
-fsspec speaks to the stores; here is what a job needs beyond that. An answer has a time limit, a
-request that fails is repeated after growing pauses, and an error names URL, range, cause, number of
-tries and what to do. An object that does not exist is a FileNotFoundError at once.
-"""
+"""Objects under one URL, by fsspec, with time limits, retries and errors that name everything."""
 
 from __future__ import annotations
 
@@ -21,7 +16,9 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from unicl_fast.system.installation import install_command
 from unicl_fast.system.progress import mark_progress
+from unicl_fast.system.untrusted_files import MOST_BYTES, open_file
 from unicl_fast.system.wording import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -83,11 +80,10 @@ class ObjectStore:
     """The objects under one URL, as names below it. Safe in several threads, and after a fork."""
 
     def __init__(self, url: str) -> None:
-        """Connects to nothing before the first request.
+        """Connects to nothing before the first request; raises ValueError for no URL of a folder.
 
-        Keys, regions and endpoints are found where the store's client looks for them (~/.aws,
-        AWS_... of the environment), and where fsspec does (FSSPEC_S3_..., ~/.config/fsspec). Raises
-        ValueError if it is not a URL of a folder such as s3://bucket/packed/photos.
+        Keys, regions and endpoints are found where the store's client and fsspec look for them
+        (~/.aws, AWS_..., FSSPEC_S3_..., ~/.config/fsspec).
         """
         match = _URL.fullmatch(url)
         if match is None or "::" in url or "?" in url or "#" in url:
@@ -113,30 +109,35 @@ class ObjectStore:
         name, mark, _ = name.partition("?")
         return (f"{self.url}/{name}" if name else self.url) + ("?..." if mark else "")
 
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+    def read(self, name: str, start: int, end: int) -> bytes:
         """Reads bytes [start, end); raises FileNotFoundError or, for good, StorageError."""
-        what = self.url_of(name)
-        span: dict[str, int] = {}
-        if end is not None:
-            if end <= start:
-                return b""
-            what, span = f"{what}, bytes {start} to {end - 1}", {"start": start, "end": end}
+        if end <= start:
+            return b""
 
         def attempt() -> bytes:
-            data: bytes = self._call("cat_file", self._path(name), **span)
-            if end is not None and len(data) != end - start:
+            data = self._read_up_to(name, start, end)
+            if len(data) != end - start:
                 raise _IncompleteError(f"{len(data)} bytes came where {end - start} were asked for")
-            self._count(read_bytes=len(data))
             return data
 
+        what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
         return self._retry(what, "be read", attempt)
 
     def read_whole(self, name: str) -> bytes | None:
-        """Reads all bytes of a small object; None where it does not exist."""
+        """Reads all of a small object; None where it does not exist. ValueError if it is large."""
+        url = self.url_of(name)
         try:
-            return self.read(name)
+            data = self._retry(url, "be read", lambda: self._read_up_to(name, 0, MOST_BYTES + 1))
         except FileNotFoundError:
             return None
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{url} is too large: at most {MOST_BYTES:,} bytes are read")
+        return data
+
+    def _read_up_to(self, name: str, start: int, end: int) -> bytes:
+        data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
+        self._count(read_bytes=len(data))
+        return data
 
     def find(self, name: str) -> StoredObject | None:
         """Size and version of an object; None where it does not exist."""
@@ -186,7 +187,7 @@ class ObjectStore:
 
     def fetch_file(self, name: str, path: Path, *, size: int) -> str:
         """Copies an object into a file, which is replaced; otherwise as `checksum_of`."""
-        with path.open("wb") as file:
+        with open_file(path, "wb") as file:
             return self.checksum_of(name, size=size, take=file.write)
 
     def checksum_of(
@@ -324,7 +325,7 @@ def _connect(protocol: str, url: str) -> Any:
     try:
         system = fsspec.filesystem(protocol, **options)
     except ImportError as error:
-        how = "pip install 'unicl_fast[remote]'" if protocol in _S3 else str(error)
+        how = install_command("remote") if protocol in _S3 else str(error)
         raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
     except ValueError as error:  # a protocol that nobody knows
         raise ValueError(

@@ -1,15 +1,13 @@
-"""The packed data set, format versions 1 to 3, read by sample number.
+"""The packed data set, format versions 1 to 3 (docs/data-format.md), read by sample number.
 
-A data set is a folder, or the objects under a URL: tar shards that WebDataset and DALI also read,
-four small arrays that say where each image lies and which texts and labels it has, and a manifest.
-In a raw data set (version 2) the images are decoded and lie in an array of their own.
-`docs/data-format.md` holds the full text. Decoding images and choosing which sample comes when
-belong to other rooms.
+A folder or the objects under a URL: tar shards, four small arrays and a manifest. In a raw data set
+(version 2) the images are decoded and lie in an array of their own.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from unicl_fast.dataset.arrays import (
     ARRAY_DTYPES,
     PIXELS_NAME,
     PixelLayout,
+    blocks_of,
     mapping_of,
     open_array,
     verify_arrays,
@@ -63,7 +62,8 @@ class PackedDataset:
 
     Images are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
     job is then an error with a name instead of a bus error. Reads from several threads at once are
-    safe. Arrays are memory-mapped and read-only; see `check_arrays` for what that costs.
+    safe, and so are copies in worker processes, however these are started. Arrays are memory-mapped
+    and read-only; see `check_arrays` for what that costs.
     """
 
     def __init__(
@@ -93,6 +93,9 @@ class PackedDataset:
             ValueError: its files contradict each other or their checksums.
             StorageError: the store of a URL cannot be reached.
         """
+        self._reopen = functools.partial(
+            type(self), folder, fraction=fraction, max_bad_fraction=None, verify=False, cache=cache
+        )
         files: LocalFiles | RemoteFiles = LocalFiles(folder)
         if is_url(folder):
             names = [f"{name}.npy" for name in ARRAY_DTYPES]
@@ -122,6 +125,10 @@ class PackedDataset:
             self.largest_token = verify_arrays(
                 self.folder, self.manifest, ARRAY_DTYPES, checksums=read_checksums(self.folder)
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, here or in another process, opens the files anew: descriptors are not shared."""
+        return self._reopen, (), {"largest_token": self.largest_token}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -242,15 +249,30 @@ class PackedDataset:
         sound: npt.NDArray[np.bool_] = whole & (found == np.asarray(self.samples)["xxh3"][indices])
         return sound
 
-    def caption_tokens(self, index: int, which: int) -> npt.NDArray[np.uint16]:
-        """Token ids of caption `which` of sample `index`, start and end included, unpadded."""
+    def caption_tokens(
+        self, index: int, which: int, *, context_length: int | None = None
+    ) -> npt.NDArray[np.uint16]:
+        """Token ids of caption `which` of sample `index`, start and end included, unpadded.
+
+        One of more than `context_length` tokens is cut and keeps its end token.
+        """
         row = self.samples[self._checked(index)]
         count = int(row["captions_count"])
         if not 0 <= which < count:
             raise IndexError(f"{self.describe(index)} has {count} captions, not a number {which}")
         caption = self.captions[int(row["captions_start"]) + which]
         start = int(caption["tokens_start"])
-        return self.tokens[start : start + int(caption["tokens_length"])]
+        found = self.tokens[start : start + int(caption["tokens_length"])]
+        if context_length is None or len(found) <= context_length:
+            return found
+        return np.append(found[: context_length - 1], found[-1:])
+
+    def count_longer_captions(self, context_length: int) -> int:
+        """The number of captions that have more tokens, start and end included."""
+        if self.manifest.context_length <= context_length:
+            return 0
+        parts = blocks_of(self.captions)
+        return sum(int(np.count_nonzero(one["tokens_length"] > context_length)) for one in parts)
 
     def labels_of(self, index: int) -> npt.NDArray[np.int32]:
         """Labels of sample `index` in the data set's own label space; may be empty."""
@@ -278,12 +300,10 @@ class PackedDataset:
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
 
     def check_arrays(self) -> None:
-        """Raises DamagedDatasetError if an array's file has shrunk since it was opened; costs 2 us.
+        """Raises DamagedDatasetError if an array's file was cut since it was opened; costs 2 us.
 
-        Reading after the end of a mapped file ends the process with a bus error and no message.
-        A file that is removed or replaced by another (as `mv` and most programs that copy do) does
-        not change for processes that have it open; only one that is cut in place does. Called
-        before each batch, this leaves only the moment between the check and the reading.
+        Reading after the end of a mapped file would end the process with a bus error. Files that
+        are removed or replaced do not change for processes that have them open.
         """
         arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):

@@ -1,8 +1,6 @@
-"""One sample of a packed data set with everything its shard holds of it: image, texts, origin.
+"""One sample with everything that its shard holds of it, for programs that check or copy data.
 
-Programs that check, describe or copy a data set also read the JSON members, and account for each
-byte of a shard: a sample is read in one piece, from its first header to the next sample's. In a raw
-data set that piece is the JSON; the pixels are one array, which `PackedDataset` reads.
+It is read in one piece, from its first header to the next sample's, and each byte accounted for.
 """
 
 from __future__ import annotations
@@ -163,6 +161,16 @@ def equal_images(dataset: PackedDataset) -> list[npt.NDArray[np.int64]]:
     ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
     bounds = np.concatenate([[0], ends, [len(order)]])
     return [order[bounds[i] : bounds[i + 1]] for i in np.flatnonzero(np.diff(bounds) > 1).tolist()]
+
+
+def shared_images(dataset: PackedDataset, other: PackedDataset) -> int:
+    """How many images of `other` are in `dataset` too, byte for byte, or pixel for pixel if raw.
+
+    By their checksums, so none is found between a raw data set and one of files.
+    """
+    if (dataset.image_shape is None) != (other.image_shape is None):
+        return 0
+    return int(np.isin(other.samples["xxh3"], dataset.samples["xxh3"]).sum())
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:

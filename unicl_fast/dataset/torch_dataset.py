@@ -74,9 +74,7 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
             image = self.transform(image)
         row, label = self._text(index)
         tokens = np.zeros(self.context_length, np.int64)
-        length = min(len(row), self.context_length)
-        tokens[:length] = row[:length]
-        tokens[length - 1] = row[-1]  # the end token, also of a text that is cut off
+        tokens[: len(row)] = row
         pixels = pixels_of(image)  # [h w 1] where they are grey
         copy = np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
         return torch.from_numpy(copy), torch.from_numpy(tokens), label
@@ -94,7 +92,9 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
 
         wants_caption = random_unit(key(_KIND_KEY), np.uint64(index)) < 0.5
         if num_captions and (wants_caption or len(labels) == 0):
-            return self.packed.caption_tokens(index, below(_CAPTION_KEY, num_captions)), -1
+            which = below(_CAPTION_KEY, num_captions)
+            row = self.packed.caption_tokens(index, which, context_length=self.context_length)
+            return row, -1
         if len(labels) == 0:
             raise ValueError(f"{self.packed.describe(index)} has neither a caption nor a prompt")
         label = int(labels[below(_LABEL_KEY, len(labels))])

@@ -1,10 +1,7 @@
 """Writes a packed data set: shards, their indexes, the arrays, the quarantine list, the manifest.
 
-Everything is written into a folder beside the final one and renamed when it is whole, so a build
-that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
-samples and their order only. Images are taken as they come; checking them belongs to
-`unicl_fast.images`. A writer that is given a folder to work in keeps a journal there
-(growing_files.py), and the next one with the same samples continues after the last finished shard.
+Everything is written into a folder beside the final one and renamed when it is whole. The bytes
+written depend on the samples and their order only.
 """
 
 from __future__ import annotations
@@ -55,6 +52,7 @@ from unicl_fast.system.checksums import (
     format_checksums,
     parse_checksummed_json,
 )
+from unicl_fast.system.untrusted_files import open_file, read_file
 from unicl_fast.text.hierarchies import Hierarchy
 
 DEFAULT_SHARD_BYTES = 512_000_000
@@ -64,9 +62,8 @@ enough to copy and to check one by one."""
 SET_NAME, JOURNAL_NAME = "set", "journal"
 """Names in a folder to work in: the data set so far, and the journal of its shards."""
 MADE_OF_NAME = "made-of.json"
-"""Options and sources, by which the command that made a data set knows it again. It is no part of
-the data set, which is the same bytes wherever and whenever it is packed: paths and times are in
-it."""
+"""Options and sources (with paths and times), by which the command that made a data set knows it
+again; no part of the data set, which is the same bytes wherever and whenever it is packed."""
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
@@ -271,10 +268,10 @@ class DatasetWriter:
         self._write_checksums(manifest_bytes, pixels)
         if made_of is not None:
             note = dump_checksummed_json({**made_of, MANIFEST_NAME: _checksum_of(manifest_bytes)})
-            with (self.aside / MADE_OF_NAME).open("w", encoding="utf-8") as text:
+            with open_file(self.aside / MADE_OF_NAME, "w", encoding="utf-8") as text:
                 text.write(note)
                 sync_and_close(text)
-        with (self.aside / MANIFEST_NAME).open("wb") as file:
+        with open_file(self.aside / MANIFEST_NAME, "wb") as file:
             file.write(manifest_bytes)
             sync_and_close(file)
         flush_to_disk(self.aside)
@@ -293,7 +290,7 @@ class DatasetWriter:
         known[MANIFEST_NAME] = _checksum_of(manifest)
         others = (path for path in self.aside.iterdir() if path.name not in known)
         known |= {path.name: file_checksum(path) for path in others}
-        with (self.aside / CHECKSUMS_NAME).open("w", encoding="utf-8") as file:
+        with open_file(self.aside / CHECKSUMS_NAME, "w", encoding="utf-8") as file:
             file.write(format_checksums(known.items()))
             sync_and_close(file)
 
@@ -385,11 +382,7 @@ def _index_name(shard: str) -> str:
 
 
 def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
-    """The shards of the journal that are whole, up to the first that is not.
-
-    Sizes and indexes are compared, and the checksum of the last shard: reading all of them would
-    take as long as copying the data set, and `unicl-pack verify` does it.
-    """
+    """The shards of the journal up to the first damaged one: sizes, indexes, the last checksum."""
     whole: list[FinishedShard] = []
     for finished in read_journal(work / JOURNAL_NAME):
         path = folder / finished.shard.name
@@ -407,8 +400,8 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
 def read_made_of(out: Path) -> dict[str, Any] | None:
     """Reads what `finish` was told that a data set is made of; None for one without it."""
     try:
-        found = parse_checksummed_json((out / MADE_OF_NAME).read_bytes())
-        manifest = (out / MANIFEST_NAME).read_bytes()
+        found = parse_checksummed_json(read_file(out / MADE_OF_NAME))
+        manifest = read_file(out / MANIFEST_NAME)
     except (ValueError, OSError):
         return None
     # another data set may have been copied over the one that it was written with

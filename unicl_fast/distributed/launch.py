@@ -1,17 +1,13 @@
 """How a program becomes ranks of one group on this machine, and how ranks report errors.
 
-torch's elastic launcher was tried (torch 2.13; torchrun ends with 1 for every code, its Python API
-says each rank's). It does not fit: it starts ranks again after 2 (wrong input) and 75 (stopped,
-saved) as after a crash; after a signal to the launcher the ranks' codes are lost; SIGUSR1 or
-SIGKILL to the launcher leaves the ranks running; and it ends the others at the first code it sees,
-be it that of a rank that only lost its peer.
+torch's elastic launcher (2.13) restarts after 2 (wrong input) and 75 (stopped), its ranks outlive
+SIGKILL, and their codes are lost after a signal or when one only lost its peer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import logging.handlers
 import math
@@ -25,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unicl_fast.distributed.signals import (
     AT_NO_RISK,
@@ -37,6 +33,8 @@ from unicl_fast.distributed.signals import (
     handle_stop_signals,
 )
 from unicl_fast.system.machine import LAUNCHED_BY_US, STORE_SOCKET, usable_cores
+from unicl_fast.system.progress import mark
+from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import print_text, without_secrets
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
@@ -47,14 +45,23 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
+def start_ranks(
+    module: str,
+    *,
+    nproc: int,
+    argv: Sequence[str],
+    max_restarts: int = 0,
+    resumes: bool = True,
+) -> NoReturn:
     """Starts a program `nproc` times on this machine as ranks of one group, and ends as they do.
 
     Signals are passed on to all ranks. If a rank fails, the others are ended too; ranks do not
     outlive this process. After a rank has died all are started again, up to `max_restarts` times,
-    and see `is_restarted`; never after wrong input or a signal that asked for an end.
+    and see `is_restarted`; never after wrong input or a signal that asked for an end. After Ctrl-C
+    a program that `resumes` has the exit code that says so.
     """
-    launcher = _Launcher()
+    mark("")  # rank 0 says what it does
+    launcher = _Launcher(resumes=resumes)
     for attempt in range(max_restarts + 1):
         launcher.start(module, nproc=nproc, argv=argv, attempt=attempt)
         rank, code = launcher.wait()
@@ -67,6 +74,8 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: i
             _say(f"{ended}: starting all again, restart {attempt + 1} of {max_restarts}")
         elif max_restarts:
             _say(f"{ended}, and all {max_restarts} restarts are used up")
+    if signal.SIGINT in launcher.forwarded and not resumes:
+        raise KeyboardInterrupt
     sys.exit(code if code >= 0 else 128 - code)  # as a shell has it
 
 
@@ -90,11 +99,6 @@ def end_with_torchrun() -> None:
         _end_with(os.getppid())
 
 
-def _begin_rank(parent: int) -> None:
-    handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
-    _end_with(parent)
-
-
 def _end_with(parent: int) -> None:
     """Asks the kernel to end this process when its parent is gone, however that happens."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -103,9 +107,10 @@ def _end_with(parent: int) -> None:
 
 
 class _Launcher:
-    """The started ranks, and how long the launcher waits for those that should have ended."""
+    """The started ranks, and how long to wait for those that should have ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, resumes: bool) -> None:
+        self._resumes = resumes
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._deadline = math.inf
         self._num_interrupts = 0
@@ -128,6 +133,12 @@ class _Launcher:
         sys.stdout.flush()
         self._deadline = math.inf
         store = {STORE_SOCKET: str(listening.fileno())}
+        launcher = os.getpid()
+
+        def begin() -> None:
+            handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
+            _end_with(launcher)
+
         with listening:
             self._ranks = [
                 subprocess.Popen(
@@ -137,7 +148,7 @@ class _Launcher:
                     | ({} if rank else store),
                     pass_fds=() if rank else (listening.fileno(),),
                     start_new_session=True,  # Ctrl-C reaches them once, through this process
-                    preexec_fn=functools.partial(_begin_rank, os.getpid()),
+                    preexec_fn=begin,
                 )
                 for rank in range(nproc)
             ]
@@ -157,10 +168,7 @@ class _Launcher:
                 rank.send_signal(number)
 
     def wait(self) -> tuple[int, int]:
-        """Waits for all ranks; after the first that fails the others are ended.
-
-        Returns the rank that explains the end, and its code: minus the signal that killed it.
-        """
+        """Waits for all ranks, ends them after the first failure; returns its rank and code."""
         cause, follow_until = (0, 0), math.inf
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
             now = time.monotonic()
@@ -176,7 +184,7 @@ class _Launcher:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
         killed_by = -self._ranks[0].returncode
-        if killed_by in self.forwarded:  # it would have said so itself
+        if killed_by in self.forwarded and self._resumes:  # it would have said so itself
             _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
         if not cause[1] or self._deadline == math.inf:
             cause = self._root_cause()
@@ -193,12 +201,16 @@ class _Launcher:
             if rank.returncode
         ]
 
-        def precedence(end: tuple[int, int]) -> tuple[bool, bool]:
-            # One that ended immediately when asked to may have torn another out of a collective; so
-            # may one that crashed or hung: the other has lost its peer, which is a fault.
-            return not (self.forwarded and end[1] == EXIT_INTERRUPTED), end[1] == EXIT_FAULT
-
-        return min(ends, key=precedence, default=(0, 0))
+        # One that ended immediately when asked to may have torn another out of a collective; so may
+        # one that crashed or hung: the other has lost its peer, which is a fault.
+        return min(
+            ends,
+            key=lambda end: (
+                not (self.forwarded and end[1] == EXIT_INTERRUPTED),
+                end[1] == EXIT_FAULT,
+            ),
+            default=(0, 0),
+        )
 
 
 class SharedRefusal(ValueError):  # noqa: N818 - the error is its cause
@@ -270,6 +282,9 @@ def configure_logging(ranks: Ranks, *, quiet: bool = False) -> None:
 class _LogFile(logging.FileHandler):
     """A log that ends no run: what cannot be written is lost."""
 
+    def _open(self) -> Any:
+        return open_file(self.baseFilename, self.mode, encoding="utf-8", errors="backslashreplace")
+
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # the file is opened with the first line
             super().emit(record)
@@ -280,12 +295,9 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def keeping_log() -> Iterator[Callable[[Path], None]]:
-    """Within this context, keeps the log for a file that is named later; adds lines to it then.
+    """Keeps the log until the yielded function gets a file for it, whose folder exists.
 
-    An error that leaves the context is the file's last line. Without a name nothing is written.
-
-    Yields:
-        A function that takes the file, whose folder is there.
+    An error that leaves the context is the file's last line. Without a file nothing is written.
     """
     root = logging.getLogger()
     file: logging.Handler = logging.NullHandler()
@@ -293,10 +305,12 @@ def keeping_log() -> Iterator[Callable[[Path], None]]:
 
     def write_to(path: Path) -> None:
         nonlocal file
-        file = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        file = _LogFile(path, delay=True)
         file.setFormatter(_FORMATTER)
         kept.setTarget(file)
         kept.flush()
+        if path.is_symlink():
+            root.warning("%s is a link, through which no log is written: remove it", path)
 
     root.addHandler(kept)
     try:

@@ -1,9 +1,7 @@
 """The ranks of a run, and the few collectives that a step needs.
 
-The convention for gradients: every rank holds the same global loss and differentiates it with
-respect to ITS images and texts; parameter gradients are then summed over ranks. So a text's
-gradient is the sum of what every rank's images say about it (reduce-scatter), while a sum over
-ranks passes its gradient on unchanged. `rendezvous.process_group` makes the group.
+Every rank differentiates the same global loss with respect to ITS images and texts; parameter
+gradients are then summed over ranks. So a text's gradient is a reduce-scatter over ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from unicl_fast.system.gradients import first_only
 from unicl_fast.system.progress import WaitingForRanks
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
@@ -178,10 +177,10 @@ def _type_name(tensor: Tensor) -> str:
 
 @contextlib.contextmanager
 def rank_0_alone(ranks: Ranks) -> Iterator[None]:
-    """Around what rank 0 does alone, however long: the others wait at the end of the block.
+    """Around what only rank 0 does, however long: the others wait at the end of the block.
 
-    A thread of rank 0 tells them every moment that it still works, so no single collective comes
-    near the group's time limit. If rank 0 ends, so does their waiting, in a RuntimeError.
+    A thread of rank 0 sends signs of life, so no collective comes near the group's time limit. If
+    rank 0 ends, the others get a RuntimeError.
     """
     if ranks.world_size == 1:
         yield
@@ -245,10 +244,9 @@ class PendingMaximum:
 
 
 class RowsInFlight:
-    """The rows of all ranks in rank order, on their way while other work is done.
+    """The rows of all ranks in rank order, gathered while other work is done.
 
-    Backward mirrors forward: `receive` begins to send the gradients back, each summed over ranks,
-    and `send` waits for them. What is computed between the two calls hides both ways.
+    Backward mirrors forward: `receive` begins to reduce-scatter the gradients, `send` waits.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -322,6 +320,7 @@ class _Send(torch.autograd.Function):
         return gathered
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         ctx.in_flight.wait()
         return ctx.in_flight.own_gradient[: ctx.num_own], None, None
@@ -335,6 +334,7 @@ class _Receive(torch.autograd.Function):
         return gathered.view_as(gathered)
 
     @staticmethod
+    @first_only
     def backward(ctx: Any, grad: Float[Tensor, "u d"]) -> tuple[Tensor, None]:
         in_flight = ctx.in_flight
         num_rows = len(grad) // in_flight.world_size

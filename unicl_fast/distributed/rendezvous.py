@@ -1,10 +1,7 @@
 """How the ranks of a run find each other: by the variables of torchrun or SLURM, and torch's store.
 
-torchrun keeps one store for all its restarts, and torch (2.13, pytorch issue 135712) puts the same
-keys into it each time. A rank that is quicker than its peers reads where they WERE, and calls an
-address at which nobody answers: most restarts of two ranks that were watched ended so. The number
-of restarts does not tell attempts apart, since agents on nodes whose ranks were well do not count.
-So ranks agree on a name for each attempt first.
+torchrun's restarts share one store and its keys (pytorch issue 135712), so a quick rank reads where
+its peers WERE. Ranks first agree on a name for each attempt; restart counts differ between nodes.
 """
 
 from __future__ import annotations
@@ -96,12 +93,8 @@ def _with_cores(ranks: Ranks) -> Ranks:
 
 
 def _prepare_sockets(world_size: int) -> None:
-    """Makes room for the connections to other ranks, and chooses the interface that gloo uses.
-
-    By itself gloo takes the interface of the host's own name, which often is the loopback one, and
-    connects every rank with every other at once.
-    """
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects the ranks that talk
+    """Makes room for connections, and chooses gloo's interface: its own is often loopback."""
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects only the ranks that talk
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * world_size + FILES_BESIDE_SOCKETS
     if soft < needed:
@@ -148,10 +141,9 @@ def interface_with(address: str) -> str | None:
 
 
 def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
-    """Opens the store that torchrun's variables name; returns the rank and world size too.
+    """Opens the store that torchrun's variables name; on loopback if ranks meet there.
 
-    torch's own way listens on all interfaces. Where ranks meet on the loopback interface, so does
-    the store. torchrun's is its own, and already open.
+    torch's own way listens on all interfaces. Returns the rank and world size too.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     rank, address = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
@@ -177,11 +169,10 @@ def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
 def agree_on_session(
     store: Store, *, rank: int, world_size: int, timeout: datetime.timedelta
 ) -> str:
-    """Agrees on a name that exactly the ranks that run now have in common.
+    """Agrees on a name for exactly the ranks that run now; RuntimeError if not all came in time.
 
     Every rank writes a nonce. Rank 0 replies to each with the nonce it has read, and a name; a rank
-    accepts a reply that contains its nonce, then acknowledges it. Raises RuntimeError if not all
-    came in time.
+    accepts a reply that contains its nonce, then acknowledges it.
     """
     nonce = secrets.token_hex(8)
     deadline = time.monotonic() + timeout.total_seconds()
@@ -216,23 +207,19 @@ def _read(store: Store, key: str) -> str:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under `srun` with several tasks, but not torchrun, sets its variables from SLURM's.
+    """Sets torchrun's variables from SLURM's, under `srun` with several tasks and no torchrun.
 
-    Raises:
-        ValueError: a variable of SLURM is not written as SLURM documents it.
+    Raises ValueError if one of SLURM's is not written as SLURM documents it.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in os.environ or tasks == 1:
         return
+    node = int(os.environ.get("SLURM_NODEID", "0"))
     os.environ |= {
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": str(
-            tasks_of_node(
-                os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ.get("SLURM_NODEID", "0"))
-            )
-        ),
+        "LOCAL_WORLD_SIZE": str(tasks_of_node(os.environ["SLURM_STEP_TASKS_PER_NODE"], node)),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     # The same on all ranks, different for jobs that share a node, and below the ports that Linux
@@ -254,13 +241,14 @@ def first_host(node_list: str) -> str:
 def tasks_of_node(tasks_per_node: str, node: int) -> int:
     """Returns how many tasks a node has: 4 for the nodes 1 and 2 of SLURM's `2,4(x2)`."""
     found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(",")]
+    left = node
     for part in found:
         if part is None:
             break
-        if node < (repeats := int(part[2] or 1)):
+        if left < (repeats := int(part[2] or 1)):
             return int(part[1])
-        node -= repeats
+        left -= repeats
     raise ValueError(
         f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node} has no number of tasks such as 2,4(x2) for "
-        f"node {os.environ.get('SLURM_NODEID', '0')}: start the ranks with torchrun"
+        f"node {node}: start the ranks with torchrun"
     )

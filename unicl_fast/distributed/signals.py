@@ -1,12 +1,7 @@
 """Exit codes, and what SIGTERM, SIGUSR1 and Ctrl-C do to a training program.
 
-The step that runs is finished, on all ranks, a checkpoint is written, and the program ends with
-code 75 ("try again later"), so that a job script knows that the run can be resumed.
-
-Until the first step is done there is nothing to save, and imports, opening data, compiling and the
-first batch take seconds to minutes. A scheduler that wants the machine back must not be kept
-waiting then, nor be told of a fault (143): the program ends immediately, with the same code.
-Imports nothing heavy: it is entered before everything else.
+All ranks finish the current step, a checkpoint is written, and the program ends with 75, so that a
+job script knows that the run can be resumed. Before the first step is done it ends at once.
 """
 
 from __future__ import annotations
@@ -18,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from unicl_fast.system.program import EXIT_ABORTED
 
 if TYPE_CHECKING:
     from unicl_fast.distributed.ranks import PendingMaximum, Ranks
@@ -31,8 +28,6 @@ EXIT_HUNG = 70
 """EX_SOFTWARE of sysexits.h: a stage outlasted its limit. (124 would be taken for timeout(1)'s.)"""
 EXIT_INTERRUPTED = 75
 """EX_TEMPFAIL of sysexits.h: asked to stop, and stopped where the run can be resumed."""
-EXIT_ABORTED = 130
-"""The code that shells give for Ctrl-C; here for the second one."""
 
 AT_NO_RISK = "no step is at risk; resume with --resume auto"
 """Rest of the sentence that names the signal which ended a program."""
@@ -40,17 +35,17 @@ AT_NO_RISK = "no step is at risk; resume with --resume auto"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SECONDS_TO_UNWIND = 10.0
 
-_is_deferred = False
+_is_deferred = _saves = False
 _exiting = threading.Lock()
 
 
-def defer_signals(deferred: bool) -> None:
-    """Sets whether signals are left to other handlers, which save work first (or pass them on).
+def defer_signals(deferred: bool, *, saves: bool = False) -> None:
+    """Sets whether signals are left to other handlers, in place already.
 
-    Those handlers must be in place when it is set, and still be when it is taken back.
+    If such a handler `saves` work first, this process says so when a signal comes.
     """
-    global _is_deferred
-    _is_deferred = deferred
+    global _is_deferred, _saves
+    _is_deferred, _saves = deferred, saves
 
 
 @contextlib.contextmanager
@@ -109,14 +104,24 @@ def handle_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
 
 
 def _listen(program: str, reading: int, left: threading.Event) -> None:
-    num_interrupts = 0
-    while not left.is_set():
+    """Reads signals until the 0 that is written after them all."""
+    num_signals = num_interrupts = 0
+    while True:
         for number in os.read(reading, 64):
+            if number == 0:
+                return
             if number not in STOP_SIGNALS:
                 continue
             if not _is_deferred:
                 _exit(program, number)
+            num_signals += 1
             num_interrupts += number == signal.SIGINT
+            if _saves and num_interrupts == 2:
+                _say(program, "ended by a second Ctrl-C, unsaved; checkpoints are from before")
+            elif _saves and num_signals == 1:
+                name, again = signal.Signals(number).name, "again" if num_interrupts else "twice"
+                how = f"finishing this step, then saving (Ctrl-C {again} ends it at once, unsaved)"
+                _say(program, f"{name} came: {how}")
             if num_interrupts == 2 and not left.wait(_SECONDS_TO_UNWIND):
                 os._exit(EXIT_ABORTED)
 
@@ -124,10 +129,15 @@ def _listen(program: str, reading: int, left: threading.Event) -> None:
 def _exit(program: str, number: int) -> None:
     if not _exiting.acquire(blocking=False):
         return  # the other thread does it
-    if os.environ.get("RANK", "0") == "0":  # one sentence is enough
-        name = signal.Signals(number).name
-        os.write(2, f"{program}: stopped by {name}; {AT_NO_RISK}\n".encode())
+    _say(program, f"stopped by {signal.Signals(number).name}; {AT_NO_RISK}")
     os._exit(EXIT_INTERRUPTED)
+
+
+def _say(program: str, text: str) -> None:
+    """Writes a line past Python's locks, which the main thread may hold; on rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{program}: {text}\n".encode())
 
 
 class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it is no error
@@ -170,7 +180,7 @@ class Interruption:
         Call it once a step, on all ranks. Among several it returns what was known a step earlier,
         so that asking the others takes no waiting.
         """
-        defer_signals(True)  # a step is done: there is something to save
+        defer_signals(True, saves=True)  # a step is done: there is something to save
         if ranks.world_size == 1:
             return bool(self.signal_name)
         from unicl_fast.distributed.ranks import PendingMaximum  # imports torch

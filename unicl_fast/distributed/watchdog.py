@@ -1,18 +1,8 @@
 """Ends a rank that hangs, and says which rank hangs in what.
 
-A hung collective, a storage that no longer answers or a thread that is stuck would hold a whole job
-for hours and say nothing. Every stage that is marked (`system.progress`) has `run.timeout_seconds`
-to end or to show progress; a thread watches. A rank that waits in a collective is not judged while
-another one works within its own limit (rank 0 may be saving), so the rank at fault speaks first.
-Ranks tell each other their stages, so that every message says what the others were doing.
-
-Time in which the process itself is stopped (Ctrl-Z, a scheduler that suspends the job) does not
-count. What holds Python's global lock for ever (a page of a memory-mapped file that never comes)
-stops this thread too: then it is the other ranks that notice.
-
-Other tools were considered. `faulthandler.dump_traceback_later` ends a process with 1 and knows no
-stage. torch's `monitored_barrier` names the missing rank, but only on gloo and at the price of a
-round trip. NCCL's flight recorder knows collectives alone, not the storage or thread before one.
+A rank that waits in a collective is not judged while another one works within its own limit (rank 0
+may be saving), so the rank at fault speaks first. Heartbeats carry stages between ranks. torch's
+own tools know collectives only, not the storage or thread before one.
 """
 
 from __future__ import annotations
@@ -47,15 +37,12 @@ _GROUP_TIMEOUTS = 10
 _NO_LIMIT_SECONDS = 365 * 24 * 3600.0
 _MOST_SENTENCES = 8
 _MOST_FAILED_TICKS = 20
-_MOST_DATAGRAMS = 10_000
-"""Read in one tick at most, so that a flood of them cannot hold up the thread that watches."""
+_MOST_DATAGRAMS = 10_000  # read in one tick, so that a flood cannot hold up the thread
 
 _TOKEN_BYTES = 16
 # token, rank, step (-1: none), whether it waits for ranks, age and rest in seconds, stage's name
 _HEARTBEAT = struct.Struct(f"!{_TOKEN_BYTES}sIq?dd160s")
-_BUFFERED_BYTES = 1280
-"""A heartbeat in a socket's buffer: 205 bytes, and what the kernel counts beside them. A default
-buffer of 212,992 bytes kept 166 of a burst of 1,023."""
+_BUFFERED_BYTES = 1280  # of a heartbeat in a socket's buffer, with the kernel's own
 
 _ADVICE = {
     "waiting for the next batch": "the storage of data.train is stuck, or a thread that reads or "
@@ -218,8 +205,8 @@ def describe_others(
 ) -> list[str]:
     """Writes sentences on what the other ranks were last known to do; the suspects first.
 
-    None was never heard; `silence` is how many seconds later a rank is taken for stopped or lost.
-    With `blame` it is another rank's fault, since the speaker waits in a collective.
+    None was never heard; one silent for `silence` seconds is taken for lost. With `blame` the
+    speaker waits in a collective, so another rank is at fault.
     """
     silent, working, waiting, unheard = (defaultdict[str, list[int]](list) for _ in range(4))
     for rank, beat in heard.items():
@@ -280,11 +267,7 @@ def format_heartbeat(
 def parse_heartbeat(
     datagram: bytes, *, token: bytes, world_size: int
 ) -> tuple[int, Heartbeat] | None:
-    """Returns the rank and what it says; None for whatever is no heartbeat of these ranks.
-
-    Anybody may send anything to the port: the size and the token are compared before a byte of the
-    rest is looked at, and what follows has a fixed form.
-    """
+    """Returns the rank and what it says; None for anything else, which anybody may send."""
     if len(datagram) != _HEARTBEAT.size or not secrets.compare_digest(
         datagram[:_TOKEN_BYTES], token
     ):
@@ -303,15 +286,12 @@ def parse_heartbeat(
 class Heartbeats:
     """One datagram to each other rank every few seconds, sent and read without waiting.
 
-    A hung rank, a stopped process or a lost machine can hold nobody up, there is no server that all
-    depend on, and lost datagrams do not matter. (The group's own store would not do: a client waits
-    for its answer without a limit when the process that holds it is stopped.)
+    (A client of the group's own store waits without a limit when the process behind it is stopped.)
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        """Opens a port and exchanges addresses; all ranks come here together.
+        """Opens a port, on the loopback interface if all ranks are on one machine; all together.
 
-        Ranks of one machine meet on its loopback interface, where no other machine reaches them.
         A rank that gets no port logs an error, and neither hears nor is heard.
         """
         self.heard: dict[int, Heartbeat] = {}

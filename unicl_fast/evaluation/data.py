@@ -107,12 +107,13 @@ def open_data(
     class_names: str = "",
     templates: str = "",
     name: str = "",
+    takes_loose: bool = False,
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
     Specs, class names and templates are those of `unicl-eval zero-shot`; empty ones are the data's
-    own. What is not packed is packed by rank 0, while the others wait. `name` is for tables; empty
-    takes `short_name`.
+    own. What is not packed is packed by rank 0, while the others wait; with images that lie in no
+    class folder if `takes_loose`. `name` is for tables; empty takes `short_name`.
 
     Raises:
         ValueError: not such a data set, or class names that are not its own in number or order.
@@ -124,8 +125,13 @@ def open_data(
                 if ranks.is_main:
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
                     packed = str(folder / "packed")
-                    shown = sys.stderr.isatty()
-                    build_dataset([spec], packed, class_names=class_names, progress=shown)
+                    build_dataset(
+                        [spec],
+                        packed,
+                        class_names=class_names,
+                        takes_loose=takes_loose,
+                        progress=sys.stderr.isatty(),
+                    )
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
         if not is_packed:

@@ -17,11 +17,10 @@ from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader, send
 from unicl_fast.checkpoints.load import Weights, load_model
@@ -42,7 +41,12 @@ from unicl_fast.models.precision import (
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.system.progress import (
+    EvaluationStopped,
+    bar_if_slow,
+    heartbeat_and_check_stop,
+    said_if_slow,
+)
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
 
@@ -76,7 +80,7 @@ class ModelOnRanks:
             return model
         encoders = model.encoders
         encoders.config = settle_decoding(encoders.config, device_of(encoders), _ALONE)
-        return cls(encoders, progress=shows_progress(_ALONE))
+        return cls(encoders, progress=sys.stderr.isatty())
 
     def loader(self, dataset: PackedDataset) -> EvaluationLoader:
         """This rank's part of a data set, prepared as the model needs it, on its device."""
@@ -108,17 +112,34 @@ class ModelOnRanks:
         """As `features`, from this rank's part of a data set."""
         parts: list[Tensor] = []
         ids: list[int] = []
-        stopped = False
-        for batch in tqdm(loader, desc="encode images", disable=not self.progress):
-            if stopped := not heartbeat_and_check_stop():
-                break
-            parts.append(encode_images(self.model, batch.images, layer=layer).cpu())
-            ids += batch.sample_ids.tolist()
-        if any(gather_integers(int(stopped), self.ranks)):
-            raise EvaluationStopped
+        for samples, features in self.encoded(loader, num_samples=num_samples, layer=layer):
+            parts.append(features)
+            ids += samples.tolist()
         assert ids == list(range(self.ranks.rank, num_samples, self.ranks.world_size))
         mine = torch.cat(parts) if parts else None
         return collect_rows(mine, num_rows=num_samples, ranks=self.ranks)
+
+    def encoded(
+        self, loader: EvaluationLoader, *, num_samples: int, layer: Layer = "projection"
+    ) -> Iterator[tuple[Int[Tensor, " b"], Float[Tensor, "b d"]]]:
+        """Sample numbers and features of this rank's part, batch by batch, on the host.
+
+        Raises:
+            EvaluationStopped: it was asked to stop, on all ranks.
+        """
+        mine = len(range(self.ranks.rank, num_samples, self.ranks.world_size))
+        stopped = False
+        with bar_if_slow("encode images", total=mine, shown=self.progress) as bar:
+            for batch in loader:
+                if stopped := not heartbeat_and_check_stop():
+                    break
+                yield (
+                    batch.sample_ids,
+                    encode_images(self.model, batch.images, layer=layer).cpu(),
+                )
+                bar.update(len(batch.sample_ids))
+        if any(gather_integers(int(stopped), self.ranks)):
+            raise EvaluationStopped
 
     def on_rank_0(self, judge: Callable[[_G], _T], gathered: _G | None, kind: Any) -> _T:
         """Calls `judge` on what rank 0 has gathered; all ranks get its result, of type `kind`.
@@ -146,7 +167,8 @@ def model_on_ranks(
 ) -> Iterator[ModelOnRanks]:
     """A model on the ranks that torchrun, SLURM or `--nproc` started, which share the work.
 
-    Arguments are those of `unicl_fast.load_model`; `batch_size` is that of each rank.
+    Arguments are those of `unicl_fast.load_model`; `batch_size` is that of each rank. Rank 0 shows
+    what takes more than two seconds.
     """
     chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
@@ -155,10 +177,11 @@ def model_on_ranks(
         configure_logging(ranks)
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(checkpoint), ranks)
-        model = load_model(checkpoint, weights=weights)
+        with said_if_slow(f"loading {checkpoint}", shown=ranks.is_main):
+            model = load_model(checkpoint, weights=weights)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
-        yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=shows_progress(ranks))
+        yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=ranks.is_main)
 
 
 def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniCL:
@@ -168,11 +191,6 @@ def on_device(model: UniCL, device: torch.device, ranks: Ranks = _ALONE) -> UniC
     set_device_arithmetic(model.config.efficiency, device)
     model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def shows_progress(ranks: Ranks) -> bool:
-    """Whether this process draws progress bars: rank 0, on a terminal; a log gets none."""
-    return ranks.is_main and sys.stderr.isatty()
 
 
 def device_of(model: UniCL) -> torch.device:
@@ -242,13 +260,14 @@ def encode_token_rows(
     # texts of similar length together: what is padded is computed for nothing
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []
-    starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="encode texts", disable=not progress):
-        heartbeat_and_check_stop()  # a stop is obeyed between images, where all ranks learn of it
-        chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
-        tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
-        with precision.autocast(device.type):
-            features.append(model.encode_text(tokens.to(device)))
+    with bar_if_slow("encode texts", total=len(rows), shown=progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            heartbeat_and_check_stop()  # a stop is obeyed between images: all ranks learn of it
+            chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
+            tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
+            with precision.autocast(device.type):
+                features.append(model.encode_text(tokens.to(device)))
+            bar.update(len(chosen))
     return torch.cat(features)[torch.tensor(order).argsort()]
 
 

@@ -21,7 +21,6 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.load import Weights
@@ -35,13 +34,16 @@ from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.images.codec import MAX_PIXELS, ImageError, open_image, pillow_limits, pixels_of
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.kernels.resample import resample_region
-from unicl_fast.pipelines.plan.crop import central_windows
+from unicl_fast.pipelines.plan.crop import evaluation_regions, fill_borders
 from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import bar_if_slow
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
 _RANKED_AT_ONCE = 8192
 """Images whose scores are there at once: 33 MB of a thousand classes."""
+_MOST_FILE_BYTES = 512_000_000
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
 
@@ -89,7 +91,7 @@ class Model:
             templates: prompts with one "{}" for the name; several are averaged.
             top: the number of classes that are given for an image.
             batch_size: images that are encoded at once.
-            progress: shows a bar where there is more than one batch.
+            progress: shows a bar after two seconds.
 
         Returns:
             For each image its most probable classes with their probabilities over all classes,
@@ -167,13 +169,11 @@ class Model:
             raise ValueError("texts takes a list of texts: [text] for one")
         require_text_encoder(self.encoders, "embed_texts")
         rows = Tokenizer(self.encoders.config.model.context_length).encode(list(texts))
-        features = encode_token_rows(
-            self.encoders, rows, batch_size=batch_size, progress=progress and len(rows) > batch_size
-        )
+        features = encode_token_rows(self.encoders, rows, batch_size=batch_size, progress=progress)
         return features.float().cpu().numpy()
 
     def prepare(self, image: ImageLike) -> NDArray[np.uint8]:
-        """Decodes an image and cuts the part that the model sees: uint8 [size size 3].
+        """Decodes an image and gives what the model sees of it: uint8 [size size 3].
 
         Raises:
             ImageError: it cannot be read, or is too large.
@@ -182,15 +182,14 @@ class Model:
         data = self.encoders.config.data
         pixels = _pixels(image)
         height, width = pixels.shape[:2]
-        (start,), (end,) = central_windows(
-            np.array([height]), np.array([width]), resize=data.evaluation_resize,
-            crop=data.image_size,
-        )  # fmt: skip
+        heights, widths = np.array([height]), np.array([width])
+        (start,), (end,) = evaluation_regions(heights, widths, data)
         crop = np.empty((data.image_size, data.image_size, 3), np.uint8)
         whole = np.ascontiguousarray(np.broadcast_to(pixels, (height, width, 3)))
         (top, left), (bottom, right) = start.tolist(), end.tolist()
         cubic = data.interpolation == "bicubic"
         resample_region(crop, whole, top, bottom, left, right, False, cubic)
+        fill_borders(crop[None], heights, widths, data)
         return crop
 
     def _encode(
@@ -201,8 +200,7 @@ class Model:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         rows = []
-        shown = progress and len(images) > batch_size
-        with tqdm(total=len(images), unit=" images", disable=not shown) as bar:
+        with bar_if_slow("encode images", total=len(images), shown=progress) as bar:
             for start in range(0, len(images), batch_size):
                 prepared = [self.prepare(image) for image in images[start : start + batch_size]]
                 batch = torch.from_numpy(np.stack(prepared))
@@ -228,6 +226,6 @@ def _pixels(image: ImageLike) -> NDArray[np.uint8]:
         return pixels_of(image)
     try:
         with pillow_limits(MAX_PIXELS):
-            return pixels_of(open_image(Path(image).read_bytes()))
+            return pixels_of(open_image(read_file(image, most_bytes=_MOST_FILE_BYTES)))
     except ImageError as error:
         raise ImageError(error.kind, f"{os.fspath(image)}: {error}") from error

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from unicl_fast.dataset.feature_files import (
     feature_key,
     has_features,
+    partial_path,
     read_features,
     seal_features,
 )
@@ -161,7 +162,7 @@ def key_of_features(model: UniCL, dataset: PackedDataset, *, layer: Layer, weigh
 
 def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) -> None:
     """Stores features whole or not at all; a disk that refuses is a warning and no error."""
-    aside = folder / f".{key}.{secrets.token_hex(4)}.partial"
+    aside = partial_path(folder, key, secrets.token_hex(4))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:

@@ -1,11 +1,8 @@
 """Zero-shot classification at the levels of a hierarchy, and how far its mistakes are off.
 
-A level is a depth of the hierarchy; the top's is 0. Images are classified among the classes of a
-level by the names of these, which may be classes that no image has a label of and that training
-never saw. Beside it stands how often the prediction among the data's own classes lies under the
-right class of the level. The distance of a mistake is the number of levels from the deeper of the
-two classes up to the lowest one that both are under: the height of the lowest common ancestor of
-Bertinetto et al. (arXiv 1912.09393), where all classes are equally deep.
+A level is a depth of the hierarchy; the top's is 0. The distance of a mistake is the number of
+levels from the deeper of the two classes up to the lowest one that both are under: the height of
+the lowest common ancestor of Bertinetto et al. (arXiv 1912.09393), if all are equally deep.
 """
 
 from __future__ import annotations

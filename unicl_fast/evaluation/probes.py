@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from unicl_fast.evaluation.choices import Metric
 from unicl_fast.evaluation.labelled import LabelledFeatures
@@ -31,7 +30,8 @@ from unicl_fast.evaluation.report import (
     percent,
 )
 from unicl_fast.evaluation.splits import Rows, draw_shots, hold_out, split_folds
-from unicl_fast.system.progress import heartbeat_and_check_stop
+from unicl_fast.system.installation import install_command
+from unicl_fast.system.progress import bar_if_slow, heartbeat_and_check_stop
 from unicl_fast.system.wording import count_of, markdown_table
 
 logger = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ def require_scikit_learn() -> None:
     """Raises ModuleNotFoundError, which says how to install it, where scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ModuleNotFoundError(
-            "linear probes and nearest neighbours are scikit-learn's: pip install "
-            "'unicl_fast[evaluation]'"
+            "linear probes and nearest neighbours are scikit-learn's: "
+            f"{install_command('evaluation')}"
         )
 
 
@@ -158,6 +158,7 @@ def linear_probe(
     c: float = 0.0,
     metric: Metric = "top1",
     seed: int = 0,
+    progress: bool = False,
 ) -> ProbeResult:
     """Fits logistic regression on labelled features, and tests it on others.
 
@@ -168,6 +169,7 @@ def linear_probe(
         c: inverse strength of the penalty; 0 chooses it.
         metric: C is chosen by it.
         seed: decides which images are held out.
+        progress: shows a bar after two seconds.
 
     Raises:
         ValueError: features that are not finite, other classes, or only one class to fit.
@@ -177,7 +179,8 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    return _probe(fitted, test, pairs, c=c, metric=metric)
+    with bar_if_slow("choose C", total=len(C_GRID), shown=progress) as bar:
+        return _probe(fitted, test, pairs, c=c, metric=metric, tried=bar)
 
 
 def few_shot_probes(
@@ -190,6 +193,7 @@ def few_shot_probes(
     c: float = 0.0,
     metric: Metric = "top1",
     seed: int = 0,
+    progress: bool = False,
 ) -> list[FewShotResult]:
     """Fits linear probes on a few images of each class, several draws for each number of `shots`.
 
@@ -200,14 +204,16 @@ def few_shot_probes(
     num_classes = len(np.unique(train.labels))
     found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
     work = [(count, draw) for count in shots for draw in range(draws)]
-    for count, draw in tqdm(work, desc="few-shot", disable=None):
-        kept, aside = draw_shots(train.labels, shots=count, seed=seed + draw)
-        fitted, others = train.take(kept), validation
-        if others is None and len(aside) >= num_classes:
-            others = train.take(aside)
-        folds = split_folds(fitted.labels, seed=seed + draw) if others is None else []
-        pairs = _pairs(fitted, folds) if others is None else [(fitted, others)]
-        found[count].append(_probe(fitted, test, pairs, c=c, metric=metric))
+    with bar_if_slow("few-shot", total=len(work), shown=progress) as bar:
+        for count, draw in work:
+            kept, aside = draw_shots(train.labels, shots=count, seed=seed + draw)
+            fitted, others = train.take(kept), validation
+            if others is None and len(aside) >= num_classes:
+                others = train.take(aside)
+            folds = split_folds(fitted.labels, seed=seed + draw) if others is None else []
+            pairs = _pairs(fitted, folds) if others is None else [(fitted, others)]
+            found[count].append(_probe(fitted, test, pairs, c=c, metric=metric))
+            bar.update()
     return [FewShotResult(shots=count, draws=tuple(probes)) for count, probes in found.items()]
 
 
@@ -217,6 +223,7 @@ def nearest_neighbours(
     *,
     ks: Sequence[int] = (10, 20),
     temperature: float = 0.07,
+    progress: bool = False,
 ) -> dict[int, ClassificationResult]:
     """Results for several numbers `ks` of neighbours, from one search.
 
@@ -237,7 +244,7 @@ def nearest_neighbours(
     search = NearestNeighbors(n_neighbors=max(ks), algorithm="brute", metric="cosine")
     search.fit(train.features)
     counts = {k: ClassificationCounts(train.class_names) for k in ks}
-    for rows in _blocks(len(test)):
+    for rows in _blocks(len(test), progress=progress):
         heartbeat_and_check_stop()  # shows progress
         distances, neighbours = search.kneighbors(test.features[rows])
         # relative to the nearest: exp(1 / temperature) may be more than a float holds
@@ -277,15 +284,16 @@ def _probe(
     *,
     c: float,
     metric: Metric,
+    tried: Any = None,
 ) -> ProbeResult:
-    """Chooses C by pairs where it is 0, then fits and tests."""
+    """Chooses C by pairs where it is 0, then fits and tests; `tried` is a bar of values of C."""
     _check(fitted, test, *(held_out for _, held_out in pairs))
     chosen_by: ChosenBy = "given"
     scores: dict[float, float] = {}
     if not c:
         ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
         chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric)
+        scores = _search_c(pairs, metric=metric, tried=tried)
         c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
         if not pairs:
             logger.warning(_DEFAULT_TAKEN, c)
@@ -303,7 +311,7 @@ def _probe(
     )
 
 
-def _search_c(pairs: Sequence[Pair], *, metric: Metric) -> dict[float, float]:
+def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> dict[float, float]:
     """C -> the metric on all that is held out, from the smallest C on.
 
     Each fit begins where that of the C before ended. The fits for large C take longest, so from 1
@@ -311,13 +319,14 @@ def _search_c(pairs: Sequence[Pair], *, metric: Metric) -> dict[float, float]:
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    bar = tqdm(C_GRID if pairs else (), desc="choose C", disable=None)
-    for c in bar:
+    for c in C_GRID if pairs else ():
         counts = ClassificationCounts(pairs[0][0].class_names)
         for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
             _count(counts, _fit(classifier.set_params(C=c), train), held_out)
         scores[c] = counts.result(what="a linear probe").value(metric)
-        bar.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %")
+        if tried is not None:
+            tried.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
+            tried.update()
         latest = list(scores.values())[-_PATIENCE:]
         if c >= 1 and max(latest) < max(scores.values()):
             break
@@ -353,8 +362,11 @@ def _best(scores: NDArray[Any]) -> NDArray[np.int64]:
     return np.argsort(-scores, axis=1, kind="stable")[:, :5]
 
 
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, count, _ROWS_AT_ONCE))
+def _blocks(count: int, *, progress: bool = False) -> Iterator[slice]:
+    with bar_if_slow("classify", total=count, shown=progress) as bar:
+        for start in range(0, count, _ROWS_AT_ONCE):
+            yield slice(start, start + _ROWS_AT_ONCE)
+            bar.update(min(_ROWS_AT_ONCE, count - start))
 
 
 def _result(

@@ -34,6 +34,7 @@ from unicl_fast.evaluation.report import interval_text, percent, wilson_interval
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.training.data import log_cut_captions
 
 KS = (1, 5, 10)
 _CHUNK = 1024
@@ -179,8 +180,9 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
             "column; for labels there is unicl-eval zero-shot"
         )
     images = on_ranks.features(dataset)
+    length = model.config.model.context_length
     rows = [
-        dataset.caption_tokens(sample, which)
+        dataset.caption_tokens(sample, which, context_length=length)
         for sample in captioned.tolist()
         for which in range(counts[sample])
     ]
@@ -214,7 +216,8 @@ def retrieval(model: LoadedModel | ModelOnRanks, data: str | Path) -> RetrievalR
         EvaluationStopped: it was asked to stop, on all ranks.
     """
     on_ranks = ModelOnRanks.of(model)
-    with open_data(str(data), ranks=on_ranks.ranks) as opened:
+    with open_data(str(data), ranks=on_ranks.ranks, takes_loose=True) as opened:
+        log_cut_captions(opened.dataset, on_ranks.model.config.model.context_length)
         found = encode_captioned(on_ranks, opened.dataset)
         return on_ranks.on_rank_0(RetrievalFeatures.ranked, found, RetrievalResult)
 
@@ -230,7 +233,11 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
 
     def judge(found: RetrievalFeatures) -> dict[str, float]:
         result = found.ranked()
-        tokens = [dataset.caption_tokens(sample, 0).tobytes() for sample in found.samples.tolist()]
+        length = model.config.model.context_length
+        tokens = [
+            dataset.caption_tokens(sample, 0, context_length=length).tobytes()
+            for sample in found.samples.tolist()
+        ]
         number_of = {text: number for number, text in enumerate(dict.fromkeys(tokens))}
         class_ids = torch.tensor([number_of[text] for text in tokens])
         loss = held_out_loss(

@@ -1,66 +1,111 @@
 "use strict";
 const at = (id) => document.getElementById(id);
-let image = null;
-let asked = 0;
+const made = (tag, values, ...children) => {
+  const element = Object.assign(document.createElement(tag), values);
+  element.append(...children);
+  return element;
+};
 
-async function ask() {
-  if (!image) return;
-  const number = ++asked;
-  const question = {
-    classes: at("classes").value.split("\n").map((one) => one.trim()).filter(Boolean),
-    template: at("template").value,
-  };
-  let answer;
-  try {
-    const body = new Blob([JSON.stringify(question), "\n", image]);
-    const response = await fetch("/classify", { method: "POST", body });
-    answer = await response.json();
-  } catch (error) {
-    answer = { error: "The program does not answer: is unicl-eval serve still running?" };
-  }
-  if (number !== asked) return; // a newer question is under way
-  at("error").textContent = answer.error || "";
-  at("answer").replaceChildren(...(answer.classes || []).map(([name, value]) => {
-    const item = document.createElement("li");
-    const line = document.createElement("div");
-    line.className = "name";
-    for (const text of [name, (100 * value).toFixed(1) + " %"]) {
-      line.append(Object.assign(document.createElement("span"), { textContent: text }));
+// Asks the program; of several questions in a row only the last one is answered.
+function asking(path) {
+  let asked = 0;
+  return async (question, image, show) => {
+    const number = ++asked;
+    let answer;
+    try {
+      const body = new Blob([JSON.stringify(question), "\n", image || ""]);
+      answer = await (await fetch(path, { method: "POST", body })).json();
+    } catch (error) {
+      answer = { error: "The program does not answer: is unicl-eval serve still running?" };
     }
-    const bar = document.createElement("div");
-    bar.className = "bar";
-    bar.style.width = 100 * value + "%";
-    item.append(line, bar);
-    return item;
-  }));
+    if (number === asked) show(answer);
+  };
 }
 
-function take(file) {
-  if (!file) return;
+// Hands over an image that is chosen or dropped; gives functions to show one and to forget it.
+function taking(zone, input, take) {
+  const shown = zone.querySelector("img");
+  const show = (file) => {
+    if (!file) return;
+    shown.src = URL.createObjectURL(file);
+    shown.hidden = false;
+    take(file);
+  };
+  input.addEventListener("change", () => show(input.files[0]));
+  for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+    zone.addEventListener(name, (event) => {
+      event.preventDefault();
+      zone.classList.toggle("over", over);
+      if (name === "drop") show(event.dataTransfer.files[0]);
+    });
+  }
+  return { show, forget: () => { shown.hidden = true; input.value = ""; } };
+}
+
+const find = asking("/search");
+function search(question, image) {
+  at("search-error").textContent = "";
+  at("status").textContent = "Searching ...";
+  find(question, image, (answer) => {
+    const found = answer.found || [];
+    at("search-error").textContent = answer.error || "";
+    at("status").textContent = answer.error ? "" : `The ${found.length} nearest images`;
+    at("found").replaceChildren(...found.map((one) => {
+      const address = `/image/${one.sample}`;
+      const title = one.caption || one.name;
+      const image = made("img", { src: address, alt: title, loading: "lazy" });
+      return made("li", {},
+        made("a", { href: address, target: "_blank" }, image),
+        made("p", { className: "title" }, title),
+        made("p", {}, [one.score.toFixed(3), ...one.labels].join(" · ")),
+        made("p", { className: "where" }, `${one.source}/${one.name}`));
+    }));
+  });
+}
+const example = taking(at("like"), at("example"), (file) => {
+  at("text").value = "";
+  search({}, file);
+});
+at("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  example.forget();
+  if (at("text").value.trim()) search({ text: at("text").value });
+});
+
+const name = asking("/classify");
+let image = null;
+function classify() {
+  if (!image) return;
+  const classes = at("classes").value.split("\n").map((one) => one.trim()).filter(Boolean);
+  name({ classes, template: at("template").value }, image, (answer) => {
+    at("error").textContent = answer.error || "";
+    at("answer").replaceChildren(...(answer.classes || []).map(([text, value]) => {
+      const bar = made("div", { className: "bar" });
+      bar.style.width = 100 * value + "%";
+      const percent = made("span", {}, (100 * value).toFixed(1) + " %");
+      return made("li", {}, made("div", { className: "name" }, made("span", {}, text), percent), bar);
+    }));
+  });
+}
+const photo = taking(at("drop"), at("image"), (file) => {
   image = file;
-  at("shown").src = URL.createObjectURL(file);
-  at("shown").hidden = false;
-  ask();
-}
-
+  classify();
+});
+document.addEventListener("paste", (event) => {
+  (at("search").hidden ? photo : example).show(event.clipboardData.files[0]);
+});
 let waiting = 0;
 for (const id of ["classes", "template"]) {
   at(id).addEventListener("input", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(ask, 300);
-  });
-}
-at("image").addEventListener("change", () => take(at("image").files[0]));
-document.addEventListener("paste", (event) => take(event.clipboardData.files[0]));
-for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
-  at("drop").addEventListener(name, (event) => {
-    event.preventDefault();
-    at("drop").classList.toggle("over", over);
-    if (name === "drop") take(event.dataTransfer.files[0]);
+    waiting = setTimeout(classify, 300);
   });
 }
 fetch("/model").then((response) => response.json()).then((model) => {
+  const hasSearch = model.num_images !== null;
   at("model").textContent = model.name;
   at("classes").value = model.classes.join("\n");
-  ask();
+  at("search").hidden = !hasSearch;
+  at("status").textContent = hasSearch ? `${model.num_images.toLocaleString("en")} images` : "";
+  if (hasSearch) at("text").focus();
 });

@@ -1,17 +1,8 @@
 """Checks one image's bytes strictly, and normalises what decoders might read differently.
 
-An image that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
-its bytes. Anything else that can be read is decoded here and encoded anew, so that the decoder of
-the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
-with an `ImageError` that gives the reason. Where all images shall have one format, only plain ones
-of that format keep their bytes. `docs/data-format.md` lists the conversions. For a raw data set the
-same decoding gives pixels, and nothing is encoded. Decoding for training is DALI's work; this
-module only decides what DALI is given.
-
-Decoders agree on plain 8-bit Huffman JPEGs in grey or YCbCr, and on WebP's simple format, and part
-ways on the rest. Pillow and libjpeg-turbo's short interface do not tell all of it, so a JPEG's
-markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6), and the
-parts of other files in `containers`.
+A plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps its bytes. Others
+that can be read are decoded here and encoded anew; what cannot be read, or only with warnings, is
+refused. docs/data-format.md lists the conversions. (ITU-T T.81, annex B; Exif 2.32, section 4.6)
 """
 
 from __future__ import annotations
@@ -233,11 +224,9 @@ def _decode_any_jpeg(
 
 
 def _check_jpeg_data(data: bytes) -> None:
-    """Decodes a JPEG for its warnings only.
-
-    At an eighth of the size and without colour libjpeg still reads every code of every component,
-    where all its warnings arise, and skips transforms that cannot fail: 1.4 times as fast.
-    """
+    """Decodes a JPEG for its warnings only."""
+    # At an eighth of the size and without colour libjpeg still reads every code of every component,
+    # where all its warnings arise, and skips transforms that cannot fail: 1.4 times as fast.
     _decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1, fastdct=True)
 
 
@@ -323,14 +312,13 @@ class JpegHeader:
 
 
 _last_header: tuple[bytes, JpegHeader] | None = None
-"""The header read last, and the bytes that it was read from."""
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
     """Reads the markers up to the first scan.
 
-    Small images of one data set mostly begin with the same bytes, up to the first scan, and then
-    have the same header: it takes longer to read than the rest to decode.
+    Small images of one data set mostly begin with the same bytes, and then have the same header: it
+    takes longer to read than the rest to decode.
 
     Raises:
         ImageError: the markers do not lead to a frame and a scan.

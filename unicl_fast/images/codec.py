@@ -1,12 +1,8 @@
 """Pixels from files of any format, and files from pixels, by Pillow.
 
 Decoding gives 8-bit grey or RGB, the right way up. Only formats with a signature that start no
-other program are decoded; sizes are checked whenever one becomes known, so that no header makes
-Pillow take more memory than the limit on pixels allows.
-
-Encoding as JPEG (libjpeg-turbo), WebP (libwebp) and PNG gives the same bytes for the same pixels,
-with no time, no profile and no text in them, in the simplest form of each format. `check` decides
-which images are decoded or encoded, and at which quality.
+other program are decoded, and sizes are checked whenever one becomes known. Encoding gives the same
+bytes for the same pixels, with no time, profile or text, in the simplest form of each format.
 """
 
 from __future__ import annotations
@@ -60,11 +56,7 @@ class ImageError(ValueError):
 
 @contextlib.contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Makes Pillow's own check of sizes raise above `max_pixels`, and silences its other warnings.
-
-    Pillow checks wherever a size becomes known, also late: an icon whose directory says 16 x 16 may
-    hold a PNG of any size, and the first frame of a GIF may be larger than its screen.
-    """
+    """Makes Pillow's check of sizes, also of late ones, raise; silences its other warnings."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -126,10 +118,7 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(values: npt.NDArray[np.integer], transparent: Any) -> Image.Image:
-    """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257.
-
-    `transparent` is the PNG's value for no paint, where it has one: there it lies on white.
-    """
+    """Scales 0 to 65,535 onto 0 to 255, rounded; a PNG's `transparent` value lies on white."""
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("unsupported", "32-bit pixels beyond 16 bits have no known range")
     scaled = (values.astype(np.uint32) + 128) // 257
@@ -190,10 +179,9 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
     """Blocks between restart markers; 0 sets none.
 
     The loader cuts a file down to a window's part at them (`pipelines/kernels/jpeg_windows.py`), so
-    each row must begin with one: the interval divides the blocks of a row. It is the divisor that
-    comes nearest to eight segments a row without being short, which for a prime number of blocks
-    is one segment. In a small image markers would cost more than they save. `block_width` is the
-    pixels that are coded together: 16 where chroma is halved, else 8.
+    the interval divides the blocks of a row. It is the divisor that comes nearest to eight segments
+    a row without being short. In a small image markers would cost more than they save.
+    `block_width` is the pixels that are coded together: 16 where chroma is halved, else 8.
     """
     if min(height, width) < _SMALLEST_CUT:
         return 0

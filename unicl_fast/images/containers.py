@@ -1,11 +1,8 @@
 """The parts of image files that decoders skip: what they wrap, and how they end.
 
-Decoders stop when they have all pixels. So they do not notice that a file's tail was lost and
-zeros stand in its place, as a crash of the machine or a broken download leaves them, nor that a
-checksum at the end is wrong. Where the format lets it be known, such files are refused here.
-
-Of a PNG the chunks are walked (w3.org/TR/png-3), of a WebP those of RIFF
-(developers.google.com/speed/webp/docs/riff_container), of an AVIF the boxes (ISO/IEC 14496-12).
+Decoders stop when they have all pixels, so they do not notice that a file's tail was lost and zeros
+stand in its place. Chunks of PNG (w3.org/TR/png-3) and of WebP's RIFF
+(developers.google.com/speed/webp/docs/riff_container) and boxes of AVIF (ISO/IEC 14496-12) do.
 """
 
 from __future__ import annotations
@@ -95,17 +92,10 @@ def check_avif_end(data: bytes, exif: bytes) -> None:
 
 
 def check_webp_end(data: bytes) -> None:
-    """Refuses a WebP with zeros in place of its tail; animations are not looked at.
+    """Raises ImageError for a WebP that is decoded without the zeros at its end just as well.
 
-    libwebp does not look whether the pixels use up their bytes. Zeros alone say little: without
-    look-back a black area takes a bit a pixel, 1.4 MB of zeros for 2048 x 1843. But whoever needs
-    them cannot be decoded without the last of them.
-
-    Args:
-        data: a file that libwebp has read without complaint.
-
-    Raises:
-        ImageError: it is decoded without the zeros at its end just as well.
+    libwebp, which has read it, does not look whether the pixels use up their bytes. Zeros by
+    themselves say little: a black area may take a bit a pixel. Animations are not looked at.
     """
     for name, chunk in _chunks(data):
         if name in _BITSTREAMS and chunk.endswith(_ZEROS):
@@ -122,16 +112,12 @@ def check_webp_end(data: bytes) -> None:
 def simple_webp(data: bytes) -> bytes | None:
     """The same image in WebP's simple format: one bitstream, lossy (VP8) or lossless (VP8L).
 
-    DALI promises to read no other. The extended format (VP8X) wraps the same bitstream together
-    with a colour profile, Exif data or the like, and may add alpha or frames. Where it adds only
-    what no decoder of pixels reads, the wrapping is removed and the bitstream stays as it is, so
-    that a lossy image is not encoded twice.
-
-    Args:
-        data: a file that a decoder has read without complaint.
+    DALI promises to read no other. Where the extended format (VP8X) adds only what no decoder of
+    pixels reads, the wrapping is removed and the bitstream stays, so that a lossy image is not
+    encoded twice. `data` has been read by a decoder without complaint.
 
     Returns:
-        `data` itself where it is simple, else its bitstream alone; None where there is no such file
+        `data` itself where it is simple, else only its bitstream; None where there is no such file
         (alpha, animation) or decoders may see different images (several bitstreams, bytes after
         the end).
     """

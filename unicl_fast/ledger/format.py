@@ -1,8 +1,6 @@
-"""The ledger's files byte by byte: what a rank was fed at each step, and how that is read again.
+"""The ledger's files byte by byte (docs/reliability.md): what a rank was fed at each step.
 
-Each start of the program, and each stage of a run, opens a segment, one file a rank: a header, then
-one record a step. The text of the format is in docs/reliability.md. Reading skips damage up to the
-next sound record; what that means for a run is decided in `unicl_fast.ledger.proof`.
+Each start of the program, and each stage of a run, opens a segment: one file per rank.
 """
 
 from __future__ import annotations
@@ -27,9 +25,9 @@ from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
     from_json_values,
-    parse_json,
     require,
 )
+from unicl_fast.system.untrusted_files import open_file, parse_json
 from unicl_fast.system.wording import shorten
 
 LEDGER_FOLDER = "ledger"
@@ -94,6 +92,14 @@ class SegmentHeader:
     follows: bool = False
     """Whether a stage begins here, and the program has been running."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where no run can have these values."""
+        require(self.rank < self.world_size, "rank must be below world_size")
+        divides = self.global_batch_size % self.world_size == 0
+        require(divides, "world_size must divide global_batch_size")
+        pairs = 1 <= len(self.sources) == len(self.shares) <= 1 << 16
+        require(pairs, "sources and shares must be as many as each other, and one at least")
+
     @property
     def run_batch_size(self) -> int:
         """`run.global_batch_size`, which may be that of a later stage."""
@@ -106,7 +112,6 @@ class SegmentHeader:
 
     @property
     def local_batch_size(self) -> int:
-        """Draws of this rank in each step."""
         return self.global_batch_size // self.world_size
 
     @property
@@ -183,7 +188,7 @@ class RecordRange:
         return self.step + self.count
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SegmentFile:
     """One rank's records of one start, found and checked."""
 
@@ -251,7 +256,7 @@ def read_segment_file(path: Path) -> SegmentFile | None:
     if not path.stat().st_size:
         return None  # and nothing to map
     with (
-        path.open("rb") as file,
+        open_file(path) as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         memoryview(mapped) as view,
     ):
@@ -273,32 +278,23 @@ def read_segment_file(path: Path) -> SegmentFile | None:
                 offset = sound or len(view)
                 continue
             step, num_substitutes = head
-            if ranges and step < ranges[-1].end:
+            last = ranges[-1] if ranges else RecordRange(0, 0, 0, 0)
+            if step < last.end:
                 raise DamagedSegmentError(
-                    f"the record of step {step} follows that of step {ranges[-1].end - 1}"
+                    f"the record of step {step} follows that of step {last.end - 1}"
                 )
             size = header.record_bytes(num_substitutes)
-            last = ranges[-1] if ranges else None
-            if (
-                last is not None
-                and (last.end, last.num_substitutes) == head
-                and (last.offset + last.count * size == offset)
-            ):
+            follows = last.offset + last.count * size == offset
+            if follows and (last.end, last.num_substitutes) == head:
                 ranges[-1] = dataclasses.replace(last, count=last.count + 1)
             else:
                 ranges.append(RecordRange(step, offset, 1, num_substitutes))
             offset += size
-    return SegmentFile(
-        path=path,
-        header=header,
-        ranges=tuple(ranges),
-        torn_bytes=torn_bytes,
-        damaged=tuple(damaged),
-    )
+    return SegmentFile(path, header, tuple(ranges), torn_bytes, tuple(damaged))
 
 
 def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
-    """The header and the offset of the first record; None where it was cut off in the writing."""
+    """The header and the offset of the first record; None where writing was cut off."""
     if len(data) < _START.size:
         return None
     magic, size, checksum = _START.unpack_from(data)
@@ -313,25 +309,10 @@ def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
         values = parse_json(text, where="its header")
         version = values.pop("version", None) if isinstance(values, dict) else VERSION
         if version == VERSION:
-            return _checked_header(values), _START.size + size
+            return from_json_values(SegmentHeader, values), _START.size + size
     except ValueError as error:
         raise DamagedSegmentError(f"its header cannot be that of a run: {error}") from error
     raise ValueError(f"it has format version {shorten(version)}, this program reads {VERSION}")
-
-
-def _checked_header(values: Any) -> SegmentHeader:
-    """The header of JSON's values; raises ValueError where no run can have written them."""
-    header = from_json_values(SegmentHeader, values)
-    require(header.rank < header.world_size, "rank must be below world_size")
-    require(
-        header.global_batch_size % header.world_size == 0,
-        "world_size must divide global_batch_size",
-    )
-    require(
-        1 <= len(header.sources) == len(header.shares) <= 1 << 16,
-        "sources and shares must be as many as each other, and one at least",
-    )
-    return header
 
 
 def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[int, int] | None:
@@ -340,13 +321,11 @@ def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[i
         return None
     mark, checksum, step, num_substitutes = _HEAD.unpack_from(view, offset)
     end = offset + header.record_bytes(num_substitutes)
-    if mark != _MARK or num_substitutes > header.local_batch_size or end > len(view):
+    is_possible = num_substitutes <= header.local_batch_size and step < _STEPS and end <= len(view)
+    if mark != _MARK or not is_possible:
         return None
-    if step >= _STEPS:
-        return None
-    if _checksum(view[offset + _CHECKED_FROM : end]) != checksum:
-        return None
-    return step, num_substitutes
+    is_sound = _checksum(view[offset + _CHECKED_FROM : end]) == checksum
+    return (step, num_substitutes) if is_sound else None
 
 
 def _next_sound_record(

@@ -1,8 +1,7 @@
 """Reads a run's ledger and decides what it proves: which steps, each sample once an epoch.
 
-Nothing of the plan is used: the ids alone must say it. An epoch of a source of N samples is N draws
-of it one after another; it is complete and right when no sample came twice, for then each came
-once. Memory is one byte a sample and some megabytes, however long the run.
+Only the ids count, not the plan: N successive draws of a source of N samples are an epoch, which is
+right when no sample came twice. Memory is one byte per sample, however long the run.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from unicl_fast.ledger.format import (
 _ENDLESS = 1 << 62
 _DRAWS_AT_ONCE = 1 << 20
 _MOST_EXAMPLES = 10
-_TWICE, _LOST, _UNKNOWN = 0, 1, 2
+_TWICE, _LOST, _UNKNOWN = 0, 1, 2  # in the order of SourceProof's fields
 
 Int64Array = NDArray[np.int64]
 Steps = tuple[int, int]
@@ -37,7 +36,7 @@ Steps = tuple[int, int]
 Watch = Callable[[SegmentHeader, int, Int64Array, Int64Array], None]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Run:
     """The marks by which one run is told from another, in its ledger and in its checkpoints."""
 
@@ -48,8 +47,14 @@ class Run:
     sizes: list[int]
     """Samples of each source."""
 
+    def __str__(self) -> str:
+        return (
+            f"run {self.run_id} with seed {self.seed} and batches of "
+            f"{self.global_batch_size} out of sources of {self.sizes} samples"
+        )
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SourceProof:
     """The result for the epochs of one source."""
 
@@ -72,7 +77,7 @@ class SourceProof:
         return not (self.scheduled_twice or self.lost or self.unknown)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
     """One start of the program, or a stage that began while it ran, over all its ranks."""
 
@@ -184,7 +189,7 @@ def prove(
     steps = holes[0][0] if holes else done
 
     headers = [segment.header for segment in counting]
-    epochs = EpochCounter(headers[0].sources if headers else ())
+    epochs = _EpochCounter(headers[0].sources if headers else ())
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
         for segment, start, source_ids, ids in _read_draws(counting, steps):
@@ -243,14 +248,7 @@ def _read_segments(
                 "of it is whole"
             )
         whole = [] if missing else [files[rank] for rank in sorted(files)]
-        segments.append(
-            Segment(
-                header=first,
-                files=tuple(whole),
-                steps=tuple(_steps_of_all(whole)),
-                counts_until=counts_until,
-            )
-        )
+        segments.append(Segment(first, tuple(whole), tuple(_steps_of_all(whole)), counts_until))
         counts_until = min(counts_until, first.start_step)
     return segments[::-1]
 
@@ -263,19 +261,15 @@ def _read_files(
     for rank, path in paths.items():
         try:
             file = read_segment_file(path)
+            if file is not None and (file.header.segment, file.header.rank) != (number, rank):
+                found = f"segment {file.header.segment} and rank {file.header.rank}"
+                raise DamagedSegmentError(f"its header is of {found}")
         except DamagedSegmentError as error:
             notes.append(f"{path.name} cannot be read: {error}")
             any_damaged = True
             continue
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if file is not None and (file.header.segment, file.header.rank) != (number, rank):
-            notes.append(
-                f"{path.name} cannot be read: its header is of segment {file.header.segment} and "
-                f"rank {file.header.rank}"
-            )
-            any_damaged = True
-            continue
         if file is None:
             notes.append(f"{path.name} ends within its header: that rank was ended there")
             continue
@@ -292,33 +286,20 @@ def _contradictions(segments: Sequence[Segment], run: Run | None) -> list[str]:
     """Finds starts of different runs, or of another run than the checkpoint's."""
     numbered = [(segment.header.segment, _run_of(segment.header)) for segment in segments]
     faults = [
-        f"segments {one} and {other} are of different runs: {_origin(first)}, and {_origin(second)}"
+        f"segments {one} and {other} are of different runs: {first}, and {second}"
         for (one, first), (other, second) in itertools.pairwise(numbered)
         if first != second
     ]
     for number, last in numbered[-1:]:
         if run is not None and run != last:
-            faults.append(
-                f"the newest checkpoint is of another run than segment {number}: {_origin(run)}, "
-                f"and {_origin(last)}"
-            )
+            other = f"another run than segment {number}: {run}, and {last}"
+            faults.append(f"the newest checkpoint is of {other}")
     return faults
 
 
 def _run_of(header: SegmentHeader) -> Run:
-    return Run(
-        run_id=header.run_id,
-        seed=header.seed,
-        global_batch_size=header.run_batch_size,
-        sizes=[source.num_samples for source in header.sources],
-    )
-
-
-def _origin(run: Run) -> str:
-    return (
-        f"run {run.run_id} with seed {run.seed} and batches of "
-        f"{run.global_batch_size} out of sources of {run.sizes} samples"
-    )
+    sizes = [source.num_samples for source in header.sources]
+    return Run(header.run_id, header.seed, header.run_batch_size, sizes)
 
 
 def _union(ranges: Iterable[Steps]) -> list[Steps]:
@@ -353,10 +334,7 @@ def _gaps(covered: Sequence[Steps], end: int) -> list[Steps]:
 def _read_draws(
     segments: Sequence[Segment], steps: int
 ) -> Iterator[tuple[Segment, int, Int64Array, Int64Array]]:
-    """The proven steps in order, some at a time, each from the segment that counts.
-
-    Yields segment, first step, and source ids and scheduled ids of global batches [steps n].
-    """
+    """Proven steps in order: segment, first step, source ids and scheduled ids [steps n]."""
     for segment in segments:
         at_once = max(1, _DRAWS_AT_ONCE // segment.header.global_batch_size)
         last = min(segment.counts_until, steps)
@@ -391,7 +369,7 @@ def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> 
     return ""
 
 
-class EpochCounter:
+class _EpochCounter:
     """Counts the draws of all sources, given in their order, epoch by epoch; one byte a sample."""
 
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
@@ -404,10 +382,7 @@ class EpochCounter:
         """Kind, source, epoch, sample, and number of the draw in the run (-1 for lost ones)."""
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
-        """Counts draws in their order: rows `ids` of the sources, both of any shape.
-
-        `first` is the number of the first one in the run, for messages.
-        """
+        """Counts draws in order, of any shape; `first` is the first one's number in the run."""
         for number, source in enumerate(self._sources):
             places = np.flatnonzero(source_ids == number)
             while len(places):
@@ -443,15 +418,10 @@ class EpochCounter:
 
     def results(self) -> list[SourceProof]:
         return [
-            SourceProof(
-                name=source.name,
-                num_samples=source.num_samples,
-                draws=draws,
-                scheduled_twice=int(counts[_TWICE]),
-                lost=int(counts[_LOST]),
-                unknown=int(counts[_UNKNOWN]),
+            SourceProof(source.name, source.num_samples, draws, *counts)
+            for source, draws, counts in zip(
+                self._sources, self._draws, self._counts.tolist(), strict=True
             )
-            for source, draws, counts in zip(self._sources, self._draws, self._counts, strict=True)
         ]
 
     def examples(self, headers: Sequence[SegmentHeader]) -> list[str]:

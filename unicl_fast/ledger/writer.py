@@ -1,9 +1,7 @@
 """Records what every step was fed, so that it can be proven afterwards (`unicl-ledger`).
 
-Each rank appends to a file of its own, one record a step, as soon as the step is done. The rule
-that makes the ledger whole: before a checkpoint is begun, all ranks have handed over the records
-of the steps it holds. Records that are lost when a rank dies belong to steps that the next start
-does again, and its records then supersede the old ones.
+Before a checkpoint is begun, all ranks have handed over the records of the steps it holds. So
+records that are lost when a rank dies belong to steps that the next start does again.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import flush_to_disk, is_at
+from unicl_fast.system.untrusted_files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +54,9 @@ class Ledger:
         spans: Sequence[Span] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing yet.
+        """Writes nothing yet. All ranks and starts of a run share `folder`; `spans` are its stages.
 
-        `folder` is shared by all ranks and all starts of a run; source ids count `sources`. The
-        facts are explained in `SegmentHeader`; `spans` are the run's stages, if it has several.
-        Without `ranks` this is one process alone.
+        The other arguments are explained in `SegmentHeader`.
         """
         self.folder = folder
         self._ranks = ranks or Ranks()
@@ -122,7 +119,8 @@ class Ledger:
                 last_batch_size=self._spans[-1].global_batch_size,
             )
         self._header, self._path = header, self.folder / segment_name(number, self._ranks.rank)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        self._file, _ = open_regular(self._path, flags)
         self._waiting = bytearray(encode_header(header))
         self._next_step = step
         self._write()

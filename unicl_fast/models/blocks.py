@@ -1,8 +1,7 @@
 """The repeated blocks of encoders: found by their class names, recomputed in backward.
 
-One mechanism of activation checkpointing serves both encoders, since timm's own switch covers only
-the image side, and counts every BatchNorm statistic twice. An architecture without any known block
-is refused instead of left silently as it was.
+One mechanism serves both encoders, since timm's own switch covers only the image side and counts
+every BatchNorm statistic twice. An architecture without any known block is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ KNOWN_BLOCKS = {
     "DepthwiseSeparableConv",  # MobileNets and EfficientNets
     "InvertedResidual",
     "SmallConvBlock",  # ours
-    "SmallResidualBlock",
     "TextBlock",
 }
 

@@ -1,8 +1,7 @@
 """Encoders compiled by block or as a whole, and windows of Swin attended to by kernels.
 
-Distinct texts come in another shape at every step;
-rounded up to a few sizes they meet graphs that exist (docs/architecture.md). What is added does not
-count: padding tokens come after what is read, and a text of count 0 is as if it were not there.
+Numbers and lengths of texts are rounded up to a few sizes, so that they meet graphs that exist
+(docs/architecture.md). Padding tokens come after what is read, and added texts have count 0.
 """
 
 from __future__ import annotations
@@ -126,7 +125,8 @@ def settle_window_attention(
         SharedRefusal: triton is asked for and cannot work on some rank; all ranks raise it.
     """
     chosen: WindowAttention = efficiency.window_attention
-    if chosen == "timm" or (chosen == "auto" and not _has_swin_blocks(model)):
+    has_swin_blocks = any(type(one).__name__ == SWIN_BLOCK for one in find_blocks(model))
+    if chosen == "timm" or (chosen == "auto" and not has_swin_blocks):
         return "timm"
     obstacle = obstacle_to_window_attention(efficiency, model, device)
     if chosen == "triton":
@@ -144,10 +144,6 @@ def refuse_window_attention(obstacle: str) -> None:
             f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
             "timm"
         )
-
-
-def _has_swin_blocks(model: UniCL) -> bool:
-    return any(type(block).__name__ == SWIN_BLOCK for block in find_blocks(model))
 
 
 def obstacle_to_window_attention(

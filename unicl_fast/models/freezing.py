@@ -1,10 +1,7 @@
-"""Parts of a model that are not trained: encoders, their first blocks, projections.
+"""Parts of a model that are not trained, as `optim.freeze` names them.
 
-`optim.freeze` names them. Their parameters take no gradient, so torch keeps no graph of what comes
-before the first layer that is trained. Their modules stay in evaluation mode: drop path is off, and
-BatchNorm takes its averages and leaves them alone.
-
-A frozen image encoder under a trained text encoder is LiT (Zhai et al., arXiv 2111.07991).
+Their parameters take no gradient, so torch keeps no graph of what comes before the first layer that
+is trained. Their modules stay in evaluation mode: no drop path, and BatchNorm's averages stay.
 """
 
 from __future__ import annotations

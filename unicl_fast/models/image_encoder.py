@@ -1,10 +1,8 @@
 """Image encoders: timm's models without their classifier, whose drop path needs no generator.
 
-A drop-path mask is a function of (seed, step, layer, global index), and so are the tokens that a
-ViT leaves out. So a sample drops the same whichever rank holds it and however often its forward
-pass is run, and resuming, other numbers of ranks, activation checkpointing and cached gradients
-need no random state. Drop path, "stochastic depth": Huang et al., arXiv 1603.09382. Leaving out
-tokens: Li et al., "Scaling Language-Image Pre-training via Masking", arXiv 2212.00794.
+A drop-path mask (Huang et al., arXiv 1603.09382) is a function of (seed, step, layer, global
+index), and so are the tokens that a ViT leaves out (Li et al., arXiv 2212.00794): the same
+whichever rank holds a sample and however often its forward pass is run, without random state.
 """
 
 from __future__ import annotations

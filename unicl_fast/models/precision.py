@@ -1,8 +1,4 @@
-"""Number formats and memory layout, decided in this one place.
-
-`Precision` tells what autocast runs in and whether fp16's loss scaler is needed; `place_module`
-moves weights accordingly; `normalise_images` makes the encoder's input of decoded images.
-"""
+"""Number formats and memory layout, decided in this one place."""
 
 from __future__ import annotations
 

@@ -1,16 +1,9 @@
 """Training state divided over the ranks, as `efficiency.shard` asks.
 
-    optimizer  a parameter's optimizer state is on one rank, which updates it and sends it to all
-    full       parameters, gradients and optimizer state of both encoders are in equal parts on all
-
-The first is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters: each is updated as
-one process would, so the result is the same bit for bit, with any optimizer. Torch's
-ZeroRedundancyOptimizer gathers its state as pickles, which this package never reads, and hides the
-attributes by which a fused kernel leaves out a bad step.
-
-The second is torch's `fully_shard`, by block. Gradients are added up in another order than by DDP,
-so results differ in rounding. What belongs to no encoder (projections, scale, rows of classes)
-stays whole on every rank. Checkpoints hold whole tensors either way.
+optimizer is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters, so that the result
+is that of one process bit for bit. Torch's ZeroRedundancyOptimizer gathers its state as pickles,
+which this package never reads, and hides the attributes by which a fused kernel leaves out a bad
+step. full is torch's `fully_shard`, by block; what belongs to no encoder stays whole on every rank.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ thousand classes. These are for two CPU cores. They are registered with timm, so
 - `unicl_convnet7_small`: seven layers without residual branches, a 2 x 2 convolution first and a
   pooling early in each block, after what trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in
   3.29 Seconds on a Single GPU", arXiv 2404.00498).
-- `unicl_resnet9_small`: three stages, two of them with a residual branch of two convolutions, after
-  Page's ResNet-9 ("How to Train Your ResNet", 2018), at three eighths of its width, with SiLU.
 - `unicl_swin6_small`: timm's Swin with two stages of two and four blocks on patches of 4 pixels.
   Three convolutions make them: with one of 4 x 4, as timm has it, a few epochs teach it little
   (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
@@ -16,8 +14,8 @@ thousand classes. These are for two CPU cores. They are registered with timm, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+import itertools
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from timm.layers import PatchEmbed
@@ -41,30 +39,13 @@ class SmallConvBlock(nn.Sequential):
         )
 
 
-class SmallResidualBlock(nn.Module):
-    """A 3 x 3 convolution and a pooling that halves the image, then perhaps a residual branch."""
-
-    def __init__(self, in_channels: int, channels: int, *, residual: bool) -> None:
-        super().__init__()
-        self.down = _conv_unit(in_channels, channels, pool=True)
-        self.branch = None
-        if residual:
-            self.branch = nn.Sequential(
-                _conv_unit(channels, channels), _conv_unit(channels, channels)
-            )
-
-    def forward(self, image_map: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
-        image_map = self.down(image_map)
-        return image_map if self.branch is None else image_map + self.branch(image_map)
-
-
 def _conv_unit(
     in_channels: int,
     channels: int,
     *,
     stride: int = 1,
     pool: bool = False,
-    activation: type[nn.Module] = nn.SiLU,  # 83.1 % where ReLU gave 82.0, docs/results.md
+    activation: type[nn.Module] = nn.SiLU,
 ) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False),
@@ -75,28 +56,21 @@ def _conv_unit(
 
 
 class SmallConvNet(nn.Module):
-    """A stem, blocks that each halve the image, and one number for each channel of the last.
+    """Blocks of 64, 128 and 256 channels that each halve the image, and the means of the last.
 
-    Images [b in_chans h w], h and w at least 9, to features [b d].
+    Images [b in_chans h w], h and w at least 9, to features [b 256].
     """
 
     default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        blocks: Sequence[nn.Module],
-        num_features: int,
-        *,
-        global_pool: Literal["avg", "max"],
-    ) -> None:
+    num_features, global_pool = 256, "avg"
+
+    def __init__(self, in_chans: int) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.global_pool = global_pool
-        self.stem = stem
-        self.blocks = nn.Sequential(*blocks)
-        pool = nn.AdaptiveAvgPool2d(1) if global_pool == "avg" else nn.AdaptiveMaxPool2d(1)
-        self.pool = nn.Sequential(pool, nn.Flatten())
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, 24, kernel_size=2), nn.ReLU(inplace=True))
+        widths = itertools.pairwise((24, 64, 128, 256))
+        self.blocks = nn.Sequential(*itertools.starmap(SmallConvBlock, widths))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -119,26 +93,9 @@ class SmallConvNet(nn.Module):
 
 @register_model  # type: ignore[untyped-decorator]
 def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """Blocks of 64, 128 and 256 channels, their means: 1.2 M parameters."""
+    """`SmallConvNet`: 1.2 M parameters."""
     _refuse(pretrained, drop_path_rate=kwargs.get("drop_path_rate"))
-    stem = nn.Sequential(
-        nn.Conv2d(kwargs.get("in_chans", 3), 24, kernel_size=2), nn.ReLU(inplace=True)
-    )
-    blocks = [SmallConvBlock(24, 64), SmallConvBlock(64, 128), SmallConvBlock(128, 256)]
-    return SmallConvNet(stem, blocks, 256, global_pool="avg")
-
-
-@register_model  # type: ignore[untyped-decorator]
-def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """Stages of 48, 96 and 192 channels, their largest responses: 0.9 M parameters."""
-    _refuse(pretrained, drop_path_rate=kwargs.get("drop_path_rate"))
-    stem = _conv_unit(kwargs.get("in_chans", 3), 24)
-    blocks = [
-        SmallResidualBlock(24, 48, residual=True),
-        SmallResidualBlock(48, 96, residual=False),
-        SmallResidualBlock(96, 192, residual=True),
-    ]
-    return SmallConvNet(stem, blocks, 192, global_pool="max")
+    return SmallConvNet(kwargs.get("in_chans", 3))
 
 
 def _refuse(pretrained: bool, *, drop_path_rate: float | None = None) -> None:

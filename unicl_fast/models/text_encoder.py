@@ -1,17 +1,13 @@
 """The text encoder of the paper: CLIP's causal transformer, read at the end-of-text token.
 
-Parameter names follow the released checkpoints (`resblocks.N.attn`, `mlp.c_fc`, ...), so that
-converting them is renaming. Padding can be left out: the tokens of a batch are then in one row
-(`TokenRow`), which only attention has to know.
-
-`TextSettings` holds what open_clip's encoders do in another way, SigLIP's among them. Without a
-causal mask, or read at the last token, the padding is part of the text, and is always computed.
+Parameter names follow the released checkpoints. Padding can be left out: the tokens of a batch are
+then in one row (`TokenRow`), which only attention has to know. What open_clip's encoders do in
+another way is in `ModelConfig`; where padding is part of a text, all of it is computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import Activation, TextPool
+from unicl_fast.config import Activation, ModelConfig
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
 """Standard deviations of fresh embeddings. With positions as large as tokens, texts would start out
@@ -118,23 +114,6 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextSettings:
-    """The kind of a text encoder, by the names of `ModelConfig`; the defaults are the paper's."""
-
-    activation: Activation = "quick_gelu"
-    causal: bool = True
-    pool: TextPool = "end"
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-12
-    """As released; PyTorch's default is 1e-5."""
-
-    @property
-    def ignores_padding(self) -> bool:
-        """Whether nothing that comes after the end-of-text token can reach the features."""
-        return self.causal and self.pool == "end"
-
-
 class TextAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before.
 
@@ -142,7 +121,7 @@ class TextAttention(nn.Module):
     Without it (`causal`) a token sees all others, and there are no rows without padding.
     """
 
-    def __init__(self, *, width: int, heads: int, causal: bool = True) -> None:
+    def __init__(self, width: int, *, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         # `place_module` sets both to what fits the device. The first is timm's name for its switch.
@@ -187,15 +166,16 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bo
 class TextBlock(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, *, width: int, heads: int, settings: TextSettings) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=settings.norm_eps)
-        self.attn = TextAttention(width=width, heads=heads, causal=settings.causal)
-        self.ln_2 = nn.LayerNorm(width, eps=settings.norm_eps)
-        hidden = int(width * settings.mlp_ratio)
+        width = config.text_width
+        self.ln_1 = nn.LayerNorm(width, eps=config.text_norm_eps)
+        self.attn = TextAttention(width, heads=config.text_heads, causal=config.text_causal)
+        self.ln_2 = nn.LayerNorm(width, eps=config.text_norm_eps)
+        hidden = int(width * config.text_mlp_ratio)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, hidden))
-        self.mlp.add_module("gelu", _ACTIVATIONS[settings.activation]())
+        self.mlp.add_module("gelu", _ACTIVATIONS[config.text_activation]())
         self.mlp.add_module("c_proj", nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, row: TokenRow | None) -> Tensor:
@@ -206,28 +186,20 @@ class TextBlock(nn.Module):
 class TextEncoder(nn.Module):
     """Token ids to one feature vector a text, before the projection."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        context_length: int,
-        width: int,
-        layers: int,
-        heads: int,
-        settings: TextSettings = TextSettings(),
-    ) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.context_length = self.longest = context_length
+        self.context_length = self.longest = config.context_length
         """Tokens of the position table, and of the texts that are read now; see `run.stages`."""
         # plain values, which torch.compile knows
-        self.ignores_padding, self.reads_end = settings.ignores_padding, settings.pool == "end"
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.resblocks = nn.ModuleList(
-            TextBlock(width=width, heads=heads, settings=settings) for _ in range(layers)
-        )
-        self.ln_final = nn.LayerNorm(width, eps=settings.norm_eps)
-        self._draw_weights(width, layers)
+        self.reads_end = config.text_pool == "end"
+        self.ignores_padding = config.text_causal and self.reads_end
+        """Whether nothing that comes after the end-of-text token can reach the features."""
+        width = config.text_width
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.resblocks = nn.ModuleList(TextBlock(config) for _ in range(config.text_layers))
+        self.ln_final = nn.LayerNorm(width, eps=config.text_norm_eps)
+        self._draw_weights(width, config.text_layers)
 
     def _draw_weights(self, width: int, layers: int) -> None:
         """Draws fresh weights as CLIP does, so that a block changes its input whatever the width.

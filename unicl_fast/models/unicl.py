@@ -1,7 +1,6 @@
 """UniCL: two encoders and two projections; for objectives without texts a part of it.
 
-This is the model and how it is built from a config. Files of weights are the business of
-`unicl_fast.checkpoints.load`, the loss on the features that of `unicl_fast.objectives`.
+`unicl_fast.checkpoints.load` builds it from a run's settings, and loads it from files.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.config import ModelConfig, Projection, TrainConfig
-from unicl_fast.models.blocks import checkpoint_blocks
+from unicl_fast.config import Configured, DataConfig, ModelConfig, Projection
 from unicl_fast.models.image_encoder import (
     DropPathKey,
     build_image_encoder,
     feature_width,
     set_image_size,
 )
-from unicl_fast.models.text_encoder import TextEncoder, TextSettings
+from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import Encoded
 
@@ -38,7 +36,7 @@ class FrozenParts:
     """The modules that are frozen whole, the outermost ones."""
 
 
-class UniCL(nn.Module):
+class UniCL(nn.Module, Configured):
     """Images and texts to unit vectors of one space, and what the objective learns besides.
 
     `text_encoder` and `text_projection` are None where the objective has no texts, projections
@@ -46,8 +44,6 @@ class UniCL(nn.Module):
     attributes of the names in `learnt_names`, such as `logit_scale`.
     """
 
-    config: TrainConfig
-    """The settings of the run that the model is of; `build_model` sets them."""
     logit_scale: nn.Parameter
 
     def __init__(
@@ -90,7 +86,7 @@ class UniCL(nn.Module):
                 drops_tokens=drops_tokens,
                 other_sizes=other_sizes,
             )
-            self.text_encoder = _text_encoder(config) if objective.uses_texts else None
+            self.text_encoder = TextEncoder(config) if objective.uses_texts else None
             image_width = feature_width(self.image_encoder)
             if objective.has_space:
                 self.image_projection, self.image_projection_bias = _projection(
@@ -112,16 +108,13 @@ class UniCL(nn.Module):
             module.eval()
         return self
 
-    def set_stage(self, config: TrainConfig) -> None:
-        """Takes images and texts of the sizes of a stage's config from now on, or of the run's.
-
-        Weights stay what they are, in their shapes.
-        """
-        set_image_size(self.image_encoder, config.data.image_size)
+    def set_stage(self, data: DataConfig, model: ModelConfig) -> None:
+        """Takes images and texts of the sizes of a stage from now on; weights keep their shapes."""
+        set_image_size(self.image_encoder, data.image_size)
         if self.text_encoder is not None:
-            self.text_encoder.longest = config.model.context_length
+            self.text_encoder.longest = model.context_length
         if self.drop_path_key.tokens is not None:
-            self.drop_path_key.tokens.part = config.model.token_drop
+            self.drop_path_key.tokens.part = model.token_drop
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -192,29 +185,6 @@ class UniCL(nn.Module):
         self.drop_path_key.set(step=step, global_index=global_index)
 
 
-def build_model(config: TrainConfig) -> UniCL:
-    """The model of a run, with fresh weights drawn from `run.seed`.
-
-    Raises:
-        ValueError: as `UniCL`, or an objective that lacks what the data would say.
-    """
-    stages = config.settings_of_stages
-    model = UniCL(
-        config.model,
-        config.objective,
-        image_size=config.data.image_size,
-        other_sizes=[stage.data.image_size for stage in stages],
-        drops_tokens=any(stage.model.token_drop for stage in stages),
-        seed=config.run.seed,
-    )
-    model.config = config
-    if config.efficiency.activation_checkpointing:
-        for encoder in model.encoders:
-            checkpoint_blocks(encoder)
-    model.set_stage(config)
-    return model
-
-
 def project(
     features: Float[Tensor, "n w"], weight: Tensor | None, bias: Tensor | None
 ) -> Float[Tensor, "n d"]:
@@ -232,23 +202,6 @@ def weights_digest(model: UniCL, *prefixes: str) -> str:
             digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _text_encoder(model: ModelConfig) -> TextEncoder:
-    return TextEncoder(
-        vocab_size=model.vocab_size,
-        context_length=model.context_length,
-        width=model.text_width,
-        layers=model.text_layers,
-        heads=model.text_heads,
-        settings=TextSettings(
-            activation=model.text_activation,
-            causal=model.text_causal,
-            pool=model.text_pool,
-            mlp_ratio=model.text_mlp_ratio,
-            norm_eps=model.text_norm_eps,
-        ),
-    )
 
 
 def _projection(

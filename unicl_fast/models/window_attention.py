@@ -1,17 +1,9 @@
 """Swin's attention in windows by Triton kernels, for NVIDIA GPUs from compute capability 8.0.
 
-timm rolls, pads and cuts the map into windows, and stores scores [windows heads n n] several times
-in fp32. Here one program takes windows of one head, one after another: it reads their tokens where
-they lie in the map [b height width], and a window's whole scores stay on the chip, with the bias
-looked up in the table and the mask told from the tokens' places. What surrounds it treats each
-token by itself, so no token has to move.
-
-A row of scores is whole in a program. So backward computes the probabilities anew from queries and
-keys, and not even their log-sum-exp is stored. The table's gradient is summed up in a fixed order:
-by each program over its windows, then by a last kernel over the programs. docs/architecture.md says
-why torch's FlexAttention does not take its place.
-
-Importing this module imports triton; `efficiency.py` does so when the kernels are to be used.
+A program takes windows of one head, one after another: it reads their tokens where they lie in the
+map [b height width], and a window's scores stay on the chip. Backward computes the probabilities
+anew. The table's gradient is summed up in a fixed order. docs/architecture.md says why torch's
+FlexAttention does not take its place. Importing this module imports triton.
 """
 
 from __future__ import annotations

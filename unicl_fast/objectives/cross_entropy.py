@@ -36,14 +36,15 @@ class CrossEntropyObjective(LabelObjective):
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "accuracy"
     takes_levels: ClassVar[bool] = False
 
-    def settle(self, num_classes: tuple[int, ...]) -> CrossEntropyObjective:
+    def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> CrossEntropyObjective:
         """Takes as many rows as the data have classes."""
         require(
             self.num_classes in ((), num_classes),
             f"objective.num_classes is {self.num_classes}, but the data has {num_classes}: leave "
             "it empty, or make the class lists equal",
         )
-        return dataclasses.replace(self, num_classes=num_classes)
+        settled = super().settle(num_classes, num_several=num_several)
+        return dataclasses.replace(settled, num_classes=num_classes)
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
         """`class_rows` [k width + 1]; the last column holds the biases."""

@@ -2,41 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import Classes
-from unicl_fast.system.checked_fields import FiniteNonNegative, require
+from unicl_fast.system.checked_fields import NonNegative, require
+from unicl_fast.system.wording import count_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from unicl_fast.batch import Batch
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelObjective(Objective):
     """Images of one class are alike, and an image may be of several."""
 
-    positives: Literal["text", "labels"] = "text"
-    """Classes of an image: text or labels. text takes the class of the text that it is shown with;
-    labels takes those of all its labels too, also of a caption."""
-    mixup: FiniteNonNegative = 0.0
+    positives: Literal["auto", "text", "labels"] = "auto"
+    """Classes of an image: auto, text or labels. text takes the class of the text that it is shown
+    with; labels takes those of all its labels too, also where it is shown with a caption. auto
+    takes labels where samples have several labels, or labels and captions, and nothing is mixed."""
+    mixup: NonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup)."""
-    cutmix: FiniteNonNegative = 0.0
+    cutmix: NonNegative = 0.0
     """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are replaced.
     With both each pair gets one of the two, with equal chance."""
 
     def __post_init__(self) -> None:
         Objective.__post_init__(self)
         require(
-            self.positives == "text" or not self.mixes,
-            f"objective.positives={self.positives} cannot be used with objective.mixup or "
+            self.positives != "labels" or not self.mixes,
+            "objective.positives=labels cannot be used with objective.mixup or "
             "objective.cutmix, which mix one label an image: take objective.positives=text, or "
             "set both to 0",
         )
+
+    def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Self:
+        """Decides whose labels count; says so where more than the text's do."""
+        if self.positives != "auto":
+            return self
+        takes_all = num_several > 0 and not self.mixes
+        if takes_all:
+            logger.info(
+                "objective.positives: labels, since %s several labels, or labels and captions: a "
+                "prompt is a positive of each image that has its label",
+                f"{count_of(num_several, 'sample')} {'has' if num_several == 1 else 'have'}",
+            )  # fmt: skip
+        return dataclasses.replace(self, positives="labels" if takes_all else "text")
 
     @property
     def takes_all_labels(self) -> bool:

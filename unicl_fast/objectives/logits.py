@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from unicl_fast.objectives.loss import loss_of_logits, positive_weights
+from unicl_fast.objectives.loss import dense_statistics, mean_loss, positive_weights
 from unicl_fast.objectives.operands import Operands
 from unicl_fast.objectives.text_columns import all_reduce_over
 
@@ -26,6 +26,7 @@ def softmax_loss(logits: Tensor, pairs: Tensor, of: Operands) -> Tensor:
     counts 0. `pairs` are the weights of positives [b n].
     """
     assert of.texts is not None
-    return loss_of_logits(
-        logits, pairs, text_counts=of.texts.counts, all_reduce=all_reduce_over(of.ranks)
+    rows, columns = dense_statistics(
+        logits, pairs, of.texts.counts.to(logits.dtype), exclude_self=False, with_columns=True
     )
+    return mean_loss(rows, columns, of.texts.counts, "both", all_reduce_over(of.ranks))

@@ -1,17 +1,9 @@
 """The unified contrastive loss: a pure function of features and class ids.
 
 Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022: equations 2 and 3,
-averaged over the batch and over both directions as in Algorithm 1. `reference_loss` is that formula
-as it is written. `unified_contrastive_loss` gives the same number, is what training calls on one
-rank or many, and has the special cases CLIP, SupCon and cross-entropy.
-
-Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
-texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
-times; in tiles, positives need only sums over classes (`positives.py`); from 2^20 logits on (2^22
-on a GPU) none is stored (`loss_tiled.py`, `loss_triton.py`).
-
-The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
-complete; the function `all_reduce` that the training step hands in completes its columns.
+averaged over the batch and both directions as in Algorithm 1, which `reference_loss` writes out.
+`unified_contrastive_loss` gives the same number and is what training calls; docs/loss.md says what
+makes it cheap. It knows no ranks: `all_reduce` completes the columns of a rank's images.
 """
 
 from __future__ import annotations
@@ -26,11 +18,7 @@ from torch import Tensor
 
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.operands import LossForm
-from unicl_fast.objectives.positives import (
-    Membership,
-    Positives,
-    find_positives,
-)
+from unicl_fast.objectives.positives import Membership, find_positives
 from unicl_fast.system.machine import obstacle_to_triton
 
 # "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
@@ -163,28 +151,10 @@ def unified_contrastive_loss(
             form=form,
             with_columns=directions != "i2t",
         )
-        return _mean_loss(rows, columns, text_counts, directions, all_reduce)
+        return mean_loss(rows, columns, text_counts, directions, all_reduce)
 
 
-def loss_of_logits(
-    logits: Float[Tensor, "b u"],
-    weights: Float[Tensor, "b u"],
-    *,
-    text_counts: Int[Tensor, " u"] | None = None,
-    all_reduce: AllReduce = one_rank,
-) -> Float[Tensor, ""]:
-    """The loss in both directions of logits that are given, and of weights of pairs as positives.
-
-    The other arguments are those of `unified_contrastive_loss`.
-    """
-    counts = None if text_counts is None else text_counts.to(logits.dtype)
-    rows, columns = _dense_statistics(
-        logits, weights, counts, exclude_self=False, with_columns=True
-    )
-    return _mean_loss(rows, columns, text_counts, "both", all_reduce)
-
-
-def _mean_loss(
+def mean_loss(
     rows: LogitStatistics,
     columns: LogitStatistics | None,
     text_counts: Tensor | None,
@@ -235,14 +205,23 @@ def logit_statistics(
     if form == "dense":
         weights = positive_weights(class_ids, text_class_ids, b, u, arithmetic)
         logits = scale * (images @ texts.T)
-        return _dense_statistics(
+        return dense_statistics(
             logits, weights, counts, exclude_self=exclude_self, with_columns=with_columns
         )
-    positives = find_positives(
+    positives, transposed = find_positives(
         class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
     )
     tiles_type = _triton_tiles() if form == "triton" else TorchTiles
-    return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type, with_columns)
+    row_logs, row_sums, *of_columns = TiledStatistics.apply(  # type: ignore[no-untyped-call]
+        images, texts, scale, counts, positives, transposed, tiles_type, with_columns
+    )
+    row_weights = positives.times(scale.new_ones(u, 1), counts).squeeze(1)
+    rows = LogitStatistics(row_logs, row_sums, row_weights)
+    if not with_columns:
+        return rows, None
+    column_logs, column_sums = of_columns
+    column_weights = transposed.times(scale.new_ones(b, 1)).squeeze(1)
+    return rows, LogitStatistics(column_logs, column_sums, column_weights)
 
 
 def as_operands(
@@ -285,30 +264,7 @@ def _triton_tiles() -> type[Tiles]:
     return TritonTiles
 
 
-def _tiled_statistics(
-    images: Tensor,
-    texts: Tensor,
-    scale: Tensor,
-    counts: Tensor | None,
-    positives: Positives,
-    transposed: Positives,
-    tiles_type: type[Tiles],
-    with_columns: bool,
-) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """`logit_statistics` without a stored logit."""
-    row_logs, row_sums, *of_columns = TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        images, texts, scale, counts, positives, transposed, tiles_type, with_columns
-    )
-    row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
-    rows = LogitStatistics(row_logs, row_sums, row_weights)
-    if not with_columns:
-        return rows, None
-    column_logs, column_sums = of_columns
-    column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)
-    return rows, LogitStatistics(column_logs, column_sums, column_weights)
-
-
-def _dense_statistics(
+def dense_statistics(
     logits: Float[Tensor, "b u"],
     weights: Tensor,
     counts: Tensor | None,
@@ -316,7 +272,7 @@ def _dense_statistics(
     exclude_self: bool,
     with_columns: bool,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """The same from all logits, and the weights [b u] of all pairs as positives."""
+    """Statistics of rows and columns from all logits, and the pairs' weights as positives [b u]."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)

@@ -1,13 +1,8 @@
 """The sigmoid form of the loss: each pair of an image and a text is a positive one or not.
 
-Large ones come from tiles that are computed, used and overwritten: none is stored. The loss of an
-image is a sum over its row, and the row's positives are again class sums:
+An image's loss is a sum over its row, whose positives are again class sums, in O((b + u) d) memory:
 
     sum_k m_k log(1 + exp(z_ik))  -  s u_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
-
-so memory is O((b + u) d) as in `loss_tiled.py`, whose tiles these are; the backward pass multiplies
-them again. No row or column is normalised: there are no maxima, and one exponential for each logit
-and pass.
 """
 
 from __future__ import annotations
@@ -17,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from unicl_fast.objectives.loss import (
@@ -38,6 +32,7 @@ from unicl_fast.objectives.positives import (
     find_positives,
     of_unit_length,
 )
+from unicl_fast.system.gradients import first_only
 
 
 def sigmoid_contrastive_loss(
@@ -95,12 +90,12 @@ def sigmoid_contrastive_loss(
     dense = stores_logits(form, b * u, image_features.device.type)
     with torch.autocast(image_features.device.type, enabled=False):
         images, texts, arithmetic = as_operands(image_features, text_features, dense=dense)
-        if isinstance(class_ids, Membership) and cosines:
-            class_ids = of_unit_length(as_membership(class_ids, arithmetic), num_samples=b)
-        if isinstance(text_class_ids, Membership) and cosines:
-            text_class_ids = of_unit_length(
-                as_membership(text_class_ids, arithmetic), num_samples=u
-            )
+        class_ids, text_class_ids = (
+            of_unit_length(as_membership(ids, arithmetic), num_samples=count)
+            if isinstance(ids, Membership) and cosines
+            else ids
+            for ids, count in ((class_ids, b), (text_class_ids, u))
+        )
         scale, bias = (scalar_like(images, one, arithmetic) for one in (scale, bias))
         counts = None if text_counts is None else text_counts.to(arithmetic)
         if dense:
@@ -126,11 +121,7 @@ class TiledSigmoid(torch.autograd.Function):
         positives: Positives,
         transposed: Positives,
     ) -> Tensor:
-        """Computes the loss of each image [b], differentiable in features, scale and bias.
-
-        Types are those of `TiledStatistics`; `positives` is W, `transposed` W^T, of weights of at
-        most 1.
-        """
+        """The loss of each image [b]; operands are those of `TiledStatistics`."""
         ones = scale.new_ones(len(texts), 1)
         weights = ones.squeeze(1) if counts is None else counts
         row_weights = positives.times(ones, counts).squeeze(1)
@@ -148,13 +139,9 @@ class TiledSigmoid(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of features, scale and bias.
-
-        With g_i the gradient of an image's loss, that of a logit is
-        G_ik = g_i m_k (sigmoid(z_ik) - W_ik), and the features' are s G V and s G^T X.
-        """
+        """With g_i the gradient of a loss, that of z_ik is g_i m_k (sigmoid(z_ik) - W_ik)."""
         images, texts, scale, bias, counts, row_weights = ctx.saved_tensors
         wide = texts.to(scale.dtype)
         grad_images = ctx.positives.times(wide, counts).mul_(-grad.unsqueeze(1))

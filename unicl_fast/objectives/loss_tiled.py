@@ -1,12 +1,8 @@
 """Statistics of the logits from tiles that are computed, used and overwritten: none is stored.
 
-The statistics of `loss.py` in O((b + u) d) memory: log-sum-exps of rows AND columns from the same
-tiles, positives from class sums, and a backward pass that multiplies the tiles again (one product,
-then two for the gradients). `TorchTiles` makes them by ordinary torch operations on any device;
-`loss_triton.py` by kernels that keep them on the chip. docs/loss.md has the prices.
-
-Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
-`exp2` costs a third of `exp` on the CPU.
+They take O((b + u) d) memory, and backward multiplies the tiles again. `TorchTiles` makes them by
+torch operations on any device, `loss_triton.py` by kernels. Exponentials have base 2: the factor
+log2(e) goes along with the scale, and `exp2` costs a third of `exp` on the CPU.
 """
 
 from __future__ import annotations
@@ -18,9 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from unicl_fast.objectives.positives import Positives
+from unicl_fast.system.gradients import first_only
 
 _LOG2_E = 1 / math.log(2)
 LARGEST_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -70,7 +66,7 @@ class TiledStatistics(torch.autograd.Function):
         return *of_rows, column_logs / _LOG2_E, column_positives.mul_(scale)
 
     @staticmethod
-    @once_differentiable
+    @first_only
     def backward(
         ctx: Any,
         grad_row_logs: Tensor,
@@ -78,11 +74,7 @@ class TiledStatistics(torch.autograd.Function):
         grad_column_logs: Tensor | None = None,
         grad_column_sums: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients of features and scale.
-
-        With G the gradient of the logits, the features' are s G V and s G^T X. The scale's is
-        sum_i x_i . (G V)_i, since the logits are products of all three.
-        """
+        """With G the gradient of the logits: s G V, s G^T X, and sum_i x_i . (G V)_i."""
         images, texts, scale, counts, row_logs, column_logs = ctx.saved_tensors
         positives, transposed = ctx.positives, ctx.transposed
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]

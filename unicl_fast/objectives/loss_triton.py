@@ -1,16 +1,9 @@
 """The tiles of `loss_tiled.py` by two Triton kernels, for NVIDIA GPUs from compute capability 8.0.
 
-`_sum_exps` multiplies a tile of logits and reduces it on the chip, to a number for each of its rows
-and columns. `_logit_gradients` multiplies it again and writes its gradient, which the matrix
-library then multiplies with texts and images. So there are four products of the logits' size, as
-with torch's tiles, but only gradients of logits pass through memory: once written, twice read.
-
-Kernels that keep those too would compute each logit once more for every 128 or 256 numbers of a
-feature, since no more sums fit into registers; atomic additions would make the sums depend on
-their order. Here each number is summed up in a fixed order. Positives stay with `Positives`: they
-cost O((b + u) d), and a tile could not look up several labels of a sample by comparing ids.
-
-Importing this module imports triton; `loss.py` does so when it is first needed.
+Only gradients of logits pass through memory, once written and twice read. Kernels that kept those
+too would compute each logit once more for every 128 or 256 numbers of a feature, since no more sums
+fit into registers; and atomic additions would make the sums depend on their order. Importing this
+module imports triton.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
 """mixup and CutMix: images blended two by two, and their labels with the same weights.
 
-Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast image
-and text i have the labels of both images with their weights, and k is a positive of i with the
-weight (Y Y^T)_ik: the UniCL authors' affinity, mixed labels x mixed labels transposed.
-
-Partners are the neighbours in the global batch, samples 2k and 2k + 1, and a pair's numbers are a
-function of (seed, step, pair): the same on any number of ranks and after any restart, which timm's
-Mixup, drawing from NumPy's generator and pairing within a rank, is not. Images that have no label
-are left as they are, and so are their partners.
+Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Partners are samples 2k and 2k + 1
+of the global batch, and a pair's numbers a function of (seed, step, pair): the same on any number
+of ranks and after any restart, which timm's Mixup is not. Images without a label stay as they are,
+and so do their partners.
 """
 
 from __future__ import annotations

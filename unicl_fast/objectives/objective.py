@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unicl_fast.batch import Batch, Targets
-    from unicl_fast.objectives.targets import ImageLabels, PromptLookup, TargetSteps
+    from unicl_fast.objectives.targets import HostTargets, ImageLabels, PromptLookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,11 @@ class Objective:
         """Whether images of a batch are blended, two by two."""
         return False
 
-    def settle(self, num_classes: tuple[int, ...]) -> Objective:
-        """Fills in what the objective takes from the data: the classes of each label space.
+    def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Objective:
+        """Fills in what the objective takes from the data.
+
+        `num_classes` are those of each label space. `num_several` samples may be shown with the
+        text of one class while they have others: another label, or a label besides a caption.
 
         Raises:
             ValueError: the options say something else.
@@ -100,7 +103,7 @@ class Objective:
         *,
         size: int,
         all_labels: Callable[[], ImageLabels],
-    ) -> TargetSteps:
+    ) -> list[HostTargets]:
         """TargetM for consecutive local batches of `size` samples, on the host.
 
         Arguments are those of `targets.map_steps`; `all_labels` gathers the labels of all images.

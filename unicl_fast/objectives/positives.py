@@ -1,16 +1,9 @@
 """The positives of each image and text, as sums over classes instead of a [b u] matrix.
 
-A sample is in classes with weights: in one with weight 1 if it has a class id, in several if it
-has several labels or is mixed of two images. With Y the sparse matrix of these weights, one row
-a sample, text k is a positive of image i with the weight
-
-    W = Y_images Y_texts^T
-
-The loss needs products of W with features only: Y_texts^T V are the sums of V over each class, and
-Y_images picks them out again. Two sparse products of O(n d).
-
-Class ids are any int64. They become rows of a small table by sorting and binary search, whose
-results have sizes known beforehand: the host never waits for the device.
+With Y the sparse matrix of the samples' weights in classes, one row a sample, text k is a positive
+of image i with weight W_ik, W = Y_images Y_texts^T. The loss needs products of W with features
+only: two sparse products of O(n d). Class ids become rows of a small table by sorting and binary
+search, whose results have sizes known beforehand: the host never waits for the device.
 """
 
 from __future__ import annotations

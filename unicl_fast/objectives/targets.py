@@ -1,9 +1,7 @@
 """TargetM, the paper's Algorithm 1: from labels and token rows to class ids.
 
-A text is a positive of an image when it is of its class, or of one of its classes where images have
-several labels. `map_targets` decides the ids of one batch and finds equal texts, so that each is
-encoded once. It works on the host, on NumPy arrays, with Numba for the loops; only `collate` needs
-torch. The loss turns ids into positives.
+`map_targets` decides the ids of one batch and finds equal texts, so that each is encoded once; the
+loss turns ids into positives. NumPy and Numba on the host: only `collate` needs torch.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from unicl_fast.text.token_rows import (
 if TYPE_CHECKING:  # the data pipeline maps targets without torch
     from torch import Tensor
 
-    from unicl_fast.batch import Batch
+    from unicl_fast.batch import Batch, Targets, Texts
 
 CAPTION_KEYS_START = 1 << 62
 """Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
@@ -54,37 +52,38 @@ class ImageLabels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostTargets:
-    """Distinct texts and class ids of one batch, which become `Batch.texts` and `Batch.targets`.
-
-    `tokens` are in order of first occurrence; `class_ids` are text_class_ids[text_index].
-    """
+    """Distinct texts and class ids of one batch; `tokens` are in order of first occurrence."""
 
     tokens: UInt16Array
     text_index: Int64Array
-    class_ids: Int64Array
     text_class_ids: Int64Array
     text_counts: Int64Array
     text_lengths: Int64Array
     image_classes: Int64Array | None = None
 
+    @property
+    def class_ids(self) -> Int64Array:
+        """int64 [b]: the class of each sample."""
+        return self.text_class_ids[self.text_index]
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TargetSteps:
-    """Targets of several batches of `size` samples, concatenated.
+    def tensors(self) -> tuple[Texts, Targets]:
+        """`Batch.texts` and `Batch.targets`, on the host; only token ids are copied."""
+        import torch
 
-    Fields are those of `HostTargets` but for class_ids, which are text_class_ids[text_index]. The
-    texts of batch s begin at s * size, and only its first num_texts[s] entries are valid.
-    image_classes has an array, or None, for each batch.
-    """
+        from unicl_fast.batch import Targets, Texts
 
-    size: int
-    num_texts: Int64Array
-    tokens: UInt16Array
-    text_index: Int64Array
-    text_class_ids: Int64Array
-    text_counts: Int64Array
-    text_lengths: Int64Array
-    image_classes: Sequence[Int64Array | None]
+        of_images = self.image_classes
+        texts = Texts(
+            tokens=torch.from_numpy(self.tokens.astype(np.int64)),
+            lengths=self.text_lengths,
+            index=torch.from_numpy(self.text_index),
+            counts=torch.from_numpy(self.text_counts),
+        )
+        return texts, Targets(
+            class_ids=torch.from_numpy(self.class_ids),
+            text_class_ids=torch.from_numpy(self.text_class_ids),
+            image_classes=None if of_images is None else torch.from_numpy(of_images),
+        )
 
 
 @runtime_checkable
@@ -134,14 +133,12 @@ def map_targets(
         rows, labels, position_factors(rows.shape[1])
     )
     text_class_ids, merged = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
-    class_ids = text_class_ids[text_index]
     image_classes = None
     if image_labels is not None:
-        image_classes = _classes_of_images(class_ids, image_labels, merged)
+        image_classes = _classes_of_images(text_class_ids[text_index], image_labels, merged)
     return HostTargets(
         tokens=tokens,
         text_index=text_index,
-        class_ids=class_ids,
         text_class_ids=text_class_ids,
         text_counts=text_counts,
         text_lengths=text_lengths,
@@ -156,41 +153,36 @@ def map_steps(
     *,
     size: int,
     image_labels: ImageLabels | None = None,
-) -> TargetSteps:
+) -> list[HostTargets]:
     """`map_targets` of consecutive batches of `size` samples, in one call for small batches."""
-    images: list[Int64Array | None]
     if size == len(rows):
-        only = map_targets(rows, labels, prompts, image_labels)
-        images = [only.image_classes]
-        tokens, index, classes = only.tokens, only.text_index, only.text_class_ids
-        counts, lengths, num_texts = only.text_counts, only.text_lengths, np.array([len(tokens)])
-    else:
-        rows, labels = _check(rows, labels)
-        tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
-            rows, labels, position_factors(rows.shape[1]), size
-        )
-        images = [None] * len(num_texts)
-        for step in np.flatnonzero(~is_plain).tolist():
-            own = slice(step * size, (step + 1) * size)
-            mine = None if image_labels is None else image_labels.part(own.start, own.stop)
-            targets = map_targets(rows[own], labels[own], prompts, mine)
-            classes[own.start : own.start + num_texts[step]] = targets.text_class_ids
-            images[step] = targets.image_classes
-        if image_labels is not None:
-            for step in np.flatnonzero(is_plain).tolist():
-                own = slice(step * size, (step + 1) * size)
-                mine = image_labels.part(own.start, own.stop)
-                images[step] = _classes_of_images(classes[own][index[own]], mine)
-    return TargetSteps(
-        size=size,
-        num_texts=num_texts,
-        tokens=tokens,
-        text_index=index,
-        text_class_ids=classes,
-        text_counts=counts,
-        text_lengths=lengths,
-        image_classes=images,
+        return [map_targets(rows, labels, prompts, image_labels)]
+    rows, labels = _check(rows, labels)
+    tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
+        rows, labels, position_factors(rows.shape[1]), size
     )
+    steps = []
+    for step, plain in enumerate(is_plain.tolist()):
+        start, stop = step * size, (step + 1) * size
+        mine = None if image_labels is None else image_labels.part(start, stop)
+        if not plain:
+            steps.append(map_targets(rows[start:stop], labels[start:stop], prompts, mine))
+            continue
+        texts, text_index = slice(start, start + num_texts[step]), index[start:stop]
+        of_images = None
+        if mine is not None:
+            of_images = _classes_of_images(classes[texts][text_index], mine)
+        steps.append(
+            HostTargets(
+                tokens=tokens[texts],
+                text_index=text_index,
+                text_class_ids=classes[texts],
+                text_counts=counts[texts],
+                text_lengths=lengths[texts],
+                image_classes=of_images,
+            )
+        )
+    return steps
 
 
 def slice_targets(targets: HostTargets, start: int, stop: int) -> HostTargets:
@@ -216,7 +208,6 @@ def slice_targets(targets: HostTargets, start: int, stop: int) -> HostTargets:
     return HostTargets(
         tokens=targets.tokens[texts],
         text_index=position[inverse],
-        class_ids=targets.class_ids[start:stop],
         text_class_ids=targets.text_class_ids[texts],
         text_counts=counts[order],
         text_lengths=targets.text_lengths[texts],
@@ -249,7 +240,7 @@ def collate(
     """
     import torch
 
-    from unicl_fast.batch import Batch, Targets, Texts
+    from unicl_fast.batch import Batch
 
     n = len(images)
     if not n == len(tokens) == len(labels) or n % world_size:
@@ -266,22 +257,12 @@ def collate(
         )
     start, stop = rank * n // world_size, (rank + 1) * n // world_size
     whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts, lists)
-    targets = slice_targets(whole, start, stop)
-    of_images = targets.image_classes
+    texts, targets = slice_targets(whole, start, stop).tensors()
     return Batch(
         step=step,
         images=images[start:stop],
-        texts=Texts(
-            tokens=torch.from_numpy(targets.tokens.astype(np.int64)),
-            lengths=targets.text_lengths,
-            index=torch.from_numpy(targets.text_index),
-            counts=torch.from_numpy(targets.text_counts),
-        ),
-        targets=Targets(
-            class_ids=torch.from_numpy(targets.class_ids),
-            text_class_ids=torch.from_numpy(targets.text_class_ids),
-            image_classes=None if of_images is None else torch.from_numpy(of_images),
-        ),
+        texts=texts,
+        targets=targets,
         global_index=torch.arange(start, stop),
     )
 

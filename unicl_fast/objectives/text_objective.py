@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unicl_fast.batch import Targets
-    from unicl_fast.objectives.targets import ImageLabels, PromptLookup, TargetSteps
+    from unicl_fast.objectives.targets import HostTargets, ImageLabels, PromptLookup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class PairObjective(TextObjective):
         *,
         size: int,
         all_labels: Callable[[], ImageLabels],
-    ) -> TargetSteps:
+    ) -> list[HostTargets]:
         """Gives each distinct text a class of its own."""
         import numpy as np
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.dataset.reader import QUARANTINE_NAME
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.stored_samples import equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
 from unicl_fast.packing.label_space import (
@@ -35,34 +36,37 @@ from unicl_fast.packing.label_space import (
 from unicl_fast.packing.quarantine import LeaveOut, count_left_out, describe_left_out
 from unicl_fast.packing.ray_engine import check_on_ray
 from unicl_fast.packing.samples import Samples, shuffled_order
-from unicl_fast.packing.sources.items import Item, Label, Problem, Source
+from unicl_fast.packing.sources.items import Item, Label, Problem
 from unicl_fast.packing.sources.packed import (
     PackedSource,
+    count_in_both,
+    count_shared,
     join_licenses,
     join_parents,
     join_templates,
     left_out_before,
 )
 from unicl_fast.packing.sources.read_sources import read_sources
-from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import require_there
+from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
 from unicl_fast.packing.work_folder import (
     WorkFolder,
     describe_options,
     shown_place,
-    stamp_all,
-    survey_source,
     work_folder,
 )
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.version import __version__
 from unicl_fast.system.wording import count_of_kind, without_secrets
-from unicl_fast.text.class_lists import read_templates
+from unicl_fast.text.class_lists import read_templates, templates_for
 from unicl_fast.text.hierarchies import Hierarchy, read_names, read_parents
 from unicl_fast.text.tokenizer import Tokenizer
+
+_OF_MANIFEST = ("num_samples", "num_captions", "num_labels", "num_quarantined", "num_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class BuildSummary:
     num_quarantined: int
     """Rows of its quarantine.csv, which include those of packed sources."""
     class_names: tuple[str, ...]
+    templates: tuple[str, ...]
     hierarchy: str
     """How many classes have a place in a hierarchy, in words; empty where there is none."""
     num_bytes: int
@@ -89,12 +94,20 @@ class BuildSummary:
     """How many images quarantine.csv lists of each kind: damage, duplicates and filters."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, and captions that were dropped, by reason."""
+    notes: dict[str, int]
+    """More to say of rows and images that were read, and of how many."""
+    num_copies: int
+    """Images that an earlier sample has too, byte for byte."""
     image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
     """Samples that an earlier run of the same build had packed, before it was stopped."""
     was_complete: bool = False
     """Whether an earlier run had packed them all, and this one had nothing to do."""
+    held_out: BuildSummary | None = None
+    """The other data set of --split; this one is OUT/train."""
+    num_shared: int = 0
+    """Images of the other data set that this one has too: bytes that were equal once encoded."""
 
 
 def build_dataset(
@@ -102,6 +115,7 @@ def build_dataset(
     out: str | os.PathLike[str],
     *,
     work: str = "",
+    takes_loose: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> BuildSummary:
@@ -119,6 +133,8 @@ def build_dataset(
         out: folder to make, or URL.
         work: folder for what is packed for a URL until it is there; empty takes one in the user's
             cache.
+        takes_loose: put images that lie in no class folder into a class of their folder's name,
+            instead of leaving them out.
         progress: show progress bars.
         **options: fields of `BuildOptions`.
 
@@ -143,12 +159,14 @@ def build_dataset(
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     require_utf8_names()
     if not is_url(out):
-        return _build(paths, Path(out), chosen, images, progress=progress)
+        return _build(paths, Path(out), chosen, images, takes_loose=takes_loose, progress=progress)
+    if chosen.split is not None:
+        raise ValueError("--split takes a folder as --out; unicl-pack upload copies both sides")
     url = str(out)
     folder = _folder_for(url, Path(work) if work else default_work_folder())
     require_free_url(url, folder)
     try:
-        summary = _build(paths, folder, chosen, images, progress=progress)
+        summary = _build(paths, folder, chosen, images, takes_loose=takes_loose, progress=progress)
     except BaseException:
         with contextlib.suppress(OSError):  # it holds finished shards, or is not there
             folder.parent.rmdir()
@@ -169,55 +187,92 @@ def _folder_for(url: str, work: Path) -> Path:
 
 
 def _build(
-    sources: list[str], out: Path, options: BuildOptions, images: ImageOptions, *, progress: bool
+    sources: list[str],
+    out: Path,
+    options: BuildOptions,
+    images: ImageOptions,
+    *,
+    takes_loose: bool,
+    progress: bool,
 ) -> BuildSummary:
-    """Packs sources into a folder."""
+    """Packs sources into a folder, or into one for each side of a split."""
     started = time.perf_counter()
-    with work_folder(out, restart=options.restart) as work:
+    outs = [out] if options.split is None else [out / side for side in SIDES]
+    if options.split is not None and out.is_dir():
+        known = {name for side in outs for name in (side.name, f"{side.name}.partial")}
+        if others := sorted(set(os.listdir(out)) - known):
+            raise ValueError(f"{out} holds {others[0]}: name another --out for --split")
+    try:
+        with contextlib.ExitStack() as stack:
+            works = [stack.enter_context(work_folder(one, restart=options.restart)) for one in outs]
+            outcomes = _pack_all(
+                sources, works, options, images, takes_loose=takes_loose, progress=progress
+            )
+            summaries = [
+                _summarize(work, outcome, started=started)
+                for work, outcome in zip(works, outcomes, strict=True)
+            ]
+            for work in works:
+                work.remove()
+    finally:
+        if options.split is not None:
+            with contextlib.suppress(OSError):  # not empty, unless nothing was packed
+                out.rmdir()
+    if options.split is None:
+        return summaries[0]
+    return replace(summaries[0], held_out=summaries[1], num_shared=count_in_both(*outs))
+
+
+def _pack_all(
+    sources: list[str],
+    works: Sequence[WorkFolder],
+    options: BuildOptions,
+    images: ImageOptions,
+    *,
+    takes_loose: bool,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Reads the sources once and packs each side; returns facts that are not in the data sets."""
+    # what is copied and unpacked stays with the finished shards of the side that is packed
+    place = next((work for work in works if not work.is_complete), works[0])
+    staged = StagedSources(sources, options.image_root, place.copies)
+    for work in works:
         if not work.is_complete:
-            require_free(out)
+            require_free(work.out)
         work.require_same("options", describe_options(sources, options.repeated()))
-        staged = StagedSources(sources, options.image_root, work.copies)
         if staged.versions:
             work.require_same("sources under URLs", staged.versions)
-        if work.is_complete and staged.are_known:
-            outcome = dict(work.record["summary"])
-        else:
-            staged.fetch()
-            outcome = _pack(
-                staged.paths,
-                out,
-                work,
-                replace(options, image_root=staged.image_root),
-                images,
-                source_names=list(map(shown_place, sources)),
-                progress=progress,
-            )
-        summary = _summarize(out, outcome, was_complete=work.is_complete, started=started)
-        work.remove()
-    return summary
+    if not (staged.are_known and all(work.is_complete for work in works)):
+        staged.fetch()
+        options = replace(options, image_root=staged.image_root)
+        names = list(map(shown_place, sources))
+        with Spool(place.spool, takes_loose=takes_loose) as spool:
+            contents = _read(staged.paths, options, spool, works, progress=progress)
+            return [
+                _pack(contents, side, work, options, images, source_names=names, progress=progress)
+                for side, work in enumerate(works)
+            ]
+    return [dict(work.record["summary"]) for work in works]
 
 
-def _summarize(
-    out: Path, outcome: dict[str, Any], *, was_complete: bool, started: float
-) -> BuildSummary:
+def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> BuildSummary:
     """The summary of a finished data set; `outcome` has the fields that are not in it."""
-    manifest = Manifest.load(out)
-    if was_complete:
+    out, manifest = work.out, Manifest.load(work.out)
+    if work.is_complete:
         outcome = outcome | {"num_taken_over": manifest.num_samples, "was_complete": True}
+    with PackedDataset(out, verify=False) as dataset:
+        num_copies = sum(len(group) - 1 for group in equal_images(dataset))
     pixels, hierarchy = manifest.pixels, manifest.hierarchy
     return BuildSummary(
         out=out,
-        num_samples=manifest.num_samples,
-        num_captions=manifest.num_captions,
-        num_labels=manifest.num_labels,
-        num_quarantined=manifest.num_quarantined,
+        **{name: getattr(manifest, name) for name in _OF_MANIFEST},
         class_names=manifest.class_names,
+        templates=manifest.templates,
         hierarchy="" if hierarchy is None else hierarchy.describe(),
-        num_bytes=manifest.num_bytes,
         seconds=time.perf_counter() - started,
         quarantined=describe_left_out(out / QUARANTINE_NAME),
         left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
+        num_copies=num_copies,
         image_size=None if pixels is None else (pixels.height, pixels.width),
         **outcome,
     )
@@ -225,9 +280,9 @@ def _summarize(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Contents:
-    """The contents of a data set that is to be packed."""
+    """The contents of one data set that is to be packed, or of both sides of a split."""
 
-    samples: Samples
+    sides: Sequence[Samples]
     """In the order of the sources."""
     space: LabelSpace
     numbers: dict[Label, int]
@@ -238,11 +293,12 @@ class _Contents:
     packed: Sequence[PackedSource]
     """The sources that are packed data sets."""
     passed_over: Counter[str]
+    notes: Counter[str]
 
 
 def _pack(
-    paths: list[str],
-    out: Path,
+    contents: _Contents,
+    side: int,
     work: WorkFolder,
     options: BuildOptions,
     images: ImageOptions,
@@ -250,89 +306,101 @@ def _pack(
     source_names: Sequence[str],
     progress: bool,
 ) -> dict[str, Any]:
-    """Reads the sources and writes the data set, from its beginning or from where it stands.
-
-    Returns the fields of the summary that are not in the data set.
-    """
+    """Writes a data set from where it stands; returns facts that are not in it."""
+    if work.is_complete:
+        return dict(work.record["summary"])
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
-    with Spool(work.spool) as spool:
-        contents = _read(paths, options, spool, work)
-        if work.is_complete:
-            return dict(work.record["summary"])
-        with DatasetWriter(
-            out,
-            shard_bytes=options.shard_bytes,
-            images="raw" if is_raw else "encoded",
-            work=work.path,
-        ) as writer:
-            one_size = OneSize(images.square_side, writer.notes) if is_raw else None
-            num_taken_over = writer.num_samples
-            num_done = writer.num_places
-            if num_taken_over:
-                num_done -= sum(one.manifest.num_quarantined for one in contents.packed)
-            else:
-                for row in left_out_before(contents.packed):
-                    writer.quarantine(**asdict(row))
-            order = shuffled_order(len(contents.samples), seed=options.seed)
-            checked = _check(
-                contents.samples.at(order[num_done:]),
-                images=images,
-                one_size=one_size,
+    # what was left out before, and cannot be packed now, is listed by the first side
+    packed = contents.packed if side == 0 else ()
+    with DatasetWriter(
+        work.out,
+        shard_bytes=options.shard_bytes,
+        images="raw" if is_raw else "encoded",
+        work=work.path,
+    ) as writer:
+        one_size = OneSize(images.square_side, writer.notes) if is_raw else None
+        num_taken_over = writer.num_samples
+        num_done = writer.num_places
+        if num_taken_over:
+            num_done -= sum(one.manifest.num_quarantined for one in packed)
+        else:
+            for row in left_out_before(packed):
+                writer.quarantine(**asdict(row))
+        samples = contents.sides[side]
+        order = shuffled_order(len(samples), seed=options.seed)
+        checked = _check(
+            samples.at(order[num_done:]),
+            images=images,
+            one_size=one_size,
+            context_length=tokenizer.context_length,
+            options=options,
+        )
+        bar = tqdm(
+            checked,
+            total=len(order),
+            initial=num_done,
+            desc="packing",
+            unit=" images",
+            disable=not progress,
+            smoothing=0.1,
+        )
+        _write(bar, writer, contents.numbers, one_size)
+        if writer.num_samples:
+            summary = {
+                "num_reencoded": writer.notes.get("num_reencoded", 0),
+                "passed_over": dict(contents.passed_over),
+                "notes": dict(contents.notes),
+            }
+            writer.finish(
+                tokenizer=tokenizer.name,
+                vocabulary_hash=tokenizer.vocabulary_hash,
                 context_length=tokenizer.context_length,
-                options=options,
+                class_names=contents.space.names,
+                templates=contents.templates,
+                hierarchy=contents.hierarchy,
+                source=source_names,
+                seed=options.seed,
+                tool_version=__version__,
+                license=contents.license,
+                made_of={**work.record, "summary": summary},
             )
-            bar = tqdm(
-                checked,
-                total=len(order),
-                initial=num_done,
-                desc="packing",
-                unit=" images",
-                disable=not progress,
-                smoothing=0.1,
-            )
-            _write(bar, writer, contents.numbers, one_size)
-            if writer.num_samples:
-                summary = {
-                    "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "passed_over": dict(contents.passed_over),
-                }
-                writer.finish(
-                    tokenizer=tokenizer.name,
-                    vocabulary_hash=tokenizer.vocabulary_hash,
-                    context_length=tokenizer.context_length,
-                    class_names=contents.space.names,
-                    templates=contents.templates,
-                    hierarchy=contents.hierarchy,
-                    source=source_names,
-                    seed=options.seed,
-                    tool_version=__version__,
-                    license=contents.license,
-                    made_of={**work.record, "summary": summary},
-                )
-                return summary | {"num_taken_over": num_taken_over}
+            return summary | {"num_taken_over": num_taken_over}
     parts = [count_of_kind(count, kind) for kind, count in contents.passed_over.items()]
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
-def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder) -> _Contents:
-    """Reads all sources, numbers their labels, and chooses samples."""
+def _read(
+    paths: list[str],
+    options: BuildOptions,
+    spool: Spool,
+    works: Sequence[WorkFolder],
+    *,
+    progress: bool,
+) -> _Contents:
+    """Reads all sources, numbers their labels, chooses samples and divides them."""
     unwanted = LeaveOut(options.leave_out)
-    read = read_sources(paths, options.lists, spool)
+    read = read_sources(paths, options, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
-    space, numbers = _number_labels(read, options.class_names, spool, work)
+    space, numbers = _number_labels(read, options.class_names, spool, works)
     templates = _choose_templates(options, space, packed)
     hierarchy = _choose_hierarchy(options, space, packed)
     passed_over = sum((source.passed_over for source in read), Counter[str]())
+    notes = sum((source.notes + source.items.notes() for source in read), count_shared(packed))
     samples = Samples(read)
     if unwanted:
         wanted = samples.choose(lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
         samples = wanted
+    sides: Sequence[Samples] = [samples]
+    if options.split is not None:
+        *sides, notes[KEPT_TOGETHER] = split_samples(
+            samples, numbers, train_fraction=options.split, seed=options.seed, progress=progress
+        )
     return _Contents(
-        samples=samples,
+        sides=sides,
         space=space,
         numbers=numbers,
         templates=templates,
@@ -340,18 +408,19 @@ def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolde
         license=options.license or join_licenses(read),
         packed=packed,
         passed_over=+passed_over,  # without those that nothing was passed over for
+        notes=+notes,
     )
 
 
 def _choose_templates(
     options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
 ) -> tuple[str, ...]:
-    """Those of --templates, else of packed sources, which must agree, else ImageNet's."""
+    """Those of --templates, else of packed sources, which must agree, else `templates_for`."""
     if not space.names:
         return ()
     if options.templates:
         return read_templates(options.templates)
-    return join_templates(packed) or read_templates("imagenet")
+    return join_templates(packed) or templates_for(space.names)
 
 
 def _choose_hierarchy(
@@ -369,18 +438,19 @@ def _choose_hierarchy(
 
 
 def _number_labels(
-    read: Sequence[Source], class_names: str, spool: Spool, work: WorkFolder
+    read: Sequence[Source], class_names: str, spool: Spool, works: Sequence[WorkFolder]
 ) -> tuple[LabelSpace, dict[Label, int]]:
     """One label space for all sources, and the class number of each label found in them."""
     labels: dict[Label, None] = {}
-    checksums = {}
+    checksums = {"what else was read": spool.checksum_origins()}
     for number, source in enumerate(read, start=1):
-        own, checksums[f"source {number}, {source.name}"] = survey_source(source)
+        own = source.items.labels()
+        checksums[f"source {number}, {source.name}"] = source.items.checksum()
         if not class_names and not source.labels_are_names:
             refuse_numbers(own, source.name)
         labels |= own
-    checksums["what else was read"] = stamp_all(spool.origins)
-    work.require_same("sources", checksums)
+    for work in works:
+        work.require_same("sources", checksums)
     packed = [one.manifest.class_names for one in read if isinstance(one, PackedSource)]
     space = read_label_space(class_names) if class_names else collect_label_space(labels, packed)
     return space, {label: space.number_of(label) for label in labels}
@@ -394,11 +464,7 @@ def _check(
     context_length: int,
     options: BuildOptions,
 ) -> Iterator[tuple[str, Item, Checked | Problem]]:
-    """Each sample with its result, in order; samples with a problem never reach a worker.
-
-    Raises:
-        FileNotFoundError: a source has vanished.
-    """
+    """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
     # Made once, and kept while they are under way: making them takes as long as writing them.
     ahead, behind = itertools.tee(samples)

@@ -26,11 +26,15 @@ _FREE_TO_CHANGE = {"restart", "workers", "engine"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(ListOptions):
     """The options of a build; the texts below are the help of `unicl-pack build`."""
 
     seed: int = 0
-    """Decides the order of the samples, shuffled over all sources."""
+    """Decides the order of the samples, shuffled over all sources, and what --split holds out."""
+    split: float | None = None
+    """Make two data sets, OUT/train with this fraction of the images and OUT/held-out with the
+    others: 0.9, say. Each class is divided so; equal images stay together, and those of one
+    --group-column."""
     class_names: str = ""
     """Names for the labels: a file with one name a line in label order, or with KEY<TAB>NAME lines
     (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
@@ -47,25 +51,8 @@ class BuildOptions:
     as WordNet's words.txt."""
     templates: str = ""
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
-    (80 prompts) or simple (1). By default imagenet where there are labels."""
-    image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file, path or
-    file_name."""
-    caption_column: str = ""
-    """Column with captions, if it is not called caption, captions or text; in tars, field of
-    KEY.json."""
-    label_column: str = ""
-    """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
-    into --class-names."""
-    image_root: str = ""
-    """Folder or zip that image paths in lists are relative to; by default the list's folder, and
-    for COCO's files the one that is called as they are (val2017) or images."""
-    where: Sequence[str] = ()
-    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
-    then all must hold."""
-    min_score: Sequence[str] = ()
-    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
-    several times."""
+    (80 prompts) or simple (1). By default imagenet if half of the classes are ImageNet's, else
+    simple."""
     leave_out: str = ""
     """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
@@ -96,8 +83,8 @@ class BuildOptions:
     workers: int = 0
     """Processes that read and check images; 0 takes one for each core, here or of the cluster."""
     engine: Engine = "local"
-    """Read and check images in processes of this machine, or on a Ray cluster (pip install
-    'unicl_fast[ray]'), whose machines must see sources, --out and --work under the same paths. The
+    """Read and check images in processes of this machine, or on a Ray cluster (the extra
+    `ray`), whose machines must see sources, --out and --work under the same paths. The
     data set is the same."""
     restart: bool = False
     """Start over, and throw away what an unfinished build has left in OUT.partial."""
@@ -122,14 +109,20 @@ class BuildOptions:
         _require_in("--workers", self.workers, 0, 1024)
         _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
+        if self.split is not None and not 0 < self.split < 1:
+            raise ValueError(
+                f"--split takes the fraction for training, such as 0.9, not {self.split:g}"
+            )
+        if self.group_column and self.split is None:
+            raise ValueError("--group-column says what --split keeps together: give that too")
         require_engine(self.engine)
-        self.lists.conditions()
+        self.conditions()
         if (self.hierarchy_columns or self.hierarchy_names) and not self.hierarchy:
             raise ValueError(
                 "--hierarchy-columns and --hierarchy-names say how --hierarchy FILE is read: give "
                 "that too"
             )
-        self.lists.scores()
+        self.scores()
         short_side, square_side = self._resized_to()
         return ImageOptions(
             short_side=short_side,
@@ -138,18 +131,6 @@ class BuildOptions:
             max_pixels=self.max_pixels,
             seconds=self.image_seconds,
             format=self.format,
-        )
-
-    @property
-    def lists(self) -> ListOptions:
-        """The options of lists."""
-        return ListOptions(
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            label_column=self.label_column,
-            image_root=self.image_root,
-            where=tuple(self.where),
-            min_score=tuple(self.min_score),
         )
 
     def _resized_to(self) -> tuple[int, int]:

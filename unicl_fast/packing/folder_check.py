@@ -1,7 +1,6 @@
 """Checks the files of a packed data set: all there, no others, sizes, checksums, references.
 
-`verify` does this before it looks into a shard. Faults are noted one by one; a data set is returned
-opened if its manifest and arrays allow looking at samples.
+`verify` does this before it looks into a shard.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from unicl_fast.system.checksums import (
     format_checksums,
     read_checksums,
 )
+from unicl_fast.system.untrusted_files import open_file, read_file
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates
 
@@ -83,14 +83,11 @@ class FaultLog:
 
 
 def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDataset | None:
-    """Checks everything but the contents of samples.
+    """Checks all but the contents of samples; raises FileNotFoundError if there is no data set.
 
     Returns:
-        The data set, if its samples can be looked at. Rows of its arrays may name what does not
-        exist: that was noted, and code that follows them must check where they lead.
-
-    Raises:
-        FileNotFoundError: neither a manifest nor a list of checksums is there.
+        The data set, if its samples can be looked at; rows of its arrays may still name what does
+        not exist, which was noted.
     """
     if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
         Manifest.load(folder)  # says what a data set is, and how to make one
@@ -154,7 +151,7 @@ def _check_checksums(
                 "unicl-pack build of it writes a copy that has one"
             )
             faults.add(CHECKSUMS_NAME, "missing", message)
-        elif format_checksums(listed.items()).encode() != path.read_bytes():
+        elif format_checksums(listed.items()).encode() != read_file(path):
             raise ValueError(f"{path} is not as it was written; copy the data set again")
     expected = set(listed) if manifest is None else expected_files(manifest)
     damaged: set[str] = set()
@@ -206,7 +203,7 @@ def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None
     for shard in manifest.shards:
         with (
             faults.catch(shard.name, "shard", known=OSError),
-            (folder / shard.name).open("rb") as file,
+            open_file(folder / shard.name) as file,
         ):
             num_bytes = os.fstat(file.fileno()).st_size
             if num_bytes != shard.num_bytes:

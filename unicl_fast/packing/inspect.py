@@ -1,8 +1,7 @@
 """Describes a packed data set in numbers: `unicl-pack inspect` as a function.
 
-Most numbers come from the arrays in one look; texts are read from the shards, and images only for
-their perceptual hashes, in worker processes (`near_duplicates`). `page` makes an HTML page of them.
-`verify` answers whether the data set is sound.
+Numbers come from the arrays, texts from the shards; images are only read for their perceptual
+hashes, in worker processes (`near_duplicates`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
 from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.installation import install_command
 from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_DISTANCE = 4
@@ -193,8 +193,8 @@ def inspect_dataset(
     started = time.perf_counter()
     if near and not has_imagehash():
         raise ValueError(
-            "near duplicates are found with the package ImageHash: pip install "
-            "'unicl_fast[inspect]', or leave them out by --no-near"
+            "near duplicates are found with the package ImageHash: "
+            f"{install_command('inspect')}, or leave them out by --no-near"
         )
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
@@ -335,10 +335,10 @@ def _table_1(
 
 
 def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
-    """Five numbers of one value or more, and a histogram of some 30 bins at round numbers.
+    """Five numbers, and a histogram of some 30 bins at round numbers, at least `unit` wide.
 
-    A few very large values, in whose scale all others would fall into one bin, share a last bin
-    that is wider than the others. A bin is at least `unit` wide; 1 for whole numbers.
+    A few very large values, in whose scale all others would fall into one bin, share a wider last
+    bin.
     """
     low, high = float(values.min()), float(values.max())
     reach, most = high, float(np.percentile(values, 99))

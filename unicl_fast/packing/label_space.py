@@ -1,7 +1,6 @@
 """The labels of all sources as one label space: class names in label order, and their hierarchy.
 
 A label, as sources spell it, may be a key (a folder name, a WordNet id), a class name, or a number.
-The list of class names is given, or made of the labels found.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ class LabelSpace:
         return None
 
     def number_of(self, label: Label) -> int:
-        """The class number of a label.
-
-        A text is looked up among the keys, then the names (also with blanks for underscores), then
-        taken as a number if it is one.
+        """The class of a label: a key, a name (also with blanks for underscores), or a number.
 
         Raises:
             ValueError: no class fits; the message names the label.
@@ -69,10 +65,9 @@ def display_name(label: str) -> str:
 
 
 def read_label_space(source: str) -> LabelSpace:
-    """Reads class names from a file, or takes the built-in `imagenet`.
+    """Reads a file with one name, or KEY<TAB>NAME, a line in label order; or takes `imagenet`.
 
-    That has the names CLIP uses, and WordNet ids as keys. A file has one name a line in label
-    order, or one KEY<TAB>NAME.
+    That has the names that CLIP uses, and WordNet ids as keys.
     """
     lines = read_class_names(source)
     if source == "imagenet":
@@ -96,13 +91,8 @@ def collect_label_space(
 ) -> LabelSpace:
     """The label space of a build without class names.
 
-    Args:
-        labels: those of all sources.
-        packed: the class names of packed data sets, which come first. Classes of different sets
-            are one if their names are equal; those of the first set keep their numbers.
-
-    Returns:
-        These, then the other labels as text, sorted.
+    `packed` are the class names of packed data sets, which come first and keep their order; classes
+    of equal names are one. The other labels follow as text, sorted.
     """
     spelled = dict.fromkeys(label for names in packed for label in spell_classes(names))
     names = [label.partition("\0")[0] for label in spelled]
@@ -121,11 +111,7 @@ def place_classes(
 ) -> Hierarchy:
     """The classes' places among those above them; a class that `parents` does not name has none.
 
-    Args:
-        space: the classes.
-        parents: the parent of each class that has one, by keys or names of classes.
-        names: names of the classes above, and perhaps of others, by key.
-        origin: where `parents` comes from, for messages.
+    Keys of `parents` and `names` are keys or names of classes; `origin` is where `parents` is from.
 
     Raises:
         ValueError: none of the classes is there, one is above itself, or several keys have the name
@@ -174,10 +160,7 @@ def place_classes(
 
 
 def refuse_numbers(labels: Iterable[Label], source: str) -> None:
-    """Refuses numbers as labels of a list: nobody knows what "a photo of a 3" shows.
-
-    Class folders called 0 to 9 are another matter: a folder's name is all the name there is.
-    """
+    """Refuses numbers as labels of a list: nobody knows what "a photo of a 3" shows."""
     for label in labels:
         if isinstance(label, int) or label.isdecimal():
             raise ValueError(

@@ -1,9 +1,7 @@
 """Processes that read other people's files, under limits that the kernel holds.
 
-Readers written in C can crash or ask for all memory there is. In a process of its own this costs
-the file and nothing else. `run_limited` is for whole files, one at a time; `workers` checks images
-in a `LimitedProcess` too. concurrent.futures calls a pool broken when a worker dies, and
-reports neither its exit code nor the task it died of.
+Readers written in C can crash or ask for all memory there is; here this costs the file and nothing
+else. concurrent.futures reports neither the exit code of a worker that dies nor its task.
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ class LimitedProcess:
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
         """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
 
-        Raises:
-            RuntimeError: it cannot be started, which is the fault of nothing that it would read.
+        Raises RuntimeError if it cannot be started, which is the fault of nothing that it would
+        read.
         """
         for _ in range(_STARTS):
             code = self._start(serve, arguments)
@@ -124,16 +122,10 @@ def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int
 def run_limited(
     function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int
 ) -> Iterator[R | Problem]:
-    """Calls a function with each task, in a process under limits.
+    """Calls a function with each task, in a process with `memory_bytes` more than at its start.
 
-    Args:
-        function: of a module's top level; a ValueError, OSError or RuntimeError is raised here.
-        tasks: can be sent to a process.
-        memory_bytes: limit beyond the memory that the process has at its start.
-
-    Yields:
-        What the function returns, or how the process ended at that task; the next task then gets a
-        new process.
+    Yields what the function returns, or how the process ended at that task; the next task then gets
+    a new process. A ValueError, OSError or RuntimeError of the function is raised here.
     """
     left = list(tasks)
     while left:

@@ -1,13 +1,9 @@
-"""Finds images that look alike, by 64-bit perceptual hashes that differ in few bits.
+"""Finds images that look alike, by 64-bit perceptual hashes (ImageHash's pHash) that differ little.
 
-The hash is ImageHash's pHash: the image in grey at 32 x 32, the signs of its 64 lowest frequencies
-against their median. Copies in another size, quality or format differ in a few bits, unrelated
-photographs in about 32. Worker processes decode and hash the images of a data set.
-
-Comparing all with all would take N**2 / 2 steps. Instead the bits are cut into blocks: hashes that
-differ in at most r bits agree in at least m of r + m blocks, so for each choice of m blocks the
-hashes are sorted by them, and only neighbours with equal blocks are compared. m is chosen by what
-it costs for N hashes.
+Copies in another size, quality or format differ in a few bits, unrelated photographs in about 32.
+Instead of comparing all with all, the bits are cut into blocks: hashes that differ in at most r
+bits agree in at least m of r + m blocks, so for each choice of m blocks the hashes are sorted by
+them, and only neighbours with equal blocks are compared.
 """
 
 from __future__ import annotations
@@ -117,17 +113,11 @@ def perceptual_hash(data: bytes | memoryview) -> int:
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
-    """Finds the earlier image that each one looks like.
+    """Finds the earlier image that each one looks like, int64 [n] for uint64 [n].
 
     An image follows the first earlier one within `max_distance` bits (0 to 12) that follows no
-    other itself. So each follower is near the image that stays for it, never merely a neighbour's
-    neighbour.
-
-    Returns:
-        int64 [n] for uint64 [n]: the image that each follows, its own number if it follows none.
-
-    Raises:
-        ValueError: more than 20 million pairs are near each other.
+    other itself, so it is near the image that stays; one that follows none has its own number.
+    Raises ValueError if more than 20 million pairs are near each other.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"the distance must lie in 0 to {MAX_DISTANCE} bits, not {max_distance}")
@@ -146,13 +136,9 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
 
 
 def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
-    """All pairs of hashes, uint64 [n] and all different, within `max_distance` bits.
+    """All pairs of distinct hashes, uint64 [n], within `max_distance` bits, as int64 [pairs, 2].
 
-    Returns:
-        int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.
-
-    Raises:
-        ValueError: more than 20 million.
+    The smaller number is first; sorted by the larger, then by the smaller.
     """
     num_exact = _choose_blocks(len(hashes), max_distance)
     num_blocks = max_distance + num_exact

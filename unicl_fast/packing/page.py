@@ -1,8 +1,4 @@
-"""An inspection as one HTML page that needs nothing else (`unicl_fast.system.pages`).
-
-The page is the template page.html next to this file; here are its numbers in words, its plots and
-its small images. The numbers are those of `inspect_dataset`.
-"""
+"""An inspection as one HTML page: page.html, filled with numbers in words, plots and images."""
 
 from __future__ import annotations
 
@@ -81,10 +77,7 @@ def make_page(
     exact: Sequence[ShownGroup],
     near: Sequence[ShownGroup],
 ) -> str:
-    """The page as text, to be written in UTF-8.
-
-    `sheet` are the images of the contact sheet, `exact` and `near` groups of copies to show.
-    """
+    """The page as text: `sheet` is the contact sheet, `exact` and `near` are copies to show."""
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [

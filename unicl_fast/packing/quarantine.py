@@ -1,9 +1,7 @@
-"""Lists of samples by source and name: what was left out, or is to be left out.
+"""Lists of samples by source and name: what a build left out, or `--leave-out` is to leave out.
 
-quarantine.csv of a packed data set lists what a build left out, and why
-(`unicl_fast.dataset.writer` writes it). `--leave-out` leaves out the samples of a list with the
-same columns. A source is known only by its last name, so samples of `a/train` and `b/train` may
-have the same name; a list that cannot distinguish them is refused.
+A source is known only by its last name, so samples of `a/train` and `b/train` may have the same
+name; a list that cannot distinguish them is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
+from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import count_of
 
 _REASONS_SHOWN = 5
@@ -35,15 +34,14 @@ class LeftOut:
 def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOut]:
     """Reads all rows of a quarantine.csv, in order; `num_rows` is what the manifest says.
 
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no such list, or has another number of rows.
+    Raises ValueError if it is no such list or has another number of rows, FileNotFoundError if it
+    is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy the data set again")
     count = 0
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with open_file(path, "r", encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             if tuple(header) != QUARANTINE_COLUMNS:
@@ -86,17 +84,11 @@ def as_listed(name: str) -> str:
 class LeaveOut:
     """The samples that `--leave-out FILE` names; `take` is asked once for each sample.
 
-    Where the list names fewer than there are, nobody can say which ones it means, and to drop them
-    all would drop those that it leaves: that is refused.
+    Where the list names fewer than there are, nobody can say which ones it means: that is refused.
     """
 
     def __init__(self, path: str) -> None:
-        """Reads the list, which has the columns `source` and `name`; with "" names nothing.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: it is not such a list.
-        """
+        """Reads the list, which has the columns `source` and `name`; "" names nothing."""
         self._path = path
         self._listed = _read_names(path) if path else Counter()
         """(source, name) of the samples, and in how many rows."""
@@ -130,7 +122,7 @@ def _read_names(path: str) -> Counter[tuple[str, str]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"--leave-out: there is no file {path}")
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+        with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if not {"source", "name"} <= set(rows.fieldnames or ()):
                 raise ValueError(f"it has the columns {rows.fieldnames}")

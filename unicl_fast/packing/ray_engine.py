@@ -1,13 +1,8 @@
 """`--engine ray`: images are checked on the machines of a Ray cluster, results come in order.
 
-A Ray task checks each chunk by the same worker process under the same limits (`workers`), so an
-image that crashes a decoder costs what it costs locally, and Ray's own process survives. Where that
-is killed or its machine is lost, Ray gives the chunk to another: checking changes nothing, so a
-second time gives the same. Machines with other versions of Pillow or simplejpeg may encode other
-bytes.
-
-Which machine gets a chunk is chance, so an image must not be left out because one machine does not
-see it: what could not be read there is read here too, and a difference stops the build.
+A Ray task checks each chunk by the same worker process under the same limits (`workers`). Which
+machine gets a chunk is chance, so an image must not be left out because one machine does not see
+it: what could not be read there is read here too, and a difference stops the build.
 """
 
 from __future__ import annotations
@@ -32,6 +27,7 @@ from unicl_fast.packing.workers import (
     Task,
     make_chunks,
 )
+from unicl_fast.system.installation import install_command
 
 Engine = Literal["local", "ray"]
 """The processes that check images: this machine's, or a cluster's."""
@@ -46,7 +42,7 @@ def require_engine(engine: Engine) -> None:
         raise ValueError(f"--engine takes {' or '.join(get_args(Engine))}, not {engine!r}")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ValueError(
-            "--engine ray takes Ray, which is not installed: pip install 'unicl_fast[ray]'"
+            f"--engine ray takes Ray, which is not installed: {install_command('ray')}"
         )
 
 
@@ -55,13 +51,9 @@ def check_on_ray(
 ) -> Iterator[Checked | Problem]:
     """Checks tasks on a Ray cluster, like `check_in_order` here.
 
-    Joins the cluster that RAY_ADDRESS names or that runs on this machine, and starts one here for
-    the time of the build where there is none. A caller that has joined one already stays in it.
-    `workers` chunks are checked at the same time; 0 takes one for each core of the cluster.
-
-    Raises:
-        RuntimeError: the cluster cannot run the tasks, or a machine of it does not see an image
-            that this one sees.
+    Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one here.
+    `workers` chunks are checked at a time; 0 takes one for each core. Raises RuntimeError if the
+    cluster cannot run the tasks, or a machine of it does not see an image that this one sees.
     """
     import ray
 

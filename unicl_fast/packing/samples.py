@@ -1,7 +1,6 @@
 """The samples of all sources as one sequence: chosen, and in another order.
 
-No list of ten million samples is ever made: a build keeps their numbers, 8 bytes a sample, and a
-sample is made when it is read.
+A build keeps their numbers, 8 bytes a sample, and a sample is made when it is read.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from itertools import accumulate
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.packing.sources.items import Item, Source
-from unicl_fast.packing.sources.spool import READ_ITEMS, ItemStore
+from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.spool import READ_ITEMS, Source
 
 Sample = tuple[str, Item]
 """The name of a sample's source, and its item."""
@@ -54,9 +53,7 @@ class Samples:
             wanted[each].append(number - self._starts[each])
         items = {}
         for each, some in wanted.items():
-            store = self._sources[each].items
-            assert isinstance(store, ItemStore), "which all readers make"
-            items[each] = iter(store.at(some))
+            items[each] = iter(self._sources[each].items.at(some))
         found = [(self._sources[each].name, next(items[each])) for each in which]
         return [(item.source or name, item) for name, item in found]
 
@@ -65,8 +62,7 @@ def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
     """The numbers 0 to `count` - 1, in the same order for the same seed, anywhere.
 
     NumPy keeps the raw stream of a bit generator for good (NEP 19) but not what `permutation` makes
-    of it, so the numbers are sorted by raw 64-bit numbers. `system.keyed_random` would do as well,
-    and would change the order of every data set that is packed again.
+    of it, so the numbers are sorted by raw 64-bit numbers.
     """
     keys = np.random.PCG64(seed).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)

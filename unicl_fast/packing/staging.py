@@ -1,10 +1,8 @@
 """Copies of what lies under URLs, for as long as a program needs them.
 
-Nothing of a source is streamed: packing reads images in shuffled order, archives are read from both
-ends, and workers that decode have no network. So a source is copied as a whole. The copies of a
-build lie in its work folder, and stay with the finished shards of a build that can resume. The time
-of a copy is made of its object's version: a copy of the right size and time need not be made again,
-and a build, which knows its sources by their times, finds that they are the same.
+Packing reads images in shuffled order and archives from both ends, so a source is copied as a
+whole. The time of a copy is made of its object's version: one of the right size and time need not
+be made again, and a build that resumes finds that its sources are the same.
 """
 
 from __future__ import annotations
@@ -66,10 +64,8 @@ class StagedSources:
     def __init__(self, sources: Sequence[str], image_root: str, folder: Path) -> None:
         """Looks up what is to be copied into `folder`, and copies nothing yet.
 
-        Raises:
-            FileNotFoundError: there is nothing under a URL.
-            ValueError: it cannot be listed, or a name in it leaves its folder.
-            StorageError: a store cannot be reached.
+        Raises FileNotFoundError if nothing is there, ValueError if it cannot be listed or a name in
+        it leaves its folder.
         """
         self._folder = folder
         self._copies: list[_Copy] = []
@@ -121,13 +117,7 @@ class StagedSources:
 
 @contextlib.contextmanager
 def local_copy(folder: str) -> Iterator[Path]:
-    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL.
-
-    Raises:
-        FileNotFoundError: there is nothing under the URL.
-        OSError: the copy takes more room than there is.
-        StorageError: the store cannot be reached.
-    """
+    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL."""
     if not is_url(folder):
         yield Path(folder)
         return
@@ -145,10 +135,9 @@ def default_work_folder() -> Path:
 
 
 def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Copy]]:
-    """The path in `folder` that stands for a source's URL, and the copies to be made for it.
+    """The path that stands for a URL (of a file, part of a zip, tars or folder), and its copies.
 
-    The URL is that of a file, a part of a zip, tars in braces, or a folder. `with_folder` says
-    whether a list may name images in its own folder, which is then copied too.
+    `with_folder` says whether a list may name images in its own folder, which is then copied too.
     """
     place, mark, query = url.partition("?")
     secret = mark + query  # a signature: only for requests, not for paths and names

@@ -1,8 +1,6 @@
 """Uploads a packed data set file by file, each read back, the manifest last.
 
-A data set is complete when its manifest is there, so one that is being uploaded looks like none. An
-upload that was cut off can be resumed: files that are there already are read and compared, and not
-sent again.
+An upload that was cut off can be resumed: files that are there are compared, and not sent again.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.packing.folder_check import expected_files
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of
 
 
@@ -22,7 +21,6 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     """Uploads a data set; returns what was done, in words.
 
     Raises:
-        FileNotFoundError: not a data set, or a file of it is missing.
         ValueError: its files are not those of its manifest, or something else lies at the URL.
         StorageError: the store cannot be reached, or keeps something else than what was sent.
     """
@@ -61,8 +59,7 @@ def upload_command(folder: Path, url: str) -> str:
 def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int]]:
     """Refuses a URL where anything lies but what an upload of `folder` has left.
 
-    The folder may be one in which nothing has been packed yet. Returns the store, and the sizes of
-    the objects that are there.
+    Returns the store, and the sizes of the objects that are there.
     """
     if not is_url(url):
         raise ValueError(f"--out takes a URL such as s3://bucket/folder, not {url}")
@@ -74,7 +71,7 @@ def require_free_url(url: str, folder: Path) -> tuple[ObjectStore, dict[str, int
     manifest = folder / MANIFEST_NAME
     own = set(_checksums_of(folder)) if there and manifest.is_file() else set()
     if MANIFEST_NAME in there and (
-        not own or store.read_whole(MANIFEST_NAME) != manifest.read_bytes()
+        not own or store.read_whole(MANIFEST_NAME) != read_file(manifest)
     ):
         raise ValueError(
             f"{store.url} already holds another packed data set; name another URL or remove it"

@@ -1,11 +1,8 @@
 """Finds all that is wrong with a packed data set: `unicl-pack verify` as a function.
 
-Everything is compared with everything else: files with their checksums and with what the manifest
-says of them, references in the arrays with what they refer to (`folder_check`), and here each
-sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
-index for DALI. Images are decoded as strictly as when they were packed, in worker processes;
-those of a raw data set are pixels already, and have their checksums. Checking continues after a
-fault, so that one look finds all that is to be copied again.
+Everything is compared with everything else: files (`folder_check`), and here each sample's piece of
+its shard with samples.npy, captions with their tokens, labels, the index for DALI. Images are
+decoded as strictly as when they were packed. Checking continues after a fault.
 """
 
 from __future__ import annotations
@@ -29,13 +26,14 @@ from unicl_fast.dataset.arrays import PIXELS_NAME
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
-from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
+from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.packing.build_options import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.entries import Span
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.packed import encode_all
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -78,11 +76,8 @@ def verify_dataset(
 ) -> VerifySummary:
     """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
 
-    `note` is called with each fault as soon as it is found, a data set's many thousands too. With
-    `decode` worker processes are spawned, as `build_dataset` says.
-
-    Raises:
-        FileNotFoundError: the folder is no data set, not even a damaged one.
+    `note` is called with each fault as soon as it is found. With `decode` worker processes are
+    spawned, as `build_dataset` says. Raises FileNotFoundError if the folder is no data set.
     """
     started = time.perf_counter()
     folder = Path(folder)
@@ -94,12 +89,7 @@ def verify_dataset(
     if dataset is not None:
         numbers = {name: getattr(dataset.manifest, name) for name in numbers}
         options = ImageOptions(
-            short_side=0,
-            quality=RESIZE_QUALITY,
-            max_pixels=max_pixels,
-            seconds=image_seconds,
-            format="packed",
-            return_images=False,
+            max_pixels=max_pixels, seconds=image_seconds, format="packed", return_images=False
         )
         with dataset:
             if is_raw:
@@ -123,10 +113,7 @@ def verify_dataset(
 
 
 def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -> None:
-    """Compares each image of a raw data set with its checksum.
-
-    Apart from the walk through the shards: neither costs the other where one of them is damaged.
-    """
+    """Compares each image of a raw data set with its checksum."""
     if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
         return
     bar = tqdm(range(len(dataset)), desc="pixels", unit=" images", disable=not progress)
@@ -246,10 +233,7 @@ class _SampleChecks:
         self._faults.add(shard, kind, message, sample=index)
 
     def walk(self) -> Iterator[_Sound]:
-        """All samples in order, those with faults noted and left out.
-
-        Every byte of a shard between the first header and the end is in the piece of one sample.
-        """
+        """All sound samples in order; faults of the others are noted."""
         first = 0
         with contextlib.closing(SampleReader(self._dataset)) as reader:
             for number, shard in enumerate(self._dataset.manifest.shards):
@@ -275,7 +259,7 @@ class _SampleChecks:
                     expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
                     file = path.with_suffix(".idx")
                     with self._faults.catch(file.name, "index", known=OSError):
-                        if file.read_bytes() != expected.encode("ascii"):
+                        if read_file(file, most_bytes=1 << 30) != expected.encode("ascii"):
                             raise ValueError(
                                 f"it does not say where the members of {path.name} lie"
                             )

@@ -1,29 +1,22 @@
 """OUT.partial: the work of an unfinished build, with which the same command resumes.
 
 Next to the unfinished data set and its journal (`unicl_fast.dataset.writer`) it holds a record of
-what the build is made of: its options, and a checksum of each source. Shards of another build must
-never get into this one, so a command with other options or changed sources is refused with the
-difference. A lock keeps a second build out.
+the options and a checksum of each source: a command with others is refused with the difference.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
-from unicl_fast.packing.sources.items import Label, Source
-from unicl_fast.packing.sources.spool import ItemStore, stamp
 from unicl_fast.system.atomic_files import (
     LOCK_NAME,
     flush_to_disk,
@@ -32,30 +25,34 @@ from unicl_fast.system.atomic_files import (
     write_text_atomically,
 )
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.version import __version__
-from unicl_fast.system.wording import count_of, shorten, without_secrets
+from unicl_fast.system.wording import config_diff, count_of, without_secrets
 
 _RECORD_NAME = "build.json"
 _COPIES_NAME = "copies"
 _SHOWN = 5
 _FILES = ("class_names", "templates", "leave_out", "hierarchy", "hierarchy_names")
 """Options that may name a file, whose contents then matter and not its name."""
-_LISTS = ("where", "min_score", "hierarchy_columns")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
 
 
 @contextlib.contextmanager
 def work_folder(out: Path, *, restart: bool = False) -> Iterator[WorkFolder]:
-    """Locks and opens the work folder of `out`.
+    """Locks and opens the work folder of `out`, which stays if it holds finished shards.
 
-    It stays if it holds finished shards, and is removed otherwise. An exception that ends the build
-    gets a note about what the folder keeps.
-
-    Raises:
-        ValueError: another process holds it, the folder is none of ours, or its record is damaged.
+    An exception that ends the build gets a note about them. Raises ValueError if another process
+    holds the folder, it is none of ours, or its record is damaged.
     """
     path = out.with_name(f"{out.name}.partial")
+    if path.is_symlink():  # a folder can be removed, and a link to it cannot
+        path = path.resolve()
+        if path.is_dir() and path.stat().st_dev != out.parent.stat().st_dev:
+            raise ValueError(
+                f"{out}.partial is a link to another file system, from which a finished data set "
+                f"cannot be renamed to {out}: name an --out there"
+            )
     names = set(os.listdir(path)) if path.is_dir() else set()
     if names and not names & {LOCK_NAME, _RECORD_NAME}:
         raise ValueError(
@@ -86,7 +83,7 @@ class WorkFolder:
     def __init__(self, out: Path, path: Path, *, restart: bool) -> None:
         """Reads the record of an earlier build; `restart` throws its work away."""
         self.path = path
-        self._out = out
+        self.out = out
         self.record: dict[str, Any] = {}
         """The options and sources of the build; of a complete one also its summary."""
         self.is_complete = False
@@ -102,7 +99,7 @@ class WorkFolder:
             self._clear()
             return
         try:
-            self.record = parse_checksummed_json((path / _RECORD_NAME).read_bytes())
+            self.record = parse_checksummed_json(read_file(path / _RECORD_NAME))
         except (ValueError, OSError) as error:
             raise ValueError(
                 f"{path} holds an unfinished build, but what it was to become cannot be read "
@@ -123,10 +120,7 @@ class WorkFolder:
         """Notes what the build is made of; once a shard is finished, it must be what it was.
 
         `what` names the group of values, `options` or `sources`. Values are JSON, under names that
-        a user knows.
-
-        Raises:
-            ValueError: something differs; the message names it.
+        a user knows. Raises ValueError, with the difference, if something differs.
         """
         if not self.is_complete and not self._finished:
             self.record[what] = dict(values)
@@ -135,7 +129,7 @@ class WorkFolder:
         elif differences := _differences(self.record.get(what, {}), values):
             if self.is_complete:
                 raise ValueError(
-                    f"{self._out} already holds a packed data set, made with other {what}:"
+                    f"{self.out} already holds a packed data set, made with other {what}:"
                     f"{differences}\nName another folder, or remove it"
                 )
             raise ValueError(
@@ -165,17 +159,9 @@ class WorkFolder:
 
 def _differences(before: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     """The first few values that differ, a line for each; empty if none does."""
-
-    def show(value: Any) -> str:
-        return "not there" if value is None else shorten(value, limit=200)
-
-    found = [
-        f"\n  {name}: it was {show(before.get(name))}, and is {show(values.get(name))}"
-        for name in dict.fromkeys([*before, *values])
-        if before.get(name) != values.get(name)
-    ]
-    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "".join(found[:_SHOWN]) + more
+    found = list(config_diff(before, values))
+    more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    return "".join(f"\n  {line}" for line in found[:_SHOWN] + more)
 
 
 def _describe_finished(finished: list[FinishedShard]) -> str:
@@ -193,7 +179,7 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
     described: dict[str, Any] = {"sources": list(map(shown_place, sources))}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
-        described[f"--{name.replace('_', '-')}"] = list(plain) if name in _LISTS else plain
+        described[f"--{name.replace('_', '-')}"] = plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
     described["--image-root"] = shown_place(image_root := options["image_root"])
@@ -203,27 +189,3 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
     for package in _MADE_BY:
         described[f"version of {package}"] = importlib.metadata.version(package)
     return described
-
-
-def survey_source(source: Source) -> tuple[dict[Label, None], str]:
-    """The labels of a source, and a checksum.
-
-    The checksum covers what was read of every sample (name, place of the image, texts) and size and
-    time of the files that hold the images. Two builds with the same checksums pack the same, unless
-    somebody changes files and puts their times back.
-
-    Returns:
-        Distinct labels in the order of their first sample; number of samples and checksum as text.
-    """
-    items = source.items
-    assert isinstance(items, ItemStore), "which all readers make"
-    return items.labels(), f"{count_of(len(items), 'sample')}, checksum {items.checksum()}"
-
-
-def stamp_all(paths: Sequence[str]) -> str:
-    """A checksum of the stamps of files."""
-    text = json.dumps([stamp(path) for path in paths])
-    return (
-        f"{count_of(len(paths), 'file')}, checksum "
-        f"{xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
-    )

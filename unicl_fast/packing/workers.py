@@ -1,13 +1,9 @@
 """Checks and tokenises samples in worker processes; one bad image costs nothing but itself.
 
-A decoder written in C can crash, loop or ask for all memory there is, and Python can interrupt none
-of it. So images are checked in processes of their own, under two limits that the kernel holds: a
-timer that ends the process when one image takes too long, and a ceiling on its memory. A process
-counts the images that it has finished in shared memory, so the image that it died of is known. That
-image is tried once more by itself in a fresh process, and left out if it ends that one too. All
-others are packed as if the image had merely been damaged.
-
-Imports only what a worker needs: neither torch nor a command line.
+A decoder written in C can crash, loop or ask for all memory there is. So images are checked in
+processes of their own, with a timer and a ceiling on memory that the kernel holds. A process counts
+the images that it has finished in shared memory, so the image that it died of is known; that is
+tried once more in a fresh process, and left out if it ends that one too.
 """
 
 # Threads and processes are the standard library's; only what must survive a crash is our own.
@@ -38,7 +34,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.images.check import CheckedImage, ImageError, ImageFormat, check_image
+from unicl_fast.images.check import (
+    RESIZE_QUALITY,
+    CheckedImage,
+    ImageError,
+    ImageFormat,
+    check_image,
+)
 from unicl_fast.packing.limited_processes import (
     OUT_OF_MEMORY,
     LimitedProcess,
@@ -102,9 +104,9 @@ class Checked:
 class ImageOptions:
     """How sound images are changed, and how much one may cost."""
 
-    short_side: int
+    short_side: int = 0
     """Scale the shorter side down to this; 0 keeps sizes."""
-    quality: int
+    quality: int = RESIZE_QUALITY
     max_pixels: int
     seconds: float
     """Longest time for one sample, reading included; 0 sets no limit."""
@@ -165,13 +167,9 @@ def check_in_order(
 ) -> Iterator[Checked | Problem]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
-    `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under
-    way at a time, so memory does not grow with the data set. Processes are spawned, as
-    `build_dataset` says. A single worker is a process too: an image that crashes a decoder must not
-    take this program's files with it.
-
-    Raises:
-        RuntimeError: no worker process can be started.
+    `workers` is the number of processes, spawned as `build_dataset` says; 0 takes one for each
+    core. Only a few chunks are under way at a time. A single worker is a process too: an image that
+    crashes a decoder must not take this program's files with it.
     """
     workers = workers or usable_cores()
     started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]

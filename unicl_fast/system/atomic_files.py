@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from unicl_fast.system.untrusted_files import NotRegularError, open_regular, read_file
+
 logger = logging.getLogger(__name__)
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,8 +44,8 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     A reader finds the old file or the new one. After an error the old one is still there. Without
     `flush` the new one need not survive a power cut.
     """
-    # with the process's number, since two programs may write the same file
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # two programs may write the same file; and nobody can have put a link of this name there
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with naming_full_disk(path):
             yield aside
@@ -98,14 +100,17 @@ def read_fully(descriptor: int, buffer: memoryview, *, offset: int) -> int:
     return done
 
 
-def lock(descriptor: int, *, wait: bool = False) -> bool:
+def lock(descriptor: int, *, wait: bool = False, shared: bool = False) -> bool:
     """Locks an open file until the descriptor is closed; False if another process holds the lock.
+
+    Several may hold it if each shares it.
 
     The kernel releases the lock with the process, however that ends. (A file with a process id
     would not do: containers may share a folder.)
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     return True
@@ -142,7 +147,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         with contextlib.suppress(FileNotFoundError):  # somebody has removed the folder
-            if (holder := path.read_text(encoding="utf-8")) not in ("", name):
+            if (holder := read_file(path).decode("utf-8", "replace")) not in ("", name):
                 raise RuntimeError(
                     f"{folder} was taken over by {holder}: this process stops before it mixes its "
                     "files with those of the other"
@@ -165,9 +170,11 @@ def _open_locked(path: Path) -> int:
         try:
             make_folder(path.parent)
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT)
             except FileNotFoundError:  # the one before has just removed the folder
                 continue
+        except NotRegularError as error:
+            raise ValueError(str(error)) from error
         except OSError as error:
             if error.errno not in _NO_PLACE_TO_WRITE:
                 raise
@@ -203,17 +210,20 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
         with contextlib.suppress(OSError), locked(old) as is_unused:
             if is_unused:
                 shutil.rmtree(old.parent, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name,
-        locked(Path(name) / LOCK_NAME),
-    ):
-        yield Path(name)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name:
+            path = Path(name) / LOCK_NAME
+            with locked(path) as is_ours:
+                # a program that starts now may have removed it between its making and its lock
+                if is_ours and path.exists():
+                    yield Path(name)
+                    return
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a file, which is made if needed; False if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor, _ = open_regular(path, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
         yield lock(descriptor, wait=wait)
     finally:

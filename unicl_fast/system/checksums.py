@@ -1,10 +1,6 @@
 """XXH3-64 checksums: of files, of the files of a packed data set, of JSON objects.
 
-A packed data set lists the checksums of its files beside the manifest. One without that list is
-read too, but damage to its arrays can then be found only where it contradicts itself.
-
-A JSON object carries its own checksum in one more field (`seal`), of the other fields in a fixed
-spelling, so that white space and order do not matter: nothing else would reveal a flipped digit.
+A JSON object carries its own in one more field (`seal`): white space and order do not matter.
 """
 
 from __future__ import annotations
@@ -17,6 +13,8 @@ from typing import Any
 
 import xxhash
 
+from unicl_fast.system.untrusted_files import open_file, parse_json, read_file
+
 CHECKSUMS_NAME = "checksums.txt"
 _LINE = re.compile(r"XXH3_([0-9a-f]{16})  ([^/\0]+)")
 _BLOCK_BYTES = 1 << 18  # stays in the processor's cache
@@ -27,7 +25,7 @@ def file_checksum(path: Path) -> str:
     """Computes the XXH3-64 of a file, as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
     block = memoryview(bytearray(_BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_file(path, buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
@@ -41,7 +39,7 @@ def format_checksums(checksums: Iterable[tuple[str, str]]) -> str:
 def read_checksums(folder: Path) -> dict[str, str] | None:
     """Reads a data set's list of checksums; None if it has none. Raises as `parse_checksums`."""
     path = folder / CHECKSUMS_NAME
-    return parse_checksums(path.read_bytes(), where=str(path)) if path.is_file() else None
+    return parse_checksums(read_file(path), where=str(path)) if path.is_file() else None
 
 
 def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
@@ -71,14 +69,11 @@ def dump_checksummed_json(values: Mapping[str, Any]) -> str:
 
 def parse_checksummed_json(text: bytes) -> dict[str, Any]:
     """Reads a JSON object without its checksum; raises ValueError if it is not what was written."""
-    try:
-        values = json.loads(text.decode("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"an object is expected, not a {type(values).__name__}")
-        if values.pop(_FIELD, None) != _json_checksum(values):
-            raise ValueError("its content is not what was written (checksum)")
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+    values = parse_json(text, where="it")
+    if not isinstance(values, dict):
+        raise ValueError(f"an object is expected, not a {type(values).__name__}")
+    if values.pop(_FIELD, None) != _json_checksum(values):
+        raise ValueError("its content is not what was written (checksum)")
     return values
 
 

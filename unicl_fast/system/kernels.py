@@ -1,11 +1,7 @@
 """Numba's decorators as this package uses them, and a kernel that reads files.
 
-Kernels are compiled once for a machine, and kept on disk. Numba takes what it keeps of a function
-for fresh until the function's own file changes. But code of other modules is part of it too: after
-an update of those alone, a stale kernel would plan other batches here than on the next machine. So
-the kernels of a file are kept in a folder that is named by a hash of that file and of all files of
-this package that it imports, directly or not. The folder must belong to this user only, since
-loading a kept kernel runs code.
+Numba takes a kernel on disk for fresh until its own file changes, though code of other modules is
+part of it. So the folder's name is a hash of all files of this package that the file imports.
 """
 
 from __future__ import annotations
@@ -32,9 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
 _config: Any = numba.config  # its attributes are made as it is imported
 
-_MOST_FOLDERS = 8
-"""How many versions of a file are kept, the last used ones: of several checkouts, and of code that
-is being edited."""
+_MOST_FOLDERS = 8  # versions of a file that are kept, the last used ones
 _NAME = re.compile(r"[.\w]+")
 _COMMENT = re.compile(r"#.*")
 # A statement of its own; one inside a text is taken for an import too, which does no harm.
@@ -103,7 +97,7 @@ def cache_folder() -> Path | None:
 
 
 def _make_private(folder: Path) -> Path:
-    """Makes a folder; raises OSError where that fails, or where other users can write into it."""
+    """Makes a folder that only this user can write into, or raises OSError: kernels are code."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()  # a link in /tmp may be somebody else's
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -126,10 +120,9 @@ def _folder_of(above: Path, module: str, file: str) -> Path:
 
 
 def _hash_code(module: str, file: Path) -> str:
-    """Hashes a file, those of this package that it imports, and the versions of the compilers.
+    """Hashes a file, those of this package that it imports, and the compilers' versions.
 
-    By content, in 15 ms for all kernels: after `git checkout` or `pip install` two versions may
-    agree in sizes and times. Numba itself tells processors and versions of Python apart.
+    By content (15 ms for all kernels), since versions may agree in sizes and times.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     found, waiting = {module: file}, [(module, file)]

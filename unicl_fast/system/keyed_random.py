@@ -1,10 +1,6 @@
-"""Random numbers as pure functions of a key and a counter: nothing is drawn, nothing has state.
+"""Random numbers as pure functions of a key and a counter: the same on any rank, in any order.
 
-Data plan and drop path ask "what is random number `counter` of the stream `(seed, purpose, ...)`?"
-and get the same answer on any rank, in any order, after any restart. A key is made on the host by
-folding integers together; a number is one more mix of key and counter. The mixer is the finaliser
-of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch.
+Keys are folded integers; the mixer is SplitMix64's finaliser (Steele, Lea and Flood, 2014).
 """
 
 from __future__ import annotations

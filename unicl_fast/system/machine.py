@@ -1,18 +1,4 @@
-"""The machine as this process may use it: cores and limits, a device, and memory.
-
-Freed memory is kept in the process, because getting it anew costs more than filling it. glibc takes
-every block above 32 MB (less at first) from the kernel and gives it back when it is freed. The
-kernel clears each page at its first touch: writing a fresh float32 batch of 64 images (38 MB) took
-19 ms here, writing one that was there 2 ms, and a training step on the CPU that touched 30,000
-fresh pages took 1.4 times the CPU time of one that touched none.
-
-Threads allocate from several arenas, and what is free in one is of no use to the others: where it
-is kept for good, glibc's eight arenas a core held 40 MB more beside the loader than one a core.
-
-Large batches have memory of their own (`HostBuffers`). From the heap a batch that is made and
-dropped at every step costs more than its size: what is allocated meanwhile lands in the hole that
-the last one has left, and some three times its size stay with the process unused.
-"""
+"""The machine as this process may use it: cores and limits, a device, and memory."""
 
 from __future__ import annotations
 
@@ -45,37 +31,26 @@ LAUNCHED_BY_US = "UNICL_FAST_RANK"
 """Environment variable that `start_ranks` sets for its ranks, as torchrun sets its run id."""
 STORE_SOCKET = "UNICL_STORE_SOCKET"
 """Variable with the file descriptor on which rank 0's store is to listen, from the launcher."""
-_LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MY_CGROUP = Path("/proc/self/cgroup")
-_NO_LIMIT = 2**60
-"""Control groups of version 1 say so large a number where there is no limit on memory."""
+_NO_LIMIT = 2**60  # control groups of version 1 have a larger number without a limit on memory
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEVICES = Path("/dev")
-_GPUS = ("nvidia[0-9]*", "kfd", "dxg")
-"""Device files of NVIDIA's and AMD's drivers, and of WSL."""
+_GPUS = ("nvidia[0-9]*", "kfd", "dxg")  # device files of NVIDIA's and AMD's drivers, and of WSL
+# Torch's variables for its allocator; all versions from 2.6 to 2.13 read the first.
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Torch's variables for its allocator; all versions from 2.6 to 2.13 take the first."""
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
-_M_ARENA_MAX = -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+# Decoding threads that keep up with the fastest preset. ResNet-50 takes at most 5,250 images/s on
+# an H100 (by its arithmetic), and an image takes 0.55 ms of a core; the trainer has one core too.
 _THREADS_TO_DECODE = 4
-"""Decoding threads that keep up with the fastest preset. ResNet-50 takes at most 5,250 images/s on
-an H100 (by its arithmetic), and an image takes 0.55 ms of a core; the trainer has one core too."""
 _NVJPEG = "nvidia.nvjpeg"
 _HARDWARE = 3  # NVJPEG_BACKEND_HARDWARE
-_SPARE = 1
-"""Free buffers kept beside the one handed out: for who holds two at times and one at others."""
+_SPARE = 1  # free buffers kept beside the one in use, for users that sometimes hold two
 
 
 def check_current_folder() -> None:
-    """Refuses a current folder that was removed: MKL would end the process when torch is imported.
-
-    Raises:
-        FileNotFoundError: says what to do.
-    """
+    """Raises FileNotFoundError if the current folder was removed: MKL would abort the import."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -103,7 +78,8 @@ def describe_cores() -> Cores:
 def quota_of_cores() -> float:
     """Cores of CPU time that the ranks in this container may take together; inf without a limit."""
     quota = _whole_cores()
-    if "SLURM_CPUS_PER_TASK" in os.environ and not _has_a_launcher():
+    has_launcher = LAUNCHED_BY_US in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if "SLURM_CPUS_PER_TASK" in os.environ and not has_launcher:
         tasks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         quota = min(quota, tasks * int(os.environ["SLURM_CPUS_PER_TASK"]))
     return quota
@@ -112,12 +88,8 @@ def quota_of_cores() -> float:
 def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
     """Returns the number of cores of a rank: a core is shared evenly by all that may run on it.
 
-    So ranks that are bound to one NUMA node divide it, and a rank alone on its cores has them all.
-
-    Args:
-        rank: the rank in question.
-        cores: of each rank, what its `describe_cores` returned.
-        quota: what its `quota_of_cores` returned.
+    `cores` holds what `describe_cores` returned on each rank, `quota` is this rank's
+    `quota_of_cores`.
     """
     kernel, container, mine = cores[rank]
     num_ranks_on = collections.Counter(
@@ -128,16 +100,10 @@ def cores_of_rank(rank: int, cores: Sequence[Cores], *, quota: float) -> int:
     return max(1, int(min(part, quota / num_ranks)))
 
 
-def _has_a_launcher() -> bool:
-    """Whether the parent process started all local ranks."""
-    return LAUNCHED_BY_US in os.environ or _LAUNCHED_BY_TORCHRUN in os.environ
-
-
 def control_groups(controller: str = "") -> list[Path]:
-    """Folders of this process's control group and of those around it.
+    """Folders of this process's control group and its parents, of version 2 or a controller's.
 
-    They are of version 2, or those of a `controller` (cpu, memory) of version 1, which older
-    container hosts have.
+    Older container hosts have controllers (cpu, memory), of version 1.
     """
     try:
         lines = _MY_CGROUP.read_text(encoding="utf-8").splitlines()
@@ -239,15 +205,9 @@ def gpu_bytes(name: str) -> int:
 def choose_decode_device(
     requested: str, *, device: torch.device, threads: int
 ) -> tuple[torch.device, str]:
-    """Chooses where images are decoded for a model on `device`: there, or on the CPU.
+    """Chooses where images are decoded for a model on `device`, there or on the CPU; says why.
 
-    Args:
-        requested: auto, cpu or gpu, as `data.decode_device`.
-        device: the model's.
-        threads: decoding threads of this rank; 0 takes its cores.
-
-    Returns:
-        The device, and why, for the log.
+    `requested` is `data.decode_device`, `threads` the rank's decoding threads (0: its cores).
     """
     import torch
 
@@ -271,10 +231,7 @@ def choose_decode_device(
 
 @functools.cache
 def has_jpeg_decoder(device: torch.device) -> bool | None:
-    """Whether a CUDA device has a hardware JPEG decoder; None where nvJPEG cannot be loaded.
-
-    nvJPEG is what DALI decodes with; asked for the hardware it fails where there is none.
-    """
+    """Whether a CUDA device has a hardware JPEG decoder; None if DALI's nvJPEG cannot be loaded."""
     import torch
 
     spec = importlib.util.find_spec(_NVJPEG)
@@ -293,10 +250,9 @@ def has_jpeg_decoder(device: torch.device) -> bool | None:
 
 
 def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
-    """Says why Triton cannot run on a CUDA device, the present one for None; empty where it can.
+    """Says why Triton cannot run on a CUDA device (None: the current one); empty if it can.
 
-    `oldest` is the compute capability from which on its user's kernels work. Triton compiles the
-    code that starts a kernel by a C compiler.
+    `oldest` is the lowest compute capability on which the caller's kernels work.
     """
     import torch
 
@@ -305,24 +261,23 @@ def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(index) < oldest:
         return "the GPU is too old for Triton"
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
-        return "Triton finds no C compiler"
+        return "Triton finds no C compiler"  # for the code that launches a kernel
     return ""
 
 
 def return_freed_memory() -> None:
-    """Gives what is free now back to the kernel, once: what set-up needed and the loop will not.
-
-    Where freed memory is kept, compilers and tables of texts leave 100 MB behind otherwise.
-    """
+    """Gives what is free now back to the kernel, once; set-up leaves some 100 MB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to reuse freed blocks of any size; for programs to call when they start.
+    """Makes glibc reuse freed blocks of any size; for programs to call when they start.
 
-    The price: the process stays as large as it ever was. Child processes made by fork inherit it.
-    Returns whether the C library took it; another one than glibc is left as it is.
+    Writing a fresh float32 batch of 64 images (38 MB) took 19 ms, since the kernel clears each
+    page at its first touch; one in reused memory took 2 ms. The price: the process stays as large
+    as it ever was. One arena per core, since memory that is free in one is of no use to another.
+    Returns whether the C library did it; others than glibc do not.
     """
     choices = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _NEVER, _M_ARENA_MAX: usable_cores()}
     try:
@@ -333,15 +288,12 @@ def keep_freed_memory() -> bool:
 
 
 def choose_environment(device: str) -> None:
-    """Sets variables that libraries read once; for programs, before torch's import.
+    """Sets variables that torch's import reads and that the user has not set, for `run.device`.
 
-    On a CPU, idle threads of OpenMP sleep where they would spin for the next parallel region, and
-    so take the cores from whoever else has work: the loader's threads, other programs, and the
-    thread that they wait for. The products that oneDNN has prepared are kept for the latest shapes
-    only: texts have others in each step, and the 1,024 that torch keeps by default took 400 MB more
-    after 90 steps, for 1 % of the time. On a GPU, torch's allocator extends the memory that it has,
-    where it would keep pieces that fit no later size. `device` is `run.device`; what the user has
-    set stays.
+    On a CPU, idle threads of OpenMP sleep instead of spinning, which would take the cores from the
+    loader. oneDNN keeps prepared products for the latest shapes only: texts have others in each
+    step, and torch's default of 1,024 took 400 MB more after 90 steps, for 1 % of the time. On a
+    GPU, torch's allocator extends the memory that it has instead of keeping pieces.
     """
     if device == "cuda" or (device == "auto" and any(map(any, map(_DEVICES.glob, _GPUS)))):
         if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
@@ -354,7 +306,7 @@ def choose_environment(device: str) -> None:
 
 
 class CpuTimes(NamedTuple):
-    """Seconds since some moment in the past; differences of two are what counts."""
+    """Seconds since some moment in the past: take differences."""
 
     own: float
     """CPU time of this process."""
@@ -365,10 +317,7 @@ class CpuTimes(NamedTuple):
 
 
 def cpu_times() -> CpuTimes:
-    """Reads how much this process computed and waited, and how busy its cores were.
-
-    What the kernel does not tell is 0. It took 0.1 ms in a process of one thread.
-    """
+    """Reads the times of this process and its cores, 0 where the kernel has none; takes 0.1 ms."""
     spent = os.times()
     waited = busy = 0.0
     for path in Path("/proc/self/task").glob("*/schedstat"):
@@ -391,7 +340,11 @@ def resident_bytes() -> int:
 
 
 class HostBuffers:
-    """Gives tensors and takes their memory back without being told."""
+    """Hands out large tensors and reclaims their memory when they are freed.
+
+    From the heap, a batch that is made and dropped at every step costs three times its size: other
+    blocks land in the hole that the last one has left.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -401,9 +354,8 @@ class HostBuffers:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As `torch.empty`, contiguous, on the CPU, and at the start of a page.
 
-        Its memory is used again by a later call when the tensor, all views of it and all graphs
-        that saved it are gone. Until then the process keeps it: calls are what frees buffers that
-        are too small or too many. For large ones: each takes whole pages.
+        A later call reuses its memory once the tensor, its views and all graphs that saved it are
+        gone.
         """
         import numpy as np
         import torch

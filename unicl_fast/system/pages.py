@@ -1,9 +1,6 @@
-"""HTML pages that need nothing else: no script, no font, no other file.
+"""HTML pages without scripts, fonts or other files: Jinja templates that extend page_base.html.
 
-A page is a Jinja template that extends page_base.html, here, which has the head, the policy and the
-style of all of them, for dark and light screens and for phones. Values come from anywhere: Jinja
-escapes every one, and the page's own policy (Content-Security-Policy) forbids scripts and addresses
-outside it should one slip through.
+Jinja escapes every value, and the page's policy forbids scripts should one slip through.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The first things that every program does, before it reads its arguments.
-
-Names of files and texts mean the same bytes under every locale, and a reader of the output that
-leaves early, as `head` does, is no fault of the program.
-"""
+"""The first things that every program does, before it reads its arguments."""
 
 from __future__ import annotations
 
@@ -11,26 +7,29 @@ import io
 import logging
 import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
+from unicl_fast.system import status_line
 from unicl_fast.system.version import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
+EXIT_ABORTED = 130
+"""The code that shells give for Ctrl-C; `unicl-pretrain` ends with it after the second one."""
 
 
 def begin_program() -> list[str]:
-    """Prepares this process as that of a program; returns its arguments.
-
-    `--version` alone is answered here, and ends it.
-    """
+    """Prepares this process as that of a program; returns its arguments, or answers --version."""
     # Under LC_ALL=C or a locale of ISO-8859-1 Python may take file names for other characters than
     # under C.UTF-8, and class names come from them. It knows no way to change its mind.
     if not has_utf8_names() and os.environ.get(_UTF8_MODE) != "1":
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
+    sys.excepthook = _end_on_ctrl_c
     if sys.argv[1:] == ["--version"]:
         print(f"unicl_fast {__version__}")
         sys.exit()
@@ -51,6 +50,21 @@ def logging_at(name: str, level: int) -> Iterator[None]:
         chosen.setLevel(before)
 
 
+@contextlib.contextmanager
+def showing_stages(*, hidden: bool = False) -> Iterator[None]:
+    """Within this context a terminal shows what the program does while it prints nothing.
+
+    On rank 0 only, and only after `begin_program`: it has to know what is printed.
+    """
+    stream: Any = getattr(sys.stderr, "buffer", None)
+    is_ours = isinstance(getattr(stream, "raw", stream), _Output)
+    if hidden or not is_ours or not stream.isatty() or os.environ.get("RANK", "0") != "0":
+        yield
+    else:
+        with status_line.showing(stream.fileno()):
+            yield
+
+
 def has_utf8_names() -> bool:
     """Whether Python takes file names for UTF-8, as everywhere but under odd locales."""
     return sys.getfilesystemencoding() == "utf-8"
@@ -65,10 +79,34 @@ def require_utf8_names() -> None:
         )
 
 
+def _end_on_ctrl_c(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Ends a program that Ctrl-C has reached by a sentence; other errors are shown as always."""
+    if not issubclass(kind, KeyboardInterrupt) or os.environ.get("UNICL_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    from unicl_fast.system.machine import LAUNCHED_BY_US
+
+    if os.environ.get("RANK", "0") == "0" and LAUNCHED_BY_US not in os.environ:
+        name = Path(sys.argv[0]).name
+        program = name if name.startswith("unicl-") else "unicl_fast"
+        print(f"\n{program}: stopped by Ctrl-C", file=sys.stderr)
+    sys.exit(EXIT_ABORTED)
+
+
 class _Output(io.FileIO):
     """Standard output or error, which leads nowhere once its reader has left."""
 
     def write(self, data: Any, /) -> int:
+        if (status := status_line.shown) is None or not self.isatty():
+            return self._write(data)
+        with status.printing():
+            written = self._write(data)
+            status.note(bytes(data[:written]))
+        return written
+
+    def _write(self, data: Any) -> int:
         try:
             return super().write(data) or 0
         except BrokenPipeError:
@@ -84,10 +122,11 @@ def _without_broken_pipe(stream: TextIO) -> TextIO:
         raw = _Output(stream.fileno(), "wb", closefd=False)
     except (AttributeError, OSError, ValueError):  # no stream at all, or one of a notebook's
         return stream
+    unbuffered = getattr(stream, "write_through", False)  # PYTHONUNBUFFERED, as containers set it
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=getattr(stream, "line_buffering", False),
-        write_through=getattr(stream, "write_through", False),
+        write_through=unbuffered,
     )

@@ -1,23 +1,17 @@
-"""The present stage of this process, for its watchdog; early stops; a stderr for progress bars.
-
-The present stage is one tuple in one place, since a process is one rank. A mark costs less than a
-microsecond and takes no lock: storing a name is atomic, and a watchdog tells marks by the object.
-
-Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked
-there. So an evaluation knows neither the trainer nor signals; alone, it always runs to its end.
-"""
+"""The present stage of this process, for its watchdog; early stops; a stderr for progress bars."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 OR_WAITING = ", or waiting for other ranks"
 """Suffix of a stage's name whose work contains collectives that are not marked one by one."""
-
-
 START_PATIENCE = 3.0
 """How many times the time limit a stage may last before the first step is done."""
 
@@ -34,6 +28,7 @@ class Stage(NamedTuple):
     """Whether the stage cannot end before other ranks have reached it."""
 
 
+# One name in one place, since a process is one rank. Storing it is atomic and takes no lock.
 _now = Stage("starting", patience=START_PATIENCE)
 
 
@@ -61,10 +56,7 @@ _watch_wait: Callable[[bool], None] | None = None
 
 @contextlib.contextmanager
 def watching_waits(watch: Callable[[bool], None]) -> Iterator[None]:
-    """Within this context, calls `watch` where a rank begins to wait for others, and ends to.
-
-    With True and False, in the thread that waits.
-    """
+    """Calls `watch`, in the waiting thread, with True as a rank begins to wait and then False."""
     global _watch_wait
     before, _watch_wait = _watch_wait, watch
     try:
@@ -74,12 +66,9 @@ def watching_waits(watch: Callable[[bool], None]) -> Iterator[None]:
 
 
 class WaitingForRanks:
-    """Marks a collective, in which a rank waits when ANOTHER one hangs; the stage resumes after it.
+    """Marks a collective, in which a rank waits if ANOTHER hangs; the stage resumes after it."""
 
-    A class, since a generator's context manager costs five times as much.
-    """
-
-    __slots__ = ("_before",)
+    __slots__ = ("_before",)  # a class: a generator's context manager costs five times as much
 
     def __enter__(self) -> None:
         global _now
@@ -105,10 +94,10 @@ _stop_checks: list[Callable[[], bool]] = []
 
 
 def heartbeat_and_check_stop() -> bool:
-    """Shows progress between two batches; returns whether to continue.
+    """Shows progress between two batches of an evaluation; returns whether to continue.
 
-    Ranks may get different answers: sum over all ranks, with the results, how many were told to
-    stop, and raise `EvaluationStopped` on all of them.
+    Ranks may get different answers: sum the stops over all ranks, with the results, and raise
+    `EvaluationStopped` on all of them.
     """
     mark_progress()
     return not any(is_stopped() for is_stopped in _stop_checks)
@@ -124,16 +113,51 @@ def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
         _stop_checks.remove(is_stopped)
 
 
-class ForgivingStderr:
-    """stderr for a progress bar, which must not end a run when its log is on a full disk.
+_SOON = 2.0
+"""Seconds after which work that nobody sees is shown."""
 
-    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.) All
-    are equal, by which tqdm knows the bars that a line must not be written into.
-    """
+
+class _SlowBar(tqdm):  # type: ignore[misc]  # tqdm has no types
+    """A bar of which a log gets a line now and then, a terminal a live image."""
+
+    def display(self, *arguments: Any, **options: Any) -> Any:
+        if not sys.stderr.isatty():
+            self.mininterval = 30
+        return super().display(*arguments, **options)
+
+
+def bar_if_slow(text: str, *, total: int, shown: bool) -> tqdm[Any]:
+    """A bar over `total` items for work of more than two seconds."""
+    return _SlowBar(
+        total=total,
+        desc=text,
+        disable=not shown,
+        delay=_SOON,
+        mininterval=min(0.2, _SOON),
+        dynamic_ncols=True,
+        file=ForgivingStderr(),
+    )
+
+
+@contextlib.contextmanager
+def said_if_slow(text: str, *, shown: bool = True) -> Iterator[None]:
+    """Says on stderr what takes more than two seconds, and has no number to count."""
+    say = threading.Timer(_SOON, lambda: print(f"{text} ...", file=ForgivingStderr(), flush=True))
+    say.daemon = True
+    if shown:
+        say.start()
+    try:
+        yield
+    finally:
+        say.cancel()
+
+
+class ForgivingStderr:
+    """stderr for a progress bar, which must not end a run when its log is on a full disk."""
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other: object) -> bool:  # so tqdm knows bars that share a terminal
         return isinstance(other, ForgivingStderr)
 
     def write(self, text: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 _ABSENT = object()
+_MOST_LEVELS = 100
 _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
 # user:password, and over http a token alone; abfs://container@account names no user
@@ -32,19 +33,36 @@ def count_of_kind(number: int, kind: str) -> str:
 
 
 def shorten(value: Any, *, limit: int = 100) -> str:
-    """Returns `repr(value)`, cut off after `limit` characters; only the type if it has none."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep; a number of more than 4,300 digits
-        return f"a {type(value).__name__}"
-    return text if len(text) <= limit else text[:limit] + "..."
+    """Returns the first `limit` characters of `repr(value)`, and makes hardly more of it."""
+    text = ""
+    for piece in _pieces_of(value, limit, _MOST_LEVELS):
+        text += piece
+        if len(text) > limit:
+            return text[:limit] + "..."
+    return text
+
+
+def _pieces_of(value: Any, limit: int, levels: int) -> Iterator[str]:
+    if type(value) in (list, tuple, dict) and value and levels:
+        brackets = repr(type(value)())
+        for number, entry in enumerate(value):
+            yield ", " if number else brackets[0]
+            yield from _pieces_of(entry, limit, levels - 1)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _pieces_of(value[entry], limit, levels - 1)
+        yield "," * (isinstance(value, tuple) and len(value) == 1) + brackets[1]
+    elif isinstance(value, str | bytes) and len(value) > limit:
+        yield repr(value[: limit + 1])
+    else:
+        try:
+            yield repr(value)
+        except (RecursionError, ValueError):  # nested too deep; a number of over 4,300 digits
+            yield f"a {type(value).__name__}"
 
 
 def without_secrets(text: str) -> str:
-    """Returns a text whose URLs have neither user and password nor a query (signatures, tokens).
-
-    For all that is shown or stored; requests take the URL as it was given.
-    """
+    """Returns a text whose URLs have neither user and password nor a query (signatures, tokens)."""
     text = _USER.sub(lambda match: match[1] or match[2], text)
     return _QUERY.sub(r"\1?...", text)
 
@@ -55,10 +73,7 @@ def encodable(text: str) -> str:
 
 
 def print_text(text: str, file: TextIO) -> None:
-    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped.
-
-    URLs are printed without user, password and query.
-    """
+    """Prints any names: escapes what a terminal would obey, and shows URLs without secrets."""
     encoding = file.encoding or "utf-8"
     shown = "".join(
         character
@@ -75,10 +90,7 @@ def markdown_text(text: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well on a screen too; the first column is aligned left.
-
-    A cell is shown as it is: what would be markup in Markdown or HTML is escaped.
-    """
+    """A table that also reads well as text; the first column is aligned left, cells are escaped."""
     cells = [[markdown_text(cell) for cell in row] for row in (header, *rows)]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]

@@ -1,8 +1,7 @@
 """Lists of class names and prompt templates: files, and those that installed packages bring.
 
 Names and templates of ImageNet are open_clip's, its wnids are timm's; those of the data sets that
-CLIP was evaluated on come from the package clip-benchmark, where it is installed. `prompts` makes
-prompts of them; packing needs the lists only, without the compiled kernels there.
+CLIP was evaluated on come from the package clip-benchmark, where it is installed.
 """
 
 from __future__ import annotations
@@ -10,9 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+from unicl_fast.system.installation import install_command
+from unicl_fast.system.untrusted_files import read_text
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 """One template for classes of things that are photographed, where variety is not wanted."""
@@ -37,6 +40,20 @@ def imagenet_templates() -> tuple[str, ...]:
     return check_templates(templates, origin="open_clip's ImageNet templates")
 
 
+def templates_for(class_names: Sequence[str]) -> tuple[str, ...]:
+    """ImageNet's templates if at least half of the names are ImageNet's, else the simple one.
+
+    They were chosen for ImageNet's classes: few products are met as a sculpture or as origami.
+    """
+    known = set(map(_plain, imagenet_class_names()))
+    num_known = sum(_plain(name) in known for name in class_names)
+    return imagenet_templates() if 2 * num_known >= len(class_names) else SIMPLE_TEMPLATES
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))
+
+
 def imagenet_wnids() -> tuple[str, ...]:
     """WordNet ids of ImageNet-1K in sorted order, which is the order of its labels."""
     from timm.data.imagenet_info import ImageNetInfo  # here, because timm loads torch
@@ -53,7 +70,8 @@ def read_class_names(source: str | Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file.
+        ModuleNotFoundError: clip-benchmark is not installed.
+        ValueError: not such a file, or the package has no such data set.
     """
     if str(source) == "imagenet":
         return imagenet_class_names()
@@ -101,17 +119,14 @@ def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ..
 def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...]:
     """A list of clip-benchmark, or the stripped lines of a file."""
     if source.startswith(CLIP_BENCHMARK):
-        return clip_benchmark_list(what, source.removeprefix(CLIP_BENCHMARK))
+        return _clip_benchmark_list(what, source.removeprefix(CLIP_BENCHMARK))
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"no file of {what} at {path}; give a text file with one a line, "
             f"or one of the built-in lists: {built_in}, {CLIP_BENCHMARK}DATA_SET"
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from error
+    lines = read_text(path).rstrip().splitlines()
     if not lines:
         raise ValueError(f"{path} holds no {what}; it needs one a line")
     for number, line in enumerate(lines, start=1):
@@ -120,33 +135,23 @@ def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...
     return tuple(line.strip() for line in lines)
 
 
-def clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
+def _clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
     """A list of clip-benchmark for a data set such as cifar10, pets or fgvc_aircraft.
 
     It is read from the package's file: the package itself imports much.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-        ValueError: it has no such data set; the message lists those it has.
     """
-    lists = _clip_benchmark_file(_CLIP_BENCHMARK_FILES[what])
+    path = installed_file(
+        "clip_benchmark",
+        f"datasets/{_CLIP_BENCHMARK_FILES[what]}",
+        missing="names that begin with clip-benchmark: come from the package clip-benchmark; "
+        f"install it with: {install_command('evaluation')}",
+    )
+    lists: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     if key not in lists:
         raise ValueError(
             f"clip-benchmark has no {what} for {key!r}; it has them for {', '.join(sorted(lists))}"
         )
     return tuple(lists[key])
-
-
-@functools.cache
-def _clip_benchmark_file(name: str) -> dict[str, list[str]]:
-    path = installed_file(
-        "clip_benchmark",
-        f"datasets/{name}",
-        missing="names that begin with clip-benchmark: come from the package clip-benchmark; "
-        "install it with: pip install 'unicl_fast[evaluation]'",
-    )
-    lists: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
-    return lists
 
 
 @functools.cache

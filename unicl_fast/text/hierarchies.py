@@ -1,19 +1,17 @@
 """Hierarchies of classes: read from files, checked, and walked from the top to a class.
 
-A hierarchy is a forest: a class has one parent or none. WordNet gives some synsets several parents,
-of which the first one counts. Classes above others that are no labels of the data set have names
-too, so that prompts can be made of them.
+A hierarchy is a forest: a class has one parent or none (of WordNet's several, the first one).
+Classes above others that are no labels of the data set have names too, for prompts.
 """
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.system.checked_fields import parse_json
+from unicl_fast.system.untrusted_files import read_json, read_text, reading_table
 from unicl_fast.system.wording import count_of
 
 _MOST_LEVELS = 100
@@ -85,21 +83,17 @@ def read_parents(path: Path, *, columns: Sequence[str] = ()) -> dict[str, str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with a hierarchy of classes")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from error
     if path.suffix in (".csv", ".tsv"):
-        return _parents_in_table(text, path, columns)
+        return _parents_in_table(path, columns)
     if columns:
         raise ValueError(f"{path}: only a .csv or .tsv file has columns ({', '.join(columns)})")
     if path.suffix == ".json":
-        values = parse_json(text, where=str(path))
+        values = read_json(path)
         if not isinstance(values, dict) or not all(isinstance(one, str) for one in values.values()):
             raise ValueError(f'{path} must hold {{"child": "parent", ...}}, names as texts')
         return values
     parents: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split()
         if len(words) != 2:
             raise ValueError(
@@ -109,22 +103,22 @@ def read_parents(path: Path, *, columns: Sequence[str] = ()) -> dict[str, str]:
     return parents
 
 
-def _parents_in_table(text: str, path: Path, columns: Sequence[str]) -> dict[str, str]:
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    rows = csv.DictReader(text.splitlines(), delimiter=delimiter)
-    header = list(rows.fieldnames or ())
-    if unknown := [column for column in columns if column not in header]:
-        raise ValueError(f"{path} has no column {unknown[0]!r}; it has {', '.join(header)}")
+def _parents_in_table(path: Path, columns: Sequence[str]) -> dict[str, str]:
     parents: dict[str, str] = {}
-    for row in rows:
-        names = [" ".join((row[column] or "").split()) for column in columns or header]
-        names = [name for name, _ in itertools.groupby(filter(None, names))]  # Gorilla gorilla
-        for parent, child in itertools.pairwise(names):
-            if parents.setdefault(child, parent) != parent:
-                raise ValueError(
-                    f"{path}: line {rows.line_num} puts {child!r} under {parent!r}, an earlier "
-                    f"line under {parents[child]!r}; a class has one parent: make the names differ"
-                )
+    with reading_table(path, delimiter="\t" if path.suffix == ".tsv" else ",") as rows:
+        header = list(rows.fieldnames or ())
+        if unknown := [column for column in columns if column not in header]:
+            raise ValueError(f"{path} has no column {unknown[0]!r}; it has {', '.join(header)}")
+        for row in rows:
+            names = [" ".join((row[column] or "").split()) for column in columns or header]
+            names = [name for name, _ in itertools.groupby(filter(None, names))]  # Gorilla gorilla
+            for parent, child in itertools.pairwise(names):
+                if parents.setdefault(child, parent) != parent:
+                    raise ValueError(
+                        f"{path}: line {rows.line_num} puts {child!r} under {parent!r}, an earlier "
+                        f"line under {parents[child]!r}; a class has one parent: make the names "
+                        "differ"
+                    )
     return parents
 
 
@@ -133,7 +127,7 @@ def read_names(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with names of classes")
     names = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         key, tab, name = line.partition("\t")
         if not tab or not name.strip():
             raise ValueError(f"{path}: line {number} must be KEY<TAB>NAME, not {line[:80]!r}")

@@ -1,9 +1,7 @@
 """Class names x templates -> prompts, their token table, and the training class of each.
 
-A sample with a label gets its text from here ("a photo of a {}."), tokenised once at the start of
-a run, so that drawing a prompt is reading a row. The table also knows which texts are prompts, so
-that a caption equal to one joins its class, and merges classes that have a prompt in common. The
-plan decides which template a sample gets; the classes of one batch are `objectives`' work.
+Prompts are tokenised once at the start of a run, so that drawing one is reading a row. The table
+also finds captions that are prompts, and merges classes that have a prompt in common.
 """
 
 from __future__ import annotations
@@ -54,10 +52,9 @@ _MOST_FILES = 8
 class ClassPrompts:
     """The prompts of all classes of all sources as one table of tokens.
 
-    A class id is a label with its source in front (see `LABEL_BITS`; the label itself in source
-    0), so that ids need no list of classes and a source without class
-    names can have labels too. Classes that have a prompt in common are merged: the smallest id
-    stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
+    A class id is a label with its source in front (see `LABEL_BITS`), so that a source without
+    class names can have labels too. Classes that have a prompt in common are merged: the smallest
+    id stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
 
     Attributes:
         tokens: uint16 [rows, l], all prompts, padded with 0 to the longest one's length.
@@ -75,7 +72,6 @@ class ClassPrompts:
         sources: Sequence[tuple[Sequence[str], Sequence[str]]],
         tokenizer: Tokenizer,
         *,
-        names_above: Sequence[Sequence[str]] = (),
         cache_folder: Path | None = None,
     ) -> None:
         """Tokenises all prompts (about 2 s for ImageNet's 80,000) and merges classes.
@@ -83,8 +79,6 @@ class ClassPrompts:
         Args:
             sources: class names and templates of each source; both empty if it has captions only.
             tokenizer: the one that the captions were encoded with.
-            names_above: names of the classes above those of each source, which are numbered after
-                them; () where there are none.
             cache_folder: keeps the token rows of many prompts, for the next start and the other
                 ranks of this machine; None keeps nothing.
 
@@ -94,11 +88,6 @@ class ClassPrompts:
         for source, (names, templates) in enumerate(sources):
             if names:
                 check_templates(tuple(templates), origin=f"the templates of source {source}")
-        names_above = names_above or [()] * len(sources)
-        sources = [
-            ((*names, *above), templates)
-            for (names, templates), above in zip(sources, names_above, strict=True)
-        ]
         self._names = [tuple(names) for names, _ in sources]
         self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)
         self.num_templates = np.array(
@@ -195,11 +184,7 @@ class ClassPrompts:
         """Computes `merged_classes`; the first few groups are also written to the log."""
         groups: dict[int, list[tuple[int, int]]] = {}
         for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
-            if 1 << LABEL_BITS:
-                source, label = divmod(member, (1 << LABEL_BITS))
-            else:  # the names are the same wherever there are any
-                source, label = next(i for i, names in enumerate(self._names) if names), member
-            groups.setdefault(merged, []).append((source, label))
+            groups.setdefault(merged, []).append(divmod(member, 1 << LABEL_BITS))
         shown = [
             " = ".join(
                 f"{self._names[source][label]!r} (source {source}, label {label})"
@@ -229,11 +214,7 @@ def _file_name(sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer
 
 
 def _read_or_make(path: Path, make: Callable[[], UInt16Array]) -> UInt16Array:
-    """Reads token rows from a cache, or makes them and keeps them there.
-
-    One process of a machine makes them and the others wait for it. Where nothing can be kept, each
-    makes its own.
-    """
+    """Reads token rows from a cache; one process of a machine makes them, the others wait."""
     rows = None
     try:
         rows = _read_rows(path)
@@ -264,10 +245,8 @@ def _read_rows(path: Path) -> UInt16Array | None:
 
 
 def _write_rows(path: Path, rows: UInt16Array) -> None:
-    """Writes rows as a .npy file behind its checksum; removes files that were not used for long.
-
-    It is called with the lock held, so partial files are those of processes that were killed.
-    """
+    """Writes rows as a .npy file behind its checksum; removes files that were not used for long."""
+    # The lock is held, so partial files are those of processes that were killed.
     for partial in path.parent.glob(".prompts-*.partial"):
         partial.unlink(missing_ok=True)
     content = io.BytesIO()

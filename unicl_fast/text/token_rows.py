@@ -59,8 +59,7 @@ def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
     """64-bit hashes of rows: mixed sums of pairs of tokens x factor of their position.
 
     A sum, not a chain, so that the compiler uses vector registers and padding adds nothing. Rows
-    that differ in one pair never collide: the factors are odd and pairs are below 2**32. By pairs
-    (which are read at once) it takes as long as reading the rows does.
+    that differ in one pair never collide: the factors are odd and pairs are below 2**32.
     """
     num_rows, length = rows.shape
     num_pairs = length // 2
@@ -92,10 +91,7 @@ def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
 
 @kernel
 def make_table(capacity: int) -> UInt64Array:
-    """An empty hash table for `capacity` rows, at most half full.
-
-    An entry is the upper half of a hash beside the number of a row plus 1; 0 is an empty entry.
-    """
+    """An empty hash table for `capacity` rows: upper half of a hash, number of a row plus 1."""
     size = 16
     while size < 2 * capacity:
         size *= 2

@@ -1,11 +1,8 @@
 """Text -> token ids: CLIP's byte-pair encoding, id for id what `open_clip.tokenize` gives.
 
-The merging of pairs is Hugging Face `tokenizers` (Rust). What comes before it decides whether ids
-are equal, and is done here with the very libraries that open_clip asks: ftfy's repairs, HTML
-entities, Python's `lower()`, and the letters and digits of the `regex` package (see
-`_word_pattern`). The vocabulary file is open_clip's own.
-
-Importing this module imports neither torch nor open_clip: packing workers need only `encode`.
+Hugging Face `tokenizers` (Rust) merges pairs. What comes before decides whether ids are equal, and
+is done with the libraries that open_clip asks: ftfy, HTML entities, `lower()`, and the letters and
+digits of `regex`. Importing this module imports neither torch nor open_clip, for packing workers.
 """
 
 from __future__ import annotations
@@ -114,11 +111,8 @@ class Tokenizer:
         return str(self._bpe.decoder.decode([characters])).strip()
 
     def _encode_with_markers(self, text: str) -> list[int]:
-        """Ids of a cleaned text that may spell out a marker: open_clip gives a marker its own id.
-
-        Only where it is a word of its own: in "!<end_of_text>" the "<" belongs to the word "!<".
-        That rules out the added tokens of `tokenizers`, which are cut out before any other rule.
-        """
+        """Ids of a cleaned text that may spell out a marker: as a word it has an id of its own."""
+        # Added tokens of `tokenizers` are cut out before any other rule, also of "!<end_of_text>".
         markers = {_START: self.start_id, _END: self.end_id}
         ids: list[int] = []
         for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
@@ -152,11 +146,8 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _clean(text: str) -> str:
-    """Cleans a text as open_clip does before splitting it, up to white space between words.
-
-    White space is left as it is since it only separates words. For printable ASCII without "&"
-    ftfy and `unescape` have nothing to do; skipping them makes such captions several times cheaper.
-    """
+    """Cleans a text as open_clip does before splitting it, up to white space between words."""
+    # For printable ASCII without "&" ftfy and `unescape` have nothing to do.
     if text.isascii() and text.isprintable() and "&" not in text:
         return text.lower()
     import ftfy  # here, as `regex` below: a tenth of a second, for which --help need not wait
@@ -166,11 +157,16 @@ def _clean(text: str) -> str:
     return " ".join(repaired.split()).lower()
 
 
+def read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's vocabulary, token -> id in their order, and its merges in order of rank."""
+    merges = _read_merges()
+    return _build_vocabulary(merges), merges
+
+
 @functools.cache  # it takes a tenth of a second
 def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int], str]:
     """CLIP's byte-pair encoding, its vocabulary, and the hash of its merges."""
-    merges = _read_merges()
-    vocabulary = _build_vocabulary(merges)
+    vocabulary, merges = read_vocabulary()
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
     )
@@ -199,7 +195,7 @@ def _read_merges() -> list[tuple[str, str]]:
 
 def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Token -> id: bytes, bytes that end a word, merged pairs, the two markers."""
-    characters = sorted(_byte_characters())  # see _byte_characters for the order of ids
+    characters = sorted(_byte_characters())  # not in the order of bytes
     tokens = [*characters, *(character + _WORD_END for character in characters)]
     tokens += [left + right for left, right in merges]
     tokens += [_START, _END]
@@ -208,11 +204,7 @@ def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 @functools.cache
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte, as in GPT-2's byte-level encoding.
-
-    Printable Latin-1 characters stand for themselves; the other 68 bytes take the characters from
-    U+0100 on. Ids of single bytes follow the order of these characters, not of the bytes.
-    """
+    """The printable character that stands for each byte, as in GPT-2's byte-level encoding."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -223,11 +215,9 @@ def _word_pattern() -> str:
     """CLIP's pattern for words, with the classes of characters written out as ranges.
 
     Rust's regular expressions know another version of Unicode than the `regex` package that
-    open_clip uses: 17,000 letters and 336 digits were not the same in those tried. So the ranges
-    are read from `regex`, by matching it against all characters (about 0.1 s, once a process).
-
-    The pattern ignores case. In lower-case text that concerns two characters: the long s (U+017F)
-    equals "s", and U+0345 is a letter because it equals a small iota.
+    open_clip uses, so the ranges are read from `regex` (about 0.1 s, once a process). The pattern
+    ignores case. In lower-case text that concerns two characters: the long s (U+017F) equals "s",
+    and U+0345 is a letter because it equals a small iota.
     """
     import regex
 

@@ -10,14 +10,15 @@ import torch
 
 from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Loader, ReadingTime
-from unicl_fast.config import TrainConfig
+from unicl_fast.checkpoints.load import build_model
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.compilation import fuse_window_attention
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, place_module, set_device_arithmetic
 from unicl_fast.models.sharding import check_sharding, divides_all
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
 from unicl_fast.training.limits import NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import DatasetMeter
@@ -89,7 +90,8 @@ def make_trainer(
     if any(stage.efficiency.micro_batch_size for stage in config.settings_of_stages):
         check_micro_batches(model)
     _place(model, config, device, ranks)
-    observers = _usual_observers(config, given, ranks, run_folder, reading, progress=progress)
+    stored = config_to_dict(given)
+    observers = _usual_observers(config, stored, ranks, run_folder, reading, progress=progress)
     if dataset_meter is not None:
         observers.append(DatasetNumbers(dataset_meter))
     if ledger is not None:
@@ -97,7 +99,7 @@ def make_trainer(
     if run_folder is not None:
         keep, check = config.checkpoint.keep, check_run_folder
         observers.append(
-            Checkpoints(run_folder, keep=keep, given=given, ranks=ranks, check_run_folder=check)
+            Checkpoints(run_folder, keep=keep, given=stored, ranks=ranks, check_run_folder=check)
         )
     return Trainer(
         config,
@@ -112,15 +114,16 @@ def make_trainer(
 
 def _usual_observers(
     config: TrainConfig,
-    given: TrainConfig,
+    given: Mapping[str, Any],
     ranks: Ranks,
     folder: Path | None,
     reading: ReadingTime | None,
     *,
     progress: bool,
 ) -> list[Observer]:
+    trackers = config.run.trackers
     return [
-        RunLog(config, folder, given=given, ranks=ranks, reading=reading, progress=progress),
+        RunLog(trackers, folder, given=given, ranks=ranks, reading=reading, progress=progress),
         WeightsAgree(),
         NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=folder),
         ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=folder),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.load import read_state
+from unicl_fast.checkpoints.load import build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
@@ -24,29 +24,31 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.sharding import check_sharding
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.data import (
-    build_prompts,
     cache_options,
     check_tokenizer,
     describe_datasets,
     distinct_names,
+    log_cut_captions,
     longest_text,
     open_datasets,
     rows_of_class_names,
+    warn_of_shared_images,
 )
 from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.settle import settle
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
-from unicl_fast.training.stored_features import check_stored_features, stored_features
+from unicl_fast.training.stored_features import stored_features
 from unicl_fast.training.trainer import Evaluation, Trainer
 
 BuildLoader = Callable[..., PlannedLoader]
@@ -100,11 +102,12 @@ def build_trainer(
     config = data.config
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
+    mark("building the model", patience=START_PATIENCE)
     model = build_model(config)
     if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
         mark("reading the initial weights", patience=START_PATIENCE)
         initialise(model, ranks)
-    mark("opening the data and building the model", patience=START_PATIENCE)
+    mark("planning batches; a machine's first run compiles kernels", patience=START_PATIENCE)
     build = functools.partial(
         build_loader,
         datasets=data.datasets,
@@ -117,7 +120,7 @@ def build_trainer(
     sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
     trainer = make_trainer(
         config,
-        _DrawsFirstBatch(loader, sheet),
+        _DrawsFirstBatch(loader, sheet, data.datasets),
         given=given,
         run_folder=run_folder,
         model=model,
@@ -149,12 +152,12 @@ def _stored_features(
 ) -> list[FeatureFile]:
     """Features of a frozen encoder, for images as the last stage shows them."""
     last = data.config.settings_of_stages[-1]
-    in_order = dataclasses.replace(last, data=dataclasses.replace(last.data, shuffle_window=0))
+    in_order = last.changed(data={"shuffle_window": 0})
     return stored_features(
         trainer.model,
         data.datasets,
         build_loader=lambda: _DrawsFirstBatch(
-            build(in_order, prompts=data.prompts, weights=None), sheet
+            build(in_order, prompts=data.prompts, weights=None), sheet, data.datasets
         ),
         ranks=trainer.ranks,
         device=trainer.device,
@@ -166,8 +169,7 @@ def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] 
     check_sharding(config.efficiency, optimizer=config.optim.name)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
-        check_tokenizer(dataset, context_length=config.model.context_length)
-    check_stored_features(config, datasets)
+        check_tokenizer(dataset)
     return datasets, weights
 
 
@@ -177,18 +179,40 @@ def _open_data(
     """Opens the data on all ranks, and settles the config."""
     datasets, weights = open_checked(config)
     config = settle(config, device=device, ranks=ranks, datasets=datasets, stored=stored)
+    if config.objective.uses_texts:
+        for dataset in datasets:
+            log_cut_captions(dataset, config.model.context_length)
     description = describe_datasets(datasets, weights)
     if ranks.world_size > 1:
         mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
             check_ranks_agree(describe_rank(config_to_dict(config), description), ranks)
-        mark("opening the data and building the model", patience=START_PATIENCE)
+    mark("making prompts of the class names", patience=START_PATIENCE)
     return RunData(
         config=config,
         datasets=datasets,
         weights=weights,
         description=description,
         prompts=build_prompts(datasets, config),
+    )
+
+
+def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
+    """Builds the prompts of all classes of all data sets, as long as the model reads them.
+
+    So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
+    are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
+    """
+    sources = []
+    for manifest in (dataset.manifest for dataset in datasets):
+        names = manifest.class_names
+        if config.data.prompts == "levels" and manifest.hierarchy is not None:
+            names = (*names, *manifest.hierarchy.names)  # classes above come after the others
+        sources.append((names, manifest.templates))
+    return ClassPrompts(
+        sources,
+        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
+        cache_folder=cache_options(config.data).place / "prompts",
     )
 
 
@@ -251,8 +275,11 @@ class _DrawsFirstBatch:
     It draws nothing where there is no path.
     """
 
-    def __init__(self, loader: PlannedLoader, path: Path | None) -> None:
+    def __init__(
+        self, loader: PlannedLoader, path: Path | None, datasets: Sequence[PackedDataset]
+    ) -> None:
         self._loader, self._path = loader, path
+        self._class_names = [one.manifest.class_names for one in datasets]
         self.plan = loader.plan
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -260,7 +287,7 @@ class _DrawsFirstBatch:
             is_images = batch.images.ndim == 4  # features are nothing to look at
             if self._path is not None and batch.step == 0 and is_images:
                 with drawing(self._path):
-                    draw_contact_sheet(batch, self._path)
+                    draw_contact_sheet(batch, self._path, self._class_names)
             yield batch
             del batch  # before the next one is requested
 
@@ -306,7 +333,11 @@ def _build_evaluations(data: RunData, ranks: Ranks, evaluate: Evaluate) -> dict[
         datasets = open_evaluated(config)
         names = evaluation_names(config, datasets)
     names = from_rank_0(names, ranks)  # others would have other names for links to other folders
+    if ranks.is_main:
+        warn_of_shared_images(data.datasets, datasets)
     for dataset, name in zip(datasets, names, strict=True):
+        if config.objective.uses_texts:
+            log_cut_captions(dataset, config.model.context_length)
         rows = None
         if config.objective.evaluation == "accuracy":
             names_of_classes = dataset.manifest.class_names

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config import DataConfig
 from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES, CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import shared_images
+from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
+from unicl_fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,14 @@ def open_datasets(
             raise ValueError(f"data.train: no folder {folder}, and no number after its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     limit, cache = data.max_bad_fraction if verify else None, cache_options(data)
-    datasets = [
-        PackedDataset(folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache)
-        for folder, fraction in zip(folders, fractions, strict=True)
-    ]
+    datasets = []
+    for folder, fraction in zip(folders, fractions, strict=True):
+        mark(f"opening {without_secrets(folder)}", patience=START_PATIENCE)
+        datasets.append(
+            PackedDataset(
+                folder, fraction=fraction, max_bad_fraction=limit, verify=verify, cache=cache
+            )
+        )
     if not verify:
         return datasets, given or None
     for dataset in datasets:
@@ -179,25 +185,6 @@ def _num_machines() -> int:
     return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
-def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
-    """Builds the prompts of all classes of all data sets, as long as the model reads them.
-
-    So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
-    are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
-    """
-    manifests = [dataset.manifest for dataset in datasets]
-    names_above: list[tuple[str, ...]] = [()] * len(datasets)
-    if config.data.prompts == "levels":
-        hierarchies = (manifest.hierarchy for manifest in manifests)
-        names_above = [() if one is None else one.names for one in hierarchies]
-    return ClassPrompts(
-        [(manifest.class_names, manifest.templates) for manifest in manifests],
-        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
-        names_above=names_above,
-        cache_folder=cache_options(config.data).place / "prompts",
-    )
-
-
 def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> int:
     """Tokens of the longest caption or prompt, start and end tokens included."""
     lengths = [dataset.captions["tokens_length"].max(initial=0) for dataset in datasets]
@@ -260,11 +247,26 @@ def rows_of_class_names(
     return np.array([row_of[name] for name in names], dtype=np.int64)
 
 
-def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
+def warn_of_shared_images(
+    datasets: Sequence[PackedDataset], evaluated: Sequence[PackedDataset]
+) -> None:
+    """Warns of images that are trained on and evaluated, byte for byte."""
+    for held_out in evaluated:
+        for dataset in datasets:
+            if count := shared_images(dataset, held_out):
+                logger.warning(
+                    "DATA: %s of the %s of %s are in %s too, so its results say nothing of new "
+                    "images: divide the sources anew by unicl-pack build SOURCE... --split 0.9",
+                    f"{count:,}", count_of(len(held_out), "image"), held_out.location,
+                    dataset.location,
+                )  # fmt: skip
+
+
+def check_tokenizer(dataset: PackedDataset) -> None:
     """Refuses token ids that the model would misread.
 
     Raises:
-        ValueError: packed with another vocabulary or longer texts than the model takes.
+        ValueError: packed with another vocabulary.
     """
     manifest, tokenizer = dataset.manifest, Tokenizer()
     if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
@@ -278,8 +280,13 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
             f"{dataset.folder / 'tokens.npy'} is damaged: token {dataset.largest_token} is beyond "
             f"the vocabulary of {tokenizer.vocab_size}; copy the data set again"
         )
-    if manifest.context_length > context_length:
-        raise ValueError(
-            f"{dataset.location} holds texts of up to {manifest.context_length} tokens, the model "
-            f"takes {context_length}: set model.context_length={manifest.context_length}"
-        )
+
+
+def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:
+    """Says how many captions the model reads only the beginning of, if any."""
+    if number := dataset.count_longer_captions(context_length):
+        logger.info(
+            "%s: %s of %s are cut to model.context_length=%d tokens",
+            dataset.location, f"{number:,}", count_of(len(dataset.captions), "caption"),
+            context_length,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch, Texts
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import pad_texts, round_up_length, rounds_sizes
 from unicl_fast.models.precision import Precision, normalise_images
@@ -47,12 +47,12 @@ class WholeBatch:
     def __init__(self, encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> None:
         """Prepares images and texts; mixes images if the objective does."""
         self._encode = encode
-        self._autocast = encoder_autocast(config, ranks, batch.images.device.type)
+        self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
         texts = counts = None
         if config.objective.uses_texts:
             tokens, num_tokens, texts, counts = texts_to_encode(
-                batch.texts, batch.targets.text_class_ids, config
+                batch.texts, batch.targets.text_class_ids, config.efficiency
             )
             self._texts = tokens, num_tokens
         self._images, self.classes = config.objective.mix(
@@ -77,13 +77,13 @@ class WholeBatch:
 
 
 def encoder_autocast(
-    config: TrainConfig, ranks: Ranks, device_type: str
+    efficiency: EfficiencyConfig, ranks: Ranks, device_type: str
 ) -> contextlib.AbstractContextManager[object]:
     """The context in which encoders run in training."""
     # where ranks divide the blocks, the cache would keep a whole copy in 16 bits of every block
     # until the end of the forward pass
-    cache_enabled = not divides_all(config.efficiency, ranks)
-    return Precision(config.efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
+    cache_enabled = not divides_all(efficiency, ranks)
+    return Precision(efficiency.precision).autocast(device_type, cache_enabled=cache_enabled)
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
@@ -123,7 +123,7 @@ def classes_of_images(batch: Batch) -> Tensor | Membership:
 
 
 def texts_to_encode(
-    texts: Texts, class_ids: Tensor, config: TrainConfig
+    texts: Texts, class_ids: Tensor, efficiency: EfficiencyConfig
 ) -> tuple[Tensor, int | None, Tensor, Tensor]:
     """Cuts off the padding that no text needs, and counts tokens, so that none is computed.
 
@@ -131,7 +131,7 @@ def texts_to_encode(
         Token rows [u l]; the number of their tokens that are not padding; class ids [u] and counts
         [u] of the texts. `rounds_sizes` says where sizes are rounded up.
     """
-    rounds, longest = rounds_sizes(config.efficiency, texts.tokens.device), int(texts.lengths.max())
+    rounds, longest = rounds_sizes(efficiency, texts.tokens.device), int(texts.lengths.max())
     tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
     found = tokens, int(texts.lengths.sum()), class_ids, texts.counts
     return pad_texts(*found) if rounds else found

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from unicl_fast.batch import Batch
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.wording import encodable
 from unicl_fast.text.prompts import LABEL_BITS
 from unicl_fast.text.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
+_COLUMNS, _MOST_ROWS, _LONGEST_NAME = 8, 4, 28  # of the contact sheet
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
@@ -102,11 +103,11 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_contact_sheet(batch: Batch, path: Path) -> None:
+def draw_contact_sheet(batch: Batch, path: Path, class_names: Sequence[Sequence[str]] = ()) -> None:
     """Draws the first images of a batch over their classes and texts, as a PNG.
 
     Images are exactly as the model gets them; texts are its tokens. The colour of a frame is
-    the class: equal colours are positives of each other.
+    the class: equal colours are positives of each other. `class_names` are those of each data set.
     """
     from matplotlib import colormaps
 
@@ -127,7 +128,9 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
         text = tokenizer.decode(batch.texts.tokens[batch.texts.index[number]].tolist())
         lines = textwrap.wrap(text, width=22, max_lines=3, placeholder=" ...")
         axis.set_xlabel("\n".join(lines), fontsize=7, color=INK)
-        axis.set_title(_class_name(class_ids[number]), fontsize=6, color=FAINT, pad=3)
+        name = _class_name(class_ids[number], class_names)
+        name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+        axis.set_title(name, fontsize=6, color=FAINT, pad=3)
         for spine in axis.spines.values():
             spine.set(
                 color=colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1), linewidth=3
@@ -140,11 +143,13 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _class_name(class_id: int) -> str:
-    """A class id in few characters: data set and label, or that it is a caption's."""
+def _class_name(class_id: int, class_names: Sequence[Sequence[str]]) -> str:
+    """The name of a class, its label where it has none, or that it is a caption's."""
     if class_id >= CAPTION_KEYS_START:
         return "caption"
     source, label = divmod(class_id, 1 << LABEL_BITS)
+    if source < len(class_names) and label < len(class_names[source]):
+        return class_names[source][label]
     return f"class {label}" + f" of data set {source + 1}" * (source > 0)
 
 
@@ -162,4 +167,5 @@ def _label(axis: Axes, *, title: str, y: str) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with replacing(path, flush=False) as aside:
+        figure.savefig(aside, format="png")

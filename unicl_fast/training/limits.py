@@ -25,6 +25,7 @@ from unicl_fast.config import RunConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
 from unicl_fast.stages import Span, span_at
+from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import without_secrets
 from unicl_fast.training.trainer import Observer, Trainer
 
@@ -112,7 +113,7 @@ class NonfiniteSteps(Observer):
         if overflowed and scales_loss and scaler.get_scale() < 1:
             raise FloatingPointError(
                 f"no gradient of the {len(steps)} steps before step {done} was finite in fp16, "
-                "whatever the loss scale: use efficiency.precision=bf16"
+                "at any loss scale: use efficiency.precision=bf16"
             )
 
     def _report(self, fault: str, where: str) -> None:
@@ -149,7 +150,7 @@ class NonfiniteSteps(Observer):
                 "ranks": [{"rank": rank, **samples} for rank, samples in enumerate(every)],
             }
             try:
-                path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                write_text_atomically(path, json.dumps(content, indent=1) + "\n")
             except OSError as error:
                 logger.error("the samples of step %d cannot be written down: %s", step, error)
         return f"; its samples are in {path}"

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig, EfficiencyConfig, OptimConfig, Shard, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.blocks import find_blocks, has_batch_norm
@@ -34,7 +35,7 @@ from unicl_fast.models.compilation import (
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.sharding import check_sharding, largest_load
-from unicl_fast.models.unicl import UniCL, build_model
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import stores_logits
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
 from unicl_fast.system.machine import free_memory
@@ -360,9 +361,7 @@ def build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
 
 
 def _with(config: TrainConfig, **efficiency: Any) -> TrainConfig:
-    return dataclasses.replace(
-        config, efficiency=dataclasses.replace(config.efficiency, **efficiency)
-    )
+    return config.changed(efficiency=efficiency)
 
 
 def _with_known_precision(config: TrainConfig, device_type: str) -> TrainConfig:

@@ -7,7 +7,6 @@ step waits for the device. A disk that fails costs lines, not the run.
 from __future__ import annotations
 
 import collections
-import io
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_rows, gather_to_rank_0, sum_integers
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
+from unicl_fast.system.untrusted_files import open_file, read_file
 from unicl_fast.system.wording import shorten
 from unicl_fast.training.step_clock import NO_TRAINING, StepClock
 from unicl_fast.training.trackers import Trackers
@@ -32,6 +32,7 @@ from unicl_fast.training.trackers import Trackers
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+_MOST_BYTES = 4 << 30  # of a file that is read: some five million lines
 
 _RECENT_SUMMARIES = 20
 """Summaries whose steps tell how long the next ones will take."""
@@ -228,7 +229,7 @@ class MetricsWriter:
 
     def _open(self) -> None:
         # unbuffered: what is refused does not come back later
-        self._file = io.FileIO(self._path, "a")
+        self._file = open_file(self._path, "ab", buffering=0)
 
     def _append(self, line: bytes) -> None:
         """Appends the whole line or nothing: the next one must not stick to half a line."""
@@ -262,7 +263,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     A last line that was cut off is left out too: the run was ended there.
     """
     path = run_folder / METRICS_NAME
-    *lines, cut_off = path.read_bytes().split(b"\n")
+    *lines, cut_off = read_file(path, most_bytes=_MOST_BYTES).split(b"\n")
     found = [_parse_line(line) for line in lines]
     damaged = [number for number, values in enumerate(found) if values is None]
     if damaged:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.models.freezing import encoder_is_frozen, is_trained
 from unicl_fast.models.sharding import divides_all
@@ -35,7 +35,6 @@ from unicl_fast.training.encoding import (
     Send,
     classes_of_images,
     encoder_autocast,
-    encoder_input,
     texts_to_encode,
 )
 
@@ -62,25 +61,32 @@ class MicroBatches:
     """
 
     def __init__(
-        self, model: UniCL, encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks
+        self,
+        model: UniCL,
+        encode: Encode,
+        batch: Batch,
+        efficiency: EfficiencyConfig,
+        ranks: Ranks,
+        *,
+        normalise: Callable[[Tensor], Tensor],
     ) -> None:
-        """Cuts the batch into pieces."""
-        self._model, self._encode, self._config, self._step = model, encode, config, batch.step
-        self._size = config.efficiency.micro_batch_size
+        """Cuts the batch into pieces; `normalise` makes images into the image encoder's input."""
+        self._model, self._encode, self._step = model, encode, batch.step
+        self._size, self._normalise = efficiency.micro_batch_size, normalise
         images = zip(
             batch.images.split(self._size), batch.global_index.split(self._size), strict=True
         )
         self._images = list(images)
-        self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, config, ranks)
+        self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, efficiency, ranks)
         self.classes = Classes(classes_of_images(batch), text_class_ids, text_counts)
         is_stored = batch.images.ndim == 2  # features of a frozen encoder
         self._encodes_images_once = (
             encoder_is_frozen(model, "image")
             and not is_stored
-            and not divides_all(config.efficiency, ranks)
+            and not divides_all(efficiency, ranks)
         )
         self._autocast = functools.partial(
-            encoder_autocast, config, ranks, batch.images.device.type
+            encoder_autocast, efficiency, ranks, batch.images.device.type
         )
         self._leaves: list[Tensor] = []
 
@@ -145,26 +151,26 @@ class MicroBatches:
 
     def _input_of(self, images: Tensor, global_index: Tensor) -> Tensor:
         self._model.set_drop_path_key(step=self._step, global_index=global_index)
-        return encoder_input(images, self._config)
+        return self._normalise(images)
 
     def _encode_piece(self, images: Tensor, global_index: Tensor) -> Tensor:
         return self._model.encode_image(self._input_of(images, global_index))
 
 
 def _texts_in_pieces(
-    batch: Batch, config: TrainConfig, ranks: Ranks
+    batch: Batch, efficiency: EfficiencyConfig, ranks: Ranks
 ) -> tuple[list[tuple[Tensor, int | None]], Tensor, Tensor]:
     """The arguments of `encode_text` for each micro-batch, and all class ids [u] and counts [u]."""
     texts, class_ids = batch.texts, batch.targets.text_class_ids
-    size = config.efficiency.micro_batch_size
+    size = efficiency.micro_batch_size
     pieces = []
     for start in range(0, len(texts.tokens), size):
         part = slice(start, start + size)
         piece = dataclasses.replace(
             texts, tokens=texts.tokens[part], lengths=texts.lengths[part], counts=texts.counts[part]
         )
-        pieces.append(texts_to_encode(piece, class_ids[part], config))
-    if divides_all(config.efficiency, ranks):  # all ranks send parameters for each piece
+        pieces.append(texts_to_encode(piece, class_ids[part], efficiency))
+    if divides_all(efficiency, ranks):  # all ranks send parameters for each piece
         tokens, num_tokens, class_ids, counts = pieces[-1]
         again = tokens, num_tokens, class_ids, torch.zeros_like(counts)
         pieces += [again] * (max(gather_integers(len(pieces), ranks)) - len(pieces))

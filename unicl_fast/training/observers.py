@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from unicl_fast.batch import Batch, ReadingTime
 from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrackerName
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
@@ -45,10 +46,10 @@ class RunLog(Observer):
 
     def __init__(
         self,
-        config: TrainConfig,
+        trackers: Sequence[TrackerName],
         folder: Path | None,
         *,
-        given: TrainConfig,
+        given: Mapping[str, Any],
         ranks: Ranks,
         reading: ReadingTime | None = None,
         progress: bool = True,
@@ -56,15 +57,15 @@ class RunLog(Observer):
         """Opens nothing yet.
 
         Args:
-            config: the run's, as `settle` has left it.
+            trackers: their names, as `run.trackers` has them.
             folder: the run folder; None writes nothing.
-            given: the config before it was settled, for trackers.
+            given: the config before it was settled (`config_to_dict`), for trackers.
             ranks: the ranks of the run.
             reading: how long the loader waits for storage, where it says so.
             progress: show a progress bar.
         """
         if folder is not None:
-            require_trackers(config.run.trackers)
+            require_trackers(trackers)
         self._folder = folder if ranks.is_main else None
         self._is_main, self._given, self._reading = ranks.is_main, given, reading
         self._shows_progress = progress and ranks.is_main
@@ -103,7 +104,7 @@ class RunLog(Observer):
             run.config.run.trackers,
             folder,
             run_id=run.run_id,
-            config=config_to_dict(self._given),
+            config=self._given,
             start_step=run.step,
             lines=lines,
         )
@@ -219,7 +220,7 @@ class Checkpoints(Observer):
         folder: Path,
         *,
         keep: int,
-        given: TrainConfig,
+        given: Mapping[str, Any],
         ranks: Ranks,
         check_run_folder: Callable[[], None] | None = None,
     ) -> None:
@@ -228,7 +229,7 @@ class Checkpoints(Observer):
         Args:
             folder: the run folder.
             keep: how many of the newest stay; 0 keeps all.
-            given: the config before it was settled.
+            given: the config before it was settled (`config_to_dict`).
             ranks: the ranks of the run; rank 0 writes.
             check_run_folder: is called before a checkpoint is written, and raises if another
                 process has taken the run folder over (`atomic_files.sole_writer`).

@@ -7,6 +7,7 @@ import datetime
 import logging
 import math
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TextIO
@@ -33,6 +34,9 @@ class ProgressBar(tqdm):  # type: ignore[misc]  # tqdm has no types
             file=ForgivingStderr(),
             disable=hidden,
         )
+        # tqdm's own clock may be set back: the bar would stand still until it has caught up
+        self._time = time.monotonic
+        self.start_t = self.last_print_t = self._time()
 
     def show(self, values: Mapping[str, float]) -> None:
         """Takes over a line of metrics, to be shown with the next step; tqdm cuts what is wide."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import torch
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig, config_to_dict, settled_values
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
     configure_logging,
     is_restarted,
@@ -28,7 +30,7 @@ from unicl_fast.ledger.writer import has_ledger
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import START_PATIENCE, mark
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
     BuildLoader,
@@ -39,6 +41,7 @@ from unicl_fast.training.build import (
     open_checked,
     open_evaluated,
 )
+from unicl_fast.training.data import folder_and_weight
 from unicl_fast.training.figures import draw_curves, drawing
 from unicl_fast.training.settle import settle_objective
 from unicl_fast.training.summary import describe_run
@@ -123,7 +126,7 @@ def pretrain(
             if ranks.is_main and not dry_run:
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
-        mark("opening the data and building the model", patience=START_PATIENCE)
+        mark("opening the data", patience=START_PATIENCE)
         trainer = build_trainer(
             config,
             run_folder=run_folder,
@@ -138,11 +141,13 @@ def pretrain(
             checkpoint=checkpoint,
             encodes_features=not dry_run,
         )
-        for line in describe_run(trainer, run_folder, given=config, origin=origin):
+        given = config_to_dict(config)
+        settled = settled_values(given, trainer.config)
+        for line in describe_run(trainer, run_folder, settled=settled, origin=origin):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
             make_folder(run_folder)
-            text = json.dumps(config_to_dict(config), indent=1)
+            text = json.dumps(given, indent=1)
             write_text_atomically(run_folder / "config.json", text + "\n")
             write_log_to(run_folder / LOG_NAME)
         _train_and_report(trainer, run_folder, dry_run=dry_run)
@@ -171,12 +176,24 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
 
 
 def _next(trainer: Trainer, run_folder: Path) -> str:
-    """The evaluation that the model and its data suit."""
+    """The evaluation that the model and its data suit, of what is held out if that is known."""
+    data = trainer.config.data
+    given = [*data.evaluate, *map(_held_out_beside, data.train)]
+    held_out = shlex.quote(without_secrets(next(filter(None, given), "DIR")))
     if not trainer.config.objective.uses_texts:
-        return f"unicl-eval knn --checkpoint {run_folder} --train DIR --data DIR"
+        train = shlex.quote(without_secrets(folder_and_weight(data.train[0])[0]))
+        return f"unicl-eval knn --checkpoint {run_folder} --train {train} --data {held_out}"
     has_classes = any(source["num_classes"] for source in trainer.data.get("sources", []))
-    kind = "zero-shot" if has_classes else "retrieval"
-    return f"unicl-eval {kind} --checkpoint {run_folder} --data DIR"
+    kinds = [name.partition("/")[0].replace("_", "-") for name in trainer.evaluations]
+    kind = next(iter(kinds), "zero-shot" if has_classes else "retrieval")
+    return f"unicl-eval {kind} --checkpoint {run_folder} --data {held_out}"
+
+
+def _held_out_beside(train: str) -> str:
+    """The part that `unicl-pack build --split` has held out of a data set, or ""."""
+    folder = folder_and_weight(train)[0]
+    path = "" if is_url(folder) else f"{Path(folder).parent / 'held-out'}"
+    return path if path and Path(path).is_dir() else ""
 
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ def settle(
     """
     before = None if stored is None else stored.efficiency.precision
     precision = settle_precision(config.efficiency.precision, device, stored=before, ranks=ranks)
-    config = _replaced(config, "efficiency", precision=precision)
+    config = config.changed(efficiency={"precision": precision})
     if stored is not None:
         config = _with_first_weights(config, stored)
     if not datasets:
@@ -62,7 +61,7 @@ def settle(
     if not config.run.total_steps:
         samples = _RELEASED_EPOCHS * sum(map(len, datasets))
         logger.info("run.samples: %d, %d epochs", samples, _RELEASED_EPOCHS)
-        config = _replaced(config, "run", samples=samples)
+        config = config.changed(run={"samples": samples})
     return config
 
 
@@ -74,17 +73,11 @@ def settle_kernels(
     Raises:
         SharedRefusal: kernels that were asked for cannot work on some rank; all ranks raise it.
     """
-    return _replaced(
-        config,
-        "efficiency",
-        compile=settle_compilation(config.efficiency, model, device, ranks=ranks),
-        window_attention=settle_window_attention(config.efficiency, model, device, ranks=ranks),
-    )
-
-
-def _replaced(config: TrainConfig, group: str, **values: Any) -> TrainConfig:
-    changed: Mapping[str, Any] = {group: dataclasses.replace(getattr(config, group), **values)}
-    return dataclasses.replace(config, **changed)
+    kernels = {
+        "compile": settle_compilation(config.efficiency, model, device, ranks=ranks),
+        "window_attention": settle_window_attention(config.efficiency, model, device, ranks=ranks),
+    }
+    return config.changed(efficiency=kernels)
 
 
 def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
@@ -96,7 +89,7 @@ def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig
                 "model.%s=%s is not read: the run resumes, and started from %s",
                 name, given, value or "fresh weights",
             )  # fmt: skip
-    return _replaced(config, "model", **first)
+    return config.changed(model=first)
 
 
 def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
@@ -120,7 +113,7 @@ def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
             "GPU" if kind == "cuda" else "CPU", rank, choices[rank][1],
         )  # fmt: skip
     decodes = "gpu" if kind == "cuda" else "cpu"
-    return _replaced(config, "data", threads=threads, decode_device=decodes)
+    return config.changed(data={"threads": threads, "decode_device": decodes})
 
 
 def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
@@ -136,8 +129,18 @@ def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> 
             "data.prompts=levels needs a hierarchy of classes, and no data set of data.train has "
             "one: pack with --hierarchy, or take data.prompts=labels"
         )
-    if not objective.needs_labels:
-        return config
+    if objective.needs_labels:
+        _check_labels(objective.name, datasets)
+        config = config.changed(data={"text": "labels"})
+    several = 0
+    if config.data.prompts == "labels":
+        several = sum(_count_several(dataset, config.data.text) for dataset in datasets)
+    counts = tuple(len(one.class_names) for one in manifests)
+    return dataclasses.replace(config, objective=objective.settle(counts, num_several=several))
+
+
+def _check_labels(objective: str, datasets: Sequence[PackedDataset]) -> None:
+    """Refuses (ValueError) samples without labels, and labels without names."""
     for dataset in datasets:
         num_unlabelled = sum(
             int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
@@ -150,9 +153,17 @@ def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> 
             fault = f"those of {dataset.location} have no class names"
         if fault:
             raise ValueError(
-                f"objective.name={objective.name} learns from labels, and {fault}: leave it out, "
+                f"objective.name={objective} learns from labels, and {fault}: leave it out, "
                 "or take objective.name=unicl"
             )
-    counts = tuple(len(one.class_names) for one in manifests)
-    config = dataclasses.replace(config, objective=objective.settle(counts))
-    return _replaced(config, "data", text="labels")
+
+
+def _count_several(dataset: PackedDataset, text: str) -> int:
+    """Samples with a class besides that of their text: another label, or one of a caption."""
+    if not dataset.manifest.class_names:
+        return 0  # there are no prompts for labels to be the classes of
+    several = 0
+    for rows in blocks_of(dataset.samples):
+        has_both = (rows["labels_count"] > 0) & (rows["captions_count"] > 0) & (text != "labels")
+        several += int(np.count_nonzero(has_both | (rows["labels_count"] > 1)))
+    return several

@@ -13,6 +13,7 @@ process on the joined batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
@@ -23,7 +24,14 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.operands import Operands
 from unicl_fast.objectives.text_columns import TextColumns
-from unicl_fast.training.encoding import Begin, Encode, Encoding, WholeBatch, shown_indices
+from unicl_fast.training.encoding import (
+    Begin,
+    Encode,
+    Encoding,
+    WholeBatch,
+    encoder_input,
+    shown_indices,
+)
 from unicl_fast.training.micro_batches import MicroBatches
 from unicl_fast.training.step_clock import Part
 
@@ -51,7 +59,8 @@ def back_propagate(
     """
     encoding: Encoding
     if 0 < config.efficiency.micro_batch_size < batch.batch_size:
-        encoding = MicroBatches(model, encode, batch, config, ranks)
+        normalise = functools.partial(encoder_input, config=config)
+        encoding = MicroBatches(model, encode, batch, config.efficiency, ranks, normalise=normalise)
     else:
         indices = shown_indices(batch, global_batch_size=config.run.global_batch_size)
         model.set_drop_path_key(step=batch.step, global_index=indices)

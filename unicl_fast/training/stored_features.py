@@ -23,15 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.augmentation import Augmentation, augmentations_of
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.feature_files import (
     FeatureFile,
     RowsWriter,
     feature_key,
     has_features,
     make_rows,
+    partial_path,
     read_features,
     seal_features,
 )
@@ -41,7 +40,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects, ran
 from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder
-from unicl_fast.system.progress import START_PATIENCE, mark, mark_progress
+from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input
 
@@ -55,34 +54,6 @@ class EpochLoader(Loader, Protocol):
     """A loader of whole epochs, by its plan."""
 
     plan: TrainPlan
-
-
-def check_stored_features(config: TrainConfig, datasets: Sequence[PackedDataset]) -> None:
-    """Refuses (ValueError) a run whose features would not be those of every epoch."""
-    data, optim = config.data, config.optim
-    if not config.efficiency.image_features:
-        return
-    option = "efficiency.image_features stores what a frozen image encoder gives"
-    if "image" not in optim.freeze:
-        raise ValueError(f"{option}, and this run trains it: add --optim.freeze image")
-    augmentations = augmentations_of(data.augment, [each.location for each in datasets])
-    drawn = [
-        *data.drawn,
-        *(["augmentation"] if any(one != Augmentation() for one in augmentations) else []),
-    ]
-    if drawn:
-        raise ValueError(
-            f"{option} of images that are the same in every epoch, and this run draws "
-            f"{', '.join(drawn)}: add --data.crop-scale 1 1 --data.crop-ratio 1 1 "
-            "--data.flip-probability 0 --data.augment none"
-        )
-    if config.objective.mixes:
-        raise ValueError(
-            f"{option}, and the objective mixes images: set objective.mixup and "
-            "objective.cutmix to 0"
-        )
-    if config.efficiency.shard == "full":
-        raise ValueError(f"{option}, and shard=full divides it: take off or optimizer")
 
 
 def stored_features(
@@ -154,8 +125,8 @@ def _store(
 ) -> None:
     """Encodes one epoch, each rank its local batches, into files that all ranks write to."""
     config, folder = model.config, Path(model.config.efficiency.image_features)
-    name = from_rank_0(f".{secrets.token_hex(4)}", ranks)  # no other run's, in any container
-    asides = {number: folder / f".{keys[number]}{name}.partial" for number in missing}
+    token = from_rank_0(secrets.token_hex(4), ranks)  # no other run's, in any container
+    asides = {number: partial_path(folder, keys[number], token) for number in missing}
     total = sum(map(len, datasets))
     logger.info("encoding %s once, for %s", count_of(total, "image"), folder)
     rows_of: dict[int, RowsWriter] = {}
@@ -167,8 +138,11 @@ def _store(
             steps = -(-total // config.run.global_batch_size)
             while min(loader.plan.epochs(steps)) < 1:
                 steps += 1
-            mark("storing features", patience=START_PATIENCE, waits_for_ranks=True)
-            for batch in itertools.islice(loader.batches(0), steps):
+            batches = itertools.islice(loader.batches(0), steps)
+            for number in range(1, steps + 1):
+                phase = f"storing features of batch {number} of {steps}"
+                mark(phase, patience=START_PATIENCE, waits_for_ranks=True)
+                batch = next(batches)
                 features = _encode(model, batch, ranks)
                 dtype, bits = str(features.dtype).removeprefix("torch."), _bits_of(features)
                 if not rows_of:
@@ -184,7 +158,6 @@ def _store(
                                 )
                     rows_of = {number: RowsWriter(aside) for number, aside in asides.items()}
                 _write(batch, bits, rows_of, unreadable)
-                mark_progress()
         for rows in rows_of.values():
             rows.flush()
         found = gather_objects([sorted(unreadable[number]) for number in missing], ranks)
@@ -210,7 +183,7 @@ def _store(
 def _encode(model: UniCL, batch: Batch, ranks: Ranks) -> Tensor:
     """Features of a batch as the encoder gives them in a step, on the host."""
     pieces = batch.images.split(model.config.efficiency.micro_batch_size or len(batch.images))
-    with encoder_autocast(model.config, ranks, batch.images.device.type):
+    with encoder_autocast(model.config.efficiency, ranks, batch.images.device.type):
         features = [model.image_encoder(encoder_input(one, model.config)) for one in pieces]
     return torch.cat(features).cpu()
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from unicl_fast.config import TrainConfig, settled_values
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.trainer import Trainer
 
 
 def describe_run(
-    trainer: Trainer, run_folder: Path, *, given: TrainConfig, origin: str = ""
+    trainer: Trainer,
+    run_folder: Path,
+    *,
+    settled: Mapping[str, Mapping[str, Any]],
+    origin: str = "",
 ) -> list[str]:
     """Returns the summary, a line for each subject.
 
-    `run_folder` is where the run is saved; the `given` settings, which come from `origin`, are
-    compared with what was settled.
+    `run_folder` is where the run is saved, `settled` what was left open in settings (by group and
+    name), and `origin` where those come from.
     """
     config = trainer.config
-    changes = settled_values(given, config)
-    settled = [f"{g}.{name}={one}" for g in changes for name, one in changes[g].items()]
+    choices = [f"{g}.{name}={one}" for g in settled for name, one in settled[g].items()]
     evaluated = ", ".join(map(without_secrets, config.data.evaluate))
     evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"
     return [
         *([f"settings: {origin}"] if origin else []),
-        f"settled: {' '.join(settled) or 'nothing was left open'}",
+        f"settled: {' '.join(choices) or 'nothing was left open'}",
         *_describe_data(trainer),
         f"evaluated: {evaluated}",
         _describe_model(trainer),

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 
 from unicl_fast.config import TrackerName
 from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.installation import install_command
+from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.system.wording import encodable
 
 logger = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def require_trackers(names: Iterable[TrackerName]) -> None:
         if find_spec(name) is None:
             raise ValueError(
                 f"run.trackers has {name}, and its package is not installed: pip install {name}, "
-                "or 'unicl_fast[trackers]'"
+                f"or {install_command('trackers')}"
             )
 
 
@@ -124,7 +126,7 @@ class Trackers:
 def _read_state(path: Path, run_id: str) -> dict[str, dict[str, int]] | None:
     """Newest step that each tracker got, by name; None where it is not known for this run."""
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         if state["run_id"] == run_id:
             return {
                 str(name): {str(key): int(step) for key, step in steps.items()}

@@ -144,7 +144,7 @@ class Trainer:
         self.schedule = self._build_schedule()
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self._batch_norms = BatchNormBackup(model) if config.run.max_bad_steps else None
-        model.set_stage(self.stage.config)
+        model.set_stage(self.stage.config.data, self.stage.config.model)
         self.clock: StepClock | None = None
         """The clock of the `fit` that is under way; None outside of one."""
 
@@ -304,7 +304,7 @@ class Trainer:
             return False
         self.stage = self.stages[span.number]
         logger.info("from step %d on: %s", span.first_step, describe_stage(self.stage))
-        self.model.set_stage(self.stage.config)
+        self.model.set_stage(self.stage.config.data, self.stage.config.model)
         if self.config.efficiency.compile != "off":
             torch.compiler.reset()  # so that graphs are those that a start would compile
         self.parallel.rebuild()
@@ -433,11 +433,11 @@ class Trainer:
         self.mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         with self.parallel.evaluated(model) as evaluated:
-            evaluated.set_stage(self.config)
+            evaluated.set_stage(self.config.data, self.config.model)
             try:
                 results = self.evaluations[name](evaluated.eval())
             finally:
-                evaluated.set_stage(self.stage.config)
+                evaluated.set_stage(self.stage.config.data, self.stage.config.model)
         values = {f"{name}/{key}": value for key, value in results.items()}
         for observer in self.observers:
             observer.on_evaluation(self, values)

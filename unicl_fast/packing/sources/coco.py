@@ -1,24 +1,21 @@
-"""COCO's JSON files: captions, instances, or both about the same images.
-
-All COCO files of a build are read together. Where two of them name the same image file, that is
-one sample with the captions of one and the labels of the other.
-"""
+"""COCO's JSON files: captions, instances, or both about the same images, which are one sample."""
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from unicl_fast.packing.sources.entries import Entry
-from unicl_fast.packing.sources.items import Item, Problem, Source, refused
+from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
-from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
+from unicl_fast.packing.sources.spool import Source, Spool
+from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.system.untrusted_files import open_file
 
 _COLUMNS = Columns("", ("caption",), ("category",))
 
@@ -29,17 +26,12 @@ def is_coco(path: Path) -> bool:
     """Whether a .json is one object; one that is an array is a list like any other."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return file.read(4096).lstrip()[:1] != "["
+    with open_file(path, "r", encoding="utf-8-sig", errors="replace") as file:
+        return bool(file.read(4096).lstrip()[:1] != "[")
 
 
 def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads COCO files as one source.
-
-    They are captions_*.json, instances_*.json, or others of this form: `images` with `id` and
-    `file_name`; `annotations` with `image_id`, and `caption` or `category_id`; `categories` with
-    `id` and `name`. Without `image_root` the images are looked for next to each file.
-    """
+    """Reads COCO's captions and instances files as one source (docs/sources.md)."""
     names = ", ".join(path.name for path in paths)
     if options.scores():
         raise ValueError(f"{names}: COCO's files have no scores: leave --min-score out")
@@ -47,25 +39,23 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
         raise ValueError(f"{names}: COCO's files have no columns: leave --where out")
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
-    passed_over: Counter[str] = Counter()
+    source = Source(
+        name="+".join(path.name for path in paths), items=spool.new_items(), labels_are_names=True
+    )
     open_once = functools.cache(open_tree)  # a zip may have a long directory
     for path in paths:
         found = _read_file(path)
         tree = open_once(Path(options.image_root) if options.image_root else _image_folder(path))
+        named = NamedImages(path, tree)
         for number, name in found.images:
-            _add_image(number, name, found, tree, items, broken)
+            _add_image(number, name, found, named, items, broken)
+        named.finish(source)
         if unlisted := sum(texts.count for texts in found.texts.values() if not texts.listed):
-            passed_over["annotations of images that are not listed"] += unlisted
+            source.passed_over["annotations of images that are not listed"] += unlisted
         if found.num_unreadable:
-            passed_over["annotations that cannot be read"] += found.num_unreadable
-    stored = spool.new_items()
-    stored.extend([*items.values(), *broken])
-    return Source(
-        name="+".join(path.name for path in paths),
-        items=stored,
-        labels_are_names=True,
-        passed_over=passed_over,
-    )
+            source.passed_over["annotations that cannot be read"] += found.num_unreadable
+    source.items.extend([*items.values(), *broken])
+    return source
 
 
 @dataclass(slots=True)
@@ -135,7 +125,7 @@ def _add_image(
     number: Any,
     name: Any,
     found: _File,
-    tree: Tree,
+    named: NamedImages,
     items: dict[Entry | str, Item],
     broken: list[Item],
 ) -> None:
@@ -145,7 +135,7 @@ def _add_image(
         broken.append(refused(f"image {number!s:.40}", "bad row", message))
         return
     where = f"image id {number}"
-    item = find_image(tree, name)
+    item = named.find(name)
     item = items.setdefault(item.entry or name, item)
     texts = found.texts.setdefault(number, _Texts())
     if texts.listed:
@@ -162,10 +152,7 @@ def _add_image(
 
 
 def _image_folder(path: Path) -> Path:
-    """Returns where the images of annotations/captions_val2017.json are: val2017, images, or here.
-
-    Each is looked for in the folder of the file and in the one above.
-    """
+    """Returns val2017 for annotations/captions_val2017.json, or images, here or above; or here."""
     part = path.stem.rpartition("_")[2]
     for name in dict.fromkeys((part, "images")):
         for folder in (path.parent, path.parent.parent):

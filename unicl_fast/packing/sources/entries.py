@@ -1,16 +1,14 @@
 """Entries say where the bytes of an image lie: in a file, an archive, a table, a packed data set.
 
-An entry is small, and a worker process reads it with one seek: without the directory of its
-archive, and without a library for the format that holds it. Those of zips are in `trees`.
+A worker process reads an entry with one seek, without the directory of its archive. Those of zips
+are in `trees`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 import os
-import stat
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +16,7 @@ import numpy as np
 import xxhash
 
 from unicl_fast.images.codec import encode_png
+from unicl_fast.system.untrusted_files import open_file, open_regular
 
 MAX_FILE_BYTES = 512_000_000
 """Size of the largest file read as an image; no larger one could be used in training."""
@@ -150,9 +149,9 @@ def _read_packed(path: str, offset: int, num_bytes: int, xxh3: int) -> bytes:
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
     """Returns exactly these bytes of a regular file, or raises `EntryError`."""
     try:
-        with open_regular(path) as file:
+        with open_file(path) as file:
             file.seek(offset)
-            data = file.read(num_bytes)
+            data: bytes = file.read(num_bytes)
     except OSError as error:
         raise EntryError("unreadable", error.strerror or str(error)) from error
     if len(data) < num_bytes:
@@ -160,33 +159,12 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
     return data
 
 
-def open_regular(path: str) -> io.BufferedReader:
-    """Opens a regular file; anything else is an OSError."""
-    return open(open_descriptor(path)[0], "rb")
-
-
-def open_descriptor(path: str) -> tuple[int, int]:
-    """Opens a regular file, as a descriptor, and returns its size too; else raises OSError.
-
-    Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
-    once it is open, since it may be another one by then. The call does not block: a pipe that lies
-    among images must not stop the program.
-    """
-    if stat.S_ISREG(os.stat(path).st_mode):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode):
-            return descriptor, status.st_size
-        os.close(descriptor)
-    raise OSError(f"{path} is not a regular file")
-
-
 def read_regular(path: str, *, max_bytes: int) -> bytes:
     """Returns the bytes of a regular file; raises OSError, or `EntryError` for too many.
 
     With a Python file object 900 bytes take 12 us instead of 7, since it asks the kernel for more.
     """
-    descriptor, size = open_descriptor(path)
+    descriptor, size = open_regular(path)
     try:
         check_file_size(size, max_bytes)
         # `read` takes memory for all that it is asked for, which for `max_bytes` takes longer than

@@ -1,8 +1,7 @@
 """Folders of images next to their texts: Hugging Face's ImageFolder, and x.jpg with x.txt.
 
-They look like class folders with something next to the images. Read as such, `train/1.jpg` with
-`train/metadata.jsonl` would become an image of the class "train" without its caption; so what is
-such a folder, and what is a split of a data set, is decided here.
+Read as class folders, `train/1.jpg` with `train/metadata.jsonl` would become an image of the class
+"train" without its caption; so what is such a folder, and what is a split, is decided here.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from unicl_fast.packing.sources.entries import (
     EntryError,
     FileEntry,
     RefusedEntry,
-    open_regular,
 )
-from unicl_fast.packing.sources.items import Item, Problem, Source, require_text
+from unicl_fast.packing.sources.items import Item, Problem, require_text
 from unicl_fast.packing.sources.lists import read_list
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
-from unicl_fast.packing.sources.spool import ItemStore, Spool
+from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.system.untrusted_files import open_file
 
 NOT_IMAGES = frozenset(
     f".{extension}"
@@ -49,7 +48,7 @@ def is_metadata(name: str, entry: Entry) -> bool:
         return False
     try:
         if isinstance(entry, FileEntry):  # which may be larger than any image
-            with open_regular(entry.path) as file:
+            with open_file(entry.path) as file:
                 head = file.read(_HEAD_BYTES)
         else:
             head = entry.read()[:_HEAD_BYTES]
@@ -69,10 +68,9 @@ def find_metadata(folder: Path, files: Iterable[str]) -> Path | None:
 def read_with_metadata(name: str, path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads the list of a folder's images, and counts the images that it does not name."""
     source = read_list(path, options, spool)
-    items = source.items
-    assert isinstance(items, ItemStore), "rows with one image are joined in it, by name"
+    find = source.items.find
     missing = sum(
-        _is_image(each) and items.find(each) is None and items.find(f"./{each}") is None
+        _is_image(each) and find(each) is None and find(f"./{each}") is None
         for each, _ in open_tree(path.parent).entries()
     )
     if missing:
@@ -124,11 +122,7 @@ def _is_image(name: str) -> bool:
 
 
 def require_one_split(path: Path, folders: Iterable[str]) -> None:
-    """Refuses a folder or zip that holds several splits: joined, they leak into each other.
-
-    Raises:
-        ValueError: it does; the message says how to take one, or all.
-    """
+    """Refuses several splits with a ValueError: joined, they leak into each other."""
     splits = sorted(folder for folder in folders if folder.lower() in SPLITS)
     if len(splits) > 1:
         chosen = next((split for split in splits if split.lower().startswith("train")), splits[0])
@@ -141,11 +135,7 @@ def require_one_split(path: Path, folders: Iterable[str]) -> None:
 
 
 def require_classes(path: Path, classes: Iterable[str]) -> None:
-    """Refuses images that lie directly in the folders of splits, whose names are no classes.
-
-    Raises:
-        ValueError: no class has another name than a split's.
-    """
+    """Refuses images that lie directly in the folders of splits, whose names are no classes."""
     names = sorted(classes)
     if names and all(name.lower() in SPLITS for name in names):
         raise ValueError(

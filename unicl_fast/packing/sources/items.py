@@ -1,8 +1,4 @@
-"""Samples to be packed, as every reader gives them.
-
-An `Item` is an image with the texts and labels that its source gives it, or the problem for which
-it cannot be packed. A `Source` has the items of one SOURCE.
-"""
+"""Samples to be packed, as every reader gives them: images with texts and labels, or a problem."""
 
 from __future__ import annotations
 
@@ -39,6 +35,8 @@ class Item:
     captions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     problem: Problem | None = None
+    groups: list[str] = field(default_factory=list)
+    """Values of --group-column: `--split` keeps samples with one value together."""
     source: str = ""
     """The name of its source, if it is not that of the SOURCE that it was read from: a packed data
     set knows where its samples came from."""
@@ -63,31 +61,18 @@ def spell_classes(names: Sequence[str]) -> list[str]:
     return labels
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Everything that one SOURCE argument stands for."""
-
-    name: str
-    items: Sequence[Item]
-    """Made anew each time they are read where there may be many (`spool.ItemStore`): changes to
-    one are lost."""
-    labels_are_names: bool
-    """Whether labels are names though they may look like numbers: folders, or classes that the
-    source itself names. A list may hold numbers that mean something only together with a list of
-    class names."""
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """How many files or rows were passed over, by reason."""
-
-
-def join_rows(item: Item, captions: list[str], labels: list[Label]) -> None:
-    """Adds texts that an item does not have yet; too many are its problem."""
+def join_rows(
+    item: Item, captions: list[str], labels: list[Label], groups: Sequence[str] = ()
+) -> None:
+    """Adds texts and groups that an item does not have yet; too many texts are its problem."""
     item.captions = _merge(item.captions, captions)
     item.labels = _merge(item.labels, labels)
+    item.groups = _merge(item.groups, groups) if groups else item.groups
     if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
         item.problem = Problem(TOO_MANY, f"more than {MAX_TEXTS:,} captions or labels")
 
 
-def _merge(known: list[Any], new: list[Any]) -> list[Any]:
+def _merge(known: list[Any], new: Sequence[Any]) -> list[Any]:
     """Returns both, each value once, in order. A row with one value, the usual case, is cheap."""
     if len(new) == 1:
         return known if new[0] in known else [*known, *new]

@@ -10,22 +10,20 @@ from typing import Any
 
 import msgspec
 
+from unicl_fast.system.untrusted_files import open_file
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _Elements = list[msgspec.Raw]
 
 
 def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields what a JSON file holds, in pieces.
+    """Yields the elements of an array as ("", element), the fields of an object as (name, value).
 
-    An array at the top gives its elements, each as ("", element). An object gives for each of its
-    fields (name, value), and where the value is an array (name, element) for each element of it.
-    The file is mapped and not read into memory; of each element a reference is held.
-
-    Raises:
-        ValueError: it is not JSON, or is cut short.
+    Where a field's value is an array: (name, element) for each element. The file is mapped, not
+    read into memory. Raises ValueError if it is not JSON, or is cut short.
     """
     try:
-        with path.open("rb") as file:  # the mapping lives as long as something refers to it
+        with open_file(path) as file:  # the mapping lives as long as something refers to it
             text = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         if bytes(text[:3]) == _BYTE_ORDER_MARK:
             text = text[3:]

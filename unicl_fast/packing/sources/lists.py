@@ -1,7 +1,6 @@
 """Lists of images: CSV, TSV, JSONL and JSON with one image a row, and maps of zips.
 
-A row names an image by its path, and says which captions and labels it has. Rows that name the same
-image become one sample.
+Rows that name the same image become one sample, with all their captions and labels.
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.sources.items import Item, Problem, Source, refused
+from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
+from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import (
-    CAPTION_COLUMNS,
-    LABEL_COLUMNS,
     LEFT_OUT,
     Columns,
     ListOptions,
@@ -28,12 +26,9 @@ from unicl_fast.packing.sources.rows import (
     meets,
     too_low,
 )
-from unicl_fast.packing.sources.spool import ItemStore, Spool
+from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
-from unicl_fast.system.wording import shorten
-
-IMAGE_COLUMNS = ("image", "file", "path", "file_name")
-_USUAL = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
+from unicl_fast.system.untrusted_files import open_file
 
 MAP_ENDING = "map.txt"
 """`train_map.txt` lists what `train.zip` holds, as the data loaders of Swin and UniCL expect."""
@@ -50,24 +45,11 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     header = list(dict.fromkeys(name for row in named for name in row))
     if not header:
         raise ValueError(f"{path} has no rows that can be read")
-
-    def find(what: str) -> tuple[str, ...]:
-        found = tuple(name for name in _USUAL[what] if name in header)
-        # as Hugging Face's ImageFolder calls it, and Parquet files
-        return ("text",) if what == "caption" and not found and "text" in header else found
-
-    columns = choose_columns(
-        path,
-        header,
-        options,
-        find,
-        no_image=f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with image "
-        f"paths by --image-column. It has {shorten(header, limit=1000)}",
-    )
-    tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
-    return _collect_rows(
-        path, read_rows(path), columns, options, lambda name: find_image(tree, name), spool
-    )
+    columns = choose_columns(path, header, options)
+    images = NamedImages(path, open_tree(Path(options.image_root or path.parent)))
+    source = _collect_rows(path, read_rows(path), columns, options, images.find, spool)
+    images.finish(source)
+    return source
 
 
 def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
@@ -106,10 +88,7 @@ def _collect_rows(
     find: Callable[[str], Item],
     spool: Spool,
 ) -> Source:
-    """Makes samples of numbered rows; rows with the same image are one, with all their texts.
-
-    `find` makes the item of an image that is named for the first time.
-    """
+    """Makes samples of numbered rows; `find` makes the item of an image at its first row."""
     conditions, scores = options.conditions(), options.scores()
     items, broken, low_rows = spool.new_items(), spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
@@ -147,10 +126,7 @@ def add_named(
     where: str,
     find: Callable[[str], Item],
 ) -> None:
-    """Adds a row that names its image: to the item with this name, or to a new one.
-
-    `find` makes the new item, and `where` is the row in words, for messages.
-    """
+    """Adds a row (`where`, in words) to the item of its image, which `find` makes if it is new."""
     number = items.find(name)
     item = find(name) if number is None else Item(name)
     add_texts(item, row, columns, where)
@@ -163,7 +139,7 @@ def add_named(
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields rows with their line numbers; the first line names the columns."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with open_file(path, "r", encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             header = next(reader, None)
@@ -189,7 +165,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields one JSON object a line."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -210,7 +186,7 @@ def _object_in(value: Any) -> Row:
 
 def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields lines PATH<TAB>NUMBER; the path may hold blanks."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -1,14 +1,15 @@
 """Packed data sets as sources of a build, also together with others.
 
-Texts and origins come from the JSON in the shards; images stay there until a worker reads them and
-compares their checksum. Captions have no checksum of their own. They are tokenized and compared
-with the stored tokens; where these differ, the shard's checksum says whether it was damaged or
-packed with another version of the tokenizer's packages.
+Captions have no checksum of their own. They are tokenized and compared with the stored tokens;
+where these differ, the shard's checksum says whether it was damaged or packed with another version
+of the tokenizer's packages.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,12 @@ import numpy.typing as npt
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
-from unicl_fast.dataset.stored_samples import Description, SampleReader
+from unicl_fast.dataset.stored_samples import Description, SampleReader, shared_images
 from unicl_fast.packing.quarantine import LeftOut, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
-from unicl_fast.packing.sources.items import Item, Problem, Source, spell_classes
+from unicl_fast.packing.sources.items import Item, Problem, spell_classes
 from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
@@ -49,13 +50,12 @@ def is_packed(folder: Path) -> bool:
 def read_packed(path: Path, options: ListOptions, spool: Spool) -> PackedSource:
     """Reads the samples of a packed data set.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: an array or the quarantine list is damaged, or an option asks for columns.
+    Raises ValueError if an array or the quarantine list is damaged, or an option asks for columns.
     """
-    if options.conditions() or options.scores():
+    if options.conditions() or options.scores() or options.group_column:
         raise ValueError(
-            f"{path} is a packed data set, which has no columns: leave --where and --min-score out"
+            f"{path} is a packed data set, which has no columns: leave --where, --min-score and "
+            "--group-column out"
         )
     items = spool.new_items()
     with PackedDataset(path) as dataset, contextlib.closing(SampleReader(dataset)) as reader:
@@ -161,11 +161,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[n
 
 
 def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:
-    """The prompt templates of all that have classes; none if none has.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """The prompt templates of all that have classes, which must agree; none if none has."""
     found = [source for source in sources if source.manifest.class_names]
     for source in found:
         if source.manifest.templates != found[0].manifest.templates:
@@ -181,11 +177,7 @@ def join_templates(sources: Sequence[PackedSource]) -> tuple[str, ...]:
 
 
 def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
-    """The parent of each class in the hierarchies of packed data sets, by their labels.
-
-    Raises:
-        ValueError: two put a class under different ones.
-    """
+    """The parent of each class in the hierarchies of packed data sets, which must agree."""
     parents: dict[str, str] = {}
     for source in sources:
         hierarchy = source.manifest.hierarchy
@@ -202,6 +194,24 @@ def join_parents(sources: Sequence[PackedSource]) -> dict[str, str]:
                     f"under {other!r}: say by --hierarchy which is right"
                 )
     return parents
+
+
+def count_in_both(folder: Path, other: Path) -> int:
+    """How many images of `other` are in the data set `folder` too."""
+    with PackedDataset(folder, verify=False) as one, PackedDataset(other, verify=False) as two:
+        return shared_images(one, two)
+
+
+def count_shared(sources: Sequence[PackedSource]) -> Counter[str]:
+    """How many images of each packed data set are in another before it too, in words."""
+    return Counter(
+        {
+            f"images of {two.folder} that are in {one.folder} too": count_in_both(
+                one.folder, two.folder
+            )
+            for one, two in itertools.combinations(sources, 2)
+        }
+    )
 
 
 def join_licenses(sources: Sequence[Source]) -> str:

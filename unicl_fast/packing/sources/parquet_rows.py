@@ -1,8 +1,7 @@
-"""Reads Parquet files with pyarrow, and writes out their rows and images.
+"""Reads Parquet files with pyarrow: texts go to a file of JSON lines, images to one of images.
 
 `convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
-offsets and pyarrow is C++. It reads one file once, in order: texts and offsets go to a file of JSON
-lines, images, which are compressed or split into pages, to a file of images.
+offsets and pyarrow is C++.
 """
 
 from __future__ import annotations
@@ -16,32 +15,19 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, open_regular
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
 from unicl_fast.packing.sources.rows import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
     Columns,
-    ListOptions,
     TableResult,
     TableTask,
     choose_columns,
     meets,
     too_low,
 )
+from unicl_fast.system.untrusted_files import open_file
 
-IMAGE_COLUMNS = (
-    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
-    *("file", "path", "file_name", "filename", "filepath", "image_path"),
-)
-CAPTION_COLUMNS = (("caption", "captions"), ("text", "texts"), ("sentence", "sentences"))
-"""The first group of which there is a column."""
-LABEL_COLUMNS = (("label", "labels"), ("fine_label",), ("class", "cls"))
-_USUAL: dict[str, Sequence[Sequence[str]]] = {
-    "image": [(name,) for name in IMAGE_COLUMNS],
-    "caption": CAPTION_COLUMNS,
-    "label": LABEL_COLUMNS,
-}
-ADDRESS_COLUMNS = ("url", "image_url")
 _IMG2DATASET = {"key", "status", "error_message"}
 
 _BATCH_BYTES = 16_000_000
@@ -54,7 +40,7 @@ _BROKEN = (pa.ArrowException, OSError, ValueError)
 
 def convert(task: TableTask) -> TableResult:
     """Reads one file; a ValueError says what columns it lacks."""
-    with open_regular(task.path) as file:
+    with open_file(task.path) as file:
         if not file.read(1):
             return TableResult(damaged=[(0, -1, "the file is empty")])
     try:
@@ -62,11 +48,14 @@ def convert(task: TableTask) -> TableResult:
         header = list(table.schema.names)  # which need not be UTF-8
     except _BROKEN as error:
         return TableResult(damaged=[(0, -1, _reason(error))])
-    columns = _choose_columns(task.path, header, task.options)
+    if len(set(header)) < len(header):
+        raise ValueError(f"{task.path} has several columns of one name: {header}")
+    columns = choose_columns(task.path, header, task.options)
     names = _class_names(table.schema, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     conditions, scores = task.options.conditions(), task.options.scores()
     others = [column for column, _ in [*conditions, *scores]]
+    others += [columns.group] if columns.group else []
     if set(header) >= _IMG2DATASET:
         others.append("status")
     wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
@@ -78,7 +67,7 @@ def convert(task: TableTask) -> TableResult:
         for first, batch in table.batches(wanted, result.damaged):
             try:
                 writer.write(first, batch)
-            except (pa.ArrowException, UnicodeDecodeError) as error:
+            except (pa.ArrowException, UnicodeDecodeError, RecursionError) as error:
                 result.damaged.append((first, first + batch.num_rows, _reason(error)))
             except ValueError as error:
                 raise ValueError(f"{task.path}: {error}") from error
@@ -93,31 +82,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
         raise error
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _choose_columns(path: str, header: list[str], options: ListOptions) -> Columns:
-    """Finds the columns to read; usual names count in any case, as in LAION's TEXT."""
-    if len(set(header)) < len(header):
-        raise ValueError(f"{path} has several columns of one name: {header}")
-
-    def find(what: str) -> tuple[str, ...]:
-        for group in _USUAL[what]:
-            if found := tuple(name for name in header if name.lower() in group):
-                return found
-        return ()
-
-    no_image = (
-        f"{path} has no column with images or their paths of a usual name "
-        f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by --image-column. "
-        f"It has {header}"
-    )
-    if any(name.lower() in ADDRESS_COLUMNS for name in header):
-        no_image = (
-            f"{path} has addresses of images but no images. Fetch them with img2dataset "
-            "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
-            "...) and build from the folder that it makes"
-        )
-    return choose_columns(path, header, options, find, no_image=no_image)
 
 
 def _class_names(schema: pa.Schema, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -153,10 +117,7 @@ class _ParquetTable:
     def batches(
         self, columns: list[str], damaged: list[tuple[int, int, str]]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yields batches with the number of their first row.
-
-        Of a row group that breaks, the rest is damaged.
-        """
+        """Yields batches with the number of their first row; notes what is damaged."""
         first = 0
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
@@ -181,7 +142,7 @@ class _RowWriter:
 
     columns: Columns
     others: Sequence[str]
-    """The columns of `conditions` and `scores`, and img2dataset's `status`."""
+    """The columns of `conditions`, `scores` and the group, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
     scores: Sequence[tuple[str, float]]
@@ -228,7 +189,8 @@ class _RowWriter:
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
         captions = [text for column in self.columns.captions for text in _as_list(row[column])]
-        return {"captions": captions, "labels": labels}
+        group = {"group": row[self.columns.group]} if self.columns.group else {}
+        return {"captions": captions, "labels": labels} | group
 
     def _image(self, images: _Images, number: int) -> dict[str, Any]:
         """Copies the image and returns where it is; or its path, or its problem."""

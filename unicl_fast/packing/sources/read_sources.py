@@ -1,7 +1,5 @@
 """Reads the SOURCE arguments of a build: decides what each path is, and reads class folders.
 
-A source says for each image where its bytes are and which captions and labels it has, as the
-source spells them. Joining label spaces is left to `class_names`, opening images to the workers.
 What is passed over or cannot be packed is never dropped in silence: it is counted by name, or stays
 in the list with its problem and ends in quarantine.csv.
 """
@@ -28,11 +26,11 @@ from unicl_fast.packing.sources.image_folders import (
     require_classes,
     require_one_split,
 )
-from unicl_fast.packing.sources.items import Item, Source, refused
+from unicl_fast.packing.sources.items import Item, refused
 from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
 from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.rows import ListOptions
-from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 
 _NO_OPTIONS = ListOptions()
@@ -62,12 +60,8 @@ def read_source(
     """Reads one source (docs/sources.md).
 
     What cannot be read in place is unpacked into the spool, which must outlive the items; without
-    one such sources are refused.
-
-    Raises:
-        FileNotFoundError: it, or a file that belongs to it, is not there.
-        ValueError: it is not such a thing, or holds nothing; the message says what to do.
-        OSError: it cannot be read, or the disk is full.
+    one such sources are refused. Raises FileNotFoundError if it is not there, ValueError if it is
+    no such thing or holds nothing.
     """
     place = Path(path)
     spool = spool or Spool(None)
@@ -80,7 +74,8 @@ def read_source(
         return tars.read_tars(name, [Path(shard) for shard in shards], options, spool)
     if found := sorted(glob.glob(path)):
         return _read_matches(path, found, options, spool)
-    if place.parent.is_dir() and (parquet := tables.find_parquet(place.parent)):
+    parquet = tables.find_parquet(place.parent) if not place.suffix else []
+    if any(map(tables.split_of, parquet)):
         chosen = tables.choose_split(place.parent, parquet, split=place.name)
         return tables.read_tables(f"{place.parent.name}/{name}", chosen, options, spool)
     return _read_class_folders(place, name, spool)
@@ -124,6 +119,9 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
     names = [each for each in os.listdir(path) if not each.startswith(".")]
     files = sorted(each for each in names if os.path.isfile(path / each))
     folders = {each for each in names if os.path.isdir(path / each)}
+    if folders and all(is_packed(path / folder) for folder in folders):
+        every = " ".join(f"{path}/{folder}" for folder in sorted(folders))
+        raise ValueError(f"{path} holds packed data sets: name one, or each: {every}")
     shards = (folder for folder in folders if folder.isdecimal())
     if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
         return tars.read_image_folders(path, options, spool)
@@ -141,7 +139,8 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
     elif folders == aside and has_text_files(files):
         source = read_with_text_files(name, path, spool)
     else:
-        require_one_split(path, folders)
+        if not spool.takes_loose:
+            require_one_split(path, folders)
         beside = archives or [file.name for file in parquet if file.parent == path]
         return _read_class_folders(path, name, spool, beside=beside)
     source.passed_over.update(f"folder {folder}" for folder in sorted(aside))
@@ -151,10 +150,7 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
 def _read_class_folders(
     path: Path, source_name: str, spool: Spool, *, beside: Sequence[str] = ()
 ) -> Source:
-    """Reads images whose class is the name of the folder that directly holds them.
-
-    `beside` are tars or Parquet files that are there too and are not read, which is said.
-    """
+    """Reads class folders; `beside` are tars or Parquet files there that are not read."""
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
     tops, classes = set[str](), set[str]()
@@ -180,6 +176,8 @@ def _read_class_folders(
             tops.add(folders[0])
             classes.add(folders[-1])
             items.append(Item(name, entry, labels=[folders[-1]]))
+        elif spool.takes_loose:
+            items.append(Item(name, entry, labels=[path.resolve().name]))
         else:
             message = "the image lies in no class folder; expected for example cat/1.jpg"
             items.append(refused(name, "no class", message))
@@ -190,6 +188,7 @@ def _read_class_folders(
             message += f". Files such as {beside[0]} lie there too, and are not read where there "
             message += "are folders beside them: name the files, or move the folders away"
         raise ValueError(message)
-    require_one_split(path, tops)
-    require_classes(path, classes)
+    if not spool.takes_loose:
+        require_one_split(path, tops)
+        require_classes(path, classes)
     return Source(name=source_name, items=items, labels_are_names=True, passed_over=passed_over)

@@ -6,7 +6,7 @@ Readers of all formats give a row as a dict. Its fields are one value or a list.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,18 @@ MAX_CAPTION_BYTES = 100_000
 """Size of the longest caption that is read, in UTF-8. Encoders see its first words, and tokenizing
 takes 140 bytes of memory for each byte."""
 
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
+    *("file", "path", "file_name", "filename", "filepath", "image_path", "url", "image_url"),
+)
 CAPTION_COLUMNS = ("caption", "captions")
 LABEL_COLUMNS = ("label", "labels")
-"""The usual names in lists and tars; tables have more (`parquet_rows`)."""
+_USUAL: dict[str, Sequence[Sequence[str]]] = {
+    "image": [(name,) for name in IMAGE_COLUMNS],
+    "caption": [CAPTION_COLUMNS, ("text", "texts"), ("sentence", "sentences")],
+    "label": [LABEL_COLUMNS, ("fine_label",), ("class", "cls")],
+}
+"""The usual names of columns, in any case as LAION's TEXT: all of the first group that is there."""
 
 LOW_SCORE = "low score"
 """The kind of rows that `--min-score` leaves out."""
@@ -35,21 +44,34 @@ class Columns:
     image: str
     captions: tuple[str, ...]
     labels: tuple[str, ...]
+    group: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ListOptions:
-    """How lists are read; an empty name takes the first usual one that is there."""
+    """How lists are read; the texts below are part of the help of `unicl-pack build`."""
 
     image_column: str = ""
-    caption_column: str = ""
-    label_column: str = ""
+    """Column with image paths, or images, if it is not called image, file, path or
+    file_name."""
+    caption_column: Sequence[str] = ()
+    """Column with captions, or several, if it is not called caption, captions or text; in tars,
+    field of KEY.json."""
+    label_column: Sequence[str] = ()
+    """Column with labels, or several (an image then has the labels of all), if it is not called
+    label or labels. Labels are names, keys, or numbers into --class-names."""
+    group_column: str = ""
+    """Column of a key, such as the number of a product: --split puts the images of one key on one
+    side."""
     image_root: str = ""
-    """Folder or zip that image paths are relative to; by default the folder of the list."""
+    """Folder or zip that image paths in lists are relative to; by default the list's folder, and
+    for COCO's files the one that is called as they are (val2017) or images."""
     where: Sequence[str] = ()
-    """`COLUMN=VALUE` conditions, all of which a row must meet."""
+    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
+    then all must hold."""
     min_score: Sequence[str] = ()
-    """`COLUMN=NUMBER`: rows with less there, or no number, have the problem `too_low` finds."""
+    """COLUMN=NUMBER: leave out rows of lists with less there, or without a number; may be given
+    several times."""
 
     def conditions(self) -> list[tuple[str, str]]:
         """`where` as columns and values; what is not COLUMN=VALUE is a ValueError."""
@@ -73,56 +95,65 @@ class ListOptions:
                 raise ValueError(f"--min-score takes COLUMN=NUMBER, not {condition!r}")
         return found
 
-    def text_columns(self, captions: tuple[str, ...], labels: tuple[str, ...]) -> Columns:
-        """The columns of texts, with these for those that are not named."""
-        return Columns(
-            "",
-            (self.caption_column,) if self.caption_column else captions,
-            (self.label_column,) if self.label_column else labels,
-        )
 
-
-def choose_columns(
-    path: object,
-    header: Sequence[str],
-    options: ListOptions,
-    find: Callable[[str], tuple[str, ...]],
-    *,
-    no_image: str,
-) -> Columns:
+def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
     """Chooses the columns of a list: those that the options name, else those of usual names.
-
-    `find` returns the columns with a usual name for an `image`, `caption` or `label`; `no_image` is
-    the error where there is none with images.
 
     Raises:
         ValueError: a column that an option names, of images, or of any text is not there.
     """
     named = {
-        "image": options.image_column,
-        "caption": options.caption_column,
-        "label": options.label_column,
+        what: names_of(getattr(options, f"{what}_column"))
+        for what in ("image", "caption", "label", "group")
     }
-    asked = [(name, f"--{what}-column") for what, name in named.items() if name]
+    asked = [(name, f"--{what}-column") for what, names in named.items() for name in names]
     asked += [(column, "--where") for column, _ in options.conditions()]
     asked += [(column, "--min-score") for column, _ in options.scores()]
     for column, option in asked:
         if column not in header:
             raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
-    images, captions, labels = ((name,) if name else find(what) for what, name in named.items())
+
+    def find(what: str) -> tuple[str, ...]:
+        groups = (tuple(one for one in header if one.lower() in each) for each in _USUAL[what])
+        return next(filter(None, groups), ())
+
+    images, captions, labels = (named[what] or find(what) for what in ("image", "caption", "label"))
     if not images:
-        raise ValueError(no_image)
+        raise ValueError(
+            f"{path} has no column with images or their paths of a usual name (image, file, path, "
+            f"...); name it by --image-column. It has {shorten(header, limit=1000)}"
+        )
     if not captions and not labels:
         raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name them by "
-            f"--caption-column or --label-column. It has {header}"
+            f"{path} has neither captions nor labels in columns of the usual names; name one or "
+            "several by --caption-column or --label-column, such as --caption-column title "
+            f"--label-column category. It has {shorten(header, limit=1000)}"
         )
-    return Columns(images[0], captions, labels)
+    return Columns(images[0], captions, labels, options.group_column)
+
+
+def names_of(option: Sequence[str]) -> tuple[str, ...]:
+    """The columns that an option names: one as a text, or several."""
+    return ((option,) if option else ()) if isinstance(option, str) else tuple(option)
 
 
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
-    """Whether a row has all the values that `--where` asks for."""
-    return all(_matches(row.get(column), value) for column, value in conditions)
+    """Whether a row has all the values that `--where` asks for; of a list one is enough."""
+    return all(
+        any(str(value) == wanted for value in _flat(row.get(column)))
+        for column, wanted in conditions
+    )
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The values in lists of any depth, without recursion, which rows from anywhere could end."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif not isinstance(value, dict):
+            yield value
 
 
 def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem | None:
@@ -136,12 +167,6 @@ def too_low(row: dict[str, Any], scores: Sequence[tuple[str, float]]) -> Problem
         if not is_enough:
             return Problem(LOW_SCORE, f"{column} is {shorten(value)}, below {lowest:g}")
     return None
-
-
-def _matches(found: Any, wanted: str) -> bool:
-    if isinstance(found, list):
-        return any(_matches(entry, wanted) for entry in found)
-    return str(found) == wanted
 
 
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
@@ -168,7 +193,8 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # the usual sign for none
                 labels.append(label)
-    join_rows(item, captions, labels)
+    keys = _flat(row.get(columns.group)) if columns.group else ()
+    join_rows(item, captions, labels, [str(key) for key in keys if key not in (None, "")])
 
 
 def _values(value: Any) -> list[Any]:

@@ -1,10 +1,8 @@
 """A folder next to the output for what does not fit into memory or cannot be read in any order.
 
 The order of a data set is drawn over all its samples, so all must have been read before the first
-is packed, and ten million of them with their texts are gigabytes. So the items of all sources wait
-in an SQLite database. An image in a Parquet file cannot be reached without unpacking what lies
-before it. So such files are unpacked once, in order, and images are read from the copy, which takes
-as much room as they do, on the disk that is to hold the packed ones anyway.
+is packed: the items of all sources wait in an SQLite database. An image in a Parquet file cannot be
+reached without unpacking what lies before it, so such files are unpacked once, in order.
 """
 
 from __future__ import annotations
@@ -14,15 +12,18 @@ import json
 import os
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 from urllib.parse import quote
 
 import xxhash
 
 from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fields_of
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
+from unicl_fast.system.wording import count_of
 
 _CACHE_KILOBYTES = 16_000
 """Memory of the database for any number of samples; 64 MB were not faster."""
@@ -34,18 +35,17 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Spool:
-    """The folder, made when it is first needed; use it as a context manager.
+    """The folder, made when it is first needed; it stays for a build that resumes."""
 
-    It stays, for a build that resumes: what was unpacked of the same files need not be unpacked
-    again. The caller removes it.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, takes_loose: bool = False) -> None:
         """Makes nothing yet.
 
         None allows no file; items then wait in the system's folder for temporary files.
+        `takes_loose` puts images that lie in no class folder into a class of their folder's name,
+        and takes any folders for classes.
         """
         self._folder = folder
+        self.takes_loose = takes_loose
         self._prefix = f"{folder}/"
         self._num_files = 0
         self._database: sqlite3.Connection | None = None
@@ -72,6 +72,12 @@ class Spool:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
+
+    def checksum_origins(self) -> str:
+        """The number of `origins`, and a checksum of their sizes and times."""
+        text = json.dumps([stamp(path) for path in self.origins])
+        checksum = xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+        return f"{count_of(len(self.origins), 'file')}, checksum {checksum}"
 
     def new_items(self) -> ItemStore:
         """Returns an empty store for the items of a source."""
@@ -110,13 +116,12 @@ def _open_database(folder: Path | None) -> sqlite3.Connection:
     return database
 
 
-class ItemStore(Sequence[Item]):
+class ItemStore:
     """Items in the order in which they were appended; each is made anew when it is asked for.
 
-    Lists name an image in several rows, not always one after another. A record is never changed:
-    a later row is a record of its own, with a larger number. Records are written some at a time,
-    and read many at a time where many are wanted: a statement for each takes as long as reading a
-    small image.
+    Lists name an image in several rows, not always one after another. A later row is a record of
+    its own. Records are written and read many at a time: a statement for each takes as long as
+    reading a small image.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class ItemStore(Sequence[Item]):
         self._database = database
         self._locate = locate
         self._count = 0
-        self._num_rows = 0
+        self._num_rows = self._num_captioned = self._num_labelled = 0
         self._last = ("", -1)
         """Name and number of the item found last: rows of an image mostly follow each other."""
         self._kinds: list[type[Entry]] = []
@@ -139,7 +144,6 @@ class ItemStore(Sequence[Item]):
         self._insert_row = f"INSERT INTO {rows} VALUES (?, ?)"
         self._insert_name = f"INSERT INTO {names} VALUES (?, ?)"
         self._find_name = f"SELECT item FROM {names} WHERE name = ?"
-        self._select = f"SELECT id >> 32, record FROM {rows} WHERE id >= ? AND id < ? ORDER BY id"
         # the id of a row is (number of the item << 32) + number of the row
         self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record TEXT)")
         self._digest = xxhash.xxh3_128()
@@ -151,19 +155,9 @@ class ItemStore(Sequence[Item]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, number: int) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
-        if isinstance(number, slice):
-            return self.at(range(*number.indices(self._count)))
-        number = range(self._count)[number]  # with its IndexError
-        return self._read(number, number + 1)[number]
-
     def __iter__(self) -> Iterator[Item]:
         for first in range(0, self._count, READ_ITEMS):
-            yield from self._read(first, first + READ_ITEMS).values()
+            yield from self.at(range(first, min(first + READ_ITEMS, self._count)))
 
     def at(self, numbers: Sequence[int]) -> list[Item]:
         """Returns the items of these numbers, in this order; each is one of the store."""
@@ -176,7 +170,9 @@ class ItemStore(Sequence[Item]):
                 f"WITH wanted (item) AS (VALUES {values}) SELECT id >> 32, record FROM wanted "
                 f"CROSS JOIN {self._rows} ON id >= item << 32 AND id < (item + 1) << 32 ORDER BY id"
             )
-            found |= self._made_of(self._select_rows(statement, *some))
+            if self._pending:
+                self._flush()
+            found |= self._made_of(self._execute(statement, *some))
         return [found[number] for number in numbers]
 
     def append(self, item: Item) -> int:
@@ -227,15 +223,24 @@ class ItemStore(Sequence[Item]):
         # an item that has too many texts takes no more labels
         return dict.fromkeys(label for item in self for label in item.labels)
 
-    def checksum(self) -> str:
-        """XXH3-128 of all that was appended, and of size and time of the files with the images.
+    def notes(self) -> Counter[str]:
+        """Counts rows that a user should hear of, in words."""
+        notes = Counter({"rows of an image that an earlier row names": self._num_rows - len(self)})
+        for what, count in (("caption", self._num_captioned), ("label", self._num_labelled)):
+            if count:
+                notes[f"rows without a {what}, where others have one"] = self._num_rows - count
+        return +notes
 
-        Of a file in the spool its name counts, and not where the spool lies.
+    def checksum(self) -> str:
+        """The number of items, and XXH3-128 of them and of size and time of the images' files.
+
+        Two builds with the same checksums pack the same, unless somebody changes files and puts
+        their times back.
         """
         digest = self._digest.copy()
         stamps = [stamp(path) for path in self._holders]
         digest.update(ascii([[kind.__name__ for kind in self._kinds], stamps]).encode("ascii"))
-        return digest.hexdigest()
+        return f"{count_of(self._count, 'sample')}, checksum {digest.hexdigest()}"
 
     def _spell(self, entry: Entry, fields: tuple[Any, ...]) -> tuple[Any, ...]:
         """The fields as they are in every build; notes the file that holds the image."""
@@ -259,7 +264,7 @@ class ItemStore(Sequence[Item]):
     ) -> None:
         """Writes a row: texts and problem of an item, and what else it is made of."""
         problem = item.problem and (item.problem.kind, item.problem.message)
-        record = (number, item.captions, item.labels, problem, *head)
+        record = (number, item.captions, item.labels, problem, item.groups, *head)
         text = _encode((*record, *fields))
         seen = text if spelled is fields else _encode((*record, *spelled))
         self._digest.update(seen.encode("ascii"))
@@ -268,6 +273,8 @@ class ItemStore(Sequence[Item]):
         self._pending.append(((number << 32) + self._num_rows, text))
         self._pending_bytes += len(text)
         self._num_rows += 1
+        self._num_captioned += bool(item.captions)
+        self._num_labelled += bool(item.labels)
         if len(self._pending) >= _WRITE_ROWS or self._pending_bytes > _MOST_PENDING_BYTES:
             self._flush()
 
@@ -275,34 +282,25 @@ class ItemStore(Sequence[Item]):
         rows, self._pending, self._pending_bytes = self._pending, [], 0
         self._run(self._database.executemany, self._insert_row, rows)
 
-    def _read(self, first: int, end: int) -> dict[int, Item]:
-        """Returns the items from `first` to before `end`, by number and in order."""
-        return self._made_of(self._select_rows(self._select, first << 32, end << 32))
-
     def _made_of(self, rows: list[tuple[int, str]]) -> dict[int, Item]:
         """Makes items of their rows, which lie in order; by number."""
         items: dict[int, Item] = {}
         for number, text in rows:
-            _, captions, labels, problem, *others = json.loads(text)
+            _, captions, labels, problem, groups, *others = json.loads(text)
             if problem is not None:
                 problem = Problem(*problem)
             if number not in items:
                 name, source, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
-                items[number] = Item(name, entry, captions, labels, problem, source)
+                items[number] = Item(name, entry, captions, labels, problem, groups, source)
             else:
                 item = items[number]  # as if `add_texts` had been called with it
                 if item.problem is None or item.problem.kind != TOO_MANY:
                     item.problem = problem or item.problem
-                    join_rows(item, captions, labels)
+                    join_rows(item, captions, labels, groups)
         for item in items.values():
             require_text(item)
         return items
-
-    def _select_rows(self, statement: str, *values: int) -> list[tuple[int, str]]:
-        if self._pending:
-            self._flush()
-        return self._execute(statement, *values)
 
     def _execute(self, statement: str, *values: int | bytes) -> list[Any]:
         return self._run(self._database.execute, statement, values).fetchall()
@@ -320,6 +318,21 @@ class ItemStore(Sequence[Item]):
                     f"the disk of --out, or without one in {tempfile.gettempdir()}",
                 ) from error
             raise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Everything that one SOURCE argument stands for."""
+
+    name: str
+    items: ItemStore
+    labels_are_names: bool
+    """Whether labels are names though they may look like numbers: folders, or classes that the
+    source itself names. Numbers in a list may mean something only together with class names."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """How many files or rows were passed over, by reason."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """More to say of rows that were read, and of how many."""
 
 
 def _as_key(name: str) -> bytes:

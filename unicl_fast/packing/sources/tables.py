@@ -1,9 +1,4 @@
-"""Parquet lists and folders of them as on Hugging Face's hub, read with pyarrow.
-
-Images are bytes in the file, or files that it names. Numbers that the file has names for become
-these names. The files themselves are read by `parquet_rows`, in a process of its own, which leaves
-a line of JSON for each row.
-"""
+"""Parquet lists and folders of them as on Hugging Face's hub; `parquet_rows` reads the files."""
 
 from __future__ import annotations
 
@@ -20,25 +15,22 @@ from typing import Any
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources.entries import Span
-from unicl_fast.packing.sources.items import Item, Problem, Source, refused
+from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.lists import add_named
-from unicl_fast.packing.sources.rows import (
-    Columns,
-    ListOptions,
-    TableResult,
-    TableTask,
-    add_texts,
-)
-from unicl_fast.packing.sources.spool import ItemStore, Spool, stamp
-from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
+from unicl_fast.packing.sources.named_images import NamedImages
+from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts
+from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
+from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
+from unicl_fast.system.installation import install_command
+from unicl_fast.system.untrusted_files import read_file
 
 PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A ceiling: for a page, packed and unpacked, which may have 2 GB each; 16 MB is a usual use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
-_COLUMNS = Columns("", ("captions",), ("labels",))
+_COLUMNS = Columns("", ("captions",), ("labels",), "group")
 
 
 def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
@@ -46,7 +38,7 @@ def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: S
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
             f"{name}: reading Parquet files takes pyarrow, which is not installed: "
-            "pip install 'unicl_fast[sources]'"
+            f"{install_command('sources')}"
         )
     tasks = []
     for file in map(str, paths):
@@ -54,12 +46,12 @@ def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: S
         tasks.append(TableTask(file, options, rows, images))
         spool.origins.append(file)
     roots = {Path(options.image_root)} if options.image_root else {path.parent for path in paths}
-    tree = open_tree(roots.pop()) if len(roots) == 1 else None
+    named = NamedImages(name, open_tree(roots.pop())) if len(roots) == 1 else None
     items, broken = spool.new_items(), list[Item]()
     passed_over, labels_are_names = Counter[str](), True
     for task, result in _unpack(tasks):
         path = Path(task.path)
-        behind = _read_rows(task, tree, items)
+        behind = _read_rows(task, named, items)
         if isinstance(result, Problem):
             broken.append(Item(f"{path.name} from row {behind}", problem=result))
             continue
@@ -72,9 +64,12 @@ def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: S
         reasons = [problem.message for item in broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
     items.extend(broken)
-    return Source(
+    source = Source(
         name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
     )
+    if named is not None:
+        named.finish(source)
+    return source
 
 
 def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult | Problem]]:
@@ -116,7 +111,7 @@ def _remember(task: TableTask, result: TableResult) -> None:
 def _recall(task: TableTask) -> TableResult | None:
     """The result that was noted, if all is as it was then."""
     try:
-        note = parse_checksummed_json(_note_of(task).read_bytes())
+        note = parse_checksummed_json(read_file(_note_of(task)))
         result = note.pop("result", None)
         return TableResult(**result) if note == _facts_of(task) else None
     except (ValueError, OSError):
@@ -125,31 +120,26 @@ def _recall(task: TableTask) -> TableResult | None:
 
 def _facts_of(task: TableTask) -> dict[str, Any]:
     sizes = [os.path.getsize(file) for file in (task.rows_file, task.images_file)]
-    return {"made of": [*stamp(task.path), repr(task.options)], "sizes": sizes}
+    options = [getattr(task.options, each.name) for each in dataclasses.fields(ListOptions)]
+    return {"made of": [*stamp(task.path), repr(options)], "sizes": sizes}
 
 
 def _note_of(task: TableTask) -> Path:
     return Path(f"{task.rows_file}.json")
 
 
-def _read_rows(task: TableTask, tree: Tree | None, items: ItemStore) -> int:
-    """Adds the rows that have been written out; returns the number after the last.
-
-    Without a tree, rows that name their images are refused.
-    """
+def _read_rows(task: TableTask, named: NamedImages | None, items: ItemStore) -> int:
+    """Adds the rows that have been written out; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
 
     def find(name: str) -> Item:
-        if re.match(r"https?://", name):
-            message = "an address, not a file; img2dataset fetches such lists"
-            return refused(name, "missing", message)
-        if tree is None:  # the same path in two folders would be one sample
+        if named is None:  # the same path in two folders would be one sample
             raise ValueError(
                 f"{task.path}, row {number}, names the image {name!r}, and the files of this "
                 "source lie in several folders: name the files one by one, or give the folder "
                 "that all paths begin in by --image-root"
             )
-        return find_image(tree, name)
+        return named.find(name)
 
     if not os.path.exists(task.rows_file):
         return 0
@@ -183,16 +173,19 @@ def find_parquet(folder: Path) -> list[Path]:
     return []
 
 
+def split_of(path: Path) -> str:
+    """The split that a file named as train-00000-of-00002.parquet is of; "" for others."""
+    match = _SPLIT.fullmatch(path.name)
+    return match.group(1) if match else ""
+
+
 def choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
-    """Returns the files of one split, by names such as train-00000-of-00002.parquet."""
-    splits = {
-        path: match.group(1) if (match := _SPLIT.fullmatch(path.name)) else "" for path in paths
-    }
-    known = sorted(set(splits.values()))
+    """Returns the files of one split."""
+    known = sorted(set(map(split_of, paths)))
     if not split and len(known) == 1:
         return paths
     if split in known:
-        return [path for path in paths if splits[path] == split]
+        return [path for path in paths if split_of(path) == split]
     wanted = f"no split {split!r}; it has" if split else "several splits:"
     listed = ", ".join(name or "files of other names" for name in known)
     raise ValueError(

@@ -1,8 +1,5 @@
 """WebDataset tars, and what img2dataset writes: as tars, or as folders of files.
 
-The files of a sample have one name but for what comes after its first dot: 000123.jpg, 000123.txt
-(a caption), 000123.cls (a label), 000123.json (fields).
-
 Headers are parsed by `tarfile`. Its iteration over an archive is not used: it keeps an object for
 each member, reads extended headers of any size, and takes an archive with a broken header for one
 that ends there. Nothing is ever written under a name found in a tar.
@@ -21,20 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span, open_regular
-from unicl_fast.packing.sources.items import Item, Problem, Source, refused
+from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
+from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
     CAPTION_COLUMNS,
     FAILED_DOWNLOADS,
     LABEL_COLUMNS,
     LEFT_OUT,
+    Columns,
     ListOptions,
     add_texts,
     meets,
+    names_of,
     too_low,
 )
-from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.system.untrusted_files import open_file
 
 IMAGES = frozenset(
     "jpg jpeg png webp gif bmp tif tiff avif jp2 ppm pgm img image".split()  # noqa: SIM905
@@ -75,11 +75,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads tars as one source.
-
-    Raises:
-        ValueError: one is compressed, so that its images cannot be read in place.
-    """
+    """Reads tars as one source; a compressed one, which cannot be read in place, is refused."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
@@ -143,10 +139,17 @@ class _SampleMaker:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls say nothing where a field of .json is asked for by name
-        self._columns = options.text_columns(("txt", *CAPTION_COLUMNS), ("cls", *LABEL_COLUMNS))
+        captions, labels = names_of(options.caption_column), names_of(options.label_column)
+        self._columns = Columns(
+            "",
+            captions or ("txt", *CAPTION_COLUMNS),
+            labels or ("cls", *LABEL_COLUMNS),
+            options.group_column,
+        )
         self._conditions, self._scores = options.conditions(), options.scores()
         asked = {column for column, _ in [*self._conditions, *self._scores]}
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
+        wanted.add(options.group_column)
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
         self._items = spool.new_items()
         self._has_image = False
@@ -241,13 +244,10 @@ def _read_tar(path: Path, maker: _SampleMaker) -> None:
 def _group_members(
     path: str, maker: _SampleMaker
 ) -> tuple[dict[str, _Group], DamagedTarError | None]:
-    """Returns the samples of a tar in order, and why its end could not be read, if it could not.
-
-    Texts are read on the way, so that the tar is read once, forwards.
-    """
+    """Returns the samples of a tar in order, and why its end could not be read, if so."""
     groups: dict[str, _Group] = {}
     group = None
-    with open_regular(path) as file:
+    with open_file(path) as file:
         try:
             for member in iter_members(file):
                 key, extension = _split_name(member.name)
@@ -281,7 +281,7 @@ def _count_failures(stem: Path, maker: _SampleMaker) -> None:
     """Counts img2dataset's failures, by the statistics that it leaves next to each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
-        with open_regular(str(stats)) as file:
+        with open_file(str(stats)) as file:
             fields = json.loads(file.read(_MAX_TEXT_BYTES))
         failed = sum(int(fields.get(f"failed_to_{what}", 0)) for what in ("download", "resize"))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -300,12 +300,9 @@ class DamagedTarError(ValueError):
 
 
 def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yields the files of a tar in order; folders are left out.
+    """Yields the files of a tar in order, also of archives joined end to end (`cat a.tar b.tar`).
 
-    Archives joined end to end (`cat a.tar b.tar`) are read through.
-
-    Raises:
-        DamagedTarError: the rest cannot be read, or is not there.
+    Raises DamagedTarError if the rest cannot be read, or is not there.
     """
     end = os.fstat(file.fileno()).st_size
     headers = _HeaderFile(file)

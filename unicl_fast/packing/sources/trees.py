@@ -1,12 +1,8 @@
-"""Folders and zips, seen as trees of named files: they are listed and read here.
+"""Folders and zips, seen as trees of named files; nothing is ever written under a name found there.
 
-Nothing is ever written under a name found in a source.
-
-A zip may lie: about sizes, offsets, names and what a member is. Its directory is read by `zipfile`,
-once. Workers read a member by the offset and size that the directory gave, since opening the zip
-in each of them would cost 5 us and 0.7 kB a member: 6 s and 0.9 GB for ImageNet's zip. Sizes and
-checksums are compared with what is found, nothing is inflated beyond what is declared, and members
-that no sound zip has are refused by name.
+A zip may lie. Its directory is read by `zipfile`, once, and workers read a member by the offset and
+size that it gave: opening the zip in each of them would cost 6 s and 0.9 GB for ImageNet's. Sizes
+and checksums are compared with what is found, and nothing is inflated beyond what is declared.
 """
 
 from __future__ import annotations
@@ -31,6 +27,8 @@ from unicl_fast.packing.sources.entries import (
     check_file_size,
 )
 from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.system.paths import nearest_name
+from unicl_fast.system.untrusted_files import open_file
 
 _MAX_PATH_BYTES = 4096
 """Linux's PATH_MAX. Longer names cannot exist, and resolving one takes time squared."""
@@ -43,13 +41,12 @@ _MADE_ON_UNIX = 3
 class FolderTree:
     """The files under a folder.
 
-    Links are followed wherever they lead, in `entries` and in `find`: who made them could have put
-    the files there. A name that itself leaves the folder is refused, since a list may come from
-    somebody else.
+    Links are followed wherever they lead: who made them could have put the files there. A name that
+    itself leaves the folder is refused, since a list may come from somebody else.
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._real_root = os.path.realpath(root)
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
@@ -59,7 +56,7 @@ class FolderTree:
         """
         seen = set[str]()
         # not by recursion: folders can be nested deeper than Python's stack
-        waiting: list[tuple[str, Entry | _Folder]] = [("", _Folder(self._root, self._real_root))]
+        waiting: list[tuple[str, Entry | _Folder]] = [("", _Folder(self.root, self._real_root))]
         while waiting:
             name, found = waiting.pop()
             if not isinstance(found, _Folder):
@@ -73,11 +70,11 @@ class FolderTree:
         try:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
-            path = os.path.realpath(self._root / name)
+            path = os.path.realpath(self.root / name)
             # `..` behind a link leads elsewhere than it reads, and a whole path may be spelled anew
             if not self._names_inside(name) and not _is_under(path, self._real_root):
                 raise EntryError(
-                    "outside", f"the path leaves {self._root}; --image-root says where images are"
+                    "outside", f"the path leaves {self.root}; --image-root says where images are"
                 )
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -85,14 +82,14 @@ class FolderTree:
         except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a character
             if isinstance(error, EntryError):
                 raise
-            raise EntryError("missing", f"no such file in {self._root}") from error
+            raise EntryError("missing", f"no such file in {self.root}") from error
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
     def _names_inside(self, name: str) -> bool:
         """Whether a path stays in the folder as it is written, before links are followed."""
         if ".." in name.split("/"):
             return False
-        return not os.path.isabs(name) or _is_under(name, os.path.abspath(self._root))
+        return not os.path.isabs(name) or _is_under(name, os.path.abspath(self.root))
 
 
 def _is_under(path: str, folder: str) -> bool:
@@ -146,7 +143,7 @@ class ZipEntry:
         check_file_size(self.num_bytes, max_bytes)
         check_file_size(self.packed_bytes, max_bytes)
         try:
-            with open(self.archive, "rb") as file:
+            with open_file(self.archive) as file:
                 packed = self._read_packed(file)
         except OSError as error:
             raise EntryError("unreadable", error.strerror or str(error)) from error
@@ -180,7 +177,7 @@ class ZipTree:
     """The files of a zip, or of one folder inside it."""
 
     def __init__(self, archive: Path, inside: str = "") -> None:
-        self._archive = archive
+        self._archive, self.root = archive, archive / inside
         prefix = inside.strip("/") + "/" if inside.strip("/") else ""
         members = [member for member in _read_directory(archive) if not member.is_dir()]
         archive_bytes = archive.stat().st_size
@@ -264,13 +261,10 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
 
 
 def require_there(entry: Entry | None, source: str) -> None:
-    """Raises if an image cannot be read because its source has vanished, as a dropped mount does.
+    """Raises FileNotFoundError if an image's source has vanished, as a dropped mount does.
 
-    A file may be gone by itself, and is listed then. If its folder is gone too, or empty as the
-    folder of a mount that was dropped, or the archive is gone that held it, so are all others.
-
-    Raises:
-        FileNotFoundError: the source has vanished.
+    A file may be gone by itself. If its folder is gone too, or empty as that of a mount that was
+    dropped, or the archive is gone that held it, so are all others.
     """
     if isinstance(entry, FileEntry):
         place = os.path.dirname(entry.path)
@@ -304,6 +298,7 @@ def open_tree(path: Path) -> Tree:
     if archive is None:
         raise FileNotFoundError(
             f"{path}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
+            + nearest_name(path)
         )
     if not zipfile.is_zipfile(archive):
         raise ValueError(

@@ -1,0 +1,127 @@
+"""The end of a diagnosis, which comes in any case, and the bar that shows the way to it.
+
+A loader that does not come back cannot be interrupted in Python: a thread ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from unicl_fast.system.progress import current_stage
+
+if TYPE_CHECKING:  # it imports torch
+    from .report import Diagnosis
+
+START_SECONDS = 60.0
+"""For imports, data and model."""
+_LAST_SECONDS = 5.0
+"""Ranks other than 0 end so long after it."""
+_BAR_SECONDS = 0.5
+_EXIT_NOTHING = 2
+
+
+class Budget:
+    """The seconds that a diagnosis should take, and the turns that they are divided into."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.turn = min(1.0, seconds / 80)
+        """Seconds of one turn of one contestant."""
+        self.most_seconds = START_SECONDS + 2 * seconds
+        """After them the process ends in any case."""
+        self.begin("building the run")
+        # a process that is older began with something else
+        age = min(START_SECONDS, seconds_since_start())
+        self.deadline = self._since + self.most_seconds - age
+
+    def begin(self, phase: str) -> None:
+        """Begins the seconds, with a phase whose name is shown."""
+        self.phase, self._since = phase, time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; negative when it takes longer."""
+        return self.seconds - (time.monotonic() - self._since)
+
+
+class Deadline:
+    """Ends this process when a diagnosis takes too long."""
+
+    def __init__(
+        self, seconds: float, *, scratch: Path, conclude: Callable[[Diagnosis], bool]
+    ) -> None:
+        """`conclude` reports a diagnosis, and returns whether the process ends with 1."""
+        self.budget = Budget(seconds)
+        self.found: Diagnosis | None = None
+        """The latest that is known."""
+        self._scratch, self._conclude = scratch, conclude
+        self._is_main = os.environ.get("RANK", "0") == "0"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="unicl-deadline", daemon=True)
+
+    @contextlib.contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Shows a bar, and keeps the deadline, during the block."""
+        self._thread.start()
+        try:
+            yield
+        except RuntimeError:
+            if not self._is_main and self._is_near:  # rank 0 has ended there
+                self._thread.join()
+            raise
+        finally:
+            self._over.set()
+            self._thread.join()
+
+    @property
+    def _is_near(self) -> bool:
+        return time.monotonic() > self.budget.deadline - _LAST_SECONDS
+
+    def _watch(self) -> None:
+        budget = self.budget
+        later = 0.0 if self._is_main else _LAST_SECONDS  # rank 0 has to report
+        with tqdm(bar_format="{desc}", leave=False, disable=not self._is_main) as bar:
+            while time.monotonic() < budget.deadline + later:
+                if self._over.wait(_BAR_SECONDS):
+                    return
+                spent = f"{budget.seconds - budget.left:.0f} of {budget.seconds:.0f} s"
+                bar.set_description_str(f"{budget.phase[:60]}: {spent}")
+        self._end()
+
+    def _end(self) -> None:
+        code = 0
+        try:
+            if self.found is not None:
+                print(f"cut off at the deadline, during: {self.budget.phase}", file=sys.stderr)
+                code = int(self._conclude(self.found))
+            elif self._is_main:
+                code = _EXIT_NOTHING
+                text = (
+                    f"nothing could be measured within {self.budget.most_seconds:.0f} s, which is "
+                    f"{START_SECONDS:g} and twice --seconds; it was at: {self.budget.phase}, "
+                    f"{current_stage().name}. See what the loader or its storage waits for, or "
+                    "raise --seconds"
+                )
+                print(f"unicl-bench: {text}", file=sys.stderr)
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process was started; Linux only."""
+    text = Path("/proc/self/stat").read_text(encoding="utf-8")
+    ticks = int(text[text.rindex(")") + 2 :].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

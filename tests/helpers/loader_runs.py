@@ -1,0 +1,72 @@
+"""Batches of loaders, compared with those of sound data."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from same_batches import assert_equal
+
+from unicl_fast.batch import Batch, Loader
+
+
+def take(loader: Loader, *, start: int = 0, count: int) -> list[Batch]:
+    """Some batches, on the host, of a loader that is closed then."""
+    host = torch.device("cpu")
+    batches = [batch.to(host) for batch in itertools.islice(loader.batches(start), count)]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies are not waited for
+    loader.close()
+    return batches
+
+
+def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
+    for one, other in zip(batches, others, strict=True):
+        assert_equal(one, other)
+
+
+def texts_of(batch: Batch) -> torch.Tensor:
+    """Token rows and class ids by sample, whatever the order of distinct texts."""
+    return torch.cat(
+        [batch.texts.tokens[batch.texts.index], batch.targets.class_ids[:, None]], dim=1
+    )
+
+
+def views_of(batch: Batch) -> torch.Tensor:
+    """All views of each image [b v h w c]."""
+    views = [batch.images] if batch.second_images is None else [batch.images, batch.second_images]
+    return torch.stack(views, dim=1)
+
+
+def assert_joined(parts: Sequence[Batch], whole: Batch) -> None:
+    """The ranks' batches of a step are the global one."""
+    for name in ("global_index", "sample_ids", "scheduled_ids", "source_ids"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(whole, name)), name
+    assert torch.equal(torch.cat(list(map(views_of, parts))), views_of(whole))
+    assert torch.equal(torch.cat(list(map(texts_of, parts))), texts_of(whole))
+
+
+def count_replaced(
+    batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
+) -> int:
+    """Checks that the bad ones, and nothing else, are others than those of sound data."""
+    count = 0
+    for batch, whole in zip(batches, expected, strict=True):
+        assert batch.step == whole.step
+        assert batch.source_ids is not None
+        assert batch.scheduled_ids is not None
+        assert batch.sample_ids is not None
+        assert torch.equal(batch.scheduled_ids, whole.sample_ids)
+        assert torch.equal(batch.source_ids, whole.source_ids)
+        assert torch.equal(batch.global_index, whole.global_index)
+        sources = batch.source_ids.tolist()
+        planned = zip(sources, batch.scheduled_ids.tolist(), strict=True)
+        is_bad = torch.tensor([pair in bad for pair in planned])
+        assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
+        assert not bad & set(zip(sources, batch.sample_ids.tolist(), strict=True))
+        assert torch.equal(views_of(batch)[~is_bad], views_of(whole)[~is_bad])
+        assert torch.equal(texts_of(batch)[~is_bad], texts_of(whole)[~is_bad])
+        count += int(is_bad.sum())
+    return count

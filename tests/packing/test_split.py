@@ -1,0 +1,165 @@
+"""`unicl-pack build --split`: each class is divided, and no image is on both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inline_checks import check_inline
+from pack_runs import contents, jpeg, run_pack, samples_of
+from property_tests import examples
+
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.split import _choose, _Groups
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_inline(monkeypatch)
+
+
+@given(
+    strata=st.lists(st.integers(-1, 3), min_size=1, max_size=80),
+    pairs=st.lists(st.tuples(st.integers(0, 79), st.integers(0, 79)), max_size=20),
+    fraction=st.floats(0.05, 0.5),
+)
+@examples(100)
+def test_groups_stay_whole_and_each_class_keeps_its_fraction(
+    strata: list[int], pairs: list[tuple[int, int]], fraction: float
+) -> None:
+    groups = _Groups(len(strata))
+    for one, other in pairs:
+        if max(one, other) < len(strata):
+            groups.join(one, other)
+    leaders = groups.leaders()
+    held_out = _choose(np.array(strata), leaders, fraction=fraction, seed=3)
+    for one, other in pairs:
+        if max(one, other) < len(strata):
+            assert held_out[one] == held_out[other]
+    if len(set(leaders)) < len(strata):
+        return
+    for stratum, count in Counter(strata).items():
+        found = held_out[np.array(strata) == stratum].sum()
+        if stratum < 0:  # what cannot be packed
+            assert not found
+        else:
+            assert count - found >= 1
+            assert abs(found - fraction * count) <= 2
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A list of 120 images in 3 categories: pairs of one product, some images twice, one bad."""
+    rows: list[dict[str, Any]] = []
+    for number in range(120):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number % 100))
+        rows.append(
+            {
+                "image": f"{number}.jpg",
+                "title": f"product {number // 2}" if number % 10 else " ",
+                "category": ("shoe", "hat", "sock")[number // 40],
+                "department": "feet" if number // 40 != 1 else "heads",
+                "product": number // 2,
+            }
+        )
+    (tmp_path / "cut.jpg").write_bytes(jpeg(1)[:200])
+    rows += [rows[0], rows[1] | {"image": "cut.jpg"}]
+    (tmp_path / "shop.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "shop.jsonl"
+
+
+COLUMNS = {"caption_column": ["title"], "label_column": ["category", "department"]}
+
+
+def test_both_sides_share_classes_and_no_image(
+    shop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "packed"
+    arguments = [
+        *("--caption-column", "title", "--label-column", "category", "department"),
+        *("--group-column", "product", "--split", "0.8", "--json", tmp_path / "told.json"),
+    ]
+    code, text = run_pack("build", shop, "--out", out, *arguments, capsys=capsys)
+    assert code == 0, text
+    assert sorted(os.listdir(out)) == ["held-out", "train"]
+    train, held_out = (samples_of(out / side) for side in ("train", "held-out"))
+    assert len(train) + len(held_out) == 120
+    assert f"{out}/train: {len(train)} images" in text
+    assert f"\n{out}/held-out: {len(held_out)} images" in text
+    assert not {one.image for one in train} & {one.image for one in held_out}
+    # of images 0 to 19, which are there again as 100 to 119, all of a product are on one side
+    products = [{int(one.name[:-4]) // 2 % 50 for one in side} for side in (train, held_out)]
+    assert not products[0] & products[1]
+    counts = Counter(one.labels[0] for one in held_out)
+    assert all(6 <= counts[name] <= 10 for name in ("shoe", "hat", "sock"))
+    assert {tuple(one.labels) for one in train} == {
+        ("shoe", "feet"), ("hat", "heads"), ("sock", "feet")
+    }  # fmt: skip
+    assert "note: 1 row of an image that an earlier row names\n" in text
+    assert "note: 13 rows without a caption, where others have one\n" in text
+    assert "note: 121 images kept on one side with others" in text
+    assert "left out: 1, listed in" in text
+    command = f"--data.train {out}/train --data.evaluate {out}/held-out --out runs/first"
+    assert f"next: unicl-pretrain --preset auto {command}" in text
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["held_out"]["num_samples"] == len(held_out)
+    code, text = run_pack("build", shop, "--out", out, *arguments, capsys=capsys)
+    assert (code, text.count("complete already")) == (0, 1), text
+    code, text = run_pack("build", out, "--out", tmp_path / "again", capsys=capsys)
+    assert (code, f"name one, or each: {out}/held-out {out}/train" in text) == (2, True)
+    code, text = run_pack("inspect", out, capsys=capsys)
+    assert (code, f"it holds some; name {out}/held-out or {out}/train" in text) == (2, True)
+
+
+def test_the_seed_decides_what_is_held_out(shop: Path, tmp_path: Path) -> None:
+    found = []
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        options = {**COLUMNS, "split": 0.9, "seed": seed}
+        summary = build_dataset([shop], tmp_path / name, progress=False, **options)
+        assert summary.held_out is not None
+        assert summary.num_shared == 0
+        found.append(contents(tmp_path / name / "held-out"))
+    assert found[0] == found[1] != found[2]
+
+
+def test_packed_sets_are_divided_by_their_checksums(shop: Path, tmp_path: Path) -> None:
+    build_dataset([shop], tmp_path / "whole", progress=False, **COLUMNS)
+    summary = build_dataset([tmp_path / "whole"], tmp_path / "set", split=0.8, progress=False)
+    assert summary.held_out is not None
+    assert summary.num_samples + summary.held_out.num_samples == 120
+    assert (summary.num_quarantined, summary.held_out.num_quarantined) == (1, 0)
+    assert summary.num_shared == 0
+    assert summary.num_copies + summary.held_out.num_copies == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "1.5"], "--split takes the fraction for training, such as 0.9, not 1.5"),
+        (["--group-column", "product"], "says what --split keeps together: give that too"),
+        (["--split", "0.9999"], "--split 0.9999 holds none of 121 images out"),
+        (["--split", "0.9", "--out", "s3://bucket/set"], "--split takes a folder as --out"),
+        (["--split", "0.9", "--out", "."], "holds 0.jpg: name another --out for --split"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_and_leaves_nothing(
+    shop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    words = ["build", "shop.jsonl", "--label-column", "category", "--out", "set", *arguments]
+    code, text = run_pack(*words, capsys=capsys)
+    assert (code, message in text) == (2, True), text
+    assert sorted(os.listdir(tmp_path)) == before

@@ -1,0 +1,53 @@
+"""The command that brings an extra suits the way in which the package was installed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import metadata
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+from unicl_fast.system.installation import install_command
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (
+            {"url": "file:///home/ann/my%20code", "dir_info": {"editable": True}},
+            "pip install -e '/home/ann/my code[ray]'",
+        ),
+        ({"url": "file:///src", "dir_info": {}}, "pip install '/src[ray]'"),
+        (
+            {"url": "https://host/a.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "pip install 'unicl_fast[ray] @ git+https://host/a.git@0a1b'",
+        ),
+        (
+            {"url": "file:///tmp/unicl_fast-0.2.0-py3-none-any.whl", "archive_info": {}},
+            "pip install 'unicl_fast[ray] @ file:///tmp/unicl_fast-0.2.0-py3-none-any.whl'",
+        ),
+        (None, "pip install 'unicl_fast[ray]'"),
+    ],
+    ids=["editable", "folder", "git", "wheel", "index"],
+)
+def test_an_extra_comes_from_where_the_package_came_from(
+    monkeypatch: pytest.MonkeyPatch, origin: dict[str, Any] | None, command: str
+) -> None:
+    noted = [None, *([] if origin is None else [json.dumps(origin)])]
+    found = [SimpleNamespace(read_text={"direct_url.json": text}.__getitem__) for text in noted]
+    monkeypatch.setattr(metadata, "distributions", lambda name: found)
+    assert install_command("ray") == command
+    *_, last = shlex.split(command)
+    if last.startswith("unicl"):
+        assert Requirement(last).extras == {"ray"}
+
+
+def test_a_package_that_is_not_installed_is_taken_from_a_checkout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "distributions", lambda name: [])
+    assert install_command("ray").startswith("pip install '.[ray]' in a checkout")

@@ -1,0 +1,254 @@
+"""Files that others have made: no link is written through, no pipe waited for, no bomb unpacked."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.checkpoints.export import read_export
+from unicl_fast.checkpoints.files import read_best
+from unicl_fast.checkpoints.load import read_state
+from unicl_fast.config import load_config
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.distributed.launch import keeping_log
+from unicl_fast.system import untrusted_files
+from unicl_fast.system.atomic_files import sole_writer
+from unicl_fast.system.checksums import read_checksums
+from unicl_fast.system.untrusted_files import (
+    NotRegularError,
+    open_file,
+    parse_json,
+    parse_yaml,
+    read_file,
+    reading_table,
+)
+from unicl_fast.text.hierarchies import read_parents
+from unicl_fast.training.figures import new_figure, save_figure
+from unicl_fast.training.metrics import MetricsWriter
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("mode", ["rb", "wb", "ab", "r+b"])
+def test_only_regular_files_are_opened_and_links_only_for_reading(
+    tmp_path: Path, mode: str
+) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"precious")
+    link.symlink_to(file)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(NotRegularError, match="is not a regular file"):
+            open_file(path, mode)
+    if mode == "rb":
+        assert read_file(link) == b"precious"
+    else:
+        for target in (file, tmp_path / "nowhere"):
+            link.unlink()
+            link.symlink_to(target)
+            with pytest.raises(NotRegularError, match="is a link, through which nothing is wri"):
+                open_file(link, mode)
+        assert not (tmp_path / "nowhere").exists()
+    assert file.read_bytes() == b"precious"
+    with open_file(file, mode) as opened:
+        assert opened.fileno() > 0
+
+
+def test_a_link_in_a_run_folder_leads_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run folder may come from a stranger; what a run writes must stay inside it."""
+    caplog.set_level(logging.INFO)
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("precious")
+    run.mkdir()
+    for name in (".in-use", "log.txt", "curves.png", "metrics.jsonl"):
+        (run / name).symlink_to(precious if name != "metrics.jsonl" else tmp_path / "new")
+    with pytest.raises(ValueError, match=r"\.in-use is a link"), sole_writer(run):
+        pass
+    with keeping_log() as write_to:
+        write_to(run / "log.txt")
+    assert "log.txt is a link, through which no log is written" in caplog.text
+    save_figure(new_figure(1, 1), run / "curves.png")
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(NotRegularError, match=r"metrics\.jsonl is a link"):
+        MetricsWriter(run)
+    assert precious.read_text() == "precious"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["large", "pipe"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", load_config),
+        ("config.json", lambda path: read_export(path.parent)),
+        ("best.json", lambda path: read_best(path.parent)),
+        ("state.json", lambda path: read_state(path.parent)),
+        ("manifest.json", lambda path: Manifest.load(path.parent)),
+        ("checksums.txt", lambda path: read_checksums(path.parent)),
+        ("parents.csv", read_parents),
+    ],
+)
+def test_a_file_larger_than_memory_and_a_pipe_are_refused_by_name(
+    tmp_path: Path, kind: str, name: str, read
+) -> None:
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    try:
+        found = read(path)
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error) or f"{tmp_path} is not a" in str(error)  # noqa: PT017
+    else:
+        assert (found, kind) == (None, "pipe")  # what is no file is no list of checksums either
+
+
+def test_settings_may_come_out_of_a_pipe_that_the_user_names(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"run: {}")
+    os.close(writing)
+    assert read_file(f"/dev/fd/{reading}", piped=True) == b"run: {}"
+    os.close(reading)
+
+
+def test_nesting_has_a_limit_that_all_readers_of_it_can_bear() -> None:
+    for parse in (parse_json, lambda text, where: parse_yaml(text.encode(), where=where)):
+        assert parse("[" * 100 + "]" * 100, where="it")
+        for depth in (101, 900, 100_000):
+            with pytest.raises(ValueError, match="^it is (nested more than 100|not JSON|not YAML)"):
+                parse("[" * depth + "]" * depth, where="it")
+
+
+NINE = ",".join(["*a{}"] * 9)
+BOMB = "[&a0 [x,x,x,x,x,x,x,x,x]" + "".join(
+    f", &a{n + 1} [{NINE.format(*[n] * 9)}]" for n in range(9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{BOMB}]", "its aliases mean more than 100,000 values"),
+        ("&a [*a]", "its aliases mean more than 100,000 values"),
+        ("&a {b: *a}", "its aliases mean more than 100,000 values"),
+        ("[&a0 []" + "".join(f", &a{n + 1} [*a{n}]" for n in range(300)) + "]", "nested more"),
+        ("!!int ''", r"a value is not what its tag says \(IndexError"),
+        ("!!bool x", r"a value is not what its tag says \(KeyError"),
+        ("!!timestamp x", r"a value is not what its tag says \(AttributeError"),
+        ("!!float ''", r"a value is not what its tag says \(IndexError"),
+        ("a: 1\na: 2", "a name stands twice among"),
+        ("x" * 300_000, "too large"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_yaml_is_refused_at_once(text: str, message: str) -> None:
+    started = time.process_time()
+    with pytest.raises(ValueError, match=f"^it is .*{message}"):
+        parse_yaml(text.encode(), where="it")
+    assert time.process_time() - started < 5
+
+
+def test_aliases_are_taken() -> None:
+    found = parse_yaml(b"a: &x [1, 2]\nb: *x\nc: [*x, *x]", where="it")
+    assert found == {"a": [1, 2], "b": [1, 2], "c": [[1, 2], [1, 2]]}
+
+
+def test_a_fault_of_a_table_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,2\n" + "x" * 200_000 + ",3\n")
+    with (
+        pytest.raises(ValueError, match=r"table\.csv, line 2, is not CSV: field larger"),
+        reading_table(path) as rows,
+    ):
+        list(rows)
+
+
+PROC, PACKAGE, OWN, ROW, NAMED = (
+    "of the kernel",
+    "of an installed package",
+    "that this process, or a peer, has made",
+    "of one row or sample, whose size others limit",
+    "that the user names for a result",
+)
+ALLOWED = {
+    "pipelines/feed/reading.py": ROW,
+    "tools/demo.py": OWN,
+    "tools/demo_photos/__main__.py": NAMED,
+    "tools/doctor/machine.py": PROC,
+    "tools/doctor/rows.py": PROC,
+    "tools/evaluate/protocols.py": NAMED,
+    "tools/evaluate/using.py": NAMED,
+    "tools/ledger.py": NAMED,
+    "tools/run_settings.py": OWN,
+    "unicl_fast/checkpoints/files.py": OWN,
+    "unicl_fast/conversion/export.py": OWN,
+    "unicl_fast/conversion/hugging_face.py": OWN,
+    "unicl_fast/conversion/output.py": OWN,
+    "unicl_fast/dataset/feature_files.py": OWN,
+    "unicl_fast/dataset/files.py": OWN,
+    "unicl_fast/dataset/growing_files.py": ROW,
+    "unicl_fast/dataset/stored_samples.py": ROW,
+    "unicl_fast/distributed/ranks.py": OWN,
+    "unicl_fast/evaluation/labelled.py": OWN,
+    "unicl_fast/evaluation/serving.py": PACKAGE,
+    "unicl_fast/packing/limited_processes.py": PROC,
+    "unicl_fast/packing/quarantine.py": ROW,
+    "unicl_fast/packing/sources/json_pieces.py": ROW,
+    "unicl_fast/packing/sources/lists.py": ROW,
+    "unicl_fast/packing/sources/parquet_rows.py": OWN,
+    "unicl_fast/packing/sources/spool.py": OWN,
+    "unicl_fast/packing/sources/tables.py": OWN,
+    "unicl_fast/packing/sources/tars.py": ROW,
+    "unicl_fast/packing/staging.py": OWN,
+    "unicl_fast/system/atomic_files.py": OWN,
+    "unicl_fast/system/checksums.py": OWN,
+    "unicl_fast/system/installation.py": PACKAGE,
+    "unicl_fast/system/kernels.py": PACKAGE,
+    "unicl_fast/system/machine.py": PROC,
+    "unicl_fast/system/program.py": PROC,
+    "unicl_fast/text/class_lists.py": PACKAGE,
+    "unicl_fast/text/prompts.py": OWN,
+    "unicl_fast/text/tokenizer.py": PACKAGE,
+    "unicl_fast/training/agreement.py": PACKAGE,
+    "unicl_fast/training/metrics.py": ROW,
+}
+"""Files of the product that open or parse by themselves, and what of."""
+DIRECT = {
+    *("read_text", "read_bytes", "write_text", "write_bytes", "open", "fdopen", "FileIO"),
+    *("load", "loads", "safe_load", "reader", "DictReader"),
+}
+OF_MODULES = {"json", "yaml", "csv", "os", "io"}
+NOT_OF_FILES = {"Image", "tarfile", "zipfile", "gzip", "np", "torch"}
+
+
+def opens_or_parses(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Name):
+        return node.func.id == "open"
+    if not isinstance(node.func, ast.Attribute) or node.func.attr not in DIRECT:
+        return False
+    owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+    is_method = node.func.attr.startswith(("read_", "write_")) or node.func.attr == "open"
+    return owner in OF_MODULES or (is_method and owner not in NOT_OF_FILES)
+
+
+def test_no_other_file_of_the_product_opens_or_parses_files_by_itself() -> None:
+    """A new one goes through `untrusted_files`; what benchmarks read, they wrote themselves."""
+    found = {
+        path.relative_to(CHECKOUT).as_posix()
+        for room in ("unicl_fast", "pipelines", "tools")
+        for path in (CHECKOUT / room).rglob("*.py")
+        if any(map(opens_or_parses, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+    }
+    own = Path(str(untrusted_files.__file__)).relative_to(CHECKOUT).as_posix()
+    assert found - {own} == ALLOWED.keys()

@@ -1,0 +1,215 @@
+"""Search of a packed data set by texts and by example images.
+
+    model = unicl_fast.load_model("runs/first")
+    with open_index(model, "packed/shop") as shop:
+        shop.by_texts(["red apples"])[0][0].caption
+
+The images are encoded once, each batch straight into a file that is found again by a checksum of
+weights and images, and a search looks at a block of it after the other: neither holds all features
+in memory. The search is exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unicl_fast.dataset.feature_files import (
+    RowsWriter,
+    has_features,
+    make_rows,
+    read_features,
+    seal_features,
+)
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import from_rank_0, gather_integers, rank_0_alone
+from unicl_fast.evaluation.data import open_data
+from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
+from unicl_fast.evaluation.inference import ImageLike, Model
+from unicl_fast.evaluation.labelled import key_of_features
+from unicl_fast.images.codec import encode_png
+from unicl_fast.models.unicl import weights_digest
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
+
+_BLOCK_BYTES = 64 << 20
+"""Size of the features that are compared at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """An image that a search has found."""
+
+    sample: int
+    """Its number in the data set."""
+    score: float
+    """Cosine with the query, in -1 to 1."""
+    caption: str
+    """Its first caption; empty if it has none."""
+    labels: tuple[str, ...]
+    """Names of its classes."""
+    source: str
+    """The list, folder or archive that it was packed from."""
+    name: str
+    """Its path in the source."""
+
+
+class SearchIndex:
+    """A model and the features of a data set's images."""
+
+    def __init__(
+        self, model: Model, dataset: PackedDataset, features: Float[np.ndarray, "n d"]
+    ) -> None:
+        """`features` are of unit norm, in the data set's order, and may be a mapped file."""
+        self.model, self.dataset, self._features = model, dataset, features
+        self._reader = SampleReader(dataset)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def by_texts(self, texts: Sequence[str], *, top: int = 12) -> list[list[Found]]:
+        """The `top` images most similar to each text, the most similar first.
+
+        Raises:
+            ValueError: the model has no text encoder, there are no texts, or top is not positive.
+        """
+        return self._nearest(self.model.embed_texts(texts), top=top)
+
+    def by_images(self, images: Sequence[ImageLike], *, top: int = 12) -> list[list[Found]]:
+        """As `by_texts`, for paths, Pillow images or arrays; raises as `Model.embed_images`."""
+        return self._nearest(self.model.embed_images(images), top=top)
+
+    def image_file(self, sample: int) -> bytes:
+        """An image as a file: JPEG, PNG or WebP; raises DamagedSampleError, IndexError."""
+        data = self.dataset.image_bytes(range(len(self))[sample], verify=True)
+        is_raw = self.dataset.image_shape is not None
+        return encode_png(self.dataset.pixels_of(data)) if is_raw else data.tobytes()
+
+    def close(self) -> None:
+        """Closes the files of the data set that it has opened."""
+        self._reader.close()
+
+    def _nearest(self, queries: Float[np.ndarray, "q d"], *, top: int) -> list[list[Found]]:
+        if top < 1:
+            raise ValueError(f"top must be positive, not {top}")
+        values, samples = nearest_rows(queries, self._features, top=top)
+        return [
+            [self._describe(sample, value) for sample, value in zip(*one, strict=True)]
+            for one in zip(samples.tolist(), values.tolist(), strict=True)
+        ]
+
+    def _describe(self, sample: int, score: float) -> Found:
+        description = self._reader.read_description(sample)
+        names = self.dataset.manifest.class_names
+        return Found(
+            sample=sample,
+            score=score,
+            caption=next(iter(description.captions), ""),
+            labels=tuple(names[label] for label in description.labels),
+            source=description.source,
+            name=description.name,
+        )
+
+
+def nearest_rows(
+    queries: Float[np.ndarray, "q d"],
+    rows: Float[np.ndarray, "n d"],
+    *,
+    top: int,
+    block_bytes: int = _BLOCK_BYTES,
+) -> tuple[Float[Tensor, "q k"], Tensor]:
+    """Scores and numbers of the `top` rows with the largest products with each query, falling.
+
+    One block of rows is in memory at a time; of equal ones the first come first.
+    """
+    wanted = torch.from_numpy(queries).float()
+    size = max(1, block_bytes // (4 * rows.shape[1]))
+    best, places = torch.empty(len(wanted), 0), torch.empty(len(wanted), 0, dtype=torch.int64)
+    for start in range(0, len(rows), size):
+        block = torch.from_numpy(np.array(rows[start : start + size], dtype=np.float32))
+        numbers = torch.arange(start, start + len(block)).expand(len(wanted), -1)
+        best = torch.cat([best, wanted @ block.T], dim=1)
+        places = torch.cat([places, numbers], dim=1)
+        order = best.argsort(dim=1, descending=True, stable=True)[:, :top]
+        best, places = best.gather(1, order), places.gather(1, order)
+    return best, places
+
+
+@contextlib.contextmanager
+def open_index(
+    model: LoadedModel | ModelOnRanks, data: str | Path, *, folder: Path | None = None
+) -> Iterator[SearchIndex]:
+    """Encodes the images of a data set, or finds their features again; all ranks call it.
+
+    Args:
+        model: what `unicl_fast.load_model` returns, or a model on ranks, which share the work.
+        data: images, written as `--data` of `unicl-eval search`.
+        folder: keeps the features, under a checksum of weights and images; all ranks see it. None
+            keeps them only as long as the index is open.
+
+    Raises:
+        ValueError: the model has no common space (trained by cross-entropy), stored features are
+            damaged, or the data cannot be read.
+        OSError: the folder cannot be written.
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    on_ranks = ModelOnRanks.of(model)
+    require_layer(on_ranks.model, "projection")
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(open_data(str(data), ranks=on_ranks.ranks, takes_loose=True))
+        if folder is None:
+            own = stack.enter_context(temporary_folder("unicl-index-"))
+            folder = Path(from_rank_0(str(own), on_ranks.ranks))
+        features = _stored(on_ranks, opened.dataset, folder)
+        index = SearchIndex(Model(on_ranks.model), opened.dataset, features)
+        yield stack.enter_context(contextlib.closing(index))
+
+
+def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDArray[Any]:
+    """The features of a data set, mapped from a file that is made where it is not there."""
+    model, ranks = on_ranks.model, on_ranks.ranks
+    weights = weights_digest(model, "image_encoder.", "image_projection")
+    key = key_of_features(model, dataset, layer="projection", weights=weights)
+    key = from_rank_0(key, ranks)
+    if not from_rank_0(has_features(folder, key), ranks):
+        name = from_rank_0(f".{key}.{secrets.token_hex(4)}.partial", ranks)
+        _encode_into(folder / name, folder, key, on_ranks, dataset)
+    with refused_together(ranks):
+        check = ranks.is_main  # reads all of them, once
+        return read_features(folder, key, num_samples=len(dataset), check=check).rows
+
+
+def _encode_into(
+    aside: Path, folder: Path, key: str, on_ranks: ModelOnRanks, dataset: PackedDataset
+) -> None:
+    """Encodes a data set into a file that all ranks write to, and gives it its name."""
+    ranks, num_samples = on_ranks.ranks, len(dataset)
+    width = on_ranks.model.config.model.embed_dim
+    try:
+        with rank_0_alone(ranks):
+            if ranks.is_main:
+                make_folder(folder)
+                make_rows(aside, num_samples=num_samples, width=width, kind="<f4")
+        with contextlib.closing(RowsWriter(aside)) as writer:
+            loader = on_ranks.loader(dataset)
+            for samples, features in on_ranks.encoded(loader, num_samples=num_samples):
+                writer.write(samples.numpy(), features.float().numpy())
+            writer.flush()
+        gather_integers(0, ranks)  # once all have written
+        with rank_0_alone(ranks):
+            if ranks.is_main:
+                seal_features(aside, folder, key, dtype="float32", unreadable=())
+    finally:
+        if ranks.is_main:
+            aside.unlink(missing_ok=True)

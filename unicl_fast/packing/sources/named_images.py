@@ -1,0 +1,102 @@
+"""Images that lists name by paths: where they lie, and what to do where none of them is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.packing.sources.spool import Source
+from unicl_fast.packing.sources.trees import Tree, find_image
+from unicl_fast.system.wording import count_of
+
+_ENOUGH = 1000
+"""Names of which one must be there: who gave a wrong folder need not wait for all."""
+_FOLDERS_TRIED = 100
+_ADDRESS = re.compile(r"https?://")
+
+
+class NamedImages:
+    """Finds the images that one list names in a tree; `listed` is the list, for messages."""
+
+    def __init__(self, listed: object, tree: Tree) -> None:
+        self._listed, self._tree = listed, tree
+        self._num_found = self._num_missing = self._num_windows = 0
+        self._first_missing = ""
+
+    def find(self, *names: str) -> Item:
+        """Returns the item of the first of some names for one image that is there.
+
+        Raises:
+            ValueError: it is the last of a thousand images, and none of them was there.
+        """
+        found = [self._find(name) for name in names]
+        item = next((one for one in found if one.problem is None), found[0])
+        if item.problem is not None and "\\" in item.name:
+            plain = self._find(item.name.replace("\\", "/"))
+            if plain.problem is None:
+                self._num_windows += 1
+                item = Item(item.name, plain.entry)
+        if item.problem is None:
+            self._num_found += 1
+        elif item.problem.kind in ("missing", "outside"):
+            self._num_missing += 1
+            self._first_missing = self._first_missing or item.name
+            if self._num_missing == _ENOUGH:
+                self._require_some()
+        return item
+
+    def finish(self, source: Source) -> None:
+        """Counts in `source` what was made of names; none of an image that is there is refused."""
+        self._require_some()
+        if self._num_windows:
+            source.notes["paths with \\ read as if it were /"] += self._num_windows
+
+    def _require_some(self) -> None:
+        """Raises ValueError, with advice, where all images that were looked for are missing."""
+        if self._num_missing and not self._num_found:
+            raise ValueError(
+                f"{self._listed}: not one of {count_of(self._num_missing, 'image')} is there, such "
+                f"as {self._first_missing!r} in {self._tree.root}. {self._advise()}"
+            )
+
+    def _find(self, name: str) -> Item:
+        if _ADDRESS.match(name):
+            return refused(name, "missing", "an address, not a file")
+        return find_image(self._tree, name)
+
+    def _advise(self) -> str:
+        name = self._first_missing.replace("\\", "/")
+        if _ADDRESS.match(name):
+            return (
+                "They are addresses: fetch them with img2dataset (img2dataset --url_list FILE "
+                "--input_format parquet --output_format webdataset ...) and build from the folder "
+                "that it makes; or name a column with paths by --image-column"
+            )
+        parts = name.split("/")
+        if ".." in parts:
+            return "Write the paths without .., and give the folder where they begin: --image-root"
+        for folder in self._folders():
+            with contextlib.suppress(OSError, ValueError):  # zero bytes in names, or too long ones
+                if (folder / name).is_file():
+                    root = "/" if os.path.isabs(name) else folder
+                    return f"It is in {root}: add --image-root {root}"
+        for number in range(1, len(parts)):
+            rest = "/".join(parts[number:])
+            if self._find(rest).problem is None:
+                before = "/".join(parts[:number])
+                return f"{rest!r} is there: take {before!r} away from the beginning of all paths"
+        return "Say by --image-root in which folder or zip the paths begin"
+
+    def _folders(self) -> Iterator[Path]:
+        """Yields folders where the paths may begin: here, above the root, in it and beside it."""
+        root = self._tree.root.absolute()
+        yield from (Path.cwd(), *root.parents)
+        for above in (root, root.parent):
+            with contextlib.suppress(OSError):
+                folders = (Path(each.path) for each in os.scandir(above) if each.is_dir())
+                yield from islice(folders, _FOLDERS_TRIED)

@@ -1,0 +1,32 @@
+"""How this package was installed, and so how more of it can be."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from importlib import metadata
+from urllib.parse import unquote, urlsplit
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that adds an extra to this installation.
+
+    pip notes where it took a package from (PEP 610), so the command names the same checkout, wheel
+    or repository; only a package out of an index is found by its name.
+    """
+    # in a checkout the folder that setuptools leaves there is found too, and knows no origin
+    found = [one.read_text for one in metadata.distributions(name="unicl_fast")]
+    noted = [text for read in found if (text := read("direct_url.json"))]
+    if not found:  # run out of a folder that nobody installed
+        return f"pip install '.[{extra}]' in a checkout of unicl_fast"
+    name = f"unicl_fast[{extra}]"
+    if not noted:
+        return f"pip install '{name}'"
+    origin = json.loads(noted[0])
+    url, repository = origin["url"], origin.get("vcs_info")
+    if "dir_info" in origin:
+        folder = shlex.quote(f"{unquote(urlsplit(url).path)}[{extra}]")
+        return f"pip install {'-e ' * origin['dir_info'].get('editable', False)}{folder}"
+    if repository is not None:
+        url = f"{repository['vcs']}+{url}@{repository['commit_id']}"
+    return f"pip install {shlex.quote(f'{name} @ {url}')}"
