@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from unicl_fast.system.wording import without_secrets
 
-from .sources import mark_of
+from .sources import marks_of
 
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
@@ -89,7 +89,7 @@ class Stage(Program):
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
         if rooms := self.timed_rooms():
-            result["sources"] = mark_of(rooms)
+            result["sources"] = marks_of(rooms)
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 

@@ -1,28 +1,50 @@
-"""The sources that a program times, as a mark of its result: figures are stale once they change.
+"""The sources that a program times, as marks of its result: a figure is stale once many differ.
 
-A mark leaves out comments, docstrings and layout, so it changes only where a program computes
-something else, and it is the same under each version of Python.
+Each function has a mark, without comments, docstrings and layout: it changes only where a program
+computes something else, and it is the same under each version of Python.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 """The checkout, or the installed library."""
+_MARK_LENGTH = 6
+_MOST_CHANGED = 0.1
+"""Part of the functions that may have changed since a figure was measured."""
 
 
-def mark_of(rooms: Sequence[str]) -> dict[str, object]:
-    """The rooms (folders or files of the library), and the mark of all that they hold."""
-    digest = hashlib.sha256()
-    for room in rooms:
-        for path in _files(room):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            digest.update("\n".join(_words(tree)).encode())
-    return {"rooms": list(rooms), "mark": digest.hexdigest()[:16]}
+def marks_of(rooms: Sequence[str]) -> dict[str, Any]:
+    """The rooms (folders or files of the library), and the marks of all functions in them."""
+    found = {
+        hashlib.sha256("\n".join(_words(part)).encode()).hexdigest()[:_MARK_LENGTH]
+        for room in rooms
+        for path in _files(room)
+        for part in _parts(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    return {"rooms": list(rooms), "marks": " ".join(sorted(found))}
+
+
+def is_stale(sources: Mapping[str, Any] | None) -> bool:
+    """Whether more than a tenth of what a result timed has changed since, or is not known."""
+    if sources is None:
+        return True
+    now = set(marks_of(sources["rooms"])["marks"].split())
+    return len(now - set(sources["marks"].split())) > _MOST_CHANGED * len(now)
+
+
+def _parts(tree: ast.Module) -> Iterator[ast.AST]:
+    """Functions, those of classes too, and all other statements."""
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef):
+            yield from statement.body
+        else:
+            yield statement
 
 
 def _files(room: str) -> list[Path]:

@@ -9,14 +9,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .model import LOGGING, READ, Change, Measured, RankFigures, Stage, rate_text
+from .model import LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
 
 LEAST_GAIN = 0.03
 """Part of the rate that a change must gain to be advice."""
 _SLOW_RANK = 1.5
 """A rank that takes this multiple of the median's time holds up the others."""
-_MUCH = 0.2
-"""Part of the time from which on what is no computing is the limit."""
 _BLOCKED = 0.5
 """Part of the time in which a reading thread must wait for storage to be the limit."""
 
@@ -50,7 +48,7 @@ def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
     """
     every = []
     for trial in measured.trials:
-        gains = trial.gains(by_cpu=measured.is_busy)
+        gains = trial.gains(by_cpu=measured.by_cpu)
         gain = statistics.median(gains)
         every.append(Advice(change=trial.change, gain=gain, low=min(gains), high=max(gains)))
     every.sort(key=lambda one: -one.gain)
@@ -76,15 +74,16 @@ def neighbours(measured: Measured) -> str:
     if not measured.is_busy:
         return ""
     who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
+    how = "images per CPU second" if measured.by_cpu else "the time that the run waits beside them"
     return (
         f"OTHER PROCESSES took {measured.others_cores:.1f} of {measured.cores:g} cores{who}. So no "
-        "gain in images/s is promised: changes are compared by images per CPU second."
+        f"gain in images/s is promised: changes are compared by {how}."
     )
 
 
 def waits_for_storage(measured: Measured) -> bool:
     """Whether the loop waits for batches, and these for storage."""
-    return measured.waiting > _MUCH and measured.reading > _BLOCKED
+    return measured.waiting > MUCH and measured.reading > _BLOCKED
 
 
 def find_limit(measured: Measured) -> Limit:
@@ -100,9 +99,9 @@ def find_limit(measured: Measured) -> Limit:
     beside = _beside_computing(measured)
     stage = max(beside, key=lambda name: beside[name][0])
     part, evidence = beside[stage]
-    if part > _MUCH:
+    if part > MUCH:
         return _limit(measured, stage, evidence)
-    if measured.waiting > _MUCH and (stages := _of_loader(measured)):
+    if measured.waiting > MUCH and (stages := _of_loader(measured)):
         largest = max(stages, key=lambda one: one.cost.wall)
         threads = f"{measured.threads} threads" if measured.threads > 1 else "1 thread"
         return _limit(

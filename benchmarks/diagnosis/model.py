@@ -19,6 +19,8 @@ READ = "storage read"
 WAITING = "waiting for batches"
 _NOTHING = 1e-9
 """Seconds of an image that a stage takes at most where it does nothing."""
+MUCH = 0.2
+"""Part of the time from which on what is no computing is the limit."""
 BUSY = 0.1
 """Part of the cores from which on other processes make rates and gains unreliable."""
 
@@ -126,9 +128,10 @@ class Trial:
     def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
         """The part of the rate that the change adds, in each round.
 
-        The rate is in images per second; with `by_cpu`, per CPU second.
+        The rate is in images per second; with `by_cpu`, per CPU second, which more threads do not
+        save.
         """
-        unit = "cpu" if by_cpu else "wall"
+        unit = "cpu" if by_cpu and not self.change.compute_threads else "wall"
         pairs = zip(self.now, self.then, strict=True)
         return tuple(getattr(old, unit) / getattr(new, unit) - 1 for old, new in pairs)
 
@@ -188,6 +191,15 @@ class Measured:
     def is_busy(self) -> bool:
         """Whether other processes take so much of the cores that wall time says little."""
         return self.others_cores > BUSY * self.cores
+
+    @property
+    def by_cpu(self) -> bool:
+        """Whether changes are compared by CPU seconds: others are busy, and the run computes.
+
+        A run that waits for storage, or for one thread, gains no CPU seconds by waiting less.
+        """
+        computes = max(self.waiting, *map(self.part_of, self.periodic), 0.0) <= MUCH
+        return self.is_busy and computes
 
     @property
     def logging(self) -> float:

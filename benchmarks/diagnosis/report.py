@@ -102,7 +102,7 @@ def _stages(measured: Measured) -> Iterator[str]:
 
 def rate_of(measured: Measured) -> str:
     """The present rate, in the unit in which changes are compared."""
-    if measured.is_busy and measured.whole.cpu:
+    if measured.by_cpu and measured.whole.cpu:
         return f"{1 / measured.whole.cpu:,.0f} images per CPU second"
     return f"{measured.rate:,.0f} images/s"
 

@@ -68,8 +68,8 @@ def measure(
                 best = _best(bench, measured, refused) if applies else None
                 if best is None:
                     return
-                again = diagnoser.trial(best.change, by_cpu=measured.is_busy, turns=_LONGER)
-                gains = again.gains(by_cpu=measured.is_busy) if isinstance(again, Trial) else (0.0,)
+                again = diagnoser.trial(best.change, by_cpu=measured.by_cpu, turns=_LONGER)
+                gains = again.gains(by_cpu=measured.by_cpu) if isinstance(again, Trial) else (0.0,)
                 is_kept = from_rank_0(min(gains) > 0, ranks)
                 applied.append(
                     {"option": best.change.option, "gain": best.gain, "again": list(gains),

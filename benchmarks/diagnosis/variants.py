@@ -18,7 +18,7 @@ import xxhash
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
-from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts
 from .loader_parts import decode_device, image_kind

@@ -1,1 +1,1 @@
-"""`unicl-bench gpu`: everything to measure on a GPU that is lent for half an hour."""
+"""`unicl-bench gpu`: what there is to measure on a GPU, in commands of less than nine minutes."""

@@ -29,7 +29,7 @@ from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_windows
 from unicl_fast.system.machine import keep_freed_memory
-from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import build_prompts
 
 from .contenders import ContenderError, Task
 

@@ -189,6 +189,7 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
         f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
         machine["date"],
+        *(["its sources are not marked, so it may be of other code"] * ("sources" not in result)),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
     return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"

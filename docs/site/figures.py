@@ -3,9 +3,9 @@
     python docs/site/figures.py --test-data DATA --work FOLDER [--all] [--only NAME...]
 
 Each committed result of `unicl-bench` says by which options it was made, and marks the sources that
-it times. Those whose sources have changed since are made again by the same options, on data sets
-that are packed in FOLDER, and then the page and the chart of them. Without a quiet machine they are
-not worth keeping. DATA is the folder of test data that CONTRIBUTING.md names.
+it times. Those whose sources have changed much since are made again by the same options, on data
+sets that are packed in FOLDER, and then the page and the chart of them. Without a quiet machine
+they are not worth keeping. DATA is the folder of test data that CONTRIBUTING.md names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import benchmark_page
 import loader_chart
 
-from unicl_fast.benchmarks.sources import mark_of
+from unicl_fast.benchmarks.sources import is_stale
 
 _DECODE = "DATA/decode/labels.csv --image-column file --label-column wnid --class-names imagenet"
 _CIFAR = "DATA/cifar10/cifar10-test.zip --templates simple"
@@ -52,12 +52,6 @@ def results() -> Iterator[tuple[str, Path, dict[str, Any]]]:
             yield section.command, path, json.loads(path.read_text(encoding="utf-8"))
 
 
-def is_stale(result: dict[str, Any]) -> bool:
-    """Whether the sources that a result times have changed since, or are not known."""
-    sources = result.get("sources")
-    return sources is None or mark_of(sources["rooms"]) != sources
-
-
 def main() -> None:
     """Entry point; ends with 1 if a program fails, after those before it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -71,7 +65,7 @@ def main() -> None:
     for program, path, result in results():
         if arguments.only and not path.name.startswith(tuple(arguments.only)):
             continue
-        if arguments.all or is_stale(result):
+        if arguments.all or is_stale(result.get("sources")):
             command = benchmark_page.command(program, _located(result["settings"], data, work))
             _run(f"{command} --json {shlex.quote(str(path))}".split(" ", 1)[1])
             benchmark_page.PAGE.write_text(benchmark_page.page(), encoding="utf-8")

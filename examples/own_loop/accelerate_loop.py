@@ -19,8 +19,7 @@ from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
-from unicl_fast.training.build import build_prompts
-from unicl_fast.training.data import open_datasets
+from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
 from unicl_fast.training.settle import settle_objective
 from unicl_fast.training.step import global_loss

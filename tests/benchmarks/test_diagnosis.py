@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -90,6 +91,8 @@ def test_a_busy_machine_is_named_first_and_changes_are_compared_by_cpu_time() ->
     first, *rest = report_lines(diagnosis(found))
     assert first.startswith("OTHER PROCESSES took 4.0 of 8 cores; burner, process 7: 3.9. So no ")
     assert any("now 625 images per CPU second" in line for line in rest)
+    waits = dataclasses.replace(found, waiting=0.5)  # less of it takes no less CPU time
+    assert [one.change.option for one in advise(waits)[0]] == ["--wall"]
     assert not neighbours(measured(others_cores=0.7))
 
 

@@ -13,6 +13,9 @@ from unicl_fast.benchmarks.loss.run import Loss
 from unicl_fast.benchmarks.packing import Pack
 from unicl_fast.benchmarks.step.run import Step
 
+MOST_UNKNOWN = 29
+"""Figures that were measured before results marked their sources; never more."""
+UNKNOWN = "its sources are not marked"
 SITE = Path(__file__).parents[2] / "docs" / "site"
 
 
@@ -24,10 +27,28 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.xfail(strict=True, reason="they were measured before results marked their sources")
-def test_no_figure_is_older_than_the_code_that_it_times(figures: ModuleType) -> None:
-    stale = [path.name for _, path, result in figures.results() if figures.is_stale(result)]
-    assert stale == [], "run `make figures`"
+def test_no_figure_is_much_older_than_the_code_that_it_times(figures: ModuleType) -> None:
+    """Those whose sources nobody knows are said to be so on the page, and get no company."""
+    results = {path.name: result.get("sources") for _, path, result in figures.results()}
+    stale = {name for name, known in results.items() if known and sources.is_stale(known)}
+    assert not stale, "run `make figures`"
+    unknown = sum(known is None for known in results.values())
+    assert unknown == figures.benchmark_page.PAGE.read_text().count(UNKNOWN) <= MOST_UNKNOWN
+
+
+def test_a_figure_is_stale_once_a_tenth_of_its_functions_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_ROOT", tmp_path)
+    text = "\n".join(f"def f{number}():\n    return {number}" for number in range(20))
+    (tmp_path / "part.py").write_text(text)
+    known = sources.marks_of(["part.py"])
+    for changed, stale in ((2, False), (3, True)):
+        for number in range(changed):
+            text = text.replace(f"return {number}\n", f"return -{number}\n")
+        (tmp_path / "part.py").write_text(text)
+        assert sources.is_stale(known) == stale
+    assert sources.is_stale(None)
 
 
 def test_a_mark_changes_with_the_code_and_not_with_its_words(
@@ -39,14 +60,14 @@ def test_a_mark_changes_with_the_code_and_not_with_its_words(
 
     def mark(text: str) -> object:
         file.write_text(text)
-        return sources.mark_of(["room"])
+        return sources.marks_of(["room"])
 
     plain = mark('"""A part."""\nx = 1\ndef f(a):\n    """Doc."""\n    return a + x\n')
     assert mark("# why\nx = 1\n\n\ndef f(a):\n    return (a +\n            x)\n") == plain
     for other in ("x = 2", "x = 1; y = 1"):
         assert mark(f"{other}\ndef f(a):\n    return a + x\n") != plain
     with pytest.raises(ValueError, match="no elsewhere"):
-        sources.mark_of(["elsewhere"])
+        sources.marks_of(["elsewhere"])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +78,7 @@ def test_a_mark_changes_with_the_code_and_not_with_its_words(
     ],
 )  # fmt: skip
 def test_every_program_of_the_page_marks_its_sources(program: Input | Pack | Step | Loss) -> None:
-    rooms = sources.mark_of(program.timed_rooms())["rooms"]
+    rooms = sources.marks_of(program.timed_rooms())["rooms"]
     assert rooms == list(program.timed_rooms()) != []
 
 

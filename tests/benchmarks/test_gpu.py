@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from unicl_fast.benchmarks import harness, on_gpu
 from unicl_fast.benchmarks.gpu import run
 from unicl_fast.benchmarks.gpu.run import Gpu
-from unicl_fast.benchmarks.gpu.stages import STAGES, GpuStage
+from unicl_fast.benchmarks.gpu.stages import COMMANDS, STAGES, GpuStage
 from unicl_fast.benchmarks.on_gpu import NotOnDeviceError, busy_part
 from unicl_fast.benchmarks.run import load_program
 from unicl_fast.benchmarks.step.parts import step_config
@@ -36,7 +37,7 @@ MISSING = (
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_bare_checkout_runs_dry(tmp_path: Path) -> None:
-    chosen = ("tests", "step", "switches", "open-clip", "loss", "text", "run")
+    chosen = ("first", "tests", "step-64", "switches", "open-clip", "loss", "text", "run")
     command = [sys.executable, str(CHECKOUT / "benchmarks/gpu"), "--stages", ",".join(chosen)]
     subprocess.run(
         [*command, "--out", str(tmp_path / "report"), "--dry-run"],
@@ -55,18 +56,27 @@ def test_a_bare_checkout_runs_dry(tmp_path: Path) -> None:
     )
     report = json.loads((tmp_path / "report" / "gpu.json").read_text())
     stages = report["stages"]
-    assert list(stages) == list(chosen)
+    assert list(stages) == [*COMMANDS["first"], *chosen[1:]]
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "gpu.json", "gpu.md", "gpu.log"
+    }  # fmt: skip
     skipped = {name: stage["reason"] for name, stage in stages.items() if stage["status"] != "done"}
     assert skipped == {
         "tests": "needs pytest, hypothesis, jaxtyping",
         "open-clip": "needs open_clip",
         "loss": "needs open_clip",
+        "windows": "needs triton",
+        "sanitizer": "needs triton",
         "run": "needs nvidia.dali, tyro, msgspec, xxhash, ftfy, regex",
     }
     assert report["stand_ins"] == ["ftfy", "jaxtyping", "msgspec", "regex", "xxhash"]
-    assert "whole step, times its floor" in stages["step"]["figures"]
+    assert "whole step, times its floor" in stages["step-64"]["figures"]
+    assert "timm, compile=off, images/s" in stages["ways"]["figures"]
+    assert "tiled in fp32, scale 100: off by" in stages["loss-signs"]["figures"]
+    assert any(note.startswith("precision") for note in stages["step-64"]["notes"])
     assert "two micro-batches, times as long" in stages["switches"]["figures"]
-    assert all(stage["figures"] for name, stage in stages.items() if name not in skipped)
+    without = {"machine", *skipped}
+    assert all(stage["figures"] for name, stage in stages.items() if name not in without)
     page = (tmp_path / "report" / "gpu.md").read_text()
     assert page.startswith("# Dry run on a CPU: no figure here is a GPU's")
     assert re.search(r"^\| whole step, times its floor +\|( +[\d.,]+ \|){3}$", page, re.MULTILINE)
@@ -129,14 +139,32 @@ _SMALL_STAGES = """
 import sys
 sys.path[:0] = [{tests!r}, *{paths!r}]
 import test_gpu
+from unicl_fast.benchmarks.gpu import run
 test_gpu.put_in_small_stages()
+run.__file__ = {program!r} + "/run.py"
 test_gpu.Gpu.parse(sys.argv[1:], prog="").run()
 """
+
+
+@pytest.fixture
+def small_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file in place of the folder that is started for each stage."""
+    for name in ("STAGES", "PROGRAMS", "COMMANDS"):
+        monkeypatch.setattr(run, name, dict(getattr(run, name)))
+    put_in_small_stages()
+    program = tmp_path / "gpu"
+    paths = [path for path in sys.path if path]
+    text = _SMALL_STAGES.format(tests=str(Path(__file__).parent), paths=paths, program=str(program))
+    program.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(run, "__file__", str(program / "run.py"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is not the program
+    return program
 
 
 def put_in_small_stages() -> None:
     run.PROGRAMS["small"] = Small
     run.STAGES.clear()
+    run.COMMANDS.clear()
     for name in ("fail", "die", "good", "stall", "late"):
         run.STAGES[name] = GpuStage(about="", program="small", options={"does": name})
     run.STAGES["lacks"] = GpuStage(about="", program="small", needs=("no_such_package",))
@@ -144,17 +172,11 @@ def put_in_small_stages() -> None:
 
 @pytest.mark.slow
 def test_a_stage_that_fails_dies_or_stalls_leaves_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_program: Path
 ) -> None:
-    monkeypatch.setattr(run, "STAGES", dict(STAGES))
-    monkeypatch.setattr(run, "PROGRAMS", dict(run.PROGRAMS))
-    put_in_small_stages()
-    program = tmp_path / "gpu"  # in place of the folder that is started for each stage
-    paths = [path for path in sys.path if path]
-    text = _SMALL_STAGES.format(tests=str(Path(__file__).parent), paths=paths)
-    program.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(run, "__file__", str(program / "run.py"))
-    Gpu(out=tmp_path / "report", dry_run=True, minutes=0.5).run()
+    every = ",".join(run.STAGES)
+    with pytest.raises(RuntimeError, match="not all stages are done: see .*gpu.md"):
+        Gpu(out=tmp_path / "report", dry_run=True, minutes=0.5, stages=every).run()
     found: dict[str, Any] = json.loads((tmp_path / "report" / "gpu.json").read_text())["stages"]
     assert found["fail"]["status"] == "failed"
     assert "RuntimeError: this fails" in found["fail"]["reason"]
@@ -172,8 +194,35 @@ def test_a_stage_that_fails_dies_or_stalls_leaves_what_it_measured(
         assert found[name]["on"] == "cpu"
 
 
+@pytest.mark.slow
+def test_a_stage_ends_with_the_program_that_started_it(tmp_path: Path, small_program: Path) -> None:
+    words = ["--out", str(tmp_path / "report"), "--dry-run", "--stages", "stall"]
+    program = subprocess.Popen([sys.executable, str(small_program), *words])
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (stage := children.read_text().split()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    program.terminate()
+    assert program.wait(timeout=30) == 143
+    assert stage
+    assert not Path("/proc", stage[0]).exists()
+
+
+@pytest.mark.slow
+def test_the_dry_run_selects_all_tests_for_a_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests"]
+    listed = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    program = [sys.executable, str(CHECKOUT / "benchmarks" / "gpu"), "--dry-run"]
+    subprocess.run(
+        [*program, "--stages", "tests", "--out", str(tmp_path / "report")], check=True, timeout=300
+    )
+    report = json.loads((tmp_path / "report" / "gpu.json").read_text())
+    found = report["stages"]["tests"]["figures"]["collected"]["median"]
+    assert found == len(re.findall(r"^tests/.*::", listed.stdout, flags=re.MULTILINE)) > 50
+
+
 def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no stage nothing; stages are tests, step"):
+    with pytest.raises(ValueError, match="no stage nothing; stages are first, tests, step"):
         Gpu(out=tmp_path / "new", dry_run=True, stages="step,nothing").run()
     (tmp_path / "gpu.json").touch()
     with pytest.raises(ValueError, match="holds a report"):

@@ -24,8 +24,7 @@ from unicl_fast.images.codec import encode_png, pixels_of
 from unicl_fast.objectives.targets import CAPTION_KEYS_START, collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.build import build_prompts
-from unicl_fast.training.data import open_datasets
+from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.settle import settle_objective
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "own_loop"

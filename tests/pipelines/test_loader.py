@@ -38,7 +38,7 @@ from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.build import build_prompts
+from unicl_fast.training.data import build_prompts
 from unicl_fast.training.stages import StagedLoader
 
 pytestmark = pytest.mark.dali

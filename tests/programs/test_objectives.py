@@ -22,8 +22,7 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack_program
-from unicl_fast.training.build import build_prompts
-from unicl_fast.training.data import open_datasets, rows_of_class_names
+from unicl_fast.training.data import build_prompts, open_datasets, rows_of_class_names
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.settle import settle_objective
 

@@ -23,8 +23,8 @@ from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import data as training_data
-from unicl_fast.training.build import build_prompts
 from unicl_fast.training.data import (
+    build_prompts,
     check_tokenizer,
     describe_datasets,
     distinct_names,

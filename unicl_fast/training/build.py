@@ -29,10 +29,10 @@ from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.data import (
+    build_prompts,
     cache_options,
     check_tokenizer,
     describe_datasets,
@@ -194,25 +194,6 @@ def _open_data(
         weights=weights,
         description=description,
         prompts=build_prompts(datasets, config),
-    )
-
-
-def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
-    """Builds the prompts of all classes of all data sets, as long as the model reads them.
-
-    So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
-    are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
-    """
-    sources = []
-    for manifest in (dataset.manifest for dataset in datasets):
-        names = manifest.class_names
-        if config.data.prompts == "levels" and manifest.hierarchy is not None:
-            names = (*names, *manifest.hierarchy.names)  # classes above come after the others
-        sources.append((names, manifest.templates))
-    return ClassPrompts(
-        sources,
-        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
-        cache_folder=cache_options(config.data).place / "prompts",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.config import DataConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES, CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
@@ -21,7 +21,7 @@ from unicl_fast.dataset.stored_samples import shared_images
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -290,3 +290,22 @@ def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:
             dataset.location, f"{number:,}", count_of(len(dataset.captions), "caption"),
             context_length,
         )  # fmt: skip
+
+
+def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
+    """Builds the prompts of all classes of all data sets, as long as the model reads them.
+
+    So classes whose prompts it cannot tell apart are joined here (see `map_targets`). Token rows
+    are kept in `data.cache_folder`, since a start takes 40 s of CPU time for 1.7 million of them.
+    """
+    sources = []
+    for manifest in (dataset.manifest for dataset in datasets):
+        names = manifest.class_names
+        if config.data.prompts == "levels" and manifest.hierarchy is not None:
+            names = (*names, *manifest.hierarchy.names)  # classes above come after the others
+        sources.append((names, manifest.templates))
+    return ClassPrompts(
+        sources,
+        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
+        cache_folder=cache_options(config.data).place / "prompts",
+    )
