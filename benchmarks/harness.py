@@ -234,13 +234,9 @@ def describe_machine(*packages: str) -> dict[str, Any]:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     commit = ""
     with contextlib.suppress(FileNotFoundError):  # no git
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout.strip()
+        commit = _git("describe", "--always")
+        if commit and _git("diff", "--name-only", "HEAD", "--", "*.py"):
+            commit += "-dirty"
     versions = {}
     for package in ("torch", *packages):
         with contextlib.suppress(PackageNotFoundError):
@@ -257,6 +253,13 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         **versions,
     }
+
+
+def _git(*words: str) -> str:
+    ended = subprocess.run(
+        ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    return ended.stdout.strip()
 
 
 class Ended(NamedTuple):

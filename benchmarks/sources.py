@@ -22,10 +22,11 @@ _MOST_CHANGED = 0.1
 def marks_of(rooms: Sequence[str]) -> dict[str, Any]:
     """The rooms (folders or files of the library), and the marks of all functions in them."""
     found = {
-        hashlib.sha256("\n".join(_words(part)).encode()).hexdigest()[:_MARK_LENGTH]
+        hashlib.sha256("\n".join(words).encode()).hexdigest()[:_MARK_LENGTH]
         for room in rooms
         for path in _files(room)
         for part in _parts(ast.parse(path.read_text(encoding="utf-8")))
+        if (words := list(_words(part)))
     }
     return {"rooms": list(rooms), "marks": " ".join(sorted(found))}
 

@@ -102,7 +102,8 @@ class Diagnoser:
             self._periodic[EVALUATION] = evaluation
         waits = first.parts.get("data_wait", 0.0) > _LOADER_MATTERS * first.wall
         # long enough for a checkpoint and an evaluation, where these are frequent
-        pace = first.wall / first.steps
+        periodic = sum(first.parts.get(name, 0.0) for name in (CHECKPOINT, EVALUATION))
+        pace = (first.wall - periodic) / first.steps
         cadences = {name: work.every_steps for name, work in self._periodic.items()}
         due = {name: every for name, every in cadences.items() if 0 < every * pace < 4 * turn}
         least = 1 + max(due.values(), default=waits)

@@ -231,10 +231,12 @@ def _gap(one: Tensor, exact: Tensor) -> float:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fills new tensors with NaN during the block: what a kernel fails to write shows."""
+    """Fills new tensors with NaN during the block, as torch does in its deterministic mode.
+
+    So what a kernel fails to write shows.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
@@ -246,7 +248,9 @@ def check_loss(device: torch.device) -> Figures:
 
     The loss cannot be negative, but tensor cores that cut numbers off make it so.
     """
-    forms: list[LossForm] = ["dense", "tiled", *(["triton"] if device.type == "cuda" else [])]
+    forms: list[LossForm] = ["dense", "tiled"]
+    if device.type == "cuda":
+        forms.append("triton")
     count = 4096 if device.type == "cuda" else 64
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(count, 512, generator=generator), dim=1)

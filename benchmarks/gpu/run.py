@@ -107,7 +107,7 @@ class Gpu(Program):
         write_text_atomically(self.out / "gpu.md", format_page(report))
 
     def _chosen(self) -> list[str]:
-        names = []
+        names: list[str] = []
         for name in filter(None, self.stages.split(",")):
             names += COMMANDS.get(name, [name])
         if unknown := [name for name in names if name not in STAGES]:

@@ -26,7 +26,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks
 
-All tables of this page are made from committed results, which `make figures` renews.
+All tables of this page are made from committed results, which `make figures` renews once a tenth of
+the functions that they time has changed; those "of unmarked sources" may be older than that.
 [Performance](performance.md) says what follows from them,
 [benchmarks/README.md](../benchmarks/README.md) how they are measured, and
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
@@ -165,7 +166,7 @@ def _labels(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     differ = [
         name
         for name in names
-        if name not in ("rounds", "formats", "memory")
+        if name not in ("rounds", "formats", "memory", "parts")
         and values[name] != values[name][:1] * len(results)
     ]
     for result in results:
@@ -189,7 +190,7 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
         f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
         machine["date"],
-        *(["its sources are not marked, so it may be of other code"] * ("sources" not in result)),
+        *(["of unmarked sources"] * ("sources" not in result)),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
     return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"
