@@ -306,6 +306,7 @@ def run_apart(
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     passed = time.monotonic() - started
     code = process.returncode if passed <= seconds else None
     return Ended(code, passed, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)

@@ -176,7 +176,7 @@ def test_a_stage_that_fails_dies_or_stalls_leaves_what_it_measured(
 ) -> None:
     every = ",".join(run.STAGES)
     with pytest.raises(RuntimeError, match="not all stages are done: see .*gpu.md"):
-        Gpu(out=tmp_path / "report", dry_run=True, minutes=0.5, stages=every).run()
+        Gpu(out=tmp_path / "report", dry_run=True, minutes=1.0, stages=every).run()
     found: dict[str, Any] = json.loads((tmp_path / "report" / "gpu.json").read_text())["stages"]
     assert found["fail"]["status"] == "failed"
     assert "RuntimeError: this fails" in found["fail"]["reason"]
@@ -185,8 +185,8 @@ def test_a_stage_that_fails_dies_or_stalls_leaves_what_it_measured(
     } == {
         "die": ("failed", "ended with code 3: "),
         "good": ("done", ""),
-        "stall": ("cut off", "the 0.5 minutes are over"),
-        "late": ("skipped", "the 0.5 minutes are over"),
+        "stall": ("cut off", "the 1 minutes are over"),
+        "late": ("skipped", "the 1 minutes are over"),
         "lacks": ("skipped", "needs no_such_package"),
     }
     for name in ("fail", "die", "good", "stall"):
@@ -218,7 +218,7 @@ def test_the_dry_run_selects_all_tests_for_a_gpu(tmp_path: Path) -> None:
     )
     report = json.loads((tmp_path / "report" / "gpu.json").read_text())
     found = report["stages"]["tests"]["figures"]["collected"]["median"]
-    assert found == len(re.findall(r"^tests/.*::", listed.stdout, flags=re.MULTILINE)) > 50
+    assert found == len(re.findall(r"^tests/.*::", listed.stdout, flags=re.MULTILINE)) > 40
 
 
 def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path: Path) -> None:
