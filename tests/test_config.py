@@ -161,7 +161,7 @@ def test_what_is_settled_for_ce_is_kept_as_differences_without_threads() -> None
         objective=given.objective.settle((2, 3), num_several=0),
         efficiency=dataclasses.replace(given.efficiency, precision="bf16"),
     )
-    on_rank = dataclasses.replace(settled, data=dataclasses.replace(settled.data, threads=7))
+    on_rank = settled.changed(data={"threads": 7})
     changes = settled_values(config_to_dict(given), on_rank)
     assert changes == {
         "objective": {"positives": "text", "num_classes": (2, 3)},

@@ -37,7 +37,7 @@ def test_a_stage_replaces_settings_and_the_last_one_has_the_runs_own() -> None:
     assert middle.config.model.context_length == 32
     assert middle.config.efficiency.micro_batch_size == 8
     assert middle.config.run.global_batch_size == 512
-    own = dataclasses.replace(config, run=dataclasses.replace(config.run, stages=()))
+    own = config.changed(run={"stages": ()})
     assert last.config == own
     # 8000 samples, then the whole step that is nearest to 9000, then what is left
     assert [one.span.first_step for one in config.stages] == [0, 80, 82]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import logging
 import os
@@ -130,8 +129,7 @@ def on_bench(
     config: TrainConfig, scratch: Path, *, ranks: Ranks, device: torch.device
 ) -> Iterator[Bench]:
     """The run of a config on this rank's bench; caches of object stores begin empty."""
-    cache = dataclasses.replace(config.data, cache_folder=str(scratch / "cache"))
-    config = dataclasses.replace(config, data=cache)
+    config = config.changed(data={"cache_folder": str(scratch / "cache")})
     bench = Bench(config, folder=scratch / "run", ranks=ranks, device=device)
     with contextlib.closing(bench):
         # each measurement collects garbage first: 0.3 s, if it looked at all that stays

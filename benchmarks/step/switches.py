@@ -6,7 +6,6 @@ changed. Memory is that of the first step above the model, at most, in a fresh p
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -35,8 +34,7 @@ def measure_switches(
     figures: Figures = {}
     measured = {_AS_IT_IS: base}
     for name, change in {_EACH_TEXT: {}, **switches_of(base, device)}.items():
-        efficiency = dataclasses.replace(base.efficiency, **change)  # type: ignore[arg-type]
-        other = dataclasses.replace(base, efficiency=efficiency)
+        other = base.changed(efficiency=change)
         try:
             fed = repeated_texts(batch) if name == _EACH_TEXT else batch
             works = {_AS_IT_IS: steps_of(base, batch), name: steps_of(other, fed)}

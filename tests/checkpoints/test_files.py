@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -53,11 +52,10 @@ def trainer_in(
 ) -> Trainer:
     """A run whose evaluation gives the value of the step."""
     config = tiny_config(steps=steps)
-    checkpoint = dataclasses.replace(
-        config.checkpoint, every_steps=save_every, keep=keep, best=best
+    config = config.changed(
+        checkpoint={"every_steps": save_every, "keep": keep, "best": best},
+        run={"evaluate_every_steps": evaluate_every},
     )
-    run = dataclasses.replace(config.run, evaluate_every_steps=evaluate_every)
-    config = dataclasses.replace(config, checkpoint=checkpoint, run=run)
     trainer = make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.evaluations = {
         "zero_shot/digits": lambda model: {"top1": values[trainer.step], "top5": -trainer.step}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -108,8 +107,7 @@ def test_timm_gives_equal_features_and_the_same_preprocessing(
 def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
     """It scales to floor(size / crop_pct), which a quotient of floats may miss by one."""
     for size, resize in [(224, 256), (28, 32), (28, 28), (288, 299), (147, 299), (9, 1009)]:
-        data = dataclasses.replace(small_config().data, image_size=size, evaluation_resize=resize)
-        config = dataclasses.replace(small_config(), data=data)
+        config = small_config().changed(data={"image_size": size, "evaluation_resize": resize})
         fraction = preprocessing.for_timm(config.data)["crop_pct"]
         assert math.floor(size / fraction) == resize
         assert 0 < fraction <= 1
@@ -259,8 +257,7 @@ def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
 def swin() -> UniCL:
     """Windows are where the number of samples may be fixed by mistake."""
     config = build_preset("swin-tiny")
-    text = dataclasses.replace(config.model, text_layers=1)
-    return model_with_weights_that_matter(dataclasses.replace(config, model=text))
+    return model_with_weights_that_matter(config.changed(model={"text_layers": 1}))
 
 
 @pytest.mark.slow

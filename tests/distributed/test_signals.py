@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -201,11 +200,7 @@ def test_signals_are_heard_and_answered_while_the_main_thread_hears_nothing(
 def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -> Trainer:
     """Evaluates in steps 3 and 6 of 6, and saves in step 6."""
     config = tiny_config(steps=6)
-    config = dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, evaluate_every_steps=3),
-        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
-    )
+    config = config.changed(run={"evaluate_every_steps": 3}, checkpoint={"every_steps": 0})
     return make_trainer(
         config,
         StepLoader(images),
@@ -265,9 +260,7 @@ def test_a_stop_in_an_evaluation_writes_the_checkpoint_that_failed_before(
 
     monkeypatch.setattr("unicl_fast.checkpoints.writer.write_checkpoint", write)
     stopped = evaluating(images, tmp_path, ZeroShotOfFour(images, signals_in_pass=1))
-    stopped.config = dataclasses.replace(
-        stopped.config, checkpoint=dataclasses.replace(stopped.config.checkpoint, every_steps=3)
-    )
+    stopped.config = stopped.config.changed(checkpoint={"every_steps": 3})
     with pytest.raises(Interrupted, match="SIGTERM after step 3 of 6"):
         stopped.fit()
     assert refused == [3]
@@ -283,9 +276,7 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
     crashing = evaluating(images, tmp_path, ZeroShotOfFour(images))
     crashing.evaluations["second"] = crash
     config = crashing.config
-    crashing.config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=3)
-    )
+    crashing.config = config.changed(checkpoint={"every_steps": 3})
     with pytest.raises(RuntimeError, match="out of memory"):
         crashing.fit()
     resumed = evaluating(images, tmp_path, ZeroShotOfFour(images))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,12 +85,10 @@ def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> N
     with packed(tmp_path / "set", [0, 1]) as dataset:
         keys = {key_of(model, dataset)}
         for count, change in enumerate(seen_as, start=2):
-            data = dataclasses.replace(config.data, **change)
-            model.config = dataclasses.replace(config, data=data)
+            model.config = config.changed(data={**change})
             keys.add(key_of(model, dataset))
             assert len(keys) == count, change
-        efficiency = dataclasses.replace(config.efficiency, precision="bf16")
-        model.config = dataclasses.replace(config, efficiency=efficiency)
+        model.config = config.changed(efficiency={"precision": "bf16"})
         assert key_of(model, dataset) not in keys
 
 
@@ -100,8 +97,7 @@ def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
     monkeypatch: pytest.MonkeyPatch, model: UniCL, decode_device: str
 ) -> None:
     """A GPU's run is evaluated on the CPU, too."""
-    data = dataclasses.replace(model.config.data, decode_device=decode_device)
-    model.config = dataclasses.replace(model.config, data=data)
+    model.config = model.config.changed(data={"decode_device": decode_device})
     monkeypatch.setattr(features, "load_model", lambda *_, **__: model)
     with model_on_ranks("run", device="cpu") as on_ranks:
         assert on_ranks.model.config.data.decode_device == "cpu"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,7 @@ def photos(shared_data: Path) -> list[Path]:
 def model() -> Model:
     torch.manual_seed(0)
     config = tiny_config()
-    data = dataclasses.replace(config.data, evaluation_resize=40)
-    return Model(build_model(dataclasses.replace(config, data=data)).double())
+    return Model(build_model(config.changed(data={"evaluation_resize": 40})).double())
 
 
 def test_paths_images_and_arrays_give_the_same_features(model: Model, photos: list[Path]) -> None:
@@ -51,8 +49,7 @@ def test_images_are_prepared_as_torchvision_does(
 
     mode = InterpolationMode(interpolation)
     config = model.encoders.config
-    data = dataclasses.replace(config.data, interpolation=interpolation)
-    other = Model(build_model(dataclasses.replace(config, data=data)))
+    other = Model(build_model(config.changed(data={"interpolation": interpolation})))
     for photo in photos:
         resized = transforms.resize(Image.open(photo), [40], interpolation=mode)
         expected = np.asarray(transforms.center_crop(resized, [32, 32]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -137,8 +136,7 @@ def test_captions_are_cut_to_what_the_model_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config()
-    short = dataclasses.replace(config.model, context_length=8)
-    model = build_model(dataclasses.replace(config, model=short)).eval()
+    model = build_model(config.changed(model={"context_length": 8})).eval()
     monkeypatch.setattr(ModelOnRanks, "features", lambda self, data: torch.zeros(len(data), 2))
     texts = ["a dog", "a dog on a long leash that pulls", "a dog on a long leash of its owner"]
     sample = Sample(jpeg(0), captions=texts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -62,8 +61,7 @@ def pasted(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 def exported(folder: Path, encoder: str) -> UniCL:
     config = tiny_config(image_encoder=encoder, precision="fp32")
-    settings = dataclasses.replace(config.model, drop_path=0.0)
-    model = build_model(dataclasses.replace(config, model=settings)).eval()
+    model = build_model(config.changed(model={"drop_path": 0.0})).eval()
     write_timm(model, folder)
     return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 from pathlib import Path
@@ -51,8 +50,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Path:
 @pytest.fixture
 def config(packed: Path) -> TrainConfig:
     config = tiny_config(precision="fp32", steps=20)
-    data = dataclasses.replace(config.data, train=(str(packed),))
-    return dataclasses.replace(config, data=data)
+    return config.changed(data={"train": (str(packed),)})
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ A model is trained from a list of batches, loaded, used, and converted. The argu
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pkgutil
 import sys
@@ -39,7 +38,7 @@ def main(folder: Path) -> None:
     images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
     batches = [collate(images, texts, torch.full((12,), -1))]
     config = tiny_config(precision="fp32", steps=3)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, trackers=()))
+    config = config.changed(run={"trackers": ()})
     run_folder = folder / "run"
     make_trainer(config, ListLoader(batches), run_folder=run_folder, progress=False).fit()
     model = load_model(run_folder)

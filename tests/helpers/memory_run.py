@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,11 +22,10 @@ TEXT_TOKENS = 12
 def config_of(size: int, *, text_width: int = 128, **efficiency: object) -> TrainConfig:
     config = build_preset("mixed-small")
     settings = {"image_encoder": "test_vit", "text_layers": 4, "text_width": text_width}
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **settings),
-        run=dataclasses.replace(config.run, global_batch_size=size, samples=2 * size, device="cpu"),
-        efficiency=dataclasses.replace(config.efficiency, precision="fp32", **efficiency),
+    return config.changed(
+        model={**settings},
+        run={"global_batch_size": size, "samples": 2 * size, "device": "cpu"},
+        efficiency={"precision": "fp32", **efficiency},
     )
 
 

@@ -365,7 +365,7 @@ def test_what_an_objective_cannot_do_is_refused(
 def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
     loader = ListLoader([global_batch(images)])
     config = objective_config("supcon")
-    one_view = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=()))
+    one_view = config.changed(data={"augment": ()})
     with pytest.raises(ValueError, match="two views"):
         make_trainer(one_view, loader)
     with pytest.raises(ValueError, match="a rank has 3 of them"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -96,8 +95,11 @@ def documented(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         described = describe_datasets([dataset], None)
     (packed / "manifest.json").write_text(json.dumps(manifest))
     config = tiny_config(precision="fp32")
-    train = dataclasses.replace(config.data, train=(str(packed),), augment=("labels:clip",))
-    write_run(run, dataclasses.replace(config, data=train), data=described)
+    write_run(
+        run,
+        config.changed(data={"train": (str(packed),), "augment": ("labels:clip",)}),
+        data=described,
+    )
     figure = {"k": 20, "top1": 2 / 3, "top1_interval_95": [0.2077, 0.9385], "top5": 1.0,
               "num_samples": 3}  # fmt: skip
     values = {
@@ -155,8 +157,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
     assert np.array_equal(again.embed_images([photo]), expected.embed_images([photo]))
     assert np.array_equal(again.embed_texts(["a cat"]), expected.embed_texts(["a cat"]))
     config = again.encoders.config
-    settings = dataclasses.replace(config.model, init="hf-hub:us/first")
-    started = build_model(dataclasses.replace(config, model=settings))
+    started = build_model(config.changed(model={"init": "hf-hub:us/first"}))
     initialise(started)
     assert torch.equal(started.text_projection, expected.encoders.text_projection)
     facts, _ = collect_facts("hf-hub:us/first", weights="auto", evaluations=())

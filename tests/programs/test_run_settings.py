@@ -147,16 +147,14 @@ def test_a_run_is_resumed_with_its_own_settings_and_with_what_is_given(tmp_path:
 
     assert resumed() == build_preset("swin-tiny")  # nothing to resume yet
     own = build_preset("digits-small")
-    own = dataclasses.replace(own, run=dataclasses.replace(own.run, seed=5, steps=3))
+    own = own.changed(run={"seed": 5, "steps": 3})
     file = write(tmp_path / "config.json", json.dumps(config_to_dict(own)))
     assert resumed() == own
     assert settings_of("--config", file) == own
     longer = resumed("--run.steps", "9")
     assert (longer.run.steps, longer.run.seed, longer.data) == (9, 5, own.data)
     file = write(tmp_path / "more.yaml", "run: {seed: 6}")
-    assert resumed("--config", str(file)) == dataclasses.replace(
-        own, run=dataclasses.replace(own.run, seed=6)
-    )
+    assert resumed("--config", str(file)) == own.changed(run={"seed": 6})
     # who names a preset starts from it, and who does not resume starts from the default
     assert resumed("--preset", "mixed-small") == build_preset("mixed-small")
     assert settings_of("--out", tmp_path) == build_preset("swin-tiny")
@@ -209,12 +207,9 @@ def test_the_micro_batch_that_auto_takes_fits_by_the_memory_plan() -> None:
         facts = PHOTOS._replace(num_images=10**7, largest_batch=10**7, gpu_bytes=size * GB)
         name, chosen, _ = choose_preset(facts, features="")
         assert name == "swin-tiny"
-        efficiency = dataclasses.replace(
-            config.efficiency,
-            micro_batch_size=chosen.efficiency.micro_batch_size,
-            precision="bf16",
+        planned = config.changed(
+            efficiency={"micro_batch_size": chosen.efficiency.micro_batch_size, "precision": "bf16"}
         )
-        planned = dataclasses.replace(config, efficiency=efficiency)
         assert plan(planned, world_size=1, device_bytes=size * GB).fits, size
 
 
