@@ -142,7 +142,7 @@ def test_an_optional_package_is_imported_where_it_is_used_and_only_when_asked() 
     for package, expected in places.items():
         found = {
             path.relative_to(CHECKOUT / "unicl_fast").as_posix()
-            for path in ALL_FILES
+            for path in files_of("unicl_fast")
             for name in imports_of(path)
             if name.split(".")[0] == package
         }

@@ -35,7 +35,7 @@ _RATE = "step as trained, images/s"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Program):
-    """What there is to measure on a GPU, in commands of less than nine minutes."""
+    """Checks and measurements of a GPU, in commands of less than nine minutes."""
 
     out: Path
     stages: str = "first"
