@@ -211,12 +211,14 @@ def format_page(report: dict[str, Any]) -> str:
         rows.append([name, status, str(stage.get("wall_seconds", ""))])
     parts.append(markdown_table(["stage", "status", "seconds"], rows))
     for name, stage in report["stages"].items():
-        if figures := stage.get("figures"):
+        figures, notes = stage.get("figures"), stage.get("notes")
+        if figures or notes:
             parts.append(f"## {name}: {STAGES[name].about}")
+        if figures:
             rows = [[label, *(f"{one[key]:,.4g}" for key in ("median", "low", "high"))]
                     for label, one in figures.items()]  # fmt: skip
             parts.append(markdown_table(["figure", "median", "lowest", "highest"], rows))
-        if notes := stage.get("notes"):
+        if notes:
             parts.append("\n".join(f"- {note}" for note in notes))
     if rows := list(_beside_others(report["stages"])):
         parts.append("## Images/s beside what others publish for one GPU")
