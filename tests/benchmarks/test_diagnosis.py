@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from small_runs import labelled_batch, tiny_config
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.benchmarks.diagnosis import clocks
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, hints, neighbours
+from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
 from unicl_fast.benchmarks.diagnosis.earlier import as_kept, compare
 from unicl_fast.benchmarks.diagnosis.model import (
     CHECKPOINT,
@@ -36,6 +39,7 @@ from unicl_fast.benchmarks.diagnosis.model import (
 )
 from unicl_fast.benchmarks.diagnosis.report import report_lines
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.assembly import make_trainer
 
@@ -82,6 +86,20 @@ def test_advice_gains_in_each_round_and_is_ordered_by_gain() -> None:
     assert useful[1].gain == pytest.approx(1 / 0.85 - 1)
     assert str(useful[1]) == "+18% (+11% to +25%)"
     assert {one.change.option for one in idle} == {"--straddles", "--little", "--once"}
+
+
+def test_the_best_change_is_measured_again_since_coming_first_flatters_it() -> None:
+    found = measured(trials=(trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7)))
+    diagnoser = Diagnoser.__new__(Diagnoser)
+    diagnoser.bench = SimpleNamespace(ranks=Ranks())  # type: ignore[assignment]
+    diagnoser.budget = SimpleNamespace(left=1.0)  # type: ignore[assignment]
+    again = trial("--a", 0.9, 0.9)
+    with mock.patch.object(Diagnoser, "trial", return_value=again):
+        trials = diagnoser._with_the_best_again(found).trials
+        assert {one.change.option: one for one in trials} == {"--a": again, "--b": found.trials[1]}
+        diagnoser.budget.left = -1.0  # type: ignore[misc]
+        assert diagnoser._with_the_best_again(found) == found
+    assert diagnoser._with_the_best_again(measured()) == measured()
 
 
 def test_a_busy_machine_is_named_first_and_changes_are_compared_by_cpu_time() -> None:
