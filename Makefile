@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-photos notebook figures test test-slow faults test-all lint types docs package clean
+.PHONY: demo demo-photos notebook figures test test-slow test-triton faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -38,6 +38,21 @@ test: $(VENV)/dev.stamp
 # properties again, by ten times as many examples.
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m "(slow or hypothesis) and not long and not gpu" --hypothesis-profile many
+
+# Our kernels as other versions of Triton compile them: the oldest that pyproject.toml allows, and the
+# one that uv.lock gives. A version that cannot be downloaded is skipped, and said to be.
+TRITONS ?= $(shell sed -n 's/^ *"triton>=\([0-9.]*\);.*/\1/p' pyproject.toml) \
+	$(shell sed -n '/^name = "triton"/{n;s/version = "\(.*\)"/\1/p;q}' uv.lock)
+test-triton: $(VENV)/dev.stamp
+	@for version in $(TRITONS); do \
+		folder=build/triton-$$version; \
+		test -d $$folder/triton || $(BIN)/python -m pip install --quiet --no-deps --target $$folder \
+			triton==$$version || { echo "SKIPPED: Triton $$version cannot be had"; continue; }; \
+		echo "Triton $$version"; \
+		PYTHONPATH=$$folder $(PYTEST) -m "not gpu and not long" -k compiled_kernels \
+			tests/models/test_window_attention.py tests/objectives/test_loss_triton.py \
+			tests/gpu_path/test_compiled_kernels.py || exit 1; \
+	done
 
 # The tests of the fault table in docs/reliability.md.
 faults: $(VENV)/dev.stamp

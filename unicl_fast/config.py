@@ -322,7 +322,8 @@ class EfficiencyConfig:
     window_attention: WindowAttention = "auto"
     """Attention of timm's Swin: as timm has it (timm), or by kernels that store no scores and move
     no tokens (triton), for windows of up to 64 tokens on a CUDA device, with the package triton and
-    any precision but fp64. auto takes triton where it can, from an A100 on."""
+    any precision but fp64. auto takes triton where it can, from an A100 on, once the kernels have
+    given the right numbers in a trial."""
     micro_batch_size: Count = 0
     """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
     takes about 4/3 of the time, and activations are stored for this many only. The loss is still
@@ -330,7 +331,8 @@ class EfficiencyConfig:
     loss: LossForm = "auto"
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
     the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
-    device and needs the package triton. auto takes the fastest that the machine has."""
+    device and needs the package triton. auto takes the fastest that the machine has, kernels only
+    once they have given the right numbers in a trial."""
     image_features: str = ""
     """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
     is encoded once: here, in an earlier run, or in one at the same time. They are stored unrounded

@@ -97,6 +97,7 @@ def test_kernels_that_another_device_has_are_logged_when_a_run_resumes(
     model, gpu = build_on_meta(config, "cuda"), torch.device("cuda")
     obstacle = ""
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda *_, **__: obstacle)
+    monkeypatch.setattr(compilation, "fault_in_trial", lambda *_: "")
     on_a100 = settle_kernels(config, model, gpu, Ranks())
     obstacle = "the GPU is too old for Triton"
     on_t4 = settle_kernels(config, model, gpu, Ranks())

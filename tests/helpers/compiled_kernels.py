@@ -54,6 +54,67 @@ def compile_ahead(
         )
 
 
+def compile_loss(
+    kernel: Any,
+    capability: int,
+    dtype: torch.dtype,
+    *,
+    folder: Path,
+    counted: bool = True,
+    exclude_self: bool = False,
+    with_columns: bool = True,
+    precision: str | None = None,
+) -> Any:
+    """What a launch with such features would compile."""
+    from unicl_fast.objectives.loss_triton import _precision, blocks_for
+
+    blocks = blocks_for(dtype, capability=capability)._asdict()
+    names = set(kernel.arg_names)
+    constants = {
+        "exclude_self": exclude_self,
+        "precision": precision or _precision(dtype),
+        **{name: blocks[name] for name in ("height", "width", "depth")},
+        **({} if counted else {"counts": None}),
+        **({} if with_columns else dict.fromkeys({"by_columns", "of_columns"} & names)),
+    }
+    wide = TYPES[torch.promote_types(dtype, torch.float32)]
+    features = dict.fromkeys(("images", "texts", "gradient"), f"*{TYPES[dtype]}")
+    sizes = dict.fromkeys(("b", "u", "d", "offset"), "i32")
+    types = dict.fromkeys(kernel.arg_names, f"*{wide}") | features | sizes
+    return compile_ahead(
+        kernel,
+        capability,
+        types=types,
+        constants=constants,
+        multiples_of_16=("d",),
+        options={name: blocks[name] for name in ("num_warps", "num_stages")},
+        folder=folder,
+    )
+
+
+def compile_window(
+    kernel: Any, capability: int, dtype: torch.dtype, *, shift: int, folder: Path
+) -> Any:
+    """What a launch for the windows of the presets' models would compile."""
+    from unicl_fast.models import window_attention
+
+    sizes = {"window_height": 7, "window_width": 7, "head_width": 32, "block": 64, "depth": 32}
+    sizes |= {"shift_down": shift, "shift_right": shift, "roll": 1}
+    narrow = dict.fromkeys(("qkv", "mixed", "grad", "grad_qkv"), f"*{TYPES[dtype]}")
+    wide = dict.fromkeys(("table", "bias_sums", "sums", "gradient"), "*fp32")
+    numbers = dict.fromkeys(("num_windows", "num_parts", "height", "width"), "i32")
+    return compile_ahead(
+        kernel,
+        capability,
+        types=narrow | wide | numbers | {"scale": "fp32"},
+        constants={name: size for name, size in sizes.items() if name in kernel.arg_names},
+        options=window_attention.launch_options(
+            dtype, capability=capability, backward=kernel is window_attention._backward
+        ),
+        folder=folder,
+    )
+
+
 def check_fit(compiled: Any, folder: Path) -> None:
     """That a program fits into shared memory, and keeps all that it computes with in registers."""
     import triton

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -44,6 +45,36 @@ def loss_and_gradients(
     inputs = [x.requires_grad_() for x in inputs]
     loss = unified_contrastive_loss(*inputs[:2], class_ids, inputs[2], **arguments)
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def loss_in_tf32(*call: Any, rounds: bool = True) -> list[torch.Tensor]:
+    """The loss and its gradients, where products cut off what TF32 lacks."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from unicl_fast.objectives import loss_triton
+
+    multiply = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        cut_off = [
+            TensorHandle((x.data.view("uint32") & 0xFFFFE000).view("float32"), x.dtype)
+            for x in (left, right)
+        ]
+        return multiply(self, *cut_off, *rest)
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with (
+            mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+            mock.patch.object(
+                loss_triton,
+                "round_to_tf32",
+                loss_triton.round_to_tf32 if rounds else torch.Tensor.detach,
+            ),
+        ):
+            return loss_and_gradients(*call, form="triton")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def loss_of_two_ranks(

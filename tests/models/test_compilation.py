@@ -358,6 +358,8 @@ def test_auto_compiles_blocks_on_a_gpu_where_all_ranks_can(
     norms = {"image_encoder": "unicl_convnet7_small", "activation_checkpointing": True}
     assert settled(build_model(tiny_config(**norms)), "cuda") == "off"
     monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 1])
+    everyone = [["", ""], ["no C++ compiler is found", ""]]
+    monkeypatch.setattr(compilation, "gather_objects", lambda value, ranks: everyone)
     assert settled(model, "cuda") == "off"
 
 

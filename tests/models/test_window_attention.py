@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from compiled_kernels import TYPES, check_fit, compile_ahead
+from compiled_kernels import check_fit, compile_window
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import (
@@ -208,28 +209,15 @@ def test_compiled_kernels_fit_and_spill_no_register(
     """Compiled ahead of time as the windows of the presets' models are, which needs no GPU."""
     from unicl_fast.models import window_attention
 
-    sizes = {"window_height": 7, "window_width": 7, "head_width": 32, "block": 64, "depth": 32}
-    shifts = {"shift_down": shift, "shift_right": shift, "roll": 1}
-    narrow = dict.fromkeys(("qkv", "mixed", "grad", "grad_qkv"), f"*{TYPES[dtype]}")
-    wide = dict.fromkeys(("table", "bias_sums", "sums", "gradient"), "*fp32")
-    numbers = dict.fromkeys(("num_windows", "num_parts", "height", "width"), "i32")
     for kernel in (
         window_attention._forward,
         window_attention._backward,
         window_attention._sum_table,
     ):
-        constants = {k: v for k, v in (sizes | shifts).items() if k in kernel.arg_names}
-        compiled = compile_ahead(
-            kernel,
-            capability,
-            types=narrow | wide | numbers | {"scale": "fp32"},
-            constants=constants,
-            options=window_attention.launch_options(
-                dtype, capability=capability, backward=kernel is window_attention._backward
-            ),
-            folder=tmp_path,
-        )
+        compiled = compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path)
         check_fit(compiled, tmp_path)
+        # one reciprocal for each row of a thread, not one division for each of its values
+        assert len(re.findall(r"\bdiv\.(full|rn)", compiled.asm["ptx"])) <= 4
 
 
 def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
@@ -242,11 +230,14 @@ def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
 def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    obstacle = ""
+    obstacle, fault, tried = "", "", []
     monkeypatch.setattr(compilation, "obstacle_to_triton", lambda index, oldest: obstacle)
+    monkeypatch.setattr(compilation, "fault_in_trial", lambda *what: tried.append(what) or fault)
     caplog.set_level(logging.INFO, logger=compilation.logger.name)
     assert settled("auto") == "triton"
     assert "window_attention: triton (efficiency.window_attention=auto)" in caplog.text
+    name = "unicl_fast.models.window_trial"
+    assert tried == [(name, torch.device("cuda:0"), "bfloat16")]
     assert settled("auto", device="cpu") == "timm"
     assert settled("auto", precision="fp64") == "timm"
     assert "timm (efficiency.window_attention=auto): the kernels do not compute in" in caplog.text
@@ -261,8 +252,17 @@ def test_auto_takes_the_kernels_on_a_gpu_where_all_ranks_can(
         ranks_differ.setattr(ranks, "gather_objects", lambda value, ranks: [value, another])
         with pytest.raises(SharedRefusal, match="rank 1: .* since Triton is not installed"):
             settled("triton")
-    monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 1])
+    assert settled("triton") == "triton"
+    assert len(tried) == 1  # as nobody else would have taken them
+    fault = "the attention is off"
     assert settled("auto") == "timm"
+    assert caplog.records[-1].levelno == logging.WARNING
+    assert "timm (efficiency.window_attention=auto): the attention is off" in caplog.text
+    fault, another = "", ["", "the kernel crashed"]
+    monkeypatch.setattr(compilation, "gather_integers", lambda value, ranks: [value, 1])
+    monkeypatch.setattr(compilation, "gather_objects", lambda value, ranks: [value, another])
+    assert settled("auto") == "timm"
+    assert "=auto): rank 1: the kernel crashed" in caplog.text
     caplog.clear()
     assert settled("auto", image_encoder="test_vit") == "timm"
     assert not caplog.text  # nothing to say where there are no windows

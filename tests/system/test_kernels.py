@@ -152,10 +152,10 @@ def test_a_file_s_key_follows_what_it_imports_directly_or_not(package: Path) -> 
 import sys
 from importlib.util import resolve_name
 from pathlib import Path
-from unicl_fast.system.kernels import _folder_of
+from unicl_fast.system.kernels import folder_of
 
 for name in ("upper", "lower", "lowest", "closures"):
-    print(_folder_of(Path(sys.argv[1]), f"unicl_fast.{name}", f"unicl_fast/{name}.py").name)
+    print(folder_of(Path(sys.argv[1]), f"unicl_fast.{name}", f"unicl_fast/{name}.py").name)
 """
 
     def keys() -> list[str]:

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.system.machine import choose_decode_device, obstacle_to_triton
+from unicl_fast.system.gpu_kernels import obstacle_to_triton
+from unicl_fast.system.machine import choose_decode_device
 
 from .rows import Check, Found
 

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from unicl_fast.config import Compilation, EfficiencyConfig, WindowAttention
 from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.models.blocks import KNOWN_BLOCKS, SWIN_BLOCK, find_blocks, has_batch_norm
+from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.machine import obstacle_to_triton
+from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,33 @@ def settle_compilation(
     if efficiency.compile != "auto":
         return efficiency.compile
     obstacle = _obstacle_to_blocks(model, device)
-    return "blocks" if _all_can("compile", "blocks", "off", obstacle, device, ranks) else "off"
+    return "blocks" if all_can("compile", "blocks", "off", obstacle, device, ranks) else "off"
 
 
-def _all_can(
-    switch: str, best: str, otherwise: str, obstacle: str, device: torch.device, ranks: Ranks
+def all_can(
+    switch: str,
+    best: str,
+    otherwise: str,
+    obstacle: str,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    fault: str = "",
 ) -> bool:
-    """Whether no rank has an obstacle to what `auto` would take; says on a GPU what it takes."""
-    can = not any(gather_integers(bool(obstacle), ranks))
+    """Whether no rank has an obstacle to what `auto` would take; says on a GPU what it takes.
+
+    A `fault` is an obstacle that should not be there: the log warns of it.
+    """
+    can = not any(gather_integers(bool(obstacle or fault), ranks))
     if device.type == "cuda":
-        reason = f": {obstacle}" if obstacle else ""
+        level, reason = logging.INFO, ""
+        if not can:
+            everyone = gather_objects([obstacle, fault], ranks)
+            rank, (obstacle, fault) = next(one for one in enumerate(everyone) if any(one[1]))
+            level = logging.WARNING if fault else logging.INFO
+            reason = f": {f'rank {rank}: ' if rank else ''}{obstacle or fault}"
         chosen = best if can else otherwise
-        logger.info("%s: %s (efficiency.%s=auto)%s", switch, chosen, switch, reason)
+        logger.log(level, "%s: %s (efficiency.%s=auto)%s", switch, chosen, switch, reason)
     return can
 
 
@@ -121,6 +137,8 @@ def settle_window_attention(
 ) -> WindowAttention:
     """Settles `efficiency.window_attention`: for auto, triton where all ranks can, or timm.
 
+    One rank of each machine tries the kernels that `auto` would take.
+
     Raises:
         SharedRefusal: triton is asked for and cannot work on some rank; all ranks raise it.
     """
@@ -133,7 +151,11 @@ def settle_window_attention(
         with refused_together(ranks):  # the others would wait for a rank that has ended
             refuse_window_attention(obstacle)
         return "triton"
-    can = _all_can("window_attention", "triton", "timm", obstacle, device, ranks)
+    fault = ""
+    if not obstacle and not ranks.local_rank:
+        name = str(Precision(efficiency.precision).compute_type).removeprefix("torch.")
+        fault = fault_in_trial("unicl_fast.models.window_trial", device, name)
+    can = all_can("window_attention", "triton", "timm", obstacle, device, ranks, fault=fault)
     return "triton" if can else "timm"
 
 

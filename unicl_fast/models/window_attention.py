@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from unicl_fast.system.gpu_kernels import fenced_stages
+
 LARGEST_WINDOW, LARGEST_HEAD = 64, 32
 """Tokens of a window and values of a head that fit into registers, with all that backward makes of
 them."""
@@ -181,7 +183,8 @@ def launch_options(dtype: torch.dtype, *, capability: int, backward: bool) -> di
     """
     if dtype == torch.float32:
         return {"num_warps": 8, "num_stages": 1 if backward else 2}
-    return {"num_warps": 4, "num_stages": 1 if backward and capability < 90 else 3}
+    stages = fenced_stages(3, capability=capability, version=triton.__version__)
+    return {"num_warps": 4, "num_stages": 1 if backward and capability < 90 else stages}
 
 
 def _block(size: int) -> int:
@@ -296,12 +299,16 @@ def _exps(
     scale: tl.tensor,
     is_shifted: tl.constexpr,
 ) -> tl.tensor:
-    """exp(score - largest of the row) [block block], and its sums over rows."""
+    """exp(score - largest of the row) [block block], and what makes their sums over rows 1.
+
+    One reciprocal for each row instead of a division for each of its values: they took 15 % of a
+    program's time.
+    """
     scores = _dot(query, tl.trans(key)) * scale + bias
     if is_shifted:
         scores += tl.where((bias.to(tl.int32, bitcast=True) & edges) == 0, 0.0, _MASKED)
     exps = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return exps, tl.sum(exps, 1)[:, None]
+    return exps, (1 / tl.sum(exps, 1))[:, None]
 
 
 @triton.jit
@@ -336,8 +343,8 @@ def _forward(
         query = tl.load(tokens + place, mask=exists, other=0)
         key = tl.load(tokens + channels + place, mask=exists, other=0)
         value = tl.load(tokens + 2 * channels + place, mask=exists, other=0)
-        exps, sums = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
-        result = _dot(exps.to(value.dtype), value) / sums
+        exps, inverse = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
+        result = _dot(exps.to(value.dtype), value) * inverse
         where = mixed + image * channels + token[:, None] * channels + part
         tl.store(where, result.to(value.dtype), mask=exists)
 
@@ -379,8 +386,8 @@ def _backward(
         key = tl.load(tokens + channels + place, mask=exists, other=0)
         value = tl.load(tokens + 2 * channels + place, mask=exists, other=0)
         given = tl.load(grad + image * channels + given_place, mask=exists, other=0)
-        exps, sums = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
-        weights = exps / sums
+        exps, inverse = _exps(query, key, bias, edges, scale, shift_down + shift_right > 0)
+        weights = exps * inverse
         by_value = _dot(tl.trans(weights.to(given.dtype)), given)
         tl.store(grad_tokens + 2 * channels + place, by_value.to(given.dtype), mask=exists)
         by_weight = _dot(given, tl.trans(value))

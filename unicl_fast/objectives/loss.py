@@ -9,6 +9,7 @@ makes it cheap. It knows no ranks: `all_reduce` completes the columns of a rank'
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -19,7 +20,9 @@ from torch import Tensor
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.operands import LossForm
 from unicl_fast.objectives.positives import Membership, find_positives
-from unicl_fast.system.machine import obstacle_to_triton
+from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
+
+logger = logging.getLogger(__name__)
 
 # "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
 # or faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
@@ -198,7 +201,7 @@ def logit_statistics(
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
-        form = _fastest_form(b * u, image_features.device)
+        form = _fastest_form(b * u, image_features.device, image_features.dtype)
     images, texts, arithmetic = as_operands(image_features, text_features, dense=form == "dense")
     counts = None if text_counts is None else text_counts.to(arithmetic)
     scale = scalar_like(images, scale, arithmetic)
@@ -242,15 +245,31 @@ def scalar_like(features: Tensor, value: Tensor | float, dtype: torch.dtype) -> 
     return torch.full((), value, dtype=dtype, device=features.device)
 
 
-def _fastest_form(num_logits: int, device: torch.device) -> LossForm:
+def _fastest_form(num_logits: int, device: torch.device, dtype: torch.dtype) -> LossForm:
     if stores_logits("auto", num_logits, device.type):
         return "dense"
-    return "triton" if device.type == "cuda" and _gpu_takes_triton(device.index) else "tiled"
+    takes_triton = device.type == "cuda" and _takes_triton(device, dtype)
+    return "triton" if takes_triton else "tiled"
 
 
 @functools.cache
-def _gpu_takes_triton(index: int | None) -> bool:
-    return not obstacle_to_triton(index, oldest=_OLDEST_FOR_TRITON)
+def _takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
+        return False
+    if fault := fault_of_triton(device, dtype):
+        logger.warning("form=auto: tiles of torch take the place of Triton's: %s", fault)
+    return not fault
+
+
+def fault_of_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """Says how kernels that "auto" would take fail on a CUDA device; empty if they do not.
+
+    They are tried once on a machine, which takes half a minute.
+    """
+    if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
+        return ""  # "auto" takes none
+    name = str(dtype).removeprefix("torch.")
+    return fault_in_trial("unicl_fast.objectives.loss_trial", device, name)
 
 
 def _triton_tiles() -> type[Tiles]:

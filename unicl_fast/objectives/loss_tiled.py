@@ -166,6 +166,9 @@ class TorchTiles(Tiles):
         self._scratch = self.factor.new_empty(size)
         wide = self.images.dtype == self.factor.dtype
         self._narrow = None if wide else self.images.new_empty(size)
+        self._rounds = _multiplies_in_tf32(self.images)
+        if self._rounds:
+            self.texts = round_to_tf32(self.texts)
 
     def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         lowest = torch.finfo(self.factor.dtype).min  # finite: no infinity is ever subtracted
@@ -211,6 +214,8 @@ class TorchTiles(Tiles):
             images = self.images[rows]
             if self._narrow is None:  # in 16 bits it would round once more
                 images = images * self.factor
+            if self._rounds:
+                images = round_to_tf32(images)
             for columns in self.columns:
                 texts = self.texts[columns]
                 shape = len(images), len(texts)
@@ -225,6 +230,27 @@ class TorchTiles(Tiles):
                     if -shape[0] < offset < shape[1]:
                         logits.diagonal(offset).fill_(-math.inf)
                 yield rows, columns, logits, _shaped(self._scratch, shape)
+
+
+def allows_tf32() -> bool:
+    """Whether torch may multiply fp32 in TF32 on a CUDA device, which keeps 10 bits of fraction."""
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and up
+    return bool(matmul.allow_tf32 if setting is None else setting == "tf32")
+
+
+def _multiplies_in_tf32(features: Tensor) -> bool:
+    return features.is_cuda and features.dtype == torch.float32 and allows_tf32()
+
+
+def round_to_tf32(features: Tensor) -> Tensor:
+    """Rounds fp32 to the nearest number of TF32; what is not finite does not become finite.
+
+    Tensor cores of an H100 cut off the 13 bits that TF32 lacks. That makes all logits smaller, but
+    not the sums of positives, which are exact: at scale 100 well-fitted pairs had a loss of -0.07.
+    """
+    shifted = features * (2**13 + 1)  # Veltkamp's splitting
+    return shifted - (shifted - features)
 
 
 def _accumulate(logits: Tensor, scratch: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:

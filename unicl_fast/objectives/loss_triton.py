@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.objectives.loss_tiled import Tiles
+from unicl_fast.objectives.loss_tiled import Tiles, allows_tf32, round_to_tf32
+from unicl_fast.system.gpu_kernels import fenced_stages
 
 # Not -inf, so that no infinity is ever subtracted. `torch.finfo(torch.float32).min`, for fp64 too.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -43,10 +44,20 @@ BLOCKS = {
 """By the features' type. A test compiles them and looks at shared memory and spilled registers."""
 
 
+def blocks_for(dtype: torch.dtype, *, capability: int) -> Blocks:
+    """How kernels are cut for features of a type on a device; `capability` is 90 for 9.0."""
+    blocks, version = BLOCKS[dtype], triton.__version__
+    stages = fenced_stages(blocks.num_stages, capability=capability, version=version)
+    return blocks._replace(num_stages=stages)
+
+
 class TritonTiles(Tiles):
     """Tiles that never leave the chip."""
 
     def __init__(self, images: Tensor, texts: Tensor, *rest: Any, **options: Any) -> None:
+        precision = _precision(images.dtype)
+        if precision == "tf32":
+            images, texts = round_to_tf32(images), round_to_tf32(texts)
         super().__init__(_aligned(images), _aligned(texts), *rest, **options)
         if images.device.type != "cuda" and isinstance(_sum_exps, triton.JITFunction):
             raise ValueError(
@@ -55,7 +66,10 @@ class TritonTiles(Tiles):
             )
         if self.log2_counts is not None:
             self.log2_counts.clamp_(min=_LOWEST.value)
-        self._blocks = BLOCKS[images.dtype]
+        major, minor = torch.cuda.get_device_capability(images.device) if images.is_cuda else (8, 0)
+        blocks = blocks_for(images.dtype, capability=10 * major + minor)
+        self._options = {**blocks._asdict(), "precision": precision}
+        self._blocks = blocks
 
     def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
         b, u, (height, width, *_) = len(self.images), len(self.texts), self._blocks
@@ -111,8 +125,7 @@ class TritonTiles(Tiles):
                 images.shape[1],
                 rows.start - columns.start,
                 exclude_self=self.exclude_self,
-                precision=_precision(images.dtype),
-                **self._blocks._asdict(),
+                **self._options,
             )
 
 
@@ -127,10 +140,7 @@ def _aligned(features: Tensor) -> Tensor:
 
 def _precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply fp32: in three parts, or in one where torch may use TF32, too."""
-    matmul = torch.backends.cuda.matmul
-    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and up
-    allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
-    return "ieee" if dtype != torch.float32 else "tf32" if allowed else "tf32x3"
+    return "ieee" if dtype != torch.float32 else "tf32" if allows_tf32() else "tf32x3"
 
 
 def _join(logs: Tensor) -> Tensor:

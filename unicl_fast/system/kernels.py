@@ -62,7 +62,7 @@ def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
     before, above = _config.CACHE_DIR, cache_folder()
     if above is not None:  # for this function; those of others stay elsewhere
         _config.CACHE_DIR = str(
-            _folder_of(above, function.__module__, function.__code__.co_filename)
+            folder_of(above, function.__module__, function.__code__.co_filename)
         )
     try:
         return decorator(cache=above is not None)(function)
@@ -106,7 +106,7 @@ def _make_private(folder: Path) -> Path:
 
 
 @functools.cache
-def _folder_of(above: Path, module: str, file: str) -> Path:
+def folder_of(above: Path, module: str, file: str) -> Path:
     """Makes the folder for the kernels of this version of a file, and removes old versions'."""
     folder = above / f"{module}-{_hash_code(module, Path(file))}"
     if not folder.is_dir():

@@ -11,7 +11,6 @@ import importlib.util
 import math
 import mmap
 import os
-import shutil
 import socket
 import threading
 import weakref
@@ -247,22 +246,6 @@ def has_jpeg_decoder(device: torch.device) -> bool | None:
         if status == 0:
             nvjpeg.nvjpegDestroy(handle)
     return bool(status == 0)
-
-
-def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
-    """Says why Triton cannot run on a CUDA device (None: the current one); empty if it can.
-
-    `oldest` is the lowest compute capability on which the caller's kernels work.
-    """
-    import torch
-
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index) < oldest:
-        return "the GPU is too old for Triton"
-    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
-        return "Triton finds no C compiler"  # for the code that launches a kernel
-    return ""
 
 
 def return_freed_memory() -> None:

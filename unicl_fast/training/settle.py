@@ -19,14 +19,17 @@ from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_objects
-from unicl_fast.models.compilation import settle_compilation, settle_window_attention
+from unicl_fast.models.compilation import all_can, settle_compilation, settle_window_attention
 from unicl_fast.models.precision import settle_precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.loss import fault_of_triton, stores_logits
+from unicl_fast.objectives.operands import LossForm
 from unicl_fast.system.machine import choose_decode_device
 
 logger = logging.getLogger(__name__)
 
 _RELEASED_EPOCHS = 32
+_MOST_LOGITS_PER_PAIR = 4  # of an image and a sample: two views, texts that are padded
 
 
 def settle(
@@ -68,7 +71,7 @@ def settle(
 def settle_kernels(
     config: TrainConfig, model: UniCL, device: torch.device, ranks: Ranks
 ) -> TrainConfig:
-    """Decides how a model is compiled and attends; all ranks call it together.
+    """Decides how a model is compiled and attends, and the loss; all ranks call it together.
 
     Raises:
         SharedRefusal: kernels that were asked for cannot work on some rank; all ranks raise it.
@@ -76,8 +79,21 @@ def settle_kernels(
     kernels = {
         "compile": settle_compilation(config.efficiency, model, device, ranks=ranks),
         "window_attention": settle_window_attention(config.efficiency, model, device, ranks=ranks),
+        "loss": settle_loss(config, device, ranks),
     }
     return config.changed(efficiency=kernels)
+
+
+def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> LossForm:
+    """Settles `efficiency.loss`: tiled where auto could take kernels that fail on some machine."""
+    form = config.efficiency.loss
+    sizes = [stage.run.global_batch_size for stage in config.settings_of_stages]
+    largest = _MOST_LOGITS_PER_PAIR * max(ranks.local_batch_size(one) * one for one in sizes)
+    if form != "auto" or device.type != "cuda" or stores_logits(form, largest, device.type):
+        return form
+    fault = "" if ranks.local_rank else fault_of_triton(device)
+    best = "dense, or triton for many logits"
+    return "auto" if all_can("loss", best, "tiled", "", device, ranks, fault=fault) else "tiled"
 
 
 def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig:

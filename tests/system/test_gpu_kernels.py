@@ -1,0 +1,120 @@
+"""Trials of kernels, in a process that may crash: here by Triton's interpreter."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from unicl_fast.system import gpu_kernels, kernels
+from unicl_fast.system.gpu_kernels import fault_in_trial
+
+pytest.importorskip("triton")
+
+CPU = torch.device("cpu")
+HELPERS = Path(__file__).parents[1] / "helpers"
+WINDOWS = "unicl_fast.models.window_trial", "unicl_fast.models.window_attention"
+LOSS = "unicl_fast.objectives.loss_trial", "unicl_fast.objectives.loss_triton"
+
+
+_KEYS = "grad_tokens + channels + place, by_key.to(given.dtype)"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A new folder of what was found right, for processes that interpret."""
+    monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    return tmp_path
+
+
+def start_again() -> None:
+    fault_in_trial.cache_clear()
+
+
+def test_what_was_found_right_is_tried_once_on_a_machine(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, code = [], 1
+    caplog.set_level(logging.INFO, logger=gpu_kernels.logger.name)
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        runs.append(command)
+        return subprocess.CompletedProcess(command, code, stderr="a warning\nit is off\n")
+
+    def starts() -> int:
+        start_again()
+        fault = fault_in_trial("faulty_trials", CPU, "float32")
+        assert fault == ("" if code == 0 else "faulty_trials float32: it is off")
+        return len(runs)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert [starts(), starts()] == [1, 2]  # what was found wrong is tried again
+    assert not caplog.messages
+    code = 0
+    assert [starts(), starts()] == [3, 3]
+    tried, found = caplog.messages
+    assert "right on this machine, tried within" in tried
+    assert "right on this machine, as an earlier start has found" in found
+    with monkeypatch.context() as another:
+        another.setattr(torch, "__version__", "3.0")
+        assert [starts(), starts()] == [4, 4]
+        another.setattr(gpu_kernels.platform, "node", lambda: "another machine")
+        assert [starts(), starts()] == [5, 5]
+    assert starts() == 5
+    monkeypatch.setattr(kernels, "cache_folder", lambda: None)
+    assert [starts(), starts()] == [6, 7]
+
+
+def test_a_crash_or_a_hang_is_a_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_again()
+    fault = fault_in_trial("faulty_trials", CPU, "crashes")
+    assert fault == "faulty_trials crashes: the trial was ended by SIGSEGV"
+    monkeypatch.setattr(gpu_kernels, "_TRIAL_SECONDS", 0.01)
+    start_again()
+    assert "did not end within" in fault_in_trial("faulty_trials", CPU, "crashes")
+    assert not list(cache.rglob("right-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", [WINDOWS[0], LOSS[0]])
+def test_our_kernels_pass_their_trials(trial: str) -> None:
+    start_again()
+    assert fault_in_trial(trial, CPU, "float32") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modules", "old", "new", "expected"),
+    [
+        (WINDOWS, "* inverse\n        where = mixed", "\n        where = mixed", "the attention, "),
+        (WINDOWS, "_MASKED = tl.constexpr(-100.0)", "_MASKED = tl.constexpr(0.0)", "shifted by 3"),
+        (WINDOWS, "bias_sum += by_score", "bias_sum = by_score", "relative_position_bias_table"),
+        (WINDOWS, f"tl.store({_KEYS}, mask=exists)", "by_key = by_key", "off by nan"),
+        (LOSS, "of_rows = by_rows + column", "of_rows = by_rows + 0 * column", "the loss is off"),
+        (LOSS, "total += grad_row_logs", "total = grad_row_logs", "its gradient of images"),
+    ],
+    ids=["not divided", "no mask", "no sum", "no store", "rows of one block", "half a gradient"],
+)
+def test_wrong_kernels_fail_their_trials(
+    modules: tuple[str, str], old: str, new: str, expected: str
+) -> None:
+    start_again()
+    fault = fault_in_trial("faulty_trials", CPU, "mutated", *modules, old, new, "float32")
+    assert expected in fault
+    assert "ArithmeticError: " in fault
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trial", [WINDOWS[0], LOSS[0]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_our_kernels_pass_their_trials_on_a_gpu(
+    trial: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    start_again()
+    assert fault_in_trial(trial, torch.device("cuda"), dtype) == ""

@@ -1,0 +1,60 @@
+"""Window attention in Triton, tried against timm's before `auto` takes it.
+
+`gpu_kernels.fault_in_trial` runs it. Windows are those of the presets, several for each program; so
+the kernels are those of training. On a GPU there are as many programs, too: the wrong code that
+ptxas 12.8 has made of others' kernels failed now and then, among thousands of programs.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from unicl_fast.models import window_attention
+from unicl_fast.system.gpu_kernels import check_close
+
+_SIDE, _WINDOW, _HEADS = 14, 7, 2
+_IMAGES, _PROGRAMS, _TIMES = {"cuda": 512, "cpu": 2}, {"cpu": 2}, {"cuda": 20, "cpu": 1}
+_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Relative errors ten times those that rounding makes, in timm's attention as well."""
+
+
+def try_out(device: torch.device, dtype_name: str) -> None:
+    """Compares results and gradients of windows in one type, shifted and not.
+
+    Raises:
+        ArithmeticError: they are off by more than rounding explains.
+    """
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    kind = device.type
+    window_attention.PROGRAMS = _PROGRAMS.get(kind, window_attention.PROGRAMS)
+    torch.manual_seed(0)
+    dim = _HEADS * window_attention.LARGEST_HEAD
+    for shift in (0, _WINDOW // 2):
+        block = SwinTransformerBlock(
+            dim, (_SIDE, _SIDE), _HEADS, window_size=_WINDOW, shift_size=shift
+        )
+        nn.init.normal_(block.attn.relative_position_bias_table)
+        x, grad = torch.randn(2, _IMAGES[kind], _SIDE, _SIDE, dim).to(device, dtype)
+        block = block.to(device, dtype)
+        exact = _attention_and_gradients(copy.deepcopy(block).double(), x.double(), grad.double())
+        window_attention.fuse(block)
+        for _ in range(_TIMES[kind]):
+            found = _attention_and_gradients(block, x, grad)
+            for name, ours in found.items():
+                what = f"{name}, shifted by {shift},"
+                check_close(ours, exact[name], what=what, tolerance=_TOLERANCES[dtype])
+
+
+def _attention_and_gradients(
+    block: SwinTransformerBlock, x: Tensor, grad: Tensor
+) -> dict[str, Tensor]:
+    x.requires_grad_()
+    mixed = block._attn(x)
+    learnt = {"its input": x, **dict(block.attn.named_parameters())}
+    gradients = torch.autograd.grad(mixed, list(learnt.values()), grad)
+    names = [f"the gradient of {name}" for name in learnt]
+    return {"the attention": mixed.detach(), **dict(zip(names, gradients, strict=True))}

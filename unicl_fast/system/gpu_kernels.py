@@ -1,0 +1,156 @@
+"""Triton's kernels on this machine's GPU: whether they run, how deep they pipeline, and a trial.
+
+A trial runs in a process of its own, since a kernel that reads outside of its memory leaves behind
+a process that can use its GPU no more. A file keeps what was found right.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unicl_fast.system.atomic_files import write_text_atomically
+
+if TYPE_CHECKING:  # programs that train nothing need not wait for torch
+    import torch
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_FIRST_WITH_FENCES = (3, 7, 1)
+_HOPPER = 90
+_TRIAL_SECONDS = 300.0  # torch's import from a slow disk, and five kernels to compile
+
+
+def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
+    """Says why Triton cannot run on a CUDA device (None: the current one); empty if it can.
+
+    `oldest` is the lowest compute capability on which the caller's kernels work.
+    """
+    import torch
+
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(index) < oldest:
+        return "the GPU is too old for Triton"
+    if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
+        return "Triton finds no C compiler"  # for the code that launches a kernel
+    return ""
+
+
+def fenced_stages(stages: int, *, capability: int, version: str) -> int:
+    """Limits the stages of a kernel's loop to those whose data tensor cores may read.
+
+    From Hopper on, tensor cores read shared memory by a proxy of their own, which sees what
+    `cp.async` has written only behind a fence. Triton before 3.7.1 forgot it in loops of several
+    stages (its pull requests 9610 and 10537); with one stage it is there.
+    """
+    release = tuple(map(int, re.findall(r"\d+", version)[:3]))
+    return 1 if capability >= _HOPPER and release < _FIRST_WITH_FENCES else stages
+
+
+@functools.cache
+def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
+    """Tries kernels on a device, in another process, unless this machine has found them right.
+
+    Args:
+        trial: name of a module with a function `try_out(device, *arguments)`, which raises an
+            error if the kernels compute wrongly.
+        device: for which they are tried.
+        arguments: choose among the module's kernels.
+
+    Returns:
+        What is wrong, in a sentence without its end; empty if they compute rightly.
+    """
+    what = " ".join([trial.rpartition(".")[2], *arguments])
+    kept = _file_of(trial, device, arguments)
+    if kept is not None and kept.is_file():
+        logger.info("%s: right on this machine, as an earlier start has found", what)
+        return ""
+    begun = time.monotonic()
+    command = [sys.executable, "-m", __name__, trial, str(device), *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TRIAL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{what}: the trial did not end within {_TRIAL_SECONDS:.0f} s"
+    if done.returncode < 0:
+        return f"{what}: the trial was ended by {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return f"{what}: {lines[-1] if lines else f'ended with code {done.returncode}'}"
+    seconds = time.monotonic() - begun
+    logger.info("%s: right on this machine, tried within %.0f s", what, seconds)
+    if kept is not None:
+        try:
+            write_text_atomically(kept, json.dumps({"seconds": seconds}) + "\n")
+        except OSError as error:
+            logger.warning("%s: the next start tries it again (%s)", what, error)
+    return ""
+
+
+def _file_of(trial: str, device: torch.device, arguments: tuple[str, ...]) -> Path | None:
+    """The file that says that a trial went well here; None where nothing can be kept.
+
+    Its folder is that of the code, its name that of the machine, the GPU and the compilers.
+    """
+    import torch
+
+    from unicl_fast.system.kernels import cache_folder, folder_of
+
+    above = cache_folder()
+    files = [importlib.util.find_spec(name) for name in (trial, "triton")]
+    origins = [spec.origin for spec in files if spec is not None and spec.origin]
+    if above is None or len(origins) < 2:
+        return None
+    of_device: tuple[object, ...] = (device.type,)
+    if device.type == "cuda":
+        of_device = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    versions = torch.__version__, Path(origins[1]).read_text(encoding="utf-8")
+    assembler = os.environ.get("TRITON_PTXAS_PATH", "")
+    key = repr((platform.node(), of_device, versions, assembler, arguments))
+    name = f"right-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    return folder_of(above, trial, origins[0]) / name
+
+
+def check_close(found: Tensor, exact: Tensor, *, what: str, tolerance: float) -> None:
+    """Raises ArithmeticError if a result of kernels is off by more than a part of its norm."""
+    error = float((found.double() - exact).norm() / exact.norm())
+    if not error <= tolerance:  # NaN is none
+        raise ArithmeticError(f"{what} is off by {error:.1e} of its norm; {tolerance:.0e} is usual")
+
+
+def _run_trial() -> None:
+    import torch
+
+    trial, device, *arguments = sys.argv[1:]
+    # new memory holds NaN then, and not the right results of the last call
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        importlib.import_module(trial).try_out(torch.device(device), *arguments)
+    except Exception as error:  # CUDA's have several lines
+        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+if __name__ == "__main__":
+    _run_trial()
