@@ -43,6 +43,7 @@ from .graph import (
 from .kernels.operators import parts_for
 from .plan.crop import evaluation_regions, fill_borders
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
+from .trial import try_decoder
 
 _SAMPLES_MEASURED = 100_000
 
@@ -86,7 +87,7 @@ class TrainLoader:
             stage: see `spans`.
 
         Raises:
-            ValueError: data that cannot be planned or shared; or `config` has stages.
+            ValueError: stages, data that cannot be planned or shared, or a decoder that fails.
         """
         if config.run.stages:
             raise ValueError(
@@ -99,6 +100,8 @@ class TrainLoader:
             data.decode_device, device=self._device, threads=data.threads
         )
         self.form = _form_of(datasets, data, self._decode_device)
+        if self._decode_device.type == "cuda" and self.form == "files":
+            try_decoder(datasets, data, self._decode_device)
         augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
         self.augmentation = parts_for(augmentations, data.mean)
         self.build_graph = partial(
@@ -121,10 +124,8 @@ class TrainLoader:
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (batch_size // world_size)
         part = sum(data.crop_scale) / 2 if self.form == "files" else 0  # of an image, in a window
-        size = part * _image_bytes(datasets, data)
-        self.pace = choose_pace(
-            data, self._decode_device, num_images=self.num_images, window_bytes=size
-        )
+        pace = partial(choose_pace, data, self._decode_device, num_images=self.num_images)
+        self.pace = pace(window_bytes=part * _image_bytes(datasets, data))
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self.host = HostBatches(
             config,
@@ -320,7 +321,7 @@ class EvaluationLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Args as for `TrainLoader`; `batch_size` is this rank's, its last batch may be smaller."""
+        """As for `TrainLoader`; `batch_size` is this rank's, its last batch may be smaller."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         self._dataset = dataset
@@ -329,6 +330,8 @@ class EvaluationLoader:
         self._decode_device, _ = choose_decode_device(
             data.decode_device, device=self._device, threads=data.threads
         )
+        if self._decode_device.type == "cuda":
+            try_decoder([dataset], data, self._decode_device)
         self._build = partial(build_evaluation_graph, data=data, device=self._decode_device)
         self.pace = choose_pace(
             data,

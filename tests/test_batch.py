@@ -117,6 +117,15 @@ def test_evaluation_s_batches_take_the_same_way(gpu: FakeGpu) -> None:
         assert batch.sample_ids is made[number].sample_ids
 
 
+def test_copies_are_made_on_their_device_by_one_stream(gpu: FakeGpu) -> None:
+    """A thread that sets none would begin a context on GPU 0, on each of a machine's ranks."""
+    second = torch.device("cuda", 1)
+    for _ in range(3):  # as often as an evaluation iterates
+        assert len(list(copied_ahead((make_batch(step) for step in range(2)), second))) == 2
+    assert gpu.devices == {"unicl-copy": second}
+    assert [stream.device for stream in gpu.streams] == [second]
+
+
 def test_the_end_and_errors_of_the_source_come_through(gpu: FakeGpu) -> None:
     closed = []
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -217,19 +218,25 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 AnyBatch = TypeVar("AnyBatch", Batch, EvaluationBatch)
 
 
+@functools.cache
+def _copies_to(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all copies to a device: torch's allocator keeps freed memory for a stream."""
+    return torch.cuda.Stream(device)
+
+
 def copied_ahead(
     batches: Generator[AnyBatch, None, None], device: torch.device
 ) -> Generator[AnyBatch, None, None]:
     """Yields host batches on a CUDA device; the next one is copied during the step on this one.
 
     A thread takes a batch as soon as the one before it is handed over, pins it, and lets a stream
-    of its own copy it. The device's current stream waits for that copy. The host waits for the
+    for copies copy it. The device's current stream waits for that copy. The host waits for the
     batch to be made and never for the device. Two batches lie on the device: the one in use and
     the next.
 
     Close the generator to stop before the end; it closes `batches`.
     """
-    copies = torch.cuda.Stream(device)
+    copies = _copies_to(device)
 
     def copy_next() -> tuple[AnyBatch, torch.cuda.Event] | None:
         batch = next(batches, None)
@@ -240,7 +247,13 @@ def copied_ahead(
 
     with (
         contextlib.closing(batches),
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-copy") as thread,
+        ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="unicl-copy",
+            # a thread begins on GPU 0, where pinning memory would take half a gigabyte
+            initializer=torch.cuda.set_device,
+            initargs=(copies.device,),
+        ) as thread,
     ):
         coming = thread.submit(copy_next)
         while (found := coming.result()) is not None:

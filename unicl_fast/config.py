@@ -120,12 +120,11 @@ class DataConfig:
     two large ones, where more cost memory and gain nothing; one, in one graph, where images are so
     large that a batch of them takes 1 GB before it is resized."""
     decode_device: DecodeDevice = "auto"
-    """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. The CPU makes
-    the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the GPU
-    during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a few
-    levels. auto takes a GPU that has a hardware JPEG decoder; else the CPU, if the rank has four
-    threads (data.threads) or more. If one rank takes its GPU, all do; checkpoints hold the choice.
-    """
+    """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu: it
+    makes the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the
+    GPU during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a
+    few levels; a run first tries it on some of its images, in a process of its own, and ends with
+    what went wrong if that fails. Checkpoints hold the choice."""
     shuffle_window: Count = 0
     """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch takes a
     data set in windows of this many samples, each joined from 16 chunks spread over it, and other

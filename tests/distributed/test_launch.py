@@ -73,6 +73,13 @@ def test_the_code_is_that_of_the_rank_that_brought_about_the_end(
 
 
 @pytest.mark.dist
+def test_a_rank_that_fails_ends_with_its_traceback_while_another_waits_for_it() -> None:
+    code, _, errors = launched("failing_program", "-", "-")
+    assert code == 1
+    assert errors.rstrip().endswith("RuntimeError: the fault of rank 1"), errors
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize(
     ("asked", "code", "starts"),
     [("die", 137, 3), ("3", 3, 3), ("0", 0, 1), ("2", 2, 1), ("75", 75, 1)],

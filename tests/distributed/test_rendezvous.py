@@ -6,16 +6,20 @@ import datetime
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
 
+from unicl_fast.distributed import rendezvous
+from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.rendezvous import (
     address_towards_rank_0,
     adopt_slurm_ranks,
     agree_on_session,
+    claim_gpu,
     first_host,
     interface_with,
     process_group,
@@ -67,6 +71,52 @@ def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.Monke
     monkeypatch.setenv("MASTER_ADDR", "no such host.invalid")
     assert address_towards_rank_0() == "127.0.0.1"
     assert interface_with("192.0.2.1") is None  # reserved for documentation
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", "::1", "no such host.invalid"])
+@pytest.mark.parametrize(("local", "interface"), [("2", "lo"), ("1", "eth7"), ("1", None)])
+def test_no_rank_of_several_machines_takes_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    address: str,
+    local: str,
+    interface: str | None,
+) -> None:
+    """Not even on the machine that MASTER_ADDR names; the default route leads to the others."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here is taken back
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("TORCH_GLOO_LAZY_INIT", "1")
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    towards = rendezvous._address_towards
+
+    def address_towards(host: str) -> str:
+        outside = "10.7.7.7" if interface is not None else "127.0.0.1"
+        return outside if host == rendezvous._ELSEWHERE else towards(host)
+
+    monkeypatch.setattr(rendezvous, "_address_towards", address_towards)
+    found = {"127.0.0.1": "lo", "10.7.7.7": "eth7"}
+    monkeypatch.setattr(rendezvous, "interface_with", found.get)
+    rendezvous._prepare_sockets(2)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+    assert ("name one in GLOO_SOCKET_IFNAME" in caplog.text) == (interface is None)
+
+
+def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a machine shows one GPU to all its ranks; two machines have two."""
+    names = iter(["GPU-a", "GPU-b", "GPU-a", "GPU-a"])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(names))
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    store, gpu = dist.HashStore(), torch.device("cuda", 0)
+    for _ in range(2):
+        claim_gpu(store, gpu)
+    with pytest.raises(ValueError, match="2 ranks have the same GPU .*GPU-a; torch sees 1") as said:
+        claim_gpu(store, gpu)
+    assert not isinstance(said.value, SharedRefusal)
+    with pytest.raises(SharedRefusal):  # which only rank 0 says
+        claim_gpu(store, gpu)
 
 
 def test_one_rank_waits_for_nobody() -> None:

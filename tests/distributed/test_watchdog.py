@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_workers import (
@@ -85,6 +86,31 @@ def test_a_stage_that_lasts_too_long_ends_the_process_and_is_named(
     assert "the storage of data.train is stuck" in said
     assert "--resume auto" in said
     assert "test_watchdog.py" in said  # the stacks
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_last_collectives_of_nccl_are_written_before_the_end(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, fails: bool
+) -> None:
+    clock = Clock(rank=3, world_size=4)
+
+    def dump() -> bytes:
+        assert clock.codes == []
+        if fails:
+            raise RuntimeError("the recorder is off")
+        return b"collectives"
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", dump, raising=False)
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE", raising=False)
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(tmp_path / "rank-"))
+    mark("step: update", 12)
+    clock.pass_by(102)
+    assert clock.codes == [EXIT_HUNG]
+    said = capfd.readouterr().err
+    assert (f"NCCL's last collectives are in {tmp_path}/rank-3" in said) == (not fails)
+    assert [one.read_bytes() for one in tmp_path.iterdir()] == [b"collectives"] * (not fails)
 
 
 def test_progress_starts_the_time_anew() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
+from rank_workers import run_on_ranks, share_prompts
 from small_runs import tiny_config
 from torch.nn import functional as F
 
@@ -53,6 +54,12 @@ def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model: UniC
         prompts = [template.replace("{}", name) for template in TEMPLATES]
         plain = F.normalize(model.encode_text(Tokenizer()(prompts)).mean(dim=0), dim=0)
         torch.testing.assert_close(row, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(("world_size", "num_classes"), [(2, 7), (3, 4)])  # the third rank has none
+def test_ranks_share_the_prompts(world_size: int, num_classes: int) -> None:
+    run_on_ranks(share_prompts, world_size, list(NAMES[:num_classes]), list(TEMPLATES))
 
 
 def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:

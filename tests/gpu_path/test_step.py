@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from budgets import compare
-from fake_gpu import GPU, HostWaitsError, Kernels, fake_gpu, fake_trainer
+from fake_gpu import GPU, FakeEvent, HostWaitsError, Kernels, fake_gpu, fake_trainer
 from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import Batch, ListLoader
@@ -176,7 +176,13 @@ def test_no_tower_stores_scores(
     assert kernels.shapes & {*SCORES} == expected
 
 
-def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:
+def test_a_run_reads_nothing_until_the_step_after_a_logging_step_is_launched(
+    stand_in: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(event: FakeEvent) -> None:
+        raise HostWaitsError("the host waits for an event")
+
+    monkeypatch.setattr(FakeEvent, "synchronize", wait)
     config = config_of("unicl", "bf16", {})
     config = config.changed(run={"log_every_steps": 3}, checkpoint={"every_steps": 0})
     batch = tiny_batch()
@@ -185,10 +191,10 @@ def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:
         with Kernels(may_wait=True):
             trainer.train_step(batch.to(GPU))
         trainer.loader, trainer.step = ListLoader([batch]), 0
-        with Kernels(), pytest.raises(HostWaitsError) as caught:
+        with Kernels(), pytest.raises(HostWaitsError, match="waits for an event") as caught:
             trainer.fit()
-    assert trainer.step == 3
-    assert "_log" in [frame.name for frame in traceback.extract_tb(caught.tb)]
+    assert trainer.step == 4
+    assert "_write_line" in [frame.name for frame in traceback.extract_tb(caught.tb)]
 
 
 @pytest.fixture

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from unicl_fast import batch
+
 CUDA = torch.device("cuda", 0)
 
 
 class Stream:
     """Copies that were asked for, and are done when another stream waits for an event of it."""
 
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu = gpu
+    def __init__(self, gpu: FakeGpu, device: torch.device = CUDA) -> None:
+        self._gpu, self.device = gpu, device
         self.pending: list[Callable[[], object]] = []
 
     def record_event(self) -> list[Callable[[], object]]:
@@ -37,6 +39,10 @@ class FakeGpu:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.compute = Stream(self)
+        self.streams: list[Stream] = []
+        """Those that were made beside the current one."""
+        self.devices: dict[str, torch.device] = {}
+        """The device that each thread has set, by the start of its name."""
         self.changed = threading.Condition()
         self.num_events = 0
         self.used_by: dict[int, Stream] = {}
@@ -44,7 +50,9 @@ class FakeGpu:
         self._current = threading.local()
         self._pinned: set[int] = set()
         self._to = torch.Tensor.to
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self))
+        batch._copies_to.cache_clear()  # of another fake
+        monkeypatch.setattr(torch.cuda, "Stream", self._make_stream)
+        monkeypatch.setattr(torch.cuda, "set_device", self._set_device)
         monkeypatch.setattr(torch.cuda, "stream", self._within)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self._stream())
         # functions, which become methods of tensors; ours are bound already
@@ -56,6 +64,13 @@ class FakeGpu:
         """Returns when so many batches are on their way; fails if they do not come."""
         with self.changed:
             assert self.changed.wait_for(lambda: self.num_events >= count, timeout=30)
+
+    def _make_stream(self, device: torch.device) -> Stream:
+        self.streams.append(Stream(self, device))
+        return self.streams[-1]
+
+    def _set_device(self, device: torch.device) -> None:
+        self.devices[threading.current_thread().name.partition("_")[0]] = device
 
     def _stream(self) -> Stream:
         return getattr(self._current, "stream", self.compute)

@@ -260,6 +260,8 @@ class Kernels(TorchDispatchMode):
     def _check_crossing(self, source: Tensor, *, non_blocking: object) -> None:
         shape = list(source.shape)
         if source.device.type == "cuda":
+            if non_blocking:  # into pinned memory; who reads it waits for an event
+                return
             raise HostWaitsError(f"{shape} is copied from the device to the host")
         if not non_blocking and not self._may_wait:
             raise HostWaitsError(

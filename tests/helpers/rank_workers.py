@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from unicl_fast.batch import Batch, EvaluationBatch
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.checkpoints.state import collect_tensors
-from unicl_fast.config import DataConfig, DecodeDevice, TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.conversion.initial import initialise
 from unicl_fast.distributed.launch import SharedRefusal, explain
 from unicl_fast.distributed.ranks import (
@@ -50,10 +50,10 @@ from unicl_fast.distributed.ranks import (
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
-from unicl_fast.evaluation import data
-from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
+from unicl_fast.evaluation import data, zero_shot
+from unicl_fast.evaluation.features import ModelOnRanks, collect_rows, encode_token_rows
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult
-from unicl_fast.evaluation.zero_shot import classify
+from unicl_fast.evaluation.zero_shot import classify, zero_shot_classifier
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
@@ -66,14 +66,12 @@ from unicl_fast.objectives.operands import Classes, Operands
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
-from unicl_fast.system import machine
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
 from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import DatasetMeter
-from unicl_fast.training.settle import settle_decoding
+from unicl_fast.training.metrics import DatasetMeter, add_up
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -611,13 +609,23 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
         (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
 
 
+def described(
+    meter: DatasetMeter, batch: Batch, ranks: Ranks | None = None, *, num_steps: int
+) -> dict[str, float]:
+    """What a trainer on the ranks finds of its batch."""
+    ranks = ranks or Ranks()
+    sums = meter.count(batch, ranks)
+    totals = add_up(sums, ranks, torch.device("cpu")).tolist()
+    return meter.describe(dict(zip(sums, totals, strict=True)), num_steps=num_steps)
+
+
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str, objective: str) -> None:
     """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
     loader = labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
-    Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
+    Path(folder, str(ranks.rank)).write_text(repr(described(meter, batch, ranks, num_steps=1)))
 
 
 def exchange_objects(ranks: Ranks) -> None:
@@ -645,19 +653,6 @@ def agree_on_a_precision(ranks: Ranks) -> None:
     assert settled == "bf16"
 
 
-def agree_on_a_decoder(ranks: Ranks) -> None:
-    """Ranks whose cores would choose other decoders take one; what was asked for stays."""
-    gpu = torch.device("cuda", 0)
-    with mock.patch.object(machine, "has_jpeg_decoder", return_value=False):
-        for cores, expected in (((8, 2), "gpu"), ((8, 4), "cpu")):
-            own = dataclasses.replace(ranks, cores=cores[ranks.rank])
-            config = settle_decoding(TrainConfig(), gpu, own)
-            assert config.data.decode_device == expected
-    requested: DecodeDevice = "cpu" if ranks.is_main else "gpu"
-    config = TrainConfig(data=DataConfig(decode_device=requested, threads=2))
-    assert settle_decoding(config, gpu, ranks) == config
-
-
 def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
     """On rank 1 the same data lies in another folder, and in a store; both find the same of it."""
     names = ("here", "there")
@@ -671,7 +666,7 @@ def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
         build._build_ledger(Path(), data, mock.Mock(), ranks)
     assert [source.name for source in ledger.call_args.kwargs["sources"]] == ["here"]
     meter = DatasetMeter(["a"], epochs=lambda step: [0.0], datasets=[dataset])
-    found = meter.describe(global_batch(images), ranks, num_steps=1)
+    found = described(meter, global_batch(images), ranks, num_steps=1)
     assert (found["storage_bytes_read"], found["storage_bytes_needed"]) == (9, 7)
 
 
@@ -778,6 +773,17 @@ def gather_features_of_slices(ranks, path: str) -> None:
         on_ranks.on_rank_0(refuse, gathered, ClassificationResult)
     if ranks.is_main:
         Path(path).write_text(json.dumps(tables))
+
+
+def share_prompts(ranks: Ranks, class_names: list[str], templates: list[str]) -> None:
+    """Each rank encodes a part of the prompts, and has what one that encodes all of them has."""
+    model = build_model(tiny_config()).double().eval()
+    whole = zero_shot_classifier(model, class_names, templates=templates)
+    with mock.patch.object(zero_shot, "encode_token_rows", wraps=encode_token_rows) as encode:
+        shared = zero_shot_classifier(model, class_names, templates=templates, ranks=ranks)
+    torch.testing.assert_close(shared, whole, rtol=1e-10, atol=1e-12)
+    size = -(-len(class_names) // ranks.world_size)
+    assert len(encode.call_args.args[1]) <= size * len(templates)
 
 
 def refuse(value: ClassificationResult) -> ClassificationResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,11 @@ from unicl_fast.config import (
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.objectives.registry import make_objective
+from unicl_fast.pipelines import trial
 from unicl_fast.pipelines.graph import Pace, _decoder_settings, choose_pace
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines.trial import try_decoder
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
@@ -484,7 +487,6 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
     expected = take(datasets, prompts, count=3)
     (evaluated,) = EvaluationLoader(datasets[1], make_config().data, batch_size=100)
     gpu = FakeGpu(monkeypatch)
-    monkeypatch.setattr("unicl_fast.system.machine.has_jpeg_decoder", lambda device: False)
     config = make_config(decode_device=decode_device)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, threads=4))
     loader = TrainLoader(config, datasets, None, prompts, device=CUDA)
@@ -497,6 +499,38 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
     (shown,) = EvaluationLoader(datasets[1], config.data, batch_size=100, device=CUDA)
     assert torch.equal(shown.images, evaluated.images)
     assert gpu.used_by[shown.images.data_ptr()] is gpu.compute
+
+
+def test_a_decoder_is_tried_on_images_of_the_data(datasets: list[PackedDataset]) -> None:
+    """Here that of the CPU, in a process of its own; one that has passed is not tried again."""
+    data, device = make_config().data, torch.device("cpu")
+    try_decoder(datasets, data, device)
+    assert (str(device), *(dataset.location for dataset in datasets)) in trial._tried
+
+
+@pytest.mark.parametrize(
+    ("program", "seconds", "fault"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", 60, "was ended by SIGSEGV"),
+        ("raise RuntimeError('no driver')", 60, "failed: RuntimeError: no driver"),
+        ("import time; time.sleep(60)", 0.5, "was not done after 0.5 s"),
+    ],
+)
+def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    datasets: list[PackedDataset],
+    prompts: ClassPrompts,
+    program: str,
+    seconds: float,
+    fault: str,
+) -> None:
+    monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", program))
+    monkeypatch.setattr(trial, "_SECONDS", seconds)
+    config = make_config(decode_device="gpu")
+    with pytest.raises(ValueError, match=f"{fault}; take data.decode_device=cpu"):
+        TrainLoader(config, datasets, None, prompts, device=CUDA)
+    with pytest.raises(ValueError, match=f"{fault}; take data.decode_device=cpu"):
+        EvaluationLoader(datasets[0], config.data, batch_size=5, device=CUDA)
 
 
 def levels_apart(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -518,7 +552,7 @@ def test_a_gpu_gets_its_batches_from_either_decoder(
         assert all(value.is_cuda for value in batch.model_inputs().values())
         on_host = batch.to(torch.device("cpu"))
         torch.cuda.synchronize()
-        if decode_device != "cpu":
+        if decode_device == "gpu":
             assert levels_apart(on_host.images, expected[step].images).max() < LEVELS_APART
             on_host = dataclasses.replace(on_host, images=expected[step].images)
         assert_equal(on_host, expected[step])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack, sample_of, write_set
-from rank_workers import agree_on_a_decoder, name_data_by_rank, name_evaluations, run_on_ranks
+from rank_workers import name_data_by_rank, name_evaluations, run_on_ranks
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
@@ -296,11 +296,6 @@ def test_a_rank_decodes_on_its_own_cores_unless_told_how_many() -> None:
         config = TrainConfig(data=DataConfig(threads=given))
         settled = settle_decoding(config, torch.device("cpu"), Ranks(cores=14))
         assert settled.data.threads == expected
-
-
-@pytest.mark.dist
-def test_all_ranks_decode_on_the_same_kind_of_device() -> None:
-    run_on_ranks(agree_on_a_decoder, 2)
 
 
 @pytest.mark.dist

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from damage import limited_files
-from rank_workers import describe_sources_of_slices, run_on_ranks
-from small_runs import global_batch, labelled_batch, tiny_config
+from rank_workers import describe_sources_of_slices, described, named, run_on_ranks
+from small_runs import StepLoader, global_batch, labelled_batch, poison_step, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
 from unicl_fast.training.trackers import Trackers
+from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
@@ -95,7 +95,7 @@ def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
         source_ids=torch.tensor([0, 0, 2, 2] + [1] * 6 + [2, 2]),
     )
     meter = DatasetMeter(["a", "b", "c"], epochs=lambda step: [step / 2, step / 4, 0.0])
-    assert meter.describe(batch, Ranks(), num_steps=3) == {
+    assert described(meter, batch, num_steps=3) == {
         "epochs/a": 1.5,
         "epochs/b": 0.75,
         "epochs/c": 0.0,
@@ -118,14 +118,14 @@ def test_positives_of_images_of_several_labels(images: torch.Tensor) -> None:
     )
     batch = dataclasses.replace(batch, source_ids=torch.tensor([0, 1] + [2] * 9 + [3]))
     meter = DatasetMeter(["a", "b", "c", "d"], epochs=lambda step: [0.0] * 4)
-    found = meter.describe(batch, Ranks(), num_steps=1)
+    found = described(meter, batch, num_steps=1)
     assert [found[f"positives_per_row/{name}"] for name in "abcd"] == [3, 2, 1, 2]
 
 
 def test_a_source_without_a_row_in_the_batch_is_left_out(images: torch.Tensor) -> None:
     batch = dataclasses.replace(global_batch(images), source_ids=torch.zeros(12, dtype=torch.int64))
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 0.0])
-    values = meter.describe(batch, Ranks(), num_steps=1)
+    values = described(meter, batch, num_steps=1)
     assert "positives_per_row/a" in values
     assert "positives_per_row/b" not in values
 
@@ -139,10 +139,8 @@ def test_positives_are_counted_over_ranks(
     batch = labelled_batch(images, objective=objective)
     batch = dataclasses.replace(batch, source_ids=torch.arange(12) % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
-    expected = meter.describe(batch, Ranks(), num_steps=1)
-    epochs = {name: value for name, value in expected.items() if name.startswith("epochs")}
-    found = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
-    assert found == [repr(expected), repr(epochs)]  # rank 0 writes the metrics
+    expected = described(meter, batch, num_steps=1)
+    assert [(tmp_path / f"{rank}").read_text() for rank in range(2)] == [repr(expected)] * 2
 
 
 def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> None:
@@ -155,3 +153,46 @@ def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> Non
     lines = read_metrics(tmp_path)
     assert [(line["epochs/a"], line["epochs/b"]) for line in lines] == [(1, 2), (2, 4)]
     assert all(line["positives_per_row/a"] >= 1 for line in lines)
+
+
+def test_lines_that_are_written_a_step_later_are_the_same(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; a save, an evaluation and the end of a run have all lines written before."""
+    config = tiny_config(steps=8).changed(
+        run={"max_bad_steps": 1, "evaluate_every_steps": 3}, checkpoint={"every_steps": 4}
+    )
+    written_at: list[int] = []
+
+    def lines_of(run_folder: Path) -> list[dict[str, float]]:
+        trainer = make_trainer(
+            config,
+            StepLoader(images, change=named),
+            run_folder=run_folder,
+            evaluations={"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}},
+            dataset_meter=DatasetMeter(["a"], epochs=lambda step: [step / 2]),
+            progress=False,
+        )
+        poison_step(trainer, step=4)
+        trainer.fit()
+        timed = ("seconds", "images_per", "data_wait", "step_sec", "eta", "host_memory", "mfu")
+        return [
+            {name: value for name, value in line.items() if not name.startswith(timed)}
+            for line in read_metrics(run_folder)
+        ]
+
+    write = Trainer._write_line
+
+    def note(run: Trainer, batch: Batch) -> None:
+        written_at.extend([run.step] * (run._line is not None))
+        write(run, batch)
+
+    monkeypatch.setattr(Trainer, "_write_line", note)
+    at_once = lines_of(tmp_path / "at once")
+    assert [line["nonfinite_steps"] for line in at_once if "lr" in line] == [0] * 4 + [1] * 4
+    assert written_at == [1, 2, 3, 4, 5, 6, 7, 8]
+    written_at.clear()
+    monkeypatch.setattr(Trainer, "_lets_lines_wait", lambda run: run.step < run.stage.span.end_step)
+    assert lines_of(tmp_path / "later") == at_once
+    # steps 3, 6 and 8 evaluate, and step 4 saves
+    assert written_at == [2, 3, 3, 4, 6, 6, 8, 8]

@@ -61,9 +61,9 @@ def test_parts_are_summed_over_steps(hours: Hours, device: torch.device) -> None
     clock.end_step()
     hours.pass_by(64)
     first = {"other": 0.5, "data_wait": 1, "forward": 2, "backward": 4, "optimizer": 8}
-    assert nonzero(clock.read()) == first | {"forward": 34, "evaluation": 16, "other": 64.5}
+    assert nonzero(clock.cut()()) == first | {"forward": 34, "evaluation": 16, "other": 64.5}
     hours.pass_by(3)
-    assert nonzero(clock.read()) == {"other": 3}  # without a gap
+    assert nonzero(clock.cut()()) == {"other": 3}  # without a gap
 
 
 def test_only_reading_waits_for_the_device_and_events_are_used_again(
@@ -82,7 +82,9 @@ def test_only_reading_waits_for_the_device_and_events_are_used_again(
             clock.begin(part)
         clock.end_step()
         assert sum(event.num_waits for event in events) == num_reads
-        clock.read()  # waits for the newest, so all are done
+        read = clock.cut()
+        assert sum(event.num_waits for event in events) == num_reads
+        read()  # waits for the newest, so all are done
     assert len(events) == 1 + len(PARTS) + 2
 
 
@@ -98,7 +100,7 @@ def test_waiting_for_other_ranks_is_communication(hours: Hours) -> None:
     with WaitingForRanks():  # another one watches now, or nobody
         hours.pass_by(100)
     expected = {"forward": 2, "communication": 10, "checkpoint": 112}
-    assert nonzero(clock.read()) == expected
+    assert nonzero(clock.cut()()) == expected
 
 
 def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
@@ -111,7 +113,9 @@ def test_rates_and_the_time_that_is_left(hours: Hours) -> None:
             meter.clock.begin("forward")
             hours.pass_by(pace / 2)
             meter.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(2.0))
-        found.append(meter.summary(samples=24, world_size=4, steps_left=10))
+        line = meter.begin_line([torch.tensor(3)])()
+        assert (line.steps, line.numbers) == ([(1.0, 2.0)] * 2, [3.0])
+        found.append(meter.summary(line, samples=24, world_size=4, steps_left=10))
         meter.clock.begin("evaluation")
         hours.pass_by(6)
     assert [line["step_seconds"] for line in found] == [50, 2, 4]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -78,25 +78,6 @@ def gather_integers(value: int, ranks: Ranks) -> list[int]:
     with WaitingForRanks():
         dist.all_gather(gathered, mine, group=ranks.host_group)
     return [int(tensor) for tensor in gathered]
-
-
-def sum_integers(values: Sequence[int], ranks: Ranks) -> list[int]:
-    """Sums each of the values over ranks, on the host."""
-    sums = torch.tensor(values, dtype=torch.int64)
-    if ranks.world_size > 1:
-        with WaitingForRanks():
-            dist.all_reduce(sums, group=ranks.host_group)
-    return [int(value) for value in sums]
-
-
-def gather_to_rank_0(rows: Tensor, ranks: Ranks) -> list[Tensor]:
-    """Gathers tensors of one shape on rank 0, on the host; other ranks get an empty list."""
-    if ranks.world_size == 1:
-        return [rows]
-    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)] if ranks.is_main else []
-    with WaitingForRanks():
-        dist.gather(rows, gathered or None, dst=0, group=ranks.host_group)
-    return gathered
 
 
 def gather_objects(value: T, ranks: Ranks) -> list[T]:

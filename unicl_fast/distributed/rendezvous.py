@@ -7,6 +7,7 @@ its peers WERE. Ranks first agree on a name for each attempt; restart counts dif
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.system.machine import (
     STORE_SOCKET,
@@ -39,16 +42,22 @@ from unicl_fast.system.progress import START_PATIENCE, mark
 logger = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
+_ELSEWHERE = "192.0.2.1"  # reserved for documentation: the default route leads there
 _SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
 FILES_BESIDE_SOCKETS = 4096
+_SECONDS_TO_LET_GO = 0.2
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Joins the ranks that torchrun's variables name; a process alone has nothing to join.
 
-    Within `timeout_seconds` the ranks must have met, and each collective must be done.
+    Within `timeout_seconds` the ranks must have met, and each collective must be done. An error
+    inside the block leaves without waiting for the other ranks, which may wait for this one.
+
+    Raises:
+        ValueError: another rank has the same GPU.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield _with_cores(Ranks())
@@ -63,6 +72,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         store = PrefixStore(f"unicl_fast/{session}", store)
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
+        claim_gpu(store, device)
         # NCCL connects at once, to a device that it need not guess; its last collectives are
         # written to a file when one of them outlasts the limit
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -79,9 +89,37 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
             host_group=dist.new_group(backend="gloo", timeout=timeout),
         )
         yield _with_cores(ranks)
-    finally:
-        mark("parting from the other ranks", waits_for_ranks=True)
-        dist.destroy_process_group()
+    except BaseException:
+        _abort_groups()
+        raise
+    mark("parting from the other ranks", waits_for_ranks=True)
+    dist.destroy_process_group()
+
+
+def _abort_groups() -> None:
+    """Leaves all groups at once; `destroy_process_group` waits for collectives under way."""
+    mark("leaving after an error")
+    with contextlib.suppress(Exception):  # the error that brought us here is the one to be shown
+        for group in list(distributed_c10d._world.pg_map):
+            # its destructor would wait for what gloo's threads have begun, when Python ends
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        distributed_c10d._abort_process_group()
+        # gloo's threads drop the tensors of what is done: after Python's end that would abort us
+        time.sleep(_SECONDS_TO_LET_GO)
+
+
+def claim_gpu(store: Store, device: torch.device) -> None:
+    """Refuses (ValueError) a GPU that another of the ranks that meet in this store has claimed."""
+    gpu = torch.cuda.get_device_properties(device).uuid
+    claims = store.add(f"unicl_fast/gpu/{gpu}", 1)
+    if claims > 1:
+        visible = torch.cuda.device_count()
+        refusal = ValueError if claims == 2 else SharedRefusal  # one of them says it
+        raise refusal(
+            f"{claims} ranks have the same GPU ({device}, {gpu}; torch sees {visible} here): start "
+            "as many ranks on a machine as it has GPUs, or let each see another one "
+            "(CUDA_VISIBLE_DEVICES, or srun --gpus-per-task=1)"
+        )
 
 
 def _with_cores(ranks: Ranks) -> Ranks:
@@ -107,26 +145,38 @@ def _prepare_sockets(world_size: int) -> None:
         )  # fmt: skip
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return
+    has_other_machines = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     address = address_towards_rank_0()
-    if name := interface_with(address):
+    if has_other_machines and _is_loopback(address):
+        # MASTER_ADDR is this machine by a name of its own, an IPv6 address, or not known here
+        address = _address_towards(_ELSEWHERE)
+    name = interface_with(address)
+    if name is not None and not (has_other_machines and _is_loopback(address)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
-    elif world_size != int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+    elif has_other_machines:
         logger.warning(
-            "no network interface has the address %s from which MASTER_ADDR=%s is reached: if "
-            "ranks do not meet, name one in GLOO_SOCKET_IFNAME",
-            address, os.environ.get("MASTER_ADDR"),
+            "no network interface is known that leads to MASTER_ADDR=%s: if ranks do not meet, "
+            "name one in GLOO_SOCKET_IFNAME", os.environ.get("MASTER_ADDR"),
         )  # fmt: skip
 
 
 def address_towards_rank_0() -> str:
     """Finds this machine's IPv4 address on the network of MASTER_ADDR; sends nothing."""
+    return _address_towards(os.environ.get("MASTER_ADDR", _LOOPBACK))
+
+
+def _address_towards(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((os.environ.get("MASTER_ADDR", _LOOPBACK), 9))
+            probe.connect((host, 9))
         except OSError:
             return _LOOPBACK
         address: str = probe.getsockname()[0]
         return address
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.")
 
 
 def interface_with(address: str) -> str | None:

@@ -14,11 +14,15 @@ import os
 import secrets
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
 
 from unicl_fast.distributed.ranks import (
     Ranks,
@@ -29,11 +33,15 @@ from unicl_fast.distributed.ranks import (
 from unicl_fast.distributed.rendezvous import address_towards_rank_0
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.system.progress import Stage, current_stage
+from unicl_fast.system.untrusted_files import open_file
 
 logger = logging.getLogger(__name__)
 
-# Beyond all that stages may last: the watchdog's message comes first, and is the better one.
+# Beyond all that stages may last: the watchdog's message comes first, and is the better one. Torch
+# ends what outlasts even that, where the watchdog itself cannot run.
 _GROUP_TIMEOUTS = 10
+_DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's own
+_DUMP_SECONDS = 20.0
 _NO_LIMIT_SECONDS = 365 * 24 * 3600.0
 _MOST_SENTENCES = 8
 _MOST_FAILED_TICKS = 20
@@ -140,6 +148,8 @@ class Watchdog:
         try:
             os.write(2, f"\nunicl_fast: {text}\n".encode(errors="replace"))
             faulthandler.dump_traceback(2)
+            if place := dump_collectives(self._rank):
+                os.write(2, f"\nunicl_fast: NCCL's last collectives are in {place}\n".encode())
         finally:  # also where nobody reads what is said
             self._end(EXIT_HUNG)
 
@@ -198,6 +208,30 @@ class Watchdog:
             f"limit). Ending with code {EXIT_HUNG}; what its threads were doing:"
         )
         return " ".join(sentences)
+
+
+def dump_collectives(rank: int) -> str:
+    """Writes NCCL's last collectives, which end with this process, into a file of torchfrtrace's.
+
+    Returns:
+        The path: a prefix and the rank. Empty where there are none, or they cannot be written.
+    """
+    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+        return ""
+    prefixes = filter(None, map(os.environ.get, _DUMP_PREFIXES))
+    user = f"unicl_fast-{os.getuid()}-collectives-rank-"
+    path = f"{next(prefixes, os.path.join(tempfile.gettempdir(), user))}{rank}"
+    # CUDA's driver may hang too, under Python's lock: then this ends the process in our place
+    faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
+    try:
+        content = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+        with open_file(path, "wb") as file:
+            file.write(content)
+    except Exception:
+        return ""
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    return path
 
 
 def describe_others(

@@ -6,7 +6,6 @@ The classifier of a class is the mean of its normalised prompt embeddings, norma
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks, gather_rows
 from unicl_fast.evaluation.choices import Metric, MetricChoice
 from unicl_fast.evaluation.data import all_labels, choose_metric, open_data
 from unicl_fast.evaluation.features import (
@@ -50,18 +50,26 @@ def zero_shot_classifier(
     templates: Sequence[str],
     batch_size: int = 512,
     progress: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 - frozen
 ) -> Float[Tensor, "k d"]:
     """One unit-norm row for each class, from templates with one `{}` each.
+
+    All of `ranks` call it together and get all rows; each encodes the prompts of some classes.
 
     Raises:
         ValueError: the model has no text encoder.
     """
     require_text_encoder(model, "zero-shot classification")
-    prompts = [fill_template(template, name) for name in class_names for template in templates]
+    size = -(-len(class_names) // ranks.world_size)
+    # all ranks send as many rows: one that is left without a class encodes one that is not wanted
+    own = class_names[ranks.rank * size :][:size] or class_names[:1]
+    prompts = [fill_template(template, name) for name in own for template in templates]
     rows = Tokenizer(model.config.model.context_length).encode(prompts)
     features = encode_token_rows(model, rows, batch_size=batch_size, progress=progress)
-    each = features.view(len(class_names), len(templates), -1)
-    return F.normalize(each.mean(dim=1), dim=-1)
+    each = features.view(len(own), len(templates), -1)
+    classifier = F.normalize(each.mean(dim=1), dim=-1)
+    padded = F.pad(classifier, (0, 0, 0, size - len(own)))
+    return gather_rows(padded, ranks)[: len(class_names)]
 
 
 def classify(
@@ -106,7 +114,11 @@ def evaluate_zero_shot(
         classifier = model.learnt["class_rows"].detach()[torch.from_numpy(rows_of_classes)]
     else:
         classifier = zero_shot_classifier(
-            model, manifest.class_names, templates=manifest.templates, progress=on_ranks.progress
+            model,
+            manifest.class_names,
+            templates=manifest.templates,
+            progress=on_ranks.progress,
+            ranks=on_ranks.ranks,
         )
 
     def judge(features: Tensor) -> ClassificationResult:
@@ -205,13 +217,20 @@ def zero_shot(
                 f"--hierarchy: {opened.name} has no hierarchy of classes; pack it by unicl-pack "
                 "build --hierarchy FILE"
             )
-        classifier_of = functools.partial(
-            zero_shot_classifier,
+        above = tree.names if hierarchy and tree is not None else ()
+        every = (*names, *above)
+        rows = zero_shot_classifier(
             on_ranks.model,
+            every,
             templates=opened.templates,
             progress=on_ranks.progress,
+            ranks=on_ranks.ranks,
         )
-        classifier, labels = classifier_of(names), all_labels(dataset)
+        number_of = {name: number for number, name in enumerate(every)}
+        classifier, labels = rows[: len(names)], all_labels(dataset)
+
+        def classifier_of(titles: Sequence[str]) -> Tensor:
+            return rows[[number_of[title] for title in titles]]
 
         def judge(features: Tensor) -> ZeroShotResult:
             levels = precision = None

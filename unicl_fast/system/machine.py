@@ -6,8 +6,6 @@ import collections
 import contextlib
 import ctypes
 import fractions
-import functools
-import importlib.util
 import math
 import mmap
 import os
@@ -43,8 +41,6 @@ _NEVER = 2**31 - 1
 # Decoding threads that keep up with the fastest preset. ResNet-50 takes at most 5,250 images/s on
 # an H100 (by its arithmetic), and an image takes 0.55 ms of a core; the trainer has one core too.
 _THREADS_TO_DECODE = 4
-_NVJPEG = "nvidia.nvjpeg"
-_HARDWARE = 3  # NVJPEG_BACKEND_HARDWARE
 _SPARE = 1  # free buffers kept beside the one in use, for users that sometimes hold two
 
 
@@ -210,42 +206,18 @@ def choose_decode_device(
     """
     import torch
 
-    cpu = torch.device("cpu")
     if device.type != "cuda":
         return device, "the model is on no GPU"
-    if requested != "auto":
-        return (device if requested == "gpu" else cpu), f"data.decode_device={requested}"
-    has_hardware = has_jpeg_decoder(device)
-    if has_hardware:
-        return device, "it has a hardware JPEG decoder"
-    lacks = "the GPU has no hardware JPEG decoder"
-    if has_hardware is None:
-        lacks = "nvJPEG is not there to tell of a hardware JPEG decoder"
+    if requested == "gpu":
+        return device, "data.decode_device=gpu"
+    why = f"data.decode_device={requested}"
     threads = threads or usable_cores()
-    have = f"this rank has {count_of(threads, 'decoding thread')}"
-    if threads >= _THREADS_TO_DECODE:
-        return cpu, f"{lacks}, and {have}"
-    return device, f"{lacks}, but {have}, and a fast model may need {_THREADS_TO_DECODE}"
-
-
-@functools.cache
-def has_jpeg_decoder(device: torch.device) -> bool | None:
-    """Whether a CUDA device has a hardware JPEG decoder; None if DALI's nvJPEG cannot be loaded."""
-    import torch
-
-    spec = importlib.util.find_spec(_NVJPEG)
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    files = [str(path) for each in folders for path in Path(each, "lib").glob("libnvjpeg.so*")]
-    try:
-        nvjpeg = ctypes.CDLL(files[0] if files else "libnvjpeg.so.12")
-    except OSError:
-        return None
-    handle = ctypes.c_void_p()
-    with torch.cuda.device(device):
-        status = nvjpeg.nvjpegCreateEx(_HARDWARE, None, None, 0, ctypes.byref(handle))
-        if status == 0:
-            nvjpeg.nvjpegDestroy(handle)
-    return bool(status == 0)
+    if requested == "auto" and threads < _THREADS_TO_DECODE:
+        why += (
+            f"; a rank has {count_of(threads, 'decoding thread')}, and a fast model may need "
+            f"{_THREADS_TO_DECODE}: give it more cores, or try data.decode_device=gpu"
+        )
+    return torch.device("cpu"), why
 
 
 def return_freed_memory() -> None:

@@ -116,7 +116,8 @@ def build_trainer(
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
-    loader = _build_stages(data, functools.partial(build, weights=data.weights))
+    with refused_together(ranks):
+        loader = _build_stages(data, functools.partial(build, weights=data.weights))
     sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
     trainer = make_trainer(
         config,

@@ -23,7 +23,7 @@ from torch.amp import GradScaler
 from unicl_fast.batch import Batch
 from unicl_fast.config import RunConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
-from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
+from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import without_secrets
@@ -70,11 +70,11 @@ class NonfiniteSteps(Observer):
         """Keeps which samples a batch holds, until its step is judged."""
         self._remembered.append((batch.step, {name: getattr(batch, name) for name in _RECORDS}))
 
-    def check(self, run: Trainer, steps: Sequence[tuple[float, float]]) -> None:
+    def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         """Looks at the steps that were not judged yet."""
-        self.judge(steps, done=run.step, scaler=run.scaler)
+        self.judge(steps, done=done, scaler=run.scaler)
 
-    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+    def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
         """Adds the count."""
         values["nonfinite_steps"] = self.count
 
@@ -173,16 +173,21 @@ class ReplacedSamples(Observer):
         """Takes the limit from the config; `run_folder` is for the message."""
         self._max_fraction, self._spans = max_fraction, spans
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
-        self._replaced = 0
+        self.replaced = 0
+        """Replaced samples of this rank."""
         self._draws = 0
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Counts this rank's samples of a step."""
         self.add(batch)
 
-    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+    def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
+        """Tells how many samples of this rank were replaced."""
+        sums["replaced_samples"] = self.replaced
+
+    def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
         """Adds the count of all ranks."""
-        values["replaced_samples"] = self.total(run.ranks)
+        values["replaced_samples"] = int(sums["replaced_samples"])
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
         """Stops a run that has replaced too many, once the line is written."""
@@ -191,11 +196,7 @@ class ReplacedSamples(Observer):
     def add(self, batch: Batch) -> None:
         """Counts this rank's samples of one step."""
         self._draws += span_at(self._spans, batch.step).global_batch_size
-        self._replaced += count_replaced(batch)
-
-    def total(self, ranks: Ranks) -> int:
-        """Adds up the counts of all ranks, which call it together."""
-        return sum_integers([self._replaced], ranks)[0]
+        self.replaced += count_replaced(batch)
 
     def check_total(self, total: int) -> None:
         """Stops a run whose limit `total` exceeds; the same on all ranks.

@@ -13,20 +13,20 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from unicl_fast.batch import Batch
+from unicl_fast.batch import Batch, send
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_rows, gather_to_rank_0, sum_integers
+from unicl_fast.distributed.ranks import Ranks, gather_rows, sum_over_ranks
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
 from unicl_fast.system.untrusted_files import open_file, read_file
 from unicl_fast.system.wording import shorten
-from unicl_fast.training.step_clock import NO_TRAINING, StepClock
+from unicl_fast.training.step_clock import NO_TRAINING, Part, StepClock
 from unicl_fast.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,19 @@ _RECENT_SUMMARIES = 20
 """Summaries whose steps tell how long the next ones will take."""
 
 
+class Reading(NamedTuple):
+    """Numbers of the steps of a line, on the host."""
+
+    steps: list[tuple[float, float]]
+    """Loss and gradient norm before clipping, of each step."""
+    numbers: list[float]
+    """Those that were read along."""
+    seconds: dict[Part, float]
+    """Seconds of each part."""
+
+
 class StepMeter:
-    """Collects what steps give between two logging steps; only reading it waits for the device."""
+    """Collects what steps give between two lines; only reading it waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         """Its clock begins now."""
@@ -51,7 +62,7 @@ class StepMeter:
         self._recent = collections.deque(maxlen=_RECENT_SUMMARIES)
 
     def __len__(self) -> int:
-        """Steps since the last summary."""
+        """Steps since the last line."""
         return len(self._on_device)
 
     def add(self, *, loss: Tensor, grad_norm: Tensor) -> None:
@@ -60,27 +71,43 @@ class StepMeter:
         self.clock.end_step()
 
     def read(self) -> list[tuple[float, float]]:
-        """Loss and gradient norm before clipping, of each step since the last summary."""
+        """Loss and gradient norm before clipping, of each step since the last line."""
         if not self._on_device:
             return []
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
+    def begin_line(self, numbers: Sequence[Tensor]) -> Callable[[], Reading]:
+        """Ends the steps of a line; what it returns waits until the device has come so far.
+
+        `numbers` [0-d] on the device are read along with what the steps gave.
+        """
+        steps, self._on_device = torch.stack(self._on_device).double(), []
+        more = [number.detach().double().reshape(1) for number in numbers]
+        on_host = torch.cat([steps.flatten(), *more]).to("cpu", non_blocking=True)
+        read_seconds = self.clock.cut()  # the copy comes before
+
+        def read() -> Reading:
+            seconds, values = read_seconds(), on_host.tolist()
+            of_steps, others = values[: 2 * len(steps)], values[2 * len(steps) :]
+            pairs = zip(of_steps[::2], of_steps[1::2], strict=True)
+            return Reading(list(pairs), others, seconds)
+
+        return read
+
     def summary(
-        self, *, samples: int, world_size: int = 1, steps_left: int = 0
+        self, line: Reading, *, samples: int, world_size: int = 1, steps_left: int = 0
     ) -> dict[str, float]:
-        """Means and rates since the last summary, of so many samples, which then start from zero.
+        """Means and rates of a line, whose steps took `samples`.
 
         `seconds/PART` are means of the steps, and sum to all the time that has passed; rates leave
         out the parts in `NO_TRAINING`.
         """
-        steps = self.read()
-        self._on_device = []
+        steps, sums = line.steps, line.seconds
         values: dict[str, float] = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
         for name, column in zip(("loss", "grad_norm"), zip(*steps, strict=True), strict=True):
             if finite := [value for value in column if math.isfinite(value)]:
                 values[name] = sum(finite) / len(finite)
-        sums = self.clock.read()
         beside = sum(sums[part] for part in NO_TRAINING)
         elapsed = sum(sums.values()) - beside
         values["images_per_second"] = samples / elapsed
@@ -115,6 +142,18 @@ def _memory(device: torch.device) -> dict[str, float]:
     return values
 
 
+def add_up(
+    sums: Mapping[str, float | Tensor], ranks: Ranks, device: torch.device
+) -> Float[Tensor, " n"]:
+    """Sums numbers [0-d] of the host or the device over ranks, on the device, in their order."""
+    of_host = [0.0 if isinstance(one, Tensor) else float(one) for one in sums.values()]
+    added = send(torch.tensor(of_host, dtype=torch.float64), device)
+    for row, one in enumerate(sums.values()):
+        if isinstance(one, Tensor):
+            added[row] = one
+    return sum_over_ranks(added, ranks)
+
+
 class DatasetMeter:
     """Measures whether a mix of data sets does what it is for, at logging steps only.
 
@@ -140,49 +179,55 @@ class DatasetMeter:
         """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
         that they needed of them; None where all data sets are in folders."""
 
-    def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
-        """The numbers after `num_steps` steps; all ranks call it together, and rank 0 gets all.
+    def count(self, batch: Batch, ranks: Ranks) -> dict[str, float | Tensor]:
+        """This rank's numbers, which are to be summed over ranks; all ranks call it together.
 
-        Positives are counted in the global batch, the row itself included, and averaged over the
-        rows of a data set, which has no such number where it has no row in this batch.
+        Nothing is read from the device. Positives are counted in the global batch.
+        """
+        sums: dict[str, float | Tensor] = {
+            # the same data may lie in a store for one rank, and in a folder for another
+            "stores": len(self._stores),
+            "storage_bytes_read": sum(store.traffic.read_bytes for _, store in self._stores),
+            "storage_bytes_needed": sum(dataset.needed_bytes for dataset, _ in self._stores),
+        }
+        if batch.source_ids is None:
+            return sums
+        positives = _count_positives(batch, gather_rows(batch.targets.class_ids, ranks))
+        source_ids = send(batch.source_ids, positives.device)
+        for number, name in enumerate(self._names):
+            is_own = source_ids == number
+            sums |= {f"rows/{name}": is_own.sum(), f"positives/{name}": (positives * is_own).sum()}
+        return sums
+
+    def describe(self, sums: Mapping[str, float], *, num_steps: int) -> dict[str, float]:
+        """The numbers after `num_steps` steps, from the sums of what ranks have counted.
+
+        Positives, the row itself included, are averaged over the rows of a data set, which has no
+        such number where it has no row in this batch.
         """
         values = {
             f"epochs/{name}": epochs
             for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
         }
-        own_read = sum(store.traffic.read_bytes for _, store in self._stores)
-        own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
-        # the same data may lie in a store for one rank, and in a folder for another
-        read, needed, stores = sum_integers([own_read, own_needed, len(self._stores)], ranks)
-        if stores:
-            self.traffic = read, needed
-            values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
-        if batch.source_ids is None:
-            return values
-        text_classes = gather_rows(batch.targets.class_ids, ranks).cpu().numpy()
-        own = _count_positives(batch, text_classes)
-        every = gather_to_rank_0(torch.stack([torch.from_numpy(own), batch.source_ids]), ranks)
-        if not every:
-            return values
-        positives, source_ids = torch.cat(every, dim=1).numpy()
-        for number, name in enumerate(self._names):
-            of_dataset = positives[source_ids == number]
-            if len(of_dataset):
-                values[f"positives_per_row/{name}"] = float(of_dataset.mean())
+        if sums["stores"]:
+            traffic = ("storage_bytes_read", "storage_bytes_needed")
+            read, needed = self.traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
+            values |= dict(zip(traffic, (read, needed), strict=True))
+        for name in self._names:
+            if rows := sums.get(f"rows/{name}"):
+                values[f"positives_per_row/{name}"] = sums[f"positives/{name}"] / rows
         return values
 
 
-def _count_positives(batch: Batch, text_classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many samples of the global batch have a text of the classes of each image: int64 [b]."""
-    samples, classes = np.arange(batch.batch_size), batch.targets.class_ids.cpu().numpy()
+def _count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tensor, " b"]:
+    """How many samples of the global batch have a text of the classes of each image."""
+    classes = batch.targets.class_ids
+    samples = torch.arange(batch.batch_size, device=classes.device)
     if batch.targets.image_classes is not None:
-        samples, classes = batch.targets.image_classes.cpu().numpy()
-    known, counts = np.unique(text_classes, return_counts=True)
-    rows = np.searchsorted(known, classes).clip(max=len(known) - 1)
-    found = np.where(known[rows] == classes, counts[rows], 0)
-    positives = np.zeros(batch.batch_size, np.int64)
-    np.add.at(positives, samples, found)
-    return positives
+        samples, classes = batch.targets.image_classes
+    known = text_classes.sort().values
+    found = torch.searchsorted(known, classes, right=True) - torch.searchsorted(known, classes)
+    return torch.zeros_like(batch.targets.class_ids).index_add_(0, samples, found)
 
 
 class MetricsWriter:

@@ -124,15 +124,16 @@ class RunLog(Observer):
         """Writes and shows the line, with the device's utilisation."""
         if not self._is_main:
             return
+        step = int(values["step"])
         if self._metrics is not None:
-            if run.step - run.compiled_from > COMPILING_STEPS:
+            if step - run.compiled_from > COMPILING_STEPS:
                 run.begin("checks")
                 values |= self._of_stage(run).values(batch, step_seconds=values["step_seconds"])
                 run.begin("other")
             self._metrics.write(values)
         if self._bar is not None:
             self._bar.show(values)
-        num_steps, self._last_line = run.step - self._last_line, run.step
+        num_steps, self._last_line = step - self._last_line, step
         if self._watch is not None and (advice := self._watch.look(values, num_steps=num_steps)):
             logger.warning("%s", advice)
 
@@ -175,9 +176,13 @@ class DatasetNumbers(Observer):
                 + (f", {read / needed:.2f} times as much" if needed else "")
             )
 
-    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
+    def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
+        """Counts positives and traffic."""
+        sums |= self._meter.count(batch, run.ranks)
+
+    def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
         """Adds the numbers."""
-        values |= self._meter.describe(batch, run.ranks, num_steps=run.step)
+        values |= self._meter.describe(sums, num_steps=int(values["step"]))
 
 
 class LedgerKeeper(Observer):

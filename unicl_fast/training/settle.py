@@ -18,7 +18,7 @@ import torch
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import all_can, settle_compilation, settle_window_attention
 from unicl_fast.models.precision import settle_precision
 from unicl_fast.models.unicl import UniCL
@@ -109,26 +109,15 @@ def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig
 
 
 def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
-    """Decides the decoding threads of this rank, and the device that decodes on all ranks.
+    """Decides the decoding threads of this rank, and the device that decodes: the GPU if asked to.
 
-    It is the GPU if any rank would take its own: the decoders' images differ by a few levels, and
-    which one a rank would take depends on its GPU and cores. A GPU's decoder is none for a model on
-    the CPU.
+    A GPU's decoder is none for a model on the CPU.
     """
     requested, threads = config.data.decode_device, config.data.threads or ranks.cores
     chosen, why = choose_decode_device(requested, device=device, threads=threads)
-    choices = gather_objects([chosen.type, why], ranks)
-    kinds = [kind for kind, _ in choices]
-    kind = "cuda" if "cuda" in kinds else "cpu"
-    if requested != "auto":  # that ranks were given different values is refused elsewhere
-        kind = chosen.type
-    elif device.type == "cuda":
-        rank = kinds.index(kind)
-        logger.info(
-            "images are decoded on the %s (data.decode_device=auto); rank %d: %s",
-            "GPU" if kind == "cuda" else "CPU", rank, choices[rank][1],
-        )  # fmt: skip
-    decodes = "gpu" if kind == "cuda" else "cpu"
+    if requested == "auto" and device.type == "cuda":
+        logger.info("images are decoded on the CPU: %s", why)
+    decodes = "gpu" if chosen.type == "cuda" else "cpu"
     return config.changed(data={"threads": threads, "decode_device": decodes})
 
 

@@ -10,9 +10,10 @@ so they sum to the elapsed time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +30,7 @@ NO_TRAINING: tuple[Part, ...] = ("checkpoint", "evaluation", "checks")
 
 
 class StepClock:
-    """Seconds of each part of each step; only `read` waits for the device."""
+    """Seconds of each part of each step; only what `cut` returns waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         """Begins with the part `other`."""
@@ -60,17 +61,24 @@ class StepClock:
         with watching_waits(self._note_wait):
             yield
 
-    def read(self) -> dict[Part, float]:
-        """Seconds of each part since the last call; they sum to the time since then."""
+    def cut(self) -> Callable[[], dict[Part, float]]:
+        """Ends a stretch of time now; what it returns waits until the device has come so far.
+
+        That gives the seconds of each part since the last cut; they sum to the time since then.
+        """
         now = self._now()
+        borders = [*self._borders, (self._part, now)]
+        self._borders = borders[-1:]
+        return functools.partial(self._sum, borders)
+
+    def _sum(self, borders: Sequence[tuple[Part, Any]]) -> dict[Part, float]:
         if self._on_gpu:
-            now.synchronize()
+            borders[-1][1].synchronize()
         sums: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
-        for (part, begun), (_, ended) in itertools.pairwise([*self._borders, (self._part, now)]):
+        for (part, begun), (_, ended) in itertools.pairwise(borders):
             sums[part] += begun.elapsed_time(ended) / 1e3 if self._on_gpu else ended - begun
         if self._on_gpu:
-            self._free += [event for _, event in self._borders]
-        self._borders = [(self._part, now)]
+            self._free += [event for _, event in borders[:-1]]
         return sums
 
     def _note_wait(self, begins: bool) -> None:

@@ -36,7 +36,7 @@ from unicl_fast.system.progress import (
     mark,
     stopping_when,
 )
-from unicl_fast.training.metrics import StepMeter
+from unicl_fast.training.metrics import StepMeter, add_up
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,
@@ -71,17 +71,26 @@ class Observer:
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """After each step; reads nothing from the device."""
 
-    def check(self, run: Trainer, steps: Sequence[tuple[float, float]]) -> None:
+    def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         """Before a line, a checkpoint or an evaluation: loss and gradient norm of the last steps.
 
-        Raises what ends the run.
+        `steps` are the last ones of the `done` first steps of the run. Raises what ends the run.
         """
 
-    def measure(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Adds numbers to a line of metrics."""
+    def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
+        """At a logging step: adds numbers [0-d] of this rank, which are then summed over ranks.
+
+        Reads nothing from the device.
+        """
+
+    def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
+        """Adds numbers to the line of a logging step, from what all ranks contribute.
+
+        On a GPU the next step has been launched meanwhile; `values` say which step it is.
+        """
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Takes a whole line of metrics."""
+        """Takes a whole line of metrics; `batch` is of its step, or of the next one on a GPU."""
 
     def allows_save(self, *, required: bool) -> bool:
         """Writes what must be on the disk before a checkpoint; whether it is."""
@@ -103,6 +112,9 @@ class Observer:
 
 class Trainer:
     """Trains a `UniCL` model on the batches of a `Loader`."""
+
+    _line: Callable[[Batch], None] | None = None
+    """Reads and writes the line of metrics that was begun."""
 
     def __init__(
         self,
@@ -198,18 +210,23 @@ class Trainer:
             while self.step < self.total_steps:
                 batch = self._next_batch(batches)
                 loss, grad_norm = self.train_step(batch)
+                self._write_line(batch)  # of the step before: the device is busy with this one
                 meter.add(loss=loss, grad_norm=grad_norm)
                 for observer in self.observers:
                     observer.on_step(self, batch, loss=loss, grad_norm=grad_norm)
                 is_stopped = interruption.has_come(self.ranks)
+                saves = is_stopped or self.is_due(self.config.checkpoint.every_steps)
+                evaluates = self.is_due(run.evaluate_every_steps)
                 if self.is_due(run.log_every_steps):
                     self._log(meter, batch)
-                if is_stopped or self.is_due(self.config.checkpoint.every_steps):
+                if saves or evaluates or not self._lets_lines_wait():
+                    self._write_line(batch)
+                if saves:
                     self._check(meter)
                     self.save(required=is_stopped or self.step == self.total_steps)
                 if is_stopped and self.step < self.total_steps:
                     self._stop(interruption)
-                if self.is_due(run.evaluate_every_steps):
+                if evaluates:
                     self._evaluate(meter, interruption, self.evaluations)
                 del batch  # before the next one is requested
 
@@ -328,6 +345,7 @@ class Trainer:
             meter = StepMeter(self.device)
             self.clock = meter.clock
             stack.callback(setattr, self, "clock", None)
+            stack.callback(setattr, self, "_line", None)
             stack.enter_context(meter.clock.watching())
             yield meter, interruption
 
@@ -380,31 +398,65 @@ class Trainer:
             buffer.copy_(buffers[name])
 
     def _check(self, meter: StepMeter) -> None:
-        self.mark("reading the loss", part="other", waits_for_ranks=True)
-        steps = meter.read()
+        self._mark_reading()
+        self._check_steps(meter.read(), done=self.step)
+
+    def _check_steps(self, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         for observer in self.observers:
-            observer.check(self, steps)
+            observer.check(self, steps, done=done)
 
     def _log(self, meter: StepMeter, batch: Batch) -> None:
-        self._check(meter)
-        run, num_steps, group = self.config.run, len(meter), self.optimizer.param_groups[0]
-        seen = run.draws_before(self.step)
-        values = {
-            "step": self.step,
+        """Begins a line of metrics, which `_write_line` ends."""
+        self._mark_reading()
+        sums: dict[str, float | Tensor] = {}
+        for observer in self.observers:
+            observer.contribute(self, batch, sums)
+        learnt = {name: one for name, one in self.model.learnt.items() if one.ndim == 0}
+        run, done, group = self.config.run, self.step, self.optimizer.param_groups[0]
+        seen, before = run.draws_before(done), run.draws_before(done - len(meter))
+        head: dict[str, float] = {
+            "step": done,
             "samples_seen": seen,
             **({"stage": self.stage.span.number + 1} if len(self.stages) > 1 else {}),
-            **meter.summary(
-                samples=seen - run.draws_before(self.step - num_steps),
-                world_size=self.ranks.world_size,
-                steps_left=self.total_steps - self.step,
-            ),
-            **{name: one.item() for name, one in self.model.learnt.items() if one.ndim == 0},
-            "lr": group["lr"] / group["lr_scale"],  # the rate without layer decay
         }
-        for observer in self.observers:
-            observer.measure(self, batch, values)
-        for observer in self.observers:
-            observer.on_log(self, batch, values)
+        rate = group["lr"] / group["lr_scale"]  # without layer decay
+        read = meter.begin_line([*add_up(sums, self.ranks, self.device), *learnt.values()])
+
+        def write(batch: Batch) -> None:
+            line = read()
+            self._check_steps(line.steps, done=done)
+            values: dict[str, float] = {
+                **head,
+                **meter.summary(
+                    line,
+                    samples=seen - before,
+                    world_size=self.ranks.world_size,
+                    steps_left=self.total_steps - done,
+                ),
+                **dict(zip(learnt, line.numbers[len(sums) :], strict=True)),
+                "lr": rate,
+            }
+            totals = dict(zip(sums, line.numbers, strict=False))
+            for observer in self.observers:
+                observer.measure(self, totals, values)
+            for observer in self.observers:
+                observer.on_log(self, batch, values)
+
+        self._line = write
+
+    def _write_line(self, batch: Batch) -> None:
+        """Reads and writes the line that was begun, if there is one."""
+        if self._line is not None:
+            self._mark_reading()
+            write, self._line = self._line, None
+            write(batch)
+
+    def _lets_lines_wait(self) -> bool:
+        """Whether a line is written when the next step is launched, so that the device works on."""
+        return self.device.type == "cuda" and self.step < self.stage.span.end_step
+
+    def _mark_reading(self) -> None:
+        self.mark("reading the loss", part="other", waits_for_ranks=True)
 
     def _evaluate(
         self, meter: StepMeter, interruption: Interruption, names: Collection[str]

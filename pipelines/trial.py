@@ -1,0 +1,106 @@
+"""A GPU's decoder is tried in a process of its own before a loader relies on it.
+
+It runs inside the process that trains: where it crashes, the run ends and nobody says why.
+
+    python -m unicl_fast.pipelines.trial < INPUT    (`_describe` makes it)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from unicl_fast.config import DataConfig
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+
+from .feed.host_batches import HostBatch
+from .graph import Pipeline, build_evaluation_graph, build_train_graph, decode
+
+_COMMAND = (sys.executable, "-m", __name__)
+_IMAGES = 64
+"""Images of each data set that are tried."""
+_SECONDS = 300
+
+_tried: set[tuple[str, ...]] = set()
+
+
+def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device) -> None:
+    """Decodes images of data sets as training and evaluation do, once for each device and set.
+
+    Raises:
+        ValueError: the process crashed, failed or hung; says how, and what to do.
+    """
+    key = (str(device), *(dataset.location for dataset in datasets))
+    if key in _tried:
+        return
+    try:
+        done = subprocess.run(
+            _COMMAND,
+            input=_describe(datasets, data, device),
+            capture_output=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        fault = f"was not done after {_SECONDS:g} s"
+    else:
+        if done.returncode == 0:
+            _tried.add(key)
+            return
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        fault = f"failed: {last}"
+        if done.returncode < 0:
+            fault = f"was ended by {signal.Signals(-done.returncode).name}"
+    raise ValueError(
+        f"data.decode_device=gpu: decoding images of {', '.join(key[1:])} on {device}, "
+        f"tried in a process of its own, {fault}; take data.decode_device=cpu, or update DALI, "
+        "nvImageCodec and the driver"
+    )
+
+
+def _describe(datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device) -> bytes:
+    """A line of JSON with settings, height, width and size of images, and then their files."""
+    files, sizes = [], []
+    for dataset in datasets:
+        # packing has shuffled the samples, so the first ones are like all
+        for index, row in enumerate(dataset.samples[:_IMAGES]):
+            try:
+                file = dataset.image_bytes(index, verify=True, max_pixels=data.max_pixels)
+            except DamagedSampleError:
+                continue  # the loader will take another one
+            files.append(file.tobytes())
+            sizes.append([int(row["height"]), int(row["width"]), len(files[-1])])
+    settings = {"image_size": data.image_size, "interpolation": data.interpolation}
+    head = {"device": str(device), "data": settings, "images": sizes}
+    return b"".join([json.dumps(head).encode(), b"\n", *files])
+
+
+def _decode(head: dict[str, Any], content: bytes) -> None:
+    images = np.array(head["images"], dtype=np.int64)
+    ends = np.cumsum(images[:, 2]).tolist()
+    files = np.split(np.frombuffer(content, np.uint8), ends[:-1])
+    shapes, device = images[:, :2], torch.device(head["device"])
+    data = DataConfig(**head["data"], evaluation_resize=head["data"]["image_size"])
+    windows = (shapes // 4).astype(np.int32), np.maximum(shapes // 2, 1).astype(np.int32)
+    whole = np.zeros(shapes.shape, np.float32), shapes.astype(np.float32)
+    graphs: list[tuple[Callable[..., Pipeline], tuple[Any, ...]]] = [
+        (build_train_graph, (files, *windows, np.zeros((len(files), 1), np.int32))),
+        (build_evaluation_graph, (files, *whole)),
+    ]
+    for build, inputs in graphs:
+        batches = (HostBatch(inputs=each, metadata=None) for each in [inputs])
+        graph = functools.partial(build, data=data, device=device)
+        for decoded, _ in decode(graph, batches, batch_size=len(files), device=device):
+            decoded.cpu()
+
+
+if __name__ == "__main__":
+    _decode(json.loads(sys.stdin.buffer.readline()), sys.stdin.buffer.read())
