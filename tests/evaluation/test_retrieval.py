@@ -24,6 +24,7 @@ from unicl_fast.evaluation.retrieval import (
     RetrievalFeatures,
     encode_captioned,
     held_out_loss,
+    own_images,
     rank_captions,
 )
 from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
@@ -33,15 +34,16 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.evaluate import figures as drawing
 
 
-def test_all_captions_of_an_image_are_green_and_no_other(
+def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Another image's caption of the same words is a mistake, as in the recalls."""
+    """Another image's caption of the same words is right, as in the recalls."""
     texts = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.4], [0.0, 1.0]])
     found = RetrievalFeatures(
         image_features=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
         text_features=texts,
         image_of_text=torch.tensor([0, 0, 1, 1]),
+        text_ids=torch.tensor([0, 1, 0, 2]),
         samples=np.arange(2),
     )
     words = {0: "a cat", 1: "an animal", 2: "a cat", 3: "a dog"}
@@ -54,12 +56,14 @@ def test_all_captions_of_an_image_are_green_and_no_other(
     lines = [(line.get_text(), line.get_color()) for line in (*first.texts, *second.texts)]
     assert lines == [
         ("1. (1.00) a cat", drawing._RIGHT),
-        ("2. (0.90) a cat", drawing._WRONG),
+        ("2. (0.90) a cat", drawing._RIGHT),
         ("3. (0.80) an animal", drawing._RIGHT),
         ("1. (1.00) a dog", drawing._RIGHT),
         ("2. (0.60) an animal", drawing._WRONG),
         ("3. (0.40) a cat", drawing._RIGHT),
     ]
+    own = own_images(torch.tensor([0, 2]), found.image_of_text, found.text_ids, num_images=2)
+    assert own.tolist() == [[True, True], [False, True]]
 
 
 @pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
@@ -84,6 +88,23 @@ def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, ch
     assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
 
 
+def test_equal_captions_are_captions_of_all_their_images() -> None:
+    """As many different captions as classes: each image finds one, and each caption an image."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.arange(4)
+    words = F.normalize(torch.randn(4, 6, generator=generator), dim=1)
+    image_of_text, text_ids = torch.arange(40), classes.repeat(10)
+    texts = words[text_ids]
+    noise = 0.01 * torch.randn(40, 6, generator=generator)
+    result = rank_captions(F.normalize(texts + noise, dim=1), texts, image_of_text, text_ids)
+    assert (result.num_captions, result.num_texts) == (40, 4)
+    assert [recall.rate for recall in (*result.image_to_text, *result.text_to_image)] == [1.0] * 6
+    for recalls in (result.image_to_text, result.text_to_image):
+        assert recalls[1].chance == pytest.approx(1 - math.comb(30, 5) / math.comb(40, 5))
+    apart = rank_captions(F.normalize(texts + noise, dim=1), texts, image_of_text)
+    assert apart.image_to_text[0].rate == 0  # ten captions of each tie
+
+
 def test_a_collapsed_model_finds_nothing() -> None:
     same = torch.ones(20, 4) / 2
     result = rank_captions(same, same, torch.arange(20))
@@ -105,8 +126,10 @@ def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
     first = [image_of_text.tolist().index(image) for image in range(10)]
     class_ids = torch.tensor([0, 1, 2, 1, 4, 5, 6, 7, 8, 9])
     texts[first[3]] = texts[first[1]]
+    text_ids = torch.arange(17)
+    text_ids[first[3]] = text_ids[first[1]]
     loss = held_out_loss(
-        images, texts, image_of_text, class_ids=class_ids, scale=10.0, batch_size=batch_size
+        images, texts, image_of_text, text_ids=text_ids, scale=10.0, batch_size=batch_size
     )
     expected = [
         reference_loss(images[a:b], texts[first][a:b], class_ids[a:b], 10.0) for a, b in batches
@@ -125,6 +148,7 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
         image_features=torch.eye(3),
         text_features=torch.zeros(6, 3),
         image_of_text=torch.tensor([0, 0, 1, 2, 2, 2]),
+        text_ids=torch.arange(6),
         samples=np.array([0, 2, 3]),
     )
     with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:

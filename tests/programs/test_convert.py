@@ -80,7 +80,7 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
     if line.startswith("import "):  # the encoder is ours, which the others do not know
         subprocess.run([sys.executable, "-c", line], check=True, capture_output=True)
     if format != "hf":
-        assert "checked: features differ from ours by at most" in said
+        assert "checked: features of equal pixels differ from ours by at most" in said
     assert "is there already" in refusal(capsys, format, trained, out)
 
 

@@ -175,7 +175,8 @@ with showing_stages(hidden=HIDDEN):
 def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered: str) -> None:
     seen = seen_on_a_terminal(_QUIET.replace("HIDDEN", "False"), PYTHONUNBUFFERED=unbuffered)
     assert re.match(r"(\r\[starting, \d s\]\x1b\[K)+\r\x1b\[Kready\r\n\r\[working, \d s\]", seen)
-    assert re.search(r"\rbar 50% \[drawing the curves, \d s\]\x1b\[K\rbar 50%\x1b\[K\rbar 1", seen)
+    stage = r"\[drawing the curves, 7 steps done, \d s\]"
+    assert re.search(rf"\rbar 50% {stage}\x1b\[K\rbar 50%\x1b\[K\rbar 1", seen)
     assert seen.endswith("\rbar 100%\r\ndone\r\n")
 
 

@@ -262,13 +262,13 @@ class ToHub(ModelConversion):
         )
         for reason in left_out:
             print(f"left out of the card: {reason}")
-        print(f"figures on the card: {len(facts.figures)}")
+        print(f"figures of evaluations on the card: {len(facts.figures)}")
         name = f"hf-hub:{self.push}" if self.push else "FOLDER"
         difference = write_export(model, self.out, facts=facts, name=name, license=self.license)
         _print_written(self.out, difference=difference)
         layout = hugging_face.layout_of(model)
         if layout != "unicl" and difference is None:
-            print("not checked: transformers is not installed, which loads it too")
+            print("not checked with transformers, which is not installed: pip install transformers")
         if self.push:
             try:
                 address = upload(self.out, self.push, private=self.private)
@@ -340,7 +340,8 @@ COMMANDS: dict[str, type[Conversion]] = {
 def _print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
     """Prints the files of an output, and how much its features differ from ours."""
     if difference is not None:
-        print(f"checked: features differ from ours by at most {difference:.1e}{where}")
+        about = "checked: features of equal pixels differ from ours"
+        print(f"{about} by at most {difference:.1e}{where}")
     print(f"written to {path}:")
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         size = file.stat().st_size

@@ -19,7 +19,7 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.report import ClassificationResult
-from unicl_fast.evaluation.retrieval import RetrievalFeatures
+from unicl_fast.evaluation.retrieval import RetrievalFeatures, own_images, own_texts
 from unicl_fast.training.figures import FAINT, INK, drawing, new_figure, save_figure
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: 
     Where none is its own, its best one follows with its place.
     """
     chosen = _spread(len(found.samples), 12)
-    is_own = found.image_of_text == torch.tensor(chosen)[:, None]
+    is_own = own_texts(torch.tensor(chosen), found.image_of_text, found.text_ids)
     answers = _answers(found.image_features[chosen], found.text_features, is_own, count=3)
     texts = _read_captions(found, dataset, sorted({one[1] for row in answers for one in row}))
     rows, columns = -(-len(chosen) // 4), 4
@@ -161,7 +161,10 @@ def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Pa
 
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
-    is_own = found.image_of_text[chosen][:, None] == torch.arange(len(found.image_features))
+    is_own = own_images(
+        found.text_ids[chosen], found.image_of_text, found.text_ids,
+        num_images=len(found.image_features),
+    )  # fmt: skip
     answers = _answers(found.text_features[chosen], found.image_features, is_own, count=columns)
     texts = _read_captions(found, dataset, chosen)
     layout = ConstrainedLayoutEngine(h_pad=0.21)  # inches, for the captions over the rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -128,6 +129,8 @@ def run_search(command: Search) -> None:
         for path in command.image:
             _print_found(str(path), index.by_images([path], top=command.top)[0])
         asked = command.query
+        for file in filter(os.path.isfile, asked):
+            raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
         for text in asked if asked or command.image else _typed(index):
             _print_found(text, index.by_texts([text], top=command.top)[0])
 
@@ -167,7 +170,12 @@ def run_serve(command: Serve) -> None:
         classes = classes if len(classes) > 1 else ("cat", "dog", "bird")
         model.require_classes(classes)
         name = str(command.checkpoint)
-        server = Server(model, name=name, classes=classes, port=command.port, index=index)
+        try:
+            server = Server(model, name=name, classes=classes, port=command.port, index=index)
+        except OSError as error:
+            raise OSError(
+                f"port {command.port}: {error.strerror}; --port 0 takes a free one"
+            ) from None
         with server:
             print(f"{server.address} (Ctrl-C ends it)", flush=True)
             with contextlib.suppress(KeyboardInterrupt):

@@ -1,21 +1,23 @@
 """Caption retrieval: does an image find its captions, and a caption its image?
 
 Recall at k as on Flickr and COCO: an image counts if any of its captions is among the k most
-similar of all captions; a caption counts if its image is among the k most similar images.
+similar of all captions; a caption counts if its image is among the k most similar images. Captions
+that are equal are captions of all their images.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -66,12 +68,15 @@ class RetrievalResult:
 
     num_images: int
     num_captions: int
+    num_texts: int
+    """Different captions."""
     image_to_text: tuple[Recall, ...]
     text_to_image: tuple[Recall, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types; rates in 0 to 1."""
-        values: dict[str, Any] = {"num_images": self.num_images, "num_captions": self.num_captions}
+        counts = ("num_images", "num_captions", "num_texts")
+        values: dict[str, Any] = {name: getattr(self, name) for name in counts}
         for name in ("image_to_text", "text_to_image"):
             for recall in getattr(self, name):
                 key = f"{name}_recall_at_{recall.k}"
@@ -90,9 +95,10 @@ class RetrievalResult:
             for one in recalls
         ]
         table = markdown_table(["direction", "at", "%", "95 % interval", "chance"], rows)
+        different = f", {self.num_texts:,} different" * (self.num_texts < self.num_captions)
         return (
             f"{table}\n\n{count_of(self.num_images, 'image')}, "
-            f"{count_of(self.num_captions, 'caption')}"
+            f"{count_of(self.num_captions, 'caption')}{different}"
         )
 
 
@@ -100,48 +106,80 @@ def rank_captions(
     image_features: Float[Tensor, "n d"],
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
+    text_ids: Int[Tensor, " m"] | None = None,
 ) -> RetrievalResult:
     """Ranks every caption for every image and the other way round, by features of unit norm.
 
-    `image_of_text` is the image (its row) of each caption; every image has one at least.
+    `image_of_text` is the image (its row) of each caption; every image has one at least. Captions
+    of equal `text_ids` (from 0 on) are the same text; None: all differ.
 
     Raises:
         ValueError: an image without a caption, or features that are not finite.
     """
     n, m = len(image_features), len(text_features)
-    captions_of_image = torch.bincount(image_of_text, minlength=n)
-    if n == 0 or int(captions_of_image.min()) == 0:
+    if n == 0 or int(torch.bincount(image_of_text, minlength=n).min()) == 0:
         raise ValueError("retrieval needs images that have a caption each")
     require_finite(image_features, text_features)
-    better_texts, better_images = [], []
+    if text_ids is None:
+        text_ids = torch.arange(m, device=image_of_text.device)
+    to_text, to_image = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
     for start in range(0, n, _CHUNK):
+        images = torch.arange(start, min(start + _CHUNK, n), device=image_of_text.device)
         scores = image_features[start : start + _CHUNK] @ text_features.T
-        owners = torch.arange(start, start + len(scores), device=scores.device)
-        own = owners.unsqueeze(1) == image_of_text.unsqueeze(0)
-        best_own = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
-        better_texts.append(((scores >= best_own) & ~own).sum(dim=1))
+        to_text.update(_ranks(scores, own_texts(images, image_of_text, text_ids)))
     for start in range(0, m, _CHUNK):
+        asked = text_ids[start : start + _CHUNK]
         scores = text_features[start : start + _CHUNK] @ image_features.T
-        own_image = image_of_text[start : start + _CHUNK].unsqueeze(1)
-        own_score = scores.gather(1, own_image)
-        # a tie counts against us, so that a collapsed model has no recall
-        better_images.append((scores >= own_score).sum(dim=1) - 1)
-
-    def recalls(better: list[Tensor], chance_at: Callable[[int], float]) -> tuple[Recall, ...]:
-        num_better = torch.cat(better)
-        found = [int((num_better < k).sum()) for k in KS]
-        return tuple(
-            Recall(k=k, num_queries=len(num_better), num_found=num_found, chance=chance_at(k))
-            for k, num_found in zip(KS, found, strict=True)
-        )
-
+        to_image.update(_ranks(scores, own_images(asked, image_of_text, text_ids, num_images=n)))
     return RetrievalResult(
-        num_images=n,
-        num_captions=m,
-        image_to_text=recalls(
-            better_texts, lambda k: sum(_chance(m, int(c), k) for c in captions_of_image) / n
-        ),
-        text_to_image=recalls(better_images, lambda k: _chance(n, 1, k)),
+        num_images=n, num_captions=m, num_texts=len(text_ids.unique()),
+        image_to_text=_recalls(to_text, num_candidates=m),
+        text_to_image=_recalls(to_image, num_candidates=n),
+    )  # fmt: skip
+
+
+def own_texts(
+    images: Int[Tensor, " k"], image_of_text: Int[Tensor, " m"], text_ids: Int[Tensor, " m"]
+) -> Bool[Tensor, "k m"]:
+    """Whether each caption is one of an image's, or equal to one of them."""
+    mine = (image_of_text == images.unsqueeze(1)).float()
+    has = mine.new_zeros(len(images), int(text_ids.max()) + 1).index_add_(1, text_ids, mine) > 0
+    return has[:, text_ids]
+
+
+def own_images(
+    asked: Int[Tensor, " k"],
+    image_of_text: Int[Tensor, " m"],
+    text_ids: Int[Tensor, " m"],
+    *,
+    num_images: int,
+) -> Bool[Tensor, "k n"]:
+    """Whether each image has a caption with the asked text id."""
+    same = (text_ids == asked.unsqueeze(1)).float()
+    return same.new_zeros(len(asked), num_images).index_add_(1, image_of_text, same) > 0
+
+
+def _ranks(scores: Tensor, own: Tensor) -> Iterable[tuple[int, int]]:
+    """For each row of scores how many others beat the best of its own, and how many are its own.
+
+    A tie counts against us, so that a collapsed model has no recall.
+    """
+    best_own = scores.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    better = ((scores >= best_own) & ~own).sum(dim=1)
+    return zip(better.tolist(), own.sum(dim=1).tolist(), strict=True)
+
+
+def _recalls(ranks: Counter[tuple[int, int]], *, num_candidates: int) -> tuple[Recall, ...]:
+    total = ranks.total()
+    return tuple(
+        Recall(
+            k=k,
+            num_queries=total,
+            num_found=sum(count for (better, _), count in ranks.items() if better < k),
+            chance=sum(count * _chance(num_candidates, own, k) for (_, own), count in ranks.items())
+            / total,
+        )
+        for k in KS
     )
 
 
@@ -160,12 +198,16 @@ class RetrievalFeatures:
     """[m d], unit norm."""
     image_of_text: Tensor
     """int64 [m]: row of `image_features`."""
+    text_ids: Tensor
+    """int64 [m]: from 0 on, equal for equal captions."""
     samples: NDArray[np.int64]
     """[n]: samples of the data set that the images are."""
 
     def ranked(self) -> RetrievalResult:
         """The recalls, as `rank_captions` counts them."""
-        return rank_captions(self.image_features, self.text_features, self.image_of_text)
+        return rank_captions(
+            self.image_features, self.text_features, self.image_of_text, self.text_ids
+        )
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
@@ -196,10 +238,13 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
         return None
     owners = torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned]))
     device = device_of(model)
+    number_of = {text: number for number, text in enumerate({row.tobytes(): None for row in rows})}
+    text_ids = torch.tensor([number_of[row.tobytes()] for row in rows])
     return RetrievalFeatures(
         image_features=images[torch.from_numpy(captioned)].to(device),
         text_features=texts.to(device),
         image_of_text=owners.to(device),
+        text_ids=text_ids.to(device),
         samples=captioned,
     )
 
@@ -233,18 +278,11 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
 
     def judge(found: RetrievalFeatures) -> dict[str, float]:
         result = found.ranked()
-        length = model.config.model.context_length
-        tokens = [
-            dataset.caption_tokens(sample, 0, context_length=length).tobytes()
-            for sample in found.samples.tolist()
-        ]
-        number_of = {text: number for number, text in enumerate(dict.fromkeys(tokens))}
-        class_ids = torch.tensor([number_of[text] for text in tokens])
         loss = held_out_loss(
             found.image_features,
             found.text_features,
             found.image_of_text,
-            class_ids=class_ids.to(found.image_of_text),
+            text_ids=found.text_ids,
             scale=model.learnt["logit_scale"].exp().item(),
             bias=None if bias is None else bias.item(),
             batch_size=model.config.run.global_batch_size,
@@ -265,16 +303,16 @@ def held_out_loss(
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
     *,
-    class_ids: Int[Tensor, " n"],
+    text_ids: Int[Tensor, " m"],
     scale: float,
     bias: float | None = None,
     batch_size: int,
 ) -> float:
     """The mean loss of whole batches in the data set's order, each image with its first caption.
 
-    A `bias` asks for the sigmoid form. `image_of_text` rises. Images of equal `class_ids` are
-    positives. What is left after the last whole batch is left out, since the loss grows with the
-    batch; fewer images than one batch are a batch.
+    A `bias` asks for the sigmoid form. `image_of_text` rises. Captions of equal `text_ids` are
+    positives of each other's images. What is left after the last whole batch is left out, since the
+    loss grows with the batch; fewer images than one batch are a batch.
     """
     n = len(image_features)
     first = torch.searchsorted(image_of_text, torch.arange(n, device=image_of_text.device))
@@ -286,7 +324,7 @@ def held_out_loss(
         loss(
             image_features[start : start + size],
             text_features[first[start : start + size]],
-            class_ids[start : start + size],
+            text_ids[first[start : start + size]],
             scale,
         )
         for start in range(0, n - size + 1, size)

@@ -56,7 +56,8 @@ class StatusLine:
             # a program without stages is not always starting
             is_vague = stage is self._first_stage and self._has_printed
             name = "working" if is_vague else stage.name
-            added = f"[{name}, {quiet:.0f} s]"
+            step = "" if stage.step is None or is_vague else f" {stage.step:,} steps done,"
+            added = f"[{name},{step} {quiet:.0f} s]"
             own = self._line.decode("utf-8", "replace")
             own = own[: max(0, shutil.get_terminal_size().columns - len(added) - 2)]
             text = f"\r{own}{' ' * bool(own)}{added}".encode()
