@@ -181,6 +181,7 @@ PROC, PACKAGE, OWN, ROW, NAMED = (
 )
 ALLOWED = {
     "pipelines/feed/reading.py": ROW,
+    "pipelines/trial.py": OWN,
     "tools/demo.py": OWN,
     "tools/demo_photos/__main__.py": NAMED,
     "tools/doctor/machine.py": PROC,
@@ -211,6 +212,7 @@ ALLOWED = {
     "unicl_fast/packing/staging.py": OWN,
     "unicl_fast/system/atomic_files.py": OWN,
     "unicl_fast/system/checksums.py": OWN,
+    "unicl_fast/system/gpu_kernels.py": PACKAGE,
     "unicl_fast/system/installation.py": PACKAGE,
     "unicl_fast/system/kernels.py": PACKAGE,
     "unicl_fast/system/machine.py": PROC,
