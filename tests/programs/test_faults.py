@@ -107,6 +107,8 @@ class Program:
     def _unused_shared_memory(self) -> list[Path]:
         """New files in /dev/shm that no living process has; other programs may run meanwhile."""
         new = set(SHARED_MEMORY.iterdir()) - self._shared_memory_before
+        # semaphores are of process pools, which training has not: other tests' may be killed
+        new = {path for path in new if not path.name.startswith("sem.mp-")}
         used = set()
         for process in psutil.process_iter() if new else ():
             with contextlib.suppress(psutil.Error):
