@@ -147,9 +147,10 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
     (figure,) = drawn
     assert figure.axes[0].get_title(loc="left").startswith("Loading 256-pixel JPEGs")
     bars = [one.get_text() for one in figure.axes[0].get_yticklabels()]
-    assert bars[:3] == ["decode-cut", "turbojpeg", "decode"]
+    assert set(bars[:3]) == {"decode-cut", "turbojpeg", "decode"}
     assert bars[3:5] == ["unicl_fast-raw", "unicl_fast"]
-    assert "faster than drawn: read 72,406, write 46,767" in figure.axes[0].get_xlabel()
+    beyond = r"faster than drawn: read [\d,]+, write [\d,]+"
+    assert re.search(beyond, figure.axes[0].get_xlabel())
     assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
     letters = [one for one in figure.findobj(Text) if one.get_text()]
     pixels_a_point = 360 / figure.get_figwidth() / 72
