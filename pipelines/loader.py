@@ -96,9 +96,7 @@ class TrainLoader:
             )
         data, batch_size = config.data, config.run.global_batch_size
         self._rank, self._device = rank, torch.device(device)
-        self._decode_device, _ = choose_decode_device(
-            data.decode_device, device=self._device, threads=data.threads
-        )
+        self._decode_device = decoder_of(data, self._device)
         self.form = _form_of(datasets, data, self._decode_device)
         if self._decode_device.type == "cuda" and self.form == "files":
             try_decoder(datasets, data, self._decode_device)
@@ -124,8 +122,10 @@ class TrainLoader:
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (batch_size // world_size)
         part = sum(data.crop_scale) / 2 if self.form == "files" else 0  # of an image, in a window
-        pace = partial(choose_pace, data, self._decode_device, num_images=self.num_images)
-        self.pace = pace(window_bytes=part * _image_bytes(datasets, data))
+        size = part * _image_bytes(datasets, data)
+        self.pace = choose_pace(
+            data, self._decode_device, num_images=self.num_images, window_bytes=size
+        )
         self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self.host = HostBatches(
             config,
@@ -263,6 +263,11 @@ class TrainLoader:
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 
+def decoder_of(data: DataConfig, device: torch.device) -> torch.device:
+    """The device that decodes the images of a run on a device."""
+    return choose_decode_device(data.decode_device, device=device, threads=data.threads)[0]
+
+
 def _form_of(
     datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device
 ) -> ImageForm:
@@ -327,9 +332,7 @@ class EvaluationLoader:
         self._dataset = dataset
         self._data, self._batch_size = data, batch_size
         self._device = torch.device(device)
-        self._decode_device, _ = choose_decode_device(
-            data.decode_device, device=self._device, threads=data.threads
-        )
+        self._decode_device = decoder_of(data, self._device)
         if self._decode_device.type == "cuda":
             try_decoder([dataset], data, self._decode_device)
         self._build = partial(build_evaluation_graph, data=data, device=self._decode_device)

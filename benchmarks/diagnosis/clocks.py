@@ -154,7 +154,7 @@ class PacedLoader:
         return batch
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches until the turn is over, whatever the step."""
+        """Batches until the turn is over, from any step on."""
         while not self._is_over():
             yield self.take()
         raise TurnIsOver

@@ -45,8 +45,10 @@ _HOPELESS = -0.03
 """A change whose first round loses more than this part of the rate gets no others."""
 _OVERTIME = 0.7
 """Part of the seconds by which the first change may take longer: without one there is no advice."""
-_AGAIN, _LONGER = 0.25, 2.0
-"""Part of the seconds that is kept to measure the best change again, and times the usual turn."""
+_AGAIN = 0.25
+"""Part of the seconds that is kept to measure the best change again."""
+LONGER = 2.0
+"""Times the usual turn, in which a change is measured again before it is believed."""
 _LOADER_MATTERS = 0.02
 """Part of the time that a loop waits for batches, from which on those made in a pause are skipped.
 """
@@ -270,7 +272,7 @@ class Diagnoser:
         if len(kept) == len(measured.trials) or not self._is_time_left(0.0):
             return measured
         (change,) = (one.change for one in measured.trials if one.change.option == option)
-        again = self.trial(change, by_cpu=measured.by_cpu, turns=_LONGER)
+        again = self.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
         if isinstance(again, Trial):
             measured = dataclasses.replace(measured, trials=(*kept, again))
         return measured

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import xxhash
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -23,7 +22,7 @@ from unicl_fast.pipelines.graph import (
     choose_pace,
     decode,
 )
-from unicl_fast.system.machine import choose_decode_device
+from unicl_fast.pipelines.loader import decoder_of
 from unicl_fast.system.wording import count_of
 
 from ..harness import in_turns
@@ -84,7 +83,7 @@ def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
         dataclasses.replace(one, inputs=tuple(rows[:images] for rows in one.inputs))
         for one in whole
     ]
-    device = decode_device(bench)
+    device = decoder_of(data, bench.device)
     pace = choose_pace(data, device, num_images=images)
     where: dict[str, Any] = {"device": device, "form": loader.form}
     builds: dict[str, Callable[..., Pipeline]] = {}
@@ -136,12 +135,6 @@ def _crops(bench: Bench, seconds: float) -> Stage:
 
     taken = in_turns({"crops": take}, rounds=_ROUNDS, most_seconds=6 * seconds)["crops"]
     return Stage(name="crop and resize", cost=median(taken), side="graph")
-
-
-def decode_device(bench: Bench) -> torch.device:
-    """The device that decodes the images of a run."""
-    data = bench.config.data
-    return choose_decode_device(data.decode_device, device=bench.device, threads=data.threads)[0]
 
 
 def image_kind(dataset: PackedDataset) -> str:

@@ -23,13 +23,11 @@ from unicl_fast.system.program import logging_at
 from .advise import Advice, advise
 from .bench import Bench
 from .deadline import Budget
-from .diagnose import Diagnoser
+from .diagnose import LONGER, Diagnoser
 from .model import Measured, Trial
 from .report import Diagnosis
 
 _MOST_PASSES = 4
-_LONGER = 2.0
-"""Times the usual turn, in which a change is measured again before it is kept."""
 
 
 def measure(
@@ -67,7 +65,7 @@ def measure(
                 best = _best(bench, measured, refused) if applies else None
                 if best is None:
                     return
-                again = diagnoser.trial(best.change, by_cpu=measured.by_cpu, turns=_LONGER)
+                again = diagnoser.trial(best.change, by_cpu=measured.by_cpu, turns=LONGER)
                 gains = again.gains(by_cpu=measured.by_cpu) if isinstance(again, Trial) else (0.0,)
                 is_kept = from_rank_0(min(gains) > 0, ranks)
                 applied.append(

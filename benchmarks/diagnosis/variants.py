@@ -18,10 +18,11 @@ import xxhash
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
+from unicl_fast.pipelines.loader import decoder_of
 from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts
-from .loader_parts import decode_device, image_kind
+from .loader_parts import image_kind
 from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 
 _SMALLEST_BATCH = 64
@@ -109,7 +110,7 @@ def _of_loader(bench: Bench) -> Iterator[Change]:
     else:
         yield make("prefetch", 4, "more batches ahead", stage=decode)
     if bench.device.type == "cuda":
-        other = "cpu" if decode_device(bench).type == "cuda" else "gpu"
+        other = "cpu" if decoder_of(data, bench.device).type == "cuda" else "gpu"
         yield make("decode_device", other, "levels differ a little", stage=decode)
 
 

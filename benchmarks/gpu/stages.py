@@ -79,18 +79,18 @@ def _step(about: str, part: str, *needs: str, **options: Any) -> GpuStage:
     return GpuStage(about=about, program="step", options=options, needs=needs)
 
 
-def _check(about: str, part: str, *needs: str, **more: Any) -> GpuStage:
-    wrapper = more.pop("wrapper", ())
-    return GpuStage(
-        about=about, program="checks", options={"part": part, **more}, needs=needs, wrapper=wrapper
-    )
+def _check(
+    about: str, part: str, *needs: str, wrapper: tuple[str, ...] = (), **options: Any
+) -> GpuStage:
+    options = {"part": part, **options}
+    return GpuStage(about=about, program="checks", options=options, needs=needs, wrapper=wrapper)
 
 
 def _model(image_encoder: str, marks: str, batch_size: int = 256) -> GpuStage:
-    return GpuStage(
-        about=f"a step of {image_encoder}", program="step", marks=marks,
-        options={"parts": ("profile",), "batch_size": batch_size, "image_encoder": image_encoder},
-    )  # fmt: skip
+    step = _step(
+        f"a step of {image_encoder}", "profile", image_encoder=image_encoder, batch_size=batch_size
+    )
+    return dataclasses.replace(step, marks=marks)
 
 
 _TEST_PACKAGES = ("pytest", "pytest_timeout", "hypothesis", "beartype", "jaxtyping")

@@ -118,6 +118,8 @@ def _write_parquet(command: Embed, dataset: PackedDataset, rows: Float[np.ndarra
 
 def run_search(command: Search) -> None:
     """Encodes on all ranks; rank 0 answers."""
+    for file in filter(os.path.isfile, command.query):  # before a model is loaded
+        raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
     folder = features_folder(command.features, command.checkpoint)
     with contextlib.ExitStack() as stack:
         on_ranks = stack.enter_context(command_model(command))
@@ -129,8 +131,6 @@ def run_search(command: Search) -> None:
         for path in command.image:
             _print_found(str(path), index.by_images([path], top=command.top)[0])
         asked = command.query
-        for file in filter(os.path.isfile, asked):
-            raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
         for text in asked if asked or command.image else _typed(index):
             _print_found(text, index.by_texts([text], top=command.top)[0])
 
