@@ -16,7 +16,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -38,6 +38,8 @@ class Texts:
     """int64 [b]: the row of `tokens` that is the text of each image."""
     counts: Tensor
     """int64 [u]: the number of samples of this batch with each text; they sum to b."""
+    most: Callable[[], int] | None = None
+    """The number of texts of the rank that has the most, where ranks have asked each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,7 +97,7 @@ def passes(kind: Kind, world_size: int) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Nccl:
-    """NCCL's rings over machines that are all alike; host collectives are gloo's.
+    """NCCL's rings over machines that are all alike.
 
     Bytes move at the lower rate of NVLink's and that of a machine's network cards together.
     Latencies are NCCL's own estimates for its protocol Simple (src/graph/tuning.cc).
@@ -113,12 +113,8 @@ class Nccl:
     start_us: float = 8.4
     nvlink_hop_us: float = 3.4
     network_hop_us: float = 14.0
-    host_hop_us: float = 50.0
-    """One hop of gloo's ring: 2 to 4 ms were expected of the 63 hops of 64 ranks."""
 
     def latency(self, collective: Collective, world_size: int) -> float:
-        if collective.on_host:
-            return 1e-6 * self.host_hop_us * 2 * (world_size - 1)
         nodes = max(1, world_size // self.gpus_per_node)
         crossing = nodes if nodes > 1 else 0
         ring = crossing * self.network_hop_us + (world_size - crossing) * self.nvlink_hop_us
@@ -128,8 +124,6 @@ class Nccl:
         return 1e-6 * (self.start_us + hops)
 
     def transfer(self, collective: Collective, world_size: int) -> float:
-        if collective.on_host:
-            return 0.0
         rate = 1e9 * self.nvlink_gbyte
         if world_size > self.gpus_per_node:
             rate = min(rate, 1e9 / 8 * self.link_gbit * self.achieved)
@@ -142,8 +136,8 @@ class StepTime:
 
     seconds: float
     waits: Mapping[str, float]
-    """Seconds in which the device waits: for text counts, averages, texts, loss statistics, text
-    gradients, gradients (of all buckets)."""
+    """Seconds in which the device waits: for averages, texts, loss statistics, text gradients,
+    gradients (of all buckets), the host."""
     last_bucket: float
     """Seconds that the last bucket takes by itself."""
 
@@ -154,14 +148,14 @@ class _Clocks:
     def __init__(self, network: Nccl, world_size: int) -> None:
         self._network, self._world_size = network, world_size
         self.now = 0.0
-        self._free = {True: 0.0, False: 0.0}  # host and device have networks of their own
+        self._free = 0.0
         self._done: dict[str, float] = {}
         self.waits: dict[str, float] = {}
 
     def send(self, name: str, collective: Collective, *, at: float | None = None) -> None:
-        start = max(self.now if at is None else at, self._free[collective.on_host])
+        start = max(self.now if at is None else at, self._free)
         done = start + seconds_of(collective, self._network, self._world_size)
-        self._free[collective.on_host] = self._done[name] = done
+        self._free = self._done[name] = done
 
     def wait(self, name: str, *, called: str = "") -> None:
         waited = max(0.0, self._done[name] - self.now)
@@ -182,8 +176,7 @@ def simulate(
     """Plays one step in the trainer's order (training/step.py; DDP, while back-propagating).
 
     `compute` has a loss of the global batch, and each rank `num_texts` distinct texts. The device
-    waits for the host's launches only if these and the host's collective take longer than its own
-    work.
+    waits for the host's launches only if these take longer than its own work.
     """
     sent = collectives(
         world_size, num_texts=num_texts, embed_dim=size.embed_dim, buffers=size.buffers
@@ -196,7 +189,7 @@ def simulate(
         clocks.send(name, sent[name])
         clocks.wait(name, called=called)
 
-    clocks.send("text counts", sent["text counts"])
+    clocks.send("text counts", sent["text counts"])  # of the next step: nothing waits for them
     for name in sent:
         if name.startswith("averages"):
             exchange(name, "averages")
@@ -214,9 +207,8 @@ def simulate(
     _back_propagate(clocks, size.buckets, compute)
     clocks.now += compute.update
     seconds, waits = clocks.now, clocks.waits
-    of_host = host_seconds + network.latency(sent["text counts"], world_size)
-    waits["text counts"] = max(0.0, of_host - seconds)
-    seconds = max(seconds, of_host)
+    waits["host"] = max(0.0, host_seconds - seconds)
+    seconds = max(seconds, host_seconds)
     last = Collective(kind="all-reduce", num_bytes=size.buckets[-1].num_bytes)
     last_bucket = seconds_of(last, network, world_size)
     return StepTime(seconds=seconds, waits=waits, last_bucket=last_bucket)

@@ -27,7 +27,7 @@ from .model import Compute, Nccl, binding, simulate
 from .sizes import ModelSize, measure_size
 
 HOST_SECONDS = 0.02
-"""Seconds in which the host launches a step: assumed. Then it exchanges the numbers of texts."""
+"""Seconds in which the host launches a step: assumed."""
 _GPUS_PER_NODE = 8
 _BYTES_ON_CPU = 1.1e9
 """That a step may take by the memory plan where it is timed on a CPU; libraries and temporaries
@@ -201,7 +201,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
         waits = row["waits"]
         of_texts = waits.get("texts", 0.0) + waits.get("text gradients", 0.0)
         of_loss = waits.get("loss statistics", 0.0) + row["loss_growth"]
-        parts = (waits.get("gradients", 0.0), of_texts, of_loss, waits.get("text counts", 0.0))
+        parts = (waits.get("gradients", 0.0), of_texts, of_loss, waits.get("host", 0.0))
         cells.append(
             [
                 *(f"{row['network']:g}", f"{row['gpus']:,}", f"{1e3 * row['seconds']:.1f}"),

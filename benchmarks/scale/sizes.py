@@ -35,8 +35,6 @@ class Collective:
     kind: Kind
     num_bytes: int
     dtype: torch.dtype = torch.float32
-    on_host: bool = False
-    """Between processors; otherwise in order with the other collectives of the device."""
 
 
 def collectives(
@@ -54,16 +52,14 @@ def collectives(
         for dtype, size in buffers.items()
     }
     return {
-        "text counts": Collective(
-            kind="all-reduce", num_bytes=_INT, dtype=torch.int64, on_host=True
-        ),
+        "text counts": Collective(kind="all-reduce", num_bytes=_INT, dtype=torch.int64),
         **averages,
         "texts": Collective(kind="all-gather", num_bytes=features),
         "classes": Collective(kind="all-gather", num_bytes=2 * _INT * columns, dtype=torch.int64),
         "loss: maxima": Collective(kind="all-reduce", num_bytes=_FLOAT * columns),
         "loss: sums": Collective(kind="all-reduce", num_bytes=_FLOAT * (3 * columns + 1)),
         "text gradients": Collective(kind="reduce-scatter", num_bytes=features),
-        "stop flag": Collective(kind="all-reduce", num_bytes=_INT, dtype=torch.int64, on_host=True),
+        "stop flag": Collective(kind="all-reduce", num_bytes=_INT, dtype=torch.int64),
     }
 
 

@@ -45,11 +45,11 @@ def step_of(
             trainer.parallel.encode.register_comm_hook(
                 None, lambda _, bucket: steps[-1].note_bucket(bucket)
             )
-        with Interruption() as interruption:
+        with Interruption() as interruption, trainer.batches() as batches:
             for _ in range(3):  # the first makes what stays; in the second DDP orders its buckets
                 steps.append(Collectives(ranks, text_counts=counts))
                 with steps[-1]:
-                    trainer.train_step(batch)
+                    trainer.train_step(next(batches))
                     interruption.has_come(ranks)
     return steps[-1].figures()
 

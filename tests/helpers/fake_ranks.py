@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,14 +21,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from unicl_fast.distributed import ranks
 from unicl_fast.distributed.ranks import Ranks
 
 
 @contextlib.contextmanager
 def fake_ranks(world_size: int) -> Iterator[Ranks]:
+    """Ranks on GPUs, as far as their collectives go."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+
+    def maximum(value: Tensor, _: Ranks) -> tuple[Tensor, Callable[[], object]]:
+        work = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
+        return value, work.wait
+
     try:
-        yield Ranks(world_size=world_size, host_group=dist.new_group(backend="fake"))
+        with (
+            mock.patch.object(ranks, "uses_nccl", return_value=True),
+            mock.patch.object(ranks, "_begin_maximum_on_gpu", maximum),
+        ):
+            yield Ranks(world_size=world_size, host_group=dist.new_group(backend="fake"))
     finally:
         dist.destroy_process_group()
 
@@ -78,9 +90,10 @@ class Collectives(TorchDispatchMode):
         if name in ("allgather", "_allgather_base", "allgather_into_tensor_coalesced"):
             with torch.utils._python_dispatch._disable_current_modes():
                 self._fill(lists[0], lists[1][0])
-        is_maximum = name == "allreduce" and place == "host"
-        if is_maximum and lists[0][0].numel() == 1 and int(lists[0][0]) == self._text_counts[0]:
-            lists[0][0].fill_(max(self._text_counts))
+        value = lists[0][0]
+        is_number = name == "allreduce" and value.dtype == torch.int64 and value.numel() == 1
+        if is_number and int(value) == self._text_counts[0]:
+            value.fill_(max(self._text_counts))
         return result
 
     def _fill(self, gathered: list[Tensor], mine: Tensor) -> None:

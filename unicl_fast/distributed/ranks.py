@@ -7,6 +7,7 @@ gradients are then summed over ranks. So a text's gradient is a reduce-scatter o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import threading
@@ -205,23 +206,56 @@ def _from_bytes(content: UInt8[Tensor, " n"]) -> Any:
 
 
 class PendingMaximum:
-    """The maximum of an integer over ranks: asked for early, waited for late, on the host."""
+    """The maximum of an integer over ranks: asked for early, waited for late.
+
+    Ranks on GPUs ask over NCCL, whose trees have 1,024 answers in 0.2 ms; gloo's ring takes 100.
+    There the host waits until the device has done what was sent before, so ask a step ahead.
+    """
 
     def __init__(self, value: int, ranks: Ranks) -> None:
         """Sends this rank's value; all ranks come here in the same order."""
-        self._own, self._work = value, None
-        if ranks.world_size > 1:
-            self._value = torch.tensor([value], dtype=torch.int64)
-            self._work = dist.all_reduce(
-                self._value, op=dist.ReduceOp.MAX, group=ranks.host_group, async_op=True
-            )
+        self._maximum: int | None = value if ranks.world_size == 1 else None
+        if self._maximum is None:
+            begin = _begin_maximum_on_gpu if uses_nccl() else _begin_maximum_on_host
+            self._value, self._wait = begin(torch.tensor([value]), ranks)
 
     def wait(self) -> int:
-        if self._work is None:
-            return self._own
-        with WaitingForRanks():
-            self._work.wait()
-        return int(self._value)
+        if self._maximum is None:
+            with WaitingForRanks():
+                self._wait()
+            self._maximum = int(self._value)
+        return self._maximum
+
+
+def uses_nccl() -> bool:
+    """Whether ranks exchange tensors between GPUs."""
+    return dist.is_initialized() and dist.get_backend() == "nccl"
+
+
+def _begin_maximum_on_host(value: Tensor, ranks: Ranks) -> tuple[Tensor, Callable[[], Any]]:
+    """Returns where the maximum over ranks will be, and what waits for it."""
+    maximum = dist.ReduceOp.MAX
+    work = dist.all_reduce(value, op=maximum, group=ranks.host_group, async_op=True)
+    return value, work.wait
+
+
+@functools.cache
+def _stream_of_numbers() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def _begin_maximum_on_gpu(value: Tensor, ranks: Ranks) -> tuple[Tensor, Callable[[], Any]]:
+    """The same on the host by way of the GPU.
+
+    In a stream of its own: the exchange does not wait for the step's kernels, nor they for it.
+    """
+    value = value.pin_memory()
+    with torch.cuda.stream(_stream_of_numbers()):
+        on_gpu = value.to("cuda", non_blocking=True)
+        work = dist.all_reduce(on_gpu, op=dist.ReduceOp.MAX, async_op=True)
+        work.wait()  # the stream does, not the host
+        value.copy_(on_gpu, non_blocking=True)
+        return value, torch.cuda.current_stream().record_event().synchronize
 
 
 class RowsInFlight:

@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
     gather_integers,
     gather_objects,
+    uses_nccl,
 )
 from unicl_fast.distributed.rendezvous import address_towards_rank_0
 from unicl_fast.distributed.signals import EXIT_HUNG
@@ -216,7 +216,7 @@ def dump_collectives(rank: int) -> str:
     Returns:
         The path: a prefix and the rank. Empty where there are none, or they cannot be written.
     """
-    if not (dist.is_initialized() and dist.get_backend() == "nccl"):
+    if not uses_nccl():
         return ""
     prefixes = filter(None, map(os.environ.get, _DUMP_PREFIXES))
     user = f"unicl_fast-{os.getuid()}-collectives-rank-"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:  # options are read before torch may be imported
@@ -36,7 +36,9 @@ class Classes(NamedTuple):
     counts: Tensor | None
     """int64 [u]: how many samples have each text; None without texts."""
     rows: Tensor | None = None
-    """The encoded texts that are the texts here, int64; None takes them all."""
+    """The encoded texts that are the texts here, int64, as many on all ranks; None takes all."""
+    most: Callable[[], int] | None = None
+    """The u of the rank that has the most, where ranks have asked each other."""
 
 
 class Columns(NamedTuple):

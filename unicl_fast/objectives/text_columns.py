@@ -7,10 +7,15 @@ the same shapes.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import (
     PendingMaximum,
     Ranks,
@@ -18,6 +23,7 @@ from unicl_fast.distributed.ranks import (
     max_over_ranks,
     sum_over_ranks,
 )
+from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.objectives.loss import AllReduce, LogitStatistics, one_rank
 from unicl_fast.objectives.operands import Classes, Columns
 from unicl_fast.objectives.positives import Membership
@@ -27,7 +33,7 @@ class TextColumns:
     """This rank's texts on their way to all ranks, and theirs to this one."""
 
     def __init__(self, classes: Classes, ranks: Ranks) -> None:
-        """Begins to find out how many texts each rank has; all ranks come here together.
+        """Begins to find out how many texts ranks have, if they do not know; all come together.
 
         A `Membership` of the texts must have the same number of entries on every rank.
         """
@@ -35,7 +41,9 @@ class TextColumns:
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
         self._ranks = ranks
-        self._num_texts = PendingMaximum(len(self._counts), ranks)
+        self._most = classes.most
+        if self._most is None and self._rows is None:
+            self._most = PendingMaximum(len(self._counts), ranks).wait
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
 
@@ -45,7 +53,7 @@ class TextColumns:
             text_features = text_features[self._rows]
         if self._ranks.world_size == 1:
             return text_features
-        num_texts = self._num_texts.wait()
+        num_texts = len(self._counts) if self._most is None else self._most()
         gathered = self._features.send(text_features, num_rows=num_texts)
         if isinstance(self._class_ids, Membership):
             samples, labels, weights = self._class_ids
@@ -76,6 +84,39 @@ class TextColumns:
             return Membership(samples, labels, weights), counts
         class_ids, counts = tables[0].T.contiguous()
         return class_ids, counts
+
+
+@contextlib.contextmanager
+def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Batch]]:
+    """Takes each batch a step early, and asks the other ranks how many texts they have in theirs.
+
+    So the answer is there when the step needs it. All ranks go through as many batches.
+    """
+    if ranks.world_size == 1:
+        yield batches
+        return
+    asked = PendingMaximum(0, Ranks())
+
+    def ask(batch: Batch | None) -> Batch | None:
+        nonlocal asked
+        if batch is None:
+            return None
+        asked = PendingMaximum(len(batch.texts.tokens), ranks)
+        texts = dataclasses.replace(batch.texts, most=asked.wait)
+        return dataclasses.replace(batch, texts=texts)
+
+    def each() -> Iterator[Batch]:
+        coming = ask(next(batches, None))
+        while coming is not None:
+            batch, coming = coming, ask(next(batches, None))
+            yield batch
+            del batch  # before the one after the next is taken
+
+    try:
+        yield each()
+    except Interrupted:
+        asked.wait()  # all have asked; none must leave before it is answered
+        raise
 
 
 def all_reduce_over(ranks: Ranks) -> AllReduce:

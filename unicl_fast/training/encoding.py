@@ -12,7 +12,12 @@ from torch import Tensor
 from unicl_fast.batch import Batch, Texts
 from unicl_fast.config import EfficiencyConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.compilation import pad_texts, round_up_length, rounds_sizes
+from unicl_fast.models.compilation import (
+    pad_texts,
+    round_up_count,
+    round_up_length,
+    rounds_sizes,
+)
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.sharding import divides_all
 from unicl_fast.objectives.operands import Classes, Encoded
@@ -57,7 +62,12 @@ class WholeBatch:
             self._texts = tokens, num_tokens
         self._images, self.classes = config.objective.mix(
             encoder_input(shown_images(batch), config),
-            Classes(classes_of_images(batch), texts, counts),
+            Classes(
+                classes_of_images(batch),
+                texts,
+                counts,
+                most=most_texts(batch.texts, config.efficiency),
+            ),
             batch,
             seed=config.run.seed,
             global_batch_size=config.run.global_batch_size,
@@ -135,3 +145,21 @@ def texts_to_encode(
     tokens = texts.tokens[:, : round_up_length(longest) if rounds else longest]
     found = tokens, int(texts.lengths.sum()), class_ids, texts.counts
     return pad_texts(*found) if rounds else found
+
+
+def most_texts(
+    texts: Texts, efficiency: EfficiencyConfig, *, piece: int = 0
+) -> Callable[[], int] | None:
+    """How many texts the rank with the most encodes, with those that `texts_to_encode` adds.
+
+    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks have yet to ask.
+    """
+    most = texts.most
+    if most is None or not rounds_sizes(efficiency, texts.tokens.device):
+        return most
+
+    def rounded() -> int:
+        pieces, rest = divmod(most(), piece) if piece else (0, most())
+        return pieces * round_up_count(piece) + round_up_count(rest)
+
+    return rounded

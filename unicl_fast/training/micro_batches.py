@@ -35,6 +35,7 @@ from unicl_fast.training.encoding import (
     Send,
     classes_of_images,
     encoder_autocast,
+    most_texts,
     texts_to_encode,
 )
 
@@ -78,7 +79,10 @@ class MicroBatches:
         )
         self._images = list(images)
         self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, efficiency, ranks)
-        self.classes = Classes(classes_of_images(batch), text_class_ids, text_counts)
+        most = None
+        if not divides_all(efficiency, ranks):  # some repeat a piece there
+            most = most_texts(batch.texts, efficiency, piece=self._size)
+        self.classes = Classes(classes_of_images(batch), text_class_ids, text_counts, most=most)
         is_stored = batch.images.ndim == 2  # features of a frozen encoder
         self._encodes_images_once = (
             encoder_is_frozen(model, "image")

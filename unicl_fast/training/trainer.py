@@ -9,6 +9,7 @@ checkpoints) are `Observer`s. `assembly.make_trainer` puts the parts together.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.models.blocks import BatchNormBackup
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.text_columns import asked_ahead
 from unicl_fast.stages import span_at
 from unicl_fast.system.progress import (
     OR_WAITING,
@@ -204,9 +206,8 @@ class Trainer:
             RuntimeError: the weights of ranks differ.
         """
         run = self.config.run
-        with self._fitting() as (meter, interruption):
+        with self._fitting() as (meter, interruption), self.batches() as batches:
             self._evaluate(meter, interruption, self._missing_evaluations())
-            batches = self.loader.batches(self.step)
             while self.step < self.total_steps:
                 batch = self._next_batch(batches)
                 loss, grad_norm = self.train_step(batch)
@@ -361,6 +362,14 @@ class Trainer:
         ]
         is_due = self.step > 0 and self.is_due(self.config.run.evaluate_every_steps)
         return from_rank_0(missing, self.ranks) if is_due else []
+
+    def batches(self) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        """The batches of the steps that are left."""
+        left = self.total_steps - self.step
+        batches = itertools.islice(self.loader.batches(self.step), left)
+        if self.config.objective.uses_texts:
+            return asked_ahead(batches, self.ranks)
+        return contextlib.nullcontext(batches)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         self.mark("waiting for the next batch", part="data_wait")
