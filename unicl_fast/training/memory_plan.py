@@ -128,7 +128,10 @@ def plan(
         # the features of all ranks, and their gradient on its way back
         "gathered features": 2 * gathered,
         "loss": _loss_bytes(config, views * batch, width, device_type),
-        "batches in flight": (1 + _BATCHES_IN_FLIGHT) * batch * (pixels + tokens),
+        # several ranks hold the next batch, too: `text_columns.asked_ahead`
+        "batches in flight": (1 + _BATCHES_IN_FLIGHT + (world_size > 1))
+        * batch
+        * (pixels + tokens),
         "fixed": FIXED_BYTES[device_type],
     }
     parts["slack"] = int(SLACK * sum(parts.values()))
