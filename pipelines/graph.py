@@ -30,6 +30,7 @@ from unicl_fast.system.installation import install_command
 
 try:
     from nvidia.dali import fn, types
+    from nvidia.dali.backend import TensorCPU, TensorListCPU
     from nvidia.dali.pipeline import Pipeline as Pipeline
     from nvidia.dali.pipeline import pipeline_def
 except ImportError as error:
@@ -134,7 +135,7 @@ def build_train_graph(
         A pipeline with one output, uint8 [b h w c] on `device`.
     """
     fused = is_fused(data.resample, device)
-    kinds = _kinds_of(form) + [(types.FLOAT, 1, "")] * (augmentation is not None)
+    kinds = _kinds_of(form) + [(types.FLOAT, 1, None)] * (augmentation is not None)
 
     def define() -> Any:
         crops, *others = _inputs(next_inputs, kinds)
@@ -175,13 +176,13 @@ def build_decoding_graph(
     return pipeline
 
 
-def _kinds_of(form: ImageForm) -> list[tuple[Any, int, str]]:
+def _kinds_of(form: ImageForm) -> list[tuple[Any, int, str | None]]:
     """Type, number of dimensions and layout of images and, but for crops, of their windows."""
-    images = (types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")
-    return [images] + [(types.INT32, 1, "")] * (0 if form == "crops" else 3)
+    images = (types.UINT8, 1, None) if form == "files" else (types.UINT8, 3, "HWC")
+    return [images] + [(types.INT32, 1, None)] * (0 if form == "crops" else 3)
 
 
-def _inputs(next_inputs: NextInputs, kinds: list[tuple[Any, int, str]]) -> list[Any]:
+def _inputs(next_inputs: NextInputs, kinds: Sequence[tuple[Any, int, str | None]]) -> list[Any]:
     """Nodes of the inputs, of each its type, number of dimensions and layout."""
     nodes = fn.external_source(
         next_inputs,
@@ -189,7 +190,7 @@ def _inputs(next_inputs: NextInputs, kinds: list[tuple[Any, int, str]]) -> list[
         batch=True,
         dtype=[dtype for dtype, _, _ in kinds],
         ndim=[ndim for _, ndim, _ in kinds],
-        layout=[layout for _, _, layout in kinds],
+        layout=[layout for _, _, layout in kinds],  # type: ignore[misc]
     )
     return list(nodes)
 
@@ -252,7 +253,7 @@ def build_evaluation_graph(
     """
     pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, ahead))
     with pipeline:
-        kinds = [(types.UINT8, 1, ""), (types.FLOAT, 1, ""), (types.FLOAT, 1, "")]
+        kinds = [(types.UINT8, 1, None), (types.FLOAT, 1, None), (types.FLOAT, 1, None)]
         encoded, starts, ends = _inputs(next_inputs, kinds)
         whole = fn.decoders.image(
             encoded,
@@ -431,12 +432,22 @@ class _Dealer(Generic[Metadata]):
 
         return next_inputs
 
+    def _next(self) -> HostBatch[Metadata] | None:
+        """The next batch, its files in DALI's own form, as which it takes them at once."""
+        batch = next(self._host_batches, None)
+        if batch is None or not isinstance(batch.inputs[0], list):
+            return batch
+        first, *others = batch.inputs
+        tensors = list(map(TensorCPU, first))
+        files = TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]
+        return dataclasses.replace(batch, inputs=(files, *others))
+
     def cancel(self) -> None:
         for future in self._prepared.values():
             future.cancel()
 
     def _prepare_next(self) -> None:
-        future = self._worker.submit(next, self._host_batches, None)
+        future = self._worker.submit(self._next)
         self._prepared[self._num_asked_for] = future
         self._num_asked_for += 1
 

@@ -28,7 +28,7 @@ from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import HostBatch, HostBatches, ImageForm, LoaderSettings, TrainMetadata
-from .feed.reading import READ_AHEAD, BadSamples, reading_ahead
+from .feed.reading import READ_AHEAD, BadSamples, read_images, reading_ahead
 from .graph import (
     DecodingError,
     Outputs,
@@ -416,9 +416,9 @@ class EvaluationLoader:
         self._dataset.check_arrays()
         samples = self._dataset.samples[ids]
         starts, ends = evaluation_regions(samples["height"], samples["width"], self._data)
-        limit = self._data.max_pixels
-        encoded = [
-            self._dataset.image_bytes(sample, verify=True, max_pixels=limit)
-            for sample in ids.tolist()
-        ]
-        return HostBatch(inputs=(encoded, starts, ends), metadata=ids)
+        limit, sources = self._data.max_pixels, np.zeros(len(ids), np.int32)
+        images, sound = read_images([self._dataset], sources, ids, max_pixels=limit)
+        files = images.files()
+        for row in np.flatnonzero(~sound).tolist():  # tries again, and says what is wrong
+            files[row] = self._dataset.image_bytes(ids[row], verify=True, max_pixels=limit)
+        return HostBatch(inputs=(files, starts, ends), metadata=ids)

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.pipelines.feed.reading import BadSamples
 from unicl_fast.pipelines.graph import decode_windows
@@ -76,7 +75,7 @@ class _Own:
         steps = range(math.ceil(_HELD / self.task.batch_size))
         return [self.loader.plan.batch(step, rank=0, world_size=1) for step in steps]
 
-    def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
+    def held(self) -> list[tuple[PlannedBatch, EncodedImages]]:
         """`planned` with the encoded images."""
         return list(map(self.bad.read_files, self.planned()))
 
@@ -99,8 +98,8 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
     held = []
     for planned, encoded in own.held():
         starts, shapes, _ = split_windows(planned.windows[:, 0])
-        cut_files = cut_to_windows(encoded, starts, shapes) if cut else (encoded, starts)
-        held.append((*cut_files, shapes))
+        files = cut_to_windows(encoded, starts, shapes) if cut else (encoded.files(), starts)
+        held.append((*files, shapes))
     batches = itertools.cycle(held)
     pipeline = Pipeline(
         batch_size=task.batch_size,
@@ -130,7 +129,7 @@ decode_cut = functools.partial(decode, cut=True)
 def turbojpeg(task: Task) -> Iterator[int]:
     from .peers import decode_whole
 
-    images = [image for _, encoded in _Own(task).held() for image in encoded]
+    images = [image for _, encoded in _Own(task).held() for image in encoded.files()]
     if any(bytes(image[:2]) != b"\xff\xd8" for image in images):
         raise ContenderError("the images are not JPEGs")
     size = max(1, task.batch_size // task.threads)

@@ -23,6 +23,7 @@ from unicl_fast.batch import ReadingTime, Targets, Texts
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.targets import ImageLabels
 from unicl_fast.system.kernels import kernel
@@ -218,10 +219,10 @@ class HostBatches:
         """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
         self._read_ahead_from(planned.batch.step)
-        if self._form == "features":
-            actual, rows = self._bad.read_files(planned.batch)
-            return self._host_batch(planned, actual, np.stack(rows))
         images: Any
+        if self._form == "features":
+            actual, images = self._bad.read_features(planned.batch)
+            return self._host_batch(planned, actual, images)
         with self.reading.measuring():
             if self._form == "files":
                 actual, images = self._bad.read_files(planned.batch)
@@ -240,7 +241,7 @@ class HostBatches:
         self,
         planned: _Planned,
         actual: PlannedBatch,
-        images: list[NDArray[np.uint8]] | NDArray[Any],
+        images: EncodedImages | NDArray[Any],
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
         _, texts, targets = planned
@@ -361,23 +362,22 @@ def _copy_texts(tokens: Any, starts: Any, lengths: Any, targets: Any, rows: Any)
 
 
 def graph_inputs(
-    planned: PlannedBatch, images: list[NDArray[np.uint8]] | NDArray[Any], *, are_ready: bool
+    planned: PlannedBatch, images: EncodedImages | NDArray[Any], *, are_ready: bool
 ) -> tuple[Any, ...]:
     """The inputs of `graph.build_train_graph`: all first views, then all second ones.
 
     Args:
         planned: the batch.
-        images: encoded images, a list of uint8 arrays, which are cut to what their windows need;
-            or pixels uint8 [b h w 3]; or the crops of all views, uint8 [v*b size size 3]; or
-            features [b w].
+        images: encoded images, which are cut to what their windows need; or pixels uint8
+            [b h w 3]; or the crops of all views, uint8 [v*b size size 3]; or features [b w].
         are_ready: whether `images` are crops or features, to which nothing is done.
     """
     num_views, rows = planned.num_views, planned.augment_rows
     inputs: list[Any] = [images]
     if not are_ready:
         starts, shapes, flips = split_windows(planned.windows.transpose(1, 0, 2).reshape(-1, 5))
-        if isinstance(images, list):
-            inputs[0], starts = cut_to_windows(images * num_views, starts, shapes)
+        if isinstance(images, EncodedImages):
+            inputs[0], starts = cut_to_windows(images.repeated(num_views), starts, shapes)
         elif num_views == 2:
             inputs[0] = np.concatenate([images] * 2)
         inputs += [starts, shapes, flips[:, None]]

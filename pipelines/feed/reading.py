@@ -30,6 +30,7 @@ from unicl_fast.dataset.reader import (
     TooManyBadSamplesError,
     sample_key,
 )
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.system.untrusted_files import open_regular
 
@@ -121,13 +122,22 @@ class BadSamples:
             where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
-    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[Any]]]:
-        """The encoded images of a batch, or their features, and the batch with substitutes.
+    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, EncodedImages]:
+        """The encoded images of a batch, and the batch with substitutes.
 
         Raises:
             TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
-        return self._read_rows(planned, range(len(planned.global_index)))
+        images, sound = read_images(
+            self._datasets, planned.source_ids, planned.sample_ids, max_pixels=self._max_pixels
+        )
+        actual, bad, others = self._replace_bad(planned, sound)
+        return actual, images.replaced(bad, others) if others else images
+
+    def read_features(self, planned: PlannedBatch) -> tuple[PlannedBatch, NDArray[Any]]:
+        """The features of a batch [b w], and the batch with substitutes; raises as `read_files`."""
+        actual, rows = self._read_rows(planned, range(len(planned.global_index)))
+        return actual, np.stack(rows)
 
     def read_pixels(
         self, batches: Sequence[PlannedBatch]
@@ -146,21 +156,32 @@ class BadSamples:
         for number, dataset in enumerate(self._datasets):
             mine = np.flatnonzero(source_ids == number)
             sound[mine] = dataset.read_pixels(sample_ids[mine], pixels, mine)
-        actual = list(batches)
-        if not self._known and sound.all():
-            return actual, pixels
-        start = 0
-        with self._replacing:
-            for number, batch in enumerate(batches):
-                pairs = _pairs(batch)
-                known = np.array([pair in self._known for pair in pairs])
-                bad = np.flatnonzero(known | ~sound[start : start + len(pairs)]).tolist()
-                # tries again, and says what is wrong
-                actual[number], images = self._read_rows(batch, bad)
-                for row, image in zip(bad, images, strict=True):
-                    pixels[start + row] = self._datasets[pairs[row][0]].pixels_of(image)
-                start += len(pairs)
+        actual, start = list(batches), 0
+        for number, batch in enumerate(batches):
+            end = start + len(batch.global_index)
+            actual[number], bad, images = self._replace_bad(batch, sound[start:end])
+            for row, image in zip(bad.tolist(), images, strict=True):
+                source = actual[number].source_ids[row]
+                pixels[start + row] = self._datasets[source].pixels_of(image)
+            start = end
         return actual, pixels
+
+    def _replace_bad(
+        self, planned: PlannedBatch, sound: NDArray[np.bool_]
+    ) -> tuple[PlannedBatch, NDArray[np.int64], list[NDArray[np.uint8]]]:
+        """Reads again what did not come, and names what is bad; from any thread.
+
+        Returns:
+            The batch, a copy where samples were replaced, the rows that were read, and their
+            images.
+        """
+        if not self._known and sound.all():
+            return planned, np.empty(0, np.int64), []
+        with self._replacing:
+            known = np.array([pair in self._known for pair in _pairs(planned)])
+            rows = np.flatnonzero(known | ~sound)
+            actual, images = self._read_rows(planned, rows.tolist())
+        return actual, rows, images
 
     def _read_rows(
         self, planned: PlannedBatch, rows: Sequence[int]
@@ -197,6 +218,32 @@ class BadSamples:
     @property
     def _where(self) -> str:
         return "the log" if self._file is None else str(self._file.path)
+
+
+def read_images(
+    datasets: Sequence[PackedDataset],
+    source_ids: NDArray[np.int32],
+    sample_ids: NDArray[np.int64],
+    *,
+    max_pixels: int,
+) -> tuple[EncodedImages, NDArray[np.bool_]]:
+    """Reads the images of a batch, and compares their checksums.
+
+    Returns:
+        The images, and bool [b], which of them are as they were packed and have at most
+        `max_pixels` (0 sets no limit). `PackedDataset.image_bytes` says what is wrong with others.
+    """
+    sizes = np.zeros(len(sample_ids), np.int64)
+    rows_of = [np.flatnonzero(source_ids == number) for number in range(len(datasets))]
+    for dataset, rows in zip(datasets, rows_of, strict=True):
+        sizes[rows] = dataset.image_sizes(sample_ids[rows], max_pixels=max_pixels)
+    images = EncodedImages.empty(sizes)
+    sound = np.zeros(len(sizes), np.bool_)
+    for dataset, rows in zip(datasets, rows_of, strict=True):
+        sound[rows] = dataset.read_images(
+            sample_ids[rows], images.content, images.starts[rows], sizes[rows]
+        )
+    return images, sound
 
 
 def _pairs(planned: PlannedBatch) -> list[tuple[int, int]]:

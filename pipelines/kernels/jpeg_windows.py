@@ -16,6 +16,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.system.kernels import kernel
 
 _BASELINE, _EXTENDED, _DHT, _DAC = 0xC0, 0xC1, 0xC4, 0xCC
@@ -53,20 +54,33 @@ _trailing_zeros: Any = intrinsic(_define_trailing_zeros)
 
 
 def cut_to_windows(
-    images: list[NDArray[np.uint8]], starts: NDArray[np.int32], shapes: NDArray[np.int32]
+    images: EncodedImages, starts: NDArray[np.int32], shapes: NDArray[np.int32]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
     """Leaves out of each file what its window does not need, where the file has markers for it.
 
-    Files are of any format, uint8 [bytes] each; windows have first rows and columns [b 2], and
-    heights and widths [b 2]. Returns the files, and where the windows begin in them [b 2].
+    Windows have first rows and columns [b 2], and heights and widths [b 2]. Returns the files, of
+    any format, and where the windows begin in them [b 2].
     """
-    cut: list[NDArray[np.uint8]] = []
-    moved = np.array(starts)
-    for image, start, shape in zip(images, moved, shapes, strict=True):
-        shorter = np.empty_like(image)
-        length = _cut(image, start, shape, shorter)
-        cut.append(shorter[:length] if length else image)
-    return cut, moved
+    moved, shorter = np.array(starts), EncodedImages.empty(images.sizes)
+    lengths = np.empty(len(images), np.int64)
+    _cut_all(images.content, images.starts, images.sizes, moved, shapes, shorter.content, lengths)
+    files = images.files()
+    for row in np.flatnonzero(lengths).tolist():
+        start = shorter.starts[row]
+        files[row] = shorter.content[start : start + lengths[row]]
+    return files, moved
+
+
+@kernel
+def _cut_all(
+    content: Any, firsts: Any, sizes: Any, starts: Any, shapes: Any, out: Any, lengths: Any
+) -> None:
+    """Writes shorter files to `out`, each where it begins if all had kept their sizes."""
+    begin = 0
+    for i in range(sizes.size):
+        data = content[firsts[i] : firsts[i] + sizes[i]]
+        lengths[i] = _cut(data, starts[i], shapes[i], out[begin : begin + sizes[i]])
+        begin += sizes[i]
 
 
 @kernel

@@ -151,8 +151,8 @@ _CAUSES_OF_OURS = {
     "throttled disk": Cause(
         data="full", options=(*_TINY, *_FEW), stages=(READ,), remedy=_SMALLER,
         inject=functools.partial(
-            _slowed, files.LocalReader, "read_into",
-            lambda reader, number, buffer, *_: len(buffer) / _DISK_BYTES,
+            _slowed, files.LocalReader, "read_ranges",
+            lambda reader, number, offsets, sizes, *_: sizes.sum() / _DISK_BYTES,
         ),
     ),
     "throttled object store": Cause(

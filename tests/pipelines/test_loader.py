@@ -31,6 +31,7 @@ from unicl_fast.config import (
 )
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
+from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.pipelines import trial
 from unicl_fast.pipelines.graph import Pace, _decoder_settings, choose_pace
@@ -386,10 +387,10 @@ def test_files_cut_to_their_windows_give_the_same_batches(
         )
     lengths = {True: 0, False: 0}  # of the files that the graphs get
 
-    def cut(images: list[Any], *windows: Any) -> tuple[list[Any], Any]:
+    def cut(images: EncodedImages, *windows: Any) -> tuple[list[Any], Any]:
         shorter, starts = cut_to_windows(images, *windows)
         lengths[True] += sum(map(len, shorter))
-        lengths[False] += sum(map(len, images))
+        lengths[False] += int(images.sizes.sum())
         return shorter, starts
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
@@ -398,7 +399,7 @@ def test_files_cut_to_their_windows_give_the_same_batches(
         shorter = take([dataset], prompts, count=2, config=config)
         monkeypatch.setattr(
             "unicl_fast.pipelines.feed.host_batches.cut_to_windows",
-            lambda images, starts, _: (images, starts),
+            lambda images, starts, _: (images.files(), starts),
         )
         whole = take([dataset], prompts, count=2, config=config)
     assert 0 < lengths[True] < 0.8 * lengths[False]

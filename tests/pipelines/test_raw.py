@@ -22,6 +22,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
+from unicl_fast.pipelines.feed.reading import read_images
 from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
@@ -88,7 +89,7 @@ def test_a_loader_tells_how_long_storage_kept_it_waiting(
 ) -> None:
     loader = make_loader(sets[form], prompts)
     assert loader.reading.decodes_files == (form == "png")
-    name = "image_bytes" if form == "png" else "read_pixels"
+    name = "read_images" if form == "png" else "read_pixels"
     read = getattr(PackedDataset, name)
 
     def read_slowly(*arguments: Any, **options: Any) -> Any:
@@ -97,7 +98,24 @@ def test_a_loader_tells_how_long_storage_kept_it_waiting(
 
     monkeypatch.setattr(PackedDataset, name, read_slowly)
     list(loader.metadata_without_decoding(1))
-    assert loader.reading.blocked_seconds >= 0.01 * (BATCH if form == "png" else 1)
+    assert loader.reading.blocked_seconds >= 0.01
+
+
+def test_images_of_a_batch_are_read_as_single_ones_are(sets: Sets) -> None:
+    datasets = [sets["png"][0], sets["raw"][0]]
+    sources = np.array([1, 0, 0, 1, 0], np.int32)
+    samples = np.array([3, 7, 3, 0, 1])
+    images, sound = read_images(datasets, sources, samples, max_pixels=0)
+    files = [
+        datasets[source].image_bytes(sample)
+        for source, sample in zip(sources.tolist(), samples.tolist(), strict=True)
+    ]
+    assert sound.all()
+    assert all(map(np.array_equal, images.files(), files))
+    other = images.replaced(np.array([1, 4]), [files[0], files[3]])
+    expected = [files[0], files[0], files[2], files[3], files[3]]
+    assert all(map(np.array_equal, other.files(), expected))
+    assert all(map(np.array_equal, other.repeated(2).files(slice(5, 10)), expected))
 
 
 @pytest.mark.parametrize("augment", ["none", "unicl", "supcon", "none,views=2"])

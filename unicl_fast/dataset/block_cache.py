@@ -280,35 +280,43 @@ class BlockReader:
         self._count(done)
         return done
 
-    def read_rows(
-        self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
+    def read_ranges(
+        self,
+        number: int,
+        offsets: Int64Array,
+        sizes: Int64Array,
+        buffer: npt.NDArray[np.uint8],
+        starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges of equal size; opens each block once."""
-        from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
+        """Reads many ranges, as `LocalReader`; opens each block once."""
+        from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
-        size = rows.shape[1]
         whole = np.zeros(len(offsets), np.bool_)
         blocks = offsets // self._block_bytes
-        inside = (offsets + size - 1) // self._block_bytes == blocks
-        inside &= offsets + size <= self._files[number][1].num_bytes
+        inside = (offsets + sizes - 1) // self._block_bytes == blocks
+        inside &= offsets + sizes <= self._files[number][1].num_bytes
         for i in np.flatnonzero(~inside).tolist():
+            part = buffer[starts[i] : starts[i] + sizes[i]]
             with contextlib.suppress(FileNotFoundError):
-                whole[i] = self.read_into(number, rows[positions[i]], int(offsets[i])) == size
+                whole[i] = self.read_into(number, part, int(offsets[i])) == len(part)
         for block in np.unique(blocks[inside]).tolist():
             mine = np.flatnonzero(inside & (blocks == block))
-            starts = offsets[mine] - block * self._block_bytes
+            within = offsets[mine] - block * self._block_bytes
             name, block_size, fetch = self._block(number, block)
             with (
                 contextlib.suppress(FileNotFoundError),
                 self._cache.opened(name, block_size, fetch) as stored,
             ):
                 if isinstance(stored, int):
-                    whole[mine] = pread_rows(stored, starts, rows, positions[mine])
-                else:
-                    data = np.frombuffer(stored, np.uint8)
-                    rows[positions[mine]] = data[starts[:, None] + np.arange(size)]
-                    whole[mine] = True
-        self._count(int(whole[inside].sum()) * size)  # the others were counted
+                    places = sizes[mine], buffer, starts[mine]
+                    whole[mine] = pread_ranges(stored, within, *places)
+                    continue
+                data = np.frombuffer(stored, np.uint8)
+                for i, begin in zip(mine.tolist(), within.tolist(), strict=True):
+                    part = data[begin : begin + sizes[i]]
+                    buffer[starts[i] : starts[i] + sizes[i]] = part
+                whole[mine] = True
+        self._count(int(sizes[whole & inside].sum()))  # the others were counted
         return whole
 
     def blocks_of(

@@ -68,7 +68,7 @@ class LocalReader:
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
-        file, is_kept = self._open(number, most=_MAX_OPEN_FILES)
+        file, is_kept = self._open(number)
         if is_kept:
             try:
                 return read_fully(file, buffer.data, offset=offset)
@@ -83,19 +83,28 @@ class LocalReader:
         finally:
             os.close(file)
 
-    def read_rows(
-        self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
+    def read_ranges(
+        self,
+        number: int,
+        offsets: Int64Array,
+        sizes: Int64Array,
+        buffer: npt.NDArray[np.uint8],
+        starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads ranges of one size into rows [b n], contiguous: offsets[i] to rows[positions[i]].
+        """Reads many ranges of a file: sizes[i] bytes from offsets[i] on to buffer[starts[i]].
 
         Returns:
             bool [k], which of them came whole; the content of the others is undefined.
         """
-        from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
-        file, _ = self._open(number, most=None)
-        whole: npt.NDArray[np.bool_] = pread_rows(file, offsets, rows, positions)
-        return whole
+        file, is_kept = self._open(number)
+        try:
+            whole: npt.NDArray[np.bool_] = pread_ranges(file, offsets, sizes, buffer, starts)
+            return whole
+        finally:
+            if not is_kept:
+                os.close(file)
 
     def close(self) -> None:
         """Closes the files; reading afterwards is an error."""
@@ -103,7 +112,7 @@ class LocalReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _open(self, number: int, *, most: int | None) -> tuple[int, bool]:
+    def _open(self, number: int) -> tuple[int, bool]:
         """A file's descriptor, and whether it is kept; one that is not is the caller's to close."""
         if self._closed:
             raise ValueError(f"{self._folder} has been closed")
@@ -111,7 +120,7 @@ class LocalReader:
         if file is not None:
             return file, True
         opened = open_regular(self._paths[number])[0]
-        if most is not None and len(self._files) >= most:
+        if len(self._files) >= _MAX_OPEN_FILES:
             return opened, False
         file = self._files.setdefault(number, opened)
         if file != opened:  # another thread was first

@@ -175,16 +175,16 @@ _pread = types.ExternalFunction(
 
 
 @kernel
-def pread_rows(file: Any, offsets: Any, rows: Any, positions: Any) -> Any:
-    """Reads bytes of a file from offsets[i] on into rows[positions[i]], a whole row of uint8 each.
+def pread_ranges(file: Any, offsets: Any, sizes: Any, buffer: Any, starts: Any) -> Any:
+    """Reads sizes[i] bytes of a file from offsets[i] on to buffer[starts[i]], of uint8 [n].
 
     All in one call without Python's lock, and by `pread` instead of a mapped file: one that shrinks
-    or vanishes under a running job is then a missing row instead of a bus error. Returns bool [k],
-    whether a row came whole; the content of one that did not is undefined.
+    or vanishes under a running job is then a missing range instead of a bus error. The caller sees
+    to it that the ranges fit into the buffer. Returns bool [k], whether a range came whole; the
+    content of one that did not is undefined.
     """
-    size = rows.shape[1]
     whole = np.empty(offsets.size, np.bool_)
     for i in range(offsets.size):
-        target = rows[positions[i]]
-        whole[i] = _pread(file, target.ctypes.data, size, offsets[i]) == size
+        target = buffer.ctypes.data + starts[i]
+        whole[i] = _pread(file, target, sizes[i], offsets[i]) == sizes[i]
     return whole

@@ -1,0 +1,59 @@
+"""The files of a batch's images, one after another in one piece of memory.
+
+A single image costs little more than its decoding, so nothing is allocated, read or cut for each
+one in Python: an image of 32 pixels a side is decoded in 10 us.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodedImages:
+    """Files of any format; image i is content[starts[i] : starts[i] + sizes[i]]."""
+
+    content: NDArray[np.uint8]
+    """uint8 [bytes]."""
+    starts: NDArray[np.int64]
+    """int64 [b]."""
+    sizes: NDArray[np.int64]
+    """int64 [b], in bytes."""
+
+    @classmethod
+    def empty(cls, sizes: NDArray[np.int64]) -> EncodedImages:
+        """Room for files of these sizes."""
+        ends = np.cumsum(sizes)
+        return cls(np.empty(int(sizes.sum()), np.uint8), ends - sizes, sizes)
+
+    @classmethod
+    def of(cls, files: Sequence[NDArray[np.uint8]]) -> EncodedImages:
+        """Copies of uint8 [bytes] arrays."""
+        images = cls.empty(np.array([len(file) for file in files], np.int64))
+        np.concatenate([images.content[:0], *files], out=images.content)
+        return images
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def files(self, rows: slice = slice(None)) -> list[NDArray[np.uint8]]:
+        """The files of some images, without a copy."""
+        content, starts, sizes = self.content, self.starts[rows].tolist(), self.sizes[rows].tolist()
+        return [content[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+    def replaced(
+        self, rows: NDArray[np.int64], files: Sequence[NDArray[np.uint8]]
+    ) -> EncodedImages:
+        """A copy with other files in some rows."""
+        others = EncodedImages.of(files)
+        starts, sizes = self.starts.copy(), self.sizes.copy()
+        starts[rows], sizes[rows] = len(self.content) + others.starts, others.sizes
+        return EncodedImages(np.concatenate([self.content, others.content]), starts, sizes)
+
+    def repeated(self, count: int) -> EncodedImages:
+        """All images, `count` times one after another, in the same memory."""
+        return EncodedImages(self.content, np.tile(self.starts, count), np.tile(self.sizes, count))
