@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.system.gpu_kernels import fault_of
 
 from .feed.host_batches import HostBatch
 from .graph import Pipeline, build_evaluation_graph, build_train_graph, decode
@@ -27,7 +26,6 @@ from .graph import Pipeline, build_evaluation_graph, build_train_graph, decode
 _COMMAND = (sys.executable, "-m", __name__)
 _IMAGES = 64
 """Images of each data set that are tried."""
-_SECONDS = 300
 
 _tried: set[tuple[str, ...]] = set()
 
@@ -41,24 +39,10 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
     key = (str(device), *(dataset.location for dataset in datasets))
     if key in _tried:
         return
-    try:
-        done = subprocess.run(
-            _COMMAND,
-            input=_describe(datasets, data, device),
-            capture_output=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        fault = f"was not done after {_SECONDS:g} s"
-    else:
-        if done.returncode == 0:
-            _tried.add(key)
-            return
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        fault = f"failed: {last}"
-        if done.returncode < 0:
-            fault = f"was ended by {signal.Signals(-done.returncode).name}"
+    fault = fault_of(_COMMAND, _describe(datasets, data, device))
+    if not fault:
+        _tried.add(key)
+        return
     raise ValueError(
         f"data.decode_device=gpu: decoding images of {', '.join(key[1:])} on {device}, "
         f"tried in a process of its own, {fault}; take data.decode_device=cpu, or update DALI, "

@@ -38,6 +38,7 @@ from unicl_fast.pipelines.graph import Pace, _decoder_settings, choose_pace
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.pipelines.trial import try_decoder
+from unicl_fast.system import gpu_kernels
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.prompts import ClassPrompts
@@ -514,7 +515,7 @@ def test_a_decoder_is_tried_on_images_of_the_data(datasets: list[PackedDataset])
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", 60, "was ended by SIGSEGV"),
         ("raise RuntimeError('no driver')", 60, "failed: RuntimeError: no driver"),
-        ("import time; time.sleep(60)", 0.5, "was not done after 0.5 s"),
+        ("import time; time.sleep(60)", 0.5, "did not end within 0.5 s"),
     ],
 )
 def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
@@ -526,7 +527,7 @@ def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
     fault: str,
 ) -> None:
     monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", program))
-    monkeypatch.setattr(trial, "_SECONDS", seconds)
+    monkeypatch.setattr(gpu_kernels, "_TRIAL_SECONDS", seconds)
     config = make_config(decode_device="gpu")
     with pytest.raises(ValueError, match=f"{fault}; take data.decode_device=cpu"):
         TrainLoader(config, datasets, None, prompts, device=CUDA)

@@ -42,14 +42,14 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
     runs, code = [], 1
     caplog.set_level(logging.INFO, logger=gpu_kernels.logger.name)
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
         runs.append(command)
-        return subprocess.CompletedProcess(command, code, stderr="a warning\nit is off\n")
+        return subprocess.CompletedProcess(command, code, stderr=b"a warning\nit is off\n")
 
     def starts() -> int:
         start_again()
         fault = fault_in_trial("faulty_trials", CPU, "float32")
-        assert fault == ("" if code == 0 else "faulty_trials float32: it is off")
+        assert fault == ("" if code == 0 else "faulty_trials float32: the trial failed: it is off")
         return len(runs)
 
     monkeypatch.setattr(subprocess, "run", run)

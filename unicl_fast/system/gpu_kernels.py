@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,22 +84,9 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
         return ""
     begun = time.monotonic()
     command = [sys.executable, "-m", __name__, trial, str(device), *arguments]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TRIAL_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"{what}: the trial did not end within {_TRIAL_SECONDS:.0f} s"
-    if done.returncode < 0:
-        return f"{what}: the trial was ended by {signal.Signals(-done.returncode).name}"
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        return f"{what}: {lines[-1] if lines else f'ended with code {done.returncode}'}"
+    fault = fault_of(command)
+    if fault:
+        return f"{what}: the trial {fault}"
     seconds = time.monotonic() - begun
     logger.info("%s: right on this machine, tried within %.0f s", what, seconds)
     if kept is not None:
@@ -107,6 +95,22 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
         except OSError as error:
             logger.warning("%s: the next start tries it again (%s)", what, error)
     return ""
+
+
+def fault_of(command: Sequence[str], content: bytes = b"") -> str:
+    """Runs a trial, to which `content` is written; says how it failed, or "" if it did not."""
+    try:
+        done = subprocess.run(
+            command, input=content, capture_output=True, timeout=_TRIAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end within {_TRIAL_SECONDS:g} s"
+    if done.returncode < 0:
+        return f"was ended by {signal.Signals(-done.returncode).name}"
+    if done.returncode == 0:
+        return ""
+    last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+    return f"failed: {last}" if last else f"ended with code {done.returncode}"
 
 
 def _file_of(trial: str, device: torch.device, arguments: tuple[str, ...]) -> Path | None:
