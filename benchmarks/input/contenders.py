@@ -90,6 +90,9 @@ _FFCV = (
     f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
     "pip install --no-deps ffcv"
 )
+_MOSAICML = (  # it asks for an old transformers
+    "pip install --no-deps mosaicml-streaming brotli catalogue cramjam python-snappy zstd"
+)
 
 _CHANNELS_LAST = "batches lie in channels_last order"
 
@@ -148,6 +151,33 @@ PEERS = (
     _peer(
         "pool",
         "a thread pool, simplejpeg and OpenCV, batches in buffers used again",
+        install=_BENCH,
+        tolerance=3.0,
+        differs=f"OpenCV's area filter; {_CHANNELS_LAST}",
+    ),
+    _peer(
+        "turboloader",
+        "TurboLoader's fused pass over a tar: decodes rows of the crop, resizes, normalises",
+        prepare=f"{_PEERS}:write_tar",
+        install=_BENCH,
+        tolerance=3.0,
+        differs="a process-wide pool of threads; torchvision's crops only",
+    ),
+    _peer(
+        "litdata",
+        "LitData's StreamingDataset and its loader, v2 on uint8 tensors",
+        prepare=f"{_PEERS}:write_litdata",
+        install=_BENCH,
+    ),
+    _peer(
+        "mosaicml",
+        "MosaicML's StreamingDataset, PIL transforms, DataLoader",
+        prepare=f"{_PEERS}:write_mds",
+        install=_MOSAICML,
+    ),
+    _peer(
+        "grain",
+        "grain's MapDataset in worker processes, simplejpeg and OpenCV",
         install=_BENCH,
         tolerance=3.0,
         differs=f"OpenCV's area filter; {_CHANNELS_LAST}",

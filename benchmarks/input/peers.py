@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 import random
+import tarfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.dlpack import from_dlpack
@@ -26,16 +30,17 @@ from torch.utils.dlpack import from_dlpack
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.dataset.reader import PackedDataset
 
-from .contenders import Task
+from .contenders import ContenderError, Task
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import Compose
+    from torchvision.transforms import Compose, v2
 
 _ENOUGH = 2_000_000
 """Images that no run reaches the end of."""
 _MEAN = 255 * np.array(CLIP_MEAN, np.float32)
 _STD = 255 * np.array(CLIP_STD, np.float32)
+_PER_LEVEL, _SHIFT = 1 / _STD, -_MEAN / _STD
 _AHEAD = 3
 """Batches in work in addition to the one that was handed out."""
 _FFCV_EPOCH = 500_000
@@ -53,21 +58,9 @@ def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
     """Transforms v2 as torchvision's documentation recommends: uint8 tensors until the end."""
     from torchvision.datasets import ImageFolder
     from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms import v2
-
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(
-                task.image_size, scale=task.scale, ratio=task.ratio, antialias=True
-            ),
-            v2.RandomHorizontalFlip(task.flip),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(CLIP_MEAN, CLIP_STD),
-        ]
-    )
 
     decode = functools.partial(decode_image, mode=ImageReadMode.RGB)
-    return _load(ImageFolder(str(task.class_folder), transform, loader=decode), task)
+    return _load(ImageFolder(str(task.class_folder), _v2_transform(task), loader=decode), task)
 
 
 def timm_batches(task: Task) -> Iterator[Tensor]:
@@ -125,6 +118,21 @@ def _pil_transform(task: Task) -> Compose:
             transforms.RandomHorizontalFlip(task.flip),
             transforms.ToTensor(),
             transforms.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+
+def _v2_transform(task: Task) -> v2.Compose:
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                task.image_size, scale=task.scale, ratio=task.ratio, antialias=True
+            ),
+            v2.RandomHorizontalFlip(task.flip),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
 
@@ -233,25 +241,11 @@ def pool_batches(task: Task) -> Iterator[Tensor]:
     import cv2
 
     cv2.setNumThreads(1)
-    size = task.image_size
-    shape = (task.batch_size, size, size, 3)
+    shape = (task.batch_size, task.image_size, task.image_size, 3)
     free = collections.deque(np.empty(shape, np.float32) for _ in range(_AHEAD + 2))
-    per_level, shift = 1 / _STD, -_MEAN / _STD
 
     def make(out: NDArray[np.float32], index: int, seed: int) -> None:
-        draw = random.Random(seed)
-        image = decode_whole(dataset.image_bytes(index))
-        top, left, height, width = random_crop(draw, image.shape[0], image.shape[1], task)
-        crop = image[top : top + height, left : left + width]
-        # the area filter is OpenCV's only one with antialias, and only shrinks
-        shrinks = height >= size and width >= size
-        square = cv2.resize(
-            crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        )
-        if draw.random() < task.flip:
-            square = square[:, ::-1]
-        np.multiply(square, per_level, out=out)
-        out += shift
+        _crop_by_opencv(dataset.image_bytes(index), random.Random(seed), task, out)
 
     with PackedDataset(task.data) as dataset, ThreadPoolExecutor(task.threads) as pool:
         order = _endless_order(len(dataset))
@@ -266,6 +260,26 @@ def pool_batches(task: Task) -> Iterator[Tensor]:
                 future.result()
             yield torch.from_numpy(batch).permute(0, 3, 1, 2)
             free.append(batch)
+
+
+def _crop_by_opencv(
+    encoded: NDArray[np.uint8], draw: random.Random, task: Task, out: NDArray[np.float32]
+) -> None:
+    """Writes one crop of an image to `out`, float32 [h w 3], normalised."""
+    import cv2
+
+    size, image = task.image_size, decode_whole(encoded)
+    top, left, height, width = random_crop(draw, image.shape[0], image.shape[1], task)
+    crop = image[top : top + height, left : left + width]
+    # the area filter is OpenCV's only one with antialias, and only shrinks
+    shrinks = height >= size and width >= size
+    square = cv2.resize(
+        crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    )
+    if draw.random() < task.flip:
+        square = square[:, ::-1]
+    np.multiply(square, _PER_LEVEL, out=out)
+    out += _SHIFT
 
 
 def _endless_order(count: int) -> Iterator[tuple[int, int]]:
@@ -350,3 +364,110 @@ write_ffcv_jpg = functools.partial(_write_ffcv, mode="jpg")
 write_ffcv_raw = functools.partial(_write_ffcv, mode="raw")
 ffcv_jpg_batches = functools.partial(_ffcv_batches, mode="jpg")
 ffcv_raw_batches = functools.partial(_ffcv_batches, mode="raw")
+
+
+def write_tar(task: Task) -> None:
+    """All files in one tar."""
+    with tarfile.TarFile(task.scratch / "images.tar", "w") as tar:
+        for path in sorted(task.class_folder.glob("*/*")):
+            tar.add(path, path.name)
+
+
+def turboloader_batches(task: Task) -> Iterator[Tensor]:
+    """Its fused pass: the crop's rows are decoded, resized and normalised by threads of C++."""
+    import turboloader
+
+    crops = task.scale != (1.0, 1.0)
+    if crops and (task.scale, task.ratio) != ((0.08, 1.0), (3 / 4, 4 / 3)):
+        raise ContenderError("TurboLoader has torchvision's own crops and no others")
+    loader = turboloader.DataLoader(
+        str(task.scratch / "images.tar"),
+        batch_size=task.batch_size,
+        num_workers=task.threads,
+        shuffle=True,
+        transform=turboloader.Normalize(list(CLIP_MEAN), list(CLIP_STD)),
+        image_size=task.image_size,
+        output_format="pytorch",
+        antialias=True,
+        train_aug=crops,
+        hflip_prob=task.flip,
+        drop_last=True,
+    )
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        for images, _ in loader:
+            yield images
+
+
+def write_litdata(task: Task) -> None:
+    """Chunks of 64 MB; an image opened from a JPEG file keeps its bytes."""
+    import litdata
+
+    litdata.optimize(
+        fn=Image.open,
+        inputs=sorted(map(str, task.class_folder.glob("*/*"))),
+        output_dir=str(task.scratch / "litdata"),
+        chunk_bytes="64MB",
+        num_workers=1,
+    )
+
+
+def litdata_batches(task: Task) -> Iterator[Tensor]:
+    """StreamingDataset, whose images torchvision decodes, and v2 on uint8 tensors."""
+    import litdata
+
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    folder = str(task.scratch / "litdata")
+    dataset = litdata.StreamingDataset(folder, shuffle=True, transform=_v2_transform(task))
+    loader = litdata.StreamingDataLoader(
+        dataset, batch_size=task.batch_size, num_workers=task.threads, drop_last=True
+    )
+    while True:
+        yield from loader
+
+
+def write_mds(task: Task) -> None:
+    """Shards of MosaicML streaming, of 64 MB as is usual."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(task.scratch / "mds"), columns={"image": "jpeg"}) as writer:
+        for path in sorted(task.class_folder.glob("*/*")):
+            with Image.open(path) as image:
+                writer.write({"image": image})
+
+
+def mosaicml_batches(task: Task) -> Iterator[Tensor]:
+    """StreamingDataset, which has Pillow decode, and PIL transforms."""
+    from streaming import StreamingDataset
+
+    transform = _pil_transform(task)
+
+    class Images(StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Tensor:
+            image: Tensor = transform(super().__getitem__(index)["image"].convert("RGB"))
+            return image
+
+    size = task.batch_size
+    dataset = Images(local=str(task.scratch / "mds"), shuffle=True, batch_size=size)
+    loader: DataLoader[Tensor] = DataLoader(dataset, size, num_workers=task.threads, drop_last=True)
+    while True:
+        yield from loader
+
+
+def grain_batches(task: Task) -> Iterator[Tensor]:
+    """MapDataset over the files, with OpenCV as in `pool`, in worker processes."""
+    import grain
+
+    paths = sorted(map(str, task.class_folder.glob("*/*")))
+
+    def make(path: str, generator: np.random.Generator) -> NDArray[np.float32]:
+        out = np.empty((task.image_size, task.image_size, 3), np.float32)
+        encoded = np.fromfile(path, np.uint8)
+        _crop_by_opencv(encoded, random.Random(int(generator.integers(1 << 32))), task, out)
+        return out
+
+    dataset = grain.MapDataset.source(paths).seed(1).shuffle().repeat().random_map(make)
+    options = grain.MultiprocessingOptions(num_workers=task.threads)
+    batches = dataset.to_iter_dataset().batch(task.batch_size, drop_remainder=True)
+    for images in batches.mp_prefetch(options):
+        yield torch.from_numpy(images).permute(0, 3, 1, 2)

@@ -76,7 +76,7 @@ class Input(Stage):
     """The same images packed in another format, for a second contestant of ours."""
     peers: tuple[str, ...] = ("all",)
     """Peers to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
-    ffcv-raw, pool, dali; or all, or none."""
+    ffcv-raw, pool, turboloader, litdata, mosaicml, grain, dali; or all, or none."""
     parts: tuple[str, ...] = ("all",)
     """Limits that take turns too: decode, decode-cut, turbojpeg, read, write; or all, or none."""
     augment: tuple[str, ...] = ()
