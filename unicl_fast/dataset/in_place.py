@@ -1,0 +1,166 @@
+"""Source files: what holds the images of a data set that was indexed in place.
+
+A source file is a tar, or an image by itself, in a folder or under a URL. All of a data set are of
+one kind, so that either every image of it is read through the cache or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import xxhash
+
+from unicl_fast.dataset.arrays import IN_PLACE_DTYPES, NO_FILE, length_of, open_array
+from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
+from unicl_fast.dataset.files import LocalReader
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.object_store import ObjectStore, is_url
+
+_MOST_COMPARED = 65_536
+"""Source files whose sizes are compared at opening; of more, reading finds what has changed."""
+
+
+class Place(NamedTuple):
+    """The bytes of an image in a source file."""
+
+    file: int
+    offset: int
+    size: int
+
+
+class SourceFiles(Sequence[str]):
+    """Paths or URLs of source files by number, made when they are asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest, cache: CacheOptions | None) -> None:
+        """Opens the arrays of the data set in `folder`; `cache` is used for source files at URLs.
+
+        Raises FileNotFoundError or ValueError as `open_array`.
+        """
+        self.rows, self._names, self.places = (
+            open_array(folder / f"{name}.npy", IN_PLACE_DTYPES[name], length_of(manifest, name))
+            for name in ("files", "names", "places")
+        )
+        self._folder = os.path.realpath(folder)
+        self._stores: dict[str, ObjectStore] = {}
+        self.cache: CacheOptions | None = None
+        """None where source files are in folders."""
+        if len(self) and is_url(self[0]):
+            self.cache = cache or CacheOptions()
+        self.reader = self.new_reader()
+
+    def new_reader(self) -> LocalReader | BlockReader:
+        """Another reader of the source files by their number."""
+        if self.cache is None:
+            return LocalReader(Path(self._folder), self)
+        blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
+        return BlockReader(
+            functools.lru_cache(1 << 12)(self._cached), blocks, block_bytes=self.cache.block_bytes
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        row = self.rows[number]
+        start = int(row["name_start"])
+        name = os.fsdecode(self._names[start : start + int(row["name_length"])].tobytes())
+        if is_url(name) or os.path.isabs(name):
+            return name
+        return os.path.normpath(os.path.join(self._folder, name))
+
+    @property
+    def num_bytes_fetched(self) -> int:
+        """Bytes that this process has read from stores."""
+        return sum(store.traffic.read_bytes for store in self._stores.values())
+
+    def place_of(self, index: int) -> Place | None:
+        """The place of a sample's image; None if it lies in the data set's own shard."""
+        file, offset, size = self.places[index].tolist()
+        return None if file == NO_FILE else Place(file, offset, size)
+
+    def changed(self) -> Iterator[tuple[str, int]]:
+        """The source files whose sizes are others now: what is wrong, and how many images of each.
+
+        Nothing of more than 65,536 files.
+        """
+        if len(self) > _MOST_COMPARED:
+            return
+        wrong = {}
+        for number, found in enumerate(self._sizes()):
+            if found != int(self.rows[number]["num_bytes"]):
+                wrong[number] = self.describe_change(number, found)
+        if wrong:
+            files = self.places["file"]
+            counts = np.bincount(files[files != NO_FILE], minlength=len(self))
+            for number, message in wrong.items():
+                yield message, int(counts[number])
+
+    def describe_change(self, number: int, found: int | None = None) -> str:
+        """Says that a source file is another than was indexed, and what to do; `found` bytes."""
+        expected = int(self.rows[number]["num_bytes"])
+        now = "it is missing" if found is None else f"it has {found} bytes"
+        if found == expected:
+            now = "its size is the same, its content is not"
+        return (
+            f"{self[number]} is not what was indexed, of {expected} bytes: {now}; put it back as "
+            "it was, or index it again: unicl-pack build --in-place SOURCE --out NEW --known "
+            f"{self._folder}"
+        )
+
+    def size_now(self, number: int) -> int | None:
+        """The size of one source file now; None if it is missing."""
+        if self.cache is None:
+            return _size_of(self[number])
+        found = self._object(number)[0].find(self._object(number)[1])
+        return None if found is None else found.size
+
+    def _sizes(self) -> Iterator[int | None]:
+        if self.cache is None:
+            yield from map(_size_of, self)
+            return
+        by_store: dict[str, list[str]] = {}
+        for url in self:
+            above, _, name = url.rpartition("/")
+            by_store.setdefault(above, []).append(name)
+        found = {
+            f"{above}/{name}": None if one is None else one.size
+            for above, names in by_store.items()
+            for name, one in self._store(above).find_all(names).items()
+        }
+        yield from (found[url] for url in self)
+
+    def _cached(self, number: int) -> CachedFile:
+        store, name = self._object(number)
+        row = self.rows[number]
+        identity = identity_of(self[number], int(row["version"]))
+        return CachedFile(store, name, int(row["num_bytes"]), identity)
+
+    def _object(self, number: int) -> tuple[ObjectStore, str]:
+        above, _, name = self[number].rpartition("/")
+        return self._store(above), name
+
+    def _store(self, url: str) -> ObjectStore:
+        return self._stores.setdefault(url, ObjectStore(url))
+
+
+def identity_of(url: str, version: int) -> str:
+    """The name in the cache of an object's content."""
+    return xxhash.xxh3_64_hexdigest(f"{url}\0{version}".encode())
+
+
+def _size_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
