@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
@@ -340,11 +342,7 @@ def _pack(
             for row in left_out_before(packed):
                 writer.quarantine(**asdict(row))
         samples = contents.sides[side]
-        order = (
-            shuffled_order(len(samples), seed=options.seed)
-            if places is None
-            else shuffled_files(samples, seed=options.seed)
-        )
+        order = _order_of(samples, options)
         checked = _check(
             samples.at(order[num_done:]),
             images=images,
@@ -387,6 +385,12 @@ def _pack(
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
+
+
+def _order_of(samples: Samples, options: BuildOptions) -> npt.NDArray[np.int64]:
+    if options.in_place:
+        return shuffled_files(samples, seed=options.seed)
+    return shuffled_order(len(samples), seed=options.seed)
 
 
 def _read(
