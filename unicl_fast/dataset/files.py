@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ Fault = ValueError | FileNotFoundError
 class LocalReader:
     """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
 
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
-        """Opens nothing yet; paths are whole, or relative to `folder`."""
-        self._arguments = folder, paths
+    def __init__(self, folder: Path, path_of: Callable[[int], str]) -> None:
+        """Opens nothing yet; `path_of` a number is a whole path, or one from `folder` on."""
+        self._arguments = folder, path_of
         self._files: dict[int, int] = {}
-        self._folder, self._paths = folder, paths
+        self._folder, self._path_of = str(folder), path_of
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,7 +120,7 @@ class LocalReader:
         return file, True
 
     def _open_anew(self, number: int) -> int:
-        return open_regular(os.path.join(self._folder, self._paths[number]))[0]
+        return open_regular(os.path.join(self._folder, self._path_of(number)))[0]
 
 
 FileReader = LocalReader | BlockReader
@@ -149,7 +149,7 @@ class LocalFiles:
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
-        return LocalReader(self.folder, list(files))
+        return LocalReader(self.folder, list(files).__getitem__)
 
 
 class RemoteFiles:
