@@ -20,6 +20,7 @@ from PIL import Image
 
 from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import CheckedImage
 from unicl_fast.packing import build as building
 from unicl_fast.packing import verify, workers
@@ -174,7 +175,10 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
 def test_a_grown_source_is_looked_at_where_it_is_new(place: Path, looked_at: list[str]) -> None:
     write_shard(place / "tars", 3)
     looked_at.clear()
-    build(place / "tars", place / "grown", known=str(place / "index"))
+    with pytest.raises(ValueError, match="Name another folder and --known .*only what is new"):
+        build(place / "tars", place / "index")
+    grown = build(place / "tars", place / "grown", known=str(place / "index"))
+    assert list(grown.notes.values()) == [3 * (PER_TAR - 2)]
     # six of the new tar, and of the others what was turned or cut
     assert len(looked_at) == PER_TAR + 3 * 2
     build(place / "tars", place / "anew")
@@ -250,3 +254,26 @@ def test_a_gzipped_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 2
     assert "is compressed" in printed
     assert "gunzip" in printed
+
+
+def test_a_build_that_was_killed_resumes_in_place(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "index", {"shard_bytes": 4096}
+    build(shared / "tars", tmp_path / "unbroken", **options)
+    add = DatasetWriter.add
+
+    def stop(self: DatasetWriter, sample: PackedSample) -> None:
+        if self.num_samples == 11:
+            raise KeyboardInterrupt
+        add(self, sample)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DatasetWriter, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(shared / "tars", out, **options)
+    done = build(shared / "tars", out, **options)
+    assert done.num_taken_over > 3
+    assert contents(out) == contents(tmp_path / "unbroken")
+    with PackedDataset(out) as dataset:
+        assert len(dataset.sources or ()) == 3

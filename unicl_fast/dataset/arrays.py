@@ -187,7 +187,7 @@ def verify_arrays(
         "labels": _check_labels,
         "places": _check_places,
         "files": _check_files,
-        "names": lambda *_: [],
+        "names": _check_names,
     }
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
@@ -283,6 +283,10 @@ def _check_files(rows: Rows, manifest: Manifest) -> Problems:
     length = rows["name_length"]
     no_name = _leaves(rows["name_start"], length, manifest.in_place.num_name_bytes)
     return [((length == 0) | no_name, "names a range of names.npy that does not exist")]
+
+
+def _check_names(rows: Rows, _: Manifest) -> Problems:
+    return [(rows == 0, "is a zero byte, which no path has")]
 
 
 def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:

@@ -40,6 +40,7 @@ from unicl_fast.system.atomic_files import lock, read_fully, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
 from unicl_fast.system.progress import mark_progress
 from unicl_fast.system.untrusted_files import open_file, open_regular, read_file
+from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,8 @@ def check_files(
     first, num_bad = faults[0][0], sum(num_images for _, num_images in faults)
     if not max_bad_fraction:
         raise first
-    damage = f"{first} ({len(faults)} such files, with the images of {num_bad} of {total} samples"
+    such = count_of(len(faults), "such file")
+    damage = f"{first} ({such}, with the images of {num_bad} of {total} samples"
     if num_bad > max_bad_fraction * total:
         raise type(first)(f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)")
     logger.warning(

@@ -19,10 +19,11 @@ from unicl_fast.dataset.arrays import IN_PLACE_DTYPES, NO_FILE, length_of, open_
 from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
 from unicl_fast.dataset.files import LocalReader
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.object_store import ObjectStore, is_url
+from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
 
-_MOST_COMPARED = 65_536
-"""Source files whose sizes are compared at opening; of more, reading finds what has changed."""
+_MOST_COMPARED, _MOST_ASKED = 65_536, 1024
+"""Source files whose sizes are compared at opening, in folders and under URLs; of more, reading
+finds what has changed."""
 
 
 class Place(NamedTuple):
@@ -41,22 +42,23 @@ class SourceFiles(Sequence[str]):
 
         Raises FileNotFoundError or ValueError as `open_array`.
         """
-        self.rows, names, self.places = (
-            # plain arrays, of which a row takes a third of the time
-            np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
-            for name, dtype in ((one, IN_PLACE_DTYPES[one]) for one in ("files", "names", "places"))
-        )
-        self._names = names.data
+        self.arrays = {
+            # as plain arrays, of which a row takes a third of the time
+            name: np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
+            for name, dtype in IN_PLACE_DTYPES.items()
+        }
+        self.rows, self.places = self.arrays["files"], self.arrays["places"]
+        self._names = self.arrays["names"].data
         self._folder = os.path.realpath(folder)
         self._stores: dict[str, ObjectStore] = {}
         self.cache: CacheOptions | None = None
         """None where source files are in folders."""
         if len(self) and is_url(self[0]):
             self.cache = cache or CacheOptions()
-        self.reader = self.new_reader()
+        self.reader = self._open_reader()
+        """Reads source files by their numbers."""
 
-    def new_reader(self) -> LocalReader | BlockReader:
-        """Another reader of the source files by their number."""
+    def _open_reader(self) -> LocalReader | BlockReader:
         if self.cache is None:
             return LocalReader(Path(self._folder), self.name_of)
         blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
@@ -75,7 +77,7 @@ class SourceFiles(Sequence[str]):
         if isinstance(number, slice):
             return [self[each] for each in range(len(self))[number]]
         name = self.name_of(number)
-        if name[0] == "/" or is_url(name):
+        if name.startswith("/") or is_url(name):
             return name
         return os.path.normpath(os.path.join(self._folder, name))
 
@@ -97,9 +99,9 @@ class SourceFiles(Sequence[str]):
     def changed(self) -> Iterator[tuple[str, int]]:
         """The source files whose sizes are others now: what is wrong, and how many images of each.
 
-        Nothing of more than 65,536 files.
+        Nothing of very many files.
         """
-        if len(self) > _MOST_COMPARED:
+        if len(self) > (_MOST_COMPARED if self.cache is None else _MOST_ASKED):
             return
         wrong = {}
         for number, found in enumerate(self._sizes()):
@@ -127,23 +129,22 @@ class SourceFiles(Sequence[str]):
         """The size of one source file now; None if it is missing."""
         if self.cache is None:
             return _size_of(self[number])
-        found = self._object(number)[0].find(self._object(number)[1])
+        store, name = self._object(number)
+        found = store.find(name)
         return None if found is None else found.size
 
     def _sizes(self) -> Iterator[int | None]:
         if self.cache is None:
             yield from map(_size_of, self)
             return
-        by_store: dict[str, list[str]] = {}
-        for url in self:
-            above, _, name = url.rpartition("/")
-            by_store.setdefault(above, []).append(name)
-        found = {
-            f"{above}/{name}": None if one is None else one.size
-            for above, names in by_store.items()
-            for name, one in self._store(above).find_all(names).items()
-        }
-        yield from (found[url] for url in self)
+        urls = [url.partition("://") for url in self]
+        above = os.path.commonpath([place.rpartition("/")[0] for *_, place in urls])
+        if not above or len({protocol for protocol, *_ in urls}) > 1:  # in several buckets
+            return
+        # a listing of their folder, where the store can list, is one request for all
+        store = ObjectStore(f"{urls[0][0]}://{above}")
+        found = store.find_all([place.removeprefix(f"{above}/") for *_, place in urls])
+        yield from (None if one is None else one.size for one in found.values())
 
     def _cached(self, number: int) -> CachedFile:
         store, name = self._object(number)
@@ -152,11 +153,8 @@ class SourceFiles(Sequence[str]):
         return CachedFile(store, name, int(row["num_bytes"]), identity)
 
     def _object(self, number: int) -> tuple[ObjectStore, str]:
-        above, _, name = self[number].rpartition("/")
-        return self._store(above), name
-
-    def _store(self, url: str) -> ObjectStore:
-        return self._stores.setdefault(url, ObjectStore(url))
+        root, name = split_url(self[number])
+        return self._stores.setdefault(root, ObjectStore(root)), name
 
 
 def identity_of(url: str, version: int) -> str:

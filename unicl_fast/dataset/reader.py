@@ -348,8 +348,11 @@ class PackedDataset:
         Reading after the end of a mapped file would end the process with a bus error. Files that
         are removed or replaced do not change for processes that have them open.
         """
-        arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
-        for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
+        own: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
+        arrays = dict(zip(ARRAY_DTYPES, own, strict=True))
+        if self.sources is not None:
+            arrays |= self.sources.arrays
+        for name, array in arrays.items():
             mapped = mapping_of(array)
             if mapped is not None and mapped.size() < len(mapped):
                 raise DamagedDatasetError(

@@ -365,7 +365,7 @@ def _pack(
             summary = {
                 "num_reencoded": writer.notes.get("num_reencoded", 0),
                 "passed_over": dict(contents.passed_over),
-                "notes": dict(contents.notes),
+                "notes": dict(contents.notes if known is None else contents.notes + known.notes),
             }
             writer.finish(
                 tokenizer=tokenizer.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,6 +98,8 @@ class KnownImages:
         """Raises ValueError if `folder` is no data set in place, or what it refers to changed."""
         self._dataset = PackedDataset(folder, max_bad_fraction=None)
         self._places = Places(out)
+        self.notes: Counter[str] = Counter()
+        """How many images were found, in words."""
         sources = self._dataset.sources
         if sources is None:
             raise ValueError(f"--known takes a data set of build --in-place, which {folder} is not")
@@ -126,6 +129,7 @@ class KnownImages:
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             return entry
+        self.notes["images that --known has, and that were not looked at again"] += 1
         row = self._dataset.samples[int(self._numbers[at])]
         size = int(row["height"]), int(row["width"])
         return PackedFile(entry.path, place.offset, place.size, *size, int(row["xxh3"]))

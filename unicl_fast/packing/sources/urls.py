@@ -15,7 +15,7 @@ import xxhash
 
 from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
 from unicl_fast.dataset.in_place import identity_of
-from unicl_fast.dataset.object_store import ObjectStore, is_url
+from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
 from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import without_secrets
 
@@ -34,12 +34,12 @@ class StoredFile(NamedTuple):
 @functools.lru_cache(maxsize=1 << 12)
 def stored_file(url: str) -> StoredFile:
     """Asks for an object, once in a process; raises FileNotFoundError or StorageError."""
-    above, _, name = url.rpartition("/")
-    found = _store(above).find(name)
+    root, name = split_url(url)
+    found = _store(root).find(name)
     if found is None:
         raise FileNotFoundError(f"{url}: there is no such object")
     version = xxhash.xxh3_64_intdigest(found.version.encode())
-    cached = CachedFile(_store(above), name, found.size, identity_of(url, version))
+    cached = CachedFile(_store(root), name, found.size, identity_of(url, version))
     return StoredFile(found.size, version, cached)
 
 
