@@ -211,6 +211,7 @@ def test_what_is_no_file_as_it_is_is_refused(
     zipped = shutil.make_archive(str(place / "photos"), "zip", place / "photos")
     for arguments, words in (
         ((zipped,), "in a zip"),
+        (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
         ((place / "tars", "--resize", "short:16"), "--resize"),
         ((place / "tars", "--known", place / "tars"), "not a packed data set"),
         ((place / "tars", "--known", shared / "packed"), "takes a data set of build --in-place"),
@@ -244,6 +245,11 @@ def test_sources_under_urls_are_read_where_they_lie(
             dataset.image_bytes(place, verify=True)
         assert dataset.needed_bytes > 0
     assert faults_of(out) == []
+    # the index may lie under a URL too, if its images do
+    with PackedDataset(out) as local, PackedDataset(f"file://{out}") as remote:
+        assert remote.image_bytes(0).tobytes() == local.image_bytes(0).tobytes()
+    with pytest.raises(ValueError, match="in files of the machine that it was made on"):
+        PackedDataset(f"file://{shared}/index")
 
 
 def test_a_gzipped_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

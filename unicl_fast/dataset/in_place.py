@@ -37,11 +37,14 @@ class Place(NamedTuple):
 class SourceFiles(Sequence[str]):
     """Paths or URLs of source files by number, made when they are asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest, cache: CacheOptions | None) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, cache: CacheOptions | None, *, location: str
+    ) -> None:
         """Opens the arrays of the data set in `folder`; `cache` is used for source files at URLs.
 
-        Raises FileNotFoundError or ValueError as `open_array`.
+        `location` is its name in messages. Raises FileNotFoundError or ValueError as `open_array`.
         """
+        self._location = location
         self.arrays = {
             # as plain arrays, of which a row takes a third of the time
             name: np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
@@ -122,7 +125,7 @@ class SourceFiles(Sequence[str]):
         return (
             f"{self[number]} is not what was indexed, of {expected} bytes: {now}; put it back as "
             "it was, or index it again: unicl-pack build --in-place SOURCE --out NEW --known "
-            f"{self._folder}"
+            f"{self._location}"
         )
 
     def size_now(self, number: int) -> int | None:

@@ -433,8 +433,8 @@ class PackedDataset:
         if self.manifest.in_place is None:
             return None
         if self.remote is not None:
-            self.remote.copy(list(dtypes_of(self.manifest)))
-        sources = SourceFiles(self.folder, self.manifest, cache)
+            self.remote.copy([f"{name}.npy" for name in dtypes_of(self.manifest)])
+        sources = SourceFiles(self.folder, self.manifest, cache, location=self.location)
         if self.remote is not None and len(sources) and sources.cache is None:
             raise ValueError(
                 f"{self.location} holds no images: they are in files of the machine that it was "

@@ -57,6 +57,7 @@ from unicl_fast.packing.sources.packed import (
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import require_there
+from unicl_fast.packing.sources.urls import require_lasting
 from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
@@ -243,6 +244,8 @@ def _pack_all(
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Reads the sources once and packs each side; returns facts that are not in the data sets."""
+    if options.in_place:
+        require_lasting(sources)
     # what is copied and unpacked stays with the finished shards of the side that is packed
     place = next((work for work in works if not work.is_complete), works[0])
     staged = StagedSources(sources, options.image_root, place.copies)

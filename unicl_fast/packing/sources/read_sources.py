@@ -33,7 +33,6 @@ from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import UrlTree, open_tree
-from unicl_fast.packing.sources.urls import require_lasting
 
 _NO_OPTIONS = ListOptions()
 
@@ -87,7 +86,6 @@ def read_source(
 
 def _read_url(url: str, name: str, options: ListOptions, spool: Spool) -> Source:
     """Reads tars, or a folder of tars or of class folders, where they lie under a URL."""
-    require_lasting(url)
     if name.lower().endswith(tars.TARS):
         return tars.read_tars(name, tars.expand_braces(url), options, spool)
     tree = UrlTree(url)

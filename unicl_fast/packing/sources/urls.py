@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections.abc import Iterable
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -95,10 +96,11 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def require_lasting(url: str) -> None:
-    """Refuses a URL that is not to be kept in an index."""
-    if without_secrets(url) != url or "?" in url:
-        raise ValueError(
-            f"{without_secrets(url)}: a URL with a password or a signature is not kept in an "
-            "index; let the store's client find the keys, or leave --in-place out"
-        )
+def require_lasting(places: Iterable[str]) -> None:
+    """Refuses URLs that are not to be kept in an index."""
+    for place in filter(is_url, places):
+        if without_secrets(place) != place or "?" in place:
+            raise ValueError(
+                f"{without_secrets(place)}: a URL with a password or a signature is not kept in an "
+                "index; let the store's client find the keys, or leave --in-place out"
+            )
