@@ -139,7 +139,7 @@ def _of_images(bench: Bench) -> Iterator[Change]:
     side = -(-bench.config.data.image_size * 8 // 7 // 8) * 8  # 256 for 224
     kind = image_kind(bench.parts.datasets[0])
     make = functools.partial(Change, side="images", stage=f"{kind} decode", same_results=False)
-    if bench.parts.datasets[0].remote is not None:
+    if bench.parts.datasets[0].cache is not None:
         yield make(
             option="copy the data set to a disk of this machine", stage=READ, image={},
             about="as from the second epoch on, where --data.cache-bytes holds all of it",

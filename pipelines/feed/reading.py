@@ -337,7 +337,7 @@ def reading_ahead(
     being read. Yields a function to call with the number of a chunk that is about to be read; from
     any thread, nearly in order. A fetch that fails is left to the reading itself.
     """
-    options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
+    options = [dataset.cache for dataset in datasets if dataset.cache is not None]
     if not options or not num_chunks:
         yield lambda chunk: None
         return
@@ -409,7 +409,7 @@ class _ReadAhead:
     def _want(self, source_ids: NDArray[np.int32], sample_ids: NDArray[np.int64]) -> None:
         used: list[_Block] = []
         for source, dataset in enumerate(self._datasets):
-            if dataset.remote is not None:
+            if dataset.cache is not None:
                 mine = sample_ids[source_ids == source]
                 used += [(source, *block) for block in dataset.blocks_of(mine)]
         for block in used:

@@ -51,9 +51,10 @@ def copy_of(dataset: PackedDataset, folder: Path) -> Path:
 
 def flip_byte(folder: Path, sample: int) -> None:
     """One byte in the middle of an image becomes another; its checksum tells."""
-    row = np.load(folder / "samples.npy", mmap_mode="r")[sample]
+    with PackedDataset(folder, max_bad_fraction=1.0) as dataset:
+        middle = dataset.offset_of(sample) + len(dataset.image_bytes(sample)) // 2
     with shard_of(folder, sample).open("r+b") as file:
-        file.seek(int(row["offset"]) + int(row["size"]) // 2)
+        file.seek(middle)
         (old,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([old ^ 0xFF]))

@@ -656,11 +656,10 @@ def agree_on_a_precision(ranks: Ranks) -> None:
 def name_data_by_rank(ranks: Ranks, images: torch.Tensor) -> None:
     """On rank 1 the same data lies in another folder, and in a store; both find the same of it."""
     names = ("here", "there")
-    dataset = mock.MagicMock(folder=Path(names[ranks.rank]), remote=None, needed_bytes=7)
+    dataset = mock.MagicMock(folder=Path(names[ranks.rank]), cache=None, needed_bytes=7)
     dataset.__len__.return_value = 12
     if ranks.rank:
-        dataset.remote = mock.Mock()
-        dataset.remote.store.traffic.read_bytes = 9
+        dataset.cache, dataset.fetched_bytes = mock.Mock(), 9
     data = mock.Mock(config=TrainConfig(), datasets=[dataset], description={})
     with mock.patch.object(build, "Ledger") as ledger:
         build._build_ledger(Path(), data, mock.Mock(), ranks)

@@ -14,6 +14,7 @@ import loader_runs
 import numpy as np
 import pytest
 import torch
+from inline_checks import check_inline
 from loader_runs import assert_same
 from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
@@ -25,6 +26,7 @@ from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -91,6 +93,18 @@ def read_ahead_by(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
 
 def fetched_bytes() -> int:
     return sum((end or 0) - (start or 0) for _, start, end in FaultyStore.reads)
+
+
+def test_batches_of_images_in_place_are_those_of_the_packed_data_set(
+    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_inline(monkeypatch)
+    out = tmp_path / "index"
+    build_dataset([str(captioned.folder)], out, progress=False, in_place=True)
+    prompts = ClassPrompts([((), ())], tokenizer)
+    with PackedDataset(out) as index:
+        assert index.sources is not None
+        assert_same(*(take([one], prompts, config=config_of()) for one in (index, captioned)))
 
 
 @pytest.mark.parametrize("read_ahead", [0, 100])

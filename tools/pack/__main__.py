@@ -93,6 +93,8 @@ class Build(BuildOptions, _SourcesAndOut):
       unicl-pack build packed/photos packed/pairs new-photos/ --out packed/all
 
       unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
+
+      unicl-pack build --in-place laion/shards --out index
     """
 
     where: Annotated[
@@ -175,7 +177,13 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
     """The closing summary, and what to do next; `encoding` is that of re-encoded images."""
     sides = [summary] if summary.held_out is None else [summary, summary.held_out]
     num_samples = sum(one.num_samples for one in sides)
-    if summary.image_size is None:
+    if summary.in_place is not None:
+        kept = sum(one.in_place.num_bytes for one in sides if one.in_place is not None)
+        files = sum(one.in_place.num_files for one in sides if one.in_place is not None)
+        treatment = f"{kept / 1e6:,.1f} MB of images stay in {count_of(files, 'source file')}"
+        if num_converted := sum(one.num_reencoded for one in sides):
+            treatment += f", {num_converted:,} are kept here as {encoding}"
+    elif summary.image_size is None:
         num_reencoded = sum(one.num_reencoded for one in sides)
         how = f" as {encoding}" if num_reencoded else ""
         kept = num_samples - num_reencoded

@@ -152,6 +152,6 @@ def _manifest_of(folder: str, *, checksums: list[str]) -> Manifest | None:
         manifest = Manifest.load(folder)
     except (OSError, ValueError):
         return None
-    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
+    pixels = [one.xxh3 for one in (manifest.pixels, manifest.in_place) if one is not None]
     found = [shard.xxh3 for shard in manifest.shards] + pixels
     return manifest if found == checksums else None

@@ -46,6 +46,18 @@ ARRAY_DTYPES = {
     "tokens": np.dtype("<u2"),
     "labels": np.dtype("<i4"),
 }
+NO_FILE = 2**32 - 1
+"""The number of the source file of an image that lies in the data set's own shard."""
+IN_PLACE_DTYPES = {
+    "places": np.dtype([("file", "<u4"), ("offset", "<u8"), ("size", "<u4")]),
+    "files": np.dtype(
+        [("name_start", "<u8"), ("name_length", "<u2"), ("num_bytes", "<u8"), ("version", "<u8")]
+    ),
+    "names": np.dtype("u1"),
+}
+"""More arrays of a data set in place: of each sample the source file and its bytes there; of each
+source file its name (a URL, or a path as bytes) as a range of names.npy, its size, and when it was
+written (nanoseconds) or XXH3-64 of its object's version."""
 PIXELS_NAME = "pixels.npy"
 """The decoded images of a raw data set, uint8 [N h w 3]."""
 PIXEL_DTYPE = np.dtype("|u1")
@@ -88,6 +100,20 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
     if not length:  # an empty array has nothing to map, and mmap refuses it
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(length,))
+
+
+def dtypes_of(manifest: Manifest) -> dict[str, np.dtype[Any]]:
+    """The types of all arrays of a data set."""
+    return ARRAY_DTYPES if manifest.in_place is None else {**ARRAY_DTYPES, **IN_PLACE_DTYPES}
+
+
+def length_of(manifest: Manifest, name: str) -> int:
+    """The number of rows of an array, by the manifest."""
+    info = manifest.in_place
+    if info is not None and name in IN_PLACE_DTYPES:
+        lengths = {"places": manifest.num_samples, "files": info.num_files}
+        return lengths.get(name, info.num_name_bytes)
+    return int(getattr(manifest, f"num_{name}"))
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
@@ -155,7 +181,14 @@ def verify_arrays(
         ValueError: a file was changed, or a row refers to what does not exist.
     """
     largest_token = 0
-    checks = {"samples": _check_samples, "captions": _check_captions, "labels": _check_labels}
+    checks = {
+        "samples": _check_samples,
+        "captions": _check_captions,
+        "labels": _check_labels,
+        "places": _check_places,
+        "files": _check_files,
+        "names": _check_names,
+    }
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
         digest = xxhash.xxh3_64()
@@ -236,6 +269,24 @@ def _check_labels(rows: Rows, manifest: Manifest) -> Problems:
     num_classes = len(manifest.class_names)
     wrong = (rows < 0) | (rows >= num_classes)
     return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]
+
+
+def _check_places(rows: Rows, manifest: Manifest) -> Problems:
+    assert manifest.in_place is not None
+    file = rows["file"]
+    unknown = (file >= manifest.in_place.num_files) & (file != NO_FILE)
+    return [(unknown, "names a source file that does not exist")]
+
+
+def _check_files(rows: Rows, manifest: Manifest) -> Problems:
+    assert manifest.in_place is not None
+    length = rows["name_length"]
+    no_name = _leaves(rows["name_start"], length, manifest.in_place.num_name_bytes)
+    return [((length == 0) | no_name, "names a range of names.npy that does not exist")]
+
+
+def _check_names(rows: Rows, _: Manifest) -> Problems:
+    return [(rows == 0, "is a zero byte, which no path has")]
 
 
 def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:

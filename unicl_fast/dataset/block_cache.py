@@ -247,13 +247,24 @@ class BlockCache:
             )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """An object that is read in blocks."""
+
+    store: ObjectStore
+    name: str
+    num_bytes: int
+    identity: str
+    """Distinguishes its content, together with its size; 16 hexadecimal digits."""
+
+
 class BlockReader:
     """Reads ranges of large files through the cache; safe in several threads, and after a fork."""
 
     def __init__(
-        self, store: ObjectStore, files: LargeFiles, cache: BlockCache, *, block_bytes: int
+        self, file_of: Callable[[int], CachedFile], cache: BlockCache, *, block_bytes: int
     ) -> None:
-        self._store, self._files = store, list(files.items())
+        self._file_of = file_of
         self._cache, self._block_bytes = cache, block_bytes
         self._closed = False
         self._counting = threading.Lock()
@@ -268,9 +279,9 @@ class BlockReader:
             ValueError: the reader has been closed.
         """
         if self._closed:
-            raise ValueError(f"{self._store.url} has been closed")
+            raise ValueError(f"{self._file_of(number).store.url} has been closed")
         view, done = buffer.data, 0
-        wanted = min(len(view), max(0, self._files[number][1].num_bytes - offset))
+        wanted = min(len(view), max(0, self._file_of(number).num_bytes - offset))
         while done < wanted:
             block, start = divmod(offset + done, self._block_bytes)
             name, size, fetch = self._block(number, block)
@@ -294,7 +305,7 @@ class BlockReader:
         whole = np.zeros(len(offsets), np.bool_)
         blocks = offsets // self._block_bytes
         inside = (offsets + sizes - 1) // self._block_bytes == blocks
-        inside &= offsets + sizes <= self._files[number][1].num_bytes
+        inside &= offsets + sizes <= self._file_of(number).num_bytes
         for i in np.flatnonzero(~inside).tolist():
             part = buffer[starts[i] : starts[i] + sizes[i]]
             with contextlib.suppress(FileNotFoundError):
@@ -319,16 +330,6 @@ class BlockReader:
         self._count(int(sizes[whole & inside].sum()))  # the others were counted
         return whole
 
-    def blocks_of(
-        self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
-    ) -> list[tuple[int, int]]:
-        """The blocks that some ranges lie in, (file, block) once each, in this order."""
-        first = offsets // self._block_bytes
-        last = (offsets + np.maximum(sizes, 1) - 1) // self._block_bytes
-        ranges = zip(numbers.tolist(), first.tolist(), last.tolist(), strict=True)
-        blocks = [(number, i) for number, start, end in ranges for i in range(start, end + 1)]
-        return list(dict.fromkeys(blocks))
-
     def fetch_ahead(self, number: int, block: int) -> None:
         """Brings a block into the cache, unless it is there or on its way."""
         name, size, fetch = self._block(number, block)
@@ -337,8 +338,8 @@ class BlockReader:
 
     def discard(self, number: int, offset: int, size: int) -> None:
         """Removes what the cache holds of a range that turned out to be wrong."""
-        wrong = self.blocks_of(np.array([number]), np.array([offset]), np.array([size]))
-        for number, block in wrong:
+        place = (np.array([value]) for value in (number, offset, size))
+        for number, block in blocks_in(*place, block_bytes=self._block_bytes):
             self._cache.discard(self._block(number, block)[0])
 
     def close(self) -> None:
@@ -347,15 +348,26 @@ class BlockReader:
 
     def _block(self, number: int, block: int) -> tuple[str, int, partial[bytes]]:
         """The name of a block in the cache, its size, and a function that fetches it."""
-        file_name, file = self._files[number]
+        file = self._file_of(number)
         start = block * self._block_bytes
         end = min(start + self._block_bytes, file.num_bytes)
-        name = f"{file.xxh3}-{file.num_bytes}-{self._block_bytes}/{block:08d}"
-        return name, end - start, partial(self._store.read, file_name, start, end)
+        name = f"{file.identity}-{file.num_bytes}-{self._block_bytes}/{block:08d}"
+        return name, end - start, partial(file.store.read, file.name, start, end)
 
     def _count(self, num_bytes: int) -> None:
         with self._counting:
             self.num_bytes_read += num_bytes
+
+
+def blocks_in(
+    numbers: Int64Array, offsets: Int64Array, sizes: Int64Array, *, block_bytes: int
+) -> list[tuple[int, int]]:
+    """The blocks that some ranges of files lie in, (file, block) once each, in this order."""
+    first = offsets // block_bytes
+    last = (offsets + np.maximum(sizes, 1) - 1) // block_bytes
+    ranges = zip(numbers.tolist(), first.tolist(), last.tolist(), strict=True)
+    blocks = [(number, i) for number, start, end in ranges for i in range(start, end + 1)]
+    return list(dict.fromkeys(blocks))
 
 
 class _StuckError(Exception):

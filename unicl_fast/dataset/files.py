@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from unicl_fast.dataset.arrays import (
 from unicl_fast.dataset.block_cache import (
     BlockCache,
     BlockReader,
+    CachedFile,
     CacheOptions,
     Int64Array,
     LargeFiles,
@@ -39,6 +40,7 @@ from unicl_fast.system.atomic_files import lock, read_fully, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
 from unicl_fast.system.progress import mark_progress
 from unicl_fast.system.untrusted_files import open_file, open_regular, read_file
+from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,11 @@ Fault = ValueError | FileNotFoundError
 class LocalReader:
     """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._paths = [folder / name for name in names]
-        self._arguments = folder, names
+    def __init__(self, folder: Path, path_of: Callable[[int], str]) -> None:
+        """Opens nothing yet; `path_of` a number is a whole path, or one from `folder` on."""
+        self._arguments = folder, path_of
         self._files: dict[int, int] = {}
-        self._folder = folder
+        self._folder, self._path_of = str(folder), path_of
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -77,7 +79,7 @@ class LocalReader:
                 # The descriptor is left alone, since another thread may be reading through it.
                 if error.errno != errno.ESTALE:
                     raise
-            file = open_regular(self._paths[number])[0]
+            file = self._open_anew(number)
         try:
             return read_fully(file, buffer.data, offset=offset)
         finally:
@@ -119,13 +121,16 @@ class LocalReader:
         file = self._files.get(number)
         if file is not None:
             return file, True
-        opened = open_regular(self._paths[number])[0]
+        opened = self._open_anew(number)
         if len(self._files) >= _MAX_OPEN_FILES:
             return opened, False
         file = self._files.setdefault(number, opened)
         if file != opened:  # another thread was first
             os.close(opened)
         return file, True
+
+    def _open_anew(self, number: int) -> int:
+        return open_regular(os.path.join(self._folder, self._path_of(number)))[0]
 
 
 FileReader = LocalReader | BlockReader
@@ -154,7 +159,7 @@ class LocalFiles:
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
-        return LocalReader(self.folder, list(files))
+        return LocalReader(self.folder, list(files).__getitem__)
 
 
 class RemoteFiles:
@@ -166,8 +171,12 @@ class RemoteFiles:
         self.location = self.store.url
         self.options = options
         self._cache = BlockCache(options.place, max_bytes=options.max_bytes)
-        self.folder = copy_small_files(self.store, options.place, array_names)
+        self.folder = self.copy(array_names)
         self._manifest = read_file(self.folder / MANIFEST_NAME)
+
+    def copy(self, names: Sequence[str]) -> Path:
+        """Brings arrays into the folder; returns it."""
+        return copy_small_files(self.store, self.options.place, names)
 
     def where(self, name: str) -> str:
         return self.store.url_of(name)
@@ -180,7 +189,8 @@ class RemoteFiles:
         return self.store.read(name, 0, size)
 
     def reader(self, files: LargeFiles) -> FileReader:
-        return BlockReader(self.store, files, self._cache, block_bytes=self.options.block_bytes)
+        cached = [CachedFile(self.store, name, x.num_bytes, x.xxh3) for name, x in files.items()]
+        return BlockReader(cached.__getitem__, self._cache, block_bytes=self.options.block_bytes)
 
     def is_unchanged(self) -> bool:
         """Whether the data set at the URL is still the one that was opened."""
@@ -192,6 +202,7 @@ def check_files(
     manifest: Manifest,
     *,
     layout: PixelLayout | None,
+    changed_sources: Iterable[tuple[str, int]] = (),
     max_bad_fraction: float | None,
 ) -> None:
     """Compares the sizes of the large files with the manifest, without reading them.
@@ -223,16 +234,15 @@ def check_files(
         fault = _size_fault(files.where(shard.name), sizes[shard.name], shard.num_bytes)
         if fault is not None:
             faults.append((fault, shard.num_samples if layout is None else 0))
+    if max_bad_fraction is not None:
+        faults += [(ValueError(message), count) for message, count in changed_sources]
     if not faults or max_bad_fraction is None:
         return
     first, num_bad = faults[0][0], sum(num_images for _, num_images in faults)
     if not max_bad_fraction:
         raise first
-    num_files = len(manifest.shards) + (layout is not None)
-    damage = (
-        f"{first} ({len(faults)} such of {num_files} files, with the images of {num_bad} of "
-        f"{total} samples"
-    )
+    such = count_of(len(faults), "such file")
+    damage = f"{first} ({such}, with the images of {num_bad} of {total} samples"
     if num_bad > max_bad_fraction * total:
         raise type(first)(f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)")
     logger.warning(

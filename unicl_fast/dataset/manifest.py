@@ -20,7 +20,9 @@ RAW_FORMAT_VERSION = 2
 """Version of data sets whose images are decoded and lie in one array."""
 WEBP_FORMAT_VERSION = 3
 """Version of data sets whose shards hold a WebP, which readers of version 1 do not expect."""
-_KNOWN_VERSIONS = (FORMAT_VERSION, RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION)
+IN_PLACE_FORMAT_VERSION = 4
+"""Version of data sets whose images stay in the files that they were found in."""
+_KNOWN_VERSIONS = (1, 2, 3, 4)
 MANIFEST_NAME = "manifest.json"
 
 
@@ -44,6 +46,19 @@ class PixelsInfo:
     num_bytes: Count
     """Size of the whole file, header included."""
     xxh3: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InPlaceInfo:
+    """The source files that hold the images of a data set in place."""
+
+    num_files: Count
+    num_name_bytes: Count
+    """Length of names.npy."""
+    num_bytes: Count
+    """Bytes of the images in source files."""
+    xxh3: str
+    """XXH3-64 of all images' checksums in the order of samples, 8 bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +88,8 @@ class Manifest:
     the file) nothing was said."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""
+    in_place: InPlaceInfo | None = None
+    """The source files; None (and no field in the file) if the data set has its images itself."""
     hierarchy: Hierarchy | None = None
     """The parents of the classes; None (and no field in the file) if nothing is known of them."""
 
@@ -84,7 +101,7 @@ class Manifest:
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
-        for name in ("pixels", "hierarchy", "license"):
+        for name in ("pixels", "in_place", "hierarchy", "license"):
             if not values[name]:
                 del values[name]
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -106,9 +123,10 @@ class Manifest:
             manifest = from_json_values(cls, values)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-        if (manifest.pixels is None) == (version == RAW_FORMAT_VERSION):
-            wanted = "needs the" if version == RAW_FORMAT_VERSION else "has no"
-            raise ValueError(f"{where}: format version {version} {wanted} field pixels")
+        for field, owner in (("pixels", RAW_FORMAT_VERSION), ("in_place", IN_PLACE_FORMAT_VERSION)):
+            if (getattr(manifest, field) is None) == (version == owner):
+                wanted = "needs the" if version == owner else "has no"
+                raise ValueError(f"{where}: format version {version} {wanted} field {field}")
         hierarchy, num_classes = manifest.hierarchy, len(manifest.class_names)
         if hierarchy is not None and hierarchy.num_classes != num_classes:
             raise ValueError(

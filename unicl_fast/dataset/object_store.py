@@ -76,6 +76,16 @@ def is_url(place: str | os.PathLike[str]) -> bool:
     return isinstance(place, str) and _URL.fullmatch(place) is not None
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The URL of the bucket or server that holds an object, so that all share it, and the rest."""
+    protocol, _, place = url.partition("://")
+    host, _, name = place.partition("/")
+    if host and name:
+        return f"{protocol}://{host}", name
+    above, _, name = url.rpartition("/")  # file:///folder/name
+    return above, name
+
+
 class ObjectStore:
     """The objects under one URL, as names below it. Safe in several threads, and after a fork."""
 

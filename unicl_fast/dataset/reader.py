@@ -17,15 +17,24 @@ import xxhash
 
 from unicl_fast.dataset.arrays import (
     ARRAY_DTYPES,
+    NO_FILE,
     PIXELS_NAME,
     PixelLayout,
     blocks_of,
+    dtypes_of,
     mapping_of,
     open_array,
     verify_arrays,
 )
-from unicl_fast.dataset.block_cache import BlockReader, CacheOptions, Int64Array, LargeFiles
+from unicl_fast.dataset.block_cache import (
+    BlockReader,
+    CacheOptions,
+    Int64Array,
+    LargeFiles,
+    blocks_in,
+)
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
+from unicl_fast.dataset.in_place import SourceFiles
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.system.checksums import read_checksums
@@ -106,6 +115,8 @@ class PackedDataset:
         """Folder of manifest and arrays; for a data set under a URL, in the cache."""
         self.remote = files if isinstance(files, RemoteFiles) else None
         self.manifest = Manifest.load(self.folder)
+        self.sources = self._open_sources(cache)
+        """The files that hold the images; None where they are in the data set's own files."""
         total = self.manifest.num_samples
         num_used = min(max(1, round(fraction * total)), total)
         self.samples = self._open_array("samples", total)[:num_used]
@@ -118,12 +129,21 @@ class PackedDataset:
         large: LargeFiles = {shard.name: shard for shard in self.manifest.shards}
         self._large = large if pixels is None else {**large, PIXELS_NAME: pixels}
         self._reader = self.new_reader()
-        check_files(files, self.manifest, layout=self._layout, max_bad_fraction=max_bad_fraction)
+        check_files(
+            files,
+            self.manifest,
+            layout=self._layout,
+            changed_sources=() if self.sources is None else self.sources.changed(),
+            max_bad_fraction=max_bad_fraction,
+        )
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
             self.largest_token = verify_arrays(
-                self.folder, self.manifest, ARRAY_DTYPES, checksums=read_checksums(self.folder)
+                self.folder,
+                self.manifest,
+                dtypes_of(self.manifest),
+                checksums=read_checksums(self.folder),
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -165,6 +185,8 @@ class PackedDataset:
             if file >= len(self.manifest.shards):
                 raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
             height, width = int(row["height"]), int(row["width"])
+            if self.sources is not None and (place := self.sources.place_of(index)) is not None:
+                file, offset, size = place.file + len(self.manifest.shards), *place[1:]
             if 0 < max_pixels < height * width:
                 raise DamagedSampleError(
                     f"{self.describe(index)}: {width} x {height} pixels; at most {max_pixels:,} "
@@ -176,34 +198,53 @@ class PackedDataset:
         data = np.empty(len(header) + size, dtype=np.uint8)
         data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         stored = data[len(header) :]
-        for _ in range(1 if self.remote is None else 2):
+        reader, number = self._reader_of(file)
+        for _ in range(2 if isinstance(reader, BlockReader) else 1):
             self._read_stored(index, file, stored, offset)
-            if not verify or xxhash.xxh3_64_intdigest(stored.data) == int(row["xxh3"]):
+            found, expected = 0, int(row["xxh3"])
+            if not verify or (found := xxhash.xxh3_64_intdigest(stored.data)) == expected:
                 return data
-            if isinstance(self._reader, BlockReader):  # perhaps only the cache is damaged
-                self._reader.discard(file, offset, size)
+            if isinstance(reader, BlockReader):  # perhaps only the cache is damaged
+                reader.discard(number, offset, size)
         self._refuse_change()
         raise DamagedSampleError(
-            f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
+            f"{self.describe(index)}: the bytes differ from those that were packed (checksum "
+            f"{found:016x}, expected {expected:016x})" + self._advice(file)
         )
+
+    def _reader_of(self, file: int) -> tuple[FileReader, int]:
+        """The reader of a file, and the file's number there: source files follow the shards."""
+        number = file - len(self.manifest.shards)
+        if self.sources is None or number < 0:
+            return self._reader, file
+        return self.sources.reader, number
+
+    def _advice(self, file: int) -> str:
+        """Says how a source file has changed, if `file` is one."""
+        number = file - len(self.manifest.shards)
+        if self.sources is None or number < 0:
+            return ""
+        return f": {self.sources.describe_change(number, self.sources.size_now(number))}"
 
     def _read_stored(
         self, index: int, file: int, stored: npt.NDArray[np.uint8], offset: int
     ) -> None:
         """Fills `stored` from a file, for sample `index`."""
-        holder = "the shard" if self._layout is None else PIXELS_NAME
+        holder = "the file" if self._layout is None else PIXELS_NAME
+        reader, number = self._reader_of(file)
         try:
-            done = self._reader.read_into(file, stored, offset)
+            done = reader.read_into(number, stored, offset)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno in _NOT_THE_FILES:
                 raise
             self._refuse_change()
             raise DamagedSampleError(
-                f"{self.describe(index)}: {holder} cannot be read: {error}"
+                f"{self.describe(index)}: {holder} cannot be read: {error}" + self._advice(file)
             ) from error
         if done < len(stored):
             raise DamagedSampleError(
                 f"{self.describe(index)}: {holder} ends after {done} of {len(stored)} bytes"
+                + self._advice(file)
             )
 
     def _refuse_change(self) -> None:
@@ -241,14 +282,13 @@ class PackedDataset:
 
     def image_sizes(self, indices: Int64Array, *, max_pixels: int = 0) -> Int64Array:
         """Sizes in bytes of what `image_bytes` returns, int64 [k]; 0 where it refuses the image."""
+        files, offsets, sizes = self._places(indices)
         if self._layout is not None:
-            return np.full(len(indices), len(self._layout.pnm_header) + self._layout.row_bytes)
-        rows = self.samples.take(indices)
-        shards, sizes = rows["shard"].astype(np.int64), rows["size"].astype(np.int64)
-        ends = rows["offset"].astype(np.int64) + sizes
-        known = np.array([shard.num_bytes for shard in self.manifest.shards] + [0])
-        sound = (sizes <= ends) & (ends <= known[np.minimum(shards, len(known) - 1)])
+            return sizes + len(self._layout.pnm_header)
+        ends, known = offsets + sizes, self._file_bytes
+        sound = (sizes <= ends) & (ends <= known[np.minimum(files, len(known) - 1)])
         if max_pixels:
+            rows = self.samples.take(indices)
             sound &= rows["height"].astype(np.int64) * rows["width"] <= max_pixels
         return np.where(sound, sizes, 0)
 
@@ -282,19 +322,15 @@ class PackedDataset:
         sizes: Int64Array,
     ) -> npt.NDArray[np.bool_]:
         """Reads images as they are stored; returns which are as they were packed, bool [k]."""
-        rows = self.samples.take(indices)
-        if self._layout is None:
-            files, offsets = rows["shard"].astype(np.int64), rows["offset"].astype(np.int64)
-        else:
-            files = np.full(len(indices), len(self.manifest.shards))
-            offsets = self._layout.offset_of(indices)
+        files, offsets, _ = self._places(indices)
         whole = np.zeros(len(indices), np.bool_)
         asked_for = sizes > 0
         for file in np.unique(files[asked_for]).tolist():
             mine = np.flatnonzero(asked_for & (files == file))
+            reader, number = self._reader_of(file)
             try:
-                whole[mine] = self._reader.read_ranges(
-                    file, offsets[mine], sizes[mine], buffer, starts[mine]
+                whole[mine] = reader.read_ranges(
+                    number, offsets[mine], sizes[mine], buffer, starts[mine]
                 )
             except OSError as error:
                 if error.errno in _NOT_THE_FILES:
@@ -302,8 +338,32 @@ class PackedDataset:
         view, digest = buffer.data, xxhash.xxh3_64_intdigest  # 0.2 us each of 3 kB
         edges = zip(starts.tolist(), (starts + sizes).tolist(), strict=True)
         found = np.array([digest(view[start:end]) for start, end in edges], dtype=np.uint64)
-        sound: npt.NDArray[np.bool_] = whole & (found == rows["xxh3"])
+        sound: npt.NDArray[np.bool_] = whole & (found == self.samples.take(indices)["xxh3"])
         return sound
+
+    def _places(self, indices: Int64Array) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """File, offset and size of stored images, int64 [k]; source files follow the shards."""
+        num_shards = len(self.manifest.shards)
+        if self._layout is not None:
+            size = np.full(len(indices), self._layout.row_bytes)
+            return np.full(len(indices), num_shards), self._layout.offset_of(indices), size
+        rows = self.samples.take(indices)
+        files, offsets, sizes = (
+            rows[name].astype(np.int64) for name in ("shard", "offset", "size")
+        )
+        if self.sources is not None:
+            places = self.sources.places.take(indices)
+            outside = places["file"] != NO_FILE
+            files[outside] = places["file"][outside] + num_shards
+            offsets[outside], sizes[outside] = places["offset"][outside], places["size"][outside]
+        return files, offsets, sizes
+
+    @functools.cached_property
+    def _file_bytes(self) -> Int64Array:
+        """Bytes of shards and source files by number, and 0 at the end."""
+        sources = [] if self.sources is None else [self.sources.rows["num_bytes"]]
+        shards = [shard.num_bytes for shard in self.manifest.shards]
+        return np.concatenate([shards, *sources, [0]]).astype(np.int64)
 
     def caption_tokens(
         self, index: int, which: int, *, context_length: int | None = None
@@ -345,12 +405,20 @@ class PackedDataset:
         """The first byte of a part of sample `index` in its file, for messages."""
         if self._layout is not None and part == "image":
             return self._layout.offset_of(index)
+        if self.sources is not None and part == "image":
+            place = self.sources.place_of(index)
+            if place is not None:
+                return place.offset
         return int(self.samples[index]["offset"])
 
     def shard_of(self, index: int, part: Part = "image") -> str:
         """The name of the file that holds a part of sample `index`, for messages."""
         if self._layout is not None and part == "image":
             return PIXELS_NAME
+        if self.sources is not None and part == "image":
+            place = self.sources.place_of(index)
+            if place is not None:
+                return self.sources[place.file]
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
@@ -361,8 +429,11 @@ class PackedDataset:
         Reading after the end of a mapped file would end the process with a bus error. Files that
         are removed or replaced do not change for processes that have them open.
         """
-        arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
-        for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
+        own: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
+        arrays = dict(zip(ARRAY_DTYPES, own, strict=True))
+        if self.sources is not None:
+            arrays |= self.sources.arrays
+        for name, array in arrays.items():
             mapped = mapping_of(array)
             if mapped is not None and mapped.size() < len(mapped):
                 raise DamagedDatasetError(
@@ -377,36 +448,61 @@ class PackedDataset:
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
         """Lists the cache's blocks that hold images under a URL, (file, block) once, as needed."""
-        if self._layout is not None:
-            files = np.full(len(indices), len(self.manifest.shards))
-            sizes = np.full(len(indices), self._layout.row_bytes)
-            return self._cached.blocks_of(files, self._layout.offset_of(indices), sizes)
-        rows = self.samples.take(indices)
-        places = (rows[field].astype(np.int64) for field in ("shard", "offset", "size"))
-        return self._cached.blocks_of(*places)
+        files, offsets, sizes = self._places(indices)
+        assert self.cache is not None, "a folder has no cache"
+        if self.remote is None:  # source files are under URLs, and the shards are not
+            outside = files >= len(self.manifest.shards)
+            files, offsets, sizes = files[outside], offsets[outside], sizes[outside]
+        return blocks_in(files, offsets, sizes, block_bytes=self.cache.block_bytes)
 
     def fetch_ahead(self, file: int, block: int) -> None:
         """Brings a block that `blocks_of` named into the cache."""
-        self._cached.fetch_ahead(file, block)
+        reader, number = self._reader_of(file)
+        assert isinstance(reader, BlockReader), "a folder has no cache"
+        reader.fetch_ahead(number, block)
+
+    @property
+    def cache(self) -> CacheOptions | None:
+        """The cache that images are read through; None if all lie in folders."""
+        if self.remote is not None:
+            return self.remote.options
+        return None if self.sources is None else self.sources.cache
 
     @property
     def needed_bytes(self) -> int:
         """Bytes of images that this process has read through the cache."""
-        return self._cached.num_bytes_read
+        readers = [self._reader, *([] if self.sources is None else [self.sources.reader])]
+        return sum(one.num_bytes_read for one in readers if isinstance(one, BlockReader))
 
     @property
-    def _cached(self) -> BlockReader:
-        assert isinstance(self._reader, BlockReader), "a folder has no cache"
-        return self._reader
+    def fetched_bytes(self) -> int:
+        """Bytes that this process has read from stores."""
+        own = 0 if self.remote is None else self.remote.store.traffic.read_bytes
+        return own + (0 if self.sources is None else self.sources.num_bytes_fetched)
 
     def close(self) -> None:
-        """Closes the shard files; reading images afterwards is an error."""
+        """Closes the files; reading images afterwards is an error."""
         self._reader.close()
+        if self.sources is not None:
+            self.sources.reader.close()
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.location} has samples 0 to {len(self) - 1}, not {index}")
         return index
+
+    def _open_sources(self, cache: CacheOptions | None) -> SourceFiles | None:
+        if self.manifest.in_place is None:
+            return None
+        if self.remote is not None:
+            self.remote.copy([f"{name}.npy" for name in dtypes_of(self.manifest)])
+        sources = SourceFiles(self.folder, self.manifest, cache, location=self.location)
+        if self.remote is not None and len(sources) and sources.cache is None:
+            raise ValueError(
+                f"{self.location} holds no images: they are in files of the machine that it was "
+                f"made on, such as {sources[0]}; index them by their URLs"
+            )
+        return sources
 
     def _open_array(self, name: str, length: int) -> npt.NDArray[Any]:
         return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.dataset.arrays import NO_FILE
 from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
@@ -50,7 +51,7 @@ class StoredSample:
 
     @property
     def image(self) -> Member | None:
-        """The image as a file; None for a raw data set, whose images are not in its shards."""
+        """The image as a file; None where the shard does not hold it: raw, or in place."""
         return self.members[0] if len(self.members) > 1 else None
 
     def index_line(self, index: int) -> str:
@@ -88,8 +89,9 @@ class SampleReader:
         """Everything its shard holds of a sample, or DamagedSampleError; compares no checksum."""
         members = self._members(index)
         found = [member.extension for member in members]
-        if found not in ([["json"]] if self._is_raw else _MEMBERS):
-            expected = "json alone" if self._is_raw else "jpg, webp or png, then json"
+        is_elsewhere = self._is_elsewhere(index)
+        if found not in ([["json"]] if is_elsewhere else _MEMBERS):
+            expected = "json alone" if is_elsewhere else "jpg, webp or png, then json"
             raise self._damaged(
                 index, f"its members are {', '.join(found)}; expected are {expected}"
             )
@@ -106,10 +108,15 @@ class SampleReader:
     def read_description(self, index: int) -> Description:
         """Reads KEY.json alone, or raises DamagedSampleError."""
         image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
-        members = self._members(index, skipped=0 if self._is_raw else image)
+        members = self._members(index, skipped=0 if self._is_elsewhere(index) else image)
         if [member.extension for member in members] != ["json"]:
             raise self._damaged(index, "there is no JSON where it should be")
         return self._description(index, members[0])
+
+    def _is_elsewhere(self, index: int) -> bool:
+        """Whether the shard holds only the JSON of a sample."""
+        sources = self._dataset.sources
+        return self._is_raw or (sources is not None and sources.place_of(index) is not None)
 
     def _members(self, index: int, *, skipped: int = 0) -> tuple[Member, ...]:
         shard, start, end = self.span(index)
@@ -149,6 +156,9 @@ class SampleReader:
 def image_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
     """Bytes of each image's file, or of its pixels in a raw data set, [N]."""
     sizes: npt.NDArray[np.uint32] = dataset.samples["size"]
+    if dataset.sources is not None:
+        places = dataset.sources.places[: len(dataset)]
+        return np.where(places["file"] == NO_FILE, sizes, places["size"])
     if dataset.image_shape is None:
         return sizes
     return np.full(len(dataset), math.prod(dataset.image_shape), np.uint32)

@@ -21,7 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.arrays import ARRAY_DTYPES, CHANNELS, PIXEL_DTYPE, PIXELS_NAME
+from unicl_fast.dataset.arrays import (
+    ARRAY_DTYPES,
+    CHANNELS,
+    HEADER_BYTES,
+    IN_PLACE_DTYPES,
+    NO_FILE,
+    PIXEL_DTYPE,
+    PIXELS_NAME,
+    SAMPLE_DTYPE,
+)
 from unicl_fast.dataset.growing_files import (
     ArrayFile,
     FinishedShard,
@@ -35,9 +44,11 @@ from unicl_fast.dataset.growing_files import (
 )
 from unicl_fast.dataset.manifest import (
     FORMAT_VERSION,
+    IN_PLACE_FORMAT_VERSION,
     MANIFEST_NAME,
     RAW_FORMAT_VERSION,
     WEBP_FORMAT_VERSION,
+    InPlaceInfo,
     Manifest,
     PixelsInfo,
     ShardInfo,
@@ -67,7 +78,22 @@ again; no part of the data set, which is the same bytes wherever and whenever it
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
+_PLACE_ROW = struct.Struct("<IQI")
+_FILE_ROW = struct.Struct("<QHQQ")
 _quote = json.encoder.encode_basestring_ascii
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePlace:
+    """The bytes of an image that stays in its source file."""
+
+    name: str
+    """The file's URL, its whole path, or its path from the data set's folder."""
+    num_bytes: int
+    version: int
+    """When the file was written, in nanoseconds, or XXH3-64 of its object's version."""
+    offset: int
+    size: int
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, which takes three times as long to make
@@ -89,6 +115,8 @@ class PackedSample:
     source: str = ""
     """The image's origin, and `name` its name there: for people, not for training."""
     name: str = ""
+    place: SourcePlace | None = None
+    """The image's place in a source file, in a data set in place; `image` is then empty."""
 
 
 class DatasetWriter:
@@ -102,7 +130,7 @@ class DatasetWriter:
         out: str | os.PathLike[str],
         *,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
-        images: Literal["encoded", "raw"] = "encoded",
+        images: Literal["encoded", "raw", "in place"] = "encoded",
         work: Path | None = None,
     ) -> None:
         """Makes the folder that is renamed at the end, or continues one.
@@ -110,7 +138,8 @@ class DatasetWriter:
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
-            images: files as they come, or (raw, format version 2) decoded pixels of one size.
+            images: files as they come; or (raw, format version 2) decoded pixels of one size; or
+                (in place, format version 4) those that have a `place` stay there.
             work: a folder beside the final one that outlives a program that is killed: the shards
                 that an earlier writer finished in it are kept. The caller ensures that samples and
                 options are the same, leaves out the first `num_places` samples, and removes the
@@ -132,7 +161,8 @@ class DatasetWriter:
         self._shard_bytes = shard_bytes
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
-        self._is_raw = images == "raw"
+        self._is_raw, self._is_in_place = images == "raw", images == "in place"
+        self._dtypes = ARRAY_DTYPES | (IN_PLACE_DTYPES if self._is_in_place else {})
         self._image_size: tuple[int, int] | None = None
         self._pixels: ArrayFile | None = None
         self._has_webp = False
@@ -171,7 +201,7 @@ class DatasetWriter:
         if not 0 < max(len(sample.captions), len(sample.labels)) < 2**16:
             raise ValueError("a sample needs 1 to 65,535 captions or labels")
         members = [("json", _describe(sample))]
-        if not self._is_raw:
+        if not self._is_raw and sample.place is None:
             members.insert(0, (sample.extension, sample.image))
         # first of all, since a line of the journal must count nothing of this sample
         shard = self._shard_for(members)
@@ -190,7 +220,23 @@ class DatasetWriter:
             tokens.append(ids.astype("<u2").tobytes())
         if sample.labels:
             labels.append(struct.pack(f"<{len(sample.labels)}i", *sample.labels))
+        if self._is_in_place:
+            self._add_place(sample.place)
         self.num_samples += 1
+
+    def _add_place(self, place: SourcePlace | None) -> None:
+        """Notes where an image stays; one that follows another of its source file shares a row."""
+        files, names, row = self._arrays["files"], self._arrays["names"], (NO_FILE, 0, 0)
+        if place is not None:
+            key = [place.name, place.num_bytes, place.version]
+            if self.notes.get("source_file") != key:
+                name = os.fsencode(place.name)
+                files.append(_FILE_ROW.pack(names.length, len(name), *key[1:]))
+                names.append(name)
+                self.notes["source_file"] = key
+            row = files.length - 1, place.offset, place.size
+            self.notes["in_place_bytes"] = self.notes.get("in_place_bytes", 0) + place.size
+        self._arrays["places"].append(_PLACE_ROW.pack(*row))
 
     def _add_pixels(self, sample: PackedSample) -> None:
         """Appends a decoded image; the first one determines the size of all."""
@@ -239,9 +285,12 @@ class DatasetWriter:
             # read again: the header, its beginning, is written last
             found, num_bytes = file_checksum(self.aside / PIXELS_NAME), self._pixels.num_bytes
             pixels = PixelsInfo(height=height, width=width, num_bytes=num_bytes, xxh3=found)
-        encoded = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
+        for array in self._arrays.values():
+            array.finish()
+        version = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
+        version = RAW_FORMAT_VERSION if self._is_raw else version
         manifest = Manifest(
-            version=RAW_FORMAT_VERSION if self._is_raw else encoded,
+            version=IN_PLACE_FORMAT_VERSION if self._is_in_place else version,
             num_samples=self.num_samples,
             num_captions=self._arrays["captions"].length,
             num_tokens=self._arrays["tokens"].length,
@@ -258,10 +307,9 @@ class DatasetWriter:
             tool_version=tool_version,
             license=license,
             pixels=pixels,
+            in_place=self._describe_places() if self._is_in_place else None,
             hierarchy=hierarchy,
         )
-        for array in self._arrays.values():
-            array.finish()
         self._quarantine.finish()
         # lone surrogates stand for bytes of a file name; as escapes they are good JSON
         manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
@@ -281,6 +329,20 @@ class DatasetWriter:
         if self._journal is not None:
             self._journal.close()
         return manifest
+
+    def _describe_places(self) -> InPlaceInfo:
+        """Describes source files for the manifest, once the arrays are written."""
+        path, shape = self.aside / "samples.npy", (self.num_samples,)
+        rows = np.memmap(path, SAMPLE_DTYPE, mode="r", offset=HEADER_BYTES, shape=shape)
+        digest = xxhash.xxh3_64()
+        for start in range(0, len(rows), 1 << 16):
+            digest.update(rows["xxh3"][start : start + (1 << 16)].tobytes())
+        return InPlaceInfo(
+            num_files=self._arrays["files"].length,
+            num_name_bytes=self._arrays["names"].length,
+            num_bytes=self.notes.get("in_place_bytes", 0),
+            xxh3=digest.hexdigest(),
+        )
 
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
         """Lists all files of the folder, and the manifest that is written next."""
@@ -311,7 +373,8 @@ class DatasetWriter:
         """Opens the growing files; raises ValueError or OSError if those of `last` have changed."""
         kept = {} if last is None else last.files
         self._arrays = {
-            name: ArrayFile(self.aside, name, kept=kept.get(f"{name}.npy")) for name in ARRAY_DTYPES
+            name: ArrayFile(self.aside, name, dtype=dtype, kept=kept.get(f"{name}.npy"))
+            for name, dtype in self._dtypes.items()
         }
         self._quarantine = ListFile(
             self.aside / QUARANTINE_NAME, QUARANTINE_COLUMNS, kept=kept.get(QUARANTINE_NAME)

@@ -17,15 +17,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.manifest import InPlaceInfo, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
+from unicl_fast.packing.in_place import (
+    KnownImages,
+    Places,
+    require_in_place,
+    shuffled_files,
+)
 from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
@@ -49,6 +57,7 @@ from unicl_fast.packing.sources.packed import (
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import require_there
+from unicl_fast.packing.sources.urls import require_lasting
 from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
@@ -87,6 +96,8 @@ class BuildSummary:
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
+    in_place: InPlaceInfo | None
+    """The source files of a data set in place."""
     num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
@@ -233,9 +244,12 @@ def _pack_all(
     progress: bool,
 ) -> list[dict[str, Any]]:
     """Reads the sources once and packs each side; returns facts that are not in the data sets."""
+    if options.in_place:
+        require_lasting(sources)
     # what is copied and unpacked stays with the finished shards of the side that is packed
     place = next((work for work in works if not work.is_complete), works[0])
     staged = StagedSources(sources, options.image_root, place.copies)
+    paths = sources if options.in_place else staged.paths
     for work in works:
         if not work.is_complete:
             require_free(work.out)
@@ -243,11 +257,12 @@ def _pack_all(
         if staged.versions:
             work.require_same("sources under URLs", staged.versions)
     if not (staged.are_known and all(work.is_complete for work in works)):
-        staged.fetch()
-        options = replace(options, image_root=staged.image_root)
+        if not options.in_place:
+            staged.fetch()
+            options = replace(options, image_root=staged.image_root)
         names = list(map(shown_place, sources))
         with Spool(place.spool, takes_loose=takes_loose) as spool:
-            contents = _read(staged.paths, options, spool, works, progress=progress)
+            contents = _read(paths, options, spool, works, progress=progress)
             return [
                 _pack(contents, side, work, options, images, source_names=names, progress=progress)
                 for side, work in enumerate(works)
@@ -269,6 +284,7 @@ def _summarize(work: WorkFolder, outcome: dict[str, Any], *, started: float) -> 
         class_names=manifest.class_names,
         templates=manifest.templates,
         hierarchy="" if hierarchy is None else hierarchy.describe(),
+        in_place=manifest.in_place,
         seconds=time.perf_counter() - started,
         quarantined=describe_left_out(out / QUARANTINE_NAME),
         left_out_by_kind=count_left_out(out / QUARANTINE_NAME),
@@ -310,16 +326,17 @@ def _pack(
     if work.is_complete:
         return dict(work.record["summary"])
     tokenizer = Tokenizer()
-    is_raw = options.format == "raw"
+    places = Places(work.out) if options.in_place else None
+    known = KnownImages(options.known, work.out) if options.known else None
     # what was left out before, and cannot be packed now, is listed by the first side
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
         work.out,
         shard_bytes=options.shard_bytes,
-        images="raw" if is_raw else "encoded",
+        images=options.kept_as,
         work=work.path,
     ) as writer:
-        one_size = OneSize(images.square_side, writer.notes) if is_raw else None
+        one_size = OneSize(images.square_side, writer.notes) if options.kept_as == "raw" else None
         num_taken_over = writer.num_samples
         num_done = writer.num_places
         if num_taken_over:
@@ -328,13 +345,14 @@ def _pack(
             for row in left_out_before(packed):
                 writer.quarantine(**asdict(row))
         samples = contents.sides[side]
-        order = shuffled_order(len(samples), seed=options.seed)
+        order = _order_of(samples, options)
         checked = _check(
             samples.at(order[num_done:]),
             images=images,
             one_size=one_size,
             context_length=tokenizer.context_length,
             options=options,
+            known=known,
         )
         bar = tqdm(
             checked,
@@ -345,12 +363,12 @@ def _pack(
             disable=not progress,
             smoothing=0.1,
         )
-        _write(bar, writer, contents.numbers, one_size)
+        _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:
             summary = {
                 "num_reencoded": writer.notes.get("num_reencoded", 0),
                 "passed_over": dict(contents.passed_over),
-                "notes": dict(contents.notes),
+                "notes": dict(contents.notes if known is None else contents.notes + known.notes),
             }
             writer.finish(
                 tokenizer=tokenizer.name,
@@ -372,6 +390,12 @@ def _pack(
     raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
+def _order_of(samples: Samples, options: BuildOptions) -> npt.NDArray[np.int64]:
+    if options.in_place:
+        return shuffled_files(samples, seed=options.seed)
+    return shuffled_order(len(samples), seed=options.seed)
+
+
 def _read(
     paths: list[str],
     options: BuildOptions,
@@ -383,6 +407,8 @@ def _read(
     """Reads all sources, numbers their labels, chooses samples and divides them."""
     unwanted = LeaveOut(options.leave_out)
     read = read_sources(paths, options, spool)
+    if options.in_place:
+        require_in_place(read, spool)
     packed = [source for source in read if isinstance(source, PackedSource)]
     space, numbers = _number_labels(read, options.class_names, spool, works)
     templates = _choose_templates(options, space, packed)
@@ -463,6 +489,7 @@ def _check(
     one_size: OneSize | None,
     context_length: int,
     options: BuildOptions,
+    known: KnownImages | None,
 ) -> Iterator[tuple[str, Item, Checked | Problem]]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
@@ -473,7 +500,7 @@ def _check(
         (
             Task(
                 name=item.name,
-                entry=item.entry,
+                entry=item.entry if known is None else known.replace(item.entry),
                 captions=tuple(item.captions),
                 size=None if one_size is None else one_size.size,
                 answer_bytes=0 if one_size is None else one_size.answer_bytes(images),
@@ -488,7 +515,7 @@ def _check(
     for source, item in behind:
         result = next(results) if item.problem is None else item.problem
         if item.problem is None and isinstance(result, Problem) and result.kind == "unreadable":
-            require_there(item.entry, source)
+            require_there(item.entry, source, result.message)
         yield source, item, result
 
 
@@ -497,6 +524,7 @@ def _write(
     writer: DatasetWriter,
     numbers: dict[Label, int],
     one_size: OneSize | None,
+    places: Places | None,
 ) -> None:
     """Writes sound samples, and lists the others."""
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
@@ -504,7 +532,10 @@ def _write(
         if isinstance(result, Problem):
             writer.quarantine(source=source, name=item.name, **asdict(result))
             continue
-        image = result.image
+        image, place = result.image, None
+        if places is not None and not image.data:
+            assert item.entry is not None
+            place = places.of(item.entry)
         if one_size is not None:
             one_size.require(image, item.name)
         writer.add(
@@ -519,6 +550,7 @@ def _write(
                 labels=tuple(dict.fromkeys(numbers[label] for label in item.labels)),
                 source=source,
                 name=item.name,
+                place=place,
             )
         )
         if image.reencoded:

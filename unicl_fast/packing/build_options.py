@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.images.check import (
     MAX_PIXELS,
@@ -21,7 +22,7 @@ from unicl_fast.packing.workers import ImageOptions
 DEFAULT_IMAGE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
 
-_FREE_TO_CHANGE = {"restart", "workers", "engine"}
+_FREE_TO_CHANGE = {"restart", "workers", "engine", "known"}
 """Options that a build need not repeat to resume: they leave no trace in the data set."""
 
 
@@ -69,6 +70,13 @@ class BuildOptions(ListOptions):
     byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
     pixel. docs/data.md compares them."""
+    in_place: bool = False
+    """Leave images in the tars and files of SOURCE, in folders or under URLs: they are checked and
+    indexed, and not copied. Only those that no decoder should meet are converted, and kept in
+    --out. Sources must stay as they are: see docs/data.md."""
+    known: str = ""
+    """A data set of --in-place: images that it knows, in files that have not changed, are not
+    looked at again."""
     license: str = ""
     """The license of the data, such as CC-BY-4.0. It is kept in the manifest, for the cards
     of models that are trained on it."""
@@ -94,6 +102,13 @@ class BuildOptions(ListOptions):
         return {k: v for k, v in asdict(self).items() if k not in _FREE_TO_CHANGE}
 
     @property
+    def kept_as(self) -> Literal["encoded", "raw", "in place"]:
+        """The form that the data set has images in, as `DatasetWriter` takes it."""
+        if self.in_place:
+            return "in place"
+        return "raw" if self.format == "raw" else "encoded"
+
+    @property
     def encoding(self) -> str:
         """Format and quality of the images that are re-encoded, in words."""
         quality = RESIZE_QUALITY if self.quality is None else self.quality
@@ -113,6 +128,13 @@ class BuildOptions(ListOptions):
             raise ValueError(
                 f"--split takes the fraction for training, such as 0.9, not {self.split:g}"
             )
+        if self.known and not self.in_place:
+            raise ValueError("--known takes --in-place")
+        if self.in_place and (self.resize or self.format != "keep" or is_url(self.image_root)):
+            raise ValueError(
+                "--in-place leaves images as they are, and takes lists of files in folders only: "
+                "leave out --resize, --format and an --image-root under a URL; or --in-place"
+            )
         if self.group_column and self.split is None:
             raise ValueError("--group-column says what --split keeps together: give that too")
         require_engine(self.engine)
@@ -130,7 +152,8 @@ class BuildOptions(ListOptions):
             quality=self._used_quality(),
             max_pixels=self.max_pixels,
             seconds=self.image_seconds,
-            format=self.format,
+            format="packed" if self.in_place else self.format,
+            in_place=self.in_place,
         )
 
     def _resized_to(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from tqdm import tqdm
 
 from unicl_fast.dataset.arrays import (
@@ -23,6 +24,8 @@ from unicl_fast.dataset.arrays import (
     PIXELS_NAME,
     PixelLayout,
     blocks_of,
+    dtypes_of,
+    length_of,
     open_array,
     verify_arrays,
 )
@@ -51,7 +54,7 @@ class Fault:
     """The name of a file in the folder."""
     kind: str
     """A word to count by: missing, extra, checksum, manifest, array, shard, index, image,
-    captions, labels, tokens, quarantine, unreadable."""
+    captions, labels, tokens, quarantine, source, unreadable."""
     message: str
     sample: int | None = None
     """The number of the sample, if it is a sample's fault."""
@@ -125,6 +128,17 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
         *(f"{name}.npy" for name in ARRAY_DTYPES),
     }:
         _check_ranges(dataset, faults=faults)
+    if dataset is not None and dataset.sources is not None:
+        info = manifest.in_place
+        with faults.catch("files.npy", "source"):
+            for message, _ in dataset.sources.changed():
+                faults.add("files.npy", "source", message)
+        digest = xxhash.xxh3_64()
+        for rows in blocks_of(dataset.samples):
+            digest.update(rows["xxh3"].tobytes())
+        if info is not None and digest.hexdigest() != info.xxh3:
+            message = f"in_place.xxh3 is {info.xxh3}, by samples.npy {digest.hexdigest()}"
+            faults.add(MANIFEST_NAME, "manifest", message)
     return dataset
 
 
@@ -132,7 +146,7 @@ def expected_files(manifest: Manifest) -> set[str]:
     """Names of all files of a data set but its list of checksums."""
     shards = {shard.name for shard in manifest.shards}
     indexes = {Path(name).with_suffix(".idx").name for name in shards}
-    arrays = {f"{name}.npy" for name in ARRAY_DTYPES}
+    arrays = {f"{name}.npy" for name in dtypes_of(manifest)}
     pixels = set() if manifest.pixels is None else {PIXELS_NAME}
     return shards | indexes | arrays | pixels | {MANIFEST_NAME, QUARANTINE_NAME}
 
@@ -230,10 +244,10 @@ def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
     """Types, lengths and references of the arrays; whether all can be opened."""
     can_be_opened = True
-    for name, dtype in ARRAY_DTYPES.items():
+    for name, dtype in dtypes_of(manifest).items():
         file, is_open = f"{name}.npy", False
         with faults.catch(file, "array", known=FileNotFoundError):
-            open_array(folder / file, dtype, getattr(manifest, f"num_{name}"))
+            open_array(folder / file, dtype, length_of(manifest, name))
             is_open = True
             if not damaged & {file, MANIFEST_NAME}:
                 verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # were compared

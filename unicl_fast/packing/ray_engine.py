@@ -16,6 +16,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Problem
@@ -99,7 +100,7 @@ def _with_whole_paths(task: Task) -> Task:
     paths = {
         name: os.path.abspath(path)
         for name in ("path", "archive")
-        if (path := getattr(entry, name, ""))
+        if (path := getattr(entry, name, "")) and not is_url(path)
     }
     return dataclasses.replace(task, entry=dataclasses.replace(entry, **paths)) if paths else task
 

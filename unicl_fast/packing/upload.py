@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from unicl_fast.dataset.in_place import SourceFiles
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.packing.folder_check import expected_files
@@ -25,6 +26,13 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
         StorageError: the store cannot be reached, or keeps something else than what was sent.
     """
     manifest, checksums = Manifest.load(folder), _checksums_of(folder)
+    if manifest.in_place is not None:
+        sources = SourceFiles(folder, manifest, None, location=str(folder))
+        if len(sources) and sources.cache is None:
+            raise ValueError(
+                f"the images of {folder} are in files of this machine, such as {sources[0]}: "
+                "upload these, and index them by their URLs"
+            )
     store, there = require_free_url(url, folder)
     names = sorted(checksums, key=lambda name: (name == MANIFEST_NAME, name[-4:] != ".tar", name))
     sizes = {name: (folder / name).stat().st_size for name in names}

@@ -200,10 +200,10 @@ class _Sound:
 
     index: int
     image: Span | None
-    """Its bytes in the shard; None of a raw data set."""
+    """Its bytes in the shard or a source file; None of a raw data set."""
     captions: tuple[str, ...]
     extension: str
-    """The ending of the image's member; empty of a raw data set."""
+    """The ending of the image's member; empty of an image that is not in the shard."""
 
 
 def _tokenise_again(
@@ -248,12 +248,11 @@ class _SampleChecks:
                     if sample is None:
                         continue
                     lines.append(sample.index_line(index))
-                    image = sample.image
                     yield _Sound(
                         index,
-                        None if image is None else Span(str(path), image.offset, len(image.data)),
+                        self._image(index, sample, path),
                         sample.description.captions if self._has_tokenizer else (),
-                        "" if image is None else image.extension,
+                        "" if sample.image is None else sample.image.extension,
                     )
                 if len(lines) == shard.num_samples:
                     expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
@@ -263,6 +262,16 @@ class _SampleChecks:
                             raise ValueError(
                                 f"it does not say where the members of {path.name} lie"
                             )
+
+    def _image(self, index: int, sample: StoredSample, path: Path) -> Span | None:
+        """The bytes of an image in its shard, at `path`, or in a source file; None if raw."""
+        if sample.image is not None:
+            return Span(str(path), sample.image.offset, len(sample.image.data))
+        sources = self._dataset.sources
+        place = None if sources is None else sources.place_of(index)
+        if sources is None or place is None:
+            return None
+        return Span(sources[place.file], place.offset, place.size)
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool
@@ -283,6 +292,11 @@ class _SampleChecks:
         row, text = self._dataset.samples[index], sample.description
         labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
         faults: dict[str, str] = {}
+        if self._dataset.sources is not None:
+            try:
+                self._dataset.image_bytes(index, verify=True)
+            except DamagedSampleError as error:
+                faults["source"] = _without_name(error)
         # the image of a raw data set was compared already
         if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
             faults["checksum"] = "the image's bytes are not those that were packed"
@@ -321,7 +335,7 @@ class _SampleChecks:
                 "way up; a build would have encoded it anew"
             )
             self.fault(index, "image", message)
-        elif image.extension != extension:
+        elif image.extension != extension and extension:  # source files may bear any names
             message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
             self.fault(index, "image", message)
         found, stored = f"{image.height} x {image.width}", f"{row['height']} x {row['width']}"

@@ -130,7 +130,7 @@ class WorkFolder:
             if self.is_complete:
                 raise ValueError(
                     f"{self.out} already holds a packed data set, made with other {what}:"
-                    f"{differences}\nName another folder, or remove it"
+                    f"{differences}\nName another folder{self._known_advice()}, or remove it"
                 )
             raise ValueError(
                 f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
@@ -138,6 +138,11 @@ class WorkFolder:
                 "Give these as they were to resume it; or add --restart to throw it away and "
                 "begin anew, or name another --out"
             )
+
+    def _known_advice(self) -> str:
+        if not self.record["options"].get("--in-place"):
+            return ""
+        return f" and --known {self.out}, with which only what is new is looked at"
 
     def remove(self) -> None:
         """Removes the folder: the build is done, or there is nothing worth keeping."""

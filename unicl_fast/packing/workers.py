@@ -114,6 +114,8 @@ class ImageOptions:
     """Make images squares with this many pixels a side; 0 keeps sizes."""
     format: ImageFormat | Literal["packed"] = "keep"
     """The format of sound images; packed only looks at them (`images.check_image`)."""
+    in_place: bool = False
+    """Sound images stay where they are: results bring only those that were converted."""
     return_images: bool = True
     """Results bring the images' bytes; a verification needs only their properties."""
 
@@ -388,14 +390,25 @@ class ImageChecker:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem("bad caption", f"cannot be tokenised: {error}")
-        xxh3 = xxhash.xxh3_64_intdigest(image.data)
-        if not self._options.return_images:
+        if self._options.in_place and isinstance(task.entry, PackedFile) and not image.reencoded:
+            xxh3 = task.entry.xxh3
+        else:
+            xxh3 = xxhash.xxh3_64_intdigest(image.data)
+        if not self._options.return_images or (self._options.in_place and not image.reencoded):
             image = dataclasses.replace(image, data=b"")
         return Checked(image=image, xxh3=xxh3, tokens=tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options
+        if options.in_place and isinstance(entry, PackedFile):
+            # it was checked when it was packed, and its checksum is known
+            if (pixels := entry.height * entry.width) > options.max_pixels:
+                raise EntryError("too large", f"{pixels:,} pixels (--max-pixels)")
+            size = {"height": entry.height, "width": entry.width}
+            return CheckedImage(data=b"", extension="", **size, reencoded=False)
         data = entry.read(max_bytes=options.max_file_bytes)
+        if options.in_place and len(data) != entry.num_bytes:
+            raise EntryError("damaged", "it was changed while it was indexed")
         format: ImageFormat | Literal["packed"] = options.format
         if isinstance(entry, PackedFile) and format == "keep":
             height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")

@@ -141,12 +141,13 @@ def _parts_of(location: str) -> tuple[str, ...]:
 
 def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     """Warns where the order of training will read much more from a store than it needs."""
-    if dataset.remote is None:
+    if dataset.cache is None:
         return
     manifest, num_samples = dataset.manifest, len(dataset)
     total = sum(shard.num_bytes for shard in manifest.shards)
-    if manifest.pixels is not None:
-        total = manifest.pixels.num_bytes
+    elsewhere = manifest.pixels or manifest.in_place
+    if elsewhere is not None:
+        total = elsewhere.num_bytes
     total = total * num_samples // max(1, manifest.num_samples)
     if total <= data.cache_bytes:
         return
@@ -209,7 +210,7 @@ def describe_datasets(
             {
                 "num_samples": len(dataset),
                 "shards": [shard.xxh3 for shard in manifest.shards]
-                + ([] if manifest.pixels is None else [manifest.pixels.xxh3]),
+                + [one.xxh3 for one in (manifest.pixels, manifest.in_place) if one is not None],
                 "num_classes": len(manifest.class_names),
             }
             for dataset, manifest in zip(datasets, manifests, strict=True)

@@ -174,7 +174,7 @@ class DatasetMeter:
         The traffic of `datasets` is counted where they are under URLs.
         """
         self._names, self._epochs = list(names), epochs
-        self._stores = [(one, one.remote.store) for one in datasets if one.remote is not None]
+        self._remote = [one for one in datasets if one.cache is not None]
         self.traffic: tuple[int, int] | None = None
         """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
         that they needed of them; None where all data sets are in folders."""
@@ -186,9 +186,9 @@ class DatasetMeter:
         """
         sums: dict[str, float | Tensor] = {
             # the same data may lie in a store for one rank, and in a folder for another
-            "stores": len(self._stores),
-            "storage_bytes_read": sum(store.traffic.read_bytes for _, store in self._stores),
-            "storage_bytes_needed": sum(dataset.needed_bytes for dataset, _ in self._stores),
+            "stores": len(self._remote),
+            "storage_bytes_read": sum(dataset.fetched_bytes for dataset in self._remote),
+            "storage_bytes_needed": sum(dataset.needed_bytes for dataset in self._remote),
         }
         if batch.source_ids is None:
             return sums

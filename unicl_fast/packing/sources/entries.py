@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from unicl_fast.dataset.object_store import StorageError, is_url
 from unicl_fast.images.codec import encode_png
+from unicl_fast.packing.sources.urls import read_range
 from unicl_fast.system.untrusted_files import open_file, open_regular
 
 MAX_FILE_BYTES = 512_000_000
@@ -93,6 +95,7 @@ class Span:
     """Consecutive bytes of a file that are an image's file: a member of a tar, for example."""
 
     path: str
+    """Or a URL."""
     offset: int
     num_bytes: int
 
@@ -147,13 +150,16 @@ def _read_packed(path: str, offset: int, num_bytes: int, xxh3: int) -> bytes:
 
 
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
-    """Returns exactly these bytes of a regular file, or raises `EntryError`."""
+    """Returns exactly these bytes of a regular file or object, or raises `EntryError`."""
     try:
-        with open_file(path) as file:
-            file.seek(offset)
-            data: bytes = file.read(num_bytes)
-    except OSError as error:
-        raise EntryError("unreadable", error.strerror or str(error)) from error
+        if is_url(path):
+            data = read_range(path, offset, num_bytes)
+        else:
+            with open_file(path) as file:
+                file.seek(offset)
+                data = file.read(num_bytes)
+    except (OSError, StorageError) as error:
+        raise EntryError("unreadable", getattr(error, "strerror", "") or str(error)) from error
     if len(data) < num_bytes:
         raise EntryError("damaged", f"{path} has shrunk since it was listed")
     return data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader, shared_images
 from unicl_fast.packing.quarantine import LeftOut, read_left_out
@@ -118,12 +120,15 @@ class _Samples:
 
     def _image(self, index: int) -> Entry:
         dataset, row = self._dataset, self._dataset.samples[index]
-        path = str(Path(dataset.folder, dataset.shard_of(index)))
+        holder = dataset.shard_of(index)
+        path = holder if is_url(holder) else os.path.join(dataset.folder, holder)
         offset, xxh3 = dataset.offset_of(index), int(row["xxh3"])
         height, width = int(row["height"]), int(row["width"])
         if dataset.image_shape is not None:
             return PackedPixels(path, offset, height, width, xxh3)
-        return PackedFile(path, offset, int(row["size"]), height, width, xxh3)
+        place = None if dataset.sources is None else dataset.sources.place_of(index)
+        size = int(row["size"]) if place is None else place.size
+        return PackedFile(path, offset, size, height, width, xxh3)
 
     def _fault_of(
         self, index: int, text: Description, tokens: Sequence[npt.NDArray[np.uint16]] | None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.sources import lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
 from unicl_fast.packing.sources.entries import RefusedEntry
@@ -31,7 +32,7 @@ from unicl_fast.packing.sources.karpathy import is_karpathy, read_karpathy
 from unicl_fast.packing.sources.packed import is_packed, read_packed
 from unicl_fast.packing.sources.rows import ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
-from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.packing.sources.trees import UrlTree, open_tree
 
 _NO_OPTIONS = ListOptions()
 
@@ -66,6 +67,8 @@ def read_source(
     place = Path(path)
     spool = spool or Spool(None)
     name = place.name or str(place)
+    if is_url(path):
+        return _read_url(path, name, options, spool)
     if place.is_dir():
         return _read_folder(place, name, options, spool)
     if place.is_file():
@@ -79,6 +82,16 @@ def read_source(
         chosen = tables.choose_split(place.parent, parquet, split=place.name)
         return tables.read_tables(f"{place.parent.name}/{name}", chosen, options, spool)
     return _read_class_folders(place, name, spool)
+
+
+def _read_url(url: str, name: str, options: ListOptions, spool: Spool) -> Source:
+    """Reads tars, or a folder of tars or of class folders, where they lie under a URL."""
+    if name.lower().endswith(tars.TARS):
+        return tars.read_tars(name, tars.expand_braces(url), options, spool)
+    tree = UrlTree(url)
+    if found := sorted(each for each in tree.sizes if each.endswith(".tar") and "/" not in each):
+        return tars.read_tars(name, list(map(tree.url_of, found)), options, spool)
+    return _read_class_folders(Path(name), name, spool, tree=tree)
 
 
 def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spool: Spool) -> Source:
@@ -148,13 +161,18 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
 
 
 def _read_class_folders(
-    path: Path, source_name: str, spool: Spool, *, beside: Sequence[str] = ()
+    path: Path,
+    source_name: str,
+    spool: Spool,
+    *,
+    beside: Sequence[str] = (),
+    tree: UrlTree | None = None,
 ) -> Source:
     """Reads class folders; `beside` are tars or Parquet files there that are not read."""
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
     tops, classes = set[str](), set[str]()
-    for name, entry in open_tree(path).entries():
+    for name, entry in (tree or open_tree(path)).entries():
         parts = name.split("/")
         *folders, file_name = parts
         suffix = os.path.splitext(file_name)[1].lower()

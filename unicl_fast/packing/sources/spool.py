@@ -73,6 +73,11 @@ class Spool:
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
 
+    @property
+    def has_files(self) -> bool:
+        """Whether anything was unpacked."""
+        return self._num_files > 0
+
     def checksum_origins(self) -> str:
         """The number of `origins`, and a checksum of their sizes and times."""
         text = json.dumps([stamp(path) for path in self.origins])
@@ -151,6 +156,11 @@ class ItemStore:
         """Files that hold images of entries which do not know its size and time."""
         self._labels: dict[Label, None] = {}
         self._execute(f"CREATE TABLE {names} (name BLOB PRIMARY KEY, item INTEGER) WITHOUT ROWID")
+
+    @property
+    def kinds(self) -> set[type[Entry]]:
+        """Classes of the items' entries."""
+        return set(self._kinds)
 
     def __len__(self) -> int:
         return self._count

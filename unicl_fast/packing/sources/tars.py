@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry, Span
 from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.rows import (
@@ -34,6 +35,7 @@ from unicl_fast.packing.sources.rows import (
 )
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
+from unicl_fast.packing.sources.urls import open_source
 from unicl_fast.system.untrusted_files import open_file
 
 IMAGES = frozenset(
@@ -74,13 +76,14 @@ def expand_braces(name: str) -> list[str]:
     return names
 
 
-def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
+def read_tars(name: str, tars: Sequence[str | Path], options: ListOptions, spool: Spool) -> Source:
     """Reads tars as one source; a compressed one, which cannot be read in place, is refused."""
-    missing = [str(path) for path in paths if not path.is_file()]
+    paths = [os.fspath(tar) for tar in tars]
+    missing = [path for path in paths if not is_url(path) and not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
     for path in paths:
-        if path.name.lower().endswith(_GZIPPED):
+        if path.lower().endswith(_GZIPPED):
             raise ValueError(
                 f"{path} is compressed, and images are read out of a tar in place; unpack it to a "
                 f".tar first: gunzip {path}"
@@ -88,7 +91,8 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
     maker = _SampleMaker(options, spool)
     for path in paths:
         _read_tar(path, maker)
-        _count_failures(path.with_suffix(""), maker)
+        if not is_url(path):
+            _count_failures(Path(path).with_suffix(""), maker)
     return maker.source(name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
 
 
@@ -227,18 +231,19 @@ class _SampleMaker:
         self._items.append(item)
 
 
-def _read_tar(path: Path, maker: _SampleMaker) -> None:
+def _read_tar(path: str, maker: _SampleMaker) -> None:
     """Adds the samples of one tar; from a cut one, those that must be complete."""
+    name = os.path.basename(path)
     try:
-        groups, damage = _group_members(str(path), maker)
+        groups, damage = _group_members(path, maker)
     except OSError as error:
         reason = error.strerror or str(error)
-        maker.append(refused(f"{path.name} from byte 0", "unreadable", reason))
+        maker.append(refused(f"{name} from byte 0", "unreadable", reason))
         return
     for key, group in groups.items():
-        maker.add(f"{path.name}/{key}", group)
+        maker.add(f"{name}/{key}", group)
     if damage is not None:
-        maker.append(refused(f"{path.name} from byte {damage.offset}", "damaged", str(damage)))
+        maker.append(refused(f"{name} from byte {damage.offset}", "damaged", str(damage)))
 
 
 def _group_members(
@@ -247,7 +252,7 @@ def _group_members(
     """Returns the samples of a tar in order, and why its end could not be read, if so."""
     groups: dict[str, _Group] = {}
     group = None
-    with open_file(path) as file:
+    with open_source(path) as file:
         try:
             for member in iter_members(file):
                 key, extension = _split_name(member.name)
@@ -304,7 +309,8 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
     Raises DamagedTarError if the rest cannot be read, or is not there.
     """
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
     headers = _HeaderFile(file)
     archive = _Archive(
         fileobj=cast("BinaryIO", headers), encoding="utf-8", errors="surrogateescape"

@@ -18,12 +18,14 @@ from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
+from unicl_fast.dataset.object_store import ObjectStore, is_url
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
     FileEntry,
     RefusedEntry,
+    Span,
     check_file_size,
 )
 from unicl_fast.packing.sources.items import Item, refused
@@ -260,12 +262,15 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
     return overlapping
 
 
-def require_there(entry: Entry | None, source: str) -> None:
+def require_there(entry: Entry | None, source: str, reason: str) -> None:
     """Raises FileNotFoundError if an image's source has vanished, as a dropped mount does.
 
     A file may be gone by itself. If its folder is gone too, or empty as that of a mount that was
-    dropped, or the archive is gone that held it, so are all others.
+    dropped, or the archive is gone that held it, so are all others. A store that does not answer,
+    for a `reason`, is no fault of an image.
     """
+    if is_url(getattr(entry, "path", "")):
+        raise FileNotFoundError(f"{source} cannot be read: {reason}")
     if isinstance(entry, FileEntry):
         place = os.path.dirname(entry.path)
         try:
@@ -283,6 +288,33 @@ def require_there(entry: Entry | None, source: str) -> None:
             f"the source {source} has vanished while it was packed: {place} was there when it was "
             "listed, and is gone or empty. Bring it back (a mount that was dropped, say) and give "
             "the same command again"
+        )
+
+
+class UrlTree:
+    """The files below a URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ValueError where the store cannot list, FileNotFoundError for nothing there."""
+        self._url = url.rstrip("/")
+        listed = ObjectStore(self._url).list_objects()
+        if listed is None:
+            raise ValueError(
+                f"{url}: http cannot list folders; name its tars: {self._url}/{{000..099}}.tar"
+            )
+        self.sizes = {name: one.size for name, one in listed.items() if name[-1:] not in ("", "/")}
+        if not self.sizes:
+            raise FileNotFoundError(
+                f"{url}: no tar and no folder of tars or class folders, which are read in place"
+            )
+
+    def url_of(self, name: str) -> str:
+        return f"{self._url}/{name}"
+
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Yields all files, sorted by name."""
+        return (
+            (name, Span(self.url_of(name), 0, size)) for name, size in sorted(self.sizes.items())
         )
 
 

@@ -1,0 +1,285 @@
+"""Data sets whose images stay in the tars and files that they came in."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import webdataset
+from damage import flip_byte
+from foreign_sources import write_tar
+from inline_checks import check_inline
+from pack_runs import contents, jpeg, left_out, run_pack, samples_of
+from PIL import Image
+
+from unicl_fast.dataset.files import LocalReader
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.images.check import CheckedImage
+from unicl_fast.packing import build as building
+from unicl_fast.packing import verify, workers
+from unicl_fast.packing.build import BuildSummary, build_dataset
+
+PER_TAR = 6
+
+
+def turned(number: int) -> bytes:
+    """An image that a decoder would turn, and so is converted."""
+    image, file = Image.open(io.BytesIO(jpeg(number))), io.BytesIO()
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+def write_shard(folder: Path, shard: int) -> Path:
+    """A tar as webdataset writes it: one image of six is turned, and one is cut."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{shard:05d}.tar"
+    with webdataset.TarWriter(str(path)) as tar:
+        for n in range(PER_TAR):
+            number = shard * PER_TAR + n
+            data = {2: turned(number), 4: jpeg(number)[:-40]}.get(n, jpeg(number))
+            label = {"label": f"class {number % 3}"}
+            tar.write({"__key__": f"{number:04d}", "jpg": data, "txt": f"n {n}", "json": label})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No worker processes; grows by a word for each image that is decoded."""
+    return check_here(monkeypatch)
+
+
+def check_here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    decoded, check = list[str](), workers.check_image
+
+    def noted(data: bytes, **options: Any) -> CheckedImage:
+        decoded.append("image")
+        return check(data, **options)
+
+    check_inline(monkeypatch)
+    monkeypatch.setattr(verify, "check_in_order", building.check_in_order)
+    monkeypatch.setattr(workers, "check_image", noted)
+    return decoded
+
+
+def build(source: object, out: Path, **options: Any) -> BuildSummary:
+    return build_dataset([str(source)], out, progress=False, in_place=True, **options)
+
+
+def faults_of(out: Path) -> list[str]:
+    found: list[str] = []
+    note = lambda fault: found.append(f"{fault.kind}: {fault.message}")  # noqa: E731
+    verify.verify_dataset(out, note=note, progress=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars, their index, and what packing makes of them."""
+    place = tmp_path_factory.mktemp("in-place")
+    for shard in range(3):
+        write_shard(place / "tars", shard)
+    with pytest.MonkeyPatch.context() as patched:
+        check_here(patched)
+        build(place / "tars", place / "index")
+        build_dataset([str(place / "tars")], place / "packed", progress=False)
+    return place
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil; times are kept, and paths are written anew."""
+    shutil.copytree(shared / "tars", tmp_path / "tars")
+    build(tmp_path / "tars", tmp_path / "index", known=str(shared / "index"))
+    return tmp_path
+
+
+def test_an_index_holds_what_packing_holds_and_no_image_but_converted_ones(shared: Path) -> None:
+    index, packed = shared / "index", shared / "packed"
+    assert samples_of(index) == samples_of(packed)
+    assert left_out(index) == left_out(packed)
+    assert len(left_out(index)) == 3
+    assert faults_of(index) == []
+    with PackedDataset(index) as dataset:
+        assert dataset.sources is not None
+        own = [i for i in range(len(dataset)) if dataset.sources.place_of(i) is None]
+        assert len(own) == 3, "the turned ones"
+        # samples of a tar follow each other in its order, so that a store is read once
+        keys = [
+            (place.file, place.offset)
+            for i in range(len(dataset))
+            if (place := dataset.sources.place_of(i)) is not None
+        ]
+        assert keys == sorted(keys)
+        shard = (index / "shard-000000.tar").read_bytes()
+        assert all(
+            (dataset.image_bytes(i).tobytes() in shard) == (i in own) for i in range(len(dataset))
+        )
+
+
+def test_class_folders_are_indexed_and_found_from_the_data_set_if_named_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        path = tmp_path / f"photos/{'cat' if number % 2 else 'dog'}/{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    build("photos", Path("sets/index"))
+    build_dataset(["photos"], Path("sets/packed"), progress=False)
+    # files are shuffled as samples are
+    images = [set_images(Path(f"sets/{name}")) for name in ("index", "packed")]
+    assert images[0] == images[1]
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("photos", "sets"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert set_images(tmp_path / "elsewhere/sets/index") == images[0]
+
+
+def set_images(out: Path) -> list[bytes]:
+    with PackedDataset(out) as dataset:
+        return [dataset.image_bytes(i, verify=True).tobytes() for i in range(len(dataset))]
+
+
+def test_a_changed_source_is_found_and_named(place: Path) -> None:
+    tar = place / "tars/00001.tar"
+    with PackedDataset(place / "index") as dataset:
+        number = next(i for i in range(len(dataset)) if dataset.shard_of(i) == str(tar))
+        flip_byte(place / "index", number)
+        with pytest.raises(DamagedSampleError) as caught:
+            dataset.image_bytes(number, verify=True)
+    words = (str(tar), "checksum", "expected", "put it back as it was", "--known")
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert sum(fault.startswith("source: ") for fault in faults_of(place / "index")) == 1
+    with tar.open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ValueError, match=r"00001\.tar is not what was indexed.*it has \d+ bytes"):
+        PackedDataset(place / "index")
+    # training feeds others in place of a part that is gone
+    tar.unlink()
+    with (
+        PackedDataset(place / "index", max_bad_fraction=0.5) as dataset,
+        pytest.raises(DamagedSampleError, match="it is missing"),
+    ):
+        dataset.image_bytes(number)
+
+
+def test_a_grown_source_is_looked_at_where_it_is_new(place: Path, looked_at: list[str]) -> None:
+    write_shard(place / "tars", 3)
+    looked_at.clear()
+    with pytest.raises(ValueError, match="Name another folder and --known .*only what is new"):
+        build(place / "tars", place / "index")
+    grown = build(place / "tars", place / "grown", known=str(place / "index"))
+    assert list(grown.notes.values()) == [3 * (PER_TAR - 2)]
+    # six of the new tar, and of the others what was turned or cut
+    assert len(looked_at) == PER_TAR + 3 * 2
+    build(place / "tars", place / "anew")
+    assert contents(place / "grown") == contents(place / "anew")
+    # a tar that was written again is read again
+    looked_at.clear()
+    os.utime(place / "tars/00000.tar", (1, 1))
+    build(place / "tars", place / "again", known=str(place / "index"))
+    assert len(looked_at) == 2 * PER_TAR + 2 * 2
+
+
+def test_an_index_is_a_source_of_indexes_and_of_packed_data_sets(place: Path) -> None:
+    write_shard(place / "more", 5)
+    build(place / "more", place / "second")
+    both = [str(place / "index"), str(place / "second")]
+    expected = sorted(samples_of(place / "index") + samples_of(place / "second"))
+    for name, in_place in (("merged", True), ("copied", False)):
+        out = place / name
+        build_dataset(both, out, progress=False, in_place=in_place)
+        assert samples_of(out) == expected
+        assert faults_of(out) == []
+        assert (PackedDataset(out).sources is None) != in_place
+
+
+def test_what_is_no_file_as_it_is_is_refused(
+    shared: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "photos/cat").mkdir(parents=True)
+    (place / "photos/cat/1.jpg").write_bytes(jpeg(1))
+    zipped = shutil.make_archive(str(place / "photos"), "zip", place / "photos")
+    for arguments, words in (
+        ((zipped,), "in a zip"),
+        (("https://user:word@host/a.tar",), "https://host/a.tar: a URL with a password"),
+        ((place / "tars", "--resize", "short:16"), "--resize"),
+        ((place / "tars", "--known", place / "tars"), "not a packed data set"),
+        ((place / "tars", "--known", shared / "packed"), "takes a data set of build --in-place"),
+    ):
+        code, printed = run_pack(
+            "build", "--in-place", *arguments, "--out", place / "out", capsys=capsys
+        )
+        assert code == 2, printed
+        assert words in printed, printed
+
+
+def test_sources_under_urls_are_read_where_they_lie(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = f"file://{shared}/tars"
+    for source in (url, f"{url}/{{00000..00002}}.tar"):
+        out = tmp_path / f"index-{len(source)}"
+        build(source, out)
+        images = [sample[1:] for sample in samples_of(out)]
+        assert images == [sample[1:] for sample in samples_of(shared / "index")]
+        assert not any(path.suffix == ".tar" and path.name[0] == "0" for path in out.rglob("*"))
+    with PackedDataset(out) as dataset:
+        assert dataset.cache is not None
+        blocks = dataset.blocks_of(np.arange(len(dataset)))
+        assert len(blocks) == 3
+        for block in blocks:
+            dataset.fetch_ahead(*block)
+        with mock.patch.object(LocalReader, "read_into", side_effect=AssertionError):
+            place = next(i for i in range(len(dataset)) if dataset.sources.place_of(i))  # type: ignore[union-attr]
+            dataset.image_bytes(place, verify=True)
+        assert dataset.needed_bytes > 0
+    assert faults_of(out) == []
+    # the index may lie under a URL too, if its images do
+    with PackedDataset(out) as local, PackedDataset(f"file://{out}") as remote:
+        assert remote.image_bytes(0).tobytes() == local.image_bytes(0).tobytes()
+    with pytest.raises(ValueError, match="in files of the machine that it was made on"):
+        PackedDataset(f"file://{shared}/index")
+
+
+def test_a_gzipped_tar_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar.gz", {"0.jpg": jpeg(0), "0.txt": b"one"})
+    code, printed = run_pack(
+        "build", "--in-place", tmp_path / "a.tar.gz", "--out", tmp_path / "out", capsys=capsys
+    )
+    assert code == 2
+    assert "is compressed" in printed
+    assert "gunzip" in printed
+
+
+def test_a_build_that_was_killed_resumes_in_place(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, options = tmp_path / "index", {"shard_bytes": 4096}
+    build(shared / "tars", tmp_path / "unbroken", **options)
+    add = DatasetWriter.add
+
+    def stop(self: DatasetWriter, sample: PackedSample) -> None:
+        if self.num_samples == 11:
+            raise KeyboardInterrupt
+        add(self, sample)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DatasetWriter, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build(shared / "tars", out, **options)
+    done = build(shared / "tars", out, **options)
+    assert done.num_taken_over > 3
+    assert contents(out) == contents(tmp_path / "unbroken")
+    with PackedDataset(out) as dataset:
+        assert len(dataset.sources or ()) == 3

@@ -1,0 +1,172 @@
+"""Source files: what holds the images of a data set that was indexed in place.
+
+A source file is a tar, or an image by itself, in a folder or under a URL. All of a data set are of
+one kind, so that either every image of it is read through the cache or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import xxhash
+
+from unicl_fast.dataset.arrays import IN_PLACE_DTYPES, NO_FILE, length_of, open_array
+from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
+from unicl_fast.dataset.files import LocalReader
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
+
+_MOST_COMPARED, _MOST_ASKED = 65_536, 1024
+"""Source files whose sizes are compared at opening, in folders and under URLs; of more, reading
+finds what has changed."""
+
+
+class Place(NamedTuple):
+    """The bytes of an image in a source file."""
+
+    file: int
+    offset: int
+    size: int
+
+
+class SourceFiles(Sequence[str]):
+    """Paths or URLs of source files by number, made when they are asked for."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, cache: CacheOptions | None, *, location: str
+    ) -> None:
+        """Opens the arrays of the data set in `folder`; `cache` is used for source files at URLs.
+
+        `location` is its name in messages. Raises FileNotFoundError or ValueError as `open_array`.
+        """
+        self._location = location
+        self.arrays = {
+            # as plain arrays, of which a row takes a third of the time
+            name: np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
+            for name, dtype in IN_PLACE_DTYPES.items()
+        }
+        self.rows, self.places = self.arrays["files"], self.arrays["places"]
+        self._names = self.arrays["names"].data
+        self._folder = os.path.realpath(folder)
+        self._stores: dict[str, ObjectStore] = {}
+        self.cache: CacheOptions | None = None
+        """None where source files are in folders."""
+        if len(self) and is_url(self[0]):
+            self.cache = cache or CacheOptions()
+        self.reader = self._open_reader()
+        """Reads source files by their numbers."""
+
+    def _open_reader(self) -> LocalReader | BlockReader:
+        if self.cache is None:
+            return LocalReader(Path(self._folder), self.name_of)
+        blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
+        return BlockReader(
+            functools.lru_cache(1 << 12)(self._cached), blocks, block_bytes=self.cache.block_bytes
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        name = self.name_of(number)
+        if name.startswith("/") or is_url(name):
+            return name
+        return os.path.normpath(os.path.join(self._folder, name))
+
+    def name_of(self, number: int) -> str:
+        """A URL, a whole path, or a path from the data set's folder."""
+        start, length, *_ = self.rows.item(number)
+        return os.fsdecode(bytes(self._names[start : start + length]))
+
+    @property
+    def num_bytes_fetched(self) -> int:
+        """Bytes that this process has read from stores."""
+        return sum(store.traffic.read_bytes for store in self._stores.values())
+
+    def place_of(self, index: int) -> Place | None:
+        """The place of a sample's image; None if it lies in the data set's own shard."""
+        file, offset, size = self.places.item(index)
+        return None if file == NO_FILE else Place(file, offset, size)
+
+    def changed(self) -> Iterator[tuple[str, int]]:
+        """The source files whose sizes are others now: what is wrong, and how many images of each.
+
+        Nothing of very many files.
+        """
+        if len(self) > (_MOST_COMPARED if self.cache is None else _MOST_ASKED):
+            return
+        wrong = {}
+        for number, found in enumerate(self._sizes()):
+            if found != int(self.rows[number]["num_bytes"]):
+                wrong[number] = self.describe_change(number, found)
+        if wrong:
+            files = self.places["file"]
+            counts = np.bincount(files[files != NO_FILE], minlength=len(self))
+            for number, message in wrong.items():
+                yield message, int(counts[number])
+
+    def describe_change(self, number: int, found: int | None = None) -> str:
+        """Says that a source file is another than was indexed, and what to do; `found` bytes."""
+        expected = int(self.rows[number]["num_bytes"])
+        now = "it is missing" if found is None else f"it has {found} bytes"
+        if found == expected:
+            now = "its size is the same, its content is not"
+        return (
+            f"{self[number]} is not what was indexed, of {expected} bytes: {now}; put it back as "
+            "it was, or index it again: unicl-pack build --in-place SOURCE --out NEW --known "
+            f"{self._location}"
+        )
+
+    def size_now(self, number: int) -> int | None:
+        """The size of one source file now; None if it is missing."""
+        if self.cache is None:
+            return _size_of(self[number])
+        store, name = self._object(number)
+        found = store.find(name)
+        return None if found is None else found.size
+
+    def _sizes(self) -> Iterator[int | None]:
+        if self.cache is None:
+            yield from map(_size_of, self)
+            return
+        urls = [url.partition("://") for url in self]
+        above = os.path.commonpath([place.rpartition("/")[0] for *_, place in urls])
+        if not above or len({protocol for protocol, *_ in urls}) > 1:  # in several buckets
+            return
+        # a listing of their folder, where the store can list, is one request for all
+        store = ObjectStore(f"{urls[0][0]}://{above}")
+        found = store.find_all([place.removeprefix(f"{above}/") for *_, place in urls])
+        yield from (None if one is None else one.size for one in found.values())
+
+    def _cached(self, number: int) -> CachedFile:
+        store, name = self._object(number)
+        row = self.rows[number]
+        identity = identity_of(self[number], int(row["version"]))
+        return CachedFile(store, name, int(row["num_bytes"]), identity)
+
+    def _object(self, number: int) -> tuple[ObjectStore, str]:
+        root, name = split_url(self[number])
+        return self._stores.setdefault(root, ObjectStore(root)), name
+
+
+def identity_of(url: str, version: int) -> str:
+    """The name in the cache of an object's content."""
+    return xxhash.xxh3_64_hexdigest(f"{url}\0{version}".encode())
+
+
+def _size_of(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

@@ -1,0 +1,106 @@
+"""Sources under URLs, read where they lie.
+
+That is done through the cache of remote data sets, which bounds what lies on this machine's disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterable
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+import xxhash
+
+from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
+from unicl_fast.dataset.in_place import identity_of
+from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
+from unicl_fast.system.untrusted_files import open_file
+from unicl_fast.system.wording import without_secrets
+
+_BUFFER_BYTES = 1 << 16
+
+
+class StoredFile(NamedTuple):
+    """An object as it was when it was first asked for."""
+
+    num_bytes: int
+    version: int
+    """XXH3-64 of its version."""
+    cached: CachedFile
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def stored_file(url: str) -> StoredFile:
+    """Asks for an object, once in a process; raises FileNotFoundError or StorageError."""
+    root, name = split_url(url)
+    found = _store(root).find(name)
+    if found is None:
+        raise FileNotFoundError(f"{url}: there is no such object")
+    version = xxhash.xxh3_64_intdigest(found.version.encode())
+    cached = CachedFile(_store(root), name, found.size, identity_of(url, version))
+    return StoredFile(found.size, version, cached)
+
+
+@functools.cache
+def _store(url: str) -> ObjectStore:
+    return ObjectStore(url)
+
+
+@functools.cache
+def _cache(options: CacheOptions) -> BlockCache:
+    return BlockCache(options.place, max_bytes=options.max_bytes)
+
+
+def read_range(url: str, offset: int, num_bytes: int) -> bytes:
+    """Reads bytes of an object, as many as there are; raises as `stored_file`."""
+    data = np.empty(num_bytes, np.uint8)
+    options = CacheOptions()
+    reader = BlockReader(
+        lambda _: stored_file(url).cached, _cache(options), block_bytes=options.block_bytes
+    )
+    return data[: reader.read_into(0, data, offset)].tobytes()
+
+
+def open_source(path: str) -> BinaryIO:
+    """Opens a file, or an object, for reading."""
+    if not is_url(path):
+        return cast("BinaryIO", open_file(path))
+    return cast("BinaryIO", io.BufferedReader(_RemoteFile(path), _BUFFER_BYTES))
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object as a file that can be read from any place."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._at, self._size = url, 0, stored_file(url).num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        data = read_range(self._url, self._at, wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def require_lasting(places: Iterable[str]) -> None:
+    """Refuses URLs that are not to be kept in an index."""
+    for place in filter(is_url, places):
+        if without_secrets(place) != place or "?" in place:
+            raise ValueError(
+                f"{without_secrets(place)}: a URL with a password or a signature is not kept in an "
+                "index; let the store's client find the keys, or leave --in-place out"
+            )
