@@ -17,6 +17,7 @@ import timm
 import torch
 from budgets import compare
 from fake_gpu import GPU, Kernels, fake_gpu
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -70,42 +71,57 @@ class Step:
         }
 
 
-def step_of(stand_in: ctypes.CDLL, model: UniCL, block: nn.Module, shape: tuple[int, ...]) -> Step:
+def step_of(
+    stand_in: ctypes.CDLL,
+    model: UniCL,
+    block: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Step:
     """Back-propagates [batch ...] through a block under autocast to bf16: eager, then compiled."""
     with fake_gpu(stand_in), inductor_for_h100() as lowered, torch.autocast("cuda", torch.bfloat16):
         model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
         index = torch.empty(shape[0], dtype=torch.int64, device=GPU)
         model.set_drop_path_key(step=0, global_index=index)
-        x = torch.empty(shape, device=GPU, requires_grad=True)
+        x = torch.empty(shape, device=GPU, dtype=dtype, requires_grad=True)
+        grad = torch.empty_like(x)
         with Kernels(may_wait=True) as eager:
-            block(x).backward(torch.empty(shape, device=GPU))
+            block(x).backward(grad)
         compile_encoders(model, "blocks")
-        grad = torch.empty(shape, device=GPU)
         block(x).backward(grad)
         tensors = dict(block.named_parameters()) | dict(block.named_buffers())
         return Step(lowered, eager, {"x": x, "grad": grad, **tensors})
 
 
-def swin_block() -> tuple[UniCL, nn.Module]:
-    """A block of shifted windows, whose attention is Triton's."""
+FLOAT, HALF = torch.float32, torch.bfloat16
+BLOCKS = {
+    "swin-tiny, first stage": ("layers.0.blocks.1", (256, 56, 56, 96), FLOAT),
+    "swin-tiny, second stage": ("layers.1.blocks.1", (256, 28, 28, 192), HALF),
+    "vit-base": ("blocks.1", (256, 197, 768), FLOAT),
+    "vit-base, if x were bf16": ("blocks.1", (256, 197, 768), HALF),
+}
+"""Blocks by preset: shifted windows attended to by Triton, 256 images, and the type that x has."""
+
+
+def figures_of(stand_in: ctypes.CDLL, name: str) -> dict[str, float]:
+    place, shape, dtype = BLOCKS[name]
     with torch.device("meta"):
-        model = build_model(build_preset("swin-tiny"))
+        model = build_model(build_preset(name.split(",")[0]))
     fuse_window_attention(model)
-    return model, model.image_encoder.layers[0].blocks[1]
+    block = model.image_encoder.get_submodule(place)
+    return step_of(stand_in, model, block, shape, dtype=dtype).figures()
 
 
-def test_a_block_of_swin_is_compiled_as_the_table_says(stand_in: ctypes.CDLL) -> None:
-    """With 256 images, whose maps are the largest in the first stage."""
-    found = step_of(stand_in, *swin_block(), (256, 56, 56, 96)).figures()
-    compare("compiled_blocks.json", "swin-tiny, first stage", found, versions=VERSIONS)
-
-
-def test_a_block_of_a_vit_is_compiled_as_the_table_says(stand_in: ctypes.CDLL) -> None:
-    with torch.device("meta"):
-        model = build_model(build_preset("vit-base"))
-    block = model.image_encoder.blocks[1]
-    found = step_of(stand_in, model, block, (256, 197, 768)).figures()
-    compare("compiled_blocks.json", "vit-base", found, versions=VERSIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if dtype == HALF else ())
+        for name, (_, _, dtype) in BLOCKS.items()
+    ],
+)
+def test_a_block_is_compiled_as_the_table_says(stand_in: ctypes.CDLL, name: str) -> None:
+    compare("compiled_blocks.json", name, figures_of(stand_in, name), versions=VERSIONS)
 
 
 FAULTS = {
@@ -119,12 +135,11 @@ def test_more_traffic_and_breaks_are_seen(
     stand_in: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:
     monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
-    model, block = swin_block()
-    forward, fault = type(block.mlp).forward, FAULTS[figure]
-    monkeypatch.setattr(type(block.mlp), "forward", lambda mlp, x: forward(mlp, fault(x)))
-    found = step_of(stand_in, model, block, (256, 56, 56, 96)).figures()
-    with pytest.raises(AssertionError, match=f"first stage, {figure} rose from"):
-        compare("compiled_blocks.json", "swin-tiny, first stage", found, versions=VERSIONS)
+    forward, fault, name = Mlp.forward, FAULTS[figure], "swin-tiny, first stage"
+    monkeypatch.setattr(Mlp, "forward", lambda mlp, x: forward(mlp, fault(x)))
+    found = figures_of(stand_in, name)
+    with pytest.raises(AssertionError, match=f"{name}, {figure} rose from"):
+        compare("compiled_blocks.json", name, found, versions=VERSIONS)
 
 
 def test_a_compiled_block_computes_what_fp64_does(stand_in: ctypes.CDLL, tmp_path: Path) -> None:
