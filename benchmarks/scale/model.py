@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from .sizes import Bucket, Collective, Kind, ModelSize, collectives
+from .sizes import Collective, Kind, ModelSize, collectives
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,7 +204,7 @@ def simulate(
     exchange("loss: sums", "loss statistics")
     clocks.now += compute.loss / 2
     clocks.send("text gradients", sent["text gradients"])
-    _back_propagate(clocks, size.buckets, compute)
+    _back_propagate(clocks, size, compute)
     clocks.now += compute.update
     seconds, waits = clocks.now, clocks.waits
     waits["host"] = max(0.0, host_seconds - seconds)
@@ -214,18 +214,24 @@ def simulate(
     return StepTime(seconds=seconds, waits=waits, last_bucket=last_bucket)
 
 
-def _back_propagate(clocks: _Clocks, buckets: Sequence[Bucket], compute: Compute) -> None:
-    """Images, then texts, whose gradients must have come back; buckets are sent when ready."""
-    for of_texts, seconds in ((False, compute.image_backward), (True, compute.text_backward)):
-        if of_texts:
-            clocks.wait("text gradients")
-        for number, bucket in enumerate(buckets):
-            if bucket.of_texts == of_texts:
+def _back_propagate(clocks: _Clocks, size: ModelSize, compute: Compute) -> None:
+    """Most of the images, texts, whose gradients must be back, the rest; buckets when ready."""
+    images, texts, middle = compute.image_backward, compute.text_backward, size.before_texts
+
+    def send_while(seconds: float, *, of_texts: bool, begun: float, ended: float) -> None:
+        for number, bucket in enumerate(size.buckets):
+            is_now = (begun < bucket.ready or not begun) and bucket.ready <= ended
+            if bucket.of_texts == of_texts and is_now:
                 gradients = Collective(kind="all-reduce", num_bytes=bucket.num_bytes)
-                at = clocks.now + bucket.ready * seconds
+                at = clocks.now + (bucket.ready - begun) * seconds
                 clocks.send(f"bucket {number}", gradients, at=at)
-        clocks.now += seconds
-    for number in range(len(buckets)):
+        clocks.now += (ended - begun) * seconds
+
+    send_while(images, of_texts=False, begun=0.0, ended=middle)
+    clocks.wait("text gradients")
+    send_while(texts, of_texts=True, begun=0.0, ended=1.0)
+    send_while(images, of_texts=False, begun=middle, ended=1.0)
+    for number in range(len(size.buckets)):
         clocks.wait(f"bucket {number}", called="gradients")
 
 

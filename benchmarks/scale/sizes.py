@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.blocks import has_batch_norm
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.encoding import quarter_parameter
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "broadcast"]
 
@@ -71,7 +72,7 @@ class Bucket:
     of_texts: bool
     """Whether the text encoder's backward pass completes it; else the image encoder's."""
     ready: float
-    """Part of that backward pass, from 0 to 1, after which it is complete."""
+    """Part of that encoder's backward pass, from 0 to 1, after which it is complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class ModelSize:
     text_operations: float
     """The same of one text, with its padding."""
     embed_dim: int
+    before_texts: float
+    """Part of the images' backward pass that comes before that of the texts."""
     buckets: tuple[Bucket, ...]
     buffers: Mapping[torch.dtype, int]
 
@@ -109,11 +112,13 @@ def measure_size(config: TrainConfig) -> ModelSize:
     if has_batch_norm(model):
         for buffer in model.buffers():
             buffers[buffer.dtype] = buffers.get(buffer.dtype, 0) + buffer.nbytes
+    before_texts, buckets = gradient_buckets(model, of_image.operations | of_text.operations)
     return ModelSize(
         image_operations=sum(of_image.operations.values()),
         text_operations=sum(of_text.operations.values()),
         embed_dim=config.model.embed_dim,
-        buckets=tuple(gradient_buckets(model, of_image.operations | of_text.operations)),
+        before_texts=before_texts,
+        buckets=tuple(buckets),
         buffers=buffers,
     )
 
@@ -138,31 +143,39 @@ class _Products(TorchFunctionMode):
         return result
 
 
-def gradient_buckets(model: UniCL, operations: Mapping[Tensor, float]) -> Iterator[Bucket]:
+def gradient_buckets(
+    model: UniCL, operations: Mapping[Tensor, float]
+) -> tuple[float, list[Bucket]]:
     """DDP's buckets after its first step, in the order in which they are complete and sent.
 
-    Images are back-propagated first, each encoder from its end to its start.
+    Each encoder is back-propagated from its end to its start; texts come after the part of the
+    images that is returned, too.
     """
     assert model.text_encoder is not None
     assert model.image_projection is not None
     assert model.text_projection is not None
-    parts = [
-        [model.logit_scale, model.image_projection, *_as_they_arrive(model.image_encoder)],
-        [model.text_projection, *_as_they_arrive(model.text_encoder)],
-    ]
-    done = []
-    for side in parts:
+    images = [model.logit_scale, model.image_projection, *_as_they_arrive(model.image_encoder)]
+    texts = [model.text_projection, *_as_they_arrive(model.text_encoder)]
+    done: dict[Tensor, float] = {}
+    for side in (images, texts):
         counted = list(itertools.accumulate(operations.get(weight, 0.0) for weight in side))
-        done += [count / max(counted[-1], 1.0) for count in counted]
-    weights: list[Tensor] = [weight for side in parts for weight in side]
+        done |= {
+            weight: count / max(counted[-1], 1.0)
+            for weight, count in zip(side, counted, strict=True)
+        }
+    last = quarter_parameter(model.image_encoder)
+    assert last is not None
+    later = 1 + next(number for number, weight in enumerate(images) if weight is last)
+    weights: list[Tensor] = [*images[:later], *texts, *images[later:]]
     indices, _ = _compute_bucket_assignment_by_size(weights, _BUCKET_BYTES)
-    for members in indices:
-        last = max(members)
-        yield Bucket(
+    return done[last], [
+        Bucket(
             num_bytes=sum(weights[index].nbytes for index in members),
-            of_texts=last >= len(parts[0]),
-            ready=done[last],
+            of_texts=later <= max(members) < later + len(texts),
+            ready=done[weights[max(members)]],
         )
+        for members in indices
+    ]
 
 
 def _as_they_arrive(encoder: nn.Module) -> list[nn.Parameter]:

@@ -9,8 +9,8 @@ in memory a run finds
 - shared memory that tensor cores read by their own proxy before a fence, or while it is written;
 - registers of a `wgmma` that are touched before its wait, or not fenced before it.
 
-It knows the instructions that our kernels have, and raises NotImplementedError for others. Branches
-must not part the threads of a block.
+It knows the instructions that our kernels and Inductor's have, and raises NotImplementedError for
+others. Only branches forward may part the threads of a block.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ KINDS: dict[str, Any] = {
 WARP, GROUP = 32, 128
 TF32 = np.uint32(0xFFFFE000)
 BASE = 1 << 40  # the address of global memory
+_ROUNDINGS = {"rm": "fma", "sat": "cvt", **dict.fromkeys(("rz", "rp", "rni", "rmi", "rpi"), "")}
+"""Those that change a result, and the only instruction that may have them here."""
 _OP = re.compile(r"(?:@(!?)(\S+)\s+)?([\w.:]+)\s*(.*)", re.S)
 
 
@@ -94,7 +96,10 @@ def parse(text: str) -> Kernel:
             negated, guard, op, rest = found.groups()
             args = [one.strip() for one in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,{\[]+", rest)]
             args = [one for one in args if one]
-            code.append(Instruction(op, op.split("."), args, guard or "", bool(negated), statement))
+            parts = op.split(".")
+            if any(_ROUNDINGS.get(part, parts[0]) != parts[0] for part in parts):
+                raise NotImplementedError(statement)
+            code.append(Instruction(op, parts, args, guard or "", bool(negated), statement))
         if statement.startswith(".section"):
             break
     names = re.findall(r"(\w+)\s*(?:,|$)", " ".join(params.split()))
@@ -219,6 +224,8 @@ class Block:
         self.results: Counter[str] = Counter()  # registers of products in flight
         self.operands: Counter[str] = Counter()
         self.touched = {""}  # registers that were read or written since the last fence of products
+        self.active = np.ones(kernel.num_threads, bool)
+        self.asleep: dict[int, Array] = {}  # threads that wait for the others at an instruction
         self.guard: Array | None = None
         self.now = ""
 
@@ -227,18 +234,20 @@ class Block:
         with np.errstate(all="ignore"):
             while position < len(code):
                 one = code[position]
-                self.now, self.guard = one.text, None
+                if position in self.asleep:
+                    self.active = self.active | self.asleep.pop(position)
+                self.now, self.guard = one.text, None if self.active.all() else self.active
                 if one.guard:
-                    guard = self.lanewise(one.guard, "pred")
-                    self.guard = ~guard if one.negated else guard
+                    guard = self.lanewise(one.guard, "pred") ^ one.negated
+                    self.guard = guard & self.active
                 position += 1
-                if one.parts[0] in ("bra", "ret"):
-                    taken = self.mask
-                    if taken.any() and not taken.all():
-                        raise NotImplementedError(f"a branch parts threads: {one.text}")
-                    if taken.all():
-                        end = one.parts[0] == "ret"
-                        position = len(code) if end else self.kernel.labels[one.args[0]]
+                if one.parts[0] == "bra":
+                    position = self.branch(position, self.kernel.labels[one.args[0]])
+                    continue
+                if one.parts[0] == "ret":
+                    if self.mask.any() and not self.mask.all():
+                        raise NotImplementedError(f"some threads end: {one.text}")
+                    position = len(code) if self.mask.all() else position
                     continue
                 simple = _SIMPLE.get(one.parts[0])
                 if simple is not None and one.kind != "bf16":
@@ -251,6 +260,18 @@ class Block:
                     method(one)
         if any(self.products) or any(self.copies):
             self.fault("ends before what is asynchronous")
+
+    def branch(self, position: int, target: int) -> int:
+        """Where the block goes on: threads that part wait for the others where they jump to."""
+        taken = self.mask
+        if taken.all():
+            return target
+        if taken.any():
+            if target < position:
+                raise NotImplementedError(f"a loop parts threads: {self.now}")
+            self.asleep[target] = self.asleep.get(target, False) | taken
+            self.active = self.active & ~taken
+        return position if self.active.any() else min(self.asleep)
 
     @property
     def mask(self) -> Array:
@@ -375,6 +396,14 @@ class Block:
             index = self.bytes_at(start, data.shape[1], mask, shared=False)
             self.memory.data[index] = data[mask]
 
+    def _red(self, one: Instruction) -> None:
+        """Adds to global memory, one lane after another."""
+        if "add" not in one.parts or "global" not in one.parts:
+            raise NotImplementedError(one.text)
+        added, mask = self.lanewise(one.args[1], one.kind)[self.mask], self.mask
+        index = self.bytes_at(self.address(one.args[0]), added.itemsize, mask, shared=False)
+        np.add.at(self.memory.data.view(added.dtype), index[:, 0] // added.itemsize, added)
+
     def _cp(self, one: Instruction) -> None:
         """Copies land at their wait; `copies` ends with the group that is not committed yet."""
         if "commit_group" in one.parts:
@@ -412,6 +441,8 @@ class Block:
 
     def _nothing(self, one: Instruction) -> None:
         pass
+
+    _createpolicy = _nothing  # of caches
 
     def _shfl(self, one: Instruction) -> None:
         value, by = (self.lanewise(name, "b32") for name in one.args[1:3])
@@ -628,7 +659,11 @@ class Block:
     def _fma(self, one: Instruction) -> None:
         left, right, added = (self.value(name, one.kind) for name in one.args[1:])
         exact = left.astype(np.float64) * right + added
-        self.set(one.args[0], exact.astype(left.dtype))
+        rounded = exact.astype(left.dtype)
+        if "rm" in one.parts:  # towards minus infinity
+            below = np.nextafter(rounded, left.dtype.type(-np.inf))
+            rounded = np.where(rounded > exact, below, rounded)
+        self.set(one.args[0], rounded)
 
     def _div(self, one: Instruction) -> None:
         left, right = (self.value(name, one.kind) for name in one.args[1:])
@@ -688,6 +723,9 @@ class Block:
     def _setp(self, one: Instruction) -> None:
         left, right = (self.value(name, one.kind) for name in one.args[1:])
         ordered = ~(np.isnan(left) | np.isnan(right)) if one.kind[0] == "f" else np.True_
+        if one.parts[1] == "nan":
+            self.set(one.args[0], ~ordered)
+            return
         found = _COMPARE[one.parts[1]](left, right) if one.parts[1] != "num" else np.True_
         self.set(one.args[0], found & ordered)
 
@@ -705,6 +743,7 @@ class Block:
             return
         value = self.value(one.args[1], source)
         value = _from_bf16(value) if source == "bf16" else value
+        value = np.fmin(np.fmax(value, 0), 1).astype(value.dtype) if "sat" in one.parts else value
         if target == "bf16":
             self.set(one.args[0], _to_bf16(value))
             return
@@ -717,7 +756,10 @@ _SIMPLE: dict[str, Callable[..., Array]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "neg": np.negative,
+    "abs": np.abs,
     "ex2": np.exp2,
+    "rsqrt": lambda value: 1 / np.sqrt(value),
 }
 _COMPARE: dict[str, Callable[..., Array]] = {
     **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal},

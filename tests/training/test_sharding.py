@@ -6,6 +6,7 @@ Under `optimizer` bit for bit, under `full` within rounding; checkpoints hold wh
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,6 +22,7 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
+from unicl_fast.presets import build_preset
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import encoder_autocast
 from unicl_fast.training.memory_plan import plan
@@ -252,6 +254,20 @@ def test_owners_have_nearly_as_much_each() -> None:
     assert max(loads) == largest_load(sizes, 3) == 30
     assert min(loads) >= 26
     assert choose_owners([3, 2], 4) == [0, 1]  # two ranks have none
+
+
+def test_no_more_ranks_own_parameters_than_leave_the_fullest_no_fuller() -> None:
+    with torch.device("meta"):
+        model = build_model(build_preset("swin-tiny"))
+    sizes = [one.numel() for one in model.parameters()]
+    for world_size, owners in {1: 1, 2: 2, 3: 3, 4: 4, 1024: 4}.items():
+        found = choose_owners(sizes, world_size)
+        loads = Counter[int]()
+        for owner, size in zip(found, sizes, strict=True):
+            loads[owner] += size
+        assert max(loads.values()) == largest_load(sizes, world_size)
+        assert sorted(loads) == list(range(owners))
+    assert largest_load(sizes, 1024) == model.text_encoder.token_embedding.weight.numel()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from rank_workers import (
     write_gradients,
 )
 from small_runs import StepLoader, global_batch, ragged_features, tiny_config
+from torch import nn
 
 from unicl_fast.batch import repeated_texts
 from unicl_fast.checkpoints.load import build_model
@@ -26,6 +27,7 @@ from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.encoding import after_three_quarters
 from unicl_fast.training.metrics import read_metrics
 
 
@@ -257,3 +259,17 @@ def test_narrow_arithmetic_is_off_by_its_rounding_alone(
 def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
     with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
         Ranks(rank=0, world_size=4).local_batch_size(10)
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_texts_come_after_three_quarters_the_images_or_after_them(is_frozen: bool) -> None:
+    encoder = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(8)))
+    encoder.requires_grad_(not is_frozen)
+    x, order = torch.ones(1, 2, requires_grad=True), []
+    for number, layer in enumerate(encoder):
+        if not is_frozen:
+            layer.weight.register_post_accumulate_grad_hook(lambda _, n=number: order.append(n))
+    for _ in range(2):
+        with after_three_quarters(encoder, lambda: order.append("texts")):
+            encoder(x).sum().backward()
+    assert order == 2 * (["texts"] if is_frozen else [7, 6, 5, 4, 3, 2, "texts", 1, 0])

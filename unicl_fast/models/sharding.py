@@ -60,21 +60,32 @@ def divides_all(efficiency: EfficiencyConfig, ranks: Ranks) -> bool:
 
 
 def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
-    """The rank of each parameter: the largest first, each to the rank that has least so far."""
-    loads = [(0, rank) for rank in range(world_size)]
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        load, owners[index] = loads[0]
-        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
+    """The rank of each parameter: the largest first, each to the rank that has least so far.
+
+    As few ranks own any as leave the fullest no fuller, since each sends a broadcast. That is often
+    a few: nobody can have less than the token embedding.
+    """
+    owners, most = _divide(sizes, world_size)
+    for count in range(max(1, sum(sizes) // max(most, 1)), world_size):
+        fewer, load = _divide(sizes, count)
+        if load <= most:
+            return fewer
     return owners
 
 
 def largest_load(sizes: Sequence[int], world_size: int) -> int:
     """Numbers that are updated by the rank that has most."""
-    loads = [0] * world_size
-    for size, owner in zip(sizes, choose_owners(sizes, world_size), strict=True):
-        loads[owner] += size
-    return max(loads)
+    return _divide(sizes, world_size)[1]
+
+
+def _divide(sizes: Sequence[int], count: int) -> tuple[list[int], int]:
+    """The rank of each parameter, of `count` ranks, and how much the fullest has."""
+    loads = [(0, rank) for rank in range(count)]
+    owners = [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[index], owners[index]))
+    return owners, max(loads)[0]
 
 
 class ParameterOwners:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from unicl_fast.batch import Batch, Texts
 from unicl_fast.config import EfficiencyConfig, TrainConfig
@@ -49,9 +51,22 @@ class Encoding(Protocol):
 class WholeBatch:
     """A local batch that goes through the encoders at once."""
 
-    def __init__(self, encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> None:
-        """Prepares images and texts; mixes images if the objective does."""
+    def __init__(
+        self,
+        encode: Encode,
+        batch: Batch,
+        config: TrainConfig,
+        ranks: Ranks,
+        *,
+        texts_among_images: bool = False,
+    ) -> None:
+        """Prepares images and texts; mixes images if the objective does.
+
+        With `texts_among_images` the backward pass under DDP is that of `back_propagate`.
+        """
         self._encode = encode
+        self._is_cut = texts_among_images and isinstance(encode, DistributedDataParallel)
+        self._sent: tuple[Tensor, Tensor] | None = None
         self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
         texts = counts = None
@@ -79,11 +94,66 @@ class WholeBatch:
             if self._texts is None:
                 return self._encode(self._images)
             tokens, num_tokens = self._texts
+            if send is not None and self._is_cut:
+                send = functools.partial(self._send_cut, send)
             return self._encode(self._images, tokens, num_tokens, send)
 
+    def _send_cut(self, send: Send, texts: Tensor) -> Tensor:
+        """Sends texts; what takes their place begins a graph of its own."""
+        sent = send(texts)
+        if not sent.requires_grad:  # frozen
+            return sent
+        self._sent = sent, sent.detach().requires_grad_()
+        return self._sent[1]
+
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
-        """Goes back through the graph."""
-        scaled_loss.backward()
+        """Goes back through the graph.
+
+        Under DDP it goes through texts after three quarters of the images: these hide how texts'
+        gradients come back from other ranks, and the rest of the images hides how the last
+        gradient of the texts is sent, that of a token embedding of 100 MB. By the model of
+        `unicl-bench scale` a step takes up to 9 % less than with texts after images, and no more.
+        """
+        if self._sent is None:
+            scaled_loss.backward()
+            return
+        assert isinstance(self._encode, DistributedDataParallel)
+        with after_three_quarters(self._encode.module.image_encoder, self._back_propagate_texts):
+            scaled_loss.backward()
+
+    def _back_propagate_texts(self) -> None:
+        assert self._sent is not None
+        sent, received = self._sent
+        self._sent = None
+        sent.backward(received.grad)
+
+
+@contextlib.contextmanager
+def after_three_quarters(encoder: nn.Module, action: Callable[[], None]) -> Iterator[None]:
+    """Does something once: late in an encoder's backward pass, or else after it."""
+    pending = [action]
+
+    def act(*_: object) -> None:
+        while pending:
+            pending.pop()()
+
+    parameter = quarter_parameter(encoder)
+    hook = None if parameter is None else parameter.register_post_accumulate_grad_hook(act)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+    act()
+
+
+def quarter_parameter(encoder: nn.Module) -> nn.Parameter | None:
+    """The parameter before which a quarter of the trained ones come; None where all are frozen.
+
+    Its gradient tells where backward is; a hook in a block would be compiled with the block.
+    """
+    trained = [one for one in encoder.parameters() if one.requires_grad]
+    return trained[len(trained) // 4] if trained else None
 
 
 def encoder_autocast(

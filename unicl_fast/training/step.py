@@ -64,7 +64,7 @@ def back_propagate(
     else:
         indices = shown_indices(batch, global_batch_size=config.run.global_batch_size)
         model.set_drop_path_key(step=batch.step, global_index=indices)
-        encoding = WholeBatch(encode, batch, config, ranks)
+        encoding = WholeBatch(encode, batch, config, ranks, texts_among_images=True)
     loss = loss_of(encoding, config, ranks, begin)
     encoding.back_propagate(scale_loss(loss), begin)
     return loss.detach()
