@@ -330,7 +330,7 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
         data=DataConfig(image_size=size, evaluation_resize=size),
         model=config.model,
         objective=config.objective,
-        optim=OptimConfig(freeze=config.optim.freeze),
+        optim=OptimConfig(freeze=config.optim.freeze, lora=config.optim.lora),
         efficiency=EfficiencyConfig(
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,
