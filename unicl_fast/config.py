@@ -314,10 +314,10 @@ class OptimConfig:
     their weights and BatchNorm's averages bit for bit, and take neither gradients nor optimizer
     state. docs/training.md has recipes."""
     lora: str = ""
-    """LoRA: trains adapters on frozen encoders, TOWER:RANK each: image:16,text:16. They are
-    matrices of that rank on all linear layers; image:16@last4 has them in the last 4 blocks only.
-    The word dora or rslora in the list takes that variant: image:16,text:16,dora. Projections are
-    trained as ever. Needs the package peft. Checkpoints leave out weights that model.init names."""
+    """LoRA: adapters on frozen encoders, of TOWER:RANK each, such as image:16,text:16. They are on
+    all linear layers and dense convolutions of blocks; image:16@last4 has them in the last 4 blocks
+    only. The word dora or rslora in the list takes that variant. Projections are trained as ever.
+    Checkpoints leave out weights that model.init names. Needs the package peft."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
     The last layers are one below the projections. Layers are timm's groups."""

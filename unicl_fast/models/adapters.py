@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unicl_fast.config import Adapters
 from unicl_fast.models.blocks import KNOWN_BLOCKS
 from unicl_fast.models.text_encoder import TextAttention
+from unicl_fast.system.installation import install_command
 
 _ALPHA = 16
 """Fixed, so that a learning rate keeps its meaning when the rank changes."""
@@ -33,7 +34,7 @@ def add_adapters(
         import peft  # takes seconds
     except ModuleNotFoundError as error:
         raise ValueError(
-            "optim.lora needs the package peft: pip install peft, or the extra lora"
+            f"optim.lora needs the package peft: pip install peft, or {install_command('lora')}"
         ) from error
     for attention in [one for block in blocks for one in block.modules()]:
         if isinstance(attention, TextAttention):
@@ -63,10 +64,11 @@ def check_adapters(encoder: nn.Module, name: str, *given: Tensor) -> None:
     `name` is the encoder's, and `given` an input that it takes.
     """
     waiting = {module: path for path, module in encoder.named_modules() if _has_adapter(module)}
-    handles = [
-        module.register_forward_hook(lambda one, *_: waiting.pop(one, None) and None)
-        for module in waiting
-    ]
+
+    def is_called(module: nn.Module, *_: object) -> None:
+        waiting.pop(module, None)
+
+    handles = [module.register_forward_hook(is_called) for module in waiting]
     was_training = encoder.training
     with torch.no_grad():
         encoder.eval()(*given)
