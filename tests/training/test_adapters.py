@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from small_runs import StepLoader, objective_config, real_images, tiny_config
 from torch import nn
 
+from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model, load_model
 from unicl_fast.config import Adapters, OptimConfig, TrainConfig
@@ -217,6 +218,16 @@ def test_a_changed_base_is_refused_by_its_checksum(
         load_model(run, initialise=initialise)
     with pytest.raises(ValueError, match="holds adapters on weights of xxh3"):
         trainer_of(images, config).resume(list_checkpoints(run / "checkpoints")[0])
+
+
+def test_a_checkpoint_that_describes_a_model_larger_than_memory_is_refused(
+    images: torch.Tensor, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own file has none of the tensors by which others are compared."""
+    trainer_of(images, config_of(BOTH, init=base), tmp_path).fit()
+    monkeypatch.setattr(load, "free_memory", lambda device: 1_000_000)
+    with pytest.raises(ValueError, match="describes a model of 0.0 GB, and 0.0 GB are free"):
+        load_model(tmp_path, initialise=initialise)
 
 
 def test_fresh_weights_below_adapters_are_in_the_checkpoint(

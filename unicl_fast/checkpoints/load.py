@@ -38,6 +38,7 @@ from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
+from unicl_fast.system.machine import free_memory
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import shorten
 
@@ -334,7 +335,9 @@ def _find_weights(path: str | Path, *, weights: Weights) -> tuple[TrainConfig, P
             )
         config, base = state.config.settings_of_stages[-1], state.base
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
-    if not base:
+    if base:
+        _require_room(found, config)
+    else:
         _require_sizes(file, config)
     return config, file, base
 
@@ -383,6 +386,17 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
         raise DamagedCheckpointError(
             f"{path} is no safetensors file: {error!r}; use another checkpoint"
         ) from error
+
+
+def _require_room(path: Path, config: TrainConfig) -> None:
+    """Refuses a model larger than memory, where no file here says whether its sizes are right."""
+    with torch.device("meta"):
+        size = sum(weight.nbytes for weight in build_model(config).parameters())
+    if size > (free := free_memory(torch.device("cpu"))):
+        raise ValueError(
+            f"{path} describes a model of {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: "
+            "take a larger machine, or another checkpoint if this is not the model that you mean"
+        )
 
 
 def _require_sizes(path: Path, config: TrainConfig) -> None:
