@@ -73,6 +73,7 @@ CHANGES: dict[str, str] = {
     "optim.clip_norm": "1e-3",
     "optim.ema_decay": "0.5 --data.evaluate LABELS",
     "optim.freeze": "image",
+    "optim.lora": "text:4",
     "optim.layer_decay": "0.1",
     "efficiency.precision": "fp32",
     "checkpoint.every_steps": "1",
@@ -116,7 +117,7 @@ def test_every_option_is_read_outside_of_the_config() -> None:
         for node in ast.walk(trunk_table.tree_of(path))
         if isinstance(node, ast.Attribute)
     }
-    read |= {"prompts", *INITIAL}
+    read |= {"prompts", "lora", *INITIAL}  # lora as `adapters`
     assert {name for _, name in OPTIONS} <= read
 
 
@@ -188,6 +189,8 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("optim", "ema_decay", 0.9),
     ("optim", "freeze", ("image",)),
     ("optim", "freeze", ("text", "image_projection")),
+    ("optim", "lora", "image:2@last3,text:4"),
+    ("optim", "lora", "image:2,dora"),
     ("optim", "layer_decay", 0.5),
     ("optim", "clip_norm", 0.0),
     ("efficiency", "precision", "bf16"),

@@ -55,12 +55,23 @@ OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 INITIAL_WEIGHTS = ("init", "init_image", "init_text")
 """Fields of `ModelConfig` that are only read on a run's first start."""
 
+# Step, batch size and seed determine the samples, so a change on resume would change the next ones.
+MUST_NOT_CHANGE = {
+    "run": ("seed", "global_batch_size"),
+    "efficiency": ("precision",),
+    "data": ("shuffle_window", "shuffle_groups"),
+    "optim": ("lora",),
+}
+"""Fields that a run keeps when it resumes, besides those of its model and objective."""
+
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 # Sizes end far beyond what anybody trains: damaged settings must not take memory.
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Layers = Annotated[int, Meta(ge=1, le=1024)]
 _FREEZABLE = re.compile(r"(image|text)(:[1-9][0-9]{0,3}|_projection)?")
+_ADAPTED = re.compile(r"(image|text):([1-9][0-9]{0,3})(?:@last([1-9][0-9]{0,3}))?")
+_ADAPTER_FLAGS = ("dora", "rslora")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,6 +254,32 @@ class ModelConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """The adapters of `optim.lora`."""
+
+    ranks: Mapping[str, int]
+    """By tower, image or text."""
+    last_blocks: Mapping[str, int]
+    """By tower, where only its last blocks have adapters."""
+    dora: bool
+    rslora: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Adapters:
+        """Reads `image:16@last4,text:16,dora`; raises ValueError if it is nothing of the kind."""
+        entries = [entry for entry in text.split(",") if entry not in _ADAPTER_FLAGS]
+        found = [_ADAPTED.fullmatch(entry) for entry in entries]
+        ranks = {one[1]: int(one[2]) for one in found if one is not None}
+        if not ranks or len(ranks) < len(entries):
+            raise ValueError(
+                "optim.lora takes image:RANK, text:RANK or both, each perhaps with @lastK for its "
+                f"last K blocks, and perhaps dora, rslora, parted by commas, not {text!r}"
+            )
+        last = {one[1]: int(one[3]) for one in found if one is not None and one[3] is not None}
+        return cls(ranks, last, *(flag in text.split(",") for flag in _ADAPTER_FLAGS))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """Optimizer, warm-up and cosine schedule; the defaults are the released recipe's."""
@@ -276,6 +313,11 @@ class OptimConfig:
     image and text are the encoders, image:6 is the image encoder up to its 6th block. They keep
     their weights and BatchNorm's averages bit for bit, and take neither gradients nor optimizer
     state. docs/training.md has recipes."""
+    lora: str = ""
+    """LoRA: adapters on frozen encoders, of TOWER:RANK each, such as image:16,text:16. They are on
+    all linear layers and dense convolutions of blocks; image:16@last4 has them in the last 4 blocks
+    only. The word dora or rslora in the list takes that variant. Projections are trained as ever.
+    Checkpoints leave out weights that model.init names. Needs the package peft."""
     layer_decay: PositiveFraction = 1.0
     """Factor of the learning rate from a layer of an encoder to the one below it; 1: all the same.
     The last layers are one below the projections. Layers are timm's groups."""
@@ -293,10 +335,22 @@ class OptimConfig:
             len(set(parts)) == len(parts),
             f"optim.freeze names a part twice: {' '.join(self.freeze)}",
         )
+        adapted = self.adapters.ranks if self.adapters is not None else {}
+        for tower in adapted:
+            require(
+                tower not in parts,
+                f"optim.lora={self.lora} freezes the {tower} encoder and adapts it, and "
+                f"optim.freeze names it too: leave it out of one of them",
+            )
         require(
             self.lr_min <= self.lr,
             f"optim.lr_min ({self.lr_min}) must not be larger than optim.lr ({self.lr})",
         )
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The adapters that are trained; None if weights are."""
+        return Adapters.parse(self.lora) if self.lora else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,7 +116,7 @@ def loss_of_two_ranks(
 def attention_and_gradients(
     block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
 ) -> list[torch.Tensor]:
-    """Attention of a block of Swin, and its gradients of x and of all weights, by name."""
+    """Attention of a block of Swin, and its gradients of x and of what is trained, by name."""
     block, x = copy.deepcopy(block), x.detach().clone().requires_grad_()
     if fused:
         from unicl_fast.models.window_attention import blocks_that_fit, fuse
@@ -125,7 +125,8 @@ def attention_and_gradients(
         fuse(fitting)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         mixed = block._attn(x)
-    weights = dict(sorted(block.attn.named_parameters())).values()
+    named = dict(sorted(block.attn.named_parameters()))
+    weights = [weight for weight in named.values() if weight.requires_grad]
     return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
 
 

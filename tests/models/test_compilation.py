@@ -244,6 +244,27 @@ def test_compiled_blocks_give_the_eager_gradients(
     assert_same_gradients(found, eager)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config().changed(optim={"lora": "image:4,text:2"})
+    loss, eager = first_gradients(images, Ranks(), config)
+    by_aot = functools.partial(compile_encoders, backend="aot_eager")
+    monkeypatch.setattr("unicl_fast.training.parallel.compile_encoders", by_aot)
+    compiled = config.changed(efficiency={"compile": "blocks"})
+    found, gradients = first_gradients(images, Ranks(), compiled)
+    assert found == pytest.approx(loss, rel=1e-12)
+    assert not counters["graph_break"]
+    # one more than without adapters: what comes into the first blocks takes no gradient
+    assert counters["stats"]["unique_graphs"] <= 4
+    for name, gradient in eager.items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+    with pytest.raises(ValueError, match="cannot trace the layers of peft's DoRA"):
+        first_gradients(images, Ranks(), compiled.changed(optim={"lora": "text:2,dora"}))
+
+
 def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch.Tensor) -> None:
     config = tiny_config(compile="blocks")
     plain = build_model(config).state_dict().keys()

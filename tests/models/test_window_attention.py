@@ -27,9 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.checkpoints.load import build_model
+from unicl_fast.config import Adapters
 from unicl_fast.distributed import ranks
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.models import compilation
+from unicl_fast.models.adapters import add_adapters
 from unicl_fast.models.compilation import fuse_window_attention, settle_window_attention
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, set_image_size
 from unicl_fast.models.sharding import WholeCopy
@@ -103,6 +105,15 @@ def test_kernels_round_no_more_than_timms(
     block = build_block(size, window=window, shift=shift)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(form, torch.float32)
     check_against_timm(compute, block, size, dtype=dtype, autocast=form == "autocast")
+
+
+@pytest.mark.parametrize("variant", ["", pytest.param(",dora", marks=slow)])
+def test_adapters_are_seen_by_the_kernels(compute: Compute, variant: str) -> None:
+    block = build_block((6, 4), window=(3, 4), shift=1)
+    add_adapters(block, [block], Adapters.parse(f"image:4{variant}"), rank=4)
+    for name, weight in block.named_parameters():
+        torch.nn.init.normal_(weight, std=0.2) if "lora_B" in name else None
+    check_against_timm(compute, block, (6, 4))
 
 
 @pytest.mark.parametrize("largest", [3, pytest.param(8, marks=[slow, pytest.mark.long])])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from program_runs import (
     SMALL,
     STARTED,
@@ -29,7 +30,9 @@ from program_runs import (
 from safetensors.torch import load_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.evaluation.inference import load_model
 from unicl_fast.tools import ledger, pretrain
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.dali, pytest.mark.dist, pytest.mark.slow]
@@ -244,6 +247,33 @@ def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unb
         assert sum(source["draws"] for source in values["sources"]) == 504
         sizes = {(one["start_step"], one["global_batch_size"]) for one in values["segments"]}
         assert sizes >= {(0, 24), (10, 12), (20, 12)}
+
+
+def test_a_killed_run_of_adapters_ends_as_if_unbroken_and_is_exported_whole(
+    unbroken: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = [
+        *(*SMALL, "--efficiency.precision", "fp64", "--init", unbroken, *sources(data)),
+        *("--optim.lora", "image:4,text:2,rslora", "--optim.ema-decay", "0.9", "--resume", "auto"),
+    ]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    call(pretrain, *settings, "--out", whole)
+    process = start(*settings, "--out", out)
+    wait_for_step(out, 6, process)
+    process.kill()
+    process.communicate()
+    call(pretrain, *settings, "--out", out)
+    assert losses(out) == losses(whole)
+    assert weights(out) == weights(whole)
+    size, of_base = (
+        (list_checkpoints(run / "checkpoints")[-1] / "model.safetensors").stat().st_size
+        for run in (out, unbroken)
+    )
+    assert size < of_base / 5
+    call(convert, "hf", out, tmp_path / "export")
+    adapted, exported = (load_model(path).encoders.double() for path in (out, tmp_path / "export"))
+    for name, weight in adapted.state_dict().items():
+        torch.testing.assert_close(exported.state_dict()[name], weight, rtol=1e-6, atol=1e-7)
 
 
 def test_unicl_ledger_says_what_is_missing(

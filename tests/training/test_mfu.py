@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -47,21 +48,20 @@ def test_the_products_are_those_of_a_real_step(
 
 
 @pytest.mark.parametrize(
-    "entries",
+    "optim",
     [
-        pytest.param(("image",), marks=pytest.mark.slow),
-        pytest.param(("text",), marks=pytest.mark.slow),
-        pytest.param(("image", "image_projection"), marks=pytest.mark.slow),
-        ("image:3", "text:1"),
+        pytest.param({"freeze": ("image",)}, marks=pytest.mark.slow),
+        pytest.param({"freeze": ("text",)}, marks=pytest.mark.slow),
+        pytest.param({"freeze": ("image", "image_projection")}, marks=pytest.mark.slow),
+        {"freeze": ("image:3", "text:1")},
+        {"lora": "image:2@last4,text:2"},
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_what_is_frozen_has_no_backward_pass(
-    images: torch.Tensor, entries: tuple[str, ...]
-) -> None:
+def test_what_is_frozen_has_no_backward_pass(images: torch.Tensor, optim: dict[str, Any]) -> None:
     config, batch = tiny_config(), labelled_batch(images, objective="unicl")
     config = config.changed(model={"text_width": 128})
-    frozen = config.changed(optim={"freeze": entries})
+    frozen = config.changed(optim=optim)
     real = make_trainer(frozen, ListLoader([batch]), progress=False)
     for module in real.model.modules():
         if hasattr(module, "fused_attn"):

@@ -104,12 +104,13 @@ class ModelConversion(Conversion):
             FileNotFoundError: no model there.
         """
         from unicl_fast.checkpoints.load import find_model, load_model
+        from unicl_fast.conversion.initial import initialise
         from unicl_fast.conversion.output import require_new
         from unicl_fast.system.progress import said_if_slow
 
         require_new(self.out)  # before minutes are spent
         with said_if_slow(f"reading {self.model}"):
-            model = load_model(self.model, weights=self.weights).float()
+            model = load_model(self.model, weights=self.weights, initialise=initialise).float()
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "

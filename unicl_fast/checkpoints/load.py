@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,21 +28,26 @@ from unicl_fast.checkpoints.files import (
     read_best,
 )
 from unicl_fast.checkpoints.transformers_names import from_transformers
-from unicl_fast.config import TrainConfig, with_settled
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.blocks import checkpoint_blocks
+from unicl_fast.models.freezing import freeze, merge
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
+from unicl_fast.system.machine import free_memory
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import shorten
 
 logger = logging.getLogger(__name__)
 
 Weights = Literal["auto", "ema", "model"]
+Initialise = Callable[[UniCL, Ranks], None]
+"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
+together."""
 
 _ALONE = Ranks()
 
@@ -73,6 +78,9 @@ class CheckpointState:
     """File names to their xxh3."""
     run_id: str
     """Stays the same when a run resumes."""
+    base: str = ""
+    """xxh3 of the weights that it leaves out, which `model.init` of its config names; empty if it
+    holds all."""
 
 
 def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
@@ -250,30 +258,66 @@ def build_model(config: TrainConfig) -> UniCL:
     return model
 
 
-def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """Loads a trained model, in evaluation mode on the CPU.
+def load_model(
+    path: str | Path, *, weights: Weights = "auto", initialise: Initialise | None = None
+) -> UniCL:
+    """Loads a trained model, in evaluation mode on the CPU; adapters are merged into its weights.
 
     Args:
         path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
             hf-hub:OWNER/NAME for one on the Hugging Face hub.
         weights: "ema" is the moving average of the weights, "model" the last step's weights, "auto"
             the average if there is one. An export has one set of weights, and "ema" is an error.
+        initialise: reads the weights below adapters, where the checkpoint leaves them out.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: it is damaged, or has no average where "ema" is required.
+        ValueError: it is damaged, has no average where "ema" is required, or the weights below its
+            adapters have changed or are not there.
     """
-    config, file = find_weights(path, weights=weights)
+    config, file, base = _find_weights(path, weights=weights)
     model = build_model(config)
     # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
+    if config.optim.adapters is None:
+        load_weights(model, file)
+        return model.eval()
+    if base and initialise is not None:
+        initialise(model, _ALONE)
+    freeze(model)
+    refuse_another_base(model, base, file)
     load_weights(model, file)
+    merge(model)
     return model.eval()
 
 
+def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
+    """Raises ValueError if the weights that a file leaves out are not those of the model."""
+    if not base or base == model.frozen.base_digest:
+        return
+    given = model.config.model
+    names = [f"model.{name}={one}" for name in INITIAL_WEIGHTS if (one := getattr(given, name))]
+    raise ValueError(
+        f"{path} holds adapters on weights of xxh3 {base}, and those of "
+        f"{', '.join(names) or 'fresh weights'} have {model.frozen.base_digest or 'none'}: give "
+        "what the run began with, unchanged, as model.init, init_image or init_text"
+    )
+
+
 def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path]:
-    """Returns the config and file that `load_model` reads, checked; raises as it does."""
-    found = find_model(path)
+    """Returns the config and file of all weights of a model, checked; raises as `load_model`."""
+    config, file, _ = _find_weights(path, weights=weights)
+    if config.optim.adapters is not None:
+        raise ValueError(
+            f"{path} holds adapters, not a whole model: merge them by unicl-convert hf {path} OUT, "
+            "and give OUT"
+        )
+    return config, file
+
+
+def _find_weights(path: str | Path, *, weights: Weights) -> tuple[TrainConfig, Path, str]:
+    """Returns the config, the file that `load_model` reads, and what it leaves out, checked."""
+    found, base = find_model(path), ""
     if is_export(found):
         if weights == "ema":
             raise ValueError(
@@ -289,15 +333,18 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
                 f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
                 "model or auto"
             )
-        config = state.config.settings_of_stages[-1]
+        config, base = state.config.settings_of_stages[-1], state.base
         file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
-    _require_sizes(file, config)
-    return config, file
+    if base:
+        _require_room(found, config)
+    else:
+        _require_sizes(file, config)
+    return config, file, base
 
 
 def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
     """The xxh3 of the file that `load_model` reads, as the model's identity; raises as it does."""
-    return _checksum_read_once(find_weights(path, weights=weights)[1])
+    return _checksum_read_once(_find_weights(path, weights=weights)[1])
 
 
 _checksums_read: dict[tuple[int, ...], str] = {}
@@ -341,6 +388,17 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _require_room(path: Path, config: TrainConfig) -> None:
+    """Refuses a model larger than memory, where no file here says whether its sizes are right."""
+    with torch.device("meta"):
+        size = sum(weight.nbytes for weight in build_model(config).parameters())
+    if size > (free := free_memory(torch.device("cpu"))):
+        raise ValueError(
+            f"{path} describes a model of {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: "
+            "take a larger machine, or another checkpoint if this is not the model that you mean"
+        )
+
+
 def _require_sizes(path: Path, config: TrainConfig) -> None:
     """Compares a config's sizes with the file's: a model of wrong ones could exceed memory."""
     model, objective = config.model, config.objective
@@ -358,7 +416,10 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
         shapes = [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
         ours = from_transformers(
-            {name: torch.empty(shape, device="meta") for name, shape in shapes}
+            {
+                name.replace(".base_layer.", "."): torch.empty(shape, device="meta")
+                for name, shape in shapes
+            }
         )
     found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
@@ -377,10 +438,12 @@ def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
 
     All ranks call it together, as `read_tensors`.
     """
-    tensors = read_tensors(path, ranks)
+    tensors, own = read_tensors(path, ranks), model.state_dict()
     try:
-        for name, value in model.state_dict().items():
+        for name, value in own.items():
             if name not in tensors:
+                if name in model.frozen.in_base:
+                    tensors[name] = value
                 continue
             if tensors[name].is_floating_point() != value.is_floating_point():
                 raise RuntimeError(f"{name} holds {tensors[name].dtype}")

@@ -22,8 +22,15 @@ from unicl_fast.checkpoints.load import (
     DamagedCheckpointError,
     load_weights,
     read_tensors,
+    refuse_another_base,
 )
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict, settled_values
+from unicl_fast.config import (
+    INITIAL_WEIGHTS,
+    MUST_NOT_CHANGE,
+    TrainConfig,
+    config_to_dict,
+    settled_values,
+)
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
 from unicl_fast.models.sharding import (
     ParameterOwners,
@@ -38,12 +45,6 @@ logger = logging.getLogger(__name__)
 
 _ALONE = Ranks()
 _GROUP_STEP = "group_step"
-# Step, batch size and seed determine the samples, so a change on resume would change the next ones.
-_MUST_NOT_CHANGE = {
-    "run": ("seed", "global_batch_size"),
-    "efficiency": ("precision",),
-    "data": ("shuffle_window", "shuffle_groups"),
-}
 
 
 def collect_tensors(
@@ -58,9 +59,9 @@ def collect_tensors(
     Tensors that `efficiency.shard` has divided are gathered on rank 0's host. All ranks call it
     together then, and only rank 0's result is meaningful.
     """
-    files = {MODEL_FILE: model.state_dict()}
+    files = {MODEL_FILE: _without_base(model, model)}
     if ema is not None:
-        files[EMA_FILE] = ema.module.state_dict()
+        files[EMA_FILE] = _without_base(ema.module, model)
     files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
     if divides_optimizer(model.config.efficiency, ranks):
         files[OPTIMIZER_FILE] = tensors_to_rank_0(files[OPTIMIZER_FILE], ranks)
@@ -68,6 +69,12 @@ def collect_tensors(
         file: {name: _whole_on_host(one, ranks) for name, one in tensors.items()}
         for file, tensors in files.items()
     }
+
+
+def _without_base(module: nn.Module, model: UniCL) -> dict[str, Tensor]:
+    """The tensors of a model or its average but for those that `model.init` gives again."""
+    in_base = model.frozen.in_base
+    return {name: one for name, one in module.state_dict().items() if name not in in_base}
 
 
 def _whole_on_host(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -84,10 +91,12 @@ def describe_state(
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
     run_id: str,
+    base: str,
 ) -> dict[str, Any]:
     """The content of state.json, except the step and the checksums.
 
-    `given` is the config before it was settled, of `config_to_dict`.
+    `given` is the config before it was settled, of `config_to_dict`; `base` the digest of what the
+    checkpoint leaves out.
     """
     return {
         "run_id": run_id,
@@ -96,6 +105,7 @@ def describe_state(
         "scaler": scaler.state_dict(),
         "data": dict(data),
         "optimizer": type(optimizer).__name__,
+        **({"base": base} if base else {}),
     }
 
 
@@ -119,7 +129,7 @@ def refuse_another_run(
     for group in ("model", "objective"):
         refuse_differences(group, stored[group], present[group])
     refuse_differences("data", state.data, data)
-    for group, names in _MUST_NOT_CHANGE.items():
+    for group, names in MUST_NOT_CHANGE.items():
         before, now = ({name: one[group][name] for name in names} for one in (stored, present))
         refuse_differences(group, before, now)
     seen, meant = (one.run.draws_before(state.step) for one in (state.config, config))
@@ -162,6 +172,7 @@ def restore_checkpoint(
             f"{present}: set optim.name to what means {state.optimizer} here (it was "
             f"{state.config.optim.name} where it was trained)"
         )
+    refuse_another_base(model, state.base, checkpoint)
     load_weights(model, checkpoint / MODEL_FILE, ranks)
     if ema is not None and EMA_FILE in state.checksums:
         load_weights(ema.module, checkpoint / EMA_FILE, ranks)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.load import Weights
+from unicl_fast.conversion.initial import initialise
 from unicl_fast.evaluation.features import (
     encode_images,
     encode_token_rows,
@@ -61,7 +62,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "au
         FileNotFoundError: no model there.
         ValueError: damaged, without the average that was asked for, or no such device.
     """
-    encoders = load.load_model(path, weights=weights)
+    encoders = load.load_model(path, weights=weights, initialise=initialise)
     return Model(on_device(encoders, choose_device(device)))
 
 

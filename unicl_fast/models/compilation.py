@@ -82,9 +82,16 @@ def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
         return obstacle
     if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
         return "blocks with BatchNorm are recomputed"
+    if _has_dora(model):
+        return "torch cannot trace the layers of peft's DoRA"
     if not all(map(find_blocks, model.encoders)):
         return "an encoder has no known blocks"
     return ""
+
+
+def _has_dora(model: UniCL) -> bool:
+    adapters = model.config.optim.adapters
+    return adapters is not None and adapters.dora
 
 
 def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inductor") -> None:
@@ -93,8 +100,8 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
     Names of weights stay the same. Blocks of the same class and sizes share one graph.
 
     Raises:
-        ValueError: no C++ compiler, no blocks that are known, or blocks with BatchNorm that are
-            recomputed in backward.
+        ValueError: no C++ compiler, no blocks that are known, blocks with BatchNorm that are
+            recomputed in backward, or DoRA.
     """
     if backend == "inductor" and not has_compiler():
         raise ValueError(
@@ -107,6 +114,11 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
             "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
             "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
             "efficiency.activation_checkpointing=False or efficiency.compile=off"
+        )
+    if _has_dora(model):
+        raise ValueError(
+            "efficiency.compile cannot trace the layers of peft's DoRA: leave dora out of "
+            "optim.lora, or set efficiency.compile=off"
         )
     if what == "encoders":
         for encoder in model.encoders:

@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained, as `optim.freeze` names them.
+"""Parts of a model that are not trained, as `optim.freeze` and `optim.lora` name them.
 
 Their parameters take no gradient, so torch keeps no graph of what comes before the first layer that
 is trained. Their modules stay in evaluation mode: no drop path, and BatchNorm's averages stay.
@@ -6,24 +6,31 @@ is trained. Their modules stay in evaluation mode: no drop path, and BatchNorm's
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from typing import Literal, NoReturn
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.models.blocks import find_blocks
-from unicl_fast.models.unicl import FrozenParts, UniCL
+from unicl_fast.models.unicl import FrozenParts, UniCL, weights_digest
 from unicl_fast.system.wording import count_of
 
 
 def freeze(model: UniCL) -> None:
-    """Freezes what `optim.freeze` in the model's config names, and nothing else.
+    """Freezes what `optim.freeze` in the model's config names, and adapts what `optim.lora` does.
 
-    The model is neither compiled nor divided over ranks yet: both hide its blocks.
+    The model has its first weights, and is neither compiled nor divided over ranks yet: both hide
+    its blocks.
 
     Raises:
-        ValueError: the model has no such part or fewer blocks, or nothing would be left to train.
+        ValueError: the model has no such part or fewer blocks, nothing would be left to train, or
+            an encoder cannot be adapted.
     """
     found = _find(model)
+    if model.config.optim.adapters is not None:
+        found = _adapt(model, found)
     for name, parameter in model.named_parameters():
         if name in found.names:
             parameter.requires_grad_(False)
@@ -35,6 +42,16 @@ def freeze(model: UniCL) -> None:
             f"optim.freeze={' '.join(model.config.optim.freeze)} leaves nothing to train: leave "
             "something out"
         )
+
+
+def merge(model: UniCL) -> None:
+    """Adds adapters to the weights that they stand on; nothing is frozen any more."""
+    from unicl_fast.models.adapters import merge_adapters
+
+    for encoder in model.encoders:
+        merge_adapters(encoder)
+    model.frozen = FrozenParts()
+    model.config = model.config.changed(optim={"lora": ""})
 
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
@@ -56,24 +73,88 @@ def _find(model: UniCL) -> FrozenParts:
     for entry in model.config.optim.freeze:
         kind, _, count = entry.partition(":")
         attribute = kind if kind.endswith("_projection") else f"{kind}_encoder"
-        part = getattr(model, attribute)
-        if part is None:
-            cause = f"objective.name={model.config.objective.name}"
-            if getattr(model.config.model, attribute, "") == "none":
-                cause = f"model.{attribute}=none"
-            raise ValueError(
-                f"optim.freeze: with {cause} the model has no {attribute}: leave {entry} out"
-            )
+        part = _part(model, attribute, f"optim.freeze: {entry}")
         if isinstance(part, nn.Parameter):
             names |= {attribute, f"{attribute}_bias"} & {n for n, _ in model.named_parameters()}
             continue
         begun, whole = list(part.modules()), [part]
         if count:
-            begun, whole = _first_blocks(part, int(count), entry)
+            begun, whole = _first_blocks(part, int(count), f"optim.freeze: {entry}")
         own = {id(one) for module in begun for one in module.parameters(recurse=False)}
         names |= {f"{attribute}.{name}" for name, one in part.named_parameters() if id(one) in own}
         modules += whole
     return FrozenParts(frozenset(names), tuple(modules))
+
+
+def _part(model: UniCL, attribute: str, entry: str) -> nn.Module | nn.Parameter:
+    """An encoder or projection of a model, by its attribute; `entry` names it in a setting."""
+    part: nn.Module | nn.Parameter | None = getattr(model, attribute)
+    if part is None:
+        cause = f"objective.name={model.config.objective.name}"
+        if getattr(model.config.model, attribute, "") == "none":
+            cause = f"model.{attribute}=none"
+        raise ValueError(f"{entry}: with {cause} the model has no {attribute}: leave it out")
+    return part
+
+
+def _adapt(model: UniCL, found: FrozenParts) -> FrozenParts:
+    """Puts the adapters of `optim.lora` on encoders; returns all that is frozen then.
+
+    BatchNorm keeps its averages, as in an encoder that is frozen whole.
+    """
+    from unicl_fast.models.adapters import add_adapters, check_adapters  # no peft without them
+
+    config = model.config
+    adapters = config.optim.adapters
+    assert adapters is not None
+    names, modules = set(found.names), [*found.modules]
+    for tower, rank in adapters.ranks.items():
+        encoder = _part(model, f"{tower}_encoder", f"optim.lora: {tower}:{rank}")
+        assert isinstance(encoder, nn.Module)
+        blocks, whole = find_blocks(encoder), list[nn.Module]()
+        last = adapters.last_blocks.get(tower, len(blocks))
+        if last > len(blocks):
+            _refuse_blocks(encoder, f"optim.lora: {tower}:{rank}@last{last}", last, len(blocks))
+        if first := len(blocks) - last:
+            whole = _first_blocks(encoder, first, "")[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            add_adapters(encoder, blocks[first:], adapters, rank=rank)
+        within = {child for module in whole for child in module.modules()}
+        modules += whole
+        modules += [m for m in encoder.modules() if isinstance(m, _BatchNorm) and m not in within]
+        names |= {
+            f"{tower}_encoder.{name}"
+            for name, one in encoder.named_parameters()
+            if not one.requires_grad
+        }
+        if model.device.type != "meta":
+            kind = next(one for one in encoder.parameters() if one.is_floating_point())
+            size = config.data.image_size
+            given = kind.new_zeros(1, 3, size, size)
+            if tower == "text":
+                given = torch.zeros(1, config.model.context_length, dtype=torch.int64)
+            check_adapters(encoder, f"the {tower} encoder {type(encoder).__name__}", given)
+    found = FrozenParts(frozenset(names), tuple(modules))
+    in_base = _in_base(model, found)
+    digest = weights_digest(model, *in_base) if in_base and model.device.type != "meta" else ""
+    return dataclasses.replace(found, in_base=in_base, base_digest=digest)
+
+
+def _in_base(model: UniCL, found: FrozenParts) -> frozenset[str]:
+    """Names of the tensors of encoders that stay as `model.init` or its fellows gave them."""
+    own = {
+        id(one) for part in found.modules for module in part.modules() for one in module.buffers()
+    }
+    constant = {name for name, buffer in model.named_buffers() if id(buffer) in own}
+    given = model.config.model
+    prefixes = tuple(
+        f"{tower}_encoder."
+        for tower in ("image", "text")
+        if given.init or getattr(given, f"init_{tower}")
+    )
+    stored = model.state_dict().keys() & (constant | found.names)
+    return frozenset(name for name in stored if name.startswith(prefixes))
 
 
 def _first_blocks(
@@ -86,14 +167,17 @@ def _first_blocks(
     """
     blocks = find_blocks(encoder)
     if count > len(blocks):
-        raise ValueError(
-            f"optim.freeze: {entry} names {count_of(count, 'block')}, and this "
-            f"{type(encoder).__name__} has {len(blocks)} that are known: name no more, or "
-            f"{entry.partition(':')[0]} for the whole encoder"
-        )
+        _refuse_blocks(encoder, entry, count, len(blocks))
     order, last = list(encoder.modules()), blocks[count - 1]
     begun = order[: order.index(last) + len(list(last.modules()))]
     later = set(order[len(begun) :])
     whole = [module for module in begun if later.isdisjoint(module.modules())]
     within = {child for module in whole for child in module.modules() if child is not module}
     return begun, [module for module in whole if module not in within]
+
+
+def _refuse_blocks(encoder: nn.Module, entry: str, count: int, known: int) -> NoReturn:
+    raise ValueError(
+        f"{entry} names {count_of(count, 'block')}, and this {type(encoder).__name__} has {known} "
+        "that are known: name no more, or the whole encoder"
+    )

@@ -127,12 +127,17 @@ class TextAttention(nn.Module):
         # `place_module` sets both to what fits the device. The first is timm's name for its switch.
         self.fused_attn = True
         self.varlen_attn: VarlenAttention | None = None
+        self.in_proj: nn.Module | None = None
+        """Has weight and bias in its place where they must be a layer, with an adapter on it."""
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, row: TokenRow | None) -> Tensor:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if self.in_proj is None:
+            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        else:
+            qkv = self.in_proj(x)
         attention = self.varlen_attn if qkv.dtype in VARLEN_TYPES else None
         if row is not None and attention is not None:
             query_key_value = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)

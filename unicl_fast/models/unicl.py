@@ -34,6 +34,11 @@ class FrozenParts:
     """The names of their parameters."""
     modules: tuple[nn.Module, ...] = ()
     """The modules that are frozen whole, the outermost ones."""
+    in_base: frozenset[str] = frozenset()
+    """The names of tensors that checkpoints leave out: those of `model.init`, which are found
+    again."""
+    base_digest: str = ""
+    """`weights_digest` of them; empty if nothing is left out."""
 
 
 class UniCL(nn.Module, Configured):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.load import build_model, read_state
+from unicl_fast.checkpoints.load import Initialise, build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
@@ -24,7 +24,6 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.sharding import check_sharding
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
@@ -56,9 +55,6 @@ BuildLoader = Callable[..., PlannedLoader]
 Evaluate = Callable[..., Mapping[str, float]]
 """Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
 and ranks."""
-Initialise = Callable[[UniCL, Ranks], None]
-"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
-together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,19 +88,22 @@ def build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
     Settings that are left open are settled for all ranks. Without `initialise` the weights are
-    fresh; with a `checkpoint` the trainer resumes from it. Without `encodes_features` those of
-    efficiency.image_features are neither looked for nor encoded. The other arguments are those of
-    `run.pretrain` and of `make_trainer`. Raises as `pretrain` does.
+    fresh; with a `checkpoint` the trainer resumes from it, and `initialise` reads what it lacks.
+    Without `encodes_features` those of efficiency.image_features are neither looked for nor
+    encoded. The other arguments are those of `run.pretrain` and of `make_trainer`. Raises as
+    `pretrain` does.
     """
     given = config
-    stored = None if checkpoint is None else read_state(checkpoint, ranks).config
-    data = _open_data(given, device, ranks, stored)
+    state = None if checkpoint is None else read_state(checkpoint, ranks)
+    data = _open_data(given, device, ranks, None if state is None else state.config)
     config = data.config
     mark("planning memory", patience=START_PATIENCE)
     _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
     mark("building the model", patience=START_PATIENCE)
     model = build_model(config)
-    if initialise is not None and any(getattr(config.model, name) for name in INITIAL_WEIGHTS):
+    has_all = state is not None and not state.base
+    named = any(getattr(config.model, name) for name in INITIAL_WEIGHTS)
+    if initialise is not None and named and not has_all:
         mark("reading the initial weights", patience=START_PATIENCE)
         initialise(model, ranks)
     mark("planning batches; a machine's first run compiles kernels", patience=START_PATIENCE)

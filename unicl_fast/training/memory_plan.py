@@ -188,7 +188,7 @@ def check_memory(
     free_bytes: int | None = None,
     stage: int | None = None,
 ) -> None:
-    """Warns where a step will hardly fit into what is free, and refuses where it cannot.
+    """Logs the memory of a step, warns if it will hardly fit, and refuses what cannot.
 
     Called before the model is built. `free_bytes` is what the rank with the least has; None asks
     for this rank's own. `stage` is the number of the one in `run.stages` that the config is of.
@@ -213,10 +213,11 @@ def check_memory(
             refuse_window_attention(obstacle)
         config = _with(config, window_attention="timm" if obstacle else "triton")
     found = plan(config, world_size=ranks.world_size, **arguments)
-    if found.fits:
-        return
     where = "" if stage is None else f"stage {stage + 1} of run.stages: "
     needs = f"{found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB are free"
+    if found.fits:
+        logger.info("memory: %sa step needs up to %s", where, needs)
+        return
     message = (
         f"{where}a step may need {needs}. In GB: {found} ({found.images_at_once} images of "
         f"{found.image_bytes / 1e6:.1f} MB at once). "
@@ -333,7 +334,7 @@ def _only_encoders(config: TrainConfig) -> TrainConfig:
         data=DataConfig(image_size=size, evaluation_resize=size),
         model=config.model,
         objective=config.objective,
-        optim=OptimConfig(freeze=config.optim.freeze),
+        optim=OptimConfig(freeze=config.optim.freeze, lora=config.optim.lora),
         efficiency=EfficiencyConfig(
             precision=efficiency.precision,
             activation_checkpointing=efficiency.activation_checkpointing,

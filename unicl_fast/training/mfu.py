@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,7 +160,24 @@ def _count(
     for handle in handles:
         handle.remove()
     forward = counter.get_total_flops()
-    return frozen + (3 if is_trained(model, tower) else 1) * (forward - frozen), features
+    return int(frozen + _passes(model, tower) * (forward - frozen)), features
+
+
+def _passes(model: UniCL, tower: Literal["image", "text"]) -> float:
+    """Forward passes that forward and backward of a tower take, but for what is frozen whole.
+
+    A layer below an adapter has no gradient of its weight, and takes two.
+    """
+    if not is_trained(model, tower):
+        return 1
+    frozen = {one for module in model.frozen.modules for one in module.modules()}
+    layers = [
+        module.weight
+        for module in getattr(model, f"{tower}_encoder").modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module not in frozen
+    ]
+    trained = sum(weight.numel() for weight in layers if weight.requires_grad)
+    return 2 + trained / sum(map(torch.numel, layers)) if layers else 3
 
 
 def _fake_texts(config: TrainConfig, batch: Batch) -> tuple[Tensor, int | None]:

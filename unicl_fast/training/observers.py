@@ -275,6 +275,7 @@ class Checkpoints(Observer):
             scaler=run.scaler,
             data=run.data,
             run_id=run.run_id,
+            base=run.model.frozen.base_digest,
         )
         self._writer.write(tensors, state, step=run.step, required=required)
 

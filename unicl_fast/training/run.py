@@ -14,7 +14,7 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
-from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
+from unicl_fast.checkpoints.load import Initialise, find_checkpoint, find_sound_checkpoint
 from unicl_fast.config import TrainConfig, config_to_dict, settled_values
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
@@ -35,7 +35,6 @@ from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
     BuildLoader,
     Evaluate,
-    Initialise,
     build_trainer,
     evaluation_names,
     open_checked,
@@ -89,10 +88,10 @@ def pretrain(
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
     `resume` is "never", "auto" or the path of a checkpoint, whose weights are taken in place of
-    those that `initialise` reads. `origin` says where the settings come from, for the log. `ledger`
-    asks for a ledger; a run that has one continues it anyway. A `dry_run` ends before the first
-    step and writes nothing. Where it is `quiet`, only warnings and errors are shown; log.txt in the
-    run folder has all lines in any case.
+    those that `initialise` reads, but for what it leaves out. `origin` says where the settings come
+    from, for the log. `ledger` asks for a ledger; a run that has one continues it anyway. A
+    `dry_run` ends before the first step and writes nothing. Where it is `quiet`, only warnings and
+    errors are shown; log.txt in the run folder has all lines in any case.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -132,7 +131,7 @@ def pretrain(
             run_folder=run_folder,
             build_loader=build_loader,
             evaluate=evaluate,
-            initialise=None if checkpoint is not None else initialise,
+            initialise=initialise,
             ranks=ranks,
             device=device,
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,

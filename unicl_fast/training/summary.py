@@ -81,9 +81,13 @@ def _describe_model(trainer: Trainer) -> str:
             f"{config.model.text_width}, {text}"
         )
     trained = [(name, one) for name, one in parameters if one.requires_grad]
+    part = ""
+    if len(trained) < len(parameters):
+        numbers = [sum(one.numel() for _, one in some) for some in (trained, parameters)]
+        part = f" ({100 * numbers[0] / numbers[1]:.1f} %)"
     return (
         f"model: {'; '.join(parts)}; {_millions(parameters)} parameters in all, "
-        f"{_millions(trained)} trained, by {config.objective.name}, {config.optim.name}"
+        f"{_millions(trained)} trained{part}, by {config.objective.name}, {config.optim.name}"
     )
 
 
