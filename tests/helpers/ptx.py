@@ -396,13 +396,21 @@ class Block:
             index = self.bytes_at(start, data.shape[1], mask, shared=False)
             self.memory.data[index] = data[mask]
 
-    def _red(self, one: Instruction) -> None:
-        """Adds to global memory, one lane after another."""
+    def _atom(self, one: Instruction) -> None:
+        """Adds to global memory, one lane after another; `red` does not want what was there."""
         if "add" not in one.parts or "global" not in one.parts:
             raise NotImplementedError(one.text)
-        added, mask = self.lanewise(one.args[1], one.kind)[self.mask], self.mask
-        index = self.bytes_at(self.address(one.args[0]), added.itemsize, mask, shared=False)
-        np.add.at(self.memory.data.view(added.dtype), index[:, 0] // added.itemsize, added)
+        place, added = one.args[-2:]
+        values, mask = self.lanewise(added, one.kind), self.mask
+        index = self.bytes_at(self.address(place), values.itemsize, mask, shared=False)[:, 0]
+        numbers, old = self.memory.data.view(values.dtype), np.zeros_like(values)
+        for lane, at in zip(np.flatnonzero(mask), index // values.itemsize, strict=True):
+            old[lane] = numbers[at]
+            numbers[at] += values[lane]
+        if one.parts[0] == "atom":
+            self.set(one.args[0], old)
+
+    _red = _atom
 
     def _cp(self, one: Instruction) -> None:
         """Copies land at their wait; `copies` ends with the group that is not committed yet."""
@@ -723,11 +731,14 @@ class Block:
     def _setp(self, one: Instruction) -> None:
         left, right = (self.value(name, one.kind) for name in one.args[1:])
         ordered = ~(np.isnan(left) | np.isnan(right)) if one.kind[0] == "f" else np.True_
-        if one.parts[1] == "nan":
-            self.set(one.args[0], ~ordered)
-            return
-        found = _COMPARE[one.parts[1]](left, right) if one.parts[1] != "num" else np.True_
-        self.set(one.args[0], found & ordered)
+        name = one.parts[1]
+        if name in ("num", "nan"):
+            found = ordered == (name == "num")
+        elif name in _COMPARE:
+            found = _COMPARE[name](left, right) & ordered
+        else:  # ltu, neu and so on: also if one is not a number
+            found = _COMPARE[name.removesuffix("u")](left, right) | ~ordered
+        self.set(one.args[0], found)
 
     def _cvt(self, one: Instruction) -> None:
         if "tf32" in one.parts:
