@@ -101,7 +101,6 @@ class TrainLoader:
             )
         data, batch_size = config.data, config.run.global_batch_size
         self._run, self._next_step = config.run, 0
-        self._sizes = [len(dataset) for dataset in datasets]
         self._rank, self._device = rank, torch.device(device)
         self._decode_device = decoder_of(data, self._device)
         self.form = _form_of(datasets, data, self._decode_device)
@@ -190,7 +189,7 @@ class TrainLoader:
     def state_dict(self) -> dict[str, Any]:
         """The next step to hand out, and what must be equal to resume; the same on all ranks."""
         batch = {"seed": self._run.seed, "global_batch_size": self._run.global_batch_size}
-        return {"next_step": self._next_step, **batch, "num_samples": list(self._sizes)}
+        return {"next_step": self._next_step, **batch, "num_samples": self.plan.sizes}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Lets iterating begin where another loader of the same run stopped.
