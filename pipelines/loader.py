@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ _SAMPLES_MEASURED = 100_000
 
 class TrainLoader:
     """One rank's batches of a run; implements `unicl_fast.batch.Loader`.
+
+    Other libraries' loops iterate over it, and save its `state_dict` with the model's: iterating
+    begins at the step after the last batch that was handed out, or where `load_state_dict` says, on
+    as many ranks or others. It ends with the run, whose steps are its length.
 
     Batches are the same whatever step they are asked from, and the ranks' batches of one step join
     to the same global batch whatever their number. Bad samples are replaced, and change nothing
@@ -95,6 +100,7 @@ class TrainLoader:
                 "spans=config.run.spans, or train by unicl_fast.training.run"
             )
         data, batch_size = config.data, config.run.global_batch_size
+        self._run, self._next_step = config.run, 0
         self._rank, self._device = rank, torch.device(device)
         self._decode_device = decoder_of(data, self._device)
         self.form = _form_of(datasets, data, self._decode_device)
@@ -163,6 +169,41 @@ class TrainLoader:
         if self._device != lie_on:
             self._running = copied_ahead(self._running, self._device)
         return self._running
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches that are left of the run; without end if the run has no length."""
+        total = self._run.total_steps
+        left = itertools.islice(
+            self.batches(self._next_step), max(0, total - self._next_step) if total else None
+        )
+        for batch in left:
+            self._next_step = batch.step + 1
+            yield batch
+
+    def __len__(self) -> int:
+        """Steps of the whole run; raises TypeError if it has no length."""
+        if not self._run.total_steps:
+            raise TypeError("the run has no length: give run.steps or run.samples")
+        return self._run.total_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step to hand out, and what must be equal to resume; the same on all ranks."""
+        batch = {"seed": self._run.seed, "global_batch_size": self._run.global_batch_size}
+        return {"next_step": self._next_step, **batch, "num_samples": self.plan.sizes}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Lets iterating begin where another loader of the same run stopped.
+
+        Raises ValueError if seed, global batch size or numbers of samples differ.
+        """
+        own = self.state_dict()
+        for name in own.keys() - {"next_step"}:
+            if state_dict[name] != own[name]:
+                raise ValueError(
+                    f"the state is of a loader with {name} = {state_dict[name]}, this one has "
+                    f"{own[name]}: resume with the data and settings that the run began with"
+                )
+        self._next_step = int(state_dict["next_step"])
 
     def feed_features(self, features: Sequence[FeatureFile]) -> None:
         """Feeds stored features of a frozen encoder in place of images from now on.

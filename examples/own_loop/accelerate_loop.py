@@ -4,12 +4,15 @@ Run it on data sets that `unicl-pack build` wrote:
 
     python accelerate_loop.py packed/photos --steps 100
     accelerate launch --num_processes 2 accelerate_loop.py packed/photos
+
+With --state DIR it saves there at the end, loader included, and begins there if there is something;
+on as many processes or others.
 """
 
 import argparse
 import dataclasses
-import itertools
 import math
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,8 +28,8 @@ from unicl_fast.training.settle import settle_objective
 from unicl_fast.training.step import global_loss
 
 
-def train(config: TrainConfig, steps: int) -> list[float]:
-    """Takes so many steps; returns their losses."""
+def train(config: TrainConfig, steps: int, state: Path | None = None) -> list[float]:
+    """Takes the run's steps up to a number; returns their losses."""
     accelerator = Accelerator()
     rank, world_size = accelerator.process_index, accelerator.num_processes
     ranks = Ranks(rank, accelerator.local_process_index, world_size)
@@ -36,10 +39,13 @@ def train(config: TrainConfig, steps: int) -> list[float]:
     loader = TrainLoader(config, datasets, weights, prompts, rank, world_size, accelerator.device)
     model = build_model(config).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config, steps)
+    schedule = build_schedule(optimizer, config, len(loader))
     encode, optimizer = accelerator.prepare(model, optimizer)
-    losses = []
-    for batch in itertools.islice(loader.batches(0), steps):
+    accelerator.register_for_checkpointing(loader)
+    if state is not None and state.exists():
+        accelerator.load_state(str(state))
+    losses: list[float] = []
+    for batch in loader:
         schedule.step_update(batch.step + 1)
         model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
         loss = global_loss(encode, batch, config, ranks)
@@ -51,6 +57,10 @@ def train(config: TrainConfig, steps: int) -> list[float]:
             config.objective.limit(model.learnt)
         losses.append(float(loss))
         accelerator.print(f"step {batch.step + 1}: loss {losses[-1]:.4f}")
+        if batch.step + 1 >= steps:
+            break
+    if state is not None:
+        accelerator.save_state(str(state))
     loader.close()
     return losses
 
@@ -59,8 +69,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
     parser.add_argument("--preset", default="mixed-small")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100, help="of the whole run")
+    parser.add_argument("--stop-at", type=int, help="a step before its end")
+    parser.add_argument("--state", type=Path)
     given = parser.parse_args()
     preset = build_preset(given.preset)
     data = dataclasses.replace(preset.data, train=tuple(given.data))
-    train(dataclasses.replace(preset, data=data, efficiency=EfficiencyConfig()), given.steps)
+    run = dataclasses.replace(preset.run, samples=0, steps=given.steps)
+    config = dataclasses.replace(preset, data=data, run=run, efficiency=EfficiencyConfig())
+    train(config, given.stop_at or given.steps, given.state)

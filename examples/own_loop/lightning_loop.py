@@ -3,6 +3,8 @@
 Run it on data sets that `unicl-pack build` wrote:
 
     python lightning_loop.py packed/photos --steps 100 --devices 1
+
+Lightning's checkpoints hold the loader's place; --resume FILE.ckpt begins there.
 """
 
 import argparse
@@ -40,8 +42,7 @@ class UniCLModule(lightning.LightningModule):
         prompts = build_prompts(datasets, self.config)
         rank, world_size = self.global_rank, self.trainer.world_size
         self.ranks = Ranks(rank, self.local_rank, world_size)
-        loader = TrainLoader(self.config, datasets, weights, prompts, rank, world_size, self.device)
-        return loader.batches(self.global_step)
+        return TrainLoader(self.config, datasets, weights, prompts, rank, world_size, self.device)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, _: int) -> Batch:
         return batch.to(device)
@@ -61,21 +62,22 @@ class UniCLModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = build_optimizer(self.model, self.config)
-        self.schedule = build_schedule(optimizer, self.config, self.trainer.max_steps)
+        self.schedule = build_schedule(optimizer, self.config, self.config.run.total_steps)
         return optimizer
 
 
-def train(config: TrainConfig, steps: int, *, devices: int = 1) -> list[float]:
-    """Takes so many steps; returns their losses."""
+def train(
+    config: TrainConfig, steps: int, *, devices: int = 1, resume: str | None = None
+) -> list[float]:
+    """Takes the run's steps up to a number, and saves a checkpoint; returns their losses."""
     trainer = lightning.Trainer(
         max_steps=steps,
         devices=devices,
         gradient_clip_val=config.optim.clip_norm or None,
         logger=False,
-        enable_checkpointing=False,
     )
     module = UniCLModule(config)
-    trainer.fit(module)
+    trainer.fit(module, ckpt_path=resume)
     return module.losses
 
 
@@ -83,10 +85,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
     parser.add_argument("--preset", default="mixed-small")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100, help="of the whole run")
+    parser.add_argument("--stop-at", type=int, help="a step before its end")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--resume", metavar="FILE.ckpt")
     given = parser.parse_args()
     preset = build_preset(given.preset)
     data = dataclasses.replace(preset.data, train=tuple(given.data))
-    config = dataclasses.replace(preset, data=data, efficiency=EfficiencyConfig())
-    train(config, given.steps, devices=given.devices)
+    run = dataclasses.replace(preset.run, samples=0, steps=given.steps)
+    config = dataclasses.replace(preset, data=data, run=run, efficiency=EfficiencyConfig())
+    train(config, given.stop_at or given.steps, devices=given.devices, resume=given.resume)

@@ -211,15 +211,16 @@ class TrainPlan:
         """
         for source in sources:
             _check_source(source)
-        self._sizes = [len(source.samples) for source in sources]
+        self.sizes = [len(source.samples) for source in sources]
+        """Samples of each source."""
         if weights is None:
-            weights = self._sizes
+            weights = self.sizes
         if len(weights) != len(sources):
             raise ValueError(f"{len(weights)} weights were given for {len(sources)} data sets")
         self.weights = integer_weights(weights)
         self.global_batch_size = global_batch_size
         names = [source.name for source in sources]
-        _check_sizes(names, self._sizes, self.weights, global_batch_size=global_batch_size)
+        _check_sizes(names, self.sizes, self.weights, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
@@ -271,7 +272,7 @@ class TrainPlan:
     def epochs(self, num_steps: int) -> list[float]:
         """How many epochs of each source have been shown after so many steps."""
         draws = draws_before(self._draws_before(num_steps), self.weights)
-        return [count / size for count, size in zip(draws, self._sizes, strict=True)]
+        return [count / size for count, size in zip(draws, self.sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """Plans substitutes for planned samples that turned out to be bad.

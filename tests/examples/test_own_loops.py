@@ -79,15 +79,22 @@ def example(name: str) -> ModuleType:
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("library", ["accelerate", "lightning"])
+@pytest.mark.parametrize("library", ["accelerate", "lightning", "dcp"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_loop_of_another_library_has_the_losses_of_the_trainer(
+def test_a_loop_of_another_library_resumes_and_has_the_losses_of_the_trainer(
     library: str, config: TrainConfig, expected: list[float], monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    pytest.importorskip(library)
+    if library != "dcp":
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
-    losses = example(f"{library}_loop").train(config, 20)
+    train = example(f"{library}_loop").train
+    if library == "lightning":
+        losses = train(config, 9)
+        (saved,) = tmp_path.rglob("*.ckpt")
+        losses += train(config, 20, resume=str(saved))
+    else:
+        losses = train(config, 9, tmp_path / "state") + train(config, 20, tmp_path / "state")
     assert max(expected) - min(expected) > 0.1  # it learns, so steps that differ would show
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
@@ -122,6 +129,31 @@ def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
             assert short[index][1][-1] == tokens.max()
         dataset.epoch = 1
         assert any(dataset[n][1].tolist() != tokens[n].tolist() for n in range(24))
+
+
+@pytest.mark.filterwarnings("ignore:.set_vital")
+def test_torchdata_s_loader_resumes_a_torch_data_set(packed: Path) -> None:
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+    with PackedDataset(packed) as source:
+
+        def make(epoch: int) -> Any:
+            dataset = TorchDataset(source, transform=lambda image: image.resize((8, 8)))
+            dataset.epoch = epoch
+            generator = torch.Generator().manual_seed(epoch)
+            return torchdata.StatefulDataLoader(
+                dataset, batch_size=4, shuffle=True, generator=generator
+            )
+
+        first = make(3)
+        batches = iter(first)
+        next(batches)
+        state, rest = first.state_dict(), list(batches)
+        second = make(0)
+        second.load_state_dict(state)
+        for one, other in zip(second, rest, strict=True):
+            assert all(map(torch.equal, one, other))
+        assert second.dataset.epoch == 3
+        assert any(not all(map(torch.equal, *pair)) for pair in zip(make(3), make(0), strict=True))
 
 
 def test_grey_images_can_be_stacked_with_others(tmp_path: Path) -> None:

@@ -408,6 +408,34 @@ def test_files_cut_to_their_windows_give_the_same_batches(
         assert_equal(one, other)
 
 
+def test_a_state_continues_a_loader_on_any_number_of_ranks(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    whole = take(datasets, prompts, count=5)
+    config = make_config().changed(run={"steps": 5})
+    one = TrainLoader(config, datasets, None, prompts)
+    assert len(one) == 5
+    assert_same([batch.to(torch.device("cpu")) for batch in itertools.islice(one, 3)], whole[:3])
+    state = json.loads(json.dumps(one.state_dict()))
+    one.close()
+    parts = []
+    for rank in range(2):
+        loader = TrainLoader(config, datasets, None, prompts, rank=rank, world_size=2)
+        loader.load_state_dict(state)
+        parts.append(list(loader))  # the rest of the run, and no more
+        assert loader.state_dict()["next_step"] == 5
+        assert not list(loader)
+        loader.close()
+    for pair, expected in zip(zip(*parts, strict=True), whole[3:], strict=True):
+        assert_joined(pair, expected)
+    other = TrainLoader(config.changed(run={"seed": 4}), datasets, None, prompts)
+    with pytest.raises(ValueError, match="a loader with seed = 3, this one has 4: resume with"):
+        other.load_state_dict(state)
+    endless = TrainLoader(make_config(), datasets, None, prompts)
+    with pytest.raises(TypeError, match=r"run\.steps or run\.samples"):
+        len(endless)
+
+
 def test_one_loader_can_be_asked_again(
     datasets: list[PackedDataset], prompts: ClassPrompts
 ) -> None:

@@ -15,6 +15,7 @@ from packed_sets import Sample, pack, sample_of, write_set
 from rank_workers import name_data_by_rank, name_evaluations, run_on_ranks
 
 from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.distributed.ranks import Ranks
@@ -156,9 +157,9 @@ def test_an_order_that_reads_a_url_too_often_is_warned_of(
     """Ten million samples of 30 kB, and a cache of 20 GB."""
 
     class Large:
-        remote, location = True, "s3://bucket/large"
+        cache, location = CacheOptions(), "s3://bucket/large"
         shards = (SimpleNamespace(num_bytes=30_000 * 10**7),)
-        manifest = SimpleNamespace(shards=shards, pixels=None, num_samples=10**7)
+        manifest = SimpleNamespace(shards=shards, pixels=None, in_place=None, num_samples=10**7)
 
         def __len__(self) -> int:
             return 10**7

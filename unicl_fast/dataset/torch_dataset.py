@@ -6,12 +6,12 @@
 
 An item has one text, drawn by the rule of the training plan: a caption, with label -1, or a prompt
 of a label. The order of samples is the DataLoader's, so texts are drawn by epoch and sample rather
-than by the place in a run, and a resumed run is not an unbroken one here.
+than by the place in a run. torchdata's StatefulDataLoader resumes as if nothing had happened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,14 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
 
     def __len__(self) -> int:
         return len(self.packed)
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed and epoch of the texts; torchdata's StatefulDataLoader keeps them with its own."""
+        return {"seed": self.seed, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Gives images the texts that they had where the state was taken."""
+        self.seed, self.epoch = state_dict["seed"], state_dict["epoch"]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         """The sample; a damaged one raises DamagedSampleError, which names it."""
