@@ -101,7 +101,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
-        found = _checksum_read_once(checkpoint / name)
+        found = checksum_read_once(checkpoint / name)
         if found != expected:
             raise DamagedCheckpointError(
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
@@ -263,7 +263,11 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
         FileNotFoundError: no model there.
         ValueError: it is damaged, or has no average where "ema" is required.
     """
-    config, file = find_weights(path, weights=weights)
+    return load_found(*find_weights(path, weights=weights))
+
+
+def load_found(config: TrainConfig, file: Path) -> UniCL:
+    """Loads what `find_weights` found, as `load_model`."""
     model = build_model(config)
     # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
@@ -295,15 +299,10 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
     return config, file
 
 
-def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, as the model's identity; raises as it does."""
-    return _checksum_read_once(find_weights(path, weights=weights)[1])
-
-
 _checksums_read: dict[tuple[int, ...], str] = {}
 
 
-def _checksum_read_once(path: Path) -> str:
+def checksum_read_once(path: Path) -> str:
     """Caches `file_checksum` until a file's identity, times or size change."""
     status = path.stat()
     # a copy that keeps the modification time can get the inode of a removed file, but not its ctime
@@ -329,11 +328,21 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
         return from_transformers(load_file(path))
 
 
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by its own names, on the device meta, without reading them.
+
+    Raises DamagedCheckpointError if it is none.
+    """
+    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 @contextlib.contextmanager
 def _refusing_other_files(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError:
+    except (OSError, DamagedCheckpointError):
         raise
     except Exception as error:  # SafetensorError, or a KeyError for an unknown dtype
         raise DamagedCheckpointError(
@@ -355,11 +364,8 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
     expected |= (learnt := objective.shapes())
-    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
-        shapes = [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
-        ours = from_transformers(
-            {name: torch.empty(shape, device="meta") for name, shape in shapes}
-        )
+    with _refusing_other_files(path):
+        ours = from_transformers(read_shapes(path))
     found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
     layers = {name.split(".")[2] for name in ours if name.startswith("text_encoder.resblocks.")}

@@ -61,7 +61,7 @@ def write_export(
     layout = hugging_face.layout_of(model)
     tensors = model.state_dict()
     if layout != "unicl":
-        tensors = to_transformers(tensors, as_clip=layout == "clip")
+        tensors = to_transformers(tensors, layout=layout)
     with new_folder(folder) as aside:
         write_tensors(aside / WEIGHTS_FILE, tensors)
         described = hugging_face.settings_for_transformers(model, layout)
@@ -73,7 +73,7 @@ def write_export(
         write_json(aside / CONFIG_FILE, described)
         if (images := preprocessing.for_transformers(model.config.data)) is not None:
             write_json(aside / "preprocessor_config.json", images)
-        if layout != "unicl":
+        if layout in hugging_face.OF_CLIPS_TOKENS:
             hugging_face.write_tokenizer(aside, context_length=model.config.model.context_length)
         card = model_card(model, facts, layout=layout, name=name, license=license)
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
-from unicl_fast.checkpoints.load import Weights, load_model
+from unicl_fast.checkpoints.load import Weights
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -47,6 +48,7 @@ from unicl_fast.system.progress import (
     heartbeat_and_check_stop,
     said_if_slow,
 )
+from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
 
@@ -199,11 +201,16 @@ def device_of(model: UniCL) -> torch.device:
 
 
 def require_text_encoder(model: UniCL, what: str) -> None:
-    """Refuses (ValueError) a model that was trained without texts, which `what` needs."""
+    """Refuses (ValueError) a model without texts, which `what` needs, or of another tokenizer."""
     if model.text_encoder is None:
         raise ValueError(
             f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe or knn"
+        )
+    if (size := model.config.model.vocab_size) != (own := Tokenizer().vocab_size):
+        raise ValueError(
+            f"{what} tokenizes texts by CLIP's tokenizer of {own:,} tokens, and this model has "
+            f"another one, of {size:,}: take linear-probe or knn"
         )
 
 

