@@ -195,6 +195,10 @@ class ModelConfig:
     token, and are counted in the log."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
+    tokenizer: str = ""
+    """Tokenizer of the texts: a folder or hf-hub:OWNER/NAME with a tokenizer.json; empty is CLIP's,
+    by which data sets are packed. A source of init brings its own, by which captions are tokenized
+    again once, beside the data."""
     text_activation: Activation = "quick_gelu"
     """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. quick_gelu is that of CLIP and
     of the paper; most of open_clip's models have gelu, SigLIP 2 has gelu_tanh."""

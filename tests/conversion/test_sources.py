@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
 import transformers
+from file_tokenizers import write_tokenizer
 from hub_server import ask_hub_at, serve_hub
 from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, write_folder
 from program_runs import call, refusal_of
@@ -20,15 +25,22 @@ from source_runs import config_by_name, pixels_of, tokens_of, train_one_step
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
+from unicl_fast import load_model as load_for_use
+from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
+from unicl_fast.dataset.other_tokens import take_tokens
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.system.checksums import file_checksum
+from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.evaluate import __main__ as evaluate
+from unicl_fast.tools.pack import __main__ as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 _TEXT: dict[str, Any] = {
@@ -54,16 +66,16 @@ def _siglip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
     )
 
 
-def _dual(image: transformers.PretrainedConfig) -> torch.nn.Module:
-    text = transformers.CLIPTextConfig(**_TEXT)
+def _dual(image: transformers.PretrainedConfig, given: dict[str, Any] = _TEXT) -> torch.nn.Module:
+    text = transformers.CLIPTextConfig(**given)
     kind = transformers.VisionTextDualEncoderConfig
     config = kind.from_vision_text_configs(image, text, projection_dim=24)
     return transformers.VisionTextDualEncoderModel(config)
 
 
-def _of_timm() -> transformers.PretrainedConfig:
+def _of_timm(name: str = "test_vit", *, width: int = 64) -> transformers.PretrainedConfig:
     kind = transformers.TimmWrapperConfig
-    return kind(architecture="test_vit", hidden_size=64, num_classes=0, label_names=[])
+    return kind(architecture=name, hidden_size=width, num_classes=0, label_names=[])
 
 
 _OF_SIGLIP = _TEXT | {"hidden_size": 32, "vocab_size": 300, "max_position_embeddings": 16}
@@ -93,14 +105,7 @@ REAL: dict[str, Callable[[], torch.nn.Module]] = {
     "CLIP-ViT-B-16-laion2B": lambda: _clip(_GELU, _GELU | {"patch_size": 16}),
     "siglip-base-patch16-224": lambda: _siglip({}, {}),
     "siglip2-base-patch16-256": lambda: _siglip({"vocab_size": 256_000}, {"image_size": 256}),
-    "clip-vit-large-patch14": lambda: transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config={"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
-            vision_config={"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14}
-            | {"num_hidden_layers": 24, "num_attention_heads": 16},
-            projection_dim=768,
-        )
-    ),
+    "dual of ResNet-50": lambda: _dual(_of_timm("resnet50", width=2048), {}),
 }
 
 
@@ -148,7 +153,8 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
     write_open_clip(ours, tmp_path / "open_clip")
     for folder in ("hf", "open_clip"):
         again = load_model(tmp_path / folder)
-        assert again.config.model == ours.config.model
+        place = {"tokenizer": ours.config.model.tokenizer}  # is in the folder now
+        assert again.config.changed(model=place).model == ours.config.model
         assert all(torch.equal(tensor, again.state_dict()[name])
                    for name, tensor in ours.state_dict().items())  # fmt: skip
 
@@ -325,6 +331,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
         ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
         config = config_by_name("hf-hub:them/siglip")
         ours = load_model("hf-hub:them/siglip")
+        write_export(ours, tmp_path / "us")
     assert difference(ours, theirs) < 1e-5
     assert pixels_of(config) == pixels_of(ours.config)
     data = ours.config.data
@@ -333,6 +340,13 @@ def test_a_repository_of_transformers_is_downloaded_once(
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
     assert find_own("hf-hub:them/siglip") is None
+    write_tokenizer(tmp_path / "us")
+    (tmp_path / "hub" / "us").mkdir()
+    (tmp_path / "us").rename(tmp_path / "hub" / "us" / "siglip")
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        exported = load_for_use("hf-hub:us/siglip", device="cpu")
+    assert exported.embed_texts(["a dog"]).shape == (1, 32)
     assert find_source(str(preprocessor.parent)).file == preprocessor.with_name("model.safetensors")
 
 
@@ -363,14 +377,105 @@ def test_the_programs_take_a_model_of_others_as_it_is(
     assert 0 < (after - before).abs().max() < 1e-2
 
 
+@pytest.fixture
+def like_siglip(tmp_path: Path) -> Path:
+    """A small SigLIP in its folder, without its tokenizer."""
+    write_transformers(SMALL["SigLIP"][0], tmp_path / "siglip")
+    return tmp_path / "siglip"
+
+
 @pytest.mark.dali
-def test_texts_of_another_tokenizer_are_refused_where_ours_would_make_them(
-    data: Path, tmp_path: Path
+def test_a_model_without_its_tokenizer_is_refused_texts(
+    like_siglip: Path, data: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "siglip"
-    write_transformers(SMALL["SigLIP"][0], folder)
-    message = refusal_of(evaluate, "zero-shot", "--checkpoint", folder, "--data", data / "labels")
-    assert "by CLIP's tokenizer of 49,408 tokens, and this model has another one, of 300" in message
-    given = ("--init", folder, "--data.train", data / "captions", "--out", tmp_path / "run")
-    message = refusal_of(pretrain, *given)
-    assert "model.vocab_size=300: packed data sets have the 49,408 tokens of clip-bpe" in message
+    for program, *given in (
+        (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
+        (
+            pretrain,
+            "--init",
+            like_siglip,
+            "--data.train",
+            data / "captions",
+            "--out",
+            tmp_path / "x",
+        ),
+    ):
+        assert "tokenizer.json is not there: the tokenizer of this" in refusal_of(program, *given)
+
+
+@pytest.mark.dali
+def test_a_tokenizer_goes_through_training_evaluation_and_export(
+    like_siglip: Path, data: Path, tmp_path: Path
+) -> None:
+    write_tokenizer(like_siglip)
+    captions, out = tmp_path / "captions", tmp_path / "run"
+    shutil.copytree(data / "captions", captions)
+    few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
+    few += ("--objective.name", "sigmoid", "--efficiency.precision", "fp32")
+    call(pretrain, "--init", like_siglip, "--data.train", captions, "--out", out, *few)
+    (made,) = captions.glob("tokens-*")
+    tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
+    stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
+    assert stored == [tokenizer.vocabulary_hash]
+    texts: list[str] = []
+    with PackedDataset(captions) as dataset:
+        reader = SampleReader(dataset)
+        texts = [one for number in range(len(dataset))
+                 for one in reader.read_description(number).captions]  # fmt: skip
+        take_tokens(dataset, tokenizer, cache=tmp_path)
+        again = pickle.loads(pickle.dumps(dataset))  # as a worker gets it
+        for one in (dataset, again):
+            rows = [one.caption_tokens(sample, which) for sample in range(len(one))
+                    for which in range(int(one.samples["captions_count"][sample]))]  # fmt: skip
+            assert np.array_equal(np.stack(rows), np.stack(tokenizer.encode(texts)))
+            assert one.vocabulary_hash == tokenizer.vocabulary_hash
+
+    call(pack, "verify", captions)
+
+    # a damaged file is made anew
+    before = (made / "tokens.npy").read_bytes()
+    (made / "tokens.npy").write_bytes(before[:-1] + b"!")
+    result = tmp_path / "result.json"
+    given = ("--data", captions, "--device", "cpu", "--json", result)
+    call(evaluate, "retrieval", "--checkpoint", out, *given)
+    assert (made / "tokens.npy").read_bytes() == before
+    assert json.loads(result.read_text())["num_images"] == 20
+
+    call(convert, "open-clip", out, tmp_path / "open_clip")
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(texts)
+    assert theirs.equal(tokenizer(texts))
+    assert load_for_use(tmp_path / "open_clip", device="cpu").embed_texts(texts).shape[0] == 100
+    call(convert, "hf", out, tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+    assert str(tmp_path) not in (tmp_path / "export" / "config.json").read_text()
+    moved = (tmp_path / "export").rename(tmp_path / "moved")
+    shutil.rmtree(like_siglip)
+    ours = load_for_use(moved, device="cpu")
+    theirs = transformers.AutoModel.from_pretrained(moved).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(moved)(
+        ["a photo of a dog"], padding="max_length", max_length=16, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        # as SigLIP's processor does it, without a mask of padding
+        expected = theirs.get_text_features(input_ids=tokens.input_ids).pooler_output
+    expected = F.normalize(expected, dim=-1)
+    found = torch.from_numpy(ours.embed_texts(["A photo of a DOG!"]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
+    found = []
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for place, fewest in (("one", 50_000), ("all", 1)):
+        monkeypatch.setattr("unicl_fast.dataset.other_tokens._FEWEST_FOR_PROCESSES", fewest)
+        monkeypatch.setattr("unicl_fast.dataset.other_tokens._SAMPLES_AT_ONCE", 3)
+        with PackedDataset(data / "captions", fraction=0.5) as dataset:
+            take_tokens(dataset, tokenizer, cache=tmp_path / place)
+        (folder,) = (tmp_path / place).glob("tokens-*")
+        found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
+    assert found[0] == found[1]
+    assert not list((data / "captions").glob("tokens-*"))

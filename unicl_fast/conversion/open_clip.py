@@ -23,11 +23,13 @@ from unicl_fast.conversion.output import (
     sample_images,
     sample_tokens,
     write_json,
+    write_own_tokenizer,
     write_tensors,
 )
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.models.vits import ViT, name_of
+from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -143,6 +145,19 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def tokenizer(model_cfg: Mapping[str, Any], place: str) -> str:
+    """The tokenizer of a `model_cfg` as `model.tokenizer` names it; empty for CLIP's.
+
+    `place` has its files, where they are known; else it is the hub's repository of its name.
+    """
+    text = model_cfg["text_cfg"]
+    # where the end token is read, padding with it, as others do, would be read too
+    if not text.get("hf_tokenizer_name") or text.get("pool_type") != "last":
+        return ""
+    clean = (text.get("tokenizer_kwargs") or {}).get("clean")
+    return (place or f"hf-hub:{text['hf_tokenizer_name']}") + CANONICAL * (clean == "canonicalize")
+
+
 def pooling(model_cfg: Mapping[str, Any]) -> str:
     """The pooling of timm's image encoder, by timm's name; empty for the encoder's default."""
     vision = model_cfg["vision_cfg"]
@@ -227,6 +242,7 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
     with new_folder(folder) as aside:
         write_json(aside / CONFIG_FILE, values)
         write_tensors(aside / WEIGHTS_FILE, _open_clip_tensors(model))
+        write_own_tokenizer(model, aside)
         theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
         theirs.eval()
         images, tokens = sample_images(model), sample_tokens(model)
@@ -285,6 +301,10 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "proj_bias": config.text_projection == "biased",
         "proj_type": "none" if config.text_projection == "none" else "linear",
     }
+    if place := config.tokenizer:  # of a folder open_clip reads the files in it, whatever the name
+        name = place.removesuffix(CANONICAL)
+        text["hf_tokenizer_name"] = name[7:] if name.startswith("hf-hub:") else TOKENIZER_FILES[0]
+        text["tokenizer_kwargs"] = {"clean": "canonicalize"} if name != place else {}
     if config.text_activation == "gelu_tanh":
         text["act_kwargs"] = {"approximate": "tanh"}
     learnt = model.learnt.get("logit_bias")

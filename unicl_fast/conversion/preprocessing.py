@@ -36,14 +36,24 @@ def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
             "type": "float32",
         },
         "text": {
-            "tokenizer": "CLIP byte-pair encoding, lower case",
             "context_length": model.context_length,
             "vocab_size": model.vocab_size,
-            "start_token": model.vocab_size - 2,
-            "end_token": model.vocab_size - 1,
-            "padding_token": 0,
             "type": "int64",
+            **(
+                _of_clips_tokens(model)
+                if not model.tokenizer
+                else {"tokenizer": "the source's own"}
+            ),
         },
+    }
+
+
+def _of_clips_tokens(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer": "CLIP byte-pair encoding, lower case",
+        "start_token": model.vocab_size - 2,
+        "end_token": model.vocab_size - 1,
+        "padding_token": 0,
     }
 
 

@@ -42,11 +42,12 @@ from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 
 IMAGE_SETTINGS = ("image_encoder",)
 TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
-    *("text_pool", "text_mlp_ratio", "text_norm_eps"),
+    *("text_pool", "text_mlp_ratio", "text_norm_eps", "tokenizer"),
 )
 SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection")
 _OPEN_CLIP_WEIGHTS = (
@@ -281,7 +282,10 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     if config.name == open_clip_models.CONFIG_FILE:
         model_cfg, images = values.get("model_cfg", values), values.get("preprocess_cfg", {})
         locate = functools.partial(find, _OPEN_CLIP_WEIGHTS)
-        return _open_clip_source(given, model_cfg, images, locate, towers)
+        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
+        if not beside.startswith("hf-hub:") and not (config.parent / TOKENIZER_FILES[0]).is_file():
+            beside = ""
+        return _open_clip_source(given, model_cfg, images, locate, towers, tokenizer=beside)
     if LIBRARY in values:
         return None
     if "architecture" in values:
@@ -291,7 +295,8 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
             locate = functools.partial(find, _LIBRARY_WEIGHTS)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
-        return _transformers_source(given, values, find, towers)
+        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
+        return _transformers_source(given, values, find, towers, tokenizer=beside)
     return None
 
 
@@ -438,14 +443,20 @@ def _open_clip_source(
     preprocess_cfg: Mapping[str, Any],
     locate: Callable[[], Path] | None,
     towers: _Towers,
+    *,
+    tokenizer: str = "",
 ) -> Source:
+    """A model of open_clip; `tokenizer` is the place of its tokenizer's files, if it is known."""
     with _blaming(given):
+        text = open_clip_models.text_settings(model_cfg) if towers.text else {}
+        if text:
+            text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
         image_size = model_cfg["vision_cfg"].get("image_size", 224)
         return Source(
             name=given,
             settings={
                 **(open_clip_models.image_settings(model_cfg) if towers.image else {}),
-                **(open_clip_models.text_settings(model_cfg) if towers.text else {}),
+                **text,
                 "embed_dim": model_cfg["embed_dim"],
             },
             data=preprocessing.of_library(preprocess_cfg, image_size),
@@ -457,7 +468,7 @@ def _open_clip_source(
 
 
 def _transformers_source(
-    given: str, values: Mapping[str, Any], find: _Files, towers: _Towers
+    given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
 ) -> Source:
     images: Any = {}
     with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
@@ -465,9 +476,12 @@ def _transformers_source(
     is_siglip = values["model_type"] == "siglip"
     with _blaming(given):
         described = hugging_face.read_settings(values, image=towers.image, text=towers.text)
+        settings = described.settings
+        if towers.text:
+            settings["tokenizer"] = tokenizer + CANONICAL if is_siglip else ""
         return Source(
             name=given,
-            settings=described.settings,
+            settings=settings,
             data=preprocessing.of_transformers(images, described.image_size, described.kind),
             locate=functools.cache(functools.partial(find, _LIBRARY_WEIGHTS)),
             rename=from_transformers,

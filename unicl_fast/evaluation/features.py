@@ -48,7 +48,7 @@ from unicl_fast.system.progress import (
     heartbeat_and_check_stop,
     said_if_slow,
 )
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
 
@@ -207,10 +207,11 @@ def require_text_encoder(model: UniCL, what: str) -> None:
             f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe or knn"
         )
-    if (size := model.config.model.vocab_size) != (own := Tokenizer().vocab_size):
+    size, tokenizer = model.config.model.vocab_size, tokenizer_of(model.config)
+    if not fits_vocabulary(tokenizer, size):
         raise ValueError(
-            f"{what} tokenizes texts by CLIP's tokenizer of {own:,} tokens, and this model has "
-            f"another one, of {size:,}: take linear-probe or knn"
+            f"{what} tokenizes texts by {tokenizer.name} of {tokenizer.vocab_size:,} tokens, and "
+            f"this model has another one, of {size:,}: take linear-probe or knn"
         )
 
 

@@ -39,7 +39,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import bar_if_slow
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import tokenizer_of
 
 _RANKED_AT_ONCE = 8192
 """Images whose scores are there at once: 33 MB of a thousand classes."""
@@ -170,7 +170,7 @@ class Model:
         if isinstance(texts, str):
             raise ValueError("texts takes a list of texts: [text] for one")
         require_text_encoder(self.encoders, "embed_texts")
-        rows = Tokenizer(self.encoders.config.model.context_length).encode(list(texts))
+        rows = tokenizer_of(self.encoders.config).encode(list(texts))
         features = encode_token_rows(self.encoders, rows, batch_size=batch_size, progress=progress)
         return features.float().cpu().numpy()
 
