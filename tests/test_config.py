@@ -182,7 +182,9 @@ def test_settings_that_a_file_lacks_take_their_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", ["init", "init_image", "init_text"])
-def test_initial_weights_have_a_short_option(name: str) -> None:
+def test_initial_weights_have_a_short_option(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing: dict[str, dict] = {"model": {}, "data": {}}
+    monkeypatch.setattr("unicl_fast.conversion.sources.settings_of", lambda initial: nothing)
     flag = f"--{name}".replace("_", "-")
     for flags in (
         [flag, "runs/first"],

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
@@ -225,6 +225,8 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
     finder = argparse.ArgumentParser(prog=_PROGRAM, add_help=False, allow_abbrev=False)
     for option in ("--preset", "--resume", "--run.device", "--data.cache-folder"):
         finder.add_argument(option)
+    for name in INITIAL_WEIGHTS:
+        finder.add_argument(f"--model.{name.replace('_', '-')}", f"--model.{name}")
     finder.add_argument("--objective.name")
     finder.add_argument("--data.train", nargs="*")
     finder.add_argument("--data.fraction", nargs="*", type=_number_or_text)
@@ -245,6 +247,13 @@ def parse_with_origin(argv: Sequence[str]) -> tuple[str, PretrainArguments]:
         resume=found.resume,
         data={name: given for name in FOR_AUTO if (given := values[f"data.{name}"])},
         device=values["run.device"],
+        initial={}
+        if has_help
+        else {
+            name: given
+            for name in INITIAL_WEIGHTS
+            if (given := values[f"model.{name}"]) is not None
+        },
     )
     if (name := values["objective.name"]) is not None:  # its options are those of its class
         config = with_values(config, {"objective": {"name": name}})

@@ -16,7 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.config import DataConfig, TrainConfig, config_to_dict, load_config
+from unicl_fast.config import (
+    INITIAL_WEIGHTS,
+    DataConfig,
+    TrainConfig,
+    config_to_dict,
+    load_config,
+)
 from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes
@@ -36,13 +42,15 @@ def first_settings(
     resume: str | None,
     data: Mapping[str, Any] | None = None,
     device: str | None = None,
+    initial: Mapping[str, str] = {},
 ) -> tuple[str, TrainConfig]:
     """Returns where the settings come from, for messages, and the settings before any option.
 
     A preset that is named, on the command line or in the file, is taken in any case; auto only for
     a new run. What fields must be together is not checked yet, since options may still change some
     of them. `data` and `device` are for auto: those of `FOR_AUTO` that the command line gives, and
-    its run.device.
+    its run.device. `initial` are its model.init, init_image and init_text: what these sources say
+    of the model and its images comes after the preset and before the file.
 
     Raises:
         ValueError: no such preset, or a file that does not hold settings; nothing to choose by.
@@ -69,10 +77,37 @@ def first_settings(
     else:
         preset = DEFAULT_PRESET if preset is None else preset
         origin, config = f"the preset {preset}", build_preset(preset)
+    of_model = values.get("model")
+    of_file = of_model if isinstance(of_model, dict) else {}
+    initial = {one: str(of_file[one]) for one in INITIAL_WEIGHTS if one in of_file} | {**initial}
+    if any(initial.values()) and origin != str(own):
+        choose_environment(device or "auto")
+        config = with_values(config, _brought(initial, None if resume in (None, "never") else own))
+        origin = f"{origin}, with those of {' and '.join(filter(None, initial.values()))}"
     if file is None:
         return origin, config
     with _naming(file):
         return f"{origin}, with those in {file}", with_values(config, values)
+
+
+def _brought(initial: Mapping[str, str], own: Path | None) -> dict[str, dict[str, Any]]:
+    """The settings that sources bring; those of the run's own config if it started from them.
+
+    With init, a preset's sources of encoders are left out.
+    """
+    named = {**(dict.fromkeys(INITIAL_WEIGHTS, "") if initial.get("init") else {}), **initial}
+    if own is not None and own.is_file():
+        from unicl_fast.checkpoints.export import PIXELS
+
+        stored = load_config(own)
+        if all(getattr(stored.model, name) == value for name, value in named.items()):
+            values = dataclasses.asdict(stored)
+            return {"model": values["model"],
+                    "data": {name: values["data"][name] for name in PIXELS}}  # fmt: skip
+    from unicl_fast.conversion.sources import settings_of
+
+    brought = settings_of(named)
+    return {"model": brought["model"] | named, "data": brought["data"]}
 
 
 @contextlib.contextmanager

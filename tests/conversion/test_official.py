@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from unicl_fast import UniCL, build_model
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.conversion.official import (
+    IMAGENET_MEAN,
     _with_present_names,
     model_of,
     official_entries,
@@ -74,6 +76,14 @@ def test_features_equal_those_of_a_plain_forward_pass(
     assert num_parameters(model) == 91_340_667
     assert_features_of(model, entries)
     assert model.logit_scale.item() == pytest.approx(4.7)
+
+
+def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Path) -> None:
+    write_official_file(tmp_path / "some.pth", entries)
+    found = load_model(f"official:{tmp_path / 'some.pth'}")
+    assert found.config.data.mean == IMAGENET_MEAN
+    for name, tensor in model_of(entries, source=FILE).state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
 
 
 def test_images_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:

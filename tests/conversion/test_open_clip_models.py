@@ -18,11 +18,12 @@ from open_clip_folders import (
     largest_difference,
     write_folder,
 )
+from small_runs import real_images
+from source_runs import config_by_name, tokens_of, train_one_step
 
 from unicl_fast import build_model
-from unicl_fast.conversion.initial import initialise
+from unicl_fast.conversion.initial import initialise, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
-from unicl_fast.text.tokenizer import Tokenizer
 
 MODELS = [
     *("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-256"),
@@ -31,9 +32,10 @@ MODELS = [
     *("ViT-L-14", "ViT-L-14-quickgelu"),
 ]
 LARGE = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP-256", "swin_base_patch4_window7_224")
+# torch 2.13 crashes in the backward pass of timm's fastvit_mci1 in channels_last on a CPU
+UNTRAINABLE = "MobileCLIP-S1"
 OF_TIMM = ("convnext_base", "EVA02-B-16")  # as ViTamin-S is, which is smaller
 OF_OTHER_SIZES = ("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-256", "RN50-quickgelu", "RN101")
-TEXTS = ("a photo of a dog", "", "two people and a horse in the snow, seen from far away")
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +53,28 @@ def rows() -> list[str]:
         for name in MODELS
     ],
 )
-def test_a_model_of_open_clip_gives_its_features(
-    name: str, rows: list[str], tmp_path: Path
+def test_a_model_of_open_clip_gives_its_features_and_is_trained_by_its_name(
+    name: str, rows: list[str], shared_data: Path, tmp_path: Path
 ) -> None:
     model_cfg = open_clip.get_model_config(name)
-    # the texts below are CLIP's tokens; SigLIP's vocabulary is smaller
-    model_cfg["text_cfg"].pop("hf_tokenizer_name", None)
     theirs = draw_open_clip(model_cfg)
-    config = config_for(write_folder(theirs, model_cfg, tmp_path / "theirs"))
-    ours = build_model(config)
-    initialise(ours)
-    ours.eval()
-    size = config.data.image_size
-    tokens = Tokenizer(config.model.context_length)(TEXTS).clamp(max=config.model.vocab_size - 1)
-    inputs = {"images": different_images(size), "tokens": tokens}
-    image, text = largest_difference(ours, theirs, **inputs)
-    assert max(image, text) < 1e-4
+    folder = write_folder(theirs, model_cfg, tmp_path / "theirs")
+    ours = load_model(folder)
+    inputs = {"images": different_images(ours.config.data.image_size)}
+    image, text = largest_difference(ours, theirs, tokens=tokens_of(ours.config), **inputs)
+    assert max(image, text) < 1e-5
     del theirs
     gc.collect()
     back = write_open_clip(ours, tmp_path / "back")
-    print(f"| {name} | `{config.model.image_encoder}` | {image:.0e} | {text:.0e} | {back:.0e} |")
+    print(
+        f"| {name} | `{ours.config.model.image_encoder}` | {image:.0e} | {text:.0e} | {back:.0e} |"
+    )
+    del ours
+    gc.collect()
+    if name == UNTRAINABLE:
+        return
+    config = config_by_name(folder, "--model.drop-path", "0")
+    train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from small_runs import tiny_config
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import build_model
+from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
@@ -177,7 +178,7 @@ def test_messages_name_what_was_given_not_the_folder_it_is_packed_into(tmp_path:
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "one.jpg").write_bytes(jpeg(0))
     (tmp_path / "list.jsonl").write_text('{"image": "photos/cat/one.jpg", "caption": "a cat"}\n')
-    on_ranks = ModelOnRanks(Mock(spec=UniCL, text_encoder=object()))
+    on_ranks = ModelOnRanks(Mock(spec=UniCL, text_encoder=object(), config=TrainConfig()))
     with (
         open_data(str(tmp_path / "photos"), ranks=Ranks()) as data,
         pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}/photos has no captions"),

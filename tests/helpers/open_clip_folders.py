@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from unicl_fast import UniCL
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
-from unicl_fast.conversion.sources import read_source
+from unicl_fast.conversion.sources import find_source
 
 TEXT = {"context_length": 30, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160}
@@ -82,7 +82,7 @@ def write_folder(model: torch.nn.Module, model_cfg: dict[str, Any], folder: Path
 
 def config_for(given: str | Path, *, image_size: int = 0, **settings: Any) -> TrainConfig:
     """The settings that a source needs, with it as `model.init`."""
-    source = read_source(str(given), image_encoder="")
+    source = find_source(str(given))
     size = image_size or source.data.get("image_size", 224)
     return TrainConfig(
         data=DataConfig(image_size=size, evaluation_resize=size),

@@ -363,7 +363,7 @@ def train_from_initial_weights(ranks, images: torch.Tensor, config, folder: Path
     not_here = mock.Mock(side_effect=AssertionError("rank 0 alone reads"))
     with contextlib.ExitStack() as stack:
         if not ranks.is_main:
-            stack.enter_context(mock.patch("unicl_fast.conversion.initial.read_source", not_here))
+            stack.enter_context(mock.patch("unicl_fast.conversion.initial.find_initial", not_here))
         model = build_model(config)
         initialise(model, ranks)
         nowhere = dataclasses.replace(config.model, init=str(folder / "nowhere"))

@@ -168,7 +168,7 @@ def rows() -> Iterator[tuple[str, object, str]]:
     yield "imports of trainer.py", len(graph["unicl_fast.training.trainer"]), "<= 18"
     yield "files that import TrainConfig", len(knowing), "<= 18"
     yield "circles of imports", len(circles), "0"
-    yield "options of a run", sum(map(len, options().values())), "<= 86"
+    yield "options of a run", sum(map(len, options().values())), "<= 87"
     for name, folders, goal in (
         ("lines of product and benchmarks", PRODUCT, "<= 46,000"),
         ("lines of tests", ("tests",), "<= 36,000"),

@@ -63,10 +63,10 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         )
     with PackedDataset(tmp_path / "set") as dataset:
         if token < tokenizer.vocab_size:
-            check_tokenizer(dataset)
+            check_tokenizer(dataset, TrainConfig())
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
-                check_tokenizer(dataset)
+                check_tokenizer(dataset, TrainConfig())
 
 
 @pytest.mark.parametrize("context_length", [2, 16, 77])

@@ -88,8 +88,9 @@ class ModelConversion(Conversion):
     """A command that takes a model of ours."""
 
     model: Path
-    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, an export, or
-    hf-hub:OWNER/NAME."""
+    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, an export; a
+    folder of open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
+    official:FILE, timm:NAME, pypi:NAME."""
     out: Path
     """OUT: a new folder; for to-official a new file, ending in .pth."""
     weights: Literal["auto", "ema", "model"] = "auto"
@@ -103,21 +104,21 @@ class ModelConversion(Conversion):
             ValueError: OUT exists, or the model has no text encoder where it `needs_texts`.
             FileNotFoundError: no model there.
         """
-        from unicl_fast.checkpoints.load import find_model, load_model
-        from unicl_fast.conversion.initial import initialise
+        from unicl_fast.conversion.initial import load_model
         from unicl_fast.conversion.output import require_new
+        from unicl_fast.conversion.sources import find_own
         from unicl_fast.system.progress import said_if_slow
 
         require_new(self.out)  # before minutes are spent
         with said_if_slow(f"reading {self.model}"):
-            model = load_model(self.model, weights=self.weights, initialise=initialise).float()
+            model = load_model(self.model, weights=self.weights).float()
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "
                 "has no text encoder; unicl-convert timm takes its image encoder"
             )
         print(
-            f"read {find_model(self.model)}: {model.config.model.image_encoder}, "
+            f"read {find_own(str(self.model)) or self.model}: {model.config.model.image_encoder}, "
             f"{_size(model, model.state_dict())}"
         )
         return model

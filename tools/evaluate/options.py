@@ -46,8 +46,9 @@ class ModelCommand(abc.ABC):
     """The options of all commands."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, what
-    unicl-convert official or hf wrote, or hf-hub:OWNER/NAME for such a model on the hub."""
+    """A run folder (its newest checkpoint is taken), RUN/best, a checkpoint or an export; or a
+    model of others: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
+    hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """ema is the moving average of the weights, model the weights of the last step; auto takes the
     average where there is one."""
@@ -62,10 +63,11 @@ class ModelCommand(abc.ABC):
             FileNotFoundError: no checkpoint, or no data.
             ModuleNotFoundError: a package that the evaluation needs is not installed.
         """
-        from unicl_fast.checkpoints.load import find_model
+        from unicl_fast.conversion.sources import find_own, find_source
 
         check_options(self)
-        find_model(self.checkpoint)
+        if find_own(str(self.checkpoint)) is None:
+            find_source(str(self.checkpoint), weights=self.weights).config()
 
     def settled(self) -> Self:
         """This command with the checkpoint that a run folder stands for now.
@@ -73,11 +75,11 @@ class ModelCommand(abc.ABC):
         Ranks that are started with it, and the checksum in the results, mean this one, even if
         a run writes another.
         """
-        from unicl_fast.checkpoints.load import find_model
+        from unicl_fast.conversion.sources import find_own
 
-        if str(self.checkpoint).startswith("hf-hub:"):
-            return self
-        return dataclasses.replace(self, checkpoint=find_model(self.checkpoint))
+        return dataclasses.replace(
+            self, checkpoint=find_own(str(self.checkpoint)) or self.checkpoint
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unicl_fast.checkpoints.load import find_model, weights_checksum
+from unicl_fast.conversion.sources import find_own, weights_checksum
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.evaluation.data import choose_metric, open_data
 from unicl_fast.evaluation.features import ModelOnRanks, model_on_ranks
@@ -60,9 +60,10 @@ def features_folder(given: str, checkpoint: Path) -> Path | None:
     """The folder that --features stands for; None for none."""
     if given != "auto":
         return None if given == "none" else Path(given)
-    if str(checkpoint).startswith("hf-hub:"):
+    found = find_own(str(checkpoint))
+    if found is None:  # a model of others, or of the hub
         return CacheOptions().place / "features"
-    run = find_model(checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
+    run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
     return (run.parent if run.name == "checkpoints" else run) / "features"
 
 

@@ -22,6 +22,8 @@ LIBRARY = "unicl_fast"
 FORMAT_VERSION = 2
 PIXELS = ("image_size", "evaluation_resize", "interpolation", "mean", "std")
 """Fields of `DataConfig` that are a model's."""
+BESIDE = "."
+"""The place of a tokenizer that is in the export itself."""
 
 
 def is_export(path: Path) -> bool:
@@ -63,7 +65,10 @@ def read_export(folder: Path) -> tuple[TrainConfig, Path]:
             f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
             f"{expected}; copy the folder again or convert the model again"
         )
-    groups = {"model": ours.get("model"), "objective": ours.get("objective")}
+    model = ours.get("model")
+    if isinstance(model, dict) and str(model.get("tokenizer", "")).startswith(BESIDE):
+        model = {**model, "tokenizer": f"{folder.absolute()}{model['tokenizer'][len(BESIDE) :]}"}
+    groups = {"model": model, "objective": ours.get("objective")}
     groups |= {"data": ours.get("pixels"), "efficiency": {"precision": ours.get("precision")}}
     try:
         return config_from_dict(groups), weights

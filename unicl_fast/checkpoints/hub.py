@@ -16,9 +16,10 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from unicl_fast.checkpoints.export import CONFIG_FILE, WEIGHTS_FILE
+from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, WEIGHTS_FILE
 from unicl_fast.system.program import logging_at
 from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.text.file_tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger("unicl_fast")
 
@@ -90,12 +91,18 @@ def download_export(repository: str) -> Path:
     values = read_json(config)
     if not isinstance(values, dict) or "library_name" not in values:  # transformers' lack it
         raise ValueError(
-            f"hf-hub:{repository} is neither a model of ours nor of open_clip or timm: its "
-            f"{CONFIG_FILE} names no architecture and no library; most models of transformers have "
-            "a twin among open_clip's"
+            f"hf-hub:{repository} is neither a model of ours nor of open_clip, timm or "
+            f"transformers: its {CONFIG_FILE} names no architecture, model_type or library"
         )
     commit = config.parent.name  # the cache has a folder for each commit
-    return download(f"{repository.partition('@')[0]}@{commit}", [WEIGHTS_FILE]).parent
+    at_commit = f"{repository.partition('@')[0]}@{commit}"
+    ours = values.get(LIBRARY)
+    model = ours.get("model") if isinstance(ours, dict) else None
+    if isinstance(model, dict) and model.get("tokenizer"):
+        for name in TOKENIZER_FILES:
+            with contextlib.suppress(NotOnHubError):
+                download(at_commit, [name])
+    return download(at_commit, [WEIGHTS_FILE]).parent
 
 
 def check_upload(repository: str) -> None:

@@ -109,7 +109,7 @@ def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
-        found = _checksum_read_once(checkpoint / name)
+        found = checksum_read_once(checkpoint / name)
         if found != expected:
             raise DamagedCheckpointError(
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
@@ -275,7 +275,13 @@ def load_model(
         ValueError: it is damaged, has no average where "ema" is required, or the weights below its
             adapters have changed or are not there.
     """
-    config, file, base = _find_weights(path, weights=weights)
+    return load_found(*find_weights(path, weights=weights), initialise=initialise)
+
+
+def load_found(
+    config: TrainConfig, file: Path, base: str, *, initialise: Initialise | None = None
+) -> UniCL:
+    """Loads what `find_weights` found, as `load_model`."""
     model = build_model(config)
     # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
@@ -304,19 +310,11 @@ def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
     )
 
 
-def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path]:
-    """Returns the config and file of all weights of a model, checked; raises as `load_model`."""
-    config, file, _ = _find_weights(path, weights=weights)
-    if config.optim.adapters is not None:
-        raise ValueError(
-            f"{path} holds adapters, not a whole model: merge them by unicl-convert hf {path} OUT, "
-            "and give OUT"
-        )
-    return config, file
+def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path, str]:
+    """Returns the config and file of a model, checked, and the checksum of weights that it lacks.
 
-
-def _find_weights(path: str | Path, *, weights: Weights) -> tuple[TrainConfig, Path, str]:
-    """Returns the config, the file that `load_model` reads, and what it leaves out, checked."""
+    These are below adapters; "" if it has all. Raises as `load_model`.
+    """
     found, base = find_model(path), ""
     if is_export(found):
         if weights == "ema":
@@ -342,15 +340,10 @@ def _find_weights(path: str | Path, *, weights: Weights) -> tuple[TrainConfig, P
     return config, file, base
 
 
-def weights_checksum(path: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, as the model's identity; raises as it does."""
-    return _checksum_read_once(_find_weights(path, weights=weights)[1])
-
-
 _checksums_read: dict[tuple[int, ...], str] = {}
 
 
-def _checksum_read_once(path: Path) -> str:
+def checksum_read_once(path: Path) -> str:
     """Caches `file_checksum` until a file's identity, times or size change."""
     status = path.stat()
     # a copy that keeps the modification time can get the inode of a removed file, but not its ctime
@@ -376,11 +369,21 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
         return from_transformers(load_file(path))
 
 
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by its own names, on the device meta, without reading them.
+
+    Raises DamagedCheckpointError if it is none.
+    """
+    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
 @contextlib.contextmanager
 def _refusing_other_files(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError:
+    except (OSError, DamagedCheckpointError):
         raise
     except Exception as error:  # SafetensorError, or a KeyError for an unknown dtype
         raise DamagedCheckpointError(
@@ -413,13 +416,10 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
     expected |= (learnt := objective.shapes())
-    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
-        shapes = [(name, file.get_slice(name).get_shape()) for name in sorted(file.keys())]
+    with _refusing_other_files(path):
+        shapes = read_shapes(path)
         ours = from_transformers(
-            {
-                name.replace(".base_layer.", "."): torch.empty(shape, device="meta")
-                for name, shape in shapes
-            }
+            {name.replace(".base_layer.", "."): shape for name, shape in shapes.items()}
         )
     found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}

@@ -1,6 +1,6 @@
-"""Names of tensors in transformers' CLIPModel and VisionTextDualEncoderModel, and ours.
+"""Names of tensors in transformers' CLIP, SigLIP and VisionTextDualEncoder, and ours.
 
-Exports that one of the two classes can hold have its names, so that `AutoModel` loads them.
+Exports that one of these classes can hold have its names, so that `AutoModel` loads them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,23 @@ _VIT = {
     ".norm2.": ".layer_norm2.",
     ".attn.proj.": ".self_attn.out_proj.",
     ".attn.qkv.": ".self_attn.qkv.",
+    "image_encoder.attn_pool.latent": "vision_model.head.probe",
+    "image_encoder.attn_pool.proj.": "vision_model.head.attention.out_proj.",
+    "image_encoder.attn_pool.norm.": "vision_model.head.layernorm.",
+    "image_encoder.attn_pool.mlp.": "vision_model.head.mlp.",
 }
 _TIMM = {"image_encoder.": "vision_model.timm_model."}
-_PROJECTIONS = {
+_POOL, _QUERY, _KEY_VALUE = (
+    *("vision_model.head.attention.in_proj_", "image_encoder.attn_pool.q."),
+    "image_encoder.attn_pool.kv.",
+)
+"""SigLIP's attention over patches, whose parts timm has apart."""
+_CLIP = {
     "image_projection": "visual_projection.weight",
     "text_projection": "text_projection.weight",
 }
-"""Ours are [in out], theirs [out in]."""
+_SIGLIP = {"text_projection": "text_model.head.weight"}
+"""Projections; ours are [in out], theirs [out in]."""
 _LEADING = {
     "vision_model.embeddings.class_embedding": 2,
     "vision_model.embeddings.position_embedding.weight": 1,
@@ -47,21 +57,30 @@ _LEADING = {
 """Dimensions of size 1 that timm's tensors begin with and theirs lack."""
 
 
-def to_transformers(tensors: Mapping[str, Tensor], *, as_clip: bool) -> dict[str, Tensor]:
-    """Renames a model's tensors to those of CLIPModel, or of a dual encoder around timm's.
+def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, Tensor]:
+    """Renames a model's tensors to those of a class of transformers, named by its model_type.
 
-    As CLIPModel the image encoder must be a ViT of CLIP's.
+    As `clip` and `siglip` the image encoder must be a ViT of that kind.
     """
     found: dict[str, Tensor] = {}
+    projections = _SIGLIP if layout == "siglip" else _CLIP
     for name, tensor in tensors.items():
-        if name in _PROJECTIONS:
-            found[_PROJECTIONS[name]] = tensor.T
+        if name in projections:
+            found[projections[name]] = tensor.T
             continue
-        image = _VIT if as_clip else _TIMM
+        if name.startswith(_QUERY) and layout == "siglip":
+            kind = name.removeprefix(_QUERY)
+            found[_POOL + kind] = torch.cat([tensor, tensors[_KEY_VALUE + kind]])
+        if name.startswith((_QUERY, _KEY_VALUE)) and layout == "siglip":
+            continue
+        if name.startswith("logit_"):
+            tensor = tensor.reshape([1] * (layout == "siglip"))
+        image = _TIMM if layout == "vision-text-dual-encoder" else _VIT
         table = {"image_encoder": image, "text_encoder": _TEXT}.get(name.partition(".")[0], {})
         for ours, theirs in table.items():
             name = name.replace(ours, theirs)
-        if table is _TEXT and not as_clip:
+        name = name.replace("text_projection_bias", "text_model.head.bias")
+        if table is _TEXT and image is _TIMM:
             name = f"text_model.{name}"  # as up to version 4, which 5 reads too
         if ".self_attn.qkv." in name:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
@@ -72,25 +91,36 @@ def to_transformers(tensors: Mapping[str, Tensor], *, as_clip: bool) -> dict[str
 
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that `to_transformers` renamed, by our names; others as they are.
+    """The tensors of one of the classes, by our names; others as they are.
 
     Raises:
         KeyError: a part of an attention's weights is missing.
     """
-    if "visual_projection.weight" not in tensors:
+    if not {"visual_projection.weight", f"{_POOL}weight"} & tensors.keys():
         return dict(tensors)
-    renamed = {theirs: ours for ours, theirs in _PROJECTIONS.items()}
+    renamed = {theirs: ours for table in (_CLIP, _SIGLIP) for ours, theirs in table.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if name.endswith(".position_ids"):  # of older versions, and no weights
+            continue
         if name in renamed:
             found[renamed[name]] = tensor.T
+            continue
+        if name.startswith(_POOL):
+            width = len(tensor) // 3
+            kind = name.removeprefix(_POOL)
+            found |= {_QUERY + kind: tensor[:width], _KEY_VALUE + kind: tensor[width:]}
             continue
         if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue
         if ".self_attn.q_proj." in name:
             parts = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
             name, tensor = name.replace("q_proj", "qkv"), torch.cat(parts)
-        name = name.replace("text_model.text_model.", "text_model.")
+        if name.startswith("logit_"):
+            tensor = tensor.reshape([])
+        for part in ("text_model.", "vision_model."):  # twice in a dual encoder
+            name = name.replace(part * 2, part)
+        name = name.replace("text_model.head.bias", "text_projection_bias")
         tensor = tensor[(None,) * _LEADING.get(name, 0)]
         is_timm = name.startswith("vision_model.timm_model.")
         image = _TIMM if is_timm else _VIT

@@ -2,5 +2,5 @@
 
 Out: `official`, `open_clip`, `libraries` (timm, ONNX, torch.export) and `export` (with
 `hugging_face`, `card` and `figures`) write one format each, by `output` and `preprocessing`.
-In: `sources` finds weights and renames them, `initial` starts a model from them.
+In: `sources` finds models and renames their weights, `initial` loads them or starts a run's.
 """

@@ -18,13 +18,13 @@ from unicl_fast.checkpoints.load import (
     Weights,
     find_model,
     read_state,
-    weights_checksum,
 )
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion.figures import figures_of
 from unicl_fast.conversion.hugging_face import Layout
 from unicl_fast.conversion.libraries import module_of_encoder
 from unicl_fast.conversion.output import num_parameters
+from unicl_fast.conversion.sources import find_source, weights_checksum
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.models.unicl import UniCL
@@ -97,7 +97,13 @@ def collect_facts(
     Those in the run's folder are found, and a sentence is returned for each that is left out; one
     of `evaluations` that is damaged or of other weights is a ValueError.
     """
-    model, checksum = find_model(path), weights_checksum(path, weights=weights)
+    checksum = weights_checksum(path, weights=weights)
+    if find_source(str(path), weights=weights).own is None:
+        name = str(path) if str(path).startswith(_PUBLIC) else "a model in a file"
+        origin = {"converted from": name, "xxh3 of its weights": checksum}
+        figures, left_out = figures_of(checksum, evaluations, run=None)
+        return Facts(origin=origin, figures=figures), left_out
+    model = find_model(path)
     facts = _kept_facts(model) if is_export(model) else _facts_of(read_state(model))
     run = model.parent.parent if model.parent.name == "checkpoints" else None
     figures, left_out = figures_of(checksum, evaluations, run=run)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.checkpoints.export import (
+    BESIDE,
     CONFIG_FILE,
     FORMAT_VERSION,
     LIBRARY,
@@ -22,10 +23,16 @@ from unicl_fast.checkpoints.transformers_names import to_transformers
 from unicl_fast.config import INITIAL_WEIGHTS
 from unicl_fast.conversion import hugging_face, preprocessing
 from unicl_fast.conversion.card import Facts, model_card
-from unicl_fast.conversion.output import new_folder, write_json, write_tensors
+from unicl_fast.conversion.output import (
+    new_folder,
+    write_json,
+    write_own_tokenizer,
+    write_tensors,
+)
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.version import __version__
+from unicl_fast.text.file_tokenizer import CANONICAL
 
 _CARD_FILE = "README.md"
 _OF_TRAINING = (*INITIAL_WEIGHTS, "drop_path", "token_drop")
@@ -61,7 +68,7 @@ def write_export(
     layout = hugging_face.layout_of(model)
     tensors = model.state_dict()
     if layout != "unicl":
-        tensors = to_transformers(tensors, as_clip=layout == "clip")
+        tensors = to_transformers(tensors, layout=layout)
     with new_folder(folder) as aside:
         write_tensors(aside / WEIGHTS_FILE, tensors)
         described = hugging_face.settings_for_transformers(model, layout)
@@ -73,7 +80,8 @@ def write_export(
         write_json(aside / CONFIG_FILE, described)
         if (images := preprocessing.for_transformers(model.config.data)) is not None:
             write_json(aside / "preprocessor_config.json", images)
-        if layout != "unicl":
+        write_own_tokenizer(model, aside)
+        if layout in hugging_face.OF_CLIPS_TOKENS:
             hugging_face.write_tokenizer(aside, context_length=model.config.model.context_length)
         card = model_card(model, facts, layout=layout, name=name, license=license)
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")
@@ -87,6 +95,8 @@ def _settings(model: UniCL) -> dict[str, Any]:
     config = model.config
     architecture = dataclasses.asdict(config.model)
     data = dataclasses.asdict(config.data)
+    if place := config.model.tokenizer:
+        architecture["tokenizer"] = BESIDE + CANONICAL * place.endswith(CANONICAL)
     return {
         "version": __version__,
         "format_version": FORMAT_VERSION,

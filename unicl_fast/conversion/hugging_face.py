@@ -1,23 +1,26 @@
-"""Describes models to transformers, whose `AutoModel` loads exports.
+"""Describes models to transformers, whose `AutoModel` loads exports, and reads its descriptions.
 
-CLIPModel holds a ViT of CLIP's. Other encoders of timm are held by VisionTextDualEncoderModel, in
-transformers' wrapper of timm. Neither has other objectives and text encoders than CLIP's, nor the
-small encoders that only this package registers with timm.
+CLIPModel holds a ViT of CLIP's, SiglipModel one of SigLIP's with its text encoder. Other encoders
+of timm are held by VisionTextDualEncoderModel, in transformers' wrapper of timm. None has other
+objectives and text encoders, nor the small encoders that only this package registers with timm.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, NoReturn
 
+import timm
 import torch
-from timm.layers import QuickGELU
 from timm.models import vision_transformer
 from torch import nn
 
 from unicl_fast.conversion.libraries import is_of_timm, timm_arguments
+from unicl_fast.conversion.open_clip import UnknownArchitectureError
 from unicl_fast.conversion.output import (
     require_equal,
     sample_images,
@@ -26,59 +29,215 @@ from unicl_fast.conversion.output import (
 )
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.vits import ACTIVATIONS, ViT, name_of
 from unicl_fast.system.program import logging_at
 from unicl_fast.text.tokenizer import Tokenizer, read_vocabulary
 
-Layout = Literal["clip", "vision-text-dual-encoder", "unicl"]
+Layout = Literal["clip", "siglip", "vision-text-dual-encoder", "unicl"]
 """The model_type of an export; the last one is our own."""
+OF_CLIPS_TOKENS = ("clip", "vision-text-dual-encoder")
+"""Those that come with CLIP's tokenizer."""
 _CLASSES: dict[Layout, str] = {
     "clip": "CLIPModel",
+    "siglip": "SiglipModel",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "unicl": "UniCL",
 }
-_TEXT_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
-_VIT_ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", QuickGELU: "quick_gelu"}
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Our names to theirs."""
+_BOTH = ("weight", "bias")
 _VIT_PARAMETERS = {
-    *("cls_token", "pos_embed", "patch_embed.proj.weight"),
-    *(f"{norm}.{kind}" for norm in ("norm_pre", "norm") for kind in ("weight", "bias")),
+    "clip": {
+        *("cls_token", "pos_embed", "patch_embed.proj.weight"),
+        *(f"{norm}.{kind}" for norm in ("norm_pre", "norm") for kind in _BOTH),
+    },
+    "siglip": {
+        *("pos_embed", "attn_pool.latent"),
+        *(f"{one}.{kind}" for one in ("patch_embed.proj", "norm") for kind in _BOTH),
+        *(f"attn_pool.{one}.{kind}" for one in ("q", "kv", "proj", "norm") for kind in _BOTH),
+        *(f"attn_pool.mlp.{one}.{kind}" for one in ("fc1", "fc2") for kind in _BOTH),
+    },
 }
 _BLOCK_PARAMETERS = {
     f"{layer}.{kind}"
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    for kind in ("weight", "bias")
+    for kind in _BOTH
 }
+_NORM_EPS = {"clip": 1e-5, "siglip": 1e-6}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip text": {
+        **{"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048},
+        **{"num_hidden_layers": 12, "num_attention_heads": 8, "max_position_embeddings": 77},
+        **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "eos_token_id": 49407},
+    },
+    "clip vision": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        **{"num_attention_heads": 12, "image_size": 224, "patch_size": 32},
+        **{"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
+    },
+    "siglip text": {
+        **{"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 3072},
+        **{"num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 64},
+        **{"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    },
+    "siglip vision": {
+        **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+        **{"num_attention_heads": 12, "image_size": 224, "patch_size": 16},
+        **{"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True},
+    },
+}
+"""Values that a config.json may leave out."""
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+
+
+class Described(NamedTuple):
+    """A model of transformers in our terms."""
+
+    settings: dict[str, Any]
+    """Fields of `ModelConfig`."""
+    image_size: int
+    kind: str
+    """clip, siglip or timm, for the preprocessing of images."""
+
+
+def read_settings(values: Mapping[str, Any], *, image: bool, text: bool) -> Described:
+    """Translates a config.json of transformers; encoders that are not wanted can be of any kind.
+
+    Raises:
+        UnknownArchitectureError: ours has no such model; it names the settings.
+    """
+    kind = values["model_type"]
+    is_dual = kind == "vision-text-dual-encoder"
+    if kind not in ("clip", "siglip") and not is_dual:
+        raise UnknownArchitectureError(
+            f"ours has no model of model_type {kind!r}: known are clip, siglip (which SigLIP 2 of "
+            "fixed size is too) and vision-text-dual-encoder"
+        )
+    groups: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
+    for tower, group in groups.items():
+        for name in (f"{tower}_config", f"{tower}_config_dict"):  # older files have both
+            group |= values.get(name) or {}
+    kinds = {tower: str(group.get("model_type", "")).split("_")[0] if is_dual else kind
+             for tower, group in groups.items()}  # fmt: skip
+    settings: dict[str, Any] = {}
+    if kind == "siglip":
+        width = {**_DEFAULTS["siglip vision"], **groups["vision"]}["hidden_size"]
+        settings |= {"embed_dim": width}
+    else:
+        settings |= {"embed_dim": values.get("projection_dim", 512)}
+    image_size = 224
+    if image:
+        encoder, image_size = _image_encoder(kinds["vision"], groups["vision"])
+        projection = "none" if kind == "siglip" else "linear"
+        settings |= {"image_encoder": encoder, "image_projection": projection}
+    if text:
+        settings |= _text_settings(kinds["text"], groups["text"], is_dual=is_dual)
+        settings |= {"text_projection": "biased" if kind == "siglip" else "linear"}
+    return Described(settings, image_size, kinds["vision"])
+
+
+def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
+    """Timm's name of an image encoder, and its image size."""
+    if kind == "timm":
+        name = str(given["architecture"])
+        known = given.get("pretrained_cfg") or {}
+        size = (given.get("model_args") or {}).get("img_size") or known.get("input_size")
+        size = size or timm.get_pretrained_cfg(name).input_size
+        return name, int(size[-1] if isinstance(size, list | tuple) else size)
+    if kind not in _NORM_EPS:
+        _refuse("vision_config", given, ["model_type"])
+    group = {**_DEFAULTS[f"{kind} vision"], **given}
+    size = group["image_size"]
+    if group["layer_norm_eps"] != _NORM_EPS[kind] or not group.get("vision_use_head", True):
+        _refuse("vision_config", group, ["layer_norm_eps", "vision_use_head"])
+    vit = ViT(
+        kind=kind,
+        patch_size=group["patch_size"],
+        width=group["hidden_size"],
+        depth=group["num_hidden_layers"],
+        heads=group["num_attention_heads"],
+        hidden=group["intermediate_size"],
+        activation=_activation("vision_config", group),
+        image_size=int(size[0] if isinstance(size, list) else size),
+    )
+    return name_of(vit), vit.image_size
+
+
+def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dict[str, Any]:
+    if kind not in _NORM_EPS or (is_dual and kind == "siglip"):  # which has a head of its own
+        _refuse("text_config", given, ["model_type"])
+    group = {**_DEFAULTS[f"{kind} text"], **given}
+    end = group.get("eos_token_id")
+    if kind == "clip" and end not in (2, group["vocab_size"] - 1):  # 2: the largest id, as ours
+        _refuse("text_config", group, ["eos_token_id", "vocab_size"])
+    width, hidden = group["hidden_size"], group["intermediate_size"]
+    ratio = hidden / width
+    ratio = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    return {
+        "text_width": width,
+        "text_layers": group["num_hidden_layers"],
+        "text_heads": group["num_attention_heads"],
+        "vocab_size": group["vocab_size"],
+        "context_length": group["max_position_embeddings"],
+        "text_activation": _activation("text_config", group),
+        "text_causal": kind == "clip",
+        "text_pool": "end" if kind == "clip" else "last",
+        "text_mlp_ratio": ratio,
+        "text_norm_eps": float(group["layer_norm_eps"]),
+    }
+
+
+def _activation(where: str, group: Mapping[str, Any]) -> str:
+    found = [ours for ours, theirs in _ACTIVATIONS.items() if theirs == group["hidden_act"]]
+    if not found:
+        _refuse(where, group, ["hidden_act"])
+    return found[0]
+
+
+def _refuse(where: str, group: Mapping[str, Any], names: list[str]) -> NoReturn:
+    shown = ", ".join(f"{name}={group[name]!r}" for name in names if name in group)
+    raise UnknownArchitectureError(f"ours has no encoder with {where} {shown}")
 
 
 def layout_of(model: UniCL) -> Layout:
     """The class of transformers that computes exactly what a model does."""
     config, encoder = model.config.model, model.image_encoder
+    if model.text_encoder is None:
+        return "unicl"
+    projections = config.image_projection, config.text_projection
+    texts = config.text_causal, config.text_pool
+    if (
+        model.learnt.keys() == {"logit_scale", "logit_bias"}
+        and (projections, texts) == (("none", "biased"), (False, "last"))
+        and _is_vit_of(encoder, "siglip")
+    ):
+        return "siglip"
     is_like_clip = (
-        model.text_encoder is not None
-        and model.learnt.keys() == {"logit_scale"}
-        and config.image_projection == config.text_projection == "linear"
-        and (config.text_causal, config.text_pool) == (True, "end")
+        model.learnt.keys() == {"logit_scale"}
+        and (projections, texts) == (("linear", "linear"), (True, "end"))
         and config.vocab_size == Tokenizer().vocab_size
     )
-    if not (is_like_clip and is_of_timm(config.image_encoder)):
-        return "unicl"
-    return "clip" if _is_vit_of_clip(encoder) else "vision-text-dual-encoder"
+    if is_like_clip and _is_vit_of(encoder, "clip"):
+        return "clip"
+    can_be_wrapped = is_like_clip and is_of_timm(config.image_encoder)
+    return "vision-text-dual-encoder" if can_be_wrapped else "unicl"
 
 
-def _is_vit_of_clip(encoder: Any) -> bool:
-    """Whether an encoder is the ViT of CLIPModel: a norm before its blocks, read at its token."""
+def _is_vit_of(encoder: Any, kind: str) -> bool:
+    """Whether an encoder is CLIP's ViT (a norm first, read at its token) or SigLIP's."""
     if type(encoder) is not vision_transformer.VisionTransformer:
         return False
     block, norms = encoder.blocks[0], [m for m in encoder.modules() if isinstance(m, nn.LayerNorm)]
     outside = {name for name, _ in encoder.named_parameters() if not name.startswith("blocks.")}
+    prefix = kind == "clip"
     return (
-        outside == _VIT_PARAMETERS
+        outside == _VIT_PARAMETERS[kind]
         and {name for name, _ in block.named_parameters()} == _BLOCK_PARAMETERS
         and type(block) is vision_transformer.Block
-        and type(block.mlp.act) in _VIT_ACTIVATIONS
-        and len({norm.eps for norm in norms}) == 1
-        and encoder.global_pool == "token"
-        and encoder.pos_embed.shape[1] == encoder.patch_embed.num_patches + 1
+        and type(block.mlp.act) in ACTIVATIONS
+        and {norm.eps for norm in norms} == {_NORM_EPS[kind]}
+        and encoder.global_pool == ("token" if kind == "clip" else "map")
+        and encoder.pos_embed.shape[1] == encoder.patch_embed.num_patches + prefix
     )
 
 
@@ -89,36 +248,28 @@ def settings_for_transformers(model: UniCL, layout: Layout) -> dict[str, Any]:
         return named
     config = model.config.model
     text = {
-        "model_type": "clip_text_model",
+        "model_type": "siglip_text_model" if layout == "siglip" else "clip_text_model",
         "vocab_size": config.vocab_size,
         "hidden_size": config.text_width,
         "intermediate_size": int(config.text_width * config.text_mlp_ratio),
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.context_length,
-        "hidden_act": _TEXT_ACTIVATIONS.get(config.text_activation, config.text_activation),
+        "hidden_act": _ACTIVATIONS[config.text_activation],
         "layer_norm_eps": config.text_norm_eps,
-        "projection_dim": config.embed_dim,
-        "bos_token_id": config.vocab_size - 2,
-        "eos_token_id": config.vocab_size - 1,
-        "pad_token_id": config.vocab_size - 1,
     }
+    if layout == "siglip":
+        text["projection_size"] = config.embed_dim
+    else:
+        text |= {
+            "projection_dim": config.embed_dim,
+            "bos_token_id": config.vocab_size - 2,
+            "eos_token_id": config.vocab_size - 1,
+            "pad_token_id": config.vocab_size - 1,
+        }
     encoder: Any = model.image_encoder
     vision: dict[str, Any] = {"hidden_size": feature_width(encoder)}
-    if layout == "clip":
-        block = encoder.blocks[0]
-        vision |= {
-            "model_type": "clip_vision_model",
-            "intermediate_size": block.mlp.fc1.out_features,
-            "num_hidden_layers": len(encoder.blocks),
-            "num_attention_heads": block.attn.num_heads,
-            "image_size": model.config.data.image_size,
-            "patch_size": encoder.patch_embed.patch_size[0],
-            "hidden_act": _VIT_ACTIVATIONS[type(block.mlp.act)],
-            "layer_norm_eps": encoder.norm.eps,
-            "projection_dim": config.embed_dim,
-        }
-    else:
+    if layout == "vision-text-dual-encoder":
         vision |= {
             "model_type": "timm_wrapper",
             "architecture": config.image_encoder,
@@ -126,10 +277,26 @@ def settings_for_transformers(model: UniCL, layout: Layout) -> dict[str, Any]:
             "num_classes": 0,
             "label_names": [],
         }
-    return {
-        **named,
+    else:
+        block = encoder.blocks[0]
+        vision |= {
+            "model_type": f"{layout}_vision_model",
+            "intermediate_size": block.mlp.fc1.out_features,
+            "num_hidden_layers": len(encoder.blocks),
+            "num_attention_heads": block.attn.num_heads,
+            "image_size": model.config.data.image_size,
+            "patch_size": encoder.patch_embed.patch_size[0],
+            "hidden_act": _ACTIVATIONS[ACTIVATIONS[type(block.mlp.act)]],
+            "layer_norm_eps": encoder.norm.eps,
+            **({"projection_dim": config.embed_dim} if layout == "clip" else {}),
+        }
+    space = {
         "projection_dim": config.embed_dim,
         "logit_scale_init_value": model.logit_scale.item(),
+    }
+    return {
+        **named,
+        **(space if layout != "siglip" else {}),
         "text_config": text,
         "vision_config": vision,
         "dtype": "float32",

@@ -1,8 +1,8 @@
-"""Starts a model from existing weights: `model.init`, `init_image`, `init_text`.
+"""Loads a model from any source, and starts a run's from it: `model.init` and its two fellows.
 
 Weights of another activation or mask would load and give wrong features, so settings are compared
-first, and a difference is an error that names the options to set. Only tables of positions and
-windows may differ in size. The log says what was loaded, what stays fresh and why.
+first, and a difference is an error that names them. Only tables of positions and windows may
+differ in size. The log says what was loaded, what stays fresh and why.
 """
 
 from __future__ import annotations
@@ -12,16 +12,26 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
+import timm
 import torch
 from timm.layers import AttentionPool2d, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unicl_fast.checkpoints.load import Weights, build_model, load_found
+from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.fitting import misfits
 from unicl_fast.conversion.libraries import fixed_size
-from unicl_fast.conversion.sources import IMAGE_SETTINGS, TEXT_SETTINGS, Source, read_source
+from unicl_fast.conversion.sources import (
+    IMAGE_SETTINGS,
+    TEXT_SETTINGS,
+    Source,
+    find_initial,
+    find_source,
+)
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
@@ -33,6 +43,42 @@ logger = logging.getLogger("unicl_fast")
 _ALONE = Ranks()
 _WINDOW_AND_SIZE = re.compile(r"(_window\d+)?(_\d+)?$")
 _SHOWN = 6
+
+
+@torch.no_grad()
+def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
+    """Loads a model of any source (`sources`), in evaluation mode on the CPU.
+
+    `weights` is "ema" for the moving average of the weights, "model" for the last step's, "auto"
+    for the average if there is one; only models of ours have several. Raises as `find_source`.
+    """
+    source = find_source(str(given), weights=weights)
+    config = source.config()
+    if source.own is not None and source.file is not None:
+        return load_found(config, source.file, source.base, initialise=initialise)
+    if weights == "ema":
+        raise ValueError(f"{given} has one set of weights: take weights auto")
+    _require_sizes(source, config)
+    model = build_model(config)
+    if source.locate is not None:
+        loading = _Loading(model, source, "init", label=source.name)
+        loading.take(image=True, text=source.has_text)
+        model.load_state_dict(loading.tensors, strict=False)
+    return model.eval()
+
+
+def _require_sizes(source: Source, config: TrainConfig) -> None:
+    """Compares a foreign config's sizes with the file's: a model of others could exceed memory."""
+    if source.locate is None:
+        return
+    with torch.device("meta"):
+        needed = build_model(config).state_dict()
+    stored = sum(tensor.numel() for tensor in source.outline().values())
+    if (described := sum(tensor.numel() for tensor in needed.values())) > stored:
+        raise ValueError(
+            f"{source.name}: its config describes a model of {described:,} numbers, and "
+            f"{source.file} has {stored:,}: copy or convert it again"
+        )
 
 
 @torch.no_grad()
@@ -51,7 +97,7 @@ def initialise(model: UniCL, ranks: Ranks = _ALONE) -> None:
 
 
 def initial_tensors(model: UniCL) -> dict[str, Tensor]:
-    """Reads the weights that a model's config names, and logs them; raises as `read_source`."""
+    """Reads the weights that a model's config names, and logs them; raises as `find_source`."""
     config = model.config.model
     tensors: dict[str, Tensor] = {}
     for option, given, image, text in (
@@ -61,16 +107,11 @@ def initial_tensors(model: UniCL) -> dict[str, Tensor]:
     ):
         if not given:
             continue
-        source = read_source(given, image_encoder=config.image_encoder, image=image, text=text)
-        loading = _Loading(model, source, option)
+        source = find_initial(given, image=image, text=text)
+        loading = _Loading(model, source, option, label=f"model.{option}={given}")
         loading.check_settings(image=image, text=text)
-        if image:
-            loading.take_image()
-        if text:
-            loading.take_text()
-        if option == "init":
-            loading.take_learnt()
-        loading.say()
+        if source.locate is not None:
+            loading.take(image=image, text=text)
         tensors |= loading.tensors
     return tensors
 
@@ -78,13 +119,24 @@ def initial_tensors(model: UniCL) -> dict[str, Tensor]:
 class _Loading:
     """One source on its way into a model."""
 
-    def __init__(self, model: UniCL, source: Source, option: str) -> None:
-        self._model, self._source, self._option = model, source, option
+    def __init__(self, model: UniCL, source: Source, option: str, *, label: str) -> None:
+        self._model, self._source, self._option, self._label = model, source, option, label
         self._own = model.state_dict()
         self.tensors: dict[str, Tensor] = {}
         self._taken: list[str] = []
         self._fresh: list[str] = []
-        self._left_out = list(source.left_out)
+        self._left_out: list[str] = []
+
+    def take(self, *, image: bool, text: bool) -> None:
+        """Reads what is wanted of the source, and logs it."""
+        self._given = self._source.read()
+        if image:
+            self.take_image()
+        if text:
+            self.take_text()
+        if self._option == "init":
+            self.take_learnt()
+        self.say()
 
     def check_settings(self, *, image: bool, text: bool) -> None:
         """Refuses a source that needs other settings than the model's, and names all of them.
@@ -95,11 +147,6 @@ class _Loading:
         has_text = text and model.text_encoder is not None
         if text and not has_text and self._option == "init_text":
             self._refuse(f"objective.name={model.config.objective.name} has no text encoder")
-        if has_text and source.tokenizer:
-            self._refuse(
-                f"its texts are tokenized by {source.tokenizer}, those of packed data sets by "
-                "CLIP's tokenizer: take only its image encoder, --init-image"
-            )
         names = [*IMAGE_SETTINGS] if image else []
         names += TEXT_SETTINGS if has_text else ()
         if self._option == "init" and image and model.has_space:
@@ -117,8 +164,11 @@ class _Loading:
                 f"model.{name} is {getattr(config, name)} and its is {value}"
                 for name, value in wrong.items()
             ]
-            flags = " ".join(_flag(name, value) for name, value in wrong.items())
-            self._refuse(f"it is of another model: {'; '.join(phrases)}. Add {flags}")
+            flags = " ".join(f"--model.{name.replace('_', '-')}" for name in wrong)
+            self._refuse(
+                f"it is of another model: {'; '.join(phrases)}. Leave out {flags}: "
+                "unicl-pretrain takes the architecture from the source"
+            )
 
     def take_image(self) -> None:
         """Takes the image encoder, and its projection if it fits."""
@@ -127,9 +177,12 @@ class _Loading:
         pooling = getattr(encoder, "global_pool", "")
         if source.pooling and isinstance(pooling, str) and pooling != source.pooling:
             self._refuse(f"its image encoder pools by {source.pooling!r}, timm's by {pooling!r}")
-        given = _after("image_encoder.", source.tensors)
+        given = _after("image_encoder.", self._given)
         try:
-            found = _as_timm_has_them_now(encoder, given, source.classifier)
+            registered = timm.get_pretrained_cfg(name)
+            layers = source.classifier or getattr(registered, "classifier", None) or ()
+            layers = (layers,) if isinstance(layers, str) else layers
+            found = _as_timm_has_them_now(encoder, given, layers)
         except Exception as error:  # of names or shapes that it does not expect
             self._refuse(f"timm cannot read it as {name}: {error!r}")
         kind = f"image encoder {name}"
@@ -146,12 +199,12 @@ class _Loading:
         encoder, source = self._model.text_encoder, self._source
         if encoder is None:
             return
-        if "text_width" not in source.settings:
+        if not source.has_text:
             if self._option == "init_text":
                 self._refuse("it has no text encoder")
             self._fresh.append("the text encoder and its projection, which the source lacks")
             return
-        found = _after("text_encoder.", source.tensors)
+        found = _after("text_encoder.", self._given)
         length, table = encoder.context_length, found.get("positional_embedding")
         kind = "text encoder"
         if table is not None and table.ndim == 2 and len(table) != length:
@@ -163,7 +216,7 @@ class _Loading:
 
     def take_learnt(self) -> None:
         """Takes what the objective learns: the logit scale, rows for the same classes."""
-        given, own = self._source.tensors, self._model.learnt
+        given, own = self._given, self._model.learnt
         for name, tensor in own.items():
             if name not in given:
                 self._fresh.append(f"{name}, which the source lacks")
@@ -179,8 +232,7 @@ class _Loading:
 
     def say(self) -> None:
         """Logs what was taken, what stays fresh and what was left out."""
-        source = self._source
-        text = f"model.{self._option}={source.name}: loaded {'; '.join(self._taken)}"
+        text = f"{self._label}: loaded {'; '.join(self._taken)}"
         for what, names in (("fresh", self._fresh), ("left out", self._left_out)):
             text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
         logger.info("%s", text)
@@ -188,7 +240,7 @@ class _Loading:
     def _take_projection(self, name: str) -> None:
         """Takes a projection, or keeps the fresh one if the source's is of another shape."""
         names = [one for one in (name, f"{name}_bias") if one in self._own]
-        given = self._source.tensors
+        given = self._given
         if not names:
             return
         fits = [one in given and given[one].shape == self._own[one].shape for one in names]
@@ -210,7 +262,7 @@ class _Loading:
         self._taken.append(kind + size)
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ValueError(f"model.{self._option}={self._source.name}: {reason}")
+        raise ValueError(f"{self._label}: {reason}")
 
     def _warn_of_other_images(self) -> None:
         for name in ("mean", "std", "interpolation", "evaluation_resize"):
@@ -218,9 +270,9 @@ class _Loading:
             present = getattr(self._model.config.data, name)
             if known is not None and _shown(known) != _shown(present):
                 logger.warning(
-                    "model.%s=%s was trained on images of another %s: add --data.%s %s",
-                    self._option, self._source.name, name, name.replace("_", "-"),
-                    known if isinstance(known, str) else " ".join(map(str, known)),
+                    "%s was trained on images of another %s: add --data.%s %s",
+                    self._label, name, name.replace("_", "-"),
+                    known if isinstance(known, str | int) else " ".join(map(str, known)),
                 )  # fmt: skip
 
 
@@ -281,10 +333,3 @@ def _means_the_same(name: str, ours: Any, theirs: Any) -> bool:
         stems = {_WINDOW_AND_SIZE.sub("", one.split(".")[0]) for one in (ours, theirs)}
         return len(stems) == 1
     return bool(ours == theirs)
-
-
-def _flag(name: str, value: Any) -> str:
-    option = f"model.{name}".replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{option}" if value else f"--model.no-{name.replace('_', '-')}"
-    return f"--{option} {value}"

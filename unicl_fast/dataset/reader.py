@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -136,6 +137,9 @@ class PackedDataset:
             changed_sources=() if self.sources is None else self.sources.changed(),
             max_bad_fraction=max_bad_fraction,
         )
+        self.vocabulary_hash = self.manifest.vocabulary_hash
+        """That of the tokenizer of `tokens`."""
+        self._tokens_folder: Path | None = None
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
@@ -148,7 +152,25 @@ class PackedDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, here or in another process, opens the files anew: descriptors are not shared."""
-        return self._reopen, (), {"largest_token": self.largest_token}
+        return self._reopen, (), (self.largest_token, self._tokens_folder, self.vocabulary_hash)
+
+    def __setstate__(self, state: tuple[int | None, Path | None, str]) -> None:
+        self.largest_token, folder, vocabulary_hash = state
+        if folder is not None:
+            self.take_tokens(folder, vocabulary_hash=vocabulary_hash)
+
+    def take_tokens(self, folder: Path, *, vocabulary_hash: str) -> None:
+        """Replaces the token rows of captions by another tokenizer's, arrays in a folder.
+
+        Raises FileNotFoundError, or ValueError if they are of other captions.
+        """
+        num_captions = self.manifest.num_captions
+        captions = open_array(folder / "captions.npy", ARRAY_DTYPES["captions"], num_captions)
+        last = captions[-1:]
+        num_tokens = int((last["tokens_start"] + last["tokens_length"]).sum())
+        self.tokens = open_array(folder / "tokens.npy", ARRAY_DTYPES["tokens"], num_tokens)
+        self.captions, self.largest_token = captions, None
+        self._tokens_folder, self.vocabulary_hash = folder, vocabulary_hash
 
     def __len__(self) -> int:
         return len(self.samples)

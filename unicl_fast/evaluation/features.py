@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
-from unicl_fast.checkpoints.load import Weights, load_model
-from unicl_fast.conversion.initial import initialise
+from unicl_fast.checkpoints.load import Weights
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -48,6 +48,7 @@ from unicl_fast.system.progress import (
     heartbeat_and_check_stop,
     said_if_slow,
 )
+from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
 from unicl_fast.training.settle import settle, settle_decoding
 
@@ -179,7 +180,7 @@ def model_on_ranks(
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(checkpoint), ranks)
         with said_if_slow(f"loading {checkpoint}", shown=ranks.is_main):
-            model = load_model(checkpoint, weights=weights, initialise=initialise)
+            model = load_model(checkpoint, weights=weights)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
         yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=ranks.is_main)
@@ -200,11 +201,17 @@ def device_of(model: UniCL) -> torch.device:
 
 
 def require_text_encoder(model: UniCL, what: str) -> None:
-    """Refuses (ValueError) a model that was trained without texts, which `what` needs."""
+    """Refuses (ValueError) a model without texts, which `what` needs, or of another tokenizer."""
     if model.text_encoder is None:
         raise ValueError(
             f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe or knn"
+        )
+    size, tokenizer = model.config.model.vocab_size, tokenizer_of(model.config)
+    if not fits_vocabulary(tokenizer, size):
+        raise ValueError(
+            f"{what} tokenizes texts by {tokenizer.name} of {tokenizer.vocab_size:,} tokens, and "
+            f"this model has another one, of {size:,}: take linear-probe or knn"
         )
 
 

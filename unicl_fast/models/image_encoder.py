@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import unicl_fast.models.small  # noqa: F401  registers the small networks with timm
+from unicl_fast.models import vits
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
 _PURPOSE, _TOKENS = 0xD409, 0x70C3
@@ -48,6 +49,7 @@ def build_image_encoder(
     Raises:
         ValueError: timm knows no such model, or the model cannot take these sizes or drop tokens.
     """
+    vits.register(name)
     if not timm.is_model(name):
         similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
         raise ValueError(

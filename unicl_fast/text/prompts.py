@@ -24,6 +24,7 @@ import xxhash
 from unicl_fast.system.atomic_files import locked, replacing
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates, fill_template
+from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
@@ -70,7 +71,7 @@ class ClassPrompts:
     def __init__(
         self,
         sources: Sequence[tuple[Sequence[str], Sequence[str]]],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | FileTokenizer,
         *,
         cache_folder: Path | None = None,
     ) -> None:
@@ -202,7 +203,9 @@ class ClassPrompts:
         return tuple(tuple(group) for group in groups.values())
 
 
-def _file_name(sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer) -> str:
+def _file_name(
+    sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer | FileTokenizer
+) -> str:
     """Names the token rows by all that decides them, the code that makes them included."""
     words = [[list(names), list(templates)] for names, templates in sources]
     packages = [f"{name} {version(name)}" for name in ("ftfy", "regex", "tokenizers")]

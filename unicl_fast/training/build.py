@@ -40,6 +40,7 @@ from unicl_fast.training.data import (
     longest_text,
     open_datasets,
     rows_of_class_names,
+    tokenizer_of,
     warn_of_shared_images,
 )
 from unicl_fast.training.figures import draw_contact_sheet, drawing
@@ -120,7 +121,7 @@ def build_trainer(
     sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
     trainer = make_trainer(
         config,
-        _DrawsFirstBatch(loader, sheet, data.datasets),
+        _DrawsFirstBatch(loader, sheet, data),
         given=given,
         run_folder=run_folder,
         model=model,
@@ -157,7 +158,7 @@ def _stored_features(
         trainer.model,
         data.datasets,
         build_loader=lambda: _DrawsFirstBatch(
-            build(in_order, prompts=data.prompts, weights=None), sheet, data.datasets
+            build(in_order, prompts=data.prompts, weights=None), sheet, data
         ),
         ranks=trainer.ranks,
         device=trainer.device,
@@ -169,7 +170,7 @@ def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] 
     check_sharding(config.efficiency, optimizer=config.optim.name)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
-        check_tokenizer(dataset)
+        check_tokenizer(dataset, config)
     return datasets, weights
 
 
@@ -256,11 +257,10 @@ class _DrawsFirstBatch:
     It draws nothing where there is no path.
     """
 
-    def __init__(
-        self, loader: PlannedLoader, path: Path | None, datasets: Sequence[PackedDataset]
-    ) -> None:
+    def __init__(self, loader: PlannedLoader, path: Path | None, data: RunData) -> None:
         self._loader, self._path = loader, path
-        self._class_names = [one.manifest.class_names for one in datasets]
+        self._class_names = [one.manifest.class_names for one in data.datasets]
+        self._tokenizer = tokenizer_of(data.config)
         self.plan = loader.plan
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -268,7 +268,9 @@ class _DrawsFirstBatch:
             is_images = batch.images.ndim == 4  # features are nothing to look at
             if self._path is not None and batch.step == 0 and is_images:
                 with drawing(self._path):
-                    draw_contact_sheet(batch, self._path, self._class_names)
+                    draw_contact_sheet(
+                        batch, self._path, self._class_names, tokenizer=self._tokenizer
+                    )
             yield batch
             del batch  # before the next one is requested
 

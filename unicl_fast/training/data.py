@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.block_cache import DEFAULT_BLOCK_BYTES, CacheOptions
 from unicl_fast.dataset.object_store import is_url
+from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import shared_images
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.text.file_tokenizer import FileTokenizer, make_tokenizer
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
+from unicl_fast.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +217,7 @@ def describe_datasets(
             }
             for dataset, manifest in zip(datasets, manifests, strict=True)
         ],
-        "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
+        "vocabulary_hash": [dataset.vocabulary_hash for dataset in datasets],
         "class_names": [list(manifest.class_names) for manifest in manifests],
         "templates": [list(manifest.templates) for manifest in manifests],
     }
@@ -263,17 +265,27 @@ def warn_of_shared_images(
                 )  # fmt: skip
 
 
-def check_tokenizer(dataset: PackedDataset) -> None:
-    """Refuses token ids that the model would misread.
+def check_tokenizer(dataset: PackedDataset, config: TrainConfig) -> None:
+    """Gives captions the model's tokens, and refuses token ids that it would misread.
 
     Raises:
-        ValueError: packed with another vocabulary.
+        ValueError: packed with another vocabulary, or for another one than the model's.
     """
-    manifest, tokenizer = dataset.manifest, Tokenizer()
-    if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
+    tokenizer, size = tokenizer_of(config), config.model.vocab_size
+    if config.objective.uses_texts:
+        if config.model.tokenizer and dataset.manifest.num_captions:
+            take_tokens(dataset, tokenizer, cache=cache_options(config.data).place / "tokens")
+        if not fits_vocabulary(tokenizer, size):
+            raise ValueError(
+                f"model.vocab_size={size:,}, and its tokenizer {tokenizer.name} has "
+                f"{tokenizer.vocab_size:,} tokens: of a model whose tokenizer is not there take "
+                "only the image encoder, --init-image"
+            )
+    others = dataset.vocabulary_hash != tokenizer.vocabulary_hash
+    if others and (dataset.manifest.num_captions or not config.model.tokenizer):
         raise ValueError(
-            f"{dataset.location} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
-            f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
+            f"{dataset.location} was packed with the tokenizer {dataset.manifest.tokenizer} of "
+            f"vocabulary {dataset.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
         )
     if dataset.largest_token is not None and dataset.largest_token >= tokenizer.vocab_size:
@@ -281,6 +293,18 @@ def check_tokenizer(dataset: PackedDataset) -> None:
             f"{dataset.folder / 'tokens.npy'} is damaged: token {dataset.largest_token} is beyond "
             f"the vocabulary of {tokenizer.vocab_size}; copy the data set again"
         )
+
+
+def fits_vocabulary(tokenizer: Tokenizer | FileTokenizer, size: int) -> bool:
+    """Whether a model's table of tokens can be the tokenizer's; those of others may be padded."""
+    own = tokenizer.vocab_size
+    return own <= size if isinstance(tokenizer, FileTokenizer) else own == size
+
+
+def tokenizer_of(config: TrainConfig) -> Tokenizer | FileTokenizer:
+    """The tokenizer of a run's texts; CLIP's where it has none."""
+    place = config.model.tokenizer if config.objective.uses_texts else ""
+    return make_tokenizer(place, config.model.context_length)
 
 
 def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:
@@ -307,6 +331,6 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
         sources.append((names, manifest.templates))
     return ClassPrompts(
         sources,
-        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
+        tokenizer_of(config),
         cache_folder=cache_options(config.data).place / "prompts",
     )

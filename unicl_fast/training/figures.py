@@ -21,6 +21,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.wording import encodable
+from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.prompts import LABEL_BITS
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
@@ -103,17 +104,24 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_contact_sheet(batch: Batch, path: Path, class_names: Sequence[Sequence[str]] = ()) -> None:
+def draw_contact_sheet(
+    batch: Batch,
+    path: Path,
+    class_names: Sequence[Sequence[str]] = (),
+    *,
+    tokenizer: Tokenizer | FileTokenizer | None = None,
+) -> None:
     """Draws the first images of a batch over their classes and texts, as a PNG.
 
     Images are exactly as the model gets them; texts are its tokens. The colour of a frame is
     the class: equal colours are positives of each other. `class_names` are those of each data set.
+    `tokenizer` made the tokens; None is CLIP's.
     """
     from matplotlib import colormaps
 
     count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
     rows = math.ceil(count / _COLUMNS)
-    tokenizer = Tokenizer()
+    tokenizer = tokenizer or Tokenizer()
     class_ids = batch.targets.class_ids[:count].tolist()
     # as far apart as the golden angle keeps the first ones
     order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}

@@ -1,0 +1,481 @@
+"""Models of others by one name: loaded, trained and exported as they are, with nothing typed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from file_tokenizers import write_tokenizer
+from hub_server import ask_hub_at, serve_hub
+from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, write_folder
+from program_runs import call, refusal_of
+from safetensors.torch import load_file, save_file
+from small_runs import real_images
+from source_runs import config_by_name, pixels_of, tokens_of, train_one_step
+from torch.nn import functional as F
+
+from unicl_fast import UniCL, build_model
+from unicl_fast import load_model as load_for_use
+from unicl_fast.checkpoints.load import find_checkpoint, read_state
+from unicl_fast.config import config_to_dict
+from unicl_fast.conversion.export import write_export
+from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.open_clip import write_open_clip
+from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
+from unicl_fast.dataset.other_tokens import take_tokens
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.system.checksums import file_checksum
+from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.convert import __main__ as convert
+from unicl_fast.tools.evaluate import __main__ as evaluate
+from unicl_fast.tools.pack import __main__ as pack
+from unicl_fast.tools.pretrain import parse_arguments, split_config
+
+_TEXT: dict[str, Any] = {
+    **{"hidden_size": 48, "intermediate_size": 100, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "eos_token_id": 49407, "bos_token_id": 49406},
+}
+_IMAGE: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 70, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+}
+_GELU = {"hidden_act": "gelu"}
+
+
+def _clip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=24)
+    )
+
+
+def _siglip(text: dict[str, Any], image: dict[str, Any]) -> torch.nn.Module:
+    return transformers.SiglipModel(
+        transformers.SiglipConfig(text_config=text, vision_config=image)
+    )
+
+
+def _dual(image: transformers.PretrainedConfig, given: dict[str, Any] = _TEXT) -> torch.nn.Module:
+    text = transformers.CLIPTextConfig(**given)
+    kind = transformers.VisionTextDualEncoderConfig
+    config = kind.from_vision_text_configs(image, text, projection_dim=24)
+    return transformers.VisionTextDualEncoderModel(config)
+
+
+def _of_timm(name: str = "test_vit", *, width: int = 64) -> transformers.PretrainedConfig:
+    kind = transformers.TimmWrapperConfig
+    return kind(architecture=name, hidden_size=width, num_classes=0, label_names=[])
+
+
+_OF_SIGLIP = _TEXT | {"hidden_size": 32, "vocab_size": 300, "max_position_embeddings": 16}
+_OF_SIGLIP |= {"eos_token_id": 1, "bos_token_id": 2}
+SMALL: dict[str, tuple[Callable[[], torch.nn.Module], str, str]] = {
+    "CLIP": (
+        lambda: _clip(_TEXT, _IMAGE),
+        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
+    ),
+    "CLIP of LAION": (
+        lambda: _clip(_TEXT | _GELU | {"eos_token_id": 2}, _IMAGE | _GELU),
+        *("unicl_vit_clip_patch8_w32_d2_h2_m70_gelu_32", "clip"),
+    ),
+    "SigLIP": (
+        lambda: _siglip(_OF_SIGLIP, _IMAGE),
+        *("unicl_vit_siglip_patch8_w32_d2_h2_m70_gelu_tanh_32", "siglip"),
+    ),
+    "dual of CLIP": (
+        lambda: _dual(transformers.CLIPVisionConfig(**_IMAGE)),
+        *("unicl_vit_clip_patch8_w32_d2_h2_m70_quick_gelu_32", "clip"),
+    ),
+    "dual of timm": (lambda: _dual(_of_timm()), "test_vit", "vision-text-dual-encoder"),
+}
+"""A model of transformers, its image encoder here, and the layout that it is exported in."""
+REAL: dict[str, Callable[[], torch.nn.Module]] = {
+    "clip-vit-base-patch32": lambda: _clip({}, {}),
+    "CLIP-ViT-B-16-laion2B": lambda: _clip(_GELU, _GELU | {"patch_size": 16}),
+    "siglip-base-patch16-224": lambda: _siglip({}, {}),
+    "siglip2-base-patch16-256": lambda: _siglip({"vocab_size": 256_000}, {"image_size": 256}),
+    "dual of ResNet-50": lambda: _dual(_of_timm("resnet50", width=2048), {}),
+}
+
+
+@torch.no_grad()
+def write_transformers(make: Callable[[], torch.nn.Module], folder: Path) -> torch.nn.Module:
+    """A model as transformers builds and draws it, whose biases and scales matter, in a folder."""
+    torch.manual_seed(3)
+    model = make().eval()
+    for tensor in model.parameters():
+        if tensor.ndim and tensor.numel() == max(tensor.shape):
+            tensor.mul_(1 + 0.2 * torch.rand(tensor.shape)).add_(0.05 * torch.rand(tensor.shape))
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.inference_mode()
+def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
+    """The largest difference of a coordinate of a feature."""
+    images, tokens = different_images(ours.config.data.image_size), tokens_of(ours.config)
+    if isinstance(theirs, transformers.PreTrainedModel):
+        found = theirs(input_ids=tokens, pixel_values=images)
+        expected = found.image_embeds, found.text_embeds
+    else:
+        expected = theirs.encode_image(images), theirs.encode_text(tokens)
+    pairs = zip((ours.encode_image(images), ours.encode_text(tokens)), expected, strict=True)
+    return max((one - F.normalize(other, dim=-1)).abs().max().item() for one, other in pairs)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_model_of_transformers_is_loaded_trained_and_exported(
+    kind: str, shared_data: Path, tmp_path: Path
+) -> None:
+    make, image_encoder, layout = SMALL[kind]
+    theirs = write_transformers(make, tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert ours.config.model.image_encoder == image_encoder
+    assert difference(ours, theirs) < 1e-5
+    assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape([]))
+
+    write_export(ours, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == layout
+    back = transformers.AutoModel.from_pretrained(tmp_path / "hf")
+    assert type(back).__name__ in (type(theirs).__name__, "CLIPModel")
+    assert difference(ours, back.eval()) < 1e-5
+    write_open_clip(ours, tmp_path / "open_clip")
+    for folder in ("hf", "open_clip"):
+        again = load_model(tmp_path / folder)
+        place = {"tokenizer": ours.config.model.tokenizer}  # is in the folder now
+        assert again.config.changed(model=place).model == ours.config.model
+        assert all(torch.equal(tensor, again.state_dict()[name])
+                   for name, tensor in ours.state_dict().items())  # fmt: skip
+
+    config = config_by_name(tmp_path / "theirs", "--model.drop-path", "0")
+    assert config.model == ours.config.changed(model={"init": str(tmp_path / "theirs")}).model
+    assert pixels_of(config) == pixels_of(ours.config)
+    train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", REAL)
+def test_a_model_of_transformers_in_its_real_size(
+    name: str, shared_data: Path, tmp_path: Path
+) -> None:
+    theirs = write_transformers(REAL[name], tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert difference(ours, theirs) < 1e-5
+    del theirs
+    write_export(ours, tmp_path / "hf")
+    back = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    assert difference(ours, back) < 1e-5
+    del ours, back
+    train_one_step(
+        config_by_name(tmp_path / "theirs"), real_images(shared_data, 3), tmp_path / "run"
+    )
+
+
+@pytest.fixture(scope="module")
+def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model_cfg = SMALL_MODELS["gelu"]
+    folder = tmp_path_factory.mktemp("open_clip") / "model"
+    return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
+
+
+def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(
+    like_clip: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    theirs = draw_open_clip(SMALL_MODELS["gelu"])
+    ours = load_model(like_clip)
+    assert difference(ours, theirs) < 1e-5
+    data = ours.config.data
+    assert (data.image_size, data.evaluation_resize, data.mean) == (160, "squash", (0.4, 0.5, 0.6))
+    config = config_by_name(like_clip, "--model.drop-path", "0")
+    assert (config.data.mean, config.model.text_width) == ((0.4, 0.5, 0.6), 32)
+    train_one_step(config, real_images(shared_data, 3), tmp_path)
+
+
+def test_settings_that_differ_from_the_source_are_refused_in_one_sentence(like_clip: Path) -> None:
+    config = config_by_name(like_clip, "--model.text-width", "64", "--data.image-size", "96")
+    assert config.data.image_size == 96  # tables are resized
+    with pytest.raises(
+        ValueError, match=r"text_width is 64 and its is 32\. Leave out --mo"
+    ) as error:
+        initialise(build_model(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(
+    like_clip: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"preset: photos-small\nmodel: {{init: '{like_clip}'}}\n")
+    config = split_config(parse_arguments(["--config", str(file), "--out", "out"]))
+    assert config.model.init == str(like_clip)
+    assert (config.model.init_image, config.model.image_encoder) == ("", "test_vit")
+    given = ["--preset", "photos-small", "--init-text", str(like_clip), "--out", "out"]
+    config = split_config(parse_arguments(given))
+    assert config.model.init_image == "pypi:efficientnet-lite0"
+    assert config.model.image_encoder == "tf_efficientnet_lite0"
+    assert (config.model.text_width, config.model.context_length) == (32, 30)
+    assert config.model.embed_dim != 24
+
+
+def test_a_run_that_resumes_does_not_need_its_source_again(like_clip: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "run"
+    source.symlink_to(like_clip)
+    given = ["--preset", "vit-base", "--init", str(source), "--resume", "auto", "--out", str(out)]
+    config = split_config(parse_arguments(given))
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config_to_dict(config)))
+    source.unlink()
+    assert split_config(parse_arguments(given)) == config
+    with pytest.raises(FileNotFoundError, match="expected a run folder"):
+        parse_arguments([*given[:4], "--out", str(out)])
+
+
+def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model_cfg = SMALL_MODELS["quickgelu"]
+    monkeypatch.setattr(
+        "open_clip.get_model_config", lambda name: json.loads(json.dumps(model_cfg))
+    )
+    model = load_model("open-clip:small")
+    assert model.config.model.text_activation == "quick_gelu"
+    assert model.config.model.embed_dim == 24
+    assert weights_checksum("open-clip:small") == ""
+    config = config_by_name("open-clip:small", "--model.drop-path", "0")
+    started = build_model(config)
+    fresh = {name: tensor.clone() for name, tensor in started.state_dict().items()}
+    initialise(started)
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in started.state_dict().items())
+
+
+def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    theirs = timm.create_model("test_vit", num_classes=10).eval()
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    described = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 160, 160]}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    model = load_model(tmp_path)
+    assert model.text_encoder is None
+    images = different_images(160)
+    theirs.reset_classifier(0)
+    with torch.inference_mode():
+        expected = F.normalize(theirs(images), dim=-1)
+        torch.testing.assert_close(model.encode_image(images), expected)
+    with pytest.raises(ValueError, match=r"does not say which of timm's models"):
+        load_model(f"timm-file:{tmp_path / 'model.safetensors'}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "siglip2"}, "no model of model_type 'siglip2': known are clip, siglip"),
+        ({"text_config": {"hidden_size": 65_536}}, "of .* numbers, and .* copy or convert it"),
+        ({"text_config": {"hidden_act": "relu"}}, "text_config hidden_act='relu'"),
+        ({"text_config": {"hidden_size": "wide"}}, "no model that the library of its layout"),
+        ({"text_config": {"eos_token_id": 7}}, "text_config eos_token_id=7, vocab_size=49408"),
+        ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
+        ({"vision_config": 5}, "no model that the library of its layout"),
+    ],
+    ids=str,
+)
+def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_taken(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_transformers(SMALL["CLIP"][0], tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name, value in change.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    # code of a repository is never run, whatever it says
+    values["auto_map"] = {"AutoModel": "modeling_theirs.Model"}
+    (tmp_path / "modeling_theirs.py").write_text("raise SystemExit('run')")
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path) -> None:
+    theirs = write_transformers(SMALL["CLIP"][0], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert difference(load_model(tmp_path), theirs) < 1e-5
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds Python objects besides tensors"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
+        load_model(tmp_path)
+
+
+def test_a_repository_of_transformers_is_downloaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = write_transformers(SMALL["SigLIP"][0], tmp_path / "hub" / "them" / "siglip")
+    images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
+    preprocessor = tmp_path / "hub" / "them" / "siglip" / "preprocessor_config.json"
+    preprocessor.write_text(json.dumps(images))
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        config = config_by_name("hf-hub:them/siglip")
+        ours = load_model("hf-hub:them/siglip")
+        write_export(ours, tmp_path / "us")
+    assert difference(ours, theirs) < 1e-5
+    assert pixels_of(config) == pixels_of(ours.config)
+    data = ours.config.data
+    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
+    assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
+    downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
+    assert len(downloads) == len(set(downloads)) == 3
+    assert find_own("hf-hub:them/siglip") is None
+    write_tokenizer(tmp_path / "us")
+    (tmp_path / "hub" / "us").mkdir()
+    (tmp_path / "us").rename(tmp_path / "hub" / "us" / "siglip")
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        exported = load_for_use("hf-hub:us/siglip", device="cpu")
+    assert exported.embed_texts(["a dog"]).shape == (1, 32)
+    assert find_source(str(preprocessor.parent)).file == preprocessor.with_name("model.safetensors")
+
+
+@pytest.mark.dali
+def test_the_programs_take_a_model_of_others_as_it_is(
+    like_clip: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result, out = tmp_path / "result.json", tmp_path / "run"
+    on_labels = ("--data", data / "labels", "--device", "cpu", "--json", result)
+    call(evaluate, "zero-shot", "--checkpoint", like_clip, "--templates", "simple", *on_labels)
+    found = json.loads(result.read_text())
+    assert found["num_samples"] == 21
+    assert found["weights_xxh3"] == file_checksum(like_clip / "open_clip_model.safetensors")
+
+    call(convert, "hf", like_clip, tmp_path / "export", "--evaluations", result)
+    said = capsys.readouterr().out
+    assert f"read {like_clip}: test_vit" in said
+    assert "figures of evaluations on the card: 1" in said
+    assert "a model in a file" in (tmp_path / "export" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "export" / "config.json").read_text()
+
+    few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
+    call(pretrain, "--init", like_clip, "--data.train", data / "captions", "--out", out, *few)
+    started, trained = load_model(like_clip), load_model(out)
+    assert trained.config.model.text_width == 32
+    assert trained.config.data.mean == (0.4, 0.5, 0.6)
+    before, after = started.text_projection, trained.text_projection
+    assert 0 < (after - before).abs().max() < 1e-2
+
+
+@pytest.fixture
+def like_siglip(tmp_path: Path) -> Path:
+    """A small SigLIP in its folder, without its tokenizer."""
+    write_transformers(SMALL["SigLIP"][0], tmp_path / "siglip")
+    return tmp_path / "siglip"
+
+
+@pytest.mark.dali
+def test_a_model_without_its_tokenizer_is_refused_texts(
+    like_siglip: Path, data: Path, tmp_path: Path
+) -> None:
+    for program, *given in (
+        (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
+        (
+            pretrain,
+            "--init",
+            like_siglip,
+            "--data.train",
+            data / "captions",
+            "--out",
+            tmp_path / "x",
+        ),
+    ):
+        assert "tokenizer.json is not there: the tokenizer of this" in refusal_of(program, *given)
+
+
+@pytest.mark.dali
+def test_a_tokenizer_goes_through_training_evaluation_and_export(
+    like_siglip: Path, data: Path, tmp_path: Path
+) -> None:
+    write_tokenizer(like_siglip)
+    captions, out = tmp_path / "captions", tmp_path / "run"
+    shutil.copytree(data / "captions", captions)
+    few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
+    few += ("--objective.name", "sigmoid", "--efficiency.precision", "fp32")
+    call(pretrain, "--init", like_siglip, "--data.train", captions, "--out", out, *few)
+    (made,) = captions.glob("tokens-*")
+    tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
+    stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
+    assert stored == [tokenizer.vocabulary_hash]
+    texts: list[str] = []
+    with PackedDataset(captions) as dataset:
+        reader = SampleReader(dataset)
+        texts = [one for number in range(len(dataset))
+                 for one in reader.read_description(number).captions]  # fmt: skip
+        take_tokens(dataset, tokenizer, cache=tmp_path)
+        again = pickle.loads(pickle.dumps(dataset))  # as a worker gets it
+        for one in (dataset, again):
+            rows = [one.caption_tokens(sample, which) for sample in range(len(one))
+                    for which in range(int(one.samples["captions_count"][sample]))]  # fmt: skip
+            assert np.array_equal(np.stack(rows), np.stack(tokenizer.encode(texts)))
+            assert one.vocabulary_hash == tokenizer.vocabulary_hash
+
+    call(pack, "verify", captions)
+
+    # a damaged file is made anew
+    before = (made / "tokens.npy").read_bytes()
+    (made / "tokens.npy").write_bytes(before[:-1] + b"!")
+    result = tmp_path / "result.json"
+    given = ("--data", captions, "--device", "cpu", "--json", result)
+    call(evaluate, "retrieval", "--checkpoint", out, *given)
+    assert (made / "tokens.npy").read_bytes() == before
+    assert json.loads(result.read_text())["num_images"] == 20
+
+    call(convert, "open-clip", out, tmp_path / "open_clip")
+    theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'open_clip'}")(texts)
+    assert theirs.equal(tokenizer(texts))
+    assert load_for_use(tmp_path / "open_clip", device="cpu").embed_texts(texts).shape[0] == 100
+    call(convert, "hf", out, tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+    assert str(tmp_path) not in (tmp_path / "export" / "config.json").read_text()
+    moved = (tmp_path / "export").rename(tmp_path / "moved")
+    shutil.rmtree(like_siglip)
+    ours = load_for_use(moved, device="cpu")
+    theirs = transformers.AutoModel.from_pretrained(moved).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(moved)(
+        ["a photo of a dog"], padding="max_length", max_length=16, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        # as SigLIP's processor does it, without a mask of padding
+        expected = theirs.get_text_features(input_ids=tokens.input_ids).pooler_output
+    expected = F.normalize(expected, dim=-1)
+    found = torch.from_numpy(ours.embed_texts(["A photo of a DOG!"]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
+    found = []
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    for place, fewest in (("one", 50_000), ("all", 1)):
+        monkeypatch.setattr("unicl_fast.dataset.other_tokens._FEWEST_FOR_PROCESSES", fewest)
+        monkeypatch.setattr("unicl_fast.dataset.other_tokens._SAMPLES_AT_ONCE", 3)
+        with PackedDataset(data / "captions", fraction=0.5) as dataset:
+            take_tokens(dataset, tokenizer, cache=tmp_path / place)
+        (folder,) = (tmp_path / place).glob("tokens-*")
+        found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
+    assert found[0] == found[1]
+    assert not list((data / "captions").glob("tokens-*"))

@@ -1,0 +1,151 @@
+"""Token rows of a packed data set's captions by another tokenizer than the one that packed it.
+
+Captions stay in the shards, so they are tokenized again once, by all cores, and kept in a folder
+beside the data, or in the cache where that cannot be written. The folder's name is a hash of the
+tokenizer and of the shards, and checksums tell whether it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from unicl_fast.dataset.arrays import CAPTION_DTYPE, npy_header
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.system.atomic_files import locked, make_folder, replacing
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    file_checksum,
+    format_checksums,
+    read_checksums,
+)
+
+logger = logging.getLogger("unicl_fast")
+
+TOKENS_PREFIX = "tokens-"
+"""The beginning of the folders' names."""
+_NAMES = ("captions.npy", "tokens.npy")
+_SAMPLES_AT_ONCE = 2048
+_FEWEST_FOR_PROCESSES = 50_000
+"""Samples; processes take a second to start, in which one tokenizes about as many."""
+
+
+class _Tokenizer(Protocol):
+    vocabulary_hash: str
+    context_length: int
+
+    def encode(self, texts: list[str]) -> list[npt.NDArray[np.uint16]]: ...
+
+
+def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -> None:
+    """Has a data set give the token rows of another tokenizer, which are made if there are none.
+
+    One process of a machine makes them, the others wait. `cache` holds them where the data set's
+    folder cannot be written.
+
+    Raises:
+        ValueError: the data set is under a URL, or its rows would be too long.
+        DamagedSampleError: a caption cannot be read.
+        OSError: the disk failed.
+    """
+    if dataset.remote is not None:
+        raise ValueError(
+            f"{dataset.location} has the tokens of another tokenizer, and making new ones reads "
+            "all of it: copy it to a disk first"
+        )
+    if tokenizer.context_length > np.iinfo(np.uint8).max:
+        raise ValueError(
+            f"model.context_length={tokenizer.context_length}: captions have up to 255 tokens"
+        )
+    key = f"{tokenizer.vocabulary_hash[:16]}-{tokenizer.context_length}"
+    above = dataset.folder if os.access(dataset.folder, os.W_OK) else cache
+    # captions are in the shards
+    shards = "".join(shard.xxh3 for shard in dataset.manifest.shards).encode()
+    folder = above / f"{TOKENS_PREFIX}{key}-{xxhash.xxh3_64_hexdigest(shards)}"
+    if not _is_whole(folder):
+        make_folder(folder)
+        with locked(folder / "lock", wait=True):
+            if not _is_whole(folder):  # of the process that had the lock before
+                _make(dataset, tokenizer, folder)
+    dataset.take_tokens(folder, vocabulary_hash=tokenizer.vocabulary_hash)
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        listed = read_checksums(folder) or {}
+        found = {name: file_checksum(folder / name) for name in _NAMES}
+        if found == listed:
+            return True
+        if listed:
+            logger.warning("%s is damaged; its token rows are made anew", folder)
+    return False
+
+
+def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
+    logger.info("%s: captions are tokenized again, once, into %s", dataset.location, folder)
+    with PackedDataset(dataset.folder, verify=False, max_bad_fraction=None) as whole:
+        parts = list(_encoded(whole, tokenizer))
+    lengths = np.concatenate([np.empty(0, np.uint8), *(lengths for lengths, _ in parts)])
+    tokens = np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in parts)])
+    captions = np.empty(len(lengths), CAPTION_DTYPE)
+    captions["tokens_length"] = lengths
+    ends = np.cumsum(lengths, dtype=np.uint64)
+    captions["tokens_start"] = ends - lengths
+    for name, array in zip(_NAMES, (captions, tokens), strict=True):
+        with replacing(folder / name) as aside, aside.open("wb") as file:
+            file.write(npy_header(array.dtype, array.shape))
+            file.write(array.tobytes())
+    with replacing(folder / CHECKSUMS_NAME) as aside:
+        lines = format_checksums((name, file_checksum(folder / name)) for name in _NAMES)
+        aside.write_text(lines, encoding="utf-8")
+
+
+_Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]
+
+
+def _encoded(dataset: PackedDataset, tokenizer: _Tokenizer) -> Iterator[_Part]:
+    """Lengths and ids of the captions of each few samples, in their order."""
+    samples = range(len(dataset))
+    parts = [samples[at : at + _SAMPLES_AT_ONCE] for at in samples[::_SAMPLES_AT_ONCE]]
+    if len(dataset) < _FEWEST_FOR_PROCESSES:
+        _open(dataset, tokenizer)
+        yield from map(_encode, parts)
+        return
+    with ProcessPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_open,
+        initargs=(dataset, tokenizer),
+    ) as pool:
+        yield from pool.map(_encode, parts)
+
+
+_work: tuple[PackedDataset, SampleReader, _Tokenizer]
+
+
+def _open(dataset: PackedDataset, tokenizer: _Tokenizer) -> None:
+    global _work
+    _work = dataset, SampleReader(dataset), tokenizer
+
+
+def _encode(samples: range) -> _Part:
+    dataset, reader, tokenizer = _work
+    counts = dataset.samples["captions_count"][samples.start : samples.stop].tolist()
+    texts: list[str] = []
+    for number, count in zip(samples, counts, strict=True):
+        if count:
+            texts += reader.read_description(number).captions
+    rows = tokenizer.encode(texts)
+    lengths = np.array([len(row) for row in rows], np.uint8)
+    return lengths, np.concatenate([np.empty(0, np.uint16), *rows])

@@ -1,0 +1,157 @@
+"""Tokenizers of other models, from the tokenizer.json that is published with them.
+
+Hugging Face `tokenizers` runs the file, which holds data and no code. Its padding is 0 in token
+rows, as ours is; where a model pads with another token, that one is written into the rows, since
+such models read their padding too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import html
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from unicl_fast.system.untrusted_files import read_file, read_json
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CANONICAL = "#canonicalize"
+"""After a place: texts lose their punctuation and capitals first, as big_vision's do."""
+_MOST_TOKENS = 1 << 16
+_TO_SPACE = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""), "")})
+
+
+class FileTokenizer:
+    """A tokenizer in a file, used as `Tokenizer` is."""
+
+    name: str
+    vocabulary_hash: str
+    """SHA-256 of all that decides ids: two tokenizers with the same hash give the same ids."""
+
+    def __init__(self, place: str, context_length: int) -> None:
+        """Reads `place`, a folder or hf-hub:OWNER/NAME with TOKENIZER_FILES; CANONICAL may follow.
+
+        Raises:
+            FileNotFoundError: there is none, or it cannot be downloaded.
+            ValueError: it is damaged, or has more tokens than token rows can hold.
+        """
+        self.name = place
+        self.context_length = context_length
+        self._is_canonical = place.endswith(CANONICAL)
+        file, settings = _find(place.removesuffix(CANONICAL))
+        content = read_file(file)
+        self._files = {TOKENIZER_FILES[0]: content}
+        if settings is not None:
+            self._files[TOKENIZER_FILES[1]] = read_file(settings)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(context_length)
+        except Exception as error:  # the library's own kind
+            raise ValueError(f"{file} is no tokenizer: {error}; copy it again") from error
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if self.vocab_size > _MOST_TOKENS:
+            raise ValueError(
+                f"{file} has {self.vocab_size:,} tokens, and token rows hold {_MOST_TOKENS:,}: of "
+                "this model take only the image encoder, --init-image"
+            )
+        self._pad_id = 0 if settings is None else self._find_pad_id(settings)
+        decided_by = f"{self._is_canonical} {self._pad_id} ".encode() + content
+        self.vocabulary_hash = hashlib.sha256(decided_by).hexdigest()
+
+    def _find_pad_id(self, file: Path) -> int:
+        values = read_json(file)
+        token = values.get("pad_token") if isinstance(values, dict) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        return self._tokenizer.token_to_id(token) or 0 if isinstance(token, str) else 0
+
+    def write(self, folder: Path) -> None:
+        """Writes its files into a folder, from which it can be read again."""
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
+        """Token ids of each text with its special tokens, cut to `context_length`.
+
+        Not padded, unless the model pads with another token than 0: then all have that length.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts; wrap a single text in a list")
+        cleaned = [_canonical(text) for text in texts] if self._is_canonical else list(texts)
+        rows = []
+        for encoding in self._tokenizer.encode_batch_fast(cleaned):
+            ids = encoding.ids
+            if self._pad_id:
+                ids = ids + [self._pad_id] * (self.context_length - len(ids))
+            rows.append(np.array(ids or [0], dtype=np.uint16))
+        return rows
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Token ids int64 [number of texts, context_length], padded as the model's are."""
+        import torch  # here, so that packing workers never load it
+
+        rows = self.encode([texts] if isinstance(texts, str) else texts)
+        return torch.from_numpy(pad_rows(rows, self.context_length).astype(np.int64))
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        """The text of ids without special tokens, for people to read."""
+        return str(self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))
+
+
+def _find(place: str) -> tuple[Path, Path | None]:
+    """The paths of TOKENIZER_FILES, of which the second may be missing."""
+    scheme, _, repository = place.partition(":")
+    if scheme != "hf-hub":
+        file, settings = (Path(place) / name for name in TOKENIZER_FILES)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is not there: the tokenizer of this model is needed for its texts; put "
+                "the file there, or name a source that has it"
+            )
+        return file, settings if settings.is_file() else None
+    from huggingface_hub import errors, hf_hub_download
+
+    name, _, revision = repository.partition("@")
+    found: list[Path | None] = []
+    for file_name in TOKENIZER_FILES:
+        try:
+            found.append(Path(hf_hub_download(name, file_name, revision=revision or None)))
+        except Exception as error:  # also the HTTP library's
+            if found and isinstance(error, errors.EntryNotFoundError):
+                found.append(None)
+                continue
+            reason = str(error).strip().split("\n")[0]
+            raise FileNotFoundError(
+                f"{place}: {file_name}, the tokenizer of this model, could not be downloaded: "
+                f"{reason}; download it where there is a network"
+            ) from error
+    assert found[0] is not None
+    return found[0], found[1]
+
+
+@functools.lru_cache(maxsize=8)
+def make_tokenizer(place: str, context_length: int) -> Tokenizer | FileTokenizer:
+    """The tokenizer that `model.tokenizer` names; raises as `FileTokenizer`."""
+    if place:
+        return FileTokenizer(place, context_length)
+    return Tokenizer(min(context_length, CONTEXT_LENGTH))
+
+
+def _canonical(text: str) -> str:
+    """As open_clip cleans texts for SigLIP."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.translate(_TO_SPACE).lower().split())
