@@ -185,13 +185,12 @@ class ToOpenClip(ModelConversion):
                 f"to {data.evaluation_resize} and then crops {data.image_size}: accuracies differ "
                 "a little"
             )
-        module = _registering_module(model)
-        imports = f"{module}, open_clip" if module else "open_clip"
-        name = f"local-dir:{self.out}"
-        print(f"next: import {imports}; open_clip.create_model_and_transforms({name!r})")
+        first, name = _registration(model), f"local-dir:{self.out}"
+        print(f"next: {first}import open_clip; open_clip.create_model_and_transforms({name!r})")
         program = "clip_benchmark"
-        if module:
-            program = f"python -c 'import {module}; from clip_benchmark import cli; cli.main()'"
+        if first:
+            code = f"{first}from clip_benchmark import cli; cli.main()"
+            program = f"python -c {shlex.quote(code)}"
         options = shlex.join(["--model", name, "--pretrained", ""])
         print(f"  or: {program} eval {options} --dataset wds/NAME --dataset_root DIR --no_amp")
 
@@ -211,12 +210,11 @@ class ToTimm(ModelConversion):
 
         model = self.load(needs_texts=False)
         _print_written(self.out, difference=write_timm(model, self.out))
-        name, module = model.config.model.image_encoder, _registering_module(model)
+        name, first = model.config.model.image_encoder, _registration(model)
         more = "".join(f", {key}={value}" for key, value in timm_arguments(model).items())
         more = f"num_classes=0, checkpoint_path={str(self.out / 'model.safetensors')!r}{more}"
-        imports = f"{module}, timm" if module else "timm"
-        print(f"next: import {imports}; timm.create_model({name!r}, {more})")
-        if not module:
+        print(f"next: {first}import timm; timm.create_model({name!r}, {more})")
+        if not first:
             again = f"timm.create_model({f'local-dir:{self.out}'!r}, pretrained=True)"
             print(f"  or, from timm 1.0.16 on: import timm; {again}")
 
@@ -350,12 +348,18 @@ def _print_written(path: Path, *, difference: float | None = None, where: str = 
         print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
 
 
-def _registering_module(model: UniCL) -> str:
-    """The module whose import registers the image encoder with timm; empty for timm's own."""
+def _registration(model: UniCL) -> str:
+    """Python code that registers the image encoder with timm; empty for timm's own."""
     from unicl_fast.conversion.libraries import is_of_timm, module_of_encoder
+    from unicl_fast.models import vits
 
     name = model.config.model.image_encoder
-    return "" if is_of_timm(name) else module_of_encoder(name)
+    if is_of_timm(name):
+        return ""
+    module = module_of_encoder(name)
+    if module == vits.__name__:  # which registers a name that it is given
+        return f"from {module} import register; register({name!r}); "
+    return f"import {module}; "
 
 
 def _view(data: DataConfig) -> str:
