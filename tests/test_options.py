@@ -191,7 +191,6 @@ ALTERNATES: list[tuple[str, str, Any]] = [
     ("optim", "freeze", ("image",)),
     ("optim", "freeze", ("text", "image_projection")),
     ("optim", "lora", "image:2@last3,text:4"),
-    ("optim", "lora", "image:2,dora"),
     ("optim", "layer_decay", 0.5),
     ("optim", "clip_norm", 0.0),
     ("efficiency", "precision", "bf16"),
