@@ -1,1 +1,1 @@
-"""`unicl-bench resume`: loaders that are killed and resumed, and the samples they lose or double."""
+"""`unicl-bench resume`: what loaders lose and double that are killed and resumed."""

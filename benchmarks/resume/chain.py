@@ -161,7 +161,7 @@ class _Ranks:
     ) -> None:
         self.steps: list[Step] = []
         self.states: list[Any] = []
-        """Of the last checkpoint of all ranks, if there is one; and the steps it was made after."""
+        """The ranks' states of the last checkpoint, and below the steps that were done by then."""
         self.saved = done
         self._done, self._every = done, every
         self._task, self._layout, self._resumer = task, layout, resumer

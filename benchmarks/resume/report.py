@@ -31,14 +31,14 @@ class Counts:
 def count(steps: Sequence[Step], unbroken: Sequence[Step], epoch_size: int) -> Counts:
     """Counts the faults of the steps that were trained on.
 
-    The order within a global batch does not matter. An epoch has ended once a later one began: the
-    loader will not come back to it.
+    The order within a global batch does not matter. An epoch has ended once all ranks are in a
+    later one, so what only one of them is to show yet is not lost.
     """
     shown: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for step in steps:
         for epoch, ids in step:
             shown[epoch].update(ids)
-    ended = range(max(shown, default=0))
+    ended = range(min(epoch for epoch, _ in steps[-1])) if steps else ()
     pairs = zip(steps, unbroken, strict=False)  # a run that cannot be resumed is shorter
     return Counts(
         lost=sum(epoch_size - len(shown[epoch]) for epoch in ended),

@@ -1,4 +1,4 @@
-"""`unicl-bench resume`: each kind of fault is counted, ranks are killed whole, ours has no fault."""
+"""`unicl-bench resume`: each kind of fault is counted, ranks die whole, ours has no fault."""
 
 from __future__ import annotations
 
@@ -56,9 +56,12 @@ def test_each_kind_of_fault_is_counted(
     assert count(steps, unbroken, 8) == Counts(lost, doubled, out_of_order, len(steps))
 
 
-def test_a_rank_that_is_an_epoch_ahead_hides_no_loss() -> None:
+def test_an_epoch_that_a_rank_is_still_in_loses_nothing() -> None:
     steps: list[Step] = [[(0, [0, 1]), (1, [2, 3])], [(0, [4, 5]), (1, [6, 7])]]
+    assert count(steps, run_of("01-23 45-67"), 8).lost == 0
+    steps.append([(1, [0, 1]), (2, [2, 3])])
     assert count(steps, run_of("01-23 45-67"), 8).lost == 4
+    assert count([], run_of("01-23 45-67"), 8) == Counts(0, 0, 0, 0)
 
 
 def fake(function: str, **more: Any) -> Resumer:
@@ -161,7 +164,9 @@ def test_the_program_writes_table_and_json(
     assert refused["failure"] == "ValueError: the state is that of 2 ranks, not 4"
     said = capsys.readouterr().out
     assert table(result) in said
-    assert re.search(r"refuses +\| +none \| +one data set \| .* not resumed: error at resume 1", said)
+    assert re.search(
+        r"refuses +\| +none \| +one data set \| .* not resumed: error at resume 1", said
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def ends(task: Task, state: Any) -> Loop:
 
 
 def with_a_worker(task: Task, state: Any) -> Loop:
-    worker = subprocess.Popen(["sleep", "600"])
+    worker = subprocess.Popen(["sleep", "60"])
     with (task.folder / "workers").open("a") as file:
         file.write(f"{worker.pid}\n")
     return exact(task, state)
