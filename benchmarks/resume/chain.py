@@ -132,10 +132,13 @@ def begin(folder: Path) -> None:
 
 
 def prepare(resumer: Resumer, task: Task) -> None:
-    """Writes a contestant's data; raises MissingPackageError."""
+    """Writes a contestant's data; raises ContenderError if it cannot."""
     _import(resumer)
-    if resumer.prepare:
-        pkgutil.resolve_name(resumer.prepare)(task)
+    try:
+        if resumer.prepare:
+            pkgutil.resolve_name(resumer.prepare)(task)
+    except Exception as error:  # peers raise errors of many kinds
+        raise ContenderError(_message(error)) from None
 
 
 def _import(resumer: Resumer) -> None:

@@ -72,92 +72,85 @@ class Resumer(Contender):
     packages: tuple[str, ...]
     """Packages whose versions are reported."""
     state: str
-    """The documented state, in a few words; empty if there is none."""
-    mix: str
-    """Its documented mix."""
+    """The documented state; empty if there is none."""
 
 
-def _resumer(name: str, about: str, **more: Any) -> Resumer:
-    function = name.replace("-", "_")
+def _resumer(name: str, about: str, *, state: str, prepare: str = "", **more: Any) -> Resumer:
     facts: dict[str, Any] = {
         "kind": "peer",
-        "code": f"{__name__}:{function}",
+        "code": f"{__name__}:{name.replace('-', '_')}",
+        "prepare": prepare and f"{__name__}:{prepare}",
         "install": f"pip install {' '.join(more['packages'])}",
     }
-    return Resumer(name=name, about=about, **(facts | more))
+    return Resumer(name=name, about=about, state=state, **(facts | more))
 
 
+_STATE_DICT = "the loader's state_dict()"
+_HUGGING_FACE: dict[str, Any] = {
+    "state": _STATE_DICT,
+    "prepare": "write_parquet",
+    "imports": ("datasets", "torchdata.stateful_dataloader"),
+    "packages": ("datasets", "torchdata"),
+}
 RESUMERS = (
     _resumer(
         "unicl_fast",
-        "TrainLoader; its state is the number of steps",
+        "TrainLoader, of several data sets for the mix",
         kind="ours",
-        prepare=f"{__name__}:write_packed",
+        state="the step",
+        prepare="write_packed",
         imports=("unicl_fast.pipelines.loader", "unicl_fast.training.data"),
         packages=("nvidia-dali-cuda120",),
-        state="the step",
-        mix="several data sets",
     ),
     _resumer(
         "litdata",
-        "StreamingDataLoader, shuffled",
-        prepare=f"{__name__}:write_litdata",
+        "StreamingDataLoader, shuffled; CombinedStreamingDataset, which iterates over all",
+        state=_STATE_DICT,
+        prepare="write_litdata",
         imports=("litdata",),
         packages=("litdata",),
-        state="StreamingDataLoader.state_dict()",
-        mix="CombinedStreamingDataset, iterate_over_all",
     ),
     _resumer(
         "streaming",
-        "MosaicML's StreamingDataLoader, shuffled by py1e, stale shared memory cleaned first",
-        prepare=f"{__name__}:write_mds",
+        "MosaicML's StreamingDataLoader, shuffled by py1e, stale shared memory cleaned; streams",
+        state=_STATE_DICT,
+        prepare="write_mds",
         imports=("streaming", "torch.distributed"),
         packages=("mosaicml-streaming",),
-        state="StreamingDataLoader.state_dict()",
-        mix="streams",
     ),
     _resumer(
         "grain",
-        "MapDataset, shuffled and repeated, in an ElasticIterator",
+        "MapDataset, shuffled and repeated, in an ElasticIterator; MapDataset.mix",
+        state="the iterator's get_state()",
         imports=("grain", "grain.experimental"),
         packages=("grain",),
-        state="ElasticIterator.get_state()",
-        mix="MapDataset.mix",
     ),
     _resumer(
         "webdataset",
-        "WebDataset with shuffled shards and a shuffle buffer; the epoch is begun anew",
-        prepare=f"{__name__}:write_tars",
+        "shards and a buffer are shuffled; RandomMix, longest; an epoch is begun anew",
+        state="",
+        prepare="write_tars",
         imports=("webdataset",),
         packages=("webdataset",),
-        state="",
-        mix="RandomMix, longest",
     ),
     _resumer(
         "datasets",
-        "a streamed IterableDataset, shards shuffled, in torchdata's StatefulDataLoader",
-        prepare=f"{__name__}:write_parquet",
-        imports=("datasets", "torchdata.stateful_dataloader"),
-        packages=("datasets", "torchdata"),
-        state="StatefulDataLoader.state_dict()",
-        mix="interleave_datasets, all_exhausted_without_replacement",
+        "streamed, shards shuffled, in torchdata's StatefulDataLoader; interleave_datasets, "
+        "all_exhausted_without_replacement",
+        **_HUGGING_FACE,
     ),
     _resumer(
         "datasets-buffer",
         f"the same with a shuffle buffer of {_BUFFER}, which its pages say is lost",
-        prepare=f"{__name__}:write_parquet",
-        imports=("datasets", "torchdata.stateful_dataloader"),
-        packages=("datasets", "torchdata"),
-        state="StatefulDataLoader.state_dict()",
-        mix="interleave_datasets, all_exhausted_without_replacement",
+        **_HUGGING_FACE,
     ),
     _resumer(
         "torchdata",
-        "StatefulDataLoader with StatefulDistributedSampler; a mix by torchdata.nodes",
+        "StatefulDataLoader with StatefulDistributedSampler; nodes.MultiNodeWeightedSampler, "
+        "ALL_DATASETS_EXHAUSTED",
+        state=_STATE_DICT,
         imports=("torchdata.stateful_dataloader", "torchdata.nodes"),
         packages=("torchdata",),
-        state="StatefulDataLoader.state_dict(), Loader.state_dict()",
-        mix="MultiNodeWeightedSampler, ALL_DATASETS_EXHAUSTED",
     ),
 )
 

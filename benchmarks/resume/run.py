@@ -71,7 +71,7 @@ class Resume(Program):
                 except ContenderError as error:
                     left_out[each.name] = reason_left_out(each, error)
                 else:
-                    facts = {"what": each.about, "state": each.state, "mix": each.mix}
+                    facts = {"what": each.about, "state": each.state}
                     contenders[each.name] = {**facts, "chains": chains}
         result = {"contenders": contenders, "left_out": left_out}
         print(f"\n{table(result)}", flush=True)

@@ -46,3 +46,7 @@ def with_a_worker(task: Task, state: Any) -> Loop:
     with (task.folder / "workers").open("a") as file:
         file.write(f"{worker.pid}\n")
     return exact(task, state)
+
+
+def broken_writer(task: Task) -> None:
+    raise OSError("no room")
