@@ -256,8 +256,11 @@ def _rank(
 
 
 def _message(error: Exception) -> str:
-    """Its type and text in one line; of a worker's error, which holds a traceback, the end."""
-    text = str(error).strip() or "no message"
-    if "Original Traceback" in text:
+    """Its type and text in one line; the statement that raised it if it has no text."""
+    text = str(error).strip()
+    if "Original Traceback" in text:  # of a worker, whose error is its last line
         text = text.splitlines()[-1]
-    return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
+    else:
+        (*_, frame) = traceback.extract_tb(error.__traceback__)
+        text = f"{type(error).__name__}: {text or frame.line}"
+    return " ".join(text.split())[:400]

@@ -282,6 +282,7 @@ def grain(task: Task, state: Any) -> Loop:
 def webdataset(task: Task, state: Any) -> Loop:
     import torch
     from webdataset import FluidWrapper, RandomMix, WebDataset, WebLoader, split_by_node
+    from webdataset.filters import detshuffle
 
     for epoch in itertools.count(state or 0):
         torch.manual_seed(_SEED + epoch)  # of the workers' seeds
@@ -293,14 +294,16 @@ def webdataset(task: Task, state: Any) -> Loop:
                 nodesplitter=split_by_node,
                 seed=_SEED + epoch,
             )
-            .shuffle(_BUFFER)
+            .compose(detshuffle(_BUFFER, seed=_SEED + epoch))
             .to_tuple("id")
             for folder in task.folders
         ]
         dataset = sets[0] if len(sets) == 1 else FluidWrapper(RandomMix(sets, longest=True))
         batches = dataset.batched(task.local_batch)
-        for (ids,) in WebLoader(batches, batch_size=None, num_workers=task.workers):
-            yield epoch, list(map(int, ids)), functools.partial(int, epoch)
+        loader = WebLoader(batches, batch_size=None, num_workers=task.workers)
+        for number, (ids,) in enumerate(loader, 1):
+            begin = epoch + number // (task.epoch_size // task.batch_size)  # the next if it is over
+            yield epoch, list(map(int, ids)), functools.partial(int, begin)
 
 
 def write_tars(task: Task) -> None:
@@ -398,4 +401,6 @@ def _nodes(task: Task) -> tuple[Any, None]:
         world_size=task.world_size,
         seed=_SEED,
     )
-    return nodes.Loader(nodes.Batcher(mix, batch_size=task.local_batch)), None
+    batches = nodes.Batcher(mix, batch_size=task.local_batch)
+    # a state at the end of an epoch ends it, and does not begin another one
+    return nodes.Loader(batches, restart_on_stop_iteration=False), None

@@ -12,7 +12,7 @@ from unicl_fast.system.wording import markdown_table
 from .chain import Step
 
 DATA = {"one": "one data set", "mix": "a mix of three"}
-HOW = {"same": "the same ranks and workers", "other": "others"}
+HOW = {"same": "same ranks and workers", "ranks": "other ranks", "workers": "other workers"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ def table(result: Mapping[str, Any]) -> str:
                     where = f"{name}, {words}, {HOW[how]}, resume {len(chain['kills'])}"
                     messages.append(f"- {where}: `{chain['failure']}`")
             rows.append([name, facts["state"] or "none", words, *cells])
-    rows += [[name, f"left out: {why}", "", "", ""] for name, why in result["left_out"].items()]
-    head = ["", "state", "data", *(f"resumed with {how}" for how in HOW.values())]
+    rows += [[name, f"left out: {why}", *[""] * 4] for name, why in result["left_out"].items()]
+    head = ["", "state", "data", *HOW.values()]
     said = "A cell: samples lost, samples doubled, steps out of order of the run's steps."
     return "\n\n".join([said, markdown_table(head, rows), "\n".join(messages)]).strip()
 
 
 def _cell(chain: Mapping[str, Any]) -> str:
     if chain["failure"]:
-        return f"not resumed: error at resume {len(chain['kills'])}"
+        return f"error at resume {len(chain['kills'])}"
     figures = (f"{chain[name]:,}" for name in ("lost", "doubled", "out_of_order"))
     return f"{', '.join(figures)} of {chain['steps']}"
