@@ -13,6 +13,10 @@ from unicl_fast.system.program import EXIT_ABORTED, begin_program
 PROGRAMS = {
     "run": ("diagnosis.run:Run", "what limits your run, what to change, and how long it takes"),
     "race": ("race.race:Race", "accuracy by images and CPU seconds, against open_clip's own loop"),
+    "resume": (
+        "resume.run:Resume",
+        "kills and resumes loaders: samples lost, doubled, out of order",
+    ),
     "input": ("input.run:Input", "images/s of the loader, against nine others and the limits"),
     "step": ("step.run:Step", "training steps, against open_clip's; by switch, part and memory"),
     "loss": ("loss.run:Loss", "tokens, targets, texts and the loss, against open_clip and others"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -82,6 +82,8 @@ class Contender:
     differs: str = ""
     """Its difference from the others, if any."""
 
+
+C = TypeVar("C", bound=Contender)
 
 _OWN = "unicl_fast.benchmarks.input.own"
 _PEERS = "unicl_fast.benchmarks.input.peers"
@@ -204,7 +206,18 @@ PARTS = (
 )
 
 
-def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Contender]:
+def reason_left_out(contender: Contender, error: ContenderError) -> str:
+    """Prints and returns why a contestant is left out; RuntimeError if it is ours."""
+    reason = str(error)
+    if isinstance(error, MissingPackageError) and contender.install:
+        reason = f"{reason}; to have it: {contender.install}"
+    if contender.kind in ("ours", "augmented"):
+        raise RuntimeError(f"{contender.name}: {reason}") from error
+    print(f"{contender.name} is left out: {reason}", flush=True)
+    return reason
+
+
+def choose(asked: tuple[str, ...], offered: tuple[C, ...]) -> list[C]:
     """Contestants by name; `all` and `none` are names too, and commas separate as blanks do."""
     names = [name for text in asked for name in text.split(",") if name]
     known = [contender.name for contender in offered]

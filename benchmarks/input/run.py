@@ -33,13 +33,13 @@ from .contenders import (
     ContenderError,
     Gap,
     Kind,
-    MissingPackageError,
     Task,
     choose,
     compare_distributions,
     compare_operators,
     comparison_task,
     gap_to,
+    reason_left_out,
     write_class_folder,
 )
 from .report import table, verdict
@@ -165,13 +165,7 @@ class _Race:
         try:
             yield
         except ContenderError as error:
-            reason = str(error)
-            if isinstance(error, MissingPackageError) and contender.install:
-                reason = f"{reason}; to have it: {contender.install}"
-            if contender.kind in ("ours", "augmented"):
-                raise RuntimeError(f"{contender.name}: {reason}") from error
-            print(f"{contender.name} is left out: {reason}", flush=True)
-            self.left_out[contender.name] = reason
+            self.left_out[contender.name] = reason_left_out(contender, error)
 
     def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
         """Compares all images with Pillow's, by a task and its result for each name."""

@@ -142,9 +142,14 @@ _PROGRAM = (
 )
 
 
+def die_with_parent() -> None:
+    """Has this process killed when the one that started it ends."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def serve(descriptor: int) -> None:
     """Answers the handle at the other end of a socket, until that is closed."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    die_with_parent()
     with Connection(descriptor) as connection:
         try:
             contender, task, prepare = connection.recv()

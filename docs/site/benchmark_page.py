@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.benchmarks.input.report import table
+from unicl_fast.benchmarks.resume import report as resume_report
 from unicl_fast.benchmarks.run import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +36,19 @@ the functions that they time has changed; those "of unmarked sources" may be old
 A cell is the median of the rounds, with the lowest and the highest. A ratio is taken within a
 round, in which all contestants take turns. The machine is 2 cores of an AMD EPYC, unless another is
 named; nothing here was measured on a GPU."""
+
+
+_RESUME = """## Loaders that are killed and resumed
+
+`unicl-bench resume` kills all ranks of a loader 20 times at random moments and resumes it from the
+state that its own pages document: on the same ranks and workers and on others, on one data set and
+on a mix of three. It counts the samples that were lost and doubled and the steps that differ from
+the unbroken run, and names the loaders that refuse.
+
+    pip install litdata mosaicml-streaming grain webdataset datasets torchdata
+    unicl-bench resume --json docs/results/resume.json
+
+The versions, each kill and each message are in `docs/results/resume.json`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +128,13 @@ SECTIONS = (
 
 def page() -> str:
     """The whole page, which ends with a line break."""
-    return "\n\n".join([_INTRODUCTION, *map(_section, SECTIONS)]) + "\n"
+    return "\n\n".join([_INTRODUCTION, *map(_section, SECTIONS), *_resumed()]) + "\n"
+
+
+def _resumed() -> Iterator[str]:
+    yield _RESUME
+    if (path := ROOT / "docs" / "results" / "resume.json").is_file():
+        yield resume_report.table(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _section(section: Section) -> str:

@@ -1,0 +1,1 @@
+"""`unicl-bench resume`: what loaders lose and double that are killed and resumed."""

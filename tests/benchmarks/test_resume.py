@@ -1,0 +1,186 @@
+"""`unicl-bench resume`: each kind of fault is counted, ranks die whole, ours has no fault."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packed_sets import Sample, pack
+from PIL import Image
+
+from unicl_fast.benchmarks.input.contenders import ContenderError, MissingPackageError
+from unicl_fast.benchmarks.resume import run as program
+from unicl_fast.benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
+from unicl_fast.benchmarks.resume.contenders import RESUMERS, Resumer, Task
+from unicl_fast.benchmarks.resume.report import Counts, count, table
+from unicl_fast.benchmarks.resume.run import Resume
+from unicl_fast.text.tokenizer import Tokenizer
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+TWO, ONE = Layout(2, 1), Layout(1, 1)
+
+
+def run_of(*epochs: str) -> list[Step]:
+    """Steps of two ranks: `01-23 45-67` are two steps of an epoch."""
+    return [
+        [(epoch, [int(one) for one in ids]) for ids in step.split("-")]
+        for epoch, steps in enumerate(epochs)
+        for step in steps.split()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "lost", "doubled", "out_of_order"),
+    [
+        (run_of("01-23 45-67", "76-54 32-10"), 0, 0, 0),
+        (run_of("23-01 54-76", "76-54 32-10"), 0, 0, 0),  # other ranks, the same steps
+        (run_of("45-67 01-23", "76-54 32-10"), 0, 0, 2),
+        (run_of("01-23 45-63", "76-54 32-10"), 1, 1, 1),
+        (run_of("01-23", "76-54 32-10 67-45"), 4, 4, 2),
+        (run_of("01-23 01-23", "32-10 76-54"), 4, 4, 3),
+        (run_of("01-23 45-67 01-23 76-54"), 0, 8, 2),  # an epoch that did not end loses nothing
+        (run_of("01-23 45-67", "", "76-54 32-10"), 8, 0, 0),  # one that was left out
+        (run_of("01-23 45-67", "76-54"), 0, 0, 0),  # it could not be resumed
+    ],
+)
+def test_each_kind_of_fault_is_counted(
+    steps: list[Step], lost: int, doubled: int, out_of_order: int
+) -> None:
+    unbroken = run_of("01-23 45-67", "76-54 32-10")
+    assert count(steps, unbroken, 8) == Counts(lost, doubled, out_of_order, len(steps))
+
+
+def test_an_epoch_that_a_rank_is_still_in_loses_nothing() -> None:
+    steps: list[Step] = [[(0, [0, 1]), (1, [2, 3])], [(0, [4, 5]), (1, [6, 7])]]
+    assert count(steps, run_of("01-23 45-67"), 8).lost == 0
+    steps.append([(1, [0, 1]), (2, [2, 3])])
+    assert count(steps, run_of("01-23 45-67"), 8).lost == 4
+    assert count([], run_of("01-23 45-67"), 8) == Counts(0, 0, 0, 0)
+
+
+def fake(function: str, **more: Any) -> Resumer:
+    facts: dict[str, Any] = {"state": "a number", "imports": (), "packages": ()}
+    code = f"fake_resumers:{function}"
+    return Resumer(name=function, kind="peer", about="", code=code, **(facts | more))
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessPoolExecutor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(HELPERS))
+        with program._process(tmp_path_factory.mktemp("process")) as process:
+            yield process
+
+
+def task_in(folder: Path) -> Task:
+    return Task(folder=folder, num_sets=1, samples=96, batch_size=8)
+
+
+def chain_of(
+    process: ProcessPoolExecutor, resumer: Resumer, folder: Path, *layouts: Layout, kills: int = 3
+) -> tuple[Chain, Counts]:
+    task = task_in(folder)
+    course = Course(kills=kills, layouts=layouts, num_steps=24, every=2)
+    chain = process.submit(run_chain, resumer, task, course).result(timeout=100)
+    exact: list[Step] = [[(i // 12, range(i % 12 * 8, i % 12 * 8 + 8))] for i in range(24)]
+    return chain, count(chain.steps, exact, task.epoch_size)
+
+
+@pytest.mark.timeout(120)
+def test_a_chain_counts_what_was_trained_on(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    chain, counts = chain_of(process, fake("exact"), tmp_path, TWO, ONE)
+    assert counts == Counts(0, 0, 0, 24)
+    assert len(chain.kills) == 3
+    assert all(resumed <= done < 24 and resumed % 2 == 0 for done, resumed in chain.kills)
+    assert [len(step) for step in chain.steps[-2:]] == [1, 1]  # its layouts took turns
+    forgotten, counts = chain_of(process, fake("forgets"), tmp_path, TWO)
+    first = next(resumed for _, resumed in forgotten.kills if resumed)
+    assert counts.doubled >= 8 * min(first, 12)
+    assert counts.out_of_order > 0
+    skipped, counts = chain_of(process, fake("skips"), tmp_path, TWO)
+    resumes = {resumed for _, resumed in skipped.kills if resumed}
+    assert counts.lost == 8 * len(resumes)
+    assert counts.out_of_order == 24 - min(resumes)
+
+
+@pytest.mark.timeout(120)
+def test_one_that_refuses_other_ranks_says_so(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    chain, _ = chain_of(process, fake("refuses"), tmp_path, TWO, ONE)
+    assert chain.failure == "ValueError: the state is that of 2 ranks, not 1"
+    assert not chain_of(process, fake("refuses"), tmp_path, TWO)[0].failure
+    with pytest.raises(ContenderError, match="OSError: no data"):
+        chain_of(process, fake("broken"), tmp_path, TWO)
+    with pytest.raises(ContenderError, match="its batches ended"):
+        chain_of(process, fake("ends"), tmp_path, TWO)
+    unwritten = fake("exact", prepare="fake_resumers:broken_writer")
+    with pytest.raises(ContenderError, match="OSError: no room"):
+        process.submit(prepare, unwritten, task_in(tmp_path)).result(timeout=100)
+    missing = fake("exact", imports=("a_package_that_nobody_has",))
+    with pytest.raises(MissingPackageError, match="a_package_that_nobody_has"):
+        chain_of(process, missing, tmp_path, TWO)
+
+
+@pytest.mark.timeout(120)
+def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    chain_of(process, fake("with_a_worker"), tmp_path, TWO)
+    workers = (tmp_path / "workers").read_text().split()
+    assert len(workers) == 8
+    states = [Path("/proc") / worker / "stat" for worker in workers]
+    alive = [stat for stat in states if stat.is_file() and ") Z" not in stat.read_text()]
+    assert not alive
+
+
+@pytest.mark.timeout(300)
+def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    samples = []
+    for one in range(96):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (0, one, 0)).save(file, "PNG")
+        samples.append(Sample(file.getvalue(), labels=[0]))
+    pack(tmp_path / "0", samples, class_names=["record"], tokenizer=Tokenizer(), raw=True).close()
+    broken, _ = chain_of(process, RESUMERS[0], tmp_path, TWO, ONE, kills=2)
+    whole, _ = chain_of(process, RESUMERS[0], tmp_path, ONE, kills=0)
+    assert count(broken.steps, whole.steps, 96) == Counts(0, 0, 0, 24)
+    assert len(broken.kills) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_program_writes_table_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = {"imports": ("a_package_that_nobody_has",), "install": "pip install a-package"}
+    fakes = (fake("exact"), fake("refuses", state=""), fake("absent", **nowhere))
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    monkeypatch.setattr(program, "RESUMERS", fakes)
+    path = tmp_path / "result.json"
+    Resume(kills=2, samples=96, json=path).run()
+    result = json.loads(path.read_text())
+    assert result["left_out"]["absent"].endswith("to have it: pip install a-package")
+    for chain in result["contenders"]["exact"]["chains"].values():
+        assert [chain[key] for key in ("lost", "doubled", "out_of_order")] == [0, 0, 0]
+        assert len(chain["kills"]) == 2
+    refused = result["contenders"]["refuses"]["chains"]["one, ranks"]
+    assert refused["failure"] == "ValueError: the state is that of 2 ranks, not 1"
+    said = capsys.readouterr().out
+    assert table(result) in said
+    assert re.search(r"refuses +\| +none \| +one data set \| .* error at resume 1", said)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 100}, "--samples must be a multiple of 96"),
+        ({"kills": 0}, "--kills must be at least 1"),
+        ({"only": ("nobody",)}, "'nobody' is not among unicl_fast, litdata"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Resume(**options).run()

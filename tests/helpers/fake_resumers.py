@@ -1,0 +1,52 @@
+"""Loaders for tests of `unicl-bench resume`: they count, and some forget, skip, refuse or stop."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import subprocess
+from typing import Any
+
+from unicl_fast.benchmarks.resume.contenders import Loop, Task
+
+
+def exact(task: Task, state: Any) -> Loop:
+    per_epoch = task.epoch_size // task.batch_size
+    for step in itertools.count(state or 0):
+        start = step % per_epoch * task.batch_size + task.rank * task.local_batch
+        ids = range(start, start + task.local_batch)
+        yield step // per_epoch, ids, functools.partial(int, step + 1)
+
+
+def forgets(task: Task, state: Any) -> Loop:
+    return exact(task, None)
+
+
+def skips(task: Task, state: Any) -> Loop:
+    return exact(task, state and state + 1)
+
+
+def refuses(task: Task, state: Any) -> Loop:
+    if state is not None and state != task.world_size:
+        raise ValueError(f"the state is that of {state} ranks, not {task.world_size}")
+    for epoch, ids, _ in exact(task, None):
+        yield epoch, ids, functools.partial(int, task.world_size)
+
+
+def broken(task: Task, state: Any) -> Loop:
+    raise OSError("no data")
+
+
+def ends(task: Task, state: Any) -> Loop:
+    return itertools.islice(exact(task, state), 3)
+
+
+def with_a_worker(task: Task, state: Any) -> Loop:
+    worker = subprocess.Popen(["sleep", "60"])
+    with (task.folder / "workers").open("a") as file:
+        file.write(f"{worker.pid}\n")
+    return exact(task, state)
+
+
+def broken_writer(task: Task) -> None:
+    raise OSError("no room")
