@@ -151,6 +151,7 @@ def parse_yaml(data: bytes, *, where: str) -> Any:
 @contextlib.contextmanager
 def reading_table(path: AnyPath, *, delimiter: str = ",") -> Iterator[csv.DictReader[str]]:
     """Yields the rows of a CSV file, whose faults raise ValueError within the context."""
+    csv.field_size_limit(1 << 17)  # Python's own, which packing raises for its texts
     rows = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     try:
         yield rows
