@@ -92,7 +92,7 @@ _FFCV = (
     f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
     "pip install --no-deps ffcv"
 )
-_MOSAICML = (  # it asks for an old transformers
+MOSAICML = (  # it asks for an old transformers
     "pip install --no-deps mosaicml-streaming brotli catalogue cramjam python-snappy zstd"
 )
 
@@ -175,7 +175,7 @@ PEERS = (
         "mosaicml",
         "MosaicML's StreamingDataset, PIL transforms, DataLoader",
         prepare=f"{_PEERS}:write_mds",
-        install=_MOSAICML,
+        install=MOSAICML,
     ),
     _peer(
         "grain",

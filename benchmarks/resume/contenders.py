@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..input.contenders import Contender
+from ..input.contenders import MOSAICML, Contender
 
 NUM_SHARDS = 8
 """Files of a data set; ranks times workers divide it."""
@@ -117,6 +117,7 @@ RESUMERS = (
         prepare="write_mds",
         imports=("streaming", "torch.distributed"),
         packages=("mosaicml-streaming",),
+        install=MOSAICML,
     ),
     _resumer(
         "grain",

@@ -45,7 +45,8 @@ state that its own pages document: on the same ranks and workers and on others, 
 on a mix of three. It counts the samples that were lost and doubled and the steps that differ from
 the unbroken run, and names the loaders that refuse.
 
-    pip install litdata mosaicml-streaming grain webdataset datasets torchdata
+    pip install litdata grain webdataset datasets torchdata
+    pip install --no-deps mosaicml-streaming brotli catalogue cramjam python-snappy zstd
     unicl-bench resume --json docs/results/resume.json
 
 The versions, each kill and each message are in `docs/results/resume.json`."""

@@ -145,6 +145,7 @@ def test_weights_of_data_sets_are_those_of_the_list(
     assert any("drawing" in line for line in lines if "images-1" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.dist
 @pytest.mark.timeout(280)

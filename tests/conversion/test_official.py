@@ -78,6 +78,7 @@ def test_features_equal_those_of_a_plain_forward_pass(
     assert model.logit_scale.item() == pytest.approx(4.7)
 
 
+@pytest.mark.slow
 def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Path) -> None:
     write_official_file(tmp_path / "some.pth", entries)
     found = load_model(f"official:{tmp_path / 'some.pth'}")

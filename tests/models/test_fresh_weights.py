@@ -35,7 +35,14 @@ def text_shapes() -> dict[str, ModelConfig]:
     return {name: build_preset(name).model for name in shapes.values()}
 
 
-@pytest.mark.parametrize("preset", list(text_shapes()))
+@pytest.mark.parametrize(
+    "preset",
+    [
+        # 12 layers of width 512 take longer than all the others
+        pytest.param(name, marks=[pytest.mark.slow] * (model.text_width * model.text_layers > 4000))
+        for name, model in text_shapes().items()
+    ],
+)
 def test_other_words_are_other_features(preset: str) -> None:
     """The mean squared distance of two prompts that differ in the noun; 2 if unrelated.
 
