@@ -148,7 +148,11 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
     assert figure.axes[0].get_title(loc="left").startswith("Loading 256-pixel JPEGs")
     bars = [one.get_text() for one in figure.axes[0].get_yticklabels()]
     assert set(bars[:3]) == {"decode-cut", "turbojpeg", "decode"}
-    assert bars[3:5] == ["unicl_fast-raw", "unicl_fast"]
+    assert [name for name in bars if name.startswith("unicl_fast")] == [
+        "unicl_fast-raw",
+        "unicl_fast",
+    ]
+    assert bars.index("unicl_fast") < bars.index("dali")
     beyond = r"faster than drawn: read [\d,]+, write [\d,]+"
     assert re.search(beyond, figure.axes[0].get_xlabel())
     assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
