@@ -44,7 +44,13 @@ def test_there_are_few_options() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["sigmoid", "supcon", "cross_entropy"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "supcon",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("sigmoid", "cross_entropy")),
+    ],
+)
 def test_without_an_objective_all_others_work(module: str, tmp_path: Path) -> None:
     """Its file and its lines in the registry are deleted: nobody else knew of it."""
     names = [name for name, where in OBJECTIVES.items() if where.startswith(f"{module}:")]

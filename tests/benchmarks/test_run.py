@@ -50,6 +50,7 @@ def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--data", str(packed["captions"]), "--sizes", "64", "--batch-size", "2")
@@ -62,6 +63,7 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 
 @pytest.mark.dali
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--data", str(packed["captions"]), *_TINY_STEP, "--no-memory")
@@ -86,6 +88,7 @@ def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
 
 @pytest.mark.dali
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--data", str(packed["labels"]), *_TINY_INPUT, "--peers", "none", "--parts", "none")

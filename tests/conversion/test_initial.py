@@ -346,7 +346,8 @@ def test_the_package_s_weights_know_imagenet(shared_data: Path) -> None:
     config = build_preset("photos-small")
     model = Model(started(config.changed(data={"image_size": 224, "evaluation_resize": 256})))
     source = find_source(config.model.init_image, text=False)
-    weight, bias = (source.tensors[f"image_encoder.classifier.{one}"] for one in ("weight", "bias"))
+    tensors = source.read()
+    weight, bias = (tensors[f"image_encoder.classifier.{one}"] for one in ("weight", "bias"))
     with (shared_data / "decode" / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     num_right = 0

@@ -31,7 +31,13 @@ MODELS = [
     *("swin_base_patch4_window7_224", "ViT-B-16-SigLIP", "ViT-B-16-SigLIP-256", "MobileCLIP-S1"),
     *("ViT-L-14", "ViT-L-14-quickgelu"),
 ]
-LARGE = ("ViT-L-14", "ViT-L-14-quickgelu", "ViT-B-16-SigLIP-256", "swin_base_patch4_window7_224")
+LARGE = (
+    "ViT-L-14",
+    "ViT-L-14-quickgelu",
+    "ViT-B-16-SigLIP",
+    "ViT-B-16-SigLIP-256",
+    "swin_base_patch4_window7_224",
+)
 # torch 2.13 crashes in the backward pass of timm's fastvit_mci1 in channels_last on a CPU
 UNTRAINABLE = "MobileCLIP-S1"
 OF_TIMM = ("convnext_base", "EVA02-B-16")  # as ViTamin-S is, which is smaller

@@ -39,7 +39,11 @@ def text_shapes() -> dict[str, ModelConfig]:
     "preset",
     [
         # 12 layers of width 512 take longer than all the others
-        pytest.param(name, marks=[pytest.mark.slow] * (model.text_width * model.text_layers > 4000))
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow, pytest.mark.long]
+            * (model.text_width * model.text_layers > 4000),
+        )
         for name, model in text_shapes().items()
     ],
 )
@@ -89,10 +93,14 @@ def test_text_weights_are_as_large_as_open_clips(preset: str) -> None:
 SMALL = ("digits-small", "cifar10-small", "mixed-small")
 
 
+def _marks(preset: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] + [pytest.mark.long] * ("base" in preset)
+
+
 @pytest.mark.parametrize(
     "preset",
     [
-        pytest.param(name, marks=() if name in SMALL else pytest.mark.slow)
+        pytest.param(name, marks=() if name in SMALL else _marks(name))
         for name in PRESETS
         if "half" not in name
     ],

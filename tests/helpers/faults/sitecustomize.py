@@ -14,7 +14,7 @@ def _hang_when(path: str) -> None:
     while not os.path.exists(path):
         time.sleep(0.02)
     dataset = sys.modules["unicl_fast.dataset.reader"].PackedDataset
-    dataset.image_bytes = lambda *_, **__: time.sleep(3600)
+    dataset.image_bytes = dataset.read_images = lambda *_, **__: time.sleep(3600)
 
 
 if os.environ.get("RANK") == os.environ.get("UNICL_FAULT", ""):
