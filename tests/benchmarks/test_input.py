@@ -43,7 +43,8 @@ from unicl_fast.text.tokenizer import Tokenizer
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ROOT = HELPERS.parents[1]
 
-LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv")
+LONG = ("torchvision", "torchvision-v2", "webdataset", "timm", "pool", "spdl", "ffcv",
+        "turboloader", "litdata", "mosaicml", "grain")  # fmt: skip
 """Contestants that are like others that are tested."""
 
 
