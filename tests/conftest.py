@@ -141,3 +141,15 @@ def _nothing_is_left_running() -> Iterator[None]:
             process = STARTED.pop()
             process.kill()  # its ranks end with it
             process.wait()
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Graphs and counts of torch.compile as in a new process."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()

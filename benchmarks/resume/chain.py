@@ -77,7 +77,7 @@ class ResumeError(RuntimeError):
 
 
 def steps_of(kills: int, epoch_steps: int) -> int:
-    """Whole epochs with room for so many kills."""
+    """Whole epochs with room for this number of kills."""
     return max(1, -(-kills * _STEPS_PER_KILL // epoch_steps)) * epoch_steps
 
 
@@ -194,7 +194,7 @@ class _Ranks:
         return self
 
     def train(self, until: int) -> None:
-        """Does steps in lockstep until so many are done."""
+        """Does steps in lockstep until this number is done."""
         for step in range(self._done + 1, until + 1):
             answers = [_answer(connection) for connection in self._connections]
             self.steps.append([(epoch, ids) for epoch, ids, _ in answers])

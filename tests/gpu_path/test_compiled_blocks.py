@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,17 +32,10 @@ from unicl_fast.presets import build_preset
 VERSIONS = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled"),
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @dataclasses.dataclass

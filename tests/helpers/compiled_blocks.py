@@ -197,7 +197,7 @@ class _Kernel:
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor from its first element on, whatever its strides are."""
+    """The memory of a tensor from its first element on, with any strides."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     flat = tensor.as_strided((1 + sum((size - 1) * stride for size, stride in steps),), (1,))
     return flat.view(torch.uint8).numpy()

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import inspect
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,8 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import parallel as parallel_module
 from unicl_fast.training.assembly import make_trainer
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 
 @pytest.fixture(autouse=True)
 def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +60,6 @@ def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(cls, name, inspect.unwrap(function))
             elif isinstance(function, classmethod):
                 monkeypatch.setattr(cls, name, classmethod(inspect.unwrap(function.__func__)))
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def _open_clip_config(model: UniCL) -> dict[str, Any]:
         "proj_bias": config.text_projection == "biased",
         "proj_type": "none" if config.text_projection == "none" else "linear",
     }
-    if place := config.tokenizer:  # of a folder open_clip reads the files in it, whatever the name
+    if place := config.tokenizer:  # open_clip reads the files in a folder under any name
         name = place.removesuffix(CANONICAL)
         text["hf_tokenizer_name"] = name[7:] if name.startswith("hf-hub:") else TOKENIZER_FILES[0]
         text["tokenizer_kwargs"] = {"clean": "canonicalize"} if name != place else {}

@@ -35,7 +35,7 @@ from unicl_fast.dataset.block_cache import (
     blocks_in,
 )
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
-from unicl_fast.dataset.in_place import SourceFiles
+from unicl_fast.dataset.in_place import Place, SourceFiles
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.system.checksums import read_checksums
@@ -207,7 +207,7 @@ class PackedDataset:
             if file >= len(self.manifest.shards):
                 raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
             height, width = int(row["height"]), int(row["width"])
-            if self.sources is not None and (place := self.sources.place_of(index)) is not None:
+            if (place := self.source_place(index)) is not None:
                 file, offset, size = place.file + len(self.manifest.shards), *place[1:]
             if 0 < max_pixels < height * width:
                 raise DamagedSampleError(
@@ -233,6 +233,10 @@ class PackedDataset:
             f"{self.describe(index)}: the bytes differ from those that were packed (checksum "
             f"{found:016x}, expected {expected:016x})" + self._advice(file)
         )
+
+    def source_place(self, index: int) -> Place | None:
+        """The place of a sample's image in a source file; None if it is in the data set's own."""
+        return None if self.sources is None else self.sources.place_of(index)
 
     def _reader_of(self, file: int) -> tuple[FileReader, int]:
         """The reader of a file, and the file's number there: source files follow the shards."""
@@ -427,20 +431,17 @@ class PackedDataset:
         """The first byte of a part of sample `index` in its file, for messages."""
         if self._layout is not None and part == "image":
             return self._layout.offset_of(index)
-        if self.sources is not None and part == "image":
-            place = self.sources.place_of(index)
-            if place is not None:
-                return place.offset
+        if part == "image" and (place := self.source_place(index)) is not None:
+            return place.offset
         return int(self.samples[index]["offset"])
 
     def shard_of(self, index: int, part: Part = "image") -> str:
         """The name of the file that holds a part of sample `index`, for messages."""
         if self._layout is not None and part == "image":
             return PIXELS_NAME
-        if self.sources is not None and part == "image":
-            place = self.sources.place_of(index)
-            if place is not None:
-                return self.sources[place.file]
+        if part == "image" and (place := self.source_place(index)) is not None:
+            assert self.sources is not None
+            return self.sources[place.file]
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"

@@ -115,8 +115,7 @@ class SampleReader:
 
     def _is_elsewhere(self, index: int) -> bool:
         """Whether the shard holds only the JSON of a sample."""
-        sources = self._dataset.sources
-        return self._is_raw or (sources is not None and sources.place_of(index) is not None)
+        return self._is_raw or self._dataset.source_place(index) is not None
 
     def _members(self, index: int, *, skipped: int = 0) -> tuple[Member, ...]:
         shard, start, end = self.span(index)

@@ -267,11 +267,9 @@ class _SampleChecks:
         """The bytes of an image in its shard, at `path`, or in a source file; None if raw."""
         if sample.image is not None:
             return Span(str(path), sample.image.offset, len(sample.image.data))
-        sources = self._dataset.sources
-        place = None if sources is None else sources.place_of(index)
-        if sources is None or place is None:
+        if (place := self._dataset.source_place(index)) is None:
             return None
-        return Span(sources[place.file], place.offset, place.size)
+        return Span(self._dataset.shard_of(index), place.offset, place.size)
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool

@@ -182,7 +182,7 @@ class ReplacedSamples(Observer):
         self.add(batch)
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
-        """Tells how many samples of this rank were replaced."""
+        """Counts the samples of this rank that were replaced."""
         sums["replaced_samples"] = self.replaced
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:

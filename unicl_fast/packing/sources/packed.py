@@ -126,7 +126,7 @@ class _Samples:
         height, width = int(row["height"]), int(row["width"])
         if dataset.image_shape is not None:
             return PackedPixels(path, offset, height, width, xxh3)
-        place = None if dataset.sources is None else dataset.sources.place_of(index)
+        place = dataset.source_place(index)
         size = int(row["size"]) if place is None else place.size
         return PackedFile(path, offset, size, height, width, xxh3)
 
