@@ -1,6 +1,20 @@
-"""The ledger's files byte by byte (docs/reliability.md): what a rank was fed at each step.
+"""The ledger's files byte by byte: what a rank was fed at each step.
 
-Each start of the program, and each stage of a run, opens a segment: one file per rank.
+Each start of the program, and each stage of a run, opens a segment: one file per rank, with a
+header (`_START`, then a `SegmentHeader` as JSON) and a record per step, each in one write. Numbers
+are little-endian, checksums the low 32 bits of XXH3-64. A record of b samples and k substitutes:
+
+    4 bytes        a mark, by which the next record is found after damage
+    u4             checksum of the rest
+    u8, u4         step, k
+    b x 0-2 bytes  data sets; as few bytes as possible, none for a single one
+    b x 1-6 bytes  scheduled samples; as few bytes as the largest data set allows
+    k x u4         which of the b samples had a substitute
+    k x 1-6 bytes  samples that were shown, of the same data sets
+
+A step counts in a segment if all ranks have its record; a segment supersedes earlier ones from its
+start on. A step is missing if it does not count and lies before one that does, before a later
+segment's start, or before the newest checkpoint.
 """
 
 from __future__ import annotations
