@@ -16,6 +16,7 @@ import timm
 import torch
 from budgets import compare
 from fake_gpu import GPU, FakeEvent, HostWaitsError, Kernels, fake_gpu, fake_trainer
+from small_runs import OBJECTIVES as ALL_OBJECTIVES
 from small_runs import labelled_batch, objective_config
 
 from unicl_fast.batch import Batch, ListLoader
@@ -24,6 +25,7 @@ from unicl_fast.models import compilation
 from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 VERSIONS = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
@@ -107,6 +109,42 @@ def test_a_step_never_waits_and_stays_in_its_budget(
     with fake_gpu(stand_in) as mode:
         kernels = second_step(*fake_trainer(mode, config, batch))
     check_budget(request.node.callspec.id, kernels)
+
+
+@pytest.mark.parametrize("objective", sorted({*ALL_OBJECTIVES} - {*OBJECTIVES}))
+def test_steps_of_other_objectives_never_wait(stand_in: ctypes.CDLL, objective: str) -> None:
+    config, batch = config_of(objective, "bf16", {}), tiny_batch(objective)
+    with fake_gpu(stand_in) as mode:
+        second_step(*fake_trainer(mode, config, batch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("bf16", {}),
+        ("fp16", {}),
+        ("bf16", {"loss": "tiled"}),
+        ("bf16", {"loss": "triton"}),
+        ("bf16", {"micro_batch_size": 5}),
+        ("bf16", {"ema_decay": 0.99}),
+    ],
+)
+def test_a_step_on_a_gpu_never_waits_for_it(precision: str, settings: dict) -> None:
+    """CUDA itself tells: any wait of the host in the step is an error."""
+    config = config_of("unicl", precision, settings).changed(run={"device": "cuda"})
+    trainer = make_trainer(config, ListLoader([tiny_batch()]), progress=False)
+    assert trainer.device.type == "cuda"
+    batches = trainer.loader.batches(0)
+    for _ in range(2):  # kernels are chosen and memory is taken
+        trainer.train_step(next(batches).to(trainer.device))
+    batch = next(batches).to(trainer.device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @slow

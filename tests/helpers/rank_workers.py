@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -236,51 +235,6 @@ def write_feature_gradients(ranks, folder: str) -> None:
         torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
 
-def count_work_of_the_loss(ranks, folder: str) -> None:
-    """Products, and values that go over the network, of the loss and its gradients."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from unicl_fast.distributed import ranks as ranks_module
-
-    generator = torch.Generator().manual_seed(ranks.rank)
-    images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    texts = torch.randn(
-        3 + ranks.rank, 4, generator=generator, dtype=torch.float64, requires_grad=True
-    )
-    calls: dict[str, list[int]] = {}
-
-    def counting(module: ModuleType, name: str) -> Callable[..., object]:
-        plain = getattr(module, name)
-
-        def count(tensor: torch.Tensor, *rest: object, **options: object) -> object:
-            calls.setdefault(name, []).append(tensor.numel())
-            return plain(tensor, *rest, **options)
-
-        return count
-
-    collectives = (
-        (torch.distributed, "all_reduce"),
-        (ranks_module, "_all_gather"),
-        (ranks_module, "_reduce_scatter"),
-    )
-    with contextlib.ExitStack() as stack:
-        for module, name in collectives:
-            stack.enter_context(mock.patch.object(module, name, counting(module, name)))
-        flops = stack.enter_context(FlopCounterMode(display=False))
-        classes = Classes(
-            torch.arange(6), torch.arange(len(texts)), torch.ones(len(texts), dtype=torch.int64)
-        )
-        columns = TextColumns(classes, ranks)
-        learnt = {"logit_scale": torch.tensor(10.0, dtype=torch.float64).log()}
-        all_texts = columns.receive(columns.send(texts))
-        loss = make_objective().loss(
-            Operands(images, all_texts, classes.images, learnt, "dense", ranks)
-        )
-        forward = flops.get_total_flops()
-        loss.backward()
-    torch.save({"forward": forward, "calls": calls}, Path(folder) / f"{ranks.rank}.pt")
-
-
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
     """BatchNorm's averages as an evaluation on each rank sees them."""
 
@@ -413,25 +367,6 @@ def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], confi
         torch.save((found, tensors), checkpoint.parent / f"{checkpoint.name}-{ranks.rank}.pt")
 
 
-def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
-    """Gradient values that DDP sends in each of three steps in micro-batches of 2."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
-    trainer = trainer_of(ranks, images, tiny_config(micro_batch_size=2))
-    reduced = [0, 0, 0]
-
-    def count(state, bucket):  # DDP reads annotations, and takes no strings
-        reduced[trainer.step] += bucket.buffer().numel()
-        return allreduce_hook(None, bucket)
-
-    trainer.parallel.encode.register_comm_hook(None, count)
-    batches = trainer.loader.batches(0)
-    for _ in range(3):
-        trainer.train_step(next(batches))
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    torch.save({"reduced": reduced, "parameters": parameters}, Path(folder) / f"{ranks.rank}.pt")
-
-
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
     """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
     trainer = trainer_of(ranks, images, tiny_config(steps=50), run_folder=folder / "run")
@@ -470,27 +405,6 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
         trainer.fit()
     if ranks.is_main:
         (folder / "found.json").write_text(json.dumps(found))
-
-
-def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
-    """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
-    import unicl_fast.training.limits as limits
-
-    def replaced(batch: Batch) -> Batch:
-        scheduled = torch.arange(batch.batch_size)
-        shown = scheduled.clone()
-        shown[: ranks.rank + 1] += 100
-        return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
-
-    limits.LEAST_DRAWS = 30
-    config = tiny_config(steps=50)
-    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
-    config = dataclasses.replace(config, data=data)
-    trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
-    try:
-        trainer.fit()
-    except limits.TooManyBadSamplesError as error:
-        (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
 def train_watched(

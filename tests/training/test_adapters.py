@@ -289,15 +289,6 @@ def test_an_encoder_that_reads_weights_past_their_layers_is_refused() -> None:
         check_adapters(encoder, "it", torch.zeros(1, 4))
 
 
-def test_features_are_stored_of_a_frozen_image_encoder_only() -> None:
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
-    config = tiny_config().changed(data=whole, optim={"freeze": ("image",), "lora": "text:2"})
-    config.changed(efficiency={"image_features": "features"})
-    with pytest.raises(ValueError, match="image_features .* this run trains it"):
-        config.changed(optim={"freeze": (), "lora": "image:2"},
-                       efficiency={"image_features": "features"})  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

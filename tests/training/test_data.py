@@ -188,22 +188,6 @@ def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
         dataset.close()
 
 
-@pytest.mark.parametrize("name", ["swin-tiny-half-half", "swin-base-half-half"])
-def test_the_presets_of_halves_mix_the_first_half_of_each(data: Path, name: str) -> None:
-    """The paper's mixes: two sets together give as many samples as one of them has."""
-    folders = (str(data / "labels"), str(data / "captions"))
-    config = dataclasses.replace(build_preset(name).data, train=folders)
-    whole, _ = open_datasets(DataConfig(train=folders))
-    halves, shares = open_datasets(config)
-    for half, full in zip(halves, whole, strict=True):
-        assert len(half) == round(len(full) / 2)
-        assert np.array_equal(half.samples["xxh3"], full.samples["xxh3"][: len(half)])
-    assert shares is None  # each pass sees each sample of both once
-    assert build_preset(name.removesuffix("-half-half")).data.fraction == (1.0,)
-    for dataset in (*whole, *halves):
-        dataset.close()
-
-
 @pytest.mark.parametrize("fraction", [(0.5, 0.5), (0.0,), (1.1,), (-1.0,), ()])
 def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="data.fraction (takes one number|must be)"):

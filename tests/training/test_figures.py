@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import logging
 from pathlib import Path
 
@@ -13,14 +11,12 @@ import torch
 from damage import HOSTILE
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.evaluate.figures import draw_confusion
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
 
@@ -125,23 +121,3 @@ def test_what_goes_wrong_in_a_figure_is_logged(
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert f"NO FIGURE {tmp_path / 'x.png'}: {type(error).__name__}" in record.getMessage()
-
-
-def test_a_log_on_a_full_disk_ends_nothing(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class FullDisk(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        def flush(self) -> None:
-            self.write("")
-
-    monkeypatch.setattr("sys.stderr", FullDisk())
-    make_trainer(
-        tiny_config(steps=2),
-        StepLoader(images),
-        run_folder=tmp_path,
-        evaluations={"any": lambda model: {"top1": 0.5}},
-    ).fit()
-    assert read_metrics(tmp_path)[-1]["step"] == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import first_gradients, run_on_ranks, train_each, train_each_compiled
+from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
 from small_runs import StepLoader, objective_config, tiny_config
 
@@ -14,7 +14,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models.compilation import find_blocks, has_compiler
+from unicl_fast.models.compilation import find_blocks
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
@@ -361,36 +361,6 @@ def assert_close_runs(found: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_train_what_is_not_frozen(images: torch.Tensor, tmp_path: Path) -> None:
-    """Two ranks train as one does, also where they divide the state, which has one owner."""
-    # without checkpoints in between, for which divided parameters would be put in order
-    settings = {"steps": 2, "every_steps": 0}
-    runs = {
-        shard: (config_of("image", "text:1", shard=shard, **settings), None)
-        for shard in ("off", "optimizer", "full")
-    }
-    run_on_ranks(train_each, 2, images, tmp_path, runs)
-    alone = trainer_of(images, runs["off"][0], tmp_path / "alone")
-    alone.fit()
-    last = {run: list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in (*runs, "alone")}
-    assert_equal_checkpoints(last["optimizer"], last["off"])
-    for run in runs:
-        assert_close_runs(tmp_path / run, tmp_path / "alone")
-    states = {
-        run: [torch.load(tmp_path / run / f"{rank}.pt")[0][1] for rank in range(2)] for run in runs
-    }
-    assert sum(states["optimizer"]) == states["off"][0]
-    of_no_encoder = sum(
-        value.nbytes
-        for name, parameter in alone.model.named_parameters()
-        for value in alone.optimizer.state.get(parameter, {}).values()
-        if "_encoder." not in name
-    )
-    assert sum(states["full"]) == pytest.approx(states["off"][0] + of_no_encoder, rel=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
 @pytest.mark.parametrize(
     ("entries", "settings"),
     [
@@ -428,20 +398,3 @@ def test_three_ranks_with_frozen_parts_resume_bit_for_bit(
         alone.fit()
         for shard in config:
             assert_close_runs(tmp_path / shard, tmp_path / "alone")
-
-
-@pytest.mark.slow
-@pytest.mark.long
-@pytest.mark.dist
-@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
-def test_compiled_blocks_are_frozen(images: torch.Tensor, tmp_path: Path) -> None:
-    settings = {"steps": 2}
-    entries = ("image:2", "text")
-    runs = {
-        shard: (config_of(*entries, shard=shard, compile="blocks", **settings), None)
-        for shard in ("off", "full")
-    }
-    run_on_ranks(train_each_compiled, 2, images, tmp_path, runs)
-    trainer_of(images, config_of(*entries, **settings), tmp_path / "alone").fit()
-    for run in runs:
-        assert_close_runs(tmp_path / run, tmp_path / "alone")

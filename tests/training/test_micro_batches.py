@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    count_reductions,
     first_gradients,
     run_on_ranks,
     write_gradients,
@@ -96,31 +95,6 @@ def test_micro_batches_of_the_sigmoid_form(
         assert_equal_gradients(gradients, plain[1])
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_gradients_are_reduced_once_a_step(images: torch.Tensor, tmp_path: Path) -> None:
-    """As many values go over the network as the model has parameters, whatever the micro-batch."""
-    run_on_ranks(count_reductions, 2, images, str(tmp_path))
-    for rank in range(2):
-        counts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert counts["reduced"] == [counts["parameters"]] * 3
-
-
-def train_three_steps(images: torch.Tensor, **efficiency: object) -> tuple[list[float], dict]:
-    trainer = make_trainer(tiny_config(steps=3, **efficiency), StepLoader(images), progress=False)
-    batches = trainer.loader.batches(0)
-    losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
-    return losses, trainer.model.state_dict()
-
-
-def test_a_run_in_micro_batches_is_the_plain_run(images: torch.Tensor) -> None:
-    plain_losses, plain = train_three_steps(images)
-    losses, weights = train_three_steps(images, micro_batch_size=5)
-    assert losses == pytest.approx(plain_losses, rel=1e-10)
-    for name, weight in weights.items():
-        torch.testing.assert_close(weight, plain[name], rtol=1e-7, atol=1e-9, msg=name)
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 3e-3)])
 def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
     images: torch.Tensor, precision: str, tolerance: float
@@ -175,8 +149,3 @@ def test_batchnorm_is_refused(images: torch.Tensor, image_encoder: str) -> None:
     config = tiny_config(image_encoder=image_encoder, micro_batch_size=4)
     with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
         make_trainer(config, StepLoader(images), progress=False)
-
-
-def test_a_negative_micro_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="micro_batch_size must be .* of at least 0, not -1"):
-        tiny_config(micro_batch_size=-1)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    count_work_of_the_loss,
     first_gradients,
     run_on_ranks,
     train,
@@ -19,7 +18,6 @@ from rank_workers import (
 from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 from torch import nn
 
-from unicl_fast.batch import repeated_texts
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
@@ -28,7 +26,6 @@ from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import after_three_quarters
-from unicl_fast.training.metrics import read_metrics
 
 
 @pytest.mark.dist
@@ -90,41 +87,6 @@ def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
             found = [torch.cat(of_images), *(torch.stack(parts).sum(dim=0) for parts in of_all)]
             for ours, expected in zip(found, gradients, strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.dist
-def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> None:
-    """Rank r has 6 images and 3 + r texts, features of 4 numbers; texts are padded to 5."""
-    run_on_ranks(count_work_of_the_loss, 3, str(tmp_path))
-    most = 5
-    texts = 3 * most
-    for rank in range(3):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["forward"] == 2 * 6 * texts * 4
-        assert found["calls"] == {
-            "_all_gather": [texts * 4, texts * 2],  # features, classes and counts
-            "all_reduce": [1, texts, 3 * texts + 1],  # the most texts, maxima, sums
-            "_reduce_scatter": [most * 4],
-        }
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_path: Path) -> None:
-    config = tiny_config(steps=6)
-    make_trainer(config, StepLoader(images), run_folder=tmp_path / "one", progress=False).fit()
-    run_on_ranks(train, 2, images, str(tmp_path / "two"), 6)
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    assert [line["loss"] for line in two] == pytest.approx(
-        [line["loss"] for line in one], rel=1e-11
-    )
-    assert [line["grad_norm"] for line in two] == pytest.approx(
-        [line["grad_norm"] for line in one], rel=1e-9
-    )
-    assert not any(line["seconds/communication"] for line in one)
-    assert all(line["seconds/communication"] > 0 for line in two)
-    assert two[0]["seconds/checks"] > 0  # DDP's buckets are settled
-    assert two[-1]["images_per_second_per_device"] == two[-1]["images_per_second"] / 2
 
 
 @pytest.mark.slow
@@ -226,21 +188,6 @@ def test_efficiency_changes_nothing(
         torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-8, atol=1e-12, msg=name)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, plain_weights[name], rtol=1e-7, atol=1e-9, msg=name)
-
-
-@pytest.mark.parametrize("micro_batch_size", [0, 5])
-def test_distinct_texts_without_padding_equal_every_text_with_it(
-    images: torch.Tensor, micro_batch_size: int
-) -> None:
-    """Loss and gradients of a step."""
-    config = tiny_config(micro_batch_size=micro_batch_size)
-    loss, gradients = first_gradients(images, Ranks(), config)
-    plain_loss, plain = first_gradients(
-        images, Ranks(), config, StepLoader(images, change=repeated_texts)
-    )
-    assert loss == pytest.approx(plain_loss, rel=1e-13)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])

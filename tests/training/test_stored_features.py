@@ -171,6 +171,7 @@ def test_stored_features_that_are_damaged_are_refused(data: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"optim": {"freeze": ("image:2",)}}, r"this run trains it: add --optim\.freeze image"),
+        ({"optim": {"freeze": (), "lora": "image:2"}}, "image_features .* this run trains it"),
         ({"data": {"crop_ratio": (0.75, 1.0)}}, "this run draws crops: add"),
         (
             {"data": {"crop_scale": (0.5, 1), "flip_probability": 0.5, "augment": ("clip",)}},
