@@ -9,8 +9,8 @@ in memory a run finds
 - shared memory that tensor cores read by their own proxy before a fence, or while it is written;
 - registers of a `wgmma` that are touched before its wait, or not fenced before it.
 
-It knows the instructions that our kernels have, and raises NotImplementedError for others. Branches
-must not part the threads of a block.
+It knows the instructions that our kernels and Inductor's have, and raises NotImplementedError for
+others. Only branches forward may part the threads of a block.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ KINDS: dict[str, Any] = {
 WARP, GROUP = 32, 128
 TF32 = np.uint32(0xFFFFE000)
 BASE = 1 << 40  # the address of global memory
-_ROUNDINGS = {"rm", "rz", "rp", "rni", "rmi", "rpi", "sat"}
-"""Those that change a result: none is known here."""
+_ROUNDINGS = {"rm": "fma", "sat": "cvt", **dict.fromkeys(("rz", "rp", "rni", "rmi", "rpi"), "")}
+"""Those that change a result, and the only instruction that may have them here."""
 _OP = re.compile(r"(?:@(!?)(\S+)\s+)?([\w.:]+)\s*(.*)", re.S)
 
 
@@ -97,7 +97,7 @@ def parse(text: str) -> Kernel:
             args = [one.strip() for one in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,{\[]+", rest)]
             args = [one for one in args if one]
             parts = op.split(".")
-            if _ROUNDINGS & {*parts}:
+            if any(_ROUNDINGS.get(part, parts[0]) != parts[0] for part in parts):
                 raise NotImplementedError(statement)
             code.append(Instruction(op, parts, args, guard or "", bool(negated), statement))
         if statement.startswith(".section"):
@@ -224,6 +224,8 @@ class Block:
         self.results: Counter[str] = Counter()  # registers of products in flight
         self.operands: Counter[str] = Counter()
         self.touched = {""}  # registers that were read or written since the last fence of products
+        self.active = np.ones(kernel.num_threads, bool)
+        self.asleep: dict[int, Array] = {}  # threads that wait for the others at an instruction
         self.guard: Array | None = None
         self.now = ""
 
@@ -232,18 +234,20 @@ class Block:
         with np.errstate(all="ignore"):
             while position < len(code):
                 one = code[position]
-                self.now, self.guard = one.text, None
+                if position in self.asleep:
+                    self.active = self.active | self.asleep.pop(position)
+                self.now, self.guard = one.text, None if self.active.all() else self.active
                 if one.guard:
-                    guard = self.lanewise(one.guard, "pred")
-                    self.guard = ~guard if one.negated else guard
+                    guard = self.lanewise(one.guard, "pred") ^ one.negated
+                    self.guard = guard & self.active
                 position += 1
-                if one.parts[0] in ("bra", "ret"):
-                    taken = self.mask
-                    if taken.any() and not taken.all():
-                        raise NotImplementedError(f"a branch parts threads: {one.text}")
-                    if taken.all():
-                        end = one.parts[0] == "ret"
-                        position = len(code) if end else self.kernel.labels[one.args[0]]
+                if one.parts[0] == "bra":
+                    position = self.branch(position, self.kernel.labels[one.args[0]])
+                    continue
+                if one.parts[0] == "ret":
+                    if self.mask.any() and not self.mask.all():
+                        raise NotImplementedError(f"some threads end: {one.text}")
+                    position = len(code) if self.mask.all() else position
                     continue
                 simple = _SIMPLE.get(one.parts[0])
                 if simple is not None and one.kind != "bf16":
@@ -256,6 +260,18 @@ class Block:
                     method(one)
         if any(self.products) or any(self.copies):
             self.fault("ends before what is asynchronous")
+
+    def branch(self, position: int, target: int) -> int:
+        """Where the block goes on: threads that part wait for the others where they jump to."""
+        taken = self.mask
+        if taken.all():
+            return target
+        if taken.any():
+            if target < position:
+                raise NotImplementedError(f"a loop parts threads: {self.now}")
+            self.asleep[target] = self.asleep.get(target, False) | taken
+            self.active = self.active & ~taken
+        return position if self.active.any() else min(self.asleep)
 
     @property
     def mask(self) -> Array:
@@ -380,6 +396,22 @@ class Block:
             index = self.bytes_at(start, data.shape[1], mask, shared=False)
             self.memory.data[index] = data[mask]
 
+    def _atom(self, one: Instruction) -> None:
+        """Adds to global memory, one lane after another; `red` does not want what was there."""
+        if "add" not in one.parts or "global" not in one.parts:
+            raise NotImplementedError(one.text)
+        place, added = one.args[-2:]
+        values, mask = self.lanewise(added, one.kind), self.mask
+        index = self.bytes_at(self.address(place), values.itemsize, mask, shared=False)[:, 0]
+        numbers, old = self.memory.data.view(values.dtype), np.zeros_like(values)
+        for lane, at in zip(np.flatnonzero(mask), index // values.itemsize, strict=True):
+            old[lane] = numbers[at]
+            numbers[at] += values[lane]
+        if one.parts[0] == "atom":
+            self.set(one.args[0], old)
+
+    _red = _atom
+
     def _cp(self, one: Instruction) -> None:
         """Copies land at their wait; `copies` ends with the group that is not committed yet."""
         if "commit_group" in one.parts:
@@ -417,6 +449,8 @@ class Block:
 
     def _nothing(self, one: Instruction) -> None:
         pass
+
+    _createpolicy = _nothing  # of caches
 
     def _shfl(self, one: Instruction) -> None:
         value, by = (self.lanewise(name, "b32") for name in one.args[1:3])
@@ -633,7 +667,11 @@ class Block:
     def _fma(self, one: Instruction) -> None:
         left, right, added = (self.value(name, one.kind) for name in one.args[1:])
         exact = left.astype(np.float64) * right + added
-        self.set(one.args[0], exact.astype(left.dtype))
+        rounded = exact.astype(left.dtype)
+        if "rm" in one.parts:  # towards minus infinity
+            below = np.nextafter(rounded, left.dtype.type(-np.inf))
+            rounded = np.where(rounded > exact, below, rounded)
+        self.set(one.args[0], rounded)
 
     def _div(self, one: Instruction) -> None:
         left, right = (self.value(name, one.kind) for name in one.args[1:])
@@ -693,8 +731,14 @@ class Block:
     def _setp(self, one: Instruction) -> None:
         left, right = (self.value(name, one.kind) for name in one.args[1:])
         ordered = ~(np.isnan(left) | np.isnan(right)) if one.kind[0] == "f" else np.True_
-        found = _COMPARE[one.parts[1]](left, right) if one.parts[1] != "num" else np.True_
-        self.set(one.args[0], found & ordered)
+        name = one.parts[1]
+        if name in ("num", "nan"):
+            found = ordered == (name == "num")
+        elif name in _COMPARE:
+            found = _COMPARE[name](left, right) & ordered
+        else:  # ltu, neu and so on: also if one is not a number
+            found = _COMPARE[name.removesuffix("u")](left, right) | ~ordered
+        self.set(one.args[0], found)
 
     def _cvt(self, one: Instruction) -> None:
         if "tf32" in one.parts:
@@ -710,6 +754,7 @@ class Block:
             return
         value = self.value(one.args[1], source)
         value = _from_bf16(value) if source == "bf16" else value
+        value = np.fmin(np.fmax(value, 0), 1).astype(value.dtype) if "sat" in one.parts else value
         if target == "bf16":
             self.set(one.args[0], _to_bf16(value))
             return
@@ -722,7 +767,10 @@ _SIMPLE: dict[str, Callable[..., Array]] = {
     "or": np.bitwise_or,
     "xor": np.bitwise_xor,
     "not": np.invert,
+    "neg": np.negative,
+    "abs": np.abs,
     "ex2": np.exp2,
+    "rsqrt": lambda value: 1 / np.sqrt(value),
 }
 _COMPARE: dict[str, Callable[..., Array]] = {
     **{"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal},
