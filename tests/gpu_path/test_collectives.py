@@ -92,6 +92,34 @@ def test_divided_steps_send_what_the_table_says(shard: str) -> None:
     check_table(f"8 ranks, shard={shard}", step_of(8, shard=shard))
 
 
+def test_the_token_embedding_is_not_the_last_gradient_that_is_sent() -> None:
+    """It is large: the rest of the images, back-propagated after the texts, hides its way."""
+    model = {"text_width": 160, "text_layers": 6}
+    config = objective_config("unicl", precision="fp32").changed(
+        model=model, run={"global_batch_size": 2 * LOCAL_BATCH_SIZE}
+    )
+    images = torch.zeros(LOCAL_BATCH_SIZE, 32, 32, 3, dtype=torch.uint8)
+    batch = labelled_batch(images, objective="unicl")
+    sent: list[int] = []
+
+    def note(bucket: Any) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        answer: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        answer.set_result(bucket.buffer())
+        return answer
+
+    with fake_ranks(2) as ranks:
+        trainer = make_trainer(
+            config, ListLoader([batch]), ranks=ranks, device=torch.device("cpu"), progress=False
+        )
+        trainer.parallel.encode.register_comm_hook(None, lambda _, bucket: note(bucket))
+        for _ in range(2):  # the first step orders them
+            sent.clear()
+            trainer.back_propagate(batch)
+    assert len(sent) == 3
+    assert sent[2] < 1e6 < sent[1]
+
+
 def test_another_collective_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
     update = Trainer.update
