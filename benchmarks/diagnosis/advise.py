@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .model import LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
+from .model import BUSY, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
 
 LEAST_GAIN = 0.03
 """Part of the rate that a change must gain to be advice."""
@@ -67,16 +67,20 @@ def hints(measured: Measured) -> Iterator[str]:
         yield f"--nproc {measured.gpus}: a rank for each of the {measured.gpus} GPUs"
     if (slow := slow_rank(measured)) is not None:
         yield f"mend or replace the machine of rank {slow[0].rank}"
+    stage = find_limit(measured).stage
+    if stage == READ:
+        yield "the data on a faster disk; of a store, --data.shuffle-window and --data.cache-bytes"
+    if stage == READ or stage.endswith(" decode"):
+        yield "smaller images: unicl-pack build SOURCES --resize short:256; or --format raw"
 
 
 def neighbours(measured: Measured) -> str:
     """A sentence on other processes of the machine, where they take much of it."""
-    if not measured.is_busy:
+    if measured.others_cores <= BUSY * measured.cores:
         return ""
-    who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
     how = "images per CPU second" if measured.by_cpu else "the time that the run waits beside them"
     return (
-        f"OTHER PROCESSES took {measured.others_cores:.1f} of {measured.cores:g} cores{who}. So no "
+        f"OTHER PROCESSES took {measured.others_cores:.1f} of {measured.cores:g} cores. So no "
         f"gain in images/s is promised: changes are compared by {how}."
     )
 
@@ -96,11 +100,12 @@ def find_limit(measured: Measured) -> Limit:
             f"rank {rank.rank} is slow, and the others wait for it: its {what} takes {mine:.2f} ms "
             f"an image, the others' {1e3 * usual:.2f}",
         )  # fmt: skip
-    beside = _beside_computing(measured)
-    stage = max(beside, key=lambda name: beside[name][0])
-    part, evidence = beside[stage]
-    if part > MUCH:
-        return _limit(measured, stage, evidence)
+    if waits_for_storage(measured):
+        return _limit(
+            measured, READ,
+            f"the loop waits for batches {measured.waiting:.0%} of the time, and the thread that "
+            f"reads waits for storage {measured.reading:.0%} of it",
+        )  # fmt: skip
     if measured.waiting > MUCH and (stages := _of_loader(measured)):
         largest = max(stages, key=lambda one: one.cost.wall)
         threads = f"{measured.threads} threads" if measured.threads > 1 else "1 thread"
@@ -116,24 +121,6 @@ def find_limit(measured: Measured) -> Limit:
     largest = max(steps, key=lambda one: one.cost.wall)
     where = _part_of(largest, measured.step.wall, largest.cost.wall)
     return _limit(measured, largest.name, f"the step does not wait for batches; {where}")
-
-
-def _beside_computing(measured: Measured) -> dict[str, tuple[float, str]]:
-    """The part of the time that goes into all that is no computing, and the evidence."""
-    found = {READ: (0.0, "")}
-    if waits_for_storage(measured):
-        evidence = (
-            f"the loop waits for batches {measured.waiting:.0%} of the time, and the thread that "
-            f"reads waits for storage {measured.reading:.0%} of it"
-        )
-        found[READ] = measured.waiting, evidence
-    for work in measured.periodic:
-        part = measured.part_of(work)
-        about = f"{part:.0%} of the time: training waits {work.seconds:.2f} s every "
-        about += f"{work.every_steps} steps" + (f" ({work.note})" if work.note else "")
-        found[work.name] = part, f"{work.name}s take {about}"
-    found[LOGGING] = measured.logging, f"metrics and trackers take {measured.logging:.0%} of it"
-    return found
 
 
 def _of_loader(measured: Measured) -> list[Stage]:

@@ -1,72 +1,70 @@
 """The user's run on the bench: built as `unicl-pretrain` builds it, to be measured in turns.
 
-A changed setting is a `Contestant` with another loader or trainer on the same data. All share the
-observers, trackers and evaluations of the run.
+A changed setting is a `Contestant` with another loader or trainer on the same data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
-import math
+import gc
 import os
-import statistics
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
-from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.text_columns import asked_ahead
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
-from unicl_fast.system.progress import EvaluationStopped, stopping_when
-from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.tools.pretrain import evaluate_in_run
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.build import build_trainer
 from unicl_fast.training.data import longest_text
+from unicl_fast.training.memory_plan import MemoryPlan
 from unicl_fast.training.memory_plan import plan as plan_memory
-from unicl_fast.training.observers import WeightsAgree
+from unicl_fast.training.step_clock import Part, StepClock
 from unicl_fast.training.trainer import Trainer
 
+from ..harness import wait_for_gpu
 from ..step.parts import StepInParts
-from .clocks import Loop, LoopClock, PacedLoader, flow, keep_open, repeated
-from .model import CHECKPOINT, COPY, EVALUATION, Change, Cost, Periodic, Stage, median
+from .clocks import FIRST_STEP, flow, repeated
+from .model import Change, Cost, Stage, median
 
 _LARGEST_BATCH = 1 << 16
-_EVALUATED_AT_ONCE = 256
-_ENDLESS = 1 << 40
+_WAITS = 0.5
+"""A step that waits for its batch for more than this part of the time has no queue before it."""
 
 
-class Parts(NamedTuple):
-    """The data, its weights and its prompts, of which a loader is built."""
-
-    datasets: Sequence[PackedDataset]
-    weights: Sequence[float] | None
-    prompts: ClassPrompts
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Contestant:
     """The run as it is, or with a change."""
 
-    config: TrainConfig
     trainer: Trainer
-    loader: PacedLoader
+    loader: TrainLoader
+    batches: Iterator[Batch]
+    """Keep coming between turns: a loader that starts anew would have to fill its queues again."""
     local_batch: int
-    begun: int
-    """Batches that the loader makes ahead."""
     compute_threads: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """Some steps of loader and trainer together."""
+
+    steps: int
+    cost: Cost
+    parts: dict[Part, float]
+    """Seconds by the trainer's own names of its parts."""
+    reading: float
+    """Seconds in which a thread of the loader waited for storage."""
 
 
 class Bench:
@@ -77,79 +75,60 @@ class Bench:
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
         # a run in stages is measured by its own settings, those of the last stage
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, stages=()))
+        config = config.changed(
+            run={"stages": ()}, data={"evaluate": (), "cache_folder": str(folder / "cache")}
+        )
         require(
             not config.efficiency.image_features,
             "unicl-bench measures runs that decode and encode images: leave "
             "efficiency.image_features out",
         )
-        self.ranks, self.device, self.folder = ranks, device, folder
+        self.ranks, self.device = ranks, device
         self.free_bytes = min(gather_integers(free_memory(device), ranks))
-        self.clock, self._opened = LoopClock(), contextlib.ExitStack()
-        self.most_seconds = math.inf
-        """An evaluation that takes longer is stopped, and its time is estimated."""
-        self._evaluated: list[float] = []
-        built: list[TrainLoader] = []
+        self.parts: dict[str, Any] = {}
+        """The arguments of the loader besides the config."""
 
         def build_loader(config: TrainConfig, **parts: Any) -> TrainLoader:
-            self.parts = Parts(*(parts[name] for name in Parts._fields))
-            self.data_config = config
-            built.append(TrainLoader(config, **parts))
-            return built[0]
+            self.parts = parts
+            self.loader = TrainLoader(config, **parts)
+            return self.loader
 
         trainer = build_trainer(
             config,
-            run_folder=folder,
+            run_folder=folder / "run",
             build_loader=build_loader,
-            evaluate=self._evaluate,
+            evaluate=lambda model, **_: {},
             ranks=ranks,
             device=device,
             progress=False,
         )
-        # each rank takes the parts of a step by itself (`step_stages`), after which weights differ
-        kept = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
-        for observer in kept:
-            keep_open(observer, self._opened)
-        self._observers = [self.clock, *kept]
-        (self.loader,) = built
-        self.config = dataclasses.replace(trainer.config, data=self.data_config.data)
+        self.config = trainer.config
         self.local_batch = ranks.local_batch_size(config.run.global_batch_size)
         # ranks of this machine share its cores
         self.cores = usable_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.now = self._contestant(self.config, trainer, PacedLoader(self.loader, self.clock))
-
-    def close(self) -> None:
-        """Closes the trackers, the loader and the data."""
-        self._opened.close()
-        self.now.loader.close()
-        for dataset in self.parts.datasets:
-            dataset.close()
-
-    # The run as it is, and with a change.
-
-    def _contestant(self, config: TrainConfig, trainer: Trainer, loader: PacedLoader) -> Contestant:
-        if trainer.observers is not self._observers:
-            self.clock.follow(trainer)
-            trainer.observers, trainer.total_steps = self._observers, _ENDLESS
-        batch = self.ranks.local_batch_size(config.run.global_batch_size)
-        return Contestant(
-            config=config,
+        self.now = Contestant(
             trainer=trainer,
-            loader=loader,
-            local_batch=batch,
-            begun=loader.batches_begun,
+            loader=self.loader,
+            batches=self.loader.batches(FIRST_STEP),
+            local_batch=self.local_batch,
             compute_threads=torch.get_num_threads(),
         )
 
+    def close(self) -> None:
+        """Closes the loader and the data."""
+        self.loader.close()
+        for dataset in self.parts["datasets"]:
+            dataset.close()
+
     @contextlib.contextmanager
-    def changed(self, change: Change, parts: Parts | None) -> Iterator[Contestant]:
-        """The run with a change; `parts` are other data.
+    def changed(self, change: Change) -> Iterator[Contestant]:
+        """The run with a change.
 
         Raises:
             ValueError: settings that a run would refuse, or that need more memory than there is.
         """
-        config = change.applied_to(self.config)
-        loader, trainer = self.now.loader, self.now.trainer
+        config, now = change.applied_to(self.config), self.now
+        loader, batches, trainer = now.loader, now.batches, now.trainer
         if change.side in ("step", "both"):
             plan = self._plan(config, free_memory(self.device))
             require(
@@ -160,54 +139,87 @@ class Bench:
             trainer = make_trainer(
                 config, feed, ranks=self.ranks, device=self.device, progress=False
             )
-            trainer.run_id = self.now.trainer.run_id
-            trainer.evaluations = self.now.trainer.evaluations
-        if change.side in ("loader", "both", "images"):
-            of_rank: dict[str, Any] = {"rank": self.ranks.rank, "world_size": self.ranks.world_size}
-            parts = parts or self.parts
-            new = TrainLoader(config, *parts, device=self.device, **of_rank)
-            loader = PacedLoader(new, self.clock)
+        if change.side in ("loader", "both"):
+            loader = TrainLoader(config, **self.parts)
+            batches = loader.batches(FIRST_STEP)
         try:
-            then = self._contestant(config, trainer, loader)
-            yield dataclasses.replace(
-                then, compute_threads=change.compute_threads or then.compute_threads
+            yield Contestant(
+                trainer=trainer,
+                loader=loader,
+                batches=batches,
+                local_batch=self.ranks.local_batch_size(config.run.global_batch_size),
+                compute_threads=change.compute_threads or now.compute_threads,
             )
         finally:
-            if loader is not self.now.loader:
+            if loader is not now.loader:
                 loader.close()
 
     # Loader, step, and both together.
 
-    def loop(self, one: Contestant, *, seconds: float, skip: int, least: int) -> Loop:
-        """A turn of the trainer's own loop, with checkpoints, evaluations and log."""
-        gather_integers(0, self.ranks)  # all ranks measure the same at the same time
-        trainer, now = one.trainer, self.now.trainer
-        trainer.step, trainer.saved_step = now.step, now.saved_step  # all write the same files
-        trainer.config, trainer.loader = one.config, one.loader  # cadences are read from it
-        try:
-            torch.set_num_threads(one.compute_threads)
-            return one.loader.turn(trainer, seconds=seconds, skip=skip, least=least)
-        finally:
-            torch.set_num_threads(self.now.compute_threads)
-            now.step = trainer.step
-            self._join_writer(seconds)
+    def turn(self, one: Contestant, *, seconds: float) -> Turn:
+        """Steps of `seconds`, or one if that takes longer.
 
-    def _join_writer(self, seconds: float) -> None:
-        """Lets a checkpoint be written, which would disturb the next turn."""
-        deadline = time.perf_counter() + seconds
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":
-                thread.join(max(0.0, deadline - time.perf_counter()))
+        Those whose batches were made before are not timed, as many as come within `seconds`.
+        """
+        gather_integers(0, self.ranks)  # all ranks measure the same at the same time
+        clock = one.trainer.clock = StepClock(self.device)
+        torch.set_num_threads(one.compute_threads)
+        try:
+            with self._asked(one) as batches:
+                begun = last = time.perf_counter()
+                for _ in range(one.loader.pace.batches_begun):
+                    waited = self._step(one.trainer, clock, batches)
+                    now = time.perf_counter()
+                    is_empty = waited > _WAITS * (now - last)
+                    if from_rank_0(is_empty or now - begun > seconds, self.ranks):
+                        break
+                    last = now
+                gc.collect()
+                wait_for_gpu()
+                clock.cut()
+                steps, reading = 0, one.loader.reading.blocked_seconds
+                begun, cpu = time.perf_counter(), time.process_time()
+                while from_rank_0(time.perf_counter() - begun < seconds or not steps, self.ranks):
+                    self._step(one.trainer, clock, batches)
+                    steps += 1
+                wait_for_gpu()
+            wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        finally:
+            one.trainer.clock = None
+            torch.set_num_threads(self.now.compute_threads)
+        images = steps * one.local_batch
+        return Turn(
+            steps=steps,
+            cost=Cost(wall=wall / images, cpu=cpu / images),
+            parts=clock.cut()(),
+            reading=(one.loader.reading.blocked_seconds - reading) / one.loader.reading.num_threads,
+        )
+
+    def _asked(self, one: Contestant) -> contextlib.AbstractContextManager[Iterator[Batch]]:
+        if self.config.objective.uses_texts:
+            return asked_ahead(one.batches, self.ranks)
+        return contextlib.nullcontext(one.batches)
+
+    def _step(self, trainer: Trainer, clock: StepClock, batches: Iterator[Batch]) -> float:
+        """Takes a step; returns the seconds until its batch came."""
+        begun = time.perf_counter()
+        clock.begin("data_wait")
+        batch = next(batches).to(self.device)
+        waited = time.perf_counter() - begun
+        trainer.train_step(batch)
+        clock.end_step()
+        return waited
 
     def loader_cost(self, *, seconds: float) -> Cost:
         """The loader by itself, drained."""
         gather_integers(0, self.ranks)  # all ranks measure the same at the same time
-        take = iter(self.now.loader.take, None)
-        return flow(take, images=self.local_batch, skip=self.now.begun, seconds=seconds)
+        take = iter(functools.partial(next, self.now.batches), None)
+        begun = self.loader.pace.batches_begun
+        return flow(take, images=self.local_batch, skip=begun, seconds=seconds)
 
     def kept_batch(self) -> Batch:
         """A batch on the device that outlives the loader's buffers."""
-        return copy.deepcopy(self.now.loader.take()).to(self.device)
+        return copy.deepcopy(next(self.now.batches)).to(self.device)
 
     def step_cost(self, batch: Batch, *, count: int) -> Cost:
         """The step by itself, on one batch."""
@@ -243,7 +255,7 @@ class Bench:
             return None
         host = batch.to(torch.device("cpu"))
         cost = repeated(lambda: host.to(self.device), images=self.local_batch, count=8)
-        return Stage(name=COPY, cost=cost, side="between")
+        return Stage(name="copy to the device", cost=cost, side="between")
 
     def collectives(self) -> Stage | None:
         """The sum of all gradients over the ranks; None for one rank."""
@@ -257,80 +269,23 @@ class Bench:
         cost = repeated(work, images=self.local_batch, count=3)
         return Stage(name="collectives", cost=cost, side="step", note=f"{size:,} gradients")
 
-    # What a run does from time to time.
-
-    def checkpoint(self, *, seconds: float) -> Periodic:
-        """Writes a checkpoint as a run does, without training; waits at most `seconds` for it."""
-        trainer = self.now.trainer
-        begun = time.perf_counter()
-        trainer.save(required=False)
-        blocked = time.perf_counter() - begun
-        self._join_writer(seconds)
-        written = time.perf_counter() - begun
-        found = sorted((self.folder / "checkpoints").glob("step-*"))
-        size = sum(path.stat().st_size for path in found[-1].iterdir()) if found else 0
-        note = f"{size / 1e6:,.1f} MB, written in {written:.2f} s"
-        return Periodic(
-            name=CHECKPOINT,
-            every_steps=self.config.checkpoint.every_steps,
-            seconds=blocked,
-            note=note if found else f"not written after {written:.2f} s",
-        )
-
-    def evaluation(self) -> Periodic | None:
-        """Evaluates as a run does; None where it does not."""
-        evaluations, every = self.now.trainer.evaluations, self.config.run.evaluate_every_steps
-        if not (evaluations and every):
-            return None
-        for evaluate in evaluations.values():
-            evaluate(self.now.trainer.model.eval())
-        self.now.trainer.model.train()
-        return Periodic(name=EVALUATION, every_steps=every, seconds=self.evaluation_seconds)
-
-    @property
-    def evaluation_seconds(self) -> float:
-        """Seconds of the evaluations of a step, by those that were made so far."""
-        return statistics.fmean(self._evaluated) * len(self.now.trainer.evaluations)
-
-    def _evaluate(
-        self, model: UniCL, *, dataset: PackedDataset, **more: Any
-    ) -> Mapping[str, float]:
-        """Evaluates for `most_seconds`; the rest is taken to last as long as its images say."""
-        begun, num_batches = time.perf_counter(), 0
-
-        def is_stopped() -> bool:
-            nonlocal num_batches
-            num_batches += 1
-            return time.perf_counter() - begun > self.most_seconds
-
-        part, results = 1.0, {}
-        try:
-            with stopping_when(is_stopped):
-                results = dict(evaluate_in_run(model, dataset=dataset, quiet=True, **more))
-        except EvaluationStopped:
-            all_batches = math.ceil(len(dataset) / (_EVALUATED_AT_ONCE * self.ranks.world_size))
-            part = min(1.0, max(1, num_batches - 1) / all_batches)
-        self._evaluated.append((time.perf_counter() - begun) / part)
-        return results
-
     # Memory.
 
-    def _plan(self, config: TrainConfig, device_bytes: int) -> Any:
+    def _plan(self, config: TrainConfig, device_bytes: int) -> MemoryPlan:
         return plan_memory(
             config,
             world_size=self.ranks.world_size,
             device_bytes=device_bytes,
             device_type=self.device.type,
-            longest_text=longest_text(self.parts.datasets, self.parts.prompts),
+            longest_text=longest_text(self.parts["datasets"], self.parts["prompts"]),
         )
 
     def largest_batch(self) -> int:
         """The largest local batch, a power of two, that fits by the memory plan; 0 if none does."""
         largest, batch = 0, 1
         while batch <= _LARGEST_BATCH:
-            size = batch * self.ranks.world_size
-            run = dataclasses.replace(self.config.run, global_batch_size=size)
-            if not self._plan(dataclasses.replace(self.config, run=run), self.free_bytes).fits:
+            config = self.config.changed(run={"global_batch_size": batch * self.ranks.world_size})
+            if not self._plan(config, self.free_bytes).fits:
                 break
             largest, batch = batch, 2 * batch
         return largest

@@ -8,50 +8,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
-from unicl_fast.images.codec import ImageError
+from unicl_fast.system.machine import cpu_times
 
 from ..harness import in_turns
 from .advise import advise, find_limit, waits_for_storage
-from .bench import Bench, Contestant
-from .clocks import Loop, Watch
-from .deadline import Budget, seconds_since_start
+from .bench import Bench, Contestant, Turn
 from .loader_parts import feed_stages, graph_stages
-from .model import (
-    CHECKPOINT,
-    EVALUATION,
-    LOGGING,
-    READ,
-    Change,
-    Cost,
-    Measured,
-    Periodic,
-    RankFigures,
-    Stage,
-    Trial,
-    median,
-)
-from .variants import candidates, data_of
+from .model import Change, Cost, Measured, RankFigures, Stage, Trial, median
+from .variants import candidates
 
-_NOT_YET = Cost(wall=0.0, cpu=0.0)
 _HOPELESS = -0.03
 """A change whose first round loses more than this part of the rate gets no others."""
 _OVERTIME = 0.7
 """Part of the seconds by which the first change may take longer: without one there is no advice."""
 _AGAIN = 0.25
 """Part of the seconds that is kept to measure the best change again."""
-LONGER = 2.0
+_LONGER = 2.0
 """Times the usual turn, in which a change is measured again before it is believed."""
-_LOADER_MATTERS = 0.02
-"""Part of the time that a loop waits for batches, from which on those made in a pause are skipped.
-"""
 _LOSS = "loss and its gradient"
 """The part of a step in which ranks wait for each other."""
 
@@ -60,27 +40,21 @@ class Diagnoser:
     """One rank's diagnosis of a run; all ranks call the same methods together."""
 
     def __init__(
-        self,
-        bench: Bench,
-        budget: Budget,
-        *,
-        folder: Path,
-        rounds: int,
-        report: Callable[[Measured], None],
+        self, bench: Bench, *, seconds: float, rounds: int, say: Callable[[str], object]
     ) -> None:
-        """`folder` is for small data sets; `report` is called with what is known so far."""
-        self.bench, self.budget, self._folder, self._report = bench, budget, folder, report
-        self._rounds = rounds
-        self._skip, self._least = 0, 1
-        self._periodic: dict[str, Periodic] = {}
-        self._watch = Watch(set(gather_objects(os.getpid(), bench.ranks)))
-        self._start_seconds = seconds_since_start()
-        bench.most_seconds = budget.seconds / 10
+        """`say` is called with what is measured next."""
+        self.bench, self.seconds, self._rounds, self._say = bench, seconds, rounds, say
+        self._turn = min(1.0, seconds / 80)
+        self._begun, self._cpu = time.perf_counter(), cpu_times()
+
+    @property
+    def _left(self) -> float:
+        """Seconds that are left; negative when it takes longer."""
+        return self.seconds - (time.perf_counter() - self._begun)
 
     def diagnose(self) -> Measured:
         """Measures the run and changes of it."""
         measured, batch = self._together_and_separately()
-        self._report(measured)
         stages = self._stages(measured, batch)
         measured = dataclasses.replace(
             measured,
@@ -88,44 +62,30 @@ class Diagnoser:
             ranks=self._figures_of_ranks(measured.loader, stages),
             largest_batch=self.bench.largest_batch(),
         )
-        self._report(measured)
         return self._with_changes(measured)
 
     # The run as it is.
 
     def _together_and_separately(self) -> tuple[Measured, Batch]:
         """Turns of the run, and of its loader and its step by themselves; a batch."""
-        bench, turn = self.bench, self.budget.turn
-        first = bench.loop(bench.now, seconds=turn, skip=1, least=1)
-        self._report(self._measured([first], loader=_NOT_YET, step=_NOT_YET))
+        bench, turn = self.bench, self._turn
+        self._say("the run as it is")
+        first = bench.turn(bench.now, seconds=turn)
         batch = bench.kept_batch()
-        self._periodic[CHECKPOINT] = bench.checkpoint(seconds=2 * turn)
-        if (evaluation := bench.evaluation()) is not None:
-            self._periodic[EVALUATION] = evaluation
-        waits = first.parts.get("data_wait", 0.0) > _LOADER_MATTERS * first.wall
-        # long enough for a checkpoint and an evaluation, where these are frequent
-        periodic = sum(first.parts.get(name, 0.0) for name in (CHECKPOINT, EVALUATION))
-        pace = (first.wall - periodic) / first.steps
-        cadences = {name: work.every_steps for name, work in self._periodic.items()}
-        due = {name: every for name, every in cadences.items() if 0 < every * pace < 4 * turn}
-        least = 1 + max(due.values(), default=waits)
-        # the first checkpoint waits for none before it
-        skip = max(due.get(CHECKPOINT, 0), bench.now.begun if waits else 0)
-        count = max(1, min(200, round(turn / pace)))
-        count, self._least, self._skip = from_rank_0([count, least, skip], bench.ranks)
+        pace = first.cost.wall * bench.local_batch
+        count = from_rank_0(max(1, min(200, round(turn / pace))), bench.ranks)
         works: dict[str, Callable[[], Any]] = {
             "step": lambda: bench.step_cost(batch, count=count),
             "loader": lambda: bench.loader_cost(seconds=turn),
-            "whole": lambda: self._turn_of_run(2 * turn),
+            "whole": lambda: bench.turn(bench.now, seconds=2 * turn),
         }
-        turns = in_turns(works, rounds=self._rounds, most_seconds=self.budget.seconds / 4)
-        self._note_checkpoints(turns["whole"])
+        turns = in_turns(works, rounds=self._rounds, most_seconds=self.seconds / 4)
         loader, step = median(turns["loader"]), median(turns["step"])
         return self._measured(turns["whole"], loader=loader, step=step), batch
 
-    def _measured(self, loops: Sequence[Loop], *, loader: Cost, step: Cost) -> Measured:
-        bench, wall = self.bench, sum(loop.wall for loop in loops)
-        cores, busiest = self._watch.look()
+    def _measured(self, turns: Sequence[Turn], *, loader: Cost, step: Cost) -> Measured:
+        bench = self.bench
+        wall = sum(turn.cost.wall * turn.steps for turn in turns) * bench.local_batch
         return Measured(
             device=bench.device.type,
             cores=bench.cores,
@@ -135,85 +95,52 @@ class Diagnoser:
             local_batch=bench.local_batch,
             loader=loader,
             step=step,
-            whole=median(self._cost_of(loop, bench.now) for loop in loops),
-            waiting=sum(loop.parts.get("data_wait", 0.0) for loop in loops) / wall,
-            reading=min(1.0, sum(loop.reading for loop in loops) / wall),
-            periodic=tuple(self._periodic.values()),
-            others_cores=cores / bench.ranks.world_size,
-            others=busiest,
-            stages=tuple(self._stages_of_loop(loops)),
+            whole=median(turn.cost for turn in turns),
+            waiting=sum(turn.parts["data_wait"] for turn in turns) / wall,
+            reading=min(1.0, sum(turn.reading for turn in turns) / wall),
+            others_cores=self._others_cores(),
+            stages=tuple(self._stages_of_turns(turns)),
             gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
             ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            start_seconds=self._start_seconds,
         )
 
-    def _turn_of_run(self, seconds: float) -> Loop:
-        bench = self.bench
-        return bench.loop(bench.now, seconds=seconds, skip=self._skip, least=self._least)
-
-    def _note_checkpoints(self, loops: Sequence[Loop]) -> None:
-        """Those of a loop may also wait for the one before to be written."""
-        if count := sum(loop.saves for loop in loops):
-            seconds = sum(loop.parts.get(CHECKPOINT, 0.0) for loop in loops) / count
-            known = self._periodic[CHECKPOINT]
-            self._periodic[CHECKPOINT] = dataclasses.replace(known, seconds=seconds)
-
-    def _cost_of(self, loop: Loop, one: Contestant) -> Cost:
-        """An image in a loop, with what is done from time to time as often as the config says."""
-        wall = loop.wall - loop.parts.get("checks", 0.0)
-        cadences = {
-            CHECKPOINT: one.config.checkpoint.every_steps,
-            EVALUATION: one.config.run.evaluate_every_steps,
-        }
-        for name, known in self._periodic.items():
-            seconds, taken = known.seconds, loop.parts.get(name, 0.0)
-            if name == CHECKPOINT and loop.saves:
-                seconds = taken / loop.saves
-            if name == EVALUATION:
-                seconds = self.bench.evaluation_seconds
-            wall += (loop.steps / cadences[name] * seconds if cadences[name] else 0.0) - taken
-        images = loop.steps * one.local_batch
-        return Cost(wall=wall / images, cpu=loop.cpu / images)
+    def _others_cores(self) -> float:
+        """Cores that other processes have taken so far, for each rank of this machine."""
+        own, _, busy = (now - then for now, then in zip(cpu_times(), self._cpu, strict=True))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        seconds = time.perf_counter() - self._begun
+        return max(0.0, busy - own * ranks) / ranks / seconds
 
     # Its stages.
 
-    def _stages_of_loop(self, loops: Sequence[Loop]) -> Iterator[Stage]:
-        """The stages that the loop itself times: parts of a step, and the log with its trackers."""
-        images = self.bench.local_batch * sum(loop.steps for loop in loops)
-
-        def seconds_of(*parts: str) -> float:
-            return sum(loop.parts.get(part, 0.0) for loop in loops for part in parts) / images
-
-        micro = self.bench.config.efficiency.micro_batch_size
+    def _stages_of_turns(self, turns: Sequence[Turn]) -> list[Stage]:
+        """The parts of a step that the trainer itself times."""
+        bench = self.bench
+        images = bench.local_batch * sum(turn.steps for turn in turns)
+        micro = bench.config.efficiency.micro_batch_size
         encoding = "forward and backward"
-        if 0 < micro < self.bench.local_batch:
+        if 0 < micro < bench.local_batch:
             encoding += f" in micro-batches of {micro}"
-        cores = self.bench.cores
-        for name, parts in {
+        parts: dict[str, tuple[Any, ...]] = {
             encoding: ("forward", "loss", "backward", "communication"),
             "clip and update": ("optimizer",),
-        }.items():
-            wall = seconds_of(*parts)
-            cpu = wall * min(cores, torch.get_num_threads())
-            yield Stage(name=name, cost=Cost(wall=wall, cpu=cpu), side="step")
-        trackers = sum(loop.trackers for loop in loops) / images
-        names = ", ".join(self.bench.config.run.trackers)
-        wall = seconds_of("other")
-        yield Stage(
-            name=LOGGING, cost=Cost(wall=wall, cpu=wall + trackers), side="loop",
-            note=f"with {names}" if names else "",
-        )  # fmt: skip
+        }
+        stages = []
+        for name, names in parts.items():
+            wall = sum(turn.parts[part] for turn in turns for part in names) / images
+            cpu = wall * min(bench.cores, torch.get_num_threads())
+            stages.append(Stage(name=name, cost=Cost(wall=wall, cpu=cpu), side="step"))
+        return stages
 
     def _stages(self, measured: Measured, batch: Batch) -> list[Stage]:
-        bench, turn = self.bench, self.budget.turn
-        self.budget.phase = "the loader's stages"
+        bench, turn = self.bench, self._turn
+        self._say("the loader's stages")
         stages = feed_stages(bench, seconds=turn / 2)
         if not waits_for_storage(measured):  # in which time it could hardly be measured
             stages += graph_stages(bench, seconds=turn)
-        self.budget.phase = "the step's parts"
+        self._say("the step's parts")
         parts = bench.step_stages(batch, seconds=2 * turn)
-        stages += [one for one in measured.stages if one.side != "step" or not parts]
-        more = (*parts, bench.copy_stage(batch), bench.collectives())
+        more = (*(parts or measured.stages), bench.copy_stage(batch), bench.collectives())
         return stages + [stage for stage in more if stage is not None]
 
     def _figures_of_ranks(self, loader: Cost, stages: Sequence[Stage]) -> tuple[RankFigures, ...]:
@@ -231,20 +158,17 @@ class Diagnoser:
 
     def _with_changes(self, measured: Measured) -> Measured:
         """Measures changes, those first that relieve what limits the run, until time is up."""
-        bench, budget = self.bench, self.budget
         left_out: list[str] = []
         limit = find_limit(measured)
-        every = sorted(candidates(bench, measured), key=lambda one: _urgency(limit.stage, one))
+        every = sorted(candidates(self.bench), key=lambda one: _urgency(limit.stage, one))
         # others may have measured something else
-        fields = from_rank_0([dataclasses.asdict(one) for one in every], bench.ranks)
-        every = [Change(**one) for one in fields]
+        fields = from_rank_0([dataclasses.asdict(one) for one in every], self.bench.ranks)
         longest = 0.0
-        kept_seconds = _AGAIN * budget.seconds
-        for number, change in enumerate(every):
-            least = -_OVERTIME * budget.seconds if number == 0 else kept_seconds + longest / 2
-            if not self._is_time_left(least):
+        for number, change in enumerate(Change(**one) for one in fields):
+            least = _AGAIN * self.seconds + longest / 2
+            if not self._is_time_left(least if number else -_OVERTIME * self.seconds):
                 left_out.append(f"{change.option}: no time was left, --seconds was "
-                                f"{budget.seconds:g}")  # fmt: skip
+                                f"{self.seconds:g}")  # fmt: skip
                 continue
             begun = time.perf_counter()
             found = self.trial(change, by_cpu=measured.by_cpu)
@@ -253,15 +177,10 @@ class Diagnoser:
                 measured = dataclasses.replace(measured, trials=(*measured.trials, found))
             else:
                 left_out.append(found)
-            measured = dataclasses.replace(measured, not_measured=tuple(left_out))
-            self._report(measured)
-        measured = self._with_the_best_again(measured)
-        cores, busiest = self._watch.look()
         return dataclasses.replace(
-            measured,
+            self._with_the_best_again(measured),
             not_measured=tuple(left_out),
-            others_cores=cores / bench.ranks.world_size,
-            others=busiest,
+            others_cores=self._others_cores(),
         )
 
     def _with_the_best_again(self, measured: Measured) -> Measured:
@@ -272,54 +191,40 @@ class Diagnoser:
         if len(kept) == len(measured.trials) or not self._is_time_left(0.0):
             return measured
         (change,) = (one.change for one in measured.trials if one.change.option == option)
-        again = self.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
+        again = self.trial(change, by_cpu=measured.by_cpu, turns=_LONGER)
         if isinstance(again, Trial):
             measured = dataclasses.replace(measured, trials=(*kept, again))
         return measured
 
     def _is_time_left(self, least: float) -> bool:
-        return from_rank_0(self.budget.left > least, self.bench.ranks)
+        return from_rank_0(self._left > least, self.bench.ranks)
 
     def trial(self, change: Change, *, by_cpu: bool, turns: float = 1.0) -> Trial | str:
         """A change in turns with the run as it is; or why it was not measured.
 
         A turn takes `turns` times the usual one.
         """
-        bench, seconds = self.bench, self.budget.turn * turns
-        self.budget.phase = change.option
+        self._say(change.option)
         try:
-            with (
-                data_of(bench, change, self._folder, seconds=10 * self.budget.turn) as parts,
-                bench.changed(change, parts) as then,
-            ):
-                return self._in_turns(change, then, seconds=seconds, by_cpu=by_cpu)
-        except (ValueError, ImageError) as error:
+            with self.bench.changed(change) as then:
+                return self._in_turns(change, then, seconds=self._turn * turns, by_cpu=by_cpu)
+        except ValueError as error:
             return f"{change.option}: {error}"
         except torch.OutOfMemoryError:
             return f"{change.option}: does not fit into the memory next to the run's own model"
 
     def _in_turns(self, change: Change, then: Contestant, *, seconds: float, by_cpu: bool) -> Trial:
         bench = self.bench
-        own_loader = then.loader is not bench.now.loader
-
-        def take(is_then: bool) -> Cost:
-            if not is_then:
-                return self._cost_of(self._turn_of_run(seconds), bench.now)
-            skip = then.begun if own_loader else self._skip
-            least = self._least if change.side != "nothing" else 1 + bool(self._skip)
-            loop = bench.loop(then, seconds=seconds, skip=skip, least=least)
-            return self._cost_of(loop, then)
-
-        if change.side != "nothing":  # its first turn also fetches memory and code
-            bench.loop(then, seconds=seconds, skip=0, least=1)
+        bench.turn(then, seconds=seconds / 4)  # the first turn also fetches memory and code
         taken: dict[bool, list[Cost]] = {False: [], True: []}
         for round_ in range(1 + self._rounds):
             # what drifts in one direction favours neither
             for is_then in (False, True) if round_ % 2 else (True, False):
-                taken[is_then].append(take(is_then))
+                one = then if is_then else bench.now
+                taken[is_then].append(bench.turn(one, seconds=seconds).cost)
             trial = Trial(change=change, now=tuple(taken[False]), then=tuple(taken[True]))
             is_hopeless = round_ == 0 and trial.gains(by_cpu=by_cpu)[0] < _HOPELESS
-            is_late = self.budget.left < -_OVERTIME * self.budget.seconds
+            is_late = self._left < -_OVERTIME * self.seconds
             if from_rank_0(is_hopeless or is_late, bench.ranks):
                 break
         # the first round chose which changes are measured further: it would flatter them
@@ -329,7 +234,7 @@ class Diagnoser:
 
 def _urgency(limit: str, change: Change) -> int:
     """0 for changes of the stage that limits, 1 for others of the same side, 2 for the rest."""
-    if limit.startswith(change.stage) or (limit == READ and change.side == "images"):
+    if limit.startswith(change.stage):
         return 0
     of_step = limit.startswith(("image", "text", "loss", "clip", "forward", "normalise"))
     return 1 if change.side == "both" or (change.side in ("step", "nothing")) == of_step else 2

@@ -28,7 +28,7 @@ from unicl_fast.system.wording import count_of
 from ..harness import in_turns
 from .bench import Bench
 from .clocks import FIRST_STEP, flow
-from .model import CHECKSUMS, READ, Cost, Stage, median
+from .model import READ, Cost, Stage, median
 
 T = TypeVar("T")
 _ROUNDS = 3
@@ -45,7 +45,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
     pairs = list(zip(sources.tolist(), samples.tolist(), strict=True))[:_READ_SAMPLES]
 
     def images(pairs: Iterable[tuple[int, int]]) -> Iterator[Any]:
-        return (bench.parts.datasets[source].image_bytes(sample) for source, sample in pairs)
+        return (bench.parts["datasets"][source].image_bytes(sample) for source, sample in pairs)
 
     kept = _within(images(pairs[:_KEPT_SAMPLES]), seconds)
 
@@ -60,7 +60,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
         plans = (host.plan_steps(start, count) for start in range(0, 1 << 40, count))
         return flow(plans, images=count * batch, skip=1, seconds=min(seconds, 0.05))
 
-    works = {READ: read, CHECKSUMS: check, "plan and target map": plan}
+    works = {READ: read, "checksums": check, "plan and target map": plan}
     turns = in_turns(works, rounds=_ROUNDS, most_seconds=6 * seconds)
     notes = {READ: f"{sum(map(len, kept)) / len(kept) / 1e3:,.0f} kB an image"}
     return [
@@ -71,7 +71,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
 def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
     """Only decode, then with resizing, then with augmentation: what each adds."""
-    loader, dataset = bench.loader, bench.parts.datasets[0]
+    loader, dataset = bench.loader, bench.parts["datasets"][0]
     data = dataclasses.replace(bench.config.data, prefetch=1)
     if loader.form == "crops":
         return [_crops(bench, seconds)]

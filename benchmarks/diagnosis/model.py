@@ -1,8 +1,7 @@
-"""The numbers of a diagnosis: plain data, of which limits, advice, reports and pages are made."""
+"""The numbers of a diagnosis: plain data, of which limits, advice and the report are made."""
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,17 +9,11 @@ from typing import Any
 
 from unicl_fast.config import TrainConfig
 
-CHECKSUMS = "checksums"
-COPY = "copy to the device"
-CHECKPOINT = "checkpoint"
-EVALUATION = "evaluation"
-LOGGING = "logging"
 READ = "storage read"
-WAITING = "waiting for batches"
 _NOTHING = 1e-9
 """Seconds of an image that a stage takes at most where it does nothing."""
 MUCH = 0.2
-"""Part of the time from which on what is no computing is the limit."""
+"""Part of the time from which on waiting for batches is the limit."""
 BUSY = 0.1
 """Part of the cores from which on other processes make rates and gains unreliable."""
 
@@ -51,15 +44,15 @@ def median(costs: Iterable[Cost]) -> Cost:
     )
 
 
-def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
+def rate_text(cost: Cost) -> str:
     """Writes images/s with the slowest and the fastest round; a dash where nothing was measured."""
-    if cost is None or cost.wall <= _NOTHING:
+    if cost.wall <= _NOTHING:
         return "-"
-    rate = f"{ranks / cost.wall:,.0f}"
+    rate = f"{1 / cost.wall:,.0f}"
     low, high = cost.spread
     if len(cost.rounds) < 2 or low <= _NOTHING:
         return rate
-    return f"{rate} ({ranks / high:,.0f} to {ranks / low:,.0f})"
+    return f"{rate} ({1 / high:,.0f} to {1 / low:,.0f})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,21 +62,7 @@ class Stage:
     name: str
     cost: Cost
     side: str
-    """`feed` (one thread reads and plans), `graph` (decoding threads), `step`, `between`, or
-    `loop`."""
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Periodic:
-    """Work that a run does after every so many steps, while training waits."""
-
-    name: str
-    """CHECKPOINT or EVALUATION."""
-    every_steps: int
-    """0: only at the end."""
-    seconds: float
-    """That training waits each time."""
+    """`feed` (one thread reads and plans), `graph` (decoding threads), `between` or `step`."""
     note: str = ""
 
 
@@ -92,28 +71,22 @@ class Change:
     """A changed setting that is worth a try."""
 
     option: str
-    """The option to type, or a thing to do."""
+    """The option to type."""
     about: str
     stage: str
     """The stage that it relieves."""
     side: str
-    """The part that it changes: `loader`, `step`, `both`, `images` (packed anew), or `nothing`."""
+    """The part that it changes: `loader`, `step`, `both`, or `nothing`."""
     set: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of the config by group."""
     compute_threads: int = 0
     """Threads of torch's operators; 0 leaves them."""
-    image: dict[str, Any] | None = None
-    """Arguments of `check_image` for images that are packed anew; empty copies them."""
     same_results: bool = True
     """False where the model that comes out is another one."""
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """The config with the changes."""
-        groups = {
-            group: dataclasses.replace(getattr(config, group), **fields)
-            for group, fields in self.set.items()
-        }
-        return dataclasses.replace(config, **groups)
+        return config.changed(**self.set)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,24 +133,19 @@ class Measured:
     loader: Cost
     step: Cost
     whole: Cost
-    """Loader and step together, by the trainer's own loop, all that it does from time to time
-    included."""
+    """Loader and step together."""
     waiting: float
-    """Part of that time in which the loop waits for a batch."""
+    """Part of that time in which the step waits for a batch."""
     reading: float
     """Part of it in which the loader's reading thread waits for storage."""
-    periodic: tuple[Periodic, ...] = ()
     others_cores: float = 0.0
     """Cores that other processes took meanwhile."""
-    others: tuple[tuple[str, float], ...] = ()
-    """The busiest of them, and the cores of each."""
     stages: tuple[Stage, ...] = ()
     ranks: tuple[RankFigures, ...] = ()
     trials: tuple[Trial, ...] = ()
     gpus: int = 0
     """CUDA devices of each machine."""
     ranks_per_machine: int = 1
-    start_seconds: float = 0.0
     largest_batch: int = 0
     """The largest local batch that fits, by the memory plan; 0 where none does."""
     not_measured: tuple[str, ...] = ()
@@ -188,37 +156,9 @@ class Measured:
         return self.world_size / self.whole.wall
 
     @property
-    def is_busy(self) -> bool:
-        """Whether other processes take so much of the cores that wall time says little."""
-        return self.others_cores > BUSY * self.cores
-
-    @property
     def by_cpu(self) -> bool:
         """Whether changes are compared by CPU seconds: others are busy, and the run computes.
 
         A run that waits for storage, or for one thread, gains no CPU seconds by waiting less.
         """
-        computes = max(self.waiting, *map(self.part_of, self.periodic), 0.0) <= MUCH
-        return self.is_busy and computes
-
-    @property
-    def logging(self) -> float:
-        """The part of the run's time that goes into metrics and trackers."""
-        costs = [stage.cost for stage in self.stages if stage.name == LOGGING]
-        if not costs or not self.whole.cpu:
-            return 0.0
-        # what is beyond the loop's own time is that of trackers, in threads of theirs
-        return costs[0].wall / self.whole.wall + (costs[0].cpu - costs[0].wall) / self.whole.cpu
-
-    def part_of(self, work: Periodic) -> float:
-        """The part of the run's time that goes into this work."""
-        if not work.every_steps:
-            return 0.0
-        return work.seconds / (work.every_steps * self.local_batch * self.whole.wall)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Itself for JSON, with what follows from it."""
-        return dataclasses.asdict(self) | {
-            "images_per_second": self.rate,
-            "images_per_cpu_second": 1 / self.whole.cpu if self.whole.cpu else 0.0,
-        }
+        return self.others_cores > BUSY * self.cores and self.waiting <= MUCH

@@ -1,4 +1,4 @@
-"""A diagnosis in plain text; page.py makes the page."""
+"""A diagnosis in plain text."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 from unicl_fast.system.wording import count_of
 
 from .advise import advise, find_limit, hints, neighbours
-from .model import Cost, Measured, Stage, rate_text
+from .model import Measured, Stage, rate_text
 
-SIDES = {
+_SIDES = {
     "feed": "the loader's feeding thread",
     "graph": "the loader's decoding threads",
     "between": "between loader and step",
     "step": "the step",
-    "loop": "after a step",
 }
 
 
@@ -28,25 +27,17 @@ class Diagnosis:
 
     measured: Measured
     hours: float
-    """For all samples of the run, checkpoints and evaluations included."""
-    applied: list[dict[str, Any]]
-    """Changes that `--apply` has measured again, and whether it kept them."""
+    """For all samples of the run, without checkpoints and evaluations."""
     config: dict[str, Any]
-
-    @property
-    def kept(self) -> list[str]:
-        """The options that `--apply` has kept."""
-        return [one["option"] for one in self.applied if one["is_kept"]]
 
     def as_dict(self) -> dict[str, Any]:
         """Itself for JSON, with its limit and its advice."""
         useful, idle = advise(self.measured)
         return dataclasses.asdict(self) | {
-            "measured": self.measured.as_dict(),
+            "images_per_second": self.measured.rate,
             "limit": dataclasses.asdict(find_limit(self.measured)),
             "advice": [dataclasses.asdict(one) for one in useful],
             "does_not_matter": [dataclasses.asdict(one) for one in idle],
-            "options": self.kept,
         }
 
 
@@ -60,26 +51,23 @@ def report_lines(found: Diagnosis) -> Iterator[str]:
     yield f"{limit.head_room}\n"
     yield from _advice(measured)
     yield ""
-    yield from _plan(found)
-    for one in found.applied:
-        again = ", ".join(f"{gain:+.0%}" for gain in one["again"])
-        kept = "kept" if one["is_kept"] else "not kept"
-        yield f"APPLIED {one['option']}: {one['gain']:+.0%}, then {again}: {kept}"
-    if found.applied:
-        yield f"USE: {' '.join(found.kept) or 'the options as they are'}"
+    if measured.largest_batch:
+        yield (
+            f"THE PLAN: the largest local batch that fits, by the memory plan, is "
+            f"{measured.largest_batch:,}; now {measured.local_batch}"
+        )
+    seconds = datetime.timedelta(seconds=round(3600 * found.hours))
+    yield (
+        f"  the steps of the run take {seconds} on {count_of(measured.world_size, 'rank')}; "
+        "metrics.jsonl has the time of checkpoints and evaluations"
+    )
 
 
-def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
+def _groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
     """Titles with the costs of an image: in the order of a batch's way, then of all together."""
-    for side, title in SIDES.items():
+    for side, title in _SIDES.items():
         if stages := [stage for stage in measured.stages if stage.side == side]:
             yield title, stages
-    for work in measured.periodic:
-        if work.every_steps:
-            cost = Cost(wall=measured.part_of(work) * measured.whole.wall, cpu=0.0)
-            note = f"training waits {work.seconds:.3f} s" + (f"; {work.note}" if work.note else "")
-            title = f"every {count_of(work.every_steps, 'step')}"
-            yield title, [Stage(name=work.name, cost=cost, side="", note=note)]
     together = {
         "loader only": measured.loader, "step only": measured.step, "all together": measured.whole
     }  # fmt: skip
@@ -88,7 +76,7 @@ def groups(measured: Measured) -> Iterator[tuple[str, list[Stage]]]:
 
 def _stages(measured: Measured) -> Iterator[str]:
     yield f"{'images/s on a rank, each stage by itself':44} {'images/s':>24} {'CPU ms/image':>13}"
-    for title, stages in groups(measured):
+    for title, stages in _groups(measured):
         yield f"  {title}"
         for stage in stages:
             rate, milliseconds = rate_text(stage.cost), 1e3 * stage.cost.cpu
@@ -100,16 +88,12 @@ def _stages(measured: Measured) -> Iterator[str]:
         )
 
 
-def rate_of(measured: Measured) -> str:
-    """The present rate, in the unit in which changes are compared."""
-    if measured.by_cpu and measured.whole.cpu:
-        return f"{1 / measured.whole.cpu:,.0f} images per CPU second"
-    return f"{measured.rate:,.0f} images/s"
-
-
 def _advice(measured: Measured) -> Iterator[str]:
     useful, idle = advise(measured)
-    yield f"ADVICE (now {rate_of(measured)}; each change by itself: median, slowest, fastest round)"
+    now = f"{measured.rate:,.0f} images/s"
+    if measured.by_cpu and measured.whole.cpu:
+        now = f"{1 / measured.whole.cpu:,.0f} images per CPU second"
+    yield f"ADVICE (now {now}; each change by itself: median, slowest, fastest round)"
     for number, one in enumerate(useful, 1):
         results = "" if one.change.same_results else " It changes what is learnt."
         yield f"  {number}. {one.change.option}: {one}"
@@ -124,17 +108,3 @@ def _advice(measured: Measured) -> Iterator[str]:
         yield "  does not matter: " + "; ".join(f"{one.change.option} {one}" for one in idle)
     for text in measured.not_measured:
         yield f"  not measured: {text}"
-
-
-def _plan(found: Diagnosis) -> Iterator[str]:
-    measured = found.measured
-    if measured.largest_batch:
-        yield (
-            f"THE PLAN: the largest local batch that fits, by the memory plan, is "
-            f"{measured.largest_batch:,}; now {measured.local_batch}"
-        )
-    seconds = datetime.timedelta(seconds=round(3600 * found.hours))
-    yield (
-        f"  start: {measured.start_seconds:.0f} s; then {seconds} "
-        f"on {count_of(measured.world_size, 'rank')}"
-    )

@@ -1,38 +1,42 @@
 """`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
 
-    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
-        [--apply] [--against OLD.json] [OPTIONS of unicl-pretrain]
+    unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--json FILE]
+        [OPTIONS of unicl-pretrain]
 
 The run is built as that program builds it, in a folder that is removed at the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import faulthandler
 import functools
-import json
+import gc
+import logging
 import os
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.launch import start_ranks
-from unicl_fast.system.atomic_files import make_folder, write_text_atomically
+from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.checked_fields import require
-from unicl_fast.system.machine import choose_environment
-from unicl_fast.system.wording import without_secrets
+from unicl_fast.system.machine import choose_device, choose_environment, keep_freed_memory
+from unicl_fast.system.program import logging_at
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
 from ..harness import Stage
-from .deadline import Deadline
-from .earlier import Comparison, KeptReport, as_kept, compare, read_report
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
-    from .report import Diagnosis
+    from .bench import Bench
+
+_START_SECONDS = 60.0
+"""For imports, data and model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +51,9 @@ class Run(Stage):
     nproc: int = 1
     """Ranks to start on this machine."""
     seconds: float = 60.0
-    """Time to measure for. It ends, in any case, after twice that and 60 seconds; with --apply
-    each further pass may take as long again."""
-    apply: bool = False
-    """Follow the best advice that changes no result, measure it again, keep it if it helps, and so
-    on; print the options to use."""
-    out: Path | None = None
-    """Folder for the report: report.html and report.json."""
-    against: Path | None = None
-    """The report.json of an earlier run to compare with; ends with 1 on a regression."""
-    tolerance: float = 0.05
-    """Part of the rate by which a run may be slower, beyond the spread of both, with --against."""
+    """Time to measure for. It ends, in any case, after twice that and 60 seconds."""
     folder: Path | None = None
-    """Folder on the disk that checkpoints go to; by default a temporary one."""
+    """Folder for temporary files, such as the cache of a store; by default the system's."""
     rounds: int = 3
     """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
@@ -76,65 +70,63 @@ class Run(Stage):
         return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
 
     def run(self) -> None:
-        """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
+        """Measures and reports. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
-        require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
-        # files that cannot be read or written are refused before anything is measured
-        earlier = None if self.against is None else read_report(self.against)
-        if self.out is not None:
-            make_folder(self.out)
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
-            arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
+        with temporary_folder("unicl-bench-", root=self.folder) as scratch:
+            arguments = [*self.options, *train, "--out", str(scratch / "run")]
             config = split_config(parse_arguments(arguments))
-            deadline = Deadline(self.seconds, scratch=Path(scratch), conclude=functools.partial(
-                self.conclude, earlier
-            ))  # fmt: skip
-            with deadline.enforced():
-                # before torch is imported, which reads it once
-                choose_environment(config.run.device)
-                from .session import measure
+            # before torch is imported, which reads it once
+            choose_environment(config.run.device)
+            # a loader that does not come back cannot be interrupted in Python
+            most = _START_SECONDS + 2 * self.seconds
+            faulthandler.dump_traceback_later(most, exit=True, file=2)
+            try:
+                with on_bench(config, scratch) as bench:
+                    self._measure(bench)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
 
-                measure(
-                    config,
-                    deadline.budget,
-                    applies=self.apply,
-                    rounds=self.rounds,
-                    samples=self.samples,
-                    scratch=Path(scratch),
-                    note=functools.partial(setattr, deadline, "found"),
-                )
-        if deadline.found is not None and self.conclude(earlier, deadline.found):
-            sys.exit(1)
+    def _measure(self, bench: Bench) -> None:
+        from .diagnose import Diagnoser
+        from .report import Diagnosis, report_lines
 
-    def conclude(self, earlier: KeptReport | None, found: Diagnosis) -> bool:
-        """Prints and writes the report; returns whether there is a regression."""
-        from .report import report_lines
+        is_main, run = bench.ranks.is_main, bench.config.run
+        say = functools.partial(print, file=sys.stderr) if is_main else lambda _: None
+        diagnoser = Diagnoser(bench, seconds=self.seconds, rounds=self.rounds, say=say)
+        measured = diagnoser.diagnose()
+        samples = self.samples or run.total_steps * run.global_batch_size
+        config = config_to_dict(bench.config)
+        found = Diagnosis(measured=measured, hours=samples / measured.rate / 3600, config=config)
+        if is_main:
+            print("\n".join(report_lines(found)), flush=True)
+            self.write_result({}, "timm", "nvidia-dali-cuda120", **found.as_dict())
 
-        print("\n".join(report_lines(found)), flush=True)
-        text = self.result_text({}, "timm", "nvidia-dali-cuda120", **found.as_dict())
-        comparison = None
-        if earlier is not None and self.against is not None:
-            comparison = compare(
-                earlier, as_kept(text), name=self.against.name, tolerance=self.tolerance
-            )
-            result = json.loads(text) | {"against": dataclasses.asdict(comparison)}
-            text = json.dumps(result, indent=1) + "\n"
-            lines = ["", comparison.table(), comparison.verdict, *comparison.warnings]
-            print("\n".join(lines), flush=True)
-        if self.json is not None:
-            self.json.write_text(text, encoding="utf-8")
-        if self.out is not None:
-            self._write(found, text, comparison)
-        return comparison is not None and comparison.is_regression
 
-    def _write(self, found: Diagnosis, text: str, comparison: Comparison | None) -> None:
-        from .page import make_page
+@contextlib.contextmanager
+def on_bench(config: TrainConfig, scratch: Path) -> Iterator[Bench]:
+    """The run of a config on this rank's bench; `scratch` is an empty folder of this rank."""
+    import torch
 
-        assert self.out is not None
-        page = make_page(found, json.loads(text)["machine"], comparison=comparison)
-        for name, content in {"report.html": page, "report.json": text}.items():
-            write_text_atomically(self.out / name, without_secrets(content))
-        print(f"written to {self.out}: report.html, report.json")
+    from unicl_fast.distributed.rendezvous import process_group
+
+    from .bench import Bench
+
+    keep_freed_memory()
+    device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with (
+        logging_at("unicl_fast", logging.ERROR),  # what each part says at its start
+        process_group(device, timeout_seconds=config.run.timeout_seconds) as ranks,
+        contextlib.closing(Bench(config, folder=scratch, ranks=ranks, device=device)) as bench,
+    ):
+        # each measurement collects garbage first: 0.3 s, if it looked at all that stays
+        gc.collect()
+        gc.freeze()
+        try:
+            yield bench
+        finally:
+            gc.unfreeze()

@@ -1,42 +1,26 @@
-"""Changes that may make a run faster, by its settings, and the data that some of them need."""
+"""Changes of settings that may make a run faster."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
-import math
-import tempfile
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import xxhash
 
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.images.check import check_image
 from unicl_fast.pipelines.loader import decoder_of
-from unicl_fast.training.data import build_prompts
 
-from .bench import Bench, Parts
+from .bench import Bench
 from .loader_parts import image_kind
-from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
+from .model import Change
 
 _SMALLEST_BATCH = 64
 """Local batches below this are tried larger."""
-_RARE = 0.01
-"""Part of the time that checkpoints and evaluations take where they are advised to come less often.
-"""
-_SELDOM_LOGGED = 50
 
 
-def candidates(bench: Bench, measured: Measured) -> list[Change]:
+def candidates(bench: Bench) -> list[Change]:
     """Changes worth a try with these settings; of one stage, those first that may gain the most."""
-    return [*_of_cadences(bench, measured), *_of_step(bench), *_of_batch(bench),
-            *_of_loader(bench)]  # fmt: skip
+    return [*_of_step(bench), *_of_batch(bench), *_of_loader(bench)]
 
 
 def _switch(group: str, name: str, value: Any, about: str, **more: Any) -> Change:
@@ -44,26 +28,6 @@ def _switch(group: str, name: str, value: Any, about: str, **more: Any) -> Chang
     if isinstance(value, bool):
         option = f"--{group}.{'' if value else 'no-'}{name.replace('_', '-')}"
     return Change(option=option, about=about, set={group: {name: value}}, **more)
-
-
-def _of_cadences(bench: Bench, measured: Measured) -> Iterator[Change]:
-    config, make = bench.config, functools.partial(_switch, side="nothing")
-    groups = {
-        CHECKPOINT: ("checkpoint", "every_steps"),
-        EVALUATION: ("run", "evaluate_every_steps"),
-    }
-    for work in measured.periodic:
-        if (part := measured.part_of(work)) > _RARE:
-            steps = work.every_steps * part / (_RARE * (1 - min(part, 0.99)))
-            digits = 10 ** max(0, math.floor(math.log10(steps)) - 1)
-            group, name = groups[work.name]
-            about = f"{work.name}s then take 1 % of the time"
-            if work.name == CHECKPOINT:
-                about += "; a failure costs more steps"
-            yield make(group, name, math.ceil(steps / digits) * digits, about, stage=work.name)
-    if measured.logging > _RARE and config.run.log_every_steps < _SELDOM_LOGGED:
-        about = "fewer lines in metrics.jsonl and trackers"
-        yield make("run", "log_every_steps", _SELDOM_LOGGED, about, stage=LOGGING)
 
 
 def _of_step(bench: Bench) -> Iterator[Change]:
@@ -91,11 +55,10 @@ def _of_step(bench: Bench) -> Iterator[Change]:
 def _of_loader(bench: Bench) -> Iterator[Change]:
     data = bench.config.data
     make = functools.partial(_switch, "data", side="loader")
-    decode = f"{image_kind(bench.parts.datasets[0])} decode"
+    decode = f"{image_kind(bench.parts['datasets'][0])} decode"
     cores = int(bench.cores)
     if data.threads < cores:
         yield make("threads", cores, "a thread for each core", stage=decode)
-    yield from _of_images(bench)
     if data.threads >= max(2, cores):
         yield make("threads", data.threads // 2, "fewer decoding threads", stage=decode)
     if bench.loader.augmentation is not None and bench.loader.plan.num_views == 1:
@@ -115,7 +78,7 @@ def _of_loader(bench: Bench) -> Iterator[Change]:
 
 
 def _of_batch(bench: Bench) -> Iterator[Change]:
-    prompts, data = bench.parts.prompts, bench.config.data
+    prompts, data = bench.parts["prompts"], bench.config.data
     several = int(max(prompts.num_templates, default=1)) > 1
     if bench.config.objective.name == "unicl" and several and data.templates == "per_sample":
         yield _switch(
@@ -129,99 +92,3 @@ def _of_batch(bench: Bench) -> Iterator[Change]:
             "fixed costs of a step are shared by more",
             side="both", stage="clip and update", same_results=False,
         )  # fmt: skip
-
-
-def _of_images(bench: Bench) -> Iterator[Change]:
-    if bench.loader.form != "files" or len(bench.parts.datasets) > 1:
-        return
-    rows = bench.parts.datasets[0].samples[:1000]
-    short = float(min(rows["height"].mean(), rows["width"].mean()))
-    side = -(-bench.config.data.image_size * 8 // 7 // 8) * 8  # 256 for 224
-    kind = image_kind(bench.parts.datasets[0])
-    make = functools.partial(Change, side="images", stage=f"{kind} decode", same_results=False)
-    if bench.parts.datasets[0].cache is not None:
-        yield make(
-            option="copy the data set to a disk of this machine", stage=READ, image={},
-            about="as from the second epoch on, where --data.cache-bytes holds all of it",
-        )  # fmt: skip
-    if short > 1.2 * side:
-        yield make(
-            option=f"unicl-pack build SOURCES --resize short:{side} --out DIR",
-            about="images that are no larger than crops need",
-            image={"short_side": side, "format": "jpeg"},
-        )
-    elif kind in ("PNG", "WebP"):
-        yield make(
-            option="unicl-pack build SOURCES --format jpeg --out DIR",
-            about=f"JPEGs are decoded faster than {kind}",
-            image={"format": "jpeg"},
-        )
-    yield make(
-        option=f"unicl-pack build SOURCES --resize square:{side} --format raw --out DIR",
-        about="nothing is decoded; more bytes are read",
-        image={"square_side": side, "format": "raw"},
-    )
-
-
-@contextlib.contextmanager
-def data_of(
-    bench: Bench, change: Change, folder: Path, *, seconds: float
-) -> Iterator[Parts | None]:
-    """The data that a change reads: a few images packed anew within `seconds`; None for the run's.
-
-    Raises ImageError for images that cannot be packed so.
-    """
-    if change.image is None:
-        yield None
-        return
-    out = Path(tempfile.mkdtemp(dir=folder)) / "packed"
-    count = max(bench.config.run.global_batch_size, 128)
-    pack_again(bench.parts.datasets[0], out, count=count, seconds=seconds, **change.image)
-    with PackedDataset(out) as dataset:
-        yield Parts([dataset], None, build_prompts([dataset], bench.config))
-
-
-def pack_again(
-    dataset: PackedDataset, out: Path, *, count: int, seconds: float, **image: Any
-) -> None:
-    """Packs the first samples with other images: `image` are arguments of `check_image`.
-
-    There are `count` of them; those that take longer than `seconds` are the first ones again.
-    Without `image` they are copied. Samples lie in random order, so the first are like the others.
-    """
-    manifest = dataset.manifest
-    form: Literal["raw", "encoded"] = "raw" if image.get("format") == "raw" else "encoded"
-    deadline = time.perf_counter() + seconds
-    made: list[PackedSample] = []
-    for index in range(min(count, len(dataset))):
-        made.append(_sample(dataset, index, image or {"format": "packed"}))
-        if time.perf_counter() > deadline:
-            break
-    with DatasetWriter(out, images=form) as writer:
-        for sample in itertools.islice(itertools.cycle(made), count):
-            writer.add(sample)
-        writer.finish(
-            tokenizer=manifest.tokenizer,
-            vocabulary_hash=manifest.vocabulary_hash,
-            context_length=manifest.context_length,
-            class_names=manifest.class_names,
-            templates=manifest.templates,
-            source=["unicl-bench run"],
-            seed=0,
-            tool_version="0",
-        )
-
-
-def _sample(dataset: PackedDataset, index: int, image: dict[str, Any]) -> PackedSample:
-    made = check_image(bytes(dataset.image_bytes(index)), **image)
-    captions = range(int(dataset.samples[index]["captions_count"]))
-    return PackedSample(
-        image=made.data,
-        extension=made.extension,
-        height=made.height,
-        width=made.width,
-        xxh3=xxhash.xxh3_64_intdigest(made.data),
-        captions=["" for _ in captions],
-        tokens=[dataset.caption_tokens(index, which) for which in captions],
-        labels=dataset.labels_of(index).tolist(),
-    )

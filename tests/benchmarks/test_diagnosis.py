@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,34 +15,23 @@ from unittest import mock
 
 import pytest
 import torch
-from browser import look_at
-from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
+from diagnoses import MS, cost, diagnosis, measured, trial
 from packed_sets import Sample, pack
 from program_runs import SMALL
 from small_runs import labelled_batch, tiny_config
 
-from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.benchmarks.diagnosis import clocks
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, hints, neighbours
+from unicl_fast.benchmarks.diagnosis.bench import Bench, Contestant
 from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
-from unicl_fast.benchmarks.diagnosis.earlier import as_kept, compare
-from unicl_fast.benchmarks.diagnosis.model import (
-    CHECKPOINT,
-    EVALUATION,
-    LOGGING,
-    READ,
-    Periodic,
-    RankFigures,
-    Stage,
-)
+from unicl_fast.benchmarks.diagnosis.model import READ, Cost, RankFigures, rate_text
 from unicl_fast.benchmarks.diagnosis.report import report_lines
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.assembly import make_trainer
 
 ON_CPU = {"device": "cpu", "cores": 2, "compute_threads": 2}
-TRACKERS = Stage(name=LOGGING, cost=cost(0.1, 0.6), side="loop")
 
 
 @pytest.mark.parametrize(
@@ -55,9 +42,6 @@ TRACKERS = Stage(name=LOGGING, cost=cost(0.1, 0.6), side="loop")
         ({"waiting": 0.5}, "JPEG decode"),
         ({"waiting": 0.5, "reading": 0.9}, READ),
         ({"reading": 0.9}, "image encoder backward"),  # it reads ahead, and nobody waits
-        ({"periodic": (Periodic(name=CHECKPOINT, every_steps=3, seconds=0.2),)}, CHECKPOINT),
-        ({"periodic": (Periodic(name=EVALUATION, every_steps=9, seconds=0.3),)}, EVALUATION),
-        ({"stages": (*STAGES[:-1], TRACKERS)}, LOGGING),
         (
             {
                 "world_size": 3,
@@ -92,22 +76,22 @@ def test_the_best_change_is_measured_again_since_coming_first_flatters_it() -> N
     found = measured(trials=(trial("--a", 0.5, 0.6), trial("--b", 0.7, 0.7)))
     diagnoser = Diagnoser.__new__(Diagnoser)
     diagnoser.bench = SimpleNamespace(ranks=Ranks())  # type: ignore[assignment]
-    diagnoser.budget = SimpleNamespace(left=1.0)  # type: ignore[assignment]
+    diagnoser.seconds, diagnoser._begun = 1000.0, time.perf_counter()
     again = trial("--a", 0.9, 0.9)
     with mock.patch.object(Diagnoser, "trial", return_value=again):
         trials = diagnoser._with_the_best_again(found).trials
         assert {one.change.option: one for one in trials} == {"--a": again, "--b": found.trials[1]}
-        diagnoser.budget.left = -1.0  # type: ignore[misc]
+        diagnoser.seconds = -1.0
         assert diagnoser._with_the_best_again(found) == found
     assert diagnoser._with_the_best_again(measured()) == measured()
 
 
 def test_a_busy_machine_is_named_first_and_changes_are_compared_by_cpu_time() -> None:
     trials = (trial("--wall", 0.5, 0.5), trial("--cpu", 2.0, 2.0, cpu=0.5))
-    found = measured(others_cores=4.0, others=(("burner, process 7", 3.9),), trials=trials)
+    found = measured(others_cores=4.0, trials=trials)
     assert [one.change.option for one in advise(found)[0]] == ["--cpu"]
     first, *rest = report_lines(diagnosis(found))
-    assert first.startswith("OTHER PROCESSES took 4.0 of 8 cores; burner, process 7: 3.9. So no ")
+    assert first.startswith("OTHER PROCESSES took 4.0 of 8 cores. So no ")
     assert any("now 625 images per CPU second" in line for line in rest)
     waits = dataclasses.replace(found, waiting=0.5)  # less of it takes no less CPU time
     assert [one.change.option for one in advise(waits)[0]] == ["--wall"]
@@ -121,25 +105,22 @@ def test_what_cannot_be_measured_is_a_hint() -> None:
         "--nproc 8: a rank for each of the 8 GPUs", "mend or replace the machine of rank 1"
     ]  # fmt: skip
     assert not list(hints(measured(gpus=1)))
+    assert any("--resize short:256" in one for one in hints(measured(waiting=0.5)))
 
 
-def test_the_report_has_limit_advice_plan_and_what_was_applied() -> None:
-    applied = [
-        {"option": "--a 1", "gain": 0.3, "again": [0.2, 0.4], "is_kept": True},
-        {"option": "--b 2", "gain": 0.1, "again": [-0.1, 0.4], "is_kept": False},
-    ]
+def test_the_report_has_limit_advice_and_plan() -> None:
     found = measured(not_measured=("--x 1: no time was left",), trials=(trial("--a 1", 0.5, 0.4),))
-    text = "\n".join(report_lines(diagnosis(found, applied=applied)))
+    text = "\n".join(report_lines(diagnosis(found)))
     for words in (
         "THE LIMIT: image encoder backward",
         "ADVICE (now 1,000 images/s",
         "--a 1: +125% (+100% to +150%)",
         "not measured: --x 1",
-        "then 0:16:40 on 1 rank",
-        "APPLIED --b 2: +10%, then -10%, +40%: not kept",
-        "USE: --a 1",
+        "take 0:16:40 on 1 rank",
     ):
         assert words in text
+    assert rate_text(Cost(wall=MS, cpu=0.0, rounds=(MS, 2 * MS))) == "1,000 (500 to 1,000)"
+    assert rate_text(cost(0.0)) == "-"
 
 
 def test_a_flow_is_timed_without_what_was_begun_before() -> None:
@@ -175,66 +156,29 @@ class SleepyLoader:
         pass
 
 
-def test_turns_of_a_loop_end_in_time_and_go_on_where_they_ended() -> None:
+def test_turns_end_in_time_and_continue_where_they_ended() -> None:
     """And say which part of the time goes where."""
     images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
-    loader = SleepyLoader(labelled_batch(images, objective="unicl"), 0.3)
-    clock = clocks.LoopClock()
+    loader: Any = SleepyLoader(labelled_batch(images, objective="unicl"), 0.3)
+    loader.pace, loader.reading = SimpleNamespace(batches_begun=100), ReadingTime()
     trainer = make_trainer(tiny_config(steps=1 << 20), loader, progress=False)
-    trainer.observers, trainer.loader = [clock], clocks.PacedLoader(loader, clock)
-    clock.follow(trainer)
+    bench = Bench.__new__(Bench)
+    bench.ranks, bench.device, bench.config = Ranks(), trainer.device, trainer.config
+    bench.now = Contestant(
+        trainer=trainer, loader=loader, batches=loader.batches(0), local_batch=12,
+        compute_threads=torch.get_num_threads(),
+    )  # fmt: skip
     for number in range(2):
         begun = time.perf_counter()
         # of 100 steps that need not count, those that wait do count
-        loop = trainer.loader.turn(trainer, seconds=0.5, skip=100, least=1)
-        assert 1 <= loop.steps <= 3
-        assert loop.parts["data_wait"] > 0.5 * loop.wall
-        assert set(loop.parts) >= {"data_wait", "forward", "backward", "optimizer", "other"}
-        assert sum(loop.parts.values()) == pytest.approx(loop.wall, rel=0.1)
-        assert number == 0 or time.perf_counter() - begun < 0.5 + 4 * loop.wall / loop.steps
+        turn = bench.turn(bench.now, seconds=0.5)
+        wall = 12 * turn.steps * turn.cost.wall
+        assert 1 <= turn.steps <= 3
+        assert turn.parts["data_wait"] > 0.5 * wall
+        assert min(turn.parts[part] for part in ("forward", "backward", "optimizer")) > 0
+        assert sum(turn.parts.values()) == pytest.approx(wall, rel=0.1)
+        assert number == 0 or time.perf_counter() - begun < 0.5 + 4 * wall / turn.steps
     assert loader.starts == 1
-
-
-ENDING = """
-import sys, time
-from pathlib import Path
-from unicl_fast.benchmarks.diagnosis import deadline
-deadline.START_SECONDS = 3.0
-show = lambda found: print(found.applied) or True
-one = deadline.Deadline(0.2, scratch=Path(sys.argv[1]), conclude=show)
-with one.enforced():
-    if len(sys.argv) > 2:
-        one.found = type("Found", (), {"applied": sys.argv[2]})
-    time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize(
-    ("found", "code", "words"),
-    [(("half",), 1, "half"), ((), 2, "nothing could be measured within 3 s")],
-)
-def test_a_diagnosis_ends_at_its_deadline_whatever_it_waits_for(
-    found: tuple[str, ...], code: int, words: str, tmp_path: Path
-) -> None:
-    begun = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", ENDING, str(tmp_path / "scratch"), *found],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == code
-    assert words in done.stdout + done.stderr
-    assert time.monotonic() - begun < 50
-
-
-def test_who_else_works_is_seen() -> None:
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as burner:
-        watch = clocks.Watch({os.getpid()})
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            burner.wait(timeout=0.6)
-        cores, busiest = watch.look()
-        burner.kill()
-    assert cores > 0
-    assert any(str(burner.pid) in who for who, _ in busiest) or cores > 1  # load
 
 
 @pytest.fixture(scope="module")
@@ -246,74 +190,31 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Pat
         return folder
 
 
-@pytest.mark.dali
-def test_images_are_packed_anew_with_all_that_a_loader_needs(
-    labelled: Path, tmp_path: Path
-) -> None:
-    from unicl_fast.benchmarks.diagnosis.variants import pack_again
-
-    smaller = {"short_side": 40, "format": "jpeg"}
-    with PackedDataset(labelled) as dataset:
-        pack_again(dataset, tmp_path / "small", count=8, seconds=60, **smaller)
-        with PackedDataset(tmp_path / "small") as small:
-            assert len(small) == 8
-            assert min(small.samples["height"].min(), small.samples["width"].min()) == 40
-            assert small.labels_of(5).tolist() == dataset.labels_of(5).tolist()
-            assert small.manifest.templates == dataset.manifest.templates
-        # without time for more than one, that comes again; and bytes can stay as they are
-        pack_again(dataset, tmp_path / "copied", count=8, seconds=0)
-        with PackedDataset(tmp_path / "copied") as copied:
-            images = {bytes(copied.image_bytes(index)) for index in range(8)}
-            assert images == {bytes(dataset.image_bytes(0))}
-
-
 SLEEPING = """
 import sys, time
-from unicl_fast.benchmarks import run
-from unicl_fast.benchmarks.diagnosis import deadline
-from unicl_fast.benchmarks.diagnosis import session
+from unicl_fast.benchmarks.diagnosis import run
+from unicl_fast.benchmarks.run import main
 from unicl_fast.pipelines.loader import TrainLoader
-describe = session._diagnosis
-plain, noted = TrainLoader.batches, []
-
-def batches(self, start_step):
-    for batch in plain(self, start_step):
-        time.sleep({wait})
-        yield batch
-
-TrainLoader.batches = batches
-session._diagnosis = lambda *given: noted.append(1) or describe(*given)
-if {start}:
-    deadline.START_SECONDS = {start}
-sys.argv[1:] = {options}
-run.main()
+run._START_SECONDS = 5.0
+TrainLoader.batches = lambda self, start_step: time.sleep(1000)
+main(sys.argv[1:])
 """
 
 
 @pytest.mark.dali
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("wait", "start", "code", "words"),
-    [
-        ("1.0", 0, 0, "the loop waits for batches"),
-        ("1000 if noted else 0", 0, 0, "cut off at the deadline"),
-        ("1000", 10, 2, "nothing could be measured"),
-    ],
-    ids=["slow", "stops", "never starts"],
-)
-def test_a_loader_that_sleeps_does_not_hold_up_the_end(
-    labelled: Path, wait: str, start: int, code: int, words: str, tmp_path: Path
+def test_a_loader_that_never_comes_back_does_not_hold_up_the_end(
+    labelled: Path, tmp_path: Path
 ) -> None:
     options = ["run", "--data", str(labelled), "--seconds", "4", "--folder", str(tmp_path), *SMALL]
     begun = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", SLEEPING.format(wait=wait, start=start, options=options)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr[-2000:]
-    assert words in done.stdout + done.stderr
-    assert time.monotonic() - begun < 2 * 4 + 60 + 30  # the report takes a while on a busy machine
-    assert not list(tmp_path.iterdir())
+        [sys.executable, "-c", SLEEPING, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in <lambda>" in done.stderr  # what it was at
+    assert time.monotonic() - begun < 60
 
 
 @pytest.mark.dali
@@ -321,20 +222,18 @@ def test_a_loader_that_sleeps_does_not_hold_up_the_end(
 @pytest.mark.long
 @pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.dist)])
 def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, nproc: int) -> None:
-    result, out = tmp_path / "result.json", tmp_path / "report"
-    options = ["--seconds", "10", "--apply", "--json", str(result), *SMALL]
-    command = ["run", "--data", str(labelled), "--nproc", str(nproc), "--out", str(out), *options]
+    result = tmp_path / "result.json"
+    options = ["--seconds", "10", "--json", str(result), *SMALL]
     shown = subprocess.run(
-        [sys.executable, "-m", "unicl_fast.benchmarks.run", *command],
+        [sys.executable, "-m", "unicl_fast.benchmarks.run", "run", "--data", str(labelled),
+         "--nproc", str(nproc), "--folder", str(tmp_path), *options],
         check=True, stdout=subprocess.PIPE, text=True, timeout=400,
     ).stdout  # fmt: skip
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
-    assert (out / "report.json").read_text() == result.read_text()
     found = json.loads(result.read_text())
     names = {stage["name"] for stage in found["measured"]["stages"]}
     assert {READ, "checksums", "plan and target map", "JPEG decode", "resize and flip"} <= names
-    assert {"image encoder forward", "loss and its gradient", "clip and update", LOGGING} <= names
-    assert found["limit"]["stage"] in {*names, CHECKPOINT}
+    assert {"image encoder forward", "loss and its gradient", "clip and update"} <= names
+    assert found["limit"]["stage"] in {*names, "rank 0", "rank 1"}  # on a busy machine
     assert found["measured"]["local_batch"] == 8 // nproc
     assert found["measured"]["trials"]
     for part in ("loader", "step", "whole"):
@@ -342,12 +241,8 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
         assert min(rounds) <= found["measured"][part]["wall"] <= max(rounds)
     assert found["hours"] > 0
     assert found["measured"]["largest_batch"] >= 8
-    assert "THE LIMIT: " in shown
-    assert not list(Path.cwd().glob("unicl-bench-*"))
-    kept = as_kept(result.read_text())
-    assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
-    page = look_at(out / "report.html", tmp_path, width=390)
-    assert (page["scroll_width"], page["beside"], page["broken"]) == (390, [], False)
+    assert shown.count("THE LIMIT: ") == 1
+    assert list(tmp_path.iterdir()) == [result]
 
 
 def test_wrong_options_are_refused_in_a_sentence(

@@ -5,27 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from unicl_fast.benchmarks.diagnosis.model import (
-    CHECKPOINT,
-    LOGGING,
-    READ,
-    Change,
-    Cost,
-    Measured,
-    Periodic,
-    Stage,
-    Trial,
-)
+from unicl_fast.benchmarks.diagnosis.model import READ, Change, Cost, Measured, Stage, Trial
 from unicl_fast.benchmarks.diagnosis.report import Diagnosis
 from unicl_fast.config import TrainConfig, config_to_dict
 
 MS = 1e-3
 
 
-def cost(wall: float, cpu: float = 0.0, *, spread: float = 0.0) -> Cost:
-    """Of milliseconds; with three rounds, of which two are a part `spread` off, if one is given."""
-    rounds = tuple(wall * MS * part for part in (1 - spread, 1, 1 + spread)) if spread else ()
-    return Cost(wall=wall * MS, cpu=cpu * MS, rounds=rounds)
+def cost(wall: float, cpu: float = 0.0) -> Cost:
+    """Of milliseconds."""
+    return Cost(wall=wall * MS, cpu=cpu * MS)
 
 
 def trial(option: str, *times: float, cpu: float = 1.0, **change: Any) -> Trial:
@@ -44,9 +33,7 @@ STAGES = (
     Stage(name="augment", cost=cost(0.2, 0.4), side="graph"),
     Stage(name="image encoder backward", cost=cost(0.6, 0.3), side="step"),
     Stage(name="text encoder backward", cost=cost(0.2, 0.1), side="step"),
-    Stage(name=LOGGING, cost=cost(0.01, 0.01), side="loop"),
 )
-NO_CHECKPOINT = Periodic(name=CHECKPOINT, every_steps=0, seconds=0.1, note="written in 1 s")
 
 
 def measured(**changes: Any) -> Measured:
@@ -63,15 +50,13 @@ def measured(**changes: Any) -> Measured:
         whole=cost(1.0, 1.6),
         waiting=0.0,
         reading=0.1,
-        periodic=(NO_CHECKPOINT,),
         stages=STAGES,
         largest_batch=64,
     )
     return dataclasses.replace(plain, **changes)
 
 
-def diagnosis(found: Measured, **changes: Any) -> Diagnosis:
+def diagnosis(found: Measured) -> Diagnosis:
     """What `unicl-bench run` makes of the numbers."""
     hours = 10**6 / found.rate / 3600
-    plain = Diagnosis(measured=found, hours=hours, applied=[], config=config_to_dict(TrainConfig()))
-    return dataclasses.replace(plain, **changes)
+    return Diagnosis(measured=found, hours=hours, config=config_to_dict(TrainConfig()))

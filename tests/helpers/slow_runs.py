@@ -34,18 +34,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit
-from unicl_fast.benchmarks.diagnosis.deadline import Budget
 from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
-from unicl_fast.benchmarks.diagnosis.model import (
-    CHECKPOINT,
-    EVALUATION,
-    LOGGING,
-    MUCH,
-    READ,
-    Change,
-    Trial,
-)
-from unicl_fast.benchmarks.diagnosis.session import on_bench, on_ranks
+from unicl_fast.benchmarks.diagnosis.model import MUCH, READ, Change, Trial
+from unicl_fast.benchmarks.diagnosis.run import on_bench
 from unicl_fast.benchmarks.harness import describe_machine
 from unicl_fast.dataset import files
 from unicl_fast.models.unicl import UniCL
@@ -61,7 +52,6 @@ _LONGER = 3.0
 _DISK_BYTES, _STORE_BYTES = 8e6, 1e5
 """Bytes a second of the slow disk, and of the slow store."""
 _REQUEST_SECONDS = 0.2
-_SYNC_SECONDS = 1.5
 _SLOW_SECONDS = 0.15
 """How long the slow rank's image encoder waits."""
 # A model so small that the loader is what one waits for.
@@ -146,17 +136,16 @@ class Cause:
     ranks: int = 1
 
 
-_SMALLER = "unicl-pack build SOURCES --resize"
 _CAUSES_OF_OURS = {
     "throttled disk": Cause(
-        data="full", options=(*_TINY, *_FEW), stages=(READ,), remedy=_SMALLER,
+        data="full", options=(*_TINY, *_FEW), stages=(READ,), remedy="",
         inject=functools.partial(
             _slowed, files.LocalReader, "read_ranges",
             lambda reader, number, offsets, sizes, *_: sizes.sum() / _DISK_BYTES,
         ),
     ),
     "throttled object store": Cause(
-        data="slow://store/cifar", stages=(READ,), remedy="copy the data set",
+        data="slow://store/cifar", stages=(READ,), remedy="",
         # few images are read together, so that seconds show what the line gives
         options=(*_TINY, *_FEW, "--data.shuffle-window", "64", "--data.cache-bytes", "262144"),
     ),
@@ -165,9 +154,9 @@ _CAUSES_OF_OURS = {
         remedy="--data.threads",
     ),
     "full-size JPEGs": Cause(
-        data="full", options=(*_TINY, *_MANY), stages=("JPEG decode",), remedy=_SMALLER
+        data="full", options=(*_TINY, *_MANY), stages=("JPEG decode",), remedy=""
     ),
-    "PNGs": Cause(data="png", options=(*_TINY, *_MANY), stages=("PNG decode",), remedy=_SMALLER),
+    "PNGs": Cause(data="png", options=(*_TINY, *_MANY), stages=("PNG decode",), remedy=""),
     "heavy augmentation": Cause(
         data="small", stages=("augment",), remedy="--data.augment none",
         options=(
@@ -193,10 +182,6 @@ _CAUSES_OF_OURS = {
         stages=("text encoder backward", "text encoder forward"),
         remedy="--data.templates per_class",
     ),
-    "checkpoint every step": Cause(
-        data="cifar", stages=(CHECKPOINT,), remedy="--checkpoint.every-steps",
-        options=(*_TINY, *_WIDE_TEXT, *_FEW, "--checkpoint.every-steps", "1"),
-    ),
     "slow rank": Cause(
         data="cifar", stages=("rank 1",), remedy="", ranks=2,
         inject=functools.partial(_slowed, UniCL, "encode_image", _slow_rank),
@@ -204,27 +189,11 @@ _CAUSES_OF_OURS = {
 }  # fmt: skip
 _CAUSES_FROM_OUTSIDE = {
     "200 ms a request, no read-ahead": Cause(
-        data="far://store/cifar", stages=(READ,), remedy="copy the data set",
+        data="far://store/cifar", stages=(READ,), remedy="",
         options=(*_TINY, *_FEW, "--data.shuffle-window", "64", "--data.cache-bytes", "65536"),
     ),
-    "fsync of 1.5 s, checkpoint every 3 steps": Cause(
-        data="cifar", options=(*_TINY, "--checkpoint.every-steps", "3"), stages=(CHECKPOINT,),
-        remedy="--checkpoint.every-steps",
-        inject=functools.partial(_slowed, os, "fsync", lambda *_: _SYNC_SECONDS),
-    ),
-    "evaluation every 10 steps": Cause(
-        data="cifar", stages=(EVALUATION,), remedy="--run.evaluate-every-steps",
-        options=(*_TINY, "--data.evaluate", "WORK/cifar", "--run.evaluate-every-steps", "10"),
-    ),
-    "two trackers every step": Cause(
-        data="cifar", stages=(LOGGING,), remedy="--run.log-every-steps",
-        options=(
-            *_TINY, *_FEW, "--run.trackers", "tensorboard", "wandb", "--run.log-every-steps", "1",
-        ),
-        environment={"WANDB_MODE": "offline"},
-    ),
     "progressive JPEGs of 8 megapixels": Cause(
-        data="progressive", options=(*_TINY, *_FEW), stages=("JPEG decode",), remedy=_SMALLER
+        data="progressive", options=(*_TINY, *_FEW), stages=("JPEG decode",), remedy=""
     ),
     "micro-batch of 1": Cause(
         data="small", options=(*_LARGE, "--efficiency.micro-batch-size", "1"),
@@ -291,19 +260,12 @@ def examine(name: str, work: Path, scratch: Path, *, seconds: float) -> dict[str
     cause = CAUSES[name]
     data = cause.data if "://" in cause.data else str(work / cause.data)
     SlowStore.request_seconds = _REQUEST_SECONDS if data.startswith("far") else 0.0
-    options = [option.replace("WORK", str(work)) for option in cause.options]
     config = split_config(
-        parse_arguments([*options, "--data.train", data, "--out", str(scratch / "run")])
+        parse_arguments([*cause.options, "--data.train", data, "--out", str(scratch / "run")])
     )
     begun = time.perf_counter()
-    with (
-        cause.inject(),
-        on_ranks(config) as (ranks, device),
-        on_bench(config, scratch, ranks=ranks, device=device) as bench,
-    ):
-        diagnoser = Diagnoser(
-            bench, Budget(seconds), folder=scratch, rounds=3, report=lambda _: None
-        )
+    with cause.inject(), on_bench(config, scratch) as bench:
+        diagnoser = Diagnoser(bench, seconds=seconds, rounds=3, say=lambda _: None)
         measured = diagnoser.diagnose()
         taken = time.perf_counter() - begun
         limit, by_cpu = find_limit(measured), measured.by_cpu
@@ -312,7 +274,7 @@ def examine(name: str, work: Path, scratch: Path, *, seconds: float) -> dict[str
         gains = {}
         if cause.remedy and remedy:
             gains = _gains(diagnoser, trials[remedy], by_cpu=by_cpu)
-        if not ranks.is_main:
+        if not bench.ranks.is_main:
             return None
     advice = {one.change.option: one.gain for one in advise(measured)[0]}
     is_found = not cause.remedy or bool(remedy)
@@ -323,7 +285,7 @@ def examine(name: str, work: Path, scratch: Path, *, seconds: float) -> dict[str
         "cause": name, "limit": limit.stage, "sentence": limit.sentence,
         "is_named": is_named and is_found,
         "remedy": remedy if cause.remedy else "", "is_advised": remedy in advice, **gains,
-        "advice": advice, "seconds": taken, "measured": measured.as_dict(),
+        "advice": advice, "seconds": taken, "measured": dataclasses.asdict(measured),
     }  # fmt: skip
 
 

@@ -73,6 +73,18 @@ def test_others_are_blamed_only_if_they_took_what_was_wanted(changes: dict[str, 
     assert find(dataclasses.replace(CROWDED, **changes), on_gpu=False) is None
 
 
+def test_checkpoints_and_evaluations_that_take_much_are_named_with_their_options() -> None:
+    for part, option in (
+        ("checkpoint", "checkpoint.every_steps"), ("evaluation", "run.evaluate_every_steps")
+    ):  # fmt: skip
+        found = find(SOUND, **{f"{part}_seconds": 20.0})
+        assert found == (
+            "checkpoints and evaluations",
+            f"{part}s take 50% of the time; raise {option}",
+        )
+        assert find(SOUND, **{f"{part}_seconds": 4.0}) is None
+
+
 def test_storage_is_named_with_its_rate_and_the_options_of_a_url() -> None:
     blocked = dataclasses.replace(WAITING, reading_blocked=0.8, read_bytes=480_000_000)
     remote = find(blocked, on_gpu=True, is_remote=True)
@@ -150,7 +162,13 @@ def watch(reading: ReadingTime | None = None, *, ranks: Ranks | None = None) -> 
 def look(watch: BottleneckWatch, machine: Machine, waits: float, **cores: float) -> str | None:
     """A line of ten steps and ten seconds."""
     machine.pass_by(10, **cores)
-    return watch.look({"seconds/data_wait": waits, "storage_bytes_read": 0}, num_steps=10)
+    return watch.look(line(waits) | {"storage_bytes_read": 0}, num_steps=10)
+
+
+def line(waits: float, checkpoints: float = 0.0) -> dict[str, float]:
+    return {
+        "seconds/data_wait": waits, "seconds/checkpoint": checkpoints, "seconds/evaluation": 0.0
+    }  # fmt: skip
 
 
 def test_a_start_is_left_alone_and_a_cause_is_said_once(machine: Machine) -> None:
@@ -177,7 +195,15 @@ def test_short_windows_say_nothing(machine: Machine) -> None:
     watching = watch()
     for _ in range(40):
         machine.pass_by(0.5, own=1.0, others=1.0)
-        assert watching.look({"seconds/data_wait": 0.03}, num_steps=10) is None
+        assert watching.look(line(0.03), num_steps=10) is None
+
+
+def test_the_time_of_checkpoints_is_summed_over_a_window(machine: Machine) -> None:
+    watching, said = watch(), []
+    for _ in range(7):
+        machine.pass_by(10, own=1.9, others=0.0)
+        said.append(watching.look(line(0.0, checkpoints=0.4), num_steps=10))
+    assert said == [None] * 6 + ["checkpoints take 40% of the time; raise checkpoint.every_steps"]
 
 
 def test_other_ranks_on_the_same_cores_are_not_others(machine: Machine) -> None:

@@ -26,6 +26,8 @@ _LOST_CORES = 0.15
 _BLOCKED = 0.5
 """Part of the time in which readers wait for storage, from which on it is the limit: where decoding
 is, they have read ahead and rest."""
+_SELDOM = 0.2
+"""Part of the time that checkpoints or evaluations may take."""
 _IDLE_CORES = 0.25
 """Part of a rank's cores without work, from which on more decoding threads can help."""
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
@@ -65,6 +67,9 @@ class Usage:
     """Whether images are encoded files, not raw."""
     is_remote: bool = False
     """Whether data sets are under URLs."""
+    checkpoint_seconds: float = 0.0
+    """Time in which training waits for checkpoints."""
+    evaluation_seconds: float = 0.0
 
     @property
     def waits(self) -> bool:
@@ -79,6 +84,16 @@ class Usage:
     def waiting(self) -> str:
         part = self.data_wait_seconds / self.seconds
         return f"training waits for data {part:.0%} of the time"
+
+
+def _now_and_then(usage: Usage) -> str | None:
+    for what, option, seconds in (
+        ("checkpoints", "checkpoint.every_steps", usage.checkpoint_seconds),
+        ("evaluations", "run.evaluate_every_steps", usage.evaluation_seconds),
+    ):
+        if seconds > _SELDOM * usage.seconds:
+            return f"{what} take {seconds / usage.seconds:.0%} of the time; raise {option}"
+    return None
 
 
 def _other_processes(usage: Usage) -> str | None:
@@ -145,6 +160,7 @@ def _decoding(usage: Usage) -> str | None:
 
 
 LIMITS: dict[str, Callable[[Usage], str | None]] = {
+    "checkpoints and evaluations": _now_and_then,
     "other processes": _other_processes,
     "storage": _storage,
     "decoding threads": _decoding_threads,
@@ -184,7 +200,8 @@ class BottleneckWatch:
         self._begin({})
 
     def _begin(self, values: Mapping[str, float]) -> None:
-        self._begun, self._lines, self._data_wait = time.perf_counter(), 0, 0.0
+        self._begun, self._lines = time.perf_counter(), 0
+        self._seconds = dict.fromkeys(("data_wait", "checkpoint", "evaluation"), 0.0)
         self._cpu, self._blocked = cpu_times(), self._reading.blocked_seconds
         self._read_bytes = int(values.get("storage_bytes_read", 0))
 
@@ -195,7 +212,8 @@ class BottleneckWatch:
             self._begin(values)
             return None
         self._lines += 1
-        self._data_wait += num_steps * values["seconds/data_wait"]
+        for part in self._seconds:
+            self._seconds[part] += num_steps * values[f"seconds/{part}"]
         seconds = time.perf_counter() - self._begun
         if self._lines < _WINDOW_LINES or seconds < _WINDOW_SECONDS:
             return None
@@ -212,7 +230,9 @@ class BottleneckWatch:
         )
         return Usage(
             seconds=seconds,
-            data_wait_seconds=self._data_wait,
+            data_wait_seconds=self._seconds["data_wait"],
+            checkpoint_seconds=self._seconds["checkpoint"],
+            evaluation_seconds=self._seconds["evaluation"],
             cores=self._cores,
             cpu_seconds=own,
             cpu_wait_seconds=max(0.0, waited),
