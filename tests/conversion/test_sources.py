@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import peft
 import pytest
 import timm
 import torch
@@ -28,6 +29,7 @@ from unicl_fast import UniCL, build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import config_to_dict
+from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
@@ -35,6 +37,7 @@ from unicl_fast.conversion.sources import find_own, find_source, weights_checksu
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.models.freezing import freeze
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
@@ -125,7 +128,7 @@ def write_transformers(make: Callable[[], torch.nn.Module], folder: Path) -> tor
 def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
     """The largest difference of a coordinate of a feature."""
     images, tokens = different_images(ours.config.data.image_size), tokens_of(ours.config)
-    if isinstance(theirs, transformers.PreTrainedModel):
+    if isinstance(theirs, transformers.PreTrainedModel | peft.PeftModel):
         found = theirs(input_ids=tokens, pixel_values=images)
         expected = found.image_embeds, found.text_embeds
     else:
@@ -479,3 +482,45 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
         found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
     assert found[0] == found[1]
     assert not list((data / "captions").glob("tokens-*"))
+
+
+def adapted(base: Path, *options: str) -> UniCL:
+    """A run's model whose adapters and projections matter."""
+    model = build_model(config_by_name(base, *options))
+    initialise(model)
+    freeze(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [one for one in model.parameters() if one.requires_grad]:
+            parameter += torch.randn(parameter.shape, generator=generator) / 10
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("CLIP", "image:4,text:2,dora"),
+        pytest.param("CLIP", "image:4@last1,text:4", marks=pytest.mark.slow),
+        pytest.param("SigLIP", "image:2,text:4,rslora", marks=pytest.mark.slow),
+        pytest.param("dual of timm", "image:3,text:2,dora", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_become_a_folder_of_pefts_and_come_back(
+    kind: str, lora: str, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_transformers(SMALL[kind][0], base)
+    objective = "sigmoid" if kind == "SigLIP" else "unicl"
+    ours = adapted(base, "--optim.lora", lora, "--objective.name", objective)
+    assert write_adapter(ours, folder, base=str(base)) < 1e-5
+    plain = transformers.AutoModel.from_pretrained(base).eval()
+    assert difference(ours, plain) > 1e-2
+    assert difference(load_model(base), plain) < 1e-5
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    assert difference(ours, theirs) < 1e-5
+    scale = theirs.base_model.model.logit_scale
+    assert torch.equal(scale.reshape([]), ours.logit_scale)
+    back = load_model(folder)
+    assert difference(back, theirs) < 1e-5
+    assert torch.equal(back.logit_scale, ours.logit_scale)
+    assert weights_checksum(folder) != weights_checksum(base)
