@@ -31,7 +31,7 @@ from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_adapted, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
 from unicl_fast.dataset.other_tokens import take_tokens
@@ -524,3 +524,57 @@ def test_adapters_become_a_folder_of_pefts_and_come_back(
     assert difference(back, theirs) < 1e-5
     assert torch.equal(back.logit_scale, ours.logit_scale)
     assert weights_checksum(folder) != weights_checksum(base)
+
+
+def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_transformers(SMALL["CLIP"][0], base)
+    with pytest.raises(ValueError, match="the text encoder was trained whole"):
+        write_adapter(adapted(base, "--optim.lora", "image:2"), folder, base=str(base))
+    other = tmp_path / "other"
+    write_transformers(SMALL["CLIP of LAION"][0], other)
+    half = adapted(base, "--optim.lora", "image:2", "--optim.freeze", "text")
+    with pytest.raises(RuntimeError, match="features of the converted model differ"):
+        write_adapter(half, folder, base=str(other))
+    with pytest.raises(ValueError, match="has no adapters, which a run with optim.lora has"):
+        load_adapted(base)
+    assert not folder.exists()
+    peft.LoraConfig(target_modules=["fc1"]).save_pretrained(str(folder))
+    save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="names no model: write the place of its base"):
+        load_model(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (
+        ({"peft_type": "IA3"}, "adapters with peft_type IA3 are not read"),
+        ({"alpha_pattern": {"fc1": 2}}, "peft_type LORA alpha_pattern are not read"),
+        ({}, "is no model that the library of its layout could have written"),
+    ):
+        text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_the_adapters_of_a_run_are_converted_evaluated_and_trained_further(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run, folder = tmp_path / "base", tmp_path / "run", tmp_path / "adapter"
+    write_transformers(SMALL["CLIP"][0], base)
+    few = ("--run.global-batch-size", "4", "--run.steps", "2", "--run.device", "cpu")
+    few += ("--optim.lr", "1e-1", "--data.train", data / "captions")
+    call(pretrain, "--init", base, "--out", run, *few, "--optim.lora", "image:2,text:4")
+    call(convert, "peft", run, folder)
+    assert "differ from ours by at most" in capsys.readouterr().out
+    plain = transformers.AutoModel.from_pretrained(base).eval()
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    assert 0 < difference(load_model(run), theirs) < 1e-5
+    assert difference(load_model(base), theirs) > 1e-4
+    call(
+        evaluate, "zero-shot", "--checkpoint", folder, "--data", data / "labels", "--device", "cpu"
+    )
+    call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
+    call(convert, "hf", folder, tmp_path / "merged")
+    assert difference(load_model(tmp_path / "merged"), theirs) < 1e-5

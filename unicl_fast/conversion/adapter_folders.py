@@ -37,9 +37,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _ROOT = "base_model.model."
 _PROJECTIONS = {"siglip": ["text_model.head"]}
-TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
+_TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
 _OF_CLIP = ["visual_projection", "text_projection"]
-HUB = "hf-hub:"
+_HUB = "hf-hub:"
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
     require_new(folder)
     adapters = model.config.optim.adapters
     assert adapters is not None
-    for tower in TOWERS:
+    for tower in _TOWERS:
         if tower not in adapters.ranks and not encoder_is_frozen(model, tower):
             raise ValueError(
                 f"the {tower} encoder was trained whole, which is no adapter: unicl-convert hf "
@@ -88,7 +88,9 @@ def write_adapter(model: UniCL, folder: Path, *, base: str) -> float:
         # the scale is no module; peft loads it since the base has it
         if name.rpartition(".")[0] in saved or name.startswith("logit_"):
             tensors[name] = tensor
-    place, _, revision = base.removeprefix(HUB).partition("@" if base.startswith(HUB) else "\0")
+    place, revision = base, ""
+    if base.startswith(_HUB):
+        place, _, revision = base.removeprefix(_HUB).partition("@")
     rank = max(ranks.values())
     config = peft.LoraConfig(
         base_model_name_or_path=place,
@@ -141,7 +143,8 @@ def _difference_in_peft(model: UniCL, config: Any, folder: Path) -> float:
             raise RuntimeError(
                 f"peft {peft.__version__} cannot put the adapters on {place}, loaded by "
                 f"transformers {transformers.__version__}: {error!r}; nothing was written: name "
-                "what the run began with, of the same image size and context length"
+                "by --base what the run began with, of the same image size and context length; "
+                "unicl-convert hf makes it of other models"
             ) from error
     pairs = {
         "image features": (model.encode_image(images), found.image_embeds),
@@ -164,7 +167,7 @@ def base_of(folder: Path) -> str:
         )
     if Path(place).expanduser().exists():
         return place
-    return f"{HUB}{place}" + (f"@{values['revision']}" if values.get("revision") else "")
+    return f"{_HUB}{place}" + (f"@{values['revision']}" if values.get("revision") else "")
 
 
 def with_adapters(
