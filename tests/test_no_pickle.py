@@ -15,7 +15,7 @@ import pytest
 import torch
 from trunk_table import CHECKOUT, files_of, tree_of
 
-from unicl_fast.checkpoints.load import load_model
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 RULES = "TID251,S102,S307"

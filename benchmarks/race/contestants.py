@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.conversion.open_clip import CONFIG_FILE, WEIGHTS_FILE
 from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.untrusted_files import read_json
 
 OPEN_CLIP = "open_clip"
 ROWS_OF_IMAGE = 5
@@ -87,9 +89,13 @@ def our_options(contestant: Contestant, length: Length, *, lr: float, seed: int)
     ]
 
 
-def open_clip_model(config: TrainConfig) -> dict[str, Any]:
-    """open_clip's description of the model that a config of ours describes."""
+def open_clip_model(config: TrainConfig, start: Path | None = None) -> dict[str, Any]:
+    """open_clip's description of the model that a config, or an export for open_clip, describes."""
     model, size = config.model, config.data.image_size
+    drop_path = {"timm_drop_path": model.drop_path} if model.drop_path else {}
+    if start is not None:
+        found: dict[str, Any] = read_json(start / CONFIG_FILE)["model_cfg"]
+        return found | {"vision_cfg": found["vision_cfg"] | drop_path}
     return {
         "embed_dim": model.embed_dim,
         "quick_gelu": model.text_activation == "quick_gelu",
@@ -98,7 +104,7 @@ def open_clip_model(config: TrainConfig) -> dict[str, Any]:
             "timm_model_pretrained": False,
             "timm_pool": "",
             "timm_proj": "linear",
-            **({"timm_drop_path": model.drop_path} if model.drop_path else {}),
+            **drop_path,
             "image_size": size,
         },
         "text_cfg": {
@@ -122,8 +128,12 @@ def open_clip_options(
     seed: int,
     workers: int,
     precision: str,
+    start: Path | None,
 ) -> list[str]:
-    """Options of `open_clip_train.main` for the crops, batch, length and warm-up of a config."""
+    """Options of `open_clip_train.main` for the crops, batch, length and warm-up of a config.
+
+    `start` is an export for open_clip whose weights it begins with.
+    """
     data = config.data
     crops: dict[str, object] = {"scale": data.crop_scale}
     if data.crop_ratio != _OPEN_CLIP_RATIO:  # only timm's transforms, its option, take others
@@ -137,6 +147,7 @@ def open_clip_options(
         *("--image-mean", *map(str, data.mean), "--image-std", *map(str, data.std)),
         *("--aug-cfg", *(f"{name}={value}".replace(" ", "") for name, value in crops.items())),
         *("--logs", str(out), "--name", "open_clip", "--save-frequency", "0"),
+        *(("--pretrained", str(start / WEIGHTS_FILE)) if start is not None else ()),
         *contestant.options,
     ]
 

@@ -23,12 +23,15 @@ import tyro
 from tqdm import tqdm
 
 from unicl_fast.config import TrainConfig, config_to_dict, load_config
+from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import usable_cores
 
 from ..harness import Program, describe_machine, end_of, run_apart
 from ..input.worker import session_bytes
 from .contestants import (
+    OPEN_CLIP,
     Contestant,
     ImageList,
     Length,
@@ -36,7 +39,7 @@ from .contestants import (
     open_clip_options,
     our_options,
 )
-from .report import Outcome, draw, table, verdict
+from .report import START, Outcome, draw, table, verdict
 
 _PARTS_OF_RATE = (0.5, 1.0, 2.0)
 
@@ -71,6 +74,8 @@ class Race(Program):
     """Packed data sets to judge by: with labels zero-shot, with captions retrieval."""
     out: Path
     """Folder for runs, race.json, race.md and race.png. Finished runs in it are not repeated."""
+    init: str = ""
+    """A model of any source that all contestants start from; it is judged as it is, too."""
     preset: str = "mixed-small"
     """Preset of unicl-pretrain. open_clip gets its encoders, image size, crops, batch, warm-up."""
     contestants: tuple[str, ...] = ("unicl", "clip: --objective.name clip", "open_clip")
@@ -109,12 +114,16 @@ class Race(Program):
         """
         contestants = [Contestant.parse(text) for text in self.contestants]
         config = self._config()
+        if self.init and config.model.tokenizer:
+            raise ValueError(f"a race is judged with CLIP's tokenizer, and {self.init} has another")
         images = ImageList(self.train, self.out / "open_clip-images")
         batch = config.run.global_batch_size
         lengths = [
             Length.nearest(count, num_images=images.num_images, batch_size=batch)
             for count in sorted(self.images)
         ]
+        before = _Task(Contestant(START, ()), Length(0, 0, batch), 0.0, self.seeds[0])
+        started = [self._do(before, config, images)] if self.init else []
         own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
         longest = [
             _Task(one, lengths[-1], lr, self.seeds[0])
@@ -140,7 +149,7 @@ class Race(Program):
             ]
             done = tried | dict(zip(rest, self._do_all(rest, config, images, bar), strict=True))
         kept = [outcome for task, outcome in done.items() if task.lr == best[task.contestant]]
-        self._report(contestants, kept, list(tried.values()))
+        self._report(contestants, [*started, *kept], list(tried.values()))
 
     def _config(self) -> TrainConfig:
         """The config that the options common to our contestants give, with its precision here."""
@@ -154,7 +163,8 @@ class Race(Program):
         return settle(config, device=torch.device("cpu"), ranks=Ranks())
 
     def _common(self) -> list[str]:
-        return ["--preset", self.preset, "--data.train", *self.train, *self.options]
+        init = ["--model.init", self.init] if self.init else []
+        return ["--preset", self.preset, "--data.train", *self.train, *init, *self.options]
 
     def _do_all(
         self, tasks: Sequence[_Task], config: TrainConfig, images: ImageList, bar: Any
@@ -176,7 +186,7 @@ class Race(Program):
                 raise
 
     def _do(self, task: _Task, config: TrainConfig, images: ImageList) -> Outcome:
-        """Trains and judges, unless it is done."""
+        """Trains, unless no steps are asked for, and judges; what is done is not done again."""
         folder = self.out / task.name
         asked = {"options": self._common(), "contestant": dataclasses.asdict(task.contestant)}
         path = folder / "outcome.json"
@@ -188,8 +198,16 @@ class Race(Program):
         shutil.rmtree(folder, ignore_errors=True)  # a run that was stopped begins anew
         make_folder(folder)
         model: dict[str, Any] | None = None
-        if task.contestant.is_open_clip:
-            model, rows = open_clip_model(config), folder / "rows.tsv"
+        start = self.out / START.replace(" ", "-") / OPEN_CLIP if self.init else None
+        command: list[str] = []
+        if not task.length.steps:
+            checkpoint = self.init
+            if start is not None and any(one.startswith(OPEN_CLIP) for one in self.contestants):
+                shutil.rmtree(start, ignore_errors=True)
+                gap = write_open_clip(load_model(self.init).float(), start)
+                print(f"open_clip starts from features that differ from ours by {gap:.1e} at most")
+        elif task.contestant.is_open_clip:
+            model, rows = open_clip_model(config, start), folder / "rows.tsv"
             images.write_rows(
                 rows, task.length.steps_of_epoch * task.length.batch_size, seed=task.seed
             )
@@ -203,22 +221,25 @@ class Race(Program):
                 seed=task.seed,
                 workers=self.threads,
                 precision=config.efficiency.precision,
+                start=start,
             )
             job = {"model": model, "options": options}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             command = ["benchmarks.race.open_clip_loop", str(folder / "job.json")]
-            checkpoint = folder / "open_clip" / "checkpoints" / f"epoch_{task.length.epochs}.pt"
+            checkpoint = f"{folder}/open_clip/checkpoints/epoch_{task.length.epochs}.pt"
         else:
             options = our_options(task.contestant, task.length, lr=task.lr, seed=task.seed)
             execution = ("--data.threads", str(self.threads), "--out", str(folder / "run"))
             command = ["tools.pretrain", *self._common(), *execution, *options]
-            checkpoint = folder / "run"
-        cost = _measured(command, folder / "train.log", threads=self.threads)
-        if model is None:  # with the contestant's own options
+            checkpoint = str(folder / "run")
+        cost: dict[str, Any] = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_bytes": 0}
+        if command:
+            cost = _measured(command, folder / "train.log", threads=self.threads)
+        if command and model is None:  # with the contestant's own options
             config = load_config(folder / "run" / "config.json")
         judge_job = {
             "model": model,
-            "checkpoint": str(checkpoint),
+            "checkpoint": checkpoint,
             "folder": str(folder),
             "config": config_to_dict(config),
             "test": [str(test) for test in self.test],

@@ -18,6 +18,8 @@ from scipy import stats
 from unicl_fast.system.wording import markdown_table
 
 LEVEL = 0.95
+START = "before training"
+"""The contestant that is what all start from."""
 _COLORS = ("#2563a8", "#d9480f", "#2b8a3e", "#862e9c", "#5c5f66", "#c2255c", "#0b7285", "#e67700")
 
 
@@ -154,15 +156,21 @@ def _names(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Draws each score against CPU seconds and images; a dot a run, a line a contestant."""
+    """Draws each score against CPU seconds and images; a dot a run, a line a contestant.
+
+    The start is a dotted line.
+    """
     names = _names(outcomes)
+    runs = [one for one in outcomes if one.contestant != START]
     figure = Figure(figsize=(8.0, 2.9 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(names), 2, squeeze=False, sharey="row")
     fields = (("cpu_seconds", "CPU seconds of training"), ("images", "images seen in training"))
     for row, name in enumerate(names):
         for axes, (field, label) in zip(grid[row], fields, strict=True):
-            _draw_score(axes, [one for one in outcomes if name in one.scores], name, field)
+            _draw_score(axes, [one for one in runs if name in one.scores], name, field)
+            for start in [one for one in outcomes if one.contestant == START]:
+                axes.axhline(start.scores[name], color="black", ls=":", lw=1, label=START)
             axes.set_xlabel(label, fontsize=8)
         grid[row][0].set_ylabel(f"{name}, %", fontsize=8)
     grid[0][0].legend(fontsize=8, frameon=False)

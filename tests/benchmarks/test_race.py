@@ -16,7 +16,10 @@ from PIL import Image
 from unicl_fast.benchmarks import run as unicl_bench
 from unicl_fast.benchmarks.race.contestants import Contestant, ImageList, Length
 from unicl_fast.benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
+from unicl_fast.checkpoints.load import build_model
+from unicl_fast.conversion.export import write_export
 from unicl_fast.images.codec import encode_png
+from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -177,3 +180,31 @@ def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
     before = [path.stat().st_mtime_ns for path in paths]
     unicl_bench.main(options)
     assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+@pytest.mark.dist
+@pytest.mark.timeout(280)
+def test_both_sides_start_from_a_model_by_name(packed: dict[str, Path], tmp_path: Path) -> None:
+    """At a rate of nothing a run ends with the scores that the start has."""
+    config = build_preset("mixed-small").changed(
+        model={"image_encoder": "test_vit", "text_norm_eps": 1e-6},
+        data={"image_size": 160, "evaluation_resize": 160},
+    )
+    write_export(build_model(config), tmp_path / "start")
+    unicl_bench.main(
+        [
+            "race",
+            *("--train", str(packed["both"]), "--test", str(packed["both"])),
+            *("--out", str(tmp_path / "race"), "--init", str(tmp_path / "start")),
+            *("--images", "16", "--seeds", "0", "--lr", "1e-12", "--open-clip-lr", "1e-12"),
+            *("--run.global-batch-size", "16", "--efficiency.precision", "fp32"),
+            *("--contestants", "unicl: --optim.name adamw", "open_clip: --wd 0"),
+        ]
+    )
+    found = json.loads((tmp_path / "race/race.json").read_text())["runs"]
+    assert [run["contestant"] for run in found] == ["before training", "unicl", "open_clip"]
+    assert [run["images"] for run in found] == [0, 16, 16]
+    assert found[0]["scores"] == found[1]["scores"] == found[2]["scores"]
+    assert found[0]["cpu_seconds"] == 0

@@ -20,13 +20,9 @@ from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
-from unicl_fast.checkpoints.load import (
-    DamagedCheckpointError,
-    find_checkpoint,
-    load_model,
-    read_state,
-)
+from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
 from unicl_fast.config import config_to_dict, load_config
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.ledger.format import (
     LedgerSource,
     SegmentHeader,

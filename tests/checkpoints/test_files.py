@@ -24,12 +24,8 @@ from unicl_fast.checkpoints.files import (
     save_tensors,
     write_checkpoint,
 )
-from unicl_fast.checkpoints.load import (
-    DamagedCheckpointError,
-    find_checkpoint,
-    load_model,
-    read_state,
-)
+from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.system.checksums import (
     dump_checksummed_json,
     file_checksum,

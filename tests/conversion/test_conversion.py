@@ -16,10 +16,11 @@ from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.checkpoints.load import load_model
+from unicl_fast.checkpoints.load import find_weights
 from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.card import Facts
 from unicl_fast.conversion.export import write_export
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.conversion.libraries import (
     write_exported_programs,
     write_onnx,
@@ -164,7 +165,7 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
         assert old in values
         config.write_text(values.replace(old, new, 1))
         with pytest.raises(ValueError, match=message):
-            load_model(folder)
+            find_weights(folder)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import peft
 import pytest
 import timm
 import torch
@@ -28,13 +29,15 @@ from unicl_fast import UniCL, build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import config_to_dict
+from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_adapted, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.models.freezing import freeze
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
@@ -125,7 +128,7 @@ def write_transformers(make: Callable[[], torch.nn.Module], folder: Path) -> tor
 def difference(ours: UniCL, theirs: torch.nn.Module) -> float:
     """The largest difference of a coordinate of a feature."""
     images, tokens = different_images(ours.config.data.image_size), tokens_of(ours.config)
-    if isinstance(theirs, transformers.PreTrainedModel):
+    if isinstance(theirs, transformers.PreTrainedModel | peft.PeftModel):
         found = theirs(input_ids=tokens, pixel_values=images)
         expected = found.image_embeds, found.text_embeds
     else:
@@ -479,3 +482,99 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
         found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
     assert found[0] == found[1]
     assert not list((data / "captions").glob("tokens-*"))
+
+
+def adapted(base: Path, *options: str) -> UniCL:
+    """A run's model whose adapters and projections matter."""
+    model = build_model(config_by_name(base, *options))
+    initialise(model)
+    freeze(model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in [one for one in model.parameters() if one.requires_grad]:
+            parameter += torch.randn(parameter.shape, generator=generator) / 10
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("CLIP", "image:4,text:2,dora"),
+        pytest.param("CLIP", "image:4@last1,text:4", marks=pytest.mark.slow),
+        pytest.param("SigLIP", "image:2,text:4,rslora", marks=pytest.mark.slow),
+        pytest.param("dual of timm", "image:3,text:2,dora", marks=pytest.mark.slow),
+    ],
+)
+def test_adapters_become_a_folder_of_pefts_and_come_back(
+    kind: str, lora: str, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_transformers(SMALL[kind][0], base)
+    objective = "sigmoid" if kind == "SigLIP" else "unicl"
+    ours = adapted(base, "--optim.lora", lora, "--objective.name", objective)
+    assert write_adapter(ours, folder, base=str(base)) < 1e-5
+    plain = transformers.AutoModel.from_pretrained(base).eval()
+    assert difference(ours, plain) > 1e-2
+    assert difference(load_model(base), plain) < 1e-5
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    assert difference(ours, theirs) < 1e-5
+    scale = theirs.base_model.model.logit_scale
+    assert torch.equal(scale.reshape([]), ours.logit_scale)
+    back = load_model(folder)
+    assert difference(back, theirs) < 1e-5
+    assert torch.equal(back.logit_scale, ours.logit_scale)
+    assert weights_checksum(folder) != weights_checksum(base)
+
+
+def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_transformers(SMALL["CLIP"][0], base)
+    with pytest.raises(ValueError, match="the text encoder was trained whole"):
+        write_adapter(adapted(base, "--optim.lora", "image:2"), folder, base=str(base))
+    other = tmp_path / "other"
+    write_transformers(SMALL["CLIP of LAION"][0], other)
+    half = adapted(base, "--optim.lora", "image:2", "--optim.freeze", "text")
+    with pytest.raises(RuntimeError, match="features of the converted model differ"):
+        write_adapter(half, folder, base=str(other))
+    with pytest.raises(ValueError, match="has no adapters, which a run with optim.lora has"):
+        load_adapted(base)
+    assert not folder.exists()
+    peft.LoraConfig(target_modules=["fc1"]).save_pretrained(str(folder))
+    save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ValueError, match="names no model: write the place of its base"):
+        load_model(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (
+        ({"peft_type": "IA3"}, "adapters with peft_type IA3 are not read"),
+        ({"alpha_pattern": {"fc1": 2}}, "peft_type LORA alpha_pattern are not read"),
+        ({}, "is no model that the library of its layout could have written"),
+    ):
+        text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_the_adapters_of_a_run_are_converted_evaluated_and_trained_further(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run, folder = tmp_path / "base", tmp_path / "run", tmp_path / "adapter"
+    write_transformers(SMALL["CLIP"][0], base)
+    few = ("--run.global-batch-size", "4", "--run.steps", "2", "--run.device", "cpu")
+    few += ("--optim.lr", "1e-1", "--data.train", data / "captions")
+    call(pretrain, "--init", base, "--out", run, *few, "--optim.lora", "image:2,text:4")
+    call(convert, "peft", run, folder)
+    assert "differ from ours by at most" in capsys.readouterr().out
+    plain = transformers.AutoModel.from_pretrained(base).eval()
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    assert 0 < difference(load_model(run), theirs) < 1e-5
+    assert difference(load_model(base), theirs) > 1e-4
+    call(
+        evaluate, "zero-shot", "--checkpoint", folder, "--data", data / "labels", "--device", "cpu"
+    )
+    call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
+    call(convert, "hf", folder, tmp_path / "merged")
+    assert difference(load_model(tmp_path / "merged"), theirs) < 1e-5

@@ -21,9 +21,9 @@ from small_models import write_run
 from small_runs import tiny_config
 
 import unicl_fast
-from unicl_fast.checkpoints.load import build_model, load_model
+from unicl_fast.checkpoints.load import build_model
 from unicl_fast.conversion.card import collect_facts
-from unicl_fast.conversion.initial import initialise
+from unicl_fast.conversion.initial import initialise, load_model
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.dataset.reader import PackedDataset

@@ -25,7 +25,7 @@ from pyarrow import parquet
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.checkpoints.load import load_model as load_weights_of
+from unicl_fast.conversion.initial import load_model as load_weights_of
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.evaluation.data import protocol_metric, short_name
 from unicl_fast.models.unicl import UniCL

@@ -13,7 +13,8 @@ from packed_sets import Sample, pack
 from program_runs import SMALL, STEPS, call, losses, refusal_of, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import find_checkpoint, load_model
+from unicl_fast.checkpoints.load import find_checkpoint
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.pipelines.loader import TrainLoader

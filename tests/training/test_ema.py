@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import load_model
 from unicl_fast.config import OptimConfig, TrainConfig
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer

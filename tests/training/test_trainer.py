@@ -19,7 +19,7 @@ from small_runs import StepLoader, global_batch, labelled_loader, objective_conf
 
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.checkpoints.load import load_model, read_state
+from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
@@ -28,6 +28,7 @@ from unicl_fast.config import (
     config_from_dict,
     load_config,
 )
+from unicl_fast.conversion.initial import load_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.registry import make_objective

@@ -289,6 +289,37 @@ class ToHub(ModelConversion):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToPeft(ModelConversion):
+    """The adapters of a run with optim.lora, as peft's own folder, for transformers' base.
+
+    PeftModel.from_pretrained(AutoModel.from_pretrained(BASE), OUT) gives the run's features; that
+    is checked before OUT appears. Projections are in it whole. unicl-eval, unicl-pretrain --init
+    and unicl_fast.load_model take OUT too, with BASE where it is.
+
+    Example:
+      unicl-convert peft runs/lora models/lora-adapter
+    """
+
+    base: str = ""
+    """The model that the run began with, as transformers loads it: a folder or hf-hub:OWNER/NAME;
+    unicl-convert hf makes one of others. Default: the run's model.init."""
+
+    def run(self) -> None:
+        from unicl_fast.conversion.adapter_folders import write_adapter
+        from unicl_fast.conversion.initial import load_adapted
+
+        model = load_adapted(self.model, weights=self.weights).float()
+        base = self.base or model.config.model.init
+        difference = write_adapter(model, self.out, base=base)
+        _print_written(self.out, difference=difference)
+        place = base.removeprefix("hf-hub:").partition("@")[0]
+        print(
+            "next: import peft, transformers; peft.PeftModel.from_pretrained("
+            f"transformers.AutoModel.from_pretrained({place!r}), {str(self.out)!r})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ToOnnx(ModelConversion):
     """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
 
@@ -332,6 +363,7 @@ COMMANDS: dict[str, type[Conversion]] = {
     "open-clip": ToOpenClip,
     "timm": ToTimm,
     "hf": ToHub,
+    "peft": ToPeft,
     "onnx": ToOnnx,
     "export": ToExport,
 }

@@ -32,7 +32,7 @@ from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.blocks import checkpoint_blocks
-from unicl_fast.models.freezing import freeze, merge
+from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
 from unicl_fast.models.unicl import UniCL
@@ -258,42 +258,25 @@ def build_model(config: TrainConfig) -> UniCL:
     return model
 
 
-def load_model(
-    path: str | Path, *, weights: Weights = "auto", initialise: Initialise | None = None
-) -> UniCL:
-    """Loads a trained model, in evaluation mode on the CPU; adapters are merged into its weights.
+def load_found(config: TrainConfig, file: Path, base: str, *, initialise: Initialise) -> UniCL:
+    """Loads what `find_weights` found, in evaluation mode on the CPU, with adapters on its layers.
 
-    Args:
-        path: RUN for its newest checkpoint, RUN/best, a checkpoint, an export, or
-            hf-hub:OWNER/NAME for one on the Hugging Face hub.
-        weights: "ema" is the moving average of the weights, "model" the last step's weights, "auto"
-            the average if there is one. An export has one set of weights, and "ema" is an error.
-        initialise: reads the weights below adapters, where the checkpoint leaves them out.
+    `initialise` reads the weights below them, where the checkpoint leaves them out.
 
     Raises:
-        FileNotFoundError: no model there.
-        ValueError: it is damaged, has no average where "ema" is required, or the weights below its
-            adapters have changed or are not there.
+        ValueError: the file is damaged, or the weights below its adapters have changed.
     """
-    return load_found(*find_weights(path, weights=weights), initialise=initialise)
-
-
-def load_found(
-    config: TrainConfig, file: Path, base: str, *, initialise: Initialise | None = None
-) -> UniCL:
-    """Loads what `find_weights` found, as `load_model`."""
     model = build_model(config)
     # weights and their average have the run's type
     model.to(Precision(config.efficiency.precision).weight_type)
     if config.optim.adapters is None:
         load_weights(model, file)
         return model.eval()
-    if base and initialise is not None:
+    if base:
         initialise(model, _ALONE)
     freeze(model)
     refuse_another_base(model, base, file)
     load_weights(model, file)
-    merge(model)
     return model.eval()
 
 
@@ -313,7 +296,13 @@ def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
 def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainConfig, Path, str]:
     """Returns the config and file of a model, checked, and the checksum of weights that it lacks.
 
-    These are below adapters; "" if it has all. Raises as `load_model`.
+    These are below adapters; "" if it has all. `weights` is "ema" for the moving average of the
+    weights, "model" for the last step's, "auto" for the average if there is one. An export has one
+    set of weights.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: it is damaged, or has no average where "ema" is required.
     """
     found, base = find_model(path), ""
     if is_export(found):

@@ -34,6 +34,7 @@ from unicl_fast.conversion.sources import (
 )
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
+from unicl_fast.models.freezing import merge
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
@@ -47,15 +48,19 @@ _SHOWN = 6
 
 @torch.no_grad()
 def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """Loads a model of any source (`sources`), in evaluation mode on the CPU.
+    """Loads a model of any source (`sources`), in evaluation mode on the CPU; adapters are merged.
 
     `weights` is "ema" for the moving average of the weights, "model" for the last step's, "auto"
-    for the average if there is one; only models of ours have several. Raises as `find_source`.
+    for the average if there is one; only models of ours have several. Raises as `find_source`, and
+    ValueError if the weights below adapters have changed.
     """
     source = find_source(str(given), weights=weights)
     config = source.config()
     if source.own is not None and source.file is not None:
-        return load_found(config, source.file, source.base, initialise=initialise)
+        model = load_found(config, source.file, source.base, initialise=initialise)
+        if config.optim.adapters is not None:
+            merge(model)
+        return model
     if weights == "ema":
         raise ValueError(f"{given} has one set of weights: take weights auto")
     _require_sizes(source, config)
@@ -65,6 +70,15 @@ def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
         loading.take(image=True, text=source.has_text)
         model.load_state_dict(loading.tensors, strict=False)
     return model.eval()
+
+
+@torch.no_grad()
+def load_adapted(given: str | Path, *, weights: Weights = "auto") -> UniCL:
+    """As `load_model`, with the adapters of a run on its layers; ValueError if it has none."""
+    source = find_source(str(given), weights=weights)
+    if source.own is None or source.own.optim.adapters is None or source.file is None:
+        raise ValueError(f"{given} has no adapters, which a run with optim.lora has")
+    return load_found(source.own, source.file, source.base, initialise=initialise)
 
 
 def _require_sizes(source: Source, config: TrainConfig) -> None:

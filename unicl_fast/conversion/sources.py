@@ -1,7 +1,7 @@
 """Finds models by one name, whoever wrote them: their settings first, their weights when asked.
 
     PATH                    a run, checkpoint or export of ours; a folder of open_clip's,
-                            transformers' or timm's
+                            transformers' or timm's, or peft's adapters on one
     open-clip:NAME[/TAG]    as open_clip lists them; without a tag with fresh weights
     hf-hub:OWNER/NAME       a repository of any of these; @REVISION may follow
     official:FILE           a file of microsoft/UniCL
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unicl_fast.checkpoints import load
@@ -36,7 +37,7 @@ from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
 from unicl_fast.checkpoints.load import Weights, read_shapes, read_tensors
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
-from unicl_fast.conversion import hugging_face, official, preprocessing
+from unicl_fast.conversion import adapter_folders, hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import feature_width
@@ -207,6 +208,8 @@ def find_source(
             return found or _our_source(given, download_export(rest), weights)
     folder = Path(given).expanduser()
     found = None
+    if (folder / adapter_folders.CONFIG_FILE).is_file():
+        return _adapted_source(given, folder, towers)
     if _has_config(folder):
         found = _described(given, functools.partial(_first_of, folder), towers)
     return found or _our_source(given, folder, weights)
@@ -231,7 +234,7 @@ def find_own(given: str) -> Path | None:
     Raises FileNotFoundError if it does not exist.
     """
     folder = Path(given).expanduser()
-    if given.partition(":")[0] in _SCHEMES:
+    if given.partition(":")[0] in _SCHEMES or (folder / adapter_folders.CONFIG_FILE).is_file():
         return None
     if _has_config(folder):
         if (folder / open_clip_models.CONFIG_FILE).is_file():
@@ -325,6 +328,27 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
         rename=from_transformers,
         own=config,
         base=base,
+    )
+
+
+def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
+    """A folder of peft's: its adapters are merged into the weights of the model that it names."""
+    with _blaming(given):
+        base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
+
+    def rename(adapters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if any(tensor.is_meta for tensor in adapters.values()):
+            return base.outline()
+        assert base.file is not None
+        weights = _by_own_names(base.file)
+        return base.rename(adapter_folders.with_adapters(weights, adapters, folder))
+
+    return dataclasses.replace(
+        base,
+        name=given,
+        own=None,
+        locate=lambda: folder / adapter_folders.WEIGHTS_FILE,
+        rename=rename,
     )
 
 
@@ -529,6 +553,10 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"{folder} has no weights: expected one of {', '.join(names)}")
+
+
+def _by_own_names(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else _read_tensors(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

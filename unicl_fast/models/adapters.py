@@ -18,7 +18,7 @@ from unicl_fast.models.blocks import KNOWN_BLOCKS
 from unicl_fast.models.text_encoder import TextAttention
 from unicl_fast.system.installation import install_command
 
-_ALPHA = 16
+ALPHA = 16
 """Fixed, so that a learning rate keeps its meaning when the rank changes."""
 
 
@@ -48,13 +48,13 @@ def add_adapters(
         )
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=_ALPHA,
+        lora_alpha=ALPHA,
         target_modules="|".join(map(re.escape, names)),  # a list would match ends of names too
         use_dora=adapters.dora,
         use_rslora=adapters.rslora,
     )
     peft.inject_adapter_in_model(config, encoder)
-    for module in filter(_has_adapter, encoder.modules()):
+    for module in filter(is_adapted, encoder.modules()):
         module.cast_input_dtype_enabled = False  # type: ignore[assignment]  # autocast decides
 
 
@@ -63,7 +63,7 @@ def check_adapters(encoder: nn.Module, name: str, *given: Tensor) -> None:
 
     `name` is the encoder's, and `given` an input that it takes.
     """
-    waiting = {module: path for path, module in encoder.named_modules() if _has_adapter(module)}
+    waiting = {module: path for path, module in encoder.named_modules() if is_adapted(module)}
 
     def is_called(module: nn.Module, *_: object) -> None:
         waiting.pop(module, None)
@@ -88,7 +88,7 @@ def merge_adapters(encoder: nn.Module) -> None:
     """Adds all adapters to their layers, which take their names and places again."""
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
-            if _has_adapter(child):
+            if is_adapted(child):
                 child.merge()  # type: ignore[operator]
                 setattr(parent, name, child.base_layer)
         if isinstance(parent, TextAttention) and parent.in_proj is not None:
@@ -99,7 +99,8 @@ def merge_adapters(encoder: nn.Module) -> None:
     encoder.requires_grad_(True)
 
 
-def _has_adapter(module: nn.Module) -> bool:
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a layer has an adapter."""
     return hasattr(module, "lora_A")
 
 
