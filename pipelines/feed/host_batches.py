@@ -286,17 +286,17 @@ def gather_texts(
     prompts: ClassPrompts,
     *,
     context_length: int,
-) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Gathers token rows and training classes of a planned batch: stored captions, and prompts.
 
     A text longer than `context_length` is cut and keeps its end token, as the tokenizer does it.
 
     Returns:
-        uint16 [b context_length] padded with 0, and int64 [b] classes, -1 where the text is a
-        caption.
+        Rows [b context_length] padded with 0, of the prompts' type, and int64 [b] classes, -1
+        where the text is a caption.
     """
     size = len(planned.global_index)
-    rows = np.zeros((size, context_length), dtype=np.uint16)
+    rows = np.zeros((size, context_length), dtype=prompts.tokens.dtype)
     classes = np.full(size, -1, dtype=np.int64)
     for number, dataset in enumerate(datasets):
         mine = planned.source_ids == number

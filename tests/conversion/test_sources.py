@@ -380,17 +380,16 @@ def test_the_programs_take_a_model_of_others_as_it_is(
     assert 0 < (after - before).abs().max() < 1e-2
 
 
-@pytest.fixture
-def like_siglip(tmp_path: Path) -> Path:
+def _write_siglip(folder: Path, *, unused: int = 0) -> Path:
     """A small SigLIP in its folder, without its tokenizer."""
-    write_transformers(SMALL["SigLIP"][0], tmp_path / "siglip")
-    return tmp_path / "siglip"
+    text = _OF_SIGLIP | {"vocab_size": 300 + unused}
+    write_transformers(lambda: _siglip(text, _IMAGE), folder)
+    return folder
 
 
 @pytest.mark.dali
-def test_a_model_without_its_tokenizer_is_refused_texts(
-    like_siglip: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Path) -> None:
+    like_siglip = _write_siglip(tmp_path / "siglip")
     for program, *given in (
         (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
         (
@@ -407,10 +406,14 @@ def test_a_model_without_its_tokenizer_is_refused_texts(
 
 
 @pytest.mark.dali
+@pytest.mark.parametrize(
+    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="of SigLIP 2's size")]
+)
 def test_a_tokenizer_goes_through_training_evaluation_and_export(
-    like_siglip: Path, data: Path, tmp_path: Path
+    unused: int, data: Path, tmp_path: Path
 ) -> None:
-    write_tokenizer(like_siglip)
+    like_siglip = _write_siglip(tmp_path / "siglip", unused=unused)
+    write_tokenizer(like_siglip, unused=unused)
     captions, out = tmp_path / "captions", tmp_path / "run"
     shutil.copytree(data / "captions", captions)
     few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
@@ -434,6 +437,7 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
             assert one.vocabulary_hash == tokenizer.vocabulary_hash
 
     call(pack, "verify", captions)
+    call(evaluate, "zero-shot", "--checkpoint", out, "--data", data / "labels", "--device", "cpu")
 
     # a damaged file is made anew
     before = (made / "tokens.npy").read_bytes()

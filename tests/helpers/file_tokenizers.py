@@ -14,8 +14,11 @@ CAPTIONS = [
 ]  # fmt: skip
 
 
-def write_tokenizer(folder: Path, *, size: int = 120, pad: str = END) -> Path:
-    """Pieces of words, an end token, and padding with it, or with <pad> (0)."""
+def write_tokenizer(folder: Path, *, size: int = 120, pad: str = END, unused: int = 0) -> Path:
+    """Pieces of words, an end token, and padding with it, or with <pad> (0).
+
+    The pieces come after `unused` other ones, so that their ids are large.
+    """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -28,7 +31,10 @@ def write_tokenizer(folder: Path, *, size: int = 120, pad: str = END) -> Path:
         single=f"$A {END}", special_tokens=[(END, 1)]
     )
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    content = json.loads(tokenizer.to_str())
+    others = [[f"\u27e8{number}\u27e9", -30.0] for number in range(unused)]
+    content["model"]["vocab"][len(special) : len(special)] = others
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{"pad_token": pad, "eos_token": END, "unk_token": "<unk>", "model_max_length": 16},

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from file_tokenizers import END, PAD, write_tokenizer
 from open_clip.tokenizer import HFTokenizer
 
+from unicl_fast.objectives.targets import collate, map_steps, map_targets
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer, make_tokenizer
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.token_rows import hash_rows, position_factors
+from unicl_fast.text.tokenizer import Tokenizer, pad_rows
 
 TEXTS = [
     "A Photo of a dog!", "", "two_people &amp; a horse,  in the snow", "caf\u00e9 \u201cred\u201d",
@@ -43,6 +46,57 @@ def test_padding_is_part_of_a_row_only_where_it_is_not_0(pad: str, tmp_path: Pat
     assert tokenizer.decode(tokenizer.encode(["a photo of a dog"])[0]) == "a photo of a dog"
 
 
+def test_ids_beyond_16_bits_are_those_of_transformers(tmp_path: Path) -> None:
+    """SigLIP 2 has 256,000 tokens, XLM-R 250,002; ids that a file leaves out count."""
+    folder = write_tokenizer(tmp_path, pad=PAD, unused=70_000)
+    tokenizer = FileTokenizer(str(folder), 16)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    found = theirs(TEXTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    assert tokenizer(TEXTS).equal(found.input_ids)
+    assert found.input_ids.max() > 70_000
+    assert {row.dtype for row in tokenizer.encode(TEXTS)} == {np.dtype(np.uint32)}
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 80_000, "content": "<x>"})
+    content["model"] = {"type": "WordLevel", "vocab": {"<x>": 80_000}, "unk_token": "<x>"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert FileTokenizer(str(folder), 16).vocab_size == 80_001
+
+
+@pytest.mark.parametrize("unused", [0, 70_000])
+def test_equal_rows_and_prompts_are_found_in_any_vocabulary(unused: int, tmp_path: Path) -> None:
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path, pad=PAD, unused=unused)), 16)
+    prompts = ClassPrompts([(["dog", "cat"], ["a photo of a {}"])], tokenizer)
+    texts = ["a photo of a cat", "two people", "a photo of a dog", "two people"]
+    rows = pad_rows(tokenizer.encode(texts), 16, tokenizer.token_type)
+    found = map_targets(rows, np.full(4, -1), prompts)
+    assert found.tokens.dtype == tokenizer.token_type == prompts.tokens.dtype
+    assert np.array_equal(found.tokens, rows[:3])
+    assert found.text_index.tolist() == [0, 1, 2, 1]
+    assert found.class_ids[[0, 2]].tolist() == [1, 0]
+    two = map_steps(rows, np.array([0, 1, 0, 2]), prompts, size=2)
+    assert [one.tokens.tolist() for one in two] == [rows[:2].tolist(), rows[2:].tolist()]
+    texts_of_batch, _ = found.tensors()
+    assert texts_of_batch.tokens.tolist() == rows[:3].tolist()
+
+
+def test_tokens_that_differ_in_their_upper_bits_only_are_others() -> None:
+    """Their lower 16 bits, by which rows would be cut to uint16, are equal."""
+    rows = np.array([[5, 6, 2], [5 + (1 << 16), 6, 2], [5, 6 + (1 << 16), 2]], np.uint32)
+    found = map_targets(rows, np.full(3, -1))
+    assert found.text_index.tolist() == [0, 1, 2]
+    assert len(set(found.class_ids.tolist())) == 3
+    random = np.random.default_rng(0).integers(1, 1 << 18, (1 << 16, 8), dtype=np.uint32)
+    hashes = hash_rows(np.ascontiguousarray(random), position_factors(8))
+    assert len(np.unique(hashes)) == len(np.unique(random, axis=0))
+    assert len(np.unique(hashes >> np.uint64(32))) > 65_000  # the table compares upper halves
+    batch = collate(
+        torch.zeros(3, 4, 4, 3, dtype=torch.uint8),
+        torch.from_numpy(rows.astype(np.int64)),
+        torch.full((3,), -1),
+    )
+    assert batch.texts.tokens.tolist() == rows.tolist()
+
+
 def test_the_hash_tells_all_that_decides_ids(tmp_path: Path) -> None:
     one = write_tokenizer(tmp_path / "one")
     places = [str(one), f"{one}{CANONICAL}", str(write_tokenizer(tmp_path / "two", pad=PAD)),
@@ -69,9 +123,4 @@ def test_what_is_no_tokenizer_of_token_rows_is_refused(tmp_path: Path) -> None:
         FileTokenizer(str(tmp_path), 16)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):
-        FileTokenizer(str(tmp_path), 16)
-    large = {f"{number}": number for number in range(70_000)}
-    model = {"type": "WordLevel", "vocab": large, "unk_token": "0"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
-    with pytest.raises(ValueError, match="70,000 tokens, and token rows hold 65,536"):
         FileTokenizer(str(tmp_path), 16)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +44,9 @@ _FEWEST_FOR_PROCESSES = 50_000
 class _Tokenizer(Protocol):
     vocabulary_hash: str
     context_length: int
+    token_type: np.dtype[Any]
 
-    def encode(self, texts: list[str]) -> list[npt.NDArray[np.uint16]]: ...
+    def encode(self, texts: list[str]) -> list[npt.NDArray[Any]]: ...
 
 
 def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -> None:
@@ -78,7 +79,7 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
         with locked(folder / "lock", wait=True):
             if not _is_whole(folder):  # of the process that had the lock before
                 _make(dataset, tokenizer, folder)
-    dataset.take_tokens(folder, vocabulary_hash=tokenizer.vocabulary_hash)
+    dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -97,7 +98,7 @@ def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
     with PackedDataset(dataset.folder, verify=False, max_bad_fraction=None) as whole:
         parts = list(_encoded(whole, tokenizer))
     lengths = np.concatenate([np.empty(0, np.uint8), *(lengths for lengths, _ in parts)])
-    tokens = np.concatenate([np.empty(0, np.uint16), *(ids for _, ids in parts)])
+    tokens = np.concatenate([np.empty(0, tokenizer.token_type), *(ids for _, ids in parts)])
     captions = np.empty(len(lengths), CAPTION_DTYPE)
     captions["tokens_length"] = lengths
     ends = np.cumsum(lengths, dtype=np.uint64)
@@ -111,7 +112,7 @@ def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
         aside.write_text(lines, encoding="utf-8")
 
 
-_Part = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]
+_Part = tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]
 
 
 def _encoded(dataset: PackedDataset, tokenizer: _Tokenizer) -> Iterator[_Part]:
@@ -148,4 +149,4 @@ def _encode(samples: range) -> _Part:
             texts += reader.read_description(number).captions
     rows = tokenizer.encode(texts)
     lengths = np.array([len(row) for row in rows], np.uint8)
-    return lengths, np.concatenate([np.empty(0, np.uint16), *rows])
+    return lengths, np.concatenate([np.empty(0, tokenizer.token_type), *rows])

@@ -122,7 +122,7 @@ class PackedDataset:
         num_used = min(max(1, round(fraction * total)), total)
         self.samples = self._open_array("samples", total)[:num_used]
         self.captions = self._open_array("captions", self.manifest.num_captions)
-        self.tokens: npt.NDArray[np.uint16] = self._open_array("tokens", self.manifest.num_tokens)
+        self.tokens: npt.NDArray[Any] = self._open_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._open_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
         self._layout = None if pixels is None else PixelLayout(self.location, pixels, total)
@@ -152,14 +152,15 @@ class PackedDataset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, here or in another process, opens the files anew: descriptors are not shared."""
-        return self._reopen, (), (self.largest_token, self._tokens_folder, self.vocabulary_hash)
+        others = self._tokens_folder, self.tokens.dtype, self.vocabulary_hash
+        return self._reopen, (), (self.largest_token, *others)
 
-    def __setstate__(self, state: tuple[int | None, Path | None, str]) -> None:
-        self.largest_token, folder, vocabulary_hash = state
+    def __setstate__(self, state: tuple[int | None, Path | None, np.dtype[Any], str]) -> None:
+        self.largest_token, folder, dtype, vocabulary_hash = state
         if folder is not None:
-            self.take_tokens(folder, vocabulary_hash=vocabulary_hash)
+            self.take_tokens(folder, dtype, vocabulary_hash=vocabulary_hash)
 
-    def take_tokens(self, folder: Path, *, vocabulary_hash: str) -> None:
+    def take_tokens(self, folder: Path, dtype: np.dtype[Any], *, vocabulary_hash: str) -> None:
         """Replaces the token rows of captions by another tokenizer's, arrays in a folder.
 
         Raises FileNotFoundError, or ValueError if they are of other captions.
@@ -168,7 +169,7 @@ class PackedDataset:
         captions = open_array(folder / "captions.npy", ARRAY_DTYPES["captions"], num_captions)
         last = captions[-1:]
         num_tokens = int((last["tokens_start"] + last["tokens_length"]).sum())
-        self.tokens = open_array(folder / "tokens.npy", ARRAY_DTYPES["tokens"], num_tokens)
+        self.tokens = open_array(folder / "tokens.npy", dtype, num_tokens)
         self.captions, self.largest_token = captions, None
         self._tokens_folder, self.vocabulary_hash = folder, vocabulary_hash
 
@@ -393,7 +394,7 @@ class PackedDataset:
 
     def caption_tokens(
         self, index: int, which: int, *, context_length: int | None = None
-    ) -> npt.NDArray[np.uint16]:
+    ) -> npt.NDArray[Any]:
         """Token ids of caption `which` of sample `index`, start and end included, unpadded.
 
         One of more than `context_length` tokens is cut and keeps its end token.

@@ -255,7 +255,7 @@ def encode_images(
 @torch.no_grad()
 def encode_token_rows(
     model: UniCL,
-    rows: Sequence[NDArray[np.uint16]],
+    rows: Sequence[NDArray[Any]],
     *,
     batch_size: int = 512,
     progress: bool = False,

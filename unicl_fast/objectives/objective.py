@@ -97,7 +97,7 @@ class Objective:
 
     def map_targets(
         self,
-        rows: NDArray[np.uint16],
+        rows: NDArray[Any],
         labels: NDArray[np.int64],
         prompts: PromptLookup | None,
         *,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from unicl_fast.system.kernels import kernel
 from unicl_fast.text.token_rows import (
     Int64Array,
-    UInt16Array,
+    TokenArray,
     UInt64Array,
     hash_rows,
     make_table,
@@ -25,6 +25,7 @@ from unicl_fast.text.token_rows import (
     replace_classes,
     unique_rows,
 )
+from unicl_fast.text.tokenizer import token_type
 
 if TYPE_CHECKING:  # the data pipeline maps targets without torch
     from torch import Tensor
@@ -54,7 +55,7 @@ class ImageLabels:
 class HostTargets:
     """Distinct texts and class ids of one batch; `tokens` are in order of first occurrence."""
 
-    tokens: UInt16Array
+    tokens: TokenArray
     text_index: Int64Array
     text_class_ids: Int64Array
     text_counts: Int64Array
@@ -90,13 +91,13 @@ class HostTargets:
 class PromptLookup(Protocol):
     """Finds the class that has a text as a prompt; `prompts.ClassPrompts` is one."""
 
-    def lookup(self, rows: UInt16Array) -> Int64Array:
-        """uint16 [k l] -> int64 [k]: the class that has this row as a prompt, -1 if none has."""
+    def lookup(self, rows: TokenArray) -> Int64Array:
+        """The class int64 [k] that has each row [k l] as a prompt, -1 if none has."""
         ...
 
 
 def map_targets(
-    rows: UInt16Array,
+    rows: TokenArray,
     labels: Int64Array,
     prompts: PromptLookup | None = None,
     image_labels: ImageLabels | None = None,
@@ -119,7 +120,7 @@ def map_targets(
     part with `slice_targets`, as `collate` does.
 
     Args:
-        rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
+        rows: token ids of the texts, uint16 or uint32 [b l], padded with 0 at the end.
         labels: int64 [b], the class of each sample or -1. Label 0 is a class.
         prompts: finds captions that are prompts of classes; None where there are no prompts.
         image_labels: all labels of each image, for `image_classes`; None where only that of its
@@ -147,7 +148,7 @@ def map_targets(
 
 
 def map_steps(
-    rows: UInt16Array,
+    rows: TokenArray,
     labels: Int64Array,
     prompts: PromptLookup | None,
     *,
@@ -256,7 +257,8 @@ def collate(
             starts=np.cumsum([0, *counts], dtype=np.int64),
         )
     start, stop = rank * n // world_size, (rank + 1) * n // world_size
-    whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts, lists)
+    rows = tokens.numpy().astype(token_type(int(tokens.max()) + 1))
+    whole = map_targets(rows, labels.numpy(), prompts, lists)
     texts, targets = slice_targets(whole, start, stop).tensors()
     return Batch(
         step=step,
@@ -270,7 +272,7 @@ def collate(
 def _classes_of_texts(
     labels: Int64Array,
     text_index: Int64Array,
-    tokens: UInt16Array,
+    tokens: TokenArray,
     keys: Int64Array,
     prompts: PromptLookup | None,
     classes: Int64Array,
@@ -325,10 +327,12 @@ def _classes_of_images(
     return entries
 
 
-def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Array]:
+def _check(rows: TokenArray, labels: Int64Array) -> tuple[TokenArray, Int64Array]:
     """Checks both arrays and returns them in the kernels' layout (a copy only where needed)."""
-    if rows.ndim != 2 or rows.dtype != np.uint16:
-        raise ValueError(f"rows must be uint16 [b, l], not {rows.dtype} {list(rows.shape)}")
+    if rows.ndim != 2 or rows.dtype not in (np.uint16, np.uint32):
+        raise ValueError(
+            f"rows must be uint16 or uint32 [b, l], not {rows.dtype} {list(rows.shape)}"
+        )
     if len(rows) == 0:
         raise ValueError("a batch needs at least one sample; rows is empty")
     if labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
@@ -373,13 +377,13 @@ def _label_texts(
 
 
 @kernel
-def _group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
+def _group_texts(rows: TokenArray, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
     """Finds the distinct texts of a batch and what is known of each; rows are C-contiguous.
 
     One call, since for small batches a call takes longer than what it does.
 
     Returns:
-        tokens: uint16 [u, l], the distinct rows in order of first occurrence.
+        tokens: [u, l], the distinct rows in order of first occurrence.
         keys: int64 [u], their class ids where no label and no prompt gives one.
         index: int64 [b], the text of each row.
         counts: int64 [u].
@@ -434,17 +438,17 @@ def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64A
 
 
 @kernel
-def _group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
+def _group_steps(rows: TokenArray, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
     """`_group_texts` of consecutive batches of `size` rows.
 
     The entries of a batch's texts begin where its rows begin, and are 0 after its last text.
 
     Returns:
-        tokens uint16 [b, l], index, counts, lengths and text_labels int64 [b]; of each batch
+        tokens [b, l], index, counts, lengths and text_labels int64 [b]; of each batch
         num_texts int64, and bool is_plain: all its texts have a label, each one only.
     """
     steps = rows.shape[0] // size
-    tokens = np.zeros(rows.shape, np.uint16)
+    tokens = np.zeros(rows.shape, rows.dtype)
     index = np.empty(rows.shape[0], np.int64)
     counts = np.zeros(rows.shape[0], np.int64)
     lengths, text_labels = np.zeros_like(counts), np.zeros_like(counts)

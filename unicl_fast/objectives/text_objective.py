@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from msgspec import Meta
 
@@ -50,7 +50,7 @@ class PairObjective(TextObjective):
 
     def map_targets(
         self,
-        rows: NDArray[np.uint16],
+        rows: NDArray[Any],
         labels: NDArray[np.int64],
         prompts: PromptLookup | None,
         *,

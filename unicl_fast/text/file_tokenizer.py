@@ -13,14 +13,14 @@ import html
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
 from unicl_fast.system.untrusted_files import read_file, read_json
-from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer, pad_rows, token_type
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CANONICAL = "#canonicalize"
 """After a place: texts lose their punctuation and capitals first, as big_vision's do."""
-_MOST_TOKENS = 1 << 16
 _TO_SPACE = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""), "")})
 
 
@@ -38,13 +37,17 @@ class FileTokenizer:
     name: str
     vocabulary_hash: str
     """SHA-256 of all that decides ids: two tokenizers with the same hash give the same ids."""
+    vocab_size: int
+    """The largest id, and 1."""
+    token_type: np.dtype[Any]
+    """The type of token rows."""
 
     def __init__(self, place: str, context_length: int) -> None:
         """Reads `place`, a folder or hf-hub:OWNER/NAME with TOKENIZER_FILES; CANONICAL may follow.
 
         Raises:
             FileNotFoundError: there is none, or it cannot be downloaded.
-            ValueError: it is damaged, or has more tokens than token rows can hold.
+            ValueError: it is damaged.
         """
         self.name = place
         self.context_length = context_length
@@ -60,12 +63,9 @@ class FileTokenizer:
             self._tokenizer.enable_truncation(context_length)
         except Exception as error:  # the library's own kind
             raise ValueError(f"{file} is no tokenizer: {error}; copy it again") from error
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        if self.vocab_size > _MOST_TOKENS:
-            raise ValueError(
-                f"{file} has {self.vocab_size:,} tokens, and token rows hold {_MOST_TOKENS:,}: of "
-                "this model take only the image encoder, --init-image"
-            )
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = 1 + max(ids, default=0)  # some have gaps
+        self.token_type = token_type(self.vocab_size)
         self._pad_id = 0 if settings is None else self._find_pad_id(settings)
         decided_by = f"{self._is_canonical} {self._pad_id} ".encode() + content
         self.vocabulary_hash = hashlib.sha256(decided_by).hexdigest()
@@ -81,7 +81,7 @@ class FileTokenizer:
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
 
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Token ids of each text with its special tokens, cut to `context_length`.
 
         Not padded, unless the model pads with another token than 0: then all have that length.
@@ -94,7 +94,7 @@ class FileTokenizer:
             ids = encoding.ids
             if self._pad_id:
                 ids = ids + [self._pad_id] * (self.context_length - len(ids))
-            rows.append(np.array(ids or [0], dtype=np.uint16))
+            rows.append(np.array(ids or [0], dtype=self.token_type))
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
@@ -102,7 +102,7 @@ class FileTokenizer:
         import torch  # here, so that packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)
-        return torch.from_numpy(pad_rows(rows, self.context_length).astype(np.int64))
+        return torch.from_numpy(pad_rows(rows, self.context_length, np.int64))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of ids without special tokens, for people to read."""

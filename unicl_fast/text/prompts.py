@@ -27,7 +27,7 @@ from unicl_fast.text.class_lists import check_templates, fill_template
 from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.token_rows import (
     Int64Array,
-    UInt16Array,
+    TokenArray,
     find_rows,
     hash_rows,
     make_table,
@@ -58,7 +58,7 @@ class ClassPrompts:
     id stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
 
     Attributes:
-        tokens: uint16 [rows, l], all prompts, padded with 0 to the longest one's length.
+        tokens: uint16 or uint32 [rows, l], all prompts, padded with 0 to the longest one's length.
         class_ids: int64 [rows], the training class of each prompt.
         first_prompt_rows: int64 [sources], the row of each source's first prompt. Its other prompts
             follow by label, then by template.
@@ -97,7 +97,7 @@ class ClassPrompts:
         num_rows = self.num_classes * self.num_templates
         self.first_prompt_rows = np.cumsum(num_rows) - num_rows
 
-        def make() -> UInt16Array:
+        def make() -> TokenArray:
             encoded = tokenizer.encode(
                 [
                     fill_template(template, name)
@@ -106,7 +106,9 @@ class ClassPrompts:
                     for template in templates
                 ]
             )
-            return pad_rows(encoded, max(map(len, encoded), default=0))
+            longest = max(map(len, encoded), default=0)
+            rows: TokenArray = pad_rows(encoded, longest, tokenizer.token_type)
+            return rows
 
         if cache_folder is None or num_rows.sum() < _FEWEST_CACHED:
             self.tokens = make()
@@ -150,14 +152,15 @@ class ClassPrompts:
         ids = np.where(ids >= 0, ids + source * (1 << LABEL_BITS), ids)
         return replace_classes(ids, self._members, self._merged)
 
-    def lookup(self, rows: UInt16Array) -> Int64Array:
+    def lookup(self, rows: TokenArray) -> Int64Array:
         """The class, int64 [k], that has a text as a prompt; -1 where none has.
 
-        Texts are rows of token ids, uint16 [k, any length], padded with 0.
+        Texts are rows of token ids, [k, any length], padded with 0.
         """
-        if rows.ndim != 2 or rows.dtype != np.uint16:
-            raise ValueError(f"rows must be uint16 [k, l], not {rows.dtype} {list(rows.shape)}")
-        rows = np.ascontiguousarray(rows)
+        expected = self.tokens.dtype
+        if rows.ndim != 2 or not np.can_cast(rows.dtype, expected):
+            raise ValueError(f"rows must be {expected} [k, l], not {rows.dtype} {list(rows.shape)}")
+        rows = np.ascontiguousarray(rows, expected)
         hashes = hash_rows(rows, position_factors(rows.shape[1]))
         found = find_rows(rows, hashes, self._table, self._distinct)
         return self._class_of_distinct[found]
@@ -216,7 +219,7 @@ def _file_name(
     return f"prompts-{digest.hexdigest()[:32]}"
 
 
-def _read_or_make(path: Path, make: Callable[[], UInt16Array]) -> UInt16Array:
+def _read_or_make(path: Path, make: Callable[[], TokenArray]) -> TokenArray:
     """Reads token rows from a cache; one process of a machine makes them, the others wait."""
     rows = None
     try:
@@ -234,20 +237,20 @@ def _read_or_make(path: Path, make: Callable[[], UInt16Array]) -> UInt16Array:
     return make() if rows is None else rows
 
 
-def _read_rows(path: Path) -> UInt16Array | None:
+def _read_rows(path: Path) -> TokenArray | None:
     """None where there is no such file, or where it is damaged."""
     with contextlib.suppress(FileNotFoundError):
         content = memoryview(path.read_bytes())
         if xxhash.xxh3_64_digest(content[8:]) == content[:8]:
             with contextlib.suppress(OSError):
                 os.utime(path)  # it is in use
-            rows: UInt16Array = np.load(io.BytesIO(content[8:]), allow_pickle=False)
+            rows: TokenArray = np.load(io.BytesIO(content[8:]), allow_pickle=False)
             return rows
         _log.warning("%s is damaged; its token rows are made anew", path)
     return None
 
 
-def _write_rows(path: Path, rows: UInt16Array) -> None:
+def _write_rows(path: Path, rows: TokenArray) -> None:
     """Writes rows as a .npy file behind its checksum; removes files that were not used for long."""
     # The lock is held, so partial files are those of processes that were killed.
     for partial in path.parent.glob(".prompts-*.partial"):

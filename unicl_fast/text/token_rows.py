@@ -1,6 +1,7 @@
 """Numba kernels on token rows: hash them, find equal ones; merge classes that are the same.
 
-Rows are uint16 [b, l], C-contiguous; callers check that. Zeros at the end of a row are padding:
+Rows are uint16 [b, l], or uint32 for vocabularies beyond 65,536 tokens, C-contiguous; callers
+check that. Zeros at the end of a row are padding:
 rows are equal when they are equal after padding to the same length, and then they have the same
 hash, whatever their l.
 """
@@ -19,7 +20,7 @@ from numba.extending import intrinsic
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import mix64
 
-UInt16Array = npt.NDArray[np.uint16]
+TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -49,28 +50,33 @@ _prefetch: Any = intrinsic(_define_prefetch)
 
 @functools.lru_cache(maxsize=16)
 def position_factors(length: int) -> UInt64Array:
-    """Odd random factors for rows of that length, one for a pair of tokens, for `hash_rows`."""
-    counters = [np.uint64((pair + 1) * _GOLDEN % 2**64) for pair in range(-(-length // 2))]
+    """Odd random factors for rows of that length, one for a token, for `hash_rows`."""
+    counters = [np.uint64((number + 1) * _GOLDEN % 2**64) for number in range(length)]
     return np.array([mix64(one) | np.uint64(1) for one in counters], dtype=np.uint64)
 
 
 @kernel
-def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
+def hash_rows(rows: TokenArray, factors: UInt64Array) -> UInt64Array:
     """64-bit hashes of rows: mixed sums of pairs of tokens x factor of their position.
 
     A sum, not a chain, so that the compiler uses vector registers and padding adds nothing. Rows
-    that differ in one pair never collide: the factors are odd and pairs are below 2**32.
+    that differ in one pair never collide: the factors are odd and pairs are below 2**32. Tokens of
+    32 bits are not paired.
     """
     num_rows, length = rows.shape
     num_pairs = length // 2
     hashes = np.empty(num_rows, np.uint64)
     for row in range(num_rows):
         total = np.uint64(0)
-        for pair in range(num_pairs):
-            low, high = np.uint32(rows[row, 2 * pair]), np.uint32(rows[row, 2 * pair + 1])
-            total += np.uint64(low | (high << np.uint32(16))) * factors[pair]
-        if length % 2:
-            total += np.uint64(rows[row, length - 1]) * factors[num_pairs]
+        if np.iinfo(rows.dtype).bits == 16:
+            for pair in range(num_pairs):
+                low, high = np.uint32(rows[row, 2 * pair]), np.uint32(rows[row, 2 * pair + 1])
+                total += np.uint64(low | (high << np.uint32(16))) * factors[pair]
+            if length % 2:
+                total += np.uint64(rows[row, length - 1]) * factors[num_pairs]
+        else:
+            for position in range(length):
+                total += np.uint64(rows[row, position]) * factors[position]
         hashes[row] = mix64(total)
     return hashes
 
@@ -79,7 +85,7 @@ def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
 def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
     """Whether two rows are equal up to padding; without early exit, so that it is vectorised."""
     common = min(left.shape[1], right.shape[1])
-    difference = np.uint16(0)
+    difference = left.dtype.type(0)
     for position in range(common):
         difference |= left[left_row, position] ^ right[right_row, position]
     for position in range(common, left.shape[1]):
@@ -100,8 +106,8 @@ def make_table(capacity: int) -> UInt64Array:
 
 @kernel
 def unique_rows(
-    rows: UInt16Array, hashes: UInt64Array, table: UInt64Array
-) -> tuple[Int64Array, Int64Array, Int64Array, UInt16Array, Int64Array]:
+    rows: TokenArray, hashes: UInt64Array, table: UInt64Array
+) -> tuple[Int64Array, Int64Array, Int64Array, TokenArray, Int64Array]:
     """Finds equal rows; fills `table` with the distinct ones.
 
     Rows are grouped by their hashes, and compared afterwards, while the distinct ones are copied:
@@ -112,7 +118,7 @@ def unique_rows(
         first: int64 [u], where each distinct row occurs first, rising.
         index: int64 [b], which distinct row each row is.
         counts: int64 [u].
-        distinct: uint16 [u, l], rows[first].
+        distinct: [u, l], rows[first].
         lengths: int64 [u], their `row_lengths`.
     """
     for compare in (False, True):
@@ -126,22 +132,23 @@ def unique_rows(
 
 @kernel
 def _take_rows(
-    rows: UInt16Array, index: Int64Array, num_groups: int
-) -> tuple[bool, UInt16Array, Int64Array]:
+    rows: TokenArray, index: Int64Array, num_groups: int
+) -> tuple[bool, TokenArray, Int64Array]:
     """The first row of each group and its length; and whether all rows equal their group's first.
 
     Each row is read once. Indices are unsigned: for signed ones the compiler tests at each token
     whether they count from the end.
     """
     num_rows, length = rows.shape
-    taken = np.empty((num_groups, length), np.uint16)
+    taken = np.empty((num_groups, length), rows.dtype)
     lengths = np.empty(num_groups, np.int64)
     agree = True
     num_taken = 0
-    start, row_bytes = np.uint64(taken.ctypes.data), np.uint64(2 * length)
+    row_bytes = np.iinfo(rows.dtype).bits // 8 * length  # itemsize is no constant to Numba
+    start = np.uint64(taken.ctypes.data)
     for row in range(num_rows):
-        ahead = start + row_bytes * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
-        for offset in range(0, 2 * length, _CACHE_LINE):
+        ahead = start + np.uint64(row_bytes) * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
+        for offset in range(0, row_bytes, _CACHE_LINE):
             _prefetch(ahead + np.uint64(offset))
         source, target = np.uint64(row), np.uint64(index[row])
         if index[row] == num_taken:  # the first of its group: groups are numbered as they come
@@ -160,7 +167,7 @@ def _take_rows(
 
 @kernel
 def _group_rows(
-    rows: UInt16Array, hashes: UInt64Array, table: UInt64Array, compare: bool
+    rows: TokenArray, hashes: UInt64Array, table: UInt64Array, compare: bool
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Implements `unique_rows`; without `compare` rows with equal hashes count as equal."""
     num_rows = rows.shape[0]
@@ -196,7 +203,7 @@ def _group_rows(
 
 @kernel
 def find_rows(
-    queries: UInt16Array, hashes: UInt64Array, table: UInt64Array, known: UInt16Array
+    queries: TokenArray, hashes: UInt64Array, table: UInt64Array, known: TokenArray
 ) -> Int64Array:
     """int64 [k]: which of the `known` distinct rows each query equals, -1 where none.
 
@@ -220,7 +227,7 @@ def find_rows(
 
 
 @kernel
-def row_lengths(rows: UInt16Array) -> Any:
+def row_lengths(rows: TokenArray) -> Any:
     """int64 [k]: lengths of rows without padding."""
     lengths = np.empty(len(rows), np.int64)
     for row in range(len(rows)):

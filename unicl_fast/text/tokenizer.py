@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import html
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ class Tokenizer:
     """
 
     name = "clip-bpe"
+    token_type = np.dtype(np.uint16)
+    """The type of token rows."""
     vocabulary_hash: str
     """SHA-256 of the merges: two tokenizers with the same hash give the same ids."""
 
@@ -90,7 +92,7 @@ class Tokenizer:
         import torch  # here, so that packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)
-        return torch.from_numpy(pad_rows(rows, self.context_length).astype(np.int64))
+        return torch.from_numpy(pad_rows(rows, self.context_length, np.int64))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of ids, for people to read: lower case, words separated by spaces.
@@ -123,9 +125,14 @@ class Tokenizer:
         return ids
 
 
-def pad_rows(rows: Sequence[npt.NDArray[np.uint16]], length: int) -> npt.NDArray[np.uint16]:
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The type of token rows of a vocabulary: uint16 up to 65,536 tokens, uint32 beyond."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def pad_rows(rows: Sequence[npt.NDArray[Any]], length: int, dtype: npt.DTypeLike) -> Any:
     """Rows of token ids as one array [number of rows, length], padded with 0."""
-    padded = np.zeros((len(rows), length), dtype=np.uint16)
+    padded = np.zeros((len(rows), length), dtype)
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = row
     return padded
