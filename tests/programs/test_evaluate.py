@@ -158,21 +158,6 @@ def test_a_data_set_is_searched_by_texts_and_images(
     assert "there is no such file" in refusal(capsys, *search, "--image", data / "nothing.jpg")
 
 
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_ranks_encode_for_a_search_what_one_does(data: Path, trained: Path) -> None:
-    found = []
-    for nproc in ("1", "2"):
-        done = run(
-            *("evaluate", "search", "--checkpoint", trained, "--device", "cpu"),
-            *("--data", data / "labels", "--query", "a frog", "--top", "21", "--nproc", nproc),
-            *("--features", data / f"features-{nproc}"),
-        )
-        found.append(done.stdout)
-    assert found[0].count("\n") == 22
-    assert found[0] == found[1]
-
-
 def test_the_lines_of_python_find_what_the_commands_find(
     data: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -361,6 +346,9 @@ def test_clip_benchmark_finds_what_we_find(shared_data: Path, tmp_path: Path) ->
     ("arguments", "message"),
     [
         ("zero-shot --data {tmp}/nothing", "nothing is at"),
+        ("retrieval --data {labels}", "has no captions"),
+        ("zero-shot --data {captions}", "has no classes"),
+        ("zero-shot --data {labels} --batch-size 0", "not 0"),
         ("zero-shot --data {labels} {labels} --templates simple simple simple",
          "--templates takes one value for all data sets or one for each of the 2, not 3"),
         ("zero-shot --data {labels} {labels}/", "is the same data set as"),
@@ -373,7 +361,6 @@ def test_clip_benchmark_finds_what_we_find(shared_data: Path, tmp_path: Path) ->
         ("embed --data {labels} --out {tmp}/a.csv", "end in .npy or .parquet"),
         ("classify --data {labels} --classes a a", "two or more class names"),
     ],
-    ids=["nowhere", "too many", "twice", "no list", "names", "figures", "c", "format", "classes"],
 )  # fmt: skip
 def test_wrong_uses_are_refused(
     data: Path,
@@ -385,7 +372,8 @@ def test_wrong_uses_are_refused(
 ) -> None:
     if "clip-benchmark" in arguments:
         require_clip_benchmark()
-    words = [word.format(tmp=tmp_path, labels=data / "labels") for word in arguments.split()]
+    places = {"tmp": tmp_path, "labels": data / "labels", "captions": data / "captions"}
+    words = [word.format(**places) for word in arguments.split()]
     assert message in refusal(capsys, *words, "--checkpoint", trained, "--device", "cpu")
 
 
