@@ -188,13 +188,6 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
 
 
-def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
-    """The same, compiled, with torch's own kernels in the graphs."""
-    compiled = functools.partial(compile_encoders, backend="aot_eager")
-    with mock.patch("unicl_fast.training.parallel.compile_encoders", compiled):
-        write_gradients(ranks, images, folder, efficiency)
-
-
 def write_objective_gradients(
     ranks, images: torch.Tensor, folder: str, objectives: list, efficiency: dict
 ) -> None:
@@ -244,13 +237,6 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
 
     config = tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32")
     trainer_of(ranks, images, config, evaluations={"buffers": evaluation}).fit()
-
-
-def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
-    """Trains, and writes the average of the weights as this rank has it."""
-    trainer = trainer_of(ranks, images, config)
-    trainer.fit()
-    torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
 
 
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
-from loader_runs import assert_joined, assert_same, count_replaced, take
-from same_batches import assert_equal
+from loader_runs import assert_equal, assert_joined, assert_same, count_replaced, take
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import (
@@ -231,19 +230,6 @@ def test_ranks_join_to_the_same_global_batches(
     ]
     for expected, *parts in zip(whole, *ranks, strict=True):
         assert_joined(parts, expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [2, 3, 8])
-def test_a_restart_gives_the_same_with_and_without_memory(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, start: int
-) -> None:
-    spoil(folders, many_bad(make_loader(sound, prompts)))
-    loader = make_loader(spoilt(), prompts)
-    whole = take(loader, count=STEPS)
-    assert_same(whole[start:], take(loader, start=start, count=STEPS - start))
-    anew = make_loader(spoilt(), prompts)
-    assert_same(whole[start:], take(anew, start=start, count=STEPS - start))
 
 
 def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(

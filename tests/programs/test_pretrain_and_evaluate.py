@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from program_runs import SMALL, STEPS, call, losses, refusal_of, run, start
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import TrainConfig
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
@@ -312,16 +310,3 @@ def test_the_short_help_shows_the_values_of_the_preset(
     shown = capsys.readouterr().out
     for words in ("--data.image-size 28 ", "DIR=WEIGHT", "digits-small", "--help-all", "examples:"):
         assert words in shown
-
-
-def test_help_all_explains_every_setting() -> None:
-    shown = " ".join(run("pretrain", "--help-all").stdout.replace("│", " ").split())
-    for group in dataclasses.fields(TrainConfig):
-        for field in dataclasses.fields(getattr(TrainConfig(), group.name)):
-            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
-                f"--{group.name}.no-", f"--{group.name}."
-            ), field.name
-    for words in ("DIR=WEIGHT", "cifar10-small", "Stochastic depth of the image encoder"):
-        assert words in shown
-    for words in ("zero-shot", "retrieval"):
-        assert words in run("evaluate", "--help").stdout
