@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import itertools
 import json
 import os
 import signal
@@ -28,7 +27,6 @@ from small_runs import (
     labelled_loader,
     objective_config,
     poison_step,
-    ragged_features,
     staged_batch,
     tiny_config,
 )
@@ -61,9 +59,6 @@ from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.objectives.operands import Classes, Operands
-from unicl_fast.objectives.registry import make_objective
-from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
@@ -201,31 +196,6 @@ def write_objective_gradients(
                 labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
             )
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
-
-
-@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
-def write_feature_gradients(ranks, folder: str) -> None:
-    """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
-    images, texts, text_index, class_ids = ragged_features()
-    share = ranks.local_batch_size(len(images))
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    distinct, counts = text_index[mine].unique(return_counts=True)
-    class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
-    text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
-    classes = Classes(class_ids[mine], text_class_ids, counts)
-    for name, form in itertools.product(("unicl", "sigmoid"), ("dense", "tiled")):
-        inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
-        learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
-        if name == "sigmoid":
-            bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
-            learnt["logit_bias"] = bias
-        columns = TextColumns(classes, ranks)
-        all_texts = columns.receive(columns.send(inputs[1][distinct]))
-        loss = make_objective(name).loss(
-            Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
-        )
-        gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
-        torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
 
 
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:

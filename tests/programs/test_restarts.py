@@ -120,63 +120,6 @@ def test_torchrun_has_a_flag_of_its_own_for_restarts(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("precision", "tolerance", "steps", "numbers"),
-    [
-        ("fp64", 1e-9, 60, (1, 3)),
-        pytest.param("fp64", 1e-9, 300, (1, 2, 3, 4), marks=pytest.mark.long),
-        pytest.param("fp32", 1e-2, 300, (1, 2, 3, 4), marks=pytest.mark.long),
-    ],
-    ids=["short", "fp64", "fp32"],
-)
-def test_a_run_resumes_with_any_number_of_ranks(
-    data: Path,
-    tmp_path: Path,
-    precision: str,
-    tolerance: float,
-    steps: int,
-    numbers: tuple[int, ...],
-) -> None:
-    """With augmentation and drop path: stopped, and resumed on other ranks.
-
-    The largest difference is printed (pytest -s), for docs/reliability.md.
-    """
-    *stopped, last = numbers
-    settings = [
-        *[word if word != str(STEPS) else str(steps) for word in SMALL],
-        *("--run.global-batch-size", "12", "--data.flip-probability", "0.5", "--ledger"),
-        *("--efficiency.precision", precision, "--checkpoint.every-steps", "5"),
-        *("--data.train", data / "labels", data / "captions", "--resume", "auto"),
-    ]
-    run("pretrain", *settings, "--out", tmp_path / "unbroken")
-    out = tmp_path / "elastic"
-    started = [0]
-    for nproc in stopped:
-        process = start(*settings, "--out", out, "--nproc", str(nproc))
-        wait_for_step(out, started[-1] + steps // 8, process)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=150)
-        assert process.returncode == 75, errors[-3000:]
-        assert "resume with --resume auto" in errors
-        assert "Traceback" not in errors
-        started.append(int(list_checkpoints(out / "checkpoints")[-1].name[5:]))
-    run("pretrain", *settings, "--out", out, "--nproc", str(last))
-    assert started == sorted(set(started))
-    assert started[-1] < steps
-    lines = [line for line in read_metrics(out) if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    pairs = list(zip(losses(out), losses(tmp_path / "unbroken"), strict=True))
-    largest = max(abs(one - other) / abs(other) for one, other in pairs)
-    print(f"{precision}: largest relative difference of {steps} losses {largest:.2e}")
-    assert largest <= tolerance
-    values = proven(out, "--replan")
-    assert (values["steps"], values["num_starts"]) == (steps, len(numbers))
-    assert values["num_changes_of_world_size"] == len(stopped)
-    assert [segment["start_step"] for segment in values["segments"]] == started
-    assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
-
-
-@pytest.mark.timeout(900)
 def test_a_run_in_stages_is_killed_within_one_and_between_two_and_ends_as_if_unbroken(
     data: Path, tmp_path: Path
 ) -> None:
