@@ -157,6 +157,10 @@ def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
     for wrong in (length + 1, 0 if length else 5):
         with pytest.raises(ValueError, match=f"as an array of {wrong} rows"):
             open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], wrong)
+    with (folder / "labels.npy").open("ab") as longer:
+        longer.write(b"x")
+    with pytest.raises(ValueError, match=r"labels\.npy is damaged .* bytes where"):
+        open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], length)
 
 
 def resident_bytes(path: Path) -> int:

@@ -405,18 +405,6 @@ def test_a_state_continues_a_loader_on_any_number_of_ranks(
         len(endless)
 
 
-def test_one_loader_can_be_asked_again(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    loader = TrainLoader(make_config(), datasets, None, prompts)
-    first = [next(loader.batches(5)) for _ in range(2)]
-    assert_equal(*first)
-    loader.close()
-    assert_equal(first[0], next(loader.batches(5)))
-    loader.close()
-    loader.close()
-
-
 def test_prompts_with_an_exclamation_mark_keep_their_end(
     labelled: PackedDataset, tokenizer: Tokenizer
 ) -> None:
