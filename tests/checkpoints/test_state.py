@@ -7,9 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
-import fuzz_checkpoints
 import pytest
 import torch
+from fuzz_checkpoints import make_fit
 from rank_workers import resume_and_write, run_on_ranks
 from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
@@ -130,7 +130,7 @@ def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path:
     flipped.write_bytes(content)
     save_file({"x": torch.zeros(2)}, folders[2] / "model.safetensors", metadata=origin_of(
         trainer.run_id, 2))  # fmt: skip
-    fuzz_checkpoints.make_fit(folders[2])
+    make_fit(folders[2])
 
     run_on_ranks(resume_and_write, 2, images, folders, config)
     written = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from small_runs import StepLoader, finish_writing, tiny_config
 
 from unicl_fast.checkpoints import writer as checkpoint_writer
 from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
-from unicl_fast.checkpoints.writer import CheckpointWriter, HostCopies
+from unicl_fast.checkpoints.writer import HostCopies
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
@@ -88,28 +87,6 @@ def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
     assert disk.steps == [2, 4, 6, 8]
     assert disk.most_at_once == 1
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 4
-
-
-def test_waiting_for_a_slow_disk_is_said(
-    images: torch.Tensor,
-    tmp_path: Path,
-    disk: SlowDisk,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(checkpoint_writer, "_NOTEWORTHY_SECONDS", 0.1)
-    trainer = trainer_in(tmp_path, images)
-    trainer.save(required=False)
-    wait = CheckpointWriter.wait
-
-    def wait_for_long(self: CheckpointWriter) -> None:
-        threading.Timer(0.3, disk.may_write.set).start()
-        wait(self)
-
-    monkeypatch.setattr(CheckpointWriter, "wait", wait_for_long)
-    with caplog.at_level(logging.WARNING):
-        trainer.save()
-    assert "for the checkpoint before to be written" in caplog.text
 
 
 @contextmanager

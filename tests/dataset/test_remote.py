@@ -27,6 +27,7 @@ from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
 from unicl_fast.dataset.files import copy_small_files
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -89,6 +90,38 @@ def test_where_folders_must_exist_they_are_made(tmp_path: Path) -> None:
     store.write_file(tmp_path / "large", "large")
     assert (tmp_path / "new" / "deeper" / "large").read_bytes() == b"345"
     assert store.traffic.tried_again == 0
+
+
+def test_an_upload_continues_where_it_was_cut_off_and_ends_with_the_manifest(
+    local: PackedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, sent, refused = "faulty://bucket/new", [], {"captions.npy"}
+    put_file = FaultyStore.put_file
+
+    def put_or_fail(store: FaultyStore, path: str, target: str, **more: Any) -> None:
+        sent.append(target.rpartition("/")[2])
+        if sent[-1] in refused:
+            raise OSError(errno.EIO, "an internal error")
+        put_file(store, path, target, **more)
+
+    monkeypatch.setattr(FaultyStore, "put_file", put_or_fail)
+    with pytest.raises(StorageError, match=r"captions\.npy could not be written"):
+        upload_dataset(local.folder, url, progress=False)
+    with pytest.raises(FileNotFoundError, match="is not a packed data set"):
+        PackedDataset(url)
+    refused.clear()
+    sent.clear()
+    upload_dataset(local.folder, url, progress=False)
+    assert "captions.npy" in sent
+    assert not [name for name in sent if name.endswith(".tar")]
+    assert sent[-1] == "manifest.json"
+    sent.clear()
+    upload_dataset(local.folder, url, progress=False)
+    assert sent == ["manifest.json"]
+    del FaultyStore.store["/bucket/new/manifest.json"]
+    put(ObjectStore(url), "notes.txt", b"x")
+    with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
+        upload_dataset(local.folder, url, progress=False)
 
 
 @pytest.mark.parametrize(("in_buckets", "place"), [(True, "bucket"), (False, "folder")])

@@ -169,29 +169,6 @@ def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> 
         assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "i.idx").read_bytes()
 
 
-@pytest.mark.dali
-def test_dalis_webdataset_reader_reads_the_shards(packed: Path) -> None:
-    import nvidia.dali as dali
-
-    shards = sorted(packed.glob("*.tar"))
-
-    @dali.pipeline_def(batch_size=9, num_threads=1, device_id=None)
-    def read() -> Any:
-        encoded, description = dali.fn.readers.webdataset(
-            paths=[str(path) for path in shards],
-            index_paths=[str(path.with_suffix(".idx")) for path in shards],
-            ext=["jpg;png", "json"],
-        )
-        return encoded, description, dali.fn.decoders.image(encoded)
-
-    encoded, description, pixels = read().run()
-    for number in range(9):
-        assert encoded.at(number).tobytes() == jpeg(number)
-        fields = json.loads(description.at(number).tobytes())
-        assert fields["name"] == f"{number}.jpg"
-        assert pixels.at(number).shape == (16, 20 + number, 3)
-
-
 def test_manifest_survives_json(packed: Path) -> None:
     manifest = Manifest.load(packed)
     assert Manifest.from_json(manifest.to_json()) == manifest

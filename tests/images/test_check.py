@@ -21,7 +21,6 @@ from property_tests import examples
 from unicl_fast.images import check as images
 from unicl_fast.images.check import (
     MAX_PIXELS,
-    CheckedImage,
     ImageError,
     check_image,
     read_jpeg_header,
@@ -302,43 +301,6 @@ def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
     assert check_image(wide, format="jpeg").width == MAX_WEBP_SIDE + 1
     assert check_image(wide, format="png").data is wide
     assert check_image(wide, format="webp", short_side=1).width == 8192
-
-
-@pytest.mark.parametrize(
-    "format",
-    [pytest.param(one, marks=() if one == "webp" else pytest.mark.slow) for one in FORMATS],
-)
-def test_of_hostile_files_every_format_takes_what_it_has_room_for(
-    shared_data: Path, format: Format
-) -> None:
-    folder = shared_data / "hostile"
-    with (folder / "manifest.csv").open(encoding="utf-8") as file:
-        names = [row["file"] for row in csv.DictReader(file)]
-
-    def taken(format: Literal["keep", "jpeg", "webp", "png"]) -> dict[str, CheckedImage]:
-        found = {}
-        for name in names:
-            try:
-                found[name] = check_image(
-                    (folder / name).read_bytes(), format=format, short_side=64
-                )
-            except ImageError as error:
-                assert str(error)  # noqa: PT017
-        return found
-
-    kept, made = taken("keep"), taken(format)
-    assert len(kept) == 175
-    left_out = [kept[name] for name in kept.keys() - made.keys()]
-    if format == "webp":  # one is that wide
-        assert [max(one.height, one.width) > MAX_WEBP_SIDE for one in left_out] == [True]
-    else:
-        assert not left_out
-    assert made.keys() <= kept.keys()
-    for name, image in made.items():
-        assert (image.height, image.width) == (kept[name].height, kept[name].width), name
-        again = check_image(image.data, format="packed")
-        assert not again.reencoded, name
-        assert again.extension == EXTENSION[format]
 
 
 def decoded(data: bytes) -> np.ndarray:

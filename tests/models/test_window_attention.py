@@ -147,21 +147,6 @@ def test_fused_blocks_are_few_graphs_without_breaks(recomputes: bool) -> None:
     assert counts.tolist() == [3, 0]
 
 
-@slow
-@pytest.mark.long
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_compiled_and_recomputed_blocks_give_the_same_gradients(
-    compute: Compute, recomputes: bool
-) -> None:
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 32, 32)
-    _, *plain = compute(gradients_of_swin, images)
-    settings = {"activation_checkpointing": recomputes}
-    _, *compiled = compute(gradients_of_swin, images, backend="aot_eager", **settings)
-    for ours, eager in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
-
-
 def test_weights_keep_their_names_and_copies_compute_with_their_own() -> None:
     model = build_model(tiny_config(image_encoder="unicl_swin6_small"))
     names = list(model.state_dict())

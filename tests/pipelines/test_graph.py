@@ -55,7 +55,6 @@ from unicl_fast.pipelines.graph import (
     decode,
 )
 from unicl_fast.pipelines.kernels.operators import resample_operator
-from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import EvaluationLoader
 from unicl_fast.pipelines.plan.crop import evaluation_regions, random_windows
 from unicl_fast.text.tokenizer import Tokenizer
@@ -185,17 +184,6 @@ def torchvision_twin(
     return torch.stack(images).permute(0, 2, 3, 1).numpy()
 
 
-def smallest_windows(dataset: PackedDataset) -> Windows:
-    """Single pixels, and lines of one pixel's width, at corners and in the middle."""
-    sizes = np.stack([dataset.samples["height"], dataset.samples["width"]], axis=1).astype(np.int32)
-    kinds = np.arange(len(dataset)) % 3
-    shapes = np.ones_like(sizes)
-    shapes[kinds == 1, 0] = sizes[kinds == 1, 0]
-    shapes[kinds == 2, 1] = sizes[kinds == 2, 1]
-    positions = (np.arange(len(dataset)) % 5)[:, None] / 4
-    return ((sizes - shapes) * positions).astype(np.int32), shapes
-
-
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("kind", ["labelled", "captioned"])
 def test_real_crops_are_torchvision_s_to_one_level(
@@ -206,25 +194,6 @@ def test_real_crops_are_torchvision_s_to_one_level(
     gap = differences(ours, torchvision_twin(dataset, windows_of(dataset), interpolation))
     assert gap.max() <= 1
     assert gap.mean() < (0.25 if interpolation == "bilinear" else 0.01)
-
-
-@pytest.mark.parametrize(
-    "interpolation", [pytest.param("bilinear", marks=pytest.mark.slow), "bicubic"]
-)
-def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
-    captioned: PackedDataset, interpolation: Interpolation
-) -> None:
-    """Cut out of decoded images: the decoder's part is told at the top."""
-    starts, shapes = windows = smallest_windows(captioned)
-    crops = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
-    for index, flip in enumerate(alternate_flips(len(captioned))[:, 0]):
-        (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
-        whole = np.asarray(open_image(captioned, index))
-        crop = np.ascontiguousarray(whole[top : top + height, left : left + width])
-        edges = (0.0, float(height), 0.0, float(width))
-        resample_region(crops[index], crop, *edges, bool(flip), interpolation == "bicubic")
-    twin = torchvision_twin(captioned, windows, interpolation)
-    assert differences(torch.from_numpy(crops), twin).max() <= 1
 
 
 both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])
@@ -262,17 +231,6 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(
     whole = [np.asarray(open_image(captioned, index)) for index in chosen.tolist()]
     twin = np.stack([image[9 : 9 + side, 5 : 5 + side] for image in whole])
     assert differences(images, twin).max() == 0
-
-
-@both_resamplers
-def test_bicubic_train_images_equal_pillow_s(labelled: PackedDataset, resample: Resample) -> None:
-    gap = differences(
-        train_images(labelled, interpolation="bicubic", resample=resample),
-        train_twin(labelled, interpolation="bicubic"),
-    )
-    assert gap.mean() < 0.25
-    assert np.quantile(gap, 0.995) <= 1
-    assert gap.max() <= 20
 
 
 def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:

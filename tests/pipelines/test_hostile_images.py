@@ -18,12 +18,10 @@ from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images.check import CheckedImage, ImageError, check_image
 from unicl_fast.pipelines.graph import (
     Pipeline,
-    build_evaluation_graph,
     build_train_graph,
     decode_windows,
     fn,
 )
-from unicl_fast.pipelines.plan.crop import evaluation_regions
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
@@ -85,25 +83,6 @@ def test_every_accepted_image_is_decoded_in_every_training_window(
                 wanted = Image.open(io.BytesIO(image.data)).convert("RGB").getpixel((x, y))
                 difference = np.abs(pixels.astype(int) - np.array(wanted)).max()
                 assert difference <= (8 if image.extension == "jpg" else 0), name
-
-
-@pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_every_accepted_image_is_decoded_for_evaluation(
-    accepted: dict[str, CheckedImage], resample: Resample
-) -> None:
-    pixels = list(accepted.values())
-    encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
-    heights, widths = (np.array([getattr(one, side) for one in pixels])
-                       for side in ("height", "width"))  # fmt: skip
-    starts, ends = evaluation_regions(heights, widths, settings(resample))
-    inputs = iter([(encoded, starts, ends)])
-    graph = build_evaluation_graph(
-        lambda: next(inputs), data=settings(resample), batch_size=len(pixels), device=CPU
-    )
-    (images,) = graph.run()
-    assert [images.at(place).shape for place in range(len(pixels))] == [(SIZE, SIZE, 3)] * len(
-        pixels
-    )
 
 
 @pytest.mark.parametrize("format", ["webp", "png"])

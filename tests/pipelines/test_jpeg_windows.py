@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from property_tests import examples
 
-from unicl_fast.config import DataConfig
 from unicl_fast.images.codec import encode_jpeg, restart_interval
 from unicl_fast.images.encoded_images import EncodedImages
-from unicl_fast.pipelines.feed.host_batches import HostBatch
-from unicl_fast.pipelines.graph import build_train_graph, decode
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.plan.crop import random_windows
 
 CPU = torch.device("cpu")
 SUBSAMPLINGS = ("420", "422", "444", "grey")
@@ -106,38 +101,6 @@ def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(
             decoded(cut)[row : row + 20, column : column + columns],
             decoded(whole)[30:50, width - columns :],
         )
-
-
-@pytest.mark.slow
-def test_the_graph_makes_the_same_crops_of_real_photographs(shared_data: Path) -> None:
-    files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:32]
-    images, sizes = [], []
-    for file in files:
-        image = Image.open(file).convert("RGB")
-        image.thumbnail((400, 400))
-        images.append(array_of(encode_jpeg(np.asarray(image), quality=90, subsampling="420")))
-        sizes.append((image.height, image.width))
-    heights, widths = np.array(sizes).T
-    law = {"key": 5, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
-    starts, shapes = random_windows(heights, widths, np.arange(len(files)), **law)
-    cut, places = cut_to_windows(EncodedImages.of(images), starts, shapes)
-    assert sum(map(len, cut)) < 0.75 * sum(map(len, images))
-    rest = (shapes, np.zeros((len(files), 1), np.int32))
-    crops = [
-        graph_output((images, starts, *rest), len(files)),
-        graph_output((cut, places, *rest), len(files)),
-    ]
-    assert torch.equal(*crops)
-    assert len(torch.unique(crops[0])) > 200
-
-
-def graph_output(inputs: tuple[Any, ...], size: int) -> torch.Tensor:
-    build = partial(build_train_graph, data=DataConfig(image_size=64), device=CPU)
-    batch = HostBatch(inputs=inputs, metadata=None)
-    outputs = decode(build, (one for one in [batch]), batch_size=size, device=CPU)
-    images = next(outputs)[0].clone()
-    outputs.close()
-    return images
 
 
 def test_what_has_no_markers_to_cut_at_stays_the_same() -> None:

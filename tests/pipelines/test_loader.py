@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
-from loader_runs import assert_joined, assert_same, texts_of
+from loader_runs import assert_equal, assert_joined, assert_same, texts_of
 from nvidia.dali import backend
 from packed_sets import Sample, pack
 from PIL import Image
-from same_batches import assert_equal
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import (
@@ -297,36 +296,6 @@ def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
         )
 
 
-def test_texts_of_a_batch_are_prompts_of_one_level_of_the_hierarchy(
-    several: PackedDataset, captioned: PackedDataset
-) -> None:
-    """With the prompts that a run makes of the data sets; from any step, and on any rank."""
-    datasets, weights = [captioned, several], [1.0, 3.0]
-    config = make_config(prompts="levels", text="labels")
-    prompts = build_prompts(datasets, config)
-    hierarchy = several.manifest.hierarchy
-    assert hierarchy is not None
-    chains = hierarchy.chains()
-    num_levels = max(map(len, chains))
-    assert num_levels == 3
-    batches = take(datasets, prompts, count=24, config=config, weights=weights)
-    shown = Counter()
-    for step, batch in enumerate(batches):
-        level = step % num_levels
-        for i in np.flatnonzero(batch.source_ids == 1):
-            labels = several.labels_of(int(batch.sample_ids[i]))
-            allowed = [chains[label][: level + 1][-1] for label in labels]
-            if allowed:
-                assert int(batch.targets.class_ids[i]) in prompts.classes_of(1, np.array(allowed))
-                shown[int(batch.targets.class_ids[i]) & 0xFFFFFFFF] += 1
-    assert sum(shown[number] for number in range(hierarchy.num_classes, len(chains))) > 10
-    assert sum(shown[number] for number in range(hierarchy.num_classes)) > 10
-    again = {"start": 4, "count": 1, "config": config, "weights": weights}
-    assert_equal(take(datasets, prompts, **again)[0], batches[4])
-    halves = [take(datasets, prompts, **again, rank=rank, world_size=2)[0] for rank in range(2)]
-    assert torch.equal(torch.cat([texts_of(half) for half in halves]), texts_of(batches[4]))
-
-
 AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,erase=0.5")
 
 
@@ -434,18 +403,6 @@ def test_a_state_continues_a_loader_on_any_number_of_ranks(
     endless = TrainLoader(make_config(), datasets, None, prompts)
     with pytest.raises(TypeError, match=r"run\.steps or run\.samples"):
         len(endless)
-
-
-def test_one_loader_can_be_asked_again(
-    datasets: list[PackedDataset], prompts: ClassPrompts
-) -> None:
-    loader = TrainLoader(make_config(), datasets, None, prompts)
-    first = [next(loader.batches(5)) for _ in range(2)]
-    assert_equal(*first)
-    loader.close()
-    assert_equal(first[0], next(loader.batches(5)))
-    loader.close()
-    loader.close()
 
 
 def test_prompts_with_an_exclamation_mark_keep_their_end(

@@ -265,23 +265,3 @@ def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
     assert not quarantine.exists()
     FaultyStore.spoil = None
     assert_same(take([remote], prompts, config=config, count=4), expected)
-
-
-def test_a_shard_that_is_gone_is_replaced_as_a_local_one(
-    labelled: PackedDataset, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    own = ClassPrompts([(labelled.manifest.class_names, labelled.manifest.templates)], tokenizer)
-    (remote,) = opened([labelled], tmp_path)
-    gone = labelled.manifest.shards[1].name
-    del FaultyStore.store[f"/bucket/labelled/{gone}"]
-    batches = take([remote], own, config=config_of(), count=5)
-    for one, other in zip(batches, take([labelled], own, config=config_of(), count=5), strict=True):
-        assert one.sample_ids is not None
-        assert one.scheduled_ids is not None
-        for i, (shown, planned) in enumerate(
-            zip(one.sample_ids.tolist(), one.scheduled_ids.tolist(), strict=True)
-        ):
-            if labelled.shard_of(planned) == gone:
-                assert labelled.shard_of(shown) != gone
-            else:
-                assert torch.equal(one.images[i], other.images[i])

@@ -132,16 +132,6 @@ def test_noise_of_any_size_is_torchvision_s_to_one_level(
         assert np.count_nonzero(gap) <= 1
 
 
-@pytest.mark.parametrize("cubic", [False, True])
-@pytest.mark.parametrize("size", [224, 32])
-def test_large_images_are_torchvision_s_to_one_level(cubic: bool, size: int) -> None:
-    """Black and white stripes and noise, on which a cubic filter overshoots everywhere."""
-    image = random_image(692, 811)
-    image[:300] = np.where(np.arange(811) // 7 % 2, 255, 0)[:, None]
-    gap = resampled(image, size, cubic=cubic).astype(int) - torchvision_s(image, size, cubic)
-    assert np.abs(gap).max() <= 1
-
-
 _SUM_OF_SQUARES = """
 import zlib
 import numpy as np

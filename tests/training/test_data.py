@@ -17,7 +17,6 @@ from rank_workers import name_data_by_rank, name_evaluations, run_on_ranks
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
@@ -39,28 +38,10 @@ from unicl_fast.training.settle import settle_decoding, settle_objective
 @pytest.mark.parametrize("token", [49_405, 49_408])
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
     tokenizer = Tokenizer()
-    with DatasetWriter(tmp_path / "set") as writer:
-        writer.add(
-            PackedSample(
-                image=b"image",
-                extension="jpg",
-                height=1,
-                width=1,
-                xxh3=0,
-                captions=["x"],
-                tokens=[np.array([49_406, token, 49_407], np.uint16)],
-            )
-        )
-        writer.finish(
-            tokenizer=tokenizer.name,
-            vocabulary_hash=tokenizer.vocabulary_hash,
-            context_length=77,
-            class_names=[],
-            templates=[],
-            source=["here"],
-            seed=0,
-            tool_version="0",
-        )
+    tokens = [np.array([49_406, token, 49_407], np.uint16)]
+    facts = {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}
+    one = sample_of(b"image", 1, captions=["x"], tokens=tokens)
+    write_set(tmp_path / "set", [one], **facts)
     with PackedDataset(tmp_path / "set") as dataset:
         if token < tokenizer.vocab_size:
             check_tokenizer(dataset, TrainConfig())
@@ -225,32 +206,17 @@ def test_one_data_set_twice_is_refused_or_numbered(tmp_path: Path) -> None:
         distinct_names(["https://u:pw@a-b/c", "https://u:pw@a/b-c", "s3://x/c", "s3://x/b-c"])
 
 
-def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
-    """A run does not resume with other images, though descriptions and shards are the same."""
+def test_other_pixels_or_class_names_are_other_data(tmp_path: Path) -> None:
+    """A run does not resume with them, though descriptions and shards are the same."""
     described = []
-    for level in (1, 2, 1):
-        out = tmp_path / str(len(described))
-        with DatasetWriter(out, images="raw") as writer:
-            writer.add(
-                PackedSample(
-                    image=bytes([level]) * 12, extension="raw", height=2, width=2, xxh3=0,
-                    labels=[0],
-                )
-            )  # fmt: skip
-            writer.finish(
-                **tokenizer_facts, context_length=77, class_names=["x"], templates=["{}"],
-                source=["here"], seed=0, tool_version="0",
-            )  # fmt: skip
+    size = {"extension": "raw", "height": 2, "width": 2, "xxh3": 0}
+    for number, (level, name) in enumerate(((1, "dog"), (2, "dog"), (1, "cow"), (1, "dog"))):
+        one = sample_of(bytes([level]) * 12, 0, **size)
+        out = tmp_path / str(number)
+        write_set(out, [one], images="raw", class_names=["cat", name])
         with PackedDataset(out) as dataset:
             described.append(describe_datasets([dataset], None))
-    assert described[0] == described[2]
-    assert described[0] != described[1]
-
-
-@pytest.fixture
-def tokenizer_facts() -> dict[str, str]:
-    tokenizer = Tokenizer()
-    return {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}
+    assert [one == described[-1] for one in described] == [True, False, False, True]
 
 
 @pytest.mark.parametrize(("weights", "warned"), [((0.25, 0.75), False), ((1, 3), True)])

@@ -13,11 +13,23 @@ import torch
 from small_runs import StepLoader, labelled_batch, objective_config, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from unicl_fast.batch import ListLoader
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import TrainConfig
 from unicl_fast.training import mfu, observers
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.mfu import Utilisation, flops_of_step, measured_peak, peak_of_gpu
+
+
+def check_flops(config: TrainConfig, batch: Batch) -> None:
+    """Those of a real step: less than thrice the forward pass, as images have no gradient."""
+    real = make_trainer(config, ListLoader([batch]), progress=False)
+    for module in real.model.modules():
+        if hasattr(module, "fused_attn"):  # whose kernel torch's counter does not know
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter:
+        real.train_step(batch)
+    assert 0.85 < counter.get_total_flops() / flops_of_step(config, batch) <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -33,18 +45,8 @@ from unicl_fast.training.mfu import Utilisation, flops_of_step, measured_peak, p
 def test_the_products_are_those_of_a_real_step(
     images: torch.Tensor, objective: str, settings: dict
 ) -> None:
-    config, batch = (
-        objective_config(objective, **settings),
-        labelled_batch(images, objective=objective),
-    )
-    real = make_trainer(config, ListLoader([batch]), progress=False)
-    for module in real.model.modules():
-        if hasattr(module, "fused_attn"):  # whose kernel torch's counter does not know
-            module.fused_attn = False
-    with FlopCounterMode(display=False) as counter:
-        real.train_step(batch)
-    # a backward pass is less than twice its forward pass: nobody asks for the images' gradient
-    assert 0.85 < counter.get_total_flops() / flops_of_step(config, batch) <= 1.0
+    config = objective_config(objective, **settings)
+    check_flops(config, labelled_batch(images, objective=objective))
 
 
 @pytest.mark.parametrize(
@@ -62,13 +64,7 @@ def test_what_is_frozen_has_no_backward_pass(images: torch.Tensor, optim: dict[s
     config, batch = tiny_config(), labelled_batch(images, objective="unicl")
     config = config.changed(model={"text_width": 128})
     frozen = config.changed(optim=optim)
-    real = make_trainer(frozen, ListLoader([batch]), progress=False)
-    for module in real.model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-    with FlopCounterMode(display=False) as counter:
-        real.train_step(batch)
-    assert 0.85 < counter.get_total_flops() / flops_of_step(frozen, batch) <= 1.0
+    check_flops(frozen, batch)
     assert flops_of_step(frozen, batch) < 0.95 * flops_of_step(config, batch)
 
 
@@ -78,31 +74,16 @@ def test_what_is_computed_once_more_does_not_count(images: torch.Tensor) -> None
     assert flops_of_step(again, batch) == flops_of_step(plain, batch)
 
 
-def test_products_of_windows_are_the_same_by_either_attention(images: torch.Tensor) -> None:
-    pytest.importorskip("triton")
-    batch = labelled_batch(images, objective="unicl")
-    timms, ours = (
-        flops_of_step(tiny_config(image_encoder="unicl_swin6_small", window_attention=way), batch)
-        for way in ("timm", "triton")
-    )
-    assert timms == ours
-
-
 @pytest.mark.parametrize(
     ("name", "narrow", "wide"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
         ("NVIDIA H100 PCIe", 756e12, 51e12),
-        ("NVIDIA H200", 989e12, 67e12),
-        ("NVIDIA GH200 480GB", 989e12, 67e12),
         ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
         ("NVIDIA L4", 121e12, 30.3e12),
-        ("NVIDIA L40", 181e12, 90.5e12),
         ("NVIDIA L40S", 362e12, 91.6e12),
         ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
         ("NVIDIA H100 NVL", None, None),
-        ("NVIDIA H200 NVL", None, None),
-        ("NVIDIA A10G", None, None),
         ("NVIDIA RTX A4000", None, None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
     ],

@@ -53,34 +53,36 @@ def install_nvidia_apex(monkeypatch: pytest.MonkeyPatch, *, compiled: bool = Tru
     return optimizers
 
 
-def install_web_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `pip install apex` gives."""
-    install(monkeypatch, apex=module_with("apex", MessageFactory=object))
-
-
 def test_nvidias_apex_is_known_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizers = install_nvidia_apex(monkeypatch)
     assert load_apex_optimizers() is optimizers
     assert load_apex_optimizers().FusedAdam
 
 
-def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_web_toolkit(monkeypatch)
-    with pytest.raises(ValueError, match="git clone https://github.com/NVIDIA/apex") as caught:
+EMPTY = module_with("apex.optimizers")
+NO_APEX: dict[str, tuple[dict[str, ModuleType], str]] = {
+    "of pip install apex": (
+        {"apex": module_with("apex", MessageFactory=object)},
+        "git clone https://github.com/NVIDIA/apex",
+    ),
+    "beside the extension": (
+        {
+            "apex": module_with("apex", __path__=[], optimizers=EMPTY),
+            "apex_optimizers": EMPTY,
+            "amp_C": module_with("amp_C"),
+        },
+        "no attribute 'FusedAdam'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_APEX)
+def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    modules, message = NO_APEX[kind]
+    install(monkeypatch, **modules)
+    with pytest.raises(ValueError, match=message) as caught:
         load_apex_optimizers()
     assert "pip install apex" not in str(caught.value)
-
-
-def test_a_stranger_beside_the_extension_is_not_it_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = module_with("apex.optimizers")
-    install(
-        monkeypatch,
-        apex=module_with("apex", __path__=[], optimizers=empty),
-        apex_optimizers=empty,
-        amp_C=module_with("amp_C"),
-    )
-    with pytest.raises(ValueError, match="no attribute 'FusedAdam'"):
-        load_apex_optimizers()
 
 
 def test_apex_without_its_cuda_extensions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
