@@ -48,7 +48,13 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-TextPool = Literal["end", "last"]
+TextPool = Annotated[
+    str,
+    Meta(
+        pattern=r"^(end|last|distilbert:(cls|mean)"
+        r"|(bert|roberta|xlm-roberta|mpnet):(cls|mean|pooler))$"
+    ),
+]
 Projection = Literal["linear", "biased", "none"]
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
@@ -218,7 +224,9 @@ class ModelConfig:
     padding is computed then."""
     text_pool: TextPool = "end"
     """Token whose features are the text's: end or last. end is the end-of-text token, last the last
-    of the context, padding included, as in SigLIP."""
+    of the context, padding included, as in SigLIP. Or an encoder of transformers and how it is
+    read, such as bert:mean: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or
+    pooler."""
     text_mlp_ratio: Annotated[float, Meta(gt=0, le=64)] = 4.0
     """Width of the text encoder's MLPs, as a multiple of text_width."""
     text_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12

