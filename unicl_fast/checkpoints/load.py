@@ -368,8 +368,14 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
             if ranks.is_main:
                 tensors = read_tensors(path)
         return tensors_from_rank_0(tensors, ranks)
+    return from_transformers(read_stored(path))
+
+
+def read_stored(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, by its own names; raises DamagedCheckpointError if it is none."""
     with _refusing_other_files(path):
-        return from_transformers(load_file(path))
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:

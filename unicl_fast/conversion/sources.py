@@ -33,11 +33,18 @@ from torch import Tensor
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS
 from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
-from unicl_fast.checkpoints.load import Weights, read_shapes, read_tensors
+from unicl_fast.checkpoints.load import Weights, read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
+from unicl_fast.conversion.sharded_files import (
+    INDEX_FILE,
+    read_shard_shapes,
+    read_shards,
+    shards_checksum,
+    shards_of,
+)
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.transformers_text import PAD_IDS
@@ -55,7 +62,7 @@ _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-_LIBRARY_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LIBRARY_WEIGHTS = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")
 _PREPROCESSOR = "preprocessor_config.json"
 _POOLING = "1_Pooling/config.json"
 """How a text encoder of sentence-transformers is read."""
@@ -103,7 +110,7 @@ class Source:
 
     @property
     def file(self) -> Path | None:
-        """Its weights, which are downloaded now; None for fresh ones."""
+        """Its weights, downloaded now, or the index of several files; None for fresh ones."""
         return None if self.locate is None else self.locate()
 
     @property
@@ -122,9 +129,10 @@ class Source:
         The tensors of a torch.save file are read, since it has no such beginning.
         """
         file = self.file
-        if file is None or file.suffix != ".safetensors":
+        if file is None or file.suffix not in (".safetensors", ".json"):
             return self.read()
-        return dict(self._renamed(read_shapes(file)))
+        shapes = read_shard_shapes(file) if file.suffix == ".json" else read_shapes(file)
+        return dict(self._renamed(shapes))
 
     def config(self) -> TrainConfig:
         """All settings of the model as it is.
@@ -247,12 +255,14 @@ def find_own(given: str) -> Path | None:
 
 
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, as a model's identity; empty for fresh weights.
+    """The xxh3 of what `load_model` reads, as a model's identity; empty for fresh weights.
 
     Raises as `find_source`.
     """
     file = find_source(str(given), weights=weights).file
-    return "" if file is None else load.checksum_read_once(file)
+    if file is None:
+        return ""
+    return shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
 
 
 def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -303,7 +313,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
         known = values.get("pretrained_cfg", {})
         with _blaming(str(config)):
             architecture = str(values["architecture"])
-            locate = functools.partial(find, _LIBRARY_WEIGHTS)
+            locate = functools.partial(_library_weights, find)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
         beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
@@ -511,7 +521,7 @@ def _transformers_source(
             data=preprocessing.of_transformers(images, described.image_size, described.kind)
             if described.kind
             else {},
-            locate=functools.cache(functools.partial(find, _LIBRARY_WEIGHTS)),
+            locate=functools.cache(functools.partial(_library_weights, find)),
             rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",
         )
@@ -543,6 +553,22 @@ def _safe_first(file_name: str) -> list[str]:
     return [Path(file_name).with_suffix(".safetensors").name, file_name]
 
 
+def _library_weights(find: _Files) -> Path:
+    """Weights of transformers or timm; with an index all files that it names are there."""
+    file = find(_LIBRARY_WEIGHTS)
+    if file.name == INDEX_FILE:
+        for shard in shards_of(file):
+            try:
+                found = find([shard])
+            except FileNotFoundError as error:  # the hub's, too
+                raise FileNotFoundError(
+                    f"{file} names {shard}, which is not there: copy or download it, too ({error})"
+                ) from error
+            if found.parent != file.parent:
+                raise ValueError(f"{file} was replaced on the hub meanwhile: try again")
+    return file
+
+
 def _first_of(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (folder / name).is_file():
@@ -551,10 +577,12 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".json":
+        return read_shards(path)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: expected a file of weights")
-        return read_tensors(path)
+        return read_stored(path)
     return read_torch_file(path, expected="a file of weights of open_clip, transformers or timm")
 
 
