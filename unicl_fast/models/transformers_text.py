@@ -6,6 +6,8 @@ text's last token are its padding, which becomes the kind's own and is masked.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -102,13 +104,14 @@ class TransformersTextEncoder(nn.Module):
 
 
 def _build(config: ModelConfig, kind: str, pooling: str) -> Any:
-    try:
-        import transformers  # seconds
-    except ModuleNotFoundError as error:
+    installed = find_spec("transformers") and version("transformers")
+    if not installed or int(installed.partition(".")[0]) < 5:
         raise ValueError(
-            f"model.text_pool={config.text_pool} is an encoder of the package transformers: "
-            "pip install 'transformers>=5'"
-        ) from error
+            f"model.text_pool={config.text_pool} is an encoder of the package transformers, of "
+            f"which {installed or 'none'} is installed: pip install 'transformers>=5'"
+        )
+    import transformers  # seconds
+
     fields = {
         "hidden_size": config.text_width,
         "num_hidden_layers": config.text_layers,
