@@ -491,7 +491,7 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Pa
 
 @pytest.mark.dali
 @pytest.mark.parametrize(
-    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="of SigLIP 2's size")]
+    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="beyond 65,536 tokens")]
 )
 def test_a_tokenizer_goes_through_training_evaluation_and_export(
     unused: int, data: Path, tmp_path: Path
