@@ -95,6 +95,7 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
         ),
         (lambda: DataConfig(train=("a", "b", "c"), fraction=(1.0, 0.5)), "one for each of the 3"),
         (lambda: ModelConfig(drop_path=1), "model.drop_path must be a number in [0, 1), not 1"),
+        (lambda: ModelConfig(text_pool="bert:max"), "model.text_pool takes end, last, or bert"),
         (
             lambda: ModelConfig(text_heads=7),
             "model.text_heads (7) must divide",

@@ -48,7 +48,6 @@ Shard = Literal["off", "optimizer", "full"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DecodeDevice = Literal["auto", "cpu", "gpu"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
-TextPool = Literal["end", "last"]
 Projection = Literal["linear", "biased", "none"]
 OptimizerName = Literal["adamw", "lamb", "muon", "fusedadamw", "fusedlamb"]
 
@@ -69,6 +68,9 @@ FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Layers = Annotated[int, Meta(ge=1, le=1024)]
+_TEXT_POOL = re.compile(
+    r"end|last|distilbert:(cls|mean)|(bert|roberta|xlm-roberta|mpnet):(cls|mean|pooler)"
+)
 _FREEZABLE = re.compile(r"(image|text)(:[1-9][0-9]{0,3}|_projection)?")
 _ADAPTED = re.compile(r"(image|text):([1-9][0-9]{0,3})(?:@last([1-9][0-9]{0,3}))?")
 _ADAPTER_FLAGS = ("dora", "rslora")
@@ -216,9 +218,11 @@ class ModelConfig:
     text_causal: bool = True
     """Let a token see only itself and those before it; False lets it see all, as SigLIP does. All
     padding is computed then."""
-    text_pool: TextPool = "end"
+    text_pool: str = "end"
     """Token whose features are the text's: end or last. end is the end-of-text token, last the last
-    of the context, padding included, as in SigLIP."""
+    of the context, padding included, as in SigLIP. Or an encoder of transformers and how it is
+    read, such as bert:mean: bert, roberta, xlm-roberta, distilbert or mpnet, by cls, mean or
+    pooler."""
     text_mlp_ratio: Annotated[float, Meta(gt=0, le=64)] = 4.0
     """Width of the text encoder's MLPs, as a multiple of text_width."""
     text_norm_eps: Annotated[float, Meta(gt=0, le=1)] = 1e-12
@@ -246,6 +250,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")
+        require(
+            _TEXT_POOL.fullmatch(self.text_pool) is not None,
+            "model.text_pool takes end, last, or bert, roberta, xlm-roberta, distilbert or mpnet "
+            "with :cls, :mean or, but for distilbert, :pooler after it, not "
+            f"{self.text_pool!r}",
+        )
         require(
             self.text_width % self.text_heads == 0,
             f"model.text_heads ({self.text_heads}) must divide model.text_width "

@@ -415,7 +415,7 @@ def repositories(like_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     write_export(build_model(tiny_config(precision="fp32")).eval(), root / "us" / "small")
     strange = root / "them" / "strange"
     strange.mkdir()
-    (strange / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (strange / "config.json").write_text(json.dumps({"model_type": "t5"}))
     (root / "them" / "nothing").mkdir()
     return root
 
@@ -444,7 +444,7 @@ def test_repositories_of_the_hub_are_read_once(
     file = load_file(repositories / "them" / "vit" / "model.safetensors")
     assert torch.equal(theirs.blocks[0].attn.qkv.weight, file["blocks.0.attn.qkv.weight"])
     for given, kind, message in (
-        ("hf-hub:them/strange", ValueError, "no model of model_type 'bert': known are clip"),
+        ("hf-hub:them/strange", ValueError, "no model of model_type 't5': known are clip"),
         ("hf-hub:them/nothing", NotOnHubError, "has none of open_clip_config.json"),
         ("hf-hub:them/nobody", FileNotFoundError, "no such repository or revision"),
         ("hf-hub:them/clip@old", FileNotFoundError, "no such repository or revision"),

@@ -323,6 +323,93 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
         load_model(tmp_path)
 
 
+def _in_shards(folder: Path) -> torch.nn.Module:
+    """A small CLIP whose attention's parts lie in different files."""
+    theirs = write_transformers(SMALL["CLIP"][0], folder)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="30KB")
+    assert len([*folder.glob("model-*-of-*.safetensors")]) > 3
+    return theirs
+
+
+def test_weights_in_several_files_are_read_through_their_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = _in_shards(tmp_path)
+    assert difference(load_model(tmp_path), theirs) < 1e-5
+    assert config_by_name(tmp_path).model.embed_dim == 24
+    before = weights_checksum(tmp_path)
+    last = sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    assert weights_checksum(tmp_path) != before
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["hidden_size"] = 65_536
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr("unicl_fast.conversion.sharded_files.read_stored", pytest.fail)
+    with pytest.raises(ValueError, match="index.json has .*copy or convert it again"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"file": "../model-00001-of-00002.safetensors"},
+            r"is in '\.\./model.*expected the name of",
+        ),
+        ({"file": "/etc/passwd"}, "expected the name of a file beside it"),
+        ({"file": 5}, "expected the name of a file beside it"),
+        ({"file": "model-00077-of-00078.safetensors"}, "names model-00077-of.*is not there"),
+        ({"tensor": "nothing.weight"}, "do not agree on nothing.weight"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({"moved": True}, "do not agree on"),
+        ({"twice": True}, "do not agree on logit_scale"),
+    ],
+    ids=str,
+)
+def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _in_shards(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    listed = values["weight_map"]
+    first, *_, last = listed
+    if "file" in change:
+        listed[first] = change["file"]
+    if "tensor" in change:
+        listed[change["tensor"]] = listed[first]
+    if "moved" in change:
+        listed[first] = listed[last]
+    if "twice" in change:
+        other = next(name for name in listed.values() if name != listed["logit_scale"])
+        tensors = load_file(tmp_path / other) | {"logit_scale": torch.zeros(())}
+        save_file(tensors, tmp_path / other)
+    index.write_text(json.dumps({**values, "weight_map": change.get("weight_map", listed)}))
+    monkeypatch.setattr("unicl_fast.conversion.sharded_files.read_stored", pytest.fail)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_of_transformers_in_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hub" / "them" / "clip"
+    theirs = _in_shards(folder)
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        assert difference(load_model("hf-hub:them/clip"), theirs) < 1e-5
+    with serve_hub(tmp_path / "hub") as hub:
+        lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
+        lost.unlink()
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache2")
+        with pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"):
+            load_model("hf-hub:them/clip")
+
+
 def test_a_repository_of_transformers_is_downloaded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,7 +494,7 @@ def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Pa
 
 @pytest.mark.dali
 @pytest.mark.parametrize(
-    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="of SigLIP 2's size")]
+    "unused", [0, pytest.param(70_000, marks=pytest.mark.slow, id="beyond 65,536 tokens")]
 )
 def test_a_tokenizer_goes_through_training_evaluation_and_export(
     unused: int, data: Path, tmp_path: Path
@@ -418,11 +505,12 @@ def test_a_tokenizer_goes_through_training_evaluation_and_export(
     shutil.copytree(data / "captions", captions)
     few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
     few += ("--objective.name", "sigmoid", "--efficiency.precision", "fp32")
-    call(pretrain, "--init", like_siglip, "--data.train", captions, "--out", out, *few)
+    both = ("--data.train", captions, data / "labels")
+    call(pretrain, "--init", like_siglip, *both, "--out", out, *few)
     (made,) = captions.glob("tokens-*")
     tokenizer = FileTokenizer(f"{like_siglip}{CANONICAL}", 16)
     stored = read_state(find_checkpoint(out)).data["vocabulary_hash"]
-    assert stored == [tokenizer.vocabulary_hash]
+    assert stored[0] == tokenizer.vocabulary_hash
     texts: list[str] = []
     with PackedDataset(captions) as dataset:
         reader = SampleReader(dataset)

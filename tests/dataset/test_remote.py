@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from file_tokenizers import PAD, write_tokenizer
 from object_stores import FaultyStore, empty, put, upload
 from packed_sets import Sample, pack
 from PIL import Image
@@ -26,9 +27,11 @@ from unicl_fast.dataset import block_cache, files, object_store
 from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
 from unicl_fast.dataset.files import copy_small_files
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import lock
+from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.tokenizer import Tokenizer
 
 BLOCK = 4096
@@ -142,6 +145,30 @@ def test_a_bucket_that_is_not_there_is_named_and_not_made(
     with pytest.raises(StorageError, match=message):
         store.write_file(tmp_path / "large", "a")
     assert bool(made) != in_buckets
+
+
+def test_another_tokenizer_reads_captions_once_into_the_cache(
+    local: PackedDataset, cache: CacheOptions, tmp_path: Path
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer", pad=PAD)), 16)
+    with PackedDataset(url, cache=cache, fraction=0.5) as remote:
+        FaultyStore.reads.clear()
+        take_tokens(remote, tokenizer, cache=tmp_path / "elsewhere")
+        assert len(FaultyStore.reads) == len(set(FaultyStore.reads)) > 0
+        (made,) = remote.folder.glob("tokens-*")
+        assert made.is_relative_to(tmp_path / "cache")
+        for i in range(len(remote)):
+            expected = tokenizer.encode([f"noise {i}"])[0]
+            assert np.array_equal(remote.caption_tokens(i, 0), expected)
+    FaultyStore.reads.clear()
+    with PackedDataset(url, cache=cache) as again:
+        opened = len(FaultyStore.reads)
+        take_tokens(again, tokenizer, cache=tmp_path / "elsewhere")
+        assert len(FaultyStore.reads) == opened
+        last = len(again) - 1
+        expected = tokenizer.encode([f"noise {last}"])[0]
+        assert np.array_equal(again.caption_tokens(last, 0), expected)
 
 
 def test_samples_are_those_of_the_folder_and_come_once(

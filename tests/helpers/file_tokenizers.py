@@ -41,3 +41,33 @@ def write_tokenizer(folder: Path, *, size: int = 120, pad: str = END, unused: in
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     return folder
+
+
+def write_bert_tokenizer(folder: Path, kind: str) -> None:
+    """Pieces of words as BERT's (padding is 0) or as XLM-R's (1), with its start and end."""
+    is_bert = kind in ("bert", "distilbert")
+    start, end, unknown = ("[CLS]", "[SEP]", "[UNK]") if is_bert else ("<s>", "</s>", "<unk>")
+    pad = "[PAD]" if is_bert else PAD
+    tokenizer: Tokenizer
+    trainer: trainers.Trainer
+    if is_bert:
+        special = [pad, unknown, start, end]
+        tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
+    else:
+        special = [start, pad, end, unknown]
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=special, unk_token=unknown, show_progress=False
+        )
+    tokenizer.train_from_iterator(CAPTIONS * 20, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}",
+        special_tokens=[(one, special.index(one)) for one in (start, end)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad, "unk_token": unknown}
+    values |= {"model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ from unicl_fast.models.blocks import checkpoint_blocks
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
+from unicl_fast.models.text_encoder import text_shapes
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
@@ -50,6 +52,7 @@ Initialise = Callable[[UniCL, Ranks], None]
 together."""
 
 _ALONE = Ranks()
+_TEXT_LAYER = re.compile(r"text_encoder\.(?:resblocks|network\.\w+\.layer)\.(\d+)\.")
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -354,8 +357,14 @@ def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
             if ranks.is_main:
                 tensors = read_tensors(path)
         return tensors_from_rank_0(tensors, ranks)
+    return from_transformers(read_stored(path))
+
+
+def read_stored(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file, by its own names; raises DamagedCheckpointError if it is none."""
     with _refusing_other_files(path):
-        return from_transformers(load_file(path))
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
@@ -396,12 +405,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
     model, objective = config.model, config.objective
     expected: dict[str, list[int]] = {}
     if objective.uses_texts:
-        hidden = int(model.text_width * model.text_mlp_ratio)
-        expected = {
-            "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
-            "text_encoder.positional_embedding": [model.context_length, model.text_width],
-            "text_encoder.resblocks.0.mlp.c_fc.bias": [hidden],
-        }
+        expected = text_shapes(model)
         if model.text_projection != "none":
             expected["text_projection"] = [model.text_width, model.embed_dim]
     expected |= (learnt := objective.shapes())
@@ -412,7 +416,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         )
     found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
-    layers = {name.split(".")[2] for name in ours if name.startswith("text_encoder.resblocks.")}
+    layers = {found[1] for found in map(_TEXT_LAYER.match, ours) if found is not None}
     num_layers = model.text_layers if objective.uses_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(

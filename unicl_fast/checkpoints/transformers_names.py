@@ -38,6 +38,8 @@ _VIT = {
     "image_encoder.attn_pool.norm.": "vision_model.head.layernorm.",
     "image_encoder.attn_pool.mlp.": "vision_model.head.mlp.",
 }
+_BERT = {"text_encoder.network.": "text_model."}
+"""Text encoders that are transformers' own."""
 _TIMM = {"image_encoder.": "vision_model.timm_model."}
 _POOL, _QUERY, _KEY_VALUE = (
     *("vision_model.head.attention.in_proj_", "image_encoder.attn_pool.q."),
@@ -76,7 +78,8 @@ def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, 
         if name.startswith("logit_"):
             tensor = tensor.reshape([1] * (layout == "siglip"))
         image = _TIMM if layout == "vision-text-dual-encoder" else _VIT
-        table = {"image_encoder": image, "text_encoder": _TEXT}.get(name.partition(".")[0], {})
+        text = _BERT if name.startswith(tuple(_BERT)) else _TEXT
+        table = {"image_encoder": image, "text_encoder": text}.get(name.partition(".")[0], {})
         for ours, theirs in table.items():
             name = name.replace(ours, theirs)
         name = name.replace("text_projection_bias", "text_model.head.bias")
@@ -98,6 +101,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if not {"visual_projection.weight", f"{_POOL}weight"} & tensors.keys():
         return dict(tensors)
+    text = _BERT if "text_model.embeddings.word_embeddings.weight" in tensors else _TEXT
     renamed = {theirs: ours for table in (_CLIP, _SIGLIP) for ours, theirs in table.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -124,7 +128,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensor[(None,) * _LEADING.get(name, 0)]
         is_timm = name.startswith("vision_model.timm_model.")
         image = _TIMM if is_timm else _VIT
-        table = {"vision_model": image, "text_model": _TEXT}.get(name.partition(".")[0], {})
+        table = {"vision_model": image, "text_model": text}.get(name.partition(".")[0], {})
         for ours, theirs in table.items():
             name = name.replace(theirs, ours)
         found[name] = tensor

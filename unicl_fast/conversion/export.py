@@ -81,7 +81,7 @@ def write_export(
         if (images := preprocessing.for_transformers(model.config.data)) is not None:
             write_json(aside / "preprocessor_config.json", images)
         write_own_tokenizer(model, aside)
-        if layout in hugging_face.OF_CLIPS_TOKENS:
+        if layout in hugging_face.OF_CLIPS_TOKENS and not model.config.model.tokenizer:
             hugging_face.write_tokenizer(aside, context_length=model.config.model.context_length)
         card = model_card(model, facts, layout=layout, name=name, license=license)
         (aside / _CARD_FILE).write_text(card, encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -17,7 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import timm
 import torch
 from timm.models import vision_transformer
-from torch import nn
+from torch import Tensor, nn
 
 from unicl_fast.conversion.libraries import is_of_timm, timm_arguments
 from unicl_fast.conversion.open_clip import UnknownArchitectureError
@@ -27,6 +28,8 @@ from unicl_fast.conversion.output import (
     sample_tokens,
     write_json,
 )
+from unicl_fast.dataset.other_tokens import LONGEST_CAPTION
+from unicl_fast.models import transformers_text
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.models.vits import ACTIVATIONS, ViT, name_of
@@ -43,8 +46,6 @@ _CLASSES: dict[Layout, str] = {
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "unicl": "UniCL",
 }
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-"""Our names to theirs."""
 _BOTH = ("weight", "bias")
 _VIT_PARAMETERS = {
     "clip": {
@@ -87,6 +88,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a config.json may leave out."""
+_OF_TEXT_ENCODER = re.compile(
+    r"(?:(?:bert|roberta|distilbert|mpnet)\.)?((?:embeddings|encoder|transformer)\..*)"
+)
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -94,24 +98,31 @@ class Described(NamedTuple):
     """A model of transformers in our terms."""
 
     settings: dict[str, Any]
-    """Fields of `ModelConfig`."""
+    """Fields of `ModelConfig`; none of the image encoder's if there is none."""
     image_size: int
     kind: str
     """clip, siglip or timm, for the preprocessing of images."""
 
 
-def read_settings(values: Mapping[str, Any], *, image: bool, text: bool) -> Described:
+def read_settings(
+    values: Mapping[str, Any], *, image: bool, text: bool, pooling: str = "mean"
+) -> Described:
     """Translates a config.json of transformers; encoders that are not wanted can be of any kind.
+
+    `pooling` is that of a text encoder by itself.
 
     Raises:
         UnknownArchitectureError: ours has no such model; it names the settings.
     """
     kind = values["model_type"]
+    if kind in transformers_text.PAD_IDS:
+        return Described(_of_transformers(kind, values, pooling), 0, "")
     is_dual = kind == "vision-text-dual-encoder"
     if kind not in ("clip", "siglip") and not is_dual:
         raise UnknownArchitectureError(
             f"ours has no model of model_type {kind!r}: known are clip, siglip (which SigLIP 2 of "
-            "fixed size is too) and vision-text-dual-encoder"
+            "fixed size is too), vision-text-dual-encoder, and of texts "
+            f"{', '.join(transformers_text.PAD_IDS)}"
         )
     groups: dict[str, dict[str, Any]] = {"vision": {}, "text": {}}
     for tower, group in groups.items():
@@ -164,15 +175,15 @@ def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dict[str, Any]:
+    if is_dual and kind in transformers_text.PAD_IDS:
+        return _of_transformers(kind, given, "pooler")
     if kind not in _NORM_EPS or (is_dual and kind == "siglip"):  # which has a head of its own
         _refuse("text_config", given, ["model_type"])
     group = {**_DEFAULTS[f"{kind} text"], **given}
     end = group.get("eos_token_id")
     if kind == "clip" and end not in (2, group["vocab_size"] - 1):  # 2: the largest id, as ours
         _refuse("text_config", group, ["eos_token_id", "vocab_size"])
-    width, hidden = group["hidden_size"], group["intermediate_size"]
-    ratio = hidden / width
-    ratio = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+    width = group["hidden_size"]
     return {
         "text_width": width,
         "text_layers": group["num_hidden_layers"],
@@ -182,13 +193,77 @@ def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dic
         "text_activation": _activation("text_config", group),
         "text_causal": kind == "clip",
         "text_pool": "end" if kind == "clip" else "last",
-        "text_mlp_ratio": ratio,
+        "text_mlp_ratio": _ratio(group["intermediate_size"], width),
         "text_norm_eps": float(group["layer_norm_eps"]),
     }
 
 
+def _of_transformers(kind: str, given: Mapping[str, Any], pooling: str) -> dict[str, Any]:
+    """A text encoder that is transformers' own; of a longer table of positions we take a part."""
+    import transformers  # seconds
+
+    group = {**transformers.AutoConfig.for_model(kind).to_dict(), **given}
+    fixed = {
+        **{"pad_token_id": transformers_text.PAD_IDS[kind], "is_decoder": False},
+        **{"type_vocab_size": transformers_text.type_vocab_size(kind)},
+        **{"position_embedding_type": "absolute", "relative_attention_num_buckets": 32},
+    }
+    other = [name for name, value in fixed.items() if group.get(name, value) != value]
+    if other or (kind == "distilbert" and pooling == "pooler"):
+        _refuse("text_config", group, ["model_type", *other])
+    width, layers, heads, hidden, activation = (
+        group[transformers_text.field_of(kind, name)]
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size", "hidden_act")
+    )  # fmt: skip
+    positions = group["max_position_embeddings"] - transformers_text.unused_positions(kind)
+    return {
+        "text_width": width,
+        "text_layers": layers,
+        "text_heads": heads,
+        "vocab_size": group["vocab_size"],
+        "context_length": min(positions, LONGEST_CAPTION),
+        "text_activation": _activation("text_config", {"hidden_act": activation}),
+        "text_causal": False,
+        "text_pool": f"{kind}:{pooling}",
+        "text_mlp_ratio": _ratio(hidden, width),
+        "text_norm_eps": float(group.get("layer_norm_eps", 1e-12)),
+    }
+
+
+def pooling_of(values: Mapping[str, Any]) -> str:
+    """How a config of sentence-transformers' pooling reads tokens; the mean where it is empty."""
+    modes = [name.split("_")[2] for name, is_on in values.items()
+             if name.startswith("pooling_mode_") and is_on is True]  # fmt: skip
+    mode = values.get("pooling_mode") or ",".join(modes) or "mean"
+    if mode not in ("cls", "mean"):
+        raise UnknownArchitectureError(f"ours reads texts at cls or by their mean, not by {mode}")
+    return str(mode)
+
+
+def text_encoder_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a text encoder by itself by our names, without heads and poolers."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _OF_TEXT_ENCODER.fullmatch(name)
+        if match is not None and not name.endswith(".position_ids"):
+            name = match[1].replace(".gamma", ".weight").replace(".beta", ".bias")  # of TensorFlow
+            found[f"text_encoder.network.{name}"] = tensor
+    return found
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A factor by which a width, rounded down, gives exactly the hidden width."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
 def _activation(where: str, group: Mapping[str, Any]) -> str:
-    found = [ours for ours, theirs in _ACTIVATIONS.items() if theirs == group["hidden_act"]]
+    found = [
+        ours
+        for ours, theirs in transformers_text.ACTIVATIONS.items()
+        if theirs == group["hidden_act"]
+    ]
     if not found:
         _refuse(where, group, ["hidden_act"])
     return found[0]
@@ -212,14 +287,12 @@ def layout_of(model: UniCL) -> Layout:
         and _is_vit_of(encoder, "siglip")
     ):
         return "siglip"
-    is_like_clip = (
-        model.learnt.keys() == {"logit_scale"}
-        and (projections, texts) == (("linear", "linear"), (True, "end"))
-        and config.vocab_size == Tokenizer().vocab_size
-    )
-    if is_like_clip and _is_vit_of(encoder, "clip"):
+    has_space = model.learnt.keys() == {"logit_scale"} and projections == ("linear", "linear")
+    is_like_clip = texts == (True, "end") and config.vocab_size == Tokenizer().vocab_size
+    if has_space and is_like_clip and _is_vit_of(encoder, "clip"):
         return "clip"
-    can_be_wrapped = is_like_clip and is_of_timm(config.image_encoder)
+    is_known = is_like_clip or config.text_pool.endswith(":pooler")
+    can_be_wrapped = has_space and is_known and is_of_timm(config.image_encoder)
     return "vision-text-dual-encoder" if can_be_wrapped else "unicl"
 
 
@@ -255,10 +328,12 @@ def settings_for_transformers(model: UniCL, layout: Layout) -> dict[str, Any]:
         "num_hidden_layers": config.text_layers,
         "num_attention_heads": config.text_heads,
         "max_position_embeddings": config.context_length,
-        "hidden_act": _ACTIVATIONS[config.text_activation],
+        "hidden_act": transformers_text.ACTIVATIONS[config.text_activation],
         "layer_norm_eps": config.text_norm_eps,
     }
-    if layout == "siglip":
+    if ":" in config.text_pool:
+        text = model.text_encoder.network.config.to_diff_dict()
+    elif layout == "siglip":
         text["projection_size"] = config.embed_dim
     else:
         text |= {
@@ -286,7 +361,7 @@ def settings_for_transformers(model: UniCL, layout: Layout) -> dict[str, Any]:
             "num_attention_heads": block.attn.num_heads,
             "image_size": model.config.data.image_size,
             "patch_size": encoder.patch_embed.patch_size[0],
-            "hidden_act": _ACTIVATIONS[ACTIVATIONS[type(block.mlp.act)]],
+            "hidden_act": transformers_text.ACTIVATIONS[ACTIVATIONS[type(block.mlp.act)]],
             "layer_norm_eps": encoder.norm.eps,
             **({"projection_dim": config.embed_dim} if layout == "clip" else {}),
         }
@@ -345,7 +420,10 @@ def difference_in_transformers(model: UniCL, folder: Path) -> float:
                 f"transformers {transformers.__version__} cannot load the converted model: "
                 f"{error!r}; nothing was written: pip install --upgrade transformers timm"
             ) from error
-    found = theirs(input_ids=tokens, pixel_values=images)
+    given = {"input_ids": tokens}
+    if ":" in model.config.model.text_pool:
+        given["input_ids"], given["attention_mask"] = model.text_encoder.with_padding(tokens)
+    found = theirs(**given, pixel_values=images)
     is_training = model.training
     model.eval()
     pairs = {

@@ -36,6 +36,7 @@ from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
 from unicl_fast.models.freezing import merge
 from unicl_fast.models.precision import Precision
+from unicl_fast.models.transformers_text import POSITIONS
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import count_of
 
@@ -225,6 +226,8 @@ class _Loading:
             causal = self._model.config.model.text_causal
             found["positional_embedding"] = resize_positions(table, length, causal=causal)
             kind += f", its positions resized from {len(table)} to {length}"
+        if (table := found.get(POSITIONS)) is not None:  # texts that fit stay as they are
+            found[POSITIONS] = table[: len(encoder.state_dict()[POSITIONS])]
         self._take("text_encoder.", found, kind)
         self._take_projection("text_projection")
 

@@ -260,6 +260,11 @@ def _require_convertible(model: UniCL) -> None:
     width num_features.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
+    if ":" in model.config.model.text_pool:
+        raise ValueError(
+            f"model.text_pool={model.config.model.text_pool} is a text encoder of transformers, "
+            "which open_clip would download by its name: convert it to hf or onnx instead"
+        )
     if (own_size := fixed_size(name)) not in (None, size):
         raise ValueError(
             f"open_clip builds {name} for images of {own_size} pixels alone, this model was "

