@@ -573,3 +573,16 @@ def test_the_adapters_of_a_run_are_converted_and_trained_further(
     assert 0 < difference(load_model(run), theirs) < 1e-5
     assert difference(load_model(base), theirs) > 1e-4
     call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
+
+
+def test_a_folder_that_peft_wrote_is_a_model(tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_transformers(SMALL["CLIP"][0], base)
+    layers = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "fc2"]}
+    config = peft.LoraConfig(**layers, use_dora=True, init_lora_weights=False)
+    plain = transformers.AutoModel.from_pretrained(base)
+    theirs = peft.get_peft_model(plain, config).eval()
+    theirs.save_pretrained(folder)
+    ours = load_model(folder)
+    assert difference(ours, theirs) < 1e-5
+    assert difference(load_model(base), theirs) > 1e-2
