@@ -8,6 +8,7 @@ ptxas 12.8 has made of others' kernels failed now and then, among thousands of p
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
@@ -51,7 +52,7 @@ def try_out(device: torch.device, dtype_name: str) -> None:
 
 
 def attention_and_gradients(
-    block: nn.Module, x: Tensor, grad: Tensor, *, autocast: bool = False
+    block: Any, x: Tensor, grad: Tensor, *, autocast: bool = False
 ) -> dict[str, Tensor]:
     """The attention of a block of Swin, and its gradients of x [b h w d] and of what is trained."""
     x = x.detach().clone().requires_grad_()
