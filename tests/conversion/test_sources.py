@@ -542,9 +542,7 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     peft.LoraConfig(target_modules=["fc1"]).save_pretrained(str(folder))
     save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
               folder / "adapter_model.safetensors")  # fmt: skip
-    with pytest.raises(
-        ValueError, match="^.*adapter_config.json names no model: write the place of its base"
-    ):
+    with pytest.raises(ValueError, match=r"^\S*config.json names no model: write the place"):
         load_model(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
