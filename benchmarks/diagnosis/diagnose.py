@@ -274,6 +274,7 @@ class Diagnoser:
         (change,) = (one.change for one in measured.trials if one.change.option == option)
         again = self.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
         if isinstance(again, Trial):
+            again = dataclasses.replace(again, is_again=True)
             measured = dataclasses.replace(measured, trials=(*kept, again))
         return measured
 

@@ -124,6 +124,8 @@ class Trial:
     now: tuple[Cost, ...]
     """An image of the run as it is, in each round."""
     then: tuple[Cost, ...]
+    is_again: bool = False
+    """Whether it had come out first, and was measured in longer turns then."""
 
     def gains(self, *, by_cpu: bool) -> tuple[float, ...]:
         """The part of the rate that the change adds, in each round.

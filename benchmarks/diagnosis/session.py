@@ -24,7 +24,7 @@ from .advise import Advice, advise
 from .bench import Bench
 from .deadline import Budget
 from .diagnose import LONGER, Diagnoser
-from .model import Measured, Trial
+from .model import Change, Measured, Trial
 from .report import Diagnosis
 
 _MOST_PASSES = 4
@@ -65,8 +65,7 @@ def measure(
                 best = _best(bench, measured, refused) if applies else None
                 if best is None:
                     return
-                again = diagnoser.trial(best.change, by_cpu=measured.by_cpu, turns=LONGER)
-                gains = again.gains(by_cpu=measured.by_cpu) if isinstance(again, Trial) else (0.0,)
+                gains = gains_again(diagnoser, measured, best.change)
                 is_kept = from_rank_0(min(gains) > 0, ranks)
                 applied.append(
                     {"option": best.change.option, "gain": best.gain, "again": list(gains),
@@ -78,6 +77,14 @@ def measure(
                 torch.set_num_threads(best.change.compute_threads or torch.get_num_threads())
             else:
                 refused.add(best.change.option)
+
+
+def gains_again(diagnoser: Diagnoser, measured: Measured, change: Change) -> tuple[float, ...]:
+    """The gains of a change in longer turns; 0 where it cannot be measured any more."""
+    found: Trial | str = next(one for one in measured.trials if one.change.option == change.option)
+    if isinstance(found, Trial) and not found.is_again:
+        found = diagnoser.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
+    return found.gains(by_cpu=measured.by_cpu) if isinstance(found, Trial) else (0.0,)
 
 
 def _best(bench: Bench, measured: Measured, refused: set[str]) -> Advice | None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.config import DeviceName
+from unicl_fast.models.window_trial import attention_and_gradients
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.operands import LossForm
 from unicl_fast.system.machine import choose_device
@@ -215,14 +216,7 @@ def check_windows(device: torch.device) -> Figures:
 
 
 def _attend(block: Any, x: Tensor, grad: Tensor, *, autocast: bool = True) -> list[Tensor]:
-    """The result of a block's attention, and its gradients of x and of all weights."""
-    x = x.detach().clone().requires_grad_()
-    block.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        result = block._attn(x)
-    result.backward(grad.to(result.dtype))
-    weights = [one.grad for one in block.attn.parameters() if one.grad is not None]
-    return [one.detach().clone() for one in (result, x.grad, *weights) if one is not None]
+    return list(attention_and_gradients(block, x, grad, autocast=autocast).values())
 
 
 def _gap(one: Tensor, exact: Tensor) -> float:

@@ -7,7 +7,6 @@ That is how torchtitan saves its own. Each part is saved once, and any number of
 """
 
 import argparse
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -18,10 +17,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import EfficiencyConfig, TrainConfig
+from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.presets import build_preset
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
 from unicl_fast.training.settle import settle_objective
@@ -74,15 +72,9 @@ def train(config: TrainConfig, steps: int, state: Path) -> list[float]:
 
 
 if __name__ == "__main__":
+    from command_line import read_options
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
-    parser.add_argument("--preset", default="mixed-small")
-    parser.add_argument("--steps", type=int, default=100, help="of the whole run")
-    parser.add_argument("--stop-at", type=int, help="a step before its end")
     parser.add_argument("--state", type=Path, default=Path("state"))
-    given = parser.parse_args()
-    preset = build_preset(given.preset)
-    data = dataclasses.replace(preset.data, train=tuple(given.data))
-    run = dataclasses.replace(preset.run, samples=0, steps=given.steps)
-    config = dataclasses.replace(preset, data=data, run=run, efficiency=EfficiencyConfig())
-    train(config, given.stop_at or given.steps, given.state)
+    config, given = read_options(parser)
+    train(config, given.stop_at, given.state)

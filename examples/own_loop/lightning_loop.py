@@ -8,7 +8,6 @@ Lightning's checkpoints hold the loader's place; --resume FILE.ckpt begins there
 """
 
 import argparse
-import dataclasses
 from typing import Any
 
 import lightning
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import EfficiencyConfig, TrainConfig
+from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.presets import build_preset
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
 from unicl_fast.training.settle import settle_objective
@@ -82,16 +80,10 @@ def train(
 
 
 if __name__ == "__main__":
+    from command_line import read_options
+
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", nargs="+", help="data sets that unicl-pack build wrote")
-    parser.add_argument("--preset", default="mixed-small")
-    parser.add_argument("--steps", type=int, default=100, help="of the whole run")
-    parser.add_argument("--stop-at", type=int, help="a step before its end")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--resume", metavar="FILE.ckpt")
-    given = parser.parse_args()
-    preset = build_preset(given.preset)
-    data = dataclasses.replace(preset.data, train=tuple(given.data))
-    run = dataclasses.replace(preset.run, samples=0, steps=given.steps)
-    config = dataclasses.replace(preset, data=data, run=run, efficiency=EfficiencyConfig())
-    train(config, given.stop_at or given.steps, devices=given.devices, resume=given.resume)
+    config, given = read_options(parser)
+    train(config, given.stop_at, devices=given.devices, resume=given.resume)

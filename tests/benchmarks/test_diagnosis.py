@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -38,6 +39,7 @@ from unicl_fast.benchmarks.diagnosis.model import (
     Stage,
 )
 from unicl_fast.benchmarks.diagnosis.report import report_lines
+from unicl_fast.benchmarks.diagnosis.session import gains_again
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.text.tokenizer import Tokenizer
@@ -95,10 +97,14 @@ def test_the_best_change_is_measured_again_since_coming_first_flatters_it() -> N
     diagnoser.budget = SimpleNamespace(left=1.0)  # type: ignore[assignment]
     again = trial("--a", 0.9, 0.9)
     with mock.patch.object(Diagnoser, "trial", return_value=again):
-        trials = diagnoser._with_the_best_again(found).trials
-        assert {one.change.option: one for one in trials} == {"--a": again, "--b": found.trials[1]}
+        measured_again = diagnoser._with_the_best_again(found)
+        (b, a) = measured_again.trials
+        assert (b, a) == (found.trials[1], dataclasses.replace(again, is_again=True))
         diagnoser.budget.left = -1.0  # type: ignore[misc]
         assert diagnoser._with_the_best_again(found) == found
+        gains = functools.partial(gains_again, diagnoser)
+        assert gains(found, a.change) == gains(measured_again, a.change)
+    assert min(gains(measured_again, a.change)) > 0  # and not once more, which is no mock now
     assert diagnoser._with_the_best_again(measured()) == measured()
 
 

@@ -117,17 +117,15 @@ def attention_and_gradients(
     block: nn.Module, x: torch.Tensor, grad: torch.Tensor, *, fused: bool, autocast: bool = False
 ) -> list[torch.Tensor]:
     """Attention of a block of Swin, and its gradients of x and of what is trained, by name."""
-    block, x = copy.deepcopy(block), x.detach().clone().requires_grad_()
+    from unicl_fast.models import window_trial
+
+    block = copy.deepcopy(block)
     if fused:
         from unicl_fast.models.window_attention import blocks_that_fit, fuse
 
         (fitting,) = blocks_that_fit(block)
         fuse(fitting)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        mixed = block._attn(x)
-    named = dict(sorted(block.attn.named_parameters()))
-    weights = [weight for weight in named.values() if weight.requires_grad]
-    return [mixed.detach(), *torch.autograd.grad(mixed, [x, *weights], grad.to(mixed.dtype))]
+    return list(window_trial.attention_and_gradients(block, x, grad, autocast=autocast).values())
 
 
 def check_operators(*, shift: int) -> list[torch.Tensor]:

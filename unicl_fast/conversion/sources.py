@@ -349,8 +349,7 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
 
 def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
     """A folder of peft's: its adapters are merged into the weights of the model that it names."""
-    with _blaming(given):
-        base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
+    base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
 
     def rename(adapters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if any(tensor.is_meta for tensor in adapters.values()):

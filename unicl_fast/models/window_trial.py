@@ -8,12 +8,12 @@ ptxas 12.8 has made of others' kernels failed now and then, among thousands of p
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from unicl_fast.models import window_attention
 from unicl_fast.system.gpu_kernels import check_close
 
 _SIDE, _WINDOW, _HEADS = 14, 7, 2
@@ -28,6 +28,8 @@ def try_out(device: torch.device, dtype_name: str) -> None:
     Raises:
         ArithmeticError: they are off by more than rounding explains.
     """
+    from unicl_fast.models import window_attention  # imports triton
+
     dtype: torch.dtype = getattr(torch, dtype_name)
     kind = device.type
     window_attention.PROGRAMS = _PROGRAMS.get(kind, window_attention.PROGRAMS)
@@ -40,21 +42,24 @@ def try_out(device: torch.device, dtype_name: str) -> None:
         nn.init.normal_(block.attn.relative_position_bias_table)
         x, grad = torch.randn(2, _IMAGES[kind], _SIDE, _SIDE, dim).to(device, dtype)
         block = block.to(device, dtype)
-        exact = _attention_and_gradients(copy.deepcopy(block).double(), x.double(), grad.double())
+        exact = attention_and_gradients(copy.deepcopy(block).double(), x.double(), grad.double())
         window_attention.fuse(block)
         for _ in range(_TIMES[kind]):
-            found = _attention_and_gradients(block, x, grad)
+            found = attention_and_gradients(block, x, grad)
             for name, ours in found.items():
                 what = f"{name}, shifted by {shift},"
                 check_close(ours, exact[name], what=what, tolerance=_TOLERANCES[dtype])
 
 
-def _attention_and_gradients(
-    block: SwinTransformerBlock, x: Tensor, grad: Tensor
+def attention_and_gradients(
+    block: Any, x: Tensor, grad: Tensor, *, autocast: bool = False
 ) -> dict[str, Tensor]:
-    x.requires_grad_()
-    mixed = block._attn(x)
-    learnt = {"its input": x, **dict(block.attn.named_parameters())}
-    gradients = torch.autograd.grad(mixed, list(learnt.values()), grad)
+    """The attention of a block of Swin, and its gradients of x [b h w d] and of what is trained."""
+    x = x.detach().clone().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        mixed = block._attn(x)
+    learnt = {name: one for name, one in sorted(block.attn.named_parameters()) if one.requires_grad}
+    learnt = {"its input": x, **learnt}
+    gradients = torch.autograd.grad(mixed, list(learnt.values()), grad.to(mixed.dtype))
     names = [f"the gradient of {name}" for name in learnt]
     return {"the attention": mixed.detach(), **dict(zip(names, gradients, strict=True))}
