@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from small_runs import (
     labelled_loader,
     objective_config,
     poison_step,
+    ragged_features,
     staged_batch,
     tiny_config,
 )
@@ -59,6 +61,9 @@ from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.sharding import whole
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.objectives.operands import Classes, Operands
+from unicl_fast.objectives.registry import make_objective
+from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.progress import Stage
@@ -183,6 +188,13 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
 
 
+def write_compiled_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
+    """The same, compiled, with torch's own kernels in the graphs."""
+    compiled = functools.partial(compile_encoders, backend="aot_eager")
+    with mock.patch("unicl_fast.training.parallel.compile_encoders", compiled):
+        write_gradients(ranks, images, folder, efficiency)
+
+
 def write_objective_gradients(
     ranks, images: torch.Tensor, folder: str, objectives: list, efficiency: dict
 ) -> None:
@@ -198,6 +210,31 @@ def write_objective_gradients(
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
+def write_feature_gradients(ranks, folder: str) -> None:
+    """Loss and gradients of images, texts, scale and bias, in both forms of both objectives."""
+    images, texts, text_index, class_ids = ragged_features()
+    share = ranks.local_batch_size(len(images))
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    distinct, counts = text_index[mine].unique(return_counts=True)
+    class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
+    text_class_ids = torch.tensor([class_of_text[text] for text in distinct.tolist()])
+    classes = Classes(class_ids[mine], text_class_ids, counts)
+    for name, form in itertools.product(("unicl", "sigmoid"), ("dense", "tiled")):
+        inputs = [images[mine].clone().requires_grad_(), texts.clone().requires_grad_()]
+        learnt = {"logit_scale": torch.tensor(40.0, dtype=torch.float64).log().requires_grad_()}
+        if name == "sigmoid":
+            bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
+            learnt["logit_bias"] = bias
+        columns = TextColumns(classes, ranks)
+        all_texts = columns.receive(columns.send(inputs[1][distinct]))
+        loss = make_objective(name).loss(
+            Operands(inputs[0], all_texts, classes.images, learnt, form, ranks)
+        )
+        gradients = torch.autograd.grad(loss, [*inputs, *learnt.values()])
+        torch.save((loss.item(), *gradients), Path(folder) / f"{name}-{form}{ranks.rank}.pt")
+
+
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
     """BatchNorm's averages as an evaluation on each rank sees them."""
 
@@ -207,6 +244,13 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
 
     config = tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32")
     trainer_of(ranks, images, config, evaluations={"buffers": evaluation}).fit()
+
+
+def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
+    """Trains, and writes the average of the weights as this rank has it."""
+    trainer = trainer_of(ranks, images, config)
+    trainer.fit()
+    torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
 
 
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
@@ -361,6 +405,27 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
         trainer.fit()
     if ranks.is_main:
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
+    """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
+    import unicl_fast.training.limits as limits
+
+    def replaced(batch: Batch) -> Batch:
+        scheduled = torch.arange(batch.batch_size)
+        shown = scheduled.clone()
+        shown[: ranks.rank + 1] += 100
+        return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+    limits.LEAST_DRAWS = 30
+    config = tiny_config(steps=50)
+    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
+    config = dataclasses.replace(config, data=data)
+    trainer = trainer_of(ranks, images, config, change=replaced, run_folder=Path(folder))
+    try:
+        trainer.fit()
+    except limits.TooManyBadSamplesError as error:
+        (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
 def train_watched(

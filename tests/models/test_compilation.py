@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_workers import first_gradients
+from rank_workers import first_gradients, run_on_ranks, write_compiled_gradients
 from small_runs import StepLoader, tiny_config
 from torch._dynamo.utils import counters
 
@@ -25,6 +25,8 @@ from unicl_fast.evaluation.features import encode_images, encode_token_rows
 from unicl_fast.models import compilation, image_encoder, small, text_encoder
 from unicl_fast.models.compilation import (
     compile_encoders,
+    has_compiler,
+    pad_texts,
     round_up_count,
     round_up_length,
     rounds_sizes,
@@ -95,6 +97,18 @@ def test_sizes_are_few_and_not_much_larger() -> None:
     assert len({round_up_count(count) for count in range(1, 4097)}) <= 8 + 6 * 4
 
 
+def test_texts_that_are_added_change_no_feature() -> None:
+    model = build_model(tiny_config()).double().eval()
+    tokens = Tokenizer()(["a dog", "two people in the snow", "a photo of a cat"])[:, :12]
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    exact = model.encode_text(tokens, num_tokens)
+    ids = torch.arange(3)
+    padded, more, class_ids, counts = pad_texts(tokens, num_tokens, ids, torch.ones_like(ids))
+    assert (len(padded), len(class_ids), counts.tolist()) == (8, 8, [1, 1, 1, 0, 0, 0, 0, 0])
+    features = model.encode_text(padded, more)
+    torch.testing.assert_close(features[:3], exact, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "others",
     [{}, {"micro_batch_size": 5}],
@@ -127,6 +141,23 @@ def test_an_image_encoder_is_one_graph(preset: str) -> None:
     model.set_drop_path_key(step=0, global_index=torch.arange(2))
     found = torch._dynamo.explain(model.image_encoder)(torch.zeros(2, 3, side, side))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "trimmed"])
+def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
+    """A size that was new once, and one for all sizes; each without a break."""
+    encoder = build_model(tiny_config(precision="fp32")).text_encoder
+    for length in range(8, 88, 8):
+        tokens = torch.ones(16, min(length, 77), dtype=torch.int64)
+        inputs = tokens, tokens.numel() - length if is_packed else None
+        if length == 8:
+            found = torch._dynamo.explain(encoder)(*inputs)
+            assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+            torch.compiler.reset()
+            counters.clear()
+            encoder.compile(backend="eager", fullgraph=True)
+        encoder(*inputs)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 ALIKE = [(12, 8), (11, 9), (10, 10), (12, 7), (9, 11)]
@@ -240,6 +271,62 @@ def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch
     assert num_compiled(trainer.model) == 6 + 2
     assert num_compiled(trainer.ema.module) == num_compiled(copy.deepcopy(trainer.model)) == 0
     assert trainer.model.state_dict().keys() == plain
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({"compile": "blocks"}, id="blocks"),
+        pytest.param({"compile": "encoders"}, id="encoders", marks=pytest.mark.long),
+        pytest.param(
+            {"compile": "blocks", "micro_batch_size": 5, "activation_checkpointing": True},
+            id="micro-batches of blocks",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
+    """By torch's own kernels, compiled."""
+
+    def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+        config = tiny_config(steps=3, **efficiency)
+        trainer = make_trainer(config, StepLoader(images), progress=False)
+        batches = trainer.loader.batches(0)
+        losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+        return losses, trainer.model.state_dict()
+
+    eager_losses, eager = trained()
+    losses, weights = trained(**others)
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert losses == pytest.approx(eager_losses, rel=1e-10)
+    assert weights.keys() == eager.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "settings",
+    [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}],
+    ids=lambda settings: settings["compile"],
+)
+def test_compiled_ranks_give_the_gradients_of_one_eager_process(
+    images: torch.Tensor, tmp_path: Path, settings: dict
+) -> None:
+    """Each rank has other numbers of texts and tokens, so its padding is another, too."""
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
+    run_on_ranks(write_compiled_gradients, 2, images, str(tmp_path), settings)
+    for written in [f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(2)]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
+        assert loss == pytest.approx(eager_loss, rel=1e-10)
+        for name, gradient in eager.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=1e-7, atol=1e-11, msg=f"{written}: {name}"
+            )
 
 
 def test_what_cannot_be_compiled_is_refused(

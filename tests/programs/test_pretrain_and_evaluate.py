@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,12 +14,15 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_server import serve_hub
 from PIL import Image
 from program_runs import SMALL, STEPS, call, losses, refusal_of, run, start
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
+from unicl_fast.config import TrainConfig
 from unicl_fast.tools import pretrain
+from unicl_fast.tools.convert import __main__ as convert
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.training.metrics import read_metrics
 
@@ -125,6 +130,37 @@ def test_a_quiet_run_says_nothing_and_keeps_its_log(data: Path, tmp_path: Path) 
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d I ", line) for line in lines)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+def test_a_run_starts_from_the_hub_and_resumes_without_it(
+    data: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(convert, "hf", unbroken, tmp_path / "hub" / "us" / "first")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    out = tmp_path / "run"
+    sources = ["--data.train", data / "labels", data / "captions"]
+    arguments = [*SMALL, *sources, "--nproc", "2", "--run.steps", "4", "--init", "hf-hub:us/first"]
+    with serve_hub(tmp_path / "hub") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        done = run("pretrain", *arguments, "--out", out)
+    assert done.stderr.count("model.init=hf-hub:us/first: loaded image encoder test_vit") == 1
+    downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
+    assert len(downloads) == 2
+    trained, fresh = losses(out)[0], losses(unbroken)[0]
+    assert abs(trained - losses(unbroken)[-1]) < abs(fresh - losses(unbroken)[-1])
+    shutil.rmtree(tmp_path / "home")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments[arguments.index("4")] = "6"
+    run("pretrain", *arguments, "--out", out, "--resume", "auto")
+    assert len(losses(out)) == 6
+    assert json.loads((out / "config.json").read_text())["model"]["init"] == "hf-hub:us/first"
+    refused = run("pretrain", *arguments, "--out", tmp_path / "other", expect=2)
+    assert refused.stderr.count("the hub cannot be reached") == 1
+    assert "Traceback" not in refused.stderr
+
+
 LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]
 
 
@@ -151,10 +187,20 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_ranks_that_disagree_end_before_the_first_step(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_rank_1", "expected"),
+    [
+        (["--run.seed", "7"], "run.seed is 0 on rank 0 and 7 on rank 1"),
+        (["--data.train", "{captions}", "{labels}"], "contents of data."),
+    ],
+    ids=["seed", "order of data sets"],
+)
+def test_ranks_that_disagree_end_before_the_first_step(
+    data: Path, tmp_path: Path, of_rank_1: list[str], expected: str
+) -> None:
     out = tmp_path / "run"
     train = ["--data.train", str(data / "labels"), str(data / "captions")]
-    others = ["--data.train", str(data / "captions"), str(data / "labels")]
+    others = [word.format(labels=data / "labels", captions=data / "captions") for word in of_rank_1]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -165,7 +211,7 @@ def test_ranks_that_disagree_end_before_the_first_step(data: Path, tmp_path: Pat
         ranks.append(start(*SMALL, *train, "--out", out, *more, env=where))
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], errors
-    assert "unicl-pretrain: ranks disagree: contents of data." in errors[0]
+    assert f"unicl-pretrain: ranks disagree: {expected}" in errors[0]
     assert not (out / "metrics.jsonl").exists()
 
 
@@ -178,6 +224,40 @@ def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path)
     (*_, newest) = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert read_state(newest).config.efficiency.precision == "fp64"
     assert len(losses(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("other", "source", "difference"),
+    [
+        ([], "renamed", r"class_names\[0\]\[3\] was 'cat' and is now 'tomcat'"),
+        (["--model.text-width", "32"], "labels", "text_width was 16 and is now 32"),
+    ],
+    ids=["class names", "model"],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
+    data: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    other: list[str],
+    source: str,
+    difference: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All other differences in data: tests/system/test_wording.py."""
+    manifest = json.loads((data / "labels" / "manifest.json").read_text())
+    names = ["tomcat" if name == "cat" else name for name in manifest["class_names"]]
+    for name, change in (("renamed", {"class_names": names}), ("labels", {})):
+        shutil.copytree(data / "labels", tmp_path / name)
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest | change))
+        (tmp_path / name / "checksums.txt").unlink()  # as of a data set that was packed so
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *SMALL, "--out", tmp_path / "run", "--resume", unbroken, *other),
+            *("--data.train", tmp_path / source, data / "captions"),
+        )
+    assert stopped.value.code == 2
+    assert re.search(difference, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -209,17 +289,65 @@ def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
     assert "no evaluation of this run gives that number" in said
 
 
-def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str) -> dict:
+@pytest.fixture(scope="module")
+def packed_result(data: Path, unbroken: Path) -> dict:
+    return zero_shot(unbroken, data / "labels", data / "packed.json")
+
+
+def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str, nproc: int = 1) -> dict:
     arguments = ["--checkpoint", checkpoint, "--data", source, "--json", path, "--device", "cpu"]
-    call(evaluate, "zero-shot", *arguments, *more)
+    if nproc == 1:
+        call(evaluate, "zero-shot", *arguments, *more)
+    else:
+        run("evaluate", "zero-shot", *arguments, *more, "--nproc", str(nproc))
     return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "nproc", "more"),
+    [
+        ("classes", 1, []),
+        pytest.param(
+            *("classes", 2, ["--batch-size", "3"]), marks=[pytest.mark.dist, pytest.mark.slow]
+        ),
+    ],
+    ids=["class folders", "class folders on ranks"],
+)
+def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
+    data: Path,
+    unbroken: Path,
+    packed_result: dict,
+    tmp_path: Path,
+    source: str,
+    nproc: int,
+    more: list[str],
+) -> None:
+    assert packed_result["num_samples"] == 21
+    assert packed_result["num_classes"] == 10
+    other = zero_shot(unbroken, data / source, tmp_path / "result.json", *more, nproc=nproc)
+    for key in ("num_samples", "top1", "top5", "mean_per_class", "per_class"):
+        assert other[key] == packed_result[key], key
+
+
+def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    path = tmp_path / "retrieval.json"
+    call(
+        *(evaluate, "retrieval", "--checkpoint", unbroken, "--data", data / "captions"),
+        *("--json", path, "--device", "cpu"),
+    )
+    values = json.loads(path.read_text())
+    assert (values["num_images"], values["num_captions"]) == (20, 100)
+    assert values["text_to_image_recall_at_5_chance"] == pytest.approx(5 / 20)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--preset", "swin-tinny", "--out", "x"], "presets are swin-tiny"),
         ([*SMALL, "--out", "x"], "give --data.train DIR"),
+        ([*SMALL, "--out", "x", "--data.train", "nowhere"], "nowhere"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number after its ="),
         ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
         (
@@ -229,8 +357,15 @@ def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str) -> dict:
             ],
             "nowhere is not a packed data set",
         ),
+        (
+            [*SMALL, "--out", "x", "--nproc", "3", "--data.train", "{labels}"],
+            "set run.global_batch_size to 6 or 9",
+        ),
     ],
-    ids=["no data", "half the shares", "no share", "no ranks", "no data to evaluate"],
+    ids=[
+        *("preset", "no data", "no such data", "half the shares", "too few samples"),
+        *("no share", "no ranks", "no data to evaluate", "ranks that cannot share"),
+    ],
 )
 def test_wrong_input_ends_with_2_and_a_sentence(
     data: Path, arguments: list[str], message: str
@@ -242,7 +377,40 @@ def test_wrong_input_ends_with_2_and_a_sentence(
     assert message in refusal_of(pretrain, *filled)
 
 
-def test_a_current_folder_that_was_removed_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["zero-shot", "--checkpoint", "nowhere", "--data", "{labels}", "--nproc", "2"], "nowhere"),
+        (["retrieval", "--checkpoint", "{run}", "--data", "{labels}"], "has no captions"),
+        (
+            ["zero-shot", "--checkpoint", "{run}", "--data", "{labels}", "--batch-size", "0"],
+            "not 0",
+        ),
+        (["zero-shot", "--checkpoint", "{run}", "--data", "{captions}"], "has no classes"),
+    ],
+    ids=["no checkpoint", "no captions", "no batch", "no classes"],
+)
+def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
+    data: Path,
+    unbroken: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    places = {"labels": data / "labels", "captions": data / "captions", "run": unbroken}
+    assert message in refusal_of(evaluate, *(word.format(**places) for word in arguments))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "--data.train", "x", "--out", "y"],
+        pytest.param(["evaluate", "retrieval", "--checkpoint", "x", "--data", "y"],
+                     marks=pytest.mark.slow),
+        pytest.param(["convert", "hf", "x", "y"], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, words: list[str]) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
 
@@ -250,8 +418,7 @@ def test_a_current_folder_that_was_removed_is_said(tmp_path: Path) -> None:
         os.chdir(gone)
         gone.rmdir()
 
-    words = ["--data.train", "x", "--out", "y"]
-    done = run("pretrain", *words, expect=2, preexec_fn=remove_and_stay)
+    done = run(*words, expect=2, preexec_fn=remove_and_stay)
     assert "the current directory was removed or replaced" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -300,3 +467,16 @@ def test_the_short_help_shows_the_values_of_the_preset(
     shown = capsys.readouterr().out
     for words in ("--data.image-size 28 ", "DIR=WEIGHT", "digits-small", "--help-all", "examples:"):
         assert words in shown
+
+
+def test_help_all_explains_every_setting() -> None:
+    shown = " ".join(run("pretrain", "--help-all").stdout.replace("│", " ").split())
+    for group in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(getattr(TrainConfig(), group.name)):
+            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
+                f"--{group.name}.no-", f"--{group.name}."
+            ), field.name
+    for words in ("DIR=WEIGHT", "cifar10-small", "Stochastic depth of the image encoder"):
+        assert words in shown
+    for words in ("zero-shot", "retrieval"):
+        assert words in run("evaluate", "--help").stdout

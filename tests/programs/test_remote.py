@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,16 +12,20 @@ from pathlib import Path
 
 import pytest
 from object_stores import FaultyLine, FaultyStore, put, s3_environment
-from program_runs import SMALL, call
+from program_runs import SMALL, call, losses, run, weights
 
 from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.upload import upload_dataset
+from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
 from unicl_fast.tools.pack import __main__ as pack
+from unicl_fast.training.metrics import read_metrics
 
 pytest.importorskip("s3fs")
 pytestmark = pytest.mark.slow  # each opening of S3 takes half a second; the like without it is not
@@ -88,6 +94,58 @@ def test_upload_and_reading_survive_what_a_line_does(
     assert len(gets) < 400
 
 
+def test_an_upload_goes_on_where_it_was_cut_off_and_appears_when_whole(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}/labels"
+    line.fault = lambda method, path: "500" if method == "PUT" and "captions.npy" in path else ""
+    with pytest.raises(StorageError, match=r"captions\.npy could not be written"):
+        upload_dataset(data / "labels", url, progress=False)
+    with pytest.raises(FileNotFoundError, match="is not a packed data set"):
+        PackedDataset(url)
+    line.fault = lambda method, path: ""
+    line.requests.clear()
+    said = upload_dataset(data / "labels", url, progress=False)
+    assert "were there already" in said
+    sent = [path for method, path, _ in line.requests if method == "PUT"]
+    assert not any(path.endswith(".tar") for path in sent)
+    assert sent[-1].endswith("manifest.json")
+    with local_copy(url) as folder:
+        assert not verify_dataset(folder, note=pytest.fail, decode=False).num_faults
+        assert folder.name == "labels"
+    assert not folder.exists()
+    upload_dataset(data / "labels", url, progress=False)  # the same once more: nothing to do
+    with pytest.raises(ValueError, match="already holds another packed data set"):
+        upload_dataset(data / "captions", url, progress=False)
+    put(ObjectStore(f"s3://bucket/{tmp_path.name}/used"), "notes.txt", b"x")
+    with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
+        upload_dataset(data / "labels", f"s3://bucket/{tmp_path.name}/used", progress=False)
+
+
+def test_a_build_from_urls_to_a_url_is_the_build_of_files(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    root = f"s3://bucket/{tmp_path.name}"
+    store = ObjectStore(f"{root}/classes")
+    for path in (data / "classes").rglob("*.jpg"):
+        store.write_file(path, str(path.relative_to(data / "classes")))
+    options = {"workers": 1, "progress": False}
+    with pytest.raises(FileNotFoundError, match="no folder of this name"):
+        build_dataset([f"{root}/nothing"], f"{root}/out", **options)
+    line.fault = lambda method, path: "503" if method == "PUT" and "samples" in path else ""
+    with pytest.raises(RuntimeError, match=r"packed, but not uploaded: .*samples.*pack upload"):
+        build_dataset([f"{root}/classes"], f"{root}/out", **options)
+    (packed,) = (tmp_path / "home").rglob("work/*/out")
+    line.fault = lambda method, path: ""
+    assert build_dataset([f"{root}/classes"], f"{root}/out", **options).was_complete
+    assert not packed.exists()
+    build_dataset([data / "classes"], tmp_path / "local", **options)
+    with PackedDataset(tmp_path / "local") as local, PackedDataset(f"{root}/out") as remote:
+        assert remote.manifest.shards == local.manifest.shards
+        assert remote.manifest.source == (f"{root}/classes",)
+    assert not list((tmp_path / "home").rglob("staging-*"))
+
+
 def test_no_file_and_no_message_holds_a_password_of_a_url(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -134,3 +192,34 @@ def test_no_file_and_no_message_holds_a_password_of_a_url(
         assert not [path for path in files if secret.encode() in path.read_bytes()]
         stored = {name: file for name, file in FaultyStore.store.items() if "/labels/" in name}
         assert not [name for name, file in stored.items() if secret.encode() in file.getvalue()]
+
+
+@pytest.mark.long
+def test_two_ranks_train_from_s3_over_a_bad_line_as_from_a_folder(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}/labels"
+    run("pack", "upload", data / "labels", "--out", url)
+    line.fault = NowAndThen("500", "cut", "short", "slow", every=6)
+    line.requests.clear()
+    more = ["--nproc", "2", "--data.cache-bytes", "65536", "--data.shuffle-window", "16"]
+    run("pretrain", *SMALL, *more, "--data.train", data / "labels", "--out", tmp_path / "local")
+    run(
+        *("pretrain", *SMALL, *more, "--data.train", url, "--out", tmp_path / "remote"),
+        *("--data.cache-folder", tmp_path / "cache"),
+    )
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert weights(tmp_path / "remote") == weights(tmp_path / "local")
+    lines = read_metrics(tmp_path / "remote")
+    assert lines[-1]["storage_bytes_read"] > lines[-1]["storage_bytes_needed"] / 4 > 0
+    whole = [
+        (path, asked)
+        for method, path, asked in line.requests
+        if method == "GET" and path.endswith(".tar") and asked
+    ]
+    blocks = len(set(whole))
+    assert len(whole) < 2 * blocks  # of each, one and the tries that failed
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    assert config["data"]["train"] == [url]
+    run("pack", "verify", url, "--no-decode")
+    assert not os.listdir(tmp_path / "home" / "unicl_fast" / "work")

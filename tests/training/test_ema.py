@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_workers import run_on_ranks, write_averages
 from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, StepLoader, tiny_config
 
@@ -53,9 +54,10 @@ def test_it_is_the_moving_average_of_the_weights_after_each_step(
     assert moved.abs().max() > 1e-5
 
 
-def test_training_is_not_changed_by_it(images: torch.Tensor) -> None:
-    plain = trainer_in(None, images, tiny_config(steps=3))
-    averaged = trainer_in(None, images, averaging_config(steps=3))
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}])
+def test_training_is_not_changed_by_it(images: torch.Tensor, settings: dict) -> None:
+    plain = trainer_in(None, images, tiny_config(steps=3, **settings))
+    averaged = trainer_in(None, images, averaging_config(steps=3, **settings))
     plain.fit()
     averaged.fit()
     assert_equal_weights(plain.model, averaged.model)
@@ -169,6 +171,22 @@ def test_a_run_without_it_can_resume_with_it_and_back(
     plain = trainer_in(tmp_path, images, tiny_config(steps=5))
     plain.resume(tmp_path / "checkpoints" / "step-00000004")
     assert_equal_weights(plain.model, averaged.model)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_it_is_equal_on_all_ranks_and_that_of_one_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    config = averaging_config(steps=3)
+    run_on_ranks(write_averages, 2, images, tmp_path, config)
+    alone = trainer_in(None, images, config)
+    alone.fit()
+    assert alone.ema is not None
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, weight in alone.ema.module.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -17,6 +17,7 @@ from rank_workers import (
     recorded,
     run_on_ranks,
     train_with_a_poisoned_rank,
+    train_with_replaced_samples,
 )
 from small_runs import StepLoader, global_batch, poison_step, tiny_config
 
@@ -289,3 +290,14 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -
     with pytest.raises(TooManyBadSamplesError, match="241 of the 24012"):
         draws.check_total(241)
     assert draws.replaced == 12
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None:
+    run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))
+    # rank r replaces r + 1 samples a step
+    assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [3, 6, 9]
+    told = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0].startswith("9 of the 36 samples")

@@ -180,6 +180,16 @@ def test_any_optimizer_and_the_loss_scaler_are_divided_bit_for_bit(
 
 
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+def test_full_differs_by_rounding(images: torch.Tensor, tmp_path: Path, precision: str) -> None:
+    """AdamW makes steps of the learning rate even of gradients that are rounding alone."""
+    runs = {shard: (config_of(shard, precision=precision), None) for shard in ("off", "full")}
+    run_on_ranks(train_each, 4, images, tmp_path, runs)
+    assert_close_runs(tmp_path / "full", tmp_path / "off", rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.dist
 def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(

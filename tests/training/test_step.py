@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,18 @@ from rank_workers import (
     run_on_ranks,
     train,
     write_evaluated_buffers,
+    write_feature_gradients,
     write_gradients,
 )
-from small_runs import StepLoader, global_batch, tiny_config
+from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 from torch import nn
 
+from unicl_fast.batch import repeated_texts
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
+from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import after_three_quarters
@@ -48,6 +52,57 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-13, msg=name)
             assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 5])
+def test_distinct_texts_without_padding_equal_every_text_with_it(
+    images: torch.Tensor, micro_batch_size: int
+) -> None:
+    """Loss and gradients of a step."""
+    config = tiny_config(micro_batch_size=micro_batch_size)
+    loss, gradients = first_gradients(images, Ranks(), config)
+    plain_loss, plain = first_gradients(
+        images, Ranks(), config, StepLoader(images, change=repeated_texts)
+    )
+    assert loss == pytest.approx(plain_loss, rel=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_unicl_and_sigmoid_on_ranks_of_ragged_texts_equal_one_process(
+    tmp_path: Path, world_size: int
+) -> None:
+    """Features instead of a model: one rank with a single text, one with distinct captions only."""
+    if world_size == 1:
+        write_feature_gradients(Ranks(), str(tmp_path))
+    else:
+        run_on_ranks(write_feature_gradients, world_size, str(tmp_path))
+    images, texts, text_index, class_ids = ragged_features()
+    log_scale, bias = (
+        torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        for value in (math.log(40), -10.0)
+    )
+    inputs = [images.requires_grad_(), texts.requires_grad_(), log_scale, bias]
+    plain = images, texts[text_index], class_ids, log_scale.exp()
+    for name, alone in (
+        ("unicl", unified_contrastive_loss(*plain, form="dense")),
+        ("sigmoid", sigmoid_contrastive_loss(*plain, bias, form="dense")),
+    ):
+        learnt = inputs if name == "sigmoid" else inputs[:3]
+        gradients = torch.autograd.grad(alone, learnt, retain_graph=True)
+        for form in ("dense", "tiled"):
+            results = [
+                torch.load(tmp_path / f"{name}-{form}{rank}.pt", weights_only=True)
+                for rank in range(world_size)
+            ]
+            for loss, *_ in results:
+                assert loss == pytest.approx(alone.item(), rel=1e-13)
+            _, of_images, *of_all = zip(*results, strict=True)
+            found = [torch.cat(of_images), *(torch.stack(parts).sum(dim=0) for parts in of_all)]
+            for ours, expected in zip(found, gradients, strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.slow
