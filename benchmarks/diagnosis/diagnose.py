@@ -78,7 +78,6 @@ class Diagnoser:
         bench.most_seconds = budget.seconds / 10
 
     def diagnose(self) -> Measured:
-        """Measures the run and changes of it."""
         measured, batch = self._together_and_separately()
         self._report(measured)
         stages = self._stages(measured, batch)
