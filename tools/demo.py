@@ -44,7 +44,6 @@ CAPTIONS = (
 
 
 def main() -> None:
-    """Entry point of `python -m unicl_fast.tools.demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")

@@ -151,7 +151,6 @@ class Replan:
 
 
 def in_words(proof: LedgerProof) -> str:
-    """The result for a person."""
     sizes = [segment.header.world_size for segment in proof.starts]
     batch = count_of(proof.global_batch_size, "sample")
     if proof.has_stages:
@@ -198,7 +197,6 @@ def in_words(proof: LedgerProof) -> str:
 
 
 def as_json(proof: LedgerProof) -> dict[str, Any]:
-    """The result for a program."""
     sizes = [segment.header.world_size for segment in proof.starts]
     return {
         "proven": proof.holds,

@@ -115,7 +115,6 @@ class Bench:
         )
 
     def close(self) -> None:
-        """Closes the loader and the data."""
         self.loader.close()
         for dataset in self.parts["datasets"]:
             dataset.close()

@@ -53,7 +53,6 @@ class Diagnoser:
         return self.seconds - (time.perf_counter() - self._begun)
 
     def diagnose(self) -> Measured:
-        """Measures the run and changes of it."""
         measured, batch = self._together_and_separately()
         stages = self._stages(measured, batch)
         measured = dataclasses.replace(

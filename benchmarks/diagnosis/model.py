@@ -85,7 +85,6 @@ class Change:
     """False where the model that comes out is another one."""
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
-        """The config with the changes."""
         return config.changed(**self.set)
 
 
@@ -152,7 +151,6 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Images/s of all ranks, as measured."""
         return self.world_size / self.whole.wall
 
     @property

@@ -42,7 +42,6 @@ class Diagnosis:
 
 
 def report_lines(found: Diagnosis) -> Iterator[str]:
-    """The report, line by line."""
     measured, limit = found.measured, find_limit(found.measured)
     if text := neighbours(measured):
         yield f"{text}\n"

@@ -49,7 +49,6 @@ class Loss(Stage):
     """Device of the loss and of the text encoder."""
 
     def timed_rooms(self) -> tuple[str, ...]:
-        """The code of the parts."""
         rooms: dict[Part, tuple[str, ...]] = {
             "tokens": ("text/tokenizer.py",),
             "loss": tuple(f"objectives/{name}.py" for name in ("loss", "loss_tiled")),

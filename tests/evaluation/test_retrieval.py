@@ -1,4 +1,4 @@
-"""Caption retrieval against a sort, and the captions that its figures show."""
+"""Caption retrieval against a sort."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from pack_runs import jpeg
@@ -17,53 +16,27 @@ from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import ModelOnRanks, encode_token_rows
 from unicl_fast.evaluation.retrieval import (
-    RetrievalFeatures,
     encode_captioned,
     held_out_loss,
     own_images,
+    own_texts,
     rank_captions,
 )
 from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import reference_loss
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.tools.evaluate import figures as drawing
 
 
-def test_all_captions_of_an_image_and_their_like_are_green_and_no_other(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Another image's caption of the same words is right, as in the recalls."""
-    texts = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.9, 0.4], [0.0, 1.0]])
-    found = RetrievalFeatures(
-        image_features=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
-        text_features=texts,
-        image_of_text=torch.tensor([0, 0, 1, 1]),
-        text_ids=torch.tensor([0, 1, 0, 2]),
-        samples=np.arange(2),
-    )
-    words = {0: "a cat", 1: "an animal", 2: "a cat", 3: "a dog"}
-    drawn = []
-    monkeypatch.setattr(drawing, "_read_captions", lambda *_: words)
-    monkeypatch.setattr(drawing, "_show_image", Mock())
-    monkeypatch.setattr(drawing, "save_figure", lambda figure, _: drawn.append(figure))
-    drawing.draw_captions_found(found, Mock(spec=PackedDataset), tmp_path / "figure.png")
-    first, second, *_ = drawn[0].axes
-    lines = [(line.get_text(), line.get_color()) for line in (*first.texts, *second.texts)]
-    assert lines == [
-        ("1. (1.00) a cat", drawing._RIGHT),
-        ("2. (0.90) a cat", drawing._RIGHT),
-        ("3. (0.80) an animal", drawing._RIGHT),
-        ("1. (1.00) a dog", drawing._RIGHT),
-        ("2. (0.60) an animal", drawing._WRONG),
-        ("3. (0.40) a cat", drawing._RIGHT),
-    ]
-    own = own_images(torch.tensor([0, 2]), found.image_of_text, found.text_ids, num_images=2)
+def test_captions_of_the_same_words_are_those_of_all_their_images() -> None:
+    image_of_text, text_ids = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 2])
+    of_texts = own_texts(torch.tensor([0, 1]), image_of_text, text_ids)
+    assert of_texts.tolist() == [[True, True, True, False], [True, False, True, True]]
+    own = own_images(torch.tensor([0, 2]), image_of_text, text_ids, num_images=2)
     assert own.tolist() == [[True, True], [False, True]]
 
 
@@ -136,25 +109,6 @@ def test_the_held_out_loss_is_the_mean_of_whole_batches_with_first_captions(
         reference_loss(images[a:b], texts[first][a:b], class_ids[a:b], 10.0) for a, b in batches
     ]
     assert loss == pytest.approx(float(torch.stack(expected).mean()), rel=1e-12)
-
-
-def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
-    """Numbers count the captions of all images that have one; the second has a label only."""
-    captions = [["a dog", "the same dog"], [], ["a cat"], ["a hen", "two hens", "three hens"]]
-    samples = [
-        Sample(jpeg(number), captions=own, labels=[] if own else [0])
-        for number, own in enumerate(captions)
-    ]
-    found = RetrievalFeatures(
-        image_features=torch.eye(3),
-        text_features=torch.zeros(6, 3),
-        image_of_text=torch.tensor([0, 0, 1, 2, 2, 2]),
-        text_ids=torch.arange(6),
-        samples=np.array([0, 2, 3]),
-    )
-    with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
-        texts = drawing._read_captions(found, dataset, range(6))
-    assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
 
 
 def test_captions_are_cut_to_what_the_model_reads(

@@ -439,17 +439,6 @@ def test_a_class_that_training_lacks_is_refused(
     assert "has the class 'unicorn', which the training data labels lacks" in message
 
 
-@pytest.mark.slow
-def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:
-    evaluated("retrieval", trained, "--data", data / "captions", "--figures", tmp_path)
-    for name in ("captions-found.png", "images-found.png"):
-        image = np.asarray(Image.open(tmp_path / name).convert("L"))
-        assert image.shape[1] > 500
-        # the columns of images stand side by side, whatever the length of the captions over them
-        columns = np.flatnonzero((image < 255).mean(axis=0) > 0.1)
-        assert np.diff(columns).max() < 80
-
-
 def test_retrieval_takes_what_zero_shot_takes(
     data: Path,
     trained: Path,

@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(command: ModelCommand) -> None:
-    """Runs a command on all ranks; rank 0 prints and writes."""
     from . import protocols, using
 
     {**protocols.RUNS, **using.RUNS}[type(command)](command)

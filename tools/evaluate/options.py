@@ -112,13 +112,18 @@ class Evaluation(RankedCommand):
     """Also write all numbers into this file."""
     markdown: Path | None = None
     """Also write the table into this file, as Markdown."""
-    figures: Path | None = None
-    """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
-    the captions they find, and captions over the images they find."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot(Evaluation):
+class Classification(Evaluation):
+    """The options of evaluations of classes."""
+
+    figures: Path | None = None
+    """Also draw a confusion matrix of each data set into this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(Classification):
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals.
 
     Example: unicl-eval zero-shot --checkpoint runs/first --data packed/held-out class_folders/
@@ -187,7 +192,7 @@ class Retrieval(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(Evaluation):
+class FrozenFeatures(Classification):
     """The options of evaluations that learn from features of labelled images."""
 
     train: str

@@ -32,7 +32,7 @@ from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.data import distinct_names, log_cut_captions
 
-from .figures import draw_confusion, draw_found
+from .figures import draw_confusion
 from .options import (
     COMMANDS,
     Evaluation,
@@ -140,8 +140,6 @@ def run_retrieval(command: Retrieval) -> None:
         print(table := result.to_table())
         described = {"data": command.data, "name": data.name}
         write_results(command, described | result.to_json(), table)
-        if command.figures is not None:
-            draw_found(found, data.dataset, command.figures)
 
 
 def run_linear_probe(command: LinearProbe) -> None:

@@ -85,7 +85,6 @@ def is_restarted() -> bool:
 
 
 def is_own_rank() -> bool:
-    """Returns whether `start_ranks` has started this process."""
     return LAUNCHED_BY_US in os.environ
 
 

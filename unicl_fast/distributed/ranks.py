@@ -281,7 +281,6 @@ class RowsInFlight:
         return gathered
 
     def receive(self, gathered: Tensor) -> Tensor:
-        """Waits for what `send` returned."""
         if self.world_size == 1:
             return gathered
         received: Tensor = _Receive.apply(gathered, self)  # type: ignore[no-untyped-call]

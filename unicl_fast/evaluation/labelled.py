@@ -67,7 +67,6 @@ class LabelledFeatures:
         )
 
     def join(self, other: LabelledFeatures) -> LabelledFeatures:
-        """Both, one after the other."""
         return dataclasses.replace(
             self,
             features=np.concatenate([self.features, other.features]),

@@ -85,7 +85,6 @@ class ProbeResult:
         return values | {"c": self.c, "num_fitted": self.num_fitted} | self.classes.to_json()
 
     def to_table(self) -> str:
-        """The rates in percent, and a sentence about C, as text."""
         how = f"chosen by {self.chosen_by}" if self.validation else self.chosen_by
         if self.num_folds:
             how += f" in {self.num_folds} folds, since too few images could be held out"
@@ -105,7 +104,6 @@ class FewShotResult:
 
     @property
     def values(self) -> list[float]:
-        """The metric of each draw."""
         return [one.classes.value(one.metric) for one in self.draws]
 
     @property

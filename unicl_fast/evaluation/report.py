@@ -46,7 +46,6 @@ class ClassificationResult:
 
     @property
     def num_samples(self) -> int:
-        """Samples that have a label."""
         return sum(count for _, count, _ in self.per_class)
 
     @property
@@ -66,7 +65,6 @@ class ClassificationResult:
         return sum(right / count for _, count, right in self.per_class) / len(self.per_class)
 
     def value(self, metric: Metric) -> float:
-        """The number that a protocol reports."""
         return self.top1 if metric == "top1" else self.mean_per_class
 
     def interval(self, name: Rate) -> tuple[float, float]:
@@ -100,7 +98,6 @@ class ClassificationResult:
         return values
 
     def to_table(self) -> str:
-        """The rates in percent with their 95 % intervals, as text."""
         lines = [f"{'':16}{'%':>7}   95 % interval"]
         lines += [
             f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
@@ -148,7 +145,6 @@ class PrecisionResult:
         return sum(other + (1 - other) * first for other in others) / len(others)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types."""
         return {
             "num_samples": self.num_samples,
             "mean": self.mean,
@@ -160,7 +156,6 @@ class PrecisionResult:
         }
 
     def to_table(self) -> str:
-        """The mean in percent, as text."""
         return (
             f"mean average precision of {count_of(len(self.per_class), 'class')} over "
             f"{count_of(self.num_samples, 'sample')}: {percent(self.mean)} % "
@@ -202,7 +197,6 @@ class ClassificationCounts:
     """Adds up rankings of samples."""
 
     def __init__(self, class_names: Sequence[str]) -> None:
-        """Starts with all counts at 0."""
         self._names = tuple(class_names)
         self._taken_for: Counter[tuple[int, int]] = Counter()
         self._in_five = self._without_label = 0
@@ -239,12 +233,10 @@ def rank_classes(scores: Tensor) -> list[list[int]]:
 
 
 def percent(rate: float) -> str:
-    """A rate in percent with two decimals."""
     return f"{100 * rate:.2f}"
 
 
 def interval_text(interval: tuple[float, float]) -> str:
-    """An interval of rates in percent."""
     return f"{percent(interval[0])} to {percent(interval[1])}"
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -85,7 +84,6 @@ class RetrievalResult:
         return values
 
     def to_table(self) -> str:
-        """The recalls in percent with their 95 % intervals and chance, as a table."""
         rows = [
             [title, str(one.k), percent(one.rate), interval_text(one.interval), percent(one.chance)]
             for title, recalls in (
@@ -200,11 +198,8 @@ class RetrievalFeatures:
     """int64 [m]: row of `image_features`."""
     text_ids: Tensor
     """int64 [m]: from 0 on, equal for equal captions."""
-    samples: NDArray[np.int64]
-    """[n]: samples of the data set that the images are."""
 
     def ranked(self) -> RetrievalResult:
-        """The recalls, as `rank_captions` counts them."""
         return rank_captions(
             self.image_features, self.text_features, self.image_of_text, self.text_ids
         )
@@ -246,7 +241,6 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
         text_features=texts.to(device),
         image_of_text=owners.to(device),
         text_ids=text_ids.to(device),
-        samples=captioned,
     )
 
 

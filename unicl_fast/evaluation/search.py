@@ -97,7 +97,6 @@ class SearchIndex:
         return encode_png(self.dataset.pixels_of(data)) if is_raw else data.tobytes()
 
     def close(self) -> None:
-        """Closes the files of the data set that it has opened."""
         self._reader.close()
 
     def _nearest(self, queries: Float[np.ndarray, "q d"], *, top: int) -> list[list[Found]]:

@@ -60,7 +60,6 @@ class Server(ThreadingHTTPServer):
         return f"http://{_HOSTS[0]}:{self.server_port}/"
 
     def describe(self) -> dict[str, Any]:
-        """Returns what the page shows before it is asked anything."""
         num_images = None if self.index is None else len(self.index)
         return {"name": self.name, "classes": self.classes, "num_images": num_images}
 

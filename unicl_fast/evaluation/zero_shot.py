@@ -159,7 +159,6 @@ class ZeroShotResult:
         return self.classes.value(self.metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types."""
         values: dict[str, Any] = {"name": self.name, "metric": self.metric}
         values["num_templates"] = self.num_templates
         values |= self.classes.to_json() | {"num_quarantined": self.num_quarantined}
@@ -169,7 +168,6 @@ class ZeroShotResult:
         return values
 
     def to_table(self) -> str:
-        """The rates in percent, with levels and average precision, as text."""
         parts = [self.classes, self.levels, self.precision]
         text = "\n\n".join(part.to_table() for part in parts if part is not None)
         if self.num_quarantined:

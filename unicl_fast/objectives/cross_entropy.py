@@ -64,11 +64,9 @@ class CrossEntropyObjective(LabelObjective):
         return {"class_rows": [sum(self.num_classes)]}
 
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
-        """Each image is compared with all rows."""
         return sum(self.num_classes)
 
     def loss(self, of: Operands) -> Tensor:
-        """The loss of this rank's images."""
         import torch
 
         from unicl_fast.objectives.loss import unified_contrastive_loss

@@ -33,7 +33,6 @@ class SupConObjective(Objective):
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = ""
 
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
-        """Each view is compared with all views."""
         return 2 * num_images
 
     def loss(self, of: Operands) -> Tensor:

@@ -89,7 +89,6 @@ class WholeBatch:
         )
 
     def encode(self, send: Send | None) -> Encoded:
-        """Encodes the batch with a graph."""
         with self._autocast:
             if self._texts is None:
                 return self._encode(self._images)

@@ -173,7 +173,6 @@ def _label(axis: Axes, *, title: str, y: str) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, flush=False) as aside:
         figure.savefig(aside, format="png")

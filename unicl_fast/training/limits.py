@@ -67,19 +67,15 @@ class NonfiniteSteps(Observer):
         yield
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Keeps which samples a batch holds, until its step is judged."""
         self._remembered.append((batch.step, {name: getattr(batch, name) for name in _RECORDS}))
 
     def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
-        """Looks at the steps that were not judged yet."""
         self.judge(steps, done=done, scaler=run.scaler)
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
-        """Adds the count."""
         values["nonfinite_steps"] = self.count
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Keeps the line, for the file of a bad step."""
         self._last_metrics = dict(values)
 
     def judge(self, steps: Sequence[tuple[float, float]], *, done: int, scaler: GradScaler) -> None:
@@ -178,15 +174,12 @@ class ReplacedSamples(Observer):
         self._draws = 0
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Counts this rank's samples of a step."""
         self.add(batch)
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
-        """Counts the samples of this rank that were replaced."""
         sums["replaced_samples"] = self.replaced
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
-        """Adds the count of all ranks."""
         values["replaced_samples"] = int(sums["replaced_samples"])
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:

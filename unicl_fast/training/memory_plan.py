@@ -71,7 +71,6 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
         return sum(self.parts.values())
 
     @property
@@ -82,11 +81,9 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all parts fit."""
         return self.total <= self.device_bytes
 
     def __str__(self) -> str:
-        """The parts in GB, the largest first."""
         largest_first = sorted(self.parts.items(), key=lambda part: -part[1])
         return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_first if size > 5e7)
 

@@ -296,7 +296,6 @@ class MetricsWriter:
             raise
 
     def close(self) -> None:
-        """Closes the file and the trackers."""
         self._file.close()
         if self._trackers is not None:
             self._trackers.close()

@@ -116,7 +116,6 @@ class RunLog(Observer):
         self._metrics = None
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Moves the bar."""
         if self._bar is not None:
             self._bar.update()
 
@@ -144,7 +143,6 @@ class RunLog(Observer):
         return self._utilisation[1]
 
     def on_evaluation(self, run: Trainer, values: Mapping[str, float]) -> None:
-        """Writes and shows the numbers of an evaluation."""
         if self._metrics is None:
             return
         self._metrics.write({"step": run.step, **values})
@@ -166,7 +164,6 @@ class DatasetNumbers(Observer):
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
-        """Logs the traffic at the end."""
         yield
         if run.ranks.is_main and self._meter.traffic is not None:
             read, needed = self._meter.traffic
@@ -177,11 +174,9 @@ class DatasetNumbers(Observer):
             )
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
-        """Counts positives and traffic."""
         sums |= self._meter.count(batch, run.ranks)
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
-        """Adds the numbers."""
         values |= self._meter.describe(sums, num_steps=int(values["step"]))
 
 
@@ -193,12 +188,10 @@ class LedgerKeeper(Observer):
 
     @contextlib.contextmanager
     def fitting(self, run: Trainer) -> Iterator[None]:
-        """Opens a segment."""
         with self._ledger.segment(run.step, run_id=run.run_id):
             yield
 
     def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Records a batch."""
         self._ledger.record(batch)
 
     def allows_save(self, *, required: bool) -> bool:

@@ -53,12 +53,10 @@ class StagedLoader:
                 loader.close()
 
     def feed_features(self, features: Sequence[FeatureFile]) -> None:
-        """Feeds stored features in all stages."""
         for loader in self._loaders:
             loader.feed_features(features)
 
     def close(self) -> None:
-        """Stops the loader that is running."""
         for loader in self._loaders:
             loader.close()
 

@@ -33,7 +33,6 @@ class StepClock:
     """Seconds of each part of each step; only what `cut` returns waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        """Begins with the part `other`."""
         self._device, self._on_gpu = device, device.type == "cuda"
         self._free: list[torch.cuda.Event] = []
         self._borders: list[tuple[Part, Any]] = []
@@ -42,7 +41,6 @@ class StepClock:
         self.begin("other")
 
     def begin(self, part: Part) -> None:
-        """Ends the present part and begins another."""
         self._part = part
         self._borders.append((part, self._now()))
 

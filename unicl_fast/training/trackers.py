@@ -178,11 +178,9 @@ class _Worker:
             logger.error("%s does not keep up: lines are left out there", self._name)
 
     def close(self) -> None:
-        """Asks for the end."""
         self._calls.put(None)
 
     def join(self, seconds: float) -> None:
-        """Waits for the end."""
         self._thread.join(seconds)
         if self._thread.is_alive():
             logger.error(
