@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import signal
 import sys
 import tempfile
@@ -122,14 +121,12 @@ class Gpu(Program):
             return _skipped(f"needs {', '.join(missing)}")
         if stage.needs_data and self.data is None:
             return _skipped("needs --data")
-        if stage.wrapper and shutil.which(stage.wrapper[0]) is None:
-            return _skipped(f"needs the program {stage.wrapper[0]}")
         if time.monotonic() >= deadline:
             return _skipped(f"the {self.minutes:g} minutes are over")
         log, file = folder / "log", folder / "result.json"
         options = ["--out", self.out.absolute(), "--only", name, "--result", file]
         options += ["--dry-run"] * self.dry_run + (["--data", self.data] if self.data else [])
-        command = [*stage.wrapper, sys.executable, Path(__file__).parent, *options]
+        command = [sys.executable, Path(__file__).parent, *options]
         ended = run_apart(command, log, seconds=max(1.0, deadline - time.monotonic()))
         status, reason = "done", ""
         if ended.code is None:

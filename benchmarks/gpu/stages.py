@@ -34,8 +34,6 @@ class GpuStage:
     needs: tuple[str, ...] = ()
     """Packages without which it is skipped."""
     needs_data: bool = False
-    wrapper: tuple[str, ...] = ()
-    """A command in which its process runs; without that program it is skipped."""
     marks: str = ""
     """Images/s on a GPU that others publish for this model."""
 
@@ -79,11 +77,9 @@ def _step(about: str, part: str, *needs: str, **options: Any) -> GpuStage:
     return GpuStage(about=about, program="step", options=options, needs=needs)
 
 
-def _check(
-    about: str, part: str, *needs: str, wrapper: tuple[str, ...] = (), **options: Any
-) -> GpuStage:
+def _check(about: str, part: str, *needs: str, **options: Any) -> GpuStage:
     options = {"part": part, **options}
-    return GpuStage(about=about, program="checks", options=options, needs=needs, wrapper=wrapper)
+    return GpuStage(about=about, program="checks", options=options, needs=needs)
 
 
 def _model(image_encoder: str, marks: str, batch_size: int = 256) -> GpuStage:
@@ -99,13 +95,8 @@ COMMANDS: dict[str, dict[str, GpuStage]] = {
     "first": {
         "machine": _check("the device, and the versions that kernels depend on", "machine"),
         "rates": _check("bare rates of the device", "rates"),
-        "windows": _check("attention in windows, by our kernels", "windows", "triton"),
-        "loss-signs": _check("the loss where pairs fit well, less its value in fp64", "loss"),
+        "kernels": _check("our kernels against fp64, as a run tries them", "kernels", "triton"),
         "ways": _check("a step of Swin-T by each kernel and compilation", "ways", rounds=3),
-        "sanitizer": _check(
-            "attention in windows, under compute-sanitizer", "windows", "triton",
-            wrapper=("compute-sanitizer", "--error-exitcode", "1"),
-        ),
     },
     "tests": {"tests": GpuStage(about="pytest -m gpu", program="tests", needs=_TEST_PACKAGES)},
     "step": {
