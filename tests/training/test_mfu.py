@@ -17,7 +17,7 @@ from unicl_fast.batch import ListLoader
 from unicl_fast.training import mfu, observers
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.mfu import Utilisation, flops_of_step, measured_peak, peak_of_gpu
+from unicl_fast.training.mfu import Utilisation, flops_of_step, peak_of_gpu
 
 
 @pytest.mark.parametrize(
@@ -147,18 +147,11 @@ def test_fp32_that_is_computed_in_tf32_has_its_peak(
     assert peak_of_gpu(name, torch.bfloat16, tf32=True) == peak_of_gpu(name, torch.bfloat16)
 
 
-def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mfu, "_MEASURED_SECONDS", 0.02)
-    measured_peak.cache_clear()
-    assert 1e8 < measured_peak(torch.float32, torch.get_num_threads()) < 1e15
-    measured_peak.cache_clear()
-
-
 def test_a_run_counts_once_and_is_not_disturbed(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observers, "COMPILING_STEPS", 2)
-    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
+    monkeypatch.setattr(mfu, "_peak_of", lambda device, precision: 1e12)
     counted = []
 
     def count(config: object, batch: object) -> float:
@@ -191,7 +184,7 @@ def test_an_encoder_that_cannot_be_counted_costs_the_number_alone(
         raise NotImplementedError("no fake tensors")
 
     monkeypatch.setattr(mfu, "flops_of_step", fail)
-    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
+    monkeypatch.setattr(mfu, "_peak_of", lambda device, precision: 1e12)
     batch = labelled_batch(images, objective="unicl")
     utilisation = Utilisation(tiny_config(), torch.device("cpu"))
     assert [utilisation.values(batch, step_seconds=1.0) for _ in range(2)] == [{}, {}]

@@ -10,10 +10,8 @@ is taken for twice as much, once for each operand; frozen parts have none.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -51,13 +49,10 @@ sheets. Those of tensor cores are without sparsity, half of what data sheets sin
 _WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4")
 """GPUs before Ampere, where the switch does nothing. The other ones have half of the peak of 16
 bits in TF32."""
-_MEASURED_SECONDS, _FEWEST_TURNS = 0.2, 3
-_SHORT_SECONDS, _LARGEST_SIZE = 0.02, 4096
-"""Products on a CPU are made larger while they take less time, up to a size."""
 
 
 class Utilisation:
-    """Gives `mfu` for lines of metrics; what cannot be known is logged once and left out."""
+    """Gives `mfu` for lines of metrics, on a GPU; one that is not known is logged once."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         """Counts nothing yet; `config` is the run's, with its precision resolved."""
@@ -66,7 +61,7 @@ class Utilisation:
         self._is_known = True
 
     def values(self, batch: Batch, *, step_seconds: float) -> dict[str, float]:
-        """`mfu`, the part of the device's peak, or nothing; the first call counts and measures.
+        """`mfu`, the part of the device's peak, or nothing; the first call counts.
 
         Args:
             batch: a local batch whose size is that of all; the first one's texts stand for others.
@@ -83,17 +78,9 @@ class Utilisation:
         return {"mfu": self._step_seconds_at_peak / step_seconds}
 
     def _measure(self, batch: Batch) -> float | None:
-        precision = Precision(self._config.efficiency.precision)
-        if self._device.type == "cuda":
-            name = torch.cuda.get_device_name(self._device)
-            # auto takes no TF32 with fp32
-            tf32 = precision.name == "tf32"
-            peak = peak_of_gpu(name, precision.compute_type, tf32=tf32)
-            if peak is None:
-                logger.info("no mfu in the metrics: the peak of %s is not known", name)
-                return None
-        else:
-            peak = measured_peak(precision.compute_type, torch.get_num_threads())
+        peak = _peak_of(self._device, Precision(self._config.efficiency.precision))
+        if peak is None:
+            return None
         cuda = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):  # which building a model seeds
             flops = flops_of_step(self._config, batch)
@@ -186,6 +173,17 @@ def _fake_texts(config: TrainConfig, batch: Batch) -> tuple[Tensor, int | None]:
     return torch.empty(len(lengths), int(lengths.max()), dtype=torch.int64), int(lengths.sum())
 
 
+def _peak_of(device: torch.device, precision: Precision) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    # auto takes no TF32 with fp32
+    peak = peak_of_gpu(name, precision.compute_type, tf32=precision.name == "tf32")
+    if peak is None:
+        logger.info("no mfu in the metrics: the peak of %s is not known", name)
+    return peak
+
+
 def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:
     """FLOP/s of a GPU by its name and the type that it computes in; None where they are unknown.
 
@@ -199,22 +197,3 @@ def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> 
                 return 1e12 * narrow
             return 1e12 * (narrow / 2 if tf32 and part not in _WITHOUT_TF32 else wide)
     return None
-
-
-@functools.lru_cache(maxsize=4)
-def measured_peak(compute_type: torch.dtype, num_threads: int) -> float:
-    """FLOP/s of square products on the CPU, with the threads that the process has.
-
-    The best of some turns and sizes: on a busy machine threads wait for each other in most turns.
-    """
-    size, best, turns = 512, 0.0, 0
-    deadline = time.perf_counter() + _MEASURED_SECONDS
-    while turns < _FEWEST_TURNS or time.perf_counter() < deadline:
-        left = torch.ones(size, size, dtype=compute_type)
-        begun = time.perf_counter()
-        left @ left
-        seconds = time.perf_counter() - begun
-        best, turns = max(best, 2 * size**3 / seconds), turns + 1
-        if seconds < _SHORT_SECONDS and size < _LARGEST_SIZE:
-            size *= 2
-    return best
