@@ -11,7 +11,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,12 @@ from unicl_fast.training.memory_plan import plan as plan_memory
 from unicl_fast.training.step_clock import Part, StepClock
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import wait_for_gpu
+from ..harness import timed, wait_for_gpu
 from ..step.parts import StepInParts
-from .clocks import FIRST_STEP, flow, repeated
 from .model import Change, Cost, Stage, median
 
+FIRST_STEP = 1
+"""The first step of a run draws a contact sheet, which no other does."""
 _LARGEST_BATCH = 1 << 16
 _WAITS = 0.5
 """A step that waits for its batch for more than this part of the time has no queue before it."""
@@ -288,3 +289,36 @@ class Bench:
                 break
             largest, batch = batch, 2 * batch
         return largest
+
+
+def flow(batches: Iterable[object], *, images: float, skip: int, seconds: float) -> Cost:
+    """The cost of an image of batches that are made ahead.
+
+    The first `skip` are not timed, or as many of them as come within `seconds`: they were begun
+    before the clock. As many are timed as `seconds` allow, at least two.
+    """
+    iterator, begun = iter(batches), time.perf_counter()
+    try:
+        for _ in range(skip):
+            next(iterator)
+            if time.perf_counter() - begun > seconds:
+                break
+        gc.collect()
+        count = 0
+        wall, cpu = time.perf_counter(), time.process_time()
+        for batch in iterator:
+            del batch  # its buffer can be used again
+            count += 1
+            if count >= 2 and time.perf_counter() - wall >= seconds:
+                break
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    finally:
+        if hasattr(iterator, "close"):  # a generator holds what it reads
+            iterator.close()
+    return Cost(wall=wall / (count * images), cpu=cpu / (count * images))
+
+
+def repeated(work: Callable[[], object], *, images: int, count: int) -> Cost:
+    """The cost of an image of work that is done `count` times; waits for a GPU."""
+    turn = timed(work, calls=count)
+    return Cost(wall=turn.wall_seconds / images, cpu=turn.cpu_seconds / images)

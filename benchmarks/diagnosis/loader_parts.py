@@ -26,8 +26,7 @@ from unicl_fast.pipelines.loader import decoder_of
 from unicl_fast.system.wording import count_of
 
 from ..harness import in_turns
-from .bench import Bench
-from .clocks import FIRST_STEP, flow
+from .bench import FIRST_STEP, Bench, flow
 from .model import READ, Cost, Stage, median
 
 T = TypeVar("T")

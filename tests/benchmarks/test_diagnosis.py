@@ -21,9 +21,8 @@ from program_runs import SMALL
 from small_runs import labelled_batch, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
-from unicl_fast.benchmarks.diagnosis import clocks
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, hints, neighbours
-from unicl_fast.benchmarks.diagnosis.bench import Bench, Contestant
+from unicl_fast.benchmarks.diagnosis.bench import Bench, Contestant, flow
 from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
 from unicl_fast.benchmarks.diagnosis.model import READ, Cost, RankFigures, rate_text
 from unicl_fast.benchmarks.diagnosis.report import report_lines
@@ -134,7 +133,7 @@ def test_a_flow_is_timed_without_what_was_begun_before() -> None:
         finally:
             closed.append(True)
 
-    found = clocks.flow(batches(), images=4, skip=3, seconds=0)
+    found = flow(batches(), images=4, skip=3, seconds=0)
     assert len(taken) in (1 + 2, 3 + 2)
     assert closed
     assert 0 < found.wall < 1

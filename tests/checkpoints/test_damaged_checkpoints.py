@@ -101,7 +101,7 @@ def use(folder: Path, name: str) -> None:
         find_checkpoint(folder / "best")
     elif name == SEGMENT:
         with pytest.raises(SystemExit) as end:
-            ledger.main([str(folder), "--replan", "--json", str(folder / "ledger.json")])
+            ledger.main([str(folder), "--json", str(folder / "ledger.json")])
         assert end.value.code in (0, 1, 2)
     else:
         ledger.newest_checkpoint(folder)

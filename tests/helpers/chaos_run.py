@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from damage import flip_byte
 from program_runs import SMALL, losses, processes_of, wait_until_gone
+from replan import different_from_plan
 from safetensors.numpy import load_file
 
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -214,7 +215,7 @@ class Chaos:
     def inspect_ledger(self, damaged: dict[str, list[int]]) -> dict[str, Any]:
         """Nothing lost, nothing twice, and only what is damaged was replaced, and is named."""
         path = self.out / "ledger.json"
-        words = [self.run_folder, "--replan", "--json", path]
+        words = [self.run_folder, "--json", path]
         command = [sys.executable, "-m", "unicl_fast.tools.ledger", *words]
         done = subprocess.run(command, capture_output=True, text=True)
         self.check(done.returncode == 0, f"the ledger proves nothing: {done.stdout}{done.stderr}")
@@ -232,7 +233,7 @@ class Chaos:
             "samples_lost": sum(one["lost"] for one in proof["sources"]),
             "scheduled_twice_in_an_epoch": sum(one["scheduled_twice"] for one in proof["sources"]),
             "draws_with_a_substitute": proof["num_substituted"],
-            "different_from_the_plan": proof["num_different_from_plan"],
+            "different_from_the_plan": different_from_plan(self.run_folder),
             "damaged_samples": len(wanted),
             "good_samples_replaced": len(replaced - wanted),
         }

@@ -71,7 +71,8 @@ from unicl_fast.system.progress import Stage
 from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import DatasetMeter, add_up
+from unicl_fast.training.metrics import add_up
+from unicl_fast.training.observers import DatasetMeter
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
 from rank_workers import NAMED, ledger_in, named, run_on_ranks, write_a_ledger
+from replan import Replan
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
@@ -37,7 +38,6 @@ from unicl_fast.ledger.proof import Run, prove
 from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
 from unicl_fast.stages import lay_out, span_at
 from unicl_fast.tools import ledger as ledger_program
-from unicl_fast.tools.ledger import Replan
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 

@@ -15,7 +15,8 @@ from small_runs import StepLoader, global_batch, labelled_batch, poison_step, ti
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
+from unicl_fast.training.metrics import MetricsWriter, read_metrics
+from unicl_fast.training.observers import DatasetMeter
 from unicl_fast.training.trackers import Trackers
 from unicl_fast.training.trainer import Trainer
 

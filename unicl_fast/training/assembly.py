@@ -21,11 +21,10 @@ from unicl_fast.models.sharding import check_sharding, divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
 from unicl_fast.training.limits import NonfiniteSteps, ReplacedSamples
-from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.micro_batches import check_micro_batches
 from unicl_fast.training.observers import (
     Checkpoints,
-    DatasetNumbers,
+    DatasetMeter,
     LedgerKeeper,
     RunLog,
     WeightsAgree,
@@ -93,7 +92,7 @@ def make_trainer(
     stored = config_to_dict(given)
     observers = _usual_observers(config, stored, ranks, run_folder, reading, progress=progress)
     if dataset_meter is not None:
-        observers.append(DatasetNumbers(dataset_meter))
+        observers.append(dataset_meter)
     if ledger is not None:
         observers.append(LedgerKeeper(ledger))
     if run_folder is not None:

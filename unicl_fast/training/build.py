@@ -45,7 +45,7 @@ from unicl_fast.training.data import (
 )
 from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.memory_plan import check_memory, check_sizes
-from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.observers import DatasetMeter
 from unicl_fast.training.settle import settle
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import stored_features

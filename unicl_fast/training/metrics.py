@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from unicl_fast.batch import Batch, send
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_rows, sum_over_ranks
+from unicl_fast.batch import send
+from unicl_fast.distributed.ranks import Ranks, sum_over_ranks
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
 from unicl_fast.system.machine import resident_bytes
 from unicl_fast.system.untrusted_files import open_file, read_file
@@ -152,82 +151,6 @@ def add_up(
         if isinstance(one, Tensor):
             added[row] = one
     return sum_over_ranks(added, ranks)
-
-
-class DatasetMeter:
-    """Measures whether a mix of data sets does what it is for, at logging steps only.
-
-    A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
-    weight. `positives_per_row/NAME` is 1 for one that teaches as CLIP does, and large for one that
-    teaches as a classifier does. `storage_bytes_*` are there for data sets under URLs.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        *,
-        epochs: Callable[[int], Sequence[float]],
-        datasets: Sequence[PackedDataset] = (),
-    ) -> None:
-        """`epochs` gives those of each data set after a number of steps.
-
-        The traffic of `datasets` is counted where they are under URLs.
-        """
-        self._names, self._epochs = list(names), epochs
-        self._remote = [one for one in datasets if one.cache is not None]
-        self.traffic: tuple[int, int] | None = None
-        """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
-        that they needed of them; None where all data sets are in folders."""
-
-    def count(self, batch: Batch, ranks: Ranks) -> dict[str, float | Tensor]:
-        """This rank's numbers, which are to be summed over ranks; all ranks call it together.
-
-        Nothing is read from the device. Positives are counted in the global batch.
-        """
-        sums: dict[str, float | Tensor] = {
-            # the same data may lie in a store for one rank, and in a folder for another
-            "stores": len(self._remote),
-            "storage_bytes_read": sum(dataset.fetched_bytes for dataset in self._remote),
-            "storage_bytes_needed": sum(dataset.needed_bytes for dataset in self._remote),
-        }
-        if batch.source_ids is None:
-            return sums
-        positives = _count_positives(batch, gather_rows(batch.targets.class_ids, ranks))
-        source_ids = send(batch.source_ids, positives.device)
-        for number, name in enumerate(self._names):
-            is_own = source_ids == number
-            sums |= {f"rows/{name}": is_own.sum(), f"positives/{name}": (positives * is_own).sum()}
-        return sums
-
-    def describe(self, sums: Mapping[str, float], *, num_steps: int) -> dict[str, float]:
-        """The numbers after `num_steps` steps, from the sums of what ranks have counted.
-
-        Positives, the row itself included, are averaged over the rows of a data set, which has no
-        such number where it has no row in this batch.
-        """
-        values = {
-            f"epochs/{name}": epochs
-            for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
-        }
-        if sums["stores"]:
-            traffic = ("storage_bytes_read", "storage_bytes_needed")
-            read, needed = self.traffic = int(sums[traffic[0]]), int(sums[traffic[1]])
-            values |= dict(zip(traffic, (read, needed), strict=True))
-        for name in self._names:
-            if rows := sums.get(f"rows/{name}"):
-                values[f"positives_per_row/{name}"] = sums[f"positives/{name}"] / rows
-        return values
-
-
-def _count_positives(batch: Batch, text_classes: Int[Tensor, " n"]) -> Int[Tensor, " b"]:
-    """How many samples of the global batch have a text of the classes of each image."""
-    classes = batch.targets.class_ids
-    samples = torch.arange(batch.batch_size, device=classes.device)
-    if batch.targets.image_classes is not None:
-        samples, classes = batch.targets.image_classes
-    known = text_classes.sort().values
-    found = torch.searchsorted(known, classes, right=True) - torch.searchsorted(known, classes)
-    return torch.zeros_like(batch.targets.class_ids).index_add_(0, samples, found)
 
 
 class MetricsWriter:
