@@ -14,7 +14,6 @@ from unicl_fast.evaluation.labelled import LabelledFeatures, with_labels
 from unicl_fast.evaluation.probes import (
     C_GRID,
     DEFAULT_C,
-    few_shot_probes,
     linear_probe,
     nearest_neighbours,
 )
@@ -141,34 +140,6 @@ def test_one_sample_a_class_takes_the_default_c(caplog: pytest.LogCaptureFixture
     result = linear_probe(train, test)
     assert (result.chosen_by, result.c, result.validation) == ("default", DEFAULT_C, {})
     assert "C IS NOT CHOSEN" in caplog.text
-
-
-@pytest.mark.usefixtures("few_cs")
-def test_few_shots_are_fitted_on_the_shots_only_and_c_by_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    fits = []
-
-    def fit(fitted: LabelledFeatures, test: LabelledFeatures, pairs: list, **settings: object):
-        fits.append((len(fitted), [(len(one), len(other)) for one, other in pairs]))
-        return whole(fitted, test, pairs, **settings)
-
-    whole = probes._probe
-    monkeypatch.setattr(probes, "_probe", fit)
-    train, test = balanced(6, seed=0), clusters(100, seed=1)
-    found = few_shot_probes(train, test, shots=(1, 4, 6), draws=2)
-    assert fits[:4:2] == [(6, [(6, 6)]), (24, [(24, 12)])]
-    num_fitted, folds = fits[4]
-    assert num_fitted == 36
-    assert [kept + aside for kept, aside in folds] == [36] * 5
-    chosen_by = [probe.chosen_by for one in found for probe in one.draws[1:]]
-    assert chosen_by == ["validation", "validation", "cross-validation"]
-    assert all(probe.c in C_GRID for one in found for probe in one.draws)
-    assert found[0].mean == pytest.approx(np.mean(found[0].values))
-    assert found[0].standard_deviation == pytest.approx(np.std(found[0].values, ddof=1))
-    (one,) = few_shot_probes(train, test, shots=(2,), draws=1, validation=test)
-    assert fits[-1] == (12, [(12, 100)])
-    assert one.standard_deviation is None
 
 
 def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> None:

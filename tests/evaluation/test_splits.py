@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from unicl_fast.evaluation.splits import draw_shots, hold_out
+from unicl_fast.evaluation.splits import hold_out
 
 
 @pytest.mark.parametrize(
@@ -31,13 +31,3 @@ def test_each_class_is_held_out_in_part_but_never_its_only_sample(
         assert held_out == [row for row, label in enumerate(labels) if sizes[label] > 1]
     if len(labels) > 10:
         assert not np.array_equal(hold_out(labels, seed=1)[0][1], found[0][1])
-
-
-def test_shots_are_drawn_of_each_class_and_others_to_choose_by() -> None:
-    labels = np.repeat([0, 1, 2], [50, 10, 2])
-    shots, others = draw_shots(labels, shots=8, seed=0)
-    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
-    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
-    assert not set(shots) & set(others)
-    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
-    assert [len(rows) for rows in draw_shots(labels, shots=64, seed=0)] == [62, 0]

@@ -366,14 +366,10 @@ def test_clip_benchmark_finds_what_we_find(shared_data: Path, tmp_path: Path) ->
         ("zero-shot --data {labels} {labels}/", "is the same data set as"),
         ("zero-shot --data {labels} --class-names clip-benchmark:nothing", "it has them for"),
         ("zero-shot --data {labels} --class-names clip-benchmark:pets", "37 names"),
-        ("linear-probe --train {labels} --data {labels} --shots 1 --figures {tmp}",
-         "--figures draws the mistakes of one classifier"),
-        ("linear-probe --train {labels} --data {labels} --shots 3 --validation {labels} --c 1",
-         "give one of the two"),
         ("embed --data {labels} --out {tmp}/a.csv", "end in .npy or .parquet"),
         ("classify --data {labels} --classes a a", "two or more class names"),
     ],
-    ids=["nowhere", "too many", "twice", "no list", "names", "figures", "c", "format", "classes"],
+    ids=["nowhere", "too many", "twice", "no list", "names", "format", "classes"],
 )  # fmt: skip
 def test_wrong_uses_are_refused(
     data: Path,
@@ -412,12 +408,6 @@ def test_a_linear_probe_finds_its_features_again(
     assert {path: path.stat().st_mtime_ns for path in features.iterdir()} == kept
     for key in ("c", "top1", "top5", "per_class", "validation"):
         assert again[key] == alone[key], key
-    shots = evaluated(
-        *("linear-probe", trained, *sets, "--features", features, "--shots", "1", "3"),
-        *("--draws", "1", "--c", "1"),
-    )
-    assert [row["c"] for row in shots["shots"]] == [[1.0], [1.0]]
-    assert shots["smallest_class"] == 2, "of nine classes there are two images, of cats three"
     other_layer = evaluated(
         *("linear-probe", trained, *sets, "--features", features, "--layer", "projection"),
         *("--c", "1.0"),

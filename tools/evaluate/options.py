@@ -225,7 +225,7 @@ class LinearProbe(FrozenFeatures):
     """Linear probe: scikit-learn's logistic regression on frozen features, on the CPU.
 
     C is searched from 1e-6 on in half decades, then training and held-out images are fitted
-    together. With --shots, few-shot instead: several draws, their mean and spread.
+    together.
     """
 
     validation: str = ""
@@ -235,30 +235,11 @@ class LinearProbe(FrozenFeatures):
     two images, C is 1."""
     c: NonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
-    shots: tuple[Number, ...] = ()
-    """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
-    by up to 4 others of each class, and the fit only uses the shots. Where the others are fewer
-    than one a class on the average, C is chosen by cross-validation over the shots."""
-    draws: Number = 3
-    """Few-shot: how often images are drawn for each number of shots."""
     seed: Count = 0
-    """Seed of the split and the draws."""
+    """Seed of the split."""
 
     def data_sets(self) -> Sequence[str]:
         return [self.train, self.data, *([self.validation] if self.validation else [])]
-
-    def check(self) -> None:
-        super().check()
-        if self.shots and self.validation and self.c:
-            raise ValueError(
-                f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
-                "all that is fitted, give one of the two"
-            )
-        if self.shots and self.figures is not None:
-            raise ValueError(
-                "--figures draws the mistakes of one classifier, and --shots fits many: leave one "
-                "of the two out"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

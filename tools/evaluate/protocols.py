@@ -8,16 +8,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from unicl_fast.conversion.sources import find_own, weights_checksum
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.evaluation.data import choose_metric, open_data
 from unicl_fast.evaluation.features import ModelOnRanks, model_on_ranks
 from unicl_fast.evaluation.labelled import LabelledFeatures, labelled_features
 from unicl_fast.evaluation.probes import (
-    few_shot_probes,
-    few_shot_table,
     linear_probe,
     nearest_neighbours,
 )
@@ -29,7 +25,7 @@ from unicl_fast.evaluation.retrieval import (
 )
 from unicl_fast.evaluation.zero_shot import zero_shot
 from unicl_fast.system.atomic_files import make_folder
-from unicl_fast.system.wording import count_of, without_secrets
+from unicl_fast.system.wording import without_secrets
 from unicl_fast.training.data import distinct_names, log_cut_captions
 
 from .figures import draw_confusion
@@ -148,28 +144,15 @@ def run_linear_probe(command: LinearProbe) -> None:
     if not sets:
         return
     train, test, *more = sets
-    settings: dict[str, Any] = {
-        "validation": more[0] if more else None,
-        "c": command.c,
-        "metric": described["metric"],
-        "seed": command.seed,
-        "progress": True,
-    }
-    if command.shots:
-        found = few_shot_probes(train, test, shots=command.shots, draws=command.draws, **settings)
-        print(table := few_shot_table(found))
-        print(
-            f"{count_of(command.draws, 'draw')} each, {len(test):,} test samples, "
-            f"{count_of(len(train.class_names), 'class')}"
-        )
-        smallest = int(np.unique(train.labels, return_counts=True)[1].min())
-        if smallest < max(command.shots):
-            print(f"the smallest class has {smallest} training samples, and gave all it has")
-        described |= {"num_draws": command.draws, "smallest_class": smallest}
-        described["shots"] = [one.to_json() for one in found]
-        write_results(command, described, table)
-        return
-    result = linear_probe(train, test, **settings)
+    result = linear_probe(
+        train,
+        test,
+        validation=more[0] if more else None,
+        c=command.c,
+        metric=described["metric"],
+        seed=command.seed,
+        progress=True,
+    )
     print(result.to_table())
     table = classification_table([(test.name, result.metric, result.classes)])
     write_results(command, described | result.to_json(), table)

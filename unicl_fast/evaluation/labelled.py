@@ -1,7 +1,7 @@
 """Features of labelled images, which probes learn from: extracted once, and kept in a folder.
 
-Only the encoder takes long, and a linear probe, its few-shot draws and nearest neighbours need the
-same features again and again. They are kept as `dataset.feature_files` says.
+Only the encoder takes long, and linear probes and nearest neighbours need the same features again
+and again. They are kept as `dataset.feature_files` says.
 """
 
 from __future__ import annotations

@@ -23,16 +23,14 @@ from numpy.typing import NDArray
 from unicl_fast.evaluation.choices import Metric
 from unicl_fast.evaluation.labelled import LabelledFeatures
 from unicl_fast.evaluation.report import (
-    RATE_NAMES,
     ClassificationCounts,
     ClassificationResult,
-    interval_text,
     percent,
 )
-from unicl_fast.evaluation.splits import Rows, draw_shots, hold_out, split_folds
+from unicl_fast.evaluation.splits import Rows, hold_out
 from unicl_fast.system.installation import install_command
 from unicl_fast.system.progress import bar_if_slow, heartbeat_and_check_stop
-from unicl_fast.system.wording import count_of, markdown_table
+from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,50 +93,6 @@ class ProbeResult:
         return f"{self.classes.to_table()}\nC {self.c:.4g} ({how}{edge}), fitted on {fitted}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class FewShotResult:
-    """Linear probes on several draws of a few images of each class."""
-
-    shots: int
-    draws: tuple[ProbeResult, ...]
-
-    @property
-    def values(self) -> list[float]:
-        return [one.classes.value(one.metric) for one in self.draws]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def standard_deviation(self) -> float | None:
-        """That of the draws; None for a single one."""
-        return float(np.std(self.values, ddof=1)) if len(self.draws) > 1 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON's types; rates in 0 to 1."""
-        return {
-            "shots": self.shots,
-            "mean": self.mean,
-            "standard_deviation": self.standard_deviation,
-            "draws": self.values,
-            "c": [one.c for one in self.draws],
-            "c_chosen_by": self.draws[-1].chosen_by,
-        }
-
-
-def few_shot_table(results: Sequence[FewShotResult]) -> str:
-    """A row for each number of shots, as Markdown."""
-    rows = []
-    for one in results:
-        spread = one.standard_deviation
-        lowest_to_highest = interval_text((min(one.values), max(one.values)))
-        deviation = "" if spread is None else percent(spread)
-        rows.append([str(one.shots), percent(one.mean), deviation, lowest_to_highest])
-    rate = RATE_NAMES[results[0].draws[0].metric]
-    return markdown_table(["shots", f"{rate}, %", "standard deviation", "range"], rows)
-
-
 def require_scikit_learn() -> None:
     """Raises ModuleNotFoundError, which says how to install it, where scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
@@ -173,46 +127,31 @@ def linear_probe(
         ValueError: features that are not finite, other classes, or only one class to fit.
         ModuleNotFoundError: scikit-learn is not installed.
     """
+    fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
     if validation is not None:
         fitted, pairs = train.join(validation), [(train, validation)]
-    else:
-        fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    with bar_if_slow("choose C", total=len(C_GRID), shown=progress) as bar:
-        return _probe(fitted, test, pairs, c=c, metric=metric, tried=bar)
-
-
-def few_shot_probes(
-    train: LabelledFeatures,
-    test: LabelledFeatures,
-    *,
-    shots: Sequence[int],
-    draws: int = 3,
-    validation: LabelledFeatures | None = None,
-    c: float = 0.0,
-    metric: Metric = "top1",
-    seed: int = 0,
-    progress: bool = False,
-) -> list[FewShotResult]:
-    """Fits linear probes on a few images of each class, several draws for each number of `shots`.
-
-    C is chosen by `validation` or by up to four other images of each class, as in CoOp. Where the
-    others are fewer than one a class on average, it is chosen by cross-validation over the shots.
-    The fit is on the shots only. Arguments and errors are those of `linear_probe`.
-    """
-    num_classes = len(np.unique(train.labels))
-    found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
-    work = [(count, draw) for count in shots for draw in range(draws)]
-    with bar_if_slow("few-shot", total=len(work), shown=progress) as bar:
-        for count, draw in work:
-            kept, aside = draw_shots(train.labels, shots=count, seed=seed + draw)
-            fitted, others = train.take(kept), validation
-            if others is None and len(aside) >= num_classes:
-                others = train.take(aside)
-            folds = split_folds(fitted.labels, seed=seed + draw) if others is None else []
-            pairs = _pairs(fitted, folds) if others is None else [(fitted, others)]
-            found[count].append(_probe(fitted, test, pairs, c=c, metric=metric))
-            bar.update()
-    return [FewShotResult(shots=count, draws=tuple(probes)) for count, probes in found.items()]
+    _check(fitted, test, *(held_out for _, held_out in pairs))
+    chosen_by: ChosenBy = "given"
+    scores: dict[float, float] = {}
+    if not c:
+        ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
+        chosen_by = ways[min(len(pairs), 2)]
+        scores = _search_c(pairs, metric=metric, progress=progress)
+        c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
+        if not pairs:
+            logger.warning(_DEFAULT_TAKEN, c)
+    counts = ClassificationCounts(fitted.class_names)
+    _count(counts, _fit(_logistic_regression(c), fitted), test)
+    return ProbeResult(
+        classes=_result(counts, test, what="a linear probe"),
+        metric=metric,
+        c=c,
+        chosen_by=chosen_by,
+        validation=scores,
+        num_folds=len(pairs) if chosen_by == "cross-validation" else 0,
+        num_validation=len(pairs[0][1]) if chosen_by == "validation" else 0,
+        num_fitted=len(fitted),
+    )
 
 
 def nearest_neighbours(
@@ -275,41 +214,9 @@ def _pairs(samples: LabelledFeatures, splits: Sequence[tuple[Rows, Rows]]) -> li
     return [(samples.take(kept), samples.take(aside)) for kept, aside in splits]
 
 
-def _probe(
-    fitted: LabelledFeatures,
-    test: LabelledFeatures,
-    pairs: Sequence[Pair],
-    *,
-    c: float,
-    metric: Metric,
-    tried: Any = None,
-) -> ProbeResult:
-    """Chooses C by pairs where it is 0, then fits and tests; `tried` is a bar of values of C."""
-    _check(fitted, test, *(held_out for _, held_out in pairs))
-    chosen_by: ChosenBy = "given"
-    scores: dict[float, float] = {}
-    if not c:
-        ways: list[ChosenBy] = ["default", "validation", "cross-validation"]
-        chosen_by = ways[min(len(pairs), 2)]
-        scores = _search_c(pairs, metric=metric, tried=tried)
-        c = max(scores, key=scores.__getitem__, default=DEFAULT_C)
-        if not pairs:
-            logger.warning(_DEFAULT_TAKEN, c)
-    counts = ClassificationCounts(fitted.class_names)
-    _count(counts, _fit(_logistic_regression(c), fitted), test)
-    return ProbeResult(
-        classes=_result(counts, test, what="a linear probe"),
-        metric=metric,
-        c=c,
-        chosen_by=chosen_by,
-        validation=scores,
-        num_folds=len(pairs) if chosen_by == "cross-validation" else 0,
-        num_validation=len(pairs[0][1]) if chosen_by == "validation" else 0,
-        num_fitted=len(fitted),
-    )
-
-
-def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> dict[float, float]:
+def _search_c(
+    pairs: Sequence[Pair], *, metric: Metric, progress: bool = False
+) -> dict[float, float]:
     """C -> the metric on all that is held out, from the smallest C on.
 
     Each fit begins where that of the C before ended. The fits for large C take longest, so from 1
@@ -317,17 +224,17 @@ def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> di
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]
     scores: dict[float, float] = {}
-    for c in C_GRID if pairs else ():
-        counts = ClassificationCounts(pairs[0][0].class_names)
-        for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
-            _count(counts, _fit(classifier.set_params(C=c), train), held_out)
-        scores[c] = counts.result(what="a linear probe").value(metric)
-        if tried is not None:
+    with bar_if_slow("choose C", total=len(C_GRID), shown=progress) as tried:
+        for c in C_GRID if pairs else ():
+            counts = ClassificationCounts(pairs[0][0].class_names)
+            for classifier, (train, held_out) in zip(classifiers, pairs, strict=True):
+                _count(counts, _fit(classifier.set_params(C=c), train), held_out)
+            scores[c] = counts.result(what="a linear probe").value(metric)
             tried.set_postfix_str(f"C {c:.3g}: {percent(scores[c])} %", refresh=False)
             tried.update()
-        latest = list(scores.values())[-_PATIENCE:]
-        if c >= 1 and max(latest) < max(scores.values()):
-            break
+            latest = list(scores.values())[-_PATIENCE:]
+            if c >= 1 and max(latest) < max(scores.values()):
+                break
     return scores
 
 

@@ -22,12 +22,12 @@ def hold_out(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
     from sklearn.model_selection import StratifiedShuffleSplit
 
     if _FRACTION * len(labels) < _FEWEST_HELD_OUT * len(np.unique(labels)):
-        return split_folds(labels, seed=seed)
+        return _split_folds(labels, seed=seed)
     once = StratifiedShuffleSplit(1, test_size=_FRACTION, random_state=seed)
     return _split(once, labels)
 
 
-def split_folds(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
+def _split_folds(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
     """As many folds as the smallest class has samples, from 2 to 5; none if no class has two."""
     from sklearn.model_selection import StratifiedKFold
 
@@ -44,15 +44,3 @@ def _split(splitter: Any, labels: Rows) -> list[tuple[Rows, Rows]]:
     splits = splitter.split(several, labels[several])
     held_out = [several[rows] for _, rows in splits]
     return [(np.setdiff1d(np.arange(len(labels)), rows), rows) for rows in held_out]
-
-
-def draw_shots(labels: Rows, *, shots: int, seed: int) -> tuple[Rows, Rows]:
-    """Rows of `shots` samples of each class to fit on, and min(shots, 4) others to choose C by.
-
-    The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
-    could afford. A class with too few samples gives all it has, to training first.
-    """
-    order = np.random.default_rng((seed, shots)).permutation(len(labels))
-    classes = [order[labels[order] == label] for label in np.unique(labels)]
-    aside = [rows[shots : shots + min(shots, 4)] for rows in classes]
-    return np.concatenate([rows[:shots] for rows in classes]), np.concatenate(aside)
