@@ -152,7 +152,7 @@ _CAUSES_OF_OURS = {
         data="full", options=(*_TINY, *_FEW), stages=(READ,), remedy=_SMALLER,
         inject=functools.partial(
             _slowed, files.LocalReader, "read_ranges",
-            lambda reader, number, offsets, sizes, *_: sizes.sum() / _DISK_BYTES,
+            lambda reader, numbers, offsets, sizes, *_: sizes.sum() / _DISK_BYTES,
         ),
     ),
     "throttled object store": Cause(

@@ -360,12 +360,16 @@ class PackedDataset:
         files, offsets, _ = self._places(indices)
         whole = np.zeros(len(indices), np.bool_)
         asked_for = sizes > 0
-        for file in np.unique(files[asked_for]).tolist():
-            mine = np.flatnonzero(asked_for & (files == file))
-            reader, number = self._reader_of(file)
+        is_source = (files >= len(self.manifest.shards)) & (self.sources is not None)
+        for group in (asked_for & ~is_source, asked_for & is_source):
+            mine = np.flatnonzero(group)
+            if not len(mine):
+                continue
+            reader, number = self._reader_of(int(files[mine[0]]))
+            numbers = files[mine] + (number - files[mine[0]])
             try:
                 whole[mine] = reader.read_ranges(
-                    number, offsets[mine], sizes[mine], buffer, starts[mine]
+                    numbers, offsets[mine], sizes[mine], buffer, starts[mine]
                 )
             except OSError as error:
                 if error.errno in _NOT_THE_FILES:
