@@ -28,7 +28,14 @@ from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.host_batches import HostBatch, HostBatches, ImageForm, LoaderSettings, TrainMetadata
+from .feed.host_batches import (
+    HostBatch,
+    HostBatches,
+    ImageForm,
+    LoaderSettings,
+    TrainMetadata,
+    image_bytes,
+)
 from .feed.reading import READ_AHEAD, BadSamples, read_images, reading_ahead
 from .graph import (
     DecodingError,
@@ -45,8 +52,6 @@ from .kernels.operators import parts_for
 from .plan.crop import evaluation_regions, fill_borders
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 from .trial import try_decoder
-
-_SAMPLES_MEASURED = 100_000
 
 
 class TrainLoader:
@@ -128,7 +133,7 @@ class TrainLoader:
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self.num_images = self.plan.num_views * (batch_size // world_size)
         part = sum(data.crop_scale) / 2 if self.form == "files" else 0  # of an image, in a window
-        size = part * _image_bytes(datasets, data)
+        size = part * image_bytes(datasets, data)
         self.pace = choose_pace(
             data, self._decode_device, num_images=self.num_images, window_bytes=size
         )
@@ -312,19 +317,13 @@ def decoder_of(data: DataConfig, device: torch.device) -> torch.device:
 def _form_of(
     datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device
 ) -> ImageForm:
-    """Raw images need no decoder, if all are of one size."""
-    shapes = {dataset.image_shape for dataset in datasets}
-    if len(shapes) > 1 or None in shapes:
+    """Images that are decoded need no graph, or only one that resizes, if all are of one size."""
+    if not all(dataset.is_decoded for dataset in datasets):
         return "files"
-    return "crops" if is_fused(data.resample, device) else "pixels"
-
-
-def _image_bytes(datasets: Sequence[PackedDataset], data: DataConfig) -> float:
-    """Bytes of a decoded image on average, of the data set with the largest."""
-    # packing has shuffled the samples, so the first ones are like all
-    samples = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
-    means = [np.mean(rows["height"].astype(np.float64) * rows["width"]) for rows in samples]
-    return 3 * min(float(max(means)), data.max_pixels)  # larger images are not decoded
+    if is_fused(data.resample, device):
+        return "crops"
+    shapes = {dataset.image_shape for dataset in datasets}
+    return "pixels" if len(shapes) == 1 and None not in shapes else "files"
 
 
 def _plan_source(
@@ -381,7 +380,7 @@ class EvaluationLoader:
             data,
             self._decode_device,
             num_images=batch_size,
-            window_bytes=_image_bytes([dataset], data),
+            window_bytes=image_bytes([dataset], data),
         )
         ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
         self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.check import ImageFormat
 from unicl_fast.system.installation import install_command
 
 Kind = Literal["ours", "peer", "limit", "augmented"]
@@ -250,13 +251,16 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
 def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
     """A task whose result is known, and that: squares shown whole, by Pillow, [n h w 3] in levels.
 
-    They are cropped from the first images and packed as JPEGs, or raw as the data set is.
+    They are cropped from the first images and packed as JPEGs, or decoded as the data set is.
     """
     from unicl_fast.packing.build import build_dataset  # of which no contestant's process needs any
 
     scratch = task.scratch / "squares"
     (scratch / "classes" / "square").mkdir(parents=True)
-    extension, form = ("jpg", "keep") if dataset.image_shape is None else ("png", "raw")
+    form: ImageFormat = "keep"
+    if dataset.is_decoded:
+        form = "ppm" if dataset.image_shape is None else "raw"
+    extension = "jpg" if form == "keep" else "png"
     truth = []
     for index in range(min(_SQUARES, len(dataset))):
         path = scratch / "classes" / "square" / f"{index}.{extension}"

@@ -77,7 +77,8 @@ class _Own:
 
     def held(self) -> list[tuple[PlannedBatch, EncodedImages]]:
         """`planned` with the encoded images."""
-        return list(map(self.bad.read_files, self.planned()))
+        read = (self.bad.read_files([planned]) for planned in self.planned())
+        return [(actual, images) for (actual,), images in read]
 
 
 def ours(task: Task) -> Iterator[Tensor]:
@@ -89,7 +90,7 @@ def ours(task: Task) -> Iterator[Tensor]:
 def read(task: Task) -> Iterator[int]:
     own = _Own(task)
     for planned in itertools.cycle(own.planned()):
-        yield len(own.bad.read_files(planned)[1])
+        yield len(own.bad.read_files([planned])[1])
 
 
 def decode(task: Task, *, cut: bool = False) -> Iterator[int]:

@@ -28,6 +28,7 @@ _DECODE = "DATA/decode/labels.csv --image-column file --label-column wnid --clas
 _CIFAR = "DATA/cifar10/cifar10-test.zip --templates simple"
 PACKED = {
     "decode-full": _DECODE,
+    "decode-full-raw": f"{_DECODE} --format ppm",
     "decode-256": f"{_DECODE} --resize short:256",
     "decode-256-raw": f"{_DECODE} --resize square:256 --format raw",
     "flickr-train": "WORK/flickr-train.jsonl --image-root DATA/captions/flickr8k",
@@ -82,6 +83,8 @@ def _located(settings: dict[str, Any], data: Path, work: Path) -> dict[str, Any]
             return _packed(last, data, work)
         return str(data / _PLACES.get(name, name))
 
+    raw = settings["data"].rpartition("/")[2] + "-raw" if "raw_data" in settings else ""
+    settings = settings | ({"raw_data": raw} if raw in PACKED else {})
     located = {key: place(settings[key]) for key in ("data", "raw_data") if settings.get(key)}
     if settings.get("files"):
         located["files"] = [place(name) for name in settings["files"]]

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.batch import ReadingTime, Targets, Texts
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig
+from unicl_fast.dataset.arrays import CHANNELS
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.encoded_images import EncodedImages
@@ -40,13 +42,17 @@ ImageForm = Literal["files", "pixels", "crops", "features"]
 """The form of a graph's images: encoded files, raw images, or crops that were made of those.
 Features of a frozen encoder, in place of images, go through no graph."""
 
+_Decoded = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
+"""Memory with decoded images uint8 [n], the first byte of each int64 [b], and its width."""
+
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
 _SCHEDULED_AT_ONCE = 128
 """Samples whose blocks are asked for in one go, where data sets lie under a URL."""
+_SAMPLES_MEASURED = 100_000
 _CROPPED_AT_ONCE = 2048
 _CROPPED_BYTES_AT_ONCE = 32_000_000
-"""Raw images, and bytes of them and their crops, that one thread reads and crops in one go."""
+"""Decoded images, and bytes of them and their crops, that one thread reads and crops in one go."""
 
 
 def steps_at_once(batch_size: int) -> int:
@@ -123,6 +129,8 @@ class HostBatches:
         self._context_length = config.model.context_length
         self._ranks = {"rank": rank, "world_size": world_size}
         self._form = form
+        shapes = {dataset.image_shape for dataset in datasets}
+        self._shape = shapes.pop() if len(shapes) == 1 else None
         self._batch_size = plan.global_batch_size // world_size
         self._classes_of_labels = [
             prompts.classes_of(number, np.arange(num_classes))
@@ -130,6 +138,7 @@ class HostBatches:
         ]
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda step: None
+        self._planning, self._planned_ahead = threading.Lock(), dict[int, _Planned]()
         self.reading = ReadingTime(decodes_files=form == "files")
         """How long reading waited for storage."""
 
@@ -195,13 +204,14 @@ class HostBatches:
 
     def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
-        planned = self.plan_steps(first_step, resizer.batches_at_once)
+        planned = self._take_planned(first_step, resizer.batches_at_once)
+        self._check_arrays()
         self._read_ahead_from(first_step)
         with self.reading.measuring():
-            actual, pixels = self._bad.read_pixels([step.batch for step in planned])
+            actual, images = self._decoded([step.batch for step in planned])
         windows = np.concatenate([batch.windows for batch in actual])
         views = [
-            np.split(resizer.crop(pixels, windows[:, view]), len(actual))
+            np.split(resizer.crop(*images, windows[:, view]), len(actual))
             for view in range(self._plan.num_views)
         ]
         return [
@@ -209,11 +219,37 @@ class HostBatches:
             for step, batch, *crops in zip(planned, actual, *views, strict=True)
         ]
 
+    def _take_planned(self, first: int, count: int) -> list[_Planned]:
+        """As `plan_steps`, which groups of few samples share; from any thread, nearly in order."""
+        with self._planning:
+            if not self._planned_ahead.keys() >= set(range(first, first + count)):
+                steps = self.plan_steps(first, max(count, steps_at_once(self._batch_size)))
+                self._planned_ahead = dict(enumerate(steps, first))
+            return [self._planned_ahead.pop(step) for step in range(first, first + count)]
+
+    def _decoded(self, batches: Sequence[PlannedBatch]) -> tuple[list[PlannedBatch], _Decoded]:
+        """Decoded images of some batches, and these with substitutes."""
+        if self._shape is not None:
+            actual, pixels = self._bad.read_pixels(batches)
+            count, size = len(pixels), math.prod(self._shape)
+            firsts, widths = np.arange(0, count * size, size), np.full(count, self._shape[1])
+            return actual, (pixels.reshape(-1), firsts, widths)
+        actual, images = self._bad.read_files(batches)
+        shapes = np.empty((len(images), 2), np.int64)
+        source_ids = np.concatenate([batch.source_ids for batch in actual])
+        sample_ids = np.concatenate([batch.sample_ids for batch in actual])
+        for number, dataset in enumerate(self._datasets):
+            mine = np.flatnonzero(source_ids == number)
+            rows = dataset.samples.take(sample_ids[mine])
+            shapes[mine, 0], shapes[mine, 1] = rows["height"], rows["width"]
+        # a header is before the pixels
+        firsts = images.starts + images.sizes - CHANNELS * shapes.prod(axis=1)
+        return actual, (images.content, firsts, shapes[:, 1].copy())
+
     def crop_resizer(self) -> CropResizer:
         """Makes the resizer that `group` takes; the caller closes it."""
-        shape = self._datasets[0].image_shape
-        assert shape is not None
-        return CropResizer(self._data, batch_size=self._batch_size, image_shape=shape)
+        size = round(image_bytes(self._datasets, self._data))
+        return CropResizer(self._data, batch_size=self._batch_size, image_bytes=size)
 
     def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels, or with their features."""
@@ -225,7 +261,7 @@ class HostBatches:
             return self._host_batch(planned, actual, images)
         with self.reading.measuring():
             if self._form == "files":
-                actual, images = self._bad.read_files(planned.batch)
+                (actual,), images = self._bad.read_files([planned.batch])
             else:
                 (actual,), images = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, images)
@@ -278,6 +314,14 @@ class HostBatches:
     def _check_arrays(self) -> None:
         for dataset in self._datasets:
             dataset.check_arrays()
+
+
+def image_bytes(datasets: Sequence[PackedDataset], data: DataConfig) -> float:
+    """Bytes of a decoded image on average, of the data set with the largest."""
+    # packing has shuffled the samples, so the first ones are like all
+    samples = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
+    means = [np.mean(rows["height"].astype(np.float64) * rows["width"]) for rows in samples]
+    return 3 * min(float(max(means)), data.max_pixels)  # larger images are not decoded
 
 
 def gather_texts(
@@ -387,10 +431,10 @@ def graph_inputs(
 
 
 class CropResizer:
-    """Crops raw images, resizes and flips the crops; close it at the end.
+    """Crops decoded images, resizes and flips the crops; close it at the end.
 
-    This is what raw data sets need instead of a decoder. An image of 32 pixels a side takes 3 us,
-    less than DALI spends on handling it, so nothing is done for a single image in Python.
+    This is what these need instead of a decoder. An image of 32 pixels a side takes 3 us, less than
+    DALI spends on handling it, so nothing is done for a single image in Python.
 
     Small batches are made several at a time, each such group by one thread from its plan to its
     crops, since a thread that takes work over waits to be woken and for Python's lock: with batches
@@ -398,14 +442,12 @@ class CropResizer:
     made at a time, so that one is resampled while the other is read: that is one more in memory.
     """
 
-    def __init__(
-        self, data: DataConfig, *, batch_size: int, image_shape: tuple[int, int, int]
-    ) -> None:
-        """As for `graph.build_train_graph`; `image_shape` is that of all images."""
+    def __init__(self, data: DataConfig, *, batch_size: int, image_bytes: int) -> None:
+        """As for `graph.build_train_graph`; `image_bytes` are those of an image on average."""
         self._image_size = data.image_size
         self._cubic = data.interpolation == "bicubic"
         threads = decoding_threads(data.threads)
-        bytes_of_one = 3 * data.image_size**2 + math.prod(image_shape)
+        bytes_of_one = 3 * data.image_size**2 + image_bytes
         most = min(_CROPPED_AT_ONCE, _CROPPED_BYTES_AT_ONCE // bytes_of_one)
         self.batches_at_once = max(1, most // batch_size)
         """How many batches make a group."""
@@ -414,17 +456,24 @@ class CropResizer:
         self._threads = threads if batch_size > most else 1
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="unicl-resample")
 
-    def crop(self, images: NDArray[np.uint8], windows: NDArray[np.int32]) -> NDArray[np.uint8]:
-        """Crops [b size size 3] of images uint8 [b h w 3]; `windows` as `PlannedBatch.windows`."""
-        size = len(images)
+    def crop(
+        self,
+        content: NDArray[np.uint8],
+        firsts: NDArray[np.int64],
+        widths: NDArray[np.int64],
+        windows: NDArray[np.int32],
+    ) -> NDArray[np.uint8]:
+        """Crops [b size size 3] of images as `resample_windows` takes them.
+
+        `windows` as `PlannedBatch.windows`.
+        """
+        size = len(firsts)
         crops = np.empty((size, self._image_size, self._image_size, 3), dtype=np.uint8)
         starts, shapes, flips = split_windows(windows)
         num_parts = min(self._threads, size)
         edges = itertools.pairwise(size * part // num_parts for part in range(num_parts + 1))
-        *rest, mine = (
-            partial(resample_windows, crops, images, starts, shapes, flips, self._cubic, begin, end)
-            for begin, end in edges
-        )
+        images = crops, content, firsts, widths, starts, shapes, flips, self._cubic
+        *rest, mine = (partial(resample_windows, *images, begin, end) for begin, end in edges)
         running = [self._pool.submit(part) for part in rest]
         mine()
         for future in running:

@@ -122,17 +122,26 @@ class BadSamples:
             where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
-    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, EncodedImages]:
-        """The encoded images of a batch, and the batch with substitutes.
+    def read_files(
+        self, batches: Sequence[PlannedBatch]
+    ) -> tuple[list[PlannedBatch], EncodedImages]:
+        """The encoded images of some batches, and these with substitutes; from any thread.
 
         Raises:
             TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
-        images, sound = read_images(
-            self._datasets, planned.source_ids, planned.sample_ids, max_pixels=self._max_pixels
-        )
-        actual, bad, others = self._replace_bad(planned, sound)
-        return actual, images.replaced(bad, others) if others else images
+        sample_ids = np.concatenate([batch.sample_ids for batch in batches])
+        source_ids = np.concatenate([batch.source_ids for batch in batches])
+        limit = self._max_pixels
+        images, sound = read_images(self._datasets, source_ids, sample_ids, max_pixels=limit)
+        actual, start = list(batches), 0
+        for number, batch in enumerate(batches):
+            end = start + len(batch.global_index)
+            actual[number], bad, others = self._replace_bad(batch, sound[start:end])
+            if others:
+                images = images.replaced(start + bad, others)
+            start = end
+        return actual, images
 
     def read_features(self, planned: PlannedBatch) -> tuple[PlannedBatch, NDArray[Any]]:
         """The features of a batch [b w], and the batch with substitutes; raises as `read_files`."""
@@ -142,7 +151,7 @@ class BadSamples:
     def read_pixels(
         self, batches: Sequence[PlannedBatch]
     ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
-        """As `read_files`, for several batches from raw data sets of one size; from any thread.
+        """As `read_files`, from raw data sets of one size.
 
         Returns:
             The batches, with substitutes where they were needed, and uint8 [b h w 3] of all of

@@ -77,7 +77,9 @@ def resample_region(
 @kernel(fastmath={"contract"}, error_model="numpy")
 def resample_windows(
     crops: Any,
-    images: Any,
+    content: Any,
+    firsts: Any,
+    widths: Any,
     starts: Any,
     shapes: Any,
     flips: Any,
@@ -88,37 +90,41 @@ def resample_windows(
 ) -> None:
     """Resamples windows of images to crops: `resample_region` of each window, bit for bit.
 
-    For decoded images of one size, by the batch. Where images are small, a call and its memory
-    cost as much as the filter does; for them memory is taken once for all, and lines are as long as
-    vectors like them.
+    For decoded images, by the batch. Where they are small, a call and its memory cost as much as
+    the filter does; so memory is taken once for all, and lines are as long as vectors like them.
 
-    Writes `crops` uint8 [b size size 3] of `images` uint8 [b h w 3] from `begin` to `end`. Windows
-    lie in the image: first row and column `starts` int32 [b 2], height and width `shapes`, and
-    `flips` int32 [b]. Images of up to `most_values` are widened to 16 bits whole.
+    Writes `crops` uint8 [b size size 3] from `begin` to `end`. The image of a crop has rows of
+    widths[i] pixels, int64 [b], and begins at content[firsts[i]], of uint8 [n]. Windows lie in the
+    images: first row and column `starts` int32 [b 2], height and width `shapes`, and `flips` int32
+    [b]. Windows of up to `most_values` are widened to 16 bits whole.
     """
-    height, width = images.shape[1], images.shape[2]
+    most_rows: Any = np.int64(0)
+    most_columns: Any = np.int64(0)
+    for i in range(begin, end):
+        most_rows = max(most_rows, np.int64(shapes[i, 0]))
+        most_columns = max(most_columns, np.int64(shapes[i, 1]))
     (
         exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
         sums,
-    ) = _memory_for(crops.shape[1], height, width, cubic)  # fmt: skip
-    stride = -(-width * _CHANNELS // _LINE) * _LINE
+    ) = _memory_for(crops.shape[1], most_rows, most_columns, cubic)  # fmt: skip
+    stride = -(-most_columns * _CHANNELS // _LINE) * _LINE
     line = np.empty(stride + _VALUES, np.uint16)
-    small = height * stride <= most_values
-    wide = np.empty(height * stride if small else 0, np.uint16)
-    bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
+    small = most_rows * stride <= most_values
+    wide = np.empty(most_rows * stride if small else 0, np.uint16)
+    bytes_ = np.empty(0 if small else most_rows * most_columns * _CHANNELS, np.uint8)
     for i in range(begin, end):
         num_rows: Any = np.int64(shapes[i, 0])
         num_columns: Any = np.int64(shapes[i, 1])
         top, bottom, left, right = 0.0, np.float64(num_rows), 0.0, np.float64(num_columns)
         length = num_columns * _CHANNELS
-        image = images[i].reshape(-1)
-        offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
+        image_stride = widths[i] * _CHANNELS
+        image = content[firsts[i] + starts[i, 0] * image_stride + starts[i, 1] * _CHANNELS :]
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
             padded_length = -(-length // _LINE) * _LINE
             window = wide[: num_rows * padded_length].reshape(num_rows, padded_length)
             for y in range(num_rows):
-                original = image[offset + y * width * _CHANNELS :]
+                original = image[y * image_stride :]
                 target = window[y]
                 for j in range(length):
                     target[j] = original[j]
@@ -129,13 +135,17 @@ def resample_windows(
                 bottom, left, right, flips[i] != 0, cubic,
             )  # fmt: skip
         else:
+            # A copy, since rows far apart in memory are read slowly, and each more than once.
             raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
             for y in range(num_rows):
-                original, target = image[offset + y * width * _CHANNELS :], raw_window[y]
+                original, target = image[y * image_stride :], raw_window[y]
                 for j in range(length):
                     target[j] = original[j]
-            region = raw_window.reshape(num_rows, num_columns, _CHANNELS)
-            resample_region(crops[i], region, top, bottom, left, right, flips[i] != 0, cubic)
+            _fill_crop(
+                crops[i], raw_window, line[:length], line, exact, first_rows, fixed_rows,
+                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, top,
+                bottom, left, right, flips[i] != 0, cubic,
+            )  # fmt: skip
 
 
 @kernel

@@ -36,6 +36,17 @@ def test_no_figure_is_much_older_than_the_code_that_it_times(figures: ModuleType
     assert unknown == figures.benchmark_page.PAGE.read_text().count(UNKNOWN) <= MOST_UNKNOWN
 
 
+def test_a_loader_s_figures_are_of_decoded_images_too_where_there_are_some(
+    figures: ModuleType, tmp_path: Path
+) -> None:
+    for name, raw in (("decode-full", "decode-full-raw"), ("cifar10-simple", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}-raw").mkdir()
+        settings = {"data": f"elsewhere/{name}", "raw_data": None}
+        located = figures._located(settings, tmp_path, tmp_path)
+        assert located["raw_data"] == (raw and str(tmp_path / raw))
+
+
 def test_a_figure_is_stale_once_a_tenth_of_its_functions_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ from unicl_fast.benchmarks.input.report import table, verdict
 from unicl_fast.benchmarks.input.run import Input
 from unicl_fast.benchmarks.input.worker import Worker, session_bytes
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.check import ImageFormat
 from unicl_fast.text.tokenizer import Tokenizer
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -62,11 +63,11 @@ def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 smooth images, 60 x 80, faintly coloured: no filter's choice is stressed."""
     folder = tmp_path_factory.mktemp("input")
-    with pack_images(folder / "packed", raw=False) as dataset:
+    with pack_images(folder / "packed", format="keep") as dataset:
         return dataset.folder
 
 
-def pack_images(out: Path, *, raw: bool) -> PackedDataset:
+def pack_images(out: Path, *, format: ImageFormat) -> PackedDataset:
     draw = np.random.default_rng(0)
     samples = []
     for index in range(24):
@@ -76,7 +77,7 @@ def pack_images(out: Path, *, raw: bool) -> PackedDataset:
         image = Image.fromarray(colours.astype(np.uint8))
         image.resize((80, 60), Image.Resampling.BICUBIC).save(file, format="JPEG")
         samples.append(Sample(file.getvalue(), labels=[index % 2]))
-    return pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer(), raw=raw)
+    return pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer(), format=format)
 
 
 def stage_for(packed: Path, json_path: Path | None = None, **more: Any) -> Input:
@@ -222,7 +223,7 @@ def test_an_image_is_compared_with_the_one_it_shows() -> None:
 
 def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
     """Not for JPEGs, which would tell nothing of what it is timed with."""
-    with pack_images(tmp_path / "raw", raw=True) as raw:
+    with pack_images(tmp_path / "raw", format="raw") as raw:
         task = Task(
             data=raw.folder, scratch=tmp_path / "scratch", batch_size=8, image_size=60, threads=1
         )
@@ -237,7 +238,7 @@ def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> None:
-    with pack_images(tmp_path / "raw", raw=True) as raw:
+    with pack_images(tmp_path / "raw", format="raw") as raw:
         out = tmp_path / "result.json"
         stage_for(packed, out, raw_data=raw.folder, peers=("none",), parts=("none",)).run()
     gap = json.loads(out.read_text())["contenders"][RAW.name]["levels_from_pillow"]

@@ -143,7 +143,9 @@ def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: 
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (0, one, 0)).save(file, "PNG")
         samples.append(Sample(file.getvalue(), labels=[0]))
-    pack(tmp_path / "0", samples, class_names=["record"], tokenizer=Tokenizer(), raw=True).close()
+    pack(
+        tmp_path / "0", samples, class_names=["record"], tokenizer=Tokenizer(), format="raw"
+    ).close()
     broken, _ = chain_of(process, RESUMERS[0], tmp_path, TWO, ONE, kills=2)
     whole, _ = chain_of(process, RESUMERS[0], tmp_path, ONE, kills=0)
     assert count(broken.steps, whole.steps, 96) == Counts(0, 0, 0, 24)

@@ -98,7 +98,7 @@ def test_images_of_another_size_are_not_written(tmp_path: Path) -> None:
 def test_versions_have_their_own_fields(packed: Path) -> None:
     values = json.loads((packed / "manifest.json").read_text())
     for version, pixels, message in (
-        (5, values["pixels"], "version 5, this program reads versions 1 to 4"),
+        (6, values["pixels"], "version 6, this program reads versions 1 to 5"),
         (4, None, "format version 4 needs the field in_place"),
         (True, values["pixels"], "version True"),
         (1, values["pixels"], "format version 1 has no field pixels"),

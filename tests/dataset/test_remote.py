@@ -29,6 +29,7 @@ from unicl_fast.dataset.files import copy_small_files
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.upload import upload_dataset
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.file_tokenizer import FileTokenizer
@@ -54,12 +55,12 @@ def image(seed: int, side: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["files", "raw"])
+@pytest.fixture(scope="module", params=["keep", "raw"])
 def local(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
     """40 images of noise, 3.6 kB each, so that many lie across the border of two blocks."""
     samples = [Sample(image(i, 34), captions=[f"noise {i}"]) for i in range(40)]
     out = tmp_path_factory.mktemp("packed") / "noise"
-    with pack(out, samples, class_names=(), tokenizer=Tokenizer(), raw=request.param) as dataset:
+    with pack(out, samples, class_names=(), tokenizer=Tokenizer(), format=request.param) as dataset:
         yield dataset
 
 
@@ -297,8 +298,8 @@ def test_a_data_set_that_changed_is_noticed(
 ) -> None:
     url = upload(local.folder, "faulty://bucket/noise")
     samples = [Sample(image(100 + i, 34), captions=[f"other {i}"]) for i in range(40)]
-    raw = local.image_shape is not None
-    other = pack(tmp_path / "o", samples, class_names=(), tokenizer=Tokenizer(), raw=raw)
+    form: ImageFormat = "keep" if local.image_shape is None else "raw"
+    other = pack(tmp_path / "o", samples, class_names=(), tokenizer=Tokenizer(), format=form)
     with other, PackedDataset(url, cache=cache) as remote:
         remote.image_bytes(0, verify=True)
         upload(other.folder, url)

@@ -24,6 +24,7 @@ from PIL import Image
 from property_tests import examples
 
 from unicl_fast.dataset import writer as shard_writer
+from unicl_fast.dataset.files import FileNames, LocalReader
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
@@ -335,6 +336,31 @@ def test_many_shards_do_not_use_up_descriptors(
         for number in (0, 8, 4, 8, 0):
             assert dataset.image_bytes(number).tobytes() == jpeg(number)
         assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+def test_files_that_are_not_kept_open_are_opened_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.dataset.files._MAX_OPEN_FILES", 1)
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere é"
+    folder.mkdir()
+    elsewhere.write_bytes(b"..elsewhere")
+    names = ["kept", "a", "../folder/b", str(elsewhere), "pipe", "gone", "short", "."]
+    for name in ("kept", "a", "b", "short"):
+        (folder / name).write_bytes(b".." + name.encode())
+    os.mkfifo(folder / "pipe")
+    reader = LocalReader(folder, FileNames.of(names))
+    before = len(os.listdir("/proc/self/fd"))
+    numbers, buffer = np.arange(len(names)), np.zeros(80, np.uint8)
+    sizes = np.array([4, 1, 1, 9, 1, 1, 6, 1])
+    whole = reader.read_ranges(numbers, np.full(8, 2), sizes, buffer, 10 * numbers)
+    assert whole.tolist() == [True] * 4 + [False] * 4
+    found = [buffer[10 * i :][: sizes[i]].tobytes() for i in range(4)]
+    assert found == [b"kept", b"a", b"b", b"elsewhere"]
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    reader.close()
+    with pytest.raises(ValueError, match="has been closed"):
+        reader.read_ranges(numbers, numbers, numbers, buffer, numbers)
 
 
 def test_nothing_appears_before_it_is_whole(tmp_path: Path) -> None:

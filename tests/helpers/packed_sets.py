@@ -13,7 +13,7 @@ import xxhash
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.images.check import check_image
+from unicl_fast.images.check import ImageFormat, check_image
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.text.hierarchies import Hierarchy
 from unicl_fast.text.tokenizer import Tokenizer
@@ -83,11 +83,12 @@ def pack(
     class_names: Sequence[str],
     tokenizer: Tokenizer,
     hierarchy: Hierarchy | None = None,
-    raw: bool = False,
+    format: ImageFormat = "keep",
 ) -> PackedDataset:
-    with DatasetWriter(out, shard_bytes=1_000_000, images="raw" if raw else "encoded") as writer:
+    images: Any = "raw" if format == "raw" else "encoded"
+    with DatasetWriter(out, shard_bytes=1_000_000, images=images) as writer:
         for sample in samples:
-            image = check_image(sample.image, format="raw" if raw else "keep")
+            image = check_image(sample.image, format=format)
             writer.add(
                 PackedSample(
                     image=image.data,

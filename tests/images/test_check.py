@@ -280,6 +280,19 @@ def test_plain_pixels_that_lack_their_last_byte_are_damaged(format: str) -> None
     assert caught.value.kind == "damaged"
 
 
+def test_a_ppm_is_kept_only_as_we_would_write_it() -> None:
+    plain = saved(NOISE, format="PPM")
+    assert check_image(plain, format="packed").data is plain
+    assert check_image(plain, format="ppm").data == plain
+    assert check_image(plain).extension == "jpg"
+    for odd in (plain.replace(b"P6\n", b"P6 ", 1), plain + b"after the end"):
+        image = check_image(odd, format="packed")
+        assert (image.extension, image.reencoded) == ("jpg", True)
+        assert check_image(odd, format="ppm").data == plain
+    grey = check_image(saved(NOISE.convert("L"), format="PPM"), format="ppm").data
+    assert len(grey) == len(plain)
+
+
 def test_zeros_at_the_end_of_sound_files_are_no_damage() -> None:
     """Black areas of lossless WebPs end in them, Exif data too, and files that were padded."""
     black = NOISE.copy()

@@ -1,4 +1,4 @@
-"""`unicl-pack build --format jpeg|webp|png`, and the other sub-commands on what it makes."""
+"""`unicl-pack build --format jpeg|webp|png|ppm`, and the other sub-commands on what it makes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ run = functools.partial(run_pack, "build", "--workers", 1)
 
 pytestmark = pytest.mark.dist
 
-FILES = ("jpeg", "webp", "png")
+FILES = ("jpeg", "webp", "png", "ppm")
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,11 @@ def names_of(folder: Path) -> set[str]:
 
 
 def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path]) -> None:
-    for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png")):
+    for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png"), ("ppm", "ppm")):
         assert names_of(packed[format]) == {extension, "json"}
     assert names_of(packed["keep"]) == {"jpg", "png", "json"}
     versions = {format: Manifest.load(folder).version for format, folder in packed.items()}
-    assert versions == {"keep": 1, "jpeg": 1, "png": 1, "raw": 2, "webp": 3}
+    assert versions == {"keep": 1, "jpeg": 1, "png": 1, "raw": 2, "webp": 3, "ppm": 5}
     with PackedDataset(packed["raw"]) as raw:
         for format in FILES:
             with PackedDataset(packed[format]) as dataset:
@@ -77,7 +77,7 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
                     data = dataset.image_bytes(index, verify=True).tobytes()
                     shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
                     difference = np.abs(shown - pixels)
-                    if format == "png":
+                    if format in ("png", "ppm"):
                         assert difference.max() == 0
                     else:  # quality 90, chroma at half the size
                         assert difference.mean() < 5
@@ -90,12 +90,12 @@ def test_verify_inspect_and_build_take_every_format(
     code, text = run(*sets, "--out", tmp_path / "all", capsys=capsys)
     assert code == 0, text
     with PackedDataset(tmp_path / "all") as dataset:
-        assert len(dataset) == 45
-    assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "json"}
+        assert len(dataset) == 60
+    assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "ppm", "json"}
     code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
     assert code == 0, text
-    assert "45 decoded" in text
-    assert Manifest.load(tmp_path / "all").version == 3
+    assert "60 decoded" in text
+    assert Manifest.load(tmp_path / "all").version == 5
     page = tmp_path / "page.html"
     code, text = run_pack(
         *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys

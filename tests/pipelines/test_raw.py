@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
+from unicl_fast.images.check import ImageFormat
 from unicl_fast.pipelines.feed.reading import read_images
 from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
@@ -54,7 +55,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
     found: Sets = {
         form: [
             pack(folder / f"{form} {name}", samples, class_names=names, tokenizer=tokenizer,
-                 raw=form == "raw")
+                 format="raw" if form == "raw" else "keep")
             for name, samples, names in (
                 ("labelled", labelled, ["cat", "dog", "yak"]), ("captioned", captioned, ())
             )
@@ -159,9 +160,86 @@ def test_raw_data_sets_of_two_sizes_train_together(
     file = io.BytesIO()
     larger.save(file, format="PNG")
     samples = [Sample(file.getvalue(), captions=["noise"]) for _ in range(20)]
-    with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, raw=True) as other:
+    with pack(
+        tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
+    ) as other:
         batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
     assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
+    """The same images of many sizes, two of them grey, as PNGs and as PPMs."""
+    folder = tmp_path_factory.mktemp("sizes")
+    draw = np.random.default_rng(0)
+    samples = []
+    for i in range(72):
+        height, width = draw.integers(5, 130, 2)
+        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels).save(file, format="PNG")
+        samples.append(Sample(file.getvalue(), labels=[i % 3]))
+    names, formats = ["cat", "dog", "yak"], ("keep", "ppm")
+    found: Sets = {
+        format: [pack(folder / format, samples, class_names=names, tokenizer=tokenizer,
+                      format=format)]
+        for format in get_args(ImageFormat) if format in formats
+    }  # fmt: skip
+    yield found
+    for (dataset,) in found.values():
+        dataset.close()
+
+
+@pytest.fixture(scope="module")
+def of_sizes(sizes: Sets, tokenizer: Tokenizer) -> ClassPrompts:
+    manifest = sizes["ppm"][0].manifest
+    return ClassPrompts([(manifest.class_names, manifest.templates)], tokenizer)
+
+
+@pytest.mark.parametrize("augment", ["none", "unicl", "none,views=2"])
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+@pytest.mark.parametrize("batch", [5, 70])
+def test_ppms_of_any_sizes_give_the_batches_of_files(
+    sizes: Sets, of_sizes: ClassPrompts, resample: str, augment: str, batch: int
+) -> None:
+    settings: dict[str, Any] = {"resample": resample, "augment": (augment,), "batch": batch}
+    loader = make_loader(sizes["ppm"], of_sizes, **settings)
+    assert loader.form == {"fused": "crops", "dali": "files"}[resample]
+    batches = take(loader, count=4)
+    assert_same(batches, take(make_loader(sizes["keep"], of_sizes, **settings), count=4))
+    data = DataConfig(image_size=SIZE, evaluation_resize=36, threads=2)
+    shown, expected = (EvaluationLoader(sizes[form][0], data, batch_size=64) for form in sizes)
+    assert torch.equal(next(iter(shown)).images, next(iter(expected)).images)
+
+
+def test_ppms_train_with_raw_images_of_one_size(
+    sets: Sets, sizes: Sets, tokenizer: Tokenizer
+) -> None:
+    runs = []
+    for raw, varied in (("raw", "ppm"), ("png", "keep")):
+        datasets = [sets[raw][LABELLED], *sizes[varied]]
+        manifests = [dataset.manifest for dataset in datasets]
+        prompts = ClassPrompts([(m.class_names, m.templates) for m in manifests], tokenizer)
+        loader = make_loader(datasets, prompts)
+        assert loader.form == ("crops" if raw == "raw" else "files")
+        runs.append(take(loader, count=STEPS))
+    assert_same(*runs)
+
+
+def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
+    sizes: Sets, of_sizes: ClassPrompts, tmp_path: Path, opening: Any
+) -> None:
+    expected = take(make_loader(sizes["ppm"], of_sizes), count=STEPS)
+    folder = copy_of(sizes["ppm"][0], tmp_path / "set")
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        file.seek(int(sizes["ppm"][0].samples[7]["offset"]) + 30)
+        file.write(b"damaged")
+    loader = make_loader(opening([folder]), of_sizes)
+    batches = take(loader, count=STEPS)
+    assert count_replaced(batches, expected, {(0, 7)}) >= 1
+    files = make_loader(sizes["keep"], of_sizes)
+    files._bad.add(0, 7, "found by the test")
+    assert_same(batches, take(files, count=STEPS))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -53,7 +53,7 @@ def raw(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Itera
         Image.fromarray(pixels).save(png, format="PNG", compress_level=0)
         samples.append(Sample(png.getvalue(), captions=["noise"]))
     out = tmp_path_factory.mktemp("packed") / "noise"
-    with pack(out, samples, class_names=(), tokenizer=tokenizer, raw=True) as dataset:
+    with pack(out, samples, class_names=(), tokenizer=tokenizer, format="raw") as dataset:
         yield dataset
 
 

@@ -212,25 +212,30 @@ def test_a_crop_of_its_own_size_is_copied() -> None:
 def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     height: int, width: int, size: int, cubic: bool, few_values: bool, key: int
 ) -> None:
-    """Small images are widened to 16 bits first, large ones are not."""
+    """Small windows are widened to 16 bits first, large ones are not; sizes differ."""
     count = 5
     rng = np.random.default_rng(key)
-    images = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    heights, widths = (rng.integers(1, side + 1, count) for side in (height, width))
+    images = [random_image(h, w, i) for i, (h, w) in enumerate(zip(heights, widths, strict=True))]
+    between = np.zeros(3, np.uint8)
+    content = np.concatenate([part for each in images for part in (between, each.reshape(-1))])
+    firsts = 3 + np.concatenate([[0], np.cumsum(3 + 3 * heights * widths)[:-1]])
     starts, shapes = random_windows(
-        np.full(count, height), np.full(count, width), np.arange(count),
-        key=key, scale=(0.02, 1.0), ratio=(0.3, 3.0),
-    )  # fmt: skip
+        heights, widths, np.arange(count), key=key, scale=(0.02, 1.0), ratio=(0.3, 3.0)
+    )
     flips = rng.integers(0, 2, count).astype(np.int32)
     guard = 64
     memory = np.full(2 * guard + count * size * size * 3, 77, np.uint8)
     crops = memory[guard:-guard].reshape(count, size, size, 3)
     most = 0 if few_values else 1 << 14
     for begin, end in ((0, 2), (2, 2), (2, count)):
-        resample_windows(crops, images, starts, shapes, flips, cubic, begin, end, most)
+        resample_windows(
+            crops, content, firsts, widths, starts, shapes, flips, cubic, begin, end, most
+        )
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
     for i in range(count):
         (top, left), (h, w) = starts[i], shapes[i]
-        window = np.ascontiguousarray(images[i, top : top + h, left : left + w])
+        window = np.ascontiguousarray(images[i][top : top + h, left : left + w])
         alone = resampled(window, size, flip=bool(flips[i]), cubic=cubic)
         assert np.array_equal(crops[i], alone)

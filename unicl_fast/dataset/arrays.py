@@ -18,6 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, PixelsInfo
+from unicl_fast.images.encoded_images import ppm_header
 from unicl_fast.system.checksums import compare_checksum, file_checksum
 from unicl_fast.system.untrusted_files import open_file
 
@@ -140,7 +141,7 @@ class PixelLayout:
                 f"the manifest of {place} contradicts itself: {num_samples} images of "
                 f"{info.width} x {info.height} pixels, but {info.num_bytes} bytes of {PIXELS_NAME}"
             )
-        self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
+        self.pnm_header = ppm_header(info.height, info.width)
         """Put before the bytes of an image, it makes a file that decoders read."""
 
     def offset_of(self, index: Index) -> Index:

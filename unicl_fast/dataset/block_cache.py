@@ -293,13 +293,32 @@ class BlockReader:
 
     def read_ranges(
         self,
+        numbers: Int64Array,
+        offsets: Int64Array,
+        sizes: Int64Array,
+        buffer: npt.NDArray[np.uint8],
+        starts: Int64Array,
+    ) -> npt.NDArray[np.bool_]:
+        """Reads many ranges, as `LocalReader`; opens each block once.
+
+        Raises OSError: a store could not be read, or the cache's folder not be written.
+        """
+        whole = np.zeros(len(numbers), np.bool_)
+        for number in np.unique(numbers).tolist():
+            mine = np.flatnonzero(numbers == number)
+            places = offsets[mine], sizes[mine], buffer, starts[mine]
+            with contextlib.suppress(FileNotFoundError):
+                whole[mine] = self._read_ranges_of(number, *places)
+        return whole
+
+    def _read_ranges_of(
+        self,
         number: int,
         offsets: Int64Array,
         sizes: Int64Array,
         buffer: npt.NDArray[np.uint8],
         starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges, as `LocalReader`; opens each block once."""
         from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
 
         whole = np.zeros(len(offsets), np.bool_)

@@ -6,14 +6,15 @@ into a local folder that the first two name, so a data set that was replaced get
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,14 +56,35 @@ _UNUSED_DAYS = 30
 Fault = ValueError | FileNotFoundError
 
 
+class FileNames(NamedTuple):
+    """Names of files by number, as `IN_PLACE_DTYPES` has them."""
+
+    content: npt.NDArray[np.uint8]
+    """All names, concatenated; read-only."""
+    starts: npt.NDArray[Any]
+    lengths: npt.NDArray[Any]
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> FileNames:
+        encoded = [os.fsencode(name) for name in names]
+        lengths = np.array([len(name) for name in encoded])
+        content = np.frombuffer(b"".join(encoded), np.uint8)
+        return cls(content, np.cumsum(lengths) - lengths, lengths)
+
+    def name_of(self, number: int) -> str:
+        start = int(self.starts[number])
+        return os.fsdecode(self.content[start : start + int(self.lengths[number])].tobytes())
+
+
 class LocalReader:
     """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
 
-    def __init__(self, folder: Path, path_of: Callable[[int], str]) -> None:
-        """Opens nothing yet; `path_of` a number is a whole path, or one from `folder` on."""
-        self._arguments = folder, path_of
+    def __init__(self, folder: Path, names: FileNames) -> None:
+        """Opens nothing yet; a name is a whole path, or one from `folder` on."""
+        self._arguments = folder, names
         self._files: dict[int, int] = {}
-        self._folder, self._path_of = str(folder), path_of
+        self._folder, self._names = str(folder), names
+        self._prefix = np.frombuffer(os.fsencode(os.path.join(folder, "")), np.uint8)
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -87,26 +109,43 @@ class LocalReader:
 
     def read_ranges(
         self,
-        number: int,
+        numbers: Int64Array,
         offsets: Int64Array,
         sizes: Int64Array,
         buffer: npt.NDArray[np.uint8],
         starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges of a file: sizes[i] bytes from offsets[i] on to buffer[starts[i]].
+        """Reads ranges of files: sizes[i] bytes from offsets[i] on to buffer[starts[i]].
 
         Returns:
             bool [k], which of them came whole; the content of the others is undefined.
         """
-        from unicl_fast.system.kernels import pread_ranges  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_files  # here, because it loads Numba
 
-        file, is_kept = self._open(number)
-        try:
-            whole: npt.NDArray[np.bool_] = pread_ranges(file, offsets, sizes, buffer, starts)
-            return whole
-        finally:
-            if not is_kept:
-                os.close(file)
+        if self._closed:
+            raise ValueError(f"{self._folder} has been closed")
+        files = np.array([self._kept(number) for number in numbers.tolist()], np.int32)
+        names = self._names
+        whole: npt.NDArray[np.bool_] = pread_files(
+            self._prefix,
+            names.content,
+            names.starts[numbers].astype(np.int64),
+            names.lengths[numbers].astype(np.int64),
+            files,
+            offsets,
+            sizes,
+            buffer,
+            starts,
+        )
+        return whole
+
+    def _kept(self, number: int) -> int:
+        """The descriptor of a file that stays open; -1 if there are too many, or it has gone."""
+        file = self._files.get(number, -1)
+        if file < 0 and len(self._files) < _MAX_OPEN_FILES:
+            with contextlib.suppress(OSError):
+                return self._open(number)[0]
+        return file
 
     def close(self) -> None:
         """Closes the files; reading afterwards is an error."""
@@ -130,7 +169,7 @@ class LocalReader:
         return file, True
 
     def _open_anew(self, number: int) -> int:
-        return open_regular(os.path.join(self._folder, self._path_of(number)))[0]
+        return open_regular(os.path.join(self._folder, self._names.name_of(number)))[0]
 
 
 FileReader = LocalReader | BlockReader
@@ -159,7 +198,7 @@ class LocalFiles:
 
     def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
-        return LocalReader(self.folder, list(files).__getitem__)
+        return LocalReader(self.folder, FileNames.of(files))
 
 
 class RemoteFiles:

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, HEADER_BYTES, npy_header
-from unicl_fast.dataset.manifest import ShardInfo
+from unicl_fast.dataset.manifest import FORMAT_VERSION, ShardInfo
 from unicl_fast.system.atomic_files import flush_to_disk
 from unicl_fast.system.untrusted_files import open_file
 
@@ -183,8 +183,8 @@ class FinishedShard:
     """Kept part of each array, of the list, and of the pixels of a raw data set."""
     image_size: tuple[int, int] | None
     """Height and width of the images of a raw data set."""
-    has_webp: bool = False
-    """Whether this shard or one before holds a WebP, which makes it another format version."""
+    version: int = FORMAT_VERSION
+    """The format version that the files of this shard and those before need."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """JSON values of the caller's."""
 

@@ -17,7 +17,7 @@ import xxhash
 
 from unicl_fast.dataset.arrays import IN_PLACE_DTYPES, NO_FILE, length_of, open_array
 from unicl_fast.dataset.block_cache import BlockCache, BlockReader, CachedFile, CacheOptions
-from unicl_fast.dataset.files import LocalReader
+from unicl_fast.dataset.files import FileNames, LocalReader
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
 
@@ -51,7 +51,8 @@ class SourceFiles(Sequence[str]):
             for name, dtype in IN_PLACE_DTYPES.items()
         }
         self.rows, self.places = self.arrays["files"], self.arrays["places"]
-        self._names = self.arrays["names"].data
+        starts, lengths = self.rows["name_start"], self.rows["name_length"]
+        self._names = FileNames(self.arrays["names"], starts, lengths)
         self._folder = os.path.realpath(folder)
         self._stores: dict[str, ObjectStore] = {}
         self.cache: CacheOptions | None = None
@@ -63,7 +64,7 @@ class SourceFiles(Sequence[str]):
 
     def _open_reader(self) -> LocalReader | BlockReader:
         if self.cache is None:
-            return LocalReader(Path(self._folder), self.name_of)
+            return LocalReader(Path(self._folder), self._names)
         blocks = BlockCache(self.cache.place, max_bytes=self.cache.max_bytes)
         return BlockReader(
             functools.lru_cache(1 << 12)(self._cached), blocks, block_bytes=self.cache.block_bytes
@@ -86,8 +87,7 @@ class SourceFiles(Sequence[str]):
 
     def name_of(self, number: int) -> str:
         """A URL, a whole path, or a path from the data set's folder."""
-        start, length, *_ = self.rows.item(number)
-        return os.fsdecode(bytes(self._names[start : start + length]))
+        return self._names.name_of(number)
 
     @property
     def num_bytes_fetched(self) -> int:

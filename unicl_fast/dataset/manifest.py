@@ -22,7 +22,9 @@ WEBP_FORMAT_VERSION = 3
 """Version of data sets whose shards hold a WebP, which readers of version 1 do not expect."""
 IN_PLACE_FORMAT_VERSION = 4
 """Version of data sets whose images stay in the files that they were found in."""
-_KNOWN_VERSIONS = (1, 2, 3, 4)
+PPM_FORMAT_VERSION = 5
+"""Version of data sets whose shards hold a PPM, an image that is decoded."""
+_KNOWN_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 
 

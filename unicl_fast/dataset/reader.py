@@ -1,4 +1,4 @@
-"""The packed data set, format versions 1 to 3 (docs/data-format.md), read by sample number.
+"""The packed data set, format versions 1 to 5 (docs/data-format.md), read by sample number.
 
 A folder or the objects under a URL: tar shards, four small arrays and a manifest. In a raw data set
 (version 2) the images are decoded and lie in an array of their own.
@@ -36,8 +36,9 @@ from unicl_fast.dataset.block_cache import (
 )
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
 from unicl_fast.dataset.in_place import Place, SourceFiles
-from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.manifest import PPM_FORMAT_VERSION, Manifest
 from unicl_fast.dataset.object_store import is_url
+from unicl_fast.images.encoded_images import ppm_bytes
 from unicl_fast.system.checksums import read_checksums
 
 QUARANTINE_NAME = "quarantine.csv"
@@ -192,10 +193,18 @@ class PackedDataset:
         """Height, width and channels of every image of a raw data set; None for others."""
         return None if self._layout is None else self._layout.shape
 
+    @functools.cached_property
+    def is_decoded(self) -> bool:
+        """Whether no image needs a decoder: all are raw, or PPMs by their sizes in bytes."""
+        if self.manifest.version != PPM_FORMAT_VERSION:
+            return self._layout is not None
+        rows = self.samples
+        return bool(np.all(ppm_bytes(rows["height"], rows["width"]) == rows["size"]))
+
     def image_bytes(
         self, index: int, *, verify: bool = False, max_pixels: int = 0
     ) -> npt.NDArray[np.uint8]:
-        """The image of sample `index` as a file: JPEG, WebP or PNG; from a raw set PNM (P6).
+        """The image of sample `index` as a file: JPEG, WebP, PNG or PPM; from a raw set PPM.
 
         With `verify` also compared with the checksum taken when packing: 10 us for 100 kB. One of
         more than `max_pixels` is refused, since it is about to be decoded; 0 sets no limit, and raw
@@ -357,12 +366,16 @@ class PackedDataset:
         files, offsets, _ = self._places(indices)
         whole = np.zeros(len(indices), np.bool_)
         asked_for = sizes > 0
-        for file in np.unique(files[asked_for]).tolist():
-            mine = np.flatnonzero(asked_for & (files == file))
-            reader, number = self._reader_of(file)
+        is_source = (files >= len(self.manifest.shards)) & (self.sources is not None)
+        for group in (asked_for & ~is_source, asked_for & is_source):
+            mine = np.flatnonzero(group)
+            if not len(mine):
+                continue
+            reader, number = self._reader_of(int(files[mine[0]]))
+            numbers = files[mine] + (number - files[mine[0]])
             try:
                 whole[mine] = reader.read_ranges(
-                    number, offsets[mine], sizes[mine], buffer, starts[mine]
+                    numbers, offsets[mine], sizes[mine], buffer, starts[mine]
                 )
             except OSError as error:
                 if error.errno in _NOT_THE_FILES:

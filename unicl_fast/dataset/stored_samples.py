@@ -19,7 +19,7 @@ from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, ta
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
-_MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])
+_MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"], ["ppm", "json"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class SampleReader:
         found = [member.extension for member in members]
         is_elsewhere = self._is_elsewhere(index)
         if found not in ([["json"]] if is_elsewhere else _MEMBERS):
-            expected = "json alone" if is_elsewhere else "jpg, webp or png, then json"
+            expected = "json alone" if is_elsewhere else "jpg, webp, png or ppm, then json"
             raise self._damaged(
                 index, f"its members are {', '.join(found)}; expected are {expected}"
             )

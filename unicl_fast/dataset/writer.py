@@ -46,6 +46,7 @@ from unicl_fast.dataset.manifest import (
     FORMAT_VERSION,
     IN_PLACE_FORMAT_VERSION,
     MANIFEST_NAME,
+    PPM_FORMAT_VERSION,
     RAW_FORMAT_VERSION,
     WEBP_FORMAT_VERSION,
     InPlaceInfo,
@@ -76,6 +77,8 @@ MADE_OF_NAME = "made-of.json"
 """Options and sources (with paths and times), by which the command that made a data set knows it
 again; no part of the data set, which is the same bytes wherever and whenever it is packed."""
 
+_VERSIONS = {"webp": WEBP_FORMAT_VERSION, "ppm": PPM_FORMAT_VERSION}
+"""Versions that readers must know for such images."""
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
 _PLACE_ROW = struct.Struct("<IQI")
@@ -103,7 +106,7 @@ class PackedSample:
     image: bytes
     """The contents of an image file, or the pixels [h w 3] for a raw data set."""
     extension: str
-    """jpg, webp or png; ignored for a raw data set."""
+    """jpg, webp, png or ppm; ignored for a raw data set."""
     height: int
     width: int
     xxh3: int
@@ -165,7 +168,7 @@ class DatasetWriter:
         self._dtypes = ARRAY_DTYPES | (IN_PLACE_DTYPES if self._is_in_place else {})
         self._image_size: tuple[int, int] | None = None
         self._pixels: ArrayFile | None = None
-        self._has_webp = False
+        self._version = FORMAT_VERSION
         self._journal: ShardJournal | None = None
         finished = [] if work is None else _whole_shards(self.aside, work)
         while finished and not self._take_over(finished):
@@ -205,7 +208,7 @@ class DatasetWriter:
             members.insert(0, (sample.extension, sample.image))
         # first of all, since a line of the journal must count nothing of this sample
         shard = self._shard_for(members)
-        self._has_webp |= members[0][0] == "webp"
+        self._version = max(self._version, _VERSIONS.get(members[0][0], FORMAT_VERSION))
         if self._is_raw:
             self._add_pixels(sample)
         offset = shard.add(sample_key(self.num_samples), members)
@@ -287,8 +290,7 @@ class DatasetWriter:
             pixels = PixelsInfo(height=height, width=width, num_bytes=num_bytes, xxh3=found)
         for array in self._arrays.values():
             array.finish()
-        version = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
-        version = RAW_FORMAT_VERSION if self._is_raw else version
+        version = RAW_FORMAT_VERSION if self._is_raw else self._version
         manifest = Manifest(
             version=IN_PLACE_FORMAT_VERSION if self._is_in_place else version,
             num_samples=self.num_samples,
@@ -396,7 +398,7 @@ class DatasetWriter:
         except (ValueError, OSError):
             return False
         self.num_samples, self.num_quarantined = last.num_samples, last.num_quarantined
-        self._has_webp = last.has_webp
+        self._version = last.version
         self.notes = dict(last.notes)
         self._shards = [each.shard for each in finished]
         return True
@@ -434,7 +436,7 @@ class DatasetWriter:
                 num_quarantined=self.num_quarantined,
                 files={name: file.kept() for name, file in self._files().items()},
                 image_size=self._image_size,
-                has_webp=self._has_webp,
+                version=self._version,
                 notes=self.notes,
             )
         )

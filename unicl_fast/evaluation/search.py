@@ -39,7 +39,7 @@ from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import LoadedModel, ModelOnRanks, require_layer
 from unicl_fast.evaluation.inference import ImageLike, Model
 from unicl_fast.evaluation.labelled import key_of_features
-from unicl_fast.images.codec import encode_png
+from unicl_fast.images.codec import encode_png, open_image, pixels_of
 from unicl_fast.models.unicl import weights_digest
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 
@@ -92,9 +92,8 @@ class SearchIndex:
 
     def image_file(self, sample: int) -> bytes:
         """An image as a file: JPEG, PNG or WebP; raises DamagedSampleError, IndexError."""
-        data = self.dataset.image_bytes(range(len(self))[sample], verify=True)
-        is_raw = self.dataset.image_shape is not None
-        return encode_png(self.dataset.pixels_of(data)) if is_raw else data.tobytes()
+        data = self.dataset.image_bytes(range(len(self))[sample], verify=True).tobytes()
+        return encode_png(pixels_of(open_image(data))) if data.startswith(b"P6") else data
 
     def close(self) -> None:
         self._reader.close()

@@ -24,6 +24,7 @@ from unicl_fast.images.codec import (
     check_size,
     encode_jpeg,
     encode_png,
+    encode_ppm,
     encode_webp,
     image_of,
     open_image,
@@ -69,7 +70,7 @@ _EXIF_SHORT = 3
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
-ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
+ImageFormat = Literal["keep", "jpeg", "webp", "png", "ppm", "raw"]
 """The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes
 a file of that format, or it is stored decoded."""
 _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
@@ -77,8 +78,9 @@ _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "jpeg": frozenset({"jpg"}),
     "webp": frozenset({"webp"}),
     "png": frozenset({"png"}),
+    "ppm": frozenset(),
     "raw": frozenset(),
-    "packed": frozenset({"jpg", "webp", "png"}),
+    "packed": frozenset({"jpg", "webp", "png", "ppm"}),
 }
 """Extensions of the plain images that keep their bytes."""
 
@@ -90,7 +92,7 @@ class CheckedImage:
     data: bytes
     """A file, or (raw) RGB pixels [h w 3]."""
     extension: str
-    """jpg, webp, png or raw."""
+    """jpg, webp, png, ppm or raw."""
     height: int
     width: int
     reencoded: bool
@@ -138,6 +140,8 @@ def check_image(
         data, extension = encode_webp(pixels, quality=quality), "webp"
     elif format == "png":
         data, extension = encode_png(pixels), "png"
+    elif format == "ppm":
+        data, extension = encode_ppm(pixels), "ppm"
     else:
         if format == "jpeg" or pixels is not decoded:
             data = encode_jpeg(pixels, quality=quality, subsampling=RESIZE_SUBSAMPLING)
@@ -146,7 +150,11 @@ def check_image(
         _check_jpeg_data(data)
         extension = "jpg"
     return CheckedImage(
-        data=data, extension=extension, height=height, width=width, reencoded=format != "raw"
+        data=data,
+        extension=extension,
+        height=height,
+        width=width,
+        reencoded=format not in ("ppm", "raw"),
     )
 
 
@@ -194,6 +202,8 @@ def _decode(
         if data[:4] == b"RIFF" and data[8:RIFF_HEADER_BYTES] == b"WEBP":
             return _decode_webp(data, target, keep="webp" in kept)
         image = open_image(data)
+        if image.format == "PPM" and "ppm" in kept:
+            return _decode_ppm(data, image, target)
         if image.format == "QOI":
             check_qoi_end(data)
         elif image.format == "AVIF":
@@ -287,6 +297,15 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | 
     return CheckedImage(
         data=simple, extension="webp", height=height, width=width, reencoded=simple is not data
     )
+
+
+def _decode_ppm(data: bytes, image: Image.Image, target: _Target) -> CheckedImage | Pixels:
+    """Decodes a file of the PNM family; one is kept that is as we would write it."""
+    pixels = pixels_of(image)
+    width, height = image.size
+    if target.needs_resize(height, width) or data != encode_ppm(pixels):
+        return pixels
+    return CheckedImage(data=data, extension="ppm", height=height, width=width, reencoded=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

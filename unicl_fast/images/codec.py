@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from unicl_fast.images.encoded_images import ppm_header
+
 MAX_PIXELS = 89_478_485
 """Largest image accepted by default, checked before any memory is taken: a quarter GiB as RGB,
 and the limit above which Pillow warns of decompression bombs."""
@@ -214,6 +216,12 @@ def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
 def encode_png(pixels: Pixels) -> bytes:
     """A PNG with 8 bits, grey or RGB, that loses nothing."""
     return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
+
+
+def encode_ppm(pixels: Pixels) -> bytes:
+    """A PPM (P6): three bytes a pixel, also of a grey image."""
+    height, width, _ = pixels.shape
+    return ppm_header(height, width) + np.broadcast_to(pixels, (height, width, 3)).tobytes()
 
 
 def image_of(pixels: Pixels) -> Image.Image:

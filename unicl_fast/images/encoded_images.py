@@ -13,6 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def ppm_header(height: int, width: int) -> bytes:
+    """The bytes before the pixels of a PPM (P6) of 8 bits in its simplest form."""
+    return f"P6\n{width} {height}\n255\n".encode("ascii")
+
+
+def ppm_bytes(heights: NDArray[np.uint16], widths: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Sizes of the files of such PPMs [b]."""
+    tens = 10 ** np.arange(1, 5)
+    digits = sum(np.searchsorted(tens, sides, side="right") + 1 for sides in (heights, widths))
+    fixed = len(ppm_header(1, 1)) - 2
+    return np.asarray(fixed + digits + 3 * heights.astype(np.int64) * widths)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class EncodedImages:
     """Files of any format; image i is content[starts[i] : starts[i] + sizes[i]]."""

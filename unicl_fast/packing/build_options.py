@@ -69,7 +69,7 @@ class BuildOptions(ListOptions):
     png: all become files of that format; plain ones that are already, and need no scaling, stay
     byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
-    pixel. docs/data.md compares them."""
+    pixel. ppm: decoded too, in files of any sizes. docs/data.md compares them."""
     in_place: bool = False
     """Leave images in the tars and files of SOURCE, in folders or under URLs: they are checked and
     indexed, and not copied. Only those that no decoder should meet are converted, and kept in
@@ -115,7 +115,7 @@ class BuildOptions(ListOptions):
         if self.format == "keep":
             scaled = f"JPEG q{quality}, those not scaled q" if self.resize else "JPEG q"
             return f"{scaled}{REENCODE_QUALITY}"
-        names = {"jpeg": f"JPEG q{quality}", "webp": f"WebP q{quality}", "png": "PNG"}
+        names = {"jpeg": f"JPEG q{quality}", "webp": f"WebP q{quality}", "png": "PNG", "ppm": "PPM"}
         return names.get(self.format, "pixels")
 
     def check(self) -> ImageOptions:
@@ -186,7 +186,7 @@ class BuildOptions(ListOptions):
         if self.quality is None:
             return RESIZE_QUALITY
         _require_in("--quality", self.quality, 1, 100)
-        if self.format in ("png", "raw"):
+        if self.format in ("png", "ppm", "raw"):
             raise ValueError(
                 f"--quality has no meaning with --format {self.format}, which keeps every pixel as "
                 "it is: leave it out, or take --format jpeg or webp"

@@ -72,10 +72,10 @@ _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000
 _ANSWER_BYTES = 1_000_000
 """Answers wait for others in the worker until their images are this large together."""
-_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"P6": "ppm"}
 """The extensions of the files that a data set holds, by their first two bytes."""
-_PNG_GROWTH = 8
-"""A photograph as PNG takes up to this many times the bytes of its JPEG."""
+_GROWTH = {"png": 8, "ppm": 16}
+"""A photograph of such a format takes up to this many times the bytes of its JPEG."""
 
 
 @dataclass(kw_only=True, slots=True)  # not frozen, as `Checked`: that takes three times as long
@@ -204,7 +204,7 @@ def check_in_order(
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
     """Groups tasks: enough that handing them out costs little, but few bytes."""
-    growth = _PNG_GROWTH if options.format == "png" else 1
+    growth = _GROWTH.get(options.format, 1)
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:

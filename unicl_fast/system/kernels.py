@@ -168,10 +168,18 @@ def _file_of(module: str) -> Path | None:
     return next(filter(Path.is_file, found), None)
 
 
-# The C library's function, which a compiled loop can call.
-_pread = types.ExternalFunction(
+# The C library's functions, which a compiled loop can call.
+_pread: Any = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
 )
+_open: Any = types.ExternalFunction("open", types.int32(types.uintp, types.int32))
+_close: Any = types.ExternalFunction("close", types.int32(types.int32))
+_statx: Any = types.ExternalFunction(
+    "statx", types.int32(types.int32, types.uintp, types.int32, types.uint32, types.uintp)
+)
+_CURRENT_FOLDER, _WANT_TYPE = -100, 1  # AT_FDCWD and STATX_TYPE of linux/fcntl.h and stat.h
+_STATX_BYTES, _MODE_AT = 256, 28
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 @kernel
@@ -187,4 +195,38 @@ def pread_ranges(file: Any, offsets: Any, sizes: Any, buffer: Any, starts: Any) 
     for i in range(offsets.size):
         target = buffer.ctypes.data + starts[i]
         whole[i] = _pread(file, target, sizes[i], offsets[i]) == sizes[i]
+    return whole
+
+
+@kernel
+def pread_files(
+    folder: Any, names: Any, name_starts: Any, name_lengths: Any, files: Any, offsets: Any,
+    sizes: Any, buffer: Any, starts: Any,
+) -> Any:  # fmt: skip
+    """As `pread_ranges`, each range of the file with the descriptor files[i], int32 [k].
+
+    One below 0 is opened for this range: names[name_starts[i] :][: name_lengths[i]] of uint8 is its
+    path, from `folder` on (which ends with a slash) unless it is a whole one. What is no regular
+    file is not opened, as by `untrusted_files.open_regular`.
+    """
+    whole = np.empty(files.size, np.bool_)
+    path = np.empty(folder.size + name_lengths.max() + 1, np.uint8)
+    path[: folder.size] = folder
+    status = np.empty(_STATX_BYTES, np.uint8)
+    for i in range(files.size):
+        file = files[i]
+        if file < 0:
+            for j in range(name_lengths[i]):
+                path[folder.size + j] = names[name_starts[i] + j]
+            path[folder.size + name_lengths[i]] = 0
+            is_whole = path[folder.size] == 47  # a slash
+            where = path.ctypes.data + (folder.size if is_whole else 0)
+            if _statx(_CURRENT_FOLDER, where, 0, _WANT_TYPE, status.ctypes.data) == 0 and (
+                status[_MODE_AT + 1] & 0xF0 == 0x80  # S_IFREG
+            ):
+                file = _open(where, _FLAGS)
+        target = buffer.ctypes.data + starts[i]
+        whole[i] = file >= 0 and _pread(file, target, sizes[i], offsets[i]) == sizes[i]
+        if files[i] < 0 <= file:
+            _close(file)
     return whole
