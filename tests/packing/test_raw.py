@@ -119,11 +119,7 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
     tasks = [Task(name="", entry=entry, size=(9, 8)) for entry in entries]
     results = list(check_in_order(tasks, options=options, context_length=77, workers=1))
     assert all(isinstance(result, Checked) for result in results)
-    sizes = [
-        (result.image.height, len(result.image.data))
-        for result in results
-        if isinstance(result, Checked)
-    ]
+    sizes = [(result.height, len(result.data)) for result in results if isinstance(result, Checked)]
     assert sizes == [(9, 216), (90, 0)]
 
 

@@ -363,7 +363,7 @@ class DatasetWriter:
         for file in (self._shard, *self._files().values()):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk, whose error has come before
-                    file.file.close()
+                    file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:

@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from unicl_fast.packing.sources.items import Problem
@@ -28,55 +30,87 @@ OUT_OF_MEMORY = 77
 _STARTS = 3
 """Times to start a process that is killed from outside, by the OOM killer say, as it starts."""
 
-# Starting and reaping children is not safe in several threads at once (multiprocessing polls all
-# children of the process whenever one is started).
-_children_lock = threading.Lock()
+# multiprocessing's spawn would run the user's main module in each process once more, which takes as
+# long as all else that one imports, and start another process that tracks its resources.
+_PROGRAM = "import sys; sys.path[:] = {path}; from {module} import begin; begin({descriptor})"
 
 
 class LimitedProcess:
     """The main process's end of a process that may die of what it reads."""
 
-    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
-        """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
+    def __init__(
+        self, serve: Callable[..., None], *arguments: Any, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Starts `serve(connection, *arguments)` in a process that inherits `descriptors`."""
+        self._begins_with = serve, arguments
+        self._descriptors = descriptors
+        self._unread: list[bytes | memoryview] = []
+        """What was sent before the process was ready."""
+        self._is_ready = False
+        self._num_starts = 0
+        self._start()
 
-        Raises RuntimeError if it cannot be started, which is the fault of nothing that it would
-        read.
+    def _start(self) -> None:
+        self._num_starts += 1
+        self.connection, theirs = multiprocessing.Pipe()
+        program = _PROGRAM.format(path=sys.path, module=__name__, descriptor=theirs.fileno())
+        with theirs:  # only the process holds it from then on: its end is the end of the pipe
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *self._descriptors],
+            )
+        with contextlib.suppress(OSError):  # it has ended, which `receive` will notice
+            self.connection.send(self._begins_with)
+            for message in self._unread:
+                self.connection.send_bytes(message)
+
+    def send(self, message: bytes | memoryview) -> None:
+        """Sends what was pickled. It may wait for the process to read, but not for it to start."""
+        if not self._is_ready:
+            self._unread.append(message)
+        with contextlib.suppress(OSError):  # it has ended, which `receive` will notice
+            self.connection.send_bytes(message)
+
+    def receive(self) -> Any:
+        """Returns the next answer; None if the process is now ready, or was started again.
+
+        Raises EOFError when it has ended, see `reap`; RuntimeError if it cannot be started, which
+        is the fault of nothing that it would read.
         """
-        for _ in range(_STARTS):
-            code = self._start(serve, arguments)
-            if code == 0:
-                return
-            if code > 0:  # it has ended by itself, and would again
-                break
-        raise RuntimeError(
-            f"a worker process could not start (exit code {code}); if this is a script of yours, "
-            'guard its main part by if __name__ == "__main__":, and see if memory is free'
-        )
-
-    def _start(self, serve: Callable[..., None], arguments: Sequence[Any]) -> int:
-        """Returns 0 when the process has called `enter`, else the exit code that it ended with."""
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
-        with _children_lock:
-            self._process.start()
-        theirs.close()  # only the process holds it now: its end is the end of the pipe
         try:
-            self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, OSError):
-            return self.reap() or os.EX_SOFTWARE  # it may have ended with 0, and is not ready
-        return 0
+            if self._is_ready:
+                raise EOFError from None
+            # it may have ended with 0, and is not ready
+            code = self.reap() or os.EX_SOFTWARE
+            if code > 0 or self._num_starts == _STARTS:  # one that ends by itself would again
+                raise RuntimeError(
+                    f"a worker process could not start (exit code {code}): what stands above may "
+                    "say why; see also if memory is free"
+                ) from None
+            return self._start()
+        if self._is_ready:
+            return answer
+        self._is_ready, self._unread = True, []
+        return None
 
     def kill(self) -> None:
-        """Ends the process at once; a thread that waits for its answer gets an `EOFError`."""
+        """Ends the process at once."""
         self._process.kill()
 
     def reap(self) -> int:
         """Waits for the end of the process; returns its exit code."""
         self.connection.close()
-        with _children_lock:
-            self._process.join()
-        return self._process.exitcode or 0
+        return self._process.wait()
+
+
+def begin(descriptor: int) -> None:
+    """Runs the function that comes first through the pipe; the process does nothing else."""
+    connection = Connection(descriptor)
+    serve, arguments = connection.recv()
+    serve(connection, *arguments)
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
@@ -132,10 +166,12 @@ def run_limited(
         process = LimitedProcess(_serve, function, memory_bytes)
         try:
             while left:
+                process.send(ForkingPickler.dumps(left.pop(0)))
                 try:
-                    process.connection.send(left.pop(0))
-                    failed, result = process.connection.recv()
-                except (EOFError, OSError):
+                    while (answer := process.receive()) is None:
+                        pass
+                    failed, result = answer
+                except EOFError:
                     limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
                     yield describe_death(process.reap(), too_large=limit)
                     break

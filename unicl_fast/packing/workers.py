@@ -17,18 +17,17 @@ tried once more in a fresh process, and left out if it ends that one too.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
+import gc
 import math
-import multiprocessing
+import mmap
 import os
-import queue
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any, Literal
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,14 +45,13 @@ from unicl_fast.packing.limited_processes import (
     LimitedProcess,
     describe_death,
     enter,
-    in_order,
 )
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
     PackedFile,
-    fields_of,
+    fields_getter,
 )
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.system.machine import usable_cores
@@ -65,6 +63,9 @@ WebP and JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg
 6."""
 CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
+_CHUNKS_OF_WORKER = 2
+_PIPE_BYTES = 1 << 16
+"""Half of what a pipe takes at least."""
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_IMAGES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
@@ -78,7 +79,7 @@ _PNG_GROWTH = 8
 """A photograph as PNG takes up to this many times the bytes of its JPEG."""
 
 
-@dataclass(kw_only=True, slots=True)  # not frozen, as `Checked`: that takes three times as long
+@dataclass(slots=True)  # not frozen, which takes three times as long to make
 class Task:
     """One sample to check; `name` is for messages."""
 
@@ -91,11 +92,15 @@ class Task:
     """Most bytes of the checked image, where that is more than its file."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Checked:
-    """A sound image, and the tokens of its captions."""
+class Checked(NamedTuple):
+    """A sound image, as `CheckedImage` has it, and the tokens of its captions."""
 
-    image: CheckedImage
+    data: bytes
+    """Empty where it is not wanted."""
+    extension: str
+    height: int
+    width: int
+    reencoded: bool
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
 
@@ -147,7 +152,7 @@ class OneSize:
         (height, width), _ = self._notes["first_image"]
         return height, width
 
-    def require(self, image: CheckedImage, name: str) -> None:
+    def require(self, image: Checked, name: str) -> None:
         """Refuses an image of another size than the first one."""
         if self.size is None:
             self._notes["first_image"] = (image.height, image.width), name
@@ -169,37 +174,42 @@ def check_in_order(
 ) -> Iterator[Checked | Problem]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
-    `workers` is the number of processes, spawned as `build_dataset` says; 0 takes one for each
-    core. Only a few chunks are under way at a time. A single worker is a process too: an image that
-    crashes a decoder must not take this program's files with it.
+    `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under way
+    at a time. A single worker is a process too: an image that crashes a decoder must not take this
+    program's files with it.
     """
-    workers = workers or usable_cores()
-    started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]
-    idle: queue.LifoQueue[ImageWorker] = queue.LifoQueue()  # those that have a process come first
-    for worker in started:
-        idle.put(worker)
-
-    def check(chunk: list[Task]) -> list[Checked | Problem]:
-        worker = idle.get()
-        try:
-            return worker.check(chunk)
-        finally:
-            idle.put(worker)
-
-    threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
+    started = [
+        ImageWorker(options, context_length=context_length)
+        for _ in range(workers or usable_cores())
+    ]
+    under_way: deque[_Chunk] = deque()
+    most = CHUNKS_AHEAD * len(started)
     try:
-        for results in in_order(
-            lambda chunk: threads.submit(check, chunk),
-            make_chunks(tasks, options),
-            ahead=workers * CHUNKS_AHEAD,
-        ):
-            yield from results
+        for chunk in map(_Chunk, make_chunks(tasks, options)):
+            worker = min(started, key=ImageWorker.load)
+            while worker.num_chunks == _CHUNKS_OF_WORKER or len(under_way) == most:
+                _receive(started)
+                while under_way and under_way[0].num_left == 0:
+                    yield from under_way.popleft().results()
+                worker = min(started, key=ImageWorker.load)
+            worker.take(chunk)
+            under_way.append(chunk)
+        while under_way:
+            while under_way[0].num_left:
+                _receive(started)
+            yield from under_way.popleft().results()
     finally:
         for worker in started:
             worker.kill()
-        threads.shutdown(wait=True, cancel_futures=True)
-        for worker in started:
-            worker.reap()
+
+
+def _receive(workers: Sequence[ImageWorker]) -> None:
+    """Waits for answers, and takes those that have come."""
+    asked: dict[Any, ImageWorker] = {
+        worker.connection: worker for worker in workers if worker.num_chunks
+    }
+    for connection in wait(list(asked)):
+        asked[connection].receive()
 
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
@@ -217,73 +227,160 @@ def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[T
         yield chunk
 
 
+class _Chunk:
+    """Tasks whose results are handed out together."""
+
+    def __init__(self, tasks: list[Task]) -> None:
+        self.tasks = tasks
+        self.num_left = len(tasks)
+        """Tasks without a result."""
+        self._results: list[Checked | Problem | None] = [None] * len(tasks)
+
+    def put(self, start: int, results: Sequence[Checked | Problem]) -> None:
+        """Sets the results of the tasks from number `start` on, which have none yet."""
+        self._results[start : start + len(results)] = results
+        self.num_left -= len(results)
+
+    def results(self) -> Iterator[Checked | Problem]:
+        """The results, in the order of the tasks, once none is left."""
+        return (result for result in self._results if result is not None)
+
+
+@dataclass(slots=True)
+class _Request:
+    """Tasks of a chunk that are sent to a process together."""
+
+    chunk: _Chunk
+    start: int
+    stop: int
+    is_second: bool = False
+    """Whether a process has died of its only task before."""
+    num_answers: int = 0
+
+
 class ImageWorker:
     """A process that checks images, started when it is needed and again after a death."""
 
     def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         self._options = options
         self._context_length = context_length
-        self._num_finished: Any = multiprocessing.get_context("spawn").RawValue(ctypes.c_int64)
+        self._counter = open(os.memfd_create("unicl-pack"), "r+b")  # noqa: SIM115
+        self._counter.truncate(8)
+        self._num_finished = _shared_count(self._counter.fileno())
+        """Images that the process has finished since it was started."""
+        self._num_answered = 0
+        """Images of requests that it has answered in full."""
         self._process: LimitedProcess | None = None
-        self._closed = False
+        self._waiting: deque[_Request] = deque()
+        self._sent: deque[_Request] = deque()
+
+    def load(self) -> tuple[int, bool]:
+        """Orders workers: who has least to do, and a process, comes first."""
+        return self.num_chunks, self._process is None
+
+    @property
+    def num_chunks(self) -> int:
+        """How many chunks it has not finished."""
+        return len({id(request.chunk) for request in (*self._sent, *self._waiting)})
+
+    @property
+    def connection(self) -> Connection:
+        """Readable when `receive` has something to receive."""
+        assert self._process is not None
+        return self._process.connection
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
         """Returns one result for each task, even if the process dies."""
-        results: list[Checked | Problem] = []
-        while len(results) < len(tasks):
-            left = tasks[len(results) :]
-            answers, death = self._ask(left)
-            results += answers
-            if death is not None:
-                bad = self._num_finished.value  # the task that the process died of
-                # It may have died of something else: a neighbour's leak, a signal from outside, or
-                # a clock that ran on while the whole job was stopped (Ctrl-Z).
-                second, death = self._ask(left[bad : bad + 1])
-                # Answers of the tasks between died with the process; nothing is wrong with them.
-                results += self.check(left[len(answers) : bad])
-                results += second if death is None else [death]
-        return results
+        chunk = _Chunk(tasks)
+        self.take(chunk)
+        while chunk.num_left:
+            self.receive()
+        return list(chunk.results())
+
+    def take(self, chunk: _Chunk) -> None:
+        """Has one more chunk checked; `receive` puts the results there."""
+        self._waiting.append(_Request(chunk, 0, len(chunk.tasks)))
+        self._send()
+
+    def receive(self) -> None:
+        """Takes the next message of the process, or its end."""
+        assert self._process is not None
+        try:
+            answers = self._process.receive()
+        except EOFError:
+            self._mourn(self._process.reap())
+            return
+        if answers is None:
+            return
+        request = self._sent[0]
+        request.chunk.put(request.start + request.num_answers, list(map(_unpack, answers)))
+        request.num_answers += len(answers)
+        if request.num_answers == request.stop - request.start:
+            self._sent.popleft()
+            self._num_answered += request.num_answers
+            self._send()
 
     def kill(self) -> None:
-        """Ends the process for good; a thread that waits for it gives up its chunk."""
-        self._closed = True
+        """Ends the process for good."""
         if self._process is not None:
             self._process.kill()
-
-    def reap(self) -> None:
-        """Collects what is left of the process, after `kill` and when no thread asks any more."""
-        if self._process is not None:
             self._process.reap()
+        self._counter.close()
 
-    def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
-        """Returns the results that came, and how the process ended if it did."""
-        results: list[Checked | Problem] = []
-        self._num_finished.value = 0
-        process = self._running()
-        try:
-            process.connection.send([_spell(task) for task in tasks])
-            while len(results) < len(tasks):
-                results += map(_unpack, process.connection.recv())
-            return results, None
-        except (EOFError, OSError):
-            self._process = None
-            code = process.reap()
-        if self._closed:
-            raise RuntimeError("the build is over")  # nobody waits for this chunk any more
+    def _send(self) -> None:
+        """Sends requests until one waits in the pipe while another is worked on.
+
+        The second one must fit into the pipe: while this process waits to send, it receives
+        nothing, and the other may wait for that.
+        """
+        while self._waiting and len(self._sent) < _CHUNKS_OF_WORKER:
+            request = self._waiting[0]
+            tasks = request.chunk.tasks[request.start : request.stop]
+            message = ForkingPickler.dumps([_spell(task) for task in tasks])
+            if self._sent and len(message) > _PIPE_BYTES:
+                break
+            if self._process is None:
+                counter = self._counter.fileno()
+                self._num_finished[0] = self._num_answered = 0
+                self._process = LimitedProcess(
+                    _serve, self._options, self._context_length, counter, descriptors=[counter]
+                )
+            self._process.send(message)
+            self._sent.append(self._waiting.popleft())
+
+    def _mourn(self, code: int) -> None:
+        """Divides the request that the process died of, and asks a fresh one.
+
+        The process may have died of something else: a neighbour's leak, a signal from outside, or a
+        clock that ran on while the whole job was stopped (Ctrl-Z). Nothing is wrong with images
+        whose answers died with it.
+        """
+        request, *others = self._sent
+        bad = request.start + self._num_finished[0] - self._num_answered
+        unanswered, stop = request.start + request.num_answers, request.stop
+        parts = [
+            _Request(request.chunk, bad, min(bad + 1, stop), is_second=True),
+            _Request(request.chunk, unanswered, bad),
+            _Request(request.chunk, bad + 1, stop),
+        ]
+        if request.is_second:
+            request.chunk.put(request.start, [self._describe_death(code)])
+            parts = []
+        parts = [part for part in parts if part.start < part.stop]
+        self._waiting.extendleft(reversed([*parts, *others]))
+        self._sent.clear()
+        self._process = None
+        self._send()
+
+    def _describe_death(self, code: int) -> Problem:
         if code == -signal.SIGALRM:
-            message = f"not done after {self._options.seconds:g} seconds"
-            return results, Problem("too slow", message)
-        too_large = "takes more memory than its number of pixels should"
-        return results, describe_death(code, too_large=too_large)
+            return Problem("too slow", f"not done after {self._options.seconds:g} seconds")
+        return describe_death(code, too_large="takes more memory than its number of pixels should")
 
-    def _running(self) -> LimitedProcess:
-        if self._process is None:
-            self._process = LimitedProcess(
-                _serve, self._options, self._context_length, self._num_finished
-            )
-            if self._closed:  # while it was started
-                self._process.kill()
-        return self._process
+
+def _shared_count(descriptor: int) -> memoryview:
+    """A number in the memory of a file, which several processes see; its only item."""
+    return memoryview(mmap.mmap(descriptor, 8)).cast("q")
 
 
 # Tasks and results travel as plain values: pickling the classes takes as long as decoding.
@@ -291,59 +388,54 @@ class ImageWorker:
 
 def _spell(task: Task) -> tuple[Any, ...]:
     """A task as plain values, without what a worker does not need."""
-    return type(task.entry), fields_of(task.entry), task.captions, task.size
-
-
-def _read_task(spelled: tuple[Any, ...]) -> Task:
-    """Makes a task again of what `_spell` made of it."""
-    kind, fields, captions, size = spelled
-    return Task(name="", entry=kind(*fields), captions=captions, size=size)
+    kind = type(task.entry)
+    return kind, fields_getter(kind)(task.entry), task.captions, task.size
 
 
 def _pack(result: Checked | Problem) -> tuple[Any, ...]:
     """A result as plain values."""
     if isinstance(result, Problem):
         return result.kind, result.message
-    image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
-    properties = image.extension, image.height, image.width, image.reencoded
-    return (image.data, *properties, result.xxh3, tokens)
+    if result.tokens:
+        return (*result[:-1], [ids.tobytes() for ids in result.tokens])
+    return tuple(result)
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    data, extension, height, width, reencoded, xxh3, tokens = answer
-    image = CheckedImage(
-        data=data, extension=extension, height=height, width=width, reencoded=reencoded
-    )
-    ids = [np.frombuffer(each, np.uint16) for each in tokens]
-    return Checked(image=image, xxh3=xxh3, tokens=ids)
+    result = Checked._make(answer)
+    if result.tokens:
+        ids = [np.frombuffer(each, np.uint16) for each in answer[-1]]
+        return result._replace(tokens=ids)
+    return result
 
 
 # From here on: what runs inside the process.
 
 
 def _serve(
-    connection: Connection, options: ImageOptions, context_length: int, num_finished: Any
+    connection: Connection, options: ImageOptions, context_length: int, counter: int
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, options.memory_bytes)
-    checker = ImageChecker(options, context_length)
+    checker, num_finished = ImageChecker(options, context_length), _shared_count(counter)
+    gc.freeze()  # what was imported need not be looked at again
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             answers: list[tuple[Any, ...]] = []
             num_bytes = 0
-            tasks = [_read_task(spelled) for spelled in connection.recv()]
-            for task in tasks:
-                checker.prepare(task)
-            for task in tasks:
+            tasks = connection.recv()
+            if any(captions for *_, captions, _ in tasks):
+                checker.load_tokenizer()
+            for kind, fields, captions, size in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = checker.check(task)
+                result = checker.check(kind(*fields), captions, size)
                 answers.append(_pack(result))
-                num_finished.value += 1
-                num_bytes += len(result.image.data) if isinstance(result, Checked) else 0
+                num_finished[0] += 1
+                num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
                     signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
                     connection.send(answers)
@@ -361,15 +453,17 @@ class ImageChecker:
         self._context_length = context_length
         self._tokenizer: Tokenizer | None = None
 
-    def prepare(self, task: Task) -> None:
-        """Does what is not to be counted as the sample's time."""
-        if task.captions and self._tokenizer is None:  # data sets of labels need none
+    def load_tokenizer(self) -> None:
+        """Loads what captions take, which is not to be counted as the time of a sample."""
+        if self._tokenizer is None:  # data sets of labels need none
             self._tokenizer = Tokenizer(self._context_length)
 
-    def check(self, task: Task) -> Checked | Problem:
+    def check(
+        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
+    ) -> Checked | Problem:
         """Returns the image and its tokens, or what is wrong with them; raises nothing."""
         try:
-            return self._check(task)
+            return self._check(entry, captions, size)
         except (EntryError, ImageError) as error:
             if isinstance(error.__cause__, MemoryError):
                 os._exit(OUT_OF_MEMORY)
@@ -379,24 +473,27 @@ class ImageChecker:
         except Exception as error:  # a fault of ours or of a library must cost one sample only
             return Problem("failed", f"{type(error).__name__}: {error}")
 
-    def _check(self, task: Task) -> Checked | Problem:
-        image = self._check_image(task.entry)
-        if task.size is not None and (image.height, image.width) != task.size:
-            image = dataclasses.replace(image, data=b"")
+    def _check(
+        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
+    ) -> Checked | Problem:
+        options, image = self._options, self._check_image(entry)
+        data, height, width = image.data, image.height, image.width
+        if size is not None and (height, width) != size:
+            data = b""
         tokens: list[npt.NDArray[np.uint16]] = []
-        if task.captions:
+        if captions:
             assert self._tokenizer is not None
             try:
-                tokens = self._tokenizer.encode(list(task.captions))
+                tokens = self._tokenizer.encode(list(captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem("bad caption", f"cannot be tokenised: {error}")
-        if self._options.in_place and isinstance(task.entry, PackedFile) and not image.reencoded:
-            xxh3 = task.entry.xxh3
+        if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:
+            xxh3 = entry.xxh3
         else:
-            xxh3 = xxhash.xxh3_64_intdigest(image.data)
-        if not self._options.return_images or (self._options.in_place and not image.reencoded):
-            image = dataclasses.replace(image, data=b"")
-        return Checked(image=image, xxh3=xxh3, tokens=tokens)
+            xxh3 = xxhash.xxh3_64_intdigest(data)
+        if not options.return_images or (options.in_place and not image.reencoded):
+            data = b""
+        return Checked(data, image.extension, height, width, image.reencoded, xxh3, tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options
