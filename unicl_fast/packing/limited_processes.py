@@ -45,7 +45,7 @@ class LimitedProcess:
         self._begins_with = serve, arguments
         self._descriptors = descriptors
         self._unread: list[bytes | memoryview] = []
-        """What was sent before the process was ready."""
+        """Messages that were sent before the process was ready."""
         self._is_ready = False
         self._num_starts = 0
         self._start()
