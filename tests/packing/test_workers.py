@@ -155,14 +155,14 @@ def test_the_limit_is_for_each_image_and_not_for_waiting() -> None:
     results = check_in_order(tasks, options=options(seconds=0.4), context_length=77, workers=1)
     for place, result in enumerate(results):
         assert isinstance(result, Checked)
-        if place in (0, 64):
+        if place in (0, 128):
             time.sleep(1)
 
 
 def test_workers_are_gone_when_the_results_are_not_wanted_any_more() -> None:
     others = set(psutil.Process().children())  # which fixtures of a session have started
-    sound = [Task(name="a", entry=CrashingOnce("/", jpeg(1)))] * 64
-    stuck = [Task(name="b", entry=Hanging())] * 200
+    sound = [Task(name="a", entry=CrashingOnce("/", jpeg(1)))] * 128
+    stuck = [Task(name="b", entry=Hanging())] * 400
     results = check_in_order(
         sound + stuck, options=options(seconds=0), context_length=77, workers=2
     )

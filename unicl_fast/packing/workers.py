@@ -69,7 +69,7 @@ _PIPE_BYTES = 1 << 16
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_IMAGES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
-_CHUNK_ITEMS = 64
+_CHUNK_ITEMS = 128
 _CHUNK_BYTES = 4_000_000
 _ANSWER_BYTES = 1_000_000
 """Answers wait for others in the worker until their images are this large together."""
