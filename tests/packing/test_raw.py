@@ -127,7 +127,7 @@ def test_chunks_are_as_small_as_answers_are_large() -> None:
     entry = CrashingOnce("/", b"")
     options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
     for answer_bytes, longest in ((3072, 128), (150_000, 27), (4_000_000, 1), (10**9, 1)):
-        tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(100))
+        tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(200))
         assert max(map(len, make_chunks(tasks, options))) == longest
     files = (Task(name="", entry=CrashingOnce("/", b"", num_bytes=100_000)) for _ in range(50))
     assert max(map(len, make_chunks(files, dataclasses.replace(options, format="png")))) == 5

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from unicl_fast.packing.sources.items import Problem
@@ -41,63 +40,43 @@ class LimitedProcess:
     def __init__(
         self, serve: Callable[..., None], *arguments: Any, descriptors: Sequence[int] = ()
     ) -> None:
-        """Starts `serve(connection, *arguments)` in a process that inherits `descriptors`."""
-        self._begins_with = serve, arguments
-        self._descriptors = descriptors
-        self._unread: list[bytes | memoryview] = []
-        """Messages that were sent before the process was ready."""
-        self._is_ready = False
-        self._num_starts = 0
-        self._start()
+        """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
 
-    def _start(self) -> None:
-        self._num_starts += 1
+        The process inherits `descriptors`. Raises RuntimeError if it cannot be started, which is
+        the fault of nothing that it would read.
+        """
+        for _ in range(_STARTS):
+            code = self._start(serve, arguments, descriptors)
+            if code == 0:
+                return
+            if code > 0:  # it has ended by itself, and would again
+                break
+        raise RuntimeError(
+            f"a worker process could not start (exit code {code}): see above if it said why, and "
+            "whether memory is free"
+        )
+
+    def _start(
+        self, serve: Callable[..., None], arguments: Sequence[Any], descriptors: Sequence[int]
+    ) -> int:
+        """Returns 0 when the process has called `enter`, else the exit code that it ended with."""
         self.connection, theirs = multiprocessing.Pipe()
         program = _PROGRAM.format(path=sys.path, module=__name__, descriptor=theirs.fileno())
         with theirs:  # only the process holds it from then on: its end is the end of the pipe
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *self._descriptors],
+                pass_fds=[theirs.fileno(), *descriptors],
             )
-        with contextlib.suppress(OSError):  # it has ended, which `receive` will notice
-            self.connection.send(self._begins_with)
-            for message in self._unread:
-                self.connection.send_bytes(message)
-
-    def send(self, message: bytes | memoryview) -> None:
-        """Sends what was pickled. It may wait for the process to read, but not for it to start."""
-        if not self._is_ready:
-            self._unread.append(message)
-        with contextlib.suppress(OSError):  # it has ended, which `receive` will notice
-            self.connection.send_bytes(message)
-
-    def receive(self) -> Any:
-        """Returns the next answer; None if the process is now ready, or was started again.
-
-        Raises EOFError when it has ended, see `reap`; RuntimeError if it cannot be started, which
-        is the fault of nothing that it would read.
-        """
         try:
-            answer = self.connection.recv()
+            self.connection.send((serve, arguments))
+            self.connection.recv()
         except (EOFError, OSError):
-            if self._is_ready:
-                raise EOFError from None
-            # it may have ended with 0, and is not ready
-            code = self.reap() or os.EX_SOFTWARE
-            if code > 0 or self._num_starts == _STARTS:  # one that ends by itself would again
-                raise RuntimeError(
-                    f"a worker process could not start (exit code {code}): what stands above may "
-                    "say why; see also if memory is free"
-                ) from None
-            return self._start()
-        if self._is_ready:
-            return answer
-        self._is_ready, self._unread = True, []
-        return None
+            return self.reap() or os.EX_SOFTWARE  # it may have ended with 0, and is not ready
+        return 0
 
     def kill(self) -> None:
-        """Ends the process at once."""
+        """Ends the process at once; a thread that waits for its answer gets an `EOFError`."""
         self._process.kill()
 
     def reap(self) -> int:
@@ -166,12 +145,10 @@ def run_limited(
         process = LimitedProcess(_serve, function, memory_bytes)
         try:
             while left:
-                process.send(ForkingPickler.dumps(left.pop(0)))
                 try:
-                    while (answer := process.receive()) is None:
-                        pass
-                    failed, result = answer
-                except EOFError:
+                    process.connection.send(left.pop(0))
+                    failed, result = process.connection.recv()
+                except (EOFError, OSError):
                     limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
                     yield describe_death(process.reap(), too_large=limit)
                     break

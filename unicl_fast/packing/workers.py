@@ -21,12 +21,12 @@ import gc
 import math
 import mmap
 import os
+import queue
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ from unicl_fast.packing.limited_processes import (
     LimitedProcess,
     describe_death,
     enter,
+    in_order,
 )
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
@@ -63,9 +64,6 @@ WebP and JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg
 6."""
 CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
-_CHUNKS_OF_WORKER = 2
-_PIPE_BYTES = 1 << 16
-"""Half of what a pipe takes at least."""
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_IMAGES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
@@ -178,38 +176,33 @@ def check_in_order(
     at a time. A single worker is a process too: an image that crashes a decoder must not take this
     program's files with it.
     """
-    started = [
-        ImageWorker(options, context_length=context_length)
-        for _ in range(workers or usable_cores())
-    ]
-    under_way: deque[_Chunk] = deque()
-    most = CHUNKS_AHEAD * len(started)
+    workers = workers or usable_cores()
+    started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]
+    idle: queue.LifoQueue[ImageWorker] = queue.LifoQueue()  # those that have a process come first
+    for worker in started:
+        idle.put(worker)
+
+    def check(chunk: list[Task]) -> list[Checked | Problem]:
+        worker = idle.get()
+        try:
+            return worker.check(chunk)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
     try:
-        for chunk in map(_Chunk, make_chunks(tasks, options)):
-            worker = min(started, key=ImageWorker.load)
-            while worker.num_chunks == _CHUNKS_OF_WORKER or len(under_way) == most:
-                _receive(started)
-                while under_way and under_way[0].num_left == 0:
-                    yield from under_way.popleft().results()
-                worker = min(started, key=ImageWorker.load)
-            worker.take(chunk)
-            under_way.append(chunk)
-        while under_way:
-            while under_way[0].num_left:
-                _receive(started)
-            yield from under_way.popleft().results()
+        for results in in_order(
+            lambda chunk: threads.submit(check, chunk),
+            make_chunks(tasks, options),
+            ahead=workers * CHUNKS_AHEAD,
+        ):
+            yield from results
     finally:
         for worker in started:
             worker.kill()
-
-
-def _receive(workers: Sequence[ImageWorker]) -> None:
-    """Waits for answers, and takes those that have come."""
-    asked: dict[Any, ImageWorker] = {
-        worker.connection: worker for worker in workers if worker.num_chunks
-    }
-    for connection in wait(list(asked)):
-        asked[connection].receive()
+        threads.shutdown(wait=True, cancel_futures=True)
+        for worker in started:
+            worker.reap()
 
 
 def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
@@ -227,37 +220,6 @@ def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[T
         yield chunk
 
 
-class _Chunk:
-    """Tasks whose results are handed out together."""
-
-    def __init__(self, tasks: list[Task]) -> None:
-        self.tasks = tasks
-        self.num_left = len(tasks)
-        """Tasks without a result."""
-        self._results: list[Checked | Problem | None] = [None] * len(tasks)
-
-    def put(self, start: int, results: Sequence[Checked | Problem]) -> None:
-        """Sets the results of the tasks from number `start` on, which have none yet."""
-        self._results[start : start + len(results)] = results
-        self.num_left -= len(results)
-
-    def results(self) -> Iterator[Checked | Problem]:
-        """The results, in the order of the tasks, once none is left."""
-        return (result for result in self._results if result is not None)
-
-
-@dataclass(slots=True)
-class _Request:
-    """Tasks of a chunk that are sent to a process together."""
-
-    chunk: _Chunk
-    start: int
-    stop: int
-    is_second: bool = False
-    """Whether a process has died of its only task before."""
-    num_answers: int = 0
-
-
 class ImageWorker:
     """A process that checks images, started when it is needed and again after a death."""
 
@@ -267,115 +229,68 @@ class ImageWorker:
         self._counter = open(os.memfd_create("unicl-pack"), "r+b")  # noqa: SIM115
         self._counter.truncate(8)
         self._num_finished = _shared_count(self._counter.fileno())
-        """Images that the process has finished since it was started."""
-        self._num_answered = 0
-        """Images of requests that it has answered in full."""
         self._process: LimitedProcess | None = None
-        self._waiting: deque[_Request] = deque()
-        self._sent: deque[_Request] = deque()
-
-    def load(self) -> tuple[int, bool]:
-        """Orders workers: who has least to do, and a process, comes first."""
-        return self.num_chunks, self._process is None
-
-    @property
-    def num_chunks(self) -> int:
-        """How many chunks it has not finished."""
-        return len({id(request.chunk) for request in (*self._sent, *self._waiting)})
-
-    @property
-    def connection(self) -> Connection:
-        """Readable when `receive` has something to receive."""
-        assert self._process is not None
-        return self._process.connection
+        self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
         """Returns one result for each task, even if the process dies."""
-        chunk = _Chunk(tasks)
-        self.take(chunk)
-        while chunk.num_left:
-            self.receive()
-        return list(chunk.results())
-
-    def take(self, chunk: _Chunk) -> None:
-        """Has one more chunk checked; `receive` puts the results there."""
-        self._waiting.append(_Request(chunk, 0, len(chunk.tasks)))
-        self._send()
-
-    def receive(self) -> None:
-        """Takes the next message of the process, or its end."""
-        assert self._process is not None
-        try:
-            answers = self._process.receive()
-        except EOFError:
-            self._mourn(self._process.reap())
-            return
-        if answers is None:
-            return
-        request = self._sent[0]
-        request.chunk.put(request.start + request.num_answers, list(map(_unpack, answers)))
-        request.num_answers += len(answers)
-        if request.num_answers == request.stop - request.start:
-            self._sent.popleft()
-            self._num_answered += request.num_answers
-            self._send()
+        results: list[Checked | Problem] = []
+        while len(results) < len(tasks):
+            left = tasks[len(results) :]
+            answers, death = self._ask(left)
+            results += answers
+            if death is not None:
+                bad = self._num_finished[0]  # the task that the process died of
+                # It may have died of something else: a neighbour's leak, a signal from outside, or
+                # a clock that ran on while the whole job was stopped (Ctrl-Z).
+                second, death = self._ask(left[bad : bad + 1])
+                # Answers of the tasks between died with the process; nothing is wrong with them.
+                results += self.check(left[len(answers) : bad])
+                results += second if death is None else [death]
+        return results
 
     def kill(self) -> None:
-        """Ends the process for good."""
+        """Ends the process for good; a thread that waits for it gives up its chunk."""
+        self._closed = True
         if self._process is not None:
             self._process.kill()
+
+    def reap(self) -> None:
+        """Collects what is left of the process, after `kill` and when no thread asks any more."""
+        if self._process is not None:
             self._process.reap()
         self._counter.close()
 
-    def _send(self) -> None:
-        """Sends requests until one waits in the pipe while another is worked on.
-
-        The second one must fit into the pipe: while this process waits to send, it receives
-        nothing, and the other may wait for that.
-        """
-        while self._waiting and len(self._sent) < _CHUNKS_OF_WORKER:
-            request = self._waiting[0]
-            tasks = request.chunk.tasks[request.start : request.stop]
-            message = ForkingPickler.dumps([_spell(task) for task in tasks])
-            if self._sent and len(message) > _PIPE_BYTES:
-                break
-            if self._process is None:
-                counter = self._counter.fileno()
-                self._num_finished[0] = self._num_answered = 0
-                self._process = LimitedProcess(
-                    _serve, self._options, self._context_length, counter, descriptors=[counter]
-                )
-            self._process.send(message)
-            self._sent.append(self._waiting.popleft())
-
-    def _mourn(self, code: int) -> None:
-        """Divides the request that the process died of, and asks a fresh one.
-
-        The process may have died of something else: a neighbour's leak, a signal from outside, or a
-        clock that ran on while the whole job was stopped (Ctrl-Z). Nothing is wrong with images
-        whose answers died with it.
-        """
-        request, *others = self._sent
-        bad = request.start + self._num_finished[0] - self._num_answered
-        unanswered, stop = request.start + request.num_answers, request.stop
-        parts = [
-            _Request(request.chunk, bad, min(bad + 1, stop), is_second=True),
-            _Request(request.chunk, unanswered, bad),
-            _Request(request.chunk, bad + 1, stop),
-        ]
-        if request.is_second:
-            request.chunk.put(request.start, [self._describe_death(code)])
-            parts = []
-        parts = [part for part in parts if part.start < part.stop]
-        self._waiting.extendleft(reversed([*parts, *others]))
-        self._sent.clear()
-        self._process = None
-        self._send()
-
-    def _describe_death(self, code: int) -> Problem:
+    def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
+        """Returns the results that came, and how the process ended if it did."""
+        results: list[Checked | Problem] = []
+        self._num_finished[0] = 0
+        process = self._running()
+        try:
+            process.connection.send([_spell(task) for task in tasks])
+            while len(results) < len(tasks):
+                results += map(_unpack, process.connection.recv())
+            return results, None
+        except (EOFError, OSError):
+            self._process = None
+            code = process.reap()
+        if self._closed:
+            raise RuntimeError("the build is over")  # nobody waits for this chunk any more
         if code == -signal.SIGALRM:
-            return Problem("too slow", f"not done after {self._options.seconds:g} seconds")
-        return describe_death(code, too_large="takes more memory than its number of pixels should")
+            message = f"not done after {self._options.seconds:g} seconds"
+            return results, Problem("too slow", message)
+        too_large = "takes more memory than its number of pixels should"
+        return results, describe_death(code, too_large=too_large)
+
+    def _running(self) -> LimitedProcess:
+        if self._process is None:
+            counter = self._counter.fileno()
+            self._process = LimitedProcess(
+                _serve, self._options, self._context_length, counter, descriptors=[counter]
+            )
+            if self._closed:  # while it was started
+                self._process.kill()
+        return self._process
 
 
 def _shared_count(descriptor: int) -> memoryview:
