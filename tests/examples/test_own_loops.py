@@ -99,6 +99,47 @@ def test_a_loop_of_another_library_resumes_and_has_the_losses_of_the_trainer(
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.dali
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_torchtitan_s_checkpoints_resume_our_loader(packed: Path, tmp_path: Path) -> None:
+    """By the calls of its trainer, which itself runs on a GPU only."""
+    checkpoint = pytest.importorskip("torchtitan.components.checkpoint")
+    base = pytest.importorskip("torchtitan.components.dataloader").BaseDataLoader
+    loaders, managers = [], []
+    for _ in range(2):
+        settings = example("torchtitan_loader").UniclDataLoader.Config(
+            dataset_path=str(packed), preset="digits-small", steps=20
+        )
+        kept = {"tokenizer": None, "seq_len": 77, "snapshot_every_n_steps": 3}
+        loaders.append(settings.build(dp_world_size=1, dp_rank=0, local_batch_size=8, **kept))
+        assert isinstance(loaders[-1], base)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters())
+        managers.append(
+            checkpoint.CheckpointManager.Config(enable=True, interval=3, keep_latest_k=0).build(
+                dataloader=loaders[-1],
+                model_parts=[model],
+                optimizers=optimizer,
+                lr_schedulers=torch.optim.lr_scheduler.ConstantLR(optimizer),
+                states={},
+                sd_adapter=None,
+                base_folder=str(tmp_path),
+            )
+        )
+    batches = iter(loaders[0])
+    saved = [bool(next(batches)) and managers[0].save(step) for step in (1, 2, 3)]
+    assert saved == [False, False, True]
+    assert managers[1].load()
+    for (inputs, ids), (again, ids_again) in itertools.islice(
+        zip(batches, loaders[1], strict=False), 4
+    ):
+        assert inputs["batch"].step == again["batch"].step >= 3
+        assert torch.equal(inputs["input"], again["input"])
+        assert torch.equal(ids, ids_again)
+    for loader in loaders:
+        loader.loader.close()
+
+
 def test_a_torch_data_set_has_a_text_for_each_image(packed: Path) -> None:
     def square(image: Any) -> Any:
         return image.resize((32, 32))

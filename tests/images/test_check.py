@@ -478,6 +478,15 @@ def test_too_many_scans_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_image(jpeg(progressive=True))
 
 
+def test_more_scans_than_a_baseline_file_can_have_are_refused_by_the_decoder() -> None:
+    """So they need not be counted, which takes longer than all other checks of its bytes."""
+    plain = jpeg()
+    scan = plain[plain.index(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="expect more than one scan") as caught:
+        check_image(plain[:-2] + 600 * scan + plain[-2:])
+    assert caught.value.kind == "damaged"
+
+
 def test_resize_shrinks_the_short_side_and_never_enlarges() -> None:
     big = saved(photo(300, 450), format="JPEG")
     small = check_image(big, short_side=100, quality=85)

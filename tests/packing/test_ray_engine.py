@@ -167,4 +167,4 @@ def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -
     assert {n: problem.kind for n, problem in problems.items()} == {70: "crash", 150: "failed"}
     checked = [result for result in results if isinstance(result, Checked)]
     assert len(checked) == 198
-    assert {result.image.data for result in checked} == {jpeg(3)}
+    assert {result.data for result in checked} == {jpeg(3)}

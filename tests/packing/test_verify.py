@@ -6,7 +6,6 @@ import csv
 import functools
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import simplejpeg
 from damage import mend_checksums
@@ -218,7 +218,7 @@ def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
 
 @pytest.mark.dist
 def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> None:
-    others = multiprocessing.active_children()  # which fixtures of a session have started
+    others = psutil.Process().children()  # which fixtures of a session have started
     sound = jpeg(2)
     cut = sound[:-50] + b"\xff\xd9"
     tokens = TOKENIZER.encode(["A cat!", "the number 9"])
@@ -245,7 +245,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
     assert "would have encoded it anew" in found[4][1]
     assert found[8][1] == "its bytes are those of a .jpg, not of a .webp"
-    assert set(multiprocessing.active_children()) <= set(others)
+    assert set(psutil.Process().children()) <= set(others)
     quick = {fault.sample for fault in faults_of(out)}
     assert quick == {5, 6, 7}
 

@@ -7,6 +7,7 @@ written depend on the samples and their order only.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -83,6 +84,7 @@ _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
 _PLACE_ROW = struct.Struct("<IQI")
 _FILE_ROW = struct.Struct("<QHQQ")
+_labels_row = functools.lru_cache(lambda count: struct.Struct(f"<{count}i"))
 _quote = json.encoder.encode_basestring_ascii
 
 
@@ -222,7 +224,7 @@ class DatasetWriter:
             captions.append(_CAPTION_ROW.pack(tokens.length, len(ids)))
             tokens.append(ids.astype("<u2").tobytes())
         if sample.labels:
-            labels.append(struct.pack(f"<{len(sample.labels)}i", *sample.labels))
+            labels.append(_labels_row(len(sample.labels)).pack(*sample.labels))
         if self._is_in_place:
             self._add_place(sample.place)
         self.num_samples += 1
@@ -365,7 +367,7 @@ class DatasetWriter:
         for file in (self._shard, *self._files().values()):
             if file is not None:
                 with contextlib.suppress(OSError):  # a full disk, whose error has come before
-                    file.file.close()
+                    file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:

@@ -7,6 +7,7 @@ refused. docs/data-format.md lists the conversions. (ITU-T T.81, annex B; Exif 2
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def check_image(
     """
     if not data:
         raise ImageError("empty", "the file is empty")
-    target = _Target(short_side=short_side, square_side=square_side)
+    target = _target_of(short_side, square_side)
     decoded = _decode(data, target, max_pixels=max_pixels, kept=_KEPT[format])
     if isinstance(decoded, CheckedImage):
         return decoded
@@ -158,7 +159,7 @@ def check_image(
     )
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Target:
     """The size that an image is scaled to."""
 
@@ -190,6 +191,9 @@ class _Target:
         return scaled if scaled.ndim == 3 else scaled[..., None]
 
 
+_target_of = functools.cache(_Target)
+
+
 def _decode(
     data: bytes, target: _Target, *, max_pixels: int, kept: frozenset[str]
 ) -> CheckedImage | Pixels:
@@ -217,7 +221,8 @@ def _decode_any_jpeg(
     header = read_jpeg_header(data)
     height, width = header.height, header.width
     check_size(height, width, max_pixels)
-    if data.count(b"\xff\xda") > MAX_SCANS:
+    # in a file of one scan libjpeg refuses a second one
+    if not header.is_one_scan and data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
     decoded: CheckedImage | Pixels
     if keep and header.is_plain and not target.needs_resize(height, width):
@@ -237,13 +242,20 @@ def _check_jpeg_data(data: bytes) -> None:
     """Decodes a JPEG for its warnings only."""
     # At an eighth of the size and without colour libjpeg still reads every code of every component,
     # where all its warnings arise, and skips transforms that cannot fail: 1.4 times as fast.
-    _decode_jpeg(data, colorspace="GRAY", min_height=1, min_width=1, fastdct=True)
+    _decode_jpeg(data, "GRAY", fastdct=True, min_side=1)
 
 
-def _decode_jpeg(data: bytes, **options: object) -> Pixels:
-    """libjpeg-turbo with warnings taken as errors: a cut or damaged JPEG gives no grey tail."""
+def _decode_jpeg(
+    data: bytes, colorspace: str, *, fastdct: bool = False, min_side: int = 0
+) -> Pixels:
+    """libjpeg-turbo with warnings taken as errors: a cut or damaged JPEG gives no grey tail.
+
+    With `min_side` it is scaled down to the smallest size whose sides have as many pixels.
+    """
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, strict=True, **options)
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data, colorspace, fastdct, False, min_side, min_side, strict=True
+        )
     except MemoryError as error:
         raise ImageError("too large", "libjpeg: not enough memory") from error
     except (ValueError, RuntimeError, OverflowError) as error:
@@ -254,9 +266,9 @@ def _decode_jpeg(data: bytes, **options: object) -> Pixels:
 def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     """Decodes any JPEG that is read without warnings, turned the right way up."""
     if header.num_components == 4:
-        _decode_jpeg(data, colorspace="CMYK", min_height=1, min_width=1)
+        _decode_jpeg(data, "CMYK", min_side=1)
         return pixels_of(open_image(data))  # Pillow knows which CMYK files are stored inverted
-    pixels = _decode_jpeg(data, colorspace="GRAY" if header.num_components == 1 else "RGB")
+    pixels = _decode_jpeg(data, "GRAY" if header.num_components == 1 else "RGB")
     return turn_upright(pixels, header.orientation)
 
 

@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -28,40 +29,47 @@ OUT_OF_MEMORY = 77
 _STARTS = 3
 """Times to start a process that is killed from outside, by the OOM killer say, as it starts."""
 
-# Starting and reaping children is not safe in several threads at once (multiprocessing polls all
-# children of the process whenever one is started).
-_children_lock = threading.Lock()
+# multiprocessing's spawn would run the user's main module in each process once more, which takes as
+# long as all else that one imports, and start another process that tracks its resources.
+_PROGRAM = "import sys; sys.path[:] = {path}; from {module} import begin; begin({descriptor})"
 
 
 class LimitedProcess:
     """The main process's end of a process that may die of what it reads."""
 
-    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+    def __init__(
+        self, serve: Callable[..., None], *arguments: Any, descriptors: Sequence[int] = ()
+    ) -> None:
         """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
 
-        Raises RuntimeError if it cannot be started, which is the fault of nothing that it would
-        read.
+        The process inherits `descriptors`. Raises RuntimeError if it cannot be started, which is
+        the fault of nothing that it would read.
         """
         for _ in range(_STARTS):
-            code = self._start(serve, arguments)
+            code = self._start(serve, arguments, descriptors)
             if code == 0:
                 return
             if code > 0:  # it has ended by itself, and would again
                 break
         raise RuntimeError(
-            f"a worker process could not start (exit code {code}); if this is a script of yours, "
-            'guard its main part by if __name__ == "__main__":, and see if memory is free'
+            f"a worker process could not start (exit code {code}): see above if it said why, and "
+            "whether memory is free"
         )
 
-    def _start(self, serve: Callable[..., None], arguments: Sequence[Any]) -> int:
+    def _start(
+        self, serve: Callable[..., None], arguments: Sequence[Any], descriptors: Sequence[int]
+    ) -> int:
         """Returns 0 when the process has called `enter`, else the exit code that it ended with."""
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
-        with _children_lock:
-            self._process.start()
-        theirs.close()  # only the process holds it now: its end is the end of the pipe
+        self.connection, theirs = multiprocessing.Pipe()
+        program = _PROGRAM.format(path=sys.path, module=__name__, descriptor=theirs.fileno())
+        with theirs:  # only the process holds it from then on: its end is the end of the pipe
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), *descriptors],
+            )
         try:
+            self.connection.send((serve, arguments))
             self.connection.recv()
         except (EOFError, OSError):
             return self.reap() or os.EX_SOFTWARE  # it may have ended with 0, and is not ready
@@ -74,9 +82,14 @@ class LimitedProcess:
     def reap(self) -> int:
         """Waits for the end of the process; returns its exit code."""
         self.connection.close()
-        with _children_lock:
-            self._process.join()
-        return self._process.exitcode or 0
+        return self._process.wait()
+
+
+def begin(descriptor: int) -> None:
+    """Runs the function that comes first through the pipe; the process does nothing else."""
+    connection = Connection(descriptor)
+    serve, arguments = connection.recv()
+    serve(connection, *arguments)
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:

@@ -326,7 +326,7 @@ class _SampleChecks:
 
     def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
         """Compares a strictly decoded image with its row and its member's name."""
-        row, image = self._dataset.samples[index], checked.image
+        row, image = self._dataset.samples[index], checked
         if image.reencoded:
             message = (
                 "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "

@@ -17,10 +17,9 @@ tried once more in a fresh process, and left out if it ends that one too.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
+import gc
 import math
-import multiprocessing
+import mmap
 import os
 import queue
 import signal
@@ -28,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +52,7 @@ from unicl_fast.packing.sources.entries import (
     Entry,
     EntryError,
     PackedFile,
-    fields_of,
+    fields_getter,
 )
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.system.machine import usable_cores
@@ -68,7 +67,7 @@ CHUNKS_AHEAD = 3
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_IMAGES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
-_CHUNK_ITEMS = 64
+_CHUNK_ITEMS = 128
 _CHUNK_BYTES = 4_000_000
 _ANSWER_BYTES = 1_000_000
 """Answers wait for others in the worker until their images are this large together."""
@@ -78,7 +77,7 @@ _GROWTH = {"png": 8, "ppm": 16}
 """A photograph of such a format takes up to this many times the bytes of its JPEG."""
 
 
-@dataclass(kw_only=True, slots=True)  # not frozen, as `Checked`: that takes three times as long
+@dataclass(slots=True)  # not frozen, which takes three times as long to make
 class Task:
     """One sample to check; `name` is for messages."""
 
@@ -91,11 +90,15 @@ class Task:
     """Most bytes of the checked image, where that is more than its file."""
 
 
-@dataclass(kw_only=True, slots=True)
-class Checked:
-    """A sound image, and the tokens of its captions."""
+class Checked(NamedTuple):
+    """A sound image, as `CheckedImage` has it, and the tokens of its captions."""
 
-    image: CheckedImage
+    data: bytes
+    """Empty where it is not wanted."""
+    extension: str
+    height: int
+    width: int
+    reencoded: bool
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
 
@@ -147,7 +150,7 @@ class OneSize:
         (height, width), _ = self._notes["first_image"]
         return height, width
 
-    def require(self, image: CheckedImage, name: str) -> None:
+    def require(self, image: Checked, name: str) -> None:
         """Refuses an image of another size than the first one."""
         if self.size is None:
             self._notes["first_image"] = (image.height, image.width), name
@@ -169,9 +172,9 @@ def check_in_order(
 ) -> Iterator[Checked | Problem]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
-    `workers` is the number of processes, spawned as `build_dataset` says; 0 takes one for each
-    core. Only a few chunks are under way at a time. A single worker is a process too: an image that
-    crashes a decoder must not take this program's files with it.
+    `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under way
+    at a time. A single worker is a process too: an image that crashes a decoder must not take this
+    program's files with it.
     """
     workers = workers or usable_cores()
     started = [ImageWorker(options, context_length=context_length) for _ in range(workers)]
@@ -223,7 +226,9 @@ class ImageWorker:
     def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         self._options = options
         self._context_length = context_length
-        self._num_finished: Any = multiprocessing.get_context("spawn").RawValue(ctypes.c_int64)
+        self._counter = open(os.memfd_create("unicl-pack"), "r+b")  # noqa: SIM115
+        self._counter.truncate(8)
+        self._num_finished = _shared_count(self._counter.fileno())
         self._process: LimitedProcess | None = None
         self._closed = False
 
@@ -235,7 +240,7 @@ class ImageWorker:
             answers, death = self._ask(left)
             results += answers
             if death is not None:
-                bad = self._num_finished.value  # the task that the process died of
+                bad = self._num_finished[0]  # the task that the process died of
                 # It may have died of something else: a neighbour's leak, a signal from outside, or
                 # a clock that ran on while the whole job was stopped (Ctrl-Z).
                 second, death = self._ask(left[bad : bad + 1])
@@ -254,11 +259,12 @@ class ImageWorker:
         """Collects what is left of the process, after `kill` and when no thread asks any more."""
         if self._process is not None:
             self._process.reap()
+        self._counter.close()
 
     def _ask(self, tasks: Sequence[Task]) -> tuple[list[Checked | Problem], Problem | None]:
         """Returns the results that came, and how the process ended if it did."""
         results: list[Checked | Problem] = []
-        self._num_finished.value = 0
+        self._num_finished[0] = 0
         process = self._running()
         try:
             process.connection.send([_spell(task) for task in tasks])
@@ -278,12 +284,18 @@ class ImageWorker:
 
     def _running(self) -> LimitedProcess:
         if self._process is None:
+            counter = self._counter.fileno()
             self._process = LimitedProcess(
-                _serve, self._options, self._context_length, self._num_finished
+                _serve, self._options, self._context_length, counter, descriptors=[counter]
             )
             if self._closed:  # while it was started
                 self._process.kill()
         return self._process
+
+
+def _shared_count(descriptor: int) -> memoryview:
+    """A number in the memory of a file, which several processes see; its only item."""
+    return memoryview(mmap.mmap(descriptor, 8)).cast("q")
 
 
 # Tasks and results travel as plain values: pickling the classes takes as long as decoding.
@@ -291,59 +303,54 @@ class ImageWorker:
 
 def _spell(task: Task) -> tuple[Any, ...]:
     """A task as plain values, without what a worker does not need."""
-    return type(task.entry), fields_of(task.entry), task.captions, task.size
-
-
-def _read_task(spelled: tuple[Any, ...]) -> Task:
-    """Makes a task again of what `_spell` made of it."""
-    kind, fields, captions, size = spelled
-    return Task(name="", entry=kind(*fields), captions=captions, size=size)
+    kind = type(task.entry)
+    return kind, fields_getter(kind)(task.entry), task.captions, task.size
 
 
 def _pack(result: Checked | Problem) -> tuple[Any, ...]:
     """A result as plain values."""
     if isinstance(result, Problem):
         return result.kind, result.message
-    image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
-    properties = image.extension, image.height, image.width, image.reencoded
-    return (image.data, *properties, result.xxh3, tokens)
+    if result.tokens:
+        return (*result[:-1], [ids.tobytes() for ids in result.tokens])
+    return tuple(result)
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
         return Problem(*answer)
-    data, extension, height, width, reencoded, xxh3, tokens = answer
-    image = CheckedImage(
-        data=data, extension=extension, height=height, width=width, reencoded=reencoded
-    )
-    ids = [np.frombuffer(each, np.uint16) for each in tokens]
-    return Checked(image=image, xxh3=xxh3, tokens=ids)
+    result = Checked._make(answer)
+    if result.tokens:
+        ids = [np.frombuffer(each, np.uint16) for each in answer[-1]]
+        return result._replace(tokens=ids)
+    return result
 
 
 # From here on: what runs inside the process.
 
 
 def _serve(
-    connection: Connection, options: ImageOptions, context_length: int, num_finished: Any
+    connection: Connection, options: ImageOptions, context_length: int, counter: int
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, options.memory_bytes)
-    checker = ImageChecker(options, context_length)
+    checker, num_finished = ImageChecker(options, context_length), _shared_count(counter)
+    gc.freeze()  # what was imported need not be looked at again
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             answers: list[tuple[Any, ...]] = []
             num_bytes = 0
-            tasks = [_read_task(spelled) for spelled in connection.recv()]
-            for task in tasks:
-                checker.prepare(task)
-            for task in tasks:
+            tasks = connection.recv()
+            if any(captions for *_, captions, _ in tasks):
+                checker.load_tokenizer()
+            for kind, fields, captions, size in tasks:
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = checker.check(task)
+                result = checker.check(kind(*fields), captions, size)
                 answers.append(_pack(result))
-                num_finished.value += 1
-                num_bytes += len(result.image.data) if isinstance(result, Checked) else 0
+                num_finished[0] += 1
+                num_bytes += len(result.data) if isinstance(result, Checked) else 0
                 if num_bytes >= _ANSWER_BYTES:
                     signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
                     connection.send(answers)
@@ -361,15 +368,17 @@ class ImageChecker:
         self._context_length = context_length
         self._tokenizer: Tokenizer | None = None
 
-    def prepare(self, task: Task) -> None:
-        """Does what is not to be counted as the sample's time."""
-        if task.captions and self._tokenizer is None:  # data sets of labels need none
+    def load_tokenizer(self) -> None:
+        """Loads what captions take, which is not to be counted as the time of a sample."""
+        if self._tokenizer is None:  # data sets of labels need none
             self._tokenizer = Tokenizer(self._context_length)
 
-    def check(self, task: Task) -> Checked | Problem:
+    def check(
+        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
+    ) -> Checked | Problem:
         """Returns the image and its tokens, or what is wrong with them; raises nothing."""
         try:
-            return self._check(task)
+            return self._check(entry, captions, size)
         except (EntryError, ImageError) as error:
             if isinstance(error.__cause__, MemoryError):
                 os._exit(OUT_OF_MEMORY)
@@ -379,24 +388,27 @@ class ImageChecker:
         except Exception as error:  # a fault of ours or of a library must cost one sample only
             return Problem("failed", f"{type(error).__name__}: {error}")
 
-    def _check(self, task: Task) -> Checked | Problem:
-        image = self._check_image(task.entry)
-        if task.size is not None and (image.height, image.width) != task.size:
-            image = dataclasses.replace(image, data=b"")
+    def _check(
+        self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
+    ) -> Checked | Problem:
+        options, image = self._options, self._check_image(entry)
+        data, height, width = image.data, image.height, image.width
+        if size is not None and (height, width) != size:
+            data = b""
         tokens: list[npt.NDArray[np.uint16]] = []
-        if task.captions:
+        if captions:
             assert self._tokenizer is not None
             try:
-                tokens = self._tokenizer.encode(list(task.captions))
+                tokens = self._tokenizer.encode(list(captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem("bad caption", f"cannot be tokenised: {error}")
-        if self._options.in_place and isinstance(task.entry, PackedFile) and not image.reencoded:
-            xxh3 = task.entry.xxh3
+        if options.in_place and isinstance(entry, PackedFile) and not image.reencoded:
+            xxh3 = entry.xxh3
         else:
-            xxh3 = xxhash.xxh3_64_intdigest(image.data)
-        if not self._options.return_images or (self._options.in_place and not image.reencoded):
-            image = dataclasses.replace(image, data=b"")
-        return Checked(image=image, xxh3=xxh3, tokens=tokens)
+            xxh3 = xxhash.xxh3_64_intdigest(data)
+        if not options.return_images or (options.in_place and not image.reencoded):
+            data = b""
+        return Checked(data, image.extension, height, width, image.reencoded, xxh3, tokens)
 
     def _check_image(self, entry: Entry) -> CheckedImage:
         options = self._options

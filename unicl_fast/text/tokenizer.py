@@ -55,7 +55,8 @@ class Tokenizer:
                 f"context_length must hold at least the start and end tokens, not {context_length}"
             )
         self.context_length = context_length
-        self._bpe, vocabulary, self.vocabulary_hash = _load_encoding()
+        self._bpe, vocabulary = _load_encoding()
+        self.vocabulary_hash = vocabulary_hash()
         self.vocab_size = len(vocabulary)
         self.start_id = vocabulary[_START]
         self.end_id = vocabulary[_END]
@@ -166,13 +167,20 @@ def _clean(text: str) -> str:
 
 def read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary, token -> id in their order, and its merges in order of rank."""
-    merges = _read_merges()
+    pairs = map(str.split, _read_pairs())
+    merges = [(left, right) for left, right in pairs]
     return _build_vocabulary(merges), merges
 
 
+@functools.cache
+def vocabulary_hash() -> str:
+    """`Tokenizer.vocabulary_hash`, without what it takes to make a tokenizer."""
+    return hashlib.sha256("\n".join(_read_pairs()).encode()).hexdigest()
+
+
 @functools.cache  # it takes a tenth of a second
-def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int], str]:
-    """CLIP's byte-pair encoding, its vocabulary, and the hash of its merges."""
+def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+    """CLIP's byte-pair encoding and its vocabulary."""
     vocabulary, merges = read_vocabulary()
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
@@ -181,23 +189,24 @@ def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int], str]:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    pairs = "\n".join(f"{left} {right}" for left, right in merges)
-    return bpe, vocabulary, hashlib.sha256(pairs.encode()).hexdigest()
+    return bpe, vocabulary
 
 
-def _read_merges() -> list[tuple[str, str]]:
-    """The pairs of CLIP's byte-pair encoding in order of rank, from open_clip's vocabulary file."""
+def _read_pairs() -> list[str]:
+    """The pairs of CLIP's byte-pair encoding in order of rank, from open_clip's vocabulary file.
+
+    Each is two tokens with a blank between them.
+    """
     path = installed_file(
         "open_clip",
         "bpe_simple_vocab_16e6.txt.gz",
         missing="the tokenizer reads its vocabulary from the package open_clip_torch; "
         "install it with: pip install open_clip_torch",
     )
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
-    pairs = [tuple(line.split()) for line in lines]
-    if len(pairs) != _NUM_MERGES or any(len(pair) != 2 for pair in pairs):
+    pairs = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
+    if len(pairs) != _NUM_MERGES or any(len(pair.split()) != 2 for pair in pairs):
         raise ValueError(f"{path} does not hold {_NUM_MERGES} pairs; reinstall open_clip_torch")
-    return [(left, right) for left, right in pairs]
+    return pairs
 
 
 def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +19,6 @@ import xxhash
 
 from unicl_fast.dataset.object_store import StorageError, is_url
 from unicl_fast.images.codec import encode_png
-from unicl_fast.packing.sources.urls import read_range
 from unicl_fast.system.untrusted_files import open_file, open_regular
 
 MAX_FILE_BYTES = 512_000_000
@@ -50,9 +51,13 @@ def field_names(kind: type[Entry]) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
 
 
-def fields_of(entry: Entry) -> tuple[Any, ...]:
-    """Returns an entry as values, of which its class makes it again."""
-    return tuple([getattr(entry, name) for name in field_names(type(entry))])
+@functools.cache
+def fields_getter(kind: type[Entry]) -> Callable[[Any], tuple[Any, ...]]:
+    """Returns what makes values of an entry of this class, of which the class makes it again."""
+    names = field_names(kind)
+    if len(names) > 1:  # with one name, or none, it is no tuple
+        return operator.attrgetter(*names)
+    return lambda entry: tuple(getattr(entry, name) for name in names)
 
 
 def check_file_size(num_bytes: int, max_bytes: int) -> None:
@@ -153,6 +158,9 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
     """Returns exactly these bytes of a regular file or object, or raises `EntryError`."""
     try:
         if is_url(path):
+            # here: it brings the manifest and the cache, which workers need for nothing else
+            from unicl_fast.packing.sources.urls import read_range
+
             data = read_range(path, offset, num_bytes)
         else:
             with open_file(path) as file:

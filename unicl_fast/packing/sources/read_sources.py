@@ -175,7 +175,8 @@ def _read_class_folders(
     for name, entry in (tree or open_tree(path)).entries():
         parts = name.split("/")
         *folders, file_name = parts
-        suffix = os.path.splitext(file_name)[1].lower()
+        _, dot, extension = file_name.rpartition(".")  # `splitext` takes a tenth of the whole loop
+        suffix = f".{extension.lower()}" if dot else ""
         if isinstance(entry, RefusedEntry):
             items.append(refused(name, entry.kind, entry.message))
         elif name[0] == "." or "/." in name or "__MACOSX" in parts:
@@ -193,7 +194,7 @@ def _read_class_folders(
         elif folders:
             tops.add(folders[0])
             classes.add(folders[-1])
-            items.append(Item(name, entry, labels=[folders[-1]]))
+            items.append(Item(name, entry, [], [folders[-1]]))
         elif spool.takes_loose:
             items.append(Item(name, entry, labels=[path.resolve().name]))
         else:

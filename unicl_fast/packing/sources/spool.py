@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import xxhash
 
-from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fields_of
+from unicl_fast.packing.sources.entries import Entry, FileEntry, field_names, fields_getter
 from unicl_fast.packing.sources.items import TOO_MANY, Item, Label, Problem, join_rows, require_text
 from unicl_fast.system.wording import count_of
 
@@ -31,7 +32,7 @@ READ_ITEMS = 256
 """Items read at once where many are read; SQLite below 3.32 takes 999 values in a statement."""
 _WRITE_ROWS = 64
 _MOST_PENDING_BYTES = 1_000_000
-_encode = json.JSONEncoder(separators=(",", ":")).encode
+_pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
 
 
 class Spool:
@@ -101,6 +102,20 @@ def stamp(path: str) -> tuple[str, int, int]:
     return path, status.st_size, status.st_mtime_ns
 
 
+def _encode(record: tuple[Any, ...]) -> bytes:
+    """A record as MessagePack, a fifth of the time of JSON; equal ones give equal bytes."""
+    try:
+        return _pack(record)
+    except (UnicodeEncodeError, OverflowError):  # a name that is no UTF-8, an integer of 65 bits
+        return _pack(json.dumps(record))
+
+
+def _decode(data: bytes) -> list[Any]:
+    record = _unpack(data)
+    found: list[Any] = json.loads(record) if isinstance(record, str) else record
+    return found
+
+
 def _open_database(folder: Path | None) -> sqlite3.Connection:
     """Opens an empty database in a file without a name, which the kernel removes with the process.
 
@@ -143,14 +158,14 @@ class ItemStore:
         """Classes of entries; a record has the index of its own."""
         rows, names = f"rows_{number}", f"names_{number}"
         self._rows = rows
-        self._pending: list[tuple[int, str]] = []
+        self._pending: list[tuple[int, bytes]] = []
         """Rows that are not in the table yet."""
         self._pending_bytes = 0
         self._insert_row = f"INSERT INTO {rows} VALUES (?, ?)"
         self._insert_name = f"INSERT INTO {names} VALUES (?, ?)"
         self._find_name = f"SELECT item FROM {names} WHERE name = ?"
         # the id of a row is (number of the item << 32) + number of the row
-        self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record TEXT)")
+        self._execute(f"CREATE TABLE {rows} (id INTEGER PRIMARY KEY, record BLOB)")
         self._digest = xxhash.xxh3_128()
         self._holders: dict[str, None] = {}
         """Files that hold images of entries which do not know its size and time."""
@@ -187,16 +202,16 @@ class ItemStore:
 
     def append(self, item: Item) -> int:
         """Adds an item; returns its number."""
-        number, kind = self._count, -1
+        number, entry, kind = self._count, item.entry, -1
         fields: tuple[Any, ...] = ()
         spelled: tuple[Any, ...] = ()
-        if item.entry is not None:
-            if type(item.entry) not in self._kinds:
-                self._kinds.append(type(item.entry))
-            kind = self._kinds.index(type(item.entry))
-            fields = spelled = fields_of(item.entry)
-            if not isinstance(item.entry, FileEntry):  # which knows its own time
-                spelled = self._spell(item.entry, fields)
+        if entry is not None:
+            if type(entry) not in self._kinds:
+                self._kinds.append(type(entry))
+            kind = self._kinds.index(type(entry))
+            fields = spelled = fields_getter(type(entry))(entry)
+            if not isinstance(entry, FileEntry):  # which knows its own time
+                spelled = self._spell(entry, fields)
         head = (item.name, item.source, kind)
         self._write(number, item, head, fields, spelled)
         self._count += 1
@@ -275,13 +290,12 @@ class ItemStore:
         """Writes a row: texts and problem of an item, and what else it is made of."""
         problem = item.problem and (item.problem.kind, item.problem.message)
         record = (number, item.captions, item.labels, problem, item.groups, *head)
-        text = _encode((*record, *fields))
-        seen = text if spelled is fields else _encode((*record, *spelled))
-        self._digest.update(seen.encode("ascii"))
+        data = _encode((*record, *fields))
+        self._digest.update(data if spelled is fields else _encode((*record, *spelled)))
         for label in item.labels:
             self._labels[label] = None
-        self._pending.append(((number << 32) + self._num_rows, text))
-        self._pending_bytes += len(text)
+        self._pending.append(((number << 32) + self._num_rows, data))
+        self._pending_bytes += len(data)
         self._num_rows += 1
         self._num_captioned += bool(item.captions)
         self._num_labelled += bool(item.labels)
@@ -292,11 +306,11 @@ class ItemStore:
         rows, self._pending, self._pending_bytes = self._pending, [], 0
         self._run(self._database.executemany, self._insert_row, rows)
 
-    def _made_of(self, rows: list[tuple[int, str]]) -> dict[int, Item]:
+    def _made_of(self, rows: list[tuple[int, bytes]]) -> dict[int, Item]:
         """Makes items of their rows, which lie in order; by number."""
         items: dict[int, Item] = {}
-        for number, text in rows:
-            _, captions, labels, problem, groups, *others = json.loads(text)
+        for number, data in rows:
+            _, captions, labels, problem, groups, *others = _decode(data)
             if problem is not None:
                 problem = Problem(*problem)
             if number not in items:
