@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.load import Weights, build_model, load_found
-from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.fitting import misfits
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.conversion.sources import (
@@ -64,7 +63,7 @@ def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
         return model
     if weights == "ema":
         raise ValueError(f"{given} has one set of weights: take weights auto")
-    _require_sizes(source, config)
+    _require_sizes(source)
     model = build_model(config)
     if source.locate is not None:
         loading = _Loading(model, source, "init", label=source.name)
@@ -82,12 +81,12 @@ def load_adapted(given: str | Path, *, weights: Weights = "auto") -> UniCL:
     return load_found(source.own, source.file, source.base, initialise=initialise)
 
 
-def _require_sizes(source: Source, config: TrainConfig) -> None:
+def _require_sizes(source: Source) -> None:
     """Compares a foreign config's sizes with the file's: a model of others could exceed memory."""
     if source.locate is None:
         return
     with torch.device("meta"):
-        needed = build_model(config).state_dict()
+        needed = build_model(source.config()).state_dict()
     stored = sum(tensor.numel() for tensor in source.outline().values())
     if (described := sum(tensor.numel() for tensor in needed.values())) > stored:
         raise ValueError(
