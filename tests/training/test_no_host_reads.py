@@ -17,7 +17,8 @@ from small_runs import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
-from unicl_fast.config import DeviceName, TrainConfig
+from unicl_fast.config import DeviceName, ModelConfig, TrainConfig
+from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
@@ -241,3 +242,15 @@ def test_the_first_nonfinite_step_is_named_at_the_next_logging_step(images: torc
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         trainer.fit()
     assert trainer.step == 5
+
+
+@pytest.mark.parametrize("pool", ["bert:mean", "roberta:pooler", "distilbert:cls", "mpnet:mean"])
+def test_text_encoders_of_transformers_read_nothing(pool: str) -> None:
+    """By themselves they look whether a mask of padding has any."""
+    sizes = {"text_width": 32, "text_layers": 1, "text_heads": 4, "vocab_size": 100}
+    encoder = build_text_encoder(ModelConfig(**sizes, text_activation="gelu", text_pool=pool))
+    tokens = torch.randint(1, 100, (4, 12))
+    tokens[0, 5:] = 0
+    with WaitingOperators() as waiting:
+        encoder(tokens).sum().backward()
+    assert waiting.found == []
