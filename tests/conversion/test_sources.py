@@ -289,6 +289,7 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         ({"text_config": {"hidden_size": "wide"}}, "no model that the library of its layout"),
         ({"text_config": {"eos_token_id": 7}}, "text_config eos_token_id=7, vocab_size=49408"),
         ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
+        ({"model_type": ["bert"]}, "no model of model_type|no model that the library"),
         ({"vision_config": 5}, "no model that the library of its layout"),
     ],
     ids=str,

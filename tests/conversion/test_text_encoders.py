@@ -173,6 +173,10 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(
     assert described["text_config"]["model_type"] == kind
     back = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert difference(tmp_path / "hf", back) < 1e-5
+    cuts = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(cuts(TEXTS[1], truncation=True).input_ids) == 20  # as many as there are positions
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "cut after 20 tokens of its tokenizer." in card
     stored = load_file(tmp_path / "theirs" / "model.safetensors")
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert stored.keys() == exported.keys()

@@ -416,7 +416,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         )
     found = {name: list(ours[name].shape) for name in expected if name in ours}
     found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
-    layers = {found[1] for found in map(_TEXT_LAYER.match, ours) if found is not None}
+    layers = {match[1] for match in map(_TEXT_LAYER.match, ours) if match is not None}
     num_layers = model.text_layers if objective.uses_texts else 0
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(

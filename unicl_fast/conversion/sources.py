@@ -530,7 +530,7 @@ def _transformers_source(
         images = read_json(find([_PREPROCESSOR]))
     is_siglip = values["model_type"] == "siglip"
     pooling: Any = {}
-    is_only_text = values["model_type"] in PAD_IDS
+    is_only_text = str(values["model_type"]) in PAD_IDS
     if is_only_text:
         if towers.image:
             raise ValueError(f"{given} is only a text encoder: give it as --init-text")

@@ -99,8 +99,8 @@ class TransformersTextEncoder(nn.Module):
         states = output.last_hidden_state
         if self.pooling == "cls":
             return states[:, 0]  # type: ignore[no-any-return]
-        parts = is_text / is_text.sum(dim=1, keepdim=True)
-        return (states * parts[:, :, None].to(states.dtype)).sum(dim=1)  # type: ignore[no-any-return]
+        summed = (states * is_text[:, :, None]).sum(dim=1)
+        return summed / is_text.sum(dim=1, keepdim=True)  # type: ignore[no-any-return]
 
 
 def _build(config: ModelConfig, kind: str, pooling: str) -> Any:

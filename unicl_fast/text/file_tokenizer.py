@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import html
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +80,12 @@ class FileTokenizer:
         return self._tokenizer.token_to_id(token) or 0 if isinstance(token, str) else 0
 
     def write(self, folder: Path) -> None:
-        """Writes its files into a folder, from which it can be read again."""
+        """Writes its files into a folder, from which transformers cuts texts as we do."""
         for name, content in self._files.items():
+            values = json.loads(content) if name == TOKENIZER_FILES[1] else None
+            if isinstance(values, dict):
+                values["model_max_length"] = self.context_length
+                content = json.dumps(values, indent=2, ensure_ascii=False).encode()
             (folder / name).write_bytes(content)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
