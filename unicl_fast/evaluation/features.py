@@ -230,11 +230,6 @@ def require_finite(*features: Tensor) -> None:
         raise ValueError("features hold values that are not finite: the model is broken")
 
 
-def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
-    """Normalises decoded images uint8 [b h w c] for the model's image encoder, on its device."""
-    return encoder_input(send(images, device_of(model)), model.config)
-
-
 @torch.no_grad()
 def encode_images(
     model: UniCL, images: Tensor, *, layer: Layer = "projection"
@@ -244,7 +239,7 @@ def encode_images(
     Layer "projection" gives the unit-norm features, "encoder" those before the projection, in fp32
     at least.
     """
-    normalised = prepare_images(model, images)
+    normalised = encoder_input(send(images, device_of(model)), model.config)
     with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
         if layer == "projection":
             return model.encode_image(normalised)

@@ -36,7 +36,11 @@ def describe_run(
         f"evaluated: {evaluated}",
         _describe_model(trainer),
         _describe_length(trainer),
-        *_describe_stages(trainer),
+        *(
+            f"from step {stage.span.first_step:,} on: {describe_stage(stage)}"
+            for stage in trainer.stages
+            if len(trainer.stages) > 1
+        ),
         _describe_device(trainer),
         f"saved: checkpoints in {run_folder}/checkpoints, "
         f"{_every(config.checkpoint.every_steps)}; metrics.jsonl every "
@@ -105,12 +109,6 @@ def _describe_length(trainer: Trainer) -> str:
         f"{count_of(config.run.global_batch_size, 'image')} a step at {config.data.image_size} "
         f"pixels, {count_of(world_size, 'rank')} of {local:,} each, {min(at_once, local):,} at once"
     )
-
-
-def _describe_stages(trainer: Trainer) -> list[str]:
-    """A line for each stage of a run that has several."""
-    stages = trainer.stages if len(trainer.stages) > 1 else ()
-    return [f"from step {stage.span.first_step:,} on: {describe_stage(stage)}" for stage in stages]
 
 
 def _describe_device(trainer: Trainer) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from unicl_fast.batch import Batch, Loader
@@ -155,7 +154,8 @@ class Trainer:
         self.ema = build_weight_average(model, config.optim) if config.optim.ema_decay else None
         self.parallel = Parallel(model, self.ema, config.efficiency, ranks)
         self.optimizer = build_optimizer(model, config)
-        self.schedule = self._build_schedule()
+        length = steps_of_samples(config, self.total_steps)
+        self.schedule = build_schedule(self.optimizer, config, length)
         self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
         self._batch_norms = BatchNormBackup(model) if config.run.max_bad_steps else None
         model.set_stage(self.stage.config.data, self.stage.config.model)
@@ -328,10 +328,6 @@ class Trainer:
         self.parallel.rebuild()
         self.compiled_from = self.step
         return True
-
-    def _build_schedule(self) -> CosineLRScheduler:
-        length = steps_of_samples(self.config, self.config.run.total_steps)
-        return build_schedule(self.optimizer, self.config, length)
 
     @contextlib.contextmanager
     def _fitting(self) -> Iterator[tuple[StepMeter, Interruption]]:
