@@ -54,7 +54,7 @@ def _samples(step: Step) -> list[int]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Two rows for each loader, and the messages of those that could not be resumed."""
-    rows, messages = [], []
+    rows, failures = [], dict[str, list[str]]()
     for name, facts in result["contenders"].items():
         for data, words in DATA.items():
             cells = []
@@ -62,12 +62,12 @@ def table(result: Mapping[str, Any]) -> str:
                 chain = facts["chains"][f"{data}, {how}"]
                 cells.append(_cell(chain))
                 if chain["failure"]:
-                    where = f"{name}, {words}, {HOW[how]}, resume {len(chain['kills'])}"
-                    messages.append(f"- {where}: `{chain['failure']}`")
+                    failures.setdefault(chain["failure"], []).append(f"{name}, {words}, {HOW[how]}")
             rows.append([name, facts["state"] or "none", words, *cells])
     rows += [[name, f"left out: {why}", *[""] * 4] for name, why in result["left_out"].items()]
     head = ["", "state", "data", *HOW.values()]
     said = "A cell: samples lost, samples doubled, steps out of order of the run's steps."
+    messages = [f"- {'; '.join(where)}: `{failure}`" for failure, where in failures.items()]
     return "\n\n".join([said, markdown_table(head, rows), "\n".join(messages)]).strip()
 
 
