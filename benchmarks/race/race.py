@@ -124,6 +124,10 @@ class Race(Program):
         ]
         before = _Task(Contestant(START, ()), Length(0, 0, batch), 0.0, self.seeds[0])
         started = [self._do(before, config, images)] if self.init else []
+        is_theirs = any(one.is_open_clip for one in contestants)
+        if self._start is not None and is_theirs and not self._start.exists():
+            gap = write_open_clip(load_model(self.init).float(), self._start)
+            print(f"open_clip starts from features that differ from ours by {gap:.1e} at most")
         own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
         longest = [
             _Task(one, lengths[-1], lr, self.seeds[0])
@@ -166,6 +170,11 @@ class Race(Program):
         init = ["--model.init", self.init] if self.init else []
         return ["--preset", self.preset, "--data.train", *self.train, *init, *self.options]
 
+    @property
+    def _start(self) -> Path | None:
+        """The folder of the start as open_clip reads it."""
+        return self.out / START.replace(" ", "-") / OPEN_CLIP if self.init else None
+
     def _do_all(
         self, tasks: Sequence[_Task], config: TrainConfig, images: ImageList, bar: Any
     ) -> list[Outcome]:
@@ -198,16 +207,11 @@ class Race(Program):
         shutil.rmtree(folder, ignore_errors=True)  # a run that was stopped begins anew
         make_folder(folder)
         model: dict[str, Any] | None = None
-        start = self.out / START.replace(" ", "-") / OPEN_CLIP if self.init else None
         command: list[str] = []
         if not task.length.steps:
             checkpoint = self.init
-            if start is not None and any(one.startswith(OPEN_CLIP) for one in self.contestants):
-                shutil.rmtree(start, ignore_errors=True)
-                gap = write_open_clip(load_model(self.init).float(), start)
-                print(f"open_clip starts from features that differ from ours by {gap:.1e} at most")
         elif task.contestant.is_open_clip:
-            model, rows = open_clip_model(config, start), folder / "rows.tsv"
+            model, rows = open_clip_model(config, self._start), folder / "rows.tsv"
             images.write_rows(
                 rows, task.length.steps_of_epoch * task.length.batch_size, seed=task.seed
             )
@@ -221,7 +225,7 @@ class Race(Program):
                 seed=task.seed,
                 workers=self.threads,
                 precision=config.efficiency.precision,
-                start=start,
+                start=self._start,
             )
             job = {"model": model, "options": options}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
