@@ -141,11 +141,12 @@ class LocalReader:
 
     def _kept(self, number: int) -> int:
         """The descriptor of a file that stays open; -1 if there are too many, or it has gone."""
-        file = self._files.get(number, -1)
-        if file < 0 and len(self._files) < _MAX_OPEN_FILES:
+        if number not in self._files and len(self._files) < _MAX_OPEN_FILES:
             with contextlib.suppress(OSError):
-                return self._open(number)[0]
-        return file
+                file, is_kept = self._open(number)
+                if not is_kept:  # others were faster
+                    os.close(file)
+        return self._files.get(number, -1)
 
     def close(self) -> None:
         """Closes the files; reading afterwards is an error."""
