@@ -50,8 +50,7 @@ test-triton: $(VENV)/dev.stamp
 			triton==$$version || { echo "SKIPPED: Triton $$version cannot be had"; continue; }; \
 		echo "Triton $$version"; \
 		PYTHONPATH=$$folder $(PYTEST) -m "not gpu and not long" -k compiled_kernels \
-			tests/models/test_window_attention.py tests/objectives/test_loss_triton.py \
-			tests/gpu_path/test_compiled_kernels.py || exit 1; \
+			tests/models/test_window_attention.py tests/objectives/test_loss_triton.py || exit 1; \
 	done
 
 # The tests of the fault table in docs/reliability.md.
