@@ -60,11 +60,6 @@ def test_a_rank_does_not_take_those_of_an_earlier_attempt_for_its_peers(rank: in
     assert len(set(agree(store, late=1))) == 1
 
 
-def test_forty_ranks_meet() -> None:
-    store = dist.HashStore()
-    assert len(set(agree(store, late=20, world_size=40))) == 1
-
-
 def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert interface_with(address_towards_rank_0()) == "lo"

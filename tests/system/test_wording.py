@@ -8,8 +8,6 @@ import pytest
 
 from unicl_fast.system.wording import (
     config_diff,
-    count_of,
-    count_of_kind,
     refuse_differences,
     shorten,
     without_secrets,
@@ -44,16 +42,6 @@ DATA: dict[str, Any] = {
 )  # fmt: skip
 def test_urls_are_shown_without_their_secrets(text: str, shown: str) -> None:
     assert without_secrets(text) == shown
-
-
-def test_one_thing_is_no_plural() -> None:
-    assert count_of(1, "image") == "1 image"
-    assert count_of(0, "class") == "0 classes"
-    assert count_of(2000, "caption") == "2,000 captions"
-    assert [count_of(n, "entry") for n in (1, 3)] == ["1 entry", "3 entries"]
-    assert count_of_kind(1, "rows that --where left out") == "1 row that --where left out"
-    assert count_of_kind(1, "folder _tmps") == "1 folder _tmps"
-    assert count_of_kind(2000, ".txt files") == "2,000 .txt files"
 
 
 def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
