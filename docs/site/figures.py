@@ -31,6 +31,8 @@ PACKED = {
     "decode-full-raw": f"{_DECODE} --format ppm",
     "decode-256": f"{_DECODE} --resize short:256",
     "decode-256-raw": f"{_DECODE} --resize square:256 --format raw",
+    "decode-60": f"{_DECODE} --resize short:60",
+    "decode-60-raw": f"{_DECODE} --resize short:60 --format ppm",
     "flickr-train": "WORK/flickr-train.jsonl --image-root DATA/captions/flickr8k",
     "cifar10-simple": _CIFAR,
     "cifar10-32": f"{_CIFAR} --resize short:32",

@@ -211,6 +211,7 @@ ALLOWED = {
     "unicl_fast/packing/sources/tables.py": OWN,
     "unicl_fast/packing/sources/tars.py": ROW,
     "unicl_fast/packing/staging.py": OWN,
+    "unicl_fast/packing/workers.py": OWN,
     "unicl_fast/system/atomic_files.py": OWN,
     "unicl_fast/system/checksums.py": OWN,
     "unicl_fast/system/gpu_kernels.py": PACKAGE,
