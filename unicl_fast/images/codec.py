@@ -243,7 +243,7 @@ def decode_all(
             if file[0] == _JPEG_BEGINS:
                 found = simplejpeg.decode_jpeg(file, "RGB", buffer=pixels, strict=False).shape
             else:
-                with Image.open(io.BytesIO(file), formats=("PNG", "WEBP", "PPM")) as image:
+                with Image.open(io.BytesIO(file.data), formats=("PNG", "WEBP", "PPM")) as image:
                     found = (image.height, image.width, 3)
                     if found == (height, width, 3):
                         pixels[:] = np.asarray(image.convert("RGB")).reshape(-1)
