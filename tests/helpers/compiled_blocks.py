@@ -92,6 +92,7 @@ def inductor_for_h100() -> Iterator[list[Lowered]]:
         "torch.cuda.get_device_properties": _H100,
         "torch._inductor.utils.get_gpu_shared_memory": SHARED_BYTES[90],
         "torch.utils._triton.has_triton": True,
+        "torch._inductor.scheduler.has_triton": True,  # which may have its own name of it
     }
     with contextlib.ExitStack() as stack:
         for place, answer in answers.items():

@@ -63,10 +63,11 @@ def measured_build(
 
 @pytest.fixture(scope="module")
 def peak_at_rest(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What a worker takes that has only seen a tiny image."""
+    """What a worker takes that has only seen tiny images, whose decoders it has loaded."""
     place = tmp_path_factory.mktemp("tiny")
     (place / "in" / "x").mkdir(parents=True)
-    (place / "in" / "x" / "1.png").write_bytes(honest(8)["rgba.png"])
+    for name, data in honest(8).items():
+        (place / "in" / "x" / name).write_bytes(data)
     return measured_build(place / "in", place / "out", place, MAX_PIXELS)["peak"]
 
 
