@@ -268,6 +268,12 @@ class ModelConfig:
             f"({self.embed_dim}) must be model.text_width ({self.text_width})",
         )
 
+    @property
+    def text_kind(self) -> str:
+        """The kind of transformers' text encoder that `text_pool` names; "" for ours."""
+        kind, colon, _ = self.text_pool.partition(":")
+        return kind if colon else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Adapters:

@@ -331,7 +331,7 @@ def settings_for_transformers(model: UniCL, layout: Layout) -> dict[str, Any]:
         "hidden_act": transformers_text.ACTIVATIONS[config.text_activation],
         "layer_norm_eps": config.text_norm_eps,
     }
-    if ":" in config.text_pool:
+    if config.text_kind:
         text = model.text_encoder.network.config.to_diff_dict()
     elif layout == "siglip":
         text["projection_size"] = config.embed_dim
@@ -421,7 +421,7 @@ def difference_in_transformers(model: UniCL, folder: Path) -> float:
                 f"{error!r}; nothing was written: pip install --upgrade transformers timm"
             ) from error
     given = {"input_ids": tokens}
-    if ":" in model.config.model.text_pool:
+    if model.config.model.text_kind:
         given["input_ids"], given["attention_mask"] = model.text_encoder.with_padding(tokens)
     found = theirs(**given, pixel_values=images)
     is_training = model.training

@@ -260,7 +260,7 @@ def _require_convertible(model: UniCL) -> None:
     width num_features.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
-    if ":" in model.config.model.text_pool:
+    if model.config.model.text_kind:
         raise ValueError(
             f"model.text_pool={model.config.model.text_pool} is a text encoder of transformers, "
             "which open_clip would download by its name: convert it to hf or onnx instead"

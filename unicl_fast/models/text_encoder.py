@@ -190,7 +190,7 @@ class TextBlock(nn.Module):
 
 def build_text_encoder(config: ModelConfig) -> nn.Module:
     """The text encoder that `model.text_pool` names: ours, or one of transformers."""
-    if ":" in config.text_pool:
+    if config.text_kind:
         from unicl_fast.models.transformers_text import TransformersTextEncoder
 
         return TransformersTextEncoder(config)
@@ -201,10 +201,9 @@ def text_shapes(config: ModelConfig) -> dict[str, list[int]]:
     """The shapes of a model's tables and first MLP of texts, by which its file is known."""
     hidden, length = int(config.text_width * config.text_mlp_ratio), config.context_length
     names = "token_embedding.weight", "positional_embedding", "resblocks.0.mlp.c_fc.bias"
-    if ":" in config.text_pool:
+    if kind := config.text_kind:
         from unicl_fast.models import transformers_text
 
-        kind = config.text_pool.partition(":")[0]
         length += transformers_text.unused_positions(kind)
         names = transformers_text.known_tensors(kind)
     tokens, positions, bias = (f"text_encoder.{name}" for name in names)

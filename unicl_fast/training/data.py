@@ -304,7 +304,7 @@ def fits_vocabulary(tokenizer: Tokenizer | FileTokenizer, size: int) -> bool:
 def tokenizer_of(config: TrainConfig) -> Tokenizer | FileTokenizer:
     """The tokenizer of a run's texts; CLIP's where it has none."""
     place = config.model.tokenizer if config.objective.uses_texts else ""
-    pads = ":" not in config.model.text_pool  # transformers' encoders mask padding
+    pads = not config.model.text_kind  # transformers' encoders mask padding
     return make_tokenizer(place, config.model.context_length, pads=pads)
 
 
