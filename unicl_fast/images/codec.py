@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from unicl_fast.images.encoded_images import ppm_header
+from unicl_fast.images.encoded_images import EncodedImages, ppm_header
 
 MAX_PIXELS = 89_478_485
 """Largest image accepted by default, checked before any memory is taken: a quarter GiB as RGB,
@@ -31,6 +33,7 @@ PILLOW_FORMATS = (
 )  # fmt: skip
 """Formats that Pillow may open: none that starts another program (EPS), and none without a
 signature (TGA), which would take any file for an image."""
+_JPEG_BEGINS = 0xFF
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _SMALLEST_CUT = 128
 """Pixels of the shorter side from which on restart markers are written."""
@@ -216,6 +219,39 @@ def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
 def encode_png(pixels: Pixels) -> bytes:
     """A PNG with 8 bits, grey or RGB, that loses nothing."""
     return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
+
+
+def decode_all(
+    images: EncodedImages, shapes: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, str]]:
+    """Decodes packed images (JPEGs by libjpeg-turbo) of known heights and widths, int64 [b 2].
+
+    For small images: all of each is decoded.
+
+    Returns:
+        Pixels uint8 [n] of all images, [h w 3] of each; its first byte, int64 [b]; and by row what
+        is wrong with those that cannot be decoded, or are of another size.
+    """
+    sizes = 3 * shapes.prod(axis=1)
+    firsts = np.cumsum(sizes) - sizes
+    content = np.empty(int(sizes.sum()), np.uint8)
+    faults: dict[int, str] = {}
+    places = zip(images.files(), firsts.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
+    for row, (file, first, size, (height, width)) in enumerate(places):
+        pixels = content[first : first + size]
+        try:
+            if file[0] == _JPEG_BEGINS:
+                found = simplejpeg.decode_jpeg(file, "RGB", buffer=pixels, strict=False).shape
+            else:
+                with Image.open(io.BytesIO(file.data), formats=("PNG", "WEBP", "PPM")) as image:
+                    found = (image.height, image.width, 3)
+                    if found == (height, width, 3):
+                        pixels[:] = np.asarray(image.convert("RGB")).reshape(-1)
+            if found != (height, width, 3):
+                faults[row] = f"it has {found[1]} x {found[0]} pixels, not {width} x {height}"
+        except Exception as error:  # of any kind that such bytes cause
+            faults[row] = str(error)
+    return content, firsts, faults
 
 
 def encode_ppm(pixels: Pixels) -> bytes:
