@@ -16,7 +16,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.codec import decode_all
+from unicl_fast.images.codec import decode_files
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
@@ -102,9 +102,16 @@ def test_batches_are_those_of_dali(
         assert_joined([part[step] for part in parts], expected)
 
 
+@pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
 def test_bad_ones_are_replaced_as_by_dali(
-    small: PackedDataset, make_loader: Callable[..., TrainLoader], tmp_path: Path
+    small: PackedDataset,
+    make_loader: Callable[..., TrainLoader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
 ) -> None:
+    """In groups of batches, and in a batch that threads share."""
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", group)
     expected = take(make_loader(small, "files"), count=STEPS)
     folder = copy_of(small, tmp_path / "set")
     sizes = small.samples["size"].astype(np.int64)
@@ -142,7 +149,8 @@ def test_bytes_that_are_no_image_are_named_and_the_others_decoded(file: bytes) -
         pixels = np.asarray(image.convert("RGB"))
     files = [np.frombuffer(one, np.uint8) for one in (file, sound)]
     shapes = np.array([[9, 9], pixels.shape[:2]], np.int64)
-    content, firsts, faults = decode_all(EncodedImages.of(files), shapes)
+    content = np.zeros(3 * 9 * 9 + pixels.size, np.uint8)
+    faults = decode_files(content, EncodedImages.of(files), shapes, 0, 2)
     assert faults.keys() == {0}
     assert faults[0]
-    assert np.array_equal(content[firsts[1] :].reshape(pixels.shape), pixels)
+    assert np.array_equal(content[3 * 9 * 9 :].reshape(pixels.shape), pixels)

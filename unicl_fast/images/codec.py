@@ -221,37 +221,46 @@ def encode_png(pixels: Pixels) -> bytes:
     return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
 
 
-def decode_all(
-    images: EncodedImages, shapes: NDArray[np.int64]
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, str]]:
-    """Decodes packed images (JPEGs by libjpeg-turbo) of known heights and widths, int64 [b 2].
+def decode_files(
+    pixels: NDArray[np.uint8],
+    images: EncodedImages,
+    shapes: NDArray[np.int64],
+    begin: int,
+    end: int,
+) -> dict[int, str]:
+    """Decodes packed images `begin` to `end`, JPEGs by libjpeg-turbo, as RGB; each of them whole.
 
-    For small images: all of each is decoded.
+    Args:
+        pixels: uint8 [n], room for [h w 3] of all images, one after another.
+        images: b of them.
+        shapes: their known heights and widths, int64 [b 2].
+        begin: the first that is decoded.
+        end: the one after the last.
 
     Returns:
-        Pixels uint8 [n] of all images, [h w 3] of each; its first byte, int64 [b]; and by row what
-        is wrong with those that cannot be decoded, or are of another size.
+        By row what is wrong with those that cannot be decoded, or are of another size.
     """
-    sizes = 3 * shapes.prod(axis=1)
-    firsts = np.cumsum(sizes) - sizes
-    content = np.empty(int(sizes.sum()), np.uint8)
     faults: dict[int, str] = {}
-    places = zip(images.files(), firsts.tolist(), sizes.tolist(), shapes.tolist(), strict=True)
-    for row, (file, first, size, (height, width)) in enumerate(places):
-        pixels = content[first : first + size]
+    rows = slice(begin, end)
+    sizes = 3 * shapes.prod(axis=1)
+    ends = np.cumsum(sizes)
+    places = (ends - sizes)[rows].tolist(), ends[rows].tolist(), shapes[rows].tolist()
+    each = zip(images.files(rows), *places, strict=True)
+    for row, (file, first, last, (height, width)) in enumerate(each, begin):
         try:
+            room = pixels[first:last]
             if file[0] == _JPEG_BEGINS:
-                found = simplejpeg.decode_jpeg(file, "RGB", buffer=pixels, strict=False).shape
+                found = simplejpeg.decode_jpeg(file, "RGB", buffer=room, strict=False).shape
             else:
                 with Image.open(io.BytesIO(file.data), formats=("PNG", "WEBP", "PPM")) as image:
                     found = (image.height, image.width, 3)
                     if found == (height, width, 3):
-                        pixels[:] = np.asarray(image.convert("RGB")).reshape(-1)
+                        room[:] = np.asarray(image.convert("RGB")).reshape(-1)
             if found != (height, width, 3):
                 faults[row] = f"it has {found[1]} x {found[0]} pixels, not {width} x {height}"
         except Exception as error:  # of any kind that such bytes cause
             faults[row] = str(error)
-    return content, firsts, faults
+    return faults
 
 
 def encode_ppm(pixels: Pixels) -> bytes:
