@@ -61,6 +61,8 @@ on two cores it cost less than was won."""
 _CROPPED_AT_ONCE = 2048
 _CROPPED_BYTES_AT_ONCE = 32_000_000
 """Decoded images, and bytes of them and their crops, that one thread reads and crops in one go."""
+_GROUP_BYTES = 8_000_000
+"""The same bytes of several batches; with 32 MB a loader was no faster and held 90 MB more."""
 
 
 def steps_at_once(batch_size: int) -> int:
@@ -472,7 +474,7 @@ class CropResizer:
         threads = decoding_threads(data.threads)
         bytes_of_one = 3 * data.image_size**2 + image_bytes
         most = min(_CROPPED_AT_ONCE, _CROPPED_BYTES_AT_ONCE // bytes_of_one)
-        self.batches_at_once = max(1, most // batch_size)
+        self.batches_at_once = max(1, min(most, _GROUP_BYTES // bytes_of_one) // batch_size)
         """How many batches make a group."""
         self.groups_at_once = threads if batch_size <= most else min(2, threads)
         """How many groups may be made at the same time."""
