@@ -29,6 +29,7 @@ from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
 
 from .feed.host_batches import (
+    SMALL_IMAGE_BYTES,
     HostBatch,
     HostBatches,
     ImageForm,
@@ -305,7 +306,7 @@ class TrainLoader:
         for row, reason in reasons.items():
             row %= len(actual.sample_ids)  # of the second view
             source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
-            self._bad.add(source, sample, f"the decoder refuses it: {reason}")
+            self._bad.refuse([(source, sample, reason)])
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 
@@ -317,10 +318,10 @@ def decoder_of(data: DataConfig, device: torch.device) -> torch.device:
 def _form_of(
     datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device
 ) -> ImageForm:
-    """Images that are decoded need no graph, or only one that resizes, if all are of one size."""
-    if not all(dataset.is_decoded for dataset in datasets):
-        return "files"
-    if is_fused(data.resample, device):
+    """Small or decoded images need no graph, or one that resizes decoded ones of one size."""
+    decoded = all(dataset.is_decoded for dataset in datasets)
+    are_small = image_bytes(datasets, data) <= SMALL_IMAGE_BYTES
+    if is_fused(data.resample, device) and (decoded or are_small):
         return "crops"
     shapes = {dataset.image_shape for dataset in datasets}
     return "pixels" if len(shapes) == 1 and None not in shapes else "files"

@@ -117,14 +117,14 @@ def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
             height, width = (int(np.median(rows[side])) for side in ("height", "width"))
             threads = count_of(data.threads, "thread")
             note = f"{threads}, usually {height} x {width} pixels"
-            shown = f"{image_kind(dataset)} decode"
+            shown = decoding_stage(bench)
         stages.append(Stage(name=shown, cost=median(added), side="graph", note=note))
         before = taken
     return stages
 
 
 def _crops(bench: Bench, seconds: float) -> Stage:
-    """Raw images are made ready in threads from plan to crop: one stage."""
+    """Small or raw images are made ready in threads from plan to crop: one stage."""
     host = bench.loader.host
 
     def take() -> Cost:
@@ -134,7 +134,15 @@ def _crops(bench: Bench, seconds: float) -> Stage:
             return flow(groups, images=at_once * bench.local_batch, skip=1, seconds=seconds)
 
     taken = in_turns({"crops": take}, rounds=_ROUNDS, most_seconds=6 * seconds)["crops"]
-    return Stage(name="crop and resize", cost=median(taken), side="graph")
+    return Stage(name=decoding_stage(bench), cost=median(taken), side="graph")
+
+
+def decoding_stage(bench: Bench) -> str:
+    """The name of the stage that decodes, if any does."""
+    if not bench.loader.reading.decodes_files:
+        return "crop and resize"
+    parts = "decode" if bench.loader.form == "files" else "decode, crop and resize"
+    return f"{image_kind(bench.parts.datasets[0])} {parts}"
 
 
 def image_kind(dataset: PackedDataset) -> str:

@@ -22,7 +22,7 @@ from unicl_fast.pipelines.loader import decoder_of
 from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts
-from .loader_parts import image_kind
+from .loader_parts import decoding_stage, image_kind
 from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 
 _SMALLEST_BATCH = 64
@@ -91,7 +91,7 @@ def _of_step(bench: Bench) -> Iterator[Change]:
 def _of_loader(bench: Bench) -> Iterator[Change]:
     data = bench.config.data
     make = functools.partial(_switch, "data", side="loader")
-    decode = f"{image_kind(bench.parts.datasets[0])} decode"
+    decode = decoding_stage(bench)
     cores = int(bench.cores)
     if data.threads < cores:
         yield make("threads", cores, "a thread for each core", stage=decode)
@@ -132,13 +132,13 @@ def _of_batch(bench: Bench) -> Iterator[Change]:
 
 
 def _of_images(bench: Bench) -> Iterator[Change]:
-    if bench.loader.form != "files" or len(bench.parts.datasets) > 1:
+    if not bench.loader.reading.decodes_files or len(bench.parts.datasets) > 1:
         return
     rows = bench.parts.datasets[0].samples[:1000]
     short = float(min(rows["height"].mean(), rows["width"].mean()))
     side = -(-bench.config.data.image_size * 8 // 7 // 8) * 8  # 256 for 224
     kind = image_kind(bench.parts.datasets[0])
-    make = functools.partial(Change, side="images", stage=f"{kind} decode", same_results=False)
+    make = functools.partial(Change, side="images", stage=decoding_stage(bench), same_results=False)
     if bench.parts.datasets[0].cache is not None:
         yield make(
             option="copy the data set to a disk of this machine", stage=READ, image={},

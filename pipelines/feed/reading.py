@@ -15,7 +15,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ class BadSamples:
         if self._file is not None:
             where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
+
+    def refuse(self, faults: Iterable[tuple[int, int, str]]) -> None:
+        """Adds samples, as pairs of source and sample, that a decoder refuses; from any thread."""
+        with self._replacing:
+            for source, sample, fault in faults:
+                self.add(source, sample, f"the decoder refuses it: {fault}")
 
     def read_files(
         self, batches: Sequence[PlannedBatch]

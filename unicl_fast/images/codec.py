@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from unicl_fast.images.encoded_images import ppm_header
+from unicl_fast.images.encoded_images import EncodedImages, ppm_header
 
 MAX_PIXELS = 89_478_485
 """Largest image accepted by default, checked before any memory is taken: a quarter GiB as RGB,
@@ -31,6 +33,7 @@ PILLOW_FORMATS = (
 )  # fmt: skip
 """Formats that Pillow may open: none that starts another program (EPS), and none without a
 signature (TGA), which would take any file for an image."""
+_JPEG_BEGINS = 0xFF
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _SMALLEST_CUT = 128
 """Pixels of the shorter side from which on restart markers are written."""
@@ -216,6 +219,48 @@ def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
 def encode_png(pixels: Pixels) -> bytes:
     """A PNG with 8 bits, grey or RGB, that loses nothing."""
     return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
+
+
+def decode_files(
+    pixels: NDArray[np.uint8],
+    images: EncodedImages,
+    shapes: NDArray[np.int64],
+    begin: int,
+    end: int,
+) -> dict[int, str]:
+    """Decodes packed images `begin` to `end`, JPEGs by libjpeg-turbo, as RGB; each of them whole.
+
+    Args:
+        pixels: uint8 [n], room for [h w 3] of all images, one after another.
+        images: b of them.
+        shapes: their known heights and widths, int64 [b 2].
+        begin: the first that is decoded.
+        end: the one after the last.
+
+    Returns:
+        By row what is wrong with those that cannot be decoded, or are of another size.
+    """
+    faults: dict[int, str] = {}
+    rows = slice(begin, end)
+    sizes = 3 * shapes.prod(axis=1)
+    ends = np.cumsum(sizes)
+    places = (ends - sizes)[rows].tolist(), ends[rows].tolist(), shapes[rows].tolist()
+    each = zip(images.files(rows), *places, strict=True)
+    for row, (file, first, last, (height, width)) in enumerate(each, begin):
+        try:
+            room = pixels[first:last]
+            if file[0] == _JPEG_BEGINS:
+                found = simplejpeg.decode_jpeg(file, "RGB", buffer=room, strict=False).shape
+            else:
+                with Image.open(io.BytesIO(file.data), formats=("PNG", "WEBP", "PPM")) as image:
+                    found = (image.height, image.width, 3)
+                    if found == (height, width, 3):
+                        room[:] = np.asarray(image.convert("RGB")).reshape(-1)
+            if found != (height, width, 3):
+                faults[row] = f"it has {found[1]} x {found[0]} pixels, not {width} x {height}"
+        except Exception as error:  # of any kind that such bytes cause
+            faults[row] = str(error)
+    return faults
 
 
 def encode_ppm(pixels: Pixels) -> bytes:

@@ -1,0 +1,156 @@
+"""Small images are decoded without DALI: the same batches, and the same substitutes of bad ones."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from damage import copy_of, flip_byte, store, undecodable
+from loader_runs import assert_joined, assert_same, count_replaced, take
+from packed_sets import Sample, pack
+from PIL import Image
+
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.codec import decode_files
+from unicl_fast.images.encoded_images import EncodedImages
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.dali
+
+STEPS = 8
+SAVED: tuple[dict[str, Any], ...] = (
+    {"format": "JPEG", "quality": 75},
+    {"format": "JPEG", "quality": 90, "subsampling": 0, "progressive": True},
+    {"format": "PNG"},
+    {"format": "JPEG", "quality": 80, "subsampling": 1, "restart_marker_blocks": 4},
+    {"format": "WEBP", "quality": 80},
+)
+
+
+def file_of(number: int) -> bytes:
+    """A small photograph-like image of a format, every seventh of them grey."""
+    draw = np.random.default_rng(number)
+    height, width = draw.integers(5, 130, 2).tolist()
+    coarse = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    saved = SAVED[number % len(SAVED)]
+    grey = number % 7 == 3 and saved["format"] != "WEBP"
+    (image.convert("L") if grey else image).save(file, **saved)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def small(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> Iterator[PackedDataset]:
+    samples = [Sample(file_of(i), labels=[i % 3]) for i in range(70)]
+    folder = tmp_path_factory.mktemp("small") / "set"
+    names = ["cat", "dog", "yak"]
+    with pack(folder, samples, class_names=names, tokenizer=tokenizer, format="keep") as dataset:
+        yield dataset
+
+
+@pytest.fixture
+def make_loader(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer
+) -> Callable[..., TrainLoader]:
+    """A loader by DALI, or without it."""
+
+    def make(dataset: PackedDataset, form: str, **more: Any) -> TrainLoader:
+        limit = 0 if form == "files" else 70_000
+        monkeypatch.setattr("unicl_fast.pipelines.loader.SMALL_IMAGE_BYTES", limit)
+        ranks = {key: more.pop(key) for key in ("rank", "world_size", "quarantine") if key in more}
+        config = TrainConfig(
+            data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **more),
+            run=RunConfig(global_batch_size=16, seed=3),
+        )
+        manifest = dataset.manifest
+        prompts = ClassPrompts([(manifest.class_names, manifest.templates)], tokenizer)
+        loader = TrainLoader(config, [dataset], None, prompts, **ranks)
+        assert loader.form == form
+        assert loader.reading.decodes_files
+        return loader
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"interpolation": "bicubic"}, {"augment": ("unicl",)}],
+    ids=["plain", "bicubic", "unicl"],
+)
+def test_batches_are_those_of_dali(
+    small: PackedDataset, make_loader: Callable[..., TrainLoader], more: dict[str, Any]
+) -> None:
+    by_dali = take(make_loader(small, "files", **more), count=STEPS)
+    assert_same(take(make_loader(small, "crops", **more), count=STEPS), by_dali)
+    for step in (3, 5):
+        assert_same(take(make_loader(small, "crops", **more), start=step, count=1), [by_dali[step]])
+    parts = [
+        take(make_loader(small, "crops", rank=rank, world_size=2, **more), count=STEPS)
+        for rank in range(2)
+    ]
+    for step, expected in enumerate(by_dali):
+        assert_joined([part[step] for part in parts], expected)
+
+
+@pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
+def test_bad_ones_are_replaced_as_by_dali(
+    small: PackedDataset,
+    make_loader: Callable[..., TrainLoader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
+) -> None:
+    """In groups of batches, and in a batch that threads share."""
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", group)
+    expected = take(make_loader(small, "files"), count=STEPS)
+    folder = copy_of(small, tmp_path / "set")
+    sizes = small.samples["size"].astype(np.int64)
+    large = np.argsort(-sizes)[:6].tolist()
+    flip_byte(folder, large[0])
+    for sample, kind in zip(large[1:4], ("html", "gif", "cut png"), strict=True):
+        store(folder, sample, undecodable(kind))
+    file = io.BytesIO()
+    Image.new("RGB", (7, 9)).save(file, format="JPEG", quality=10)
+    if len(file.getvalue()) <= sizes[large[4]]:
+        store(folder, large[4], file.getvalue())  # sound, and of another size
+    else:
+        flip_byte(folder, large[4])
+    with PackedDataset(folder, max_bad_fraction=1.0) as spoilt:
+        found = {
+            form: take(make_loader(spoilt, form, quarantine=tmp_path / f"{form}.csv"), count=STEPS)
+            for form in ("files", "crops")
+        }
+    assert_same(found["crops"], found["files"])
+    assert count_replaced(found["crops"], expected, {(0, sample) for sample in large[:5]}) >= 1
+    listed = [
+        {line.split(",")[2] for line in (tmp_path / f"{form}.csv").read_text().splitlines()[1:]}
+        for form in found
+    ]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 5
+
+
+@pytest.mark.parametrize(
+    "file", [b"", b"\xff", b"\xff\xd8\xff", b"GIF89a", b"P6\n9 9\n255\n", bytes(99)]
+)
+def test_bytes_that_are_no_image_are_named_and_the_others_decoded(file: bytes) -> None:
+    sound = file_of(2)
+    with Image.open(io.BytesIO(sound)) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    files = [np.frombuffer(one, np.uint8) for one in (file, sound)]
+    shapes = np.array([[9, 9], pixels.shape[:2]], np.int64)
+    content = np.zeros(3 * 9 * 9 + pixels.size, np.uint8)
+    faults = decode_files(content, EncodedImages.of(files), shapes, 0, 2)
+    assert faults.keys() == {0}
+    assert faults[0]
+    assert np.array_equal(content[3 * 9 * 9 :].reshape(pixels.shape), pixels)
