@@ -6,7 +6,6 @@ next one, and tables that depend on the window size are stored. Their text encod
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import ModelConfig, TrainConfig
+from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.fitting import misfits, phrase
 from unicl_fast.conversion.output import new_file
 from unicl_fast.conversion.torch_files import read_torch_file
@@ -55,7 +54,7 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     are missing, left over, or of a wrong shape or content.
     """
     entries = _with_present_names(entries, source=source)
-    model = build_model(_config_of(entries, source=source)).eval()
+    model = _fresh_model(entries, source=source)
     tensors = official_entries(model)
     faults = misfits(tensors, entries)
     tables = [
@@ -124,8 +123,8 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
     return renamed
 
 
-def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
-    """Derives the config from the shapes in a file, before a model is built."""
+def _fresh_model(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
+    """Builds a model of the shapes in a file, which are checked first."""
     if _PATCHES not in entries:
         first_words = sorted({name.split(".")[0] for name in entries})
         raise ValueError(
@@ -155,14 +154,15 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
     scale = entries.get("logit_scale", torch.zeros([]))
     trained = scale.double().item() if scale.numel() == 1 else 0.0
     trained = trained if math.isfinite(trained) else 0.0
-    return dataclasses.replace(
-        preset,
-        data=dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD),
-        objective=UniCLObjective(
-            logit_scale_init=1.0, logit_scale_max=max(UniCLObjective().logit_scale_max, trained)
-        ),
-        efficiency=dataclasses.replace(preset.efficiency, precision="fp32"),
+    config = preset.changed(
+        data={"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+        objective={
+            "logit_scale_init": 1.0,
+            "logit_scale_max": max(UniCLObjective().logit_scale_max, trained),
+        },
+        efficiency={"precision": "fp32"},
     )
+    return build_model(config).eval()
 
 
 def read_official_file(path: Path) -> dict[str, Tensor]:
