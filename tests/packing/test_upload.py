@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,9 @@ from foreign_sources import write_tar
 from inline_checks import check_inline
 from object_stores import put
 from pack_runs import jpeg, run_pack
+from werkzeug.serving import make_server
+from werkzeug.utils import send_file
+from werkzeug.wrappers import Request, Response
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore
@@ -186,6 +190,37 @@ def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_pa
     build_dataset([url], str(tmp_path / "again"), workers=1, progress=False)
     assert Manifest.load(tmp_path / "again").num_samples == 60
     assert Manifest.load(tmp_path / "again").source == (url,)
+
+
+def test_a_packed_set_on_a_web_server_is_verified_and_packed_again(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though nobody lists its files but the data set itself."""
+    build(photos, str(tmp_path / "set"))
+
+    @Request.application
+    def answer(request: Request) -> Response:
+        path = tmp_path / request.path.strip("/")
+        if not path.is_file():
+            return Response(status=404)
+        return send_file(path, request.environ, conditional=True)
+
+    server = make_server("127.0.0.1", 0, answer, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.port}/set"
+        code, text = run_pack("verify", url, capsys=capsys)
+        assert code == 0, text
+        assert "60" in text
+        build_dataset([url], str(tmp_path / "again"), workers=1, progress=False)
+        assert Manifest.load(tmp_path / "again").num_samples == 60
+        (tmp_path / "set" / "samples.npy").unlink()
+        code, text = run_pack("verify", url, capsys=capsys)
+        assert code == 1
+        assert "samples.npy" in text
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_advice_about_a_damaged_url_can_be_followed(

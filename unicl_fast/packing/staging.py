@@ -25,6 +25,7 @@ from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.checksums import CHECKSUMS_NAME, parse_checksums
 from unicl_fast.system.wording import count_of, without_secrets
 
 _FILES_AT_ONCE = 4
@@ -167,6 +168,8 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
     store = ObjectStore(url)
     listed = store.list_objects()
     if listed is None:
+        listed = _packed_objects(store)
+    if listed is None:
         raise ValueError(
             f"{store.url} is no file, and http cannot list folders: name its archives or lists one "
             "by one"
@@ -183,3 +186,13 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
             raise ValueError(f"{store.url_of(name)} has a name that leaves its folder")
         copies.append(_Copy(store, name, listed[name], path))
     return str(target), copies
+
+
+def _packed_objects(store: ObjectStore) -> dict[str, StoredObject] | None:
+    """Files of a packed data set by the list that it has of them; None if there is no list."""
+    data = store.read_whole(CHECKSUMS_NAME)
+    if data is None:
+        return None
+    names = parse_checksums(data, where=store.url_of(CHECKSUMS_NAME))
+    found = store.find_all([CHECKSUMS_NAME, *names])
+    return {name: one for name, one in found.items() if one is not None}

@@ -147,13 +147,15 @@ def _find(place: str) -> tuple[Path, Path | None]:
     return found[0], found[1]
 
 
-@functools.lru_cache(maxsize=8)
+_file_tokenizer = functools.lru_cache(maxsize=8)(FileTokenizer)
+
+
 def make_tokenizer(
     place: str, context_length: int, *, pads: bool = True
 ) -> Tokenizer | FileTokenizer:
     """The tokenizer that `model.tokenizer` names; arguments and errors are `FileTokenizer`'s."""
     if place:
-        return FileTokenizer(place, context_length, pads=pads)
+        return _file_tokenizer(place, context_length, pads=pads)
     return Tokenizer(min(context_length, CONTEXT_LENGTH))
 
 

@@ -11,6 +11,7 @@ import functools
 import gzip
 import hashlib
 import html
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ _CHARACTERS_AT_ONCE = 1_000_000
 """Texts, and their characters, in one call: the library's result for a text is many times as large
 as its ids, 140 bytes for each character."""
 
+_encodings: weakref.WeakValueDictionary[str, tokenizers.Tokenizer] = weakref.WeakValueDictionary()
+
 
 class Tokenizer:
     """CLIP's tokenizer: `tokenizer(["a photo"])` for an encoder, `encode` for storing.
@@ -55,11 +58,17 @@ class Tokenizer:
                 f"context_length must hold at least the start and end tokens, not {context_length}"
             )
         self.context_length = context_length
-        self._bpe, vocabulary = _load_encoding()
         self.vocabulary_hash = vocabulary_hash()
-        self.vocab_size = len(vocabulary)
-        self.start_id = vocabulary[_START]
-        self.end_id = vocabulary[_END]
+        self.vocab_size = 2 * 256 + _NUM_MERGES + 2
+        self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
+
+    @functools.cached_property
+    def _bpe(self) -> tokenizers.Tokenizer:
+        """The encoding, 60 MB while it is made, for as long as any tokenizer is there."""
+        bpe = _encodings.get(self.name)
+        if bpe is None:
+            bpe = _encodings[self.name] = _load_encoding()
+        return bpe
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
         """Token ids of each text: start token, the text, end token.
@@ -178,9 +187,8 @@ def vocabulary_hash() -> str:
     return hashlib.sha256("\n".join(_read_pairs()).encode()).hexdigest()
 
 
-@functools.cache  # it takes a tenth of a second
-def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int]]:
-    """CLIP's byte-pair encoding and its vocabulary."""
+def _load_encoding() -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoding."""
     vocabulary, merges = read_vocabulary()
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
@@ -189,7 +197,7 @@ def _load_encoding() -> tuple[tokenizers.Tokenizer, dict[str, int]]:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    return bpe, vocabulary
+    return bpe
 
 
 def _read_pairs() -> list[str]:
@@ -203,7 +211,8 @@ def _read_pairs() -> list[str]:
         missing="the tokenizer reads its vocabulary from the package open_clip_torch; "
         "install it with: pip install open_clip_torch",
     )
-    pairs = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n", _NUM_MERGES + 1)
+    pairs = lines[1 : _NUM_MERGES + 1]
     if len(pairs) != _NUM_MERGES or any(len(pair.split()) != 2 for pair in pairs):
         raise ValueError(f"{path} does not hold {_NUM_MERGES} pairs; reinstall open_clip_torch")
     return pairs

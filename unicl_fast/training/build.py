@@ -260,7 +260,7 @@ class _DrawsFirstBatch:
     def __init__(self, loader: PlannedLoader, path: Path | None, data: RunData) -> None:
         self._loader, self._path = loader, path
         self._class_names = [one.manifest.class_names for one in data.datasets]
-        self._tokenizer = tokenizer_of(data.config)
+        self._config = data.config
         self.plan = loader.plan
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -268,9 +268,8 @@ class _DrawsFirstBatch:
             is_images = batch.images.ndim == 4  # features are nothing to look at
             if self._path is not None and batch.step == 0 and is_images:
                 with drawing(self._path):
-                    draw_contact_sheet(
-                        batch, self._path, self._class_names, tokenizer=self._tokenizer
-                    )
+                    tokenizer = tokenizer_of(self._config)
+                    draw_contact_sheet(batch, self._path, self._class_names, tokenizer=tokenizer)
             yield batch
             del batch  # before the next one is requested
 
