@@ -1,8 +1,7 @@
 """From packed data sets to batches: without end for training, each sample once for evaluation.
 
-`TrainLoader._decode` is the table of contents: `plan/` says which samples and which random numbers
-a step is given, `feed/` reads and replaces images and makes texts and targets, `graph.py` decodes
-and augments, and a `Batch` is put together.
+`TrainLoader._outputs` gets a step's images, texts and targets from `feed/`, the images by way of a
+DALI graph (`graph.py`) unless they are small or stored decoded; `_batch_of` makes its `Batch`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.operands import LossForm
@@ -38,9 +39,10 @@ def reference_loss(
 ) -> Float[Tensor, ""]:
     """The definition, for n samples with one text each: equations 2 and 3 of the paper.
 
-    With P(i) the samples of i's class, `class_ids` from TargetM (`targets.map_targets`):
+    With x_i and v_k the features of images and texts, s the scale, and P(i) the samples of i's
+    class, by `class_ids` from TargetM (`targets.map_targets`):
 
-        L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s u_i.v_k) / sum_j exp(s u_i.v_j) )
+        L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s x_i.v_k) / sum_j exp(s x_i.v_j) )
         L_t2i = the same with images and texts exchanged
         L     = (L_i2t + L_t2i) / 2
 
@@ -48,11 +50,8 @@ def reference_loss(
     """
     logits = scale * image_features @ text_features.T
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
-    targets = positives / positives.sum(dim=1, keepdim=True)  # the rows of TargetM's matrix
-    i2t = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    of_texts = positives / positives.sum(dim=0)
-    t2i = -(of_texts * logits.log_softmax(dim=0)).sum(dim=0).mean()
-    return (i2t + t2i) / 2
+    targets = positives / positives.sum(dim=1, keepdim=True)  # of texts too: positives is symmetric
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class LogitStatistics(NamedTuple):
@@ -194,7 +193,7 @@ def logit_statistics(
     form: LossForm = "auto",
     with_columns: bool = True,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """Computes the statistics of rows (images) and columns (texts) of the logits s u_i.v_k.
+    """Computes the statistics of rows (images) and columns (texts) of the logits s x_i.v_k.
 
     The arguments are those of `unified_contrastive_loss`, already checked. Columns are None where
     they are not asked for.

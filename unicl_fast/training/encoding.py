@@ -62,10 +62,11 @@ class WholeBatch:
     ) -> None:
         """Prepares images and texts; mixes images if the objective does.
 
-        With `texts_among_images` the backward pass under DDP is that of `back_propagate`.
+        `texts_among_images` splits the graph at the texts under DDP: only `back_propagate` goes
+        through both parts.
         """
         self._encode = encode
-        self._is_cut = texts_among_images and isinstance(encode, DistributedDataParallel)
+        self._splits_graph = texts_among_images and isinstance(encode, DistributedDataParallel)
         self._sent: tuple[Tensor, Tensor] | None = None
         self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
@@ -93,12 +94,12 @@ class WholeBatch:
             if self._texts is None:
                 return self._encode(self._images)
             tokens, num_tokens = self._texts
-            if send is not None and self._is_cut:
-                send = functools.partial(self._send_cut, send)
+            if send is not None and self._splits_graph:
+                send = functools.partial(self._send_and_split, send)
             return self._encode(self._images, tokens, num_tokens, send)
 
-    def _send_cut(self, send: Send, texts: Tensor) -> Tensor:
-        """Sends texts; what takes their place begins a graph of its own."""
+    def _send_and_split(self, send: Send, texts: Tensor) -> Tensor:
+        """Sends texts; the tensor that it returns begins a graph of its own."""
         sent = send(texts)
         if not sent.requires_grad:  # frozen
             return sent
@@ -111,7 +112,7 @@ class WholeBatch:
         Under DDP it goes through texts after three quarters of the images: these hide how texts'
         gradients come back from other ranks, and the rest of the images hides how the last
         gradient of the texts is sent, that of a token embedding of 100 MB. By the model of
-        `unicl-bench scale` a step takes up to 9 % less than with texts after images, and no more.
+        `unicl-bench scale` a step takes up to 9 % less than with texts after images, never more.
         """
         if self._sent is None:
             scaled_loss.backward()
@@ -221,7 +222,7 @@ def most_texts(
 ) -> Callable[[], int] | None:
     """How many texts the rank with the most encodes, with those that `texts_to_encode` adds.
 
-    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks have yet to ask.
+    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks do not know it yet.
     """
     most = texts.most
     if most is None or not rounds_sizes(efficiency, texts.tokens.device):
