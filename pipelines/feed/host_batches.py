@@ -36,7 +36,7 @@ from unicl_fast.text.prompts import ClassPrompts
 from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
-from .reading import READ_AHEAD, BadSamples, reading_ahead
+from .reading import READ_AHEAD, SampleReader, reading_ahead
 
 Metadata = TypeVar("Metadata")
 _Result = TypeVar("_Result")
@@ -127,14 +127,14 @@ class HostBatches:
         datasets: Sequence[PackedDataset],
         prompts: ClassPrompts,
         plan: TrainPlan,
-        bad: BadSamples,
+        reader: SampleReader,
         *,
         rank: int,
         world_size: int,
         form: ImageForm,
     ) -> None:
         """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`."""
-        self._datasets, self._prompts, self._plan, self._bad = datasets, prompts, plan, bad
+        self._datasets, self._prompts, self._plan, self._reader = datasets, prompts, plan, reader
         self._data, self._objective = config.data, config.objective
         self._context_length = config.model.context_length
         self._ranks = {"rank": rank, "world_size": world_size}
@@ -155,7 +155,7 @@ class HostBatches:
 
     def feed_features(self, features: Sequence[FeatureFile]) -> None:
         """Feeds stored features in place of images from now on, those of each data set."""
-        self._form, self._bad.features = "features", features
+        self._form, self._reader.features = "features", features
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:
@@ -243,13 +243,13 @@ class HostBatches:
         """Decoded images of some batches, and these with substitutes."""
         if self._shape is not None:
             with self.reading.measuring():
-                actual, pixels = self._bad.read_pixels(batches)
+                actual, pixels = self._reader.read_pixels(batches)
             count, size = len(pixels), math.prod(self._shape)
             firsts, widths = np.arange(0, count * size, size), np.full(count, self._shape[1])
             return actual, (pixels.reshape(-1), firsts, widths)
         while True:
             with self.reading.measuring():
-                actual, images = self._bad.read_files(batches)
+                actual, images = self._reader.read_files(batches)
             shapes = np.empty((len(images), 2), np.int64)
             source_ids = np.concatenate([batch.source_ids for batch in actual])
             sample_ids = np.concatenate([batch.sample_ids for batch in actual])
@@ -267,7 +267,7 @@ class HostBatches:
             faults = [fault for part in parts for fault in part.items()]
             if not faults:
                 return actual, (pixels, np.cumsum(sizes) - sizes, widths)
-            self._bad.refuse(
+            self._reader.mark_undecodable(
                 (int(source_ids[row]), int(sample_ids[row]), fault) for row, fault in faults
             )
 
@@ -282,13 +282,13 @@ class HostBatches:
         self._read_ahead_from(planned.batch.step)
         images: Any
         if self._form == "features":
-            actual, images = self._bad.read_features(planned.batch)
+            actual, images = self._reader.read_features(planned.batch)
             return self._host_batch(planned, actual, images)
         with self.reading.measuring():
             if self._form == "files":
-                (actual,), images = self._bad.read_files([planned.batch])
+                (actual,), images = self._reader.read_files([planned.batch])
             else:
-                (actual,), images = self._bad.read_pixels([planned.batch])
+                (actual,), images = self._reader.read_pixels([planned.batch])
         return self._host_batch(planned, actual, images)
 
     def plan_steps(self, first: int, count: int) -> list[_Planned]:

@@ -112,12 +112,12 @@ def map_targets(
     4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
        every rank and whatever its padding.
 
-    The loader maps each rank's local batch by itself, and ranks agree without communication: it gives a
-    label only together with a prompt of its class as the text (a caption comes with -1), and
-    `ClassPrompts` has joined the classes that share a prompt before training, so the class of a
-    text never depends on the other samples of the batch. Where rows and labels come from
-    elsewhere, rules 1 and 3 may depend on them: then every rank maps the global batch and takes its
-    part with `slice_targets`, as `collate` does.
+    In the loader each rank maps only its local batch, and all agree without communication: a label
+    comes only with a prompt of its class as the text (a caption comes with -1), and `ClassPrompts`
+    has joined the classes that share a prompt before training, so the class of a text never depends
+    on the other samples of the batch. Where rows and labels come from elsewhere, it may (rules 1
+    and 3): then every rank maps the global batch and takes its part with `slice_targets`, as
+    `collate` does.
 
     Args:
         rows: token ids of the texts, uint16 or uint32 [b l], padded with 0 at the end.
