@@ -97,8 +97,8 @@ class TrainMetadata:
     targets: Targets
 
 
-class _Planned(NamedTuple):
-    """A step without its images, as long as nothing is bad."""
+class _PlannedStep(NamedTuple):
+    """A step without its images, as planned: nothing is replaced yet."""
 
     batch: PlannedBatch
     texts: Texts
@@ -149,7 +149,7 @@ class HostBatches:
         ]
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda step: None
-        self._planning, self._planned_ahead = threading.Lock(), dict[int, _Planned]()
+        self._planning, self._planned_ahead = threading.Lock(), dict[int, _PlannedStep]()
         self.reading = ReadingTime(decodes_files=form == "files" or not self._is_decoded)
         """How long reading waited for storage."""
 
@@ -229,7 +229,7 @@ class HostBatches:
             for step, batch, *crops in zip(planned, actual, *views, strict=True)
         ]
 
-    def _take_planned(self, first: int, count: int) -> list[_Planned]:
+    def _take_planned(self, first: int, count: int) -> list[_PlannedStep]:
         """As `plan_steps`, which groups of few samples share; from any thread, nearly in order."""
         with self._planning:
             if not self._planned_ahead.keys() >= set(range(first, first + count)):
@@ -276,43 +276,44 @@ class HostBatches:
         size = round(image_bytes(self._datasets, self._data))
         return CropResizer(self._data, batch_size=self._batch_size, image_bytes=size)
 
-    def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
+    def _with_images(self, step: _PlannedStep) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
-        self._read_ahead_from(planned.batch.step)
+        self._read_ahead_from(step.batch.step)
         images: Any
         if self._form == "features":
-            actual, images = self._reader.read_features(planned.batch)
-            return self._host_batch(planned, actual, images)
+            actual, images = self._reader.read_features(step.batch)
+            return self._host_batch(step, actual, images)
         with self.reading.measuring():
             if self._form == "files":
-                (actual,), images = self._reader.read_files([planned.batch])
+                (actual,), images = self._reader.read_files([step.batch])
             else:
-                (actual,), images = self._reader.read_pixels([planned.batch])
-        return self._host_batch(planned, actual, images)
+                (actual,), images = self._reader.read_pixels([step.batch])
+        return self._host_batch(step, actual, images)
 
-    def plan_steps(self, first: int, count: int) -> list[_Planned]:
+    def plan_steps(self, first: int, count: int) -> list[_PlannedStep]:
         """Some steps without their images, made in one go."""
         self._check_arrays()
         long = self._plan.long_batch(first, count, **self._ranks)
-        steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
-        return [_Planned(step, *own) for step, own in zip(steps, self._texts_of(long), strict=True)]
+        batches = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
+        parts = zip(batches, self._texts_of(long), strict=True)
+        return [_PlannedStep(batch, *texts_and_targets) for batch, texts_and_targets in parts]
 
     def _host_batch(
         self,
-        planned: _Planned,
+        step: _PlannedStep,
         actual: PlannedBatch,
         images: EncodedImages | NDArray[Any],
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
-        _, texts, targets = planned
-        if actual is not planned.batch:  # substitutes come with texts and labels of their own
+        _, texts, targets = step
+        if actual is not step.batch:  # substitutes come with texts and labels of their own
             ((texts, targets),) = self._texts_of(actual)
         return HostBatch(
             inputs=graph_inputs(actual, images, are_ready=self._form in ("crops", "features")),
             metadata=TrainMetadata(
                 actual=actual,
-                scheduled_ids=planned.batch.sample_ids,
+                scheduled_ids=step.batch.sample_ids,
                 texts=texts,
                 targets=targets,
             ),

@@ -37,8 +37,8 @@ class Classes(NamedTuple):
     """int64 [u]: how many samples have each text; None without texts."""
     rows: Tensor | None = None
     """The encoded texts that are the texts here, int64, as many on all ranks; None takes all."""
-    most: Callable[[], int] | None = None
-    """The u of the rank that has the most, where ranks have asked each other."""
+    max_num_texts: Callable[[], int] | None = None
+    """The largest u of all ranks, where they have asked each other."""
 
 
 class Columns(NamedTuple):

@@ -82,7 +82,7 @@ class WholeBatch:
                 classes_of_images(batch),
                 texts,
                 counts,
-                most=most_texts(batch.texts, config.efficiency),
+                max_num_texts=max_num_texts(batch.texts, config.efficiency),
             ),
             batch,
             seed=config.run.seed,
@@ -217,19 +217,19 @@ def texts_to_encode(
     return pad_texts(*found) if rounds else found
 
 
-def most_texts(
+def max_num_texts(
     texts: Texts, efficiency: EfficiencyConfig, *, piece: int = 0
 ) -> Callable[[], int] | None:
     """How many texts the rank with the most encodes, with those that `texts_to_encode` adds.
 
     Texts are encoded `piece` at a time; 0 takes all at once. None where ranks do not know it yet.
     """
-    most = texts.most
-    if most is None or not rounds_sizes(efficiency, texts.tokens.device):
-        return most
+    unrounded = texts.max_num_texts
+    if unrounded is None or not rounds_sizes(efficiency, texts.tokens.device):
+        return unrounded
 
     def rounded() -> int:
-        pieces, rest = divmod(most(), piece) if piece else (0, most())
+        pieces, rest = divmod(unrounded(), piece) if piece else (0, unrounded())
         return pieces * round_up_count(piece) + round_up_count(rest)
 
     return rounded
