@@ -264,7 +264,7 @@ def copied_ahead(
             compute = torch.cuda.current_stream(device)
             compute.wait_event(is_copied)
             for tensor in batch.model_inputs().values():
-                # the memory belongs to the stream of copies, which would otherwise fill it anew as
+                # the memory belongs to the stream of copies, which would otherwise reuse it as
                 # soon as the host has let go of it, under kernels that are still to read it
                 tensor.record_stream(compute)
             del found, tensor

@@ -25,8 +25,8 @@ from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
 
 logger = logging.getLogger(__name__)
 
-# "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
-# or faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
+# Logits (b u), by device, from which on "auto" stores none. Below, the dense form is as fast or
+# faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
 _SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
 _OLDEST_FOR_TRITON = (8, 0)  # the instructions of its products: A100 and later
 
@@ -66,7 +66,7 @@ class LogitStatistics(NamedTuple):
     positive_sum: Float[Tensor, " n"]
     """Sum of the logits of its positives, times their weights."""
     positive_weight: Float[Tensor, " n"]
-    """Sum of the weights of its positives: their number, if nobody has several labels."""
+    """Sum of the weights of its positives: their number, if each sample has one label."""
 
     def losses(self) -> Float[Tensor, " n"]:
         """The loss of each row or column; 0 without a positive."""
@@ -121,8 +121,8 @@ def unified_contrastive_loss(
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "triton" does so by kernels on a CUDA device, and needs triton; "auto" takes the fastest
             one for the size and the device.
-        all_reduce: completes the statistics where other ranks hold other images of the same batch,
-            as many each, and the texts are those of all ranks.
+        all_reduce: completes the statistics where the batch's images are divided equally over
+            ranks, and the texts are those of all ranks.
 
     Returns:
         A scalar, in fp64 if features are, else in fp32 whatever their type. An image or

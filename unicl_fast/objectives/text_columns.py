@@ -90,7 +90,7 @@ class TextColumns:
 def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Batch]]:
     """Takes each batch a step early, and asks the other ranks how many texts they have in theirs.
 
-    So the answer is there when the step needs it. All ranks go through as many batches.
+    So the answer is there when the step needs it. All ranks take the same number of batches.
     """
     if ranks.world_size == 1:
         yield batches

@@ -109,10 +109,10 @@ class WholeBatch:
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
         """Goes back through the graph.
 
-        Under DDP it goes through texts after three quarters of the images: these hide how texts'
-        gradients come back from other ranks, and the rest of the images hides how the last
-        gradient of the texts is sent, that of a token embedding of 100 MB. By the model of
-        `unicl-bench scale` a step takes up to 9 % less than with texts after images, never more.
+        Under DDP it goes through texts after three quarters of the images: these hide the return of
+        text gradients from other ranks, and the rest hides the sending of the last one, of a token
+        embedding of 100 MB. By the model of `unicl-bench scale` a step takes up to 9 % less than
+        with texts after images, never more.
         """
         if self._sent is None:
             scaled_loss.backward()
@@ -150,7 +150,7 @@ def after_three_quarters(encoder: nn.Module, action: Callable[[], None]) -> Iter
 def quarter_parameter(encoder: nn.Module) -> nn.Parameter | None:
     """The parameter before which a quarter of the trained ones come; None where all are frozen.
 
-    Its gradient tells where backward is; a hook in a block would be compiled with the block.
+    Its gradient shows how far backward is; a hook in a block would be compiled with the block.
     """
     trained = [one for one in encoder.parameters() if one.requires_grad]
     return trained[len(trained) // 4] if trained else None

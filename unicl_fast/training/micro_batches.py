@@ -137,7 +137,7 @@ class MicroBatches:
             begin("backward")
             features.backward(gradient)
 
-        # towers with nothing to train are not encoded again, but in the last pass, which is DDP's
+        # frozen encoders run again only in the last pass, which is DDP's
         images = self._images[:-1] if is_trained(self._model, "image") else []
         texts = self._texts[:-1] if is_trained(self._model, "text") else []
         for piece, gradient in zip(images, image_gradients, strict=False):

@@ -2,8 +2,8 @@
 
 The trainer takes any `Loader`, a `ListLoader` on a laptop too. The batch of a step, its drop path
 and its learning rate are functions of the step, so the state of a run is the step, the weights and
-their average, the optimizer and the loss scaler. What a run keeps of itself (metrics, ledger,
-checkpoints) are `Observer`s. `assembly.make_trainer` puts the parts together.
+their average, the optimizer and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
+`assembly.make_trainer` puts the parts together.
 """
 
 from __future__ import annotations
