@@ -36,7 +36,7 @@ class Classes(NamedTuple):
     counts: Tensor | None
     """int64 [u]: how many samples have each text; None without texts."""
     rows: Tensor | None = None
-    """Which encoded texts these are, int64, the same number on all ranks; None takes all."""
+    """Indices of the encoded texts to take, int64, the same number on all ranks; None: all."""
     max_num_texts: Callable[[], int] | None = None
     """The largest u of all ranks, where they have asked each other."""
 
