@@ -1,8 +1,7 @@
 """From packed data sets to batches: without end for training, each sample once for evaluation.
 
-`TrainLoader._decode` is the table of contents: `plan/` says which samples and which random numbers
-a step is given, `feed/` reads and replaces images and makes texts and targets, `graph.py` decodes
-and augments, and a `Batch` is put together.
+`TrainLoader._outputs` gets a step's images, texts and targets from `feed/`, the images by way of a
+DALI graph (`graph.py`) unless they are small or stored decoded; `_batch_of` makes its `Batch`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .feed.host_batches import (
     TrainMetadata,
     image_bytes,
 )
-from .feed.reading import READ_AHEAD, BadSamples, read_images, reading_ahead
+from .feed.reading import READ_AHEAD, SampleReader, read_images, reading_ahead
 from .graph import (
     DecodingError,
     Outputs,
@@ -138,13 +137,13 @@ class TrainLoader:
         self.pace = choose_pace(
             data, self._decode_device, num_images=self.num_images, window_bytes=size
         )
-        self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
+        self._reader = SampleReader(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self.host = HostBatches(
             config,
             list(datasets),
             prompts,
             self.plan,
-            self._bad,
+            self._reader,
             rank=rank,
             world_size=world_size,
             form=self.form,
@@ -306,7 +305,7 @@ class TrainLoader:
         for row, reason in reasons.items():
             row %= len(actual.sample_ids)  # of the second view
             source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
-            self._bad.refuse([(source, sample, reason)])
+            self._reader.mark_undecodable([(source, sample, reason)])
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 

@@ -326,7 +326,7 @@ def _short_help(arguments: PretrainArguments, origin: str) -> str:
         f"  {_PROGRAM} --out runs/mix --resume auto --nproc 8",
         "\npresets:",
         textwrap.indent(list_presets(), "  "),
-        "\nobjectives:",
+        "\nobjectives (--help --objective.name NAME shows the options of one):",
         textwrap.indent(list_objectives(), "  "),
     ]
     for group, names in _COMMON.items():

@@ -38,8 +38,8 @@ class Texts:
     """int64 [b]: the row of `tokens` that is the text of each image."""
     counts: Tensor
     """int64 [u]: the number of samples of this batch with each text; they sum to b."""
-    most: Callable[[], int] | None = None
-    """The number of texts of the rank that has the most, where ranks have asked each other."""
+    max_num_texts: Callable[[], int] | None = None
+    """The largest u of all ranks, where they have asked each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,7 +264,7 @@ def copied_ahead(
             compute = torch.cuda.current_stream(device)
             compute.wait_event(is_copied)
             for tensor in batch.model_inputs().values():
-                # the memory belongs to the stream of copies, which would otherwise fill it anew as
+                # the memory belongs to the stream of copies, which would otherwise reuse it as
                 # soon as the host has let go of it, under kernels that are still to read it
                 tensor.record_stream(compute)
             del found, tensor

@@ -22,7 +22,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainC
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.pipelines.feed.reading import BadSamples
+from unicl_fast.pipelines.feed.reading import SampleReader
 from unicl_fast.pipelines.graph import decode_windows
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
@@ -66,7 +66,7 @@ class _Own:
         )
         self.dataset = PackedDataset(task.data)
         self.loader = open_loader(self.dataset, self.config)
-        self.bad = BadSamples(
+        self.reader = SampleReader(
             [self.dataset], self.loader.plan, None, max_pixels=self.config.data.max_pixels
         )
 
@@ -77,7 +77,7 @@ class _Own:
 
     def held(self) -> list[tuple[PlannedBatch, EncodedImages]]:
         """`planned` with the encoded images."""
-        read = (self.bad.read_files([planned]) for planned in self.planned())
+        read = (self.reader.read_files([planned]) for planned in self.planned())
         return [(actual, images) for (actual,), images in read]
 
 
@@ -90,7 +90,7 @@ def ours(task: Task) -> Iterator[Tensor]:
 def read(task: Task) -> Iterator[int]:
     own = _Own(task)
     for planned in itertools.cycle(own.planned()):
-        yield len(own.bad.read_files([planned])[1])
+        yield len(own.reader.read_files([planned])[1])
 
 
 def decode(task: Task, *, cut: bool = False) -> Iterator[int]:

@@ -36,7 +36,7 @@ from unicl_fast.text.prompts import ClassPrompts
 from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
-from .reading import READ_AHEAD, BadSamples, reading_ahead
+from .reading import READ_AHEAD, SampleReader, reading_ahead
 
 Metadata = TypeVar("Metadata")
 _Result = TypeVar("_Result")
@@ -97,8 +97,8 @@ class TrainMetadata:
     targets: Targets
 
 
-class _Planned(NamedTuple):
-    """A step without its images, as long as nothing is bad."""
+class _PlannedStep(NamedTuple):
+    """A step without its images, as planned: nothing is replaced yet."""
 
     batch: PlannedBatch
     texts: Texts
@@ -127,14 +127,14 @@ class HostBatches:
         datasets: Sequence[PackedDataset],
         prompts: ClassPrompts,
         plan: TrainPlan,
-        bad: BadSamples,
+        reader: SampleReader,
         *,
         rank: int,
         world_size: int,
         form: ImageForm,
     ) -> None:
         """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`."""
-        self._datasets, self._prompts, self._plan, self._bad = datasets, prompts, plan, bad
+        self._datasets, self._prompts, self._plan, self._reader = datasets, prompts, plan, reader
         self._data, self._objective = config.data, config.objective
         self._context_length = config.model.context_length
         self._ranks = {"rank": rank, "world_size": world_size}
@@ -149,13 +149,13 @@ class HostBatches:
         ]
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda step: None
-        self._planning, self._planned_ahead = threading.Lock(), dict[int, _Planned]()
+        self._planning, self._planned_ahead = threading.Lock(), dict[int, _PlannedStep]()
         self.reading = ReadingTime(decodes_files=form == "files" or not self._is_decoded)
         """How long reading waited for storage."""
 
     def feed_features(self, features: Sequence[FeatureFile]) -> None:
         """Feeds stored features in place of images from now on, those of each data set."""
-        self._form, self._bad.features = "features", features
+        self._form, self._reader.features = "features", features
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:
@@ -229,7 +229,7 @@ class HostBatches:
             for step, batch, *crops in zip(planned, actual, *views, strict=True)
         ]
 
-    def _take_planned(self, first: int, count: int) -> list[_Planned]:
+    def _take_planned(self, first: int, count: int) -> list[_PlannedStep]:
         """As `plan_steps`, which groups of few samples share; from any thread, nearly in order."""
         with self._planning:
             if not self._planned_ahead.keys() >= set(range(first, first + count)):
@@ -243,13 +243,13 @@ class HostBatches:
         """Decoded images of some batches, and these with substitutes."""
         if self._shape is not None:
             with self.reading.measuring():
-                actual, pixels = self._bad.read_pixels(batches)
+                actual, pixels = self._reader.read_pixels(batches)
             count, size = len(pixels), math.prod(self._shape)
             firsts, widths = np.arange(0, count * size, size), np.full(count, self._shape[1])
             return actual, (pixels.reshape(-1), firsts, widths)
         while True:
             with self.reading.measuring():
-                actual, images = self._bad.read_files(batches)
+                actual, images = self._reader.read_files(batches)
             shapes = np.empty((len(images), 2), np.int64)
             source_ids = np.concatenate([batch.source_ids for batch in actual])
             sample_ids = np.concatenate([batch.sample_ids for batch in actual])
@@ -267,7 +267,7 @@ class HostBatches:
             faults = [fault for part in parts for fault in part.items()]
             if not faults:
                 return actual, (pixels, np.cumsum(sizes) - sizes, widths)
-            self._bad.refuse(
+            self._reader.mark_undecodable(
                 (int(source_ids[row]), int(sample_ids[row]), fault) for row, fault in faults
             )
 
@@ -276,43 +276,44 @@ class HostBatches:
         size = round(image_bytes(self._datasets, self._data))
         return CropResizer(self._data, batch_size=self._batch_size, image_bytes=size)
 
-    def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
+    def _with_images(self, step: _PlannedStep) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels, or with their features."""
         self._check_arrays()
-        self._read_ahead_from(planned.batch.step)
+        self._read_ahead_from(step.batch.step)
         images: Any
         if self._form == "features":
-            actual, images = self._bad.read_features(planned.batch)
-            return self._host_batch(planned, actual, images)
+            actual, images = self._reader.read_features(step.batch)
+            return self._host_batch(step, actual, images)
         with self.reading.measuring():
             if self._form == "files":
-                (actual,), images = self._bad.read_files([planned.batch])
+                (actual,), images = self._reader.read_files([step.batch])
             else:
-                (actual,), images = self._bad.read_pixels([planned.batch])
-        return self._host_batch(planned, actual, images)
+                (actual,), images = self._reader.read_pixels([step.batch])
+        return self._host_batch(step, actual, images)
 
-    def plan_steps(self, first: int, count: int) -> list[_Planned]:
+    def plan_steps(self, first: int, count: int) -> list[_PlannedStep]:
         """Some steps without their images, made in one go."""
         self._check_arrays()
         long = self._plan.long_batch(first, count, **self._ranks)
-        steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
-        return [_Planned(step, *own) for step, own in zip(steps, self._texts_of(long), strict=True)]
+        batches = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
+        parts = zip(batches, self._texts_of(long), strict=True)
+        return [_PlannedStep(batch, *texts_and_targets) for batch, texts_and_targets in parts]
 
     def _host_batch(
         self,
-        planned: _Planned,
+        step: _PlannedStep,
         actual: PlannedBatch,
         images: EncodedImages | NDArray[Any],
     ) -> HostBatch[TrainMetadata]:
         """Puts together a step; `actual` is its plan with substitutes."""
-        _, texts, targets = planned
-        if actual is not planned.batch:  # substitutes come with texts and labels of their own
+        _, texts, targets = step
+        if actual is not step.batch:  # substitutes come with texts and labels of their own
             ((texts, targets),) = self._texts_of(actual)
         return HostBatch(
             inputs=graph_inputs(actual, images, are_ready=self._form in ("crops", "features")),
             metadata=TrainMetadata(
                 actual=actual,
-                scheduled_ids=planned.batch.sample_ids,
+                scheduled_ids=step.batch.sample_ids,
                 texts=texts,
                 targets=targets,
             ),

@@ -58,8 +58,8 @@ _Block = tuple[int, int, int]
 _JOIN_SECONDS = 2.0
 
 
-class BadSamples:
-    """Reads images, and knows the samples of this process's data sets that turned out bad."""
+class SampleReader:
+    """Reads images of planned samples, and remembers which of this process's samples are bad."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class BadSamples:
         *,
         max_pixels: int,
     ) -> None:
-        """Knows none yet.
+        """No sample is known to be bad yet.
 
         Args:
             datasets: those of the plan.
@@ -82,38 +82,38 @@ class BadSamples:
         self._plan = plan
         self.features: Sequence[FeatureFile] | None = None
         """Those of each data set, which are read in place of images."""
-        self._known: set[tuple[int, int]] = set()
+        self._bad: set[tuple[int, int]] = set()
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
     def read(self, source: int, sample: int) -> NDArray[Any] | None:
         """The encoded image, its checksum compared, or its features; None if the sample is bad."""
-        if (source, sample) in self._known:
+        if (source, sample) in self._bad:
             return None
         if self.features is not None:
             row = self.features[source].row(sample)
             if row is None:
-                self.add(source, sample, "its image could not be read when features were stored")
+                self.mark_bad(source, sample, "it could not be read when features were stored")
             return row
         dataset = self._datasets[source]
         try:
             return dataset.image_bytes(sample, verify=True, max_pixels=self._max_pixels)
         except DamagedSampleError as error:
-            self.add(source, sample, str(error).removeprefix(f"{dataset.describe(sample)}: "))
+            self.mark_bad(source, sample, str(error).removeprefix(f"{dataset.describe(sample)}: "))
             return None
 
-    def add(self, source: int, sample: int, reason: str) -> None:
-        """Remembers that a sample is not to be fed, logs it, and lists it."""
-        if (source, sample) in self._known:
+    def mark_bad(self, source: int, sample: int, reason: str) -> None:
+        """Remembers that a sample must not be fed, logs it, and lists it."""
+        if (source, sample) in self._bad:
             return
-        self._known.add((source, sample))
+        self._bad.add((source, sample))
         dataset = self._datasets[source]
-        if len(self._known) <= _LOGGED:
+        if len(self._bad) <= _LOGGED:
             logger.error(
                 "BAD SAMPLE: %s: %s; another of the same data set is fed in its place",
                 dataset.describe(sample), reason,
             )  # fmt: skip
-        if len(self._known) == _LOGGED:
+        if len(self._bad) == _LOGGED:
             logger.error(
                 "further bad samples: replaced_samples in metrics.jsonl counts them, %s lists them",
                 self._where,
@@ -122,11 +122,11 @@ class BadSamples:
             where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
-    def refuse(self, faults: Iterable[tuple[int, int, str]]) -> None:
-        """Adds samples, as pairs of source and sample, that a decoder refuses; from any thread."""
+    def mark_undecodable(self, faults: Iterable[tuple[int, int, str]]) -> None:
+        """Marks samples (source, sample, fault) that a decoder refuses; from any thread."""
         with self._replacing:
             for source, sample, fault in faults:
-                self.add(source, sample, f"the decoder refuses it: {fault}")
+                self.mark_bad(source, sample, f"the decoder refuses it: {fault}")
 
     def read_files(
         self, batches: Sequence[PlannedBatch]
@@ -190,10 +190,10 @@ class BadSamples:
             The batch, a copy where samples were replaced, the rows that were read, and their
             images.
         """
-        if not self._known and sound.all():
+        if not self._bad and sound.all():
             return planned, np.empty(0, np.int64), []
         with self._replacing:
-            known = np.array([pair in self._known for pair in _pairs(planned)])
+            known = np.array([pair in self._bad for pair in _pairs(planned)])
             rows = np.flatnonzero(known | ~sound)
             actual, images = self._read_rows(planned, rows.tolist())
         return actual, rows, images

@@ -270,7 +270,7 @@ class TrainPlan:
         return span.draws_before(step)
 
     def epochs(self, num_steps: int) -> list[float]:
-        """How many epochs of each source have been shown after so many steps."""
+        """How many epochs of each source the first `num_steps` steps show."""
         draws = draws_before(self._draws_before(num_steps), self.weights)
         return [count / size for count, size in zip(draws, self.sizes, strict=True)]
 

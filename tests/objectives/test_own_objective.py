@@ -79,3 +79,8 @@ def test_micro_batches_give_the_same_gradients(images: torch.Tensor) -> None:
 def test_a_form_that_it_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="objective.name=margin: take one of auto, dense"):
         config_of().changed(efficiency={"loss": "tiled"})
+
+
+def test_a_long_name_keeps_its_distance_in_the_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.OBJECTIVES, "additive_margin", "unicl:CLIPObjective")
+    assert "additive_margin   an image" in registry.list_objectives()

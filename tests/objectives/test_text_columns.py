@@ -20,7 +20,7 @@ from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.objectives import text_columns
 from unicl_fast.objectives.text_columns import asked_ahead
 from unicl_fast.training import encoding, micro_batches
-from unicl_fast.training.encoding import most_texts, texts_to_encode
+from unicl_fast.training.encoding import max_num_texts, texts_to_encode
 from unicl_fast.training.micro_batches import _texts_in_pieces
 
 TWO = Ranks(world_size=2)
@@ -76,7 +76,7 @@ def test_a_rank_that_stops_waits_for_its_question_and_one_that_fails_does_not(
 
 def test_a_rank_of_one_asks_nothing() -> None:
     with asked_ahead(some_batches(2), Ranks()) as batches:
-        assert [batch.texts.most for batch in batches] == [None, None]
+        assert [batch.texts.max_num_texts for batch in batches] == [None, None]
 
 
 @pytest.mark.parametrize("piece", [0, 8, 20, 64])
@@ -95,7 +95,7 @@ def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(
             lengths=np.full(count, 9),
             index=torch.zeros(12, dtype=torch.int64),
             counts=torch.ones(count, dtype=torch.int64),
-            most=lambda count=count: count,
+            max_num_texts=lambda count=count: count,
         )
         ids = torch.zeros(count, dtype=torch.int64)
         if piece:
@@ -104,9 +104,9 @@ def test_the_most_texts_are_those_that_a_rank_with_the_most_encodes(
             counts = _texts_in_pieces(its, efficiency, Ranks())[2]
         else:
             counts = texts_to_encode(texts, ids, efficiency)[3]
-        most = most_texts(texts, efficiency, piece=piece)
-        assert most is not None
-        assert most() == len(counts)
+        largest = max_num_texts(texts, efficiency, piece=piece)
+        assert largest is not None
+        assert largest() == len(counts)
         encoded.append(len(counts))
     assert encoded == sorted(encoded)  # so the rank with the most texts encodes the most
 

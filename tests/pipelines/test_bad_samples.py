@@ -86,7 +86,7 @@ def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
 def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
     """The loader, as if it had met the bad samples already."""
     for source, sample in sorted(bad):
-        loader._bad.add(source, sample, "found by the test")
+        loader._reader.mark_bad(source, sample, "found by the test")
     return loader
 
 

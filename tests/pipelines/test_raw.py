@@ -244,7 +244,7 @@ def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
     batches = take(loader, count=STEPS)
     assert count_replaced(batches, expected, {(0, 7)}) >= 1
     files = make_loader(sizes["keep"], of_sizes)
-    files._bad.add(0, 7, "found by the test")
+    files._reader.mark_bad(0, 7, "found by the test")
     assert_same(batches, take(files, count=STEPS))
 
 
@@ -312,7 +312,7 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
     again = make_loader(opened(), prompts)
     assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
     for source, sample in bad:
-        again._bad.add(source, sample, "found by the test")
+        again._reader.mark_bad(source, sample, "found by the test")
     assert_same(batches, take(again, count=STEPS))
     mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
     for batch, other in zip(batches, take(make_loader(mixed, prompts), count=STEPS), strict=True):

@@ -1,4 +1,4 @@
 """The training objectives: TargetM (`targets.py`), the loss (`loss.py`), mixup.
 
-Knows no ranks, no model and no optimizer: the training step puts these functions together.
+Models and optimizers are not known here: the training step puts these functions together.
 """

@@ -66,22 +66,22 @@ class CrossEntropyObjective(LabelObjective):
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
         return sum(self.num_classes)
 
-    def loss(self, of: Operands) -> Tensor:
+    def loss(self, operands: Operands) -> Tensor:
         import torch
 
         from unicl_fast.objectives.loss import unified_contrastive_loss
         from unicl_fast.objectives.text_columns import all_reduce_over
 
-        rows = of.learnt["class_rows"]
+        rows = operands.learnt["class_rows"]
         return unified_contrastive_loss(
-            with_one(of.images),
+            with_one(operands.images),
             rows,
-            _rows_of_classes(of.classes, self.num_classes),
+            _rows_of_classes(operands.classes, self.num_classes),
             1.0,
             text_class_ids=torch.arange(len(rows), device=rows.device),
             directions="i2t",
-            form=of.form,
-            all_reduce=all_reduce_over(of.ranks),
+            form=operands.form,
+            all_reduce=all_reduce_over(operands.ranks),
         )
 
 

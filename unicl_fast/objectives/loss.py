@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.operands import LossForm
@@ -24,8 +25,8 @@ from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
 
 logger = logging.getLogger(__name__)
 
-# "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
-# or faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
+# Logits (b u), by device, from which on "auto" stores none. Below, the dense form is as fast or
+# faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
 _SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
 _OLDEST_FOR_TRITON = (8, 0)  # the instructions of its products: A100 and later
 
@@ -38,9 +39,10 @@ def reference_loss(
 ) -> Float[Tensor, ""]:
     """The definition, for n samples with one text each: equations 2 and 3 of the paper.
 
-    With P(i) the samples of i's class, `class_ids` from TargetM (`targets.map_targets`):
+    With x_i and v_k the features of images and texts, s the scale, and P(i) the samples of i's
+    class, by `class_ids` from TargetM (`targets.map_targets`):
 
-        L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s u_i.v_k) / sum_j exp(s u_i.v_j) )
+        L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s x_i.v_k) / sum_j exp(s x_i.v_j) )
         L_t2i = the same with images and texts exchanged
         L     = (L_i2t + L_t2i) / 2
 
@@ -48,11 +50,8 @@ def reference_loss(
     """
     logits = scale * image_features @ text_features.T
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
-    targets = positives / positives.sum(dim=1, keepdim=True)  # the rows of TargetM's matrix
-    i2t = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    of_texts = positives / positives.sum(dim=0)
-    t2i = -(of_texts * logits.log_softmax(dim=0)).sum(dim=0).mean()
-    return (i2t + t2i) / 2
+    targets = positives / positives.sum(dim=1, keepdim=True)  # of texts too: positives is symmetric
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class LogitStatistics(NamedTuple):
@@ -67,7 +66,7 @@ class LogitStatistics(NamedTuple):
     positive_sum: Float[Tensor, " n"]
     """Sum of the logits of its positives, times their weights."""
     positive_weight: Float[Tensor, " n"]
-    """Sum of the weights of its positives: their number, if nobody has several labels."""
+    """Sum of the weights of its positives: their number, if each sample has one label."""
 
     def losses(self) -> Float[Tensor, " n"]:
         """The loss of each row or column; 0 without a positive."""
@@ -122,8 +121,8 @@ def unified_contrastive_loss(
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "triton" does so by kernels on a CUDA device, and needs triton; "auto" takes the fastest
             one for the size and the device.
-        all_reduce: completes the statistics where other ranks hold other images of the same batch,
-            as many each, and the texts are those of all ranks.
+        all_reduce: completes the statistics where the batch's images are divided equally over
+            ranks, and the texts are those of all ranks.
 
     Returns:
         A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
@@ -194,7 +193,7 @@ def logit_statistics(
     form: LossForm = "auto",
     with_columns: bool = True,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """Computes the statistics of rows (images) and columns (texts) of the logits s u_i.v_k.
+    """Computes the statistics of rows (images) and columns (texts) of the logits s x_i.v_k.
 
     The arguments are those of `unified_contrastive_loss`, already checked. Columns are None where
     they are not asked for.

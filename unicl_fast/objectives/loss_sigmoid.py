@@ -2,7 +2,7 @@
 
 An image's loss is a sum over its row, whose positives are again class sums, in O((b + u) d) memory:
 
-    sum_k m_k log(1 + exp(z_ik))  -  s u_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
+    sum_k m_k log(1 + exp(z_ik))  -  s x_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def sigmoid_contrastive_loss(
     """The sigmoid form: each pair of an image and a text is a positive one or not.
 
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, with any number
-    of positives: with the logits z_ik = s u_i.v_k + bias, m_k samples that have text k, and the
+    of positives: with the logits z_ik = s x_i.v_k + bias, m_k samples that have text k, and the
     weights W_ik of pairs as positives, it is the cross-entropy of sigmoid(z_ik) against W_ik,
 
         L = 1/b sum_ik m_k ( log(1 + exp(z_ik)) - W_ik z_ik )

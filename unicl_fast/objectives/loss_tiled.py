@@ -47,8 +47,8 @@ class TiledStatistics(torch.autograd.Function):
         W^T; pairs (i, i) that they leave out are left out of the log-sum-exps too.
 
         Returns:
-            log sum_k m_k exp(s u_i.v_k) and sum_k W_ik m_k s u_i.v_k of each image i; and unless
-            `with_columns` is False, log sum_i exp(s u_i.v_k) and sum_i W_ik s u_i.v_k of each text
+            log sum_k m_k exp(s x_i.v_k) and sum_k W_ik m_k s x_i.v_k of each image i; and unless
+            `with_columns` is False, log sum_i exp(s x_i.v_k) and sum_i W_ik s x_i.v_k of each text
             k. Where there may be many more texts than images, they are most of the work.
         """
         exclude_self = positives.self_weights is not None

@@ -142,7 +142,7 @@ class Objective:
         """The number of texts, rows or views that an image is compared with, for estimates."""
         return num_texts
 
-    def loss(self, of: Operands) -> Tensor:
+    def loss(self, operands: Operands) -> Tensor:
         """The loss of the global batch, a scalar equal on all ranks.
 
         Its gradient with respect to a rank's own features is exact, so that gradients of the

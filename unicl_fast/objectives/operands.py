@@ -36,9 +36,9 @@ class Classes(NamedTuple):
     counts: Tensor | None
     """int64 [u]: how many samples have each text; None without texts."""
     rows: Tensor | None = None
-    """The encoded texts that are the texts here, int64, as many on all ranks; None takes all."""
-    most: Callable[[], int] | None = None
-    """The u of the rank that has the most, where ranks have asked each other."""
+    """Indices of the encoded texts to take, int64, the same number on all ranks; None: all."""
+    max_num_texts: Callable[[], int] | None = None
+    """The largest u of all ranks, where they have asked each other."""
 
 
 class Columns(NamedTuple):
@@ -66,4 +66,4 @@ class Operands(NamedTuple):
     form: LossForm
     """How the loss is computed, as in `loss.unified_contrastive_loss`."""
     ranks: Ranks
-    """Other ranks have as many images of the same batch, and the same texts."""
+    """Each has the same number of images of the batch, and the same texts."""

@@ -41,4 +41,5 @@ def make_objective(name: str = next(iter(OBJECTIVES)), **options: Any) -> Any:
 
 def list_objectives() -> str:
     """A line for each objective, for the help."""
-    return "\n".join(f"{name:10}{objective_class(name).about}" for name in OBJECTIVES)
+    width = max(map(len, OBJECTIVES)) + 3
+    return "\n".join(f"{name:{width}}{objective_class(name).about}" for name in OBJECTIVES)

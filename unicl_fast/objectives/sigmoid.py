@@ -39,25 +39,25 @@ class _Sigmoid(TextObjective):
         bias = torch.nn.Parameter(torch.tensor(_BIAS_INIT))
         return {**super().parameters(image_width), "logit_bias": bias}
 
-    def loss(self, of: Operands) -> Tensor:
+    def loss(self, operands: Operands) -> Tensor:
         """The cross-entropy of all pairs of this rank's images and all texts."""
         from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
         from unicl_fast.objectives.positives import Membership
         from unicl_fast.objectives.text_columns import all_reduce_over
 
-        assert of.texts is not None
+        assert operands.texts is not None
         return sigmoid_contrastive_loss(
-            of.images,
-            of.texts.features,
-            of.classes,
-            of.learnt["logit_scale"].exp(),
-            of.learnt["logit_bias"],
-            text_class_ids=of.texts.class_ids,
-            text_counts=of.texts.counts,
+            operands.images,
+            operands.texts.features,
+            operands.classes,
+            operands.learnt["logit_scale"].exp(),
+            operands.learnt["logit_bias"],
+            text_class_ids=operands.texts.class_ids,
+            text_counts=operands.texts.counts,
             # texts have several classes where images are mixed, and nowhere else
-            cosines=isinstance(of.texts.class_ids, Membership),
-            form=of.form,
-            all_reduce=all_reduce_over(of.ranks),
+            cosines=isinstance(operands.texts.class_ids, Membership),
+            form=operands.form,
+            all_reduce=all_reduce_over(operands.ranks),
         )
 
 
@@ -66,7 +66,7 @@ class SigmoidObjective(LabelObjective, _Sigmoid):
     """UniCL's positives under the sigmoid form."""
 
     name: str = "sigmoid"
-    about: ClassVar[str] = "unicl's positives, each pair for itself by a sigmoid"
+    about: ClassVar[str] = "unicl's positives, each pair separately by a sigmoid"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,4 +74,4 @@ class SigLIPObjective(_Sigmoid, PairObjective):
     """CLIP's positives under the sigmoid form."""
 
     name: str = "siglip"
-    about: ClassVar[str] = "clip's positives, each pair for itself by a sigmoid (SigLIP)"
+    about: ClassVar[str] = "clip's positives, each pair separately by a sigmoid (SigLIP)"

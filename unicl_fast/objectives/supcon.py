@@ -35,26 +35,26 @@ class SupConObjective(Objective):
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
         return 2 * num_images
 
-    def loss(self, of: Operands) -> Tensor:
+    def loss(self, operands: Operands) -> Tensor:
         """The loss of this rank's views [2b d], all first ones and then all second ones."""
         from unicl_fast.distributed.ranks import gather_rows
         from unicl_fast.objectives.loss import unified_contrastive_loss
         from unicl_fast.objectives.positives import Membership
         from unicl_fast.objectives.text_columns import all_reduce_over
 
-        assert not isinstance(of.classes, Membership)
-        view_ids = of.classes.repeat(2)
+        assert not isinstance(operands.classes, Membership)
+        view_ids = operands.classes.repeat(2)
         # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
-        shift = -of.ranks.rank * len(view_ids)
+        shift = -operands.ranks.rank * len(view_ids)
         # every view is a row and a column, so one direction is the mean of both
         return unified_contrastive_loss(
-            of.images,
-            gather_rows(of.images, of.ranks).roll(shift, 0),
+            operands.images,
+            gather_rows(operands.images, operands.ranks).roll(shift, 0),
             view_ids,
             1 / self.temperature,
-            text_class_ids=gather_rows(view_ids, of.ranks).roll(shift, 0),
+            text_class_ids=gather_rows(view_ids, operands.ranks).roll(shift, 0),
             exclude_self=True,
             directions="i2t",
-            form=of.form,
-            all_reduce=all_reduce_over(of.ranks),
+            form=operands.form,
+            all_reduce=all_reduce_over(operands.ranks),
         )

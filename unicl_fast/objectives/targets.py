@@ -53,7 +53,7 @@ class ImageLabels:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class HostTargets:
-    """Distinct texts and class ids of one batch; `tokens` are in order of first occurrence."""
+    """`batch.Texts` and `batch.Targets` as arrays; texts are in order of first occurrence."""
 
     tokens: TokenArray
     text_index: Int64Array
@@ -112,12 +112,12 @@ def map_targets(
     4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
        every rank and whatever its padding.
 
-    The loader maps each rank's local batch by itself, and ranks agree without talking: it gives a
-    label only together with a prompt of its class as the text (a caption comes with -1), and
-    `ClassPrompts` has joined the classes that share a prompt before training, so the class of a
-    text never depends on the other samples of the batch. Where rows and labels come from
-    elsewhere, rules 1 and 3 may depend on them: then every rank maps the global batch and takes its
-    part with `slice_targets`, as `collate` does.
+    In the loader each rank maps only its local batch, and all agree without communication: a label
+    comes only with a prompt of its class as the text (a caption comes with -1), and `ClassPrompts`
+    has joined the classes that share a prompt before training, so the class of a text never depends
+    on the other samples of the batch. Where rows and labels come from elsewhere, it may (rules 1
+    and 3): then every rank maps the global batch and takes its part with `slice_targets`, as
+    `collate` does.
 
     Args:
         rows: token ids of the texts, uint16 or uint32 [b l], padded with 0 at the end.
@@ -356,7 +356,7 @@ def _check(rows: TokenArray, labels: Int64Array) -> tuple[TokenArray, Int64Array
 def _label_texts(
     labels: Int64Array, text_index: Int64Array, num_texts: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
-    """Finds what the samples of each distinct text say about its class.
+    """Finds the label of each distinct text among its samples.
 
     Returns:
         text_labels: int64 [u], the first label among a text's samples, -1 if they have none.

@@ -41,9 +41,9 @@ class TextColumns:
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
         self._ranks = ranks
-        self._most = classes.most
-        if self._most is None and self._rows is None:
-            self._most = PendingMaximum(len(self._counts), ranks).wait
+        self._max_num_texts = classes.max_num_texts
+        if self._max_num_texts is None and self._rows is None:
+            self._max_num_texts = PendingMaximum(len(self._counts), ranks).wait
         self._features = RowsInFlight(ranks)
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
 
@@ -53,7 +53,7 @@ class TextColumns:
             text_features = text_features[self._rows]
         if self._ranks.world_size == 1:
             return text_features
-        num_texts = len(self._counts) if self._most is None else self._most()
+        num_texts = len(self._counts) if self._max_num_texts is None else self._max_num_texts()
         gathered = self._features.send(text_features, num_rows=num_texts)
         if isinstance(self._class_ids, Membership):
             samples, labels, weights = self._class_ids
@@ -90,7 +90,7 @@ class TextColumns:
 def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Batch]]:
     """Takes each batch a step early, and asks the other ranks how many texts they have in theirs.
 
-    So the answer is there when the step needs it. All ranks go through as many batches.
+    So the answer is there when the step needs it. All ranks take the same number of batches.
     """
     if ranks.world_size == 1:
         yield batches
@@ -102,7 +102,7 @@ def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Bat
         if batch is None:
             return None
         asked = PendingMaximum(len(batch.texts.tokens), ranks)
-        texts = dataclasses.replace(batch.texts, most=asked.wait)
+        texts = dataclasses.replace(batch.texts, max_num_texts=asked.wait)
         return dataclasses.replace(batch, texts=texts)
 
     def each() -> Iterator[Batch]:

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 class _Softmax:
-    def loss(self, of: Operands) -> Tensor:
+    def loss(self, operands: Operands) -> Tensor:
         """Equations 2 and 3 of the paper, over the images and texts of all ranks."""
         from unicl_fast.objectives.loss import unified_contrastive_loss
         from unicl_fast.objectives.text_columns import all_reduce_over
 
-        assert of.texts is not None
+        assert operands.texts is not None
         return unified_contrastive_loss(
-            of.images,
-            of.texts.features,
-            of.classes,
-            of.learnt["logit_scale"].exp(),
-            text_class_ids=of.texts.class_ids,
-            text_counts=of.texts.counts,
-            form=of.form,
-            all_reduce=all_reduce_over(of.ranks),
+            operands.images,
+            operands.texts.features,
+            operands.classes,
+            operands.learnt["logit_scale"].exp(),
+            text_class_ids=operands.texts.class_ids,
+            text_counts=operands.texts.counts,
+            form=operands.form,
+            all_reduce=all_reduce_over(operands.ranks),
         )
 
 

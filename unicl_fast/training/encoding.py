@@ -62,10 +62,11 @@ class WholeBatch:
     ) -> None:
         """Prepares images and texts; mixes images if the objective does.
 
-        With `texts_among_images` the backward pass under DDP is that of `back_propagate`.
+        `texts_among_images` splits the graph at the texts under DDP: only `back_propagate` goes
+        through both parts.
         """
         self._encode = encode
-        self._is_cut = texts_among_images and isinstance(encode, DistributedDataParallel)
+        self._splits_graph = texts_among_images and isinstance(encode, DistributedDataParallel)
         self._sent: tuple[Tensor, Tensor] | None = None
         self._autocast = encoder_autocast(config.efficiency, ranks, batch.images.device.type)
         self._texts: tuple[Tensor, int | None] | None = None
@@ -81,7 +82,7 @@ class WholeBatch:
                 classes_of_images(batch),
                 texts,
                 counts,
-                most=most_texts(batch.texts, config.efficiency),
+                max_num_texts=max_num_texts(batch.texts, config.efficiency),
             ),
             batch,
             seed=config.run.seed,
@@ -93,12 +94,12 @@ class WholeBatch:
             if self._texts is None:
                 return self._encode(self._images)
             tokens, num_tokens = self._texts
-            if send is not None and self._is_cut:
-                send = functools.partial(self._send_cut, send)
+            if send is not None and self._splits_graph:
+                send = functools.partial(self._send_and_split, send)
             return self._encode(self._images, tokens, num_tokens, send)
 
-    def _send_cut(self, send: Send, texts: Tensor) -> Tensor:
-        """Sends texts; what takes their place begins a graph of its own."""
+    def _send_and_split(self, send: Send, texts: Tensor) -> Tensor:
+        """Sends texts; the tensor that it returns begins a graph of its own."""
         sent = send(texts)
         if not sent.requires_grad:  # frozen
             return sent
@@ -108,10 +109,10 @@ class WholeBatch:
     def back_propagate(self, scaled_loss: Tensor, begin: Begin) -> None:
         """Goes back through the graph.
 
-        Under DDP it goes through texts after three quarters of the images: these hide how texts'
-        gradients come back from other ranks, and the rest of the images hides how the last
-        gradient of the texts is sent, that of a token embedding of 100 MB. By the model of
-        `unicl-bench scale` a step takes up to 9 % less than with texts after images, and no more.
+        Under DDP it goes through texts after three quarters of the images: these hide the return of
+        text gradients from other ranks, and the rest hides the sending of the last one, of a token
+        embedding of 100 MB. By the model of `unicl-bench scale` a step takes up to 9 % less than
+        with texts after images, never more.
         """
         if self._sent is None:
             scaled_loss.backward()
@@ -149,7 +150,7 @@ def after_three_quarters(encoder: nn.Module, action: Callable[[], None]) -> Iter
 def quarter_parameter(encoder: nn.Module) -> nn.Parameter | None:
     """The parameter before which a quarter of the trained ones come; None where all are frozen.
 
-    Its gradient tells where backward is; a hook in a block would be compiled with the block.
+    Its gradient shows how far backward is; a hook in a block would be compiled with the block.
     """
     trained = [one for one in encoder.parameters() if one.requires_grad]
     return trained[len(trained) // 4] if trained else None
@@ -216,19 +217,19 @@ def texts_to_encode(
     return pad_texts(*found) if rounds else found
 
 
-def most_texts(
+def max_num_texts(
     texts: Texts, efficiency: EfficiencyConfig, *, piece: int = 0
 ) -> Callable[[], int] | None:
     """How many texts the rank with the most encodes, with those that `texts_to_encode` adds.
 
-    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks have yet to ask.
+    Texts are encoded `piece` at a time; 0 takes all at once. None where ranks do not know it yet.
     """
-    most = texts.most
-    if most is None or not rounds_sizes(efficiency, texts.tokens.device):
-        return most
+    unrounded = texts.max_num_texts
+    if unrounded is None or not rounds_sizes(efficiency, texts.tokens.device):
+        return unrounded
 
     def rounded() -> int:
-        pieces, rest = divmod(most(), piece) if piece else (0, most())
+        pieces, rest = divmod(unrounded(), piece) if piece else (0, unrounded())
         return pieces * round_up_count(piece) + round_up_count(rest)
 
     return rounded

@@ -35,7 +35,7 @@ from unicl_fast.training.encoding import (
     Send,
     classes_of_images,
     encoder_autocast,
-    most_texts,
+    max_num_texts,
     texts_to_encode,
 )
 
@@ -79,10 +79,12 @@ class MicroBatches:
         )
         self._images = list(images)
         self._texts, text_class_ids, text_counts = _texts_in_pieces(batch, efficiency, ranks)
-        most = None
+        largest = None
         if not divides_all(efficiency, ranks):  # some repeat a piece there
-            most = most_texts(batch.texts, efficiency, piece=self._size)
-        self.classes = Classes(classes_of_images(batch), text_class_ids, text_counts, most=most)
+            largest = max_num_texts(batch.texts, efficiency, piece=self._size)
+        self.classes = Classes(
+            classes_of_images(batch), text_class_ids, text_counts, max_num_texts=largest
+        )
         is_stored = batch.images.ndim == 2  # features of a frozen encoder
         self._encodes_images_once = (
             encoder_is_frozen(model, "image")
@@ -135,7 +137,7 @@ class MicroBatches:
             begin("backward")
             features.backward(gradient)
 
-        # towers with nothing to train are not encoded again, but in the last pass, which is DDP's
+        # frozen encoders run again only in the last pass, which is DDP's
         images = self._images[:-1] if is_trained(self._model, "image") else []
         texts = self._texts[:-1] if is_trained(self._model, "text") else []
         for piece, gradient in zip(images, image_gradients, strict=False):

@@ -216,7 +216,7 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
 def update(
     optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip_norm: float, leave_out: Tensor
 ) -> None:
-    """Updates the weights with the clipped gradient, or leaves them and the optimizer alone.
+    """Updates the weights with the clipped gradient, or leaves them and the optimizer unchanged.
 
     Torch's fused AdamW takes the factor and the flag where they are, on the device, and need not
     read all gradients once more; for others gradients are divided, and the host has to read the

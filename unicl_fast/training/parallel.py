@@ -71,7 +71,7 @@ class Parallel:
         return self._owners is not None or self._whole_copy is not None
 
     def rebuild(self) -> None:
-        """Makes DDP's buckets anew, as a start makes them."""
+        """Rebuilds DDP's buckets as they are at a start."""
         self._model.zero_grad()  # gradients are parts of the old buckets
         if self.has_buckets:
             self.encode = self._model  # which frees the old ones

@@ -5,10 +5,10 @@
             their rank
     loss    the objective's, from features and classes (`objectives/`)
 
-`loss_of` is that middle, whatever the objective, and whether a batch is encoded as a whole or in
-pieces that fit into memory. Every rank ends with the same scalar. Its gradient with respect to a
-rank's own features is exact, so summing parameter gradients over ranks gives the gradient of one
-process on the joined batch.
+`loss_of` does these three for any objective, whether a batch is encoded as a whole or in
+micro-batches. Every rank ends with the same scalar. Its gradient with respect to a rank's own
+features is exact, so summing parameter gradients over ranks gives the gradient of one process on
+the global batch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 On a GPU a border is a CUDA event on the current stream, so a part is the device's time from one
 border to the next, in which it computes or has nothing to do. `data_wait` is then the time in which
-the device really stands still for want of a batch: the host may wait for the next one as long as
+the device really has no batch to work on: the host may wait for the next one as long as
 the device computes. On a CPU a border is the host's clock. Parts follow each other without a gap,
 so they sum to the elapsed time.
 """

@@ -2,8 +2,8 @@
 
 The trainer takes any `Loader`, a `ListLoader` on a laptop too. The batch of a step, its drop path
 and its learning rate are functions of the step, so the state of a run is the step, the weights and
-their average, the optimizer and the loss scaler. What a run keeps of itself (metrics, ledger,
-checkpoints) are `Observer`s. `assembly.make_trainer` puts the parts together.
+their average, the optimizer and the loss scaler. `Observer`s write metrics, ledger and checkpoints.
+`assembly.make_trainer` puts the parts together.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Observer:
         """After the evaluations of a step; `all_done` says whether none was left out."""
 
     def results_of(self, step: int) -> Collection[str] | None:
-        """The numbers of evaluations that an earlier start has written; None: nobody knows."""
+        """The numbers of evaluations that an earlier start has written; None if unknown."""
         return None
 
 
@@ -253,7 +253,7 @@ class Trainer:
         grad_norm = self.update(loss)
         if self._batch_norms is not None:
             is_finite = loss.isfinite()
-            if not self.scaler.is_enabled():  # an overflow of its gradients has sound activations
+            if not self.scaler.is_enabled():  # when its gradients overflow, activations are sound
                 is_finite &= grad_norm.isfinite()
             self._batch_norms.restore_where(~is_finite)
         return loss, grad_norm
@@ -508,7 +508,7 @@ class Trainer:
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
 
     def is_due(self, every_steps: int) -> bool:
-        """Whether what is done so often is done after the present step; the last step does all."""
+        """Whether what is done every `every_steps` steps (0: never) or at the end is due now."""
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def begin(self, part: Part) -> None:
