@@ -89,12 +89,11 @@ def _encode_images(
     return torch.cat(features)
 
 
-def transform_of(data: DataConfig) -> Callable[[Image.Image], Tensor]:
-    """Images as a model sees them; whole ones, which are a source's own way, by open_clip."""
+def transform_of(data: DataConfig) -> Any:
+    """A function from images to tensors [3 h w] as a model sees them; whole images by open_clip."""
     if isinstance(data.evaluation_resize, str):
         chosen = PreprocessCfg(size=data.image_size, **for_open_clip(data))
-        transform: Callable[[Image.Image], Tensor] = image_transform_v2(chosen, is_train=False)
-        return transform
+        return image_transform_v2(chosen, is_train=False)
     return v2.Compose(
         [
             v2.RGB(),
