@@ -167,6 +167,20 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
     train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
 
 
+@pytest.mark.parametrize("make", [_clip, _siglip])
+def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
+    make: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    """As siglip-so400m-patch14-384 does, of which 6 pixels a side are beyond 27 patches."""
+    text = _TEXT | {"hidden_size": _IMAGE["hidden_size"]}
+    theirs = write_transformers(lambda: make(text, _IMAGE | {"image_size": 37}), tmp_path / "it")
+    ours = load_model(tmp_path / "it")
+    assert ours.config.data.image_size == 37
+    assert difference(ours, theirs) < 1e-5
+    write_export(ours, tmp_path / "hf")
+    assert difference(load_model(tmp_path / "hf"), theirs) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", REAL)

@@ -151,11 +151,13 @@ def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
 
 def _try_size(encoder: nn.Module, image_size: int) -> None:
     """Raises what an image would meet: many models are built for a size that they cannot take."""
+    own: Any = getattr(encoder, "pretrained_cfg", None) or {"input_size": [0]}
     for embedding in encoder.modules():
-        # timm leaves out the pixels beyond the last whole patch, and says nothing
+        # timm leaves out the pixels beyond the last whole patch, and says nothing; some models were
+        # trained so (SigLIP so400m, 384 pixels in patches of 14)
         if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
             patch = max(embedding.patch_size)
-            if image_size % patch:
+            if image_size % patch and image_size != own["input_size"][-1]:
                 raise ValueError(f"its patches of {patch} pixels do not divide {image_size}")
     size = 1, 3, image_size, image_size
     encoder.eval()
