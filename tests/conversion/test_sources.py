@@ -334,6 +334,17 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
+    # numbers of a byte are weights as they are; too large ones are none
+    for kind, largest in ((torch.float8_e4m3fn, 1), (torch.float64, 1e300)):
+        others = {name: tensor.to(kind) for name, tensor in tensors.items()}
+        others["text_model.final_layer_norm.bias"][0] = largest
+        save_file(others, tmp_path / "model.safetensors")
+        if largest == 1:
+            assert 0 < difference(load_model(tmp_path), theirs) < 0.2
+            continue
+        with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
         load_model(tmp_path)
 
