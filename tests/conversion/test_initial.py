@@ -164,6 +164,7 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
             ("vision_cfg", {"timm_pool": "avg"}, "pools by 'avg', timm's by 'token'"),
             ("vision_cfg", {"timm_model_name": "", "pool_type": "avg"}, "no encoder with vision_c"),
             ("vision_cfg", {"timm_model_name": "", "layers": [1, 1, 1, 1]}, r"layers=\[1, 1"),
+            ("vision_cfg", {"image_size": [160, 320]}, r"square images, not .*\[160, 320\]"),
             ("text_cfg", {"width": "wide"}, "model.text_width is 32 and its is wide"),
             ("vision_cfg", {"head_width": 0, "timm_model_name": ""}, "could have written: ZeroDiv"),
         ]

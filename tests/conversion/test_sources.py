@@ -23,6 +23,7 @@ from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
 from small_runs import real_images
 from source_runs import config_by_name, pixels_of, tokens_of, train_one_step
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
@@ -37,6 +38,7 @@ from unicl_fast.conversion.sources import find_own, find_source, weights_checksu
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.models import vits
 from unicl_fast.models.freezing import freeze
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
@@ -294,6 +296,32 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         load_model(f"timm-file:{tmp_path / 'model.safetensors'}")
 
 
+def _timm_folder(folder: Path, architecture: str, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    values = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["no_such", "hf-hub:them/it", "local-dir:/", "x.y"])
+def test_a_folder_of_an_architecture_that_timm_lacks_is_refused_here(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm.create_model", pytest.fail)
+    folder = _timm_folder(tmp_path / "theirs", architecture, {"x": torch.ones(1)})
+    with pytest.raises(ValueError, match=f"theirs.*timm knows no model '{architecture}'"):
+        load_model(folder)
+
+
+def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: Path) -> None:
+    name = "unicl_vit_clip_patch16_w32_d1_h2_m65_gelu_32"  # which nothing has registered yet
+    vit = vits.ViT("clip", 16, 32, 1, 2, 65, "gelu", 32)
+    theirs = VisionTransformer(img_size=32, num_classes=0, **vit.arguments)
+    model = load_model(_timm_folder(tmp_path / "theirs", name, theirs.state_dict()))
+    assert model.config.model.image_encoder == name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -305,6 +333,11 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
         ({"model_type": ["bert"]}, "no model of model_type|no model that the library"),
         ({"vision_config": 5}, "no model that the library of its layout"),
+        ({"vision_config": {"num_hidden_layers": 10**6}}, "no ViT has .*depth=1000000"),
+        ({"vision_config": {"num_attention_heads": 0}}, "no ViT has .*heads=0"),
+        ({"vision_config": {"patch_size": 0}}, "no ViT has .*patch_size=0"),
+        ({"vision_config": {"patch_size": [8, 8]}}, r"no ViT has .*patch_size=\[8, 8\]"),
+        ({"vision_config": {"image_size": [32, 64]}}, "ours takes square images, not .*32, 64"),
     ],
     ids=str,
 )

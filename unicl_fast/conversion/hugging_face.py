@@ -21,7 +21,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from unicl_fast.conversion.libraries import is_of_timm, timm_arguments
-from unicl_fast.conversion.open_clip import UnknownArchitectureError
+from unicl_fast.conversion.open_clip import UnknownArchitectureError, side_of
 from unicl_fast.conversion.output import (
     require_equal,
     sample_images,
@@ -154,11 +154,10 @@ def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
         known = given.get("pretrained_cfg") or {}
         size = (given.get("model_args") or {}).get("img_size") or known.get("input_size")
         size = size or timm.get_pretrained_cfg(name).input_size
-        return name, int(size[-1] if isinstance(size, list | tuple) else size)
+        return name, int(side_of(size))
     if kind not in _NORM_EPS:
         _refuse("vision_config", given, ["model_type"])
     group = {**_DEFAULTS[f"{kind} vision"], **given}
-    size = group["image_size"]
     if group["layer_norm_eps"] != _NORM_EPS[kind] or not group.get("vision_use_head", True):
         _refuse("vision_config", group, ["layer_norm_eps", "vision_use_head"])
     vit = ViT(
@@ -169,7 +168,7 @@ def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
         heads=group["num_attention_heads"],
         hidden=group["intermediate_size"],
         activation=_activation("vision_config", group),
-        image_size=int(size[0] if isinstance(size, list) else size),
+        image_size=side_of(group["image_size"]),
     )
     return name_of(vit), vit.image_size
 

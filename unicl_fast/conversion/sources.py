@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,13 @@ from unicl_fast.conversion.sharded_files import (
     shards_of,
 )
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
+
+logger = logging.getLogger("unicl_fast")
 
 IMAGE_SETTINGS = ("image_encoder",)
 TEXT_SETTINGS = (
@@ -149,8 +152,13 @@ class Source:
         if "image_encoder" not in settings:
             raise ValueError(f"{self.name} does not say which of timm's models it is of")
         if not self.has_text:  # features as they are
-            with torch.device("meta"):
-                encoder = timm.create_model(settings["image_encoder"], num_classes=0)
+            with torch.device("meta"), _blaming(self.name):
+                encoder = build_image_encoder(
+                    settings["image_encoder"],
+                    image_size=self.data.get("image_size", 224),
+                    drop_path=0.0,
+                    key=DropPathKey(0),
+                )
             settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
             objective = "supcon"
         with _blaming(self.name):
@@ -437,7 +445,8 @@ def _registered_timm(given: str, name: str) -> Source:
     locate = functools.partial(_library_weights, find)
     if file_name:
         locate = functools.partial(find, (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)))
-    return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
+    with _blaming(given):
+        return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
 def _packaged(given: str, name: str, towers: _Towers) -> Source:
@@ -506,7 +515,10 @@ def _open_clip_source(
         text = open_clip_models.text_settings(model_cfg) if towers.text else {}
         if text:
             text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
-        image_size = model_cfg["vision_cfg"].get("image_size", 224)
+        data = {}
+        if towers.image:
+            side = open_clip_models.side_of(model_cfg["vision_cfg"].get("image_size", 224))
+            data = preprocessing.of_library(preprocess_cfg, side)
         return Source(
             name=given,
             settings={
@@ -514,7 +526,7 @@ def _open_clip_source(
                 **text,
                 "embed_dim": model_cfg["embed_dim"],
             },
-            data=preprocessing.of_library(preprocess_cfg, image_size),
+            data=data,
             locate=locate and functools.cache(locate),
             rename=functools.partial(open_clip_models.from_open_clip, model_cfg),
             objective="sigmoid" if model_cfg.get("init_logit_bias") is not None else "unicl",
@@ -567,10 +579,11 @@ def _timm_source(
     pretrained_cfg: Mapping[str, Any],
 ) -> Source:
     classifier = pretrained_cfg.get("classifier") or ()
+    side = open_clip_models.side_of(pretrained_cfg.get("input_size"))
     return Source(
         name=given,
         settings={"image_encoder": architecture} if architecture else {},
-        data=preprocessing.of_library(pretrained_cfg, pretrained_cfg.get("input_size")),
+        data=preprocessing.of_library(pretrained_cfg, side),
         locate=functools.cache(locate),
         rename=_as_image_encoder,
         classifier=(classifier,) if isinstance(classifier, str) else tuple(map(str, classifier)),
