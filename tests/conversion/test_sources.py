@@ -470,7 +470,7 @@ def test_a_repository_of_transformers_in_several_files(
 
 
 def test_a_repository_of_transformers_is_downloaded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = write_transformers(SMALL["SigLIP"][0], tmp_path / "hub" / "them" / "siglip")
     images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
@@ -488,6 +488,22 @@ def test_a_repository_of_transformers_is_downloaded_once(
     assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
+    # without a network, what the hub was not asked for is not known
+    with serve_hub(tmp_path / "hub") as hub:
+        preprocessor.unlink()
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "without")
+        default = find_source("hf-hub:them/siglip").data
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
+    for cache, expected in (("cache", data.mean), ("without", default["mean"])):
+        ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / cache)
+        assert find_source("hf-hub:them/siglip").data["mean"] == expected
+        assert "reached" not in caplog.text
+    (lost,) = (tmp_path / "cache").glob("*/snapshots/*/preprocessor_config.json")
+    lost.unlink()
+    ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
+    assert find_source("hf-hub:them/siglip").data == default
+    assert "has none of preprocessor_config.json" in caplog.text
+    assert "the settings of models without that file are taken" in caplog.text
     assert find_own("hf-hub:them/siglip") is None
     write_tokenizer(tmp_path / "us")
     (tmp_path / "hub" / "us").mkdir()

@@ -537,17 +537,14 @@ def _open_clip_source(
 def _transformers_source(
     given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
 ) -> Source:
-    images: Any = {}
-    with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
-        images = read_json(find([_PREPROCESSOR]))
+    images = _read_optional(given, find, _PREPROCESSOR)
     is_siglip = values["model_type"] == "siglip"
     pooling: Any = {}
     is_only_text = str(values["model_type"]) in PAD_IDS
     if is_only_text:
         if towers.image:
             raise ValueError(f"{given} is only a text encoder: give it as --init-text")
-        with contextlib.suppress(NotOnHubError, FileNotFoundError):
-            pooling = read_json(find([_POOLING]))
+        pooling = _read_optional(given, find, _POOLING)
     with _blaming(given):
         described = hugging_face.read_settings(
             values,
@@ -570,6 +567,16 @@ def _transformers_source(
             rename=hugging_face.text_encoder_names if is_only_text else from_transformers,
             objective="sigmoid" if is_siglip else "unicl",
         )
+
+
+def _read_optional(given: str, find: _Files, name: str) -> Any:
+    """A file of settings; none where it is missing, or nobody knows without a network."""
+    try:
+        return read_json(find([name]))
+    except FileNotFoundError as error:
+        if given.startswith("hf-hub:") and not isinstance(error, NotOnHubError):
+            logger.warning("%s; the settings of models without that file are taken", error)
+        return {}
 
 
 def _timm_source(
