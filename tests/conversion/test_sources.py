@@ -715,6 +715,12 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     for change, message in (
         ({"peft_type": "IA3"}, "adapters with peft_type IA3 are not read"),
         ({"alpha_pattern": {"fc1": 2}}, "peft_type LORA alpha_pattern are not read"),
+        # those that change the base when they are loaded, or do more than adding to a layer
+        ({"init_lora_weights": "pissa_niter_4"}, "LORA init_lora_weights=pissa_niter_4 are not"),
+        ({"alora_invocation_tokens": [5]}, "peft_type LORA alora_invocation_tokens are not read"),
+        ({"of_the_future": 1}, "peft_type LORA of_the_future are not read"),
+        ({"peft_type": None}, "adapters with peft_type None are not read"),
+        ({"base_model_name_or_path": str(folder)}, "adapter is of another folder of adapters"),
         ({}, "is no model that the library of its layout could have written"),
     ):
         text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
@@ -742,8 +748,28 @@ def test_the_adapters_of_a_run_are_converted_and_trained_further(
     call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
 
 
-def test_a_folder_that_peft_wrote_is_a_model(tmp_path: Path) -> None:
+def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_path: Path) -> None:
+    write_transformers(SMALL["dual of timm"][0], tmp_path / "theirs")
     base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_export(load_model(tmp_path / "theirs"), base)
+    tensors = load_file(base / "model.safetensors")
+    assert any(name.startswith("text_model.text_model.") for name in tensors)
+    described = json.loads((base / "config.json").read_text())
+    del described["unicl_fast"]  # as if it were another's
+    (base / "config.json").write_text(json.dumps(described))
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(rounded, base / "model.safetensors", metadata={"format": "pt"})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    plain = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.get_peft_model(plain, config).eval()
+    theirs.save_pretrained(folder)
+    assert difference(load_model(folder), theirs) < 1e-5
+
+
+def test_a_folder_or_repository_that_peft_wrote_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = tmp_path / "hub" / "them" / "clip", tmp_path / "hub" / "them" / "adapter"
     write_transformers(SMALL["CLIP"][0], base)
     layers = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "fc2"]}
     config = peft.LoraConfig(**layers, use_dora=True, init_lora_weights=False)
@@ -753,3 +779,9 @@ def test_a_folder_that_peft_wrote_is_a_model(tmp_path: Path) -> None:
     ours = load_model(folder)
     assert difference(ours, theirs) < 1e-5
     assert difference(load_model(base), theirs) > 1e-2
+    described = json.loads((folder / "adapter_config.json").read_text())
+    described |= {"base_model_name_or_path": "them/clip", "revision": "main"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        assert difference(load_model("hf-hub:them/adapter"), theirs) < 1e-5

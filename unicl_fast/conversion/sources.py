@@ -229,10 +229,11 @@ def find_source(
             return found or _our_source(given, download_export(rest), weights)
     folder = Path(given).expanduser()
     found = None
+    find = functools.partial(_first_of, folder)
     if (folder / adapter_folders.CONFIG_FILE).is_file():
-        return _adapted_source(given, folder, towers)
+        return _adapted_source(given, find, towers)
     if _has_config(folder):
-        found = _described(given, functools.partial(_first_of, folder), towers)
+        found = _described(given, find, towers)
     return found or _our_source(given, folder, weights)
 
 
@@ -307,8 +308,10 @@ def _has_config(folder: Path) -> bool:
 
 
 def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
-    """A model of open_clip, transformers or timm by its config; None for a config of ours."""
-    config = find((open_clip_models.CONFIG_FILE, CONFIG_FILE))
+    """A model of open_clip, transformers, timm or peft by its config; None for a config of ours."""
+    config = find((open_clip_models.CONFIG_FILE, CONFIG_FILE, adapter_folders.CONFIG_FILE))
+    if config.name == adapter_folders.CONFIG_FILE:
+        return _adapted_source(given, find, towers)
     values = read_json(config)
     if not isinstance(values, dict):
         raise ValueError(
@@ -355,8 +358,9 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
     )
 
 
-def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
-    """A folder of peft's: its adapters are merged into the weights of the model that it names."""
+def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
+    """Adapters of peft's, which are merged into the weights of the model that they name."""
+    folder = find([adapter_folders.CONFIG_FILE]).parent
     base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
 
     def rename(adapters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -370,7 +374,7 @@ def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
         base,
         name=given,
         own=None,
-        locate=lambda: folder / adapter_folders.WEIGHTS_FILE,
+        locate=functools.cache(functools.partial(find, [adapter_folders.WEIGHTS_FILE])),
         rename=rename,
     )
 
