@@ -107,6 +107,8 @@ class Source:
     """The whole config of a model of ours."""
     base: str = ""
     """The checksum of the weights that are not in its file: those below its adapters."""
+    below: Source | None = None
+    """The model that adapters of peft's stand on."""
     objective: str = "unicl"
     """The objective that learns what the model has besides its encoders."""
     pooling: str = ""
@@ -272,12 +274,16 @@ def find_own(given: str) -> Path | None:
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
     """The xxh3 of what `load_model` reads, as a model's identity; empty for fresh weights.
 
-    Raises as `find_source`.
+    Of adapters of peft's it is theirs, the word on, and their base's. Raises as `find_source`.
     """
-    file = find_source(str(given), weights=weights).file
-    if file is None:
-        return ""
-    return shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
+    source = find_source(str(given), weights=weights)
+    files = [one.file for one in (source, source.below) if one is not None]
+    checksums = [
+        shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
+        for file in files
+        if file is not None
+    ]
+    return " on ".join(checksums)
 
 
 def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -374,6 +380,7 @@ def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
         base,
         name=given,
         own=None,
+        below=base,
         locate=functools.cache(functools.partial(find, [adapter_folders.WEIGHTS_FILE])),
         rename=rename,
     )
