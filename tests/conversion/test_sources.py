@@ -296,12 +296,37 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         load_model(f"timm-file:{tmp_path / 'model.safetensors'}")
 
 
-def _timm_folder(folder: Path, architecture: str, tensors: dict[str, torch.Tensor]) -> Path:
+def _timm_folder(
+    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], **values: Any
+) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    values = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
-    (folder / "config.json").write_text(json.dumps(values))
+    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "config.json").write_text(json.dumps(described | values))
     return folder
+
+
+def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> None:
+    theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
+    values: dict[str, Any] = {"model_args": {"img_size": 96}}
+    model = load_model(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
+    images = different_images(96)
+    with torch.inference_mode():
+        expected = F.normalize(theirs(images), dim=-1)
+        torch.testing.assert_close(model.encode_image(images), expected)
+    tensors = timm.create_model("test_resnet", num_classes=0).state_dict()
+    values = {"model_args": {"global_pool": "max"}}
+    folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
+    with pytest.raises(ValueError, match="resnet.*no encoder with model_args global_pool='max'"):
+        load_model(folder)
+
+
+def test_a_network_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_resnet", "timm_pool": "max", "image_size": 32}
+    model_cfg = SMALL_MODELS["gelu"] | {"vision_cfg": vision}
+    folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "max")
+    with pytest.raises(ValueError, match="pools by 'max', timm's by 'avg'"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("architecture", ["no_such", "hf-hub:them/it", "local-dir:/", "x.y"])

@@ -88,6 +88,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a config.json may leave out."""
+_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size", "num_classes", "drop_rate", "drop_path_rate")
+"""Arguments of timm's that leave features as they are, at one image size."""
 _OF_TEXT_ENCODER = re.compile(
     r"(?:(?:bert|roberta|distilbert|mpnet)\.)?((?:embeddings|encoder|transformer)\..*)"
 )
@@ -150,11 +152,7 @@ def read_settings(
 def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
     """Timm's name of an image encoder, and its image size."""
     if kind == "timm":
-        name = str(given["architecture"])
-        known = given.get("pretrained_cfg") or {}
-        size = (given.get("model_args") or {}).get("img_size") or known.get("input_size")
-        size = size or timm.get_pretrained_cfg(name).input_size
-        return name, int(side_of(size))
+        return str(given["architecture"]), timm_side(given)
     if kind not in _NORM_EPS:
         _refuse("vision_config", given, ["model_type"])
     group = {**_DEFAULTS[f"{kind} vision"], **given}
@@ -171,6 +169,20 @@ def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
         image_size=side_of(group["image_size"]),
     )
     return name_of(vit), vit.image_size
+
+
+def timm_side(given: Mapping[str, Any]) -> int:
+    """The image size that a config of timm's, or of its wrapper, says.
+
+    Raises UnknownArchitectureError for arguments by which timm would build another model.
+    """
+    arguments = given.get("model_args") or {}
+    if others := [name for name in arguments if name not in _SIZE_ARGUMENTS]:
+        _refuse("model_args", arguments, others)
+    size = arguments.get("img_size") or (given.get("pretrained_cfg") or {}).get("input_size")
+    if size is None and (known := timm.get_pretrained_cfg(str(given["architecture"]))):
+        size = known.input_size
+    return int(side_of(size or 224))
 
 
 def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dict[str, Any]:

@@ -333,9 +333,10 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     if LIBRARY in values:
         return None
     if "architecture" in values:
-        known = values.get("pretrained_cfg", {})
         with _blaming(str(config)):
             architecture = str(values["architecture"])
+            side = hugging_face.timm_side(values)
+            known = {**values.get("pretrained_cfg", {}), "input_size": [side]}
             locate = functools.partial(_library_weights, find)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
