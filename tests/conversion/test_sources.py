@@ -35,12 +35,13 @@ from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_adapted, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
+from unicl_fast.dataset.arrays import npy_header
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.models import vits
 from unicl_fast.models.freezing import freeze
-from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.convert import __main__ as convert
@@ -674,6 +675,42 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
         found.append([(folder / name).read_bytes() for name in ("captions.npy", "tokens.npy")])
     assert found[0] == found[1]
     assert not list((data / "captions").glob("tokens-*"))
+
+
+@pytest.mark.parametrize("fault", ["start", "length", "token", "fewer"])
+def test_token_rows_that_others_made_up_are_made_anew(
+    fault: str, data: Path, tmp_path: Path
+) -> None:
+    """Who publishes a data set can lay a folder beside it, with checksums that are right."""
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
+    shutil.copytree(data / "captions", tmp_path / "captions")
+
+    def rows() -> list[list[int]]:
+        with PackedDataset(tmp_path / "captions") as dataset:
+            take_tokens(dataset, tokenizer, cache=tmp_path)
+            return [dataset.caption_tokens(sample, 0).tolist() for sample in range(len(dataset))]
+
+    expected = rows()
+    (folder,) = (tmp_path / "captions").glob("tokens-*")
+    captions, tokens = (np.load(folder / f"{name}.npy") for name in ("captions", "tokens"))
+    if fault == "start":
+        captions["tokens_start"][0] = 2**60
+    elif fault == "length":
+        captions["tokens_length"][:2] = 17, captions["tokens_length"][:2].sum() - 17
+        captions["tokens_start"][1] = 17
+    elif fault == "token":
+        tokens[3] = tokenizer.vocab_size
+    else:
+        captions, tokens = captions[:1], tokens[: captions["tokens_length"][0]]
+    for name, array in (("captions", captions), ("tokens", tokens)):
+        with (folder / f"{name}.npy").open("wb") as file:
+            file.write(npy_header(array.dtype, array.shape))
+            file.write(array.tobytes())
+    sums = [
+        (f"{name}.npy", file_checksum(folder / f"{name}.npy")) for name in ("captions", "tokens")
+    ]
+    (folder / CHECKSUMS_NAME).write_text(format_checksums(sums))
+    assert rows() == expected
 
 
 def adapted(base: Path, *options: str) -> UniCL:
