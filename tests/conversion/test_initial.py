@@ -481,6 +481,11 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
         find_source("timm:tset_vit", text=False)
 
 
+def test_weights_of_timm_that_are_not_on_the_hub_are_named() -> None:
+    with pytest.raises(ValueError, match=r"weights are at https://.*pth, and not on the hub"):
+        find_source("timm:legacy_seresnet152.in1k", text=False)
+
+
 def test_without_a_network_the_cache_is_taken_or_one_sentence_said(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -447,6 +447,11 @@ def _registered_timm(given: str, name: str) -> Source:
         registered = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag
         registered = None
+    if registered is not None and registered.url and not registered.hf_hub_id:
+        raise ValueError(
+            f"{given}: its weights are at {registered.url}, and not on the hub: download them, and "
+            f"give --init-image timm-file:PATH with --model.image-encoder {name.split('.')[0]}"
+        )
     if registered is None or not registered.hf_hub_id:
         similar = _similar(name, timm.list_models(pretrained=True))
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")

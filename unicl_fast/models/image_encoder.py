@@ -141,9 +141,13 @@ def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
     has_one_size = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
     if has_one_size:
         arguments["img_size"] = image_size  # position tables and windows are made for one size
-    encoder: nn.Module = timm.create_model(
-        name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **arguments
-    )
+    arguments |= {"pretrained": False, "num_classes": 0}
+    try:
+        encoder: nn.Module = timm.create_model(name, drop_path_rate=drop_path, **arguments)
+    except TypeError:
+        if drop_path:
+            raise
+        encoder = timm.create_model(name, **arguments)  # an older network, which knows none
     if has_one_size:
         _try_size(encoder, image_size)
     return encoder
