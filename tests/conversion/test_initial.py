@@ -481,6 +481,14 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
         find_source("timm:tset_vit", text=False)
 
 
+def test_weights_of_timm_whose_first_files_were_of_another_format_are_on_the_hub() -> None:
+    """As that of the docs: timm reads NumPy's archives only from the addresses that they had."""
+    name = "vit_base_patch16_224.augreg_in21k"
+    assert timm.get_pretrained_cfg(name).custom_load
+    source = find_source(f"timm:{name}", text=False)
+    assert (source.settings["image_encoder"], source.data["image_size"]) == (name[:20], 224)
+
+
 def test_weights_of_timm_that_are_not_on_the_hub_are_named() -> None:
     with pytest.raises(ValueError, match=r"weights are at https://.*pth, and not on the hub"):
         find_source("timm:legacy_seresnet152.in1k", text=False)

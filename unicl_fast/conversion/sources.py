@@ -455,7 +455,7 @@ def _registered_timm(given: str, name: str) -> Source:
     if registered is None or not registered.hf_hub_id:
         similar = _similar(name, timm.list_models(pretrained=True))
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")
-    if registered.custom_load:
+    if registered.custom_load == "hf":  # True is of other addresses than the hub
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
     file_name = registered.hf_hub_filename
     find = functools.partial(download, registered.hf_hub_id)
