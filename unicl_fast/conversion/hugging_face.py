@@ -244,8 +244,9 @@ def _of_transformers(kind: str, given: Mapping[str, Any], pooling: str) -> dict[
 
 def pooling_of(values: Mapping[str, Any]) -> str:
     """How a config of sentence-transformers' pooling reads tokens; the mean where it is empty."""
-    modes = [name.split("_")[2] for name, is_on in values.items()
-             if name.startswith("pooling_mode_") and is_on is True]  # fmt: skip
+    start = "pooling_mode_"
+    modes = [name.removeprefix(start).rpartition("_")[0] for name, is_on in values.items()
+             if name.startswith(start) and is_on is True]  # fmt: skip
     mode = values.get("pooling_mode") or ",".join(modes) or "mean"
     if mode not in ("cls", "mean"):
         raise UnknownArchitectureError(f"ours reads texts at cls or by their mean, not by {mode}")
