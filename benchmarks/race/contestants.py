@@ -229,7 +229,9 @@ def register_open_clip_model(folder: Path, model: dict[str, Any]) -> None:
     import open_clip
 
     import unicl_fast.models.small  # noqa: F401  registers its encoders
+    from unicl_fast.models import vits
 
+    vits.register(model["vision_cfg"]["timm_model_name"])
     description = folder / "race.json"  # the file's name is the model's
     description.write_text(json.dumps(model), encoding="utf-8")
     open_clip.add_model_config(description)

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from open_clip import SimpleTokenizer, create_model
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.config import DataConfig, TrainConfig, config_from_dict
+from unicl_fast.conversion.preprocessing import for_open_clip
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.levels import classify_at_levels
@@ -77,8 +79,22 @@ def _encode_images(
     model: Any, dataset: PackedDataset, config: TrainConfig, *, most: int = 10**9
 ) -> Tensor:
     """Unit features of the first images [n d]."""
-    data = config.data
-    prepare = v2.Compose(
+    prepare, features = transform_of(config.data), []
+    count = min(most, len(dataset))
+    for start in range(0, count, _BATCH):
+        indices = range(start, min(start + _BATCH, count))
+        files = (BytesIO(dataset.image_bytes(index).tobytes()) for index in indices)
+        images = torch.stack([prepare(Image.open(file)) for file in files])
+        features.append(F.normalize(model.encode_image(images), dim=-1))
+    return torch.cat(features)
+
+
+def transform_of(data: DataConfig) -> Any:
+    """A function from images to tensors [3 h w] as a model sees them; whole images by open_clip."""
+    if isinstance(data.evaluation_resize, str):
+        chosen = PreprocessCfg(size=data.image_size, **for_open_clip(data))
+        return image_transform_v2(chosen, is_train=False)
+    return v2.Compose(
         [
             v2.RGB(),
             v2.Resize(data.evaluation_resize, v2.InterpolationMode.BICUBIC),
@@ -88,14 +104,6 @@ def _encode_images(
             v2.Normalize(data.mean, data.std),
         ]
     )
-    features = []
-    count = min(most, len(dataset))
-    for start in range(0, count, _BATCH):
-        indices = range(start, min(start + _BATCH, count))
-        files = (BytesIO(dataset.image_bytes(index).tobytes()) for index in indices)
-        images = torch.stack([prepare(Image.open(file)) for file in files])
-        features.append(F.normalize(model.encode_image(images), dim=-1))
-    return torch.cat(features)
 
 
 def _classify(name: str, dataset: PackedDataset, images: Tensor, encode: _Encode) -> _Scores:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from PIL import Image
 
 from unicl_fast.benchmarks import run as unicl_bench
 from unicl_fast.benchmarks.race.contestants import Contestant, ImageList, Length
+from unicl_fast.benchmarks.race.judge import transform_of
 from unicl_fast.benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
 from unicl_fast.checkpoints.load import build_model
+from unicl_fast.config import DataConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.images.codec import encode_png
 from unicl_fast.presets import build_preset
@@ -180,6 +184,26 @@ def test_a_race_of_a_few_steps(packed: dict[str, Path], tmp_path: Path) -> None:
     before = [path.stat().st_mtime_ns for path in paths]
     unicl_bench.main(options)
     assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+@pytest.mark.parametrize("resize", [40, "squash", "longest"])
+def test_the_judge_shows_images_as_a_source_wants_them(resize: int | str) -> None:
+    data = DataConfig(
+        image_size=32, evaluation_resize=resize, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[:, 30:60] = 255  # as wide as a third of the image
+    row = transform_of(data)(Image.fromarray(pixels))[0, 16]
+    white = {40: 20, "squash": 11, "longest": 11}[resize]
+    assert (row.shape, abs(int((row > 0.5).sum()) - white) <= 1) == ((32,), True)
+
+
+def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
+    code = "from unicl_fast.benchmarks.race.contestants import register_open_clip_model as one; "
+    code += "import pathlib, timm; name = 'unicl_vit_clip_patch8_w32_d1_h2_m64_gelu_32'; "
+    code += f"one(pathlib.Path({str(tmp_path)!r}), {{'embed_dim': 8, 'text_cfg': {{}}, "
+    code += "'vision_cfg': {'timm_model_name': name}}); assert timm.is_model(name)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 @pytest.mark.slow

@@ -164,6 +164,7 @@ def test_a_model_that_ours_cannot_be_is_refused_by_what_it_has(
             ("vision_cfg", {"timm_pool": "avg"}, "pools by 'avg', timm's by 'token'"),
             ("vision_cfg", {"timm_model_name": "", "pool_type": "avg"}, "no encoder with vision_c"),
             ("vision_cfg", {"timm_model_name": "", "layers": [1, 1, 1, 1]}, r"layers=\[1, 1"),
+            ("vision_cfg", {"image_size": [160, 320]}, r"square images, not .*\[160, 320\]"),
             ("text_cfg", {"width": "wide"}, "model.text_width is 32 and its is wide"),
             ("vision_cfg", {"head_width": 0, "timm_model_name": ""}, "could have written: ZeroDiv"),
         ]
@@ -478,6 +479,19 @@ def test_names_that_open_clip_and_timm_list_are_downloaded(
     assert source.settings == {"image_encoder": "test_vit"}
     with pytest.raises(ValueError, match="timm has no weights of that name; similar ones: "):
         find_source("timm:tset_vit", text=False)
+
+
+def test_weights_of_timm_whose_first_files_were_of_another_format_are_on_the_hub() -> None:
+    """As that of the docs: timm reads NumPy's archives only from the addresses that they had."""
+    name = "vit_base_patch16_224.augreg_in21k"
+    assert timm.get_pretrained_cfg(name).custom_load
+    source = find_source(f"timm:{name}", text=False)
+    assert (source.settings["image_encoder"], source.data["image_size"]) == (name[:20], 224)
+
+
+def test_weights_of_timm_that_are_not_on_the_hub_are_named() -> None:
+    with pytest.raises(ValueError, match=r"weights are at https://.*pth, and not on the hub"):
+        find_source("timm:legacy_seresnet152.in1k", text=False)
 
 
 def test_without_a_network_the_cache_is_taken_or_one_sentence_said(

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,10 +273,29 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
         (torch.ones(3, 4), r"one tensor of shape \[3, 4\]"),
         ({"model": {"epoch": 3, "x": torch.ones(1)}}, "holds no weights at epoch"),
         ({}, "holds nothing"),
+        # of which a few bytes say that they are large
+        ({"x": torch.ones(1, 1).expand(1000, 1000)}, "holds no weights at x"),
+        ({"x": torch.ones(1), "y": torch.empty(10**6, device="meta")}, "holds no weights at y"),
+        ({"x": torch.ones(9, 9).to_sparse()}, "holds no weights at x"),
     ):
         torch.save(values, file)
         with pytest.raises(ValueError, match=message):
             read_official_file(file)
+
+
+def test_a_file_that_grows_when_it_is_read_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, file = tmp_path / "plain.pth", tmp_path / "in1k.pth"
+    torch.save({"x": torch.zeros(1000, 1000)}, plain)
+    with zipfile.ZipFile(plain) as whole, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as small:
+        for info in whole.infolist():
+            small.writestr(info.filename, whole.read(info))
+    assert file.stat().st_size < 10_000
+    assert torch.load(file)["x"].shape == (1000, 1000)
+    monkeypatch.setattr("torch.load", pytest.fail)
+    with pytest.raises(ValueError, match=r"in1k.pth is compressed, to \d,\d+ bytes of 4,00\d,"):
+        read_official_file(file)
 
 
 @pytest.mark.slow

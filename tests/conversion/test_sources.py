@@ -23,6 +23,7 @@ from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
 from small_runs import real_images
 from source_runs import config_by_name, pixels_of, tokens_of, train_one_step
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, build_model
@@ -34,11 +35,13 @@ from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_adapted, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
+from unicl_fast.dataset.arrays import npy_header
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.models import vits
 from unicl_fast.models.freezing import freeze
-from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 from unicl_fast.text.file_tokenizer import CANONICAL, FileTokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.convert import __main__ as convert
@@ -167,6 +170,20 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
     train_one_step(config, real_images(shared_data, 3), tmp_path / "run")
 
 
+@pytest.mark.parametrize("make", [_clip, _siglip])
+def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
+    make: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
+    """As siglip-so400m-patch14-384 does, of which 6 pixels a side are beyond 27 patches."""
+    text = _TEXT | {"hidden_size": _IMAGE["hidden_size"]}
+    theirs = write_transformers(lambda: make(text, _IMAGE | {"image_size": 37}), tmp_path / "it")
+    ours = load_model(tmp_path / "it")
+    assert ours.config.data.image_size == 37
+    assert difference(ours, theirs) < 1e-5
+    write_export(ours, tmp_path / "hf")
+    assert difference(load_model(tmp_path / "hf"), theirs) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", REAL)
@@ -280,6 +297,57 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         load_model(f"timm-file:{tmp_path / 'model.safetensors'}")
 
 
+def _timm_folder(
+    folder: Path, architecture: str, tensors: dict[str, torch.Tensor], **values: Any
+) -> Path:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    described = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "config.json").write_text(json.dumps(described | values))
+    return folder
+
+
+def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> None:
+    theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
+    values: dict[str, Any] = {"model_args": {"img_size": 96}}
+    model = load_model(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
+    images = different_images(96)
+    with torch.inference_mode():
+        expected = F.normalize(theirs(images), dim=-1)
+        torch.testing.assert_close(model.encode_image(images), expected)
+    tensors = timm.create_model("test_resnet", num_classes=0).state_dict()
+    values = {"model_args": {"global_pool": "max"}}
+    folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
+    with pytest.raises(ValueError, match="resnet.*no encoder with model_args global_pool='max'"):
+        load_model(folder)
+
+
+def test_a_network_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
+    vision = {"timm_model_name": "test_resnet", "timm_pool": "max", "image_size": 32}
+    model_cfg = SMALL_MODELS["gelu"] | {"vision_cfg": vision}
+    folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "max")
+    with pytest.raises(ValueError, match="pools by 'max', timm's by 'avg'"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("architecture", ["no_such", "hf-hub:them/it", "local-dir:/", "x.y"])
+def test_a_folder_of_an_architecture_that_timm_lacks_is_refused_here(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm.create_model", pytest.fail)
+    folder = _timm_folder(tmp_path / "theirs", architecture, {"x": torch.ones(1)})
+    with pytest.raises(ValueError, match=f"theirs.*timm knows no model '{architecture}'"):
+        load_model(folder)
+
+
+def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: Path) -> None:
+    name = "unicl_vit_clip_patch16_w32_d1_h2_m65_gelu_32"  # which nothing has registered yet
+    vit = vits.ViT("clip", 16, 32, 1, 2, 65, "gelu", 32)
+    theirs = VisionTransformer(img_size=32, num_classes=0, **vit.arguments)
+    model = load_model(_timm_folder(tmp_path / "theirs", name, theirs.state_dict()))
+    assert model.config.model.image_encoder == name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -291,6 +359,11 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         ({"vision_config": {"layer_norm_eps": 0.1}}, "vision_config layer_norm_eps=0.1"),
         ({"model_type": ["bert"]}, "no model of model_type|no model that the library"),
         ({"vision_config": 5}, "no model that the library of its layout"),
+        ({"vision_config": {"num_hidden_layers": 10**6}}, "no ViT has .*depth=1000000"),
+        ({"vision_config": {"num_attention_heads": 0}}, "no ViT has .*heads=0"),
+        ({"vision_config": {"patch_size": 0}}, "no ViT has .*patch_size=0"),
+        ({"vision_config": {"patch_size": [8, 8]}}, r"no ViT has .*patch_size=\[8, 8\]"),
+        ({"vision_config": {"image_size": [32, 64]}}, "ours takes square images, not .*32, 64"),
     ],
     ids=str,
 )
@@ -320,6 +393,17 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
         load_model(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
+    # numbers of a byte are weights as they are; too large ones are none
+    for kind, largest in ((torch.float8_e4m3fn, 1), (torch.float64, 1e300)):
+        others = {name: tensor.to(kind) for name, tensor in tensors.items()}
+        others["text_model.final_layer_norm.bias"][0] = largest
+        save_file(others, tmp_path / "model.safetensors")
+        if largest == 1:
+            assert 0 < difference(load_model(tmp_path), theirs) < 0.2
+            continue
+        with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
         load_model(tmp_path)
 
@@ -412,7 +496,7 @@ def test_a_repository_of_transformers_in_several_files(
 
 
 def test_a_repository_of_transformers_is_downloaded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     theirs = write_transformers(SMALL["SigLIP"][0], tmp_path / "hub" / "them" / "siglip")
     images = {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": {"height": 32, "width": 32}}
@@ -430,6 +514,22 @@ def test_a_repository_of_transformers_is_downloaded_once(
     assert (data.interpolation, data.evaluation_resize) == ("bilinear", "squash")
     downloads = [path for method, path in hub.requests if method == "GET" and "resolve" in path]
     assert len(downloads) == len(set(downloads)) == 3
+    # without a network, what the hub was not asked for is not known
+    with serve_hub(tmp_path / "hub") as hub:
+        preprocessor.unlink()
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "without")
+        default = find_source("hf-hub:them/siglip").data
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
+    for cache, expected in (("cache", data.mean), ("without", default["mean"])):
+        ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / cache)
+        assert find_source("hf-hub:them/siglip").data["mean"] == expected
+        assert "reached" not in caplog.text
+    (lost,) = (tmp_path / "cache").glob("*/snapshots/*/preprocessor_config.json")
+    lost.unlink()
+    ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=tmp_path / "cache")
+    assert find_source("hf-hub:them/siglip").data == default
+    assert "has none of preprocessor_config.json" in caplog.text
+    assert "the settings of models without that file are taken" in caplog.text
     assert find_own("hf-hub:them/siglip") is None
     write_tokenizer(tmp_path / "us")
     (tmp_path / "hub" / "us").mkdir()
@@ -577,6 +677,42 @@ def test_all_cores_make_the_same_tokens_and_the_cache_holds_those_of_others_data
     assert not list((data / "captions").glob("tokens-*"))
 
 
+@pytest.mark.parametrize("fault", ["start", "length", "token", "fewer"])
+def test_token_rows_that_others_made_up_are_made_anew(
+    fault: str, data: Path, tmp_path: Path
+) -> None:
+    """Who publishes a data set can lay a folder beside it, with checksums that are right."""
+    tokenizer = FileTokenizer(str(write_tokenizer(tmp_path / "tokenizer")), 16)
+    shutil.copytree(data / "captions", tmp_path / "captions")
+
+    def rows() -> list[list[int]]:
+        with PackedDataset(tmp_path / "captions") as dataset:
+            take_tokens(dataset, tokenizer, cache=tmp_path)
+            return [dataset.caption_tokens(sample, 0).tolist() for sample in range(len(dataset))]
+
+    expected = rows()
+    (folder,) = (tmp_path / "captions").glob("tokens-*")
+    captions, tokens = (np.load(folder / f"{name}.npy") for name in ("captions", "tokens"))
+    if fault == "start":
+        captions["tokens_start"][0] = 2**60
+    elif fault == "length":
+        captions["tokens_length"][:2] = 17, captions["tokens_length"][:2].sum() - 17
+        captions["tokens_start"][1] = 17
+    elif fault == "token":
+        tokens[3] = tokenizer.vocab_size
+    else:
+        captions, tokens = captions[:1], tokens[: captions["tokens_length"][0]]
+    for name, array in (("captions", captions), ("tokens", tokens)):
+        with (folder / f"{name}.npy").open("wb") as file:
+            file.write(npy_header(array.dtype, array.shape))
+            file.write(array.tobytes())
+    sums = [
+        (f"{name}.npy", file_checksum(folder / f"{name}.npy")) for name in ("captions", "tokens")
+    ]
+    (folder / CHECKSUMS_NAME).write_text(format_checksums(sums))
+    assert rows() == expected
+
+
 def adapted(base: Path, *options: str) -> UniCL:
     """A run's model whose adapters and projections matter."""
     model = build_model(config_by_name(base, *options))
@@ -616,7 +752,8 @@ def test_adapters_become_a_folder_of_pefts_and_come_back(
     back = load_model(folder)
     assert difference(back, theirs) < 1e-5
     assert torch.equal(back.logit_scale, ours.logit_scale)
-    assert weights_checksum(folder) != weights_checksum(base)
+    own = file_checksum(folder / "adapter_model.safetensors")
+    assert weights_checksum(folder) == f"{own} on {weights_checksum(base)}"
 
 
 def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -641,6 +778,12 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     for change, message in (
         ({"peft_type": "IA3"}, "adapters with peft_type IA3 are not read"),
         ({"alpha_pattern": {"fc1": 2}}, "peft_type LORA alpha_pattern are not read"),
+        # those that change the base when they are loaded, or do more than adding to a layer
+        ({"init_lora_weights": "pissa_niter_4"}, "LORA init_lora_weights=pissa_niter_4 are not"),
+        ({"alora_invocation_tokens": [5]}, "peft_type LORA alora_invocation_tokens are not read"),
+        ({"of_the_future": 1}, "peft_type LORA of_the_future are not read"),
+        ({"peft_type": None}, "adapters with peft_type None are not read"),
+        ({"base_model_name_or_path": str(folder)}, "adapter is of another folder of adapters"),
         ({}, "is no model that the library of its layout could have written"),
     ):
         text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
@@ -668,8 +811,28 @@ def test_the_adapters_of_a_run_are_converted_and_trained_further(
     call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
 
 
-def test_a_folder_that_peft_wrote_is_a_model(tmp_path: Path) -> None:
+def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_path: Path) -> None:
+    write_transformers(SMALL["dual of timm"][0], tmp_path / "theirs")
     base, folder = tmp_path / "base", tmp_path / "adapter"
+    write_export(load_model(tmp_path / "theirs"), base)
+    tensors = load_file(base / "model.safetensors")
+    assert any(name.startswith("text_model.text_model.") for name in tensors)
+    described = json.loads((base / "config.json").read_text())
+    del described["unicl_fast"]  # as if it were another's
+    (base / "config.json").write_text(json.dumps(described))
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(rounded, base / "model.safetensors", metadata={"format": "pt"})
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    plain = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.get_peft_model(plain, config).eval()
+    theirs.save_pretrained(folder)
+    assert difference(load_model(folder), theirs) < 1e-5
+
+
+def test_a_folder_or_repository_that_peft_wrote_is_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, folder = tmp_path / "hub" / "them" / "clip", tmp_path / "hub" / "them" / "adapter"
     write_transformers(SMALL["CLIP"][0], base)
     layers = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "fc2"]}
     config = peft.LoraConfig(**layers, use_dora=True, init_lora_weights=False)
@@ -679,3 +842,9 @@ def test_a_folder_that_peft_wrote_is_a_model(tmp_path: Path) -> None:
     ours = load_model(folder)
     assert difference(ours, theirs) < 1e-5
     assert difference(load_model(base), theirs) > 1e-2
+    described = json.loads((folder / "adapter_config.json").read_text())
+    described |= {"base_model_name_or_path": "them/clip", "revision": "main"}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
+        assert difference(load_model("hf-hub:them/adapter"), theirs) < 1e-5

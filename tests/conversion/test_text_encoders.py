@@ -216,10 +216,11 @@ def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is only a text encoder: give it as --init-text"):
         load_model(tmp_path)
     (tmp_path / "1_Pooling").mkdir()
-    described = {"pooling_mode_max_tokens": True}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
-    with pytest.raises(ValueError, match="at cls or by their mean, not by max"):
-        find_source(str(tmp_path), image=False)
+    for mode in ("max", "mean_sqrt_len"):
+        described = {f"pooling_mode_{mode}_tokens": True}
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ValueError, match=f"at cls or by their mean, not by {mode}"):
+            find_source(str(tmp_path), image=False)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def serve_hub(root: Path) -> Iterator[Hub]:
 
     def refusal(status: int, code: str = "EntryNotFound", message: str = "") -> Response:
         kind = {"X-Error-Message": message} if message else {"X-Error-Code": code}
-        return Response(status=status, headers=kind)
+        return Response(status=status, headers=kind | {"X-Repo-Commit": COMMIT})
 
     server = make_server("127.0.0.1", 0, answer, threaded=True)
     hub = Hub(f"http://127.0.0.1:{server.port}")

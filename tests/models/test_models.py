@@ -22,6 +22,7 @@ from unicl_fast.models.image_encoder import (
     DropPathKey,
     KeyedDropPath,
     build_image_encoder,
+    feature_width,
     set_image_size,
 )
 from unicl_fast.models.precision import Precision, place_module
@@ -361,6 +362,15 @@ def test_an_image_size_that_a_model_cannot_take_is_refused_with_the_nearest(
 ) -> None:
     with pytest.raises(ValueError, match=f"{name} cannot be built for .*{message}"):
         build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vgg11_bn", "ghostnet_050", "repvit_m0_9"])
+def test_networks_that_know_no_drop_path_are_built_without(name: str) -> None:
+    with torch.device("meta"):
+        encoder = build_image_encoder(name, image_size=64, drop_path=0.0, key=DropPathKey(seed=0))
+        assert encoder.eval()(torch.empty(2, 3, 64, 64)).shape == (2, feature_width(encoder))
+        with pytest.raises(ValueError, match=r"drop_path=0.1: .*argument 'drop_path_rate'"):
+            build_image_encoder(name, image_size=64, drop_path=0.1, key=DropPathKey(seed=0))
 
 
 def test_what_the_small_networks_refuse() -> None:

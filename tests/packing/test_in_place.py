@@ -158,6 +158,13 @@ def test_a_changed_source_is_found_and_named(place: Path) -> None:
             dataset.image_bytes(number, verify=True)
     words = (str(tar), "checksum", "expected", "put it back as it was", "--known")
     assert all(word in str(caught.value) for word in words), caught.value
+    # of the same time too, --known would bring the same index again
+    with PackedDataset(place / "index") as dataset:
+        assert dataset.sources is not None
+        version = int(dataset.sources.rows[dataset.source_place(number).file]["version"])
+        os.utime(tar, ns=(version, version))
+        with pytest.raises(DamagedSampleError, match="--out NEW; without --known, which would"):
+            dataset.image_bytes(number, verify=True)
     assert sum(fault.startswith("source: ") for fault in faults_of(place / "index")) == 1
     with tar.open("ab") as file:
         file.write(bytes(512))

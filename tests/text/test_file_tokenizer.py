@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from file_tokenizers import END, PAD, write_tokenizer
+from hub_server import ask_hub_at, serve_hub
 from open_clip.tokenizer import HFTokenizer
 
 from unicl_fast.objectives.targets import collate, map_steps, map_targets
@@ -116,6 +117,28 @@ def test_equal_prompts_of_another_tokenizer_are_one_class(tmp_path: Path) -> Non
     assert prompts.class_ids.tolist() == [0, 0, 2]
     rows = np.stack(tokenizer.encode(["A PHOTO OF A CAT.", "a photo of a frog"]))
     assert prompts.lookup(rows).tolist() == [2, -1]
+
+
+def test_padding_is_not_guessed_where_the_hub_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tokenizer(tmp_path / "hub" / "them" / "siglip")
+    plain = write_tokenizer(tmp_path / "hub" / "them" / "plain")
+    (plain / "tokenizer_config.json").unlink()
+    expected = FileTokenizer(str(folder), 16)(TEXTS)
+    cache = tmp_path / "cache"
+    with serve_hub(tmp_path / "hub") as hub:
+        ask_hub_at(hub.url, monkeypatch, cache=cache)
+        assert FileTokenizer("hf-hub:them/siglip", 16)(TEXTS).equal(expected)
+        zeros = FileTokenizer("hf-hub:them/plain", 16)(TEXTS)
+    ask_hub_at("http://127.0.0.1:9", monkeypatch, cache=cache)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its six trials
+    assert FileTokenizer("hf-hub:them/siglip", 16)(TEXTS).equal(expected)
+    assert FileTokenizer("hf-hub:them/plain", 16)(TEXTS).equal(zeros)
+    (lost,) = cache.glob("*siglip/snapshots/*/tokenizer_config.json")
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match="siglip: tokenizer_config.json, the tokenizer of"):
+        FileTokenizer("hf-hub:them/siglip", 16)
 
 
 def test_what_is_no_tokenizer_of_token_rows_is_refused(tmp_path: Path) -> None:

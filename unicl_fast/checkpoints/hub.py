@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import (
+    _CACHED_NO_EXIST,
     CommitOperationAdd,
     HfApi,
     errors,
@@ -52,10 +53,14 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
             with _silent_retries():
                 return Path(hf_hub_download(name, file_name, revision=revision or None))
         except errors.LocalEntryNotFoundError as error:  # no network, and not in the cache
-            for other in file_names:
-                cached = try_to_load_from_cache(name, other, revision=revision or None)
-                if isinstance(cached, str):
-                    return Path(cached)
+            cached = [
+                try_to_load_from_cache(name, other, revision=revision or None)
+                for other in file_names
+            ]
+            if paths := [path for path in cached if isinstance(path, str)]:
+                return Path(paths[0])
+            if all(one is _CACHED_NO_EXIST for one in cached):  # the hub has said so before
+                break
             raise FileNotFoundError(
                 f"{place}: the hub cannot be reached, and the cache has none of {names}: download "
                 "the repository where there is a network, and give its folder "
@@ -77,7 +82,8 @@ def download(repository: str, file_names: Sequence[str]) -> Path:
             text = f"{place}: {file_name} could not be downloaded: {_first_line(error)}; try again"
             raise FileNotFoundError(text) from error
     raise NotOnHubError(
-        f"{place} has none of {names}: expected a repository of ours, open_clip's or timm's"
+        f"{place} has none of {names}: expected a repository of ours, open_clip's, transformers', "
+        "timm's or peft's"
     )
 
 

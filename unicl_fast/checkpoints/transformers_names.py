@@ -59,6 +59,13 @@ _LEADING = {
 """Dimensions of size 1 that timm's tensors begin with and theirs lack."""
 
 
+def of_version_5(name: str) -> str:
+    """A tensor's name as transformers 5 has it; 4 has parts of it twice in a dual encoder."""
+    for part in ("text_model.", "vision_model."):
+        name = name.replace(part * 2, part)
+    return name
+
+
 def to_transformers(tensors: Mapping[str, Tensor], *, layout: str) -> dict[str, Tensor]:
     """Renames a model's tensors to those of a class of transformers, named by its model_type.
 
@@ -122,9 +129,7 @@ def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name, tensor = name.replace("q_proj", "qkv"), torch.cat(parts)
         if name.startswith("logit_"):
             tensor = tensor.reshape([])
-        for part in ("text_model.", "vision_model."):  # twice in a dual encoder
-            name = name.replace(part * 2, part)
-        name = name.replace("text_model.head.bias", "text_projection_bias")
+        name = of_version_5(name).replace("text_model.head.bias", "text_projection_bias")
         tensor = tensor[(None,) * _LEADING.get(name, 0)]
         is_timm = name.startswith("vision_model.timm_model.")
         image = _TIMM if is_timm else _VIT

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.transformers_names import to_transformers
+from unicl_fast.checkpoints.transformers_names import of_version_5, to_transformers
 from unicl_fast.conversion import hugging_face
 from unicl_fast.conversion.open_clip import UnknownArchitectureError
 from unicl_fast.conversion.output import (
@@ -40,6 +40,19 @@ _PROJECTIONS = {"siglip": ["text_model.head"]}
 _TOWERS: tuple[Literal["image", "text"], ...] = ("image", "text")
 _OF_CLIP = ["visual_projection", "text_projection"]
 _HUB = "hf-hub:"
+_READ = {
+    *("peft_type", "lora_alpha", "use_rslora", "use_dora", "base_model_name_or_path", "revision"),
+    # decide which layers have adapters, as the file of weights shows
+    *("r", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save", "bias"),
+    *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    # are for training, or for what is refused
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "lora_dropout"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+}
+"""Settings of peft's with which adapters are what is read here, or that are checked."""
+_LEAVE_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights; with others, peft changes the base when it loads adapters."""
 
 
 @torch.no_grad()
@@ -119,8 +132,7 @@ def _by_their_names(path: str, layer: Any, layout: str) -> dict[str, dict[str, T
     found: dict[str, dict[str, Tensor]] = {}
     for kind, values in rows.items():
         for name, part in to_transformers({weight: values}, layout=layout).items():
-            # as transformers 5 has them
-            name = name.replace("text_model.text_model.", "text_model.").removesuffix(".weight")
+            name = of_version_5(name).removesuffix(".weight")
             own = found.setdefault(name, {"lora_A.weight": layer.lora_A.default.weight})
             own[kind] = part
     return found
@@ -165,6 +177,11 @@ def base_of(folder: Path) -> str:
             f"{folder / CONFIG_FILE} names no model: write the place of its base there as "
             "base_model_name_or_path"
         )
+    if (Path(place).expanduser() / CONFIG_FILE).is_file():  # perhaps itself
+        raise ValueError(
+            f"{folder} is of another folder of adapters, {place}: merge those into their base by "
+            "peft's merge_and_unload first"
+        )
     if Path(place).expanduser().exists():
         return place
     return f"{_HUB}{place}" + (f"@{values['revision']}" if values.get("revision") else "")
@@ -180,15 +197,16 @@ def with_adapters(
         KeyError: the base has no such layer.
     """
     values = read_json(folder / CONFIG_FILE)
-    others = [
-        name for name in ("alpha_pattern", "fan_in_fan_out", "use_qalora") if values.get(name)
-    ]
+    others = [name for name, value in values.items() if value and name not in _READ]
+    if (init := values.get("init_lora_weights")) not in _LEAVE_THE_BASE:
+        others.append(f"init_lora_weights={init}")
     if values["peft_type"] != "LORA" or others:
         raise UnknownArchitectureError(
-            f"adapters with {' '.join(['peft_type', values['peft_type'], *others])} are not read: "
-            "merge them by peft's merge_and_unload"
+            f"adapters with {' '.join(['peft_type', str(values['peft_type']), *others])} are not "
+            "read: merge them by peft's merge_and_unload"
         )
-    given = {name.removeprefix(_ROOT): tensor for name, tensor in adapters.items()}
+    given = {of_version_5(name.removeprefix(_ROOT)): one for name, one in adapters.items()}
+    weights = {of_version_5(name): tensor for name, tensor in weights.items()}
     merged = dict(weights)
     for name in [one for one in given if one.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")
@@ -199,7 +217,7 @@ def with_adapters(
         if values.get("use_dora"):
             length = given.pop(f"{layer}.lora_magnitude_vector").float().reshape(-1, 1)
             rows *= length / rows.norm(dim=1, keepdim=True)
-        merged[f"{layer}.weight"] = rows.reshape(weight.shape).to(weight.dtype)
+        merged[f"{layer}.weight"] = rows.reshape(weight.shape)
     if unknown := [name for name in given if ".lora_" in name or name not in weights]:
         raise UnknownArchitectureError(f"adapters with {', '.join(unknown[:4])} are not read")
     return merged | given

@@ -14,17 +14,19 @@ def misfits(
 
     Each phrase counts its tensors and names at most `shown` of them (None: all).
     """
-    both = [name for name in needed if name in found]
+    fits = {name: found[name].shape == needed[name].shape for name in needed if name in found}
     kinds = {
         "missing": [name for name in needed if name not in found],
         "left over": [name for name in found if name not in needed],
         "of another shape": [
             f"{name} {list(found[name].shape)} instead of {list(needed[name].shape)}"
-            for name in both
-            if found[name].shape != needed[name].shape
+            for name, has_its_shape in fits.items()
+            if not has_its_shape
         ],
         "not finite numbers": [
-            name for name in both if not _has_finite_numbers(found[name], like=needed[name])
+            name
+            for name, has_its_shape in fits.items()
+            if has_its_shape and not _has_finite_numbers(found[name], like=needed[name])
         ],
     }
     return [phrase(kind, names, shown=shown) for kind, names in kinds.items() if names]
@@ -37,5 +39,8 @@ def phrase(kind: str, names: Sequence[str], *, shown: int | None = None) -> str:
 
 
 def _has_finite_numbers(tensor: Tensor, *, like: Tensor) -> bool:
-    is_fractional = tensor.is_floating_point() or not like.is_floating_point()
-    return is_fractional and bool(tensor.isfinite().all())
+    if like.is_floating_point():
+        if not tensor.is_floating_point():
+            return False
+        tensor = tensor.to(like.dtype)  # where it may be too large; of a byte, torch cannot say it
+    return bool(tensor.isfinite().all())

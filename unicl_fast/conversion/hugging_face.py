@@ -21,7 +21,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from unicl_fast.conversion.libraries import is_of_timm, timm_arguments
-from unicl_fast.conversion.open_clip import UnknownArchitectureError
+from unicl_fast.conversion.open_clip import UnknownArchitectureError, side_of
 from unicl_fast.conversion.output import (
     require_equal,
     sample_images,
@@ -88,6 +88,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """Values that a config.json may leave out."""
+_SIZE_ARGUMENTS = ("img_size", "dynamic_img_size", "num_classes", "drop_rate", "drop_path_rate")
+"""Arguments of timm's that leave features as they are, at one image size."""
 _OF_TEXT_ENCODER = re.compile(
     r"(?:(?:bert|roberta|distilbert|mpnet)\.)?((?:embeddings|encoder|transformer)\..*)"
 )
@@ -150,15 +152,10 @@ def read_settings(
 def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
     """Timm's name of an image encoder, and its image size."""
     if kind == "timm":
-        name = str(given["architecture"])
-        known = given.get("pretrained_cfg") or {}
-        size = (given.get("model_args") or {}).get("img_size") or known.get("input_size")
-        size = size or timm.get_pretrained_cfg(name).input_size
-        return name, int(size[-1] if isinstance(size, list | tuple) else size)
+        return str(given["architecture"]), timm_side(given)
     if kind not in _NORM_EPS:
         _refuse("vision_config", given, ["model_type"])
     group = {**_DEFAULTS[f"{kind} vision"], **given}
-    size = group["image_size"]
     if group["layer_norm_eps"] != _NORM_EPS[kind] or not group.get("vision_use_head", True):
         _refuse("vision_config", group, ["layer_norm_eps", "vision_use_head"])
     vit = ViT(
@@ -169,9 +166,23 @@ def _image_encoder(kind: str, given: Mapping[str, Any]) -> tuple[str, int]:
         heads=group["num_attention_heads"],
         hidden=group["intermediate_size"],
         activation=_activation("vision_config", group),
-        image_size=int(size[0] if isinstance(size, list) else size),
+        image_size=side_of(group["image_size"]),
     )
     return name_of(vit), vit.image_size
+
+
+def timm_side(given: Mapping[str, Any]) -> int:
+    """The image size that a config of timm's, or of its wrapper, says.
+
+    Raises UnknownArchitectureError for arguments by which timm would build another model.
+    """
+    arguments = given.get("model_args") or {}
+    if others := [name for name in arguments if name not in _SIZE_ARGUMENTS]:
+        _refuse("model_args", arguments, others)
+    size = arguments.get("img_size") or (given.get("pretrained_cfg") or {}).get("input_size")
+    if size is None and (known := timm.get_pretrained_cfg(str(given["architecture"]))):
+        size = known.input_size
+    return int(side_of(size or 224))
 
 
 def _text_settings(kind: str, given: Mapping[str, Any], *, is_dual: bool) -> dict[str, Any]:
@@ -233,8 +244,9 @@ def _of_transformers(kind: str, given: Mapping[str, Any], pooling: str) -> dict[
 
 def pooling_of(values: Mapping[str, Any]) -> str:
     """How a config of sentence-transformers' pooling reads tokens; the mean where it is empty."""
-    modes = [name.split("_")[2] for name, is_on in values.items()
-             if name.startswith("pooling_mode_") and is_on is True]  # fmt: skip
+    start = "pooling_mode_"
+    modes = [name.removeprefix(start).rpartition("_")[0] for name, is_on in values.items()
+             if name.startswith(start) and is_on is True]  # fmt: skip
     mode = values.get("pooling_mode") or ",".join(modes) or "mean"
     if mode not in ("cls", "mean"):
         raise UnknownArchitectureError(f"ours reads texts at cls or by their mean, not by {mode}")

@@ -188,8 +188,8 @@ class _Loading:
         """Takes the image encoder, and its projection if it fits."""
         encoder, source = self._model.image_encoder, self._source
         name = self._model.config.model.image_encoder
-        pooling = getattr(encoder, "global_pool", "")
-        if source.pooling and isinstance(pooling, str) and pooling != source.pooling:
+        pooling = _pooling_of(encoder)
+        if pooling and source.pooling not in ("", pooling):
             self._refuse(f"its image encoder pools by {source.pooling!r}, timm's by {pooling!r}")
         given = _after("image_encoder.", self._given)
         try:
@@ -333,6 +333,16 @@ def _as_timm_has_them_now(
         for name, tensor in found.items()
         if name in own or not any(name.startswith(layer) for layer in layers)
     }
+
+
+def _pooling_of(encoder: nn.Module) -> str:
+    """Timm's name for the pooling of an image encoder; empty where it is not known."""
+    for holder in (encoder, getattr(encoder, "head", None)):
+        found = getattr(holder, "global_pool", "")
+        found = getattr(found, "pool_type", found)  # of a module
+        if isinstance(found, str) and found:
+            return found
+    return ""
 
 
 def _after(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ def image_settings(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
         heads=width // vision.get("head_width", 64),
         hidden=int(width * vision.get("mlp_ratio", 4.0)),
         activation="quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
-        image_size=_side(vision),
+        image_size=side_of(vision.get("image_size", 224)),
     )
     return {"image_encoder": name_of(vit), "image_projection": "linear"}
 
@@ -164,9 +164,15 @@ def pooling(model_cfg: Mapping[str, Any]) -> str:
     return str(vision.get("timm_pool", "avg")) if vision.get("timm_model_name") else ""
 
 
-def _side(vision: Mapping[str, Any]) -> int:
-    size = vision.get("image_size", 224)
-    return int(size[0] if isinstance(size, list | tuple) else size)
+def side_of(size: Any) -> Any:
+    """The side of square images, by a number or a list that ends in height and width.
+
+    Raises UnknownArchitectureError for other images.
+    """
+    sides = set(size[-2:]) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise UnknownArchitectureError(f"ours takes square images, not of {size}")
+    return sides.pop()
 
 
 def _refuse_others(group: str, values: Mapping[str, Any]) -> None:

@@ -115,16 +115,16 @@ def for_transformers(data: DataConfig) -> dict[str, Any] | None:
 def of_library(values: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
     """The fields of `DataConfig` that open_clip's or timm's settings state.
 
-    `image_size` is theirs: a side, a list that ends in one, or None. open_clip scales to the size
-    that it crops, timm to that divided by `crop_pct`.
+    `image_size` is the side of theirs, or None. open_clip scales to the size that it crops, timm to
+    that divided by `crop_pct`.
     """
     found = _statistics(values.get("mean"), values.get("std"))
     if values.get("interpolation") in get_args(Interpolation):
         found["interpolation"] = values["interpolation"]
-    side = image_size[-1] if isinstance(image_size, list | tuple) and image_size else image_size
-    if isinstance(side, int):
+    if isinstance(image_size, int):
         fraction = values.get("crop_pct") or 1.0
-        found |= {"image_size": side, "evaluation_resize": math.floor(side / fraction)}
+        found["image_size"] = image_size
+        found["evaluation_resize"] = math.floor(image_size / fraction)
     mode = values.get("resize_mode", values.get("crop_mode"))  # open_clip's, or timm's
     if mode in ("longest", "border", "squash"):
         found["evaluation_resize"] = "squash" if mode == "squash" else "longest"

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,11 +48,13 @@ from unicl_fast.conversion.sharded_files import (
     shards_of,
 )
 from unicl_fast.conversion.torch_files import read_torch_file
-from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.transformers_text import PAD_IDS
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.system.untrusted_files import read_json
 from unicl_fast.text.file_tokenizer import CANONICAL, TOKENIZER_FILES
+
+logger = logging.getLogger("unicl_fast")
 
 IMAGE_SETTINGS = ("image_encoder",)
 TEXT_SETTINGS = (
@@ -104,6 +107,8 @@ class Source:
     """The whole config of a model of ours."""
     base: str = ""
     """The checksum of the weights that are not in its file: those below its adapters."""
+    below: Source | None = None
+    """The model that adapters of peft's stand on."""
     objective: str = "unicl"
     """The objective that learns what the model has besides its encoders."""
     pooling: str = ""
@@ -149,8 +154,13 @@ class Source:
         if "image_encoder" not in settings:
             raise ValueError(f"{self.name} does not say which of timm's models it is of")
         if not self.has_text:  # features as they are
-            with torch.device("meta"):
-                encoder = timm.create_model(settings["image_encoder"], num_classes=0)
+            with torch.device("meta"), _blaming(self.name):
+                encoder = build_image_encoder(
+                    settings["image_encoder"],
+                    image_size=self.data.get("image_size", 224),
+                    drop_path=0.0,
+                    key=DropPathKey(0),
+                )
             settings |= {"image_projection": "none", "embed_dim": feature_width(encoder)}
             objective = "supcon"
         with _blaming(self.name):
@@ -221,10 +231,11 @@ def find_source(
             return found or _our_source(given, download_export(rest), weights)
     folder = Path(given).expanduser()
     found = None
+    find = functools.partial(_first_of, folder)
     if (folder / adapter_folders.CONFIG_FILE).is_file():
-        return _adapted_source(given, folder, towers)
+        return _adapted_source(given, find, towers)
     if _has_config(folder):
-        found = _described(given, functools.partial(_first_of, folder), towers)
+        found = _described(given, find, towers)
     return found or _our_source(given, folder, weights)
 
 
@@ -263,12 +274,16 @@ def find_own(given: str) -> Path | None:
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
     """The xxh3 of what `load_model` reads, as a model's identity; empty for fresh weights.
 
-    Raises as `find_source`.
+    Of adapters of peft's it is theirs, the word on, and their base's. Raises as `find_source`.
     """
-    file = find_source(str(given), weights=weights).file
-    if file is None:
-        return ""
-    return shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
+    source = find_source(str(given), weights=weights)
+    files = [one.file for one in (source, source.below) if one is not None]
+    checksums = [
+        shards_checksum(file) if file.suffix == ".json" else load.checksum_read_once(file)
+        for file in files
+        if file is not None
+    ]
+    return " on ".join(checksums)
 
 
 def settings_of(initial: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -299,8 +314,10 @@ def _has_config(folder: Path) -> bool:
 
 
 def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
-    """A model of open_clip, transformers or timm by its config; None for a config of ours."""
-    config = find((open_clip_models.CONFIG_FILE, CONFIG_FILE))
+    """A model of open_clip, transformers, timm or peft by its config; None for a config of ours."""
+    config = find((open_clip_models.CONFIG_FILE, CONFIG_FILE, adapter_folders.CONFIG_FILE))
+    if config.name == adapter_folders.CONFIG_FILE:
+        return _adapted_source(given, find, towers)
     values = read_json(config)
     if not isinstance(values, dict):
         raise ValueError(
@@ -316,9 +333,10 @@ def _described(given: str, find: _Files, towers: _Towers) -> Source | None:
     if LIBRARY in values:
         return None
     if "architecture" in values:
-        known = values.get("pretrained_cfg", {})
         with _blaming(str(config)):
             architecture = str(values["architecture"])
+            side = hugging_face.timm_side(values)
+            known = {**values.get("pretrained_cfg", {}), "input_size": [side]}
             locate = functools.partial(_library_weights, find)
             return _timm_source(given, architecture, locate, known)
     if "model_type" in values:
@@ -347,8 +365,9 @@ def _our_source(given: str, path: Path, weights: Weights) -> Source:
     )
 
 
-def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
-    """A folder of peft's: its adapters are merged into the weights of the model that it names."""
+def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
+    """Adapters of peft's, which are merged into the weights of the model that they name."""
+    folder = find([adapter_folders.CONFIG_FILE]).parent
     base = find_source(adapter_folders.base_of(folder), image=towers.image, text=towers.text)
 
     def rename(adapters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -362,7 +381,8 @@ def _adapted_source(given: str, folder: Path, towers: _Towers) -> Source:
         base,
         name=given,
         own=None,
-        locate=lambda: folder / adapter_folders.WEIGHTS_FILE,
+        below=base,
+        locate=functools.cache(functools.partial(find, [adapter_folders.WEIGHTS_FILE])),
         rename=rename,
     )
 
@@ -427,17 +447,23 @@ def _registered_timm(given: str, name: str) -> Source:
         registered = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no such tag
         registered = None
+    if registered is not None and registered.url and not registered.hf_hub_id:
+        raise ValueError(
+            f"{given}: its weights are at {registered.url}, and not on the hub: download them, and "
+            f"give --init-image timm-file:PATH with --model.image-encoder {name.split('.')[0]}"
+        )
     if registered is None or not registered.hf_hub_id:
         similar = _similar(name, timm.list_models(pretrained=True))
         raise ValueError(f"{given}: timm has no weights of that name; similar ones: {similar}")
-    if registered.custom_load:
+    if registered.custom_load == "hf":  # True is of other addresses than the hub
         raise ValueError(f"{given}: its weights are in a format that only timm reads")
     file_name = registered.hf_hub_filename
     find = functools.partial(download, registered.hf_hub_id)
     locate = functools.partial(_library_weights, find)
     if file_name:
         locate = functools.partial(find, (*_OPEN_CLIP_WEIGHTS[:1], *_safe_first(file_name)))
-    return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
+    with _blaming(given):
+        return _timm_source(given, name.split(".")[0], locate, registered.to_dict())
 
 
 def _packaged(given: str, name: str, towers: _Towers) -> Source:
@@ -506,7 +532,10 @@ def _open_clip_source(
         text = open_clip_models.text_settings(model_cfg) if towers.text else {}
         if text:
             text["tokenizer"] = open_clip_models.tokenizer(model_cfg, tokenizer)
-        image_size = model_cfg["vision_cfg"].get("image_size", 224)
+        data = {}
+        if towers.image:
+            side = open_clip_models.side_of(model_cfg["vision_cfg"].get("image_size", 224))
+            data = preprocessing.of_library(preprocess_cfg, side)
         return Source(
             name=given,
             settings={
@@ -514,7 +543,7 @@ def _open_clip_source(
                 **text,
                 "embed_dim": model_cfg["embed_dim"],
             },
-            data=preprocessing.of_library(preprocess_cfg, image_size),
+            data=data,
             locate=locate and functools.cache(locate),
             rename=functools.partial(open_clip_models.from_open_clip, model_cfg),
             objective="sigmoid" if model_cfg.get("init_logit_bias") is not None else "unicl",
@@ -525,17 +554,14 @@ def _open_clip_source(
 def _transformers_source(
     given: str, values: Mapping[str, Any], find: _Files, towers: _Towers, *, tokenizer: str
 ) -> Source:
-    images: Any = {}
-    with contextlib.suppress(NotOnHubError, FileNotFoundError):  # the hub's, or of a folder
-        images = read_json(find([_PREPROCESSOR]))
+    images = _read_optional(given, find, _PREPROCESSOR)
     is_siglip = values["model_type"] == "siglip"
     pooling: Any = {}
     is_only_text = str(values["model_type"]) in PAD_IDS
     if is_only_text:
         if towers.image:
             raise ValueError(f"{given} is only a text encoder: give it as --init-text")
-        with contextlib.suppress(NotOnHubError, FileNotFoundError):
-            pooling = read_json(find([_POOLING]))
+        pooling = _read_optional(given, find, _POOLING)
     with _blaming(given):
         described = hugging_face.read_settings(
             values,
@@ -560,6 +586,16 @@ def _transformers_source(
         )
 
 
+def _read_optional(given: str, find: _Files, name: str) -> Any:
+    """A file of settings; none where it is missing, or nobody knows without a network."""
+    try:
+        return read_json(find([name]))
+    except FileNotFoundError as error:
+        if given.startswith("hf-hub:") and not isinstance(error, NotOnHubError):
+            logger.warning("%s; the settings of models without that file are taken", error)
+        return {}
+
+
 def _timm_source(
     given: str,
     architecture: str,
@@ -567,10 +603,11 @@ def _timm_source(
     pretrained_cfg: Mapping[str, Any],
 ) -> Source:
     classifier = pretrained_cfg.get("classifier") or ()
+    side = open_clip_models.side_of(pretrained_cfg.get("input_size"))
     return Source(
         name=given,
         settings={"image_encoder": architecture} if architecture else {},
-        data=preprocessing.of_library(pretrained_cfg, pretrained_cfg.get("input_size")),
+        data=preprocessing.of_library(pretrained_cfg, side),
         locate=functools.cache(locate),
         rename=_as_image_encoder,
         classifier=(classifier,) if isinstance(classifier, str) else tuple(map(str, classifier)),

@@ -6,10 +6,12 @@ form. torch's restricted unpickler (`weights_only`) knows only tensors and conta
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +30,8 @@ _ZIP = b"PK\x03\x04"
 def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
     """Reads `{"model": {name: tensor}}`; the wrapper may also be `state_dict`, or missing.
 
-    Raises FileNotFoundError, or ValueError if it is cut short, not a checkpoint, or holds more than
-    tensors; errors say that `expected` was expected.
+    Raises FileNotFoundError, or ValueError if it is cut short, compressed, not a checkpoint, or
+    holds more than tensors, each with memory of its size; errors say that `expected` was expected.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "is not there"
@@ -41,6 +43,8 @@ def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
             f"{path} is cut short ({path.stat().st_size:,} bytes, and the end of the archive is "
             "missing): copy or download it again"
         )
+    if is_zip:
+        _refuse_compressed(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused below
@@ -59,10 +63,28 @@ def read_torch_file(path: Path, *, expected: str) -> dict[str, Tensor]:
         else:
             kind = f"a {type(values).__name__}" if values else "nothing"
         raise ValueError(f"{path} holds {kind}: expected {_EXPECTED}, as {expected} does")
-    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    others = [str(name) for name, value in values.items() if not _is_whole(value)]
     if others:
         raise ValueError(f"{path} holds no weights at {', '.join(others)}: expected {_EXPECTED}")
     return {str(name): tensor for name, tensor in values.items()}
+
+
+def _refuse_compressed(path: Path) -> None:
+    """A few bytes could become more than memory holds; torch.save compresses nothing."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch says it
+        inside = sum(entry.file_size for entry in archive.infolist())
+        if inside > path.stat().st_size:
+            raise ValueError(
+                f"{path} is compressed, to {path.stat().st_size:,} bytes of {inside:,}: read it by "
+                "torch.load if you trust it, and write it again by torch.save"
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a tensor on the host that has memory of its own for each number."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        return False
+    return value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _why_not(path: Path, error: Exception, expected: str) -> str:

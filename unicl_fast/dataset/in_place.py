@@ -120,12 +120,17 @@ class SourceFiles(Sequence[str]):
         """Says that a source file is another than was indexed, and what to do; `found` bytes."""
         expected = int(self.rows[number]["num_bytes"])
         now = "it is missing" if found is None else f"it has {found} bytes"
+        known = f" --known {self._location}"
         if found == expected:
             now = "its size is the same, its content is not"
+            if (
+                self.cache is None
+                and os.stat(self[number]).st_mtime_ns == self.rows[number]["version"]
+            ):
+                known = "; without --known, which would take it for unchanged: so is its time"
         return (
             f"{self[number]} is not what was indexed, of {expected} bytes: {now}; put it back as "
-            "it was, or index it again: unicl-pack build --in-place SOURCE --out NEW --known "
-            f"{self._location}"
+            f"it was, or index it again: unicl-pack build --in-place SOURCE --out NEW{known}"
         )
 
     def size_now(self, number: int) -> int | None:

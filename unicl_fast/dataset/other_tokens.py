@@ -8,7 +8,6 @@ it is whole.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.arrays import CAPTION_DTYPE, npy_header
+from unicl_fast.dataset.arrays import CAPTION_DTYPE, npy_header, open_array
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.system.atomic_files import locked, make_folder, replacing
@@ -47,6 +46,7 @@ _FEWEST_FOR_PROCESSES = 50_000
 class _Tokenizer(Protocol):
     vocabulary_hash: str
     context_length: int
+    vocab_size: int
     token_type: np.dtype[Any]
 
     def encode(self, texts: list[str]) -> list[npt.NDArray[Any]]: ...
@@ -75,22 +75,37 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     # captions are in the shards
     shards = "".join(shard.xxh3 for shard in dataset.manifest.shards).encode()
     folder = above / f"{TOKENS_PREFIX}{key}-{xxhash.xxh3_64_hexdigest(shards)}"
-    if not _is_whole(folder):
+    num_captions = dataset.manifest.num_captions
+    if not _is_whole(folder, num_captions, tokenizer):
         make_folder(folder)
         with locked(folder / "lock", wait=True):
-            if not _is_whole(folder):  # of the process that had the lock before
+            # of the process that had the lock before
+            if not _is_whole(folder, num_captions, tokenizer):
                 _make(dataset, tokenizer, folder)
     dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
 
 
-def _is_whole(folder: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        listed = read_checksums(folder) or {}
-        found = {name: file_checksum(folder / name) for name in _NAMES}
-        if found == listed:
-            return True
-        if listed:
-            logger.warning("%s is damaged; its token rows are made anew", folder)
+def _is_whole(folder: Path, num_captions: int, tokenizer: _Tokenizer) -> bool:
+    """Whether checksums are right, and rows are as `_make` lays them out: others may write too."""
+    try:
+        if not (listed := read_checksums(folder)):
+            return False
+        if {name: file_checksum(folder / name) for name in _NAMES} == listed:
+            captions = open_array(folder / _NAMES[0], CAPTION_DTYPE, num_captions)
+            lengths = captions["tokens_length"]
+            ends = np.cumsum(lengths, dtype=np.uint64)
+            count = int(ends[-1]) if num_captions else 0
+            tokens = open_array(folder / _NAMES[1], tokenizer.token_type, count)
+            if (
+                np.array_equal(captions["tokens_start"], ends - lengths)
+                and lengths.min(initial=1) > 0
+                and lengths.max(initial=0) <= tokenizer.context_length
+                and tokens.max(initial=0) < tokenizer.vocab_size
+            ):
+                return True
+    except (FileNotFoundError, ValueError):
+        pass
+    logger.warning("%s is damaged; its token rows are made anew", folder)
     return False
 
 

@@ -258,6 +258,8 @@ def decode_files(
                         room[:] = np.asarray(image.convert("RGB")).reshape(-1)
             if found != (height, width, 3):
                 faults[row] = f"it has {found[1]} x {found[0]} pixels, not {width} x {height}"
+        except UnidentifiedImageError:  # whose words name an object in memory
+            faults[row] = "no known image format"
         except Exception as error:  # of any kind that such bytes cause
             faults[row] = str(error)
     return faults

@@ -141,9 +141,13 @@ def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
     has_one_size = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
     if has_one_size:
         arguments["img_size"] = image_size  # position tables and windows are made for one size
-    encoder: nn.Module = timm.create_model(
-        name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **arguments
-    )
+    arguments |= {"pretrained": False, "num_classes": 0}
+    try:
+        encoder: nn.Module = timm.create_model(name, drop_path_rate=drop_path, **arguments)
+    except TypeError:
+        if drop_path:
+            raise
+        encoder = timm.create_model(name, **arguments)  # an older network, which knows none
     if has_one_size:
         _try_size(encoder, image_size)
     return encoder
@@ -151,11 +155,13 @@ def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
 
 def _try_size(encoder: nn.Module, image_size: int) -> None:
     """Raises what an image would meet: many models are built for a size that they cannot take."""
+    own: Any = getattr(encoder, "pretrained_cfg", None) or {"input_size": [0]}
     for embedding in encoder.modules():
-        # timm leaves out the pixels beyond the last whole patch, and says nothing
+        # timm leaves out the pixels beyond the last whole patch, and says nothing; some models were
+        # trained so (SigLIP so400m, 384 pixels in patches of 14)
         if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
             patch = max(embedding.patch_size)
-            if image_size % patch:
+            if image_size % patch and image_size != own["input_size"][-1]:
                 raise ValueError(f"its patches of {patch} pixels do not divide {image_size}")
     size = 1, 3, image_size, image_size
     encoder.eval()

@@ -30,9 +30,10 @@ _WORDS = {
     "siglip": {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"},
 }  # fmt: skip
 """Widths to the sizes in timm's names."""
+# sizes end far beyond what anybody trains, so that none takes long to build without memory
 _NAME = re.compile(
-    r"unicl_vit_(clip|siglip)_patch(\d+)_w(\d+)_d(\d+)_h(\d+)_m(\d+)_(gelu|quick_gelu|gelu_tanh)"
-    r"_(\d+)"
+    r"unicl_vit_(clip|siglip)_patch([1-9]\d{0,3})_w([1-9]\d{0,4})_d([1-9]\d{0,2})_h([1-9]\d{0,2})"
+    r"_m([1-9]\d{0,5})_(gelu|quick_gelu|gelu_tanh)_([1-9]\d{0,3})"
 )
 default_cfgs: dict[str, Any] = {}
 
@@ -70,8 +71,15 @@ class ViT(NamedTuple):
 def name_of(vit: ViT) -> str:
     """Timm's name of a ViT, or one that is registered for it.
 
-    Position tables may be of another image size, as timm resizes them.
+    Position tables may be of another image size, as timm resizes them. Raises ValueError for sizes
+    that no ViT has.
     """
+    own_name = (
+        f"unicl_vit_{vit.kind}_patch{vit.patch_size}_w{vit.width}_d{vit.depth}_h{vit.heads}"
+        f"_m{vit.hidden}_{vit.activation}_{vit.image_size}"
+    )
+    if _NAME.fullmatch(own_name) is None:
+        raise ValueError(f"no ViT has these sizes: {vit}")
     word = _WORDS[vit.kind].get(vit.width)
     quick = "_quickgelu" if vit.activation == "quick_gelu" and vit.kind == "clip" else ""
     stem = f"vit_{word}_patch{vit.patch_size}_{vit.kind}{quick}_"
@@ -80,12 +88,8 @@ def name_of(vit: ViT) -> str:
     for name in sorted(known, key=lambda name: name != own):
         if _sizes_of(name) == vit[1:-1]:
             return str(name)
-    name = (
-        f"unicl_vit_{vit.kind}_patch{vit.patch_size}_w{vit.width}_d{vit.depth}_h{vit.heads}"
-        f"_m{vit.hidden}_{vit.activation}_{vit.image_size}"
-    )
-    register(name)
-    return name
+    register(own_name)
+    return own_name
 
 
 def register(name: str) -> None:

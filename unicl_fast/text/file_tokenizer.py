@@ -127,7 +127,7 @@ def _find(place: str) -> tuple[Path, Path | None]:
                 "the file there, or name a source that has it"
             )
         return file, settings if settings.is_file() else None
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
     name, _, revision = repository.partition("@")
     found: list[Path | None] = []
@@ -135,7 +135,11 @@ def _find(place: str) -> tuple[Path, Path | None]:
         try:
             found.append(Path(hf_hub_download(name, file_name, revision=revision or None)))
         except Exception as error:  # also the HTTP library's
-            if found and isinstance(error, errors.EntryNotFoundError):
+            is_missing = isinstance(error, errors.EntryNotFoundError)
+            if isinstance(error, errors.LocalEntryNotFoundError):  # without a network
+                known = try_to_load_from_cache(name, file_name, revision=revision or None)
+                is_missing = known is _CACHED_NO_EXIST
+            if found and is_missing:
                 found.append(None)
                 continue
             reason = str(error).strip().split("\n")[0]
