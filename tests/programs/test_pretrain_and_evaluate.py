@@ -381,7 +381,10 @@ def test_wrong_input_ends_with_2_and_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["zero-shot", "--checkpoint", "nowhere", "--data", "{labels}", "--nproc", "2"], "nowhere"),
+        (
+            ["zero-shot", "--checkpoint", "{run}x", "--data", "{labels}", "--nproc", "2"],
+            "there is no such folder; {run} is there",
+        ),
         (["retrieval", "--checkpoint", "{run}", "--data", "{labels}"], "has no captions"),
         (
             ["zero-shot", "--checkpoint", "{run}", "--data", "{labels}", "--batch-size", "0"],
@@ -398,7 +401,8 @@ def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
     message: str,
 ) -> None:
     places = {"labels": data / "labels", "captions": data / "captions", "run": unbroken}
-    assert message in refusal_of(evaluate, *(word.format(**places) for word in arguments))
+    said = refusal_of(evaluate, *(word.format(**places) for word in arguments))
+    assert message.format(**places) in said
 
 
 @pytest.mark.parametrize(
