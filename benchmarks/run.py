@@ -17,7 +17,7 @@ PROGRAMS = {
         "resume.run:Resume",
         "kills and resumes loaders: samples lost, doubled, out of order",
     ),
-    "input": ("input.run:Input", "images/s of the loader, against nine others and the limits"),
+    "input": ("input.run:Input", "images/s of the loader, against others and the limits"),
     "step": ("step.run:Step", "training steps, against open_clip's; by switch, part and memory"),
     "loss": ("loss.run:Loss", "tokens, targets, texts and the loss, against open_clip and others"),
     "gpu": ("gpu.run:Gpu", "a GPU: its kernels, steps and models, nine minutes at a time"),

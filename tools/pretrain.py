@@ -134,6 +134,10 @@ def _main(argv: Sequence[str]) -> None:
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
     check_current_folder()
     choose_environment(config.run.device)
+    require(
+        bool(config.data.train) or resume != "auto",
+        f"{run_folder} holds no run to resume: correct --out, or give --data.train DIR",
+    )
     _refuse_missing_data(config)
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks

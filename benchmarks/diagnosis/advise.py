@@ -1,4 +1,4 @@
-"""From the numbers of a diagnosis to sentences: the limit, what to change, what does not matter.
+"""From the numbers of a diagnosis to sentences: the limit, what to change, what does not help.
 
 Nothing here measures, so all of it can be tested with made-up numbers.
 """

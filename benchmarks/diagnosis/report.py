@@ -120,7 +120,7 @@ def _advice(measured: Measured) -> Iterator[str]:
     for text in hints(measured):
         yield f"  worth a try, not measured: {text}"
     if idle:
-        yield "  does not matter: " + "; ".join(f"{one.change.option} {one}" for one in idle)
+        yield "  does not help: " + "; ".join(f"{one.change.option} {one}" for one in idle)
     for text in measured.not_measured:
         yield f"  not measured: {text}"
 

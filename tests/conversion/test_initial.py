@@ -138,6 +138,21 @@ def test_what_is_loaded_and_what_is_not_is_said(
     assert "evaluation_resize: add --data.evaluation-resize squash" in caplog.text
 
 
+def test_pixels_to_resize_to_are_compared_at_the_image_size_of_the_source(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_folder(draw_open_clip(SMALL_VIT), SMALL_VIT, tmp_path / "theirs")
+    path = folder / "open_clip_config.json"
+    path.write_text(path.read_text().replace('"squash"', '"shortest"'))
+    config = config_for(folder)
+    size = config.data.image_size
+    started(config.changed(data={"evaluation_resize": size + 8}))
+    assert f"evaluation_resize: add --data.evaluation-resize {size}" in caplog.text
+    caplog.clear()
+    started(config.changed(data={"image_size": size // 2, "evaluation_resize": size // 2 + 8}))
+    assert "evaluation_resize" not in caplog.text
+
+
 def test_weights_of_other_settings_are_refused_with_those_that_they_need(like_clip: Path) -> None:
     config = with_model(
         config_for(like_clip), text_activation="quick_gelu", text_width=64, embed_dim=16

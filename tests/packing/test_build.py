@@ -167,10 +167,10 @@ def test_the_program_says_what_it_did_and_what_comes_next(
 def test_what_is_repeated_or_held_out_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, text = run(folder, folder, "--out", tmp_path / "held-out", capsys=capsys)
-    out = tmp_path / "held-out"
+    out = tmp_path / "held-out Äpfel"
+    _, text = run(folder, folder, "--out", out, capsys=capsys)
     assert f"note: 91 images of {out} that an earlier sample has too, byte for byte: " in text
-    assert f"next: unicl-pretrain --preset auto --data.train TRAIN --data.evaluate {out}" in text
+    assert f"next: unicl-pretrain --preset auto --data.train TRAIN --data.evaluate '{out}'" in text
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "cat").symlink_to(folder / "cat")
     run(tmp_path / "some", "--out", tmp_path / "cats", capsys=capsys)

@@ -535,6 +535,21 @@ def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
     assert contents(tmp_path / "set") == unbroken
 
 
+def test_processes_of_a_build_end_before_the_program_where_a_disk_is_full(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, [40, 96, 96, 3], np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / "photos" / "cat" / f"{number}.jpg")
+    command = [sys.executable, "-m", "unicl_fast.tools.pack", "build", tmp_path / "photos"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *command, "--out", tmp_path / "set"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "make room there" in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: Path) -> None:
     """Pinned, so that the order of a seed, and all else that is written, stays for good.
 

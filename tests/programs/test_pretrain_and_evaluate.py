@@ -348,7 +348,8 @@ def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) ->
         ([*SMALL, "--out", "x", "--data.train", "nowhere"], "nowhere"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
-        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number after its ="),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "must be a number"),
+        (["--out", "nowhere", "--resume", "auto"], "nowhere holds no run to resume"),
         ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
         (
             [
@@ -364,7 +365,7 @@ def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) ->
     ],
     ids=[
         *("preset", "no data", "no such data", "half the shares", "too few samples"),
-        *("no share", "no ranks", "no data to evaluate", "ranks that cannot share"),
+        *("no share", "no run", "no ranks", "no data to evaluate", "ranks that cannot share"),
     ],
 )
 def test_wrong_input_ends_with_2_and_a_sentence(
@@ -380,7 +381,10 @@ def test_wrong_input_ends_with_2_and_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["zero-shot", "--checkpoint", "nowhere", "--data", "{labels}", "--nproc", "2"], "nowhere"),
+        (
+            ["zero-shot", "--checkpoint", "{run}x", "--data", "{labels}", "--nproc", "2"],
+            "there is no such folder; {run} is there",
+        ),
         (["retrieval", "--checkpoint", "{run}", "--data", "{labels}"], "has no captions"),
         (
             ["zero-shot", "--checkpoint", "{run}", "--data", "{labels}", "--batch-size", "0"],
@@ -397,7 +401,8 @@ def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
     message: str,
 ) -> None:
     places = {"labels": data / "labels", "captions": data / "captions", "run": unbroken}
-    assert message in refusal_of(evaluate, *(word.format(**places) for word in arguments))
+    said = refusal_of(evaluate, *(word.format(**places) for word in arguments))
+    assert message.format(**places) in said
 
 
 @pytest.mark.parametrize(

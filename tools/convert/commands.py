@@ -80,7 +80,7 @@ class FromOfficial(Conversion):
             f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
             "normalised as ImageNet's"
         )
-        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
+        print(f"next: unicl-eval zero-shot --checkpoint {shlex.quote(str(self.out))} --data DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +277,7 @@ class ToHub(ModelConversion):
                     f"{error}. {self.out} is complete: hf upload {self.push} {self.out} tries again"
                 ) from error
             print(f"uploaded to {address}")
-        where = name if self.push else self.out
+        where = shlex.quote(name if self.push else str(self.out))
         print(f"next: unicl-eval zero-shot --checkpoint {where} --data DIR")
         if layout != "unicl":
             repository = self.push or str(self.out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -241,9 +242,9 @@ def _report_build(summary: BuildSummary, *, encoding: str, is_held_out: bool) ->
             "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
             "keys are the folders' names, gives them words"
         )
-    train, evaluate = "TRAIN" if is_held_out else summary.out, ""
+    train, evaluate = "TRAIN" if is_held_out else shlex.quote(str(summary.out)), ""
     if is_held_out or len(sides) > 1:
-        evaluate = f" --data.evaluate {sides[-1].out}"
+        evaluate = f" --data.evaluate {shlex.quote(str(sides[-1].out))}"
     lines.append(
         f"next: unicl-pretrain --preset auto --data.train {train}{evaluate} --out runs/first"
     )

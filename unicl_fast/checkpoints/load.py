@@ -41,6 +41,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 from unicl_fast.system.machine import free_memory
+from unicl_fast.system.paths import nearest_name
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import shorten
 
@@ -172,9 +173,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return _find_best(path.parent)
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not checkpoints:
+        missing = "" if path.exists() else f"there is no such folder{nearest_name(path)}; "
         raise FileNotFoundError(
-            f"{path}: expected a run folder with checkpoints/step-*/ in it, or one of those "
-            "folders itself"
+            f"{path}: {missing}expected a run folder with checkpoints/step-*/ in it, or one of "
+            "those folders itself"
         )
     return checkpoints[-1]
 

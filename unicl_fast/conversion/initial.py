@@ -281,9 +281,12 @@ class _Loading:
         raise ValueError(f"{self._label}: {reason}")
 
     def _warn_of_other_images(self) -> None:
+        theirs, ours = self._source.data, self._model.config.data
         for name in ("mean", "std", "interpolation", "evaluation_resize"):
-            known = self._source.data.get(name)
-            present = getattr(self._model.config.data, name)
+            known, present = theirs.get(name), getattr(ours, name)
+            if isinstance(known, int) and isinstance(present, int):
+                # a number of pixels goes with the image size
+                known = known if theirs["image_size"] == ours.image_size else present
             if known is not None and _shown(known) != _shown(present):
                 logger.warning(
                     "%s was trained on images of another %s: add --data.%s %s",

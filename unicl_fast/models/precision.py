@@ -24,6 +24,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.models.text_encoder import TextAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.machine import HostBuffers, choose_device
+from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,8 @@ def fast_precision(device: torch.device) -> PrecisionName:
     name = "bf16" if bf16 < 0.9 * fp32 else "fp32"
     logger.info(
         "precision: %s (efficiency.precision=auto); the same products took %.1f ms in fp32 and "
-        "%.1f ms in bf16, on %d threads",
-        name, 1000 * fp32, 1000 * bf16, torch.get_num_threads(),
+        "%.1f ms in bf16, on %s",
+        name, 1000 * fp32, 1000 * bf16, count_of(torch.get_num_threads(), "thread"),
     )  # fmt: skip
     return name
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -356,24 +356,27 @@ def _pack(
                 writer.quarantine(**asdict(row))
         samples = contents.sides[side]
         order = _order_of(samples, options)
-        checked = _check(
-            samples.at(order[num_done:]),
-            images=images,
-            one_size=one_size,
-            context_length=CONTEXT_LENGTH,
-            options=options,
-            known=known,
-        )
-        bar = tqdm(
-            checked,
-            total=len(order),
-            initial=num_done,
-            desc="packing",
-            unit=" images",
-            disable=not progress,
-            smoothing=0.1,
-        )
-        _write(bar, writer, contents.numbers, one_size, places)
+        # closed here: an error keeps it, and the exit of the program would meet its closed pipes
+        with contextlib.closing(
+            _check(
+                samples.at(order[num_done:]),
+                images=images,
+                one_size=one_size,
+                context_length=CONTEXT_LENGTH,
+                options=options,
+                known=known,
+            )
+        ) as checked:
+            bar = tqdm(
+                checked,
+                total=len(order),
+                initial=num_done,
+                desc="packing",
+                unit=" images",
+                disable=not progress,
+                smoothing=0.1,
+            )
+            _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:
             summary = {
                 "num_reencoded": writer.notes.get("num_reencoded", 0),
@@ -500,7 +503,7 @@ def _check(
     context_length: int,
     options: BuildOptions,
     known: KnownImages | None,
-) -> Iterator[tuple[str, Item, Checked | Problem]]:
+) -> Generator[tuple[str, Item, Checked | Problem], None, None]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
     # Made once, and kept while they are under way: making them takes as long as writing them.
@@ -522,11 +525,12 @@ def _check(
         context_length=context_length,
         workers=options.workers,
     )
-    for source, item in behind:
-        result = next(results) if item.problem is None else item.problem
-        if item.problem is None and isinstance(result, Problem) and result.kind == "unreadable":
-            require_there(item.entry, source, result.message)
-        yield source, item, result
+    with contextlib.closing(results):
+        for source, item in behind:
+            result = next(results) if item.problem is None else item.problem
+            if item.problem is None and isinstance(result, Problem) and result.kind == "unreadable":
+                require_there(item.entry, source, result.message)
+            yield source, item, result
 
 
 def _write(

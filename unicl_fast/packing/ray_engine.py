@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, Literal, get_args
 
 from unicl_fast.dataset.object_store import is_url
@@ -49,7 +49,7 @@ def require_engine(engine: Engine) -> None:
 
 def check_on_ray(
     tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
-) -> Iterator[Checked | Problem]:
+) -> Generator[Checked | Problem, None, None]:
     """Checks tasks on a Ray cluster, like `check_in_order` here.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, else starts one here.

@@ -158,15 +158,16 @@ def _check_samples(
     results = check_in_order(
         tasks(), options=options, context_length=dataset.manifest.context_length, workers=workers
     )
-    for result in results:
-        sample = waiting.popleft()
-        if isinstance(result, Problem):
-            kind = "tokens" if result.kind == "bad caption" else "image"
-            checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
-        else:
-            checks.compare_image(sample.index, result, extension=sample.extension)
-            checks.compare_tokens(sample.index, result.tokens)
-            num_decoded += 1
+    with contextlib.closing(results):
+        for result in results:
+            sample = waiting.popleft()
+            if isinstance(result, Problem):
+                kind = "tokens" if result.kind == "bad caption" else "image"
+                checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
+            else:
+                checks.compare_image(sample.index, result, extension=sample.extension)
+                checks.compare_tokens(sample.index, result.tokens)
+                num_decoded += 1
     return num_decoded
 
 

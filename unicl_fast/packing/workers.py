@@ -23,7 +23,7 @@ import mmap
 import os
 import queue
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -169,7 +169,7 @@ class OneSize:
 
 def check_in_order(
     tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
-) -> Iterator[Checked | Problem]:
+) -> Generator[Checked | Problem, None, None]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
     `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under way

@@ -57,7 +57,9 @@ def open_datasets(
         )
     for folder, weight in zip(folders, weights, strict=True):
         if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
-            raise ValueError(f"data.train: no folder {folder}, and no number after its =")
+            raise ValueError(
+                f"data.train: there is no folder {folder}; in DIR=WEIGHT, WEIGHT must be a number"
+            )
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     limit, cache = data.max_bad_fraction if verify else None, cache_options(data)
     datasets = []

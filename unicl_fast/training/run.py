@@ -178,14 +178,15 @@ def _next(trainer: Trainer, run_folder: Path) -> str:
     """The evaluation that the model and its data suit, of what is held out if that is known."""
     data = trainer.config.data
     given = [*data.evaluate, *map(_held_out_beside, data.train)]
+    checkpoint = shlex.quote(str(run_folder))
     held_out = shlex.quote(without_secrets(next(filter(None, given), "DIR")))
     if not trainer.config.objective.uses_texts:
         train = shlex.quote(without_secrets(folder_and_weight(data.train[0])[0]))
-        return f"unicl-eval knn --checkpoint {run_folder} --train {train} --data {held_out}"
+        return f"unicl-eval knn --checkpoint {checkpoint} --train {train} --data {held_out}"
     has_classes = any(source["num_classes"] for source in trainer.data.get("sources", []))
     kinds = [name.partition("/")[0].replace("_", "-") for name in trainer.evaluations]
     kind = next(iter(kinds), "zero-shot" if has_classes else "retrieval")
-    return f"unicl-eval {kind} --checkpoint {run_folder} --data {held_out}"
+    return f"unicl-eval {kind} --checkpoint {checkpoint} --data {held_out}"
 
 
 def _held_out_beside(train: str) -> str:
