@@ -129,6 +129,24 @@ pathlib.Path(sys.argv[1]).touch(){ending}
     assert not errors.read_bytes()
 
 
+def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
+    """Not where the lines of a docstring do."""
+    path = tmp_path / "options.py"
+    path.write_text(
+        "import dataclasses, tyro\n"
+        "from unicl_fast.system.program import begin_program\n"
+        "@dataclasses.dataclass\n"
+        "class Options:\n"
+        "    width: int = 3\n"
+        '    """Of the first line,\n    and of the second."""\n'
+        "tyro.cli(Options, args=begin_program())\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, path, "--help"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert "Of the first line, and of the second." in shown
+
+
 def seen_on_a_terminal(code: str, **environment: str) -> str:
     """What a program that has begun writes to a terminal of 80 columns."""
     begin = "from unicl_fast.system.program import begin_program, showing_stages\nbegin_program()\n"

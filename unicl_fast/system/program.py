@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import os
@@ -12,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+import docstring_parser
 
 from unicl_fast.system import status_line
 from unicl_fast.system.version import __version__
@@ -35,7 +38,16 @@ def begin_program() -> list[str]:
         sys.exit()
     if not sys.warnoptions:  # what libraries tell their callers is for tests; -W shows it
         warnings.simplefilter("ignore", FutureWarning)
+    docstring_parser.parse_from_object = _parse_without_indents  # type: ignore[assignment]
     return sys.argv[1:]
+
+
+def _parse_without_indents(obj: Any, *, parse: Any = docstring_parser.parse_from_object) -> Any:
+    """As `docstring_parser` does; from indented lines tyro would make paragraphs of the help."""
+    found = parse(obj)
+    for field in found.params:
+        field.description = field.description and inspect.cleandoc(field.description)
+    return found
 
 
 @contextlib.contextmanager
