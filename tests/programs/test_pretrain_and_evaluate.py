@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.dali
 def unbroken(data: Path) -> Path:
     out = data / "unbroken"
     (data / "held-out").symlink_to("labels")
-    run("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
+    level = logging.root.level
+    logging.root.setLevel(logging.INFO)  # pytest's handlers keep a program from doing so
+    call(pretrain, *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
+    logging.root.setLevel(level)
     return out
 
 
