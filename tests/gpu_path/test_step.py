@@ -111,7 +111,13 @@ def test_a_step_never_waits_and_stays_in_its_budget(
     check_budget(request.node.callspec.id, kernels)
 
 
-@pytest.mark.parametrize("objective", sorted({*ALL_OBJECTIVES} - {*OBJECTIVES}))
+@pytest.mark.parametrize(
+    "objective",
+    [  # tests/training/test_no_host_reads.py has the slow ones, without a GPU's operators
+        pytest.param(name, marks=[] if "mixed" in name else slow)
+        for name in sorted({*ALL_OBJECTIVES} - {*OBJECTIVES})
+    ],
+)
 def test_steps_of_other_objectives_never_wait(stand_in: ctypes.CDLL, objective: str) -> None:
     config, batch = config_of(objective, "bf16", {}), tiny_batch(objective)
     with fake_gpu(stand_in) as mode:
