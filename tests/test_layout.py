@@ -218,15 +218,6 @@ def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
     assert not {name for name in asked if name not in brought and name not in named}
 
 
-def test_every_module_says_what_it_is() -> None:
-    silent = [
-        str(path.relative_to(CHECKOUT))
-        for path in ALL_FILES
-        if not ast.get_docstring(tree_of(path))
-    ]
-    assert not silent
-
-
 @pytest.mark.slow
 def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
     """It is built out of the sdist, as others build it, and setuptools warns of nothing."""
