@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from children import run_in_child
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -150,17 +150,12 @@ def test_an_optional_package_is_imported_where_it_is_used_and_only_when_asked() 
             if name.split(".")[0] == package
         }
         assert found == expected, package
-    child = os.fork()  # with torch and timm imported, and nothing of ours
-    if not child:
-        try:
-            for module in [one for one in sys.modules if one.startswith("unicl_fast")]:
-                del sys.modules[module]
-            sys.modules.update(dict.fromkeys(places))
-            importlib.import_module("unicl_fast.training.trainer")  # which imports optim, too
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def import_without_them() -> None:
+        sys.modules.update(dict.fromkeys(places))
+        importlib.import_module("unicl_fast.training.trainer")  # which imports optim, too
+
+    run_in_child(import_without_them, forget="unicl_fast")
 
 
 def test_no_extra_names_a_package_twice() -> None:
