@@ -245,7 +245,10 @@ def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
 
 
 @both_resamplers
-@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (224, 224), (37, 32)])
+@pytest.mark.parametrize(
+    ("resize", "crop"),
+    [(256, 224), pytest.param(224, 224, marks=pytest.mark.slow), (37, 32)],
+)
 @pytest.mark.parametrize("kind", ["labelled", "captioned"])
 def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
     kind: str, resize: int, crop: int, resample: Resample, request: pytest.FixtureRequest
