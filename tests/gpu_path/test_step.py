@@ -190,7 +190,7 @@ SCORES = [(8, 1, 8, 8), (12, 2, 5, 5), (48, 3, 16, 16), (12, 6, 16, 16)]
 @pytest.mark.parametrize(
     ("image_encoder", "attention", "expected"),
     [
-        ("test_vit", "timm", set()),
+        pytest.param("test_vit", "timm", set(), marks=slow),
         ("unicl_swin6_small", "timm", {(48, 3, 16, 16), (12, 6, 16, 16)}),
         ("unicl_swin6_small", "triton", set()),
     ],
