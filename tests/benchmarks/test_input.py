@@ -134,11 +134,10 @@ def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     assert "left out: No module named" in text
 
 
-def test_the_chart_of_the_readme_can_be_read_on_a_phone(
+def test_the_chart_of_the_readme_shows_peers_and_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
     import loader_chart
@@ -158,9 +157,6 @@ def test_the_chart_of_the_readme_can_be_read_on_a_phone(
     beyond = r"faster than drawn: read [\d,]+, write [\d,]+"
     assert re.search(beyond, figure.axes[0].get_xlabel())
     assert "2 cores of AMD EPYC" in figure.axes[0].get_xlabel()
-    letters = [one for one in figure.findobj(Text) if one.get_text()]
-    pixels_a_point = 360 / figure.get_figwidth() / 72
-    assert min(one.get_fontsize() for one in letters) * pixels_a_point > 7
 
 
 def test_the_verdict_names_the_fastest_peer_and_the_nearest_limit() -> None:

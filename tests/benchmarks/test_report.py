@@ -77,19 +77,11 @@ def full_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1280, False)])
-def test_a_browser_shows_all_parts_on_a_phone_and_on_a_desktop(
-    full_page: Path, tmp_path: Path, width: int, dark: bool
-) -> None:
-    found = look_at(full_page, tmp_path, width=width, dark=dark)
+def test_a_browser_shows_all_parts(full_page: Path, tmp_path: Path) -> None:
+    found = look_at(full_page, tmp_path)
     assert found["headings"] == ["What limits this run", "The time of an image", "Advice"]
-    assert found["scroll_width"] == width
-    assert found["beside"] == []
-    assert found["smallest_font"] >= 12
     assert (found["scripts"], found["handlers"], found["broken"]) == (0, 0, False)
     assert (found["images"], set(found["addresses"])) == (0, set())
-    brightness = sum(map(int, re.findall(r"\d+", found["background"])[:3])) / 3
-    assert (brightness < 60) if dark else (brightness > 200)
     for text in ("the bottleneck", "REGRESSION", "OTHER PROCESSES", "JPEG decode", HOSTILE[:40]):
         assert text in found["text"]
 
@@ -128,15 +120,13 @@ def test_three_changes_at_most_are_advised() -> None:
     assert shown == ["--by 0.85", "--by 0.9", "--by 0.92"]
 
 
-def test_parts_without_data_are_left_out_or_said_in_a_sentence(tmp_path: Path) -> None:
+def test_parts_without_data_are_left_out_or_said_in_a_sentence() -> None:
     assert "No change could be measured" in page_of(diagnosis(measured()))
     page = page_of(diagnosis(measured(trials=(trial("--idle", 1.0),))))
     text = html.unescape(page)
     assert "Nothing that was tried gains 3% in each round." in text
     for absent in ("egression", "kept", 'class="warn"', "checkpoint"):
         assert absent not in text.split("<footer>")[0].split("<main>")[1], absent
-    (tmp_path / "report.html").write_text(page, encoding="utf-8")
-    assert look_at(tmp_path / "report.html", tmp_path, width=1280)["height"] <= 900  # one screen
 
 
 @pytest.mark.parametrize(

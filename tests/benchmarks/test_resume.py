@@ -136,6 +136,7 @@ def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path:
     assert not alive
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     samples = []

@@ -150,7 +150,13 @@ def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path:
     train_one_step(few, real_images(shared_data, 3), tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mpnet"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("bert", "mpnet"),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "xlm-roberta")),
+    ],
+)
 def test_a_dual_encoder_is_loaded_trained_and_exported(
     kind: str, shared_data: Path, tmp_path: Path
 ) -> None:

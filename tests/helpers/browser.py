@@ -13,20 +13,14 @@ import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
-# A frame is as narrow as a phone where a window cannot be; srcdoc keeps the page's own policy and
-# lets the outer page look in.
-_OUTER = """<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<body style="margin:0">
-<iframe id="page" style="border:0;width:WIDTHpx;height:4000px" srcdoc="PAGE"></iframe>
+# srcdoc keeps the page's own policy and lets the outer page look in.
+_OUTER = """<!DOCTYPE html><meta charset="utf-8">
+<iframe id="page" srcdoc="PAGE"></iframe>
 <script>
 window.broken = false;
 document.getElementById("page").onload = () => {
   const page = document.getElementById("page").contentDocument;
   const images = [...page.images];
-  const beside = [...page.querySelectorAll("main *")].filter((one) => {
-    const box = one.getBoundingClientRect();
-    return box.width > 0 && (box.right > WIDTH + 0.5 || box.left < -0.5);
-  });
   const found = {
     headings: [...page.querySelectorAll("h1, h2")].map((one) => one.textContent),
     images: images.length,
@@ -37,13 +31,6 @@ document.getElementById("page").onload = () => {
       [...one.attributes].some((attribute) => attribute.name.startsWith("on"))).length,
     addresses: [...page.querySelectorAll("[src], [href], [srcset]")].map((one) =>
       (one.getAttribute("src") || one.getAttribute("href") || "").slice(0, 5)),
-    scroll_width: page.documentElement.scrollWidth,
-    height: page.querySelector("main").getBoundingClientRect().height,
-    beside: beside.map((one) => one.outerHTML.slice(0, 120)),
-    smallest_font: Math.min(...[...page.querySelectorAll("main *")]
-      .filter((one) => one.childNodes.length && one.textContent.trim() && !one.closest("svg"))
-      .map((one) => parseFloat(getComputedStyle(one).fontSize))),
-    background: getComputedStyle(page.body).backgroundColor,
     text: page.body.innerText,
     broken: window.broken || Boolean(document.getElementById("page").contentWindow.broken),
   };
@@ -56,18 +43,15 @@ document.getElementById("page").onload = () => {
 """
 
 
-def look_at(page: Path, tmp_path: Path, *, width: int, dark: bool = False) -> dict[str, Any]:
-    """What a browser of some width shows; skips the test where there is no Chromium."""
-    outer = _OUTER.replace("WIDTH", str(width))
-    outer = outer.replace("PAGE", html.escape(page.read_text(encoding="utf-8"), quote=True))
-    path = tmp_path / f"outer-{width}.html"
-    path.write_text(outer, encoding="utf-8")
-    return dump_page(path.as_uri(), tmp_path, width=max(width, 500), dark=dark)
+def look_at(page: Path, tmp_path: Path) -> dict[str, Any]:
+    """What a browser shows; skips the test where there is no Chromium."""
+    text = html.escape(page.read_text(encoding="utf-8"), quote=True)
+    path = tmp_path / "outer.html"
+    path.write_text(_OUTER.replace("PAGE", text), encoding="utf-8")
+    return dump_page(path.as_uri(), tmp_path)
 
 
-def dump_page(
-    address: str, tmp_path: Path, *, width: int = 1000, dark: bool = False
-) -> dict[str, Any]:
+def dump_page(address: str, tmp_path: Path) -> dict[str, Any]:
     """What a page leaves as JSON in an element `result`; skips the test without Chromium."""
     program = next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
@@ -75,9 +59,8 @@ def dump_page(
     done = subprocess.run(
         [
             *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *("--hide-scrollbars", f"--blink-settings=preferredColorScheme={0 if dark else 1}"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
-            *("--virtual-time-budget=20000", "--dump-dom", address),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"),
+            *("--dump-dom", address),
         ],
         capture_output=True,
         text=True,

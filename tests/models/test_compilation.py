@@ -143,7 +143,10 @@ def test_an_image_encoder_is_one_graph(preset: str) -> None:
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
-@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "trimmed"])
+@pytest.mark.parametrize(
+    "is_packed",
+    [pytest.param(True, id="packed"), pytest.param(False, id="trimmed", marks=pytest.mark.slow)],
+)
 def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
     """A size that was new once, and one for all sizes; each without a break."""
     encoder = build_model(tiny_config(precision="fp32")).text_encoder

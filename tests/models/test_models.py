@@ -430,7 +430,7 @@ def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
     ("name", "full", "small"),
     [
         ("vit_tiny_patch16_224", 64, 32),
-        ("swin_tiny_patch4_window7_224", 112, 48),
+        pytest.param("swin_tiny_patch4_window7_224", 112, 48, marks=pytest.mark.slow),
         ("unicl_swin6_small", 32, 16),
         ("unicl_convnet7_small", 32, 16),
     ],

@@ -123,8 +123,7 @@ def classes_of(batch: Batch) -> torch.Tensor:
     ).double()
 
 
-@pytest.mark.parametrize("every_text", [False, True])
-@pytest.mark.parametrize("form", ["dense", "tiled"])
+@pytest.mark.parametrize(("form", "every_text"), [("dense", True), ("tiled", False)])
 @pytest.mark.parametrize(
     "objective",
     [name for name in OBJECTIVES if name.startswith(("unicl", "clip", "sigmoid", "siglip"))],

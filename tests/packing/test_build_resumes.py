@@ -169,7 +169,13 @@ def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
     assert os.listdir(tmp_path) == ["set"]
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(place, marks=[pytest.mark.slow] * (number in (1, 2, 3, 9)))
+        for number, place in enumerate(PLACES)
+    ],
+)
 def test_a_killed_build_resumes_as_if_nothing_had_happened(
     sources: list[Path],
     unbroken: dict[str, bytes],
@@ -197,7 +203,7 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
 
 
-@pytest.mark.parametrize("num_more", [-3, 0, 1])
+@pytest.mark.parametrize("num_more", [pytest.param(-3, marks=pytest.mark.slow), 0, 1])
 def test_a_split_that_is_killed_on_either_side_resumes(
     sources: list[Path], checked: list[str], tmp_path: Path, num_more: int
 ) -> None:
@@ -427,7 +433,7 @@ def read_first(unbroken: dict[str, bytes]) -> int:
     return len(unbroken["shard-000000.idx"].splitlines()) - 1
 
 
-@pytest.mark.parametrize("split", [None, 0.7])
+@pytest.mark.parametrize("split", [pytest.param(None, marks=pytest.mark.slow), 0.7])
 def test_what_was_unpacked_is_not_unpacked_again(
     checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: float | None
 ) -> None:

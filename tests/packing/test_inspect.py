@@ -200,20 +200,14 @@ def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None
     assert found["exact_copies"]["num_surplus"] == 3
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_a_browser_shows_all_parts_at_phone_and_desktop_width(
-    written: Path, tmp_path: Path, width: int
-) -> None:
-    found = look_at(written / "page.html", tmp_path, width=width)
+def test_a_browser_shows_all_parts(written: Path, tmp_path: Path) -> None:
+    found = look_at(written / "page.html", tmp_path)
     assert found["headings"] == [
         "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Images",
         "Copies", "Left out when packed",
     ]  # fmt: skip
     assert (found["images"], found["broken_images"]) == (32, 0)
     assert found["plots"] >= 6
-    assert found["scroll_width"] == width
-    assert found["beside"] == []
-    assert found["smallest_font"] >= 12
     assert (found["scripts"], found["handlers"], found["broken"]) == (0, 0, False)
     assert set(found["addresses"]) == {"data:"}
     for text in (HOSTILE[:40], CLASSES[3], "dog & fox", "labels differ"):

@@ -131,7 +131,12 @@ def assert_twins(one: np.ndarray, other: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["unicl", "supcon,policy=trivial,erase=0.5", "none,policy=auto", "none,grayscale=0.5"]
+    "spec",
+    [
+        *("unicl", "supcon,policy=trivial,erase=0.5"),
+        pytest.param("none,policy=auto", marks=pytest.mark.slow),
+        pytest.param("none,grayscale=0.5", marks=pytest.mark.slow),
+    ],
 )
 def test_the_fused_operator_does_what_dali_s_do(images: np.ndarray, spec: str) -> None:
     rows = rows_of(spec)

@@ -203,14 +203,6 @@ def test_quiet_programs_and_other_ranks_show_no_stages(hidden: str, rank: str) -
     assert "[" not in seen_on_a_terminal(_QUIET.replace("HIDDEN", hidden), RANK=rank)
 
 
-def test_a_stage_is_cut_to_the_width_of_the_terminal() -> None:
-    code = _QUIET.replace("HIDDEN", "False").replace('"ready"', '"y" * 70, end="", flush=True')
-    seen = seen_on_a_terminal(code)
-    added = re.findall(r"\r(y+ \[working, \d s\])", seen)
-    assert added
-    assert all(len(text) < 80 for text in added)
-
-
 def test_unbuffered_output_is_not_kept_back() -> None:
     code = "import os\nprint('one', end='')\nos.write(1, b'two')"
     assert run(code, PYTHONUNBUFFERED="1").stdout == b"onetwo"

@@ -258,9 +258,12 @@ READ: dict[str, Callable[[Path], Curves]] = {
 }
 
 
-@pytest.mark.parametrize(
+trackers = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "wandb")) for name in READ]
 )
+
+
+@trackers
 def test_one_curve_is_kept_over_kills_and_resumes(
     tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,7 +318,7 @@ def test_mlflow_gets_lines_that_a_kill_took_on_their_way(
     }
 
 
-@pytest.mark.parametrize("name", READ)
+@trackers
 def test_any_name_of_a_data_set_is_taken(
     tmp_path: Path, name: str, mlflow_database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
