@@ -22,7 +22,7 @@ from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.feature_files import FeatureFile
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
@@ -52,6 +52,9 @@ from .kernels.operators import parts_for
 from .plan.crop import evaluation_regions, fill_borders
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 from .trial import try_decoder
+
+_JPEG_BEGINS = b"\xff\xd8"
+_SAMPLES_LOOKED_AT = 4
 
 
 class TrainLoader:
@@ -317,13 +320,24 @@ def decoder_of(data: DataConfig, device: torch.device) -> torch.device:
 def _form_of(
     datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device
 ) -> ImageForm:
-    """Small or decoded images need no graph, or one that resizes decoded ones of one size."""
+    """Decoded images and small JPEGs need no graph; or one that resizes images of one size."""
     decoded = all(dataset.is_decoded for dataset in datasets)
-    are_small = image_bytes(datasets, data) <= SMALL_IMAGE_BYTES
-    if is_fused(data.resample, device) and (decoded or are_small):
+    if is_fused(data.resample, device) and (decoded or _are_small_jpegs(datasets, data)):
         return "crops"
     shapes = {dataset.image_shape for dataset in datasets}
     return "pixels" if len(shapes) == 1 and None not in shapes else "files"
+
+
+def _are_small_jpegs(datasets: Sequence[PackedDataset], data: DataConfig) -> bool:
+    """Whether images are small, and the first of each data set JPEGs; packing has shuffled them."""
+    try:
+        return image_bytes(datasets, data) <= SMALL_IMAGE_BYTES and all(
+            dataset.is_decoded or dataset.image_bytes(sample)[:2].tobytes() == _JPEG_BEGINS
+            for dataset in datasets
+            for sample in range(min(_SAMPLES_LOOKED_AT, len(dataset)))
+        )
+    except DamagedSampleError:
+        return False
 
 
 def _plan_source(

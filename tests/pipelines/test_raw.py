@@ -46,12 +46,6 @@ def png(seed: int) -> bytes:
 Sets = dict[str, list[PackedDataset]]
 
 
-@pytest.fixture(autouse=True)
-def through_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files go through DALI, however small they are."""
-    monkeypatch.setattr("unicl_fast.pipelines.loader.SMALL_IMAGE_BYTES", 0)
-
-
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
     """The same samples twice: as PNGs and raw; labelled ones and captioned ones of one size."""

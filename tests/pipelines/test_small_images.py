@@ -65,8 +65,8 @@ def make_loader(
     """A loader by DALI, or without it."""
 
     def make(dataset: PackedDataset, form: str, **more: Any) -> TrainLoader:
-        limit = 0 if form == "files" else 70_000
-        monkeypatch.setattr("unicl_fast.pipelines.loader.SMALL_IMAGE_BYTES", limit)
+        are_small = "unicl_fast.pipelines.loader._are_small_jpegs"
+        monkeypatch.setattr(are_small, lambda *_: form == "crops")
         ranks = {key: more.pop(key) for key in ("rank", "world_size", "quarantine") if key in more}
         config = TrainConfig(
             data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **more),
@@ -80,6 +80,30 @@ def make_loader(
         return loader
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("saved", "side", "form"),
+    [
+        ({"format": "JPEG"}, 60, "crops"),
+        ({"format": "PNG"}, 60, "files"),
+        ({"format": "JPEG"}, 200, "files"),
+    ],
+    ids=["small", "png", "large"],
+)
+def test_only_small_jpegs_go_past_dali(
+    tmp_path: Path, tokenizer: Tokenizer, saved: dict[str, Any], side: int, form: str
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "teal").save(file, **saved)
+    names = ["cat", "dog"]
+    samples = [Sample(file.getvalue(), labels=[i % 2]) for i in range(8)]
+    with pack(
+        tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="keep"
+    ) as dataset:
+        config = TrainConfig(run=RunConfig(global_batch_size=4))
+        prompts = ClassPrompts([(names, dataset.manifest.templates)], tokenizer)
+        assert TrainLoader(config, [dataset], None, prompts).form == form
 
 
 @pytest.mark.parametrize(
