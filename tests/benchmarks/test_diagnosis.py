@@ -302,7 +302,9 @@ run.main()
     ("wait", "start", "code", "words"),
     [
         ("1.0", 0, 0, "the loop waits for batches"),
-        ("1000 if noted else 0", 0, 0, "cut off at the deadline"),
+        pytest.param(
+            "1000 if noted else 0", 0, 0, "cut off at the deadline", marks=pytest.mark.long
+        ),
         ("1000", 10, 2, "nothing could be measured"),
     ],
     ids=["slow", "stops", "never starts"],

@@ -41,7 +41,10 @@ LARGE = (
 # torch 2.13 crashes in the backward pass of timm's fastvit_mci1 in channels_last on a CPU
 UNTRAINABLE = "MobileCLIP-S1"
 OF_TIMM = ("convnext_base", "EVA02-B-16")  # as ViTamin-S is, which is smaller
-OF_OTHER_SIZES = ("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-256", "RN50-quickgelu", "RN101")
+LIKE_OTHERS = (
+    *("ViT-B-16", "ViT-B-16-quickgelu", "ViT-B-32-quickgelu", "ViT-B-32-256"),
+    *("RN50-quickgelu", "RN101"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def rows() -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.long] * (name in LARGE + OF_TIMM + OF_OTHER_SIZES))
+        pytest.param(name, marks=[pytest.mark.long] * (name in LARGE + OF_TIMM + LIKE_OTHERS))
         for name in MODELS
     ],
 )

@@ -70,7 +70,7 @@ SMALL = ("digits-small", "cifar10-small", "mixed-small")
 
 
 def _marks(preset: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] + [pytest.mark.long] * ("base" in preset)
+    return [pytest.mark.slow] + [pytest.mark.long] * ("base" in preset or preset == "resnet101")
 
 
 @pytest.mark.parametrize(
