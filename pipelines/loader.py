@@ -23,6 +23,7 @@ from unicl_fast.batch import Batch, EvaluationBatch, ReadingTime, copied_ahead
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.images.codec import JPEG_BEGINS
 from unicl_fast.stages import Span
 from unicl_fast.system.machine import choose_decode_device
 from unicl_fast.text.prompts import ClassPrompts
@@ -53,7 +54,6 @@ from .plan.crop import evaluation_regions, fill_borders
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 from .trial import try_decoder
 
-_JPEG_BEGINS = b"\xff\xd8"
 _SAMPLES_LOOKED_AT = 4
 
 
@@ -332,7 +332,7 @@ def _are_small_jpegs(datasets: Sequence[PackedDataset], data: DataConfig) -> boo
     """Whether images are small, and the first of each data set JPEGs; packing has shuffled them."""
     try:
         return image_bytes(datasets, data) <= SMALL_IMAGE_BYTES and all(
-            dataset.is_decoded or dataset.image_bytes(sample)[:2].tobytes() == _JPEG_BEGINS
+            dataset.is_decoded or dataset.image_bytes(sample)[:2].tobytes() == JPEG_BEGINS
             for dataset in datasets
             for sample in range(min(_SAMPLES_LOOKED_AT, len(dataset)))
         )

@@ -138,11 +138,11 @@ def _crops(bench: Bench, seconds: float) -> Stage:
 
 
 def decoding_stage(bench: Bench) -> str:
-    """The name of the stage that decodes, if any does."""
-    if not bench.loader.reading.decodes_files:
-        return "crop and resize"
-    parts = "decode" if bench.loader.form == "files" else "decode, crop and resize"
-    return f"{image_kind(bench.parts.datasets[0])} {parts}"
+    """The name of the stage that decodes images, or takes them as they are stored."""
+    kind = image_kind(bench.parts.datasets[0])
+    if bench.loader.form != "crops":
+        return f"{kind} decode"
+    return (f"{kind} decode, " if bench.loader.reading.decodes_files else "") + "crop and resize"
 
 
 def image_kind(dataset: PackedDataset) -> str:

@@ -257,11 +257,9 @@ class HostBatches:
                 mine = np.flatnonzero(source_ids == number)
                 rows = dataset.samples.take(sample_ids[mine])
                 shapes[mine, 0], shapes[mine, 1] = rows["height"], rows["width"]
-            widths = shapes[:, 1].copy()
+            sizes, widths = CHANNELS * shapes.prod(axis=1), shapes[:, 1].copy()
             if self._is_decoded:  # a header is before the pixels
-                firsts = images.starts + images.sizes - CHANNELS * shapes.prod(axis=1)
-                return actual, (images.content, firsts, widths)
-            sizes = CHANNELS * shapes.prod(axis=1)
+                return actual, (images.content, images.starts + images.sizes - sizes, widths)
             pixels = np.empty(int(sizes.sum()), np.uint8)
             parts = resizer.in_parts(partial(decode_files, pixels, images, shapes), len(images))
             faults = [fault for part in parts for fault in part.items()]

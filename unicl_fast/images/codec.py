@@ -33,7 +33,7 @@ PILLOW_FORMATS = (
 )  # fmt: skip
 """Formats that Pillow may open: none that starts another program (EPS), and none without a
 signature (TGA), which would take any file for an image."""
-_JPEG_BEGINS = 0xFF
+JPEG_BEGINS = b"\xff\xd8"
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _SMALLEST_CUT = 128
 """Pixels of the shorter side from which on restart markers are written."""
@@ -249,7 +249,7 @@ def decode_files(
     for row, (file, first, last, (height, width)) in enumerate(each, begin):
         try:
             room = pixels[first:last]
-            if file[0] == _JPEG_BEGINS:
+            if file[0] == JPEG_BEGINS[0]:
                 found = simplejpeg.decode_jpeg(file, "RGB", buffer=room, strict=False).shape
             else:
                 with Image.open(io.BytesIO(file.data), formats=("PNG", "WEBP", "PPM")) as image:
