@@ -1,6 +1,4 @@
-"""The DALI room: from (seed, step) to a `Batch`.
+"""From (seed, step) to a `Batch`; the README here draws the stages and says who owns which thread.
 
-`plan/` decides which samples and which random numbers, `feed/` prepares their bytes and texts on
-the host, `graph.py` decodes and augments them with DALI, `kernels/` holds the pixel work in Numba,
-and `loader.py` puts batches together. Models, losses and trainers are not known here.
+Models, losses and trainers are not known here.
 """

@@ -1,29 +1,20 @@
-"""DALI's graphs: images and crop windows go in, uint8 [b h w c] crops come out.
+"""DALI graphs: images and crop windows go in, uint8 [b h w c] crops come out.
 
-One definition serves both devices: on `cpu` everything runs on the host and no driver is needed, on
+One definition serves both devices: on `cpu` everything runs on the host and no driver is needed; on
 `cuda` decoding starts on the host and ends on the device ("mixed"). Nothing in a graph is random:
 every number that shapes an image is an input (see plan/). Images leave as uint8, a quarter of
-float32's bytes; `unicl_fast.models.precision` normalises them.
+float32's bytes; `unicl_fast.models.precision` normalises them. `running.py` runs the graphs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import io
-import itertools
 import math
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, Generic
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.config import DataConfig, Resample
 from unicl_fast.system.installation import install_command
@@ -39,70 +30,18 @@ except ImportError as error:
         f"{install_command('cuda12')}, or [cuda13], or [cpu] where there is no GPU"
     ) from error
 
-from unicl_fast.system.machine import return_freed_memory
-
-from .feed.host_batches import HostBatch, ImageForm, Metadata, decoding_threads
+from .host_batches import ImageForm
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
 
 NextInputs = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration after the last one."""
-Outputs = Generator[tuple[Tensor, Metadata], None, None]
-"""The images of each batch, and its metadata."""
 
 HW_DECODER_LOAD = 0.65
 """Part of a batch's JPEGs for the hardware decoder of a GPU that has one; its cores decode the
 others. DALI's default; its own benchmark on a Hopper takes 0.12 with 70 threads."""
-_SMALL_BATCH_BYTES = 5_000_000
-"""Bytes of a small batch's crops."""
-_LARGE_BATCH_BYTES = 1_000_000_000
-"""Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
-_SOUND_SIDE = 16
-"""Pixels of a side of the image that any decoder takes."""
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Pace:
-    """How much a loader decodes at the same time."""
-
-    threads: tuple[int, ...]
-    """Decoding threads of each graph; graphs take turns."""
-    ahead: int
-    """Batches that each graph has ready before they are asked for."""
-
-    @property
-    def batches_begun(self) -> int:
-        """Batches that have been begun when the first one is given."""
-        return (len(self.threads) + 1) * self.ahead + 1
-
-
-ONE_BY_ONE = Pace(threads=(1,), ahead=1)
-
-
-def choose_pace(
-    data: DataConfig, device: torch.device, *, num_images: int, window_bytes: float = 0
-) -> Pace:
-    """Chooses the pace of a loader whose batches have `num_images`, over all views.
-
-    Decoders hold all windows of a batch, of `window_bytes` each on average. Images of 88 megapixels
-    take 1.1 GB for eight, and 8.3 GB with the usual batches ahead (4.6 GB without); a stop waits
-    until those under way are decoded. So very large ones are decoded one batch at a time.
-
-    On the CPU two graphs have half of the threads each, so that no thread waits for another. There
-    is one graph if there is one thread, or nothing is decoded ahead: two would only take turns
-    waiting.
-    """
-    ahead = data.prefetch
-    if not ahead:
-        is_small = 3 * num_images * data.image_size**2 <= _SMALL_BATCH_BYTES
-        is_large = num_images * window_bytes >= _LARGE_BATCH_BYTES
-        ahead = 1 if is_large else 4 if is_small else 2
-    threads = decoding_threads(data.threads)
-    if threads == 1 or ahead == 1 or device.type != "cpu":
-        return Pace(threads=(threads,), ahead=ahead)
-    return Pace(threads=(-(-threads // 2), threads // 2), ahead=ahead)
 
 
 def build_train_graph(
@@ -119,7 +58,7 @@ def build_train_graph(
     """Decode the window, resample it to a crop, flip it, augment it.
 
     Args:
-        next_inputs: gives what `feed.host_batches.graph_inputs` makes: images, window starts (row,
+        next_inputs: gives what `host_batches.graph_inputs` makes: images, window starts (row,
             column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], and,
             where there is augmentation, its rows float32 [b m]. For crops, windows and flips are
             not given.
@@ -193,6 +132,13 @@ def _inputs(next_inputs: NextInputs, kinds: Sequence[tuple[Any, int, str | None]
         layout=[layout for _, _, layout in kinds],  # type: ignore[misc]
     )
     return list(nodes)
+
+
+def files_for_dali(files: Sequence[NDArray[np.uint8]]) -> TensorListCPU:
+    """Encoded images in DALI's own type, which a graph takes at once instead of one by one."""
+    build: Any = TensorListCPU  # DALI's stubs do not know `contiguous`
+    found: TensorListCPU = build(list(map(TensorCPU, files)), contiguous=False)
+    return found
 
 
 def decode_windows(
@@ -312,199 +258,3 @@ def _decoder_settings(device: torch.device) -> dict[str, Any]:
         "jpeg_fancy_upsampling": True,  # as on the CPU; DALI's default is the nearest chroma
         "hw_decoder_load": HW_DECODER_LOAD,
     }
-
-
-# Running graphs.
-
-
-class DecodingError(RuntimeError):
-    """DALI could not make images of a batch, and its graph is of no more use."""
-
-    def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
-        """`in_flight`: metadata of the batches that had not come out, first the one that failed."""
-        super().__init__(message)
-        self.in_flight = tuple(in_flight)
-
-
-def decode(
-    build: Callable[..., Pipeline],
-    host_batches: Generator[HostBatch[Metadata], None, None],
-    *,
-    batch_size: int,
-    device: torch.device,
-    pace: Pace = ONE_BY_ONE,
-) -> Outputs[Metadata]:
-    """Images and metadata of every batch, in order. Close the generator to stop before the end.
-
-    Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
-    the one before has done the whole batch, and threads that are done early wait; another graph's
-    have work meanwhile.
-
-    Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
-    the graph is gone: the default executor counts references and reuses a buffer only when nobody
-    looks at it (a test pins that).
-
-    Args:
-        build: makes a graph that asks a function for its inputs, as `build_train_graph`.
-        host_batches: the batches; iterated in another thread, so that waiting for storage hides
-            after decoding, and closed at the end.
-        batch_size: of the largest batch.
-        device: where the graphs' images lie.
-        pace: of the graphs; as many batches are prepared ahead of what they have ahead.
-
-    Raises:
-        DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
-            raises comes as it is.
-    """
-    with (
-        contextlib.closing(host_batches),
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker,
-    ):
-        num_graphs = len(pace.threads)
-        dealer = _Dealer(worker, host_batches, num_graphs=num_graphs, ahead=pace.ahead)
-        settings = {"batch_size": batch_size, "ahead": pace.ahead}
-        pipelines = [
-            build(dealer.inputs_of(graph), threads=threads, **settings)
-            for graph, threads in enumerate(pace.threads)
-        ]
-        try:
-            for pipeline in pipelines:
-                pipeline.build()
-            return_freed_memory()
-            for number in itertools.count():
-                # On a GPU: ordered after DALI's work on torch's stream, without waiting for it on
-                # the host; positional only in DALI 2.4.
-                stream = [] if device.type == "cpu" else [torch.cuda.current_stream(device)]
-                try:
-                    outputs = pipelines[number % num_graphs].run(*stream)
-                except StopIteration:
-                    return
-                except Exception as error:  # DALI's are of several types
-                    if error is dealer.host_error or not dealer.in_flight:
-                        raise
-                    in_flight = [metadata for _, metadata in sorted(dealer.in_flight.items())]
-                    raise DecodingError(str(error), in_flight) from error
-                yield from_dlpack(outputs[0].as_tensor()), dealer.in_flight.pop(number)
-                del outputs  # held here, the buffers could not be reused for the next batch
-        finally:
-            dealer.cancel()
-
-
-class _Dealer(Generic[Metadata]):
-    """Prepares batches ahead in a thread and deals them to graphs, which take turns."""
-
-    def __init__(
-        self,
-        worker: Executor,
-        host_batches: Generator[HostBatch[Metadata], None, None],
-        *,
-        num_graphs: int,
-        ahead: int,
-    ) -> None:
-        self.in_flight: dict[int, Metadata] = {}
-        """Metadata of batches that graphs have taken and not given back, by number."""
-        self.host_error: Exception | None = None
-        self._worker = worker
-        self._host_batches = host_batches
-        self._num_graphs = num_graphs
-        self._prepared: dict[int, Future[HostBatch[Metadata] | None]] = {}
-        self._num_asked_for = 0
-        for _ in range(ahead):
-            self._prepare_next()
-
-    def inputs_of(self, graph: int) -> NextInputs:
-        numbers = itertools.count(graph, self._num_graphs)
-
-        def next_inputs() -> tuple[Any, ...]:
-            number = next(numbers)
-            while number >= self._num_asked_for:
-                self._prepare_next()
-            try:
-                batch = self._prepared.pop(number).result()
-            except Exception as error:
-                self.host_error = error
-                raise
-            self._prepare_next()
-            if batch is None:
-                raise StopIteration
-            self.in_flight[number] = batch.metadata
-            return batch.inputs
-
-        return next_inputs
-
-    def _next(self) -> HostBatch[Metadata] | None:
-        """The next batch, its files in DALI's own form, as which it takes them at once."""
-        batch = next(self._host_batches, None)
-        if batch is None or not isinstance(batch.inputs[0], list):
-            return batch
-        first, *others = batch.inputs
-        tensors = list(map(TensorCPU, first))
-        files = TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]
-        return dataclasses.replace(batch, inputs=(files, *others))
-
-    def cancel(self) -> None:
-        for future in self._prepared.values():
-            future.cancel()
-
-    def _prepare_next(self) -> None:
-        future = self._worker.submit(self._next)
-        self._prepared[self._num_asked_for] = future
-        self._num_asked_for += 1
-
-
-def find_undecodable(
-    build: Callable[..., Pipeline], inputs: tuple[Any, ...], *, device: torch.device
-) -> dict[int, str]:
-    """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
-
-    DALI says that a batch failed, seldom at which image. So every sample is decoded by itself, by
-    the same graph with room for one. That is slow (about the time of the batch on one thread, and a
-    new graph after each image that fails) and happens only when a batch has failed.
-
-    Args:
-        build: makes the graph that failed, as `build_train_graph`.
-        inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
-            and a size of the window, and more with a row a sample.
-        device: where the graph's images lie.
-
-    Raises:
-        DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
-            device that is lost, or out of memory).
-    """
-    reasons: dict[int, str] = {}
-    start, size = 0, len(inputs[0])
-    while start < size:
-        one_by_one = (
-            HostBatch(inputs=tuple(column[row : row + 1] for column in inputs), metadata=row)
-            for row in range(start, size)
-        )
-        try:
-            for _ in decode(build, one_by_one, batch_size=1, device=device):
-                pass
-            break
-        except DecodingError as error:
-            (row,) = error.in_flight
-            reasons[row] = reason_of(error)
-            start = row + 1
-    if reasons:
-        _, first, end_or_shape, *more = (column[:1] for column in inputs)
-        window = np.zeros_like(first), np.full_like(end_or_shape, _SOUND_SIDE)
-        sound = HostBatch(inputs=([_sound_image()], *window, *more), metadata=0)
-        for _ in decode(build, (one for one in [sound]), batch_size=1, device=device):
-            pass
-    return reasons
-
-
-def reason_of(error: DecodingError) -> str:
-    """The heart of DALI's message in one line: it wraps it in tracebacks of the graph."""
-    text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
-    text = text.partition("C++ context:")[0]
-    return " ".join((text.strip() or str(error)).split()) or type(error).__name__
-
-
-@functools.cache
-def _sound_image() -> NDArray[np.uint8]:
-    """A file that any decoder takes."""
-    file = io.BytesIO()
-    Image.new("RGB", (_SOUND_SIDE, _SOUND_SIDE), (120, 130, 140)).save(file, format="JPEG")
-    return np.frombuffer(file.getvalue(), dtype=np.uint8)

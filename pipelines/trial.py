@@ -20,8 +20,9 @@ from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.system.gpu_kernels import fault_of
 
-from .feed.host_batches import HostBatch
-from .graph import Pipeline, build_evaluation_graph, build_train_graph, decode
+from .graph import Pipeline, build_evaluation_graph, build_train_graph
+from .host_batches import HostBatch
+from .running import decode
 
 _COMMAND = (sys.executable, "-m", __name__)
 _IMAGES = 64

@@ -17,8 +17,16 @@ from unicl_fast.objectives.registry import OBJECTIVES
 CHECKOUT = trunk_table.CHECKOUT
 
 
-def test_the_trunk_names_no_objective_and_no_optional_feature() -> None:
-    assert trunk_table.named_features() == []
+def test_the_trunk_names_no_objective_and_few_features() -> None:
+    assert trunk_table.naming(trunk_table.FEATURES) == []
+    known = trunk_table.known_features()
+    assert sum(known.values()) - known["stages"] <= 75, known
+    assert known["stages"] <= 80
+
+
+@pytest.mark.parametrize("part", trunk_table.SIZES)
+def test_the_project_is_no_larger_than_its_scope_says(part: str) -> None:
+    assert trunk_table.lines_of(part) <= trunk_table.sizes_in_scope()[part]
 
 
 def test_functions_fit_a_screen_or_two() -> None:

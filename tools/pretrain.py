@@ -141,7 +141,7 @@ def _main(argv: Sequence[str]) -> None:
     _refuse_missing_data(config)
     from unicl_fast.conversion.initial import initialise
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
-    from unicl_fast.pipelines.loader import TrainLoader
+    from unicl_fast.pipelines.train_loader import TrainLoader
     from unicl_fast.training.run import check_request, pretrain
 
     adopt_slurm_ranks()

@@ -26,7 +26,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
 from unicl_fast.system.progress import EvaluationStopped, stopping_when

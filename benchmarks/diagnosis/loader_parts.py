@@ -14,15 +14,10 @@ import numpy as np
 import xxhash
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.feed.host_batches import steps_at_once
-from unicl_fast.pipelines.graph import (
-    Pipeline,
-    build_decoding_graph,
-    build_train_graph,
-    choose_pace,
-    decode,
-)
-from unicl_fast.pipelines.loader import decoder_of
+from unicl_fast.pipelines.crops import CropBatches
+from unicl_fast.pipelines.graph import Pipeline, build_decoding_graph, build_train_graph
+from unicl_fast.pipelines.running import choose_pace, decode
+from unicl_fast.pipelines.train_loader import decoder_of
 from unicl_fast.system.wording import count_of
 
 from ..harness import in_turns
@@ -37,8 +32,8 @@ _READ_SAMPLES, _KEPT_SAMPLES, _HELD_BATCHES = 2048, 64, 16
 
 def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
     """The parts of the feeding thread, each by itself, in turns of `seconds`."""
-    host, batch, ranks = bench.loader.host, bench.local_batch, bench.ranks
-    count = steps_at_once(batch)
+    planner, batch, ranks = bench.loader.steps, bench.local_batch, bench.ranks
+    count = planner.at_once
     steps = -(-_READ_SAMPLES // batch)
     of_rank = {"rank": ranks.rank, "world_size": ranks.world_size}
     sources, samples = bench.loader.plan.schedule(0, steps, **of_rank)
@@ -57,7 +52,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
         return flow(digests, images=1, skip=1, seconds=min(seconds, 0.05))
 
     def plan() -> Cost:
-        plans = (host.plan_steps(start, count) for start in range(0, 1 << 40, count))
+        plans = (planner.plan_steps(start, count) for start in range(0, 1 << 40, count))
         return flow(plans, images=count * batch, skip=1, seconds=min(seconds, 0.05))
 
     works = {READ: read, CHECKSUMS: check, "plan and target map": plan}
@@ -126,9 +121,10 @@ def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 def _crops(bench: Bench, seconds: float) -> Stage:
     """Small or raw images are made ready in threads from plan to crop: one stage."""
     host = bench.loader.host
+    assert isinstance(host, CropBatches)
 
     def take() -> Cost:
-        with contextlib.closing(host.crop_resizer()) as resizer:
+        with contextlib.closing(host.resizer()) as resizer:
             at_once = resizer.batches_at_once
             groups = (host.group(resizer, step) for step in range(0, 1 << 30, at_once))
             return flow(groups, images=at_once * bench.local_batch, skip=1, seconds=seconds)

@@ -18,7 +18,7 @@ import xxhash
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
-from unicl_fast.pipelines.loader import decoder_of
+from unicl_fast.pipelines.train_loader import decoder_of
 from unicl_fast.training.data import build_prompts
 
 from .bench import Bench, Parts

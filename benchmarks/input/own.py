@@ -22,11 +22,11 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainC
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.pipelines.feed.reading import SampleReader
 from unicl_fast.pipelines.graph import decode_windows
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_windows
+from unicl_fast.pipelines.read.samples import SampleReader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.training.data import build_prompts
 
@@ -67,7 +67,7 @@ class _Own:
         self.dataset = PackedDataset(task.data)
         self.loader = open_loader(self.dataset, self.config)
         self.reader = SampleReader(
-            [self.dataset], self.loader.plan, None, max_pixels=self.config.data.max_pixels
+            [self.dataset], self.loader.steps.bad, max_pixels=self.config.data.max_pixels
         )
 
     def planned(self) -> list[PlannedBatch]:

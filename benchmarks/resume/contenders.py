@@ -99,7 +99,7 @@ RESUMERS = (
         kind="ours",
         state="the step",
         prepare="write_packed",
-        imports=("unicl_fast.pipelines.loader", "unicl_fast.training.data"),
+        imports=("unicl_fast.pipelines.train_loader", "unicl_fast.training.data"),
         packages=("nvidia-dali-cuda120",),
     ),
     _resumer(
@@ -159,7 +159,7 @@ RESUMERS = (
 def unicl_fast(task: Task, state: Any) -> Loop:
     from unicl_fast.config import DataConfig, RunConfig, TrainConfig
     from unicl_fast.dataset.reader import PackedDataset
-    from unicl_fast.pipelines.loader import TrainLoader
+    from unicl_fast.pipelines.train_loader import TrainLoader
     from unicl_fast.training.data import build_prompts
 
     whole: dict[str, Any] = {"crop_scale": (1, 1), "crop_ratio": (1, 1), "flip_probability": 0}

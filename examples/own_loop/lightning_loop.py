@@ -18,7 +18,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.optim import build_optimizer, build_schedule
 from unicl_fast.training.settle import settle_objective

@@ -12,7 +12,7 @@ from typing import Any
 
 from torchtitan.components.dataloader import BaseDataLoader
 
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.training.data import build_prompts, open_datasets
 from unicl_fast.training.settle import settle_objective

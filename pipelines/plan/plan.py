@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import blocks_of
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.stages import Span, span_at
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import (
@@ -28,6 +29,7 @@ from unicl_fast.system.keyed_random import (
     random_unit,
     random_units,
 )
+from unicl_fast.text.prompts import ClassPrompts
 
 from .augment import draw_rows, num_stages, row_width
 from .crop import random_windows
@@ -89,6 +91,27 @@ class PlannedBatch:
     @property
     def num_views(self) -> int:
         return int(self.windows.shape[1])
+
+
+def source_of(
+    dataset: PackedDataset, prompts: ClassPrompts, data: DataConfig, number: int
+) -> PlanSource:
+    """The plan's part of the data set with this number among those of `prompts`."""
+    labels = np.arange(prompts.num_classes[number])
+    hierarchy = dataset.manifest.hierarchy if data.prompts == "levels" else None
+    chains = None
+    if hierarchy is not None:
+        of_labels = hierarchy.chains()
+        starts = np.cumsum([0, *map(len, of_labels)], dtype=np.int64)
+        chains = starts, np.array([one for chain in of_labels for one in chain], dtype=np.int64)
+    return PlanSource(
+        name=dataset.location,
+        samples=dataset.samples,
+        labels=dataset.labels,
+        num_templates=int(prompts.num_templates[number]),
+        class_ids=prompts.classes_of(number, labels),
+        chains=chains,
+    )
 
 
 def split_windows(

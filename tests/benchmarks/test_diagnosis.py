@@ -278,7 +278,7 @@ import sys, time
 from unicl_fast.benchmarks import run
 from unicl_fast.benchmarks.diagnosis import deadline
 from unicl_fast.benchmarks.diagnosis import session
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 describe = session._diagnosis
 plain, noted = TrainLoader.batches, []
 

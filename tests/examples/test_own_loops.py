@@ -56,7 +56,7 @@ def config(packed: Path) -> TrainConfig:
 @pytest.fixture
 def expected(config: TrainConfig) -> list[float]:
     """The losses of our trainer."""
-    from unicl_fast.pipelines.loader import TrainLoader
+    from unicl_fast.pipelines.train_loader import TrainLoader
 
     datasets, weights = open_datasets(config.data)
     config = settle_objective(config, datasets)

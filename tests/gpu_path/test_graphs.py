@@ -16,8 +16,8 @@ from nvidia.dali.pipeline import Pipeline
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.feed.host_batches import ImageForm
 from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
+from unicl_fast.pipelines.host_batches import ImageForm
 from unicl_fast.pipelines.kernels.operators import GraphParts, parts_for
 
 pytestmark = pytest.mark.dali

@@ -18,6 +18,7 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 from loader_runs import assert_equal, assert_joined, assert_same, count_replaced, take
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset.quarantine import RunQuarantine
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
@@ -26,10 +27,11 @@ from unicl_fast.dataset.reader import (
 )
 from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.objectives.registry import make_objective
-from unicl_fast.pipelines import graph
-from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS, QuarantineFile
-from unicl_fast.pipelines.graph import DecodingError
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines import running as graphs
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.read.bad_samples import MAX_ATTEMPTS
+from unicl_fast.pipelines.running import DecodingError
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 
 pytestmark = pytest.mark.dali
@@ -86,7 +88,7 @@ def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
 def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
     """The loader, as if it had met the bad samples already."""
     for source, sample in sorted(bad):
-        loader._reader.mark_bad(source, sample, "found by the test")
+        loader.steps.bad.mark(source, sample, "found by the test")
     return loader
 
 
@@ -130,7 +132,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     batches = take(make_loader(spoilt(), prompts), count=STEPS)
     loader = make_loader(sound, prompts)
     plan_of = loader.plan.long_batch
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.steps._PLANNED_AT_ONCE", 1)
 
     def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
         planned = plan_of(step, count, rank=rank, world_size=world_size)
@@ -176,7 +178,7 @@ def spoil(folders: Sequence[Path], bad: dict[tuple[int, int], str]) -> None:
         if kind == "flip":
             flip_byte(folders[source], sample)
         elif kind == "wrong size":  # a sound image, smaller than the index says
-            store(folders[source], sample, graph._sound_image().tobytes())
+            store(folders[source], sample, graphs._sound_image().tobytes())
         else:
             store(folders[source], sample, undecodable(kind))
 
@@ -279,7 +281,7 @@ def test_a_quarantine_file_that_is_removed_begins_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "quarantine.csv"
-    lists = QuarantineFile(path)
+    lists = RunQuarantine(path)
     for key in ("one", "two", "three"):
         if key == "three":
             path.unlink()
@@ -351,7 +353,7 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
 ) -> None:
     store(folders[CAPTIONED], 17, undecodable("html"))
     no_image = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
-    monkeypatch.setattr(graph, "_sound_image", lambda: no_image)
+    monkeypatch.setattr(graphs, "_sound_image", lambda: no_image)
     loader = make_loader(spoilt(), prompts, quarantine=tmp_path / "quarantine.csv")
     with pytest.raises(DecodingError):
         list(itertools.islice(loader.batches(0), STEPS))
@@ -365,7 +367,7 @@ def test_a_batch_that_fails_though_its_images_do_not_is_named_by_its_step(
     store(folders[CAPTIONED], 17, undecodable("html"))
     loader = make_loader(spoilt(), prompts)
     step = next(s for s in itertools.count() if (CAPTIONED, 17) in planned_pairs(loader, s))
-    monkeypatch.setattr("unicl_fast.pipelines.loader.find_undecodable", lambda *_, **__: {})
+    monkeypatch.setattr("unicl_fast.pipelines.train_loader.find_undecodable", lambda *_, **__: {})
     with pytest.raises(DecodingError, match=rf"step {step}, rank 0: .*alone: nvImageCodec"):
         list(itertools.islice(loader.batches(0), STEPS))
     loader.close()

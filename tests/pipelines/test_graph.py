@@ -47,17 +47,12 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.inference import Model
 from unicl_fast.images.codec import encode_png
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.feed.host_batches import HostBatch
-from unicl_fast.pipelines.graph import (
-    Pace,
-    Pipeline,
-    build_evaluation_graph,
-    build_train_graph,
-    decode,
-)
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.graph import Pipeline, build_evaluation_graph, build_train_graph
+from unicl_fast.pipelines.host_batches import HostBatch
 from unicl_fast.pipelines.kernels.operators import resample_operator
-from unicl_fast.pipelines.loader import EvaluationLoader
 from unicl_fast.pipelines.plan.crop import evaluation_regions, random_windows
+from unicl_fast.pipelines.running import Pace, decode
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
@@ -333,7 +328,7 @@ def test_without_dali_the_message_says_what_to_install() -> None:
         sys.modules["nvidia.dali"] = None  # type: ignore[assignment]
         importlib.import_module("unicl_fast.pipelines.plan.plan")  # needs none
         with pytest.raises(ModuleNotFoundError, match=r"\[cuda12\]"):
-            importlib.import_module("unicl_fast.pipelines.loader")
+            importlib.import_module("unicl_fast.pipelines.train_loader")
 
     run_in_child(import_without_dali, forget="unicl_fast.pipelines")
 

@@ -16,12 +16,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images.check import CheckedImage, ImageError, check_image
-from unicl_fast.pipelines.graph import (
-    Pipeline,
-    build_train_graph,
-    decode_windows,
-    fn,
-)
+from unicl_fast.pipelines.graph import Pipeline, build_train_graph, decode_windows, fn
 
 pytestmark = [pytest.mark.dali, pytest.mark.slow]
 

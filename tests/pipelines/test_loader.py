@@ -33,9 +33,11 @@ from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.pipelines import trial
-from unicl_fast.pipelines.graph import Pace, _decoder_settings, choose_pace
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.graph import _decoder_settings
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines.running import Pace, choose_pace
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.pipelines.trial import try_decoder
 from unicl_fast.system import gpu_kernels
 from unicl_fast.text.class_lists import fill_template
@@ -103,7 +105,7 @@ def test_graphs_share_the_threads_and_large_batches_are_decoded_one_at_a_time(
     settings: dict[str, Any], num_images: int, window_bytes: float, threads: tuple[int, ...],
     ahead: int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.usable_cores", lambda: 12)
+    monkeypatch.setattr("unicl_fast.pipelines.running.usable_cores", lambda: 12)
     data = DataConfig(**{"threads": 5} | settings)
     device = torch.device("cuda" if data.decode_device == "gpu" else "cpu")
     pace = choose_pace(data, device, num_images=num_images, window_bytes=window_bytes)
@@ -365,10 +367,10 @@ def test_files_cut_to_their_windows_give_the_same_batches(
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
     with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer) as dataset:
-        monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.cut_to_windows", cut)
+        monkeypatch.setattr("unicl_fast.pipelines.host_batches.cut_to_windows", cut)
         shorter = take([dataset], prompts, count=2, config=config)
         monkeypatch.setattr(
-            "unicl_fast.pipelines.feed.host_batches.cut_to_windows",
+            "unicl_fast.pipelines.host_batches.cut_to_windows",
             lambda images, starts, _: (images.files(), starts),
         )
         whole = take([dataset], prompts, count=2, config=config)

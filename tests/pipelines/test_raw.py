@@ -23,9 +23,10 @@ from PIL import Image
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
 from unicl_fast.images.check import ImageFormat
-from unicl_fast.pipelines.feed.reading import read_images
-from unicl_fast.pipelines.graph import DecodingError
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.read.samples import read_images
+from unicl_fast.pipelines.running import DecodingError
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -145,8 +146,8 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
 ) -> None:
     """A group of batches is one, or many; crops are split among threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 1)
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.steps._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 
@@ -247,7 +248,7 @@ def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
     batches = take(loader, count=STEPS)
     assert count_replaced(batches, expected, {(0, 7)}) >= 1
     files = make_loader(sizes["keep"], of_sizes)
-    files._reader.mark_bad(0, 7, "found by the test")
+    files.steps.bad.mark(0, 7, "found by the test")
     assert_same(batches, take(files, count=STEPS))
 
 
@@ -315,7 +316,7 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
     again = make_loader(opened(), prompts)
     assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
     for source, sample in bad:
-        again._reader.mark_bad(source, sample, "found by the test")
+        again.steps.bad.mark(source, sample, "found by the test")
     assert_same(batches, take(again, count=STEPS))
     mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
     for batch, other in zip(batches, take(make_loader(mixed, prompts), count=STEPS), strict=True):
@@ -339,7 +340,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # few batches are read at once, else all could have been read before the damage is done
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 4 * BATCH)
+    monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400
     whole = make_loader(sets["raw"], prompts)
     expected = take(whole, count=count)

@@ -27,7 +27,8 @@ from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -88,7 +89,7 @@ def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> lis
 
 
 def read_ahead_by(monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.READ_AHEAD", samples)
+    monkeypatch.setattr("unicl_fast.pipelines.steps.READ_AHEAD", samples)
 
 
 def fetched_bytes() -> int:

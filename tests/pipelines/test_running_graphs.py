@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.feed.host_batches import HostBatch
-from unicl_fast.pipelines.graph import DecodingError, Pace, build_train_graph, decode
+from unicl_fast.pipelines.graph import build_train_graph
+from unicl_fast.pipelines.host_batches import HostBatch
+from unicl_fast.pipelines.running import DecodingError, Pace, decode
 
 pytestmark = pytest.mark.dali
 

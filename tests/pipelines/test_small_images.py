@@ -18,7 +18,7 @@ from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import decode_files
 from unicl_fast.images.encoded_images import EncodedImages
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -65,7 +65,7 @@ def make_loader(
     """A loader by DALI, or without it."""
 
     def make(dataset: PackedDataset, form: str, **more: Any) -> TrainLoader:
-        are_small = "unicl_fast.pipelines.loader._are_small_jpegs"
+        are_small = "unicl_fast.pipelines.train_loader.are_small_jpegs"
         monkeypatch.setattr(are_small, lambda *_: form == "crops")
         ranks = {key: more.pop(key) for key in ("rank", "world_size", "quarantine") if key in more}
         config = TrainConfig(
@@ -135,7 +135,7 @@ def test_bad_ones_are_replaced_as_by_dali(
     group: int,
 ) -> None:
     """In groups of batches, and in a batch that threads share."""
-    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", group)
+    monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", group)
     expected = take(make_loader(small, "files"), count=STEPS)
     folder = copy_of(small, tmp_path / "set")
     sizes = small.samples["size"].astype(np.int64)

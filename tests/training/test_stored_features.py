@@ -18,7 +18,7 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import SharedRefusal
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.tools import ledger
 from unicl_fast.training import run as run_module
 from unicl_fast.training import stored_features

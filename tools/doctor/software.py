@@ -123,7 +123,7 @@ def check_dali() -> Found:
     installed = sorted(name for name in every if name.startswith("nvidia-dali-cuda"))
     again = f"pip install --force-reinstall {(installed or ['nvidia-dali-cuda120'])[0]}"
     try:
-        from unicl_fast.pipelines import graph
+        from unicl_fast.pipelines import graph, running
     except ImportError as error:
         what, _, how = str(error).partition(": ")
         return Found("fault", what, how)
@@ -135,7 +135,7 @@ def check_dali() -> Found:
         try:
             _decode(graph, name)
         except Exception as error:  # DALI's are of several types
-            failed.append(f"{name}: {graph.reason_of(graph.DecodingError(str(error)))}")
+            failed.append(f"{name}: {running.reason_of(running.DecodingError(str(error)))}")
     if failed:
         return Found("fault", f"DALI does not decode {'; '.join(failed)}", again)
     import torch
@@ -154,7 +154,7 @@ def _decode(graph: Any, name: str) -> None:
     from PIL import Image
 
     from unicl_fast.config import DataConfig
-    from unicl_fast.pipelines.feed.host_batches import HostBatch
+    from unicl_fast.pipelines.host_batches import HostBatch
 
     file = io.BytesIO()
     Image.new("RGB", (_SIDE, _SIDE), (120, 130, 140)).save(file, format=name)

@@ -185,7 +185,7 @@ class ListFile(GrowingFile):
 
     def __init__(self, path: Path, columns: Sequence[str], *, kept: Kept | None = None) -> None:
         super().__init__(path, kept=kept)
-        self.write_row = _csv_writer(self).writerow
+        self.write_row = csv_writer(self).writerow
         if kept is None:
             self.write_row(columns)
 
@@ -287,12 +287,12 @@ def tar_header(name: str, size: int) -> bytes:
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
     """Begins a list, with escapes for what is not UTF-8; returns the file and its csv writer."""
     file = open_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="")
-    rows = _csv_writer(file)
+    rows = csv_writer(file)
     rows.writerow(columns)
     return file, rows
 
 
-def _csv_writer(file: Any) -> Any:
+def csv_writer(file: Any) -> Any:
     # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
     return csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
 

@@ -87,7 +87,7 @@ class ModelOnRanks:
     def loader(self, dataset: PackedDataset) -> EvaluationLoader:
         """This rank's part of a data set, prepared as the model needs it, on its device."""
         # here, so that the protocols serve other loaders where DALI is not installed
-        from unicl_fast.pipelines.loader import EvaluationLoader as DaliLoader
+        from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
 
         return DaliLoader(
             dataset,

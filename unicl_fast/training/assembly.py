@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def make_trainer(
     reading: ReadingTime | None = None,
     check_run_folder: Callable[[], None] | None = None,
     progress: bool = True,
+    observers: Sequence[Observer] = (),
 ) -> Trainer:
     """Builds a trainer for any loader; nothing is trained or written yet.
 
@@ -71,6 +72,7 @@ def make_trainer(
         check_run_folder: is called before rank 0 writes a checkpoint, and raises if another
             process has taken the run folder over (`atomic_files.sole_writer`).
         progress: show a progress bar on rank 0.
+        observers: others that follow the run, after the usual ones.
 
     Raises:
         ValueError: settings that cannot work together, or with this number of ranks.
@@ -91,14 +93,15 @@ def make_trainer(
         check_micro_batches(model)
     _place(model, config, device, ranks)
     stored = config_to_dict(given)
-    observers = _usual_observers(config, stored, ranks, run_folder, reading, progress=progress)
+    following = _usual_observers(config, stored, ranks, run_folder, reading, progress=progress)
+    following += observers
     if dataset_meter is not None:
-        observers.append(DatasetNumbers(dataset_meter))
+        following.append(DatasetNumbers(dataset_meter))
     if ledger is not None:
-        observers.append(LedgerKeeper(ledger))
+        following.append(LedgerKeeper(ledger))
     if run_folder is not None:
         keep, check = config.checkpoint.keep, check_run_folder
-        observers.append(
+        following.append(
             Checkpoints(run_folder, keep=keep, given=stored, ranks=ranks, check_run_folder=check)
         )
     return Trainer(
@@ -108,7 +111,7 @@ def make_trainer(
         ranks=ranks,
         evaluations=evaluations or {},
         data=data or {},
-        observers=observers,
+        observers=following,
     )
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.load import Initialise, build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
@@ -24,6 +23,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.sharding import check_sharding
+from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
@@ -43,9 +43,9 @@ from unicl_fast.training.data import (
     tokenizer_of,
     warn_of_shared_images,
 )
-from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
+from unicl_fast.training.observers import ContactSheet
 from unicl_fast.training.settle import settle
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import stored_features
@@ -117,11 +117,12 @@ def build_trainer(
         quarantine=run_folder / QUARANTINE_NAME,
     )
     with refused_together(ranks):
-        loader = _build_stages(data, functools.partial(build, weights=data.weights))
-    sheet = run_folder / "contact-sheet.png" if ranks.is_main else None
+        loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
+    loader = _in_stages(loaders, config)
+    sheet = _contact_sheet(run_folder, data, ranks)
     trainer = make_trainer(
         config,
-        _DrawsFirstBatch(loader, sheet, data),
+        loader,
         given=given,
         run_folder=run_folder,
         model=model,
@@ -138,30 +139,40 @@ def build_trainer(
         reading=loader.reading,
         check_run_folder=check_run_folder,
         progress=progress,
+        observers=[sheet],
     )
     if checkpoint is not None:
         mark("reading the checkpoint", patience=START_PATIENCE)
         with refused_together(ranks):
             trainer.resume(checkpoint)
     if config.efficiency.image_features and encodes_features:
-        loader.feed_features(_stored_features(trainer, data, build, sheet))
+        features = _stored_features(trainer, data, build, sheet)
+        fed = [FeatureLoader(one.steps, features, device=device) for one in loaders]
+        trainer.loader = _in_stages(fed, config)
     return trainer
 
 
 def _stored_features(
-    trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: Path | None
+    trainer: Trainer, data: RunData, build: Callable[..., PlannedLoader], sheet: ContactSheet
 ) -> list[FeatureFile]:
-    """Features of a frozen encoder, for images as the last stage shows them."""
+    """Features from a frozen encoder, of images as the last stage shows them."""
     last = data.config.settings_of_stages[-1]
     in_order = last.changed(data={"shuffle_window": 0})
     return stored_features(
         trainer.model,
         data.datasets,
-        build_loader=lambda: _DrawsFirstBatch(
-            build(in_order, prompts=data.prompts, weights=None), sheet, data
-        ),
+        build_loader=lambda: build(in_order, prompts=data.prompts, weights=None),
+        on_first_batch=sheet.draw,
         ranks=trainer.ranks,
         device=trainer.device,
+    )
+
+
+def _contact_sheet(run_folder: Path, data: RunData, ranks: Ranks) -> ContactSheet:
+    return ContactSheet(
+        run_folder / "contact-sheet.png" if ranks.is_main else None,
+        class_names=[dataset.manifest.class_names for dataset in data.datasets],
+        tokenizer=functools.partial(tokenizer_of, data.config),
     )
 
 
@@ -236,11 +247,11 @@ def _check_memory_of_stages(
             )
 
 
-def _build_stages(data: RunData, build: Callable[..., PlannedLoader]) -> PlannedLoader:
+def _build_loaders(data: RunData, build: Callable[..., PlannedLoader]) -> list[PlannedLoader]:
     """Builds the run's loader, or one for each of its stages."""
     config = data.config
     if not config.run.stages:
-        return build(config, prompts=data.prompts)
+        return [build(config, prompts=data.prompts)]
     by_length = {config.model.context_length: data.prompts}
     loaders: list[PlannedLoader] = []
     for number, stage in enumerate(config.settings_of_stages):
@@ -248,33 +259,14 @@ def _build_stages(data: RunData, build: Callable[..., PlannedLoader]) -> Planned
             by_length[length] = build_prompts(data.datasets, stage)
         of_stage = {"spans": config.run.spans, "stage": number}
         loaders.append(build(stage, prompts=by_length[length], **of_stage))
-    return StagedLoader(loaders, config.run.spans)
+    return loaders
 
 
-class _DrawsFirstBatch:
-    """A loader that draws the first batch of the run, which shows what the model really gets.
-
-    It draws nothing where there is no path.
-    """
-
-    def __init__(self, loader: PlannedLoader, path: Path | None, data: RunData) -> None:
-        self._loader, self._path = loader, path
-        self._class_names = [one.manifest.class_names for one in data.datasets]
-        self._config = data.config
-        self.plan = loader.plan
-
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        for batch in self._loader.batches(start_step):
-            is_images = batch.images.ndim == 4  # features are nothing to look at
-            if self._path is not None and batch.step == 0 and is_images:
-                with drawing(self._path):
-                    tokenizer = tokenizer_of(self._config)
-                    draw_contact_sheet(batch, self._path, self._class_names, tokenizer=tokenizer)
-            yield batch
-            del batch  # before the next one is requested
-
-    def close(self) -> None:
-        self._loader.close()
+def _in_stages(
+    loaders: Sequence[PlannedLoader], config: TrainConfig
+) -> StagedLoader | PlannedLoader:
+    """One loader of the run from those of its stages."""
+    return StagedLoader(loaders, config.run.spans) if config.run.stages else loaders[0]
 
 
 def open_evaluated(config: TrainConfig) -> list[PackedDataset]:

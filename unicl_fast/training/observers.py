@@ -21,8 +21,11 @@ from unicl_fast.config import TrackerName
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.text.file_tokenizer import FileTokenizer
+from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.agreement import check_weights_agree
 from unicl_fast.training.bottleneck import BottleneckWatch
+from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.metrics import (
     METRICS_NAME,
     DatasetMeter,
@@ -197,6 +200,37 @@ class LedgerKeeper(Observer):
     def allows_save(self, *, required: bool) -> bool:
         """Records are on the disk before a checkpoint that comes after them."""
         return self._ledger.flush(required=required)
+
+
+class ContactSheet(Observer):
+    """Draws the first batch of a run, as the model gets it."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        class_names: Sequence[Sequence[str]],
+        tokenizer: Callable[[], Tokenizer | FileTokenizer],
+    ) -> None:
+        """Draws nothing yet.
+
+        Args:
+            path: the PNG; None draws nothing.
+            class_names: those of each data set.
+            tokenizer: gives the one that made the tokens of the batch.
+        """
+        self._path, self._class_names, self._tokenizer = path, class_names, tokenizer
+
+    def on_step(self, run: Trainer, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
+        if batch.step == 0 and batch.images.ndim == 4:  # stored features are nothing to look at
+            self.draw(batch)
+
+    def draw(self, batch: Batch) -> None:
+        """Draws a batch of images; what goes wrong is logged."""
+        if self._path is not None:
+            with drawing(self._path):
+                names, tokenizer = self._class_names, self._tokenizer()
+                draw_contact_sheet(batch, self._path, names, tokenizer=tokenizer)
 
 
 class WeightsAgree(Observer):

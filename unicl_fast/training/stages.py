@@ -8,31 +8,27 @@ from typing import Protocol
 
 from unicl_fast.batch import Batch, Loader, ReadingTime
 from unicl_fast.config import Stage
-from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.pipelines.steps import RankSteps
 from unicl_fast.stages import Span
 from unicl_fast.system.wording import count_of
 
 
 class PlannedLoader(Loader, Protocol):
-    """A loader whose batches follow a plan, which the ledger and the metrics read.
-
-    It tells how long it waited for storage.
-    """
+    """A loader whose batches follow a plan, which the ledger and the metrics read."""
 
     plan: TrainPlan
     reading: ReadingTime
-
-    def feed_features(self, features: Sequence[FeatureFile]) -> None:
-        """Feeds stored features of a frozen encoder in place of images from now on."""
-        ...
+    """How long it waited for storage."""
+    steps: RankSteps
+    """Its steps but for their images, of which a `FeatureLoader` can be made."""
 
 
 class StagedLoader:
-    """Implements `PlannedLoader`. Its plan is the last stage's, which counts the epochs of all."""
+    """Chains the loaders of stages. Its plan is the last stage's, which counts all epochs."""
 
     def __init__(self, loaders: Sequence[PlannedLoader], spans: Sequence[Span]) -> None:
-        """Takes a loader for each of the spans."""
+        """Takes one loader for each span."""
         self._loaders, self._spans = list(loaders), list(spans)
         self.plan, self.reading = loaders[-1].plan, loaders[-1].reading
         for loader in loaders:
@@ -51,10 +47,6 @@ class StagedLoader:
                 first = max(start_step, span.first_step)
                 yield from itertools.islice(loader.batches(first), span.end_step - first)
                 loader.close()
-
-    def feed_features(self, features: Sequence[FeatureFile]) -> None:
-        for loader in self._loaders:
-            loader.feed_features(features)
 
     def close(self) -> None:
         for loader in self._loaders:

@@ -61,6 +61,7 @@ def stored_features(
     datasets: Sequence[PackedDataset],
     *,
     build_loader: Callable[[], EpochLoader],
+    on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
     device: torch.device,
 ) -> list[FeatureFile]:
@@ -70,6 +71,7 @@ def stored_features(
         model: in its place on the device, its image encoder with the weights that it keeps.
         datasets: those of the run.
         build_loader: gives a loader of all of them by their sizes, with the run's own views.
+        on_first_batch: is called with the first batch whose images are encoded.
         ranks: share the work; all see the same folder, which the model's config names.
         device: holds the model.
 
@@ -87,7 +89,7 @@ def stored_features(
         ranks,
     )
     if missing:
-        _store(model, datasets, keys, missing, build_loader, ranks)
+        _store(model, datasets, keys, missing, build_loader, on_first_batch, ranks)
     mark("reading stored features", patience=START_PATIENCE)
     files: list[FeatureFile] = []
     with refused_together(ranks):
@@ -121,6 +123,7 @@ def _store(
     keys: Sequence[str],
     missing: Sequence[int],
     build_loader: Callable[[], EpochLoader],
+    on_first_batch: Callable[[Batch], None],
     ranks: Ranks,
 ) -> None:
     """Encodes one epoch, each rank its local batches, into files that all ranks write to."""
@@ -143,6 +146,8 @@ def _store(
                 phase = f"storing features of batch {number} of {steps}"
                 mark(phase, patience=START_PATIENCE, waits_for_ranks=True)
                 batch = next(batches)
+                if number == 1:
+                    on_first_batch(batch)
                 features = _encode(model, batch, ranks)
                 dtype, bits = str(features.dtype).removeprefix("torch."), _bits_of(features)
                 if not rows_of:

@@ -1,0 +1,97 @@
+"""Token rows and labels of planned batches, gathered from packed data and from class prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.objectives.targets import ImageLabels
+from unicl_fast.system.kernels import kernel
+from unicl_fast.text.prompts import ClassPrompts
+
+from .plan.plan import PlannedBatch
+
+
+def gather_texts(
+    planned: PlannedBatch,
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    context_length: int,
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Gathers the token rows and training classes of a planned batch: stored captions and prompts.
+
+    A text longer than `context_length` is cut but keeps its end token, as in the tokenizer.
+
+    Returns:
+        Rows [b context_length] padded with 0, with the prompts' dtype, and int64 [b] classes: -1 if
+        the text is a caption.
+    """
+    size = len(planned.global_index)
+    rows = np.zeros((size, context_length), dtype=prompts.tokens.dtype)
+    classes = np.full(size, -1, dtype=np.int64)
+    for number, dataset in enumerate(datasets):
+        mine = planned.source_ids == number
+        chosen = np.flatnonzero(mine & (planned.captions >= 0))
+        samples = dataset.samples.take(planned.sample_ids[chosen])
+        positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
+        captions = dataset.captions.take(positions)
+        starts = captions["tokens_start"].astype(np.int64)
+        lengths = captions["tokens_length"].astype(np.int64)
+        _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
+        chosen = np.flatnonzero(mine & (planned.labels >= 0))
+        if len(chosen):
+            labels = planned.labels[chosen]
+            found = prompts.tokens[prompts.rows_of(number, labels, planned.templates[chosen])]
+            # Up to the end token: 0 is padding after it, and "!" before.
+            lengths = (found.shape[1] - np.argmax(found[:, ::-1] != 0, axis=1)).astype(np.int64)
+            starts = np.arange(len(chosen), dtype=np.int64) * found.shape[1]
+            _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
+            classes[chosen] = prompts.classes_of(number, labels)
+    return rows, classes
+
+
+def gather_labels(
+    planned: PlannedBatch,
+    datasets: Sequence[PackedDataset],
+    classes_of_labels: Sequence[NDArray[np.int64]],
+) -> ImageLabels:
+    """Gathers all labels of each sample of a planned batch, even if it is shown with a caption.
+
+    `classes_of_labels` maps each data set's labels to training classes.
+    """
+    firsts, counts = np.zeros((2, len(planned.global_index)), dtype=np.int64)
+    of_dataset = [np.flatnonzero(planned.source_ids == number) for number in range(len(datasets))]
+    for mine, dataset in zip(of_dataset, datasets, strict=True):
+        samples = dataset.samples.take(planned.sample_ids[mine])
+        firsts[mine], counts[mine] = samples["labels_start"], samples["labels_count"]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    found = np.empty(starts[-1], dtype=np.int64)
+    for mine, dataset, classes in zip(of_dataset, datasets, classes_of_labels, strict=True):
+        _copy_classes(np.asarray(dataset.labels), firsts, counts, mine, classes, starts, found)
+    return ImageLabels(classes=found, starts=starts)
+
+
+@kernel
+def _copy_classes(
+    labels: Any, firsts: Any, counts: Any, samples: Any, classes: Any, starts: Any, found: Any
+) -> None:
+    """Writes the classes of labels[firsts[i]:][:counts[i]] for each i of `samples`."""
+    for i in samples:
+        for j in range(counts[i]):
+            found[starts[i] + j] = classes[labels[firsts[i] + j]]
+
+
+@kernel
+def _copy_texts(tokens: Any, starts: Any, lengths: Any, targets: Any, rows: Any) -> None:
+    """Copies text i to row targets[i]; if it is cut, its last token is kept."""
+    longest = rows.shape[1]
+    for i in range(targets.size):
+        length = min(lengths[i], longest)
+        for j in range(length):
+            rows[targets[i], j] = tokens[starts[i] + j]
+        rows[targets[i], length - 1] = tokens[starts[i] + lengths[i] - 1]
