@@ -34,11 +34,11 @@ from .host_batches import ImageForm
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
 
 NextInputs = Callable[[], tuple[Any, ...]]
-"""Gives the inputs of one batch; raises StopIteration after the last one."""
+"""Returns the inputs of one batch; raises StopIteration after the last one."""
 
 HW_DECODER_LOAD = 0.65
 """Part of a batch's JPEGs for the hardware decoder of a GPU that has one; its cores decode the
-others. DALI's default; its own benchmark on a Hopper takes 0.12 with 70 threads."""
+others. DALI's default; its own benchmark on a Hopper uses 0.12 with 70 threads."""
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -60,15 +60,14 @@ def build_train_graph(
     Args:
         next_inputs: gives what `host_batches.graph_inputs` makes: images, window starts (row,
             column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], and,
-            where there is augmentation, its rows float32 [b m]. For crops, windows and flips are
-            not given.
+            with augmentation, its rows float32 [b m]. Crops come without windows and flips.
         data: the settings of crops.
         batch_size: most samples of a batch.
         device: where images end up.
-        threads: decode.
-        ahead: batches that are ready before they are asked for.
-        form: of the images that are given.
-        augmentation: what the data sets need (see `operators.parts_for`); None does without.
+        threads: number of decoding threads.
+        ahead: batches that are ready before they are requested.
+        form: in which images enter.
+        augmentation: what the data sets need (see `operators.parts_for`); None needs nothing.
 
     Returns:
         A pipeline with one output, uint8 [b h w c] on `device`.
@@ -103,7 +102,7 @@ def build_decoding_graph(
     ahead: int = 1,
     form: ImageForm = "files",
 ) -> Pipeline:
-    """Decode the windows and give only their shapes: for measuring what decoding costs.
+    """Decode the windows and output only their shapes: for measuring the cost of decoding.
 
     Inputs are those of `build_train_graph` without augmentation, and so are the arguments.
     """
@@ -111,7 +110,7 @@ def build_decoding_graph(
     with pipeline:
         first, starts, shapes, flips = _inputs(next_inputs, _kinds_of(form))
         regions = decode_windows(first, starts, shapes, device=device, form=form)
-        pipeline.set_outputs(regions.shape(), flips)  # DALI warns of inputs that nothing takes
+        pipeline.set_outputs(regions.shape(), flips)  # DALI warns of unused inputs
     return pipeline
 
 
@@ -135,7 +134,7 @@ def _inputs(next_inputs: NextInputs, kinds: Sequence[tuple[Any, int, str | None]
 
 
 def files_for_dali(files: Sequence[NDArray[np.uint8]]) -> TensorListCPU:
-    """Encoded images in DALI's own type, which a graph takes at once instead of one by one."""
+    """Encoded images in DALI's own type, which a graph accepts at once instead of one by one."""
     build: Any = TensorListCPU  # DALI's stubs do not know `contiguous`
     found: TensorListCPU = build(list(map(TensorCPU, files)), contiguous=False)
     return found
@@ -149,13 +148,13 @@ def decode_windows(
     device: torch.device,
     form: ImageForm,
 ) -> Any:
-    """The window of each image, uint8 [h w c] of its own size."""
+    """The window of each image, uint8 [h w c]; sizes differ."""
     if form == "pixels":
         # sent along to a GPU a batch ahead of its use
         pixels = first if device.type == "cpu" else first.gpu()
         return fn.slice(pixels, start=starts, shape=shapes, axis_names="HW")
     # Only the blocks under the window are decoded. Sizes in the index are as displayed and
-    # packing leaves no image with an orientation tag, so nothing may turn it here.
+    # packing leaves no image with an orientation tag, so nothing must rotate it here.
     return fn.decoders.image_slice(
         first,
         start=starts,
@@ -168,7 +167,7 @@ def decode_windows(
 
 
 def _resampled(windows: Any, flips: Any, *, data: DataConfig, fused: bool) -> Any:
-    """Crops of the windows, flipped where they should be."""
+    """Crops of the windows, flipped as `flips` says."""
     if fused:
         start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
         return resample_operator(data.image_size, data.interpolation)(windows, start, end, flips)

@@ -1,4 +1,4 @@
-"""The host's part of a step whose images are encoded files or raw pixels: what a DALI graph takes.
+"""The host's part of a step whose images are encoded files or raw pixels: a DALI graph's inputs.
 
 Two views are a batch of twice the images: all first views, then all second ones.
 """
@@ -31,9 +31,9 @@ _SAMPLES_MEASURED = 100_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostBatch(Generic[Metadata]):
-    """The inputs of one run of a graph, and what comes out again with its images.
+    """The inputs of one run of a graph, and the metadata that goes with its images.
 
-    Graphs return their batches in the order in which they took them, so metadata is queued.
+    Graphs return batches in the order in which they got them, so metadata is queued.
     """
 
     inputs: tuple[Any, ...]

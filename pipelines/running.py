@@ -42,11 +42,11 @@ class Pace:
     threads: tuple[int, ...]
     """Decoding threads of each graph; graphs take turns."""
     ahead: int
-    """Batches that each graph has ready before they are asked for."""
+    """Batches that each graph has ready before they are requested."""
 
     @property
     def batches_begun(self) -> int:
-        """Batches that have been begun when the first one is given."""
+        """Batches that have been started when the first one comes out."""
         return (len(self.threads) + 1) * self.ahead + 1
 
 
@@ -58,13 +58,12 @@ def choose_pace(
 ) -> Pace:
     """Chooses the pace of a loader whose batches have `num_images`, over all views.
 
-    Decoders hold all windows of a batch, of `window_bytes` each on average. Images of 88 megapixels
-    take 1.1 GB for eight, and 8.3 GB with the usual batches ahead (4.6 GB without); a stop waits
-    until those under way are decoded. So very large ones are decoded one batch at a time.
+    Decoders hold all windows of a batch, `window_bytes` each on average. Eight images of 88
+    megapixels take 1.1 GB, and 8.3 GB with the usual batches ahead (4.6 GB without); a stop waits
+    until the batches under way are decoded. So very large images are decoded one batch at a time.
 
-    On the CPU two graphs have half of the threads each, so that no thread waits for another. There
-    is one graph if there is one thread, or nothing is decoded ahead: two would only take turns
-    waiting.
+    On the CPU two graphs have half of the threads each, so that no thread waits for another. With
+    one thread, or nothing decoded ahead, there is one graph: two would only take turns waiting.
     """
     ahead = data.prefetch
     if not ahead:
@@ -78,10 +77,10 @@ def choose_pace(
 
 
 class DecodingError(RuntimeError):
-    """DALI could not make images of a batch, and its graph is of no more use."""
+    """DALI failed to decode a batch, and its graph cannot be used any more."""
 
     def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
-        """`in_flight`: metadata of the batches that had not come out, first the one that failed."""
+        """`in_flight`: metadata of the batches that had not come out; the first one failed."""
         super().__init__(message)
         self.in_flight = tuple(in_flight)
 
@@ -96,25 +95,25 @@ def decode(
 ) -> Outputs[Metadata]:
     """Images and metadata of every batch, in order. Close the generator to stop before the end.
 
-    Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
-    the one before has done the whole batch, and threads that are done early wait; another graph's
-    have work meanwhile.
+    Graphs take turns: with k graphs, each gets every k-th batch. Within a graph, an operator starts
+    when the previous one has done the whole batch, and threads that finish early wait; another
+    graph's threads have work meanwhile.
 
     Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
     the graph is gone: the default executor counts references and reuses a buffer only when nobody
-    looks at it (a test pins that).
+    holds it (a test pins that).
 
     Args:
-        build: makes a graph that asks a function for its inputs, as `build_train_graph`.
+        build: makes a graph that gets its inputs from a function, as `build_train_graph` does.
         host_batches: the batches; iterated in another thread, so that waiting for storage hides
-            after decoding, and closed at the end.
-        batch_size: of the largest batch.
-        device: where the graphs' images lie.
-        pace: of the graphs; as many batches are prepared ahead of what they have ahead.
+            behind decoding, and closed at the end.
+        batch_size: size of the largest batch.
+        device: where the graphs' images end up.
+        pace: of the graphs; as many batches again are prepared on the host.
 
     Raises:
-        DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
-            raises comes as it is.
+        DecodingError: DALI failed at the batch that was to come out next. Errors of `host_batches`
+            are raised unchanged.
     """
     with (
         contextlib.closing(host_batches),
@@ -215,15 +214,15 @@ def find_undecodable(
 ) -> dict[int, str]:
     """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
 
-    DALI says that a batch failed, seldom at which image. So every sample is decoded by itself, by
-    the same graph with room for one. That is slow (about the time of the batch on one thread, and a
-    new graph after each image that fails) and happens only when a batch has failed.
+    DALI says that a batch failed, seldom at which image. So each sample is decoded by itself, by
+    the same graph with batches of one. That is slow (about the time of the batch on one thread, and
+    a new graph after each image that fails), but happens only after a failure.
 
     Args:
-        build: makes the graph that failed, as `build_train_graph`.
-        inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
-            and a size of the window, and more with a row a sample.
-        device: where the graph's images lie.
+        build: makes the graph that failed, as `build_train_graph` does.
+        inputs: of the batch, as for the graph: encoded images, two corners or a corner and a size
+            of the window, and more with one row a sample.
+        device: where the graph's images end up.
 
     Raises:
         DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
@@ -254,7 +253,7 @@ def find_undecodable(
 
 
 def reason_of(error: DecodingError) -> str:
-    """The heart of DALI's message in one line: it wraps it in tracebacks of the graph."""
+    """DALI's message without the tracebacks of the graph around it, in one line."""
     text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
     text = text.partition("C++ context:")[0]
     return " ".join((text.strip() or str(error)).split()) or type(error).__name__
@@ -262,7 +261,7 @@ def reason_of(error: DecodingError) -> str:
 
 @functools.cache
 def _sound_image() -> NDArray[np.uint8]:
-    """A file that any decoder takes."""
+    """A file that any decoder accepts."""
     file = io.BytesIO()
     Image.new("RGB", (_SOUND_SIDE, _SOUND_SIDE), (120, 130, 140)).save(file, format="JPEG")
     return np.frombuffer(file.getvalue(), dtype=np.uint8)

@@ -61,7 +61,7 @@ class TrainMetadata:
     """Everything in a training batch except its images."""
 
     actual: PlannedBatch
-    """What the batch holds: the plan, with substitutes for bad samples."""
+    """The samples of the batch: the plan, with substitutes for bad samples."""
     scheduled_ids: NDArray[np.int64]
     texts: Texts
     targets: Targets

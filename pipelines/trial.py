@@ -1,6 +1,6 @@
-"""A GPU's decoder is tried in a process of its own before a loader relies on it.
+"""Tries a GPU's decoder in a separate process before a loader relies on it.
 
-It runs inside the process that trains: where it crashes, the run ends and nobody says why.
+In a run it is part of the process that trains: if it crashes, the run ends without a message.
 
     python -m unicl_fast.pipelines.trial < INPUT    (`_describe` makes it)
 """
@@ -52,15 +52,15 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
 
 
 def _describe(datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device) -> bytes:
-    """A line of JSON with settings, height, width and size of images, and then their files."""
+    """A line of JSON (settings; height, width and bytes of each image), then the files."""
     files, sizes = [], []
     for dataset in datasets:
-        # packing has shuffled the samples, so the first ones are like all
+        # packing has shuffled the samples, so the first ones are representative
         for index, row in enumerate(dataset.samples[:_IMAGES]):
             try:
                 file = dataset.image_bytes(index, verify=True, max_pixels=data.max_pixels)
             except DamagedSampleError:
-                continue  # the loader will take another one
+                continue  # the loader will replace it
             files.append(file.tobytes())
             sizes.append([int(row["height"]), int(row["width"]), len(files[-1])])
     settings = {"image_size": data.image_size, "interpolation": data.interpolation}

@@ -56,7 +56,7 @@ _trailing_zeros: Any = intrinsic(_define_trailing_zeros)
 def cut_to_windows(
     images: EncodedImages, starts: NDArray[np.int32], shapes: NDArray[np.int32]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
-    """Leaves out of each file what its window does not need, where the file has markers for it.
+    """Leaves out what a file's window does not need, if the file has restart markers.
 
     Windows have first rows and columns [b 2], and heights and widths [b 2]. Returns the files, of
     any format, and where the windows begin in them [b 2].
@@ -75,7 +75,7 @@ def cut_to_windows(
 def _cut_all(
     content: Any, firsts: Any, sizes: Any, starts: Any, shapes: Any, out: Any, lengths: Any
 ) -> None:
-    """Writes shorter files to `out`, each where it begins if all had kept their sizes."""
+    """Writes shorter files to `out`, each at the place that it would have if none were cut."""
     begin = 0
     for i in range(sizes.size):
         data = content[firsts[i] : firsts[i] + sizes[i]]

@@ -1,7 +1,7 @@
 """The graph's operators after decoding: our fused ones, and augmentation with DALI's own.
 
 On the CPU our kernels run inside the graph on DALI's threads, one call a sample, without Python's
-lock. On a GPU, and on the CPU with `data.resample=dali`, DALI's operators do the same.
+lock. On a GPU, and on the CPU with `data.resample=dali`, DALI's operators are used instead.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GraphParts:
 
 
 def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> GraphParts | None:
-    """The parts that at least one data set uses; None if images stay as they were resampled.
+    """The parts that at least one data set uses; None if no data set augments.
 
     `mean` is the colour, in 0 to 1, of erased rectangles.
     """
@@ -67,7 +67,7 @@ def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> G
 _CHANNELS = 3
 # How DALI calls such functions. A tensor list is an address of addresses of data, one of addresses
 # of shapes (int64 each), one of numbers of dimensions, and the number of its tensors. A function
-# that sets shapes gets those of all samples and no data.
+# that sets shapes gets the shapes of all samples and no data.
 _ADDRESS, _NUMBER = numba_types.uint64, numba_types.int32
 _RUN = [_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER] * 2
 _SET_SHAPES = [_ADDRESS, _ADDRESS, _NUMBER] * 2 + [_NUMBER]
@@ -76,8 +76,9 @@ _SET_SHAPES = [_ADDRESS, _ADDRESS, _NUMBER] * 2 + [_NUMBER]
 def resample_operator(image_size: int, interpolation: str) -> Any:
     """Resamples regions of images to crops, flipped or not.
 
-    Takes images uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
-    columns; an infinite end is the image's), and flips int32 [1]; gives uint8 [size size 3].
+    Inputs are images uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
+    columns; an infinite end is the image's), and flips int32 [1]; the output is
+    uint8 [size size 3].
     """
     in_types = [types.UINT8, types.FLOAT, types.FLOAT, types.INT32]
     return _Compiled(_resample(interpolation == "bicubic"), image_size, in_types=in_types)
@@ -86,8 +87,8 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
 def augment_operator(image_size: int) -> Any:
     """Augments images as their rows of the plan say.
 
-    Takes images uint8 [size size 3], rows float32 [k], columns as in `Column`, and the colour of
-    erased rectangles, uint8 [3]; gives uint8 [size size 3].
+    Inputs are images uint8 [size size 3], rows float32 [k] with columns as in `Column`, and the
+    colour of erased rectangles uint8 [3]; the output is uint8 [size size 3].
     """
     return _Compiled(_augment(), image_size, in_types=[types.UINT8, types.FLOAT, types.UINT8])
 
@@ -95,8 +96,8 @@ def augment_operator(image_size: int) -> Any:
 class _Compiled(NumbaFunction):
     """DALI's operator around C functions that are compiled already.
 
-    Given Python functions it compiles them and what goes around them anew in every process, which
-    takes two seconds and 16 MB.
+    If it is given Python functions, it compiles them and their wrappers again in every process,
+    which costs two seconds and 16 MB.
     """
 
     def __init__(self, run: Any, image_size: int, *, in_types: list[Any]) -> None:
@@ -122,7 +123,7 @@ class _Compiled(NumbaFunction):
 
     @classmethod
     def _is_known(cls: Any) -> bool:
-        """Whether DALI calls functions as it did: the methods replaced here are no public ones."""
+        """Whether DALI still calls functions in this way: the methods replaced here are private."""
         try:
             calls = cls._run_fn_sig(None), cls._setup_fn_sig(None)
         except (AttributeError, TypeError):
@@ -221,7 +222,7 @@ def _entry(addresses: Any, number: int) -> Any:
 
 
 def _define_pointer(typing: Any, address: Any) -> Any:
-    """An address as the pointer that `carray` takes; Numba has no name for it."""
+    """An address as the pointer that `carray` wants; Numba has no name for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
@@ -326,7 +327,7 @@ def _equalize(data: Any, _: None) -> Any:
 
 
 def _beside(node: Any, data: Any) -> Any:
-    """Puts a node on the images' device, for an operator that takes it as an input."""
+    """Puts a node on the images' device, for an operator that has it as an input."""
     return node.gpu() if data.device == "gpu" else node
 
 

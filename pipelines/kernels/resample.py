@@ -56,9 +56,9 @@ def resample_region(
     """Fills a crop `out`, uint8 [size size 3], with a region of an image, uint8 [h w 3].
 
     Edges of the region are in pixels and may lie between two. It is not empty: nothing is checked
-    here. The filter may look beyond the region, but not beyond the image. Rows and columns of the
-    crop that lie outside the image mean nothing.
-    `cubic` takes the cubic filter (a = -0.5) instead of the triangular one, called bilinear.
+    here. The filter can reach beyond the region, but not beyond the image. Rows and columns of the
+    crop that lie outside the image are undefined.
+    `cubic` selects the cubic filter (a = -0.5) instead of the triangular one, called bilinear.
     """
     height, width = image.shape[0], image.shape[1]
     length = width * _CHANNELS
@@ -600,7 +600,7 @@ def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> An
 
 
 def repeat(builder: Any, value: Any, count: int) -> Any:
-    """A vector of so many times the same number."""
+    """A vector that repeats one number."""
     empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     one = builder.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
     return _shuffle(builder, one, one, [0] * count)

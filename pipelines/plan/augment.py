@@ -1,4 +1,4 @@
-"""Augmentation in numbers: what is done to each image of a step beyond cropping and flipping.
+"""Augmentation in numbers: each image's operators beyond cropping and flipping.
 
 All that shapes an image is drawn here, into one row of float32 an image. The five operations that
 move pixels are one operator, an affine warp, with a matrix each. `kernels/augment.py` (fused) and
@@ -45,14 +45,14 @@ class Operator(enum.IntEnum):
 
 
 NUM_PARAMETERS = 6
-"""The most parameters that an operator takes."""
+"""The most parameters that an operator has."""
 
 
 class Column(enum.IntEnum):
     """Columns of an image's row."""
 
     IS_TWISTED = 0
-    """1 where the next four are to be applied."""
+    """1 if the next four are applied."""
     BRIGHTNESS = 1
     CONTRAST = 2
     SATURATION = 3
@@ -217,7 +217,7 @@ RAND = (
 )  # fmt: skip
 
 TRIVIAL = (
-    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels whatever the image's size.
+    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels at any image size.
     *_moves(0.99, 32.0, 135.0, relative=False),
     *_factors(0.99),
     _posterize(8, -6, _Rounding.NEAREST),
@@ -330,7 +330,7 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
     out[1], out[2], out[3], out[4], out[5], out[6] = a, b, c, d, e, f
 
 
-# Uses of the numbers of an image's stream: part of what a seed means, never reuse.
+# Uses of the numbers of an image's stream: part of a seed's meaning, never reuse one.
 _JITTER_COIN = 0
 _JITTER = 1  # and the three after it
 _GRAYSCALE_COIN = 5

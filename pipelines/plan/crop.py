@@ -30,8 +30,8 @@ def random_windows(
     """Draws crop windows as torchvision's RandomResizedCrop does.
 
     Up to ten tries draw an area (uniform part of the image's) and an aspect ratio (uniform in
-    its logarithm) and take the first window that fits; otherwise the largest central window of a
-    permitted ratio is taken. Where the whole area is asked for, in one ratio, that is taken at
+    its logarithm) and use the first window that fits; otherwise the largest central window of a
+    permitted ratio is used. If the whole area is requested in one ratio, that window is used at
     once: rounding would let windows of nearly square images fit, and move by a pixel.
 
     Images' `heights` and `widths` are [b], and `counters` the number of each image's window in the

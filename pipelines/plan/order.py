@@ -1,7 +1,7 @@
 """The order of samples in closed formulas: no state, no array of all samples.
 
 The draws of a run are numbered: step * n + global index, for global batches of n (in stages, from
-the end of the one before). `assign_sources` says which source a draw takes, `permute` which sample.
+the end of the one before). `assign_sources` says which source a draw uses, `permute` which sample.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 
 @kernel
 def permute_kernel(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
-    """`permute` of many [n], round by round: those of several values fit into vectors."""
+    """`permute` of many [n], round by round, so that several values fit into vectors."""
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = np.empty(index.size, np.uint64)
     outside = np.empty(index.size, np.int64)
@@ -80,10 +80,10 @@ def permute_kernel(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ShuffleGroups:
-    """Groups of neighbouring global indices, each of which takes a part of every shuffle window.
+    """Groups of neighbouring global indices; each group uses its own part of every shuffle window.
 
     Ranks have ranges of global indices, so a machine needs the parts of its own groups and little
-    else of a window, whatever the number of ranks. A group's part holds as many samples as it has
+    else of a window, for any number of ranks. A group's part holds as many samples as it has
     draws from the window.
     """
 
@@ -273,8 +273,8 @@ def assign_sources(
 ) -> tuple[NDArray[np.int32], Int64Array]:
     """The source that each draw takes, and the number of that draw among the source's own.
 
-    After k draws, source 0 should have had its weight times k of them, rounded: it takes the draws
-    at which that number rises. The draws left over are numbered anew, and source 1 takes its part
+    After k draws, source 0 should have had its weight times k of them, rounded: it gets the draws
+    at which that number rises. The draws left over are numbered anew, and source 1 gets its part
     of them in the same way, and so on. So a source's draws are spread evenly, and its count differs
     from its exact quota by half a sample at most for each source but one.
     """

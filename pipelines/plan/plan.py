@@ -49,7 +49,7 @@ class PlanSource:
     """The part of a data set that the plan needs."""
 
     name: str
-    """The name in messages."""
+    """Its name in messages."""
     samples: NDArray[Any]
     """Structured [N] with height, width, captions_count, labels_start, labels_count."""
     labels: NDArray[np.int32]
@@ -60,8 +60,8 @@ class PlanSource:
     """Training class of each label [num_classes]."""
     chains: tuple[Int64Array, Int64Array] | None = None
     """Starts [num_classes + 1] and labels: label k's chain, from the top down to itself, is
-    labels[starts[k]:starts[k + 1]], for `data.prompts=levels`. None where the text of a label is
-    its own prompt."""
+    labels[starts[k]:starts[k + 1]], for `data.prompts=levels`. None if the text of a label is its
+    own prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,16 +77,16 @@ class PlannedBatch:
     """[b v 5] the crop window of each view: first row and column, height, width, and 1 where it is
     flipped."""
     captions: Int64Array
-    """Number of the caption that is the sample's text; -1 where the text is a prompt."""
+    """Number of the caption that is the sample's text; -1 if the text is a prompt."""
     labels: Int64Array
-    """The label whose prompt is the text, one of the sample's or one above it (`data.prompts`); -1
-    where the text is a caption: an image shown with a caption is an image-text pair. Its labels are
-    set aside for this draw, unless the objective takes all of them."""
+    """The label whose prompt is the text: one of the sample's, or one above it (`data.prompts`). -1
+    if the text is a caption: an image shown with a caption is an image-text pair, whose labels are
+    ignored in this draw unless the objective uses all of them."""
     templates: Int64Array
-    """Number of the template that fills the prompt; -1 where the text is a caption."""
+    """Number of the prompt's template; -1 if the text is a caption."""
     augment_rows: NDArray[np.float32]
     """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
-    is 0 where no source augments."""
+    is 0 if no source augments."""
 
     @property
     def num_views(self) -> int:
@@ -147,7 +147,7 @@ def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> li
 
 
 class _Purpose(enum.IntEnum):
-    """Keeps the random streams apart. The numbers are part of what a seed means: never reuse."""
+    """Separates the random streams. The numbers are part of a seed's meaning: never reuse one."""
 
     ORDER = 1
     TEXT_KIND = 2
@@ -215,14 +215,14 @@ class TrainPlan:
         spans: tuple[Span, ...] = (),
         stage: int = -1,
     ) -> None:
-        """Checks that every draw will have something to show.
+        """Checks that every draw will find a sample with a text.
 
         Args:
             sources: the data sets.
             data: the settings of texts, crops and flips.
             global_batch_size: samples of one step over all ranks.
             seed: decides everything that is drawn.
-            weights: each source's part of every batch, in any unit; None takes the numbers of
+            weights: each source's part of every batch, in any unit; None uses the numbers of
                 samples, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
             spans: of all stages of the run; none is a run of one.
@@ -288,7 +288,7 @@ class TrainPlan:
         return (firsts[:, None] + local).reshape(-1)
 
     def _draws_before(self, step: int) -> int:
-        # batches are planned ahead, beyond the end of a stage: as those of this one
+        # batches beyond the end of a stage are planned too, as if the stage continued
         span = self._own if step >= self._own.first_step else span_at(self._spans, step)
         return span.draws_before(step)
 
@@ -300,15 +300,15 @@ class TrainPlan:
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """Plans substitutes for planned samples that turned out to be bad.
 
-        A substitute is another sample of the same source, with text, window, flip and augmentation
-        of its own, as a function of (data, seed, step, global index, attempt). Successive attempts
-        at one global index try all other samples of its source, in an order of that draw's own,
-        before any comes again. A substitute may appear in the batch, or the epoch, a second time.
+        A substitute is another sample of the same source, with its own text, window, flip and
+        augmentation, as a function of (data, seed, step, global index, attempt). Successive
+        attempts at one global index try every other sample of its source, in an order drawn for it,
+        before any is repeated. A substitute can appear twice in the batch or the epoch.
 
         Args:
             step: step of the batch.
             global_index: indices in the global batch [b].
-            attempt: counted from 1; the next one is for those whose substitute is bad too.
+            attempt: counted from 1; the next one is for a substitute that is bad too.
         """
         source_ids, sample_ids = self._scheduled(step, global_index)
         draws = self._draws_before(step) + global_index
@@ -360,7 +360,7 @@ class TrainPlan:
         texts = np.empty((3, len(draws)), dtype=np.int64)
         for number, source in enumerate(self._sources):
             mine = self._rows_of(number, source_ids)
-            rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
+            rows = source.samples.take(sample_ids[mine])  # 18 times as fast as [] for whole rows
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(step, source, rows, draws[mine], streams=streams)
         windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
@@ -469,7 +469,7 @@ class TrainPlan:
         return fold_key(self.seed, *parts)
 
     def _rows_of(self, number: int, source_ids: NDArray[np.int32]) -> Any:
-        """An index of a source's rows [b]; all of them, without a copy, if it is the only one."""
+        """An index of a source's rows [b]; if it is the only source, all of them without a copy."""
         return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
 
 
@@ -503,7 +503,7 @@ def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
 
 
 def _check_source(source: PlanSource) -> None:
-    """Refuses a source with a sample that could not be shown; a label has a prompt (`reader`)."""
+    """Refuses a source that has a sample without text; `reader` checks that labels have prompts."""
     if not len(source.samples):
         raise ValueError(f"{source.name} has no samples")
     without_text = sum(
@@ -524,7 +524,7 @@ def _check_sizes(
     *,
     global_batch_size: int,
 ) -> None:
-    """Refuses a source that one batch would need more samples of than an epoch has."""
+    """Refuses a source whose epoch has fewer samples than its part of one batch."""
     total = sum(weights)
     for name, size, weight in zip(names, sizes, weights, strict=True):
         if size * total < global_batch_size * weight:

@@ -113,7 +113,7 @@ def known_features() -> dict[str, int]:
 def sizes_in_scope() -> dict[str, int]:
     """The most lines of each part, as docs/scope.md states them."""
     page = (CHECKOUT / "docs" / "scope.md").read_text(encoding="utf-8").partition("## Size")[2]
-    numbers = [int(one.replace(",", "")) for one in re.findall(r"\*\*([\d,]+)", page)]
+    numbers = [int(one.replace(",", "")) for one in re.findall(r"\*\*(\d[\d,]*)", page)]
     return dict(zip(SIZES, numbers, strict=True))
 
 
