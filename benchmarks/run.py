@@ -21,7 +21,6 @@ PROGRAMS = {
     "step": ("step.run:Step", "training steps, against open_clip's; by switch, part and memory"),
     "loss": ("loss.run:Loss", "tokens, targets, texts and the loss, against open_clip and others"),
     "gpu": ("gpu.run:Gpu", "a GPU: its kernels, steps and models, nine minutes at a time"),
-    "scale": ("scale.run:Scale", "a model of steps on many GPUs"),
     "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
 }
 _HELP = """usage: unicl-bench PROGRAM [OPTIONS]

@@ -139,8 +139,7 @@ COMMANDS: dict[str, dict[str, GpuStage]] = {
             image_encoder="vit_base_patch32_224",
         ),
     },
-    "scale": {
-        "scale": GpuStage(about="steps on many GPUs, modelled from one here", program="scale"),
+    "run": {
         "run": GpuStage(
             about="what limits a run of Swin-T", program="run",
             options={"options": ("--preset", "swin-tiny"), "seconds": 120.0, "apply": True},

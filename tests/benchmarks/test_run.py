@@ -110,12 +110,6 @@ def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
     assert {"webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s"} <= found
 
 
-def test_scale_models_a_step(tmp_path: Path) -> None:
-    options = ("--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8", "32")
-    found = check(tmp_path / "scale.json", "scale", *options)
-    assert "32 GPUs, 400 Gb/s, images/s" in found
-
-
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_explains_its_options(
     program: str, capsys: pytest.CaptureFixture[str]
