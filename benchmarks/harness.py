@@ -38,6 +38,9 @@ Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
 T = TypeVar("T")
 _CALLS_ON_GPU = 3
+_LEAST_BUSY = 0.1
+"""Least part of the time that kernels must take. Small batches in eager mode leave the GPU idle for
+more than half of it, work on the CPU for all of it."""
 _POLL_SECONDS, _WATCH_SECONDS = 0.05, 2.0
 
 
@@ -47,7 +50,7 @@ class Program(abc.ABC):
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Self:
         """The program with these options of the command line; exits with 2 where one is wrong."""
-        import tyro  # here: a bare checkout on a machine with a GPU has none
+        import tyro
 
         return tyro.cli(cls, args=list(options), prog=prog)
 
@@ -144,11 +147,55 @@ def take_turns(
     works = {name: functools.partial(timed, one, calls=calls) for name, one in contestants.items()}
     turns = in_turns(works, rounds=rounds, warm_up=warm_up, before=before)
     for name, work in contestants.items() if device_type == "cuda" else ():
-        from .on_gpu import busy_part  # torch, which not every program needs
-
         seconds = statistics.median(turn.wall_seconds for turn in turns[name])
         print(f"{name}: kernels ran in {busy_part(name, work, seconds=seconds):.0%} of the time")
     return turns
+
+
+class NotOnDeviceError(RuntimeError):
+    """Work that was to be timed on a GPU was not done there."""
+
+
+def busy_part(name: str, work: Callable[[], object], *, seconds: float) -> float:
+    """The part of a call's `seconds` in which kernels ran; it returns tensors, in any nesting.
+
+    Raises NotOnDeviceError if hardly any kernel ran, or the results are not on the GPU.
+    """
+    import torch  # here: not every program needs it
+    from torch.utils._pytree import tree_leaves
+
+    results: list[object] = []
+    # the profiler starts its service at the first use in a process, which may be too late
+    kernels = 0.0
+    for _ in range(2):
+        kernels = kernels or kernel_seconds(lambda: results.append(work()))
+    places = {getattr(leaf, "device", None) for leaf in tree_leaves(results)}
+    found = {place.type if isinstance(place, torch.device) else "no tensor" for place in places}
+    reasons = {
+        f"its results are on {', '.join(sorted(found)) or 'no device'}": found != {"cuda"},
+        f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < _LEAST_BUSY * seconds,
+    }
+    if wrong := [reason for reason, holds in reasons.items() if holds]:
+        raise NotOnDeviceError(f"{name} was not done on the GPU: {'; '.join(wrong)}")
+    return kernels / seconds
+
+
+def kernel_seconds(work: Callable[[], object]) -> float:
+    """Seconds of the device's kernels in one call, without copies from and to the host."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    seconds: float = sum(
+        event.time_range.elapsed_us() / 1e6
+        for event in profiler.events() or ()
+        if event.device_type.name == "CUDA"
+        and not getattr(event, "is_user_annotation", False)
+        and not any(copy in event.name for copy in ("HtoD", "DtoH"))
+    )
+    return seconds
 
 
 def timed(

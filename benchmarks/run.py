@@ -20,7 +20,7 @@ PROGRAMS = {
     "input": ("input.run:Input", "images/s of the loader, against others and the limits"),
     "step": ("step.run:Step", "training steps, against open_clip's; by switch, part and memory"),
     "loss": ("loss.run:Loss", "tokens, targets, texts and the loss, against open_clip and others"),
-    "gpu": ("gpu.run:Gpu", "a GPU: its kernels, steps and models, nine minutes at a time"),
+    "gpu": ("gpu:Gpu", "a GPU: its kernels, tests, step and loss, nine minutes at a time"),
     "pack": ("packing:Pack", "packing, against webdataset, img2dataset and a bare loop"),
 }
 _HELP = """usage: unicl-bench PROGRAM [OPTIONS]
