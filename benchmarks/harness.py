@@ -29,8 +29,6 @@ from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from unicl_fast.system.wording import without_secrets
 
-from .sources import marks_of
-
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
 Figures = dict[str, Figure]
@@ -75,10 +73,6 @@ class Stage(Program):
         Raises RuntimeError before anything is timed if the contestants disagree.
         """
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """Folders and files of the library whose change makes the figures stale."""
-        return ()
-
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
         if self.json is not None:
@@ -91,8 +85,6 @@ class Stage(Program):
         settings.pop("json")
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
-        if rooms := self.timed_rooms():
-            result["sources"] = marks_of(rooms)
         return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
 
 

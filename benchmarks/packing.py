@@ -93,10 +93,6 @@ class Pack(Stage):
     copies: int = 1
     """Copies of each image: a run should be much longer than the start of its processes."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code of packing."""
-        return ("packing/build.py", "packing/samples.py", "dataset/writer.py", "images")
-
     def run(self) -> None:
         left_out = {name: why for name in _NEEDS if (why := _missing(name))}
         for name, why in left_out.items():

@@ -94,10 +94,6 @@ class Input(Stage):
     seconds: float = 3.0
     """Length of a turn."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code that loads images."""
-        return ("pipelines", "dataset/reader.py", "dataset/files.py")
-
     def run(self) -> None:
         for spec in self.augment:
             if parse_augmentation(spec).views != 1:

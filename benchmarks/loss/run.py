@@ -48,15 +48,6 @@ class Loss(Stage):
     device: DeviceName = "auto"
     """Device of the loss and of the text encoder."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        rooms: dict[Part, tuple[str, ...]] = {
-            "tokens": ("text/tokenizer.py",),
-            "loss": tuple(f"objectives/{name}.py" for name in ("loss", "loss_tiled")),
-            "targets": ("objectives/targets.py",),
-            "text": ("models/text_encoder.py",),
-        }
-        return tuple(room for part in rooms if part in self.parts for room in rooms[part])
-
     def run(self) -> None:
         torch.set_num_threads(self.threads)
         device = choose_device(self.device)

@@ -52,16 +52,6 @@ class Step(Stage):
     device: DeviceName = "auto"
     """Device that runs the step."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code of a step."""
-        of_training = ("step", "encoding", "micro_batches", "optim")
-        of_loss = ("unicl", "operands", "text_columns", "loss", "loss_tiled")
-        return (
-            "models",
-            *(f"training/{name}.py" for name in of_training),
-            *(f"objectives/{name}.py" for name in of_loss),
-        )
-
     def run(self) -> None:
         rounds = self.rounds
         device = choose_device(self.device)

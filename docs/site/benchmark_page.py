@@ -27,8 +27,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks
 
-All tables of this page are made from committed results, which `make figures` renews once a tenth of
-the functions that they time has changed; those "of unmarked sources" may be older than that.
+All tables of this page are made from committed results, each with its commit and day;
+`make figures` measures them again.
 [Performance](performance.md) says what follows from them,
 [benchmarks/README.md](../benchmarks/README.md) how they are measured, and
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
@@ -211,7 +211,6 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
         f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
         machine["date"],
-        *(["of unmarked sources"] * ("sources" not in result)),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
     return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"

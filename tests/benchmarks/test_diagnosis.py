@@ -28,7 +28,6 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.benchmarks.diagnosis import clocks
 from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, hints, neighbours
 from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
-from unicl_fast.benchmarks.diagnosis.earlier import as_kept, compare
 from unicl_fast.benchmarks.diagnosis.model import (
     CHECKPOINT,
     EVALUATION,
@@ -206,7 +205,7 @@ import sys, time
 from pathlib import Path
 from unicl_fast.benchmarks.diagnosis import deadline
 deadline.START_SECONDS = 1.0
-show = lambda found: print(found.applied) or True
+show = lambda found: print(found.applied)
 one = deadline.Deadline(0.2, scratch=Path(sys.argv[1]), conclude=show)
 with one.enforced():
     if len(sys.argv) > 2:
@@ -217,7 +216,7 @@ with one.enforced():
 
 @pytest.mark.parametrize(
     ("found", "code", "words"),
-    [(("half",), 1, "half"), ((), 2, "nothing could be measured within 1 s")],
+    [(("half",), 0, "half"), ((), 2, "nothing could be measured within 1 s")],
 )
 def test_a_diagnosis_ends_at_its_deadline_whatever_it_waits_for(
     found: tuple[str, ...], code: int, words: str, tmp_path: Path
@@ -352,8 +351,6 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     assert found["measured"]["largest_batch"] >= 8
     assert "THE LIMIT: " in shown
     assert not list(Path.cwd().glob("unicl-bench-*"))
-    kept = as_kept(result.read_text())
-    assert not compare(kept, kept, name="itself", tolerance=0.0).is_regression
     assert not look_at(out / "report.html", tmp_path)["broken"]
 
 
