@@ -30,6 +30,7 @@ from unicl_fast.models.window_trial import attention_and_gradients
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.operands import LossForm
 from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.tools.diagnose.measuring import describe_machine
 
 from . import harness
 from .harness import Figures, Program, printed, rate_of, summarise, take_turns
@@ -46,8 +47,8 @@ _SWIN_TINY = ((56, 3), (28, 6), (14, 12), (7, 24))
 _ROUNDING, _TIMES_THEIRS = 8e-3, 1.5
 """Allowed error of windows in bf16: part of the norm, or times the error of timm's in bf16."""
 _TESTS = str(Path(__file__).resolve().parents[1] / "tests")
-_BENCH = (sys.executable, "-m", "unicl_fast.benchmarks.run")
-_CHECK = (sys.executable, "-m", "unicl_fast.benchmarks.gpu")
+_BENCH = (sys.executable, "-m", "unicl_fast.tools.bench")
+_CHECK = harness.module_command("gpu")
 _NO_GPU = (
     "no CUDA device works here. Run this on a machine where nvidia-smi lists a GPU; if it does so "
     "here, unicl-doctor says what is wrong with torch or the driver. Without a GPU, `make test` "
@@ -71,7 +72,7 @@ class Gpu(Program):
             raise ValueError(_NO_GPU)
         make_folder(self.out)
         torch.cuda.init()  # so that the report names the GPU
-        machine, parts = harness.describe_machine("timm", "triton"), dict[str, str]()
+        machine, parts = describe_machine("timm", "triton"), dict[str, str]()
         for stage in self.stages:
             deadline = time.monotonic() + 60 * MINUTES
             for name, command in commands_of(stage, self.out).items():

@@ -18,10 +18,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from trunk_table import CHECKOUT, files_of, imports_of, module_of, tree_of
 
-MAPPED = ("pipelines", "tools", "benchmarks")
+MAPPED = ("pipelines", "tools")
 
 # Floors, lowest first: a room may import those of the floors below it, and itself. A single file of
-# unicl_fast/ is a room too. `benchmarks` measures everything and is known by nobody.
+# unicl_fast/ is a room too.
 FLOORS = [
     {"system", "batch"},
     {"augmentation", "stages"},
@@ -35,13 +35,12 @@ FLOORS = [
     {"packing", "conversion"},
     {"evaluation"},
     {"tools"},
-    {"benchmarks"},
 ]
 # What only some rooms may import, whatever the floor.
 OUTSIDE = {
-    "nvidia": {"pipelines", "benchmarks"},
-    "tyro": {"tools", "benchmarks"},
-    "argparse": {"tools", "benchmarks"},
+    "nvidia": {"pipelines"},
+    "tyro": {"tools"},
+    "argparse": {"tools"},
     "mlxtend": {"tools"},
 }
 
@@ -243,8 +242,8 @@ def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
 
 
 def test_only_the_rooms_are_importable() -> None:
-    """An editable install maps three folders; nothing else of the checkout has an import name."""
-    names = [f"unicl_fast.{name}" for name in ("setup", "tests", "docs", "build")]
+    """An editable install maps two folders; nothing else of the checkout has an import name."""
+    names = [f"unicl_fast.{name}" for name in ("setup", "tests", "docs", "build", "benchmarks")]
     code = (
         f"import sys; from importlib.util import find_spec; sys.exit(any(map(find_spec, {names})))"
     )
@@ -308,7 +307,7 @@ def test_help_does_not_wait_for_what_it_does_not_need() -> None:
     lines = [
         *("tools.pretrain --help", "tools.pretrain --help-all", "tools.evaluate.__main__ --help"),
         *("tools.pack.__main__ build --help", "tools.convert.__main__ onnx --help"),
-        *("tools.ledger --help", "tools.doctor.__main__ --help", "benchmarks.run --help"),
+        *("tools.ledger --help", "tools.doctor.__main__ --help", "tools.bench --help"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", HELP, *lines], capture_output=True, text=True, timeout=60

@@ -22,8 +22,9 @@ import numpy as np
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.tools.diagnose.measuring import Turn
 
-from ..harness import Figures, Stage, Turn, Unit, printed, rate_of, ratio_of, summarise
+from ..harness import Figures, Stage, Unit, printed, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,

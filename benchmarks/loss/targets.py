@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from unicl_fast.objectives.targets import ImageLabels, map_targets
-from unicl_fast.system.installation import install_command
 
 from ..harness import Figures, printed, ratio_of, seconds_of, take_turns
+from ..input.contenders import INSTALL
 
 try:
     import pandas
@@ -37,7 +37,7 @@ def measure_targets(sizes: Sequence[int], *, rounds: int) -> Figures:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if pandas is None:
-        print(f"pandas is left out: it is not installed ({install_command('bench')})")
+        print(f"pandas is left out: it is not installed ({INSTALL})")
     figures: Figures = {}
     for size in sizes:
         calls = max(1, _ROWS_OF_A_TURN // size)  # one call is too short to be timed

@@ -14,15 +14,19 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.benchmarks.input.report import table
-from unicl_fast.benchmarks.resume import report as resume_report
-from unicl_fast.benchmarks.run import load_program
+from unicl_fast.tools.bench import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.input.report import table  # noqa: E402
+from benchmarks.resume import report as resume_report  # noqa: E402
+
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks

@@ -106,7 +106,7 @@ def _packed(name: str, data: Path, work: Path) -> str:
 
 def _run(words: str) -> None:
     print(f"\nunicl-bench {words}", flush=True)
-    command = [sys.executable, "-m", "unicl_fast.benchmarks.run", *shlex.split(words)]
+    command = [sys.executable, "-m", "unicl_fast.tools.bench", *shlex.split(words)]
     if (code := subprocess.run(command, check=False).returncode) != 0:
         sys.exit(f"unicl-bench {words} ended with {code}; those before it are done")
 

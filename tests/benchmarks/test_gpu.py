@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unicl_fast.benchmarks import gpu
-from unicl_fast.benchmarks.gpu import Gpu
-from unicl_fast.benchmarks.run import load_program
+from benchmarks import gpu
+from benchmarks.gpu import Gpu
+from unicl_fast.tools.bench import load_program
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")

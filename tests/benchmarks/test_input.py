@@ -19,9 +19,9 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks.input import run as race
-from unicl_fast.benchmarks.input import worker as worker_module
-from unicl_fast.benchmarks.input.contenders import (
+from benchmarks.input import run as race
+from benchmarks.input import worker as worker_module
+from benchmarks.input.contenders import (
     OURS,
     PARTS,
     PEERS,
@@ -34,9 +34,9 @@ from unicl_fast.benchmarks.input.contenders import (
     comparison_task,
     gap_to,
 )
-from unicl_fast.benchmarks.input.report import table, verdict
-from unicl_fast.benchmarks.input.run import Input
-from unicl_fast.benchmarks.input.worker import Worker, session_bytes
+from benchmarks.input.report import table, verdict
+from benchmarks.input.run import Input
+from benchmarks.input.worker import Worker, session_bytes
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import pytest
 import xxhash
 from pack_runs import jpeg
 
-from unicl_fast.benchmarks import packing
+from benchmarks import packing
 
 FAKE_WRITER = """
 import tarfile, io

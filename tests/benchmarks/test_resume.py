@@ -14,12 +14,12 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks.input.contenders import ContenderError, MissingPackageError
-from unicl_fast.benchmarks.resume import run as program
-from unicl_fast.benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
-from unicl_fast.benchmarks.resume.contenders import RESUMERS, Resumer, Task
-from unicl_fast.benchmarks.resume.report import Counts, count, table
-from unicl_fast.benchmarks.resume.run import Resume
+from benchmarks.input.contenders import ContenderError, MissingPackageError
+from benchmarks.resume import run as program
+from benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
+from benchmarks.resume.contenders import RESUMERS, Resumer, Task
+from benchmarks.resume.report import Counts, count, table
+from benchmarks.resume.run import Resume
 from unicl_fast.text.tokenizer import Tokenizer
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"

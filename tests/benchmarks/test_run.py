@@ -12,14 +12,14 @@ import pytest
 import torch
 from object_stores import upload
 
-from unicl_fast.benchmarks import harness
-from unicl_fast.benchmarks.harness import NotOnDeviceError, busy_part
-from unicl_fast.benchmarks.run import PROGRAMS, main
-from unicl_fast.benchmarks.step import open_clip
-from unicl_fast.benchmarks.step.parts import build_trainer, step_config
-from unicl_fast.benchmarks.step.switches import switches_of
+from benchmarks import harness
+from benchmarks.harness import NotOnDeviceError, busy_part
+from benchmarks.step import open_clip
+from benchmarks.step.parts import build_trainer, step_config
+from benchmarks.step.switches import switches_of
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.bench import PROGRAMS, main
 from unicl_fast.tools.pack.__main__ import main as pack
 
 _TINY_STEP = ("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160")

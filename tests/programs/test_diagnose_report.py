@@ -12,16 +12,16 @@ import pytest
 from browser import look_at
 from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
 
-from unicl_fast.benchmarks.diagnosis.model import (
+from unicl_fast.tools.diagnose.model import (
     CHECKPOINT,
     Measured,
     Periodic,
     RankFigures,
     Stage,
 )
-from unicl_fast.benchmarks.diagnosis.page import make_page
-from unicl_fast.benchmarks.diagnosis.report import Diagnosis
-from unicl_fast.benchmarks.diagnosis.run import Run
+from unicl_fast.tools.diagnose.page import make_page
+from unicl_fast.tools.diagnose.report import Diagnosis
+from unicl_fast.tools.diagnose.run import Run
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
 SECRET = "s3://user:secret@bucket/set"

@@ -31,7 +31,6 @@ from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
 from unicl_fast.system.progress import EvaluationStopped, stopping_when
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.tools.pretrain import evaluate_in_run
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.build import build_trainer
 from unicl_fast.training.data import longest_text
@@ -39,9 +38,10 @@ from unicl_fast.training.memory_plan import plan as plan_memory
 from unicl_fast.training.observers import WeightsAgree
 from unicl_fast.training.trainer import Trainer
 
-from ..step.parts import StepInParts
+from ..pretrain import evaluate_in_run
 from .clocks import Loop, LoopClock, PacedLoader, flow, keep_open, repeated
 from .model import CHECKPOINT, COPY, EVALUATION, Change, Cost, Periodic, Stage, median
+from .step_parts import StepInParts
 
 _LARGEST_BATCH = 1 << 16
 _EVALUATED_AT_ONCE = 256

@@ -25,10 +25,13 @@ from program_runs import SMALL
 from small_runs import labelled_batch, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.benchmarks.diagnosis import clocks
-from unicl_fast.benchmarks.diagnosis.advise import advise, find_limit, hints, neighbours
-from unicl_fast.benchmarks.diagnosis.diagnose import Diagnoser
-from unicl_fast.benchmarks.diagnosis.model import (
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.diagnose import clocks
+from unicl_fast.tools.diagnose.advise import advise, find_limit, hints, neighbours
+from unicl_fast.tools.diagnose.diagnose import Diagnoser
+from unicl_fast.tools.diagnose.model import (
     CHECKPOINT,
     EVALUATION,
     LOGGING,
@@ -37,11 +40,8 @@ from unicl_fast.benchmarks.diagnosis.model import (
     RankFigures,
     Stage,
 )
-from unicl_fast.benchmarks.diagnosis.report import report_lines
-from unicl_fast.benchmarks.diagnosis.session import gains_again
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.diagnose.report import report_lines
+from unicl_fast.tools.diagnose.session import gains_again
 from unicl_fast.training.assembly import make_trainer
 
 ON_CPU = {"device": "cpu", "cores": 2, "compute_threads": 2}
@@ -203,7 +203,7 @@ def test_turns_of_a_loop_end_in_time_and_go_on_where_they_ended() -> None:
 ENDING = """
 import sys, time
 from pathlib import Path
-from unicl_fast.benchmarks.diagnosis import deadline
+from unicl_fast.tools.diagnose import deadline
 deadline.START_SECONDS = 1.0
 show = lambda found: print(found.applied)
 one = deadline.Deadline(0.2, scratch=Path(sys.argv[1]), conclude=show)
@@ -255,7 +255,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Pat
 def test_images_are_packed_anew_with_all_that_a_loader_needs(
     labelled: Path, tmp_path: Path
 ) -> None:
-    from unicl_fast.benchmarks.diagnosis.variants import pack_again
+    from unicl_fast.tools.diagnose.variants import pack_again
 
     smaller = {"short_side": 40, "format": "jpeg"}
     with PackedDataset(labelled) as dataset:
@@ -274,9 +274,9 @@ def test_images_are_packed_anew_with_all_that_a_loader_needs(
 
 SLEEPING = """
 import sys, time
-from unicl_fast.benchmarks import run
-from unicl_fast.benchmarks.diagnosis import deadline
-from unicl_fast.benchmarks.diagnosis import session
+from unicl_fast.tools import bench as run
+from unicl_fast.tools.diagnose import deadline
+from unicl_fast.tools.diagnose import session
 from unicl_fast.pipelines.loader import TrainLoader
 describe = session._diagnosis
 plain, noted = TrainLoader.batches, []
@@ -332,7 +332,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
     options = ["--seconds", "10", "--apply", "--json", str(result), *SMALL]
     command = ["run", "--data", str(labelled), "--nproc", str(nproc), "--out", str(out), *options]
     shown = subprocess.run(
-        [sys.executable, "-m", "unicl_fast.benchmarks.run", *command],
+        [sys.executable, "-m", "unicl_fast.tools.bench", *command],
         check=True, stdout=subprocess.PIPE, text=True, timeout=400,
     ).stdout  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
@@ -357,7 +357,7 @@ def test_a_run_is_diagnosed_from_its_options(labelled: Path, tmp_path: Path, npr
 def test_wrong_options_are_refused_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from unicl_fast.benchmarks.run import main
+    from unicl_fast.tools.bench import main
 
     with pytest.raises(SystemExit) as stopped:
         main(["run", "--data", str(tmp_path / "nowhere"), *SMALL])

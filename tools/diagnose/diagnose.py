@@ -18,12 +18,12 @@ from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.images.codec import ImageError
 
-from ..harness import in_turns
 from .advise import advise, find_limit, waits_for_storage
 from .bench import Bench, Contestant
 from .clocks import Loop, Watch
 from .deadline import Budget, seconds_since_start
 from .loader_parts import feed_stages, graph_stages
+from .measuring import in_turns
 from .model import (
     CHECKPOINT,
     EVALUATION,

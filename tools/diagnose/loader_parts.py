@@ -25,9 +25,9 @@ from unicl_fast.pipelines.graph import (
 from unicl_fast.pipelines.loader import decoder_of
 from unicl_fast.system.wording import count_of
 
-from ..harness import in_turns
 from .bench import Bench
 from .clocks import FIRST_STEP, flow
+from .measuring import in_turns
 from .model import CHECKSUMS, READ, Cost, Stage, median
 
 T = TypeVar("T")

@@ -24,17 +24,17 @@ from unicl_fast.system.atomic_files import make_folder, write_text_atomically
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_environment
 from unicl_fast.system.wording import without_secrets
-from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-from ..harness import Stage
+from ..pretrain import parse_arguments, split_config
 from .deadline import Deadline
+from .measuring import result_text
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
     from .report import Diagnosis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Stage):
+class Run:
     """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
 
     All options of unicl-pretrain are taken too, such as --preset and --efficiency.precision.
@@ -54,6 +54,8 @@ class Run(Stage):
     """Folder for the report: report.html and report.json."""
     folder: Path | None = None
     """Folder on the disk that checkpoints go to; by default a temporary one."""
+    json: Path | None = None
+    """File for the report as JSON, too."""
     rounds: int = 3
     """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
@@ -75,7 +77,7 @@ class Run(Stage):
         if self.out is not None:
             make_folder(self.out)  # refused before anything is measured if it cannot be written
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
-            start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
+            start_ranks("unicl_fast.tools.bench", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
             arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
@@ -103,7 +105,7 @@ class Run(Stage):
         from .report import report_lines
 
         print("\n".join(report_lines(found)), flush=True)
-        text = self.result_text({}, "timm", "nvidia-dali-cuda120", **found.as_dict())
+        text = result_text(self, "timm", "nvidia-dali-cuda120", **found.as_dict())
         if self.json is not None:
             self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
