@@ -77,6 +77,25 @@ def test_the_limit_is_named_with_its_evidence(changes: dict[str, Any], stage: st
     assert limit.sentence.startswith(f"{stage} limits the run to ")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"waiting": 0.5, "whole": cost(1.0, 7.0)}, "unicl-pack build --resize short:256"),
+        ({"waiting": 0.5, "threads": 2}, "set data.threads=0"),
+        ({"waiting": 0.5, "reading": 0.9}, "copy the data to a faster disk"),
+        ({"waiting": 0.5, "reading": 0.9, "is_remote": True}, "; give data.cache_bytes room"),
+        (
+            {"periodic": (Periodic(name=CHECKPOINT, every_steps=3, seconds=0.2),)},
+            "training waits 0.20 s every 3 steps; raise checkpoint.every_steps",
+        ),
+    ],
+)
+def test_the_limit_comes_with_the_remedy_that_a_run_would_log(
+    changes: dict[str, Any], words: str
+) -> None:
+    assert words in find_limit(measured(**changes)).sentence
+
+
 def test_advice_gains_in_each_round_and_is_ordered_by_gain() -> None:
     trials = (
         trial("--a", 0.85, 0.9, 0.8), trial("--b", 0.5, 0.5), trial("--straddles", 0.5, 1.01),

@@ -12,6 +12,7 @@ import pytest
 from browser import look_at
 from diagnoses import MS, STAGES, cost, diagnosis, measured, trial
 
+from unicl_fast.tools.diagnose.measuring import result_text
 from unicl_fast.tools.diagnose.model import (
     CHECKPOINT,
     Measured,
@@ -36,7 +37,7 @@ def run_of(**changes: Any) -> Measured:
 
 
 def result_of(found: Diagnosis, given: tuple[str, ...] = ("--data", HOSTILE)) -> str:
-    return Run(given=given, data=(SECRET,)).result_text({}, **found.as_dict())
+    return result_text(Run(given=given, data=(SECRET,)), **found.as_dict())
 
 
 def page_of(found: Diagnosis) -> str:

@@ -18,7 +18,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.images.codec import ImageError
 
-from .advise import advise, find_limit, waits_for_storage
+from .advise import advise, find_limit, usage_of
 from .bench import Bench, Contestant
 from .clocks import Loop, Watch
 from .deadline import Budget, seconds_since_start
@@ -144,6 +144,8 @@ class Diagnoser:
             gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
             ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             start_seconds=self._start_seconds,
+            decodes_files=bench.loader.reading.decodes_files,
+            is_remote=any(dataset.cache is not None for dataset in bench.parts.datasets),
         )
 
     def _turn_of_run(self, seconds: float) -> Loop:
@@ -207,7 +209,7 @@ class Diagnoser:
         bench, turn = self.bench, self.budget.turn
         self.budget.phase = "the loader's stages"
         stages = feed_stages(bench, seconds=turn / 2)
-        if not waits_for_storage(measured):  # in which time it could hardly be measured
+        if not usage_of(measured).waits_for_storage:  # in which time it could hardly be measured
             stages += graph_stages(bench, seconds=turn)
         self.budget.phase = "the step's parts"
         parts = bench.step_stages(batch, seconds=2 * turn)

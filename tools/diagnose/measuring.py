@@ -78,7 +78,7 @@ def wait_for_gpu() -> None:
         torch.cuda.synchronize()
 
 
-def result_text(options: Any, *packages: str, **more: Any) -> str:
+def result_text(options: Any, /, *packages: str, **more: Any) -> str:
     """The JSON of a result, with `options` (a dataclass) and machine; URLs lose their secrets."""
     settings = dataclasses.asdict(options)
     settings.pop("json")

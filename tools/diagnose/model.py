@@ -183,6 +183,10 @@ class Measured:
     largest_batch: int = 0
     """The largest local batch that fits, by the memory plan; 0 where none does."""
     not_measured: tuple[str, ...] = ()
+    decodes_files: bool = True
+    """Whether images are encoded files, not raw."""
+    is_remote: bool = False
+    """Whether data sets are under URLs."""
 
     @property
     def rate(self) -> float:

@@ -1,7 +1,7 @@
 """Finds out what limits a run from measurements of its steps, and names the option that helps.
 
 `LIMITS` is the table: numbers in, a sentence out. `BottleneckWatch` collects the numbers of a run
-and says each sentence once.
+and logs each sentence once; `unicl-bench run` asks the same table about a run that it measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,6 +33,17 @@ _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
 to wait is no rule."""
 _START_STEPS = 16
 """Steps of a start that are in no window: kernels are compiled, caches and batches ahead filled."""
+
+
+class Pause(NamedTuple):
+    """Work during which training waits, such as checkpoints."""
+
+    name: str
+    part: float
+    """Part of the time, 0 to 1."""
+    evidence: str
+    option: str
+    """The option that makes it rarer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,10 +76,22 @@ class Usage:
     """Whether images are encoded files, not raw."""
     is_remote: bool = False
     """Whether data sets are under URLs."""
+    pauses: tuple[Pause, ...] = ()
+    """Known to `unicl-bench run` only."""
+    least_part: float = WAIT_FRACTION
+    """Waiting and pauses below this part of the time are left alone."""
 
     @property
     def waits(self) -> bool:
-        return self.data_wait_seconds > WAIT_FRACTION * self.seconds
+        return self.data_wait_seconds > self.least_part * self.seconds
+
+    @property
+    def waits_for_storage(self) -> bool:
+        return self.waits and self.reading_blocked > _BLOCKED
+
+    @property
+    def longest_pause(self) -> Pause | None:
+        return max(self.pauses, key=lambda pause: pause.part, default=None)
 
     @property
     def used(self) -> float:
@@ -79,6 +102,14 @@ class Usage:
     def waiting(self) -> str:
         part = self.data_wait_seconds / self.seconds
         return f"training waits for data {part:.0%} of the time"
+
+
+def _pauses(usage: Usage) -> str | None:
+    pause = usage.longest_pause
+    waiting = usage.data_wait_seconds / usage.seconds
+    if pause is None or pause.part <= max(usage.least_part, waiting):
+        return None
+    return f"{pause.evidence}; raise {pause.option}"
 
 
 def _other_processes(usage: Usage) -> str | None:
@@ -103,16 +134,17 @@ def _other_processes(usage: Usage) -> str | None:
 
 
 def _storage(usage: Usage) -> str | None:
-    if not usage.waits or usage.reading_blocked <= _BLOCKED:
+    if not usage.waits_for_storage:
         return None
     remedies = "copy the data to a faster disk, or pack smaller images (unicl-pack build --resize)"
     if usage.is_remote:
         rate = usage.read_bytes / usage.seconds / 1e6
         remedies = (
-            f"{rate:,.1f} MB/s come from the store; give data.cache_bytes "
-            "room for the data set or set data.shuffle_window, and put data.cache_folder on a disk "
-            "of this machine"
+            "give data.cache_bytes room for the data set or set data.shuffle_window, and put "
+            "data.cache_folder on a disk of this machine"
         )
+        if usage.read_bytes:
+            remedies = f"{rate:,.1f} MB/s come from the store; {remedies}"
     return (
         f"{usage.waiting}, for storage: its readers are blocked {usage.reading_blocked:.0%} of the "
         f"time; {remedies}"
@@ -145,6 +177,7 @@ def _decoding(usage: Usage) -> str | None:
 
 
 LIMITS: dict[str, Callable[[Usage], str | None]] = {
+    "pauses": _pauses,
     "other processes": _other_processes,
     "storage": _storage,
     "decoding threads": _decoding_threads,
