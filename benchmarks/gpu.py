@@ -78,7 +78,7 @@ class Gpu(Program):
             for name, command in commands_of(stage, self.out).items():
                 print(f"{name} ...", flush=True)
                 parts[name] = _run_part(name, command, self.out, deadline)
-                # after each part: a machine that is taken away leaves what it has measured
+                # after each part: a machine that is taken away leaves its results
                 text = json.dumps({"machine": machine, "parts": parts}, indent=1) + "\n"
                 (self.out / "gpu.json").write_text(text, encoding="utf-8")
         if failed := [name for name, end in parts.items() if end != "done"]:
@@ -205,7 +205,7 @@ def check_loss(device: torch.device) -> Figures:
 
 
 def measure_ways(device: torch.device) -> Figures:
-    """Images/s of Swin-T's step by kernel and compilation; the host may not wait for the GPU."""
+    """Images/s of Swin-T's step by kernel and compilation; the host must not wait for the GPU."""
     is_gpu = device.type == "cuda"
     encoder, side = ("swin_tiny_patch4_window7_224", 224) if is_gpu else ("test_vit", 160)
     batch_size = 64 if is_gpu else 4

@@ -51,19 +51,19 @@ class Program(abc.ABC):
 
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Self:
-        """The program with these options of the command line; exits with 2 where one is wrong."""
+        """The program with these options of the command line; exits with 2 if one is wrong."""
         import tyro
 
         return tyro.cli(cls, args=list(options), prog=prog)
 
     @abc.abstractmethod
     def run(self) -> None:
-        """Does its work, prints, and writes what its options ask for."""
+        """Does its work, prints, and writes the files that its options name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Program):
-    """Options of what is measured in rounds."""
+    """Options of programs that measure in rounds."""
 
     json: Path | None = None
     """File for the result as JSON."""
@@ -120,7 +120,7 @@ def busy_part(name: str, work: Callable[[], object], *, seconds: float) -> float
     from torch.utils._pytree import tree_leaves
 
     results: list[object] = []
-    # the profiler starts its service at the first use in a process, which may be too late
+    # the profiler starts its service at the first use in a process, which can be too late
     kernels = 0.0
     for _ in range(2):
         kernels = kernels or kernel_seconds(lambda: results.append(work()))
@@ -203,7 +203,7 @@ class Ended(NamedTuple):
     """A process that has ended, with all processes that it waited for."""
 
     code: int | None
-    """None where it was killed since its time was over."""
+    """None if it was killed because its time was over."""
     wall_seconds: float
     cpu_seconds: float
     largest_bytes: int
@@ -218,7 +218,7 @@ def run_apart(
     environment: Mapping[str, str] = MappingProxyType({}),
     watch: Callable[[int], object] = lambda number: None,
 ) -> Ended:
-    """Runs a command in a session of its own, which is killed after `seconds` and by Ctrl-C.
+    """Runs a command in its own session, which is killed after `seconds` and by Ctrl-C.
 
     Its output goes into a file. `watch` is called with the session's number now and then.
     """

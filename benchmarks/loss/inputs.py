@@ -213,7 +213,7 @@ def _layouts(
     }
     _compare(layouts, largest=1e-3)
     if varlen is not None:
-        # it takes no fp32, in which the others were compared; features are about 1 each
+        # it does not accept fp32, in which the others were compared; features are about 1 each
         rows = {"packed, rows of any length": lambda: encode(trimmed, num_tokens, attention=varlen)}
         with precision.autocast(device.type):
             _compare({"padded": layouts["padded"], **rows}, largest=0.1)

@@ -76,7 +76,7 @@ class Step(Stage):
                 self.write_result(figures, "open_clip_torch", "timm", precision=precision)
 
     def _measure_open_clip(self, config: TrainConfig, batch: Batch) -> Figures:
-        from .open_clip import measure_open_clip  # with open_clip, which a bare checkout may lack
+        from .open_clip import measure_open_clip  # imports open_clip, which other parts do not need
 
         return measure_open_clip(config, batch, rounds=self.rounds)
 

@@ -14,6 +14,8 @@ from pack_runs import jpeg
 
 from benchmarks import packing
 
+pytestmark = pytest.mark.slow
+
 FAKE_WRITER = """
 import tarfile, io
 class WebDatasetSampleWriter:

@@ -26,6 +26,8 @@ from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import bench as unicl_bench
 
+pytestmark = pytest.mark.slow
+
 
 def outcome(contestant: str, images: int, seconds: float, score: float, seed: int = 0) -> Outcome:
     return Outcome(
@@ -152,7 +154,6 @@ def test_weights_of_data_sets_are_those_of_the_list(
     assert any("drawing" in line for line in lines if "images-1" in line)
 
 
-@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.dist
 @pytest.mark.timeout(280)
@@ -206,7 +207,6 @@ def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.dist
 @pytest.mark.timeout(280)

@@ -22,6 +22,8 @@ from benchmarks.resume.report import Counts, count, table
 from benchmarks.resume.run import Resume
 from unicl_fast.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 TWO, ONE = Layout(2, 1), Layout(1, 1)
 
@@ -136,7 +138,6 @@ def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path:
     assert not alive
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     samples = []
@@ -153,7 +154,6 @@ def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: 
     assert len(broken.kills) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_program_writes_table_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

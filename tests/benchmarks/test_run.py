@@ -22,6 +22,8 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.bench import PROGRAMS, main
 from unicl_fast.tools.pack.__main__ import main as pack
 
+pytestmark = pytest.mark.slow
+
 _TINY_STEP = ("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160")
 _TINY_INPUT = ("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1")
 
@@ -53,7 +55,6 @@ def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> s
     return set(result["figures"])
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -66,7 +67,6 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -80,7 +80,6 @@ def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> Non
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -91,7 +90,6 @@ def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -106,7 +104,6 @@ def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_pa
     } <= found  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")

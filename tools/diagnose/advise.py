@@ -1,4 +1,4 @@
-"""From the numbers of a diagnosis to sentences: the limit, what to change, what does not help.
+"""From the numbers of a diagnosis to sentences: the limit, useful changes, useless changes.
 
 Nothing here measures, so all of it can be tested with made-up numbers.
 """
@@ -42,9 +42,9 @@ class Advice:
 
 
 def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
-    """Advice that gains something, the largest gain first; and what was found not to matter.
+    """Advice that gains something, the largest gain first; and the changes that do not matter.
 
-    A change whose rounds do not all gain is none.
+    A change is advice only if all its rounds gain.
     """
     every = []
     for trial in measured.trials:
@@ -70,7 +70,7 @@ def hints(measured: Measured) -> Iterator[str]:
 
 
 def neighbours(measured: Measured) -> str:
-    """A sentence on other processes of the machine, where they take much of it."""
+    """A sentence on other processes of the machine, if they take much of it."""
     if not measured.is_busy:
         return ""
     who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
@@ -82,7 +82,7 @@ def neighbours(measured: Measured) -> str:
 
 
 def usage_of(measured: Measured) -> Usage:
-    """The numbers of a run as the table of limits takes them, per second."""
+    """The numbers of a run for the table of limits, per second of the run."""
     options = {CHECKPOINT: "checkpoint.every_steps"}
     pauses = [
         Pause(

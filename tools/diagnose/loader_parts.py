@@ -70,7 +70,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
 
 def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
-    """Only decode, then with resizing, then with augmentation: what each adds."""
+    """Decoding alone, then with resizing, then with augmentation: the cost that each adds."""
     loader, dataset = bench.loader, bench.parts.datasets[0]
     data = dataclasses.replace(bench.config.data, prefetch=1)
     if loader.form == "crops":
@@ -138,7 +138,7 @@ def _crops(bench: Bench, seconds: float) -> Stage:
 
 
 def decoding_stage(bench: Bench) -> str:
-    """The name of the stage that decodes images, or takes them as they are stored."""
+    """The name of the stage that decodes images, or crops stored pixels."""
     kind = image_kind(bench.parts.datasets[0])
     if bench.loader.form != "crops":
         return f"{kind} decode"
@@ -146,7 +146,7 @@ def decoding_stage(bench: Bench) -> str:
 
 
 def image_kind(dataset: PackedDataset) -> str:
-    """JPEG, PNG, WebP or raw: that of the first sample."""
+    """The kind of the first sample: JPEG, PNG, WebP or raw."""
     first = bytes(dataset.image_bytes(0)[:12])
     if first.startswith(b"\xff\xd8"):
         return "JPEG"

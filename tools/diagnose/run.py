@@ -1,4 +1,4 @@
-"""`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
+"""`unicl-bench run` says what limits a run, what to do about it, and how long it will take.
 
     unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
         [--apply] [OPTIONS of unicl-pretrain]
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # it imports torch, which reads the environment once
 class Run:
     """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
 
-    All options of unicl-pretrain are taken too, such as --preset and --efficiency.precision.
+    Also accepts all options of unicl-pretrain, such as --preset and --efficiency.precision.
     """
 
     data: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Run:
     """Ranks to start on this machine."""
     seconds: float = 60.0
     """Time to measure for. It ends, in any case, after twice that and 60 seconds; with --apply
-    each further pass may take as long again."""
+    each further pass can take as long again."""
     apply: bool = False
     """Follow the best advice that changes no result, measure it again, keep it if it helps, and so
     on; print the options to use."""
@@ -59,7 +59,7 @@ class Run:
     rounds: int = 3
     """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
-    """Length of the run whose time is given; 0 takes run.samples or run.steps, or 32 epochs."""
+    """Length of the run whose time is given; 0: run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()

@@ -24,8 +24,8 @@ WAIT_FRACTION = 0.05
 _LOST_CORES = 0.15
 """Part of its cores that a process must lose to others: daemons and kernel threads take less."""
 _BLOCKED = 0.5
-"""Part of the time in which readers wait for storage, from which on it is the limit: where decoding
-is, they have read ahead and rest."""
+"""Part of the time in which readers wait for storage, above which it is the limit: if decoding is,
+they have read ahead and rest."""
 _IDLE_CORES = 0.25
 """Part of a rank's cores without work, from which on more decoding threads can help."""
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
@@ -65,7 +65,7 @@ class Usage:
     reading_blocked: float = 0.0
     """Part of the time that a reading thread waited for storage, 0 to 1."""
     read_bytes: int = 0
-    """Bytes that came from object stores; 0 where all data sets are in folders."""
+    """Bytes that came from object stores; 0 if all data sets are in folders."""
     on_gpu: bool = False
     """Whether a GPU trains; other processes only slow its loader."""
     compute_threads: int = 1
@@ -117,7 +117,7 @@ def _other_processes(usage: Usage) -> str | None:
     lost = min(usage.cpu_wait_seconds, usage.others_cpu_seconds, capacity - usage.cpu_seconds)
     if lost <= _LOST_CORES * capacity or not (usage.waits or not usage.on_gpu):
         return None
-    remedies = "end them, or give the run cores of its own"
+    remedies = "end them, or give the run its own cores"
     if not usage.on_gpu and usage.compute_threads > 1:
         # two busy processes on two cores: 0.7 of the CPU time, and 0.9 of the wall time
         remedies += (
@@ -183,12 +183,12 @@ LIMITS: dict[str, Callable[[Usage], str | None]] = {
     "decoding threads": _decoding_threads,
     "decoding": _decoding,
 }
-"""Rules for what may limit a rank, in order: the first that gives a sentence (the evidence and what
-helps) is reported, since each explains what those after it would be blamed for."""
+"""Rules for the limits of a rank, in order: the first that gives a sentence (evidence and remedies)
+is reported, since each explains effects that the rules after it would blame on other causes."""
 
 
 def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
-    """The name and the sentence of what limits a rank, or None where nothing stands out."""
+    """The name and the sentence of the limit of a rank, or None if nothing stands out."""
     for name, rule in LIMITS.items():
         if usage.seconds > 0 and (sentence := rule(usage)):
             return name, sentence
@@ -201,7 +201,7 @@ class BottleneckWatch:
     def __init__(
         self, data: DataConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
     ) -> None:
-        """Begins before the first step; `reading` is the loader's, None where it measures none."""
+        """Begins before the first step; `reading` is the loader's, None if it measures none."""
         self._reading = reading or ReadingTime()
         self._cores = float(ranks.cores or usable_cores())
         self._ranks_here = max(1, round(len(os.sched_getaffinity(0)) / self._cores))
@@ -222,7 +222,7 @@ class BottleneckWatch:
         self._read_bytes = int(values.get("storage_bytes_read", 0))
 
     def look(self, values: Mapping[str, float], *, num_steps: int) -> str | None:
-        """Takes a line of metrics, the means of `num_steps` steps; returns what is to be logged."""
+        """Accepts a line of metrics, the means of `num_steps` steps; returns a sentence to log."""
         begun, self._steps = self._steps, self._steps + num_steps
         if begun < _START_STEPS:
             self._begin(values)
