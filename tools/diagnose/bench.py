@@ -217,7 +217,7 @@ class Bench:
     # The parts of a step.
 
     def step_stages(self, batch: Batch, *, seconds: float) -> list[Stage]:
-        """The parts of a step; none with micro-batches, an objective without texts, or mixed labels."""
+        """The parts of a step; none with micro-batches, mixed labels, or without texts."""
         config, objective = self.config, self.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
         if micro or not objective.uses_texts or objective.mixes:
