@@ -13,7 +13,6 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY unicl_fast unicl_fast
 COPY pipelines pipelines
 COPY tools tools
-COPY benchmarks benchmarks
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:${PYTHON}-slim-bookworm AS base

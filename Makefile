@@ -17,8 +17,8 @@ demo-photos: $(VENV)/photos.stamp
 notebook: $(VENV)/dev.stamp
 	$(BIN)/python examples/renew_notebook.py
 
-# The stale figures of README, docs/performance.md and docs/benchmarks.md, measured again (hours, on
-# a quiet machine); some of them: make figures ONLY="step_ input-256"
+# The figures of docs/benchmarks.md, measured again (hours, on a quiet machine); some of them:
+# make figures ONLY="step_ input-256"
 UNICL_TEST_DATA ?= ../shared/data
 figures: $(VENV)/dev.stamp
 	$(BIN)/python docs/site/figures.py --test-data $(UNICL_TEST_DATA) --work build/figures \

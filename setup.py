@@ -1,8 +1,8 @@
 """Maps the checkout's rooms into one namespace, so that an install has one top-level name.
 
-`pipelines/`, `tools/` and `benchmarks/` lie beside `unicl_fast/` in the checkout, where a reader
-finds them, and are imported as `unicl_fast.pipelines` and so on. The roots are written out: nothing
-called `tools` or `pipelines` can ever be installed by accident.
+`pipelines/` and `tools/` lie beside `unicl_fast/` in the checkout, where a reader finds them, and
+are imported as `unicl_fast.pipelines` and `unicl_fast.tools`. The roots are written out: nothing
+called `tools` or `pipelines` can ever be installed by accident. `benchmarks/` is not installed.
 """
 
 from setuptools import find_packages, setup
@@ -11,7 +11,6 @@ ROOTS = {
     "unicl_fast": "unicl_fast",
     "unicl_fast.pipelines": "pipelines",
     "unicl_fast.tools": "tools",
-    "unicl_fast.benchmarks": "benchmarks",
 }
 
 setup(
@@ -28,6 +27,6 @@ setup(
         "unicl_fast.conversion": ["card.md"],
         "unicl_fast.evaluation": ["serve.html", "serve.js"],
         "unicl_fast.tools.demo_photos": ["page.html", "captions.csv"],
-        "unicl_fast.benchmarks.diagnosis": ["page.html"],
+        "unicl_fast.tools.diagnose": ["page.html"],
     },
 )

@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import math
 import multiprocessing
 import os
-import platform
 import re
 import signal
 import statistics
@@ -22,23 +20,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self
 
-from unicl_fast.system.wording import without_secrets
-
-from .sources import marks_of
+from unicl_fast.tools.diagnose.measuring import Turn, in_turns, result_text, timed
 
 Figure = dict[str, Any]
 """Median, low, high and all values of a quantity."""
 Figures = dict[str, Figure]
 Unit = Literal["wall_seconds", "cpu_seconds"]
 """A field of `Turn`."""
-T = TypeVar("T")
 _CALLS_ON_GPU = 3
+_LEAST_BUSY = 0.1
+"""Least part of the time that kernels must take. Small batches in eager mode leave the GPU idle for
+more than half of it, work on the CPU for all of it."""
 _POLL_SECONDS, _WATCH_SECONDS = 0.05, 2.0
+FIND_BENCHMARKS = f"import sys; sys.path.append({str(Path(__file__).resolve().parents[1])!r})"
+"""The first statement of a Python program that imports `benchmarks`."""
+
+
+def module_command(module: str) -> list[str]:
+    """The command that runs a module of this folder, such as `gpu`, as a program."""
+    run = f"import runpy; runpy.run_module('{__package__}.{module}', run_name='__main__')"
+    return [sys.executable, "-c", f"{FIND_BENCHMARKS}; {run}"]
 
 
 class Program(abc.ABC):
@@ -46,19 +51,19 @@ class Program(abc.ABC):
 
     @classmethod
     def parse(cls, options: Sequence[str], *, prog: str) -> Self:
-        """The program with these options of the command line; exits with 2 where one is wrong."""
-        import tyro  # here: a bare checkout on a machine with a GPU has none
+        """The program with these options of the command line; exits with 2 if one is wrong."""
+        import tyro
 
         return tyro.cli(cls, args=list(options), prog=prog)
 
     @abc.abstractmethod
     def run(self) -> None:
-        """Does its work, prints, and writes what its options ask for."""
+        """Does its work, prints, and writes the files that its options name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Program):
-    """Options of what is measured in rounds."""
+    """Options of programs that measure in rounds."""
 
     json: Path | None = None
     """File for the result as JSON."""
@@ -72,58 +77,11 @@ class Stage(Program):
         Raises RuntimeError before anything is timed if the contestants disagree.
         """
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """Folders and files of the library whose change makes the figures stale."""
-        return ()
-
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
         if self.json is not None:
-            text = self.result_text(figures, *packages, **more)
+            text = result_text(self, *packages, **more, figures=figures)
             self.json.write_text(text, encoding="utf-8")
-
-    def result_text(self, figures: Figures, *packages: str, **more: Any) -> str:
-        """The JSON that `write_result` writes; URLs are without their secrets."""
-        settings = dataclasses.asdict(self)
-        settings.pop("json")
-        machine = describe_machine(*packages)
-        result = {**more, "figures": figures, "settings": settings, "machine": machine}
-        if rooms := self.timed_rooms():
-            result["sources"] = marks_of(rooms)
-        return without_secrets(json.dumps(result, indent=1, default=_last_parts)) + "\n"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
-    """One contestant's work, once."""
-
-    wall_seconds: float
-    cpu_seconds: float
-    """CPU time of all threads of this process."""
-
-
-def in_turns(
-    contestants: Mapping[str, Callable[[], T]],
-    *,
-    rounds: int,
-    warm_up: int = 0,
-    before: Callable[[str], object] = lambda name: None,
-    most_seconds: float = math.inf,
-) -> dict[str, list[T]]:
-    """Collects the results of each contestant, one per round after `warm_up` rounds.
-
-    `before` is called with the name of the contestant whose turn comes. After `most_seconds` no
-    further round begins.
-    """
-    found: dict[str, list[T]] = {name: [] for name in contestants}
-    deadline = time.perf_counter() + most_seconds
-    for number in range(warm_up + rounds):
-        if number > warm_up and time.perf_counter() > deadline:
-            break
-        for name, work in contestants.items():
-            before(name)
-            found[name].append(work())
-    return {name: results[warm_up:] for name, results in found.items()}
 
 
 def take_turns(
@@ -144,34 +102,55 @@ def take_turns(
     works = {name: functools.partial(timed, one, calls=calls) for name, one in contestants.items()}
     turns = in_turns(works, rounds=rounds, warm_up=warm_up, before=before)
     for name, work in contestants.items() if device_type == "cuda" else ():
-        from .on_gpu import busy_part  # torch, which not every program needs
-
         seconds = statistics.median(turn.wall_seconds for turn in turns[name])
         print(f"{name}: kernels ran in {busy_part(name, work, seconds=seconds):.0%} of the time")
     return turns
 
 
-def timed(
-    work: Callable[[], object],
-    *,
-    cpu_clock: Callable[[], float] = time.process_time,
-    calls: int = 1,
-) -> Turn:
-    """Times one of `calls` calls, on average, after collecting garbage; waits for the GPU."""
-    gc.collect()
-    wait_for_gpu()
-    wall, cpu = time.perf_counter(), cpu_clock()
-    for _ in range(calls):
+class NotOnDeviceError(RuntimeError):
+    """Work that was to be timed on a GPU was not done there."""
+
+
+def busy_part(name: str, work: Callable[[], object], *, seconds: float) -> float:
+    """The part of a call's `seconds` in which kernels ran; it returns tensors, in any nesting.
+
+    Raises NotOnDeviceError if hardly any kernel ran, or the results are not on the GPU.
+    """
+    import torch  # here: not every program needs it
+    from torch.utils._pytree import tree_leaves
+
+    results: list[object] = []
+    # the profiler starts its service at the first use in a process, which can be too late
+    kernels = 0.0
+    for _ in range(2):
+        kernels = kernels or kernel_seconds(lambda: results.append(work()))
+    places = {getattr(leaf, "device", None) for leaf in tree_leaves(results)}
+    found = {place.type if isinstance(place, torch.device) else "no tensor" for place in places}
+    reasons = {
+        f"its results are on {', '.join(sorted(found)) or 'no device'}": found != {"cuda"},
+        f"kernels ran in {kernels:.2e} of {seconds:.2e} s": kernels < _LEAST_BUSY * seconds,
+    }
+    if wrong := [reason for reason, holds in reasons.items() if holds]:
+        raise NotOnDeviceError(f"{name} was not done on the GPU: {'; '.join(wrong)}")
+    return kernels / seconds
+
+
+def kernel_seconds(work: Callable[[], object]) -> float:
+    """Seconds of the device's kernels in one call, without copies from and to the host."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
-    wait_for_gpu()
-    return Turn((time.perf_counter() - wall) / calls, (cpu_clock() - cpu) / calls)
-
-
-def wait_for_gpu() -> None:
-    """Returns when a GPU that this process uses has done all that it was given."""
-    torch = sys.modules.get("torch")  # not every stage needs it
-    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    seconds: float = sum(
+        event.time_range.elapsed_us() / 1e6
+        for event in profiler.events() or ()
+        if event.device_type.name == "CUDA"
+        and not getattr(event, "is_user_annotation", False)
+        and not any(copy in event.name for copy in ("HtoD", "DtoH"))
+    )
+    return seconds
 
 
 def ratio_of(
@@ -220,53 +199,11 @@ def printed(figures: Figures) -> Figures:
     return figures
 
 
-def _last_parts(value: object) -> str:
-    """Shortens a path: its first parts are private to a machine."""
-    if not isinstance(value, Path):
-        raise TypeError(f"a result holds numbers, texts and paths, not {value!r}")
-    return str(Path(*value.parts[-2:]))
-
-
-def describe_machine(*packages: str) -> dict[str, Any]:
-    """Describes processor, commit and day; versions of Python, torch and installed `packages`."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    commit = ""
-    with contextlib.suppress(FileNotFoundError):  # no git
-        commit = _git("describe", "--always")
-        if commit and _git("diff", "--name-only", "HEAD", "--", "*.py"):
-            commit += "-dirty"
-    versions = {}
-    for package in ("torch", *packages):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    torch = sys.modules.get("torch")
-    has_gpu = torch is not None and torch.cuda.is_initialized()
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        **({"gpu": torch.cuda.get_device_name()} if torch is not None and has_gpu else {}),
-        "load_average": os.getloadavg(),  # above `threads`: other jobs were running
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        **versions,
-    }
-
-
-def _git(*words: str) -> str:
-    ended = subprocess.run(
-        ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
-    return ended.stdout.strip()
-
-
 class Ended(NamedTuple):
     """A process that has ended, with all processes that it waited for."""
 
     code: int | None
-    """None where it was killed since its time was over."""
+    """None if it was killed because its time was over."""
     wall_seconds: float
     cpu_seconds: float
     largest_bytes: int
@@ -281,7 +218,7 @@ def run_apart(
     environment: Mapping[str, str] = MappingProxyType({}),
     watch: Callable[[int], object] = lambda number: None,
 ) -> Ended:
-    """Runs a command in a session of its own, which is killed after `seconds` and by Ctrl-C.
+    """Runs a command in its own session, which is killed after `seconds` and by Ctrl-C.
 
     Its output goes into a file. `watch` is called with the session's number now and then.
     """

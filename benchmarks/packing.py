@@ -40,21 +40,11 @@ from PIL import Image
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFormat
 from unicl_fast.images.codec import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
-from unicl_fast.system.installation import install_command
 from unicl_fast.system.machine import usable_cores
+from unicl_fast.tools.diagnose.measuring import Turn, in_turns, timed
 
-from .harness import (
-    Figures,
-    Stage,
-    Turn,
-    in_turns,
-    printed,
-    rate_of,
-    ratio_of,
-    seconds_of,
-    summarise,
-    timed,
-)
+from .harness import Figures, Stage, printed, rate_of, ratio_of, seconds_of, summarise
+from .input.contenders import INSTALL
 
 _OURS, _BARE, _WEBDATASET, _IMG2DATASET = "unicl-pack", "bare loop", "webdataset", "img2dataset"
 CONTESTANTS = {
@@ -68,7 +58,7 @@ CONTESTANTS = {
 }
 _NEEDS = {_WEBDATASET: ("webdataset",), _IMG2DATASET: ("img2dataset", "webdataset", "pyarrow")}
 _INSTALL = {
-    _WEBDATASET: install_command("bench"),
+    _WEBDATASET: INSTALL,
     _IMG2DATASET: "pip install --no-deps img2dataset",
 }
 _CHUNK = 64
@@ -92,10 +82,6 @@ class Pack(Stage):
     """Number of images to take, evenly spread; 0 takes all."""
     copies: int = 1
     """Copies of each image: a run should be much longer than the start of its processes."""
-
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code of packing."""
-        return ("packing/build.py", "packing/samples.py", "dataset/writer.py", "images")
 
     def run(self) -> None:
         left_out = {name: why for name in _NEEDS if (why := _missing(name))}

@@ -16,8 +16,8 @@ import yaml
 from browser import dump_page
 
 import unicl_fast
-from unicl_fast.benchmarks.run import load_program
 from unicl_fast.distributed import signals
+from unicl_fast.tools.bench import load_program
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -99,7 +99,7 @@ _PROGRAMS = {  # with how many words before the options
     "unicl-convert": ("unicl_fast.tools.convert.__main__", 1),
     "unicl-ledger": ("unicl_fast.tools.ledger", 0),
     "unicl-doctor": ("unicl_fast.tools.doctor.__main__", 0),
-    "unicl-bench": ("unicl_fast.benchmarks.run", 1),
+    "unicl-bench": ("unicl_fast.tools.bench", 1),
 }
 
 

@@ -18,10 +18,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from trunk_table import CHECKOUT, files_of, imports_of, module_of, tree_of
 
-MAPPED = ("pipelines", "tools", "benchmarks")
+MAPPED = ("pipelines", "tools")
 
 # Floors, lowest first: a room may import those of the floors below it, and itself. A single file of
-# unicl_fast/ is a room too. `benchmarks` measures everything and is known by nobody.
+# unicl_fast/ is a room too.
 FLOORS = [
     {"system", "batch"},
     {"augmentation", "stages"},
@@ -35,13 +35,12 @@ FLOORS = [
     {"packing", "conversion"},
     {"evaluation"},
     {"tools"},
-    {"benchmarks"},
 ]
 # What only some rooms may import, whatever the floor.
 OUTSIDE = {
-    "nvidia": {"pipelines", "benchmarks"},
-    "tyro": {"tools", "benchmarks"},
-    "argparse": {"tools", "benchmarks"},
+    "nvidia": {"pipelines"},
+    "tyro": {"tools"},
+    "argparse": {"tools"},
     "mlxtend": {"tools"},
 }
 
@@ -242,9 +241,42 @@ def test_a_wheel_has_one_top_level_name_and_all_rooms(tmp_path: Path) -> None:
     assert others | {"unicl_fast/packing/page.html", *templates} <= set(names)
 
 
+def test_an_install_has_no_benchmarks_and_says_where_they_are(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(library)]
+    subprocess.run(command, cwd=CHECKOUT, check=True, capture_output=True, timeout=120)
+    assert (library / "unicl_fast" / "tools" / "diagnose" / "page.html").is_file()
+    assert not list(library.rglob("*benchmarks*"))
+
+    def bench(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "unicl_fast.tools.bench", *words],
+            cwd=tmp_path,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(library)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    run, race = bench("run", "--help"), bench("race")
+    assert run.returncode == 0, run.stderr
+    assert "Says what limits a run" in run.stdout
+    assert race.returncode == 2
+    assert "clone the repository of unicl_fast and run this program in the checkout" in race.stderr
+
+
+def test_the_product_knows_no_benchmarks() -> None:
+    """Only `unicl-bench` starts them, by name."""
+    assert not [
+        str(path)
+        for path in ALL_FILES
+        if any(name.split(".")[0] == "benchmarks" for name in imports_of(path))
+    ]
+
+
 def test_only_the_rooms_are_importable() -> None:
-    """An editable install maps three folders; nothing else of the checkout has an import name."""
-    names = [f"unicl_fast.{name}" for name in ("setup", "tests", "docs", "build")]
+    """An editable install maps two folders; nothing else of the checkout has an import name."""
+    names = [f"unicl_fast.{name}" for name in ("setup", "tests", "docs", "build", "benchmarks")]
     code = (
         f"import sys; from importlib.util import find_spec; sys.exit(any(map(find_spec, {names})))"
     )
@@ -308,7 +340,7 @@ def test_help_does_not_wait_for_what_it_does_not_need() -> None:
     lines = [
         *("tools.pretrain --help", "tools.pretrain --help-all", "tools.evaluate.__main__ --help"),
         *("tools.pack.__main__ build --help", "tools.convert.__main__ onnx --help"),
-        *("tools.ledger --help", "tools.doctor.__main__ --help", "benchmarks.run --help"),
+        *("tools.ledger --help", "tools.doctor.__main__ --help", "tools.bench --help"),
     ]
     done = subprocess.run(
         [sys.executable, "-c", HELP, *lines], capture_output=True, text=True, timeout=60

@@ -18,7 +18,6 @@ from PIL import Image
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
-from unicl_fast.system.installation import install_command
 
 Kind = Literal["ours", "peer", "limit", "augmented"]
 _SQUARES = 48
@@ -86,11 +85,11 @@ class Contender:
 
 C = TypeVar("C", bound=Contender)
 
-_OWN = "unicl_fast.benchmarks.input.own"
-_PEERS = "unicl_fast.benchmarks.input.peers"
-_BENCH = install_command("bench")
+_OWN = "benchmarks.input.own"
+_PEERS = "benchmarks.input.peers"
+INSTALL = "pip install -r benchmarks/requirements.txt"
 _FFCV = (
-    f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
+    f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {INSTALL}, then "
     "pip install --no-deps ffcv"
 )
 MOSAICML = (  # it asks for an old transformers
@@ -126,12 +125,12 @@ PEERS = (
     _peer(
         "webdataset",
         "tars as open_clip reads them: resampled shards, a shuffle buffer, PIL, WebLoader",
-        install=_BENCH,
+        install=INSTALL,
     ),
     _peer(
         "spdl",
         "SPDL's pipeline of threads, FFmpeg decodes, crops and scales",
-        install=f"apt-get install ffmpeg, {_BENCH}",
+        install=f"apt-get install ffmpeg, {INSTALL}",
         tolerance=3.0,
         differs="FFmpeg's decoder, chroma upsampling and scaler",
     ),
@@ -154,7 +153,7 @@ PEERS = (
     _peer(
         "pool",
         "a thread pool, simplejpeg and OpenCV, batches in buffers used again",
-        install=_BENCH,
+        install=INSTALL,
         tolerance=3.0,
         differs=f"OpenCV's area filter; {_CHANNELS_LAST}",
     ),
@@ -162,7 +161,7 @@ PEERS = (
         "turboloader",
         "TurboLoader's fused pass over a tar: decodes rows of the crop, resizes, normalises",
         prepare=f"{_PEERS}:write_tar",
-        install=_BENCH,
+        install=INSTALL,
         tolerance=3.0,
         differs="a process-wide pool of threads; torchvision's crops only",
     ),
@@ -170,7 +169,7 @@ PEERS = (
         "litdata",
         "LitData's StreamingDataset and its loader, v2 on uint8 tensors",
         prepare=f"{_PEERS}:write_litdata",
-        install=_BENCH,
+        install=INSTALL,
     ),
     _peer(
         "mosaicml",
@@ -181,7 +180,7 @@ PEERS = (
     _peer(
         "grain",
         "grain's MapDataset in worker processes, simplejpeg and OpenCV",
-        install=_BENCH,
+        install=INSTALL,
         tolerance=3.0,
         differs=f"OpenCV's area filter; {_CHANNELS_LAST}",
     ),

@@ -22,8 +22,9 @@ import numpy as np
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.tools.diagnose.measuring import Turn
 
-from ..harness import Figures, Stage, Turn, Unit, printed, rate_of, ratio_of, summarise
+from ..harness import Figures, Stage, Unit, printed, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,
@@ -93,10 +94,6 @@ class Input(Stage):
     """Turns of each contestant."""
     seconds: float = 3.0
     """Length of a turn."""
-
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code that loads images."""
-        return ("pipelines", "dataset/reader.py", "dataset/files.py")
 
     def run(self) -> None:
         for spec in self.augment:

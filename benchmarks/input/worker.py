@@ -26,8 +26,9 @@ import numpy as np
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.system.machine import return_freed_memory
+from unicl_fast.tools.diagnose.measuring import Turn
 
-from ..harness import Turn
+from ..harness import FIND_BENCHMARKS
 from .contenders import Contender, ContenderError, MissingPackageError, Task
 
 _WARM_UP = 8
@@ -137,9 +138,7 @@ class Worker:
 
 
 # The socket carries everything: no command line, no file.
-_PROGRAM = (
-    "import sys; from unicl_fast.benchmarks.input.worker import serve; serve(int(sys.argv[1]))"
-)
+_PROGRAM = f"{FIND_BENCHMARKS}; from {__name__} import serve; serve(int(sys.argv[1]))"
 
 
 def die_with_parent() -> None:

@@ -17,17 +17,9 @@ from torch.nn import functional as F
 
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.operands import LossForm
+from unicl_fast.tools.diagnose.measuring import Turn
 
-from ..harness import (
-    Figures,
-    Turn,
-    peak_bytes,
-    peak_megabytes,
-    printed,
-    ratio_of,
-    seconds_of,
-    take_turns,
-)
+from ..harness import Figures, peak_bytes, peak_megabytes, printed, ratio_of, seconds_of, take_turns
 
 _FEW_TEXTS = 1000
 _SCALE = 1 / 0.07

@@ -18,10 +18,8 @@ from unicl_fast.config import DeviceName
 from unicl_fast.system.machine import choose_device, keep_freed_memory
 
 from ..harness import Figures, Stage
+from .inputs import measure_targets, measure_texts, measure_tokens
 from .losses import measure_losses
-from .targets import measure_targets
-from .texts import measure_texts
-from .tokens import measure_tokens, read_texts
 
 Part = Literal["tokens", "loss", "targets", "text"]
 
@@ -48,20 +46,11 @@ class Loss(Stage):
     device: DeviceName = "auto"
     """Device of the loss and of the text encoder."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        rooms: dict[Part, tuple[str, ...]] = {
-            "tokens": ("text/tokenizer.py",),
-            "loss": tuple(f"objectives/{name}.py" for name in ("loss", "loss_tiled")),
-            "targets": ("objectives/targets.py",),
-            "text": ("models/text_encoder.py",),
-        }
-        return tuple(room for part in rooms if part in self.parts for room in rooms[part])
-
     def run(self) -> None:
         torch.set_num_threads(self.threads)
         device = choose_device(self.device)
         measures: dict[Part, Callable[[], Figures]] = {
-            "tokens": lambda: measure_tokens(read_texts(self.files), rounds=self.rounds),
+            "tokens": lambda: measure_tokens(self.files, rounds=self.rounds),
             "loss": lambda: measure_losses(
                 self.sizes,
                 device=device,

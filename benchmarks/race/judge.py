@@ -1,6 +1,6 @@
 """The evaluation of a race, which belongs to neither side.
 
-    python -m unicl_fast.benchmarks.race.judge JOB.json RESULT.json
+    python -m benchmarks.race.judge JOB.json RESULT.json
 
 Pillow, torchvision and open_clip's tokenizer prepare the data, and a model encodes it in fp32.
 """

@@ -27,8 +27,9 @@ from unicl_fast.conversion.initial import load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import usable_cores
+from unicl_fast.tools.diagnose.measuring import describe_machine
 
-from ..harness import Program, describe_machine, end_of, run_apart
+from ..harness import Program, end_of, module_command, run_apart
 from ..input.worker import session_bytes
 from .contestants import (
     OPEN_CLIP,
@@ -229,12 +230,13 @@ class Race(Program):
             )
             job = {"model": model, "options": options}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            command = ["benchmarks.race.open_clip_loop", str(folder / "job.json")]
+            command = [*module_command("race.open_clip_loop"), str(folder / "job.json")]
             checkpoint = f"{folder}/open_clip/checkpoints/epoch_{task.length.epochs}.pt"
         else:
             options = our_options(task.contestant, task.length, lr=task.lr, seed=task.seed)
             execution = ("--data.threads", str(self.threads), "--out", str(folder / "run"))
-            command = ["tools.pretrain", *self._common(), *execution, *options]
+            program = [sys.executable, "-m", "unicl_fast.tools.pretrain"]
+            command = [*program, *self._common(), *execution, *options]
             checkpoint = str(folder / "run")
         cost: dict[str, Any] = {"cpu_seconds": 0.0, "wall_seconds": 0.0, "peak_bytes": 0}
         if command:
@@ -250,7 +252,8 @@ class Race(Program):
             "probe": self.probe,
         }
         (folder / "judge.json").write_text(json.dumps(judge_job), encoding="utf-8")
-        judged = ["benchmarks.race.judge", str(folder / "judge.json"), str(folder / "scores.json")]
+        files = [str(folder / "judge.json"), str(folder / "scores.json")]
+        judged = [*module_command("race.judge"), *files]
         _measured(judged, folder / "judge.log", threads=self.threads)
         scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
         outcome = Outcome(
@@ -293,20 +296,17 @@ class Race(Program):
 
 
 def _measured(command: Sequence[str], log: Path, *, threads: int) -> dict[str, Any]:
-    """Runs a program of unicl_fast; its cost with all it started, or RuntimeError with its log."""
-    module, *options = command
+    """Runs a program; its cost with all that it started, or RuntimeError with its log."""
     peak = 0
 
     def watch(session: int) -> None:
         nonlocal peak
         peak = max(peak, session_bytes(session))
 
-    ended = run_apart(
-        [sys.executable, "-m", f"unicl_fast.{module}", *options], log, watch=watch,
-        environment={"OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
+    environment = {"OMP_NUM_THREADS": str(threads)}
+    ended = run_apart(command, log, watch=watch, environment=environment)
     if ended.code != 0:
-        raise RuntimeError(f"unicl_fast.{module} ended with {ended.code}:\n{end_of(log)}")
+        raise RuntimeError(f"{' '.join(command[:3])} ended with {ended.code}:\n{end_of(log)}")
     return {
         "cpu_seconds": round(ended.cpu_seconds, 1),
         "wall_seconds": round(ended.wall_seconds, 1),

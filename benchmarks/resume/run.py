@@ -23,7 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..harness import Program, describe_machine
+from unicl_fast.tools.diagnose.measuring import describe_machine
+
+from ..harness import Program
 from ..input.contenders import ContenderError, choose, reason_left_out
 from .chain import Course, Layout, begin, prepare, run_chain, steps_of
 from .contenders import RESUMERS, Resumer, Task

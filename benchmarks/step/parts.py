@@ -6,16 +6,12 @@ products and convolutions at the rate of one large square product of the same ty
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import (
@@ -26,15 +22,13 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
-from unicl_fast.models.precision import Precision
-from unicl_fast.objectives.operands import Classes, Operands
 from unicl_fast.objectives.targets import collate
-from unicl_fast.objectives.text_columns import TextColumns
+from unicl_fast.tools.diagnose.measuring import timed
+from unicl_fast.tools.diagnose.step_parts import StepInParts
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.encoding import classes_of_images, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import Figures, printed, rate_of, summarise, take_turns, timed, wait_for_gpu
+from ..harness import Figures, printed, rate_of, summarise, take_turns
 
 _SQUARE = 4096
 """Side of the matrices whose product gives the floor."""
@@ -92,81 +86,6 @@ def measure_parts(config: TrainConfig, batch: Batch, *, rounds: int) -> Figures:
     figures["step as trained, images/s"] = rate_of(turns["step"], step.batch.batch_size)
     figures["rate of one product, GFLOP/s"] = summarise([rate / 1e9])
     return printed(figures)
-
-
-class StepInParts:
-    """A trainer's step on one batch, taken apart and timed."""
-
-    def __init__(self, trainer: Trainer, batch: Batch) -> None:
-        self.trainer, self.batch = trainer, batch
-        self.device = batch.images.device
-        self.precision = Precision(trainer.config.efficiency.precision)
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
-        self.operations: dict[str, int] = {}
-        self.counter = FlopCounterMode(display=False)  # counts while it is entered
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Notes the seconds and the operations of the block."""
-        wait_for_gpu()
-        started, cpu = time.perf_counter(), time.process_time()
-        counted = self.counter.get_total_flops()
-        yield
-        wait_for_gpu()
-        self.seconds[name] = time.perf_counter() - started
-        self.cpu_seconds[name] = time.process_time() - cpu
-        self.operations[name] = self.counter.get_total_flops() - counted
-
-    def take(self) -> dict[str, float]:
-        """Takes one step; returns the seconds of each part."""
-        trainer = self.trainer
-        trainer.model.train()
-        loss = self.back_propagate()
-        with self.part("clip and update"):
-            trainer.update(loss)
-            trainer.optimizer.zero_grad()
-        return dict(self.seconds)
-
-    def back_propagate(self) -> Tensor:
-        """Adds the step's gradient to the parameters'."""
-        trainer, batch = self.trainer, self.batch
-        model, config = trainer.model, trainer.config
-        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
-        with self.part("normalise images"):
-            pixels = encoder_input(batch.images, config)
-            tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(
-                batch.texts, batch.targets.text_class_ids, config.efficiency
-            )
-        with self.part("image encoder forward"), self.precision.autocast(self.device.type):
-            images = model.encode_image(pixels)
-        with self.part("text encoder forward"), self.precision.autocast(self.device.type):
-            texts = model.encode_text(tokens, num_tokens)
-        roots = [images, texts, *model.learnt.values()]
-        leaves = [one.detach().requires_grad_() for one in roots]
-        with self.part("loss and its gradient"):
-            classes = Classes(classes_of_images(batch), text_class_ids, text_counts)
-            columns = TextColumns(classes, trainer.ranks)
-            learnt = dict(zip(model.learnt, leaves[2:], strict=True))
-            all_texts = columns.receive(columns.send(leaves[1]))
-            form = config.efficiency.loss
-            loss = config.objective.loss(
-                Operands(leaves[0], all_texts, classes.images, learnt, form, trainer.ranks)
-            )
-            scaled = trainer.scaler.scale(loss)
-            image_gradient, *gradients = torch.autograd.grad(scaled, leaves)
-        with self.part("image encoder backward"):
-            torch.autograd.backward(images, image_gradient)
-        with self.part("text encoder backward"):
-            torch.autograd.backward(roots[1:], gradients)
-        return loss.detach()
-
-    def count_operations(self) -> dict[str, int]:
-        """Floating-point operations of the matrix products and convolutions of each part."""
-        with self.counter:
-            self.back_propagate()
-        self.trainer.optimizer.zero_grad()
-        return {name: count for name, count in self.operations.items() if count}
 
 
 def compare(step: StepInParts) -> None:

@@ -52,16 +52,6 @@ class Step(Stage):
     device: DeviceName = "auto"
     """Device that runs the step."""
 
-    def timed_rooms(self) -> tuple[str, ...]:
-        """The code of a step."""
-        of_training = ("step", "encoding", "micro_batches", "optim")
-        of_loss = ("unicl", "operands", "text_columns", "loss", "loss_tiled")
-        return (
-            "models",
-            *(f"training/{name}.py" for name in of_training),
-            *(f"objectives/{name}.py" for name in of_loss),
-        )
-
     def run(self) -> None:
         rounds = self.rounds
         device = choose_device(self.device)
@@ -86,7 +76,7 @@ class Step(Stage):
                 self.write_result(figures, "open_clip_torch", "timm", precision=precision)
 
     def _measure_open_clip(self, config: TrainConfig, batch: Batch) -> Figures:
-        from .open_clip import measure_open_clip  # with open_clip, which a bare checkout may lack
+        from .open_clip import measure_open_clip  # imports open_clip, which other parts do not need
 
         return measure_open_clip(config, batch, rounds=self.rounds)
 

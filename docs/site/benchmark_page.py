@@ -14,21 +14,25 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.benchmarks.input.report import table
-from unicl_fast.benchmarks.resume import report as resume_report
-from unicl_fast.benchmarks.run import load_program
+from unicl_fast.tools.bench import load_program
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.input.report import table  # noqa: E402
+from benchmarks.resume import report as resume_report  # noqa: E402
+
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 _INTRODUCTION = """# Benchmarks
 
-All tables of this page are made from committed results, which `make figures` renews once a tenth of
-the functions that they time has changed; those "of unmarked sources" may be older than that.
+All tables of this page are made from committed results, each with its commit and day;
+`make figures` measures them again.
 [Performance](performance.md) says what follows from them,
 [benchmarks/README.md](../benchmarks/README.md) how they are measured, and
 [Notes on performance](performance-notes.md) how the data sets of the commands are packed.
@@ -211,7 +215,6 @@ def _origin(program: str, path: Path, result: Mapping[str, Any]) -> str:
         f"load {machine['load_average'][0]:.1f}",
         f"commit {machine['commit']}",
         machine["date"],
-        *(["of unmarked sources"] * ("sources" not in result)),
     ]
     link = f"[{path.stem}]({os.path.relpath(path, PAGE.parent)})"
     return f"{link}: `{command(program, result['settings'])}`; {'; '.join(facts)}"

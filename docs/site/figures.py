@@ -1,11 +1,10 @@
 """Measures again what the README, docs/performance.md and docs/benchmarks.md show: `make figures`.
 
-    python docs/site/figures.py --test-data DATA --work FOLDER [--all] [--only NAME...]
+    python docs/site/figures.py --test-data DATA --work FOLDER [--only NAME...]
 
-Each committed result of `unicl-bench` says by which options it was made, and marks the sources that
-it times. Those whose sources have changed much since are made again by the same options, on data
-sets that are packed in FOLDER, and then the page and the chart of them. Without a quiet machine
-they are not worth keeping. DATA is the folder of test data that CONTRIBUTING.md names.
+Each committed result of `unicl-bench` holds the options that made it. It is made again with these
+options, on data sets that are packed in FOLDER, and then the page and the chart are. Use a quiet
+machine. DATA is the folder of test data that CONTRIBUTING.md names.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from typing import Any
 
 import benchmark_page
 import loader_chart
-
-from unicl_fast.benchmarks.sources import is_stale
 
 _DECODE = "DATA/decode/labels.csv --image-column file --label-column wnid --class-names imagenet"
 _CIFAR = "DATA/cifar10/cifar10-test.zip --templates simple"
@@ -60,7 +57,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--test-data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for packed data sets")
-    parser.add_argument("--all", action="store_true", help="also those that are not stale")
     parser.add_argument("--only", nargs="+", default=[], help="how their files' names begin")
     arguments = parser.parse_args()
     data, work = arguments.test_data.resolve(), arguments.work.resolve()
@@ -68,10 +64,9 @@ def main() -> None:
     for program, path, result in results():
         if arguments.only and not path.name.startswith(tuple(arguments.only)):
             continue
-        if arguments.all or is_stale(result.get("sources")):
-            command = benchmark_page.command(program, _located(result["settings"], data, work))
-            _run(f"{command} --json {shlex.quote(str(path))}".split(" ", 1)[1])
-            benchmark_page.PAGE.write_text(benchmark_page.page(), encoding="utf-8")
+        command = benchmark_page.command(program, _located(result["settings"], data, work))
+        _run(f"{command} --json {shlex.quote(str(path))}".split(" ", 1)[1])
+        benchmark_page.PAGE.write_text(benchmark_page.page(), encoding="utf-8")
     loader_chart.draw()
     print("now compare README.md and docs/performance.md, whose figures are written by hand")
 
@@ -111,7 +106,7 @@ def _packed(name: str, data: Path, work: Path) -> str:
 
 def _run(words: str) -> None:
     print(f"\nunicl-bench {words}", flush=True)
-    command = [sys.executable, "-m", "unicl_fast.benchmarks.run", *shlex.split(words)]
+    command = [sys.executable, "-m", "unicl_fast.tools.bench", *shlex.split(words)]
     if (code := subprocess.run(command, check=False).returncode) != 0:
         sys.exit(f"unicl-bench {words} ended with {code}; those before it are done")
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from unicl_fast.benchmarks.input.report import by_rate
+from benchmarks.input.report import by_rate
 
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 RESULT, CHART = _RESULTS / "input-256.json", _RESULTS / "input.png"

@@ -19,9 +19,9 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks.input import run as race
-from unicl_fast.benchmarks.input import worker as worker_module
-from unicl_fast.benchmarks.input.contenders import (
+from benchmarks.input import run as race
+from benchmarks.input import worker as worker_module
+from benchmarks.input.contenders import (
     OURS,
     PARTS,
     PEERS,
@@ -34,12 +34,14 @@ from unicl_fast.benchmarks.input.contenders import (
     comparison_task,
     gap_to,
 )
-from unicl_fast.benchmarks.input.report import table, verdict
-from unicl_fast.benchmarks.input.run import Input
-from unicl_fast.benchmarks.input.worker import Worker, session_bytes
+from benchmarks.input.report import table, verdict
+from benchmarks.input.run import Input
+from benchmarks.input.worker import Worker, session_bytes
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ROOT = HELPERS.parents[1]
@@ -91,7 +93,6 @@ def stage_for(packed: Path, json_path: Path | None = None, **more: Any) -> Input
     return Input(data=packed, json=json_path, **(small | more))
 
 
-@pytest.mark.slow
 def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     packed: Path,
     tmp_path: Path,
@@ -235,7 +236,6 @@ def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
         assert gap_to(truth, shown).high == 0  # squares of 60 are shown as they are
 
 
-@pytest.mark.slow
 @pytest.mark.long
 def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> None:
     with pack_images(tmp_path / "raw", format="raw") as raw:
@@ -253,7 +253,6 @@ def test_contenders_are_chosen_by_name() -> None:
         choose(("dahli",), PEERS)
 
 
-@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.parametrize(
     "contender",

@@ -12,7 +12,9 @@ import pytest
 import xxhash
 from pack_runs import jpeg
 
-from unicl_fast.benchmarks import packing
+from benchmarks import packing
+
+pytestmark = pytest.mark.slow
 
 FAKE_WRITER = """
 import tarfile, io

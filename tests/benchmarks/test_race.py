@@ -15,16 +15,18 @@ import packed_sets
 import pytest
 from PIL import Image
 
-from unicl_fast.benchmarks import run as unicl_bench
-from unicl_fast.benchmarks.race.contestants import Contestant, ImageList, Length
-from unicl_fast.benchmarks.race.judge import transform_of
-from unicl_fast.benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
+from benchmarks.race.contestants import Contestant, ImageList, Length
+from benchmarks.race.judge import transform_of
+from benchmarks.race.report import Interval, Outcome, curve_of, seconds_to, verdict
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import DataConfig
 from unicl_fast.conversion.export import write_export
 from unicl_fast.images.codec import encode_png
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools import bench as unicl_bench
+
+pytestmark = pytest.mark.slow
 
 
 def outcome(contestant: str, images: int, seconds: float, score: float, seed: int = 0) -> Outcome:
@@ -152,7 +154,6 @@ def test_weights_of_data_sets_are_those_of_the_list(
     assert any("drawing" in line for line in lines if "images-1" in line)
 
 
-@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.dist
 @pytest.mark.timeout(280)
@@ -199,14 +200,13 @@ def test_the_judge_shows_images_as_a_source_wants_them(resize: int | str) -> Non
 
 
 def test_open_clip_builds_a_vit_of_own_sizes(tmp_path: Path) -> None:
-    code = "from unicl_fast.benchmarks.race.contestants import register_open_clip_model as one; "
+    code = "from benchmarks.race.contestants import register_open_clip_model as one; "
     code += "import pathlib, timm; name = 'unicl_vit_clip_patch8_w32_d1_h2_m64_gelu_32'; "
     code += f"one(pathlib.Path({str(tmp_path)!r}), {{'embed_dim': 8, 'text_cfg': {{}}, "
     code += "'vision_cfg': {'timm_model_name': name}}); assert timm.is_model(name)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
-@pytest.mark.slow
 @pytest.mark.dali
 @pytest.mark.dist
 @pytest.mark.timeout(280)

@@ -14,13 +14,15 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks.input.contenders import ContenderError, MissingPackageError
-from unicl_fast.benchmarks.resume import run as program
-from unicl_fast.benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
-from unicl_fast.benchmarks.resume.contenders import RESUMERS, Resumer, Task
-from unicl_fast.benchmarks.resume.report import Counts, count, table
-from unicl_fast.benchmarks.resume.run import Resume
+from benchmarks.input.contenders import ContenderError, MissingPackageError
+from benchmarks.resume import run as program
+from benchmarks.resume.chain import Chain, Course, Layout, Step, prepare, run_chain
+from benchmarks.resume.contenders import RESUMERS, Resumer, Task
+from benchmarks.resume.report import Counts, count, table
+from benchmarks.resume.run import Resume
 from unicl_fast.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 TWO, ONE = Layout(2, 1), Layout(1, 1)
@@ -136,7 +138,6 @@ def test_workers_of_ranks_are_killed_too(process: ProcessPoolExecutor, tmp_path:
     assert not alive
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: Path) -> None:
     samples = []
@@ -153,7 +154,6 @@ def test_ours_loses_and_doubles_nothing(process: ProcessPoolExecutor, tmp_path: 
     assert len(broken.kills) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_program_writes_table_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

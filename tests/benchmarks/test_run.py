@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from object_stores import upload
 
-from unicl_fast.benchmarks import harness
-from unicl_fast.benchmarks.run import PROGRAMS, main
-from unicl_fast.benchmarks.step import open_clip
-from unicl_fast.benchmarks.step.parts import build_trainer, step_config
+from benchmarks import harness
+from benchmarks.harness import NotOnDeviceError, busy_part
+from benchmarks.step import open_clip
+from benchmarks.step.parts import build_trainer, step_config
+from benchmarks.step.switches import switches_of
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.bench import PROGRAMS, main
 from unicl_fast.tools.pack.__main__ import main as pack
+
+pytestmark = pytest.mark.slow
 
 _TINY_STEP = ("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160")
 _TINY_INPUT = ("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1")
@@ -49,7 +55,6 @@ def check(path: Path, program: str, *options: str, smallest: float = 1e-12) -> s
     return set(result["figures"])
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -62,7 +67,6 @@ def test_loss_measures_all_its_parts(packed: dict[str, Path], tmp_path: Path) ->
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -76,7 +80,6 @@ def test_step_measures_its_parts(packed: dict[str, Path], tmp_path: Path) -> Non
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -87,7 +90,6 @@ def test_step_measures_memory(packed: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.dali
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(600)
 def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -102,18 +104,11 @@ def test_input_measures_augmentation_and_a_store(packed: dict[str, Path], tmp_pa
     } <= found  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pack_measures_writers(packed: dict[str, Path], tmp_path: Path) -> None:
     options = ("--images", "24", "--formats", "keep", "webp", "--resize", "short:24")
     found = check(tmp_path / "pack.json", "pack", "--data", str(packed["zip"]), *options)
     assert {"webp: unicl-pack / bare loop, by CPU time", "start of unicl-pack, s"} <= found
-
-
-def test_scale_models_a_step(tmp_path: Path) -> None:
-    options = ("--step-seconds", "0.1", "--preset", "cifar10-small", "--gpus", "8", "32")
-    found = check(tmp_path / "scale.json", "scale", *options)
-    assert "32 GPUs, 400 Gb/s, images/s" in found
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -175,3 +170,52 @@ def test_images_of_one_class_under_different_prompts_are_no_clip_batch(
         trainer, batch = build_trainer(config, collate(images, tokens, torch.tensor(labels)))
         open_clip.open_clip_twin(trainer.model, batch)
         assert ("losses differ by at most" in capsys.readouterr().out) == has_losses
+
+
+ON_CARD = SimpleNamespace(device=torch.device("cuda:0"))
+
+
+def test_what_computes_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real profiler sees no kernel of its products, and the results lie in host memory."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(harness.gc, "collect", lambda: 0)  # a tenth of a second in a test run
+    works = {"work": lambda: torch.ones(64, 64) @ torch.ones(64, 64)}
+    with pytest.raises(NotOnDeviceError) as refused:
+        harness.take_turns(works, rounds=1, device_type="cuda")
+    assert "work was not done on the GPU: its results are on cpu" in str(refused.value)
+    assert "kernels ran in 0.00e+00 of " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kernel_seconds", "result", "reason"),
+    [
+        (9.0, ON_CARD, ""),
+        (0.5, ON_CARD, "kernels ran in 5.00e-01 of 1.00e+01 s"),
+        (9.0, torch.ones(1), "its results are on cpu"),
+        (9.0, 1.5, "its results are on no tensor"),
+    ],
+)
+def test_each_sign_of_work_on_the_host_is_enough(
+    monkeypatch: pytest.MonkeyPatch, kernel_seconds: float, result: object, reason: str
+) -> None:
+    monkeypatch.setattr(
+        harness, "kernel_seconds", lambda work: kernel_seconds if work() is None else 0.0
+    )
+    if reason:
+        with pytest.raises(NotOnDeviceError, match=reason.replace("+", r"\+")):
+            busy_part("work", lambda: result, seconds=10.0)
+    else:
+        assert busy_part("work", lambda: result, seconds=10.0) == 0.9
+
+
+def test_every_switch_changes_what_its_name_says() -> None:
+    config = step_config("test_vit", image_size=160, batch_size=4, precision="bf16")
+    for name, change in switches_of(config, torch.device("cuda")).items():
+        efficiency = dataclasses.replace(config.efficiency, **change)  # type: ignore[arg-type]
+        assert efficiency != config.efficiency
+        wanted = "tf32" if "TF32" in name else "fp32" if "fp32" in name else "bf16"
+        assert efficiency.precision == wanted, name
+        compiled = name.partition("compiled: ")[2]
+        assert efficiency.compile == (compiled or config.efficiency.compile), name
+        assert efficiency.activation_checkpointing == ("checkpointing" in name), name
+        assert (efficiency.window_attention == "timm") == ("timm's" in name), name

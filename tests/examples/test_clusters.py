@@ -119,7 +119,7 @@ def test_the_dockerfile_copies_and_installs_what_there_is() -> None:
     (program,) = re.findall(r'CMD \["([\w-]+)"\]', text)
     assert program in project()["scripts"]
     # setup.py maps these folders into the package
-    assert {"unicl_fast", "pipelines", "tools", "benchmarks"} <= {one[1:] for one in ignored}
+    assert {"unicl_fast", "pipelines", "tools"} <= {one[1:] for one in ignored}
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from unicl_fast.benchmarks.diagnosis.model import (
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.tools.diagnose.model import (
     CHECKPOINT,
     LOGGING,
     READ,
@@ -16,8 +17,7 @@ from unicl_fast.benchmarks.diagnosis.model import (
     Stage,
     Trial,
 )
-from unicl_fast.benchmarks.diagnosis.report import Diagnosis
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.tools.diagnose.report import Diagnosis
 
 MS = 1e-3
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unicl_fast.benchmarks.input.contenders import Task
+from benchmarks.input.contenders import Task
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
 
 

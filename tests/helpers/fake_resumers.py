@@ -7,7 +7,7 @@ import itertools
 import subprocess
 from typing import Any
 
-from unicl_fast.benchmarks.resume.contenders import Loop, Task
+from benchmarks.resume.contenders import Loop, Task
 
 
 def exact(task: Task, state: Any) -> Loop:

@@ -28,7 +28,6 @@ _PACKAGES = (
     *("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "nvidia-dali-cuda130"),
     *("tokenizers", "triton"),
 )
-_OTHERS = ("tools", "benchmarks")
 # Where the data lie and how they are fetched may differ from node to node.
 _OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes")
 
@@ -65,7 +64,7 @@ def code_digest() -> str:
 
 def source_files() -> set[Path]:
     """Finds the Python files of the library and of pipelines/, wherever that lies."""
-    rooms = [path for path in Path(__file__).parents[1].iterdir() if path.name not in _OTHERS]
+    rooms = [path for path in Path(__file__).parents[1].iterdir() if path.name != "tools"]
     pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
     rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
     files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}

@@ -1,7 +1,7 @@
 """Finds out what limits a run from measurements of its steps, and names the option that helps.
 
 `LIMITS` is the table: numbers in, a sentence out. `BottleneckWatch` collects the numbers of a run
-and says each sentence once.
+and logs each sentence once; `unicl-bench run` asks the same table about a run that it measures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,8 +24,8 @@ WAIT_FRACTION = 0.05
 _LOST_CORES = 0.15
 """Part of its cores that a process must lose to others: daemons and kernel threads take less."""
 _BLOCKED = 0.5
-"""Part of the time in which readers wait for storage, from which on it is the limit: where decoding
-is, they have read ahead and rest."""
+"""Part of the time in which readers wait for storage, above which it is the limit: if decoding is,
+they have read ahead and rest."""
 _IDLE_CORES = 0.25
 """Part of a rank's cores without work, from which on more decoding threads can help."""
 _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
@@ -33,6 +33,17 @@ _WINDOW_SECONDS, _WINDOW_LINES = 30.0, 5
 to wait is no rule."""
 _START_STEPS = 16
 """Steps of a start that are in no window: kernels are compiled, caches and batches ahead filled."""
+
+
+class Pause(NamedTuple):
+    """Work during which training waits, such as checkpoints."""
+
+    name: str
+    part: float
+    """Part of the time, 0 to 1."""
+    evidence: str
+    option: str
+    """The option that makes it rarer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +65,7 @@ class Usage:
     reading_blocked: float = 0.0
     """Part of the time that a reading thread waited for storage, 0 to 1."""
     read_bytes: int = 0
-    """Bytes that came from object stores; 0 where all data sets are in folders."""
+    """Bytes that came from object stores; 0 if all data sets are in folders."""
     on_gpu: bool = False
     """Whether a GPU trains; other processes only slow its loader."""
     compute_threads: int = 1
@@ -65,10 +76,22 @@ class Usage:
     """Whether images are encoded files, not raw."""
     is_remote: bool = False
     """Whether data sets are under URLs."""
+    pauses: tuple[Pause, ...] = ()
+    """Known to `unicl-bench run` only."""
+    least_part: float = WAIT_FRACTION
+    """Waiting and pauses below this part of the time are left alone."""
 
     @property
     def waits(self) -> bool:
-        return self.data_wait_seconds > WAIT_FRACTION * self.seconds
+        return self.data_wait_seconds > self.least_part * self.seconds
+
+    @property
+    def waits_for_storage(self) -> bool:
+        return self.waits and self.reading_blocked > _BLOCKED
+
+    @property
+    def longest_pause(self) -> Pause | None:
+        return max(self.pauses, key=lambda pause: pause.part, default=None)
 
     @property
     def used(self) -> float:
@@ -81,12 +104,20 @@ class Usage:
         return f"training waits for data {part:.0%} of the time"
 
 
+def _pauses(usage: Usage) -> str | None:
+    pause = usage.longest_pause
+    waiting = usage.data_wait_seconds / usage.seconds
+    if pause is None or pause.part <= max(usage.least_part, waiting):
+        return None
+    return f"{pause.evidence}; raise {pause.option}"
+
+
 def _other_processes(usage: Usage) -> str | None:
     capacity = usage.cores * usage.seconds
     lost = min(usage.cpu_wait_seconds, usage.others_cpu_seconds, capacity - usage.cpu_seconds)
     if lost <= _LOST_CORES * capacity or not (usage.waits or not usage.on_gpu):
         return None
-    remedies = "end them, or give the run cores of its own"
+    remedies = "end them, or give the run its own cores"
     if not usage.on_gpu and usage.compute_threads > 1:
         # two busy processes on two cores: 0.7 of the CPU time, and 0.9 of the wall time
         remedies += (
@@ -103,16 +134,17 @@ def _other_processes(usage: Usage) -> str | None:
 
 
 def _storage(usage: Usage) -> str | None:
-    if not usage.waits or usage.reading_blocked <= _BLOCKED:
+    if not usage.waits_for_storage:
         return None
     remedies = "copy the data to a faster disk, or pack smaller images (unicl-pack build --resize)"
     if usage.is_remote:
         rate = usage.read_bytes / usage.seconds / 1e6
         remedies = (
-            f"{rate:,.1f} MB/s come from the store; give data.cache_bytes "
-            "room for the data set or set data.shuffle_window, and put data.cache_folder on a disk "
-            "of this machine"
+            "give data.cache_bytes room for the data set or set data.shuffle_window, and put "
+            "data.cache_folder on a disk of this machine"
         )
+        if usage.read_bytes:
+            remedies = f"{rate:,.1f} MB/s come from the store; {remedies}"
     return (
         f"{usage.waiting}, for storage: its readers are blocked {usage.reading_blocked:.0%} of the "
         f"time; {remedies}"
@@ -145,17 +177,18 @@ def _decoding(usage: Usage) -> str | None:
 
 
 LIMITS: dict[str, Callable[[Usage], str | None]] = {
+    "pauses": _pauses,
     "other processes": _other_processes,
     "storage": _storage,
     "decoding threads": _decoding_threads,
     "decoding": _decoding,
 }
-"""Rules for what may limit a rank, in order: the first that gives a sentence (the evidence and what
-helps) is reported, since each explains what those after it would be blamed for."""
+"""Rules for the limits of a rank, in order: the first that gives a sentence (evidence and remedies)
+is reported, since each explains effects that the rules after it would blame on other causes."""
 
 
 def find_bottleneck(usage: Usage) -> tuple[str, str] | None:
-    """The name and the sentence of what limits a rank, or None where nothing stands out."""
+    """The name and the sentence of the limit of a rank, or None if nothing stands out."""
     for name, rule in LIMITS.items():
         if usage.seconds > 0 and (sentence := rule(usage)):
             return name, sentence
@@ -168,7 +201,7 @@ class BottleneckWatch:
     def __init__(
         self, data: DataConfig, *, ranks: Ranks, on_gpu: bool, reading: ReadingTime | None
     ) -> None:
-        """Begins before the first step; `reading` is the loader's, None where it measures none."""
+        """Begins before the first step; `reading` is the loader's, None if it measures none."""
         self._reading = reading or ReadingTime()
         self._cores = float(ranks.cores or usable_cores())
         self._ranks_here = max(1, round(len(os.sched_getaffinity(0)) / self._cores))
@@ -189,7 +222,7 @@ class BottleneckWatch:
         self._read_bytes = int(values.get("storage_bytes_read", 0))
 
     def look(self, values: Mapping[str, float], *, num_steps: int) -> str | None:
-        """Takes a line of metrics, the means of `num_steps` steps; returns what is to be logged."""
+        """Accepts a line of metrics, the means of `num_steps` steps; returns a sentence to log."""
         begun, self._steps = self._steps, self._steps + num_steps
         if begun < _START_STEPS:
             self._begin(values)

@@ -111,8 +111,8 @@ class WholeBatch:
 
         Under DDP it goes through texts after three quarters of the images: these hide the return of
         text gradients from other ranks, and the rest hides the sending of the last one, of a token
-        embedding of 100 MB. By the model of `unicl-bench scale` a step takes up to 9 % less than
-        with texts after images, never more.
+        embedding of 100 MB. By the model in docs/performance-notes.md a step takes up to 9 % less
+        than with texts after images, never more.
         """
         if self._sent is None:
             scaled_loss.backward()

@@ -20,7 +20,7 @@ from unicl_fast.system.machine import cpu_times
 from unicl_fast.training.trackers import OPENERS
 from unicl_fast.training.trainer import Observer, Trainer
 
-from ..harness import timed, wait_for_gpu
+from .measuring import timed, wait_for_gpu
 from .model import Cost
 
 _WAITS = 0.5

@@ -1,6 +1,6 @@
 """Measures a run on the bench: all of it together, its stages, and changes until time is up.
 
-All ranks do the same at the same time: what depends on measurements is decided by rank 0.
+All ranks do the same at the same time: rank 0 decides whatever depends on measurements.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import from_rank_0, gather_objects
 from unicl_fast.images.codec import ImageError
 
-from ..harness import in_turns
-from .advise import advise, find_limit, waits_for_storage
+from .advise import advise, find_limit, usage_of
 from .bench import Bench, Contestant
 from .clocks import Loop, Watch
 from .deadline import Budget, seconds_since_start
 from .loader_parts import feed_stages, graph_stages
+from .measuring import in_turns
 from .model import (
     CHECKPOINT,
     EVALUATION,
@@ -44,7 +44,7 @@ _NOT_YET = Cost(wall=0.0, cpu=0.0)
 _HOPELESS = -0.03
 """A change whose first round loses more than this part of the rate gets no others."""
 _OVERTIME = 0.7
-"""Part of the seconds by which the first change may take longer: without one there is no advice."""
+"""Part of the seconds by which the first change can run over: without one there is no advice."""
 _AGAIN = 0.25
 """Part of the seconds that is kept to measure the best change again."""
 LONGER = 2.0
@@ -102,7 +102,7 @@ class Diagnoser:
         if (evaluation := bench.evaluation()) is not None:
             self._periodic[EVALUATION] = evaluation
         waits = first.parts.get("data_wait", 0.0) > _LOADER_MATTERS * first.wall
-        # long enough for a checkpoint and an evaluation, where these are frequent
+        # long enough for a checkpoint and an evaluation, if these are frequent
         periodic = sum(first.parts.get(name, 0.0) for name in (CHECKPOINT, EVALUATION))
         pace = (first.wall - periodic) / first.steps
         cadences = {name: work.every_steps for name, work in self._periodic.items()}
@@ -144,6 +144,8 @@ class Diagnoser:
             gpus=torch.cuda.device_count() if bench.device.type == "cuda" else 0,
             ranks_per_machine=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             start_seconds=self._start_seconds,
+            decodes_files=bench.loader.reading.decodes_files,
+            is_remote=any(dataset.cache is not None for dataset in bench.parts.datasets),
         )
 
     def _turn_of_run(self, seconds: float) -> Loop:
@@ -151,14 +153,14 @@ class Diagnoser:
         return bench.loop(bench.now, seconds=seconds, skip=self._skip, least=self._least)
 
     def _note_checkpoints(self, loops: Sequence[Loop]) -> None:
-        """Those of a loop may also wait for the one before to be written."""
+        """Takes their time from the loop, in which one can also wait for the one before."""
         if count := sum(loop.saves for loop in loops):
             seconds = sum(loop.parts.get(CHECKPOINT, 0.0) for loop in loops) / count
             known = self._periodic[CHECKPOINT]
             self._periodic[CHECKPOINT] = dataclasses.replace(known, seconds=seconds)
 
     def _cost_of(self, loop: Loop, one: Contestant) -> Cost:
-        """An image in a loop, with what is done from time to time as often as the config says."""
+        """An image in a loop, with checkpoints and evaluations as often as the config says."""
         wall = loop.wall - loop.parts.get("checks", 0.0)
         cadences = {
             CHECKPOINT: one.config.checkpoint.every_steps,
@@ -207,7 +209,7 @@ class Diagnoser:
         bench, turn = self.bench, self.budget.turn
         self.budget.phase = "the loader's stages"
         stages = feed_stages(bench, seconds=turn / 2)
-        if not waits_for_storage(measured):  # in which time it could hardly be measured
+        if not usage_of(measured).waits_for_storage:  # in which time it could hardly be measured
             stages += graph_stages(bench, seconds=turn)
         self.budget.phase = "the step's parts"
         parts = bench.step_stages(batch, seconds=2 * turn)
@@ -216,7 +218,7 @@ class Diagnoser:
         return stages + [stage for stage in more if stage is not None]
 
     def _figures_of_ranks(self, loader: Cost, stages: Sequence[Stage]) -> tuple[RankFigures, ...]:
-        """The seconds that each rank takes by itself, from all ranks."""
+        """The seconds of each rank by itself, from all ranks."""
         ranks = self.bench.ranks
         step = sum(
             stage.cost.wall
@@ -229,12 +231,12 @@ class Diagnoser:
     # Changes.
 
     def _with_changes(self, measured: Measured) -> Measured:
-        """Measures changes, those first that relieve what limits the run, until time is up."""
+        """Measures changes until time is up, first the ones that relieve the limit."""
         bench, budget = self.bench, self.budget
         left_out: list[str] = []
         limit = find_limit(measured)
         every = sorted(candidates(bench, measured), key=lambda one: _urgency(limit.stage, one))
-        # others may have measured something else
+        # other ranks can have measured something else
         fields = from_rank_0([dataclasses.asdict(one) for one in every], bench.ranks)
         every = [Change(**one) for one in fields]
         longest = 0.0
@@ -314,7 +316,7 @@ class Diagnoser:
             bench.loop(then, seconds=seconds, skip=0, least=1)
         taken: dict[bool, list[Cost]] = {False: [], True: []}
         for round_ in range(1 + self._rounds):
-            # what drifts in one direction favours neither
+            # a drift in one direction favours neither
             for is_then in (False, True) if round_ % 2 else (True, False):
                 taken[is_then].append(take(is_then))
             trial = Trial(change=change, now=tuple(taken[False]), then=tuple(taken[True]))

@@ -1,7 +1,7 @@
-"""`unicl-bench run`: what limits a run, what to do about it, and how long it will take.
+"""`unicl-bench run` says what limits a run, what to do about it, and how long it will take.
 
     unicl-bench run --preset P --data DIR_OR_URL... [--nproc N] [--seconds 60] [--out FOLDER]
-        [--apply] [--against OLD.json] [OPTIONS of unicl-pretrain]
+        [--apply] [OPTIONS of unicl-pretrain]
 
 The run is built as that program builds it, in a folder that is removed at the end.
 """
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,21 +24,20 @@ from unicl_fast.system.atomic_files import make_folder, write_text_atomically
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import choose_environment
 from unicl_fast.system.wording import without_secrets
-from unicl_fast.tools.pretrain import parse_arguments, split_config
 
-from ..harness import Stage
+from ..pretrain import parse_arguments, split_config
 from .deadline import Deadline
-from .earlier import Comparison, KeptReport, as_kept, compare, read_report
+from .measuring import result_text
 
 if TYPE_CHECKING:  # it imports torch, which reads the environment once
     from .report import Diagnosis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Stage):
+class Run:
     """Says what limits a run of unicl-pretrain, what to change, and how long it takes.
 
-    All options of unicl-pretrain are taken too, such as --preset and --efficiency.precision.
+    Also accepts all options of unicl-pretrain, such as --preset and --efficiency.precision.
     """
 
     data: tuple[str, ...] = ()
@@ -48,22 +46,20 @@ class Run(Stage):
     """Ranks to start on this machine."""
     seconds: float = 60.0
     """Time to measure for. It ends, in any case, after twice that and 60 seconds; with --apply
-    each further pass may take as long again."""
+    each further pass can take as long again."""
     apply: bool = False
     """Follow the best advice that changes no result, measure it again, keep it if it helps, and so
     on; print the options to use."""
     out: Path | None = None
     """Folder for the report: report.html and report.json."""
-    against: Path | None = None
-    """The report.json of an earlier run to compare with; ends with 1 on a regression."""
-    tolerance: float = 0.05
-    """Part of the rate by which a run may be slower, beyond the spread of both, with --against."""
     folder: Path | None = None
     """Folder on the disk that checkpoints go to; by default a temporary one."""
+    json: Path | None = None
+    """File for the report as JSON, too."""
     rounds: int = 3
     """Turns of the run, and of each change; a change that loses in its first turn gets one."""
     samples: int = 0
-    """Length of the run whose time is given; 0 takes run.samples or run.steps, or 32 epochs."""
+    """Length of the run whose time is given; 0: run.samples or run.steps, or 32 epochs."""
     options: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     """Options of unicl-pretrain."""
     given: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -76,22 +72,17 @@ class Run(Stage):
         return dataclasses.replace(chosen, options=tuple(rest), given=tuple(options))
 
     def run(self) -> None:
-        """Measures and reports; ends with 1 on a regression. Raises as `unicl-pretrain` does."""
+        """Measures and reports. Raises as `unicl-pretrain` does."""
         require(self.seconds > 0, f"--seconds must be positive, not {self.seconds:g}")
-        require(0 <= self.tolerance < 1, f"--tolerance must be in 0 to 1, not {self.tolerance:g}")
-        # files that cannot be read or written are refused before anything is measured
-        earlier = None if self.against is None else read_report(self.against)
         if self.out is not None:
-            make_folder(self.out)
+            make_folder(self.out)  # refused before anything is measured if it cannot be written
         if self.nproc > 1 and "WORLD_SIZE" not in os.environ:
-            start_ranks("unicl_fast.benchmarks.run", nproc=self.nproc, argv=["run", *self.given])
+            start_ranks("unicl_fast.tools.bench", nproc=self.nproc, argv=["run", *self.given])
         train = ["--data.train", *self.data] if self.data else []
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as scratch:
             arguments = [*self.options, *train, "--out", str(Path(scratch) / "run")]
             config = split_config(parse_arguments(arguments))
-            deadline = Deadline(self.seconds, scratch=Path(scratch), conclude=functools.partial(
-                self.conclude, earlier
-            ))  # fmt: skip
+            deadline = Deadline(self.seconds, scratch=Path(scratch), conclude=self.conclude)
             with deadline.enforced():
                 # before torch is imported, which reads it once
                 choose_environment(config.run.device)
@@ -106,35 +97,25 @@ class Run(Stage):
                     scratch=Path(scratch),
                     note=functools.partial(setattr, deadline, "found"),
                 )
-        if deadline.found is not None and self.conclude(earlier, deadline.found):
-            sys.exit(1)
+        if deadline.found is not None:
+            self.conclude(deadline.found)
 
-    def conclude(self, earlier: KeptReport | None, found: Diagnosis) -> bool:
-        """Prints and writes the report; returns whether there is a regression."""
+    def conclude(self, found: Diagnosis) -> None:
+        """Prints and writes the report."""
         from .report import report_lines
 
         print("\n".join(report_lines(found)), flush=True)
-        text = self.result_text({}, "timm", "nvidia-dali-cuda120", **found.as_dict())
-        comparison = None
-        if earlier is not None and self.against is not None:
-            comparison = compare(
-                earlier, as_kept(text), name=self.against.name, tolerance=self.tolerance
-            )
-            result = json.loads(text) | {"against": dataclasses.asdict(comparison)}
-            text = json.dumps(result, indent=1) + "\n"
-            lines = ["", comparison.table(), comparison.verdict, *comparison.warnings]
-            print("\n".join(lines), flush=True)
+        text = result_text(self, "timm", "nvidia-dali-cuda120", **found.as_dict())
         if self.json is not None:
             self.json.write_text(text, encoding="utf-8")
         if self.out is not None:
-            self._write(found, text, comparison)
-        return comparison is not None and comparison.is_regression
+            self._write(found, text)
 
-    def _write(self, found: Diagnosis, text: str, comparison: Comparison | None) -> None:
+    def _write(self, found: Diagnosis, text: str) -> None:
         from .page import make_page
 
         assert self.out is not None
-        page = make_page(found, json.loads(text)["machine"], comparison=comparison)
+        page = make_page(found, json.loads(text)["machine"])
         for name, content in {"report.html": page, "report.json": text}.items():
             write_text_atomically(self.out / name, without_secrets(content))
         print(f"written to {self.out}: report.html, report.json")

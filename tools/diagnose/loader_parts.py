@@ -20,9 +20,9 @@ from unicl_fast.pipelines.running import choose_pace, decode
 from unicl_fast.pipelines.train_loader import decoder_of
 from unicl_fast.system.wording import count_of
 
-from ..harness import in_turns
 from .bench import Bench
 from .clocks import FIRST_STEP, flow
+from .measuring import in_turns
 from .model import CHECKSUMS, READ, Cost, Stage, median
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def feed_stages(bench: Bench, *, seconds: float) -> list[Stage]:
 
 
 def graph_stages(bench: Bench, *, seconds: float) -> list[Stage]:
-    """Only decode, then with resizing, then with augmentation: what each adds."""
+    """Decoding alone, then with resizing, then with augmentation: the cost that each adds."""
     loader, dataset = bench.loader, bench.parts.datasets[0]
     data = dataclasses.replace(bench.config.data, prefetch=1)
     if loader.form == "crops":
@@ -134,7 +134,7 @@ def _crops(bench: Bench, seconds: float) -> Stage:
 
 
 def decoding_stage(bench: Bench) -> str:
-    """The name of the stage that decodes images, or takes them as they are stored."""
+    """The name of the stage that decodes images, or crops stored pixels."""
     kind = image_kind(bench.parts.datasets[0])
     if bench.loader.form != "crops":
         return f"{kind} decode"
@@ -142,7 +142,7 @@ def decoding_stage(bench: Bench) -> str:
 
 
 def image_kind(dataset: PackedDataset) -> str:
-    """JPEG, PNG, WebP or raw: that of the first sample."""
+    """The kind of the first sample: JPEG, PNG, WebP or raw."""
     first = bytes(dataset.image_bytes(0)[:12])
     if first.startswith(b"\xff\xd8"):
         return "JPEG"

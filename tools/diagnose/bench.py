@@ -31,7 +31,6 @@ from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
 from unicl_fast.system.progress import EvaluationStopped, stopping_when
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.tools.pretrain import evaluate_in_run
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.build import build_trainer
 from unicl_fast.training.data import longest_text
@@ -39,9 +38,10 @@ from unicl_fast.training.memory_plan import plan as plan_memory
 from unicl_fast.training.observers import WeightsAgree
 from unicl_fast.training.trainer import Trainer
 
-from ..step.parts import StepInParts
+from ..pretrain import evaluate_in_run
 from .clocks import Loop, LoopClock, PacedLoader, flow, keep_open, repeated
 from .model import CHECKPOINT, COPY, EVALUATION, Change, Cost, Periodic, Stage, median
+from .step_parts import StepInParts
 
 _LARGEST_BATCH = 1 << 16
 _EVALUATED_AT_ONCE = 256
@@ -76,7 +76,7 @@ class Bench:
         self, config: TrainConfig, *, folder: Path, ranks: Ranks, device: torch.device
     ) -> None:
         """Builds data, loader and trainer. Raises as `unicl-pretrain` does."""
-        # a run in stages is measured by its own settings, those of the last stage
+        # a run in stages is measured with its own settings, which the last stage has
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, stages=()))
         require(
             not config.efficiency.image_features,
@@ -106,7 +106,7 @@ class Bench:
             device=device,
             progress=False,
         )
-        # each rank takes the parts of a step by itself (`step_stages`), after which weights differ
+        # `step_stages` runs the parts of a step on each rank alone, after which weights differ
         kept = [one for one in trainer.observers if not isinstance(one, WeightsAgree)]
         for observer in kept:
             keep_open(observer, self._opened)
@@ -217,10 +217,7 @@ class Bench:
     # The parts of a step.
 
     def step_stages(self, batch: Batch, *, seconds: float) -> list[Stage]:
-        """The parts of a step; none where micro-batches or an objective without texts split it.
-
-        Nor are there any where labels are mixed.
-        """
+        """The parts of a step; none with micro-batches, mixed labels, or without texts."""
         config, objective = self.config, self.config.objective
         micro = 0 < config.efficiency.micro_batch_size < self.local_batch
         if micro or not objective.uses_texts or objective.mixes:
@@ -278,7 +275,7 @@ class Bench:
         )
 
     def evaluation(self) -> Periodic | None:
-        """Evaluates as a run does; None where it does not."""
+        """Evaluates as a run does; None if it does not."""
         evaluations, every = self.now.trainer.evaluations, self.config.run.evaluate_every_steps
         if not (evaluations and every):
             return None

@@ -1,4 +1,4 @@
-"""A diagnosis from a config to its result: what `unicl-bench run` does on each rank."""
+"""A diagnosis from a config to its result: the work of `unicl-bench run` on each rank."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def measure(
 
 
 def gains_again(diagnoser: Diagnoser, measured: Measured, change: Change) -> tuple[float, ...]:
-    """The gains of a change in longer turns; 0 where it cannot be measured any more."""
+    """The gains of a change in longer turns; 0 if it cannot be measured any more."""
     found: Trial | str = next(one for one in measured.trials if one.change.option == change.option)
     if isinstance(found, Trial) and not found.is_again:
         found = diagnoser.trial(change, by_cpu=measured.by_cpu, turns=LONGER)
@@ -88,7 +88,7 @@ def gains_again(diagnoser: Diagnoser, measured: Measured, change: Change) -> tup
 
 
 def _best(bench: Bench, measured: Measured, refused: set[str]) -> Advice | None:
-    """The best advice that options can follow and that leaves what is learnt as it is."""
+    """The best advice that options can follow and that does not change the model."""
     useful = {
         one.change.option: one
         for one in advise(measured)[0]

@@ -1,4 +1,4 @@
-"""From the numbers of a diagnosis to sentences: the limit, what to change, what does not help.
+"""From the numbers of a diagnosis to sentences: the limit, useful changes, useless changes.
 
 Nothing here measures, so all of it can be tested with made-up numbers.
 """
@@ -9,14 +9,14 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .model import LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
+from unicl_fast.training.bottleneck import Pause, Usage, find_bottleneck
+
+from .model import CHECKPOINT, LOGGING, MUCH, READ, Change, Measured, RankFigures, Stage, rate_text
 
 LEAST_GAIN = 0.03
 """Part of the rate that a change must gain to be advice."""
 _SLOW_RANK = 1.5
 """A rank that takes this multiple of the median's time holds up the others."""
-_BLOCKED = 0.5
-"""Part of the time in which a reading thread must wait for storage to be the limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +42,9 @@ class Advice:
 
 
 def advise(measured: Measured) -> tuple[list[Advice], list[Advice]]:
-    """Advice that gains something, the largest gain first; and what was found not to matter.
+    """Advice that gains something, the largest gain first; and the changes that do not matter.
 
-    A change whose rounds do not all gain is none.
+    A change is advice only if all its rounds gain.
     """
     every = []
     for trial in measured.trials:
@@ -70,7 +70,7 @@ def hints(measured: Measured) -> Iterator[str]:
 
 
 def neighbours(measured: Measured) -> str:
-    """A sentence on other processes of the machine, where they take much of it."""
+    """A sentence on other processes of the machine, if they take much of it."""
     if not measured.is_busy:
         return ""
     who = "".join(f"; {name}: {cores:.1f}" for name, cores in measured.others)
@@ -81,59 +81,66 @@ def neighbours(measured: Measured) -> str:
     )
 
 
-def waits_for_storage(measured: Measured) -> bool:
-    """Whether the loop waits for batches, and these for storage."""
-    return measured.waiting > MUCH and measured.reading > _BLOCKED
+def usage_of(measured: Measured) -> Usage:
+    """The numbers of a run for the table of limits, per second of the run."""
+    options = {CHECKPOINT: "checkpoint.every_steps"}
+    pauses = [
+        Pause(
+            name=work.name,
+            part=measured.part_of(work),
+            evidence=f"{work.name}s take {measured.part_of(work):.0%} of the time: training waits "
+            f"{work.seconds:.2f} s every {work.every_steps} steps"
+            + (f" ({work.note})" if work.note else ""),
+            option=options.get(work.name, "run.evaluate_every_steps"),
+        )
+        for work in measured.periodic
+    ]
+    logging = measured.logging
+    evidence = f"metrics and trackers take {logging:.0%} of the time"
+    pauses.append(Pause(LOGGING, logging, evidence, "run.log_every_steps"))
+    return Usage(
+        seconds=1.0,
+        data_wait_seconds=measured.waiting,
+        cores=measured.cores,
+        cpu_seconds=measured.whole.cpu / measured.whole.wall,
+        reading_blocked=measured.reading,
+        on_gpu=measured.device != "cpu",
+        compute_threads=measured.compute_threads,
+        threads=measured.threads,
+        decodes_files=measured.decodes_files,
+        is_remote=measured.is_remote,
+        pauses=tuple(pauses),
+        least_part=MUCH,
+    )
 
 
 def find_limit(measured: Measured) -> Limit:
-    """Names the stage that sets the rate, with its evidence."""
+    """Names the stage that sets the rate, with its evidence and the options that help."""
     if (slow := slow_rank(measured)) is not None:
-        rank, usual, what = slow
-        mine = 1e3 * getattr(rank, what)
+        rank, usual, part = slow
+        mine = 1e3 * getattr(rank, part)
         return _limit(
             measured, f"rank {rank.rank}",
-            f"rank {rank.rank} is slow, and the others wait for it: its {what} takes {mine:.2f} ms "
+            f"rank {rank.rank} is slow, and the others wait for it: its {part} takes {mine:.2f} ms "
             f"an image, the others' {1e3 * usual:.2f}",
         )  # fmt: skip
-    beside = _beside_computing(measured)
-    stage = max(beside, key=lambda name: beside[name][0])
-    part, evidence = beside[stage]
-    if part > MUCH:
-        return _limit(measured, stage, evidence)
-    if measured.waiting > MUCH and (stages := _of_loader(measured)):
+    usage = usage_of(measured)
+    name, sentence = find_bottleneck(usage) or ("", "")
+    if name == "pauses" and usage.longest_pause is not None:
+        return _limit(measured, usage.longest_pause.name, sentence)
+    if name == "storage":
+        return _limit(measured, READ, sentence)
+    if name and (stages := _of_loader(measured)):
         largest = max(stages, key=lambda one: one.cost.wall)
-        threads = f"{measured.threads} threads" if measured.threads > 1 else "1 thread"
-        return _limit(
-            measured, largest.name,
-            f"the loop waits for batches {measured.waiting:.0%} of the time, which the loader "
-            f"makes on {threads}; "
-            f"{_part_of(largest, measured.loader.wall, largest.cost.wall)}",
-        )  # fmt: skip
+        took = _part_of(largest, measured.loader.wall, largest.cost.wall)
+        evidence = f"the loop waits for batches, and {took} the loader's time: {sentence}"
+        return _limit(measured, largest.name, evidence)
     if measured.device == "cpu":
         return _cores(measured)
     steps = [stage for stage in measured.stages if stage.side in ("step", "between")]
     largest = max(steps, key=lambda one: one.cost.wall)
-    where = _part_of(largest, measured.step.wall, largest.cost.wall)
-    return _limit(measured, largest.name, f"the step does not wait for batches; {where}")
-
-
-def _beside_computing(measured: Measured) -> dict[str, tuple[float, str]]:
-    """The part of the time that goes into all that is no computing, and the evidence."""
-    found = {READ: (0.0, "")}
-    if waits_for_storage(measured):
-        evidence = (
-            f"the loop waits for batches {measured.waiting:.0%} of the time, and the thread that "
-            f"reads waits for storage {measured.reading:.0%} of it"
-        )
-        found[READ] = measured.waiting, evidence
-    for work in measured.periodic:
-        part = measured.part_of(work)
-        about = f"{part:.0%} of the time: training waits {work.seconds:.2f} s every "
-        about += f"{work.every_steps} steps" + (f" ({work.note})" if work.note else "")
-        found[work.name] = part, f"{work.name}s take {about}"
-    found[LOGGING] = measured.logging, f"metrics and trackers take {measured.logging:.0%} of it"
-    return found
+    took = _part_of(largest, measured.step.wall, largest.cost.wall)
+    return _limit(measured, largest.name, f"the step does not wait for batches; {took} it")
 
 
 def _of_loader(measured: Measured) -> list[Stage]:
@@ -152,7 +159,7 @@ def _cores(measured: Measured) -> Limit:
         measured, largest.name,
         f"{measured.cores:g} cores do it all{threads}: an image takes "
         f"{1e3 * measured.whole.cpu:.2f} ms of CPU time; "
-        f"{_part_of(largest, measured.whole.cpu, largest.cost.cpu)}",
+        f"{_part_of(largest, measured.whole.cpu, largest.cost.cpu)} that",
     )  # fmt: skip
 
 
@@ -182,4 +189,4 @@ def _limit(measured: Measured, stage: str, evidence: str) -> Limit:
 
 def _part_of(stage: Stage, total: float, own: float) -> str:
     note = f" ({stage.note})" if stage.note else ""
-    return f"{stage.name}{note} takes {min(1.0, own / total) if total else 0.0:.0%} of that"
+    return f"{stage.name}{note} takes {min(1.0, own / total) if total else 0.0:.0%} of"

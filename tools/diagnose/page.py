@@ -12,16 +12,13 @@ from typing import Any
 from unicl_fast.system.pages import fill_page
 
 from .advise import LEAST_GAIN, advise, find_limit, neighbours
-from .earlier import Comparison
 from .model import rate_text
 from .report import Diagnosis, groups, rate_of
 
 _SHOWN_CHANGES = 3
 
 
-def make_page(
-    found: Diagnosis, machine: Mapping[str, Any], *, comparison: Comparison | None
-) -> str:
+def make_page(found: Diagnosis, machine: Mapping[str, Any]) -> str:
     """Returns the page as text, to be written in UTF-8; `machine` is the result file's."""
     measured, shown = found.measured, list(groups(found.measured))
     return fill_page(
@@ -31,7 +28,6 @@ def make_page(
         config=found.config,
         busy=neighbours(measured),
         limit=find_limit(measured),
-        comparison=comparison,
         groups=shown,
         longest=max(stage.cost.wall for _, stages in shown for stage in stages) or 1.0,
         rate_text=rate_text,

@@ -18,9 +18,9 @@ LOGGING = "logging"
 READ = "storage read"
 WAITING = "waiting for batches"
 _NOTHING = 1e-9
-"""Seconds of an image that a stage takes at most where it does nothing."""
+"""Largest seconds of an image of a stage that does nothing."""
 MUCH = 0.2
-"""Part of the time from which on what is no computing is the limit."""
+"""Part of the time above which waiting and pauses are the limit."""
 BUSY = 0.1
 """Part of the cores from which on other processes make rates and gains unreliable."""
 
@@ -33,7 +33,7 @@ class Cost:
     cpu: float
     """Over all threads of the process."""
     rounds: tuple[float, ...] = ()
-    """Wall seconds of each round, of which `wall` is the median; empty where it was timed once."""
+    """Wall seconds of each round, of which `wall` is the median; empty if it was timed once."""
 
     @property
     def spread(self) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def median(costs: Iterable[Cost]) -> Cost:
 
 
 def rate_text(cost: Cost | None, *, ranks: int = 1) -> str:
-    """Writes images/s with the slowest and the fastest round; a dash where nothing was measured."""
+    """Writes images/s with the slowest and the fastest round; a dash if nothing was measured."""
     if cost is None or cost.wall <= _NOTHING:
         return "-"
     rate = f"{ranks / cost.wall:,.0f}"
@@ -83,7 +83,7 @@ class Periodic:
     every_steps: int
     """0: only at the end."""
     seconds: float
-    """That training waits each time."""
+    """Seconds that training waits each time."""
     note: str = ""
 
 
@@ -105,7 +105,7 @@ class Change:
     image: dict[str, Any] | None = None
     """Arguments of `check_image` for images that are packed anew; empty copies them."""
     same_results: bool = True
-    """False where the model that comes out is another one."""
+    """False if the change trains another model."""
 
     def applied_to(self, config: TrainConfig) -> TrainConfig:
         """The config with the changes."""
@@ -154,7 +154,7 @@ class Measured:
 
     device: str
     cores: float
-    """That this rank may use."""
+    """Cores of this rank."""
     threads: int
     compute_threads: int
     world_size: int
@@ -181,8 +181,12 @@ class Measured:
     ranks_per_machine: int = 1
     start_seconds: float = 0.0
     largest_batch: int = 0
-    """The largest local batch that fits, by the memory plan; 0 where none does."""
+    """The largest local batch that fits, by the memory plan; 0 if none does."""
     not_measured: tuple[str, ...] = ()
+    decodes_files: bool = True
+    """Whether images are encoded files, not raw."""
+    is_remote: bool = False
+    """Whether data sets are under URLs."""
 
     @property
     def rate(self) -> float:
@@ -209,7 +213,7 @@ class Measured:
         costs = [stage.cost for stage in self.stages if stage.name == LOGGING]
         if not costs or not self.whole.cpu:
             return 0.0
-        # what is beyond the loop's own time is that of trackers, in threads of theirs
+        # the rest beyond the loop's own time belongs to the threads of trackers
         return costs[0].wall / self.whole.wall + (costs[0].cpu - costs[0].wall) / self.whole.cpu
 
     def part_of(self, work: Periodic) -> float:
@@ -219,7 +223,7 @@ class Measured:
         return work.seconds / (work.every_steps * self.local_batch * self.whole.wall)
 
     def as_dict(self) -> dict[str, Any]:
-        """Itself for JSON, with what follows from it."""
+        """Itself for JSON, with its rates."""
         return dataclasses.asdict(self) | {
             "images_per_second": self.rate,
             "images_per_cpu_second": 1 / self.whole.cpu if self.whole.cpu else 0.0,

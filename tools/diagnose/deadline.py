@@ -58,9 +58,9 @@ class Deadline:
     """Ends this process when a diagnosis takes too long."""
 
     def __init__(
-        self, seconds: float, *, scratch: Path, conclude: Callable[[Diagnosis], bool]
+        self, seconds: float, *, scratch: Path, conclude: Callable[[Diagnosis], None]
     ) -> None:
-        """`conclude` reports a diagnosis, and returns whether the process ends with 1."""
+        """`conclude` reports a diagnosis."""
         self.budget = Budget(seconds)
         self.found: Diagnosis | None = None
         """The latest that is known."""
@@ -103,7 +103,7 @@ class Deadline:
         try:
             if self.found is not None:
                 print(f"cut off at the deadline, during: {self.budget.phase}", file=sys.stderr)
-                code = int(self._conclude(self.found))
+                self._conclude(self.found)
             elif self._is_main:
                 code = _EXIT_NOTHING
                 text = (

@@ -1,4 +1,4 @@
-"""Changes that may make a run faster, by its settings, and the data that some of them need."""
+"""Changes that can make a run faster, by its settings, and the data that some of them need."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ from .model import CHECKPOINT, EVALUATION, LOGGING, READ, Change, Measured
 _SMALLEST_BATCH = 64
 """Local batches below this are tried larger."""
 _RARE = 0.01
-"""Part of the time that checkpoints and evaluations take where they are advised to come less often.
-"""
+"""Part of the time that checkpoints and evaluations should take, if rarer ones are advised."""
 _SELDOM_LOGGED = 50
 
 
 def candidates(bench: Bench, measured: Measured) -> list[Change]:
-    """Changes worth a try with these settings; of one stage, those first that may gain the most."""
+    """Changes worth a try with these settings; for each stage, the most promising first."""
     return [*_of_cadences(bench, measured), *_of_step(bench), *_of_batch(bench),
             *_of_loader(bench)]  # fmt: skip
 

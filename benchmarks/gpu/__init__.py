@@ -1,1 +1,0 @@
-"""`unicl-bench gpu`: what there is to measure on a GPU, in commands of less than nine minutes."""

@@ -1,1 +1,0 @@
-"""`unicl-bench scale`: a model of a training step on many GPUs."""

@@ -1,0 +1,82 @@
+"""`unicl-bench`: what limits a run, and benchmarks against others.
+
+`run` is part of the package. The benchmarks are not installed: they compare with other libraries
+and stand in the folder benchmarks/ of a checkout, where this program finds and starts them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import unicl_fast
+from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.system.program import EXIT_ABORTED, begin_program
+
+PROGRAMS = {
+    "run": "what limits your run, what to change, and how long it takes",
+    "race": "accuracy by images and CPU seconds, against open_clip's own loop",
+    "resume": "kills and resumes loaders: samples lost, doubled, out of order",
+    "input": "images/s of the loader, against others and the limits",
+    "step": "training steps, against open_clip's; by switch, part and memory",
+    "loss": "tokens, targets, texts and the loss, against open_clip and others",
+    "gpu": "a GPU: its kernels, tests, step and loss, nine minutes at a time",
+    "pack": "packing, against webdataset, img2dataset and a bare loop",
+}
+_HELP = """usage: unicl-bench PROGRAM [OPTIONS]
+
+Measures your run, or a part against alternatives: medians over rounds in which all contestants take
+turns. Contestants that disagree are not timed.
+
+{programs}
+
+All but `run` need a checkout. unicl-bench PROGRAM --help explains its options."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 2 on wrong input, and if a benchmark is not in reach."""
+    name, *options = (begin_program() if argv is None else list(argv)) or ["--help"]
+    if name not in PROGRAMS:
+        lines = "\n".join(f"  {one:8}{about}" for one, about in PROGRAMS.items())
+        is_asked = name in ("-h", "--help")
+        print(_HELP.format(programs=lines), file=sys.stdout if is_asked else sys.stderr)
+        if not is_asked:
+            print(f"\nunicl-bench: there is no program {name!r}", file=sys.stderr)
+        sys.exit(0 if is_asked else 2)
+    try:
+        load_program(name).parse(options, prog=f"unicl-bench {name}").run()
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"unicl-bench: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Interrupted):
+        sys.exit(EXIT_ABORTED)
+
+
+def load_program(name: str) -> type[Any]:
+    """The class of a program; FileNotFoundError for a benchmark without a checkout."""
+    if name == "run":
+        from .diagnose.run import Run
+
+        return Run
+    if (checkout := str(find_checkout())) not in sys.path:
+        sys.path.append(checkout)  # last, so that unicl_fast stays the installed one
+    program: type[Any] = importlib.import_module("benchmarks").load_program(name)
+    return program
+
+
+def find_checkout() -> Path:
+    """The folder that holds benchmarks/: beside the package, or the current one."""
+    for folder in (Path(unicl_fast.__file__).resolve().parents[1], Path.cwd()):
+        if (folder / "benchmarks" / "harness.py").is_file():
+            return folder
+    raise FileNotFoundError(
+        "the benchmarks are not installed with the package: clone the repository of unicl_fast and "
+        "run this program in the checkout"
+    )
+
+
+if __name__ == "__main__":
+    main()
