@@ -1,10 +1,12 @@
-"""All kinds of sources in one build, from real images; and what a place is taken for."""
+"""All kinds of sources in one build, from real images; what a path is taken for; a new kind."""
 
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from foreign_sources import jpeg, write_tar
 from pack_runs import samples_of
 
 from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.sources import read_sources as registry
 from unicl_fast.packing.sources.read_sources import read_source
 
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
@@ -53,3 +56,34 @@ def test_class_folders_with_other_things_in_them_stay_class_folders(
     source = read_source(str(tmp_path))
     assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
     assert sum(source.passed_over.values()) == 1
+
+
+OWN = """
+from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.source_kind import SourceKind
+from unicl_fast.packing.sources.spool import Source
+from unicl_fast.packing.sources.trees import open_tree
+
+def read(place, options, spool):
+    source = Source(name=place.name, items=spool.new_items(), labels_are_names=False)
+    tree = open_tree(place.path.parent)
+    for line in place.path.read_text().splitlines():
+        name, caption = line.split(" = ")
+        source.items.append(Item(name, tree.find(name), [caption]))
+    return source
+
+KIND = SourceKind(recognises=lambda place: place.name.endswith(".pairs"), read=read)
+"""
+
+
+def test_a_kind_is_a_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("unicl_fast.packing.sources.pairs")
+    exec(OWN, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "SOURCES", ("pairs", *registry.SOURCES))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.pairs").write_text("1.jpg = a cat")
+    build_dataset([tmp_path / "list.pairs"], tmp_path / "out", workers=1, progress=False)
+    assert [(one.image, one.captions) for one in samples_of(tmp_path / "out")] == [
+        (jpeg(1), ("a cat",))
+    ]

@@ -26,6 +26,7 @@ from unicl_fast.packing.quarantine import LeftOut, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
 from unicl_fast.packing.sources.items import Item, Problem, spell_classes
 from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of
@@ -43,17 +44,30 @@ class PackedSource(Source):
     manifest: Manifest
 
 
-def is_packed(folder: Path) -> bool:
+def _is_packed(folder: Path) -> bool:
     """Whether a folder holds a packed data set, or what is left of one."""
     names = (MANIFEST_NAME, CHECKSUMS_NAME)
     return (folder / "samples.npy").is_file() or all((folder / name).is_file() for name in names)
 
 
-def read_packed(path: Path, options: ListOptions, spool: Spool) -> PackedSource:
+def _recognises(place: Place) -> bool:
+    """Also takes a folder that holds packed data sets alone, to refuse it."""
+    return place.is_folder and (_is_packed(place.path) or _holds_packed(place))
+
+
+def _holds_packed(place: Place) -> bool:
+    return bool(place.folders) and all(_is_packed(place.path / one) for one in place.folders)
+
+
+def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
     """Reads the samples of a packed data set.
 
     Raises ValueError if an array or the quarantine list is damaged, or an option asks for columns.
     """
+    path = place.path
+    if not _is_packed(path):
+        every = " ".join(f"{path}/{folder}" for folder in sorted(place.folders))
+        raise ValueError(f"{path} holds packed data sets: name one, or each: {every}")
     if options.conditions() or options.scores() or options.group_column:
         raise ValueError(
             f"{path} is a packed data set, which has no columns: leave --where, --min-score and "
@@ -231,3 +245,6 @@ def left_out_before(sources: Sequence[PackedSource]) -> Iterator[LeftOut]:
     """Yields what was left out when the data sets were packed."""
     for source in sources:
         yield from read_left_out(source.folder / QUARANTINE_NAME)
+
+
+KIND = SourceKind(recognises=_recognises, read=_read)
