@@ -7,7 +7,9 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import read_class_names, read_templates
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
-from unicl_fast.tools.evaluate.options import Knn
+from unicl_fast.tools.evaluate import registry
+from unicl_fast.tools.evaluate.knn import Knn
 from unicl_fast.training.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
@@ -348,6 +351,63 @@ def test_retrieval_takes_what_zero_shot_takes(
     assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
 
 
+OWN = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from unicl_fast.tools.evaluate.frozen_features import FrozenFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centroid(FrozenFeatures):
+    '''Classification by the nearest mean of a class.'''
+
+    scale: float = 1.0
+    '''Multiplies the features.'''
+
+    def run(self) -> None:
+        from unicl_fast.evaluation.report import ClassificationCounts
+
+        sets, described = self.extract()
+        if not sets:
+            return
+        train, test = sets
+        known = np.unique(train.labels)
+        means = np.stack([train.features[train.labels == one].mean(0) for one in known])
+        away = np.linalg.norm(self.scale * (test.features[:, None] - means), axis=2)
+        counts = ClassificationCounts(train.class_names)
+        counts.add(known[away.argsort(1)[:, :5]].tolist(), test.all_labels)
+        result = counts.result(what="the nearest mean")
+        print(table := result.to_table())
+        self.write(described | {"scale": self.scale} | result.to_json(), table)
+"""
+
+
+def test_an_evaluation_is_a_file_and_a_line(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its options, refusals, JSON and features that are found again come with it."""
+    module = ModuleType("unicl_fast.tools.evaluate.centroid")
+    module.__file__ = str(tmp_path / "centroid.py")  # where the help reads the docstrings
+    Path(module.__file__).write_text(OWN)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(OWN, module.__dict__)
+    monkeypatch.setitem(registry.COMMANDS, "centroid", "centroid:Centroid")
+    sets = ["--train", data / "labels", "--data", data / "classes"]
+    found = evaluated("centroid", trained, *sets, "--scale", "2")
+    assert (found["protocol"], found["scale"], found["num_test"]) == ("centroid", 2, 21)
+    assert f"{100 * found['top1']:.2f}" in capsys.readouterr().out
+    assert "--scale" in refusal(capsys, "centroid", "--checkpoint", trained, *sets, "--scale", "x")
+    with pytest.raises(SystemExit):
+        call(evaluate, "centroid", "--help")
+    assert "Multiplies the features." in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
@@ -403,7 +463,7 @@ def test_a_rank_that_lost_another_says_so(
         raise RuntimeError(error)
 
     monkeypatch.setattr(Knn, "check", lambda self: None)
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(Knn, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         call(evaluate, "knn", "--checkpoint", trained, "--train", tmp_path, "--data", tmp_path)
     assert stopped.value.code == 1

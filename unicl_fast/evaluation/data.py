@@ -19,6 +19,7 @@ import torch.distributed as dist
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.choices import Metric, MetricChoice
@@ -67,6 +68,12 @@ class EvaluationData:
 def all_labels(dataset: PackedDataset) -> list[list[int]]:
     """The labels of each sample."""
     return [dataset.labels_of(sample).tolist() for sample in range(len(dataset))]
+
+
+def all_descriptions(dataset: PackedDataset) -> list[Description]:
+    """The texts, labels and origin of each sample."""
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        return [reader.read_description(sample) for sample in range(len(dataset))]
 
 
 def short_name(spec: str) -> str:
