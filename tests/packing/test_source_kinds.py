@@ -11,8 +11,8 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import jpeg, write_tar
-from pack_runs import samples_of
+from foreign_sources import write_tar, write_zip
+from pack_runs import jpeg, samples_of
 
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import read_sources as registry
@@ -32,9 +32,7 @@ def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "test-00000-of-00001.parquet", row_group_size=4)
     members = {f"{number}.jpg": file for number, file in enumerate(files)}
     write_tar(tmp_path / "0.tar", members | {f"{n}.cls": b"%d" % n for n in range(10)})
-    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
-        for name, file in members.items():
-            archive.writestr(name, file)
+    write_zip(tmp_path / "val.zip", members)
     (tmp_path / "val_map.txt").write_text("".join(f"{n}.jpg\t{n}\n" for n in range(10)))
     (tmp_path / "names.txt").write_text("\n".join(CIFAR_NAMES))
     sources = [tmp_path / name for name in ("test-00000-of-00001.parquet", "0.tar", "val_map.txt")]

@@ -16,14 +16,13 @@ import pytest
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from object_stores import put
-from pack_runs import jpeg, run_pack
+from pack_runs import jpeg, run_pack, stop_at, write_photos
 from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore
-from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import upload
 from unicl_fast.packing.build import build_dataset
@@ -40,11 +39,7 @@ def _checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for number in range(60):
-        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(number))
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos", range(60), ("cat", "dog"))
 
 
 @pytest.fixture
@@ -83,27 +78,18 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
-    real = DatasetWriter.add
-
-    def add_until(limit: int) -> Callable[..., None]:
-        def add(self: DatasetWriter, sample: Any) -> None:
-            if self.num_samples == limit:
-                raise type(error)(*error.args)
-            real(self, sample)
-
-        return add
-
-    monkeypatch.setattr(DatasetWriter, "add", add_until(3))
-    found, text = run_pack(*arguments, capsys=capsys)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, error)
+        found, text = run_pack(*arguments, capsys=capsys)
     assert (found, "stopped; this run has written nothing" in text) == (code, True), text
     assert not os.listdir(work), "of a build that kept nothing"
-    monkeypatch.setattr(DatasetWriter, "add", add_until(40))
-    found, text = run_pack(*arguments, capsys=capsys)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 40, error)
+        found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     kept = rf"stopped; {re.escape(str(work))}/\w+/set\.partial keeps \d finished shards"
     assert re.search(kept, text), text
 
-    monkeypatch.setattr(DatasetWriter, "add", real)
     with monkeypatch.context() as patch:
         patch.setattr(upload, "_send", raising(error))
         found, text = run_pack(*arguments, capsys=capsys)
