@@ -19,10 +19,7 @@ from unicl_fast.packing.sources.rows import ListOptions
 
 CAPTIONS = {
     "info": {"year": 2017},
-    "images": [
-        {"id": 1, "file_name": "1.jpg", "height": 8, "width": 8},
-        {"id": 2, "file_name": "2.jpg"},
-    ],
+    "images": [{"id": 1, "file_name": "1.jpg", "height": 8}, {"id": 2, "file_name": "2.jpg"}],
     "licenses": [],
     "annotations": [
         {"image_id": 1, "id": 10, "caption": "one"},

@@ -132,12 +132,17 @@ def test_the_same_build_resumes_an_upload_that_was_cut_off(
     assert set(os.listdir(tmp_path / "whole")) - set(os.listdir(store)) == {"made-of.json"}
 
 
-def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_path: Path) -> None:
+def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
+    url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad" / "cat").mkdir(parents=True)
     (tmp_path / "bad" / "cat" / "1.jpg").write_text("no image")
     with pytest.raises(ValueError, match="nothing could be packed"):
         build(tmp_path / "bad", url)
     assert not os.listdir(work)
+    monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
+    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
+        build(tmp_path / "bad", "https://host/set")
 
 
 @pytest.mark.parametrize("name", ["photos.tar", "photos.zip", "photos-{0..1}.tar"])
@@ -161,14 +166,6 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
     assert f'"source":"{name}'.encode() in (tmp_path / "set" / "shard-000000.tar").read_bytes()
     code, text = run_pack("build", f"{url}2", "--out", tmp_path / "new", capsys=capsys)
     assert (code, "CRET" in text) == (2, False), text
-
-
-def test_a_url_that_takes_no_uploads_is_refused_before_packing(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
-    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
-        build(photos, "https://host/set")
 
 
 def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:

@@ -354,33 +354,24 @@ def test_retrieval_takes_what_zero_shot_takes(
 OWN = """
 from dataclasses import dataclass
 
-import numpy as np
-
+from unicl_fast.tools.evaluate.command import Number
 from unicl_fast.tools.evaluate.frozen_features import FrozenFeatures
 
-
 @dataclass(frozen=True, kw_only=True)
-class Centroid(FrozenFeatures):
-    '''Classification by the nearest mean of a class.'''
+class Majority(FrozenFeatures):
+    '''How often the label is one of the most frequent in training.'''
 
-    scale: float = 1.0
-    '''Multiplies the features.'''
+    guesses: Number = 1
+    '''Labels that are guessed.'''
 
     def run(self) -> None:
-        from unicl_fast.evaluation.report import ClassificationCounts
+        import numpy as np
 
         sets, described = self.extract()
-        if not sets:
-            return
-        train, test = sets
-        known = np.unique(train.labels)
-        means = np.stack([train.features[train.labels == one].mean(0) for one in known])
-        away = np.linalg.norm(self.scale * (test.features[:, None] - means), axis=2)
-        counts = ClassificationCounts(train.class_names)
-        counts.add(known[away.argsort(1)[:, :5]].tolist(), test.all_labels)
-        result = counts.result(what="the nearest mean")
-        print(table := result.to_table())
-        self.write(described | {"scale": self.scale} | result.to_json(), table)
+        if sets:
+            best = np.bincount(sets[0].labels).argsort()[::-1][: self.guesses]
+            rate = float(np.isin(sets[1].labels, best).mean())
+            self.write(described | {"rate": rate}, f"{rate:.3f}")
 """
 
 
@@ -391,21 +382,22 @@ def test_an_evaluation_is_a_file_and_a_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its options, refusals, JSON and features that are found again come with it."""
-    module = ModuleType("unicl_fast.tools.evaluate.centroid")
-    module.__file__ = str(tmp_path / "centroid.py")  # where the help reads the docstrings
+    """Its options, its help, refusals, and files of results come with it."""
+    module = ModuleType("unicl_fast.tools.evaluate.majority")
+    module.__file__ = str(tmp_path / "majority.py")  # where the help reads the docstrings
     Path(module.__file__).write_text(OWN)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(OWN, module.__dict__)
-    monkeypatch.setitem(registry.COMMANDS, "centroid", "centroid:Centroid")
+    monkeypatch.setitem(registry.COMMANDS, "majority", "majority:Majority")
     sets = ["--train", data / "labels", "--data", data / "classes"]
-    found = evaluated("centroid", trained, *sets, "--scale", "2")
-    assert (found["protocol"], found["scale"], found["num_test"]) == ("centroid", 2, 21)
-    assert f"{100 * found['top1']:.2f}" in capsys.readouterr().out
-    assert "--scale" in refusal(capsys, "centroid", "--checkpoint", trained, *sets, "--scale", "x")
+    found = evaluated("majority", trained, *sets, "--guesses", "2", "--markdown", tmp_path / "a.md")
+    assert (found["protocol"], found["num_test"], found["rate"]) == ("majority", 21, 5 / 21)
+    assert (tmp_path / "a.md").read_text() == "0.238\n"
+    command = ["majority", "--checkpoint", trained, *sets]
+    assert "--guesses" in refusal(capsys, *command, "--guesses", "0")
     with pytest.raises(SystemExit):
-        call(evaluate, "centroid", "--help")
-    assert "Multiplies the features." in capsys.readouterr().out
+        call(evaluate, "majority", "--help")
+    assert "Labels that are guessed." in capsys.readouterr().out
 
 
 @pytest.mark.slow

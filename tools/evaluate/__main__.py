@@ -1,6 +1,6 @@
 """`unicl-eval`: how good a trained model is, and its use on images.
 
-Reads the arguments, starts ranks, and ends with the exit code of what happened.
+Reads the arguments, starts ranks, and ends with an exit code.
 """
 
 from __future__ import annotations

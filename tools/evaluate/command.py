@@ -4,8 +4,8 @@ Evaluations are `Evaluation`s and end in `write`, which makes their JSON and Mar
 use a model on images are `Use`s.
 
 The help is read from these classes, and a command checks itself before ranks are started. So files
-of commands import torch, and all that brings it, inside functions: neither `--help` nor a mistyped
-option waits the seconds that this takes.
+of commands import torch, and modules that import it, inside functions: it takes seconds, which
+`--help` and a mistyped option need not wait for.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ class Embed(Use):
 
     out: Path
     """.npy for an array [images, width] in the data set's order, or .parquet with a row for each
-    image: its source, its name there, its labels, its feature (takes the extra
+    image: its source, its name there, its labels, its feature (needs the extra
     `sources`)."""
     layer: Layer = "projection"
-    """projection: unit-norm features to compare with those of texts; encoder: what comes before."""
+    """projection: unit-norm features, comparable with texts'; encoder: features before it."""
 
     def check(self) -> None:
         super().check()

@@ -25,16 +25,16 @@ class LinearProbe(FrozenFeatures):
     """
 
     validation: str = ""
-    """Labelled images to choose C by; empty holds out a fifth of each class of --train. Where that
+    """Labelled images to choose C by; empty holds out a fifth of each class of --train. If that
     would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
-    --train instead, in 2 to 5 folds, as many as the smallest class has images. Where no class has
+    --train instead, in 2 to 5 folds, as many as the smallest class has images. If no class has
     two images, C is 1."""
     c: NonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
-    by up to 4 others of each class, and the fit only uses the shots. Where the others are fewer
-    than one a class on the average, C is chosen by cross-validation over the shots."""
+    by up to 4 others of each class, and the fit only uses the shots. If the others are fewer
+    than one a class on average, C is chosen by cross-validation over the shots."""
     draws: Number = 3
     """Few-shot: how often images are drawn for each number of shots."""
     seed: Count = 0

@@ -51,7 +51,7 @@ class ZeroShot(Evaluation):
         distinct_names(self.data)
 
     def for_each(self, name: str, default: str = "") -> list[Any]:
-        """An option's values, one for each data set; `default` where none, or own, is given.
+        """An option's values, one for each data set; `default` for own or if none is given.
 
         Raises:
             ValueError: neither one nor one for each.

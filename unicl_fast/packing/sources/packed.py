@@ -1,7 +1,7 @@
 """Packed data sets as sources of a build, also together with others.
 
 Captions have no checksum of their own. They are tokenized and compared with the stored tokens;
-where these differ, the shard's checksum says whether it was damaged or packed with another version
+if these differ, the shard's checksum says whether it was damaged or packed with another version
 of the tokenizer's packages.
 """
 
@@ -45,13 +45,13 @@ class PackedSource(Source):
 
 
 def _is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed data set, or what is left of one."""
+    """Whether a folder holds a packed data set, or the remains of one."""
     names = (MANIFEST_NAME, CHECKSUMS_NAME)
     return (folder / "samples.npy").is_file() or all((folder / name).is_file() for name in names)
 
 
 def _recognises(place: Place) -> bool:
-    """Also takes a folder that holds packed data sets alone, to refuse it."""
+    """Also recognises a folder that only holds packed data sets, in order to refuse it."""
     return place.is_folder and (_is_packed(place.path) or _holds_packed(place))
 
 
@@ -126,7 +126,7 @@ class _Samples:
             )
 
     def _describe(self, index: int) -> Description | str:
-        """A sample's texts and origin, or what is wrong with them."""
+        """A sample's texts and origin, or the fault in them."""
         try:
             return self._reader.read_description(index)
         except DamagedSampleError as error:
@@ -170,7 +170,7 @@ class _Samples:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-    """Tokenizes texts by all threads; no tokens for what is no text, such as a lone surrogate."""
+    """Tokenizes texts by all threads; invalid text, such as a lone surrogate, has no tokens."""
     try:
         return tokenizer.encode(texts)
     except (UnicodeError, TypeError):
@@ -242,7 +242,7 @@ def join_licenses(sources: Sequence[Source]) -> str:
 
 
 def left_out_before(sources: Sequence[PackedSource]) -> Iterator[LeftOut]:
-    """Yields what was left out when the data sets were packed."""
+    """Yields the samples that were left out when the data sets were packed."""
     for source in sources:
         yield from read_left_out(source.folder / QUARANTINE_NAME)
 

@@ -1,7 +1,7 @@
 """Reads the SOURCE arguments of a build; a new kind of source is a file here and a line in SOURCES.
 
-What is passed over or cannot be packed is never dropped in silence: it is counted by name, or stays
-in the list with its problem and ends in quarantine.csv.
+Nothing is dropped in silence: files that are passed over are counted by name, and images that
+cannot be packed stay in the list with their problem and end in quarantine.csv.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SOURCES = (
     "coco",  # before lists: a .json that is an object; an array is a list
     "lists",
     "maps",
-    "class_folders",  # last: takes any other folder or zip, and refuses all else
+    "class_folders",  # last: any other folder or zip; refuses all else
 )
 """The file of each kind, in the order in which they are asked whether a path is theirs."""
 
@@ -32,7 +32,7 @@ _NO_OPTIONS = ListOptions()
 
 
 def kind_of(place: Place) -> SourceKind:
-    """The first kind that recognises a place; the last one takes all."""
+    """The first kind that recognises a place; the last one recognises every place."""
     kinds: list[SourceKind] = [import_module(f"{__package__}.{name}").KIND for name in SOURCES]
     return next(kind for kind in kinds if kind.recognises(place))
 
@@ -42,8 +42,8 @@ def read_sources(
 ) -> list[Source]:
     """Reads all sources of a build, in order; those that are read together come with the first.
 
-    What cannot be read in place is unpacked into the spool, which must outlive the items; without
-    one such sources are refused.
+    Sources that cannot be read in place are unpacked into the spool, which must outlive the items;
+    without a spool they are refused.
 
     Raises:
         FileNotFoundError: a source is not there.
@@ -66,6 +66,6 @@ def read_sources(
 def read_source(
     path: str, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> Source:
-    """Reads one source; arguments and errors are those of `read_sources`."""
+    """Reads one source; see `read_sources` for arguments and errors."""
     (source,) = read_sources([path], options, spool)
     return source

@@ -45,7 +45,7 @@ def _recognises(place: Place) -> bool:
 
 
 def _files_of_split(place: Place) -> list[Path]:
-    """The Parquet files of the folder F if the place is F/train, say, where nothing is."""
+    """The Parquet files of the folder F if the place is F/train, say, and does not exist."""
     is_split = not (place.is_url or place.path.suffix)
     return find_parquet(place.path.parent) if is_split else []
 
@@ -132,7 +132,7 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Notes that a file is unpacked, and of what, for a build that resumes."""
+    """Records that a file is unpacked, and its size and time, for a build that resumes."""
     files = Path(task.rows_file), Path(task.images_file)
     for file in files:
         flush_to_disk(file)

@@ -77,7 +77,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def _tars_of(place: Place) -> list[str]:
-    """The tars that a place stands for: itself, those in a folder, or those of a pattern."""
+    """The tars that a place stands for: the file itself, or all of a folder, URL or pattern."""
     is_tar = place.name.lower().endswith(TARS)
     if place.is_url and is_tar:
         return expand_braces(place.given)
@@ -140,7 +140,7 @@ class SampleMaker:
     """Turns groups of files into items."""
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
-        # .txt and .cls say nothing where a field of .json is asked for by name
+        # .txt and .cls are ignored if a field of .json is asked for by name
         captions, labels = names_of(options.caption_column), names_of(options.label_column)
         self._columns = Columns(
             "",
@@ -169,7 +169,7 @@ class SampleMaker:
     def add_file(
         self, group: Group, extension: str, entry: Entry, read: Callable[[], bytes]
     ) -> None:
-        """Keeps an image, and what is wanted of a .txt, .cls or .json; counts other files."""
+        """Keeps an image, and the wanted fields of a .txt, .cls or .json; counts other files."""
         if extension not in IMAGES and extension not in _TEXTS:
             self.passed_over[f".{extension} files"] += 1
             return
@@ -359,21 +359,21 @@ class _HeaderFile:
         self._file = file
         self.tell = file.tell
         self.num_bytes_left = 0
-        """How much the headers of the next member may take, together."""
+        """Most bytes that the headers of the next member can have together."""
 
     def read(self, num_bytes: int) -> bytes:
         if not 0 <= num_bytes <= self.num_bytes_left:
             raise ValueError(f"a header of {num_bytes:,} bytes")
         self.num_bytes_left -= num_bytes
         data = self._file.read(num_bytes)
-        # Python before 3.11.10 and 3.12.6 takes time squared for them (CVE-2024-6232)
+        # quadratic time in Python before 3.11.10 and 3.12.6 (CVE-2024-6232)
         if num_bytes > tarfile.BLOCKSIZE and _MANY_DIGITS.search(data):
             raise ValueError("a header with a number of a thousand digits")
         return data
 
 
 def _after_end_mark(file: BinaryIO, at: int) -> int:
-    """Returns where another archive begins after this one's end; -1 if only padding follows."""
+    """Returns the start of the next archive after this one's end; -1 if only padding follows."""
     file.seek(at)
     padding = file.read(_PADDING)
     rest = padding.lstrip(b"\0")
