@@ -26,6 +26,12 @@ from unicl_fast.evaluation.labelled import keep_features, key_of_features
 from unicl_fast.models.unicl import UniCL, weights_digest
 
 TOKENIZER = Tokenizer()
+SEEN_AS = [
+    *({"image_size": 28}, {"evaluation_resize": 36}, {"interpolation": "bicubic"}),
+    *({"resample": "dali"}, {"decode_device": "gpu"}),
+    *({"mean": (0.5, 0.5, 0.4)}, {"std": (0.2, 0.2, 0.3)}),
+]
+"""Settings of `data` that change what the encoder sees."""
 
 
 def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> PackedDataset:
@@ -44,7 +50,10 @@ def model() -> UniCL:
 
 
 @torch.no_grad()
-def test_each_weight_of_the_images_way_changes_the_key(model: UniCL, tmp_path: Path) -> None:
+def test_all_that_decides_features_and_nothing_else_changes_their_key(
+    model: UniCL, tmp_path: Path
+) -> None:
+    """Weights of the image encoder and its projection, and how images are seen."""
     with packed(tmp_path / "set", [0, 1]) as dataset:
         keys = {key_of(model, dataset)}
         assert {key_of(build_model(tiny_config()), dataset)} == keys
@@ -56,6 +65,13 @@ def test_each_weight_of_the_images_way_changes_the_key(model: UniCL, tmp_path: P
             model.get_parameter(name).view(-1)[-1] += 1e-6
             keys.add(key_of(model, dataset))
             assert len(keys) == count, name
+        config, keys = model.config, {key_of(model, dataset)}
+        for count, change in enumerate(SEEN_AS, start=2):
+            model.config = config.changed(data={**change})
+            keys.add(key_of(model, dataset))
+            assert len(keys) == count, change
+        model.config = config.changed(efficiency={"precision": "bf16"})
+        assert key_of(model, dataset) not in keys
 
 
 def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_path: Path) -> None:
@@ -69,27 +85,6 @@ def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_pa
         assert key_of(model, renamed) == key_of(model, dataset)
         keys = {key_of(model, one) for one in (dataset, turned, other, more)}
         assert len(keys | {key_of(model, dataset, layer="projection")}) == 5
-
-
-def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> None:
-    seen_as = [
-        *({"image_size": 28}, {"evaluation_resize": 36}, {"interpolation": "bicubic"}),
-        *(
-            {"resample": "dali"},
-            {"decode_device": "gpu"},
-            {"mean": (0.5, 0.5, 0.4)},
-            {"std": (0.2, 0.2, 0.3)},
-        ),
-    ]
-    config = model.config
-    with packed(tmp_path / "set", [0, 1]) as dataset:
-        keys = {key_of(model, dataset)}
-        for count, change in enumerate(seen_as, start=2):
-            model.config = config.changed(data={**change})
-            keys.add(key_of(model, dataset))
-            assert len(keys) == count, change
-        model.config = config.changed(efficiency={"precision": "bf16"})
-        assert key_of(model, dataset) not in keys
 
 
 @pytest.mark.parametrize("decode_device", ["auto", "gpu"])

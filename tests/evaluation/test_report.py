@@ -19,9 +19,8 @@ from unicl_fast.evaluation.report import (
     wilson_interval,
 )
 from unicl_fast.system.wording import markdown_table
-from unicl_fast.tools.evaluate import protocols
 from unicl_fast.tools.evaluate.figures import most_confused
-from unicl_fast.tools.evaluate.options import Knn
+from unicl_fast.tools.evaluate.knn import Knn
 
 
 def test_average_precision_is_scikit_learn_s_and_chance_that_of_shuffled_images() -> None:
@@ -84,13 +83,13 @@ def test_texts_of_users_are_written_as_they_are(
     counts = ClassificationCounts(names)
     counts.add([[0]] * len(names), [[number] for number in range(len(names))])
     result = counts.result(what="this")
-    monkeypatch.setattr(protocols, "weights_checksum", lambda *_, **__: "0")
+    monkeypatch.setattr("unicl_fast.conversion.sources.weights_checksum", lambda *_, **__: "0")
     command = Knn(
         checkpoint=tmp_path, train="x", data="y",
         json=tmp_path / "values.json", markdown=tmp_path / "table.md",
     )  # fmt: skip
     table = classification_table([(name, "top1", result) for name in names])
-    protocols.write_results(command, result.to_json(), table)
+    command.write(result.to_json(), table)
     values = json.loads((tmp_path / "values.json").read_text())
     assert [row["class"] for row in values["per_class"]] == list(names)
     assert table in (tmp_path / "table.md").read_text(encoding="utf-8")

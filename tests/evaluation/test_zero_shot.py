@@ -82,6 +82,8 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
     assert values["top1"] == 3 / 9
     assert values["top1_interval_95"][0] < 3 / 9 < values["top1_interval_95"][1]
     assert "top-1" in result.to_table()
+    with pytest.raises(ValueError, match="no sample of this data set has a label"):
+        classify(features, classifier, labels=[[]] * 10, class_names=NAMES)
 
 
 def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> None:
@@ -96,11 +98,6 @@ def test_names_in_another_order_than_the_data_s_are_refused(tmp_path: Path) -> N
             data = open_data(str(tmp_path / "set"), ranks=Ranks(), class_names=str(given))
             with data as opened:
                 assert opened.class_names == tuple(names.split("\n")[:2])
-
-
-def test_without_labels_there_is_nothing_to_classify() -> None:
-    with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        classify(torch.ones(2, 8), torch.ones(7, 8), labels=[[], []], class_names=NAMES)
 
 
 def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:

@@ -1,24 +1,16 @@
-"""Makes small sources as other programs write them, and looks at what they are read as."""
+"""Small sources as other programs write them, and the items that they are read as."""
 
 from __future__ import annotations
 
 import io
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
-import simplejpeg
 
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Item
 from unicl_fast.packing.sources.spool import Source
-
-
-def jpeg(number: int) -> bytes:
-    """An image of 8 x 8 pixels; every number has its own."""
-    pixels = np.full((8, 8, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels))
 
 
 def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:
@@ -28,6 +20,13 @@ def write_tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, byt
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_zip(path: Path, members: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
     return path
 
 

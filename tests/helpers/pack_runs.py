@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ import simplejpeg
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.dataset.writer import MADE_OF_NAME
+from unicl_fast.dataset.writer import MADE_OF_NAME, DatasetWriter, PackedSample
+from unicl_fast.packing.folder_check import Fault
+from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.tools.pack.__main__ import main
 
 
@@ -22,6 +25,15 @@ def jpeg(number: int) -> bytes:
     """An image of 32 x 24 pixels; every number has its own."""
     pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
     return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
+
+
+def write_photos(root: Path, numbers: Iterable[int], classes: tuple[str, ...] = ("cat",)) -> Path:
+    """Class folders with `jpeg(number)` as CLASS/NUMBER.jpg, classes in turn; returns `root`."""
+    for number in numbers:
+        path = root / classes[number % len(classes)] / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    return root
 
 
 def run_pack(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -35,10 +47,33 @@ def run_pack(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[in
     return code, printed.out + printed.err
 
 
+def stop_at(
+    patch: pytest.MonkeyPatch,
+    count: int,
+    error: BaseException = KeyboardInterrupt(),  # noqa: B008
+) -> None:
+    """The build raises an error like this one when it has written `count` samples."""
+    add = DatasetWriter.add
+
+    def stop(self: DatasetWriter, sample: PackedSample) -> None:
+        if self.num_samples == count:
+            raise type(error)(*error.args)  # anew: notes are added to it
+        add(self, sample)
+
+    patch.setattr(DatasetWriter, "add", stop)
+
+
 def contents(out: Path) -> dict[str, bytes]:
     """All files of a data set; made-of.json, which holds times and paths, is none."""
     names = sorted(set(os.listdir(out)) - {MADE_OF_NAME})
     return {name: (out / name).read_bytes() for name in names}
+
+
+def faults_of(folder: Path, *, decode: bool = False) -> list[Fault]:
+    """Everything that a verification finds."""
+    faults: list[Fault] = []
+    verify_dataset(folder, note=faults.append, decode=decode, workers=1, progress=False)
+    return faults
 
 
 class Sample(NamedTuple):

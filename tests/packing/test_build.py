@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from inline_checks import check_inline
-from pack_runs import contents, jpeg, left_out, run_pack, samples_of
+from pack_runs import contents, jpeg, left_out, run_pack, samples_of, write_photos
 from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
@@ -28,6 +28,7 @@ from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.tools.pack.__main__ import main
 
 run = functools.partial(run_pack, "build")
+PROGRAM = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
 
 
 @pytest.fixture
@@ -39,11 +40,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 sound images in 3 classes, 1 to be encoded anew, 2 that are none."""
-    root = tmp_path_factory.mktemp("images")
-    for number in range(90):
-        place = root / ("cat", "sea_lion", "dog")[number % 3]
-        place.mkdir(exist_ok=True)
-        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    root = write_photos(tmp_path_factory.mktemp("images"), range(90), ("cat", "sea_lion", "dog"))
     Image.new("RGBA", (9, 7), "red").save(root / "cat" / "alpha.png")
     (root / "dog" / "cut.jpg").write_bytes(jpeg(1)[:300] + b"\xff\xd9")
     (root / "dog" / "page.jpg").write_text("<html>")
@@ -59,7 +56,9 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield dataset
 
 
-def test_every_sound_image_is_packed_with_its_class(packed: PackedDataset, folder: Path) -> None:
+def test_every_sound_image_is_packed_with_its_class_and_the_others_are_listed(
+    packed: PackedDataset, folder: Path
+) -> None:
     assert packed.manifest.class_names == ("cat", "dog", "sea lion")
     assert packed.manifest.templates == SIMPLE_TEMPLATES
     samples = samples_of(packed.folder)
@@ -68,19 +67,16 @@ def test_every_sound_image_is_packed_with_its_class(packed: PackedDataset, folde
         if not one.name.endswith("alpha.png"):
             assert one.image == (folder / one.name).read_bytes()
     assert len({one.name for one in samples}) == len(samples) == 91
-
-
-def test_what_is_damaged_is_listed_with_its_reason(packed: PackedDataset) -> None:
     kinds = {name: kind for name, (kind, _) in left_out(packed.folder).items()}
     assert kinds == {"dog/cut.jpg": "damaged", "dog/page.jpg": "not an image"}
     assert packed.manifest.num_quarantined == 2
 
 
+@pytest.mark.usefixtures("checked")
 def test_the_order_in_which_the_system_lists_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal images in equal sources: one given twice, one called like it, links to one folder."""
-    check_inline(monkeypatch)
     for number in range(12):
         for place in ("a", "b"):
             path = tmp_path / place / "train" / ("cat", "dog")[number % 2] / f"{number}.jpg"
@@ -121,8 +117,8 @@ def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
     build_dataset(sources, tmp_path / "here", image_root=str(photos), workers=1, progress=False)
     subprocess.run(
         [
-            *(sys.executable, "-m", "unicl_fast.tools.pack", "build", *sources),
-            *("--image-root", str(photos), "--workers", "1", "--out", str(tmp_path / "there")),
+            *(*PROGRAM, *sources, "--image-root", photos),
+            *("--workers", "1", "--out", tmp_path / "there"),
         ],
         env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         check=True,
@@ -266,15 +262,7 @@ def test_a_stopped_build_leaves_nothing(
         for index in range(600):
             archive.writestr(f"cat/{index}.jpg", big.getvalue())
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "unicl_fast.tools.pack",
-            "build",
-            str(tmp_path / "many.zip"),
-            "--out",
-            str(tmp_path / "out"),
-        ],
+        [*PROGRAM, tmp_path / "many.zip", "--out", tmp_path / "out"],
         stderr=subprocess.PIPE,
         # a shell that starts tests behind itself lets its children ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

@@ -21,7 +21,7 @@ import pytest
 import xxhash
 from inline_checks import check_inline
 from object_stores import FaultyStore, empty
-from pack_runs import contents, jpeg, left_out, run_pack
+from pack_runs import contents, jpeg, left_out, run_pack, write_photos
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
@@ -39,13 +39,11 @@ Kill = Callable[[], None]
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Class folders, and a list with captions whose images are partly the same; some bad."""
-    root = tmp_path_factory.mktemp("sources")
-    for number in range(80):
-        place = root / "photos" / ("cat", "sea_lion", "dog")[number % 3]
-        place.mkdir(exist_ok=True, parents=True)
-        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
-        if number % 9 == 0:
-            (place / f"{number:03d}-cut.jpg").write_bytes(jpeg(number)[:300])
+    root, classes = tmp_path_factory.mktemp("sources"), ("cat", "sea_lion", "dog")
+    write_photos(root / "photos", range(80), classes)
+    for number in range(0, 80, 9):
+        cut = root / "photos" / classes[number % 3] / f"{number:03d}-cut.jpg"
+        cut.write_bytes(jpeg(number)[:300])
     rows = [
         {"image": f"photos/cat/{number:03d}.jpg", "captions": [f"cat {number}", "so it is"]}
         for number in range(0, 90, 3)
@@ -59,7 +57,7 @@ def build(sources: list[Path], out: Path, **options: Any) -> BuildSummary:
     return build_dataset(sources, out, **options)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return check_inline(monkeypatch)
 
@@ -205,7 +203,7 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize("num_more", [pytest.param(-3, marks=pytest.mark.slow), 0, 1])
 def test_a_split_that_is_killed_on_either_side_resumes(
-    sources: list[Path], checked: list[str], tmp_path: Path, num_more: int
+    sources: list[Path], tmp_path: Path, num_more: int
 ) -> None:
     """Killed so many shards after the last one for training."""
     build(sources, tmp_path / "whole", split=0.7)
@@ -224,14 +222,11 @@ def test_a_split_that_is_killed_on_either_side_resumes(
 
 @pytest.mark.parametrize("kind", ["folder", "mount", "zip"])
 def test_a_source_that_vanishes_stops_the_build_which_resumes_when_it_is_back(
-    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A dropped mount is not 30 bad images: its folder stays, empty."""
-    photos, aside = tmp_path / "photos", tmp_path / "aside"
-    for number in range(40):
-        (photos / "cat").mkdir(exist_ok=True, parents=True)
-        (photos / "cat" / f"{number:03d}.jpg").write_bytes(jpeg(number))
-    source = photos
+    aside = tmp_path / "aside"
+    source = photos = write_photos(tmp_path / "photos", range(40))
     if kind == "zip":
         source = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
     place = photos / "cat" if kind == "mount" else source
@@ -260,19 +255,17 @@ def test_a_source_that_vanishes_stops_the_build_which_resumes_when_it_is_back(
 
 
 def test_a_file_that_vanishes_by_itself_is_listed(
-    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(9):
-        (tmp_path / "photos" / "cat").mkdir(exist_ok=True, parents=True)
-        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(jpeg(number))
+    photos = write_photos(tmp_path / "photos", range(9))
     real = build_module.shuffled_order
 
     def shuffled_order(count: int, *, seed: int) -> Any:
-        (tmp_path / "photos" / "cat" / "3.jpg").unlink()
+        (photos / "cat" / "003.jpg").unlink()
         return real(count, seed=seed)
 
     monkeypatch.setattr(build_module, "shuffled_order", shuffled_order)
-    summary = build([tmp_path / "photos"], tmp_path / "set")
+    summary = build([photos], tmp_path / "set")
     assert (summary.num_samples, summary.num_quarantined) == (8, 1)
     assert "1 unreadable" in summary.quarantined
 
@@ -297,7 +290,7 @@ def test_a_build_killed_again_and_again_resumes_each_time(
 
 
 def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
-    sources: list[Path], checked: list[str], tmp_path: Path
+    sources: list[Path], tmp_path: Path
 ) -> None:
     """Copies stay with a build that was killed; what has changed in the store is copied anew."""
     system = FaultyStore()
@@ -372,7 +365,7 @@ def test_a_complete_build_from_urls_is_complete_for_the_same_command(
 
 
 @pytest.fixture
-def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
+def unfinished(sources: list[Path], tmp_path: Path) -> Path:
     """Where a build was to be; two shards of it are finished."""
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, ShardJournal, "append", 2, after=True)
@@ -380,7 +373,7 @@ def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_another_build_does_not_resume_it(
+def test_another_build_or_a_changed_source_is_named_and_does_not_resume_it(
     sources: list[Path], unfinished: Path, unbroken: dict[str, bytes]
 ) -> None:
     message = r"2 finished shards .*other options:\n  --seed was 0 and is now 1\n.*--restart"
@@ -388,17 +381,6 @@ def test_another_build_does_not_resume_it(
         build(sources, unfinished, seed=1)
     with pytest.raises(ValueError, match="other options"):
         build(sources[:1], unfinished)
-    summary = build(sources, unfinished, workers=2)  # which may change
-    assert summary.num_taken_over > 0
-    assert contents(unfinished) == unbroken
-
-
-def test_restart_begins_anew(sources: list[Path], unfinished: Path) -> None:
-    assert build(sources, unfinished, seed=1, restart=True).num_taken_over == 0
-    assert os.listdir(unfinished.parent) == ["set"]
-
-
-def test_a_source_that_has_changed_is_named(sources: list[Path], unfinished: Path) -> None:
     image = sources[0] / "dog" / "002.jpg"
     before = image.stat()
     image.touch()
@@ -407,7 +389,14 @@ def test_a_source_that_has_changed_is_named(sources: list[Path], unfinished: Pat
             build(sources, unfinished)
     finally:
         os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
-    build(sources, unfinished)
+    summary = build(sources, unfinished, workers=2)  # which may change
+    assert summary.num_taken_over > 0
+    assert contents(unfinished) == unbroken
+
+
+def test_restart_begins_anew(sources: list[Path], unfinished: Path) -> None:
+    assert build(sources, unfinished, seed=1, restart=True).num_taken_over == 0
+    assert os.listdir(unfinished.parent) == ["set"]
 
 
 def test_finished_shards_that_are_damaged_are_made_again(
@@ -435,7 +424,7 @@ def read_first(unbroken: dict[str, bytes]) -> int:
 
 @pytest.mark.parametrize("split", [pytest.param(None, marks=pytest.mark.slow), 0.7])
 def test_what_was_unpacked_is_not_unpacked_again(
-    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: float | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: float | None
 ) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -456,17 +445,8 @@ def test_what_was_unpacked_is_not_unpacked_again(
     assert sorted(os.listdir(tmp_path)) == ["a.parquet", "b.parquet", "set", "whole"]
 
 
-def test_two_builds_of_one_data_set_do_not_mix(sources: list[Path], tmp_path: Path) -> None:
-    with (
-        work_folder.work_folder(tmp_path / "set"),
-        pytest.raises(ValueError, match="set.partial is being written by process"),
-    ):
-        build(sources, tmp_path / "set")
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_link_in_the_place_of_the_work_folder_is_followed(
-    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
+    sources: list[Path], unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "fast").mkdir()
     (tmp_path / "set.partial").symlink_to(tmp_path / "fast")
@@ -478,7 +458,15 @@ def test_a_link_in_the_place_of_the_work_folder_is_followed(
         build(sources, tmp_path / "more")
 
 
-def test_a_folder_of_somebody_else_is_left_alone(sources: list[Path], tmp_path: Path) -> None:
+def test_work_of_another_build_or_of_somebody_else_is_left_alone(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    with (
+        work_folder.work_folder(tmp_path / "set"),
+        pytest.raises(ValueError, match="set.partial is being written by process"),
+    ):
+        build(sources, tmp_path / "set")
+    assert os.listdir(tmp_path) == []
     (tmp_path / "set.partial").mkdir()
     (tmp_path / "set.partial" / "precious").touch()
     with pytest.raises(ValueError, match=r"set.partial .* holds something else; move it away"):
@@ -487,7 +475,7 @@ def test_a_folder_of_somebody_else_is_left_alone(sources: list[Path], tmp_path: 
 
 
 def test_what_the_journal_tells_of_is_on_the_disk(
-    sources: list[Path], checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: dict[int, int] = {}
     lines = []
@@ -513,7 +501,6 @@ def test_what_the_journal_tells_of_is_on_the_disk(
 def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
     sources: list[Path],
     unbroken: dict[str, bytes],
-    checked: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -556,7 +543,7 @@ def test_processes_of_a_build_end_before_the_program_where_a_disk_is_full(tmp_pa
     assert "Exception ignored" not in done.stderr
 
 
-def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: Path) -> None:
+def test_the_bytes_of_a_build_stay_what_they_are(tmp_path: Path) -> None:
     """Pinned, so that the order of a seed, and all else that is written, stays for good.
 
     Of pixels, not JPEGs: these depend on the encoder's version.

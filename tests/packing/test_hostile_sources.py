@@ -9,13 +9,12 @@ import stat
 import subprocess
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from foreign_sources import outcomes, read
+from foreign_sources import outcomes, read, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
 from inline_checks import check_inline
@@ -76,19 +75,14 @@ def test_zip_members_that_no_sound_zip_has_are_refused_by_name(tmp_path: Path) -
 
 def test_an_encrypted_member_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("cat/1.jpg", IMAGE)
-    data = bytearray(path.read_bytes())
+    data = bytearray(write_zip(path, {"cat/1.jpg": IMAGE}).read_bytes())
     data[data.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(data)
     assert outcomes(read_source(str(path))) == {"cat/1.jpg": "unreadable"}
 
 
 def two_members(path: Path) -> bytearray:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("cat/1.jpg", IMAGE)
-        archive.writestr("cat/2.jpg", IMAGE)
-    return bytearray(path.read_bytes())
+    return bytearray(write_zip(path, {"cat/1.jpg": IMAGE, "cat/2.jpg": IMAGE}).read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -139,18 +133,8 @@ def test_any_damage_to_a_zip_is_an_error_or_leaves_images_as_they_were(
 
 
 HARD_NAMES = [
-    "a\0b.jpg",
-    "\ud800.jpg",
-    "x" * 300 + ".jpg",
-    "x/" * 40_000 + "1.jpg",
-    "loop/1.jpg",
-    "self.jpg",
-    "~/1.jpg",
-    "",
-    ".",
-    "./../1.jpg",
-    "//etc/hostname",
-    "con\nrow\r.jpg",
+    *("a\0b.jpg", "\ud800.jpg", "x" * 300 + ".jpg", "x/" * 40_000 + "1.jpg", "loop/1.jpg"),
+    *("self.jpg", "~/1.jpg", "", ".", "./../1.jpg", "//etc/hostname", "con\nrow\r.jpg"),
 ]
 
 
@@ -265,14 +249,8 @@ def test_odd_names_reach_the_lists_whole(
     check_inline(monkeypatch)
     from unicl_fast.tools.pack.__main__ import main
 
-    names = [
-        "a\nb.jpg",
-        "c\rd.jpg",
-        'e",f.jpg',
-        "\x1b]0;owned\x07.jpg",
-        "x" * 240 + ".jpg",
-        " .jpg",
-    ]
+    odd = ("a\nb", "c\rd", 'e",f', "\x1b]0;owned\x07", "x" * 240, " ")
+    names = [f"{name}.jpg" for name in odd]
     root = tmp_path / "in\udcff"
     (root / "cat").mkdir(parents=True)
     for name in names:
@@ -300,14 +278,14 @@ def test_nothing_is_written_outside_the_output_folder(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["../escaped.jpg", f"{tmp_path}/absolute/cat/1.jpg", "cat/ok.jpg", "../../cat/up.jpg"]
-    make: dict[str, Callable[[], Path]] = {
-        "zip": lambda: zip_of(tmp_path / "in" / "set.zip", names),
-        "list": lambda: list_of(tmp_path / "in" / "list.csv", names),
-    }
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "ok.jpg").write_bytes(IMAGE)
     (tmp_path / "work").mkdir()
-    source = make[kind]()
+    if kind == "zip":
+        source = write_zip(tmp_path / "in" / "set.zip", dict.fromkeys(names, IMAGE))
+    else:
+        source = tmp_path / "in" / "list.csv"
+        source.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
     monkeypatch.chdir(tmp_path / "work")
     before = everything_under(tmp_path)
     check_inline(monkeypatch)
@@ -315,15 +293,3 @@ def test_nothing_is_written_outside_the_output_folder(
     made = everything_under(tmp_path) - before
     out = tmp_path / "out"
     assert made == {str(out)} | {str(path) for path in out.iterdir()}
-
-
-def zip_of(path: Path, names: list[str]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in names:
-            archive.writestr(name, IMAGE)
-    return path
-
-
-def list_of(path: Path, names: list[str]) -> Path:
-    path.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
-    return path

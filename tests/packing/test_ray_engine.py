@@ -36,12 +36,8 @@ def cluster() -> Iterator[None]:
     import ray
 
     oracles = str(Path(__file__).resolve().parents[1] / "helpers")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": oracles}},
-    )
+    environment = {"env_vars": {"PYTHONPATH": oracles}}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     yield
     ray.shutdown()
 
@@ -50,9 +46,8 @@ def test_a_build_on_ray_without_ray_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, text = run_pack(
-        "build", tmp_path, "--out", tmp_path / "o", "--engine", "ray", capsys=capsys
-    )
+    words = ("build", tmp_path, "--out", tmp_path / "o", "--engine", "ray")
+    code, text = run_pack(*words, capsys=capsys)
     assert code == 2
     assert install_command("ray") in text
 
@@ -135,15 +130,8 @@ def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(
 def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "captions" / "flickr8k" / "captions.jsonl"
     for engine in ("local", "ray"):
-        build_dataset(
-            [source],
-            tmp_path / engine,
-            engine=engine,  # type: ignore[arg-type]
-            resize="short:96",
-            shard_bytes=500_000,
-            workers=2,
-            progress=False,
-        )
+        options = {"engine": engine, "resize": "short:96", "shard_bytes": 500_000, "workers": 2}
+        build_dataset([source], tmp_path / engine, progress=False, **options)  # type: ignore[arg-type]
     local, on_ray = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("local", "ray")

@@ -25,15 +25,9 @@ def file(tmp_path: Path, shared_data: Path) -> Path:
             {"tokens": text.lower().split(), "raw": text, "imgid": number, "sentid": n}
             for n, text in enumerate(sample["captions"])
         ]
-        images.append(
-            {
-                "filepath": "images",
-                "filename": Path(sample["image"]).name,
-                "imgid": number,
-                "split": SPLITS[number % 4],
-                "sentences": sentences,
-            }
-        )
+        place = {"filepath": "images", "filename": Path(sample["image"]).name}
+        own = {"imgid": number, "split": SPLITS[number % 4], "sentences": sentences}
+        images.append(place | own)
     path = tmp_path / "dataset_flickr8k.json"
     path.write_text(json.dumps({"images": images, "dataset": "flickr8k"}))
     return path

@@ -1,18 +1,21 @@
-"""All kinds of sources in one build, from real images; and what a place is taken for."""
+"""All kinds of sources in one build, from real images; what a path is taken for; a new kind."""
 
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import jpeg, write_tar
-from pack_runs import samples_of
+from foreign_sources import write_tar, write_zip
+from pack_runs import jpeg, samples_of
 
 from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.sources import read_sources as registry
 from unicl_fast.packing.sources.read_sources import read_source
 
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
@@ -29,9 +32,7 @@ def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "test-00000-of-00001.parquet", row_group_size=4)
     members = {f"{number}.jpg": file for number, file in enumerate(files)}
     write_tar(tmp_path / "0.tar", members | {f"{n}.cls": b"%d" % n for n in range(10)})
-    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
-        for name, file in members.items():
-            archive.writestr(name, file)
+    write_zip(tmp_path / "val.zip", members)
     (tmp_path / "val_map.txt").write_text("".join(f"{n}.jpg\t{n}\n" for n in range(10)))
     (tmp_path / "names.txt").write_text("\n".join(CIFAR_NAMES))
     sources = [tmp_path / name for name in ("test-00000-of-00001.parquet", "0.tar", "val_map.txt")]
@@ -53,3 +54,34 @@ def test_class_folders_with_other_things_in_them_stay_class_folders(
     source = read_source(str(tmp_path))
     assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
     assert sum(source.passed_over.values()) == 1
+
+
+OWN = """
+from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.source_kind import SourceKind
+from unicl_fast.packing.sources.spool import Source
+from unicl_fast.packing.sources.trees import open_tree
+
+def read(place, options, spool):
+    source = Source(name=place.name, items=spool.new_items(), labels_are_names=False)
+    tree = open_tree(place.path.parent)
+    for line in place.path.read_text().splitlines():
+        name, caption = line.split(" = ")
+        source.items.append(Item(name, tree.find(name), [caption]))
+    return source
+
+KIND = SourceKind(recognises=lambda place: place.name.endswith(".pairs"), read=read)
+"""
+
+
+def test_a_kind_is_a_file_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("unicl_fast.packing.sources.pairs")
+    exec(OWN, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "SOURCES", ("pairs", *registry.SOURCES))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "list.pairs").write_text("1.jpg = a cat")
+    build_dataset([tmp_path / "list.pairs"], tmp_path / "out", workers=1, progress=False)
+    assert [(one.image, one.captions) for one in samples_of(tmp_path / "out")] == [
+        (jpeg(1), ("a cat",))
+    ]

@@ -13,19 +13,16 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, mend_checksums
 from inline_checks import check_inline
-from pack_runs import jpeg, run_pack, samples_of
+from pack_runs import faults_of, jpeg, run_pack, samples_of, stop_at, write_photos
 from packed_sets import sample_of, write_set
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images import check as check_module
 from unicl_fast.packing.build import BuildSummary, build_dataset
-from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.label_space import collect_label_space
 from unicl_fast.packing.sources.items import spell_classes
-from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -40,10 +37,7 @@ def checked() -> Any:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Class folders, and a list with captions and labels: `dog` is in both; one bad image each."""
     root = tmp_path_factory.mktemp("sources")
-    for number in range(30):
-        place = root / "photos" / ("cat", "dog", "sea_lion")[number % 3]
-        place.mkdir(exist_ok=True, parents=True)
-        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    write_photos(root / "photos", range(30), ("cat", "dog", "sea_lion"))
     (root / "photos" / "cat" / "page.jpg").write_text("<html>")
     rows = []
     (root / "pairs").mkdir()
@@ -76,12 +70,6 @@ def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def quarantined(folder: Path) -> list[tuple[str, ...]]:
     with (folder / "quarantine.csv").open(newline="") as file:
         return [tuple(row.values()) for row in csv.DictReader(file)]
-
-
-def faults_of(folder: Path) -> list[Fault]:
-    faults: list[Fault] = []
-    verify_dataset(folder, note=faults.append, decode=False, progress=False)
-    return faults
 
 
 @pytest.mark.parametrize("format", ["", "raw"])
@@ -220,15 +208,8 @@ def test_a_build_that_is_done_or_stopped_knows_its_packed_sources(
     shutil.copytree(packed["pairs"], tmp_path / "pairs")
     places, options = (packed["photos"], tmp_path / "pairs"), {"shard_bytes": 20_000}
     build(*places, out=tmp_path / "whole", **options)
-    real = DatasetWriter.add
-
-    def add(self: DatasetWriter, sample: PackedSample) -> None:
-        if self.num_samples == 30:
-            raise KeyboardInterrupt
-        real(self, sample)
-
     with monkeypatch.context() as patch:
-        patch.setattr(DatasetWriter, "add", add)
+        stop_at(patch, 30)
         with pytest.raises(KeyboardInterrupt):
             build(*places, out=tmp_path / "set", **options)
     assert build(*places, out=tmp_path / "set", **options).num_taken_over > 0

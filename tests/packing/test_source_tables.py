@@ -7,17 +7,16 @@ import json
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import jpeg, outcomes, read, texts
+from foreign_sources import outcomes, read, texts, write_zip
 from hypothesis import given
 from hypothesis import strategies as st
-from pack_runs import run_pack
+from pack_runs import jpeg, run_pack
 from property_tests import examples
 
 from unicl_fast.packing.limited_processes import run_limited
@@ -124,11 +123,10 @@ def test_a_zip_of_images_is_opened_once_for_all_files(
 
     monkeypatch.setattr(trees, "ZipTree", CountedZip)
     (tmp_path / "set").mkdir()
-    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
-        for number in (1, 2):
-            archive.writestr(f"{number}.jpg", jpeg(number))
-            rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
-            pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
+    write_zip(tmp_path / "p.zip", {f"{number}.jpg": jpeg(number) for number in (1, 2)})
+    for number in (1, 2):
+        rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
+        pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
     options = ListOptions(image_root=str(tmp_path / "p.zip"))
     source = read_source(str(tmp_path / "set"), options, spool)
     assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
@@ -189,17 +187,11 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
     assert len(source.items) == 5
     with pytest.raises(ValueError, match="no split 'val'; it has test, train"):
         read_source(str(tmp_path / "set" / "val"), spool=spool)
+    # a pattern is no split of the folder that its files lie in
+    assert len(read_source(f"{path.parent}/*.parquet", spool=spool).items) == 6
+    assert len(read_source(f"{path.parent}/test*", spool=spool).items) == 1
     path.with_name("test-00000-of-00001.parquet").unlink()
     assert len(read_source(str(tmp_path / "set"), spool=spool).items) == 5
-
-
-def test_a_pattern_of_files_is_no_split_of_the_folder_that_it_lies_in(
-    tmp_path: Path, spool: Spool
-) -> None:
-    for name, count in (("train-00000-of-00001", 3), ("test-00000-of-00001", 2)):
-        pq.write_table(described(table(count)), tmp_path / f"{name}.parquet")
-    assert len(read_source(f"{tmp_path}/*.parquet", spool=spool).items) == 5
-    assert len(read_source(f"{tmp_path}/test*", spool=spool).items) == 2
 
 
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(

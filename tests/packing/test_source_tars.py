@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from foreign_sources import jpeg, outcomes, read, texts, write_tar
+from foreign_sources import outcomes, read, texts, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
+from pack_runs import jpeg
 from property_tests import examples
 
 from unicl_fast.packing.sources.read_sources import read_source
@@ -24,25 +25,11 @@ from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
 def three_samples(path: Path) -> Path:
     """A caption, a label, and both with more in JSON."""
-    fields = {
-        "caption": "one",
-        "captions": ["two", "one"],
-        "label": ["cat", 3],
-        "split": "val",
-        "score": 0.7,
-    }
-    return write_tar(
-        path,
-        {
-            "000.jpg": jpeg(0),
-            "000.txt": b"a red square\n",
-            "001.cls": b"7",
-            "001.png": jpeg(1),
-            "f/002.webp": jpeg(2),
-            "f/002.json": json.dumps(fields).encode(),
-            "f/002.txt": b"one",
-        },
-    )
+    texts = {"caption": "one", "captions": ["two", "one"], "label": ["cat", 3]}
+    fields = json.dumps(texts | {"split": "val", "score": 0.7}).encode()
+    members = {"000.jpg": jpeg(0), "000.txt": b"a red square\n", "001.cls": b"7"}
+    members |= {"001.png": jpeg(1), "f/002.webp": jpeg(2), "f/002.json": fields}
+    return write_tar(path, members | {"f/002.txt": b"one"})
 
 
 def test_a_key_is_a_sample_with_its_texts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_sources import outcomes, texts, write_tar
+from foreign_sources import outcomes, texts, write_tar, write_zip
 
 from unicl_fast.packing.label_space import (
     LabelSpace,
@@ -20,7 +20,7 @@ from unicl_fast.packing.label_space import (
     refuse_numbers,
 )
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError, FileEntry
-from unicl_fast.packing.sources.items import Item
+from unicl_fast.packing.sources.items import Item, Problem
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import MAX_CAPTION_BYTES, ListOptions
 from unicl_fast.packing.sources.spool import Source, Spool
@@ -74,11 +74,7 @@ def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
     make_files(tmp_path, "a/1.jpg", "a/notes.txt", "b/list.CSV", "a/.hidden", ".git/x.jpg", "2.jpg")
     source = read_source(str(tmp_path))
     assert source.passed_over == {".txt files": 1, ".csv files": 1, "hidden files": 2}
-    items = by_name(source)
-    assert set(items) == {"a/1.jpg", "2.jpg"}
-    problem = items["2.jpg"].problem
-    assert problem is not None
-    assert problem.kind == "no class"
+    assert outcomes(source) == {"a/1.jpg": "read", "2.jpg": "no class"}
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -113,15 +109,10 @@ def test_a_list_follows_links_as_class_folders_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> None:
-    with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
-        for name in ("train/cat/1.jpg", "train/dog/2.jpg", "zoo/dog/3.jpg", "__MACOSX/cat/_1.jpg"):
-            archive.writestr(name, name * 50)
+    names = ["train/cat/1.jpg", "train/dog/2.jpg", "zoo/dog/3.jpg", "__MACOSX/cat/_1.jpg"]
+    write_zip(tmp_path / "set.zip", {name: name.encode() * 50 for name in names}, method)
     whole = read_source(str(tmp_path / "set.zip"))
-    assert [item.name for item in whole.items] == [
-        "train/cat/1.jpg",
-        "train/dog/2.jpg",
-        "zoo/dog/3.jpg",
-    ]
+    assert [item.name for item in whole.items] == names[:3]
     part = by_name(read_source(str(tmp_path / "set.zip" / "train")))
     assert {name: item.labels for name, item in part.items()} == {
         "cat/1.jpg": ["cat"],
@@ -132,12 +123,7 @@ def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> Non
             read(part["dog/2.jpg"].entry)
     else:
         assert read(part["dog/2.jpg"].entry) == b"train/dog/2.jpg" * 50
-
-
-def test_a_zip_without_the_folder_says_what_it_has(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        archive.writestr("train/cat/1.jpg", "x")
-    with pytest.raises(FileNotFoundError, match="at its top are: train"):
+    with pytest.raises(FileNotFoundError, match="at its top are: __MACOSX, train, zoo"):
         read_source(str(tmp_path / "set.zip" / "trian"))
 
 
@@ -175,11 +161,7 @@ def test_other_files_called_metadata_leave_class_folders_alone(tmp_path: Path) -
     source = read_source(str(tmp_path))
     assert [item.labels for item in source.items] == [["cat"], ["dog"]]
     assert source.passed_over == {".csv files": 1, ".jsonl files": 1}
-
-
-def test_two_files_of_metadata_are_not_chosen_from(tmp_path: Path) -> None:
-    make_files(tmp_path, "1.jpg")
-    for name in ("metadata.csv", "metadata.jsonl"):
+    for name in ("metadata.csv", "metadata.jsonl"):  # of two that are, neither is chosen
         (tmp_path / name).write_text('file_name,"text"\n')
     with pytest.raises(ValueError, match="name the one to be read"):
         read_source(str(tmp_path))
@@ -218,10 +200,7 @@ def test_several_splits_are_not_joined(tmp_path: Path, content: str, packed: str
     place = tmp_path / "photos"
     make_files(place, *names, "readme.txt")
     if packed == "zip":
-        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-            for name in names:
-                archive.writestr(name, name)
-        place = tmp_path / "photos.zip"
+        place = write_zip(tmp_path / "photos.zip", {name: name.encode() for name in names})
     with pytest.raises(ValueError, match="Validation, test, train") as caught:
         read_source(str(place))
     assert f"unicl-pack build {place}/train --out" in str(caught.value)
@@ -238,9 +217,8 @@ def test_a_split_alone_is_read_and_is_no_class(tmp_path: Path) -> None:
 
 
 def test_a_list_in_a_zip_is_not_taken_for_class_folders(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
-        archive.writestr("in/1.jpg", b"one")
-        archive.writestr("in/metadata.jsonl", b'{"file_name": "1.jpg", "text": "x"}')
+    metadata = b'{"file_name": "1.jpg", "text": "x"}'
+    write_zip(tmp_path / "p.zip", {"in/1.jpg": b"one", "in/metadata.jsonl": metadata})
     with pytest.raises(ValueError, match="unpack it"):
         read_source(str(tmp_path / "p.zip"))
 
@@ -271,11 +249,12 @@ def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
         "im/1.jpg,a sleeping cat,animal\n",
         encoding="utf-8",
     )
-    items = by_name(read_source(str(tmp_path / "list.csv")))
-    assert items["im/1.jpg"].captions == ["a cat, asleep", "a sleeping cat"]
-    assert items["im/1.jpg"].labels == ["cat", "animal"]
-    assert items["im/2.jpg"].captions == []
-    assert read(items["im/2.jpg"].entry) == b"im/2.jpg"
+    source = read_source(str(tmp_path / "list.csv"))
+    assert texts(source) == {
+        "im/1.jpg": (["a cat, asleep", "a sleeping cat"], ["cat", "animal"]),
+        "im/2.jpg": ([], ["dog"]),
+    }
+    assert read(by_name(source)["im/2.jpg"].entry) == b"im/2.jpg"
 
 
 def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_path: Path) -> None:
@@ -288,12 +267,8 @@ def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_pat
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     items = by_name(read_source(str(tmp_path / "list.jsonl")))
     assert items["1.jpg"].captions == ["a dog"]
-    problem = items["1.jpg"].problem
-    assert problem is not None
-    assert problem.kind == "too long"
-    assert problem.message.endswith(
-        "line 1: captions holds 100,001 bytes; captions of at most 100,000 are read"
-    )
+    message = "line 1: captions holds 100,001 bytes; captions of at most 100,000 are read"
+    assert items["1.jpg"].problem == Problem("too long", message)
     assert (items["2.jpg"].captions, items["2.jpg"].problem) == ([longest], None)
 
     (tmp_path / "list.jsonl").unlink()
@@ -316,19 +291,15 @@ def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     options = ListOptions(image_root=str(tmp_path / "images"))
-    items = by_name(read_source(str(tmp_path / "list.jsonl"), options))
-    assert items["1.jpg"].captions == ["one", "eins"]
-    assert (items["2.jpg"].captions, items["2.jpg"].labels) == (["two"], [0])
-    assert items["3.jpg"].labels == ["x", "y"]
-    problem = items["4.jpg"].problem
-    assert problem is not None
-    assert problem.kind == "no text"
+    source = read_source(str(tmp_path / "list.jsonl"), options)
+    assert texts(source) == {
+        **{"1.jpg": (["one", "eins"], []), "2.jpg": (["two"], [0]), "3.jpg": ([], ["x", "y"])}
+    }
+    assert outcomes(source)["4.jpg"] == "no text"
 
 
 def test_columns_conditions_and_a_zip_as_root(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
-        archive.writestr("in/1.jpg", b"one")
-        archive.writestr("in/2.jpg", b"two")
+    write_zip(tmp_path / "p.zip", {"in/1.jpg": b"one", "in/2.jpg": b"two"})
     (tmp_path / "list.tsv").write_text("pic\twords\tsplit\n1.jpg\tone\ttrain\n2.jpg\ttwo\tval\n")
     options = ListOptions(
         image_column="pic",
@@ -492,13 +463,10 @@ def test_names_with_keys_on_some_lines_are_refused(tmp_path: Path, text: str, me
         read_label_space(str(tmp_path / "names.txt"))
 
 
-def test_labels_found_become_names_in_sorted_order() -> None:
+def test_labels_found_become_names_in_sorted_order_but_for_numbers_of_lists() -> None:
     space = collect_label_space(["sea_lion", "ant", "sea lion"])
     assert space.names == ("ant", "sea lion")
     assert space.number_of("sea_lion") == 1
-
-
-def test_numbers_of_lists_and_names_that_are_no_text_are_refused() -> None:
     for label in ("3", 3):
         with pytest.raises(ValueError, match="--class-names"):
             refuse_numbers(["cat", label], "list.csv")

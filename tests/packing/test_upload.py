@@ -16,14 +16,13 @@ import pytest
 from foreign_sources import write_tar
 from inline_checks import check_inline
 from object_stores import put
-from pack_runs import jpeg, run_pack
+from pack_runs import jpeg, run_pack, stop_at, write_photos
 from werkzeug.serving import make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore
-from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import upload
 from unicl_fast.packing.build import build_dataset
@@ -40,11 +39,7 @@ def _checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    for number in range(60):
-        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(number))
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos", range(60), ("cat", "dog"))
 
 
 @pytest.fixture
@@ -83,27 +78,18 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
-    real = DatasetWriter.add
-
-    def add_until(limit: int) -> Callable[..., None]:
-        def add(self: DatasetWriter, sample: Any) -> None:
-            if self.num_samples == limit:
-                raise type(error)(*error.args)
-            real(self, sample)
-
-        return add
-
-    monkeypatch.setattr(DatasetWriter, "add", add_until(3))
-    found, text = run_pack(*arguments, capsys=capsys)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, error)
+        found, text = run_pack(*arguments, capsys=capsys)
     assert (found, "stopped; this run has written nothing" in text) == (code, True), text
     assert not os.listdir(work), "of a build that kept nothing"
-    monkeypatch.setattr(DatasetWriter, "add", add_until(40))
-    found, text = run_pack(*arguments, capsys=capsys)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 40, error)
+        found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     kept = rf"stopped; {re.escape(str(work))}/\w+/set\.partial keeps \d finished shards"
     assert re.search(kept, text), text
 
-    monkeypatch.setattr(DatasetWriter, "add", real)
     with monkeypatch.context() as patch:
         patch.setattr(upload, "_send", raising(error))
         found, text = run_pack(*arguments, capsys=capsys)
@@ -146,12 +132,17 @@ def test_the_same_build_resumes_an_upload_that_was_cut_off(
     assert set(os.listdir(tmp_path / "whole")) - set(os.listdir(store)) == {"made-of.json"}
 
 
-def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_path: Path) -> None:
+def test_a_build_to_a_url_that_cannot_be_leaves_nothing(
+    url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bad" / "cat").mkdir(parents=True)
     (tmp_path / "bad" / "cat" / "1.jpg").write_text("no image")
     with pytest.raises(ValueError, match="nothing could be packed"):
         build(tmp_path / "bad", url)
     assert not os.listdir(work)
+    monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
+    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
+        build(tmp_path / "bad", "https://host/set")
 
 
 @pytest.mark.parametrize("name", ["photos.tar", "photos.zip", "photos-{0..1}.tar"])
@@ -175,14 +166,6 @@ def test_the_query_of_a_source_is_in_no_name_and_no_file(
     assert f'"source":"{name}'.encode() in (tmp_path / "set" / "shard-000000.tar").read_bytes()
     code, text = run_pack("build", f"{url}2", "--out", tmp_path / "new", capsys=capsys)
     assert (code, "CRET" in text) == (2, False), text
-
-
-def test_a_url_that_takes_no_uploads_is_refused_before_packing(
-    photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_module, "_build", raising(AssertionError("packed")))
-    with pytest.raises(ValueError, match="https://host/set: http takes no uploads; give the URL"):
-        build(photos, "https://host/set")
 
 
 def test_a_packed_set_under_a_url_is_a_source_too(photos: Path, url: str, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,8 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.class_lists import read_class_names, read_templates
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.evaluate import __main__ as evaluate
-from unicl_fast.tools.evaluate.options import Knn
+from unicl_fast.tools.evaluate import registry
+from unicl_fast.tools.evaluate.knn import Knn
 from unicl_fast.training.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
@@ -348,6 +351,55 @@ def test_retrieval_takes_what_zero_shot_takes(
     assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
 
 
+OWN = """
+from dataclasses import dataclass
+
+from unicl_fast.tools.evaluate.command import Number
+from unicl_fast.tools.evaluate.frozen_features import FrozenFeatures
+
+@dataclass(frozen=True, kw_only=True)
+class Majority(FrozenFeatures):
+    '''How often the label is one of the most frequent in training.'''
+
+    guesses: Number = 1
+    '''Labels that are guessed.'''
+
+    def run(self) -> None:
+        import numpy as np
+
+        sets, described = self.extract()
+        if sets:
+            best = np.bincount(sets[0].labels).argsort()[::-1][: self.guesses]
+            rate = float(np.isin(sets[1].labels, best).mean())
+            self.write(described | {"rate": rate}, f"{rate:.3f}")
+"""
+
+
+def test_an_evaluation_is_a_file_and_a_line(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its options, its help, refusals, and files of results come with it."""
+    module = ModuleType("unicl_fast.tools.evaluate.majority")
+    module.__file__ = str(tmp_path / "majority.py")  # where the help reads the docstrings
+    Path(module.__file__).write_text(OWN)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(OWN, module.__dict__)
+    monkeypatch.setitem(registry.COMMANDS, "majority", "majority:Majority")
+    sets = ["--train", data / "labels", "--data", data / "classes"]
+    found = evaluated("majority", trained, *sets, "--guesses", "2", "--markdown", tmp_path / "a.md")
+    assert (found["protocol"], found["num_test"], found["rate"]) == ("majority", 21, 5 / 21)
+    assert (tmp_path / "a.md").read_text() == "0.238\n"
+    command = ["majority", "--checkpoint", trained, *sets]
+    assert "--guesses" in refusal(capsys, *command, "--guesses", "0")
+    with pytest.raises(SystemExit):
+        call(evaluate, "majority", "--help")
+    assert "Labels that are guessed." in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
@@ -403,7 +455,7 @@ def test_a_rank_that_lost_another_says_so(
         raise RuntimeError(error)
 
     monkeypatch.setattr(Knn, "check", lambda self: None)
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(Knn, "run", fail)
     with pytest.raises(SystemExit) as stopped:
         call(evaluate, "knn", "--checkpoint", trained, "--train", tmp_path, "--data", tmp_path)
     assert stopped.value.code == 1

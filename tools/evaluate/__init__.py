@@ -1,5 +1,4 @@
-"""`unicl-eval`: its options, what it prints, and the files that it writes.
+"""`unicl-eval`: a file for each command, with its options, its run, and its output.
 
-`options` has the commands; `protocols` runs those that evaluate a model, with the `figures` that
-they draw, and `using` those that use one. All else is `unicl_fast.evaluation`'s.
+`registry` lists them, `command` has their bases. All else is `unicl_fast.evaluation`'s.
 """

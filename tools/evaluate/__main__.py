@@ -1,6 +1,6 @@
 """`unicl-eval`: how good a trained model is, and its use on images.
 
-Reads the arguments, starts ranks, and ends with the exit code of what happened.
+Reads the arguments, starts ranks, and ends with an exit code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from unicl_fast.system.machine import check_current_folder, choose_environment, 
 from unicl_fast.system.program import begin_program
 from unicl_fast.system.progress import said_if_slow
 
-from .options import COMMANDS, ModelCommand, RankedCommand
+from .command import ModelCommand, RankedCommand
+from .registry import command_classes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_with_torchrun()
     argv = begin_program() if argv is None else list(argv)
     command: ModelCommand = tyro.extras.subcommand_cli_from_dict(
-        dict(COMMANDS),
+        command_classes(),
         args=argv,
         prog="unicl-eval",
         description="Evaluates or uses a trained model. unicl-eval COMMAND --help explains each; "
@@ -44,18 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             start_ranks("unicl_fast.tools.evaluate", nproc=nproc, argv=argv, resumes=False)
         adopt_slurm_ranks()
         keep_freed_memory()
-        run(command)
+        command.run()
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         stop("unicl-eval", error, code=2)
     except (OSError, RuntimeError) as error:  # an image, a disk or a device that failed
         stop("unicl-eval", explain(error), code=1)
-
-
-def run(command: ModelCommand) -> None:
-    """Runs a command on all ranks; rank 0 prints and writes."""
-    from . import protocols, using
-
-    {**protocols.RUNS, **using.RUNS}[type(command)](command)
 
 
 if __name__ == "__main__":

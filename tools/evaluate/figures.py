@@ -1,4 +1,4 @@
-"""The figures of `--figures`: which classes are taken for which, and what retrieval finds."""
+"""The figures of `--figures`: confusion matrices, and images and captions that retrieval finds."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _short(name: str, width: int) -> str:
 def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 12 images over the 3 captions they find, with cosines; its own are green, as a PNG.
 
-    Where none is its own, its best one follows with its place.
+    If none is its own, its best one follows with its rank.
     """
     chosen = _spread(len(found.samples), 12)
     is_own = own_texts(torch.tensor(chosen), found.image_of_text, found.text_ids)
@@ -155,7 +155,7 @@ def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: 
 def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 8 captions over the 5 images they find, with cosines; its own has a green frame.
 
-    Where none is its own, that one stands in the last place, under the number of its own.
+    If none is its own, that one takes the last place, under its rank.
     """
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -192,7 +192,7 @@ def _answers(
 ) -> list[list[tuple[int, int, float, bool]]]:
     """Place from 1 on, row of `others`, cosine, and whether it is its own, of each query's best.
 
-    The last one is the best of its own where the others before are none.
+    The last one is the best of its own if none of the others is.
     """
     scores = queries @ others.T
     order = scores.argsort(dim=1, descending=True, stable=True)

@@ -1,8 +1,8 @@
 """Opens the data sets that `--data` and `--train` name, each as one packed data set.
 
-A packed data set is used as it is. Class folders, lists and whatever else `unicl-pack build` reads
-are packed into a temporary folder first: so an image reaches the model in one way only, and what
-cannot be decoded is counted and named.
+A packed data set is used as it is. Any other source of `unicl-pack build` is first packed into a
+temporary folder, so that images reach the model in one way only, and undecodable ones are counted
+and named.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import Description, SampleReader
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.choices import Metric, MetricChoice
@@ -69,8 +70,14 @@ def all_labels(dataset: PackedDataset) -> list[list[int]]:
     return [dataset.labels_of(sample).tolist() for sample in range(len(dataset))]
 
 
+def all_descriptions(dataset: PackedDataset) -> list[Description]:
+    """The texts, labels and origin of each sample."""
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        return [reader.read_description(sample) for sample in range(len(dataset))]
+
+
 def short_name(spec: str) -> str:
-    """A data set's name in tables: that of its folder."""
+    """A data set's name in tables: the name of its folder."""
     if is_url(spec):
         return without_secrets(spec).removesuffix("?...").rstrip("/").rpartition("/")[2]
     return Path(spec).resolve().name
@@ -111,9 +118,9 @@ def open_data(
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
-    Specs, class names and templates are those of `unicl-eval zero-shot`; empty ones are the data's
-    own. What is not packed is packed by rank 0, while the others wait; with images that lie in no
-    class folder if `takes_loose`. `name` is for tables; empty takes `short_name`.
+    Specs, class names and templates are written as for `unicl-eval zero-shot`; empty ones are the
+    data's own. Rank 0 packs unpacked sources while the others wait, including images outside class
+    folders if `takes_loose`. `name` is for tables; empty stands for `short_name`.
 
     Raises:
         ValueError: not such a data set, or class names that are not its own in number or order.
@@ -135,7 +142,7 @@ def open_data(
             packed = from_rank_0(packed, ranks)
         dataset = stack.enter_context(PackedDataset(packed))
         if not is_packed:
-            dataset.location = spec  # messages name what was given, not the temporary folder
+            dataset.location = spec  # messages name the given path, not the temporary folder
         yield EvaluationData(
             name=name or short_name(spec),
             dataset=dataset,
@@ -143,7 +150,7 @@ def open_data(
             templates=read_templates(templates) if templates else dataset.manifest.templates,
         )
         if not is_packed and ranks.world_size > 1:
-            dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
+            dist.barrier(group=ranks.host_group)  # rank 0 removes files that the others still read
 
 
 def _choose_names(class_names: str, dataset: PackedDataset) -> tuple[str, ...]:

@@ -34,8 +34,7 @@ from unicl_fast.models.unicl import UniCL, weights_digest
 logger = logging.getLogger(__name__)
 
 _KEY_VERSION = 1
-"""Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
-"""
+"""Version of the pipeline, part of the key; raised when the pipeline changes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +107,7 @@ def labelled_features(
     Args:
         model: makes the features.
         specs: labelled images, written as `--data` of `unicl-eval zero-shot`. Labels are numbers of
-            the first one's classes, among which those of the others are found by name.
+            the first one's classes; classes of the others are found among them by name.
         layer: before the projection into the space of texts, as CLIP's linear probes take them, or
             after it (unit norm).
         folder: where features are kept and found again, by a checksum of weights and images.
@@ -170,5 +169,5 @@ def keep_features(folder: Path, key: str, features: Float[np.ndarray, "n d"]) ->
     except OSError as error:
         logger.warning("features are not kept: %s cannot be written: %s", folder, error)
     finally:
-        with contextlib.suppress(OSError):  # where it has its name, or was never made
+        with contextlib.suppress(OSError):  # it has been renamed, or was never made
             aside.unlink()

@@ -1,7 +1,7 @@
 """Classifiers on frozen features, by scikit-learn: a linear probe, and the k nearest images.
 
 The probe is logistic regression with an L2 penalty (Radford et al., arXiv 2103.00020, appendix
-A.3). Its C is chosen on images that are held out, a fifth of each class; where that would be few,
+A.3). Its C is chosen on images that are held out, a fifth of each class; if these would be few,
 by cross-validation. Then all images are fitted together.
 
 The k nearest training images vote as in DINO (Caron et al., arXiv 2104.14294, appendix F.1): each
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 C_GRID = tuple(10 ** (half_decade / 2) for half_decade in range(-12, 13))
 """Range of C: 1e-6 to 1e6, as in CLIP's search."""
 DEFAULT_C = 1.0
-"""Taken where no class has two images, so that nothing can choose C; scikit-learn's default."""
+"""Used if no class has two images, so that C cannot be chosen; scikit-learn's default."""
 MAX_ITERATIONS = 1000
 """L-BFGS iterations of a fit, as CLIP's."""
 _DEFAULT_TAKEN = (
@@ -64,7 +64,7 @@ class ProbeResult:
     """C was chosen by it."""
     c: float
     chosen_by: ChosenBy
-    """`DEFAULT_C` is the default, where no class has two images."""
+    """The default is `DEFAULT_C`, used if no class has two images."""
     validation: dict[float, float]
     """C -> the metric on the held-out images, of all that were tried."""
     num_folds: int
@@ -140,7 +140,7 @@ def few_shot_table(results: Sequence[FewShotResult]) -> str:
 
 
 def require_scikit_learn() -> None:
-    """Raises ModuleNotFoundError, which says how to install it, where scikit-learn is missing."""
+    """Raises ModuleNotFoundError, which says how to install it, if scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ModuleNotFoundError(
             "linear probes and nearest neighbours are scikit-learn's: "
@@ -197,7 +197,7 @@ def few_shot_probes(
 
     C is chosen by `validation` or by up to four other images of each class, as in CoOp. Where the
     others are fewer than one a class on average, it is chosen by cross-validation over the shots.
-    The fit is on the shots only. Arguments and errors are those of `linear_probe`.
+    The fit uses the shots only. See `linear_probe` for arguments and errors.
     """
     num_classes = len(np.unique(train.labels))
     found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
@@ -284,7 +284,7 @@ def _probe(
     metric: Metric,
     tried: Any = None,
 ) -> ProbeResult:
-    """Chooses C by pairs where it is 0, then fits and tests; `tried` is a bar of values of C."""
+    """Chooses C by pairs if it is 0, then fits and tests; `tried` is a bar of values of C."""
     _check(fitted, test, *(held_out for _, held_out in pairs))
     chosen_by: ChosenBy = "given"
     scores: dict[float, float] = {}
@@ -312,7 +312,7 @@ def _probe(
 def _search_c(pairs: Sequence[Pair], *, metric: Metric, tried: Any = None) -> dict[float, float]:
     """C -> the metric on all that is held out, from the smallest C on.
 
-    Each fit begins where that of the C before ended. The fits for large C take longest, so from 1
+    Each fit begins at the result of the fit before. The fits for large C take longest, so from 1
     on the search ends when the metric has been below its best for two decades.
     """
     classifiers = [_logistic_regression(DEFAULT_C) for _ in pairs]

@@ -1,7 +1,7 @@
 """Results of evaluations: counts, rates with intervals, tables.
 
-Zero-shot, linear probe and k nearest neighbours differ in how they rank classes. What is counted is
-the same, so that their numbers can stand in one table.
+Zero-shot, linear probe and k nearest neighbours differ in how they rank classes. They all count the
+same, so that their numbers can stand in one table.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class PrecisionResult:
     """How well the images of each class come first when all are sorted by their scores for it."""
 
     num_samples: int
-    """Images with a label, among which those of a class are looked for."""
+    """Images with a label; each class is ranked among them."""
     per_class: list[tuple[str, int, float]]
     """Name, images and average precision of each class that has images."""
 
@@ -169,7 +169,7 @@ def average_precisions(
     """The average precision of each class over images, from their scores [n k].
 
     It is the mean, over the images of a class, of the precision among all images down to that one,
-    without interpolation. Images without labels are left out, since what they show is not known.
+    without interpolation. Images without labels are left out, since their classes are unknown.
 
     Raises:
         ValueError: no image has a label.

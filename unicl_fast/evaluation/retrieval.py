@@ -58,7 +58,7 @@ class Recall:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval, a little narrow for captions: those of one image are not independent."""
+        """95 % interval; slightly narrow for captions, as those of an image are not independent."""
         return wilson_interval(self.num_found, self.num_queries)
 
 
@@ -272,7 +272,7 @@ def evaluate_captions(on_ranks: ModelOnRanks, dataset: PackedDataset) -> dict[st
     """The held-out loss and the recalls of a data set with captions; on all ranks.
 
     The loss is the contrastive one of training, with as large a batch (`held_out_loss`);
-    `recall_at_1` is the mean of both directions. Errors are those of `retrieval`.
+    `recall_at_1` is the mean of both directions. Raises as `retrieval`.
     """
     model = on_ranks.model
     bias = model.learnt.get("logit_bias")
@@ -312,8 +312,8 @@ def held_out_loss(
     """The mean loss of whole batches in the data set's order, each image with its first caption.
 
     A `bias` asks for the sigmoid form. `image_of_text` rises. Captions of equal `text_ids` are
-    positives of each other's images. What is left after the last whole batch is left out, since the
-    loss grows with the batch; fewer images than one batch are a batch.
+    positives of each other's images. An incomplete last batch is left out, since the loss grows
+    with the batch; fewer images than one batch are a batch.
     """
     n = len(image_features)
     first = torch.searchsorted(image_of_text, torch.arange(n, device=image_of_text.device))

@@ -175,7 +175,7 @@ def open_index(
 
 
 def _stored(on_ranks: ModelOnRanks, dataset: PackedDataset, folder: Path) -> NDArray[Any]:
-    """The features of a data set, mapped from a file that is made where it is not there."""
+    """The features of a data set, mapped from a file, which is made if it does not exist."""
     model, ranks = on_ranks.model, on_ranks.ranks
     weights = weights_digest(model, "image_encoder.", "image_projection")
     key = key_of_features(model, dataset, layer="projection", weights=weights)

@@ -16,7 +16,7 @@ _FEWEST_HELD_OUT = 4
 def hold_out(labels: Rows, *, seed: int) -> list[tuple[Rows, Rows]]:
     """Rows to fit on and rows held out: one split, the folds of a cross-validation, or nothing.
 
-    A fifth of each class is held out. Where that is fewer than four samples a class on average,
+    A fifth of each class is held out. If that is fewer than four samples a class on average,
     C would be chosen at random, so there are folds instead.
     """
     from sklearn.model_selection import StratifiedShuffleSplit

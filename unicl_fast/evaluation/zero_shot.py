@@ -99,7 +99,7 @@ def evaluate_zero_shot(
     *,
     rows_of_classes: NDArray[np.int64] | None = None,
 ) -> ClassificationResult:
-    """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
+    """Zero-shot accuracy on a packed data set, or accuracy of a model trained by cross-entropy.
 
     For the latter `rows_of_classes` [k] says which of the model's rows each class has. All ranks
     call it and get the result.
@@ -194,8 +194,8 @@ def zero_shot(
         data: labelled images, written as `--data` of `unicl-eval zero-shot`.
         class_names: names instead of the data's own, written as `--class-names`.
         templates: prompt templates instead of the data's own, written as `--templates`.
-        metric: is reported first; auto takes the one that CLIP's protocol has for the data set.
-        name: for tables; empty takes that of the folder.
+        metric: is reported first; auto follows CLIP's protocol for the data set.
+        name: for tables; empty stands for the folder's name.
         hierarchy: also classify among the classes of each level of the data's hierarchy.
         average_precision: also compute the mean average precision of the classes.
 

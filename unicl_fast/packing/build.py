@@ -89,11 +89,11 @@ class BuildSummary:
     num_captions: int
     num_labels: int
     num_quarantined: int
-    """Rows of its quarantine.csv, which include those of packed sources."""
+    """Rows of its quarantine.csv, including the rows of packed sources."""
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     hierarchy: str
-    """How many classes have a place in a hierarchy, in words; empty where there is none."""
+    """How many classes have a place in a hierarchy, in words; empty without one."""
     num_bytes: int
     """Bytes of the shards, and of decoded images."""
     seconds: float
@@ -140,8 +140,8 @@ def build_dataset(
     Args:
         sources: class folders, lists, archives, ... (docs/sources.md), or URLs of them.
         out: folder to make, or URL.
-        work: folder for what is packed for a URL until it is there; empty takes one in the user's
-            cache.
+        work: folder for data that are packed for a URL until they are uploaded; empty for one in
+            the user's cache.
         takes_loose: put images that lie in no class folder into a class of their folder's name,
             instead of leaving them out.
         progress: show progress bars.
@@ -235,7 +235,7 @@ def _build(
 
 @contextlib.contextmanager
 def _frozen_garbage() -> Iterator[None]:
-    """Has garbage looked for in new objects only: a tenth of the time goes into those imported."""
+    """Limits garbage collection to new objects: scanning the others costs a tenth of the time."""
     was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
     try:
@@ -257,7 +257,7 @@ def _pack_all(
     """Reads the sources once and packs each side; returns facts that are not in the data sets."""
     if options.in_place:
         require_lasting(sources)
-    # what is copied and unpacked stays with the finished shards of the side that is packed
+    # copies and unpacked files stay with the finished shards of the side that is packed
     place = next((work for work in works if not work.is_complete), works[0])
     staged = StagedSources(sources, options.image_root, place.copies)
     paths = sources if options.in_place else staged.paths
@@ -333,12 +333,12 @@ def _pack(
     source_names: Sequence[str],
     progress: bool,
 ) -> dict[str, Any]:
-    """Writes a data set from where it stands; returns facts that are not in it."""
+    """Writes a data set, or the rest of it; returns facts that are not in it."""
     if work.is_complete:
         return dict(work.record["summary"])
     places = Places(work.out) if options.in_place else None
     known = KnownImages(options.known, work.out) if options.known else None
-    # what was left out before, and cannot be packed now, is listed by the first side
+    # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
         work.out,
@@ -465,7 +465,7 @@ def _choose_templates(
 def _choose_hierarchy(
     options: BuildOptions, space: LabelSpace, packed: Sequence[PackedSource]
 ) -> Hierarchy | None:
-    """The places of the classes, where --hierarchy or a packed source says what they are."""
+    """The places of the classes, if --hierarchy or a packed source gives them."""
     if options.hierarchy:
         path, names = Path(options.hierarchy), options.hierarchy_names
         parents = read_parents(path, columns=options.hierarchy_columns)
@@ -506,7 +506,7 @@ def _check(
 ) -> Generator[tuple[str, Item, Checked | Problem], None, None]:
     """Each sample with its result, in order; raises FileNotFoundError if a source has vanished."""
     check = check_on_ray if options.engine == "ray" else check_in_order
-    # Made once, and kept while they are under way: making them takes as long as writing them.
+    # Kept while they are under way, since making them costs as much as writing them.
     ahead, behind = itertools.tee(samples)
     # Tasks are made when they are handed out: by then the size of the first image may be known.
     results = check(

@@ -90,11 +90,11 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     """Checks all but the contents of samples; raises FileNotFoundError if there is no data set.
 
     Returns:
-        The data set, if its samples can be looked at; rows of its arrays may still name what does
-        not exist, which was noted.
+        The data set, if its samples can be looked at; rows of its arrays can still refer to missing
+        data, which was noted.
     """
     if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
-        Manifest.load(folder)  # says what a data set is, and how to make one
+        Manifest.load(folder)  # raises, and says how to make a data set
     manifest: Manifest | None = None
     if not (folder / MANIFEST_NAME).is_file():
         faults.add(MANIFEST_NAME, "missing", "there is no manifest")
@@ -155,7 +155,7 @@ def expected_files(manifest: Manifest) -> set[str]:
 def _check_checksums(
     folder: Path, manifest: Manifest | None, *, faults: FaultLog, progress: bool
 ) -> set[str]:
-    """Compares all files with the list; returns those that are missing or not what they were."""
+    """Compares all files with the list; returns the missing and the changed ones."""
     listed: dict[str, str] = {}
     path = folder / CHECKSUMS_NAME
     with faults.catch(CHECKSUMS_NAME, "checksum"):

@@ -111,7 +111,7 @@ class ConceptRow:
     num_images: int
     num_concepts: int
     images_per_concept: float
-    """0 where there are no concepts."""
+    """0 without concepts."""
     kind: str
     """The meaning of a concept here, in words."""
 
@@ -168,7 +168,7 @@ class Inspection:
     exact_copies: Copies
     near_distance: int
     near_copies: Copies | None
-    """Those that are not exact; None where nobody looked for them."""
+    """Near copies that are not exact ones; None if they were not searched."""
     concepts: tuple[ConceptRow, ...]
     seconds: float
 

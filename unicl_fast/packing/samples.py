@@ -25,7 +25,7 @@ class Samples:
     def __init__(
         self, sources: Sequence[Source], numbers: npt.NDArray[np.int64] | None = None
     ) -> None:
-        """`numbers` count the samples of all sources in their order; None takes all."""
+        """`numbers` count the samples of all sources in their order; None stands for all."""
         self._sources = sources
         self._starts = [0, *accumulate(len(source.items) for source in sources)]
         self._numbers = np.arange(self._starts[-1]) if numbers is None else numbers
@@ -46,7 +46,7 @@ class Samples:
         return Samples(self._sources, self._numbers[positions])
 
     def _make(self, numbers: list[int]) -> list[Sample]:
-        """Makes some samples; those of a source are read at once."""
+        """Makes some samples; all of one source are read at once."""
         which = [bisect_right(self._starts, number) - 1 for number in numbers]
         wanted: dict[int, list[int]] = {each: [] for each in which}
         for each, number in zip(which, numbers, strict=True):

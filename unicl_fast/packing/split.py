@@ -99,7 +99,7 @@ class _Groups:
 def _choose(strata: Indices, leaders: Indices, *, fraction: float, seed: int) -> Mask:
     """Masks the samples to hold out: of each stratum a fraction, whole groups, in random order.
 
-    What a stratum gives too few or too many is made up for by the next one.
+    The next stratum makes up for the error of rounding.
     """
     count = len(strata)
     sizes = np.bincount(leaders, minlength=count)

@@ -1,4 +1,4 @@
-"""Copies of what lies under URLs, for as long as a program needs them.
+"""Local copies of objects under URLs, for as long as a program needs them.
 
 Packing reads images in shuffled order and archives from both ends, so a source is copied as a
 whole. The time of a copy is made of its object's version: one of the right size and time need not
@@ -63,7 +63,7 @@ class StagedSources:
     """Sources, and copies of those under URLs."""
 
     def __init__(self, sources: Sequence[str], image_root: str, folder: Path) -> None:
-        """Looks up what is to be copied into `folder`, and copies nothing yet.
+        """Looks up the objects to copy into `folder`, and copies nothing yet.
 
         Raises FileNotFoundError if nothing is there, ValueError if it cannot be listed or a name in
         it leaves its folder.
@@ -71,8 +71,8 @@ class StagedSources:
         self._folder = folder
         self._copies: list[_Copy] = []
         self.versions: dict[str, str] = {}
-        """For each URL a text that changes with what lies there; none of stores without versions
-        of objects."""
+        """For each URL a text that changes with its objects; none for stores without versions of
+        objects."""
         places = {place: place for place in (*sources, image_root)}
         for number, url in enumerate(filter(is_url, places)):
             # without a root, a list brings the folder that it lies in
@@ -91,7 +91,7 @@ class StagedSources:
         """Whether `versions` decides all contents of the sources."""
 
     def fetch(self) -> None:
-        """Makes the copies that are not there, and removes others; OSError where room is short."""
+        """Makes missing copies, and removes others; OSError if the disk has too little room."""
         wanted = {one.path: one.found.size for one in self._copies}
         for path in sorted(self._folder.rglob("*"), reverse=True):  # folders are packed as they are
             if path.is_file() and path not in wanted:
@@ -118,7 +118,7 @@ class StagedSources:
 
 @contextlib.contextmanager
 def local_copy(folder: str) -> Iterator[Path]:
-    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL."""
+    """A packed data set as a folder: itself, or a temporary copy of the one under a URL."""
     if not is_url(folder):
         yield Path(folder)
         return
@@ -131,7 +131,7 @@ def local_copy(folder: str) -> Iterator[Path]:
 
 
 def default_work_folder() -> Path:
-    """The folder of copies, and of what is packed for a URL, in the user's cache."""
+    """The folder of copies, and of data sets packed for a URL, in the user's cache."""
     return CacheOptions().place / "work"
 
 
@@ -179,7 +179,7 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Copy]]:
     target = folder / store.name
     copies = []
     for name in sorted(listed):
-        if not name or name.endswith("/"):  # what some tools make in the place of a folder
+        if not name or name.endswith("/"):  # some tools make such objects in place of folders
             continue
         path = target / name
         if ".." in PurePosixPath(name).parts or not path.is_relative_to(target):

@@ -22,8 +22,8 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     """Uploads a data set; returns what was done, in words.
 
     Raises:
-        ValueError: its files are not those of its manifest, or something else lies at the URL.
-        StorageError: the store cannot be reached, or keeps something else than what was sent.
+        ValueError: its files do not fit its manifest, or something else lies at the URL.
+        StorageError: the store cannot be reached, or stored other bytes than were sent.
     """
     manifest, checksums = Manifest.load(folder), _checksums_of(folder)
     if manifest.in_place is not None:
@@ -108,7 +108,7 @@ def _checksums_of(folder: Path) -> dict[str, str]:
 
 
 def _send(store: ObjectStore, path: Path, expected: str) -> None:
-    """Writes a file, and compares what the store then has with the checksum from packing."""
+    """Writes a file, and compares the stored bytes with the checksum from packing."""
     store.write_file(path, path.name)
     found = store.checksum_of(path.name, size=path.stat().st_size)
     if found != expected:

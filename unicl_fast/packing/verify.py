@@ -43,7 +43,7 @@ _TOKENISE_TOGETHER = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifySummary:
-    """The outcome of a verification: what was looked at, and how many faults were found."""
+    """The outcome of a verification: how much was checked, and how many faults were found."""
 
     folder: Path | str
     num_samples: int
@@ -210,7 +210,7 @@ class _Sound:
 def _tokenise_again(
     samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
 ) -> None:
-    """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
+    """Compares captions with tokens if no worker does, in groups for the tokenizer's threads."""
     left = iter(samples)
     while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
         if tokenizer is not None:
@@ -221,7 +221,7 @@ def _tokenise_again(
 
 
 class _SampleChecks:
-    """Compares samples with the arrays and the index; notes what differs."""
+    """Compares samples with the arrays and the index; notes differences."""
 
     def __init__(self, dataset: PackedDataset, *, faults: FaultLog, has_tokenizer: bool) -> None:
         self._dataset = dataset

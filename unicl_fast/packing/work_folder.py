@@ -117,7 +117,7 @@ class WorkFolder:
         return self.path / _COPIES_NAME
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Notes what the build is made of; once a shard is finished, it must be what it was.
+        """Records the inputs of the build; once a shard is finished, they must not change.
 
         `what` names the group of values, `options` or `sources`. Values are JSON, under names that
         a user knows. Raises ValueError, with the difference, if something differs.

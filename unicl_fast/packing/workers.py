@@ -87,14 +87,14 @@ class Task:
     size: tuple[int, int] | None = None
     """Height and width that a decoded image must have; others leave their pixels in the worker."""
     answer_bytes: int = 0
-    """Most bytes of the checked image, where that is more than its file."""
+    """Most bytes of the checked image, if that can be more than its file."""
 
 
 class Checked(NamedTuple):
     """A sound image, as `CheckedImage` has it, and the tokens of its captions."""
 
     data: bytes
-    """Empty where it is not wanted."""
+    """Empty if it is not wanted."""
     extension: str
     height: int
     width: int
@@ -118,7 +118,7 @@ class ImageOptions:
     format: ImageFormat | Literal["packed"] = "keep"
     """The format of sound images; packed only looks at them (`images.check_image`)."""
     in_place: bool = False
-    """Sound images stay where they are: results bring only those that were converted."""
+    """Sound images stay in their files: results only bring converted ones."""
     return_images: bool = True
     """Results bring the images' bytes; a verification needs only their properties."""
 
@@ -302,7 +302,7 @@ def _shared_count(descriptor: int) -> memoryview:
 
 
 def _spell(task: Task) -> tuple[Any, ...]:
-    """A task as plain values, without what a worker does not need."""
+    """A task as plain values, only those that a worker needs."""
     kind = type(task.entry)
     return kind, fields_getter(kind)(task.entry), task.captions, task.size
 
@@ -317,7 +317,7 @@ def _pack(result: Checked | Problem) -> tuple[Any, ...]:
 
 
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
-    """Makes a result again of what `_pack` made of it."""
+    """Restores a result from the values of `_pack`."""
     if len(answer) == 2:
         return Problem(*answer)
     result = Checked._make(answer)
@@ -337,7 +337,7 @@ def _serve(
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, options.memory_bytes)
     checker, num_finished = ImageChecker(options, context_length), _shared_count(counter)
-    gc.freeze()  # what was imported need not be looked at again
+    gc.freeze()  # imported objects need no scanning
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             answers: list[tuple[Any, ...]] = []
@@ -369,14 +369,14 @@ class ImageChecker:
         self._tokenizer: Tokenizer | None = None
 
     def load_tokenizer(self) -> None:
-        """Loads what captions take, which is not to be counted as the time of a sample."""
+        """Loads the tokenizer ahead of a sample with captions, whose time must not include this."""
         if self._tokenizer is None:  # data sets of labels need none
             self._tokenizer = Tokenizer(self._context_length)
 
     def check(
         self, entry: Entry, captions: Sequence[str], size: tuple[int, int] | None
     ) -> Checked | Problem:
-        """Returns the image and its tokens, or what is wrong with them; raises nothing."""
+        """Returns the image and its tokens, or its problem; raises nothing."""
         try:
             return self._check(entry, captions, size)
         except (EntryError, ImageError) as error:
@@ -426,7 +426,7 @@ class ImageChecker:
             height, width, extension = entry.height, entry.width, _EXTENSIONS.get(data[:2], "")
             keeps_size = not (options.short_side or options.square_side)
             if keeps_size and extension and height * width <= options.max_pixels:
-                # its checksum has just shown that it is what was checked when it was packed
+                # its checksum has just shown that it was checked when it was packed
                 return CheckedImage(
                     data=data, extension=extension, height=height, width=width, reencoded=False
                 )

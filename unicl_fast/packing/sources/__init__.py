@@ -1,5 +1,5 @@
-"""Readers of the data that people have: from a folder, an archive or a list to items to pack.
+"""Readers of existing data: from a folder, an archive or a list to items to pack.
 
-`read_sources` decides what a path is. Items wait in the `spool` until they are packed; `entries`
-say where their images lie.
+`read_sources` lists the kinds of sources, each a file with a `KIND`. Items wait in the `spool`
+until they are packed; `entries` locate their images.
 """

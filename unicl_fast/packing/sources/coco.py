@@ -13,6 +13,7 @@ from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, add_texts
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file
@@ -22,17 +23,21 @@ _COLUMNS = Columns("", ("caption",), ("category",))
 Id = int | str
 
 
-def is_coco(path: Path) -> bool:
+def _recognises(place: Place) -> bool:
     """Whether a .json is one object; one that is an array is a list like any other."""
-    if path.suffix.lower() != ".json" or not path.is_file():
+    if place.path.suffix.lower() != ".json" or not place.is_file:
         return False
-    with open_file(path, "r", encoding="utf-8-sig", errors="replace") as file:
+    with open_file(place.path, "r", encoding="utf-8-sig", errors="replace") as file:
         return bool(file.read(4096).lstrip()[:1] != "[")
 
 
-def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
+def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
+    return _read_together([place], options, spool)
+
+
+def _read_together(places: Sequence[Place], options: ListOptions, spool: Spool) -> Source:
     """Reads COCO's captions and instances files as one source (docs/sources.md)."""
-    names = ", ".join(path.name for path in paths)
+    names = ", ".join(place.name for place in places)
     if options.scores():
         raise ValueError(f"{names}: COCO's files have no scores: leave --min-score out")
     if options.conditions():
@@ -40,10 +45,12 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
     source = Source(
-        name="+".join(path.name for path in paths), items=spool.new_items(), labels_are_names=True
+        name="+".join(place.name for place in places),
+        items=spool.new_items(),
+        labels_are_names=True,
     )
     open_once = functools.cache(open_tree)  # a zip may have a long directory
-    for path in paths:
+    for path in (place.path for place in places):
         found = _read_file(path)
         tree = open_once(Path(options.image_root) if options.image_root else _image_folder(path))
         named = NamedImages(path, tree)
@@ -161,3 +168,6 @@ def _image_folder(path: Path) -> Path:
             if (folder / f"{name}.zip").is_file():
                 return folder / f"{name}.zip" / name
     return path.parent
+
+
+KIND = SourceKind(recognises=_recognises, read=_read, read_together=_read_together)

@@ -1,4 +1,4 @@
-"""Entries say where the bytes of an image lie: in a file, an archive, a table, a packed data set.
+"""Entries locate the bytes of an image: in a file, an archive, a table or a packed data set.
 
 A worker process reads an entry with one seek, without the directory of its archive. Those of zips
 are in `trees`.
@@ -53,7 +53,7 @@ def field_names(kind: type[Entry]) -> tuple[str, ...]:
 
 @functools.cache
 def fields_getter(kind: type[Entry]) -> Callable[[Any], tuple[Any, ...]]:
-    """Returns what makes values of an entry of this class, of which the class makes it again."""
+    """Returns a function from an entry of this class to its fields, the class's arguments."""
     names = field_names(kind)
     if len(names) > 1:  # with one name, or none, it is no tuple
         return operator.attrgetter(*names)
@@ -81,7 +81,7 @@ class RefusedEntry:
 
 @dataclass(slots=True, unsafe_hash=True)
 class FileEntry:
-    """A file in a folder; nothing changes it, but a frozen one takes three times as long."""
+    """A file in a folder. Not frozen, which would make it three times as slow to construct."""
 
     path: str
     num_bytes: int

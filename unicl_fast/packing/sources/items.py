@@ -38,8 +38,8 @@ class Item:
     groups: list[str] = field(default_factory=list)
     """Values of --group-column: `--split` keeps samples with one value together."""
     source: str = ""
-    """The name of its source, if it is not that of the SOURCE that it was read from: a packed data
-    set knows where its samples came from."""
+    """The name of its source if it differs from the SOURCE that it was read from: a packed data set
+    knows the origin of its samples."""
 
 
 def refused(name: str, kind: str, message: str) -> Item:

@@ -19,7 +19,7 @@ _Elements = list[msgspec.Raw]
 def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields the elements of an array as ("", element), the fields of an object as (name, value).
 
-    Where a field's value is an array: (name, element) for each element. The file is mapped, not
+    If a field's value is an array: (name, element) for each element. The file is mapped, not
     read into memory. Raises ValueError if it is not JSON, or is cut short.
     """
     try:
@@ -32,7 +32,7 @@ def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
             elements = value if isinstance(value, list) else [value]
             if isinstance(value, msgspec.Raw) and bytes(memoryview(value)[:1]) == b"[":
                 elements = msgspec.json.decode(value, type=_Elements)
-            for element in elements:  # by json, which takes integers of any length
+            for element in elements:  # by json, which reads integers of any length
                 yield name, json.loads(bytes(element))
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply") from error

@@ -10,6 +10,7 @@ from unicl_fast.packing.sources.items import Item, refused, require_text
 from unicl_fast.packing.sources.json_pieces import iter_elements
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import LEFT_OUT, Columns, ListOptions, add_texts, meets
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file
@@ -18,20 +19,21 @@ _COLUMNS = Columns("", ("raw",), ())
 _SNIFFED = 1 << 16
 
 
-def is_karpathy(path: Path) -> bool:
+def _recognises(place: Place) -> bool:
     """Whether a .json is such a file: its images have `sentences`."""
-    if path.suffix.lower() != ".json" or not path.is_file():
+    if place.path.suffix.lower() != ".json" or not place.is_file:
         return False
-    with open_file(path, "r", encoding="utf-8-sig", errors="replace") as file:
+    with open_file(place.path, "r", encoding="utf-8-sig", errors="replace") as file:
         start = file.read(_SNIFFED)
     return start.lstrip()[:1] == "{" and '"sentences"' in start and '"split"' in start
 
 
-def read_karpathy(path: Path, options: ListOptions, spool: Spool) -> Source:
+def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     """Reads the images of a split (docs/sources.md) with their captions as they were written.
 
     Raises ValueError if it is no such file, or no image meets the conditions.
     """
+    path = place.path
     if options.scores():
         raise ValueError(f"{path} has no scores, which --min-score asks for: leave it out")
     conditions = options.conditions()
@@ -73,3 +75,6 @@ def _item_of(fields: dict[str, Any], named: NamedImages, *, number: int) -> Item
     add_texts(item, {"raw": raw}, _COLUMNS, where)
     require_text(item)
     return item
+
+
+KIND = SourceKind(recognises=_recognises, read=_read)

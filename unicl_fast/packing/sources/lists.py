@@ -1,4 +1,4 @@
-"""Lists of images: CSV, TSV, JSONL and JSON with one image a row, and maps of zips.
+"""Lists of images: CSV, TSV, JSONL and JSON with one image a row.
 
 Rows that name the same image become one sample, with all their captions and labels.
 """
@@ -6,7 +6,6 @@ Rows that name the same image become one sample, with all their captions and lab
 from __future__ import annotations
 
 import csv
-import functools
 import json
 import sys
 from collections import Counter
@@ -26,12 +25,10 @@ from unicl_fast.packing.sources.rows import (
     meets,
     too_low,
 )
+from unicl_fast.packing.sources.source_kind import SourceKind
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool
-from unicl_fast.packing.sources.trees import find_image, open_tree
+from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.untrusted_files import open_file
-
-MAP_ENDING = "map.txt"
-"""`train_map.txt` lists what `train.zip` holds, as the data loaders of Swin and UniCL expect."""
 
 Row = dict[str, Any] | Problem
 """The fields by column, or why the row cannot be read."""
@@ -47,40 +44,12 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
         raise ValueError(f"{path} has no rows that can be read")
     columns = choose_columns(path, header, options)
     images = NamedImages(path, open_tree(Path(options.image_root or path.parent)))
-    source = _collect_rows(path, read_rows(path), columns, options, images.find, spool)
+    source = collect_rows(path, read_rows(path), columns, options, images.find, spool)
     images.finish(source)
     return source
 
 
-def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads `train_map.txt`: lines PATH<TAB>NUMBER, paths in the zip next to it, or ZIP@PATH.
-
-    The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
-    """
-    stem = path.name.lower().removesuffix(MAP_ENDING).rstrip("_-.")
-    beside = path.with_name(path.name[: len(stem)] + ".zip") if stem else path.parent
-    root = Path(options.image_root) if options.image_root else beside
-    open_once = functools.cache(open_tree)  # a zip may have a long directory
-
-    def find(name: str) -> Item:
-        archive, at, inside = name.rpartition("@")
-        if ".." in archive.split("/") or archive.startswith("/"):
-            return refused(name, "outside", "the zip lies elsewhere")
-        try:
-            tree = open_once(path.parent / archive if at else root)
-        except (OSError, ValueError) as error:
-            if not at:
-                raise
-            return refused(name, "missing", str(error))
-        item = find_image(tree, inside.lstrip("/") if at else name)
-        item.name = name
-        return item
-
-    columns = Columns("image", (), ("label",))
-    return _collect_rows(path, _map_rows(path), columns, options, find, spool)
-
-
-def _collect_rows(
+def collect_rows(
     path: Path,
     rows: Iterable[tuple[int, Row]],
     columns: Columns,
@@ -184,19 +153,6 @@ def _object_in(value: Any) -> Row:
     return value if isinstance(value, dict) else Problem("bad row", "not a JSON object")
 
 
-def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields lines PATH<TAB>NUMBER; the path may hold blanks."""
-    with open_file(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            name, _, label = line.decode("utf-8", "surrogateescape").rstrip("\r\n").rpartition("\t")
-            if name and "\t" not in name and label.strip().removeprefix("-").isdecimal():
-                yield number, {"image": name, "label": int(label)}
-            else:
-                yield number, Problem("bad row", "not PATH<TAB>NUMBER")
-
-
 _ROW_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
@@ -205,3 +161,8 @@ _ROW_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     ".json": _json_rows,
 }
 LIST_SUFFIXES = tuple(_ROW_READERS)
+
+KIND = SourceKind(
+    recognises=lambda place: place.is_file and place.path.suffix.lower() in LIST_SUFFIXES,
+    read=lambda place, options, spool: read_list(place.path, options, spool),
+)

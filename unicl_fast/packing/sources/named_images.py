@@ -1,4 +1,4 @@
-"""Images that lists name by paths: where they lie, and what to do where none of them is there."""
+"""Images that lists name by paths: finds them, and advises if none of them is there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unicl_fast.packing.sources.trees import Tree, find_image
 from unicl_fast.system.wording import count_of
 
 _ENOUGH = 1000
-"""Names of which one must be there: who gave a wrong folder need not wait for all."""
+"""Names of which at least one must exist, so that a wrong folder is reported early."""
 _FOLDERS_TRIED = 100
 _ADDRESS = re.compile(r"https?://")
 
@@ -51,13 +51,13 @@ class NamedImages:
         return item
 
     def finish(self, source: Source) -> None:
-        """Counts in `source` what was made of names; none of an image that is there is refused."""
+        """Counts renamed paths in `source`; raises ValueError if no image was found."""
         self._require_some()
         if self._num_windows:
             source.notes["paths with \\ read as if it were /"] += self._num_windows
 
     def _require_some(self) -> None:
-        """Raises ValueError, with advice, where all images that were looked for are missing."""
+        """Raises ValueError, with advice, if all images that were looked for are missing."""
         if self._num_missing and not self._num_found:
             raise ValueError(
                 f"{self._listed}: not one of {count_of(self._num_missing, 'image')} is there, such "

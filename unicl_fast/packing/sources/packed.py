@@ -1,7 +1,7 @@
 """Packed data sets as sources of a build, also together with others.
 
 Captions have no checksum of their own. They are tokenized and compared with the stored tokens;
-where these differ, the shard's checksum says whether it was damaged or packed with another version
+if these differ, the shard's checksum says whether it was damaged or packed with another version
 of the tokenizer's packages.
 """
 
@@ -26,6 +26,7 @@ from unicl_fast.packing.quarantine import LeftOut, read_left_out
 from unicl_fast.packing.sources.entries import Entry, PackedFile, PackedPixels
 from unicl_fast.packing.sources.items import Item, Problem, spell_classes
 from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum
 from unicl_fast.system.wording import count_of
@@ -43,17 +44,30 @@ class PackedSource(Source):
     manifest: Manifest
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds a packed data set, or what is left of one."""
+def _is_packed(folder: Path) -> bool:
+    """Whether a folder holds a packed data set, or the remains of one."""
     names = (MANIFEST_NAME, CHECKSUMS_NAME)
     return (folder / "samples.npy").is_file() or all((folder / name).is_file() for name in names)
 
 
-def read_packed(path: Path, options: ListOptions, spool: Spool) -> PackedSource:
+def _recognises(place: Place) -> bool:
+    """Also recognises a folder that only holds packed data sets, in order to refuse it."""
+    return place.is_folder and (_is_packed(place.path) or _holds_packed(place))
+
+
+def _holds_packed(place: Place) -> bool:
+    return bool(place.folders) and all(_is_packed(place.path / one) for one in place.folders)
+
+
+def _read(place: Place, options: ListOptions, spool: Spool) -> PackedSource:
     """Reads the samples of a packed data set.
 
     Raises ValueError if an array or the quarantine list is damaged, or an option asks for columns.
     """
+    path = place.path
+    if not _is_packed(path):
+        every = " ".join(f"{path}/{folder}" for folder in sorted(place.folders))
+        raise ValueError(f"{path} holds packed data sets: name one, or each: {every}")
     if options.conditions() or options.scores() or options.group_column:
         raise ValueError(
             f"{path} is a packed data set, which has no columns: leave --where, --min-score and "
@@ -112,7 +126,7 @@ class _Samples:
             )
 
     def _describe(self, index: int) -> Description | str:
-        """A sample's texts and origin, or what is wrong with them."""
+        """A sample's texts and origin, or the fault in them."""
         try:
             return self._reader.read_description(index)
         except DamagedSampleError as error:
@@ -156,7 +170,7 @@ class _Samples:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-    """Tokenizes texts by all threads; no tokens for what is no text, such as a lone surrogate."""
+    """Tokenizes texts by all threads; invalid text, such as a lone surrogate, has no tokens."""
     try:
         return tokenizer.encode(texts)
     except (UnicodeError, TypeError):
@@ -228,6 +242,9 @@ def join_licenses(sources: Sequence[Source]) -> str:
 
 
 def left_out_before(sources: Sequence[PackedSource]) -> Iterator[LeftOut]:
-    """Yields what was left out when the data sets were packed."""
+    """Yields the samples that were left out when the data sets were packed."""
     for source in sources:
         yield from read_left_out(source.folder / QUARANTINE_NAME)
+
+
+KIND = SourceKind(recognises=_recognises, read=_read)

@@ -1,6 +1,6 @@
 """Reads Parquet files with pyarrow: texts go to a file of JSON lines, images to one of images.
 
-`convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
+`convert` runs in a separate process (`limited_processes`), since a file may lie about sizes and
 offsets and pyarrow is C++.
 """
 
@@ -39,7 +39,7 @@ _BROKEN = (pa.ArrowException, OSError, ValueError)
 
 
 def convert(task: TableTask) -> TableResult:
-    """Reads one file; a ValueError says what columns it lacks."""
+    """Reads one file; a ValueError names the columns that it lacks."""
     with open_file(task.path) as file:
         if not file.read(1):
             return TableResult(damaged=[(0, -1, "the file is empty")])
@@ -78,7 +78,7 @@ def convert(task: TableTask) -> TableResult:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the error as a sentence, unless it is want of memory, which ends this process."""
+    """Returns the error as a sentence; out of memory is raised, and ends this process."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -117,7 +117,7 @@ class _ParquetTable:
     def batches(
         self, columns: list[str], damaged: list[tuple[int, int, str]]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Yields batches with the number of their first row; notes what is damaged."""
+        """Yields batches with the number of their first row; notes damaged rows."""
         first = 0
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
@@ -193,7 +193,7 @@ class _RowWriter:
         return {"captions": captions, "labels": labels} | group
 
     def _image(self, images: _Images, number: int) -> dict[str, Any]:
-        """Copies the image and returns where it is; or its path, or its problem."""
+        """Copies the image and returns its place; or returns its path, or its problem."""
         buffer = images.bytes_at(number)
         if buffer is None:
             path = images.path_at(number)

@@ -74,7 +74,7 @@ class ListOptions:
     several times."""
 
     def conditions(self) -> list[tuple[str, str]]:
-        """`where` as columns and values; what is not COLUMN=VALUE is a ValueError."""
+        """`where` as columns and values; ValueError for anything but COLUMN=VALUE."""
         for condition in self.where:
             if condition.find("=") < 1:
                 raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")
@@ -83,7 +83,7 @@ class ListOptions:
         ]
 
     def scores(self) -> list[tuple[str, float]]:
-        """`min_score` as columns and numbers; what is not COLUMN=NUMBER is a ValueError."""
+        """`min_score` as columns and numbers; ValueError for anything but COLUMN=NUMBER."""
         found = []
         for condition in self.min_score:
             column, _, value = condition.rpartition("=")
@@ -97,7 +97,7 @@ class ListOptions:
 
 
 def choose_columns(path: object, header: Sequence[str], options: ListOptions) -> Columns:
-    """Chooses the columns of a list: those that the options name, else those of usual names.
+    """Chooses the columns of a list: those that the options name, else columns of usual names.
 
     Raises:
         ValueError: a column that an option names, of images, or of any text is not there.

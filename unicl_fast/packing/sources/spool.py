@@ -1,8 +1,8 @@
-"""A folder next to the output for what does not fit into memory or cannot be read in any order.
+"""A folder next to the output for data that exceed memory or cannot be read in any order.
 
 The order of a data set is drawn over all its samples, so all must have been read before the first
 is packed: the items of all sources wait in an SQLite database. An image in a Parquet file cannot be
-reached without unpacking what lies before it, so such files are unpacked once, in order.
+reached without unpacking all before it, so such files are unpacked once, in order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from unicl_fast.system.wording import count_of
 _CACHE_KILOBYTES = 16_000
 """Memory of the database for any number of samples; 64 MB were not faster."""
 READ_ITEMS = 256
-"""Items read at once where many are read; SQLite below 3.32 takes 999 values in a statement."""
+"""Items read at once; SQLite below 3.32 allows 999 values in a statement."""
 _WRITE_ROWS = 64
 _MOST_PENDING_BYTES = 1_000_000
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
@@ -43,7 +43,7 @@ class Spool:
 
         None allows no file; items then wait in the system's folder for temporary files.
         `takes_loose` puts images that lie in no class folder into a class of their folder's name,
-        and takes any folders for classes.
+        and treats all folders as classes.
         """
         self._folder = folder
         self.takes_loose = takes_loose
@@ -155,7 +155,7 @@ class ItemStore:
         self._last = ("", -1)
         """Name and number of the item found last: rows of an image mostly follow each other."""
         self._kinds: list[type[Entry]] = []
-        """Classes of entries; a record has the index of its own."""
+        """Classes of entries; a record has the index of its entry's class."""
         rows, names = f"rows_{number}", f"names_{number}"
         self._rows = rows
         self._pending: list[tuple[int, bytes]] = []
@@ -238,14 +238,14 @@ class ItemStore:
         return None
 
     def add_row(self, number: int, row: Item) -> None:
-        """Adds to an item what one more row says of it: captions, labels, a problem."""
+        """Adds one more row to an item: captions, labels, a problem."""
         self._write(number, row, ())
 
     def labels(self) -> dict[Label, None]:
         """All labels, in the order of their first item."""
         if self._num_rows == self._count:
             return self._labels
-        # an item that has too many texts takes no more labels
+        # an item with too many texts ignores further labels
         return dict.fromkeys(label for item in self for label in item.labels)
 
     def notes(self) -> Counter[str]:
@@ -287,7 +287,7 @@ class ItemStore:
         fields: tuple[Any, ...] = (),
         spelled: tuple[Any, ...] = (),
     ) -> None:
-        """Writes a row: texts and problem of an item, and what else it is made of."""
+        """Writes a row: texts and problem of an item, and its other fields in its first row."""
         problem = item.problem and (item.problem.kind, item.problem.message)
         record = (number, item.captions, item.labels, problem, item.groups, *head)
         data = _encode((*record, *fields))
@@ -360,5 +360,5 @@ class Source:
 
 
 def _as_key(name: str) -> bytes:
-    """A name as bytes, since it may hold half characters, which SQLite takes in no text."""
+    """A name as bytes, since it can hold lone surrogates, which SQLite refuses in a text."""
     return name.encode("utf-8", "surrogatepass")

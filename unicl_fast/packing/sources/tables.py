@@ -19,6 +19,7 @@ from unicl_fast.packing.sources.items import Item, Problem, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
@@ -26,14 +27,45 @@ from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed
 from unicl_fast.system.installation import install_command
 from unicl_fast.system.untrusted_files import read_file
 
-PARQUET = (".parquet", ".pq")
+_PARQUET = (".parquet", ".pq")
 _MEMORY_BYTES = 5_000_000_000
 """A ceiling: for a page, packed and unpacked, which may have 2 GB each; 16 MB is a usual use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 _COLUMNS = Columns("", ("captions",), ("labels",), "group")
 
 
-def read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
+def _recognises(place: Place) -> bool:
+    if place.is_file:
+        return place.path.suffix.lower() in _PARQUET
+    if place.is_folder:  # without folders, but for the hub's data/
+        return bool(find_parquet(place.path)) and place.folders - place.aside <= {"data"}
+    if place.matches:
+        return all(name.lower().endswith(_PARQUET) for name in place.matches)
+    return any(map(_split_of, _files_of_split(place)))
+
+
+def _files_of_split(place: Place) -> list[Path]:
+    """The Parquet files of the folder F if the place is F/train, say, and does not exist."""
+    is_split = not (place.is_url or place.path.suffix)
+    return find_parquet(place.path.parent) if is_split else []
+
+
+def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
+    name, paths = place.name, [place.path]
+    if place.is_folder:
+        paths = _choose_split(place.path, find_parquet(place.path))
+    elif place.matches:
+        paths = list(map(Path, place.matches))
+    elif not place.is_file:
+        folder = place.path.parent
+        name = f"{folder.name}/{name}"
+        paths = _choose_split(folder, _files_of_split(place), split=place.name)
+    source = _read_tables(name, paths, options, spool)
+    source.passed_over.update(place.count_aside())
+    return source
+
+
+def _read_tables(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
     """Reads Parquet files as one source."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
@@ -100,7 +132,7 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
 
 
 def _remember(task: TableTask, result: TableResult) -> None:
-    """Notes that a file is unpacked, and of what, for a build that resumes."""
+    """Records that a file is unpacked, and its size and time, for a build that resumes."""
     files = Path(task.rows_file), Path(task.images_file)
     for file in files:
         flush_to_disk(file)
@@ -167,27 +199,30 @@ def find_parquet(folder: Path) -> list[Path]:
     """Returns the Parquet files of a folder as on Hugging Face's hub: in it or in its data/."""
     for each in (folder, folder / "data"):
         if each.is_dir():
-            found = [path for path in sorted(each.iterdir()) if path.suffix.lower() in PARQUET]
+            found = [path for path in sorted(each.iterdir()) if path.suffix.lower() in _PARQUET]
             if found:
                 return found
     return []
 
 
-def split_of(path: Path) -> str:
+def _split_of(path: Path) -> str:
     """The split that a file named as train-00000-of-00002.parquet is of; "" for others."""
     match = _SPLIT.fullmatch(path.name)
     return match.group(1) if match else ""
 
 
-def choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
+def _choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
     """Returns the files of one split."""
-    known = sorted(set(map(split_of, paths)))
+    known = sorted(set(map(_split_of, paths)))
     if not split and len(known) == 1:
         return paths
     if split in known:
-        return [path for path in paths if split_of(path) == split]
+        return [path for path in paths if _split_of(path) == split]
     wanted = f"no split {split!r}; it has" if split else "several splits:"
     listed = ", ".join(name or "files of other names" for name in known)
     raise ValueError(
         f"{folder} has {wanted} {listed}; name one, such as {folder}/{known[-1] or 'train'}"
     )
+
+
+KIND = SourceKind(recognises=_recognises, read=_read)

@@ -1,4 +1,4 @@
-"""WebDataset tars, and what img2dataset writes: as tars, or as folders of files.
+"""WebDataset tars, as img2dataset writes them too.
 
 Headers are parsed by `tarfile`. Its iteration over an archive is not used: it keeps an object for
 each member, reads extended headers of any size, and takes an archive with a broken header for one
@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -33,8 +33,8 @@ from unicl_fast.packing.sources.rows import (
     names_of,
     too_low,
 )
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
 from unicl_fast.packing.sources.spool import Source, Spool
-from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.packing.sources.urls import open_source
 from unicl_fast.system.untrusted_files import open_file
 
@@ -43,12 +43,12 @@ IMAGES = frozenset(
 )
 _TEXTS = ("txt", "cls", "json")
 _NOT_REGULAR = "not a regular file but a link or a device"
-_MAX_TEXT_BYTES = 1 << 20
+MAX_TEXT_BYTES = 1 << 20
 """The most bytes of a .txt, .cls or .json."""
 _GZIPPED = (".tar.gz", ".tgz")
 TARS = (".tar", *_GZIPPED)
 
-_NO_SAMPLE = "files that belong to no sample"
+NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
 """Limit for all headers of a member; a path has 4,096."""
 _PADDING = 1 << 20
@@ -76,9 +76,28 @@ def expand_braces(name: str) -> list[str]:
     return names
 
 
-def read_tars(name: str, tars: Sequence[str | Path], options: ListOptions, spool: Spool) -> Source:
+def _tars_of(place: Place) -> list[str]:
+    """The tars that a place stands for: the file itself, or all of a folder, URL or pattern."""
+    is_tar = place.name.lower().endswith(TARS)
+    if place.is_url and is_tar:
+        return expand_braces(place.given)
+    if place.is_url:
+        found = sorted(place.tree.sizes)
+        return [place.tree.url_of(one) for one in found if one.endswith(".tar") and "/" not in one]
+    if place.is_folder:
+        found = [name for name in place.files if name.lower().endswith(TARS)]
+        return [str(place.path / name) for name in found] if place.folders == place.aside else []
+    if place.is_file:
+        return [str(place.path)] if is_tar else []
+    if (expanded := expand_braces(str(place.path))) != [str(place.path)]:
+        return expanded
+    is_pattern = all(name.lower().endswith(TARS) for name in place.matches)
+    return [str(Path(name)) for name in place.matches] if is_pattern else []
+
+
+def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
     """Reads tars as one source; a compressed one, which cannot be read in place, is refused."""
-    paths = [os.fspath(tar) for tar in tars]
+    paths = _tars_of(place)
     missing = [path for path in paths if not is_url(path) and not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
@@ -88,38 +107,17 @@ def read_tars(name: str, tars: Sequence[str | Path], options: ListOptions, spool
                 f"{path} is compressed, and images are read out of a tar in place; unpack it to a "
                 f".tar first: gunzip {path}"
             )
-    maker = _SampleMaker(options, spool)
+    maker = SampleMaker(options, spool)
     for path in paths:
         _read_tar(path, maker)
         if not is_url(path):
-            _count_failures(Path(path).with_suffix(""), maker)
-    return maker.source(name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
+            count_failures(Path(path).with_suffix(""), maker)
+    source = maker.source(place.name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
+    source.passed_over.update(place.count_aside())
+    return source
 
 
-def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json."""
-    maker = _SampleMaker(options, spool)
-    at, group = "", _Group()
-    for name, entry in open_tree(path).entries():
-        key, extension = _split_name(name)
-        if extension is None or "/" not in key:
-            if not name.endswith((".parquet", "_stats.json")):
-                maker.passed_over[_NO_SAMPLE] += 1
-            continue
-        if key != at:  # sorted, so the files of a sample follow each other
-            if at:
-                maker.add(at, group)
-            at, group = key, _Group()
-        read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
-        maker.add_file(group, extension, entry, read)
-    if at:
-        maker.add(at, group)
-    for shard in sorted(each for each in path.iterdir() if each.is_dir()):
-        _count_failures(shard, maker)
-    return maker.source(path.name or str(path), "images")
-
-
-def _split_name(name: str) -> tuple[str, str | None]:
+def split_name(name: str) -> tuple[str, str | None]:
     """Returns the key of a file's sample, and its extension in small letters, if it has both."""
     folder, slash, file_name = name.rpartition("/")
     stem, dot, extension = file_name.partition(".")
@@ -127,7 +125,7 @@ def _split_name(name: str) -> tuple[str, str | None]:
 
 
 @dataclass(slots=True)
-class _Group:
+class Group:
     """The files of one sample."""
 
     images: list[tuple[str, Entry]] = field(default_factory=list)
@@ -138,11 +136,11 @@ class _Group:
     problem: Problem | None = None
 
 
-class _SampleMaker:
+class SampleMaker:
     """Turns groups of files into items."""
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
-        # .txt and .cls say nothing where a field of .json is asked for by name
+        # .txt and .cls are ignored if a field of .json is asked for by name
         captions, labels = names_of(options.caption_column), names_of(options.label_column)
         self._columns = Columns(
             "",
@@ -169,9 +167,9 @@ class _SampleMaker:
         )
 
     def add_file(
-        self, group: _Group, extension: str, entry: Entry, read: Callable[[], bytes]
+        self, group: Group, extension: str, entry: Entry, read: Callable[[], bytes]
     ) -> None:
-        """Keeps an image, and what is wanted of a .txt, .cls or .json; counts other files."""
+        """Keeps an image, and the wanted fields of a .txt, .cls or .json; counts other files."""
         if extension not in IMAGES and extension not in _TEXTS:
             self.passed_over[f".{extension} files"] += 1
             return
@@ -198,7 +196,7 @@ class _SampleMaker:
         except (ValueError, RecursionError) as error:
             group.problem = Problem("bad row", f".{extension}: {error!s:.300}")
 
-    def add(self, key: str, group: _Group) -> None:
+    def add(self, key: str, group: Group) -> None:
         """Makes the item of one sample."""
         if not group.images:
             status = group.row.get("status")
@@ -231,7 +229,7 @@ class _SampleMaker:
         self._items.append(item)
 
 
-def _read_tar(path: str, maker: _SampleMaker) -> None:
+def _read_tar(path: str, maker: SampleMaker) -> None:
     """Adds the samples of one tar; from a cut one, those that must be complete."""
     name = os.path.basename(path)
     try:
@@ -247,19 +245,19 @@ def _read_tar(path: str, maker: _SampleMaker) -> None:
 
 
 def _group_members(
-    path: str, maker: _SampleMaker
-) -> tuple[dict[str, _Group], DamagedTarError | None]:
+    path: str, maker: SampleMaker
+) -> tuple[dict[str, Group], DamagedTarError | None]:
     """Returns the samples of a tar in order, and why its end could not be read, if so."""
-    groups: dict[str, _Group] = {}
+    groups: dict[str, Group] = {}
     group = None
     with open_source(path) as file:
         try:
             for member in iter_members(file):
-                key, extension = _split_name(member.name)
+                key, extension = split_name(member.name)
                 if extension is None:
-                    maker.passed_over[_NO_SAMPLE] += 1
+                    maker.passed_over[NO_SAMPLE] += 1
                     continue
-                group = groups.setdefault(key, _Group())
+                group = groups.setdefault(key, Group())
                 entry: Entry = Span(path, member.offset_data, member.size)
                 if not is_plain(member):
                     entry = RefusedEntry("unreadable", _NOT_REGULAR)
@@ -276,18 +274,18 @@ def _group_members(
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     if not is_plain(member):
         raise EntryError("unreadable", _NOT_REGULAR)
-    if member.size > _MAX_TEXT_BYTES:
+    if member.size > MAX_TEXT_BYTES:
         raise EntryError("bad row", f"a text of {member.size:,} bytes")
     file.seek(member.offset_data)
     return file.read(member.size)
 
 
-def _count_failures(stem: Path, maker: _SampleMaker) -> None:
+def count_failures(stem: Path, maker: SampleMaker) -> None:
     """Counts img2dataset's failures, by the statistics that it leaves next to each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
         with open_file(str(stats)) as file:
-            fields = json.loads(file.read(_MAX_TEXT_BYTES))
+            fields = json.loads(file.read(MAX_TEXT_BYTES))
         failed = sum(int(fields.get(f"failed_to_{what}", 0)) for what in ("download", "resize"))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return  # statistics are for people; a shard is whole without
@@ -361,22 +359,25 @@ class _HeaderFile:
         self._file = file
         self.tell = file.tell
         self.num_bytes_left = 0
-        """How much the headers of the next member may take, together."""
+        """Most bytes that the headers of the next member can have together."""
 
     def read(self, num_bytes: int) -> bytes:
         if not 0 <= num_bytes <= self.num_bytes_left:
             raise ValueError(f"a header of {num_bytes:,} bytes")
         self.num_bytes_left -= num_bytes
         data = self._file.read(num_bytes)
-        # Python before 3.11.10 and 3.12.6 takes time squared for them (CVE-2024-6232)
+        # quadratic time in Python before 3.11.10 and 3.12.6 (CVE-2024-6232)
         if num_bytes > tarfile.BLOCKSIZE and _MANY_DIGITS.search(data):
             raise ValueError("a header with a number of a thousand digits")
         return data
 
 
 def _after_end_mark(file: BinaryIO, at: int) -> int:
-    """Returns where another archive begins after this one's end; -1 if only padding follows."""
+    """Returns the start of the next archive after this one's end; -1 if only padding follows."""
     file.seek(at)
     padding = file.read(_PADDING)
     rest = padding.lstrip(b"\0")
     return at + (len(padding) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if rest else -1
+
+
+KIND = SourceKind(recognises=lambda place: bool(_tars_of(place)), read=_read)

@@ -2,7 +2,7 @@
 
 A zip may lie. Its directory is read by `zipfile`, once, and workers read a member by the offset and
 size that it gave: opening the zip in each of them would cost 6 s and 0.9 GB for ImageNet's. Sizes
-and checksums are compared with what is found, and nothing is inflated beyond what is declared.
+and checksums are compared with the data, and nothing is inflated beyond its declared size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from unicl_fast.system.paths import nearest_name
 from unicl_fast.system.untrusted_files import open_file
 
 _MAX_PATH_BYTES = 4096
-"""Linux's PATH_MAX. Longer names cannot exist, and resolving one takes time squared."""
+"""Linux's PATH_MAX. Longer names cannot exist, and resolving one costs quadratic time."""
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
@@ -106,14 +106,14 @@ class _Folder:
 
 
 def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _Folder]]:
-    """Yields what is directly in a folder: files, and folders, whose names end in a slash."""
+    """Yields the direct contents of a folder: files, and folders, whose names end in a slash."""
     with os.scandir(folder.path) as listing:
         for child in listing:
             name = prefix + child.name
             try:
                 if child.is_dir():
                     real = os.path.join(folder.real, child.name)
-                    if child.is_symlink():  # resolving is slow where it is deep
+                    if child.is_symlink():  # resolving deep paths is slow
                         real = os.path.realpath(child.path)
                     yield name + "/", _Folder(child.path, real)
                     continue
@@ -127,7 +127,7 @@ def _list_folder(folder: _Folder, prefix: str) -> Iterator[tuple[str, Entry | _F
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """A file inside a zip, with what the zip's directory says of it."""
+    """A file inside a zip, as the zip's directory describes it."""
 
     archive: str
     header_offset: int
@@ -265,7 +265,7 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
 def require_there(entry: Entry | None, source: str, reason: str) -> None:
     """Raises FileNotFoundError if an image's source has vanished, as a dropped mount does.
 
-    A file may be gone by itself. If its folder is gone too, or empty as that of a mount that was
+    A file may be gone by itself. If its folder is gone too, or empty as after a mount was
     dropped, or the archive is gone that held it, so are all others. A store that does not answer,
     for a `reason`, is no fault of an image.
     """
@@ -295,7 +295,7 @@ class UrlTree:
     """The files below a URL."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError where the store cannot list, FileNotFoundError for nothing there."""
+        """Raises ValueError if the store cannot list, FileNotFoundError if nothing is there."""
         self._url = url.rstrip("/")
         listed = ObjectStore(self._url).list_objects()
         if listed is None:

@@ -1,6 +1,6 @@
 """Sources under URLs, read where they lie.
 
-That is done through the cache of remote data sets, which bounds what lies on this machine's disk.
+Reads go through the cache of remote data sets, which bounds the space used on this machine's disk.
 """
 
 from __future__ import annotations

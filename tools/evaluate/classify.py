@@ -1,0 +1,61 @@
+"""`unicl-eval classify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .command import Number, Use, require_ending
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Use):
+    """Names the images of a folder by classes that you type; prints a line for each image.
+
+    Example: unicl-eval classify --checkpoint runs/first --data photos/ --classes cat dog
+    """
+
+    classes: tuple[str, ...]
+    """Two or more class names in words, or one file with a name a line."""
+    templates: str = "simple"
+    """Prompt templates: a file with one a line, imagenet, simple, or clip-benchmark:KEY."""
+    top: Number = 3
+    """Classes that are given for an image, the most probable first."""
+    out: Path | None = None
+    """File for the answers: .jsonl, with a line for each image; else they are printed."""
+
+    def check(self) -> None:
+        super().check()
+        if self.out is not None:
+            require_ending(self.out, ".jsonl")
+
+    def run(self) -> None:
+        """Prints or writes the most probable classes of each image, on rank 0."""
+        from unicl_fast.evaluation.data import all_descriptions
+        from unicl_fast.system.atomic_files import write_text_atomically
+        from unicl_fast.system.wording import count_of, print_text
+        from unicl_fast.text.class_lists import read_class_names, read_templates
+
+        names: Sequence[str] = self.classes
+        if len(names) == 1:
+            names = read_class_names(names[0])
+        templates = read_templates(self.templates)
+        with self.encoded("projection", names=names) as (model, dataset, features):
+            if features is None:
+                return
+            found = model.rank_classes(features, names, templates=templates, top=self.top)
+            answers = list(zip(all_descriptions(dataset), found, strict=True))
+        if self.out is None:
+            for image, answer in answers:
+                classes = ", ".join(f"{name} {value:.1%}" for name, value in answer.items())
+                print_text(f"{image.name}: {classes}\n", sys.stdout)
+            return
+        rows = (
+            {"source": image.source, "name": image.name, "classes": answer}
+            for image, answer in answers
+        )
+        write_text_atomically(self.out, "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{self.out}: {count_of(len(found), 'image')}")

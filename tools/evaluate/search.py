@@ -1,0 +1,84 @@
+"""`unicl-eval search`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unicl_fast.system.wording import count_of, print_text
+
+from .command import Number, Use
+
+if TYPE_CHECKING:
+    from unicl_fast.evaluation.search import Found, SearchIndex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(Use):
+    """Finds the images of a data set that are nearest to texts or to example images.
+
+    The images are encoded once and kept in a folder. Without --query and --image, texts are read
+    from the terminal or the standard input, one a line.
+
+    Example: unicl-eval search --checkpoint runs/shop --data packed/shop --query "red apples"
+    """
+
+    query: tuple[str, ...] = ()
+    """Texts to search for."""
+    image: tuple[Path, ...] = ()
+    """Image files to search for."""
+    top: Number = 10
+    """Images that are shown for each."""
+    features: str = "auto"
+    """Folder where features are kept and found again, as in linear-probe."""
+
+    def check(self) -> None:
+        super().check()
+        for path in self.image:
+            if not path.is_file():
+                raise FileNotFoundError(f"--image {path}: there is no such file")
+        for file in filter(os.path.isfile, self.query):
+            raise ValueError(f"{file} is a file, not a text: --image {file} searches by it")
+
+    def run(self) -> None:
+        """Encodes on all ranks; rank 0 answers."""
+        from unicl_fast.evaluation.features import require_text_encoder
+        from unicl_fast.evaluation.search import open_index
+
+        folder = self.features_folder(self.features)
+        with contextlib.ExitStack() as stack:
+            on_ranks = stack.enter_context(self.model())
+            if self.query or not self.image:
+                require_text_encoder(on_ranks.model, "search by texts")  # before images are encoded
+            index = stack.enter_context(open_index(on_ranks, self.data, folder=folder))
+            if not on_ranks.ranks.is_main:
+                return
+            for path in self.image:
+                _print_found(str(path), index.by_images([path], top=self.top)[0])
+            for text in self.query if self.query or self.image else _typed(index):
+                _print_found(text, index.by_texts([text], top=self.top)[0])
+
+
+def _typed(index: SearchIndex) -> Iterator[str]:
+    """Texts from the terminal or the standard input, until it ends."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print(f"{count_of(len(index), 'image')}; type what to search for (Ctrl-D ends)")
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            if text := input("search> " if is_terminal else "").strip():
+                yield text
+
+
+def _print_found(query: str, found: Sequence[Found]) -> None:
+    lines = [query]
+    for one in found:
+        labels = f" [{', '.join(one.labels)}]" if one.labels else ""
+        where = f"{one.source}/{one.name}"
+        lines.append(f"  {one.score:.3f}  {one.caption or one.name}{labels}  {where}")
+    print_text("\n".join(lines), sys.stdout)

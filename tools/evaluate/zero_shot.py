@@ -1,0 +1,106 @@
+"""`unicl-eval zero-shot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unicl_fast.evaluation.choices import MetricChoice
+
+from .command import Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(Evaluation):
+    """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals.
+
+    Example: unicl-eval zero-shot --checkpoint runs/first --data packed/held-out class_folders/
+    """
+
+    data: tuple[str, ...]
+    """One data set or several, evaluated in turn: packed ones with labels (folders or URLs), or
+    folders or zips of class folders, or any other source of unicl-pack build."""
+    class_names: tuple[str, ...] = ()
+    """Names instead of the data's own: a file with one a line, imagenet, or clip-benchmark:KEY
+    (from the extra `evaluation`), such as clip-benchmark:dtd. One for all data sets, or
+    one for each, where own keeps the data's."""
+    templates: tuple[str, ...] = ()
+    """Prompt templates instead of the data's own: a file with one a line, imagenet, simple, or
+    clip-benchmark:KEY; one for all data sets or one for each, as above."""
+    metric: tuple[MetricChoice, ...] = ("auto",)
+    """The metric in the table of several data sets: one for all or one for each. auto goes by the
+    data set's name: as in CLIP's protocol mean_per_class for pets, flowers, aircraft and
+    caltech101, top1 for others."""
+    hierarchy: bool = False
+    """Also classify among the classes of each level of the hierarchy that the data was packed with,
+    and how far mistakes are off."""
+    average_precision: bool = False
+    """Also the mean average precision of the classes (mAP): how well their images come first when
+    all are sorted by similarity. For images with several labels, such as COCO's."""
+
+    def data_sets(self) -> Sequence[str]:
+        return self.data
+
+    def check(self) -> None:
+        for name in ("class_names", "templates", "metric"):
+            self.for_each(name)
+        super().check()
+        from unicl_fast.training.data import distinct_names
+
+        distinct_names(self.data)
+
+    def for_each(self, name: str, default: str = "") -> list[Any]:
+        """An option's values, one for each data set; `default` for own or if none is given.
+
+        Raises:
+            ValueError: neither one nor one for each.
+        """
+        given = [default if one == "own" else one for one in getattr(self, name)] or [default]
+        if len(given) not in (1, len(self.data)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} takes one value for all data sets or one for each of "
+                f"the {len(self.data)}, not {len(given)}"
+            )
+        return given * len(self.data) if len(given) == 1 else given
+
+    def run(self) -> None:
+        """Evaluates one data set after the other, each reported as soon as it is done."""
+        from unicl_fast.evaluation.report import classification_table
+        from unicl_fast.evaluation.zero_shot import zero_shot
+        from unicl_fast.training.data import distinct_names
+
+        from .figures import draw_confusion
+
+        found = []
+        names = distinct_names(self.data)
+        options = {"class_names": "", "templates": "", "metric": "auto"}
+        settings = {option: self.for_each(option, default) for option, default in options.items()}
+        with self.model() as on_ranks:
+            is_main = on_ranks.ranks.is_main
+            for number, name in enumerate(names):
+                one = zero_shot(
+                    on_ranks,
+                    self.data[number],
+                    name=name,
+                    hierarchy=self.hierarchy,
+                    average_precision=self.average_precision,
+                    **{option: values[number] for option, values in settings.items()},
+                )
+                found.append(one)
+                if is_main:
+                    print((f"\n{name}\n" if len(names) > 1 else "") + one.to_table())
+        if not is_main:
+            return
+        table = classification_table([(one.name, one.metric, one.classes) for one in found])
+        each = [{"data": data} | one.to_json() for data, one in zip(self.data, found, strict=True)]
+        if len(found) == 1:
+            self.write(each[0], table)
+        else:
+            print(f"\n{table}")
+            mean = sum(one.value for one in found) / len(found)
+            self.write({"mean": mean, "data_sets": each}, table)
+        if self.figures is not None:
+            for one in found:
+                title = f"{one.name}, zero-shot"
+                draw_confusion(one.classes, self.figures, one.name, title=title)

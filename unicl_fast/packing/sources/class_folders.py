@@ -1,0 +1,117 @@
+"""Class folders in a folder, in a zip or under a URL; the last kind, which refuses all else.
+
+The name of a split, such as train, is no class: several splits, or images directly in one, are
+refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from unicl_fast.packing.sources.entries import RefusedEntry
+from unicl_fast.packing.sources.image_folders import METADATA_NAMES, NOT_IMAGES, is_metadata
+from unicl_fast.packing.sources.items import Item, refused
+from unicl_fast.packing.sources.rows import ListOptions
+from unicl_fast.packing.sources.source_kind import Place, SourceKind
+from unicl_fast.packing.sources.spool import Source, Spool
+from unicl_fast.packing.sources.tables import find_parquet
+from unicl_fast.packing.sources.tars import TARS
+from unicl_fast.packing.sources.trees import open_tree
+
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+
+
+def _read(place: Place, options: ListOptions, spool: Spool) -> Source:
+    """Reads class folders; tars and Parquet files beside them are counted, and not read."""
+    path = Path(place.name) if place.is_url else place.path
+    if place.matches:
+        raise ValueError(
+            f"{place.given} matches {len(place.matches):,} files or folders, such as "
+            f"{place.matches[0]}; patterns are read for tars and Parquet files alone, since an "
+            "image by itself has neither class nor caption. Name the folder that holds the class "
+            "folders, or a list (.csv, .jsonl, ...)"
+        )
+    if not spool.takes_loose:
+        _require_one_split(path, place.folders)  # before a look at all files
+    beside = _files_beside(place)
+    items = spool.new_items()
+    passed_over: Counter[str] = Counter()
+    tops, classes = set[str](), set[str]()
+    for name, entry in (place.tree if place.is_url else open_tree(path)).entries():
+        parts = name.split("/")
+        *folders, file_name = parts
+        _, dot, extension = file_name.rpartition(".")  # `splitext` takes a tenth of the whole loop
+        suffix = f".{extension.lower()}" if dot else ""
+        if isinstance(entry, RefusedEntry):
+            items.append(refused(name, entry.kind, entry.message))
+        elif name[0] == "." or "/." in name or "__MACOSX" in parts:
+            passed_over["hidden files"] += 1
+        elif name in beside:
+            passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
+        elif file_name in METADATA_NAMES and is_metadata(name, entry):
+            holder = "/".join([str(path), *folders])
+            raise ValueError(
+                f"{path} holds {name}, a list of images with their texts, which class folders do "
+                f"not have: unicl-pack build {holder} --out ... reads it (out of a zip: unpack it)"
+            )
+        elif suffix in NOT_IMAGES:
+            passed_over[f"{suffix} files"] += 1
+        elif folders:
+            tops.add(folders[0])
+            classes.add(folders[-1])
+            items.append(Item(name, entry, [], [folders[-1]]))
+        elif spool.takes_loose:
+            items.append(Item(name, entry, labels=[path.resolve().name]))
+        else:
+            message = "the image lies in no class folder; expected for example cat/1.jpg"
+            items.append(refused(name, "no class", message))
+    if not items:
+        message = f"{path} holds no images; expected class folders with images in them, such as "
+        message += f"{path}/cat/1.jpg"
+        if beside:
+            message += f". Files such as {beside[0]} lie there too, and are not read where there "
+            message += "are folders beside them: name the files, or move the folders away"
+        raise ValueError(message)
+    if not spool.takes_loose:
+        _require_one_split(path, tops)
+        _require_classes(path, classes)
+    return Source(name=place.name, items=items, labels_are_names=True, passed_over=passed_over)
+
+
+def _files_beside(place: Place) -> Sequence[str]:
+    """Tars, else Parquet files, that lie directly in the folder."""
+    if not place.is_folder:
+        return []
+    tars = [file for file in place.files if file.lower().endswith(TARS)]
+    parquet = find_parquet(place.path)
+    return tars or [file.name for file in parquet if file.parent == place.path]
+
+
+def _require_one_split(path: Path, folders: Iterable[str]) -> None:
+    """Refuses several splits with a ValueError: joined, they leak into each other."""
+    splits = sorted(folder for folder in folders if folder.lower() in _SPLITS)
+    if len(splits) > 1:
+        chosen = next((split for split in splits if split.lower().startswith("train")), splits[0])
+        every = " ".join(f"{path}/{split}" for split in splits)
+        raise ValueError(
+            f"{path} holds the splits {', '.join(splits)}, which would become one data set. Take "
+            f"one: unicl-pack build {path}/{chosen} --out ...; or, to have them joined, name each: "
+            f"unicl-pack build {every} --out ..."
+        )
+
+
+def _require_classes(path: Path, classes: Iterable[str]) -> None:
+    """Refuses images that lie directly in the folders of splits, whose names are no classes."""
+    names = sorted(classes)
+    if names and all(name.lower() in _SPLITS for name in names):
+        raise ValueError(
+            f"the only class in {path} would be {names[0]!r}, which is the name of a split. If "
+            "captions lie beside the images (1.txt beside 1.jpg, or a metadata.jsonl), name that "
+            f"folder: unicl-pack build {path}/{names[0]} --out ...; else put "
+            f"the images into class folders, such as {names[0]}/cat/1.jpg"
+        )
+
+
+KIND = SourceKind(recognises=lambda _: True, read=_read)
