@@ -183,7 +183,6 @@ ALLOWED = {
     "pipelines/feed/reading.py": ROW,
     "pipelines/trial.py": OWN,
     "tools/demo.py": OWN,
-    "tools/demo_photos/__main__.py": NAMED,
     "tools/doctor/machine.py": PROC,
     "tools/doctor/rows.py": PROC,
     "tools/evaluate/protocols.py": NAMED,
