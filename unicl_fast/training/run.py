@@ -111,13 +111,12 @@ def pretrain(
     limit = config.run.timeout_seconds
     rank, world_size = (int(os.environ.get(name, one)) for name, one in _OF_THIS_RANK)
     with (
-        Watchdog(limit_seconds=limit, rank=rank, world_size=world_size) as watchdog,
+        Watchdog(limit_seconds=limit, rank=rank, world_size=world_size),
         process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
         contextlib.ExitStack() as stack,
     ):
         configure_logging(ranks, quiet=quiet and not dry_run)
         write_log_to = stack.enter_context(keeping_log())
-        watchdog.meet(ranks)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             check_settings(config, ranks)
