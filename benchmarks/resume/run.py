@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from unicl_fast.system.bar import Bar
 
 from ..harness import Program, describe_machine
 from ..input.contenders import ContenderError, choose, reason_left_out
@@ -72,7 +72,7 @@ class Resume(Program):
         total = len(chosen) * len(DATA) * (1 + len(_LAYOUTS))
         with (
             tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder,
-            tqdm(total=total, unit="run", dynamic_ncols=True) as bar,
+            Bar(total=total, unit="run") as bar,
         ):
             for each in chosen:
                 try:
@@ -91,7 +91,7 @@ class Resume(Program):
             whole = {**result, "settings": settings, "machine": describe_machine(*packages)}
             self.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
-    def _chains(self, resumer: Resumer, folder: Path, bar: tqdm[Any]) -> dict[str, Any]:
+    def _chains(self, resumer: Resumer, folder: Path, bar: Bar) -> dict[str, Any]:
         """Counts and kills of each of a contestant's runs."""
         folder.mkdir()
         task = Task(folder=folder, num_sets=_MIX, samples=self.samples, batch_size=_BATCH)

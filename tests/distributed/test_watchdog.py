@@ -18,7 +18,7 @@ from rank_workers import ranks_of, train_watched
 from unicl_fast.config import RunConfig, TrainConfig
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
-from unicl_fast.system.progress import WaitingForRanks, current_stage, mark, mark_progress
+from unicl_fast.system.phases import WaitingForRanks, current_phase, mark, mark_progress
 from unicl_fast.training import run
 
 
@@ -108,10 +108,10 @@ def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
     stages = []
 
     def choose(*arguments: object) -> None:
-        stages.append(current_stage())
+        stages.append(current_phase())
 
     def build(*arguments: object, **settings: object) -> None:
-        stages.append(current_stage())
+        stages.append(current_phase())
         raise ValueError("enough")
 
     monkeypatch.setattr(run, "_choose_on_rank_0", choose)
@@ -168,7 +168,7 @@ def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     watchdog = Watchdog(limit_seconds=100)
     for _ in range(50):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unicl_fast.distributed.watchdog.current_stage", fail)
+            patch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
             watchdog._tick_or_log(time.monotonic())
         watchdog._tick_or_log(time.monotonic())
     assert caplog.text.count("THE WATCHDOG FAILED with MemoryError") == 1
@@ -183,7 +183,7 @@ def test_a_watchdog_that_cannot_watch_ends_the_process(
 ) -> None:
     codes: list[int] = []
     with Watchdog(limit_seconds=0.5, end=codes.append):
-        monkeypatch.setattr("unicl_fast.distributed.watchdog.current_stage", fail)
+        monkeypatch.setattr("unicl_fast.distributed.watchdog.current_phase", fail)
         wait_for(lambda: codes)
     assert codes == [EXIT_HUNG]
     said = capfd.readouterr().err

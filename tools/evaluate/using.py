@@ -27,7 +27,7 @@ from unicl_fast.evaluation.inference import Model, load_model
 from unicl_fast.evaluation.search import Found, SearchIndex, open_index
 from unicl_fast.evaluation.serving import MOST_CLASSES, Server
 from unicl_fast.system.atomic_files import replacing, write_text_atomically
-from unicl_fast.system.progress import said_if_slow
+from unicl_fast.system.line import line
 from unicl_fast.system.wording import count_of, encodable, print_text
 from unicl_fast.text.class_lists import read_class_names, read_templates
 
@@ -158,7 +158,7 @@ def _print_found(query: str, found: Sequence[Found]) -> None:
 def run_serve(command: Serve) -> None:
     """Serves until Ctrl-C. Raises OSError if the port is taken."""
     with contextlib.ExitStack() as stack:
-        with said_if_slow(f"loading {command.checkpoint}"):
+        with line(f"loading {command.checkpoint}"):
             model = load_model(command.checkpoint, weights=command.weights, device=command.device)
         index = None
         if command.data:

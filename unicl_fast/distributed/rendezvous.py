@@ -37,7 +37,7 @@ from unicl_fast.system.machine import (
     describe_cores,
     quota_of_cores,
 )
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 
 logger = logging.getLogger(__name__)
 

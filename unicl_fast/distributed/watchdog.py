@@ -19,14 +19,14 @@ import torch
 
 from unicl_fast.distributed.ranks import uses_nccl
 from unicl_fast.distributed.signals import EXIT_HUNG
-from unicl_fast.system.progress import Stage, current_stage
+from unicl_fast.system.phases import Phase, current_phase
 from unicl_fast.system.untrusted_files import open_file
 
 logger = logging.getLogger(__name__)
 
 _WAITING = 2.0
-"""How many times longer a stage may last if it waits for other ranks."""
-# Longer than any stage may last, so that the watchdog's message, which says more, comes first.
+"""How many times longer a phase may last if it waits for other ranks."""
+# Longer than any phase may last, so that the watchdog's message, which says more, comes first.
 # Torch ends whatever outlasts even this because the watchdog itself cannot run.
 _GROUP_TIMEOUTS = 15
 _DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's own
@@ -54,7 +54,7 @@ def group_timeout(limit_seconds: float) -> float:
 
 
 class Watchdog:
-    """Watches the stages of this process while it is entered."""
+    """Watches the phases of this process while it is entered."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class Watchdog:
         world_size: int = 1,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Ends the process with `end` when a stage lasts longer than the limit (0: never)."""
+        """Ends the process with `end` when a phase lasts longer than the limit (0: never)."""
         self._limit = limit_seconds
         self._rank, self._world_size = rank, world_size
         self._end = end
         self._interval = min(1.0, limit_seconds / 20)
-        self._stage, self._age = current_stage(), 0.0
+        self._phase, self._age = current_phase(), 0.0
         self._ticked = time.monotonic()
         self._stopped = threading.Event()
         self._num_failed_ticks = 0
@@ -129,26 +129,26 @@ class Watchdog:
         # if this thread itself was held up, the whole process was stopped: that is no hang
         passed = min(now - self._ticked, 3 * self._interval)
         self._ticked = now
-        stage = current_stage()
-        self._age = self._age + passed if stage is self._stage else 0.0
-        self._stage = stage
-        times = stage.patience * (_WAITING if stage.waits_for_ranks else 1)
+        phase = current_phase()
+        self._age = self._age + passed if phase is self._phase else 0.0
+        self._phase = phase
+        times = phase.patience * (_WAITING if phase.waits_for_ranks else 1)
         if self._age > self._limit * times:
             self._end_process(self._describe(times))
 
     def _describe(self, times: float) -> str:
         """Says in what this rank hangs, for `times` its limit, and what to do."""
-        stage = self._stage
+        phase = self._phase
         allowed = f"{'' if times == 1 else f'{times:g} times '}run.timeout_seconds={self._limit:g}"
         of_ranks = f" of {self._world_size}" if self._world_size > 1 else ""
         sentences = [
-            f"rank {self._rank}{of_ranks} HANGS: {_name(stage)} has lasted {self._age:.0f} s, "
+            f"rank {self._rank}{of_ranks} HANGS: {_name(phase)} has lasted {self._age:.0f} s, "
             f"and {allowed} allows no more."
         ]
-        advice = next((text for name, text in _ADVICE.items() if stage.name.startswith(name)), "")
-        if advice and not stage.name.endswith(": waiting for other ranks"):
+        advice = next((text for name, text in _ADVICE.items() if phase.name.startswith(name)), "")
+        if advice and not phase.name.endswith(": waiting for other ranks"):
             sentences.append(f"Probably {advice}.")
-        if stage.waits_for_ranks and self._world_size > 1:
+        if phase.waits_for_ranks and self._world_size > 1:
             sentences.append(_OF_OTHERS)
         sentences.append(
             "Resume with --resume auto; if this may take so long, raise run.timeout_seconds (0: no "
@@ -183,5 +183,5 @@ def dump_collectives(rank: int) -> str:
     return path
 
 
-def _name(stage: Stage) -> str:
-    return f"'{stage.name}'" + ("" if stage.step is None else f" in step {stage.step}")
+def _name(phase: Phase) -> str:
+    return f"'{phase.name}'" + ("" if phase.step is None else f" in step {phase.step}")

@@ -29,7 +29,7 @@ from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.writer import has_ledger
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
