@@ -181,10 +181,8 @@ PROC, PACKAGE, OWN, ROW, NAMED = (
 )
 ALLOWED = {
     "pipelines/feed/reading.py": ROW,
-    "pipelines/trial.py": OWN,
     "tools/demo.py": OWN,
     "tools/doctor/machine.py": PROC,
-    "tools/doctor/rows.py": PROC,
     "tools/evaluate/protocols.py": NAMED,
     "tools/evaluate/using.py": NAMED,
     "tools/ledger.py": NAMED,
@@ -201,7 +199,6 @@ ALLOWED = {
     "unicl_fast/distributed/ranks.py": OWN,
     "unicl_fast/evaluation/labelled.py": OWN,
     "unicl_fast/evaluation/serving.py": PACKAGE,
-    "unicl_fast/packing/limited_processes.py": PROC,
     "unicl_fast/packing/quarantine.py": ROW,
     "unicl_fast/packing/sources/json_pieces.py": ROW,
     "unicl_fast/packing/sources/lists.py": ROW,
@@ -212,6 +209,7 @@ ALLOWED = {
     "unicl_fast/packing/staging.py": OWN,
     "unicl_fast/packing/workers.py": OWN,
     "unicl_fast/system/atomic_files.py": OWN,
+    "unicl_fast/system/child.py": PROC,
     "unicl_fast/system/checksums.py": OWN,
     "unicl_fast/system/gpu_kernels.py": PACKAGE,
     "unicl_fast/system/installation.py": PACKAGE,

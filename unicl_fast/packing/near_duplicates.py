@@ -22,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
-from unicl_fast.packing.limited_processes import in_order
+from unicl_fast.packing.in_order import in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.packing.limited_processes import in_order
+from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.samples import Samples, shuffled_order
 from unicl_fast.packing.sources.entries import Entry, EntryError, PackedFile, PackedPixels
 from unicl_fast.packing.sources.items import Label
