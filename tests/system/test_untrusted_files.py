@@ -182,7 +182,6 @@ PROC, PACKAGE, OWN, ROW, NAMED = (
 ALLOWED = {
     "pipelines/feed/reading.py": ROW,
     "tools/demo.py": OWN,
-    "tools/doctor/machine.py": PROC,
     "tools/evaluate/protocols.py": NAMED,
     "tools/evaluate/using.py": NAMED,
     "tools/ledger.py": NAMED,
