@@ -1,17 +1,12 @@
-# `make demo`, `make demo-photos` and `make test` come first. Each sets up .venv by itself the first time.
+# `make demo` and `make test` come first. Each sets up .venv by itself the first time.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-photos notebook figures test test-slow test-triton faults test-all lint types docs package clean
+.PHONY: demo notebook figures test test-slow test-triton faults test-all lint types docs package clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
-
-# Photographs that packages ship, or those of a folder: make demo-photos PHOTOS=DIR
-demo-photos: $(VENV)/photos.stamp
-	$(BIN)/python -m unicl_fast.tools.demo_photos --out demo-photos-run \
-		$(if $(PHOTOS),--photos "$(PHOTOS)")
 
 # examples/first_run.ipynb with what it shows when it is run now.
 notebook: $(VENV)/dev.stamp
@@ -84,7 +79,7 @@ package: $(VENV)/dev.stamp
 	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) build dist demo-run demo-photos-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicl_fast needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -26,7 +26,6 @@ setup(
         "unicl_fast.packing": ["page.html"],
         "unicl_fast.conversion": ["card.md"],
         "unicl_fast.evaluation": ["serve.html", "serve.js"],
-        "unicl_fast.tools.demo_photos": ["page.html", "captions.csv"],
         "unicl_fast.tools.diagnose": ["page.html"],
     },
 )

@@ -1,13 +1,15 @@
-"""Runs first_run.ipynb in an empty folder and keeps what it shows: `make notebook`.
+"""Runs first_run.ipynb in an empty folder and keeps its outputs: `make notebook`.
 
-The cells are written in the notebook itself. What is kept is a page for readers: of a progress bar
-its last state, no path of the machine, and no more bytes than a repository should carry.
+The cells are written in the notebook itself. The outputs are kept as a page for readers: of a
+progress bar only the last state, no path of the machine, and no more bytes than a repository should
+carry.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,16 +25,17 @@ FOLDERS = (
     *(f"{path}/" for path in (Path.home(), NOTEBOOK.resolve().parents[1], sys.prefix)),
     f"{tempfile.gettempdir()}/",
 )
-"""Folders of machines, which no page shows; those of this one among them."""
-_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)|\x1b\[[\d;]*m|^ +$\n?", re.MULTILINE)
+"""Folders that no page shows: usual ones, and those of this machine."""
+_OVERWRITTEN = re.compile(r"[^\n]*\r(?!\n)|\x1b\[[\d;]*[mK]|^ +$\n?", re.MULTILINE)
 
 
 def run_notebook(folder: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in that folder; raises CellExecutionError."""
+    """Runs the notebook in that folder and returns it with outputs; raises CellExecutionError."""
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    shutil.copy(NOTEBOOK.with_suffix(".csv"), folder)
     programs = str(Path(sys.executable).parent)
     os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # of tqdm without ipywidgets
@@ -47,7 +50,7 @@ def run_notebook(folder: Path) -> nbformat.NotebookNode:
 
 
 def _as_shown(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """Joins what was printed in pieces, as a terminal would show it at the end."""
+    """Joins text that was printed in pieces, as a terminal would show it at the end."""
     joined: list[nbformat.NotebookNode] = []
     for output in outputs:
         if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
@@ -62,7 +65,7 @@ def _as_shown(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNod
 
 
 def check_page(text: str) -> None:
-    """Refuses a page that is large or that names folders of a machine; raises ValueError."""
+    """Raises ValueError for a page that is too large or names folders of a machine."""
     size = len(text.encode())
     if size > MAX_BYTES:
         raise ValueError(f"the notebook would have {size:,} bytes; at most {MAX_BYTES:,} are kept")

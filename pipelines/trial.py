@@ -1,30 +1,28 @@
-"""Tries a GPU's decoder in a separate process before a loader relies on it.
+"""Tries a GPU's decoder in a child process before a loader relies on it.
 
-In a run it is part of the process that trains: if it crashes, the run ends without a message.
-
-    python -m unicl_fast.pipelines.trial < INPUT    (`_describe` makes it)
+In a run the decoder is part of the process that trains: if it crashes, the run ends without a
+message.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
-from unicl_fast.system.gpu_kernels import fault_of
+from unicl_fast.system import gpu_kernels
+from unicl_fast.system.child import fault_of
 
 from .graph import Pipeline, build_evaluation_graph, build_train_graph
 from .host_batches import HostBatch
 from .running import decode
 
-_COMMAND = (sys.executable, "-m", __name__)
 _IMAGES = 64
 """Images of each data set that are tried."""
 
@@ -40,7 +38,9 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
     key = (str(device), *(dataset.location for dataset in datasets))
     if key in _tried:
         return
-    fault = fault_of(_COMMAND, _describe(datasets, data, device))
+    settings = {"image_size": data.image_size, "interpolation": data.interpolation}
+    images = _first_images(datasets, data)
+    fault = fault_of(_decode, *images, settings, str(device), seconds=gpu_kernels.TRIAL_SECONDS)
     if not fault:
         _tried.add(key)
         return
@@ -51,29 +51,30 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
     )
 
 
-def _describe(datasets: Sequence[PackedDataset], data: DataConfig, device: torch.device) -> bytes:
-    """A line of JSON (settings; height, width and bytes of each image), then the files."""
-    files, sizes = [], []
+def _first_images(
+    datasets: Sequence[PackedDataset], data: DataConfig
+) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+    """Files of images, and their heights and widths, int64 [b 2]."""
+    files, shapes = [], []
     for dataset in datasets:
         # packing has shuffled the samples, so the first ones are representative
         for index, row in enumerate(dataset.samples[:_IMAGES]):
             try:
-                file = dataset.image_bytes(index, verify=True, max_pixels=data.max_pixels)
+                files.append(dataset.image_bytes(index, verify=True, max_pixels=data.max_pixels))
             except DamagedSampleError:
                 continue  # the loader will replace it
-            files.append(file.tobytes())
-            sizes.append([int(row["height"]), int(row["width"]), len(files[-1])])
-    settings = {"image_size": data.image_size, "interpolation": data.interpolation}
-    head = {"device": str(device), "data": settings, "images": sizes}
-    return b"".join([json.dumps(head).encode(), b"\n", *files])
+            shapes.append([row["height"], row["width"]])
+    return files, np.array(shapes, dtype=np.int64)
 
 
-def _decode(head: dict[str, Any], content: bytes) -> None:
-    images = np.array(head["images"], dtype=np.int64)
-    ends = np.cumsum(images[:, 2]).tolist()
-    files = np.split(np.frombuffer(content, np.uint8), ends[:-1])
-    shapes, device = images[:, :2], torch.device(head["device"])
-    data = DataConfig(**head["data"], evaluation_resize=head["data"]["image_size"])
+def _decode(
+    files: list[NDArray[np.uint8]],
+    shapes: NDArray[np.int64],
+    settings: dict[str, Any],
+    device_name: str,
+) -> None:
+    device = torch.device(device_name)
+    data = DataConfig(**settings, evaluation_resize=settings["image_size"])
     windows = (shapes // 4).astype(np.int32), np.maximum(shapes // 2, 1).astype(np.int32)
     whole = np.zeros(shapes.shape, np.float32), shapes.astype(np.float32)
     graphs: list[tuple[Callable[..., Pipeline], tuple[Any, ...]]] = [
@@ -85,7 +86,3 @@ def _decode(head: dict[str, Any], content: bytes) -> None:
         graph = functools.partial(build, data=data, device=device)
         for decoded, _ in decode(graph, batches, batch_size=len(files), device=device):
             decoded.cpu()
-
-
-if __name__ == "__main__":
-    _decode(json.loads(sys.stdin.buffer.readline()), sys.stdin.buffer.read())

@@ -33,8 +33,10 @@ from unicl_fast.distributed.signals import (
 from unicl_fast.objectives.registry import list_objectives
 from unicl_fast.presets import AUTO, PRESETS
 from unicl_fast.system.checked_fields import require, with_values
+from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
-from unicl_fast.system.program import EXIT_ABORTED, begin_program, showing_stages
+from unicl_fast.system.phases import describe_phase
+from unicl_fast.system.program import EXIT_ABORTED, begin_program
 
 from .run_settings import DEFAULT_PRESET, FOR_AUTO, as_yaml, first_settings, list_presets
 
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         end_with_torchrun()
         try:
             given = begin_program() if argv is None else list(argv)
-            with showing_stages(hidden="--quiet" in given):
+            with line(describe_phase, shown="--quiet" not in given):
                 _main(given)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)

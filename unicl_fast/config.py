@@ -476,9 +476,10 @@ class RunConfig:
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
     process are counted, not those before a resume."""
     timeout_seconds: NonNegative = 600
-    """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
-    has hung: it names its stage and ends the run with code 70. Before the first step is done the
-    limit is 3 times as long; with compiled encoders 6 times, for 16 steps and in evaluations."""
+    """Longest wait for a batch or storage; 0 sets no limit. A rank that waits longer has hung: it
+    names its stage and ends the run with code 70. Before the first step is done the limit is 3
+    times as long; with compiled encoders 6 times, for 16 steps and in evaluations; and twice that
+    if a rank waits for others, so that the one at fault speaks first."""
 
     def __post_init__(self) -> None:
         check_fields(self, name="run")

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 from unicl_fast.config import TrainConfig, config_to_dict, load_config
 from unicl_fast.conversion.initial import load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.tools.diagnose.measuring import describe_machine
 
@@ -136,7 +136,7 @@ class Race(Program):
             for lr in (self.open_clip_lr if one.is_open_clip else own)
         ]
         rest_count = len(contestants) * (len(lengths) * len(self.seeds) - 1)
-        with tqdm(total=len(longest) + rest_count, unit="run", dynamic_ncols=True) as bar:
+        with Bar(total=len(longest) + rest_count, unit="run") as bar:
             tried = dict(zip(longest, self._do_all(longest, config, images, bar), strict=True))
             best = {
                 one: max(

@@ -21,8 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from unicl_fast.system.bar import Bar
 from unicl_fast.tools.diagnose.measuring import describe_machine
 
 from ..harness import Program
@@ -74,7 +73,7 @@ class Resume(Program):
         total = len(chosen) * len(DATA) * (1 + len(_LAYOUTS))
         with (
             tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder,
-            tqdm(total=total, unit="run", dynamic_ncols=True) as bar,
+            Bar(total=total, unit="run") as bar,
         ):
             for each in chosen:
                 try:
@@ -93,7 +92,7 @@ class Resume(Program):
             whole = {**result, "settings": settings, "machine": describe_machine(*packages)}
             self.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
-    def _chains(self, resumer: Resumer, folder: Path, bar: tqdm[Any]) -> dict[str, Any]:
+    def _chains(self, resumer: Resumer, folder: Path, bar: Bar) -> dict[str, Any]:
         """Counts and kills of each of a contestant's runs."""
         folder.mkdir()
         task = Task(folder=folder, num_sets=_MIX, samples=self.samples, batch_size=_BATCH)

@@ -47,7 +47,7 @@ def launched(program: str, *ranks: str, restarts: int = 0) -> tuple[int, str, st
 @pytest.mark.slow
 @pytest.mark.dist
 def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
-    """Neither the store of the ranks, nor their gloo connections, nor their heartbeats."""
+    """Neither the store of the ranks nor their gloo connections."""
     code, _, errors = launched("listening_program", "-", "-")
     assert code == 0, errors
 

@@ -14,11 +14,19 @@ import torch
 
 
 def try_out(device: torch.device, what: str, *arguments: str) -> None:
-    {"crashes": _crash, "mutated": _mutate}[what](device, *arguments)
+    {"crashes": crash, "mutated": _mutate}[what](device, *arguments)
 
 
-def _crash(device: torch.device) -> None:
+def crash(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def fail(*_: object) -> None:
+    raise RuntimeError("no driver")
+
+
+def hang(*_: object) -> None:
+    signal.pause()
 
 
 def _mutate(

@@ -1,4 +1,4 @@
-"""A rank that meets the others, and ends with 3 where it can be reached from other machines."""
+"""A rank that meets the others, and ends with 3 if other machines can reach one of them."""
 
 import os
 import sys
@@ -8,13 +8,12 @@ import torch
 
 from unicl_fast.distributed.ranks import gather_integers
 from unicl_fast.distributed.rendezvous import process_group
-from unicl_fast.distributed.watchdog import Heartbeats
 
 _LISTENING, _ANY_STATE = "0A", "07"  # of TCP, of UDP sockets that are connected to nobody
 
 
 def open_to_others() -> list[str]:
-    """The addresses, as the kernel writes them, that this process listens at beyond loopback."""
+    """Addresses, as the kernel writes them, at which this process listens beyond loopback."""
     own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
     found = []
     for kind in ("tcp", "tcp6", "udp", "udp6"):
@@ -29,10 +28,8 @@ def open_to_others() -> list[str]:
 
 if __name__ == "__main__":
     with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
-        heartbeats = Heartbeats(ranks)
         gather_integers(ranks.rank, ranks)
         if addresses := open_to_others():
             print(f"rank {ranks.rank} listens at", *addresses, file=sys.stderr)
         code = 3 * any(gather_integers(len(addresses), ranks))
-        heartbeats.close()
     sys.exit(code)

@@ -43,12 +43,11 @@ from unicl_fast.distributed.launch import SharedRefusal, explain
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
-    gather_integers,
     gather_objects,
 )
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
-from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
+from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation import data, zero_shot
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows, encode_token_rows
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult
@@ -66,7 +65,6 @@ from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.text_columns import TextColumns
 from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import usable_cores
-from unicl_fast.system.progress import Stage
 from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.assembly import make_trainer
@@ -453,8 +451,7 @@ def train_watched(
         return batch
 
     mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    with Watchdog(limit_seconds=limit_seconds, **mine) as watchdog:
-        watchdog.meet(ranks)
+    with Watchdog(limit_seconds=limit_seconds, **mine):
         trainer = trainer_of(ranks, images, config, change=hang)
         step_of = trainer.train_step
 
@@ -640,52 +637,6 @@ def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) ->
                 assert len(opened.dataset) == 21
         except RuntimeError as error:
             sys.exit(4 if "another rank has ended" in str(explain(error)) else str(error))
-
-
-def old_datagrams(token: bytes) -> list[bytes]:
-    """What must do nothing: nesting, random bytes, heartbeats in an older form, cut or foreign."""
-    stage = ["step", 3, 1.0, False]
-    beat = format_heartbeat(Stage("step"), token=token, rank=1, age_seconds=1, left_seconds=1)
-    foreign = format_heartbeat(
-        Stage("step"), token=bytes(16), rank=1, age_seconds=1, left_seconds=1
-    )
-    wild = format_heartbeat(Stage("step"), token=token, rank=9999, age_seconds=1, left_seconds=1)
-    return [
-        *(b"[" * 4000, b'{"a":' * 500, b"", b"null", os.urandom(len(beat)), os.urandom(2000)),
-        *(json.dumps([token.hex(), rank, stage, 1.0, 1.0]).encode() for rank in (1, 10**400)),
-        *(beat[:-1], beat + b"\0", beat[:16], foreign, wild),
-    ]
-
-
-def hear_hostile_datagrams(ranks: Ranks) -> None:
-    """Both ranks' ports get datagrams of others; then each rank is heard all the same."""
-    heartbeats = Heartbeats(ranks)
-    host, port = heartbeats._socket.getsockname()
-    assert host == "127.0.0.1"
-    token = heartbeats._token
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
-        for datagram in old_datagrams(token):
-            other.sendto(datagram, (host, port))
-            time.sleep(0.01)
-            heartbeats.receive()
-            assert heartbeats.heard == {}
-        gather_integers(0, ranks)
-        heartbeats.send(Stage("näher " * 90, 7, 1.0, True), age_seconds=1.5, left_seconds=-2.5)
-        gather_integers(0, ranks)
-        (_rank, beat), *more = _heard(heartbeats).items()
-        assert not more
-    assert beat.stage.name.startswith("näher näher")
-    assert (beat.stage.step, beat.stage.waits_for_ranks) == (7, True)
-    assert (beat.age_seconds, beat.left_seconds) == (1.5, -2.5)
-    heartbeats.close()
-
-
-def _heard(heartbeats: Heartbeats) -> dict[int, Heartbeat]:
-    deadline = time.monotonic() + 30
-    while not heartbeats.heard and time.monotonic() < deadline:
-        heartbeats.receive()
-        time.sleep(0.01)
-    return heartbeats.heard
 
 
 def gather_features_of_slices(ranks, path: str) -> None:

@@ -19,10 +19,8 @@ from hypothesis import strategies as st
 from pack_runs import jpeg, run_pack
 from property_tests import examples
 
-from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
-from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.parquet_rows import TableResult, TableTask, convert
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.rows import ListOptions
@@ -346,25 +344,6 @@ def test_a_script_needs_no_guard(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "begun\n", "")
-
-
-def test_a_crash_is_told_by_its_signal() -> None:
-    (found,) = run_limited(_crash, ["task"], memory_bytes=10**9)
-    assert isinstance(found, Problem)
-    assert found.message == "a decoder crashed (SIGSEGV)"
-    with pytest.raises(ValueError, match="of the task"):
-        list(run_limited(_refuse, ["task"], memory_bytes=10**9))
-
-
-def _crash(task: str) -> None:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def _refuse(task: str) -> None:
-    raise ValueError(f"of the {task}")
 
 
 def test_a_full_disk_is_told_by_what_it_is_needed_for(

@@ -31,7 +31,7 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     "cat/killed.jpg": (
         Crashing(int(signal.SIGKILL)),
         "crash",
-        "the process was killed, for want of memory maybe",
+        "a decoder was killed, possibly out of memory",
     ),
     "cat/slow.jpg": (Hanging(), "too slow", "not done after 2 seconds"),
     "dog/hungry.jpg": (

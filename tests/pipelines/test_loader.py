@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faulty_trials
 import loader_runs
 import numpy as np
 import pytest
@@ -498,23 +498,23 @@ def test_a_decoder_is_tried_on_images_of_the_data(datasets: list[PackedDataset])
 
 
 @pytest.mark.parametrize(
-    ("program", "seconds", "fault"),
+    ("decode", "seconds", "fault"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", 60, "was ended by SIGSEGV"),
-        ("raise RuntimeError('no driver')", 60, "failed: RuntimeError: no driver"),
-        ("import time; time.sleep(60)", 0.5, "did not end within 0.5 s"),
+        (faulty_trials.crash, 300, r"crashed \(SIGSEGV\)"),
+        (faulty_trials.fail, 300, "failed: RuntimeError: no driver"),
+        (faulty_trials.hang, 0.5, "did not end within 0.5 s"),
     ],
 )
 def test_a_gpu_s_decoder_that_crashes_fails_or_hangs_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     datasets: list[PackedDataset],
     prompts: ClassPrompts,
-    program: str,
+    decode: Callable[..., None],
     seconds: float,
     fault: str,
 ) -> None:
-    monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", program))
-    monkeypatch.setattr(gpu_kernels, "_TRIAL_SECONDS", seconds)
+    monkeypatch.setattr(trial, "_decode", decode)
+    monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", seconds)
     config = make_config(decode_device="gpu")
     with pytest.raises(ValueError, match=f"{fault}; take data.decode_device=cpu"):
         TrainLoader(config, datasets, None, prompts, device=CUDA)

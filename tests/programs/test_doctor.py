@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib import metadata
 from math import inf
 from pathlib import Path
@@ -18,10 +17,8 @@ import pytest
 import torch
 from program_runs import call, refusal_of, run
 
-from unicl_fast.models import precision
 from unicl_fast.system import kernels
 from unicl_fast.system.installation import install_command
-from unicl_fast.system.machine import CpuTimes
 from unicl_fast.tools.doctor import __main__ as doctor
 from unicl_fast.tools.doctor import machine, software
 from unicl_fast.tools.doctor.rows import Check, Found, run_checks
@@ -51,39 +48,32 @@ def _plain_environment(monkeypatch: Patch) -> None:
 # The rows, which no check can break.
 
 
-def test_checks_that_raise_end_or_block_the_process_are_faults_and_the_others_run() -> None:
-    def raises() -> Found:
-        raise KeyError("no such field")
+def raises() -> Found:
+    raise KeyError("no such field")
 
-    def ends() -> Found:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return _SOUND
 
-    def leaves() -> Found:
-        os._exit(3)
+def ends() -> Found:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return _SOUND
 
-    def blocks() -> Found:
-        time.sleep(60)
-        return _SOUND
 
-    def computes() -> Found:
-        while time.process_time() < 2.5:
-            pass
-        return _SOUND
+def sound() -> Found:
+    return _SOUND
 
-    looks: dict[str, Callable[[], Found]] = {
-        "first": lambda: _SOUND, "raises": raises, "ends": ends, "leaves": leaves,
-        "blocks": blocks, "computes": computes, "last": lambda: _SOUND,
-    }  # fmt: skip
-    checks = [Check(name, look) for name, look in looks.items()]
-    checks.insert(-1, Check("left out", lambda: _SOUND, needs=("raises",)))
-    rows = dict(run_checks(checks, seconds=1))
-    assert list(rows) == list(looks)
-    assert rows["first"] == rows["computes"] == rows["last"] == _SOUND
+
+def test_checks_that_raise_or_end_the_process_are_faults_and_the_others_run() -> None:
+    checks = [Check("first", sound), Check("raises", raises), Check("ends", ends)]
+    checks += [Check("left out", sound, needs=("raises",)), Check("last", sound, needs=("first",))]
+    rows = dict(run_checks(checks))
+    assert list(rows) == ["first", "raises", "ends", "last"]
+    assert rows["first"] == rows["last"] == _SOUND
     assert_found(rows["raises"], "fault", "the check failed: KeyError('no such field')")
-    assert_found(rows["ends"], "fault", "by SIGTERM")
-    assert_found(rows["leaves"], "fault", "with code 3")
-    assert_found(rows["blocks"], "fault", "no answer, and idle for 1 s")
+    assert_found(rows["ends"], "fault", "crashed (SIGTERM)")
+
+
+def test_a_check_that_blocks_is_a_fault() -> None:
+    rows = dict(run_checks([Check("blocks", signal.pause)], seconds=0.5))
+    assert_found(rows["blocks"], "fault", "did not end within 0.5 s")
 
 
 # The program.
@@ -93,9 +83,11 @@ def test_checks_that_raise_end_or_block_the_process_are_faults_and_the_others_ru
 def test_the_exit_code_is_1_with_a_fault_and_rows_say_their_state_and_no_secret(
     monkeypatch: Patch, capsys: pytest.CaptureFixture[str], state: Any, code: int
 ) -> None:
-    first = Check("data set", lambda: Found(state, "\x1b[2J https://user:secret@host/x", "do it"))
-    second = Check("next", lambda: _SOUND, needs=("data set",))
-    monkeypatch.setattr(doctor, "CHECKS", [first, second])
+    rows = {"data set": Found(state, "\x1b[2J https://user:secret@host/x", "do it"), "next": _SOUND}
+    if code:
+        del rows["next"]
+    checks = [Check("data set", sound), Check("next", sound)]
+    patch(monkeypatch, doctor, CHECKS=checks, run_checks=lambda _: rows.items())
     with pytest.raises(SystemExit) as ended:
         call(doctor)
     assert ended.value.code == code
@@ -139,24 +131,22 @@ def test_the_program_runs_here_and_without_a_home(monkeypatch: Patch) -> None:
 # What is installed.
 
 
-def fake_versions(monkeypatch: Patch, wanted: list[str], there: dict[str, str]) -> None:
-    def version(name: str) -> str:
-        if name not in there:
-            raise metadata.PackageNotFoundError(name)
-        return there[name]
-
-    patch(monkeypatch, metadata, requires=lambda name: wanted, version=version)
+def pip_says(monkeypatch: Patch, code: int, *lines: str) -> None:
+    done = SimpleNamespace(returncode=code, stdout="".join(f"{line}\n" for line in lines))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
 
 
-def test_requirements_that_are_missing_or_old_are_faults(monkeypatch: Patch) -> None:
-    wanted = ["torch>=2.6", "timm>=1.0.15", "ray>=2; extra == 'ray'"]
-    there = {"torch": "2.7+cpu", "timm": "1.0.20", "unicl_fast": "1"}
-    fake_versions(monkeypatch, wanted, there)
-    assert software.check_requirements().state == "ok"
-    fake_versions(monkeypatch, wanted, there | {"timm": "0.9"})
-    found = software.check_requirements()
-    assert found.state == "fault"
-    assert found.fix == "pip install 'timm>=1.0.15'"
+def test_conflicts_that_pip_finds_are_faults_if_they_are_ours(monkeypatch: Patch) -> None:
+    other = "spacy 3.8 requires thinc, which is not installed."
+    ours = "unicl-fast 0.2.0 has requirement timm>=1.0.15, but you have timm 0.9."
+    for code, lines, state, said in (
+        (0, ["No broken requirements found."], "ok", "no conflict"),
+        (1, [other], "warning", "thinc"),
+        (1, [other, ours], "fault", ours),
+        (1, [], "ok", "uv pip check"),
+    ):
+        pip_says(monkeypatch, code, *lines)
+        assert_found(software.check_requirements(), state, said)
 
 
 def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch: Patch) -> None:
@@ -165,42 +155,32 @@ def test_torch_that_cannot_be_imported_is_a_fault(monkeypatch: Patch) -> None:
     assert_found(software.check_torch(), "fault", "torchvision")
 
 
-def test_torch_without_cuda_matters_only_next_to_an_nvidia_device(
+def test_torch_without_a_gpu_matters_only_next_to_an_nvidia_device(
     monkeypatch: Patch, tmp_path: Path
 ) -> None:
-    def fails() -> None:
-        raise RuntimeError("the NVIDIA driver on your system is too old")
-
     monkeypatch.setattr(software, "_DEVICES", tmp_path)
-    patch(monkeypatch, torch.cuda, is_available=lambda: False, init=fails)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert_found(software.check_cuda(), "ok", "--gpus all")
+    patch(monkeypatch, torch.cuda, device_count=lambda: 0)
+    assert_found(software.check_torch(), "ok", "the CPU computes")
     (tmp_path / "nvidia0").touch()
-    assert_found(software.check_cuda(), "warning", "for CUDA")
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    assert_found(software.check_cuda(), "fault", "cannot use the NVIDIA device: the NVIDIA driver")
+    assert_found(software.check_torch(), "fault", "python -m torch.utils.collect_env")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert_found(software.check_cuda(), "warning", "unset CUDA_VISIBLE_DEVICES")
+    assert_found(software.check_torch(), "warning", "unset CUDA_VISIBLE_DEVICES")
 
 
 def test_a_device_that_does_not_compute_is_a_fault(monkeypatch: Patch) -> None:
-    patch(
-        monkeypatch, torch.cuda, is_available=lambda: True, device_count=lambda: 1,
-        get_device_name=lambda index: "NVIDIA H100 80GB HBM3",
-    )  # fmt: skip
-    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    patch(monkeypatch, torch.cuda, device_count=lambda: 1, get_device_name=lambda index: "H100")
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "")
     real = torch.ones
     monkeypatch.setattr(torch, "ones", lambda size, device: real(size))
-    assert software.check_cuda() == ("ok", "NVIDIA H100 80GB HBM3; NCCL 2.27.3", "")
+    assert_found(software.check_torch(), "ok", "; H100")
     monkeypatch.setattr(software, "obstacle_to_triton", lambda index, oldest: "Triton is missing")
-    assert_found(software.check_cuda(), "warning", "Triton is missing: no fused kernels")
+    assert_found(software.check_torch(), "warning", "Triton is missing: no fused kernels")
 
     def fails(size: int, device: torch.device) -> None:
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(torch, "ones", fails)
-    assert software.check_cuda().state == "fault"
+    assert_found(software.check_torch(), "fault", "no kernel image is available")
 
 
 @pytest.mark.dali
@@ -241,36 +221,20 @@ def test_where_kernels_are_kept(monkeypatch: Patch, tmp_path: Path) -> None:
 # The machine.
 
 
-def quiet_cores(monkeypatch: Patch, *, busy: float = 0.0, mine: int = 2) -> None:
-    times = iter([CpuTimes(1, 0, 5), CpuTimes(1, 0, 5 + busy)])
-    patch(monkeypatch, machine, cpu_times=lambda: next(times), _BUSY_SECONDS=1)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(mine)))
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-
-
 def test_one_core_of_many_is_a_warning(monkeypatch: Patch) -> None:
-    quiet_cores(monkeypatch, mine=8)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: inf)
-    found = "64 in the machine, 8 for this process; other processes take 0%"
-    assert machine.check_cores() == ("ok", found, "")
-    quiet_cores(monkeypatch)
-    patch(monkeypatch, machine, usable_cores=lambda: 1)
-    assert_found(machine.check_cores(), "warning", "--cpus-per-task")
-
-
-@pytest.mark.parametrize(("busy", "state"), [(0.9, "warning"), (0.0, "ok")])
-def test_other_processes_on_the_cores(monkeypatch: Patch, busy: float, state: str) -> None:
-    quiet_cores(monkeypatch, busy=busy)
-    assert machine.check_cores().state == state
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    patch(monkeypatch, machine, cpu_quota=lambda: inf, usable_cores=lambda: 8)
+    assert machine.check_cores() == ("ok", "64 in the machine, 8 for this process", "")
+    patch(monkeypatch, machine, cpu_quota=lambda: 1.0, usable_cores=lambda: 1)
+    assert_found(machine.check_cores(), "warning", "a quota of 1 more: --cpus-per-task")
 
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: Patch) -> None:
     """MKL keeps torch to two threads of OMP_NUM_THREADS=64 there; other libraries take them."""
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(precision, "fast_precision", lambda device: "bf16")
-    assert_found(machine.check_threads(), "ok", "2 threads; on the CPU efficiency.precision=auto")
+    assert_found(machine.check_threads(), "ok", "2 threads for 2 cores")
     for value in ("2", "2,4", "many", ""):
         monkeypatch.setenv("OMP_NUM_THREADS", value)
         assert machine.check_threads().state == "ok"
@@ -281,16 +245,8 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch: Patch) -> None:
     assert found.fix == "unset OMP_NUM_THREADS OPENBLAS_NUM_THREADS"
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.delenv(name)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert_found(machine.check_threads(), "warning", "without AVX2")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)  # torch does not see a quota
     assert_found(machine.check_threads(), "warning", "export OMP_NUM_THREADS=2")
-
-
-@pytest.mark.parametrize(("free", "state"), [(16e9, "ok"), (2e9, "warning"), (0.5e9, "fault")])
-def test_little_memory(monkeypatch: Patch, free: float, state: str) -> None:
-    monkeypatch.setattr(machine, "free_memory", lambda device: int(free))
-    assert machine.check_memory().state == state
 
 
 @pytest.fixture
@@ -312,21 +268,11 @@ def test_shared_memory_of_docker(
     assert machine.check_shared_memory().state == "fault"
 
 
-def mounted(monkeypatch: Patch, tmp_path: Path, options: str) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/x / ext4 rw 0 0\nserver:/a {tmp_path} nfs {options} 0 0\n")
-    monkeypatch.setattr(machine, "_MOUNTS", mounts)
-
-
-def test_folders_that_are_full_read_only_or_without_locks(
+def test_folders_that_are_full_or_read_only(
     monkeypatch: Patch, tmp_path: Path, roomy: SimpleNamespace
 ) -> None:
     below = tmp_path / "not" / "there"
-    mounted(monkeypatch, tmp_path, "rw,local_lock=none")
     assert machine.check_folder(below).state == "ok"
-    for option in ("nolock", "local_lock=all", "localflock"):
-        mounted(monkeypatch, tmp_path, f"rw,{option}")
-        assert_found(machine.check_folder(below), "warning", "two hosts can write")
     roomy.free = 10**9
     assert_found(machine.check_folder(below), "warning", "make room, or take another")
     roomy.total = 0
@@ -348,11 +294,7 @@ def test_folders_that_a_user_may_lack(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
-    mounted(monkeypatch, tmp_path, "rw")
     assert machine.check_disks().state == "ok"
-    mounted(monkeypatch, tmp_path, "rw,nolock")
-    assert_found(machine.check_disks(), "warning", "two hosts")
-    mounted(monkeypatch, tmp_path, "rw")
     status = SimpleNamespace(f_files=0, f_favail=0, f_flag=os.ST_NOEXEC)
     monkeypatch.setattr(os, "statvfs", lambda path: status)
     assert_found(machine.check_disks(), "warning", "noexec")

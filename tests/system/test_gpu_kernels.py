@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from unicl_fast.system.gpu_kernels import fault_in_trial
 pytest.importorskip("triton")
 
 CPU = torch.device("cpu")
-HELPERS = Path(__file__).parents[1] / "helpers"
 WINDOWS = "unicl_fast.models.window_trial", "unicl_fast.models.window_attention"
 LOSS = "unicl_fast.objectives.loss_trial", "unicl_fast.objectives.loss_triton"
 
@@ -28,7 +26,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A new folder of what was found right, for processes that interpret."""
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     return tmp_path
 
 
@@ -39,23 +36,24 @@ def start_again() -> None:
 def test_what_was_found_right_is_tried_once_on_a_machine(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs, code = [], 1
+    runs: list[tuple[str, ...]] = []
+    fault = "failed: it is off"
     caplog.set_level(logging.INFO, logger=gpu_kernels.logger.name)
 
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        runs.append(command)
-        return subprocess.CompletedProcess(command, code, stderr=b"a warning\nit is off\n")
+    def fault_of(function: object, *arguments: str, seconds: float) -> str:
+        runs.append(arguments)
+        return fault
 
     def starts() -> int:
         start_again()
-        fault = fault_in_trial("faulty_trials", CPU, "float32")
-        assert fault == ("" if code == 0 else "faulty_trials float32: the trial failed: it is off")
+        found = fault_in_trial("faulty_trials", CPU, "float32")
+        assert found == (fault and f"faulty_trials float32: the trial {fault}")
         return len(runs)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(gpu_kernels, "fault_of", fault_of)
     assert [starts(), starts()] == [1, 2]  # what was found wrong is tried again
     assert not caplog.messages
-    code = 0
+    fault = ""
     assert [starts(), starts()] == [3, 3]
     tried, found = caplog.messages
     assert "right on this machine, tried within" in tried
@@ -73,8 +71,8 @@ def test_what_was_found_right_is_tried_once_on_a_machine(
 def test_a_crash_or_a_hang_is_a_fault(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_again()
     fault = fault_in_trial("faulty_trials", CPU, "crashes")
-    assert fault == "faulty_trials crashes: the trial was ended by SIGSEGV"
-    monkeypatch.setattr(gpu_kernels, "_TRIAL_SECONDS", 0.01)
+    assert fault == "faulty_trials crashes: the trial crashed (SIGSEGV)"
+    monkeypatch.setattr(gpu_kernels, "TRIAL_SECONDS", 0.01)
     start_again()
     assert "did not end within" in fault_in_trial("faulty_trials", CPU, "crashes")
     assert not list(cache.rglob("right-*"))

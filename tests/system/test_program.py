@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import os
-import re
 import signal
 import subprocess
 import sys
-import termios
 import tomllib
 from pathlib import Path
 
@@ -145,62 +142,6 @@ def test_help_breaks_lines_where_the_terminal_ends(tmp_path: Path) -> None:
         [sys.executable, path, "--help"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     assert "Of the first line, and of the second." in shown
-
-
-def seen_on_a_terminal(code: str, **environment: str) -> str:
-    """What a program that has begun writes to a terminal of 80 columns."""
-    begin = "from unicl_fast.system.program import begin_program, showing_stages\nbegin_program()\n"
-    terminal, end = os.openpty()
-    termios.tcsetwinsize(terminal, (24, 80))
-    process = subprocess.Popen(
-        [sys.executable, "-c", begin + code],
-        stdout=end,
-        stderr=end,
-        env={"TERM": "xterm", **os.environ, **environment},
-    )
-    os.close(end)
-    seen = b""
-    with contextlib.suppress(OSError):  # EIO: the other end is closed
-        while data := os.read(terminal, 65536):
-            seen += data
-    os.close(terminal)
-    assert process.wait(60) == 0, seen
-    return seen.decode()
-
-
-_QUIET = """
-import sys, time
-from unicl_fast.system import status_line
-from unicl_fast.system.progress import mark
-status_line._QUIET_SECONDS = status_line._LOOK_SECONDS = 0.05
-def wait(): time.sleep(0.5)
-with showing_stages(hidden=HIDDEN):
-    wait()
-    print("ready")
-    wait()
-    print("x" * 70, end="\\r", file=sys.stderr)
-    print("\\rbar 50%", end="", file=sys.stderr, flush=True)
-    mark("drawing the curves", 7)
-    wait()
-    print("\\rbar 100%", file=sys.stderr)
-    mark("")
-    wait()
-    print("done")
-"""
-
-
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_terminal_shows_what_takes_long_and_keeps_what_was_printed(unbuffered: str) -> None:
-    seen = seen_on_a_terminal(_QUIET.replace("HIDDEN", "False"), PYTHONUNBUFFERED=unbuffered)
-    assert re.match(r"(\r\[starting, \d s\]\x1b\[K)+\r\x1b\[Kready\r\n\r\[working, \d s\]", seen)
-    stage = r"\[drawing the curves, 7 steps done, \d s\]"
-    assert re.search(rf"\rbar 50% {stage}\x1b\[K\rbar 50%\x1b\[K\rbar 1", seen)
-    assert seen.endswith("\rbar 100%\r\ndone\r\n")
-
-
-@pytest.mark.parametrize(("hidden", "rank"), [("True", "0"), ("False", "1")])
-def test_quiet_programs_and_other_ranks_show_no_stages(hidden: str, rank: str) -> None:
-    assert "[" not in seen_on_a_terminal(_QUIET.replace("HIDDEN", hidden), RANK=rank)
 
 
 def test_unbuffered_output_is_not_kept_back() -> None:

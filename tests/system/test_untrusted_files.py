@@ -180,11 +180,7 @@ PROC, PACKAGE, OWN, ROW, NAMED = (
     "that the user names for a result",
 )
 ALLOWED = {
-    "pipelines/trial.py": OWN,
     "tools/demo.py": OWN,
-    "tools/demo_photos/__main__.py": NAMED,
-    "tools/doctor/machine.py": PROC,
-    "tools/doctor/rows.py": PROC,
     "tools/evaluate/command.py": NAMED,
     "tools/evaluate/embed.py": NAMED,
     "tools/ledger.py": NAMED,
@@ -202,7 +198,6 @@ ALLOWED = {
     "unicl_fast/distributed/ranks.py": OWN,
     "unicl_fast/evaluation/labelled.py": OWN,
     "unicl_fast/evaluation/serving.py": PACKAGE,
-    "unicl_fast/packing/limited_processes.py": PROC,
     "unicl_fast/packing/quarantine.py": ROW,
     "unicl_fast/packing/sources/json_pieces.py": ROW,
     "unicl_fast/packing/sources/lists.py": ROW,
@@ -213,6 +208,7 @@ ALLOWED = {
     "unicl_fast/packing/staging.py": OWN,
     "unicl_fast/packing/workers.py": OWN,
     "unicl_fast/system/atomic_files.py": OWN,
+    "unicl_fast/system/child.py": PROC,
     "unicl_fast/system/checksums.py": OWN,
     "unicl_fast/system/gpu_kernels.py": PACKAGE,
     "unicl_fast/system/installation.py": PACKAGE,

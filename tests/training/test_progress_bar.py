@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import io
-import itertools
 import logging
 import os
 import pty
@@ -15,7 +14,6 @@ import struct
 import sys
 import termios
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,18 +21,20 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import StepLoader, tiny_config
-from tqdm import tqdm
 
 from unicl_fast.batch import Batch
+from unicl_fast.system.bar import Bar
 from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.progress_bar import progress_bar
 
-VALUES = {"eta_seconds": 3725, "loss": 3.21, "images_per_second": 1234.0,
-          "data_wait_fraction": 0.031, "mfu": 0.42}  # fmt: skip
+
+@pytest.fixture(autouse=True)
+def _bars_are_shown_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread is left behind
+    monkeypatch.setattr("unicl_fast.system.bar._SOON", 0.0)
 
 
 class Terminal:
-    """What a terminal of some columns shows: rows of text, the last one being written to."""
+    """The rows of text that a terminal shows, the last one being written to."""
 
     def __init__(self) -> None:
         self.raw = b""
@@ -94,7 +94,6 @@ def terminal_on_stderr(monkeypatch: pytest.MonkeyPatch, *, columns: int) -> Iter
 def test_a_run_in_a_terminal_shows_whole_lines(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread is left behind
     config = tiny_config(steps=6)
     config = config.changed(run={"evaluate_every_steps": 2})
 
@@ -106,7 +105,7 @@ def test_a_run_in_a_terminal_shows_whole_lines(
         return batch
 
     def evaluation(model: torch.nn.Module) -> dict[str, float]:
-        for _ in tqdm(range(3), desc="nested", leave=False):
+        for _ in Bar(range(3), desc="nested", leave=False):
             pass
         return {"top1": 0.5}
 
@@ -135,18 +134,9 @@ def test_a_run_in_a_terminal_shows_whole_lines(
     assert re.fullmatch(r"train 100%\|\S+\| 6/6, loss \d\.\d{3}" + more, bar)
 
 
-def test_a_hidden_bar_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar(done=0, total=3, hidden=True) as bar:
-        bar.show(VALUES)
-        bar.update()
-    assert capsys.readouterr().err == ""
-
-
 def test_stderr_on_a_full_disk_ends_no_run(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
-
     def with_a_line(batch: Batch) -> Batch:
         logging.getLogger("loader").warning("reads step %d", batch.step)
         return batch
@@ -162,22 +152,3 @@ def test_stderr_on_a_full_disk_ends_no_run(
         )
         trainer.fit()
     assert trainer.step == 2
-
-
-def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
-    clock = itertools.count(10_000.0, -3600.0)
-    monkeypatch.setattr("tqdm.std.time", clock.__next__)
-    with (
-        terminal_on_stderr(monkeypatch, columns=80) as terminal,
-        progress_bar(done=0, total=3, hidden=False) as bar,
-    ):
-        bar.mininterval = 0.0
-        for _ in range(2):
-            time.sleep(0.01)
-            bar.update()
-        bar.fp.flush()
-        deadline = time.monotonic() + 20
-        while "2/3" not in terminal.raw.decode() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert "2/3" in terminal.raw.decode()

@@ -12,7 +12,7 @@ from fake_gpu import FakeEvent
 from small_runs import StepLoader, global_batch, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.system.phases import WaitingForRanks
 from unicl_fast.training import step_clock
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import StepMeter, read_metrics

@@ -107,10 +107,10 @@ class ModelConversion(Conversion):
         from unicl_fast.conversion.initial import load_model
         from unicl_fast.conversion.output import require_new
         from unicl_fast.conversion.sources import find_own
-        from unicl_fast.system.progress import said_if_slow
+        from unicl_fast.system.line import line
 
         require_new(self.out)  # before minutes are spent
-        with said_if_slow(f"reading {self.model}"):
+        with line(f"reading {self.model}"):
             model = load_model(self.model, weights=self.weights).float()
         if needs_texts and model.text_encoder is None:
             raise ValueError(

@@ -29,7 +29,7 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.train_loader import TrainLoader
 from unicl_fast.system.checked_fields import require
 from unicl_fast.system.machine import free_memory, usable_cores
-from unicl_fast.system.progress import EvaluationStopped, stopping_when
+from unicl_fast.system.phases import EvaluationStopped, stopping_when
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.build import build_trainer

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from unicl_fast.system.progress import current_stage
+from unicl_fast.system.line import line
+from unicl_fast.system.phases import current_phase
 
 if TYPE_CHECKING:  # it imports torch
     from .report import Diagnosis
@@ -26,7 +25,7 @@ START_SECONDS = 60.0
 """For imports, data and model."""
 _LAST_SECONDS = 5.0
 """Ranks other than 0 end so long after it."""
-_BAR_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
 _EXIT_NOTHING = 2
 
 
@@ -71,7 +70,7 @@ class Deadline:
 
     @contextlib.contextmanager
     def enforced(self) -> Iterator[None]:
-        """Shows a bar, and keeps the deadline, during the block."""
+        """Says what is measured, and keeps the deadline, during the block."""
         self._thread.start()
         try:
             yield
@@ -90,12 +89,14 @@ class Deadline:
     def _watch(self) -> None:
         budget = self.budget
         later = 0.0 if self._is_main else _LAST_SECONDS  # rank 0 has to report
-        with tqdm(bar_format="{desc}", leave=False, disable=not self._is_main) as bar:
-            while time.monotonic() < budget.deadline + later:
-                if self._over.wait(_BAR_SECONDS):
+
+        def describe(_: float) -> str:
+            return f"{budget.phase}: {budget.seconds - budget.left:.0f} of {budget.seconds:.0f} s"
+
+        with line(describe):
+            while time.monotonic() < budget.deadline + later:  # the run's start moves it
+                if self._over.wait(_LOOK_SECONDS):
                     return
-                spent = f"{budget.seconds - budget.left:.0f} of {budget.seconds:.0f} s"
-                bar.set_description_str(f"{budget.phase[:60]}: {spent}")
         self._end()
 
     def _end(self) -> None:
@@ -109,7 +110,7 @@ class Deadline:
                 text = (
                     f"nothing could be measured within {self.budget.most_seconds:.0f} s, which is "
                     f"{START_SECONDS:g} and twice --seconds; it was at: {self.budget.phase}, "
-                    f"{current_stage().name}. See what the loader or its storage waits for, or "
+                    f"{current_phase().name}. See what the loader or its storage waits for, or "
                     "raise --seconds"
                 )
                 print(f"unicl-bench: {text}", file=sys.stderr)

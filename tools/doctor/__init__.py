@@ -1,6 +1,6 @@
 """`unicl-doctor`: finds what on this machine would stop or slow down the other programs.
 
-`software.py` has the checks of what is installed, `machine.py` those of cores, threads,
-memory and disks. `rows.py` runs them so that none can end the program. Versions for a bug report
-come from `python -m torch.utils.collect_env`.
+`software.py` checks installed packages, `machine.py` cores, threads and disks. `rows.py` runs the
+checks so that none can end the program. `pip check` compares versions, and
+`python -m torch.utils.collect_env` prints them for a bug report.
 """

@@ -1,7 +1,7 @@
-"""`unicl-doctor`: the environment on one screen, with what to do where something is wrong.
+"""`unicl-doctor`: the environment on one screen, with a remedy for each fault.
 
 Reads the arguments, prints the rows and ends with the exit code. It needs neither torch nor tyro,
-since it has to run where they are broken.
+since it has to run if they are broken.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _INDENT = 26  # columns before the text of a row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 1 where there is a fault, 2 on wrong usage."""
+    """Entry point; exits with 1 if there is a fault, 2 on wrong usage."""
     argv = begin_program() if argv is None else list(argv)
     argparse.ArgumentParser(
         prog=_PROGRAM,
-        description="Checks what the other programs need: packages, devices, cores, memory, "
-        "disks. FAULT: runs will fail. WARNING: something is slow, or an option "
+        description="Checks what the other programs need: packages, devices, cores, disks. "
+        "FAULT: runs will fail. WARNING: something is slow, or an option "
         "is not available. Exit code: 0 without faults, 1 with.",
     ).parse_args(argv)
     rows: dict[str, Found] = {}
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     left_out = ", ".join(check.name for check in CHECKS if check.name not in rows)
     counts = [count_of(states.count(state), state) for state in ("fault", "warning")]
     print(f"\n{', '.join(counts)}" + (f"; not checked: {left_out}" if left_out else ""))
+    print("versions for a bug report: python -m torch.utils.collect_env")
     sys.exit("fault" in states)
 
 

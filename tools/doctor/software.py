@@ -1,10 +1,12 @@
-"""Checks of installed packages: requirements, torch and its devices, compiled kernels, DALI."""
+"""Checks of installed packages: pip's own, torch and its devices, compiled kernels, DALI."""
 
 from __future__ import annotations
 
 import functools
 import io
 import os
+import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -18,78 +20,46 @@ from .rows import Check, Found
 _DEVICES = Path("/dev")
 _FORMATS = ("JPEG", "PNG", "WebP")
 _SIDE = 32  # pixels of a side of the images that DALI is shown
-_TORCH_AGAIN = "install torch again, as https://pytorch.org/get-started/locally says"
+_TORCH_AGAIN = (
+    "install torch for the CUDA of the driver (nvidia-smi) as "
+    "https://pytorch.org/get-started/locally says; python -m torch.utils.collect_env has the facts"
+)
 _OLDEST_FOR_TRITON = (8, 0)  # an A100, as efficiency.loss and efficiency.window_attention
 
 
 def check_requirements() -> Found:
-    """Compares the installed packages with the requirements of this one, extras aside."""
-    from packaging.requirements import Requirement
-
-    wrong = []
-    for one in map(Requirement, metadata.requires("unicl_fast") or []):
-        if one.marker is None or one.marker.evaluate({"extra": ""}):
-            try:
-                met = one.specifier.contains(metadata.version(one.name), prereleases=True)
-            except metadata.PackageNotFoundError:
-                met = False
-            wrong += [] if met else [f"{one.name}{one.specifier}"]
-    if wrong:
-        fix = " ".join(["pip install", *(f"'{each}'" for each in wrong)])
-        return Found("fault", f"missing or too old: {', '.join(wrong)}", fix)
-    return Found("ok", f"unicl_fast {metadata.version('unicl_fast')} and all that it requires")
+    """Asks pip whether the installed packages fit each other."""
+    command = [sys.executable, "-m", "pip", "check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode == 0 or not lines:  # uv makes environments without pip
+        found = "pip check finds no conflict" if lines else "pip is not installed here"
+        return Found("ok", found if lines else f"{found}: `uv pip check` compares the packages")
+    ours = [line for line in lines if line.startswith(("unicl_fast", "unicl-fast"))]
+    fix = "pip install the versions that pip check names, or uv sync in a checkout"
+    return Found("fault" if ours else "warning", "; ".join(ours or lines), fix)
 
 
 def check_torch() -> Found:
-    """Imports torch and torchvision, which have to fit each other."""
+    """Imports torch and torchvision, and has each GPU that torch sees compute a sum."""
     try:
         import torch
         import torchvision
 
-        torch.ones(2).add(1)
-    except Exception as error:
-        return Found("fault", f"cannot be imported: {error!r}", _TORCH_AGAIN)
-    return Found("ok", f"{torch.__version__}; torchvision {torchvision.__version__}")
-
-
-def check_cuda() -> Found:
-    """Asks torch for CUDA devices; a machine without an NVIDIA card is fine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return _check_devices()
-    if not list(_DEVICES.glob("nvidia[0-9]*")):
-        return Found("ok", "no NVIDIA device (in a container: --gpus all): the CPU computes")
-    try:
-        torch.cuda.init()
-        reason = "none is visible"
-    except (RuntimeError, AssertionError) as error:  # the latter from a build for CPUs
-        reason = str(error)
-    found = f"torch {torch.__version__} cannot use the NVIDIA device: {reason}"
-    if torch.version.cuda is None:
-        return Found("warning", found, f"{_TORCH_AGAIN}, for CUDA")
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return Found("warning", found, "unset CUDA_VISIBLE_DEVICES")
-    return Found("fault", found, "see nvidia-smi; the driver must support this CUDA")
-
-
-def _check_devices() -> Found:
-    """Has each device compute a sum, and asks whether Triton's kernels can be compiled."""
-    import torch
-
-    from unicl_fast.training.mfu import peak_of_gpu
-
-    names = []
-    for index in range(torch.cuda.device_count()):
-        name = torch.cuda.get_device_name(index)
-        try:
+        names = []
+        for index in range(torch.cuda.device_count()):
+            names.append(torch.cuda.get_device_name(index))
             torch.ones(1, device=torch.device("cuda", index)).add(1).item()
-        except RuntimeError as error:  # no kernels for this device, or a device in an error state
-            fix = f"{_TORCH_AGAIN}; nvidia-smi -q"
-            return Found("fault", f"{name} does not compute: {error}", fix)
-        known = peak_of_gpu(name, torch.bfloat16) is not None
-        names.append(name if known else f"{name} (its peak is not known: no mfu)")
-    found = f"{', '.join(names)}; NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    except Exception as error:  # another build, no kernels for a device, a device in an error state
+        return Found("fault", f"torch does not work: {error}", _TORCH_AGAIN)
+    found = f"{torch.__version__}; torchvision {torchvision.__version__}"
+    if not names:
+        if not list(_DEVICES.glob("nvidia[0-9]*")):
+            return Found("ok", f"{found}; no NVIDIA device: the CPU computes")
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+            return Found("warning", f"{found} sees no GPU", "unset CUDA_VISIBLE_DEVICES")
+        return Found("fault", f"{found} cannot use the NVIDIA device", _TORCH_AGAIN)
+    found += f"; {', '.join(names)}"
     if obstacle := obstacle_to_triton(None, oldest=_OLDEST_FOR_TRITON):
         found += f"; {obstacle}: no fused kernels for the loss and window attention"
         return Found("warning", found, "pip install triton, and install gcc (or name one in CC)")
@@ -97,7 +67,7 @@ def _check_devices() -> Found:
 
 
 def check_kernels() -> Found:
-    """Asks for the folder of compiled kernels, as every program does."""
+    """Looks for the folder of compiled kernels as every program does."""
     import numba
 
     from unicl_fast.system import kernels
@@ -112,13 +82,13 @@ def check_kernels() -> Found:
         found = "every process compiles its kernels again, which takes 20 s"
         return Found("warning", found, f"unset NUMBA_CACHE_LOCATOR_CLASSES, and {fix}")
     if folder == Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}"):
-        found = f"kept in {folder}, since the user's cache folder is not private or writable"
+        found = f"kept in {folder}, because the user's cache folder is not private or writable"
         return Found("warning", found, fix)
     return Found("ok", f"kept in {folder}, which is private")
 
 
 def check_dali() -> Found:
-    """Decodes small images by the product's own graph, and says where a GPU's are decoded."""
+    """Decodes small images by the graph of a run, and says where images for a GPU are decoded."""
     every = (str(one.name) for one in metadata.distributions())
     installed = sorted(name for name in every if name.startswith("nvidia-dali-cuda"))
     again = f"pip install --force-reinstall {(installed or ['nvidia-dali-cuda120'])[0]}"
@@ -143,7 +113,7 @@ def check_dali() -> Found:
     found = f"{', '.join(installed)} decodes {', '.join(_FORMATS)} on the CPU"
     if torch.cuda.is_available():
         device, why = choose_decode_device("auto", device=torch.device("cuda", 0), threads=0)
-        found += f"; for a GPU auto decodes on {device.type}: {why}"
+        found += f"; for a GPU, auto decodes on {device.type}: {why}"
     return Found("ok", found)
 
 
@@ -171,7 +141,6 @@ def _decode(graph: Any, name: str) -> None:
 CHECKS = [
     Check("requirements", check_requirements),
     Check("torch", check_torch),
-    Check("CUDA", check_cuda, needs=("torch",)),
     Check("Numba kernels", check_kernels),
     Check("DALI", check_dali, needs=("torch", "Numba kernels")),
 ]

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
+from unicl_fast.system.line import line
 from unicl_fast.system.machine import check_current_folder, choose_environment, keep_freed_memory
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.progress import said_if_slow
 
 from .command import ModelCommand, RankedCommand
 from .registry import command_classes
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
         from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
-        with said_if_slow("unicl-eval is starting", shown=os.environ.get("RANK", "0") == "0"):
+        with line("unicl-eval is starting"):
             command.check()
             command = command.settled()
         nproc = command.nproc if isinstance(command, RankedCommand) else 1

@@ -41,10 +41,10 @@ class Serve(ModelCommand):
         from unicl_fast.evaluation.inference import load_model
         from unicl_fast.evaluation.search import open_index
         from unicl_fast.evaluation.serving import MOST_CLASSES, Server
-        from unicl_fast.system.progress import said_if_slow
+        from unicl_fast.system.line import line
 
         with contextlib.ExitStack() as stack:
-            with said_if_slow(f"loading {self.checkpoint}"):
+            with line(f"loading {self.checkpoint}"):
                 model = load_model(self.checkpoint, weights=self.weights, device=self.device)
             index = None
             if self.data:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
-from unicl_fast.system.progress import said_if_slow
+from unicl_fast.system.line import line
 from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def new_file(path: Path) -> Iterator[Path]:
     require_new(path)
     make_folder(path.parent)
     with (
-        said_if_slow(f"writing and checking {path}"),
+        line(f"writing and checking {path}"),
         temporary_folder(f".{path.name}.partial-", root=path.parent) as folder,
     ):
         aside = folder / path.name

@@ -39,7 +39,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, shard_name
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import lock, read_fully, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
-from unicl_fast.system.progress import mark_progress
+from unicl_fast.system.phases import mark_progress
 from unicl_fast.system.untrusted_files import open_file, open_regular, read_file
 from unicl_fast.system.wording import count_of
 

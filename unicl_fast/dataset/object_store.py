@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from unicl_fast.system.installation import install_command
-from unicl_fast.system.progress import mark_progress
+from unicl_fast.system.phases import mark_progress
 from unicl_fast.system.untrusted_files import MOST_BYTES, open_file
 from unicl_fast.system.wording import without_secrets
 

@@ -33,7 +33,7 @@ from unicl_fast.distributed.signals import (
     handle_stop_signals,
 )
 from unicl_fast.system.machine import LAUNCHED_BY_US, STORE_SOCKET, usable_cores
-from unicl_fast.system.progress import mark
+from unicl_fast.system.phases import mark
 from unicl_fast.system.untrusted_files import open_file
 from unicl_fast.system.wording import print_text, without_secrets
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from unicl_fast.system.gradients import first_only
-from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.system.phases import WaitingForRanks
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
 """Values that ranks exchange; without tuples, paths or arrays they arrive as they were sent."""

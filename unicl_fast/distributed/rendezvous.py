@@ -37,7 +37,7 @@ from unicl_fast.system.machine import (
     describe_cores,
     quota_of_cores,
 )
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,10 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     options: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         claim_gpu(store, device)
-        # NCCL connects at once, to a device that it need not guess; its last collectives are
-        # written to a file when one of them outlasts the limit
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        # NCCL connects at once, to a device that it need not guess; its flight recorder writes the
+        # last collectives to a file when one of them outlasts the limit
+        if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # its older name
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         options = {"backend": "nccl", "device_id": device}
     dist.init_process_group(

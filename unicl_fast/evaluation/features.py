@@ -41,12 +41,12 @@ from unicl_fast.models.precision import (
     set_device_arithmetic,
 )
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.bar import Bar
+from unicl_fast.system.line import line
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import (
+from unicl_fast.system.phases import (
     EvaluationStopped,
-    bar_if_slow,
     heartbeat_and_check_stop,
-    said_if_slow,
 )
 from unicl_fast.training.data import fits_vocabulary, tokenizer_of
 from unicl_fast.training.encoding import encoder_input
@@ -131,7 +131,7 @@ class ModelOnRanks:
         """
         mine = len(range(self.ranks.rank, num_samples, self.ranks.world_size))
         stopped = False
-        with bar_if_slow("encode images", total=mine, shown=self.progress) as bar:
+        with Bar(desc="encode images", total=mine, shown=self.progress) as bar:
             for batch in loader:
                 if stopped := not heartbeat_and_check_stop():
                     break
@@ -179,7 +179,7 @@ def model_on_ranks(
         configure_logging(ranks)
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(checkpoint), ranks)
-        with said_if_slow(f"loading {checkpoint}", shown=ranks.is_main):
+        with line(f"loading {checkpoint}"):
             model = load_model(checkpoint, weights=weights)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
@@ -263,7 +263,7 @@ def encode_token_rows(
     # texts of similar length together: what is padded is computed for nothing
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []
-    with bar_if_slow("encode texts", total=len(rows), shown=progress) as bar:
+    with Bar(desc="encode texts", total=len(rows), shown=progress) as bar:
         for start in range(0, len(rows), batch_size):
             heartbeat_and_check_stop()  # a stop is obeyed between images: all ranks learn of it
             chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]

@@ -35,8 +35,8 @@ from unicl_fast.images.codec import MAX_PIXELS, ImageError, open_image, pillow_l
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.plan.crop import evaluation_regions, fill_borders
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import bar_if_slow
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.text.class_lists import SIMPLE_TEMPLATES, check_templates
 from unicl_fast.training.data import tokenizer_of
@@ -202,7 +202,7 @@ class Model:
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, not {batch_size}")
         rows = []
-        with bar_if_slow("encode images", total=len(images), shown=progress) as bar:
+        with Bar(desc="encode images", total=len(images), shown=progress) as bar:
             for start in range(0, len(images), batch_size):
                 prepared = [self.prepare(image) for image in images[start : start + batch_size]]
                 batch = torch.from_numpy(np.stack(prepared))

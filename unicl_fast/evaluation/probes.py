@@ -30,8 +30,9 @@ from unicl_fast.evaluation.report import (
     percent,
 )
 from unicl_fast.evaluation.splits import Rows, draw_shots, hold_out, split_folds
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.installation import install_command
-from unicl_fast.system.progress import bar_if_slow, heartbeat_and_check_stop
+from unicl_fast.system.phases import heartbeat_and_check_stop
 from unicl_fast.system.wording import count_of, markdown_table
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ def linear_probe(
         fitted, pairs = train.join(validation), [(train, validation)]
     else:
         fitted, pairs = train, _pairs(train, hold_out(train.labels, seed=seed))
-    with bar_if_slow("choose C", total=len(C_GRID), shown=progress) as bar:
+    with Bar(desc="choose C", total=len(C_GRID), shown=progress) as bar:
         return _probe(fitted, test, pairs, c=c, metric=metric, tried=bar)
 
 
@@ -202,7 +203,7 @@ def few_shot_probes(
     num_classes = len(np.unique(train.labels))
     found: dict[int, list[ProbeResult]] = {count: [] for count in shots}
     work = [(count, draw) for count in shots for draw in range(draws)]
-    with bar_if_slow("few-shot", total=len(work), shown=progress) as bar:
+    with Bar(desc="few-shot", total=len(work), shown=progress) as bar:
         for count, draw in work:
             kept, aside = draw_shots(train.labels, shots=count, seed=seed + draw)
             fitted, others = train.take(kept), validation
@@ -361,7 +362,7 @@ def _best(scores: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _blocks(count: int, *, progress: bool = False) -> Iterator[slice]:
-    with bar_if_slow("classify", total=count, shown=progress) as bar:
+    with Bar(desc="classify", total=count, shown=progress) as bar:
         for start in range(0, count, _ROWS_AT_ONCE):
             yield slice(start, start + _ROWS_AT_ONCE)
             bar.update(min(_ROWS_AT_ONCE, count - start))

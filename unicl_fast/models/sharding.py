@@ -25,7 +25,7 @@ from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.blocks import find_blocks, keep_activations_in_copy
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.system.phases import WaitingForRanks
 
 
 def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from tqdm import tqdm
 
 from unicl_fast.dataset.manifest import InPlaceInfo, Manifest
 from unicl_fast.dataset.object_store import is_url
@@ -69,6 +68,7 @@ from unicl_fast.packing.work_folder import (
     work_folder,
 )
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.program import require_utf8_names
 from unicl_fast.system.version import __version__
 from unicl_fast.system.wording import count_of_kind, without_secrets
@@ -367,14 +367,13 @@ def _pack(
                 known=known,
             )
         ) as checked:
-            bar = tqdm(
+            bar = Bar(
                 checked,
                 total=len(order),
                 initial=num_done,
                 desc="packing",
                 unit=" images",
-                disable=not progress,
-                smoothing=0.1,
+                shown=progress,
             )
             _write(bar, writer, contents.numbers, one_size, places)
         if writer.num_samples:

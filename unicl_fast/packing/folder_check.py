@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from tqdm import tqdm
 
 from unicl_fast.dataset.arrays import (
     ARRAY_DTYPES,
@@ -36,6 +35,7 @@ from unicl_fast.dataset.other_tokens import TOKENS_PREFIX
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
     file_checksum,
@@ -182,7 +182,7 @@ def _check_checksums(
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
     sizes = {name: entries[name].stat().st_size for name in present if entries[name].is_file()}
     total = sum(sizes.values())
-    bar = tqdm(total=total, desc="checksums", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(total=total, desc="checksums", unit="B", unit_scale=True, shown=progress)
     large = {shard.name: shard.xxh3 for shard in manifest.shards} if manifest else {}
     if manifest is not None and manifest.pixels is not None:
         large[PIXELS_NAME] = manifest.pixels.xxh3

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
 from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.installation import install_command
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -254,9 +254,7 @@ def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
     """All captions, read from the shards."""
     with_captions = np.flatnonzero(dataset.samples["captions_count"])
     with contextlib.closing(SampleReader(dataset)) as reader:
-        for index in tqdm(
-            with_captions, desc="reading captions", unit=" images", disable=not progress
-        ):
+        for index in Bar(with_captions, desc="reading captions", unit=" images", shown=progress):
             yield from reader.read_description(int(index)).captions
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from tqdm import tqdm
 
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
-from unicl_fast.packing.limited_processes import in_order
+from unicl_fast.packing.in_order import in_order
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.machine import usable_cores
 
 MAX_DISTANCE = 12
@@ -56,7 +56,7 @@ def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Ha
             initializer=_open,
             initargs=(folder,),
         ) as processes,
-        tqdm(total=count, desc="hashing", unit=" images", disable=not progress) as bar,
+        Bar(total=count, desc="hashing", unit=" images", shown=progress) as bar,
     ):
         try:
             for part in in_order(

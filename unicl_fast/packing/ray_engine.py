@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterable
 from typing import Any, Literal, get_args
 
 from unicl_fast.dataset.object_store import is_url
-from unicl_fast.packing.limited_processes import in_order
+from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.workers import (

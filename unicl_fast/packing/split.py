@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from tqdm import tqdm
 
-from unicl_fast.packing.limited_processes import in_order
+from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.samples import Samples, shuffled_order
 from unicl_fast.packing.sources.entries import Entry, EntryError, PackedFile, PackedPixels
 from unicl_fast.packing.sources.items import Label
+from unicl_fast.system.bar import Bar
 
 SIDES = ("train", "held-out")
 """The folders in OUT."""
@@ -135,7 +135,7 @@ def _equal_images(
     def read(chunk: tuple[list[int], list[Entry | None]]) -> list[tuple[int, int | None]]:
         return list(zip(chunk[0], map(_digest, chunk[1]), strict=True))
 
-    bar = tqdm(total=len(asked), desc="comparing", unit=" images", disable=not progress)
+    bar = Bar(total=len(asked), desc="comparing", unit=" images", shown=progress)
     numbers, digests = array("q"), array("Q")
     with bar, ThreadPoolExecutor(_READERS, thread_name_prefix="unicl-split") as threads:
         for found in in_order(

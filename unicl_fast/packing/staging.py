@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import xxhash
-from tqdm import tqdm
 
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.packing.sources.lists import LIST_SUFFIXES
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import CHECKSUMS_NAME, parse_checksums
 from unicl_fast.system.wording import count_of, without_secrets
 
@@ -110,7 +110,7 @@ class StagedSources:
                 f"{self._folder}, where it is copied to: make room, or pack fewer sources at a "
                 "time and join the packed data sets by another build"
             )
-        bar = tqdm(total=needed, desc="copying", unit="B", unit_scale=True, disable=None)
+        bar = Bar(total=needed, desc="copying", unit="B", unit_scale=True)
         with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
             for size in pool.map(_Copy.make, self._copies):
                 bar.update(size)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from unicl_fast.dataset.in_place import SourceFiles
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.packing.folder_check import expected_files
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of
@@ -37,7 +36,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     names = sorted(checksums, key=lambda name: (name == MANIFEST_NAME, name[-4:] != ".tar", name))
     sizes = {name: (folder / name).stat().st_size for name in names}
     total, num_sent = sum(sizes.values()), 0
-    bar = tqdm(total=total, desc="uploading", unit="B", unit_scale=True, disable=not progress)
+    bar = Bar(total=total, desc="uploading", unit="B", unit_scale=True, shown=progress)
     try:
         with bar:
             for name in names:

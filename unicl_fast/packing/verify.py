@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import xxhash
-from tqdm import tqdm
 
 from unicl_fast.dataset.arrays import PIXELS_NAME
 from unicl_fast.dataset.manifest import MANIFEST_NAME
@@ -33,6 +32,7 @@ from unicl_fast.packing.sources.entries import Span
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.packed import encode_all
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.system.bar import Bar
 from unicl_fast.system.untrusted_files import read_file
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -
     """Compares each image of a raw data set with its checksum."""
     if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
         return
-    bar = tqdm(range(len(dataset)), desc="pixels", unit=" images", disable=not progress)
+    bar = Bar(range(len(dataset)), desc="pixels", unit=" images", shown=progress)
     for index in bar:
         try:
             dataset.image_bytes(index, verify=True)
@@ -135,13 +135,12 @@ def _check_samples(
     """Walks through all shards; returns how many images were decoded."""
     tokenizer = _tokenizer_of(dataset, faults=faults)
     checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
-    sound = tqdm(
+    sound = Bar(
         checks.walk(),
         total=len(dataset),
         desc="verifying",
         unit=" images",
-        disable=not progress,
-        smoothing=0.1,
+        shown=progress,
     )
     if options is None:
         _tokenise_again(sound, tokenizer, checks)

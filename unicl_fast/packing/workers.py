@@ -40,13 +40,7 @@ from unicl_fast.images.check import (
     ImageFormat,
     check_image,
 )
-from unicl_fast.packing.limited_processes import (
-    OUT_OF_MEMORY,
-    LimitedProcess,
-    describe_death,
-    enter,
-    in_order,
-)
+from unicl_fast.packing.in_order import in_order
 from unicl_fast.packing.sources.entries import (
     MAX_FILE_BYTES,
     Entry,
@@ -54,7 +48,8 @@ from unicl_fast.packing.sources.entries import (
     PackedFile,
     fields_getter,
 )
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.items import Problem, problem_of
+from unicl_fast.system.child import OUT_OF_MEMORY, Child, describe_death, enter
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -229,7 +224,7 @@ class ImageWorker:
         self._counter = open(os.memfd_create("unicl-pack"), "r+b")  # noqa: SIM115
         self._counter.truncate(8)
         self._num_finished = _shared_count(self._counter.fileno())
-        self._process: LimitedProcess | None = None
+        self._process: Child | None = None
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
@@ -279,13 +274,16 @@ class ImageWorker:
         if code == -signal.SIGALRM:
             message = f"not done after {self._options.seconds:g} seconds"
             return results, Problem("too slow", message)
-        too_large = "takes more memory than its number of pixels should"
-        return results, describe_death(code, too_large=too_large)
+        death = describe_death(code)
+        if death.kind == "memory":
+            message = "takes more memory than its number of pixels should"
+            return results, Problem("too large", message)
+        return results, problem_of(death)
 
-    def _running(self) -> LimitedProcess:
+    def _running(self) -> Child:
         if self._process is None:
             counter = self._counter.fileno()
-            self._process = LimitedProcess(
+            self._process = Child(
                 _serve, self._options, self._context_length, counter, descriptors=[counter]
             )
             if self._closed:  # while it was started
@@ -335,7 +333,7 @@ def _serve(
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
-    enter(connection, options.memory_bytes)
+    enter(connection, memory_bytes=options.memory_bytes)
     checker, num_finished = ImageChecker(options, context_length), _shared_count(counter)
     gc.freeze()  # imported objects need no scanning
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone

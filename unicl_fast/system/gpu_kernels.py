@@ -1,7 +1,7 @@
 """Triton's kernels on this machine's GPU: whether they run, how deep they pipeline, and a trial.
 
-A trial runs in a process of its own, since a kernel that reads outside of its memory leaves behind
-a process that can use its GPU no more. A file keeps what was found right.
+A trial runs in a child, since a process can no longer use its GPU after a kernel has read outside
+of its memory. A file remembers a trial that went well.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import os
 import platform
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.child import fault_of
 
 if TYPE_CHECKING:  # programs that train nothing need not wait for torch
     import torch
@@ -34,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WITH_FENCES = (3, 7, 1)
 _HOPPER = 90
-_TRIAL_SECONDS = 300.0  # torch's import from a slow disk, and five kernels to compile
+TRIAL_SECONDS = 300.0  # torch's import from a slow disk, and five kernels to compile
 
 
 def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
@@ -56,9 +53,9 @@ def obstacle_to_triton(index: int | None, *, oldest: tuple[int, int]) -> str:
 def fenced_stages(stages: int, *, capability: int, version: str) -> int:
     """Limits the stages of a kernel's loop to those whose data tensor cores may read.
 
-    From Hopper on, tensor cores read shared memory by a proxy of their own, which sees what
-    `cp.async` has written only behind a fence. Triton before 3.7.1 forgot it in loops of several
-    stages (its pull requests 9610 and 10537); with one stage it is there.
+    From Hopper on, tensor cores read shared memory through a separate proxy, which sees what
+    `cp.async` has written only behind a fence. Triton before 3.7.1 left the fence out of loops of
+    several stages (its pull requests 9610 and 10537); with one stage it is there.
     """
     release = tuple(map(int, re.findall(r"\d+", version)[:3]))
     return 1 if capability >= _HOPPER and release < _FIRST_WITH_FENCES else stages
@@ -66,16 +63,16 @@ def fenced_stages(stages: int, *, capability: int, version: str) -> int:
 
 @functools.cache
 def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
-    """Tries kernels on a device, in another process, unless this machine has found them right.
+    """Tries kernels on a device, in a child, unless this machine has found them right.
 
     Args:
         trial: name of a module with a function `try_out(device, *arguments)`, which raises an
             error if the kernels compute wrongly.
-        device: for which they are tried.
+        device: the one to try them on.
         arguments: choose among the module's kernels.
 
     Returns:
-        What is wrong, in a sentence without its end; empty if they compute rightly.
+        What is wrong, without a full stop; empty if they compute rightly.
     """
     what = " ".join([trial.rpartition(".")[2], *arguments])
     kept = _file_of(trial, device, arguments)
@@ -83,8 +80,7 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
         logger.info("%s: right on this machine, as an earlier start has found", what)
         return ""
     begun = time.monotonic()
-    command = [sys.executable, "-m", __name__, trial, str(device), *arguments]
-    fault = fault_of(command)
+    fault = fault_of(_try_out, trial, str(device), *arguments, seconds=TRIAL_SECONDS)
     if fault:
         return f"{what}: the trial {fault}"
     seconds = time.monotonic() - begun
@@ -97,26 +93,18 @@ def fault_in_trial(trial: str, device: torch.device, *arguments: str) -> str:
     return ""
 
 
-def fault_of(command: Sequence[str], content: bytes = b"") -> str:
-    """Runs a trial, to which `content` is written; says how it failed, or "" if it did not."""
-    try:
-        done = subprocess.run(
-            command, input=content, capture_output=True, timeout=_TRIAL_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"did not end within {_TRIAL_SECONDS:g} s"
-    if done.returncode < 0:
-        return f"was ended by {signal.Signals(-done.returncode).name}"
-    if done.returncode == 0:
-        return ""
-    last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    return f"failed: {last}" if last else f"ended with code {done.returncode}"
+def _try_out(trial: str, device: str, *arguments: str) -> None:
+    import torch
+
+    # new memory then holds NaN, and not the right results of the last call
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    importlib.import_module(trial).try_out(torch.device(device), *arguments)
 
 
 def _file_of(trial: str, device: torch.device, arguments: tuple[str, ...]) -> Path | None:
-    """The file that says that a trial went well here; None where nothing can be kept.
+    """The file that says that a trial went well here; None if nothing can be kept.
 
-    Its folder is that of the code, its name that of the machine, the GPU and the compilers.
+    Its folder depends on the code, its name on the machine, the GPU and the compilers.
     """
     import torch
 
@@ -142,19 +130,3 @@ def check_close(found: Tensor, exact: Tensor, *, what: str, tolerance: float) ->
     error = float((found.double() - exact).norm() / exact.norm())
     if not error <= tolerance:  # NaN is none
         raise ArithmeticError(f"{what} is off by {error:.1e} of its norm; {tolerance:.0e} is usual")
-
-
-def _run_trial() -> None:
-    import torch
-
-    trial, device, *arguments = sys.argv[1:]
-    # new memory holds NaN then, and not the right results of the last call
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        importlib.import_module(trial).try_out(torch.device(device), *arguments)
-    except Exception as error:  # CUDA's have several lines
-        sys.exit(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-if __name__ == "__main__":
-    _run_trial()

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import docstring_parser
 
-from unicl_fast.system import status_line
+from unicl_fast.system import line
 from unicl_fast.system.version import __version__
 
 _UTF8_MODE = "PYTHONUTF8"
@@ -32,6 +32,7 @@ def begin_program() -> list[str]:
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     sys.stdout, sys.stderr = map(_without_broken_pipe, (sys.stdout, sys.stderr))
+    line.hooked = sys.stderr
     sys.excepthook = _end_on_ctrl_c
     if sys.argv[1:] == ["--version"]:
         print(f"unicl_fast {__version__}")
@@ -60,21 +61,6 @@ def logging_at(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         chosen.setLevel(before)
-
-
-@contextlib.contextmanager
-def showing_stages(*, hidden: bool = False) -> Iterator[None]:
-    """Within this context a terminal shows what the program does while it prints nothing.
-
-    On rank 0 only, and only after `begin_program`: it has to know what is printed.
-    """
-    stream: Any = getattr(sys.stderr, "buffer", None)
-    is_ours = isinstance(getattr(stream, "raw", stream), _Output)
-    if hidden or not is_ours or not stream.isatty() or os.environ.get("RANK", "0") != "0":
-        yield
-    else:
-        with status_line.showing(stream.fileno()):
-            yield
 
 
 def has_utf8_names() -> bool:
@@ -111,11 +97,11 @@ class _Output(io.FileIO):
     """Standard output or error, which leads nowhere once its reader has left."""
 
     def write(self, data: Any, /) -> int:
-        if (status := status_line.shown) is None or not self.isatty():
+        if (last := line.on_terminal) is None or not self.isatty():
             return self._write(data)
-        with status.printing():
+        with last.printing():
             written = self._write(data)
-            status.note(bytes(data[:written]))
+            last.note(bytes(data[:written]))
         return written
 
     def _write(self, data: Any) -> int:

@@ -26,7 +26,7 @@ from unicl_fast.models.sharding import check_sharding
 from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
 from unicl_fast.training.assembly import make_trainer

@@ -19,7 +19,7 @@ from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.other_tokens import take_tokens
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import shared_images
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.text.file_tokenizer import FileTokenizer, make_tokenizer
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts

@@ -6,7 +6,9 @@ Those that end a run, for bad steps and bad samples, are in `limits.py`.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from unicl_fast.config import TrackerName
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.bar import Bar, log_above_bars, write_line
 from unicl_fast.text.file_tokenizer import FileTokenizer
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.agreement import check_weights_agree
@@ -34,7 +37,6 @@ from unicl_fast.training.metrics import (
     read_metrics,
 )
 from unicl_fast.training.mfu import Utilisation
-from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
 from unicl_fast.training.trackers import Trackers, require_trackers
 from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
 
@@ -73,7 +75,7 @@ class RunLog(Observer):
         self._is_main, self._given, self._reading = ranks.is_main, given, reading
         self._shows_progress = progress and ranks.is_main
         self._metrics: MetricsWriter | None = None
-        self._bar: ProgressBar | None = None
+        self._bar: Bar | None = None
         self._watch: BottleneckWatch | None = None
         self._utilisation: tuple[object, Utilisation] | None = None
         self._results: set[str] | None = None
@@ -88,8 +90,16 @@ class RunLog(Observer):
             if self._folder is not None:
                 self._open(run, self._folder)
                 stack.callback(self._close)
+            if self._shows_progress:
+                stack.enter_context(log_above_bars())
             self._bar = stack.enter_context(
-                progress_bar(done=run.step, total=run.total_steps, hidden=not self._shows_progress)
+                Bar(
+                    total=run.total_steps,
+                    initial=run.step,
+                    desc="train",
+                    bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                    shown=self._shows_progress,
+                )
             )
             self._watch = BottleneckWatch(
                 run.config.data,
@@ -134,7 +144,7 @@ class RunLog(Observer):
                 run.begin("other")
             self._metrics.write(values)
         if self._bar is not None:
-            self._bar.show(values)
+            self._bar.set_postfix_str(_facts(values), refresh=False)  # tqdm cuts a wide one
         num_steps, self._last_line = step - self._last_line, step
         if self._watch is not None and (advice := self._watch.look(values, num_steps=num_steps)):
             logger.warning("%s", advice)
@@ -157,6 +167,18 @@ class RunLog(Observer):
     def results_of(self, step: int) -> Collection[str] | None:
         """The numbers that were there when the file was opened."""
         return self._results
+
+
+def _facts(values: Mapping[str, float]) -> str:
+    """The part of a line of metrics that the bar shows."""
+    facts = [
+        f"loss {values.get('loss', math.nan):.3f}",
+        f"{values['images_per_second']:,.0f} images/s",
+        f"{datetime.timedelta(seconds=round(values['eta_seconds']))} left",
+        f"data wait {values['data_wait_fraction']:.0%}",
+        *([f"mfu {values['mfu']:.0%}"] if "mfu" in values else []),
+    ]
+    return ", ".join(facts)
 
 
 class DatasetNumbers(Observer):

@@ -21,7 +21,7 @@ from unicl_fast.models.blocks import has_batch_norm
 from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.operands import Encoded
-from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.system.phases import WaitingForRanks
 
 # torch 2.13 renames DDP's argument.
 _ARGUMENTS = inspect.signature(DistributedDataParallel).parameters

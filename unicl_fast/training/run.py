@@ -29,7 +29,7 @@ from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.writer import has_ledger
 from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_atomically
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
@@ -111,13 +111,12 @@ def pretrain(
     limit = config.run.timeout_seconds
     rank, world_size = (int(os.environ.get(name, one)) for name, one in _OF_THIS_RANK)
     with (
-        Watchdog(limit_seconds=limit, rank=rank, world_size=world_size) as watchdog,
+        Watchdog(limit_seconds=limit, rank=rank, world_size=world_size),
         process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
         contextlib.ExitStack() as stack,
     ):
         configure_logging(ranks, quiet=quiet and not dry_run)
         write_log_to = stack.enter_context(keeping_log())
-        watchdog.meet(ranks)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             check_settings(config, ranks)

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from unicl_fast.system.progress import watching_waits
+from unicl_fast.system.phases import watching_waits
 
 Part = Literal[
     "data_wait", "forward", "loss", "backward", "communication", "optimizer", "other",

@@ -40,7 +40,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects, ran
 from unicl_fast.models.unicl import UniCL, weights_digest
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import make_folder
-from unicl_fast.system.progress import START_PATIENCE, mark
+from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.training.encoding import encoder_autocast, encoder_input
 

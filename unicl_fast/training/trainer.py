@@ -30,7 +30,7 @@ from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.text_columns import asked_ahead
 from unicl_fast.stages import span_at
-from unicl_fast.system.progress import (
+from unicl_fast.system.phases import (
     OR_WAITING,
     START_PATIENCE,
     EvaluationStopped,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unicl_fast.packing.sources.entries import Entry
+from unicl_fast.system.child import Death
 
 MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
@@ -23,6 +24,13 @@ class Problem:
 
     kind: str
     message: str
+
+
+def problem_of(death: Death) -> Problem:
+    """The problem of an item whose reader died in its child."""
+    if death.kind == "memory":
+        return Problem("too large", f"reading it {death.how}")
+    return Problem("too slow" if death.kind == "time" else "crash", f"a decoder {death.how}")
 
 
 @dataclass(slots=True)

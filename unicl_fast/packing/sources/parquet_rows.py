@@ -1,6 +1,6 @@
 """Reads Parquet files with pyarrow: texts go to a file of JSON lines, images to one of images.
 
-`convert` runs in a separate process (`limited_processes`), since a file may lie about sizes and
+`convert` runs in a separate process (`system.child`), since a file may lie about sizes and
 offsets and pyarrow is C++.
 """
 

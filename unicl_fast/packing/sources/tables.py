@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources.entries import Span
-from unicl_fast.packing.sources.items import Item, Problem, refused
+from unicl_fast.packing.sources.items import Item, Problem, problem_of, refused
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.named_images import NamedImages
 from unicl_fast.packing.sources.rows import Columns, ListOptions, TableResult, TableTask, add_texts
@@ -24,6 +23,7 @@ from unicl_fast.packing.sources.spool import ItemStore, Source, Spool, stamp
 from unicl_fast.packing.sources.trees import open_tree
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
+from unicl_fast.system.child import Death, run_limited
 from unicl_fast.system.installation import install_command
 from unicl_fast.system.untrusted_files import read_file
 
@@ -115,7 +115,8 @@ def _unpack(tasks: Sequence[TableTask]) -> Iterator[tuple[TableTask, TableResult
         result: TableResult | Problem | None = before
         if result is None:
             try:
-                result = next(results)
+                found = next(results)
+                result = problem_of(found) if isinstance(found, Death) else found
                 # a file that cannot even be opened has left nothing
                 if isinstance(result, TableResult) and os.path.exists(task.rows_file):
                     _remember(task, result)
