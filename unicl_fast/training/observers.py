@@ -30,7 +30,7 @@ from unicl_fast.training.metrics import (
     lines_until,
     read_metrics,
 )
-from unicl_fast.training.mfu import Utilisation
+from unicl_fast.training.mfu import seconds_at_peak
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
 from unicl_fast.training.trackers import Trackers, require_trackers
 from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
@@ -72,7 +72,8 @@ class RunLog(Observer):
         self._metrics: MetricsWriter | None = None
         self._bar: ProgressBar | None = None
         self._watch: BottleneckWatch | None = None
-        self._utilisation: tuple[object, Utilisation] | None = None
+        self._seconds_at_peak: dict[int, float | None] = {}
+        """Of a step, by the number of its stage."""
         self._results: set[str] | None = None
         self._last_line = 0
         """The step of the last line."""
@@ -120,14 +121,14 @@ class RunLog(Observer):
             self._bar.update()
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Writes and shows the line, with the device's utilisation."""
+        """Writes and shows the line, with the GPU's utilisation."""
         if not self._is_main:
             return
         step = int(values["step"])
         if self._metrics is not None:
             if step - run.compiled_from > COMPILING_STEPS:
                 run.begin("checks")
-                values |= self._of_stage(run).values(batch, step_seconds=values["step_seconds"])
+                values |= self._utilisation(run, batch, step_seconds=values["step_seconds"])
                 run.begin("other")
             self._metrics.write(values)
         if self._bar is not None:
@@ -136,11 +137,14 @@ class RunLog(Observer):
         if self._watch is not None and (advice := self._watch.look(values, num_steps=num_steps)):
             logger.warning("%s", advice)
 
-    def _of_stage(self, run: Trainer) -> Utilisation:
-        """Counts the work of a step once for each stage."""
-        if self._utilisation is None or self._utilisation[0] != run.stage:
-            self._utilisation = run.stage, Utilisation(run.stage.config, run.device)
-        return self._utilisation[1]
+    def _utilisation(self, run: Trainer, batch: Batch, *, step_seconds: float) -> dict[str, float]:
+        """`mfu` if it is known; the work of a step is counted once for each stage."""
+        number = run.stage.span.number
+        if number not in self._seconds_at_peak:
+            at_peak = seconds_at_peak(run.stage.config, batch, run.device)
+            self._seconds_at_peak[number] = at_peak
+        at_peak = self._seconds_at_peak[number]
+        return {} if at_peak is None else {"mfu": at_peak / step_seconds}
 
     def on_evaluation(self, run: Trainer, values: Mapping[str, float]) -> None:
         if self._metrics is None:
