@@ -16,7 +16,7 @@ from small_runs import StepLoader, global_batch, labelled_batch, poison_step, ti
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
-from unicl_fast.training.trackers import Trackers
+from unicl_fast.training.trackers import TrackedRun, Trackers
 from unicl_fast.training.trainer import Trainer
 
 
@@ -24,9 +24,7 @@ from unicl_fast.training.trainer import Trainer
 def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trackers = Trackers(
-        ["tensorboard"], tmp_path, run_id="a", config={}, start_step=0, lines=[]
-    )  # fmt: skip
+    trackers = Trackers(["tensorboard"], TrackedRun(tmp_path, "a", {}, 0))
     with contextlib.closing(MetricsWriter(tmp_path, trackers=trackers)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
         size = (tmp_path / "metrics.jsonl").stat().st_size

@@ -32,7 +32,7 @@ from unicl_fast.training.metrics import (
 )
 from unicl_fast.training.mfu import seconds_at_peak
 from unicl_fast.training.progress_bar import ProgressBar, progress_bar, write_line
-from unicl_fast.training.trackers import Trackers, require_trackers
+from unicl_fast.training.trackers import TrackedRun, Trackers, require_trackers
 from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
 
 logger = logging.getLogger(__name__)
@@ -101,14 +101,8 @@ class RunLog(Observer):
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
         self._results = {key for line in lines if line["step"] == run.step for key in line}
-        trackers = Trackers(
-            run.config.run.trackers,
-            folder,
-            run_id=run.run_id,
-            config=self._given,
-            start_step=run.step,
-            lines=lines,
-        )
+        tracked = TrackedRun(folder, run.run_id, self._given, run.step)
+        trackers = Trackers(run.config.run.trackers, tracked)
         self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
 
     def _close(self) -> None:
