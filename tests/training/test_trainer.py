@@ -28,7 +28,7 @@ from unicl_fast.config import (
     config_from_dict,
     load_config,
 )
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.registry import make_objective
@@ -112,7 +112,7 @@ def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Pa
     assert names == ["step-00000002", "step-00000004", "step-00000006"]
     state = read_state(tmp_path / "checkpoints" / "step-00000006")
     assert (state.step, state.config, state.data) == (6, trainer.config, trainer.data)
-    model = load_model(tmp_path)
+    model = load_encoders(tmp_path)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
 
@@ -313,7 +313,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     start(config, initialise=initialise)
     assert len(started) == 1
     (newest,) = list_checkpoints(tmp_path / "checkpoints")
-    weights = load_model(newest).image_projection
+    weights = load_encoders(newest).image_projection
     assert (weights - 0.5).abs().max() < 0.1  # it trained from there
     longer = config.changed(run={"steps": 4})
     for name in ("", "elsewhere"):

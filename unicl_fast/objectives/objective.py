@@ -88,10 +88,6 @@ class Objective:
         """Parameters besides encoders and projections, by the names that checkpoints keep."""
         return {}
 
-    def shapes(self) -> dict[str, list[int]]:
-        """Leading sizes of the parameters that have any, to be compared before a file is read."""
-        return {}
-
     def limit(self, learnt: Mapping[str, Tensor]) -> None:
         """Keeps the parameters in their range; called without gradients after each update."""
 

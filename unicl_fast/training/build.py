@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.load import Initialise, build_model, read_state
+from unicl_fast.checkpoints.load import build_model, read_state
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
@@ -24,6 +24,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.sharding import check_sharding
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.progress import START_PATIENCE, mark
@@ -53,6 +54,9 @@ from unicl_fast.training.trainer import Evaluation, Trainer
 
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+Initialise = Callable[[UniCL, Ranks], None]
+"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
+together."""
 Evaluate = Callable[..., Mapping[str, float]]
 """Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
 and ranks."""

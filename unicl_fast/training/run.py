@@ -14,7 +14,7 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
-from unicl_fast.checkpoints.load import Initialise, find_checkpoint, find_sound_checkpoint
+from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
 from unicl_fast.config import TrainConfig, config_to_dict, settled_values
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
@@ -35,6 +35,7 @@ from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
     BuildLoader,
     Evaluate,
+    Initialise,
     build_trainer,
     evaluation_names,
     open_checked,
