@@ -262,7 +262,7 @@ def test_the_summary_and_the_plan_count_what_is_trained(
     trainer = trainer_of(images, config)
     trained = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
     whole = sum(one.numel() for one in build_model(config).parameters())
-    (line,) = [one for one in describe_run(trainer, tmp_path, settled={}) if "trained" in one]
+    (line,) = [one for one in describe_run(trainer, tmp_path) if "trained" in one]
     assert f"{trained / 1e6:,.2f} M trained ({100 * trained / whole:.1f} %)" in line
     parts = plan(config, world_size=1, device_bytes=2**40, device_type="cpu").parts
     assert parts["gradients"] == 8 * trained

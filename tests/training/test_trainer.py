@@ -37,7 +37,7 @@ from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.observers import RunLog
 from unicl_fast.training.run import pretrain
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.trainer import Observer, Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
@@ -271,7 +271,7 @@ def pretrain_on_twelve_images(
     loader.plan = SimpleNamespace(epochs=lambda steps: [1.0], weights=(1,))
     loader.reading = ReadingTime()
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
-    monkeypatch.setattr(build, "DatasetMeter", lambda *arguments, **settings: None)
+    monkeypatch.setattr(build, "DatasetNumbers", lambda meter: Observer())
     monkeypatch.setattr(run, "_report", lambda *arguments: None)
     return functools.partial(
         pretrain,
@@ -342,8 +342,6 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
         evaluate=dict,
         ranks=Ranks(),
         device=torch.device("cpu"),
-        keeps_ledger=False,
-        check_run_folder=None,
     )
     log = next(observer for observer in trainer.observers if isinstance(observer, RunLog))
     with log.fitting(trainer):

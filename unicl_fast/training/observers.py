@@ -9,15 +9,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from unicl_fast.batch import Batch, ReadingTime
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import TrackerName
+from unicl_fast.config import TrackerName, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
@@ -49,9 +48,7 @@ class RunLog(Observer):
         trackers: Sequence[TrackerName],
         folder: Path | None,
         *,
-        given: Mapping[str, Any],
         ranks: Ranks,
-        reading: ReadingTime | None = None,
         progress: bool = True,
     ) -> None:
         """Opens nothing yet.
@@ -59,15 +56,13 @@ class RunLog(Observer):
         Args:
             trackers: their names, as `run.trackers` has them.
             folder: the run folder; None writes nothing.
-            given: the config before it was settled (`config_to_dict`), for trackers.
             ranks: the ranks of the run.
-            reading: how long the loader waits for storage, where it says so.
             progress: show a progress bar.
         """
         if folder is not None:
             require_trackers(trackers)
         self._folder = folder if ranks.is_main else None
-        self._is_main, self._given, self._reading = ranks.is_main, given, reading
+        self._is_main = ranks.is_main
         self._shows_progress = progress and ranks.is_main
         self._metrics: MetricsWriter | None = None
         self._bar: ProgressBar | None = None
@@ -93,7 +88,8 @@ class RunLog(Observer):
                 run.config.data,
                 ranks=run.ranks,
                 on_gpu=run.device.type == "cuda",
-                reading=self._reading,
+                # loaders of others do not say how long they wait for storage
+                reading=getattr(run.loader, "reading", None),
             )
             yield
 
@@ -101,7 +97,7 @@ class RunLog(Observer):
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
         self._results = {key for line in lines if line["step"] == run.step for key in line}
-        tracked = TrackedRun(folder, run.run_id, self._given, run.step)
+        tracked = TrackedRun(folder, run.run_id, config_to_dict(run.given), run.step)
         trackers = Trackers(run.config.run.trackers, tracked)
         self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
 
@@ -197,6 +193,18 @@ class LedgerKeeper(Observer):
         return self._ledger.flush(required=required)
 
 
+class SoleWriter(Observer):
+    """Ends a run whose folder another process has taken over, before its next checkpoint."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check` raises if it was taken over (`atomic_files.sole_writer`)."""
+        self._check = check
+
+    def allows_save(self, *, required: bool) -> bool:
+        self._check()
+        return True
+
+
 class WeightsAgree(Observer):
     """Ends a run in which a rank's weights have silently parted from the others'."""
 
@@ -211,26 +219,15 @@ class WeightsAgree(Observer):
 class Checkpoints(Observer):
     """Writes checkpoints into the run folder, and keeps the newest and the best."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        given: Mapping[str, Any],
-        ranks: Ranks,
-        check_run_folder: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, keep: int, ranks: Ranks) -> None:
         """Writes nothing yet.
 
         Args:
             folder: the run folder.
             keep: how many of the newest stay; 0 keeps all.
-            given: the config before it was settled (`config_to_dict`).
             ranks: the ranks of the run; rank 0 writes.
-            check_run_folder: is called before a checkpoint is written, and raises if another
-                process has taken the run folder over (`atomic_files.sole_writer`).
         """
-        self._folder, self._given, self._check = folder, given, check_run_folder
+        self._folder = folder
         self._writer = (
             CheckpointWriter(folder / "checkpoints", keep=keep) if ranks.is_main else None
         )
@@ -257,10 +254,8 @@ class Checkpoints(Observer):
         )
         if self._writer is None:
             return
-        if self._check is not None:
-            self._check()
         state = describe_state(
-            given=self._given,
+            given=config_to_dict(run.given),
             settled=run.config,
             optimizer=run.optimizer,
             scaler=run.scaler,
