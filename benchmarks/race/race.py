@@ -22,7 +22,8 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from unicl_fast.config import TrainConfig, config_to_dict, load_config
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict, load_config
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder

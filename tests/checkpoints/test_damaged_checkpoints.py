@@ -21,7 +21,7 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
-from unicl_fast.config import config_to_dict, load_config
+from unicl_fast.config_json import config_to_dict, load_config
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.ledger.format import (
     LedgerSource,

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from unicl_fast import UniCL, build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import initialise, load_adapted, load_encoders

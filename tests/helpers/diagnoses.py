@@ -17,7 +17,8 @@ from unicl_fast.benchmarks.diagnosis.model import (
     Trial,
 )
 from unicl_fast.benchmarks.diagnosis.report import Diagnosis
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict
 
 MS = 1e-3
 

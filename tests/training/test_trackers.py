@@ -17,7 +17,7 @@ import torch
 from damage import HOSTILE
 from small_runs import StepLoader, tiny_config
 
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.training import trackers as trackers_module
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import MetricsWriter, read_metrics

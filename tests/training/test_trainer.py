@@ -20,14 +20,8 @@ from small_runs import StepLoader, global_batch, labelled_loader, objective_conf
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import (
-    DataConfig,
-    EfficiencyConfig,
-    RunConfig,
-    TrainConfig,
-    config_from_dict,
-    load_config,
-)
+from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict, load_config
 from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL

@@ -28,7 +28,8 @@ from unicl_fast.checkpoints.files import (
     read_best,
 )
 from unicl_fast.checkpoints.transformers_names import from_transformers
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, with_settled
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.config_json import with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.blocks import checkpoint_blocks

@@ -16,7 +16,8 @@ import torch
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.load import build_model, read_state
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import refused_together

@@ -16,7 +16,8 @@ from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
-from unicl_fast.config import TrackerName, config_to_dict
+from unicl_fast.config import TrackerName
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder

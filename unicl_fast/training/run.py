@@ -15,7 +15,8 @@ import torch
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
     configure_logging,

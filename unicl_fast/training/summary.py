@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from unicl_fast.config import config_to_dict, settled_values
+from unicl_fast.config_json import config_to_dict, settled_values
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.trainer import Trainer
