@@ -18,7 +18,8 @@ from unicl_fast.augmentation import (
     check_views,
     parse_augmentation,
 )
-from unicl_fast.config import DataConfig, TrainConfig, config_from_dict, config_to_dict
+from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict, config_to_dict
 from unicl_fast.presets import build_preset
 
 chances = st.floats(0, 1)

@@ -18,6 +18,8 @@ from unicl_fast.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+)
+from unicl_fast.config_json import (
     config_from_dict,
     config_to_dict,
     load_config,

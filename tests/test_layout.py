@@ -28,7 +28,7 @@ FLOORS = [
     {"images", "text", "distributed"},
     {"objectives"},
     {"config"},
-    {"dataset", "ledger", "presets"},
+    {"config_json", "dataset", "ledger", "presets"},
     {"models", "pipelines"},
     {"checkpoints"},
     {"training"},

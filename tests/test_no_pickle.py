@@ -15,7 +15,7 @@ import pytest
 import torch
 from trunk_table import CHECKOUT, files_of, tree_of
 
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 RULES = "TID251,S102,S307"
@@ -119,7 +119,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path,
     }
     (checkpoint / "state.json").write_text(dump_checksummed_json(state))
     with pytest.raises(ValueError, match="is no safetensors file"):
-        load_model(checkpoint)
+        load_encoders(checkpoint)
     assert not sprung.exists()
     if kind == "pickle":  # the trap works
         pickle.loads(file.read_bytes())

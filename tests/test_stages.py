@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.config import (
-    DataConfig,
-    EfficiencyConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from unicl_fast.config import DataConfig, EfficiencyConfig, OptimConfig, RunConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict, config_to_dict
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.stages import lay_out, span_at
 

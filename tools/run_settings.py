@@ -16,13 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.config import (
-    INITIAL_WEIGHTS,
-    DataConfig,
-    TrainConfig,
-    config_to_dict,
-    load_config,
-)
+from unicl_fast.config import INITIAL_WEIGHTS, DataConfig, TrainConfig
+from unicl_fast.config_json import config_to_dict, load_config
 from unicl_fast.presets import ABOUT_AUTO, AUTO, PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.system.checked_fields import require, with_values
 from unicl_fast.system.machine import choose_environment, gpu_bytes

@@ -11,7 +11,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -20,7 +19,7 @@ from unicl_fast.augmentation import Augmentation, read_entries
 from unicl_fast.objectives.objective import Objective
 from unicl_fast.objectives.operands import LossForm
 from unicl_fast.objectives.registry import objective_class
-from unicl_fast.stages import STAGE_SETTINGS, Span, lay_out, parse_stage, span_at
+from unicl_fast.stages import Span, configs_of_stages, lay_out, parse_stage, span_at
 from unicl_fast.system.checked_fields import (
     LARGEST_INT,
     Count,
@@ -29,11 +28,8 @@ from unicl_fast.system.checked_fields import (
     Positive,
     PositiveFraction,
     check_fields,
-    from_json_values,
     require,
 )
-from unicl_fast.system.untrusted_files import read_json
-from unicl_fast.system.wording import without_secrets
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -573,15 +569,7 @@ class TrainConfig:
         Raises:
             ValueError: a stage that the run's last one could not follow; names it.
         """
-        configs = []
-        for text in self.run.stages:
-            settings = parse_stage(text).settings
-            try:
-                _check_stage(self, settings)
-                configs.append(_with_settings(self, settings))
-            except ValueError as error:
-                raise ValueError(f"run.stages: {text!r}: {error}") from error
-        return (*configs, _with_settings(self, {}) if configs else self)
+        return configs_of_stages(self)
 
 
 def _check_image_features(config: TrainConfig) -> None:
@@ -625,103 +613,3 @@ class Stage:
     span: Span
     config: TrainConfig
     """The settings of a run that would be this stage from its first step to its last."""
-
-
-def _with_settings(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
-    """The config of one stage, which has no stages."""
-    changes: dict[str, dict[str, Any]] = {"run": {"stages": ()}}
-    for name, value in settings.items():
-        changes.setdefault(STAGE_SETTINGS[name], {})[name] = value
-    return config.changed(**changes)
-
-
-def _check_stage(config: TrainConfig, settings: dict[str, Any]) -> None:
-    """Refuses a stage that the run's last one could not follow."""
-    own = {name: getattr(getattr(config, group), name) for name, group in STAGE_SETTINGS.items()}
-    stage = own | settings
-    for name in ("image_size", "context_length"):
-        require(
-            stage[name] <= own[name],
-            f"{name} must not be larger than the run's own, {own[name]}, for which the model is",
-        )
-    objective, data = config.objective, config.data
-    require(
-        stage["context_length"] == own["context_length"] or objective.uses_texts,
-        "context_length is for objectives with texts",
-    )
-    require(
-        not config.efficiency.image_features
-        or all(stage[name] == own[name] for name in ("image_size", "crop_scale")),
-        "efficiency.image_features needs images that are the same in every step: leave out "
-        "image_size and crop_scale, or image_features",
-    )
-    require(
-        stage["global_batch_size"] == own["global_batch_size"]
-        or not data.shuffle_window
-        or data.shuffle_groups == 1,
-        "with data.shuffle_window, global batches of other sizes need data.shuffle_groups=1",
-    )
-
-
-def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns plain nested dictionaries, as stored in config.json: URLs without their secrets."""
-    values = dataclasses.asdict(config)
-    for name in ("train", "evaluate"):
-        values["data"][name] = tuple(map(without_secrets, values["data"][name]))
-    return values
-
-
-def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Differences between a config, of `config_to_dict`, and its settled form, by group and name.
-
-    Threads are left out: they are those of one rank's machine.
-    """
-    after = config_to_dict(settled)
-    after["data"]["threads"] = given["data"]["threads"]
-    changes = {
-        group: {name: one for name, one in after[group].items() if given[group].get(name) != one}
-        for group in after
-    }
-    return {group: values for group, values in changes.items() if values}
-
-
-def with_settled(given: Any, changes: Any) -> TrainConfig:
-    """A settled config, from `config_to_dict` of the given one and from `settled_values`.
-
-    Raises:
-        ValueError: as `config_from_dict`.
-    """
-    if not isinstance(changes, dict) or not all(isinstance(one, dict) for one in changes.values()):
-        raise ValueError(f"settled must hold groups of settings, not {changes!r:.100}")
-    values = config_to_dict(config_from_dict(given))
-    return config_from_dict(values | {name: values.get(name, {}) | one
-                                      for name, one in changes.items()})  # fmt: skip
-
-
-def config_from_dict(values: Any) -> TrainConfig:
-    """Rebuilds a config from `config_to_dict`'s result or its JSON.
-
-    Raises:
-        ValueError: a group or field that this version does not know, or a value out of range.
-    """
-    try:
-        return from_json_values(TrainConfig, values)
-    except ValueError as error:
-        hint = ""
-        if "not a field of this version" in str(error):
-            hint = ". What another version has written is continued or exported by that version"
-        raise ValueError(f"config: {error}{hint}") from error
-
-
-def load_config(path: Path) -> TrainConfig:
-    """Reads a config.json.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not a config of this version.
-    """
-    values = read_json(path)
-    try:
-        return config_from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

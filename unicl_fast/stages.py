@@ -1,4 +1,4 @@
-"""The entries of `run.stages`, and the steps and samples of each stage.
+"""The entries of `run.stages`, and the steps, samples and settings of each stage.
 
 A stage is a part of a run with other settings, such as smaller images in larger batches. Which one
 a step is of, and how many samples came before it, are functions of the step.
@@ -134,3 +134,56 @@ def lay_out(entries: tuple[str, ...], *, samples: int, global_batch_size: int) -
 def span_at(spans: Sequence[Span], step: int) -> Span:
     """The span that a step is of; the last one has all steps beyond its end too."""
     return next(span for span in reversed(spans) if span.first_step <= step)
+
+
+def configs_of_stages(config: Any) -> tuple[Any, ...]:
+    """The `TrainConfig` of each stage of a run; the last one has the run's own settings.
+
+    Raises:
+        ValueError: a stage that the run's last one could not follow; names it.
+    """
+    configs = []
+    for text in config.run.stages:
+        settings = parse_stage(text).settings
+        try:
+            _check_stage(config, settings)
+            configs.append(_with_settings(config, settings))
+        except ValueError as error:
+            raise ValueError(f"run.stages: {text!r}: {error}") from error
+    return (*configs, _with_settings(config, {}) if configs else config)
+
+
+def _with_settings(config: Any, settings: dict[str, Any]) -> Any:
+    """The config of one stage, which has no stages itself."""
+    changes: dict[str, dict[str, Any]] = {"run": {"stages": ()}}
+    for name, value in settings.items():
+        changes.setdefault(STAGE_SETTINGS[name], {})[name] = value
+    return config.changed(**changes)
+
+
+def _check_stage(config: Any, settings: dict[str, Any]) -> None:
+    """Refuses a stage that the run's last one could not follow."""
+    own = {name: getattr(getattr(config, group), name) for name, group in STAGE_SETTINGS.items()}
+    stage = own | settings
+    for name in ("image_size", "context_length"):
+        require(
+            stage[name] <= own[name],
+            f"{name} must not be larger than the run's own, {own[name]}, for which the model is",
+        )
+    objective, data = config.objective, config.data
+    require(
+        stage["context_length"] == own["context_length"] or objective.uses_texts,
+        "context_length is for objectives with texts",
+    )
+    require(
+        not config.efficiency.image_features
+        or all(stage[name] == own[name] for name in ("image_size", "crop_scale")),
+        "efficiency.image_features needs images that are the same in every step: leave out "
+        "image_size and crop_scale, or image_features",
+    )
+    require(
+        stage["global_batch_size"] == own["global_batch_size"]
+        or not data.shuffle_window
+        or data.shuffle_groups == 1,
+        "with data.shuffle_window, global batches of other sizes need data.shuffle_groups=1",
+    )

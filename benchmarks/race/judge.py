@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from unicl_fast.config import DataConfig, TrainConfig, config_from_dict
+from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict
 from unicl_fast.conversion.preprocessing import for_open_clip
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader

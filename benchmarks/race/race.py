@@ -21,8 +21,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from unicl_fast.config import TrainConfig, config_to_dict, load_config
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict, load_config
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.bar import Bar
@@ -127,7 +128,7 @@ class Race(Program):
         started = [self._do(before, config, images)] if self.init else []
         is_theirs = any(one.is_open_clip for one in contestants)
         if self._start is not None and is_theirs and not self._start.exists():
-            gap = write_open_clip(load_model(self.init).float(), self._start)
+            gap = write_open_clip(load_encoders(self.init).float(), self._start)
             print(f"open_clip starts from features that differ from ours by {gap:.1e} at most")
         own = self.lr or tuple(part * config.optim.lr for part in _PARTS_OF_RATE)
         longest = [

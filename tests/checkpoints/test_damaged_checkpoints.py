@@ -21,8 +21,8 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
-from unicl_fast.config import config_to_dict, load_config
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.config_json import config_to_dict, load_config
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.ledger.format import (
     LedgerSource,
     SegmentHeader,
@@ -246,7 +246,11 @@ def test_a_state_without_a_seal_is_damaged(checkpoint: Path) -> None:
             {"config__data__image_size": 10**6},
             "data.image_size must be .* in 1 to 8192",
         ),
-        ({"config__model__image_encoder": "resnet50"}, "not those of the model"),
+        (
+            {"config__model__image_encoder": "resnet50"},
+            "not of the model that its config describes",
+        ),
+        ({"config__model__vocab_size": 1}, "not those of the model that its config describes"),
         ({"config": []}, "config must be an object, not \\[\\]"),
     ],
 )
@@ -255,7 +259,7 @@ def test_states_that_cannot_be_are_refused_before_anything_is_built(
 ) -> None:
     change_state(checkpoint, **changes)
     with pytest.raises(ValueError, match=message):
-        load_model(checkpoint)
+        load_encoders(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,6 @@ def test_an_optimizers_state_that_does_not_fit_is_not_spread_over_the_model(
 
 def test_whole_numbers_are_no_weights(trainer: Trainer, checkpoint: Path) -> None:
     change_tensors(checkpoint, "model.safetensors", logit_scale=torch.tensor(1))
-    for use in (trainer.resume, load_model):
+    for use in (trainer.resume, load_encoders):
         with pytest.raises(ValueError, match="logit_scale holds torch.int64"):
             use(checkpoint)

@@ -25,7 +25,7 @@ from unicl_fast.checkpoints.files import (
     write_checkpoint,
 )
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.system.checksums import (
     dump_checksummed_json,
     file_checksum,
@@ -75,7 +75,7 @@ def test_it_stays_beside_the_newest_and_the_one_before_it_goes(
     assert find_checkpoint(tmp_path).name == "step-00000006"
     for path in (tmp_path / "best", tmp_path / "checkpoints" / "best"):
         assert find_checkpoint(path).name == "step-00000002"
-    best, newest = (load_model(path).image_projection for path in (tmp_path / "best", tmp_path))
+    best, newest = (load_encoders(path).image_projection for path in (tmp_path / "best", tmp_path))
     assert not torch.equal(best, newest)
 
 
@@ -154,10 +154,10 @@ def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: 
     trainer_in(tmp_path, images, RISING_AND_FALLING).fit()
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
     with pytest.raises(FileNotFoundError, match="step-00000002 as its best, which is not there"):
-        load_model(tmp_path / "best")
+        load_encoders(tmp_path / "best")
     (tmp_path / "checkpoints" / "best.json").write_text(json.dumps({"step": "x"}))
     with pytest.raises(ValueError, match=r"best.json is damaged"):
-        load_model(tmp_path / "best")
+        load_encoders(tmp_path / "best")
 
 
 def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_path: Path) -> None:

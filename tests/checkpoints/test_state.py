@@ -17,7 +17,7 @@ from small_runs import StepLoader, tiny_config
 from unicl_fast.checkpoints.files import list_checkpoints, origin_of
 from unicl_fast.checkpoints.load import CheckpointState
 from unicl_fast.checkpoints.state import refuse_another_run
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import compilation
 from unicl_fast.system.checksums import parse_checksummed_json

@@ -20,7 +20,7 @@ from unicl_fast.checkpoints.load import find_weights
 from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.card import Facts
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.libraries import (
     write_exported_programs,
     write_onnx,
@@ -119,7 +119,7 @@ def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
 ) -> None:
     folder = tmp_path / "out"
     write_export(model, folder, facts=Facts(origin={"steps": 12}), license="mit")
-    again = load_model(folder)
+    again = load_encoders(folder)
     assert again.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -144,7 +144,7 @@ def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
     assert "license: mit" in texts["README.md"]
     assert "- steps: 12" in texts["README.md"]
     with pytest.raises(ValueError, match="one set of weights"):
-        load_model(folder, weights="ema")
+        load_encoders(folder, weights="ema")
 
 
 def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
     values, contents = config.read_text(), weights.read_bytes()
     weights.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
     with pytest.raises(ValueError, match="damaged or was exchanged"):
-        load_model(folder)
+        load_encoders(folder)
     weights.write_bytes(contents)
     for old, new, message in (
         ('"unicl_fast": {', '"timm": {', "read by their own libraries"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.official import (
     IMAGENET_MEAN,
     _with_present_names,
@@ -82,7 +82,7 @@ def test_features_equal_those_of_a_plain_forward_pass(
 @pytest.mark.slow
 def test_a_file_is_a_source_by_its_name(entries: dict[str, Tensor], tmp_path: Path) -> None:
     write_official_file(tmp_path / "some.pth", entries)
-    found = load_model(f"official:{tmp_path / 'some.pth'}")
+    found = load_encoders(f"official:{tmp_path / 'some.pth'}")
     assert found.config.data.mean == IMAGENET_MEAN
     for name, tensor in model_of(entries, source=FILE).state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name

@@ -22,7 +22,7 @@ from small_runs import real_images
 from source_runs import config_by_name, tokens_of, train_one_step
 
 from unicl_fast import build_model
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 
 MODELS = [
@@ -68,7 +68,7 @@ def test_a_model_of_open_clip_gives_its_features_and_is_trained_by_its_name(
     model_cfg = open_clip.get_model_config(name)
     theirs = draw_open_clip(model_cfg)
     folder = write_folder(theirs, model_cfg, tmp_path / "theirs")
-    ours = load_model(folder)
+    ours = load_encoders(folder)
     inputs = {"images": different_images(ours.config.data.image_size)}
     image, text = largest_difference(ours, theirs, tokens=tokens_of(ours.config), **inputs)
     assert max(image, text) < 1e-5

@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from unicl_fast import UniCL, build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_adapted, load_model
+from unicl_fast.conversion.initial import initialise, load_adapted, load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
 from unicl_fast.dataset.arrays import npy_header
@@ -146,7 +146,7 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
 ) -> None:
     make, image_encoder, layout = SMALL[kind]
     theirs = write_transformers(make, tmp_path / "theirs")
-    ours = load_model(tmp_path / "theirs")
+    ours = load_encoders(tmp_path / "theirs")
     assert ours.config.model.image_encoder == image_encoder
     assert difference(ours, theirs) < 1e-5
     assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape([]))
@@ -158,7 +158,7 @@ def test_a_model_of_transformers_is_loaded_trained_and_exported(
     assert difference(ours, back.eval()) < 1e-5
     write_open_clip(ours, tmp_path / "open_clip")
     for folder in ("hf", "open_clip"):
-        again = load_model(tmp_path / folder)
+        again = load_encoders(tmp_path / folder)
         place = {"tokenizer": ours.config.model.tokenizer}  # is in the folder now
         assert again.config.changed(model=place).model == ours.config.model
         assert all(torch.equal(tensor, again.state_dict()[name])
@@ -177,11 +177,11 @@ def test_a_model_may_leave_out_pixels_beyond_its_last_patch(
     """As siglip-so400m-patch14-384 does, of which 6 pixels a side are beyond 27 patches."""
     text = _TEXT | {"hidden_size": _IMAGE["hidden_size"]}
     theirs = write_transformers(lambda: make(text, _IMAGE | {"image_size": 37}), tmp_path / "it")
-    ours = load_model(tmp_path / "it")
+    ours = load_encoders(tmp_path / "it")
     assert ours.config.data.image_size == 37
     assert difference(ours, theirs) < 1e-5
     write_export(ours, tmp_path / "hf")
-    assert difference(load_model(tmp_path / "hf"), theirs) < 1e-5
+    assert difference(load_encoders(tmp_path / "hf"), theirs) < 1e-5
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_a_model_of_transformers_in_its_real_size(
     name: str, shared_data: Path, tmp_path: Path
 ) -> None:
     theirs = write_transformers(REAL[name], tmp_path / "theirs")
-    ours = load_model(tmp_path / "theirs")
+    ours = load_encoders(tmp_path / "theirs")
     assert difference(ours, theirs) < 1e-5
     del theirs
     write_export(ours, tmp_path / "hf")
@@ -214,7 +214,7 @@ def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(
     like_clip: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     theirs = draw_open_clip(SMALL_MODELS["gelu"])
-    ours = load_model(like_clip)
+    ours = load_encoders(like_clip)
     assert difference(ours, theirs) < 1e-5
     data = ours.config.data
     assert (data.image_size, data.evaluation_resize, data.mean) == (160, "squash", (0.4, 0.5, 0.6))
@@ -269,7 +269,7 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     monkeypatch.setattr(
         "open_clip.get_model_config", lambda name: json.loads(json.dumps(model_cfg))
     )
-    model = load_model("open-clip:small")
+    model = load_encoders("open-clip:small")
     assert model.config.model.text_activation == "quick_gelu"
     assert model.config.model.embed_dim == 24
     assert weights_checksum("open-clip:small") == ""
@@ -286,7 +286,7 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     described = {"architecture": "test_vit", "pretrained_cfg": {"input_size": [3, 160, 160]}}
     (tmp_path / "config.json").write_text(json.dumps(described))
-    model = load_model(tmp_path)
+    model = load_encoders(tmp_path)
     assert model.text_encoder is None
     images = different_images(160)
     theirs.reset_classifier(0)
@@ -294,7 +294,7 @@ def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> Non
         expected = F.normalize(theirs(images), dim=-1)
         torch.testing.assert_close(model.encode_image(images), expected)
     with pytest.raises(ValueError, match=r"does not say which of timm's models"):
-        load_model(f"timm-file:{tmp_path / 'model.safetensors'}")
+        load_encoders(f"timm-file:{tmp_path / 'model.safetensors'}")
 
 
 def _timm_folder(
@@ -310,7 +310,7 @@ def _timm_folder(
 def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> None:
     theirs = timm.create_model("test_vit", num_classes=0, img_size=96).eval()
     values: dict[str, Any] = {"model_args": {"img_size": 96}}
-    model = load_model(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
+    model = load_encoders(_timm_folder(tmp_path / "vit", "test_vit", theirs.state_dict(), **values))
     images = different_images(96)
     with torch.inference_mode():
         expected = F.normalize(theirs(images), dim=-1)
@@ -319,7 +319,7 @@ def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> No
     values = {"model_args": {"global_pool": "max"}}
     folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
     with pytest.raises(ValueError, match="resnet.*no encoder with model_args global_pool='max'"):
-        load_model(folder)
+        load_encoders(folder)
 
 
 def test_a_network_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_network_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
     model_cfg = SMALL_MODELS["gelu"] | {"vision_cfg": vision}
     folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "max")
     with pytest.raises(ValueError, match="pools by 'max', timm's by 'avg'"):
-        load_model(folder)
+        load_encoders(folder)
 
 
 @pytest.mark.parametrize("architecture", ["no_such", "hf-hub:them/it", "local-dir:/", "x.y"])
@@ -337,14 +337,14 @@ def test_a_folder_of_an_architecture_that_timm_lacks_is_refused_here(
     monkeypatch.setattr("timm.create_model", pytest.fail)
     folder = _timm_folder(tmp_path / "theirs", architecture, {"x": torch.ones(1)})
     with pytest.raises(ValueError, match=f"theirs.*timm knows no model '{architecture}'"):
-        load_model(folder)
+        load_encoders(folder)
 
 
 def test_the_image_encoder_of_a_clip_of_own_size_is_read_by_its_name(tmp_path: Path) -> None:
     name = "unicl_vit_clip_patch16_w32_d1_h2_m65_gelu_32"  # which nothing has registered yet
     vit = vits.ViT("clip", 16, 32, 1, 2, 65, "gelu", 32)
     theirs = VisionTransformer(img_size=32, num_classes=0, **vit.arguments)
-    model = load_model(_timm_folder(tmp_path / "theirs", name, theirs.state_dict()))
+    model = load_encoders(_timm_folder(tmp_path / "theirs", name, theirs.state_dict()))
     assert model.config.model.image_encoder == name
 
 
@@ -379,7 +379,7 @@ def test_a_config_that_ours_cannot_be_is_refused_before_memory_is_taken(
     (tmp_path / "modeling_theirs.py").write_text("raise SystemExit('run')")
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as error:
-        load_model(tmp_path)
+        load_encoders(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -388,10 +388,10 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert difference(load_model(tmp_path), theirs) < 1e-5
+    assert difference(load_encoders(tmp_path), theirs) < 1e-5
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
-        load_model(tmp_path)
+        load_encoders(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     # numbers of a byte are weights as they are; too large ones are none
     for kind, largest in ((torch.float8_e4m3fn, 1), (torch.float64, 1e300)):
@@ -399,13 +399,13 @@ def test_weights_that_hold_code_are_refused_and_tensors_are_read(tmp_path: Path)
         others["text_model.final_layer_norm.bias"][0] = largest
         save_file(others, tmp_path / "model.safetensors")
         if largest == 1:
-            assert 0 < difference(load_model(tmp_path), theirs) < 0.2
+            assert 0 < difference(load_encoders(tmp_path), theirs) < 0.2
             continue
         with pytest.raises(ValueError, match="not finite numbers: ln_final.bias"):
-            load_model(tmp_path)
+            load_encoders(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="has no weights: expected one of model.safet"):
-        load_model(tmp_path)
+        load_encoders(tmp_path)
 
 
 def _in_shards(folder: Path) -> torch.nn.Module:
@@ -421,7 +421,7 @@ def test_weights_in_several_files_are_read_through_their_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = _in_shards(tmp_path)
-    assert difference(load_model(tmp_path), theirs) < 1e-5
+    assert difference(load_encoders(tmp_path), theirs) < 1e-5
     assert config_by_name(tmp_path).model.embed_dim == 24
     before = weights_checksum(tmp_path)
     last = sorted(tmp_path.glob("model-*-of-*.safetensors"))[-1]
@@ -434,7 +434,7 @@ def test_weights_in_several_files_are_read_through_their_index(
     (tmp_path / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr("unicl_fast.conversion.sharded_files.read_stored", pytest.fail)
     with pytest.raises(ValueError, match="index.json has .*copy or convert it again"):
-        load_model(tmp_path)
+        load_encoders(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ def test_an_index_that_is_wrong_is_refused_before_weights_are_read(
     index.write_text(json.dumps({**values, "weight_map": change.get("weight_map", listed)}))
     monkeypatch.setattr("unicl_fast.conversion.sharded_files.read_stored", pytest.fail)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        load_model(tmp_path)
+        load_encoders(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -486,13 +486,13 @@ def test_a_repository_of_transformers_in_several_files(
     theirs = _in_shards(folder)
     with serve_hub(tmp_path / "hub") as hub:
         ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
-        assert difference(load_model("hf-hub:them/clip"), theirs) < 1e-5
+        assert difference(load_encoders("hf-hub:them/clip"), theirs) < 1e-5
     with serve_hub(tmp_path / "hub") as hub:
         lost = sorted(folder.glob("model-*-of-*.safetensors"))[-1]
         lost.unlink()
         ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache2")
         with pytest.raises(FileNotFoundError, match=f"names {lost.name}, which is not there"):
-            load_model("hf-hub:them/clip")
+            load_encoders("hf-hub:them/clip")
 
 
 def test_a_repository_of_transformers_is_downloaded_once(
@@ -505,7 +505,7 @@ def test_a_repository_of_transformers_is_downloaded_once(
     with serve_hub(tmp_path / "hub") as hub:
         ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
         config = config_by_name("hf-hub:them/siglip")
-        ours = load_model("hf-hub:them/siglip")
+        ours = load_encoders("hf-hub:them/siglip")
         write_export(ours, tmp_path / "us")
     assert difference(ours, theirs) < 1e-5
     assert pixels_of(config) == pixels_of(ours.config)
@@ -561,7 +561,7 @@ def test_the_programs_take_a_model_of_others_as_it_is(
 
     few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
     call(pretrain, "--init", like_clip, "--data.train", data / "captions", "--out", out, *few)
-    started, trained = load_model(like_clip), load_model(out)
+    started, trained = load_encoders(like_clip), load_encoders(out)
     assert trained.config.model.text_width == 32
     assert trained.config.data.mean == (0.4, 0.5, 0.6)
     before, after = started.text_projection, trained.text_projection
@@ -744,12 +744,12 @@ def test_adapters_become_a_folder_of_pefts_and_come_back(
     assert write_adapter(ours, folder, base=str(base)) < 1e-5
     plain = transformers.AutoModel.from_pretrained(base).eval()
     assert difference(ours, plain) > 1e-2
-    assert difference(load_model(base), plain) < 1e-5
+    assert difference(load_encoders(base), plain) < 1e-5
     theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
     assert difference(ours, theirs) < 1e-5
     scale = theirs.base_model.model.logit_scale
     assert torch.equal(scale.reshape([]), ours.logit_scale)
-    back = load_model(folder)
+    back = load_encoders(folder)
     assert difference(back, theirs) < 1e-5
     assert torch.equal(back.logit_scale, ours.logit_scale)
     own = file_checksum(folder / "adapter_model.safetensors")
@@ -773,7 +773,7 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
     save_file({"base_model.model.no.lora_A.weight": torch.ones(1, 1)},
               folder / "adapter_model.safetensors")  # fmt: skip
     with pytest.raises(ValueError, match=r"^\S*config.json names no model: write the place"):
-        load_model(folder)
+        load_encoders(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
         ({"peft_type": "IA3"}, "adapters with peft_type IA3 are not read"),
@@ -789,7 +789,7 @@ def test_what_is_no_adapter_of_such_a_model_is_refused_in_a_sentence(tmp_path: P
         text = json.dumps(config | {"base_model_name_or_path": str(base)} | change)
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            load_model(folder)
+            load_encoders(folder)
 
 
 @pytest.mark.slow
@@ -806,15 +806,15 @@ def test_the_adapters_of_a_run_are_converted_and_trained_further(
     assert "differ from ours by at most" in capsys.readouterr().out
     plain = transformers.AutoModel.from_pretrained(base).eval()
     theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
-    assert 0 < difference(load_model(run), theirs) < 1e-5
-    assert difference(load_model(base), theirs) > 1e-4
+    assert 0 < difference(load_encoders(run), theirs) < 1e-5
+    assert difference(load_encoders(base), theirs) > 1e-4
     call(pretrain, "--init", folder, "--out", tmp_path / "more", *few)
 
 
 def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_path: Path) -> None:
     write_transformers(SMALL["dual of timm"][0], tmp_path / "theirs")
     base, folder = tmp_path / "base", tmp_path / "adapter"
-    write_export(load_model(tmp_path / "theirs"), base)
+    write_export(load_encoders(tmp_path / "theirs"), base)
     tensors = load_file(base / "model.safetensors")
     assert any(name.startswith("text_model.text_model.") for name in tensors)
     described = json.loads((base / "config.json").read_text())
@@ -826,7 +826,7 @@ def test_adapters_of_transformers_5_fit_a_file_of_transformers_4_in_bf16(tmp_pat
     plain = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
     theirs = peft.get_peft_model(plain, config).eval()
     theirs.save_pretrained(folder)
-    assert difference(load_model(folder), theirs) < 1e-5
+    assert difference(load_encoders(folder), theirs) < 1e-5
 
 
 def test_a_folder_or_repository_that_peft_wrote_is_a_model(
@@ -839,12 +839,12 @@ def test_a_folder_or_repository_that_peft_wrote_is_a_model(
     plain = transformers.AutoModel.from_pretrained(base)
     theirs = peft.get_peft_model(plain, config).eval()
     theirs.save_pretrained(folder)
-    ours = load_model(folder)
+    ours = load_encoders(folder)
     assert difference(ours, theirs) < 1e-5
-    assert difference(load_model(base), theirs) > 1e-2
+    assert difference(load_encoders(base), theirs) > 1e-2
     described = json.loads((folder / "adapter_config.json").read_text())
     described |= {"base_model_name_or_path": "them/clip", "revision": "main"}
     (folder / "adapter_config.json").write_text(json.dumps(described))
     with serve_hub(tmp_path / "hub") as hub:
         ask_hub_at(hub.url, monkeypatch, cache=tmp_path / "cache")
-        assert difference(load_model("hf-hub:them/adapter"), theirs) < 1e-5
+        assert difference(load_encoders("hf-hub:them/adapter"), theirs) < 1e-5

@@ -23,7 +23,7 @@ from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.conversion.sources import find_source
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.models.transformers_text import PAD_IDS
@@ -161,7 +161,7 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(
     kind: str, shared_data: Path, tmp_path: Path
 ) -> None:
     theirs = write_dual(tmp_path / "theirs", kind)
-    ours = load_model(tmp_path / "theirs")
+    ours = load_encoders(tmp_path / "theirs")
     assert ours.config.model.text_pool == f"{kind}:pooler"
 
     def difference(folder: Path, model: torch.nn.Module) -> float:
@@ -187,7 +187,7 @@ def test_a_dual_encoder_is_loaded_trained_and_exported(
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     assert stored.keys() == exported.keys()
     assert all(torch.equal(tensor, exported[name]) for name, tensor in stored.items())
-    again = load_model(tmp_path / "hf")
+    again = load_encoders(tmp_path / "hf")
     state = again.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in ours.state_dict().items())
     config = config_by_name(tmp_path / "theirs", "--model.drop-path", "0")
@@ -213,14 +213,14 @@ def test_what_ours_cannot_be_is_refused(
     values["text_config"] |= change["text_config"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=message) as error:
-        load_model(tmp_path)
+        load_encoders(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_a_text_encoder_by_itself_is_no_whole_model(tmp_path: Path) -> None:
     write_text_model(tmp_path, "bert")
     with pytest.raises(ValueError, match="is only a text encoder: give it as --init-text"):
-        load_model(tmp_path)
+        load_encoders(tmp_path)
     (tmp_path / "1_Pooling").mkdir()
     for mode in ("max", "mean_sqrt_len"):
         described = {f"pooling_mode_{mode}_tokens": True}
@@ -273,7 +273,7 @@ def test_compiled_blocks_give_the_same_features(tmp_path: Path) -> None:
     from unicl_fast.models.compilation import compile_encoders
 
     write_dual(tmp_path, "bert")
-    model = load_model(tmp_path)
+    model = load_encoders(tmp_path)
     tokens = tokenizer_of(model.config)(TEXTS)
     with torch.inference_mode():
         expected = model.encode_text(tokens)
@@ -327,7 +327,7 @@ def test_the_programs_train_evaluate_and_export_one(
     shutil.copytree(data / "captions", captions)
     few = ("--run.global-batch-size", "4", "--run.steps", "2", "--run.device", "cpu")
     call(pretrain, "--init", tmp_path / "dual", "--data.train", captions, "--out", out, *few)
-    trained = load_model(out)
+    trained = load_encoders(out)
     assert trained.config.model.text_pool == "xlm-roberta:pooler"
     on = ("--checkpoint", find_checkpoint(out), "--device", "cpu")
     call(evaluate, "retrieval", *on, "--data", captions)

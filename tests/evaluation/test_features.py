@@ -93,7 +93,7 @@ def test_it_is_settled_where_images_are_decoded_before_a_model_is_evaluated(
 ) -> None:
     """A GPU's run is evaluated on the CPU, too."""
     model.config = model.config.changed(data={"decode_device": decode_device})
-    monkeypatch.setattr(features, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(features, "load_encoders", lambda *_, **__: model)
     with model_on_ranks("run", device="cpu") as on_ranks:
         assert on_ranks.model.config.data.decode_device == "cpu"
 

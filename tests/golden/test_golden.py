@@ -19,7 +19,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "helpers"))  # for a run as a script
 from drawings import pack_drawings
 
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.tools import pretrain
 from unicl_fast.training.metrics import read_metrics

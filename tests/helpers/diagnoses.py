@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.tools.diagnose.model import (
     CHECKPOINT,
     LOGGING,

@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError
-from unicl_fast.config import config_to_dict, load_config
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.config_json import config_to_dict, load_config
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
@@ -88,7 +88,7 @@ def main(folder: Path, examples: int) -> None:
         if resume:
             trainer.resume(checkpoint)
         else:
-            load_model(checkpoint)
+            load_encoders(checkpoint)
         if fitting:
             return "fits"
         assert same_state(trainer, expected)

@@ -69,6 +69,7 @@ from unicl_fast.training import build
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, add_up
+from unicl_fast.training.observers import LedgerKeeper
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -385,8 +386,9 @@ def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -
 def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
     """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
     ledger = ledger_in(folder, ranks)
+    keeper = [LedgerKeeper(ledger)]
     trainer = trainer_of(
-        ranks, images, tiny_config(), change=named, run_folder=folder, ledger=ledger
+        ranks, images, tiny_config(), change=named, run_folder=folder, observers=keeper
     )
     write, found = ledger._write, []
 

@@ -9,7 +9,8 @@ import torch
 from unicl_fast import UniCL, build_model
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
-from unicl_fast.config import DataConfig, ModelConfig, TrainConfig, config_to_dict
+from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.objectives.registry import make_objective
 
 

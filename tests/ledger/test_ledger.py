@@ -39,6 +39,7 @@ from unicl_fast.stages import lay_out, span_at
 from unicl_fast.tools import ledger as ledger_program
 from unicl_fast.tools.ledger import Replan
 from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.observers import LedgerKeeper
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
@@ -445,7 +446,7 @@ def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = N
         tiny_config(),
         loader or StepLoader(images, change=named),
         run_folder=folder,
-        ledger=ledger_in(folder),
+        observers=[LedgerKeeper(ledger_in(folder))],
         progress=False,
     )
 

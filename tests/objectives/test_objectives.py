@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, ListLoader, repeated_texts
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import DataConfig, TrainConfig, config_from_dict
+from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import require_text_encoder
 from unicl_fast.models.unicl import UniCL

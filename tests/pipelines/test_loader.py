@@ -22,12 +22,7 @@ from packed_sets import Sample, pack
 from PIL import Image
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.images.encoded_images import EncodedImages

@@ -24,7 +24,7 @@ import unicl_fast
 from unicl_fast import models
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.conversion.card import collect_facts
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.dataset.reader import PackedDataset
@@ -74,7 +74,7 @@ def test_each_format_says_what_it_read_wrote_and_what_is_next(
     out = tmp_path / "out"
     call(convert, format, trained, out)
     said = capsys.readouterr().out
-    model = load_model(trained)
+    model = load_encoders(trained)
     assert f"{len(model.state_dict()):,} entries" in said
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in said
     assert {path.name for path in out.iterdir()} == files
@@ -149,7 +149,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
         "- optimizer: AdamW",
         "- samples seen: 24",
         "measured on the data sets above only",
-        'load_model("hf-hub:us/first")',
+        'load_encoders("hf-hub:us/first")',
     ):
         assert line in card
     (figure,) = ModelCard.load(out / "README.md").data.eval_results
@@ -218,7 +218,7 @@ def test_an_upload_that_breaks_off_leaves_the_folder_and_says_how_to_continue(
         call(convert, "hf", documented, out, "--push", "us/first")
     message = capsys.readouterr().err
     assert f"{out} is complete: hf upload us/first {out} tries again" in message
-    assert load_model(out).config.model.embed_dim == 8
+    assert load_encoders(out).config.model.embed_dim == 8
 
 
 def test_an_evaluation_of_other_weights_is_no_figure_of_the_card(
@@ -242,7 +242,7 @@ def test_the_weights_that_are_asked_for_are_taken(trained: Path, tmp_path: Path)
     for weights in ("ema", "model", "auto"):
         call(convert, "hf", trained, tmp_path / weights, "--weights", weights)
     ema, last, auto = (
-        load_model(tmp_path / weights).image_projection for weights in ("ema", "model", "auto")
+        load_encoders(tmp_path / weights).image_projection for weights in ("ema", "model", "auto")
     )
     assert torch.equal(auto, ema)
     assert not torch.equal(last, ema)

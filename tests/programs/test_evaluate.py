@@ -23,7 +23,7 @@ from pyarrow import parquet
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.conversion.initial import load_model as load_weights_of
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import weights_checksum
 from unicl_fast.evaluation.data import protocol_metric, short_name
 from unicl_fast.models.unicl import UniCL
@@ -66,11 +66,11 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_the_one_evaluated(
     last.rename(aside)
 
     def load_meanwhile(path: Path, *, weights: Weights) -> UniCL:
-        model = load_weights_of(path, weights=weights)
+        model = load_encoders(path, weights=weights)
         aside.rename(last)
         return model
 
-    monkeypatch.setattr("unicl_fast.evaluation.features.load_model", load_meanwhile)
+    monkeypatch.setattr("unicl_fast.evaluation.features.load_encoders", load_meanwhile)
     found = evaluated("zero-shot", run_folder, "--data", data / "labels")
     assert last.is_dir()
     assert found["checkpoint"] == str(first)
@@ -219,7 +219,7 @@ def test_the_recipe_averages_two_models(trained: Path, tmp_path: Path) -> None:
     for name, path in (("runs/clip", first), ("runs/mine", last), ("models", tmp_path)):
         code = code.replace(name, str(path))
     exec(code, {})
-    models = [load_weights_of(path).state_dict() for path in (first, last, tmp_path / "half")]
+    models = [load_encoders(path).state_dict() for path in (first, last, tmp_path / "half")]
     for before, after, half in zip(*(model.values() for model in models), strict=True):
         torch.testing.assert_close(half, torch.lerp(before, after, 0.5))
 
@@ -428,7 +428,7 @@ def test_a_run_is_fine_tuned_on_labels(data: Path, trained: Path, tmp_path: Path
     call(pretrain, *shlex.split(recipe), *few)
     (last,) = [line for line in read_metrics(tmp_path) if "accuracy/labels/top1" in line]
     assert last["step"] == 6
-    first, tuned = load_weights_of(trained), load_weights_of(tmp_path)
+    first, tuned = load_encoders(trained), load_encoders(tmp_path)
     assert tuned.class_rows.shape == (10, tuned.image_encoder.num_features + 1)
     for name, weight in first.image_encoder.state_dict().items():
         torch.testing.assert_close(

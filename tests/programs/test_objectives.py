@@ -14,7 +14,7 @@ from program_runs import SMALL, STEPS, call, losses, refusal_of, run, weights
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.objectives.registry import make_objective
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Pat
     arguments += ["--data.train", data / "labels", data / "labels"]
     arguments += ["--data.evaluate", data / "labels"]
     call(pretrain, *arguments, "--out", tmp_path / "one")
-    model = load_model(tmp_path / "one")
+    model = load_encoders(tmp_path / "one")
     assert model.text_encoder is None
     assert model.class_rows.shape == (20, model.image_encoder.num_features + 1)
     (last,) = [line for line in read_metrics(tmp_path / "one") if "accuracy/labels/top1" in line]

@@ -14,7 +14,8 @@ from packed_sets import Sample, pack
 from PIL import Image
 from program_runs import call, refusal_of
 
-from unicl_fast.config import DataConfig, TrainConfig, config_to_dict
+from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.presets import PRESETS, Facts, build_preset, choose_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import pretrain, run_settings

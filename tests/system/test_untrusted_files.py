@@ -13,7 +13,7 @@ import pytest
 from unicl_fast.checkpoints.export import read_export
 from unicl_fast.checkpoints.files import read_best
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import load_config
+from unicl_fast.config_json import load_config
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.distributed.launch import keeping_log
 from unicl_fast.system import untrusted_files

@@ -17,7 +17,7 @@ from unicl_fast.checkpoints import load
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import Adapters, OptimConfig, TrainConfig
-from unicl_fast.conversion.initial import initialise, load_model
+from unicl_fast.conversion.initial import initialise, load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.adapters import add_adapters, check_adapters
 from unicl_fast.models.freezing import freeze, merge
@@ -188,7 +188,7 @@ def test_a_run_resumes_bit_for_bit_from_checkpoints_without_its_base(
         assert (found / file.name).read_bytes()[2000:] == file.read_bytes()[2000:], file.name
     losses = [line["loss"] for line in read_metrics(tmp_path / "unbroken")]
     assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == losses[1:]
-    loaded = load_model(last, weights="model")
+    loaded = load_encoders(last, weights="model")
     merge(unbroken.model.eval())
     for name, one in loaded.state_dict().items():
         assert torch.equal(one, unbroken.model.state_dict()[name]), name
@@ -202,18 +202,18 @@ def test_a_changed_base_is_refused_by_its_checksum(
     shutil.copytree(base, moving)
     config = config_of("image:2", init=moving)
     trainer_of(images, config, run).fit()
-    load_model(run)
+    load_encoders(run)
     with pytest.raises(ValueError, match="merge them by unicl-convert hf"):
         trainer_of(images, config_of("", init=run))
     shutil.rmtree(moving)
     with pytest.raises(ValueError, match="expected a run folder"):
-        load_model(run)
+        load_encoders(run)
     other = tiny_config(steps=1).changed(run={"seed": 1})
     make_trainer(other, StepLoader(images), run_folder=moving, progress=False).fit()
     with pytest.raises(
         ValueError, match="holds adapters on weights of xxh3 .*model.init=.*: give what"
     ):
-        load_model(run)
+        load_encoders(run)
     with pytest.raises(ValueError, match="holds adapters on weights of xxh3"):
         trainer_of(images, config).resume(list_checkpoints(run / "checkpoints")[0])
 
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_describes_a_model_larger_than_memory_is_refused(
     trainer_of(images, config_of(BOTH, init=base), tmp_path).fit()
     monkeypatch.setattr(load, "free_memory", lambda device: 1_000_000)
     with pytest.raises(ValueError, match="describes a model of 0.0 GB, and 0.0 GB are free"):
-        load_model(tmp_path)
+        load_encoders(tmp_path)
 
 
 def test_fresh_weights_below_adapters_are_in_the_checkpoint(
@@ -234,7 +234,7 @@ def test_fresh_weights_below_adapters_are_in_the_checkpoint(
     """No source would give them again."""
     trainer = trainer_of(images, config_of(BOTH), tmp_path)
     trainer.fit()
-    loaded = load_model(tmp_path)
+    loaded = load_encoders(tmp_path)
     merge(trainer.model)
     for name, one in trainer.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], one), name
@@ -262,7 +262,7 @@ def test_the_summary_and_the_plan_count_what_is_trained(
     trainer = trainer_of(images, config)
     trained = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
     whole = sum(one.numel() for one in build_model(config).parameters())
-    (line,) = [one for one in describe_run(trainer, tmp_path, settled={}) if "trained" in one]
+    (line,) = [one for one in describe_run(trainer, tmp_path) if "trained" in one]
     assert f"{trained / 1e6:,.2f} M trained ({100 * trained / whole:.1f} %)" in line
     parts = plan(config, world_size=1, device_bytes=2**40, device_type="cpu").parts
     assert parts["gradients"] == 8 * trained

@@ -11,7 +11,7 @@ import torch
 from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
 from small_runs import tiny_config
 
-from unicl_fast.config import config_to_dict
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.training.agreement import (
     describe_rank,
     source_files,

@@ -12,7 +12,7 @@ from small_runs import IMAGE_SIZE, StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import OptimConfig, TrainConfig
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
@@ -134,11 +134,11 @@ def test_it_is_what_is_evaluated_and_what_load_model_takes(
     trainer.evaluations = {"digits": evaluation}
     trainer.fit()
     assert trainer.ema is not None
-    assert_equal_weights(trainer.ema.module, load_model(tmp_path))
-    assert_equal_weights(trainer.ema.module, load_model(tmp_path, weights="ema"))
-    last = load_model(tmp_path, weights="model")
+    assert_equal_weights(trainer.ema.module, load_encoders(tmp_path))
+    assert_equal_weights(trainer.ema.module, load_encoders(tmp_path, weights="ema"))
+    last = load_encoders(tmp_path, weights="model")
     assert_equal_weights(trainer.model, last)
-    evaluated = load_model(tmp_path)
+    evaluated = load_encoders(tmp_path)
     weight_type = evaluated.image_projection.dtype
     with torch.no_grad():
         expected = evaluated.encode_image(pixels.to(weight_type))
@@ -152,9 +152,9 @@ def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
 ) -> None:
     trainer = trainer_in(tmp_path, images, tiny_config(steps=2))
     trainer.fit()
-    assert_equal_weights(trainer.model, load_model(tmp_path))
+    assert_equal_weights(trainer.model, load_encoders(tmp_path))
     with pytest.raises(ValueError, match="has no average of the weights"):
-        load_model(tmp_path, weights="ema")
+        load_encoders(tmp_path, weights="ema")
 
 
 @pytest.mark.slow

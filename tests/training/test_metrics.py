@@ -16,7 +16,8 @@ from small_runs import StepLoader, global_batch, labelled_batch, poison_step, ti
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, read_metrics
-from unicl_fast.training.trackers import Trackers
+from unicl_fast.training.observers import DatasetNumbers
+from unicl_fast.training.trackers import TrackedRun, Trackers
 from unicl_fast.training.trainer import Trainer
 
 
@@ -24,9 +25,7 @@ from unicl_fast.training.trainer import Trainer
 def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trackers = Trackers(
-        ["tensorboard"], tmp_path, run_id="a", config={}, start_step=0, lines=[]
-    )  # fmt: skip
+    trackers = Trackers(["tensorboard"], TrackedRun(tmp_path, "a", {}, 0))
     with contextlib.closing(MetricsWriter(tmp_path, trackers=trackers)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
         size = (tmp_path / "metrics.jsonl").stat().st_size
@@ -148,7 +147,11 @@ def test_each_logging_step_has_them(images: torch.Tensor, tmp_path: Path) -> Non
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [step, 2 * step])
     config = tiny_config(steps=2)
     make_trainer(
-        config, ListLoader([batch]), run_folder=tmp_path, dataset_meter=meter, progress=False
+        config,
+        ListLoader([batch]),
+        run_folder=tmp_path,
+        observers=[DatasetNumbers(meter)],
+        progress=False,
     ).fit()
     lines = read_metrics(tmp_path)
     assert [(line["epochs/a"], line["epochs/b"]) for line in lines] == [(1, 2), (2, 4)]
@@ -170,7 +173,7 @@ def test_lines_that_are_written_a_step_later_are_the_same(
             StepLoader(images, change=named),
             run_folder=run_folder,
             evaluations={"some": lambda model: {"lines": float(len(read_metrics(run_folder)))}},
-            dataset_meter=DatasetMeter(["a"], epochs=lambda step: [step / 2]),
+            observers=[DatasetNumbers(DatasetMeter(["a"], epochs=lambda step: [step / 2]))],
             progress=False,
         )
         poison_step(trainer, step=4)

@@ -1,8 +1,7 @@
-"""Model FLOP/s utilisation: what is counted, by what it is divided, what a run sees of it."""
+"""Model FLOP/s utilisation: the FLOPs counted, the peak, and the run's lines of metrics."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,18 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.training import mfu, observers
 from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.mfu import Utilisation, flops_of_step, measured_peak, peak_of_gpu
+from unicl_fast.training.mfu import flops_of_step, peak_of_gpu, seconds_at_peak
 
 
 def check_flops(config: TrainConfig, batch: Batch) -> None:
-    """Those of a real step: less than thrice the forward pass, as images have no gradient."""
+    """Compares with the FLOPs of a real step."""
     real = make_trainer(config, ListLoader([batch]), progress=False)
     for module in real.model.modules():
         if hasattr(module, "fused_attn"):  # whose kernel torch's counter does not know
             module.fused_attn = False
     with FlopCounterMode(display=False) as counter:
         real.train_step(batch)
-    assert 0.85 < counter.get_total_flops() / flops_of_step(config, batch) <= 1.0
+    assert counter.get_total_flops() == pytest.approx(flops_of_step(config, batch), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +95,16 @@ def test_a_gpu_is_known_by_its_whole_name(
     assert peak_of_gpu(name, torch.float64) is None
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> torch.device:
+    """A device that is called an H100, so far as `seconds_at_peak` looks at it."""
+    fork = torch.random.fork_rng
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork(devices=[]))
+    caplog.set_level(logging.INFO)
+    return torch.device("cuda")
+
+
 @pytest.mark.parametrize(
     ("name", "tf32"),
     [
@@ -110,17 +119,16 @@ def test_a_gpu_is_known_by_its_whole_name(
 def test_fp32_that_is_computed_in_tf32_has_its_peak(
     name: str,
     tf32: float | None,
+    gpu: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     monkeypatch.setattr(mfu, "flops_of_step", lambda config, batch: 1e12)
-    caplog.set_level(logging.INFO)
-    found = {}
-    for precision in ("tf32", "fp32"):
-        utilisation = Utilisation(tiny_config(precision=precision), torch.device("cuda"))
-        found[precision] = utilisation.values(Mock(), step_seconds=1.0).get("mfu")
+    found = {
+        precision: seconds_at_peak(tiny_config(precision=precision), Mock(), gpu)
+        for precision in ("tf32", "fp32")
+    }
     assert found["tf32"] == (tf32 and pytest.approx(1e12 / tf32))
     fp32 = peak_of_gpu(name, torch.float32)
     assert found["fp32"] == (fp32 and pytest.approx(1e12 / fp32))
@@ -128,52 +136,41 @@ def test_fp32_that_is_computed_in_tf32_has_its_peak(
     assert peak_of_gpu(name, torch.bfloat16, tf32=True) == peak_of_gpu(name, torch.bfloat16)
 
 
-def test_a_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mfu, "_MEASURED_SECONDS", 0.02)
-    measured_peak.cache_clear()
-    assert 1e8 < measured_peak(torch.float32, torch.get_num_threads()) < 1e15
-    measured_peak.cache_clear()
-
-
-def test_a_run_counts_once_and_is_not_disturbed(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_on_a_gpu_counts_once_and_is_not_disturbed(
+    images: torch.Tensor, gpu: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observers, "COMPILING_STEPS", 2)
-    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
     counted = []
 
-    def count(config: object, batch: object) -> float:
-        torch.rand(1), torch.manual_seed(3)
-        counted.append(flops_of_step(config, batch))
+    def count(config: TrainConfig, batch: Batch, device: torch.device) -> float | None:
+        assert seconds_at_peak(config, batch, device) is None  # a CPU
+        counted.append(seconds_at_peak(config, batch, gpu))
         return counted[-1]
 
-    monkeypatch.setattr(mfu, "flops_of_step", count)
     config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32", steps=5)
     config = config.changed(checkpoint={"every_steps": 0})
     weights, numbers = [], []
-    for folder in (tmp_path / "counting", None):
+    monkeypatch.setattr(observers, "COMPILING_STEPS", 2)
+    for folder, utilisation in (("gpu", count), ("cpu", seconds_at_peak)):
+        monkeypatch.setattr(observers, "seconds_at_peak", utilisation)
         torch.manual_seed(7)
-        run = make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
+        loader = StepLoader(images)
+        run = make_trainer(config, loader, run_folder=tmp_path / folder, progress=False)
         run.fit()
         weights.append(run.model.state_dict())
         numbers.append(torch.rand(3))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert torch.equal(*numbers)
-    lines = read_metrics(tmp_path / "counting")
+    lines = read_metrics(tmp_path / "gpu")
     assert ["mfu" in line for line in lines] == [False, False, True, True, True]
+    assert not any("mfu" in line for line in read_metrics(tmp_path / "cpu"))
     assert len(counted) == 1
-    assert lines[-1]["mfu"] == pytest.approx(counted[0] / 1e12 / lines[-1]["step_seconds"])
+    assert lines[-1]["mfu"] == pytest.approx(counted[0] / lines[-1]["step_seconds"])
 
 
 def test_an_encoder_that_cannot_be_counted_costs_the_number_alone(
-    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*arguments: object) -> float:
-        raise NotImplementedError("no fake tensors")
-
+    fail = Mock(side_effect=NotImplementedError("no fake tensors"))
     monkeypatch.setattr(mfu, "flops_of_step", fail)
-    monkeypatch.setattr(mfu, "measured_peak", lambda compute_type, num_threads: 1e12)
-    batch = labelled_batch(images, objective="unicl")
-    utilisation = Utilisation(tiny_config(), torch.device("cpu"))
-    assert [utilisation.values(batch, step_seconds=1.0) for _ in range(2)] == [{}, {}]
-    assert caplog.text.count("no mfu in the metrics: NotImplementedError: no fake tensors") == 1
+    assert seconds_at_peak(tiny_config(precision="fp32"), Mock(), gpu) is None
+    assert "no mfu in the metrics: NotImplementedError: no fake tensors" in caplog.text

@@ -20,15 +20,9 @@ from small_runs import StepLoader, global_batch, labelled_loader, objective_conf
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import (
-    DataConfig,
-    EfficiencyConfig,
-    RunConfig,
-    TrainConfig,
-    config_from_dict,
-    load_config,
-)
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.config import DataConfig, EfficiencyConfig, RunConfig, TrainConfig
+from unicl_fast.config_json import config_from_dict, load_config
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.registry import make_objective
@@ -37,7 +31,7 @@ from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.observers import RunLog
 from unicl_fast.training.run import pretrain
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.trainer import Observer, Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
@@ -112,7 +106,7 @@ def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Pa
     assert names == ["step-00000002", "step-00000004", "step-00000006"]
     state = read_state(tmp_path / "checkpoints" / "step-00000006")
     assert (state.step, state.config, state.data) == (6, trainer.config, trainer.data)
-    model = load_model(tmp_path)
+    model = load_encoders(tmp_path)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
 
@@ -271,7 +265,7 @@ def pretrain_on_twelve_images(
     loader.plan = SimpleNamespace(epochs=lambda steps: [1.0], weights=(1,))
     loader.reading = ReadingTime()
     monkeypatch.setattr(build, "check_memory", lambda config, **arguments: None)
-    monkeypatch.setattr(build, "DatasetMeter", lambda *arguments, **settings: None)
+    monkeypatch.setattr(build, "DatasetNumbers", lambda meter: Observer())
     monkeypatch.setattr(run, "_report", lambda *arguments: None)
     return functools.partial(
         pretrain,
@@ -313,7 +307,7 @@ def test_a_run_reads_initial_weights_at_its_first_start_alone(
     start(config, initialise=initialise)
     assert len(started) == 1
     (newest,) = list_checkpoints(tmp_path / "checkpoints")
-    weights = load_model(newest).image_projection
+    weights = load_encoders(newest).image_projection
     assert (weights - 0.5).abs().max() < 0.1  # it trained from there
     longer = config.changed(run={"steps": 4})
     for name in ("", "elsewhere"):
@@ -342,8 +336,6 @@ def test_a_run_tells_its_trainer_how_long_the_loader_waits(
         evaluate=dict,
         ranks=Ranks(),
         device=torch.device("cpu"),
-        keeps_ledger=False,
-        check_run_folder=None,
     )
     log = next(observer for observer in trainer.observers if isinstance(observer, RunLog))
     with log.fitting(trainer):

@@ -104,14 +104,14 @@ class ModelConversion(Conversion):
             ValueError: OUT exists, or the model has no text encoder where it `needs_texts`.
             FileNotFoundError: no model there.
         """
-        from unicl_fast.conversion.initial import load_model
+        from unicl_fast.conversion.initial import load_encoders
         from unicl_fast.conversion.output import require_new
         from unicl_fast.conversion.sources import find_own
         from unicl_fast.system.line import line
 
         require_new(self.out)  # before minutes are spent
         with line(f"reading {self.model}"):
-            model = load_model(self.model, weights=self.weights).float()
+            model = load_encoders(self.model, weights=self.weights).float()
         if needs_texts and model.text_encoder is None:
             raise ValueError(
                 f"{self.model} was trained with objective.name={model.config.objective.name} and "

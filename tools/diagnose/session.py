@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_objects
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.system.machine import choose_device, keep_freed_memory

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.checkpoints.files import STATE_FILE
-from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_from_dict
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.untrusted_files import read_json
 

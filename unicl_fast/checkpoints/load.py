@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,14 +28,12 @@ from unicl_fast.checkpoints.files import (
     read_best,
 )
 from unicl_fast.checkpoints.transformers_names import from_transformers
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, with_settled
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.config_json import with_settled
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.blocks import checkpoint_blocks
-from unicl_fast.models.freezing import freeze
-from unicl_fast.models.precision import Precision
 from unicl_fast.models.sharding import divided_like
-from unicl_fast.models.text_encoder import text_shapes
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checked_fields import NonNegative, convert, from_json_values
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
@@ -48,12 +45,8 @@ from unicl_fast.system.wording import shorten
 logger = logging.getLogger(__name__)
 
 Weights = Literal["auto", "ema", "model"]
-Initialise = Callable[[UniCL, Ranks], None]
-"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
-together."""
 
 _ALONE = Ranks()
-_TEXT_LAYER = re.compile(r"text_encoder\.(?:resblocks|network\.\w+\.layer)\.(\d+)\.")
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -263,28 +256,6 @@ def build_model(config: TrainConfig) -> UniCL:
     return model
 
 
-def load_found(config: TrainConfig, file: Path, base: str, *, initialise: Initialise) -> UniCL:
-    """Loads what `find_weights` found, in evaluation mode on the CPU, with adapters on its layers.
-
-    `initialise` reads the weights below them, where the checkpoint leaves them out.
-
-    Raises:
-        ValueError: the file is damaged, or the weights below its adapters have changed.
-    """
-    model = build_model(config)
-    # weights and their average have the run's type
-    model.to(Precision(config.efficiency.precision).weight_type)
-    if config.optim.adapters is None:
-        load_weights(model, file)
-        return model.eval()
-    if base:
-        initialise(model, _ALONE)
-    freeze(model)
-    refuse_another_base(model, base, file)
-    load_weights(model, file)
-    return model.eval()
-
-
 def refuse_another_base(model: UniCL, base: str, path: Path) -> None:
     """Raises ValueError if the weights that a file leaves out are not those of the model."""
     if not base or base == model.frozen.base_digest:
@@ -330,7 +301,7 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
     if base:
         _require_room(found, config)
     else:
-        _require_sizes(file, config)
+        require_sizes(file, config, read_shapes(file).values())
     return config, file, base
 
 
@@ -402,29 +373,15 @@ def _require_room(path: Path, config: TrainConfig) -> None:
         )
 
 
-def _require_sizes(path: Path, config: TrainConfig) -> None:
-    """Compares a config's sizes with the file's: a model of wrong ones could exceed memory."""
-    model, objective = config.model, config.objective
-    expected: dict[str, list[int]] = {}
-    if objective.uses_texts:
-        expected = text_shapes(model)
-        if model.text_projection != "none":
-            expected["text_projection"] = [model.text_width, model.embed_dim]
-    expected |= (learnt := objective.shapes())
-    with _refusing_other_files(path):
-        shapes = read_shapes(path)
-        ours = from_transformers(
-            {name.replace(".base_layer.", "."): shape for name, shape in shapes.items()}
-        )
-    found = {name: list(ours[name].shape) for name in expected if name in ours}
-    found |= {name: found[name][: len(learnt[name])] for name in learnt if name in found}
-    layers = {match[1] for match in map(_TEXT_LAYER.match, ours) if match is not None}
-    num_layers = model.text_layers if objective.uses_texts else 0
-    if found != expected or len(layers) != num_layers:
-        raise DamagedCheckpointError(
-            f"{path} is not of the model that its config describes: a text encoder of "
-            f"{num_layers} layers with {expected} is expected, {len(layers)} layers with "
-            f"{found} came; use another checkpoint"
+def require_sizes(file: Path, config: TrainConfig, stored: Iterable[Tensor]) -> None:
+    """Refuses (ValueError) a config of more numbers than are stored, which might exceed memory."""
+    with torch.device("meta"):
+        needed = build_model(config).state_dict()
+    described, found = (sum(map(torch.numel, each)) for each in (needed.values(), stored))
+    if described > found:
+        raise ValueError(
+            f"{file} has {found:,} of {described:,} numbers, and so is not of the model that its "
+            "config describes: use another checkpoint, or copy or convert it again"
         )
 
 

@@ -24,13 +24,8 @@ from unicl_fast.checkpoints.load import (
     read_tensors,
     refuse_another_base,
 )
-from unicl_fast.config import (
-    INITIAL_WEIGHTS,
-    MUST_NOT_CHANGE,
-    TrainConfig,
-    config_to_dict,
-    settled_values,
-)
+from unicl_fast.config import INITIAL_WEIGHTS, MUST_NOT_CHANGE, TrainConfig
+from unicl_fast.config_json import config_to_dict, settled_values
 from unicl_fast.distributed.ranks import Ranks, tensors_to_rank_0
 from unicl_fast.models.sharding import (
     ParameterOwners,

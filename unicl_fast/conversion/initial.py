@@ -21,7 +21,13 @@ from timm.layers import AttentionPool2d, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.checkpoints.load import Weights, build_model, load_found
+from unicl_fast.checkpoints.load import (
+    Weights,
+    build_model,
+    load_weights,
+    refuse_another_base,
+    require_sizes,
+)
 from unicl_fast.conversion.fitting import misfits
 from unicl_fast.conversion.libraries import fixed_size
 from unicl_fast.conversion.sources import (
@@ -33,7 +39,7 @@ from unicl_fast.conversion.sources import (
 )
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, rank_0_alone, tensors_from_rank_0
-from unicl_fast.models.freezing import merge
+from unicl_fast.models.freezing import freeze, merge
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.transformers_text import POSITIONS
 from unicl_fast.models.unicl import UniCL
@@ -47,25 +53,27 @@ _SHOWN = 6
 
 
 @torch.no_grad()
-def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
+def load_encoders(given: str | Path, *, weights: Weights = "auto") -> UniCL:
     """Loads a model of any source (`sources`), in evaluation mode on the CPU; adapters are merged.
 
-    `weights` is "ema" for the moving average of the weights, "model" for the last step's, "auto"
-    for the average if there is one; only models of ours have several. Raises as `find_source`, and
-    ValueError if the weights below adapters have changed.
+    It is the module in the `Model` that `unicl_fast.load_model` returns. `weights` is "ema" for the
+    moving average of the weights, "model" for the last step's, "auto" for the average if there is
+    one; only models of ours have several. Raises as `find_source`, and ValueError if the weights
+    below adapters have changed.
     """
     source = find_source(str(given), weights=weights)
-    config = source.config()
-    if source.own is not None and source.file is not None:
-        model = load_found(config, source.file, source.base, initialise=initialise)
-        if config.optim.adapters is not None:
+    if source.own is not None:
+        model = _load_own(source)
+        if source.own.optim.adapters is not None:
             merge(model)
         return model
     if weights == "ema":
         raise ValueError(f"{given} has one set of weights: take weights auto")
-    _require_sizes(source)
+    config, file = source.config(), source.file
+    if file is not None:
+        require_sizes(file, config, source.outline().values())
     model = build_model(config)
-    if source.locate is not None:
+    if file is not None:
         loading = _Loading(model, source, "init", label=source.name)
         loading.take(image=True, text=source.has_text)
         model.load_state_dict(loading.tensors, strict=False)
@@ -74,25 +82,28 @@ def load_model(given: str | Path, *, weights: Weights = "auto") -> UniCL:
 
 @torch.no_grad()
 def load_adapted(given: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """As `load_model`, with the adapters of a run on its layers; ValueError if it has none."""
+    """As `load_encoders`, with a run's adapters on its layers; ValueError if it has none."""
     source = find_source(str(given), weights=weights)
-    if source.own is None or source.own.optim.adapters is None or source.file is None:
+    if source.own is None or source.own.optim.adapters is None:
         raise ValueError(f"{given} has no adapters, which a run with optim.lora has")
-    return load_found(source.own, source.file, source.base, initialise=initialise)
+    return _load_own(source)
 
 
-def _require_sizes(source: Source) -> None:
-    """Compares a foreign config's sizes with the file's: a model of others could exceed memory."""
-    if source.locate is None:
-        return
-    with torch.device("meta"):
-        needed = build_model(source.config()).state_dict()
-    stored = sum(tensor.numel() for tensor in source.outline().values())
-    if (described := sum(tensor.numel() for tensor in needed.values())) > stored:
-        raise ValueError(
-            f"{source.name}: its config describes a model of {described:,} numbers, and "
-            f"{source.file} has {stored:,}: copy or convert it again"
-        )
+def _load_own(source: Source) -> UniCL:
+    """Loads a model of ours, and the weights below its adapters if its file leaves them out."""
+    config, file = source.own, source.file
+    assert config is not None
+    assert file is not None
+    model = build_model(config)
+    # weights and their average have the run's type
+    model.to(Precision(config.efficiency.precision).weight_type)
+    if config.optim.adapters is not None:
+        if source.base:
+            initialise(model)
+        freeze(model)
+        refuse_another_base(model, source.base, file)
+    load_weights(model, file)
+    return model.eval()
 
 
 @torch.no_grad()

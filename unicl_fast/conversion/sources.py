@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unicl_fast.checkpoints import load
@@ -209,9 +208,9 @@ def find_source(
 ) -> Source:
     """Finds a model; encoders that are not wanted can be of any kind.
 
-    `weights` is `load_model`'s, for models of ours. Raises FileNotFoundError if it does not exist
-    or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or is a model
-    that we cannot build.
+    `weights` is that of `load_encoders`, for models of ours. Raises FileNotFoundError if it does
+    not exist or cannot be downloaded, ValueError if it is damaged, holds more than tensors, or is a
+    model that we cannot build.
     """
     scheme, _, rest = given.partition(":")
     towers = _Towers(image, text)
@@ -272,7 +271,7 @@ def find_own(given: str) -> Path | None:
 
 
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of what `load_model` reads, as a model's identity; empty for fresh weights.
+    """The xxh3 of what `load_encoders` reads, as a model's identity; empty for fresh weights.
 
     Of adapters of peft's it is theirs, the word on, and their base's. Raises as `find_source`.
     """
@@ -374,7 +373,7 @@ def _adapted_source(given: str, find: _Files, towers: _Towers) -> Source:
         if any(tensor.is_meta for tensor in adapters.values()):
             return base.outline()
         assert base.file is not None
-        weights = _by_own_names(base.file)
+        weights = _read_tensors(base.file)
         return base.rename(adapter_folders.with_adapters(weights, adapters, folder))
 
     return dataclasses.replace(
@@ -644,10 +643,6 @@ def _first_of(folder: Path, names: Sequence[str]) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(f"{folder} has no weights: expected one of {', '.join(names)}")
-
-
-def _by_own_names(path: Path) -> dict[str, Tensor]:
-    return load_file(path) if path.suffix == ".safetensors" else _read_tensors(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unicl_fast.batch import EvaluationLoader, send
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.conversion.initial import load_model
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging, refused_together
 from unicl_fast.distributed.ranks import (
@@ -180,7 +180,7 @@ def model_on_ranks(
         # a run may have written another one since this rank looked
         checkpoint = from_rank_0(str(checkpoint), ranks)
         with line(f"loading {checkpoint}"):
-            model = load_model(checkpoint, weights=weights)
+            model = load_encoders(checkpoint, weights=weights)
         on_device(model, chosen, ranks)
         model.config = settle_decoding(model.config, chosen, ranks)
         yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=ranks.is_main)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from unicl_fast.checkpoints.load import Weights
-from unicl_fast.conversion import initial
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.evaluation.features import (
     encode_images,
     encode_token_rows,
@@ -63,7 +63,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto", device: str = "au
         ValueError: damaged, of another architecture than ours can be, without the average that was
             asked for, or no such device.
     """
-    encoders = initial.load_model(path, weights=weights)
+    encoders = load_encoders(path, weights=weights)
     return Model(on_device(encoders, choose_device(device)))
 
 

@@ -197,23 +197,6 @@ def build_text_encoder(config: ModelConfig) -> nn.Module:
     return TextEncoder(config)
 
 
-def text_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """The shapes of a model's tables and first MLP of texts, by which its file is known."""
-    hidden, length = int(config.text_width * config.text_mlp_ratio), config.context_length
-    names = "token_embedding.weight", "positional_embedding", "resblocks.0.mlp.c_fc.bias"
-    if kind := config.text_kind:
-        from unicl_fast.models import transformers_text
-
-        length += transformers_text.unused_positions(kind)
-        names = transformers_text.known_tensors(kind)
-    tokens, positions, bias = (f"text_encoder.{name}" for name in names)
-    return {
-        tokens: [config.vocab_size, config.text_width],
-        positions: [length, config.text_width],
-        bias: [hidden],
-    }
-
-
 class TextEncoder(nn.Module):
     """Token ids to one feature vector a text, before the projection."""
 

@@ -47,14 +47,6 @@ def type_vocab_size(kind: str) -> int:
     return 2 if kind == "bert" else 1
 
 
-def known_tensors(kind: str) -> tuple[str, str, str]:
-    """Names of the tables of tokens and positions, and of the bias that is the MLP's width."""
-    first = "encoder.layer.0.intermediate.dense"
-    if kind == "distilbert":
-        first = "transformer.layer.0.ffn.lin1"
-    return "network.embeddings.word_embeddings.weight", POSITIONS, f"network.{first}.bias"
-
-
 class TransformersTextEncoder(nn.Module):
     """Token ids to one feature vector a text, before the projection, as `TextEncoder`."""
 

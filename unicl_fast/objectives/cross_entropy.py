@@ -59,10 +59,6 @@ class CrossEntropyObjective(LabelObjective):
         torch.nn.init.zeros_(rows[:, -1])
         return {"class_rows": torch.nn.Parameter(rows)}
 
-    def shapes(self) -> dict[str, list[int]]:
-        """The number of rows; the encoder sets their width."""
-        return {"class_rows": [sum(self.num_classes)]}
-
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
         return sum(self.num_classes)
 

@@ -3,8 +3,8 @@
 The trunk (model, loader, step, trainer, checkpoints) asks an `Objective` and never names one; each
 is a file of its own, found by `registry.OBJECTIVES`. docs/objectives.md shows how to add one.
 
-The options of a command line are read from these classes, before torch may be imported. So
-files of objectives import torch and NumPy inside methods.
+Options are read from these classes, and `--help` must not wait seconds for torch: so the files of
+objectives import torch and NumPy inside methods.
 """
 
 from __future__ import annotations
@@ -86,10 +86,6 @@ class Objective:
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
         """Parameters besides encoders and projections, by the names that checkpoints keep."""
-        return {}
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Leading sizes of the parameters that have any, to be compared before a file is read."""
         return {}
 
     def limit(self, learnt: Mapping[str, Tensor]) -> None:

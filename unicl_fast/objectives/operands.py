@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-if TYPE_CHECKING:  # options are read before torch may be imported
+if TYPE_CHECKING:
     from torch import Tensor
 
     from unicl_fast.distributed.ranks import Ranks

@@ -1,19 +1,20 @@
-"""A trainer from its parts: the model in its place, and the observers of a run."""
+"""Puts a trainer together: settings settled, model placed, observers in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unicl_fast.augmentation import check_views
-from unicl_fast.batch import Loader, ReadingTime
+from unicl_fast.batch import Loader
 from unicl_fast.checkpoints.load import build_model
-from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.compilation import fuse_window_attention
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, place_module, set_device_arithmetic
@@ -21,44 +22,58 @@ from unicl_fast.models.sharding import check_sharding, divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
 from unicl_fast.training.limits import NonfiniteSteps, ReplacedSamples
-from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.micro_batches import check_micro_batches
-from unicl_fast.training.observers import (
-    Checkpoints,
-    DatasetNumbers,
-    LedgerKeeper,
-    RunLog,
-    WeightsAgree,
-)
+from unicl_fast.training.observers import Checkpoints, RunLog, WeightsAgree
 from unicl_fast.training.settle import settle, settle_kernels
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """The settings of a run and the machine that they are settled for."""
+
+    given: TrainConfig
+    """As it was given, which is what is stored."""
+    config: TrainConfig
+    """Settled, except for the kernels, which depend on the model."""
+    ranks: Ranks
+    device: torch.device
+
+
+def set_up(
+    given: TrainConfig,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    datasets: Sequence[PackedDataset] = (),
+    stored: TrainConfig | None = None,
+) -> Setup:
+    """Settles a config and checks it; arguments and errors are those of `settle`."""
+    config = settle(given, device=device, ranks=ranks, datasets=datasets, stored=stored)
+    check_settings(config, ranks)
+    if not config.run.total_steps:
+        raise ValueError("the run has no length: set run.samples or run.steps")
+    return Setup(given=given, config=config, ranks=ranks, device=device)
 
 
 def make_trainer(
     config: TrainConfig,
     loader: Loader,
     *,
-    given: TrainConfig | None = None,
     run_folder: Path | None = None,
     model: UniCL | None = None,
     ranks: Ranks | None = None,
     device: torch.device | None = None,
     evaluations: Mapping[str, Evaluation] | None = None,
     data: Mapping[str, Any] | None = None,
-    dataset_meter: DatasetMeter | None = None,
-    ledger: Ledger | None = None,
-    reading: ReadingTime | None = None,
-    check_run_folder: Callable[[], None] | None = None,
-    progress: bool = True,
     observers: Sequence[Observer] = (),
+    progress: bool = True,
 ) -> Trainer:
     """Builds a trainer for any loader; nothing is trained or written yet.
 
     Args:
         config: the run's settings.
         loader: gives the local batches of this rank.
-        given: the settings before `config` was settled, which are what is stored. None: `config`
-            is as it was given, and is settled here.
         run_folder: where metrics and checkpoints go; None writes nothing.
         model: None builds one from the config.
         ranks: None is one process by itself.
@@ -66,76 +81,64 @@ def make_trainer(
         evaluations: by name; all ranks call them together.
         data: what the run is trained on, in JSON's types; stored in checkpoints and compared when
             a run is resumed.
-        dataset_meter: measures each data set at logging steps.
-        ledger: records the samples of every step.
-        reading: how long the loader waits for storage, where it says so.
-        check_run_folder: is called before rank 0 writes a checkpoint, and raises if another
-            process has taken the run folder over (`atomic_files.sole_writer`).
+        observers: follow the run too, after the usual ones and before checkpoints are written.
         progress: show a progress bar on rank 0.
-        observers: others that follow the run, after the usual ones.
 
     Raises:
         ValueError: settings that cannot work together, or with this number of ranks.
     """
     ranks = ranks or Ranks()
-    check_settings(config, ranks)
-    if not config.run.total_steps:
-        raise ValueError("the run has no length: set run.samples or run.steps")
     device = device or choose_device(config.run.device, local_rank=ranks.local_rank)
-    if given is None:
-        given, config = config, settle(config, device=device, ranks=ranks)
-    model = model or build_model(config)
-    config = settle_kernels(config, model, device, ranks)
-    check_sharding(config.efficiency, optimizer=config.optim.name)
+    setup = set_up(config, ranks=ranks, device=device)
+    model = model or build_model(setup.config)
+    folder = run_folder
+    return assemble(setup, model, loader, folder, evaluations, data, observers, progress=progress)
+
+
+def assemble(
+    setup: Setup,
+    model: UniCL,
+    loader: Loader,
+    run_folder: Path | None,
+    evaluations: Mapping[str, Evaluation] | None,
+    data: Mapping[str, Any] | None,
+    observers: Sequence[Observer],
+    *,
+    progress: bool,
+) -> Trainer:
+    """As `make_trainer`, for settled settings and a model that has its first weights."""
+    ranks, device = setup.ranks, setup.device
+    config = settle_kernels(setup.config, model, device, ranks)
     model.config = config
     freeze(model)
     if any(stage.efficiency.micro_batch_size for stage in config.settings_of_stages):
         check_micro_batches(model)
     _place(model, config, device, ranks)
-    stored = config_to_dict(given)
-    following = _usual_observers(config, stored, ranks, run_folder, reading, progress=progress)
-    following += observers
-    if dataset_meter is not None:
-        following.append(DatasetNumbers(dataset_meter))
-    if ledger is not None:
-        following.append(LedgerKeeper(ledger))
+    usual = [
+        RunLog(config.run.trackers, run_folder, ranks=ranks, progress=progress),
+        WeightsAgree(),
+        NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=run_folder),
+        ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=run_folder),
+    ]
+    last: list[Observer] = []
     if run_folder is not None:
-        keep, check = config.checkpoint.keep, check_run_folder
-        following.append(
-            Checkpoints(run_folder, keep=keep, given=stored, ranks=ranks, check_run_folder=check)
-        )
+        last = [Checkpoints(run_folder, keep=config.checkpoint.keep, ranks=ranks)]
     return Trainer(
         config,
         model,
         loader,
+        given=setup.given,
         ranks=ranks,
         evaluations=evaluations or {},
         data=data or {},
-        observers=following,
+        observers=[*usual, *observers, *last],
     )
-
-
-def _usual_observers(
-    config: TrainConfig,
-    given: Mapping[str, Any],
-    ranks: Ranks,
-    folder: Path | None,
-    reading: ReadingTime | None,
-    *,
-    progress: bool,
-) -> list[Observer]:
-    trackers = config.run.trackers
-    return [
-        RunLog(trackers, folder, given=given, ranks=ranks, reading=reading, progress=progress),
-        WeightsAgree(),
-        NonfiniteSteps(config.run, sources=config.data.train, ranks=ranks, run_folder=folder),
-        ReplacedSamples(config.data.max_bad_fraction, config.run.spans, run_folder=folder),
-    ]
 
 
 def check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses (ValueError) settings that cannot work together, before anything is built."""
     check_views(config.data.augment, config.objective.num_views, name=config.objective.name)
+    check_sharding(config.efficiency, optimizer=config.optim.name)
     for stage in config.settings_of_stages:
         stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
 

@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 
-from unicl_fast.checkpoints.load import Initialise, build_model, read_state
-from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig, config_to_dict
+from unicl_fast.checkpoints.load import build_model, read_state
+from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.dataset.feature_files import FeatureFile
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.sharding import check_sharding
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.feature_loader import FeatureLoader
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import free_memory
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
-from unicl_fast.training.assembly import make_trainer
+from unicl_fast.training.assembly import Setup, assemble, set_up
 from unicl_fast.training.data import (
     build_prompts,
     cache_options,
@@ -45,14 +46,21 @@ from unicl_fast.training.data import (
 )
 from unicl_fast.training.memory_plan import check_memory, check_sizes
 from unicl_fast.training.metrics import DatasetMeter
-from unicl_fast.training.observers import ContactSheet
-from unicl_fast.training.settle import settle
+from unicl_fast.training.observers import (
+    ContactSheet,
+    DatasetNumbers,
+    LedgerKeeper,
+    SoleWriter,
+)
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import stored_features
-from unicl_fast.training.trainer import Evaluation, Trainer
+from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
 BuildLoader = Callable[..., PlannedLoader]
 """Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+Initialise = Callable[[UniCL, Ranks], None]
+"""Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
+together."""
 Evaluate = Callable[..., Mapping[str, float]]
 """Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
 and ranks."""
@@ -94,12 +102,14 @@ def build_trainer(
     encoded. The other arguments are those of `run.pretrain` and of `make_trainer`. Raises as
     `pretrain` does.
     """
-    given = config
     state = None if checkpoint is None else read_state(checkpoint, ranks)
-    data = _open_data(given, device, ranks, None if state is None else state.config)
-    config = data.config
+    datasets, weights = open_checked(config)
+    stored = None if state is None else state.config
+    setup = set_up(config, ranks=ranks, device=device, datasets=datasets, stored=stored)
+    data = _check_data(setup, datasets, weights)
+    config = setup.config
     mark("planning memory", patience=START_PATIENCE)
-    _check_memory_of_stages(config, longest_text(data.datasets, data.prompts), ranks, device)
+    _check_memory_of_stages(setup, longest_text(data.datasets, data.prompts))
     mark("building the model", patience=START_PATIENCE)
     model = build_model(config)
     has_all = state is not None and not state.base
@@ -120,26 +130,23 @@ def build_trainer(
         loaders = _build_loaders(data, functools.partial(build, weights=data.weights))
     loader = _in_stages(loaders, config)
     sheet = _contact_sheet(run_folder, data, ranks)
-    trainer = make_trainer(
-        config,
+    evaluations = _build_evaluations(data, ranks, evaluate)
+    names = distinct_names([dataset.location for dataset in datasets], may_repeat=True)
+    meter = DatasetMeter(names, epochs=loader.plan.epochs, datasets=datasets)
+    observers: list[Observer] = [sheet, DatasetNumbers(meter)]
+    if keeps_ledger:
+        observers.append(LedgerKeeper(_build_ledger(run_folder, data, loader.plan, ranks)))
+    if check_run_folder is not None:
+        observers.append(SoleWriter(check_run_folder))
+    trainer = assemble(
+        setup,
+        model,
         loader,
-        given=given,
-        run_folder=run_folder,
-        model=model,
-        ranks=ranks,
-        device=device,
-        evaluations=_build_evaluations(data, ranks, evaluate),
-        data=data.description,
-        dataset_meter=DatasetMeter(
-            distinct_names([dataset.location for dataset in data.datasets], may_repeat=True),
-            epochs=loader.plan.epochs,
-            datasets=data.datasets,
-        ),
-        ledger=_build_ledger(run_folder, data, loader.plan, ranks) if keeps_ledger else None,
-        reading=loader.reading,
-        check_run_folder=check_run_folder,
+        run_folder,
+        evaluations,
+        data.description,
+        observers,
         progress=progress,
-        observers=[sheet],
     )
     if checkpoint is not None:
         mark("reading the checkpoint", patience=START_PATIENCE)
@@ -178,19 +185,17 @@ def _contact_sheet(run_folder: Path, data: RunData, ranks: Ranks) -> ContactShee
 
 def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens the data and refuses what the model cannot take."""
-    check_sharding(config.efficiency, optimizer=config.optim.name)
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, config)
     return datasets, weights
 
 
-def _open_data(
-    config: TrainConfig, device: torch.device, ranks: Ranks, stored: TrainConfig | None
+def _check_data(
+    setup: Setup, datasets: list[PackedDataset], weights: list[float] | None
 ) -> RunData:
-    """Opens the data on all ranks, and settles the config."""
-    datasets, weights = open_checked(config)
-    config = settle(config, device=device, ranks=ranks, datasets=datasets, stored=stored)
+    """Describes the data and makes prompts; all ranks must have the same data and settings."""
+    config, ranks = setup.config, setup.ranks
     if config.objective.uses_texts:
         for dataset in datasets:
             log_cut_captions(dataset, config.model.context_length)
@@ -228,10 +233,9 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
     )
 
 
-def _check_memory_of_stages(
-    config: TrainConfig, longest: int, ranks: Ranks, device: torch.device
-) -> None:
+def _check_memory_of_stages(setup: Setup, longest: int) -> None:
     """Refuses sizes that the encoder cannot take, and stages that cannot fit, on all ranks."""
+    config, ranks, device = setup.config, setup.ranks, setup.device
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
         if config.run.stages:

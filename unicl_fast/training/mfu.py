@@ -1,32 +1,23 @@
-"""Model FLOP/s utilisation: the products that a step needs, beside those that the device could do.
+"""Model FLOP/s utilisation on a GPU: the FLOPs that a step needs over those of the GPU's peak.
 
-The products are those of the plain step (Chowdhery et al., arXiv 2204.02311, appendix B): what
-activation checkpointing or micro-batches compute once more does not count, nor does padding to
-rounded sizes. torch's counter counts the forward pass of a second model of fake tensors, which has
-no content, so the run's model, its random numbers and its results are left alone. The backward pass
-is taken for twice as much, once for each operand; frozen parts have none.
+The FLOPs are the plain step's (Chowdhery et al., arXiv 2204.02311, appendix B): recomputation by
+activation checkpointing or micro-batches does not count, nor does padding to rounded sizes. torch's
+counter watches a copy of the model that holds fake tensors (shapes without content), so the run's
+own model and results are not touched.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
 import re
-import time
-from collections.abc import Callable
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.freezing import is_trained
 from unicl_fast.models.precision import Precision
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.memory_plan import build_on_meta
 
 logger = logging.getLogger(__name__)
@@ -46,148 +37,77 @@ _TERAFLOPS: dict[str, tuple[float, float]] = {
     "V100-PCIE": (112, 14),
     "T4": (65, 8.1),
 }
-"""Peaks by a part of the device's name, in 16 bits with sums in fp32 and in fp32: NVIDIA's data
-sheets. Those of tensor cores are without sparsity, half of what data sheets since Hopper print."""
+"""Peaks by a part of the device's name, in 16 bits with sums in fp32 and in fp32, from NVIDIA's
+sheets. Tensor cores are counted without sparsity: half of what sheets since Hopper print."""
 _WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4")
-"""GPUs before Ampere, where the switch does nothing. The other ones have half of the peak of 16
-bits in TF32."""
-_MEASURED_SECONDS, _FEWEST_TURNS = 0.2, 3
-_SHORT_SECONDS, _LARGEST_SIZE = 0.02, 4096
-"""Products on a CPU are made larger while they take less time, up to a size."""
+"""GPUs before Ampere, which have no TF32. The TF32 peak of all others is half of the 16-bit one."""
 
 
-class Utilisation:
-    """Gives `mfu` for lines of metrics; what cannot be known is logged once and left out."""
+def seconds_at_peak(config: TrainConfig, batch: Batch, device: torch.device) -> float | None:
+    """The time that a rank's step would take at the GPU's peak; `mfu` is its part of the real time.
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        """Counts nothing yet; `config` is the run's, with its precision resolved."""
-        self._config, self._device = config, device
-        self._step_seconds_at_peak: float | None = None
-        self._is_known = True
-
-    def values(self, batch: Batch, *, step_seconds: float) -> dict[str, float]:
-        """`mfu`, the part of the device's peak, or nothing; the first call counts and measures.
-
-        Args:
-            batch: a local batch whose size is that of all; the first one's texts stand for others.
-            step_seconds: a step's mean time.
-        """
-        if self._step_seconds_at_peak is None and self._is_known:
-            try:
-                self._step_seconds_at_peak = self._measure(batch)
-            except Exception as error:  # of an encoder that runs on no fake tensors; no run ends
-                logger.warning("no mfu in the metrics: %s: %s", type(error).__name__, error)
-            self._is_known = self._step_seconds_at_peak is not None
-        if self._step_seconds_at_peak is None:
-            return {}
-        return {"mfu": self._step_seconds_at_peak / step_seconds}
-
-    def _measure(self, batch: Batch) -> float | None:
-        precision = Precision(self._config.efficiency.precision)
-        if self._device.type == "cuda":
-            name = torch.cuda.get_device_name(self._device)
-            # auto takes no TF32 with fp32
-            tf32 = precision.name == "tf32"
-            peak = peak_of_gpu(name, precision.compute_type, tf32=tf32)
-            if peak is None:
-                logger.info("no mfu in the metrics: the peak of %s is not known", name)
-                return None
-        else:
-            peak = measured_peak(precision.compute_type, torch.get_num_threads())
-        cuda = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):  # which building a model seeds
-            flops = flops_of_step(self._config, batch)
-        logger.info(
-            "a step needs %.3g TFLOP on a rank; mfu is relative to %.3g TFLOP/s",
-            flops / 1e12, peak / 1e12,
-        )  # fmt: skip
-        return flops / peak
+    None on a CPU, and, with a line in the log, for an unknown GPU or an encoder that cannot be
+    counted. `config` is the run's, or a stage's, with its precision resolved.
+    """
+    if device.type != "cuda":
+        return None
+    name, precision = torch.cuda.get_device_name(device), Precision(config.efficiency.precision)
+    peak = peak_of_gpu(name, precision.compute_type, tf32=precision.name == "tf32")
+    if peak is None:
+        logger.info("no mfu in the metrics: the peak of %s is not known", name)
+        return None
+    try:
+        with torch.random.fork_rng(devices=[device]):  # building a model seeds them
+            flops = flops_of_step(config, batch)
+    except Exception as error:  # some encoders do not run on fake tensors; that must end no run
+        logger.warning("no mfu in the metrics: %s: %s", type(error).__name__, error)
+        return None
+    logger.info(
+        "a step needs %.3g TFLOP on a rank; mfu is relative to %.3g TFLOP/s",
+        flops / 1e12, peak / 1e12,
+    )  # fmt: skip
+    return flops / peak
 
 
 def flops_of_step(config: TrainConfig, batch: Batch) -> float:
-    """Floating-point operations of one rank's step on such a batch, forward and backward.
-
-    What `optim.freeze` names has no backward pass, whatever the step.
-    """
-    efficiency = dataclasses.replace(config.efficiency, activation_checkpointing=False)
-    model = build_on_meta(dataclasses.replace(config, efficiency=efficiency), "cuda")
+    """Floating-point operations of one rank's step on such a batch, forward and backward."""
+    model = build_on_meta(config.changed(efficiency={"activation_checkpointing": False}), "cuda")
     for module in model.modules():
         if hasattr(module, "fused_attn"):  # the counter does not know the CPU's fused kernel
             module.fused_attn = False  # type: ignore[assignment]
     views = 1 if batch.second_images is None else 2
-    num_rows, num_texts, of_texts = views * batch.batch_size, 0, 0
-    weight_type = Precision(efficiency.precision).weight_type
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    lengths = batch.texts.lengths
+    num_rows = views * batch.batch_size
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
         model.to_empty(device="cpu").eval()
+        if (tokens := model.drop_path_key.tokens) is not None:  # leaves some out in training only
+            model.set_drop_path_key(step=batch.step, global_index=torch.zeros(num_rows).long())
+            tokens.train()
         side = config.data.image_size
         shape = (3, side, side) if batch.images.ndim == 4 else batch.images.shape[1:]
-        shown = torch.empty(1, *shape, dtype=weight_type)
-        if (tokens := model.drop_path_key.tokens) is not None:
-            model.set_drop_path_key(step=batch.step, global_index=torch.zeros(1, dtype=torch.int64))
-            tokens.train()
-        of_image, features = _count(model, "image", lambda: model.encode_image(shown))
+        weight_type = Precision(config.efficiency.precision).weight_type
+        images = model.encode_image(torch.empty(num_rows, *shape, dtype=weight_type))
+        features = [images]
         if model.text_encoder is not None:
-            rows, num_tokens = _fake_texts(config, batch)
-            num_texts = len(rows)
-            of_texts, _ = _count(model, "text", lambda: model.encode_text(rows, num_tokens))
+            rows = torch.empty(len(lengths), int(lengths.max()), dtype=torch.int64)
+            features.append(model.encode_text(rows, int(lengths.sum())))
+        trained = [one for one in features if one.requires_grad]
+        torch.autograd.backward(trained, [torch.ones_like(one) for one in trained])
     world_size = config.run.global_batch_size // batch.batch_size
     num_columns = config.objective.num_columns(
-        num_images=world_size * batch.batch_size, num_texts=world_size * num_texts
+        num_images=world_size * batch.batch_size,
+        num_texts=world_size * len(lengths) * (len(features) - 1),
     )
-    sides = is_trained(model, "image"), model.text_encoder is None or is_trained(model, "text")
-    logits = (1 + sum(sides)) * 2 * num_rows * num_columns * features.shape[1]
-    return float(num_rows * of_image + of_texts + logits)
-
-
-def _count(
-    model: UniCL, tower: Literal["image", "text"], encode: Callable[[], Tensor]
-) -> tuple[int, Tensor]:
-    """Operations of a tower, forward and backward, and the features that it makes."""
-    frozen, begun = 0, 0
-
-    def begin(*_: object) -> None:
-        nonlocal begun
-        begun = counter.get_total_flops()
-
-    def end(*_: object) -> None:
-        nonlocal frozen
-        frozen += counter.get_total_flops() - begun
-
-    handles = [module.register_forward_pre_hook(begin) for module in model.frozen.modules]
-    handles += [module.register_forward_hook(end) for module in model.frozen.modules]
-    with FlopCounterMode(display=False) as counter:
-        features = encode()
-    for handle in handles:
-        handle.remove()
-    forward = counter.get_total_flops()
-    return int(frozen + _passes(model, tower) * (forward - frozen)), features
-
-
-def _passes(model: UniCL, tower: Literal["image", "text"]) -> float:
-    """Forward passes that forward and backward of a tower take, but for what is frozen whole.
-
-    A layer below an adapter has no gradient of its weight, and takes two.
-    """
-    if not is_trained(model, tower):
-        return 1
-    frozen = {one for module in model.frozen.modules for one in module.modules()}
-    layers = [
-        module.weight
-        for module in getattr(model, f"{tower}_encoder").modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and module not in frozen
-    ]
-    trained = sum(weight.numel() for weight in layers if weight.requires_grad)
-    return 2 + trained / sum(map(torch.numel, layers)) if layers else 3
-
-
-def _fake_texts(config: TrainConfig, batch: Batch) -> tuple[Tensor, int | None]:
-    """Texts of the sizes of a batch's, as `texts_to_encode` gives them, and how many tokens."""
-    lengths = batch.texts.lengths
-    return torch.empty(len(lengths), int(lengths.max()), dtype=torch.int64), int(lengths.sum())
+    # logits, and the gradient of each of their two operands
+    products = 1 + (images.requires_grad) + (len(features) == 1 or features[-1].requires_grad)
+    return float(
+        counter.get_total_flops() + products * 2 * num_rows * num_columns * images.shape[1]
+    )
 
 
 def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> float | None:
-    """FLOP/s of a GPU by its name and the type that it computes in; None where they are unknown.
+    """FLOP/s of a GPU by its name and the type that it computes in; None if they are unknown.
 
     `tf32` is whether products of fp32 may be computed in TF32.
     """
@@ -199,22 +119,3 @@ def peak_of_gpu(name: str, compute_type: torch.dtype, *, tf32: bool = False) -> 
                 return 1e12 * narrow
             return 1e12 * (narrow / 2 if tf32 and part not in _WITHOUT_TF32 else wide)
     return None
-
-
-@functools.lru_cache(maxsize=4)
-def measured_peak(compute_type: torch.dtype, num_threads: int) -> float:
-    """FLOP/s of square products on the CPU, with the threads that the process has.
-
-    The best of some turns and sizes: on a busy machine threads wait for each other in most turns.
-    """
-    size, best, turns = 512, 0.0, 0
-    deadline = time.perf_counter() + _MEASURED_SECONDS
-    while turns < _FEWEST_TURNS or time.perf_counter() < deadline:
-        left = torch.ones(size, size, dtype=compute_type)
-        begun = time.perf_counter()
-        left @ left
-        seconds = time.perf_counter() - begun
-        best, turns = max(best, 2 * size**3 / seconds), turns + 1
-        if seconds < _SHORT_SECONDS and size < _LARGEST_SIZE:
-            size *= 2
-    return best

@@ -11,15 +11,15 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from unicl_fast.batch import Batch, ReadingTime
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import choose_best_metric
 from unicl_fast.checkpoints.state import collect_tensors, describe_state
 from unicl_fast.checkpoints.writer import CheckpointWriter
 from unicl_fast.config import TrackerName
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.system.atomic_files import make_folder
@@ -36,8 +36,8 @@ from unicl_fast.training.metrics import (
     lines_until,
     read_metrics,
 )
-from unicl_fast.training.mfu import Utilisation
-from unicl_fast.training.trackers import Trackers, require_trackers
+from unicl_fast.training.mfu import seconds_at_peak
+from unicl_fast.training.trackers import TrackedRun, Trackers, require_trackers
 from unicl_fast.training.trainer import COMPILING_STEPS, Observer, Trainer
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,7 @@ class RunLog(Observer):
         trackers: Sequence[TrackerName],
         folder: Path | None,
         *,
-        given: Mapping[str, Any],
         ranks: Ranks,
-        reading: ReadingTime | None = None,
         progress: bool = True,
     ) -> None:
         """Opens nothing yet.
@@ -64,20 +62,19 @@ class RunLog(Observer):
         Args:
             trackers: their names, as `run.trackers` has them.
             folder: the run folder; None writes nothing.
-            given: the config before it was settled (`config_to_dict`), for trackers.
             ranks: the ranks of the run.
-            reading: how long the loader waits for storage, where it says so.
             progress: show a progress bar.
         """
         if folder is not None:
             require_trackers(trackers)
         self._folder = folder if ranks.is_main else None
-        self._is_main, self._given, self._reading = ranks.is_main, given, reading
+        self._is_main = ranks.is_main
         self._shows_progress = progress and ranks.is_main
         self._metrics: MetricsWriter | None = None
         self._bar: Bar | None = None
         self._watch: BottleneckWatch | None = None
-        self._utilisation: tuple[object, Utilisation] | None = None
+        self._seconds_at_peak: dict[int, float | None] = {}
+        """Of a step, by the number of its stage."""
         self._results: set[str] | None = None
         self._last_line = 0
         """The step of the last line."""
@@ -105,7 +102,8 @@ class RunLog(Observer):
                 run.config.data,
                 ranks=run.ranks,
                 on_gpu=run.device.type == "cuda",
-                reading=self._reading,
+                # loaders of others do not say how long they wait for storage
+                reading=getattr(run.loader, "reading", None),
             )
             yield
 
@@ -113,14 +111,8 @@ class RunLog(Observer):
         make_folder(folder)
         lines = read_metrics(folder) if (folder / METRICS_NAME).is_file() else []
         self._results = {key for line in lines if line["step"] == run.step for key in line}
-        trackers = Trackers(
-            run.config.run.trackers,
-            folder,
-            run_id=run.run_id,
-            config=self._given,
-            start_step=run.step,
-            lines=lines,
-        )
+        tracked = TrackedRun(folder, run.run_id, config_to_dict(run.given), run.step)
+        trackers = Trackers(run.config.run.trackers, tracked)
         self._metrics = MetricsWriter(folder, start_step=run.step, trackers=trackers)
 
     def _close(self) -> None:
@@ -133,14 +125,14 @@ class RunLog(Observer):
             self._bar.update()
 
     def on_log(self, run: Trainer, batch: Batch, values: dict[str, float]) -> None:
-        """Writes and shows the line, with the device's utilisation."""
+        """Writes and shows the line, with the GPU's utilisation."""
         if not self._is_main:
             return
         step = int(values["step"])
         if self._metrics is not None:
             if step - run.compiled_from > COMPILING_STEPS:
                 run.begin("checks")
-                values |= self._of_stage(run).values(batch, step_seconds=values["step_seconds"])
+                values |= self._utilisation(run, batch, step_seconds=values["step_seconds"])
                 run.begin("other")
             self._metrics.write(values)
         if self._bar is not None:
@@ -149,11 +141,14 @@ class RunLog(Observer):
         if self._watch is not None and (advice := self._watch.look(values, num_steps=num_steps)):
             logger.warning("%s", advice)
 
-    def _of_stage(self, run: Trainer) -> Utilisation:
-        """Counts the work of a step once for each stage."""
-        if self._utilisation is None or self._utilisation[0] != run.stage:
-            self._utilisation = run.stage, Utilisation(run.stage.config, run.device)
-        return self._utilisation[1]
+    def _utilisation(self, run: Trainer, batch: Batch, *, step_seconds: float) -> dict[str, float]:
+        """`mfu` if it is known; the work of a step is counted once for each stage."""
+        number = run.stage.span.number
+        if number not in self._seconds_at_peak:
+            at_peak = seconds_at_peak(run.stage.config, batch, run.device)
+            self._seconds_at_peak[number] = at_peak
+        at_peak = self._seconds_at_peak[number]
+        return {} if at_peak is None else {"mfu": at_peak / step_seconds}
 
     def on_evaluation(self, run: Trainer, values: Mapping[str, float]) -> None:
         if self._metrics is None:
@@ -255,6 +250,18 @@ class ContactSheet(Observer):
                 draw_contact_sheet(batch, self._path, names, tokenizer=tokenizer)
 
 
+class SoleWriter(Observer):
+    """Ends a run whose folder another process has taken over, before its next checkpoint."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check` raises if it was taken over (`atomic_files.sole_writer`)."""
+        self._check = check
+
+    def allows_save(self, *, required: bool) -> bool:
+        self._check()
+        return True
+
+
 class WeightsAgree(Observer):
     """Ends a run in which a rank's weights have silently parted from the others'."""
 
@@ -269,26 +276,15 @@ class WeightsAgree(Observer):
 class Checkpoints(Observer):
     """Writes checkpoints into the run folder, and keeps the newest and the best."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep: int,
-        given: Mapping[str, Any],
-        ranks: Ranks,
-        check_run_folder: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, keep: int, ranks: Ranks) -> None:
         """Writes nothing yet.
 
         Args:
             folder: the run folder.
             keep: how many of the newest stay; 0 keeps all.
-            given: the config before it was settled (`config_to_dict`).
             ranks: the ranks of the run; rank 0 writes.
-            check_run_folder: is called before a checkpoint is written, and raises if another
-                process has taken the run folder over (`atomic_files.sole_writer`).
         """
-        self._folder, self._given, self._check = folder, given, check_run_folder
+        self._folder = folder
         self._writer = (
             CheckpointWriter(folder / "checkpoints", keep=keep) if ranks.is_main else None
         )
@@ -315,10 +311,8 @@ class Checkpoints(Observer):
         )
         if self._writer is None:
             return
-        if self._check is not None:
-            self._check()
         state = describe_state(
-            given=self._given,
+            given=config_to_dict(run.given),
             settled=run.config,
             optimizer=run.optimizer,
             scaler=run.scaler,

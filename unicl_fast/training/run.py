@@ -14,8 +14,9 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
-from unicl_fast.checkpoints.load import Initialise, find_checkpoint, find_sound_checkpoint
-from unicl_fast.config import TrainConfig, config_to_dict, settled_values
+from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint
+from unicl_fast.config import TrainConfig
+from unicl_fast.config_json import config_to_dict
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.distributed.launch import (
     configure_logging,
@@ -35,6 +36,7 @@ from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
     BuildLoader,
     Evaluate,
+    Initialise,
     build_trainer,
     evaluation_names,
     open_checked,
@@ -139,13 +141,11 @@ def pretrain(
             checkpoint=checkpoint,
             encodes_features=not dry_run,
         )
-        given = config_to_dict(config)
-        settled = settled_values(given, trainer.config)
-        for line in describe_run(trainer, run_folder, settled=settled, origin=origin):
+        for line in describe_run(trainer, run_folder, origin=origin):
             logger.info("%s", line)
         if ranks.is_main and not dry_run:
             make_folder(run_folder)
-            text = json.dumps(given, indent=1)
+            text = json.dumps(config_to_dict(config), indent=1)
             write_text_atomically(run_folder / "config.json", text + "\n")
             write_log_to(run_folder / LOG_NAME)
         _train_and_report(trainer, run_folder, dry_run=dry_run)

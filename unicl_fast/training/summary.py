@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from unicl_fast.config_json import config_to_dict, settled_values
 from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.trainer import Trainer
 
 
-def describe_run(
-    trainer: Trainer,
-    run_folder: Path,
-    *,
-    settled: Mapping[str, Mapping[str, Any]],
-    origin: str = "",
-) -> list[str]:
+def describe_run(trainer: Trainer, run_folder: Path, *, origin: str = "") -> list[str]:
     """Returns the summary, a line for each subject.
 
-    `run_folder` is where the run is saved, `settled` what was left open in settings (by group and
-    name), and `origin` where those come from.
+    `run_folder` is where the run is saved, `origin` where its settings come from.
     """
     config = trainer.config
+    settled = settled_values(config_to_dict(trainer.given), config)
     choices = [f"{g}.{name}={one}" for g in settled for name, one in settled[g].items()]
     evaluated = ", ".join(map(without_secrets, config.data.evaluate))
     evaluated += f", {_every(config.run.evaluate_every_steps)}" if evaluated else "nothing"

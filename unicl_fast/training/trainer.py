@@ -123,6 +123,7 @@ class Trainer:
         model: UniCL,
         loader: Loader,
         *,
+        given: TrainConfig,
         ranks: Ranks,
         evaluations: Mapping[str, Evaluation],
         data: Mapping[str, Any],
@@ -134,6 +135,7 @@ class Trainer:
             config: the run's settings, as `settle` has left them.
             model: already on its device, frozen as `optim.freeze` says, not compiled.
             loader: gives the local batches of this rank.
+            given: the settings before they were settled, which are what is stored.
             ranks: the ranks of the run.
             evaluations: by name; all ranks call them together.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
@@ -141,6 +143,7 @@ class Trainer:
             observers: take part in this order.
         """
         self.config, self.model, self.loader, self.ranks = config, model, loader, ranks
+        self.given = given
         self.evaluations, self.data, self.observers = dict(evaluations), dict(data), observers
         self.device = model.device
         self.run_id: str = from_rank_0(secrets.token_hex(8), ranks)

@@ -1,0 +1,80 @@
+"""A config as JSON: config.json of a run folder, the state of a checkpoint, an export.
+
+What was given and what was settled are stored apart: a run that resumes settles its kernels anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.system.checked_fields import from_json_values
+from unicl_fast.system.untrusted_files import read_json
+from unicl_fast.system.wording import without_secrets
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Returns plain nested dictionaries, as stored in config.json: URLs without their secrets."""
+    values = dataclasses.asdict(config)
+    for name in ("train", "evaluate"):
+        values["data"][name] = tuple(map(without_secrets, values["data"][name]))
+    return values
+
+
+def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Differences between a config, of `config_to_dict`, and its settled form, by group and name.
+
+    Threads are left out: they are those of one rank's machine.
+    """
+    after = config_to_dict(settled)
+    after["data"]["threads"] = given["data"]["threads"]
+    changes = {
+        group: {name: one for name, one in after[group].items() if given[group].get(name) != one}
+        for group in after
+    }
+    return {group: values for group, values in changes.items() if values}
+
+
+def with_settled(given: Any, changes: Any) -> TrainConfig:
+    """A settled config, from `config_to_dict` of the given one and from `settled_values`.
+
+    Raises:
+        ValueError: as `config_from_dict`.
+    """
+    if not isinstance(changes, dict) or not all(isinstance(one, dict) for one in changes.values()):
+        raise ValueError(f"settled must hold groups of settings, not {changes!r:.100}")
+    values = config_to_dict(config_from_dict(given))
+    return config_from_dict(values | {name: values.get(name, {}) | one
+                                      for name, one in changes.items()})  # fmt: skip
+
+
+def config_from_dict(values: Any) -> TrainConfig:
+    """Rebuilds a config from `config_to_dict`'s result or its JSON.
+
+    Raises:
+        ValueError: a group or field that this version does not know, or a value out of range.
+    """
+    try:
+        return from_json_values(TrainConfig, values)
+    except ValueError as error:
+        hint = ""
+        if "not a field of this version" in str(error):
+            hint = ". What another version has written is continued or exported by that version"
+        raise ValueError(f"config: {error}{hint}") from error
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads a config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not a config of this version.
+    """
+    values = read_json(path)
+    try:
+        return config_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
