@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from loader_runs import assert_same
 from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
+from waiting import wait_until
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -38,7 +38,7 @@ BATCH = 12
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01), ("ANSWER_SECONDS", 2)):
+    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01)):
         monkeypatch.setattr(object_store, name, value)
     empty()
     yield
@@ -202,7 +202,9 @@ def test_what_comes_is_fetched_before_it_is_asked_for(
 ) -> None:
     read_ahead_by(monkeypatch, 1200)
     (remote,) = opened([raw], tmp_path, block_bytes=16_384)
+    blocks = remote.blocks_of(np.arange(len(remote)))
     names = set()
+    FaultyStore.reads.clear()
 
     def spoil(path: str, data: bytes) -> bytes:
         names.add(threading.current_thread().name)
@@ -213,14 +215,9 @@ def test_what_comes_is_fetched_before_it_is_asked_for(
     loader = TrainLoader(config, [remote], None, ClassPrompts([((), ())], tokenizer))
     batches = loader.batches(0)
     next(batches)
-    for _ in range(200):
-        count = len(FaultyStore.reads)
-        time.sleep(0.05)
-        if len(FaultyStore.reads) == count:
-            break
-    FaultyStore.reads.clear()
+    wait_until(lambda: len(FaultyStore.reads) >= len(blocks))
     list(itertools.islice(batches, 40))
-    assert not FaultyStore.reads
+    assert len(FaultyStore.reads) == len(blocks)
     assert names <= {"unicl-read-ahead", "unicl-feed_0"}
     loader.close()
     assert "unicl-read-ahead" not in {thread.name for thread in threading.enumerate()}
