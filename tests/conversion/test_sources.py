@@ -223,16 +223,6 @@ def test_a_folder_of_open_clip_is_loaded_and_trained_by_its_name(
     train_one_step(config, real_images(shared_data, 3), tmp_path)
 
 
-def test_settings_that_differ_from_the_source_are_refused_in_one_sentence(like_clip: Path) -> None:
-    config = config_by_name(like_clip, "--model.text-width", "64", "--data.image-size", "96")
-    assert config.data.image_size == 96  # tables are resized
-    with pytest.raises(
-        ValueError, match=r"text_width is 64 and its is 32\. Leave out --mo"
-    ) as error:
-        initialise(build_model(config))
-    assert "\n" not in str(error.value)
-
-
 def test_a_file_of_settings_may_name_the_source_and_a_preset_s_own_makes_room(
     like_clip: Path, tmp_path: Path
 ) -> None:
@@ -319,14 +309,6 @@ def test_arguments_of_a_model_of_timm_are_taken_or_refused(tmp_path: Path) -> No
     values = {"model_args": {"global_pool": "max"}}
     folder = _timm_folder(tmp_path / "resnet", "test_resnet", tensors, **values)
     with pytest.raises(ValueError, match="resnet.*no encoder with model_args global_pool='max'"):
-        load_model(folder)
-
-
-def test_a_network_that_pools_in_another_way_is_refused(tmp_path: Path) -> None:
-    vision = {"timm_model_name": "test_resnet", "timm_pool": "max", "image_size": 32}
-    model_cfg = SMALL_MODELS["gelu"] | {"vision_cfg": vision}
-    folder = write_folder(draw_open_clip(model_cfg), model_cfg, tmp_path / "max")
-    with pytest.raises(ValueError, match="pools by 'max', timm's by 'avg'"):
         load_model(folder)
 
 
@@ -440,10 +422,7 @@ def test_weights_in_several_files_are_read_through_their_index(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"file": "../model-00001-of-00002.safetensors"},
-            r"is in '\.\./model.*expected the name of",
-        ),
+        ({"file": "../model-00001.safetensors"}, r"is in '\.\./model.*expected the name of"),
         ({"file": "/etc/passwd"}, "expected the name of a file beside it"),
         ({"file": 5}, "expected the name of a file beside it"),
         ({"file": "model-00077-of-00078.safetensors"}, "names model-00077-of.*is not there"),
@@ -578,17 +557,10 @@ def _write_siglip(folder: Path, *, unused: int = 0) -> Path:
 @pytest.mark.dali
 def test_a_model_without_its_tokenizer_is_refused_texts(data: Path, tmp_path: Path) -> None:
     like_siglip = _write_siglip(tmp_path / "siglip")
+    train = ("--data.train", data / "captions", "--out", tmp_path / "x")
     for program, *given in (
         (evaluate, "zero-shot", "--checkpoint", like_siglip, "--data", data / "labels"),
-        (
-            pretrain,
-            "--init",
-            like_siglip,
-            "--data.train",
-            data / "captions",
-            "--out",
-            tmp_path / "x",
-        ),
+        (pretrain, "--init", like_siglip, *train),
     ):
         assert "tokenizer.json is not there: the tokenizer of this" in refusal_of(program, *given)
 

@@ -91,12 +91,9 @@ def test_only_fp16_scales_the_loss() -> None:
     ids=["faster", "hardly faster", "emulated"],
 )
 def test_auto_is_what_was_measured_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fp32: float,
-    bf16: float,
-    expected: str,
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    fp32: float, bf16: float, expected: str,
+) -> None:  # fmt: skip
     monkeypatch.setattr(precision, "seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
@@ -121,28 +118,18 @@ def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> No
     ("precision_name", "expected"),
     [("tf32", True), ("bf16", True), ("fp16", True), ("fp32", False), ("fp64", False)],
 )
-def test_tf32_is_for_gpus_whose_encoders_round_anyway(precision_name: str, expected: bool) -> None:
+def test_tf32_is_for_gpus_whose_encoders_round_anyway(
+    monkeypatch: pytest.MonkeyPatch, precision_name: str, expected: bool
+) -> None:
     switches = [
         (torch.backends.cuda.matmul, "allow_tf32"),
         (torch.backends.cudnn, "allow_tf32"),
         (torch.backends.cudnn, "benchmark"),
     ]
-
-    def state() -> list[bool]:
-        return [getattr(*switch) for switch in switches]
-
-    def restore(values: list[bool]) -> None:
-        for (module, name), value in zip(switches, values, strict=True):
-            setattr(module, name, value)
-
-    before = state()
-    settings = EfficiencyConfig(precision=precision_name)
     others = [not expected, not expected, False]
-    try:
-        restore(others)
-        set_device_arithmetic(settings, torch.device("cpu"))
-        assert state() == others
-        set_device_arithmetic(settings, torch.device("cuda"))
-        assert state() == [expected, expected, True]
-    finally:
-        restore(before)
+    for (module, name), value in zip(switches, others, strict=True):
+        monkeypatch.setattr(module, name, value)
+    settings = EfficiencyConfig(precision=precision_name)
+    for device, found in (("cpu", others), ("cuda", [expected, expected, True])):
+        set_device_arithmetic(settings, torch.device(device))
+        assert [getattr(*switch) for switch in switches] == found

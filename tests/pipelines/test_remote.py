@@ -164,39 +164,6 @@ def test_with_a_window_an_epoch_fetches_each_byte_about_once(
     assert ratios[0] > 1.5 * ratios[256]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_with_caches_of_their_own_read_an_epoch_about_once(
-    raw: PackedDataset,
-    tokenizer: Tokenizer,
-    tmp_path: Path,
-    world_size: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Ranks on a machine each: each reads its groups' parts of two windows, in blocks of 5."""
-    prompts = ClassPrompts([((), ())], tokenizer)
-    count = len(raw) // BATCH - 15  # what is decoded ahead is of the same epoch
-    read_ahead_by(monkeypatch, 0)
-    read = {}
-    for groups in (8, 1):
-        config = config_of(shuffle_window=600, shuffle_groups=groups, resample="dali")
-        start = fetched_bytes()
-        shown = []
-        for rank in range(world_size):
-            options = {"block_bytes": 16_384, "max_bytes": 2_000_000}
-            place = tmp_path / f"{groups}-{rank}"
-            split = {"rank": rank, "world_size": world_size, "config": config, "count": count}
-            batches = take(opened([raw], place, **options), prompts, **split)
-            assert_same(batches, take([raw], prompts, **split))
-            shown += [batch.sample_ids for batch in batches if batch.sample_ids is not None]
-        assert len(torch.cat(shown).unique()) == count * BATCH
-        read[groups] = (fetched_bytes() - start) / (len(raw) * 3072)
-    print(read)
-    # A stretch of 38 images touches eight or nine blocks and needs seven.
-    assert read[8] < 1.3
-    assert read[1] > 0.75 * world_size
-
-
 def test_what_comes_is_fetched_before_it_is_asked_for(
     raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
