@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import io
 import logging
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from file_tokenizers import PAD, write_tokenizer
 from object_stores import FaultyStore, empty, put, upload
-from packed_sets import Sample, pack
+from packed_sets import Sample, pack, saved
 from PIL import Image
 from waiting import wait_until
 
@@ -50,10 +49,8 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def image(seed: int, side: int) -> bytes:
-    file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels), format="PNG")
 
 
 @pytest.fixture(scope="module", params=["keep", "raw"])

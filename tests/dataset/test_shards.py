@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import FACTS, sample_of, write_set
+from packed_sets import FACTS, sample_of, saved, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -32,9 +31,7 @@ from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 
 def jpeg(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20 + number, 16), (number * 20, 90, 10)).save(file, format="JPEG")
-    return file.getvalue()
+    return saved(Image.new("RGB", (20 + number, 16), (number * 20, 90, 10)), format="JPEG")
 
 
 def sample(number: int, **changes: Any) -> PackedSample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import os
 import time
@@ -17,7 +16,7 @@ import pytest
 import torch
 from damage import copy_of
 from loader_runs import assert_joined, assert_same, count_replaced, take
-from packed_sets import Sample, pack
+from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -38,9 +37,7 @@ LABELLED, CAPTIONED = 0, 1
 
 def png(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels if seed % 5 else pixels[..., 0]).save(file, format="PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels if seed % 5 else pixels[..., 0]), format="PNG")
 
 
 Sets = dict[str, list[PackedDataset]]
@@ -161,10 +158,8 @@ def test_raw_and_files_train_together_through_the_decoder(
 def test_raw_data_sets_of_two_sizes_train_together(
     sets: Sets, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    larger = Image.effect_noise((50, 40), 90)
-    file = io.BytesIO()
-    larger.save(file, format="PNG")
-    samples = [Sample(file.getvalue(), captions=["noise"]) for _ in range(20)]
+    larger = saved(Image.effect_noise((50, 40), 90), format="PNG")
+    samples = [Sample(larger, captions=["noise"])] * 20
     with pack(
         tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
     ) as other:
@@ -181,9 +176,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Ite
     for i in range(72):
         height, width = draw.integers(5, 130, 2)
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels).save(file, format="PNG")
-        samples.append(Sample(file.getvalue(), labels=[i % 3]))
+        image = Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels)
+        samples.append(Sample(saved(image, format="PNG"), labels=[i % 3]))
     names, formats = ["cat", "dog", "yak"], ("keep", "ppm")
     found: Sets = {
         format: [pack(folder / format, samples, class_names=names, tokenizer=tokenizer,

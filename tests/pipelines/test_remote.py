@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from inline_checks import check_inline
 from loader_runs import assert_same
 from object_stores import FaultyStore, empty, upload
-from packed_sets import Sample, pack
+from packed_sets import Sample, pack, saved
 from PIL import Image
 from waiting import wait_until
 
@@ -47,11 +46,9 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def raw(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
-    samples = []
-    for pixels in np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8):
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, format="PNG", compress_level=0)
-        samples.append(Sample(png.getvalue(), captions=["noise"]))
+    pixels = np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8)
+    files = [saved(Image.fromarray(one), format="PNG", compress_level=0) for one in pixels]
+    samples = [Sample(file, captions=["noise"]) for file in files]
     out = tmp_path_factory.mktemp("packed") / "noise"
     with pack(out, samples, class_names=(), tokenizer=tokenizer, format="raw") as dataset:
         yield dataset

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from damage import copy_of, flip_byte, store, undecodable
 from loader_runs import assert_joined, assert_same, count_replaced, take
-from packed_sets import Sample, pack
+from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -40,11 +40,9 @@ def file_of(number: int) -> bytes:
     height, width = draw.integers(5, 130, 2).tolist()
     coarse = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    saved = SAVED[number % len(SAVED)]
-    grey = number % 7 == 3 and saved["format"] != "WEBP"
-    (image.convert("L") if grey else image).save(file, **saved)
-    return file.getvalue()
+    options = SAVED[number % len(SAVED)]
+    grey = number % 7 == 3 and options["format"] != "WEBP"
+    return saved(image.convert("L") if grey else image, **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +81,15 @@ def make_loader(
 
 
 @pytest.mark.parametrize(
-    ("saved", "side", "form"),
-    [
-        ({"format": "JPEG"}, 60, "crops"),
-        ({"format": "PNG"}, 60, "files"),
-        ({"format": "JPEG"}, 200, "files"),
-    ],
-    ids=["small", "png", "large"],
+    ("format", "side", "form"),
+    [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files")],
 )
 def test_only_small_jpegs_go_past_dali(
-    tmp_path: Path, tokenizer: Tokenizer, saved: dict[str, Any], side: int, form: str
+    tmp_path: Path, tokenizer: Tokenizer, format: str, side: int, form: str
 ) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), "teal").save(file, **saved)
+    file = saved(Image.new("RGB", (side, side), "teal"), format=format)
     names = ["cat", "dog"]
-    samples = [Sample(file.getvalue(), labels=[i % 2]) for i in range(8)]
+    samples = [Sample(file, labels=[i % 2]) for i in range(8)]
     with pack(
         tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="keep"
     ) as dataset:
@@ -143,10 +135,9 @@ def test_bad_ones_are_replaced_as_by_dali(
     flip_byte(folder, large[0])
     for sample, kind in zip(large[1:4], ("html", "gif", "cut png"), strict=True):
         store(folder, sample, undecodable(kind))
-    file = io.BytesIO()
-    Image.new("RGB", (7, 9)).save(file, format="JPEG", quality=10)
-    if len(file.getvalue()) <= sizes[large[4]]:
-        store(folder, large[4], file.getvalue())  # sound, and of another size
+    file = saved(Image.new("RGB", (7, 9)), format="JPEG", quality=10)
+    if len(file) <= sizes[large[4]]:
+        store(folder, large[4], file)  # sound, and of another size
     else:
         flip_byte(folder, large[4])
     with PackedDataset(folder, max_bad_fraction=1.0) as spoilt:
