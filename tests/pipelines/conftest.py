@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from loader_runs import prompts_of
 from packed_sets import Sample, pack, saved
 from PIL import Image
 
@@ -65,9 +66,7 @@ def prompts(
     labelled: PackedDataset, captioned: PackedDataset, tokenizer: Tokenizer
 ) -> ClassPrompts:
     """Of `labelled` and `captioned`, in this order."""
-    return ClassPrompts(
-        [(d.manifest.class_names, d.manifest.templates) for d in (labelled, captioned)], tokenizer
-    )
+    return prompts_of([labelled, captioned], tokenizer)
 
 
 @pytest.fixture

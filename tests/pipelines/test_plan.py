@@ -247,15 +247,6 @@ def test_machines_together_read_a_remote_data_set_little_more_than_once(
     assert least <= ratio <= most
 
 
-def test_every_rank_gets_every_source_in_proportion() -> None:
-    plan = make_plan(
-        make_source(1000, captions=1), make_source(1000, labels=1), weights=[1, 3], batch=64
-    )
-    for rank in range(4):
-        batch = plan.batch(3, rank=rank, world_size=4)
-        assert np.bincount(batch.source_ids).tolist() == [4, 12]
-
-
 def test_without_weights_all_sources_finish_an_epoch_together() -> None:
     plan = make_plan(make_source(100, captions=1), make_source(300, labels=1), batch=40)
     batches = [plan.batch(step, rank=0, world_size=1) for step in range(10)]

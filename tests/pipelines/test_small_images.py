@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from damage import copy_of, flip_byte, store, undecodable
-from loader_runs import assert_joined, assert_same, count_replaced, take
+from loader_runs import assert_joined, assert_same, count_replaced, prompts_of, take
 from packed_sets import Sample, pack, saved
 from PIL import Image
 
@@ -19,7 +19,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import decode_files
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
@@ -70,9 +69,7 @@ def make_loader(
             data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **more),
             run=RunConfig(global_batch_size=16, seed=3),
         )
-        manifest = dataset.manifest
-        prompts = ClassPrompts([(manifest.class_names, manifest.templates)], tokenizer)
-        loader = TrainLoader(config, [dataset], None, prompts, **ranks)
+        loader = TrainLoader(config, [dataset], None, prompts_of([dataset], tokenizer), **ranks)
         assert loader.form == form
         assert loader.reading.decodes_files
         return loader
@@ -94,7 +91,7 @@ def test_only_small_jpegs_go_past_dali(
         tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="keep"
     ) as dataset:
         config = TrainConfig(run=RunConfig(global_batch_size=4))
-        prompts = ClassPrompts([(names, dataset.manifest.templates)], tokenizer)
+        prompts = prompts_of([dataset], tokenizer)
         assert TrainLoader(config, [dataset], None, prompts).form == form
 
 
@@ -120,12 +117,9 @@ def test_batches_are_those_of_dali(
 
 @pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
 def test_bad_ones_are_replaced_as_by_dali(
-    small: PackedDataset,
-    make_loader: Callable[..., TrainLoader],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    group: int,
-) -> None:
+    small: PackedDataset, make_loader: Callable[..., TrainLoader], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, group: int,
+) -> None:  # fmt: skip
     """In groups of batches, and in a batch that threads share."""
     monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", group)
     expected = take(make_loader(small, "files"), count=STEPS)
