@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of
-from loader_runs import assert_joined, assert_same, count_replaced, prompts_of, take
+from loader_runs import assert_same, count_replaced, prompts_of, take
 from packed_sets import Sample, pack, saved
 from PIL import Image
 
@@ -154,18 +154,6 @@ def test_raw_and_files_train_together_through_the_decoder(
     assert_same(take(loader, count=STEPS), take(make_loader(sets["raw"], prompts), count=STEPS))
 
 
-def test_raw_data_sets_of_two_sizes_train_together(
-    sets: Sets, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    larger = saved(Image.effect_noise((50, 40), 90), format="PNG")
-    samples = [Sample(larger, captions=["noise"])] * 20
-    with pack(
-        tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
-    ) as other:
-        batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
-    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}  # type: ignore[union-attr]
-
-
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
     """The same images of many sizes, two of them grey, as PNGs and as PPMs."""
@@ -239,17 +227,6 @@ def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
     files = make_loader(sizes["keep"], of_sizes)
     files._reader.mark_bad(0, 7, "found by the test")
     assert_same(batches, take(files, count=STEPS))
-
-
-def test_ranks_join_and_a_restart_continues(sets: Sets, prompts: ClassPrompts) -> None:
-    whole = take(make_loader(sets["raw"], prompts), count=STEPS)
-    assert_same(whole[7:], take(make_loader(sets["raw"], prompts), start=7, count=3))
-    ranks = [
-        take(make_loader(sets["raw"], prompts, rank=rank, world_size=3), count=STEPS)
-        for rank in range(3)
-    ]
-    for expected, *parts in zip(whole, *ranks, strict=True):
-        assert_joined(parts, expected)
 
 
 def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompts) -> None:
