@@ -41,12 +41,8 @@ def sample(number: int, **changes: Any) -> PackedSample:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    write_set(
-        tmp_path / "set",
-        [sample(number) for number in range(9)],
-        shard_bytes=8_000,
-        class_names=["cat", "Käse"],
-    )
+    samples = [sample(number) for number in range(9)]
+    write_set(tmp_path / "set", samples, shard_bytes=8_000, class_names=["cat", "Käse"])
     return tmp_path / "set"
 
 
@@ -104,21 +100,12 @@ def test_any_samples_survive_the_round_trip(
     shard_bytes: int,
 ) -> None:
     out = tmp_path_factory.mktemp("round") / "set"
-    write_set(
-        out,
-        [
-            sample(
-                0,
-                image=image,
-                captions=["text"] * len(rows),
-                tokens=[np.array(row, np.uint16) for row in rows],
-                labels=labels,
-            )
-            for image, rows, labels in samples
-        ],
-        shard_bytes=shard_bytes,
-        class_names=MANY_CLASSES,
-    )
+    tokens = [[np.array(row, np.uint16) for row in rows] for _, rows, _ in samples]
+    written = [
+        sample(0, image=image, captions=["text"] * len(rows), tokens=rows, labels=labels)
+        for (image, _, labels), rows in zip(samples, tokens, strict=True)
+    ]
+    write_set(out, written, shard_bytes=shard_bytes, class_names=MANY_CLASSES)
     with PackedDataset(out) as dataset:
         for number, (image, rows, labels) in enumerate(samples):
             assert dataset.image_bytes(number, verify=True).tobytes() == image

@@ -45,16 +45,11 @@ def make_loader(
     max_pixels: int = MAX_PIXELS,
     **more: Any,
 ) -> Any:
+    data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=max_pixels)
+    # a test counts what is made ahead
+    shown = {"prefetch": 2, "templates": "per_class", "augment": ("unicl,views=2",)}
     config = TrainConfig(
-        data=DataConfig(
-            image_size=32,
-            max_pixels=max_pixels,
-            evaluation_resize=36,
-            threads=2,
-            prefetch=2,  # a test counts what is made ahead
-            templates="per_class",
-            augment=("unicl,views=2",),
-        ),
+        data=dataclasses.replace(data, **shown),
         objective=make_objective(positives="labels"),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
