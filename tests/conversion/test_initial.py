@@ -31,13 +31,14 @@ from rank_workers import run_on_ranks, train_from_initial_weights
 from safetensors.torch import load_file, save_file
 from small_models import write_run
 from small_runs import tiny_config
+from source_runs import started
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
-from unicl_fast import UniCL, build_model
+from unicl_fast import build_model
 from unicl_fast.checkpoints.hub import NotOnHubError, download
 from unicl_fast.config import TrainConfig
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, resize_positions
+from unicl_fast.conversion.initial import resize_positions
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_source
 from unicl_fast.evaluation.features import encode_images
@@ -55,12 +56,6 @@ def like_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model_cfg = SMALL_MODELS["gelu"]
     folder = tmp_path_factory.mktemp("open_clip") / "model"
     return write_folder(draw_open_clip(model_cfg), model_cfg, folder)
-
-
-def started(config: TrainConfig) -> UniCL:
-    model = build_model(config)
-    initialise(model)
-    return model.eval()
 
 
 def tokens_for(config: TrainConfig) -> torch.Tensor:

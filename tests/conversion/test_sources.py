@@ -22,7 +22,7 @@ from open_clip_folders import SMALL_MODELS, different_images, draw_open_clip, wr
 from program_runs import call, refusal_of
 from safetensors.torch import load_file, save_file
 from small_runs import real_images
-from source_runs import config_by_name, pixels_of, tokens_of, train_one_step
+from source_runs import config_by_name, pixels_of, started, tokens_of, train_one_step
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.adapter_folders import write_adapter
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_adapted, load_model
+from unicl_fast.conversion.initial import load_adapted, load_model
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.sources import find_own, find_source, weights_checksum
 from unicl_fast.dataset.arrays import npy_header
@@ -264,10 +264,8 @@ def test_a_name_of_open_clip_s_without_a_tag_has_fresh_weights(
     assert model.config.model.embed_dim == 24
     assert weights_checksum("open-clip:small") == ""
     config = config_by_name("open-clip:small", "--model.drop-path", "0")
-    started = build_model(config)
-    fresh = {name: tensor.clone() for name, tensor in started.state_dict().items()}
-    initialise(started)
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in started.state_dict().items())
+    fresh = build_model(config).state_dict()
+    assert all(torch.equal(one, fresh[name]) for name, one in started(config).state_dict().items())
 
 
 def test_an_image_encoder_by_itself_gives_timm_s_features(tmp_path: Path) -> None:
@@ -540,10 +538,10 @@ def test_the_programs_take_a_model_of_others_as_it_is(
 
     few = ("--run.global-batch-size", "4", "--run.steps", "1", "--run.device", "cpu")
     call(pretrain, "--init", like_clip, "--data.train", data / "captions", "--out", out, *few)
-    started, trained = load_model(like_clip), load_model(out)
+    loaded, trained = load_model(like_clip), load_model(out)
     assert trained.config.model.text_width == 32
     assert trained.config.data.mean == (0.4, 0.5, 0.6)
-    before, after = started.text_projection, trained.text_projection
+    before, after = loaded.text_projection, trained.text_projection
     assert 0 < (after - before).abs().max() < 1e-2
 
 
@@ -687,14 +685,13 @@ def test_token_rows_that_others_made_up_are_made_anew(
 
 def adapted(base: Path, *options: str) -> UniCL:
     """A run's model whose adapters and projections matter."""
-    model = build_model(config_by_name(base, *options))
-    initialise(model)
+    model = started(config_by_name(base, *options))
     freeze(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in [one for one in model.parameters() if one.requires_grad]:
             parameter += torch.randn(parameter.shape, generator=generator) / 10
-    return model.eval()
+    return model
 
 
 @pytest.mark.parametrize(

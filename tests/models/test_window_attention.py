@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from compiled_kernels import check_fit, compile_window
+from compiled_kernels import check_window, compile_window
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import (
@@ -183,7 +182,8 @@ def test_operations_are_counted_as_those_of_timm() -> None:
     ("capability", "dtype", "shift"),
     [
         pytest.param(80, torch.bfloat16, 3, marks=slow),
-        (90, torch.bfloat16, 3),
+        # test_compiled_kernels.py looks at the two large kernels of this one at each run
+        pytest.param(90, torch.bfloat16, 3, marks=slow),
         pytest.param(100, torch.bfloat16, 3, marks=slow),
         *(
             pytest.param(capability, dtype, shift, marks=[slow, pytest.mark.long])
@@ -202,10 +202,9 @@ def test_compiled_kernels_fit_and_spill_no_register(
 
     for name in ("_forward", "_backward", "_sum_table"):
         kernel = getattr(window_attention, name)
-        compiled = compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path)
-        check_fit(compiled, tmp_path)
-        # one reciprocal for each row of a thread, not one division for each of its values
-        assert len(re.findall(r"\bdiv\.(full|rn)", compiled.asm["ptx"])) <= 4
+        check_window(
+            compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path), tmp_path
+        )
 
 
 def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:
