@@ -27,13 +27,15 @@ def encoded(shared_data: Path) -> list[np.ndarray]:
 
 
 def host_batches(
-    encoded: list[np.ndarray], count: int, *, damaged: int = -1
+    encoded: list[np.ndarray], count: int, *, damaged: int = -1, failing: int = -1
 ) -> Generator[HostBatch[int], None, None]:
-    """Batches of four images; number `damaged` holds a web page."""
+    """Batches of four images; number `damaged` holds a web page, at `failing` reading fails."""
     for number in range(count):
         images = [encoded[(4 * number + i) % len(encoded)] for i in range(4)]
         if number == damaged:
             images[2] = np.frombuffer(b"<html>not found</html>", dtype=np.uint8)
+        if number == failing:
+            raise RuntimeError("the disk is gone")
         inputs = (
             images,
             np.zeros((4, 2), dtype=np.int32),
@@ -100,3 +102,9 @@ def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
     with pytest.raises(DecodingError, match="image_slice") as caught:
         next(running)
     assert caught.value.in_flight == in_flight
+
+
+def test_an_error_while_preparing_a_batch_arrives_as_it_is(encoded: list[np.ndarray]) -> None:
+    with pytest.raises(RuntimeError, match="the disk is gone") as caught:
+        list(run(host_batches(encoded, 9, failing=5)))
+    assert not isinstance(caught.value, DecodingError)
