@@ -118,18 +118,28 @@ def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> No
     ("precision_name", "expected"),
     [("tf32", True), ("bf16", True), ("fp16", True), ("fp32", False), ("fp64", False)],
 )
-def test_tf32_is_for_gpus_whose_encoders_round_anyway(
-    monkeypatch: pytest.MonkeyPatch, precision_name: str, expected: bool
-) -> None:
+def test_tf32_is_for_gpus_whose_encoders_round_anyway(precision_name: str, expected: bool) -> None:
     switches = [
         (torch.backends.cuda.matmul, "allow_tf32"),
         (torch.backends.cudnn, "allow_tf32"),
         (torch.backends.cudnn, "benchmark"),
     ]
-    others = [not expected, not expected, False]
-    for (module, name), value in zip(switches, others, strict=True):
-        monkeypatch.setattr(module, name, value)
+
+    def state() -> list[bool]:
+        return [getattr(*switch) for switch in switches]
+
+    def restore(values: list[bool]) -> None:
+        for (module, name), value in zip(switches, values, strict=True):
+            setattr(module, name, value)
+
+    before = state()
     settings = EfficiencyConfig(precision=precision_name)
-    for device, found in (("cpu", others), ("cuda", [expected, expected, True])):
-        set_device_arithmetic(settings, torch.device(device))
-        assert [getattr(*switch) for switch in switches] == found
+    others = [not expected, not expected, False]
+    try:
+        restore(others)
+        set_device_arithmetic(settings, torch.device("cpu"))
+        assert state() == others
+        set_device_arithmetic(settings, torch.device("cuda"))
+        assert state() == [expected, expected, True]
+    finally:
+        restore(before)
