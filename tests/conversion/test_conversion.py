@@ -21,11 +21,7 @@ from unicl_fast.conversion import preprocessing
 from unicl_fast.conversion.card import Facts
 from unicl_fast.conversion.export import write_export
 from unicl_fast.conversion.initial import load_encoders
-from unicl_fast.conversion.libraries import (
-    write_exported_programs,
-    write_onnx,
-    write_timm,
-)
+from unicl_fast.conversion.libraries import write_exported_programs, write_onnx, write_timm
 from unicl_fast.conversion.open_clip import write_open_clip
 from unicl_fast.conversion.output import new_folder, require_equal
 from unicl_fast.presets import build_preset

@@ -19,10 +19,9 @@ from open_clip_folders import (
     write_folder,
 )
 from small_runs import real_images
-from source_runs import config_by_name, tokens_of, train_one_step
+from source_runs import config_by_name, started, tokens_of, train_one_step
 
-from unicl_fast import build_model
-from unicl_fast.conversion.initial import initialise, load_encoders
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.open_clip import write_open_clip
 
 MODELS = [
@@ -95,7 +94,5 @@ def test_the_attention_pool_of_a_resnet_takes_another_size(tmp_path: Path) -> No
     images = different_images(256)
     features = []
     for size in (224, 256):
-        model = build_model(config_for(folder, image_size=size))
-        initialise(model)
-        features.append(model.eval().encode_image(images))
+        features.append(started(config_for(folder, image_size=size)).encode_image(images))
     torch.testing.assert_close(features[1], features[0], rtol=0, atol=1e-5)

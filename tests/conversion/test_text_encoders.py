@@ -15,15 +15,14 @@ from open_clip_folders import different_images
 from program_runs import call, refusal_of
 from safetensors.torch import load_file
 from small_runs import real_images
-from source_runs import config_by_name, train_one_step
+from source_runs import config_by_name, started, train_one_step
 from torch.nn import functional as F
 
-from unicl_fast import build_model
 from unicl_fast import load_model as load_for_use
 from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.config import ModelConfig
 from unicl_fast.conversion.export import write_export
-from unicl_fast.conversion.initial import initialise, load_encoders
+from unicl_fast.conversion.initial import load_encoders
 from unicl_fast.conversion.sources import find_source
 from unicl_fast.models.text_encoder import build_text_encoder
 from unicl_fast.models.transformers_text import PAD_IDS
@@ -84,6 +83,11 @@ def _their_tokens(folder: Path) -> Any:
     return tokenizer(TEXTS, padding=True, truncation=True, max_length=20, return_tensors="pt")
 
 
+def mean_of(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of the states [b t w] of tokens [b t] that are no padding."""
+    return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("kind", PAD_IDS)
 @torch.inference_mode()
@@ -97,16 +101,13 @@ def test_features_are_those_of_transformers(kind: str, pooling: str, tmp_path: P
     config = config_by_name("", *given)
     assert config.model.text_pool == f"{kind}:{pooling}"
     with torch.inference_mode(False):
-        model = build_model(config)
-        initialise(model)
-    model.eval()
+        model = started(config)
     tokenizer = tokenizer_of(config)
     rows = tokenizer.encode(TEXTS)
     assert len({len(row) for row in rows}) > 2  # padding is left out
     inputs = _their_tokens(tmp_path)
     states = theirs(**inputs).last_hidden_state
-    mask = inputs.attention_mask[:, :, None]
-    expected = states[:, 0] if pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
+    expected = states[:, 0] if pooling == "cls" else mean_of(states, inputs.attention_mask)
     tokens = tokenizer(TEXTS)
     for cut in (tokens, tokens[:, : max(map(len, rows))]):
         torch.testing.assert_close(model.text_encoder(cut), expected, rtol=0, atol=1e-5)
@@ -134,16 +135,14 @@ def test_a_text_encoder_in_its_real_size(kind: str, shared_data: Path, tmp_path:
     given = ("--init-text", str(tmp_path / "theirs"), "--model.image-encoder", "test_vit")
     ours = config_by_name("", *given)
     assert ours.model.vocab_size == config.vocab_size
-    model = build_model(ours)
-    initialise(model)
+    model = started(ours)
     tokens = torch.randint(5, config.vocab_size, (3, 20))
     tokens[1, 7:] = 0
     with torch.inference_mode():
-        found = model.eval().text_encoder(tokens)
+        found = model.text_encoder(tokens)
         ids = tokens.masked_fill(tokens == 0, PAD_IDS[kind])
         states = theirs(input_ids=ids, attention_mask=(tokens != 0).long()).last_hidden_state
-    mask = (tokens != 0)[:, :, None]
-    expected = (states * mask).sum(1) / mask.sum(1)
+    expected = mean_of(states, tokens != 0)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     del model, theirs
     few = ours.changed(model={"drop_path": 0.0})
@@ -289,11 +288,10 @@ def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
     given = ("--init-text", "pypi:all-minilm-l6-v2", "--model.image-encoder", "test_vit")
     with torch.inference_mode(False):
         config = config_by_name("", *given)
-        model = build_model(config)
-        initialise(model)
+        model = started(config)
     assert (config.model.text_pool, config.model.vocab_size) == ("bert:mean", 30522)
     texts = ["a photo of a dog", "a picture of a puppy", "the price of shares fell on Monday"]
-    features = F.normalize(model.eval().text_encoder(tokenizer_of(config)(texts)), dim=-1)
+    features = F.normalize(model.text_encoder(tokenizer_of(config)(texts)), dim=-1)
     alike, other = (features[0] @ features[1:].T).tolist()
     assert alike > 0.6
     assert other < 0.2
@@ -302,8 +300,7 @@ def test_a_real_sentence_encoder_of_a_package(tmp_path: Path) -> None:
     theirs = transformers.AutoModel.from_pretrained(Path(config.model.tokenizer)).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(Path(config.model.tokenizer))
     inputs = tokenizer(texts, padding=True, return_tensors="pt")
-    mask = inputs.attention_mask[:, :, None]
-    expected = (theirs(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    expected = mean_of(theirs(**inputs).last_hidden_state, inputs.attention_mask)
     torch.testing.assert_close(features, F.normalize(expected, dim=-1), rtol=0, atol=1e-5)
 
 

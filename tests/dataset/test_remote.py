@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
-import io
 import logging
 import multiprocessing
 import os
@@ -20,8 +19,9 @@ import numpy as np
 import pytest
 from file_tokenizers import PAD, write_tokenizer
 from object_stores import FaultyStore, empty, put, upload
-from packed_sets import Sample, pack
+from packed_sets import Sample, pack, saved
 from PIL import Image
+from waiting import wait_until
 
 from unicl_fast.dataset import block_cache, files, object_store
 from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
@@ -40,7 +40,7 @@ BLOCK = 4096
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01), ("ANSWER_SECONDS", 2)):
+    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01)):
         monkeypatch.setattr(object_store, name, value)
     monkeypatch.setattr(files, "_BETWEEN_READINGS_SECONDS", 0.01)
     empty()
@@ -49,10 +49,8 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def image(seed: int, side: int) -> bytes:
-    file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels), format="PNG")
 
 
 @pytest.fixture(scope="module", params=["keep", "raw"])
@@ -412,8 +410,7 @@ def test_who_was_killed_leaves_nothing_that_others_wait_for(tmp_path: Path) -> N
     context = multiprocessing.get_context("fork")
     process = context.Process(target=cache.ensure, args=("f/0", BLOCK, fetch_for_ever))
     process.start()
-    while not started.exists():
-        time.sleep(0.01)
+    wait_until(started.exists)
     cache.ensure("f/0", BLOCK, fetch_for_ever)  # comes back at once: another is at it
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import errno
-import io
 import json
 import os
 import pickle
@@ -19,7 +18,7 @@ import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_sets import FACTS, sample_of, write_set
+from packed_sets import FACTS, sample_of, saved, write_set
 from PIL import Image
 from property_tests import examples
 
@@ -32,9 +31,7 @@ from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 
 def jpeg(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (20 + number, 16), (number * 20, 90, 10)).save(file, format="JPEG")
-    return file.getvalue()
+    return saved(Image.new("RGB", (20 + number, 16), (number * 20, 90, 10)), format="JPEG")
 
 
 def sample(number: int, **changes: Any) -> PackedSample:
@@ -44,12 +41,8 @@ def sample(number: int, **changes: Any) -> PackedSample:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    write_set(
-        tmp_path / "set",
-        [sample(number) for number in range(9)],
-        shard_bytes=8_000,
-        class_names=["cat", "Käse"],
-    )
+    samples = [sample(number) for number in range(9)]
+    write_set(tmp_path / "set", samples, shard_bytes=8_000, class_names=["cat", "Käse"])
     return tmp_path / "set"
 
 
@@ -107,21 +100,12 @@ def test_any_samples_survive_the_round_trip(
     shard_bytes: int,
 ) -> None:
     out = tmp_path_factory.mktemp("round") / "set"
-    write_set(
-        out,
-        [
-            sample(
-                0,
-                image=image,
-                captions=["text"] * len(rows),
-                tokens=[np.array(row, np.uint16) for row in rows],
-                labels=labels,
-            )
-            for image, rows, labels in samples
-        ],
-        shard_bytes=shard_bytes,
-        class_names=MANY_CLASSES,
-    )
+    tokens = [[np.array(row, np.uint16) for row in rows] for _, rows, _ in samples]
+    written = [
+        sample(0, image=image, captions=["text"] * len(rows), tokens=rows, labels=labels)
+        for (image, _, labels), rows in zip(samples, tokens, strict=True)
+    ]
+    write_set(out, written, shard_bytes=shard_bytes, class_names=MANY_CLASSES)
     with PackedDataset(out) as dataset:
         for number, (image, rows, labels) in enumerate(samples):
             assert dataset.image_bytes(number, verify=True).tobytes() == image

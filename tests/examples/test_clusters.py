@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from program_runs import SMALL, losses
+from waiting import wait_until
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
@@ -163,13 +163,10 @@ def test_a_job_of_slurm_that_is_told_to_stop_is_put_back_and_continues(
     out = tmp_path / "run"
     command = ["bash", SBATCH, write_settings(tmp_path, data), out]
     with subprocess.Popen(command, env=stand_ins) as job:
-        deadline = time.monotonic() + 200
-        while not list_checkpoints(out / "checkpoints"):
-            assert job.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: list_checkpoints(out / "checkpoints") or job.poll(), timeout=200)
+        assert job.poll() is None
         os.kill(int((tmp_path / "srun").read_text()), signal.SIGUSR1)
-        assert job.wait(timeout=100) == EXIT_INTERRUPTED
+        assert job.wait(timeout=200) == EXIT_INTERRUPTED
     assert (tmp_path / "scontrol").read_text() == "requeue 4711\n"
     assert len(losses(out)) < STEPS
     subprocess.run(command, env=stand_ins, check=True, timeout=200)

@@ -15,7 +15,7 @@ import numpy as np
 import ptx
 import pytest
 import torch
-from compiled_kernels import compile_loss, compile_window
+from compiled_kernels import check_window, compile_loss, compile_window
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -144,6 +144,7 @@ def test_windows(
     capability: int, name: str, dtype: torch.dtype, shift: int, tmp_path: Path
 ) -> None:
     launched = launch_windows(name, capability, dtype, shift=shift, folder=tmp_path)
+    check_window(launched.compiled, tmp_path)
     results, faults = launched.run()
     assert not faults
     assert set(results) == {"mixed"} if name == "_forward" else {"grad_qkv", "bias_sums"}

@@ -127,3 +127,9 @@ def check_fit(compiled: Any, folder: Path) -> None:
         [tool, "-res-usage", cubin], check=True, capture_output=True, text=True
     ).stdout
     assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0", usage), usage
+
+
+def check_window(compiled: Any, folder: Path) -> None:
+    """That a kernel of windows fits, and divides once a row of a thread, not once a value."""
+    check_fit(compiled, folder)
+    assert len(re.findall(r"\bdiv\.(full|rn)", compiled.asm["ptx"])) <= 4

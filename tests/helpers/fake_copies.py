@@ -63,7 +63,7 @@ class FakeGpu:
     def wait_for_events(self, count: int) -> None:
         """Returns when so many batches are on their way; fails if they do not come."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.num_events >= count, timeout=30)
+            assert self.changed.wait_for(lambda: self.num_events >= count, timeout=120)
 
     def _make_stream(self, device: torch.device) -> Stream:
         self.streams.append(Stream(self, device))

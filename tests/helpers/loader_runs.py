@@ -11,6 +11,15 @@ import numpy as np
 import torch
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
+
+
+def prompts_of(datasets: Sequence[PackedDataset], tokenizer: Tokenizer) -> ClassPrompts:
+    """The prompts of data sets by their names and templates."""
+    manifests = [dataset.manifest for dataset in datasets]
+    return ClassPrompts([(m.class_names, m.templates) for m in manifests], tokenizer)
 
 
 def take(loader: Loader, *, start: int = 0, count: int) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
@@ -31,6 +33,13 @@ FACTS: dict[str, Any] = {
     "tool_version": "0.1.0",
 }
 """What a writer is given at the end."""
+
+
+def saved(image: Image.Image, **options: Any) -> bytes:
+    """The file that Pillow makes of an image."""
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
 
 
 def sample_of(image: bytes, number: int, **changes: Any) -> PackedSample:

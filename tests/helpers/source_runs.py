@@ -32,6 +32,13 @@ def config_by_name(source: object, *options: str) -> TrainConfig:
     return split_config(parse_arguments(given))
 
 
+def started(config: TrainConfig) -> UniCL:
+    """A run's model with the weights that it starts from."""
+    model = build_model(config)
+    initialise(model)
+    return model.eval()
+
+
 def pixels_of(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config.data, name) for name in PIXELS}
 
@@ -39,8 +46,7 @@ def pixels_of(config: TrainConfig) -> dict[str, Any]:
 def train_one_step(config: TrainConfig, images: torch.Tensor, folder: Path) -> UniCL:
     """A run's first step from its source, without data sets."""
     config = config.changed(run={"global_batch_size": 3, "steps": 1, "device": "cpu"})
-    model = build_model(config)
-    initialise(model)
+    model = started(config).train()
     before = model.image_projection if model.image_projection is not None else model.text_projection
     before = before.detach().clone()
     size = config.data.image_size

@@ -15,6 +15,7 @@ import pytest
 import simplejpeg
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import saved
 from PIL import Image, ImageOps
 from property_tests import examples
 
@@ -39,12 +40,6 @@ def photo(height: int = 40, width: int = 56) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     planes = [x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)]
     return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
-
-
-def saved(image: Image.Image, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, **options)
-    return file.getvalue()
 
 
 def shown(data: bytes) -> np.ndarray:

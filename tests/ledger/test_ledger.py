@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,31 +65,17 @@ SOURCE_IDS, IDS = schedule()
 
 
 def header(number: int, start: int, *, rank: int = 0, world_size: int = 1) -> SegmentHeader:
+    of_run = {"global_batch_size": N, "sources": SOURCES, "seed": 0, "shares": (1, 1)}
     return SegmentHeader(
-        segment=number,
-        start_step=start,
-        rank=rank,
-        world_size=world_size,
-        global_batch_size=N,
-        sources=SOURCES,
-        seed=0,
-        shares=(1, 1),
+        segment=number, start_step=start, rank=rank, world_size=world_size, **of_run
     )
 
 
 def write(
-    folder: Path,
-    number: int,
-    start: int,
-    end: int,
-    *,
-    world_size: int = 1,
-    ids: np.ndarray = IDS,
-    shown: np.ndarray | None = None,
-    fewer: dict[int, int] | None = None,
-    lacks: set[int] | None = None,
-    **run: object,
-) -> list[Path]:
+    folder: Path, number: int, start: int, end: int, *, world_size: int = 1,
+    ids: np.ndarray = IDS, shown: np.ndarray | None = None, fewer: dict[int, int] | None = None,
+    lacks: set[int] | None = None, **run: object,
+) -> list[Path]:  # fmt: skip
     """A start of the program that did the steps `start` to `end`; rank r lost the last fewer[r].
 
     `run` has more fields of the headers.
@@ -100,21 +87,25 @@ def write(
         head = header(number, start, rank=rank, world_size=world_size)
         head = dataclasses.replace(head, **run)
         mine = slice(rank * head.local_batch_size, (rank + 1) * head.local_batch_size)
-        parts = [encode_header(head)]
-        parts += [
-            encode_record(
-                head,
-                step=step,
-                source_ids=SOURCE_IDS[step, mine],
-                scheduled_ids=ids[step, mine],
-                shown_ids=shown[step, mine],
-            )
+        steps = [
+            step
             for step in range(start, end - (fewer or {}).get(rank, 0))
             if step not in (lacks or set())
         ]
         paths.append(folder / segment_name(number, rank))
-        paths[-1].write_bytes(b"".join(parts))
+        of_steps = [array[steps, mine] for array in (SOURCE_IDS, ids, shown)]
+        paths[-1].write_bytes(encoded(head, steps, *of_steps))
     return paths
+
+
+def encoded(head: SegmentHeader, steps: Iterable[int], *ids: np.ndarray) -> bytes:
+    """A file of these steps, given their sources and what was scheduled and shown, [steps b]."""
+    names = "source_ids", "scheduled_ids", "shown_ids"
+    records = (
+        encode_record(head, step=step, **dict(zip(names, rows, strict=True)))
+        for step, *rows in zip(steps, *ids, strict=True)
+    )
+    return encode_header(head) + b"".join(records)
 
 
 def record_at(path: Path, step: int) -> int:
@@ -419,18 +410,8 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     scheduled = np.array(sizes)[source_ids] - 1
     shown = scheduled.copy()
     shown[2, 3] = 0
-    data = encode_header(head) + b"".join(
-        encode_record(
-            head,
-            step=5 + row,
-            source_ids=source_ids[row],
-            scheduled_ids=scheduled[row],
-            shown_ids=shown[row],
-        )
-        for row in range(4)
-    )
     path = tmp_path / segment_name(1, 0)
-    path.write_bytes(data)
+    path.write_bytes(encoded(head, range(5, 9), source_ids, scheduled, shown))
     file = read_segment_file(path)
     assert file is not None
     assert [(one.step, one.end) for one in file.ranges][-1][1] == 9
@@ -442,13 +423,10 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
 
 
 def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = None) -> Trainer:
-    return make_trainer(
-        tiny_config(),
-        loader or StepLoader(images, change=named),
-        run_folder=folder,
-        observers=[LedgerKeeper(ledger_in(folder))],
-        progress=False,
-    )
+    loader = loader or StepLoader(images, change=named)
+    keeper = LedgerKeeper(ledger_in(folder))
+    options = {"run_folder": folder, "observers": [keeper], "progress": False}
+    return make_trainer(tiny_config(), loader, **options)
 
 
 @pytest.mark.dist
@@ -467,12 +445,15 @@ def test_all_records_are_there_when_a_checkpoint_is_begun(
     assert (proof.sources[0].draws, proof.sources[0].complete_epochs) == (72, 2)
 
 
+def full(file: int, data: bytes) -> int:
+    """In place of `os.write`."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
-    images: torch.Tensor,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
+) -> None:  # fmt: skip
     written, write_all = [0], os.write
 
     def nearly_full(file: int, data: bytes) -> int:
@@ -480,7 +461,7 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
         if written[0] == 3:
             return write_all(file, data[:7])  # a part still fits
         if written[0] in (4, 5, 6):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            full(file, data)
         return write_all(file, data)
 
     monkeypatch.setattr(ledger_module.os, "write", nearly_full)
@@ -517,9 +498,6 @@ def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(
 def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: int, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(ledger_module.os, "write", full)
     with pytest.raises(OSError, match="a checkpoint without it would leave a hole"):
         trainer_in(tmp_path, images).fit()
@@ -564,15 +542,9 @@ def record_stages(folder: Path, start: int, end: int, *, ids: np.ndarray = IDS) 
             span = span_at(IN_STAGES, step)
             first = span.draws_before(step)
             mine = slice(first, first + span.global_batch_size)
-            shown = torch.from_numpy(ids.reshape(-1)[mine])
-            ledger.record(
-                SimpleNamespace(
-                    step=step,
-                    source_ids=torch.from_numpy(SOURCE_IDS.reshape(-1)[mine]),
-                    scheduled_ids=shown,
-                    sample_ids=shown,
-                )
-            )
+            sources, shown = (torch.from_numpy(x.reshape(-1)[mine]) for x in (SOURCE_IDS, ids))
+            rows = {"source_ids": sources, "scheduled_ids": shown, "sample_ids": shown}
+            ledger.record(SimpleNamespace(step=step, **rows))
 
 
 def test_a_run_in_stages_is_proven_over_their_boundary(tmp_path: Path) -> None:
@@ -613,9 +585,6 @@ def test_a_stage_without_its_file_is_a_hole_of_its_draws(tmp_path: Path) -> None
 def test_a_stage_does_not_begin_before_the_records_of_the_last_one_are_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(file: int, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(ledger_module.os, "write", full)
     with pytest.raises(OSError, match="another stage of the run begins"):
         record_stages(tmp_path, 0, 4)

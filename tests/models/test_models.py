@@ -26,11 +26,7 @@ from unicl_fast.models.image_encoder import (
     set_image_size,
 )
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import (
-    TextAttention,
-    TextEncoder,
-    find_varlen_attention,
-)
+from unicl_fast.models.text_encoder import TextAttention, TextEncoder, find_varlen_attention
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.optim import split_parameters
@@ -113,16 +109,10 @@ def test_a_projection_may_be_missing_or_have_a_bias() -> None:
 
 
 def attend_each_text(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_bounds: torch.Tensor,
-    key_bounds: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor, longest_query: int, longest_key: int, *,
     window_size: tuple[int, int] = (-1, -1),
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """What torch documents of its kernel for rows of any length, one text after the other.
 
     As there, the result is not written outside the texts, nor is the gradient.
@@ -345,7 +335,6 @@ def test_encoders_give_the_same_gradients_when_recomputed(
     ("name", "size", "message"),
     [
         ("test_vit", 100, "patches of 16 pixels do not divide 100; take data.image_size=96 or 112"),
-        ("vit_tiny_patch16_224", 231, "patches of 16 .* take data.image_size=224 or 240"),
         ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
         pytest.param(
             *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
@@ -364,7 +353,7 @@ def test_an_image_size_that_a_model_cannot_take_is_refused_with_the_nearest(
         build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
 
 
-@pytest.mark.parametrize("name", ["densenet121", "vgg11_bn", "ghostnet_050", "repvit_m0_9"])
+@pytest.mark.parametrize("name", ["vgg11_bn", "repvit_m0_9"])
 def test_networks_that_know_no_drop_path_are_built_without(name: str) -> None:
     with torch.device("meta"):
         encoder = build_image_encoder(name, image_size=64, drop_path=0.0, key=DropPathKey(seed=0))
@@ -476,7 +465,7 @@ def test_encoders_that_cannot_take_the_sizes_of_all_stages_are_refused() -> None
     with pytest.raises(ValueError, match="of 28 pixels: of the encoders that are built for one"):
         build_image_encoder("eva02_tiny_patch14_224", image_size=56, other_sizes=[28], **options)
     with pytest.raises(ValueError, match=r"of 30 pixels: .*; take data.image_size=16 or 32"):
-        build_image_encoder("vit_tiny_patch16_224", image_size=64, other_sizes=[30], **options)
+        build_image_encoder("test_vit", image_size=64, other_sizes=[30], **options)
 
 
 def test_texts_of_a_stage_are_as_long_as_it_says() -> None:

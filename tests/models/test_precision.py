@@ -91,12 +91,9 @@ def test_only_fp16_scales_the_loss() -> None:
     ids=["faster", "hardly faster", "emulated"],
 )
 def test_auto_is_what_was_measured_to_be_faster(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    fp32: float,
-    bf16: float,
-    expected: str,
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    fp32: float, bf16: float, expected: str,
+) -> None:  # fmt: skip
     monkeypatch.setattr(precision, "seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from compiled_kernels import check_fit, compile_window
+from compiled_kernels import check_window, compile_window
 from hypothesis import given
 from hypothesis import strategies as st
 from interpreted_kernels import (
@@ -57,14 +56,9 @@ def build_block(
 
 
 def check_against_timm(
-    compute: Compute,
-    block: SwinTransformerBlock,
-    size: tuple[int, int],
-    *,
-    images: int = 2,
-    dtype: torch.dtype = torch.float32,
-    autocast: bool = False,
-) -> None:
+    compute: Compute, block: SwinTransformerBlock, size: tuple[int, int], *, images: int = 2,
+    dtype: torch.dtype = torch.float32, autocast: bool = False,
+) -> None:  # fmt: skip
     """The output and gradients of x and all weights: against timm in fp64, as close as timm's."""
     x, grad = torch.randn(2, images, *size, block.dim)
     block, x = block.to(dtype), x.to(dtype)
@@ -88,7 +82,7 @@ slow = pytest.mark.slow
     [
         ("fp32", (6, 8), (3, 4), 1),
         ("fp32", (7, 10), (3, 4), 1),  # padded on both sides
-        ("fp32", (7, 7), 7, 3),  # one window, which timm does not shift
+        ("fp32", (3, 4), (3, 4), 1),  # one window, which timm does not shift
         *(
             pytest.param("fp32", size, 7, shift, marks=slow)
             for size in [(14, 14), (10, 15)]
@@ -188,7 +182,8 @@ def test_operations_are_counted_as_those_of_timm() -> None:
     ("capability", "dtype", "shift"),
     [
         pytest.param(80, torch.bfloat16, 3, marks=slow),
-        (90, torch.bfloat16, 3),
+        # test_compiled_kernels.py looks at the two large kernels of this one at each run
+        pytest.param(90, torch.bfloat16, 3, marks=slow),
         pytest.param(100, torch.bfloat16, 3, marks=slow),
         *(
             pytest.param(capability, dtype, shift, marks=[slow, pytest.mark.long])
@@ -205,15 +200,11 @@ def test_compiled_kernels_fit_and_spill_no_register(
     """Compiled ahead of time as the windows of the presets' models are, which needs no GPU."""
     from unicl_fast.models import window_attention
 
-    for kernel in (
-        window_attention._forward,
-        window_attention._backward,
-        window_attention._sum_table,
-    ):
-        compiled = compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path)
-        check_fit(compiled, tmp_path)
-        # one reciprocal for each row of a thread, not one division for each of its values
-        assert len(re.findall(r"\bdiv\.(full|rn)", compiled.asm["ptx"])) <= 4
+    for name in ("_forward", "_backward", "_sum_table"):
+        kernel = getattr(window_attention, name)
+        check_window(
+            compile_window(kernel, capability, dtype, shift=shift, folder=tmp_path), tmp_path
+        )
 
 
 def settled(chosen: str, *, device: str = "cuda:0", **settings: Any) -> str:

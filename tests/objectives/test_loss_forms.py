@@ -24,7 +24,6 @@ from unicl_fast.objectives import loss_tiled
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE, _blocks
-from unicl_fast.objectives.positives import Membership
 
 small_tiles = tiles_of(7)
 
@@ -269,16 +268,6 @@ def test_columns_are_not_summed_up_where_only_rows_are_asked_for(
         unified_contrastive_loss(images, texts, torch.arange(5), 10.0, **options)
         assert set(dims) == expected
         dims.clear()
-
-
-def test_class_ids_are_memberships_of_one_label() -> None:
-    class_ids = torch.tensor([3, 1, 3, 3, 9])
-    membership = Membership(torch.arange(5), class_ids, torch.ones(5))
-    images, texts = rows(5, seed=1), rows(5, seed=2)
-    for form in ("dense", "tiled"):
-        one = unified_contrastive_loss(images, texts, class_ids, 10.0, form=form)
-        other = unified_contrastive_loss(images, texts, membership, 10.0, form=form)
-        torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("trained", range(3), ids=["images", "texts", "scale"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from packed_sets import Sample, pack
+from loader_runs import prompts_of
+from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
@@ -39,9 +39,7 @@ def labelled(
         Sample(path.read_bytes(), labels=[names.index(row["clip_classname"])])
         for path, row in zip(files, rows, strict=True)
     ]
-    png = io.BytesIO()
-    Image.open(files[-1]).save(png, format="PNG")
-    samples.append(Sample(png.getvalue(), labels=samples[-1].labels))
+    samples.append(Sample(saved(Image.open(files[-1]), format="PNG"), labels=samples[-1].labels))
     out = tmp_path_factory.mktemp("packed") / "labelled"
     with pack(out, samples, class_names=names, tokenizer=tokenizer) as dataset:
         yield dataset
@@ -68,9 +66,7 @@ def prompts(
     labelled: PackedDataset, captioned: PackedDataset, tokenizer: Tokenizer
 ) -> ClassPrompts:
     """Of `labelled` and `captioned`, in this order."""
-    return ClassPrompts(
-        [(d.manifest.class_names, d.manifest.templates) for d in (labelled, captioned)], tokenizer
-    )
+    return prompts_of([labelled, captioned], tokenizer)
 
 
 @pytest.fixture

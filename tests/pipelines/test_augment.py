@@ -269,7 +269,8 @@ def test_contrast_turns_about_mid_grey_and_hue_keeps_grey() -> None:
 def test_the_blur_is_torchvision_s_with_a_wide_enough_kernel(
     images: np.ndarray, sigma: float
 ) -> None:
-    rows = neutral_rows(COUNT, stages=0)
+    images = images[:8]
+    rows = neutral_rows(len(images), stages=0)
     rows[:, Column.SIGMA] = sigma
     blurred = kernel(images, rows)
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2).double()

@@ -181,13 +181,11 @@ def torchvision_twin(
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize("kind", ["labelled", "captioned"])
 def test_real_crops_are_torchvision_s_to_one_level(
-    kind: str, interpolation: Interpolation, request: pytest.FixtureRequest
+    labelled: PackedDataset, interpolation: Interpolation
 ) -> None:
-    dataset = request.getfixturevalue(kind)
-    ours = train_images(dataset, interpolation=interpolation)
-    gap = differences(ours, torchvision_twin(dataset, windows_of(dataset), interpolation))
+    ours = train_images(labelled, interpolation=interpolation)
+    gap = differences(ours, torchvision_twin(labelled, windows_of(labelled), interpolation))
     assert gap.max() <= 1
     assert gap.mean() < (0.25 if interpolation == "bilinear" else 0.01)
 
@@ -241,10 +239,12 @@ def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
 
 @both_resamplers
 @pytest.mark.parametrize(
-    ("resize", "crop"),
-    [(256, 224), pytest.param(224, 224, marks=pytest.mark.slow), (37, 32)],
+    ("kind", "resize", "crop"),
+    [
+        *(("labelled", 256, 224), ("captioned", 37, 32)),
+        pytest.param("captioned", 224, 224, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("kind", ["labelled", "captioned"])
 def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
     kind: str, resize: int, crop: int, resample: Resample, request: pytest.FixtureRequest
 ) -> None:

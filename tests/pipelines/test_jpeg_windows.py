@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sets import saved
 from PIL import Image
 from property_tests import examples
 
@@ -50,11 +51,8 @@ def with_marker_at_each_block(
     pixels: np.ndarray[Any, Any], subsampling: str
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """More of them than packing sets; files of others have such."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(
-        file, format="JPEG", subsampling=":".join(subsampling), restart_marker_blocks=1
-    )
-    return array_of(file.getvalue())
+    how = {"subsampling": ":".join(subsampling), "restart_marker_blocks": 1}
+    return array_of(saved(Image.fromarray(pixels), format="JPEG", **how))
 
 
 def cut_one(
@@ -104,20 +102,16 @@ def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(
 
 
 def test_what_has_no_markers_to_cut_at_stays_the_same() -> None:
-    pixels = noise(200, 200)
-    files = []
-    for options in (
+    image = Image.fromarray(noise(200, 200))
+    options = (
         {"format": "JPEG"},
         {"format": "JPEG", "progressive": True, "restart_marker_rows": 1},
         {"format": "JPEG", "restart_marker_blocks": 5},  # rows of 13 do not begin with one
         {"format": "PNG"},
         {"format": "WEBP"},
-    ):
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, **options)
-        files.append(array_of(file.getvalue()))
-    files.append(array_of(b""))
-    files.append(array_of(b"\xff\xd8\xff"))
+    )
+    contents = [*(saved(image, **one) for one in options), b"", b"\xff\xd8\xff"]
+    files = [*map(array_of, contents)]
     starts = np.full((len(files), 2), 8, np.int32)
     cut, places = cut_to_windows(EncodedImages.of(files), starts, np.full_like(starts, 30))
     assert all(map(np.array_equal, cut, files))

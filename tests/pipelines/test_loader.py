@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from fake_copies import CUDA, FakeGpu
-from loader_runs import assert_equal, assert_joined, assert_same, texts_of
+from loader_runs import assert_equal, assert_joined, assert_same, prompts_of, texts_of
 from nvidia.dali import backend
 from packed_sets import Sample, pack
 from PIL import Image
@@ -71,13 +71,10 @@ def take(
     start: int = 0,
     count: int,
     weights: list[float] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
     config: TrainConfig | None = None,
+    **ranks: int,
 ) -> list[Batch]:
-    loader = TrainLoader(
-        config or make_config(), datasets, weights, prompts, rank=rank, world_size=world_size
-    )
+    loader = TrainLoader(config or make_config(), datasets, weights, prompts, **ranks)
     return loader_runs.take(loader, start=start, count=count)
 
 
@@ -134,9 +131,8 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
         assert torch.equal(batch.targets.class_ids, batch.targets.text_class_ids[batch.texts.index])
         assert batch.global_index.tolist() == list(range(BATCH))
         texts, targets = batch.texts, batch.targets
-        for tensor in (
-            *(texts.tokens, texts.index, texts.counts, targets.class_ids, targets.text_class_ids),
-        ):
+        of_targets = targets.class_ids, targets.text_class_ids
+        for tensor in (texts.tokens, texts.index, texts.counts, *of_targets):
             assert tensor.dtype == torch.int64
             assert tensor.is_contiguous()
 
@@ -187,8 +183,7 @@ def test_each_image_comes_with_a_text_of_its_own_sample(
     datasets: list[PackedDataset], prompts: ClassPrompts, tokenizer: Tokenizer
 ) -> None:
     labelled, captioned = datasets
-    manifest = labelled.manifest
-    kinds = Counter()
+    manifest, kinds = labelled.manifest, Counter()
     for batch in take(datasets, prompts, count=8):
         assert batch.sample_ids is not None
         assert batch.source_ids is not None
@@ -231,13 +226,10 @@ def several(shared_data: Path, tokenizer: Tokenizer, tmp_path: Path) -> Iterator
     lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     rows = [json.loads(line) for line in lines]
     names = sorted({name for row in rows for name in row["labels"]})
+    labels = [[names.index(name) for name in row["labels"]] for row in rows]
     samples = [
-        Sample(
-            (folder / row["image"]).read_bytes(),
-            captions=row["captions"],
-            labels=[names.index(name) for name in row["labels"]],
-        )
-        for row in rows
+        Sample((folder / row["image"]).read_bytes(), captions=row["captions"], labels=of_row)
+        for row, of_row in zip(rows, labels, strict=True)
     ]
     # COCO's own groups, as far as these images need them
     groups = {"person": 0, "dog": 1, "cow": 1, "teddy bear": 2}
@@ -260,9 +252,7 @@ def test_images_have_the_classes_of_all_their_labels_whatever_their_text(
 ) -> None:
     """From any step, and on any rank; texts are those of a run that takes one label alone."""
     datasets = [captioned, several]
-    prompts = ClassPrompts(
-        [(d.manifest.class_names, d.manifest.templates) for d in datasets], tokenizer
-    )
+    prompts = prompts_of(datasets, tokenizer)
     config = make_config(positives="labels")
     batches = take(datasets, prompts, count=4, config=config)
     most, num_captions = 0, 0
@@ -338,20 +328,13 @@ def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_files_cut_to_their_windows_give_the_same_batches(
-    views: int,
-    shared_data: Path,
-    tokenizer: Tokenizer,
-    prompts: ClassPrompts,
-    tmp_path: Path,
+    views: int, shared_data: Path, tokenizer: Tokenizer, prompts: ClassPrompts, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:BATCH]
-    samples = []
-    for file in files:
-        image = Image.open(file).convert("RGB").resize((224, 168))
-        samples.append(
-            Sample(encode_jpeg(np.asarray(image), quality=90, subsampling="420"), captions=["a"])
-        )
+    images = [np.asarray(Image.open(one).convert("RGB").resize((224, 168))) for one in files]
+    encoded = [encode_jpeg(pixels, quality=90, subsampling="420") for pixels in images]
+    samples = [Sample(one, captions=["a"]) for one in encoded]
     lengths = {True: 0, False: 0}  # of the files that the graphs get
 
     def cut(images: EncodedImages, *windows: Any) -> tuple[list[Any], Any]:
@@ -485,8 +468,19 @@ def test_the_cpu_decodes_for_a_gpu_what_it_decodes_alone(
     assert gpu.used_by[shown.images.data_ptr()] is gpu.compute
 
 
-def test_a_decoder_is_tried_on_images_of_the_data(datasets: list[PackedDataset]) -> None:
-    """Here that of the CPU, in a process of its own; one that has passed is not tried again."""
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_decoder_is_tried_on_images_of_the_data(
+    datasets: list[PackedDataset], monkeypatch: pytest.MonkeyPatch, here: bool
+) -> None:
+    """With the CPU's, in a child; one that has passed is not tried again."""
+
+    def decode_here(function: Callable[..., None], *arguments: Any, seconds: float) -> str:
+        function(*arguments)
+        return ""
+
+    if here:
+        monkeypatch.setattr(trial, "fault_of", decode_here)
+    monkeypatch.setattr(trial, "_tried", set())
     data, device = make_config().data, torch.device("cpu")
     try_decoder(datasets, data, device)
     assert (str(device), *(dataset.location for dataset in datasets)) in trial._tried

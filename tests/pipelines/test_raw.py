@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import os
 import time
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from damage import copy_of
-from loader_runs import assert_joined, assert_same, count_replaced, take
-from packed_sets import Sample, pack
+from loader_runs import assert_same, count_replaced, prompts_of, take
+from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -39,9 +38,7 @@ LABELLED, CAPTIONED = 0, 1
 
 def png(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels if seed % 5 else pixels[..., 0]).save(file, format="PNG")
-    return file.getvalue()
+    return saved(Image.fromarray(pixels if seed % 5 else pixels[..., 0]), format="PNG")
 
 
 Sets = dict[str, list[PackedDataset]]
@@ -70,8 +67,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
 
 @pytest.fixture(scope="module")
 def prompts(sets: Sets, tokenizer: Tokenizer) -> ClassPrompts:
-    manifests = [dataset.manifest for dataset in sets["png"]]
-    return ClassPrompts([(m.class_names, m.templates) for m in manifests], tokenizer)
+    return prompts_of(sets["png"], tokenizer)
 
 
 def make_loader(
@@ -162,10 +158,8 @@ def test_raw_and_files_train_together_through_the_decoder(
 def test_raw_data_sets_of_two_sizes_train_together(
     sets: Sets, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    larger = Image.effect_noise((50, 40), 90)
-    file = io.BytesIO()
-    larger.save(file, format="PNG")
-    samples = [Sample(file.getvalue(), captions=["noise"]) for _ in range(20)]
+    larger = saved(Image.effect_noise((50, 40), 90), format="PNG")
+    samples = [Sample(larger, captions=["noise"])] * 20
     with pack(
         tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, format="raw"
     ) as other:
@@ -182,9 +176,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Ite
     for i in range(72):
         height, width = draw.integers(5, 130, 2)
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels).save(file, format="PNG")
-        samples.append(Sample(file.getvalue(), labels=[i % 3]))
+        image = Image.fromarray(pixels[..., 0] if i in (3, 8) else pixels)
+        samples.append(Sample(saved(image, format="PNG"), labels=[i % 3]))
     names, formats = ["cat", "dog", "yak"], ("keep", "ppm")
     found: Sets = {
         format: [pack(folder / format, samples, class_names=names, tokenizer=tokenizer,
@@ -198,15 +191,14 @@ def sizes(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Ite
 
 @pytest.fixture(scope="module")
 def of_sizes(sizes: Sets, tokenizer: Tokenizer) -> ClassPrompts:
-    manifest = sizes["ppm"][0].manifest
-    return ClassPrompts([(manifest.class_names, manifest.templates)], tokenizer)
+    return prompts_of(sizes["ppm"], tokenizer)
 
 
 @pytest.mark.parametrize(
     ("resample", "augment", "batch"),
     [
         *(("fused", "none", 5), ("fused", "unicl", 70), ("fused", "none,views=2", 70)),
-        *(("dali", "none", 70), ("dali", "unicl", 5)),
+        ("dali", "none", 70),
     ],
 )
 def test_ppms_of_any_sizes_give_the_batches_of_files(
@@ -228,9 +220,7 @@ def test_ppms_train_with_raw_images_of_one_size(
     runs = []
     for raw, varied in (("raw", "ppm"), ("png", "keep")):
         datasets = [sets[raw][LABELLED], *sizes[varied]]
-        manifests = [dataset.manifest for dataset in datasets]
-        prompts = ClassPrompts([(m.class_names, m.templates) for m in manifests], tokenizer)
-        loader = make_loader(datasets, prompts)
+        loader = make_loader(datasets, prompts_of(datasets, tokenizer))
         assert loader.form == ("crops" if raw == "raw" else "files")
         runs.append(take(loader, count=STEPS))
     assert_same(*runs)
@@ -250,20 +240,6 @@ def test_a_damaged_ppm_is_replaced_by_one_of_another_size(
     files = make_loader(sizes["keep"], of_sizes)
     files.steps.bad.mark(0, 7, "found by the test")
     assert_same(batches, take(files, count=STEPS))
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_join_and_a_restart_continues(
-    sets: Sets, prompts: ClassPrompts, world_size: int
-) -> None:
-    whole = take(make_loader(sets["raw"], prompts), count=STEPS)
-    assert_same(whole[7:], take(make_loader(sets["raw"], prompts), start=7, count=3))
-    ranks = [
-        take(make_loader(sets["raw"], prompts, rank=rank, world_size=world_size), count=STEPS)
-        for rank in range(world_size)
-    ]
-    for expected, *parts in zip(whole, *ranks, strict=True):
-        assert_joined(parts, expected)
 
 
 def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompts) -> None:
@@ -332,13 +308,9 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
 
 @pytest.mark.parametrize("kind", ["cut", "gone"])
 def test_pixels_that_vanish_under_a_run_are_replaced(
-    sets: Sets,
-    folders: list[Path],
-    opened: Any,
-    prompts: ClassPrompts,
-    kind: str,
+    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, kind: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     # few batches are read at once, else all could have been read before the damage is done
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400

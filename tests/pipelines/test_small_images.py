@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from damage import copy_of, flip_byte, store, undecodable
-from loader_runs import assert_joined, assert_same, count_replaced, take
-from packed_sets import Sample, pack
+from loader_runs import assert_joined, assert_same, count_replaced, prompts_of, take
+from packed_sets import Sample, pack, saved
 from PIL import Image
 
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
@@ -19,7 +19,6 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.codec import decode_files
 from unicl_fast.images.encoded_images import EncodedImages
 from unicl_fast.pipelines.train_loader import TrainLoader
-from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
@@ -40,11 +39,9 @@ def file_of(number: int) -> bytes:
     height, width = draw.integers(5, 130, 2).tolist()
     coarse = Image.fromarray(draw.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     image = coarse.resize((width, height), Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    saved = SAVED[number % len(SAVED)]
-    grey = number % 7 == 3 and saved["format"] != "WEBP"
-    (image.convert("L") if grey else image).save(file, **saved)
-    return file.getvalue()
+    options = SAVED[number % len(SAVED)]
+    grey = number % 7 == 3 and options["format"] != "WEBP"
+    return saved(image.convert("L") if grey else image, **options)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +69,7 @@ def make_loader(
             data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **more),
             run=RunConfig(global_batch_size=16, seed=3),
         )
-        manifest = dataset.manifest
-        prompts = ClassPrompts([(manifest.class_names, manifest.templates)], tokenizer)
-        loader = TrainLoader(config, [dataset], None, prompts, **ranks)
+        loader = TrainLoader(config, [dataset], None, prompts_of([dataset], tokenizer), **ranks)
         assert loader.form == form
         assert loader.reading.decodes_files
         return loader
@@ -83,26 +78,20 @@ def make_loader(
 
 
 @pytest.mark.parametrize(
-    ("saved", "side", "form"),
-    [
-        ({"format": "JPEG"}, 60, "crops"),
-        ({"format": "PNG"}, 60, "files"),
-        ({"format": "JPEG"}, 200, "files"),
-    ],
-    ids=["small", "png", "large"],
+    ("format", "side", "form"),
+    [("JPEG", 60, "crops"), ("PNG", 60, "files"), ("JPEG", 200, "files")],
 )
 def test_only_small_jpegs_go_past_dali(
-    tmp_path: Path, tokenizer: Tokenizer, saved: dict[str, Any], side: int, form: str
+    tmp_path: Path, tokenizer: Tokenizer, format: str, side: int, form: str
 ) -> None:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), "teal").save(file, **saved)
+    file = saved(Image.new("RGB", (side, side), "teal"), format=format)
     names = ["cat", "dog"]
-    samples = [Sample(file.getvalue(), labels=[i % 2]) for i in range(8)]
+    samples = [Sample(file, labels=[i % 2]) for i in range(8)]
     with pack(
         tmp_path / "set", samples, class_names=names, tokenizer=tokenizer, format="keep"
     ) as dataset:
         config = TrainConfig(run=RunConfig(global_batch_size=4))
-        prompts = ClassPrompts([(names, dataset.manifest.templates)], tokenizer)
+        prompts = prompts_of([dataset], tokenizer)
         assert TrainLoader(config, [dataset], None, prompts).form == form
 
 
@@ -128,12 +117,9 @@ def test_batches_are_those_of_dali(
 
 @pytest.mark.parametrize("group", [2048, 8], ids=["groups", "large"])
 def test_bad_ones_are_replaced_as_by_dali(
-    small: PackedDataset,
-    make_loader: Callable[..., TrainLoader],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    group: int,
-) -> None:
+    small: PackedDataset, make_loader: Callable[..., TrainLoader], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, group: int,
+) -> None:  # fmt: skip
     """In groups of batches, and in a batch that threads share."""
     monkeypatch.setattr("unicl_fast.pipelines.crops._CROPPED_AT_ONCE", group)
     expected = take(make_loader(small, "files"), count=STEPS)
@@ -143,10 +129,9 @@ def test_bad_ones_are_replaced_as_by_dali(
     flip_byte(folder, large[0])
     for sample, kind in zip(large[1:4], ("html", "gif", "cut png"), strict=True):
         store(folder, sample, undecodable(kind))
-    file = io.BytesIO()
-    Image.new("RGB", (7, 9)).save(file, format="JPEG", quality=10)
-    if len(file.getvalue()) <= sizes[large[4]]:
-        store(folder, large[4], file.getvalue())  # sound, and of another size
+    file = saved(Image.new("RGB", (7, 9)), format="JPEG", quality=10)
+    if len(file) <= sizes[large[4]]:
+        store(folder, large[4], file)  # sound, and of another size
     else:
         flip_byte(folder, large[4])
     with PackedDataset(folder, max_bad_fraction=1.0) as spoilt:

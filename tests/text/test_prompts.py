@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from property_tests import examples
+from waiting import wait_until
 
 from unicl_fast.objectives.targets import map_targets
 from unicl_fast.system.atomic_files import locked
@@ -400,13 +401,18 @@ folder = Path({str(tmp_path)!r})
 prompts = ClassPrompts([(MANY_NAMES, TEMPLATES)], tokenizer, cache_folder=folder)
 print(len(prompts.tokens), tokenizer.calls)
 """
-    with locked(tmp_path / "prompts.lock") as is_unused:  # until both have come here
+
+    def has_come(program: subprocess.Popen[str]) -> bool:
+        found = Path(f"/proc/{program.pid}/fd").iterdir()
+        return any(one.resolve() == tmp_path / "prompts.lock" for one in found)
+
+    with locked(tmp_path / "prompts.lock") as is_unused:
         assert is_unused
         programs = [
             subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
-        with pytest.raises(subprocess.TimeoutExpired):
-            programs[0].wait(timeout=5)
+        wait_until(lambda: all(map(has_come, programs)))
+        assert [program.poll() for program in programs] == [None, None]
     found = sorted(program.communicate(timeout=120)[0].split() for program in programs)
     assert found == [["200", "0"], ["200", "1"]]
