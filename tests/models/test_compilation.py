@@ -255,8 +255,11 @@ def test_compiled_blocks_with_adapters_are_few_graphs_of_the_same_gradients(
         first_gradients(images, Ranks(), compiled.changed(optim={"lora": "text:2,dora"}))
 
 
-def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch.Tensor) -> None:
-    config = tiny_config(compile="blocks")
+@pytest.mark.parametrize(("what", "number"), [("blocks", 6 + 2), ("encoders", 2)])
+def test_what_is_compiled_keeps_names_and_leaves_the_average_as_it_is(
+    images: torch.Tensor, what: str, number: int
+) -> None:
+    config = tiny_config(compile=what)
     plain = build_model(config).state_dict().keys()
     config = config.changed(optim={"ema_decay": 0.9})
     trainer = make_trainer(config, StepLoader(images), progress=False)
@@ -264,7 +267,7 @@ def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch
     def num_compiled(model: torch.nn.Module) -> int:
         return sum(module._compiled_call_impl is not None for module in model.modules())
 
-    assert num_compiled(trainer.model) == 6 + 2
+    assert num_compiled(trainer.model) == number
     assert num_compiled(trainer.ema.module) == num_compiled(copy.deepcopy(trainer.model)) == 0
     assert trainer.model.state_dict().keys() == plain
 
