@@ -33,7 +33,7 @@ def try_decoder(datasets: Sequence[PackedDataset], data: DataConfig, device: tor
     """Decodes images of data sets as training and evaluation do, once for each device and set.
 
     Raises:
-        ValueError: the process crashed, failed or hung; says how, and what to do.
+        ValueError: the process crashed, failed or hung; says how, and names a remedy.
     """
     key = (str(device), *(dataset.location for dataset in datasets))
     if key in _tried:

@@ -1,8 +1,9 @@
-"""Ranks agree on who runs now, whatever an earlier attempt left in the store; SLURM names ranks."""
+"""Ranks agree on who runs now, in a store with keys of earlier attempts; SLURM names ranks."""
 
 from __future__ import annotations
 
 import datetime
+import operator
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +30,21 @@ from unicl_fast.system.machine import usable_cores
 
 pytestmark = pytest.mark.slow
 
-SOON = datetime.timedelta(seconds=20)
+SOON = datetime.timedelta(seconds=120)
+
+
+def read(store: dist.Store, key: str) -> bytes:
+    return store.get(key) if store.check([key]) else b""
 
 
 def agree(store: dist.Store, *, late: int, world_size: int = 3) -> list[str]:
     """The names that the ranks of one attempt come to; rank `late` comes last."""
+    keys = [f"unicl_fast/hello/{rank}" for rank in range(1, world_size) if rank != late]
+    before = [read(store, key) for key in keys]
 
     def enter(rank: int) -> str:
-        time.sleep(0.3 if rank == late else 0)
+        while rank == late and any(map(operator.eq, before, [read(store, key) for key in keys])):
+            time.sleep(0.01)  # until all others have come
         return agree_on_session(store, rank=rank, world_size=world_size, timeout=SOON)
 
     with ThreadPoolExecutor(world_size) as pool:
@@ -103,7 +111,7 @@ def test_no_rank_of_several_machines_takes_loopback(
 
 
 def test_ranks_with_one_gpu_are_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a machine shows one GPU to all its ranks; two machines have two."""
+    """As if a machine showed one GPU to all its ranks; two machines have two."""
     names = iter(["GPU-a", "GPU-b", "GPU-a", "GPU-a"])
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=next(names))

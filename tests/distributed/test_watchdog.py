@@ -1,4 +1,4 @@
-"""What hangs is ended, and named by rank and stage; what only takes long is left alone."""
+"""A rank that hangs is ended and named with its phase; slow work is left alone."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_no_limit_watches_nothing() -> None:
 def test_a_rank_that_waits_for_others_has_twice_the_time(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """So the rank at fault, which may hang in its own work, is the first to end."""
+    """So the rank at fault, which can hang in its own work, ends first."""
     clock = Clock(world_size=3)
     mark("step: encoding", 8)
     with WaitingForRanks():

@@ -34,7 +34,7 @@ def patch(target: Patch, where: Any, **values: object) -> None:
 
 
 def assert_found(found: Found, state: str, text: str) -> None:
-    """A row has a state, and says a text in what was found or what to do."""
+    """A row has a state, and its finding or its remedy contains a text."""
     assert found.state == state
     assert text in f"{found.found} {found.fix}"
 
@@ -118,7 +118,7 @@ def test_every_row_is_explained_in_the_documentation() -> None:
 
 @pytest.mark.slow
 def test_the_program_runs_here_and_without_a_home(monkeypatch: Patch) -> None:
-    """This machine trains, so nothing here is a fault; what is slow depends on its load."""
+    """This machine trains, so nothing here is a fault."""
     monkeypatch.setenv("HOME", "/proc/nowhere")
     for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)

@@ -167,7 +167,9 @@ def test_nothing_outlives_a_killed_launcher(data: Path, tmp_path: Path, torchrun
 
 def test_reading_that_hangs_ends_the_run_with_70_and_is_named(data: Path, tmp_path: Path) -> None:
     """After 30 seconds: a loaded machine may be compiling kernels."""
-    with running(data, tmp_path, "--run.timeout-seconds", "30") as program:
+    # images of 32 pixels would be read 2,000 steps ahead, which take minutes on a loaded machine
+    size = ("--data.image-size", "128", "--data.evaluation-resize", "128")
+    with running(data, tmp_path, *size, "--run.timeout-seconds", "30") as program:
         program.wait_until_it_trains()
         (tmp_path / "fault").touch()
         assert program.process.wait(240) == 70, program.messages

@@ -1,4 +1,4 @@
-"""Trials of kernels, in a process that may crash: here by Triton's interpreter."""
+"""Trials of kernels, in a child that can crash: here by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = "grad_tokens + channels + place, by_key.to(given.dtype)"
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A new folder of what was found right, for processes that interpret."""
+    """A new folder for results of trials, of processes that interpret."""
     monkeypatch.setattr(kernels, "cache_folder", lambda: tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return tmp_path

@@ -16,10 +16,10 @@ from unicl_fast.system import line
 
 
 def seen_on_a_terminal(code: str, **environment: str) -> str:
-    """What a program that has begun writes to a terminal of 80 columns.
+    """The output of a program that has begun to a terminal of 80 columns.
 
-    Its input gets a line whenever the pattern that the program printed to stdout before comes to
-    the terminal; `shows` in the code waits for that.
+    The program prints patterns to stdout; each is answered by a line of input once the terminal
+    shows it. `shows` in the code does both.
     """
     terminal, end = os.openpty()
     termios.tcsetwinsize(terminal, (24, 80))

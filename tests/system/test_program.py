@@ -96,7 +96,7 @@ def test_ctrl_c_ends_a_program_by_a_sentence_and_130(traceback: str) -> None:
 
 @pytest.mark.parametrize("ending", ["", "; sys.stdout.flush()", "; raise SystemExit(3)"])
 def test_a_reader_that_leaves_ends_no_program(tmp_path: Path, ending: str) -> None:
-    """As in `unicl-pack inspect ... 2>&1 | head -1`, also where only the last flush finds out."""
+    """As in `unicl-pack inspect ... 2>&1 | head -1`, also if only the last flush finds out."""
     done = tmp_path / "done"
     lines = "for n in range(9999): print(n, flush=n % 99 == 98); print(n, file=sys.stderr)"
     code = f"""

@@ -1,7 +1,8 @@
 """How the ranks of a run find each other: by the variables of torchrun or SLURM, and torch's store.
 
-torchrun's restarts share one store and its keys (pytorch issue 135712), so a quick rank reads where
-its peers WERE. Ranks first agree on a name for each attempt; restart counts differ between nodes.
+torchrun's restarts share one store and its keys (pytorch issue 135712), so a quick rank would read
+the OLD addresses of its peers. Ranks first agree on a name for each attempt; restart counts differ
+between nodes.
 """
 
 from __future__ import annotations
@@ -102,10 +103,10 @@ def _abort_groups() -> None:
     mark("leaving after an error")
     with contextlib.suppress(Exception):  # the error that brought us here is the one to be shown
         for group in list(distributed_c10d._world.pg_map):
-            # its destructor would wait for what gloo's threads have begun, when Python ends
+            # when Python ends, its destructor would wait for the work of gloo's threads
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         distributed_c10d._abort_process_group()
-        # gloo's threads drop the tensors of what is done: after Python's end that would abort us
+        # gloo's threads drop the tensors of finished work: after Python's end that would abort us
         time.sleep(_SECONDS_TO_LET_GO)
 
 
@@ -124,7 +125,7 @@ def claim_gpu(store: Store, device: torch.device) -> None:
 
 
 def _with_cores(ranks: Ranks) -> Ranks:
-    """Finds out how many cores this rank has, by what all ranks may run on."""
+    """Finds out how many cores this rank has, from the cores on which each rank can run."""
     cores: list[Any] = gather_objects(list(describe_cores()), ranks)
     return dataclasses.replace(
         ranks, cores=cores_of_rank(ranks.rank, cores, quota=quota_of_cores())
@@ -149,7 +150,7 @@ def _prepare_sockets(world_size: int) -> None:
     has_other_machines = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     address = address_towards_rank_0()
     if has_other_machines and _is_loopback(address):
-        # MASTER_ADDR is this machine by a name of its own, an IPv6 address, or not known here
+        # MASTER_ADDR is another name of this machine, an IPv6 address, or not known here
         address = _address_towards(_ELSEWHERE)
     name = interface_with(address)
     if name is not None and not (has_other_machines and _is_loopback(address)):
@@ -253,7 +254,7 @@ def agree_on_session(
 
 
 def _read(store: Store, key: str) -> str:
-    """Reads what is there now, "" for nothing; `get` alone would wait for it."""
+    """Reads the present value, "" if there is none; `get` alone would wait for one."""
     return store.get(key).decode() if store.check([key]) else ""
 
 

@@ -1,4 +1,4 @@
-"""Ends a rank that hangs, and says in what.
+"""Ends a rank that hangs, and names the phase in which it hangs.
 
 Each rank watches itself. One that waits for other ranks has twice the time, so the rank at fault
 ends first, and its message names the storage or thread that hangs, which torch's own tools do not
@@ -25,9 +25,9 @@ from unicl_fast.system.untrusted_files import open_file
 logger = logging.getLogger(__name__)
 
 _WAITING = 2.0
-"""How many times longer a phase may last if it waits for other ranks."""
-# Longer than any phase may last, so that the watchdog's message, which says more, comes first.
-# Torch ends whatever outlasts even this because the watchdog itself cannot run.
+"""How many times longer a phase can last if it waits for other ranks."""
+# Longer than any phase can last, so that the watchdog's message, which says more, comes first.
+# Torch ends a collective that outlasts even this because the watchdog itself cannot run.
 _GROUP_TIMEOUTS = 15
 _DUMP_PREFIXES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # torch's own
 _DUMP_SECONDS = 20.0
@@ -137,7 +137,7 @@ class Watchdog:
             self._end_process(self._describe(times))
 
     def _describe(self, times: float) -> str:
-        """Says in what this rank hangs, for `times` its limit, and what to do."""
+        """Describes the hang, of `times` the limit, and the remedy."""
         phase = self._phase
         allowed = f"{'' if times == 1 else f'{times:g} times '}run.timeout_seconds={self._limit:g}"
         of_ranks = f" of {self._world_size}" if self._world_size > 1 else ""
@@ -158,7 +158,7 @@ class Watchdog:
 
 
 def dump_collectives(rank: int) -> str:
-    """Writes what NCCL's flight recorder holds into a file that torchfrtrace reads.
+    """Writes the content of NCCL's flight recorder into a file that torchfrtrace reads.
 
     The recorder keeps the last TORCH_FR_BUFFER_SIZE collectives (`rendezvous` sets 2,000).
 
@@ -170,7 +170,7 @@ def dump_collectives(rank: int) -> str:
     prefixes = filter(None, map(os.environ.get, _DUMP_PREFIXES))
     user = f"unicl_fast-{os.getuid()}-collectives-rank-"
     path = f"{next(prefixes, os.path.join(tempfile.gettempdir(), user))}{rank}"
-    # CUDA's driver may hang too and hold Python's lock: then this ends the process for us
+    # CUDA's driver can hang too and hold Python's lock: then this ends the process for us
     faulthandler.dump_traceback_later(_DUMP_SECONDS, exit=True)
     try:
         content = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The one progress bar: work whose steps can be counted. `line` shows what cannot be counted.
+"""The one progress bar, for work whose steps can be counted; `line` is for all other work.
 
 A terminal gets a live image, a log a line every 30 seconds, and work of less than two seconds is
 not shown at all.
@@ -54,7 +54,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
             "dynamic_ncols": True,
         }
         super().__init__(*of, **usual, **options, file=ForgivingStderr(), disable=not shown)
-        # tqdm's own clock may be set back: the bar would stand still until it has caught up
+        # tqdm's own clock can be set back: the bar would stand still until it has caught up
         self._time = time.monotonic
         self.start_t = self.last_print_t = self._time()
 
@@ -62,7 +62,7 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     def write(
         cls, s: str, file: TextIO | None = None, end: str = "\n", nolock: bool = False
     ) -> None:
-        """Writes a line above the bars; on stderr it may be lost, as they may."""
+        """Writes a line above the bars; an error of stderr loses it, as it loses a bar."""
         forgiving = ForgivingStderr() if file is sys.stderr else file
         super().write(s, file=forgiving, end=end, nolock=nolock)
 

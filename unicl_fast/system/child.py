@@ -1,8 +1,9 @@
-"""Runs what may crash, hang or ask for all memory in a child process, and says how it died.
+"""Runs risky work, which can crash, hang or exhaust memory, in a child process.
 
-A child is used for readers and decoders of other people's files, kernels and drivers. It ends with
-its parent, its output leads nowhere, and the kernel holds its memory limit. concurrent.futures
-reports neither the exit code of a worker that dies nor its task, and cannot end one that hangs.
+Such work reads or decodes other people's files, or calls kernels and drivers. A child ends with its
+parent, its output is discarded, the kernel enforces its memory limit, and its death is described.
+concurrent.futures reports neither the exit code nor the task of a worker that dies, and cannot end
+one that hangs.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Child:
             code = self._start(serve, arguments, descriptors)
             if code == 0:
                 return
-            if code > 0:  # it has ended by itself, and would again
+            if code > 0:  # it has ended by itself, and would do so again
                 break
         raise RuntimeError(
             f"a worker process could not start (exit code {code}): see above if it said why, and "
@@ -77,7 +78,7 @@ class Child:
             self.connection.send((serve, arguments))
             self.connection.recv()
         except (EOFError, OSError):
-            return self.reap() or os.EX_SOFTWARE  # it may have ended with 0 before it was ready
+            return self.reap() or os.EX_SOFTWARE  # it can have ended with 0 before it was ready
         return 0
 
     def kill(self) -> None:
@@ -100,8 +101,8 @@ def begin(descriptor: int) -> None:
 def enter(connection: Connection, *, memory_bytes: int = 0) -> None:
     """Limits this child to `memory_bytes` more than it has (0: no limit), and reports ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
-    # What libraries in C, libtiff above all, print would tear the parent's bar; whatever matters
-    # of it comes back in an answer.
+    # Output of C libraries, libtiff above all, would tear the parent's bar; an answer brings back
+    # all that matters.
     with contextlib.suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -145,7 +146,7 @@ def run_limited(
         seconds: for each task, after the start of the child; None sets no limit.
 
     Yields:
-        What the function returns, or how the child died at that task; the next task then gets a new
+        The function's result, or how the child died at that task; the next task then gets a new
         child.
     """
     child: Child | None = None

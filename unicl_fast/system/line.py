@@ -1,7 +1,7 @@
-"""The one line about work that cannot be counted: what it is, while the program prints nothing.
+"""The one line about work that cannot be counted, shown while the program prints nothing.
 
-On a terminal it is added to the last line, which may be a `bar`, counts seconds, and is taken away
-before anything else is printed. A log gets it once.
+On a terminal it counts seconds after the last line, which can be a `bar`, and is erased before
+anything else is printed. A log gets it once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _LastLine:
         self.texts: list[Callable[[float], str]] = []
         """One for each entered context; the innermost is shown."""
         self._descriptor = descriptor
-        self._lock = threading.RLock()  # a signal's handler may print while its thread does
+        self._lock = threading.RLock()  # a signal handler can print while its thread does
         self._own = b""
         """The program's own part of the line."""
         self._is_added_to = False
@@ -47,7 +47,7 @@ class _LastLine:
             yield
 
     def note(self, printed: bytes) -> None:
-        """Notes what the program has printed."""
+        """Remembers the program's output."""
         self._own = (self._own + printed).rpartition(b"\n")[2].rpartition(b"\r")[2]
         self._printed_at = time.monotonic()
 
@@ -71,11 +71,11 @@ on_terminal: _LastLine | None = None
 
 @contextlib.contextmanager
 def line(text: str | Callable[[float], str], *, shown: bool = True) -> Iterator[None]:
-    """Says within this context what takes more than two seconds; of several ranks only rank 0 does.
+    """Names the work within this context if it takes more than two seconds; only on rank 0.
 
     Args:
-        text: what the program does. A function gets the seconds without output and returns the text
-            of now, empty for none; only a terminal shows it.
+        text: names the work. A function gets the seconds without output and returns the present
+            text, or an empty one; only a terminal shows it.
         shown: False writes nothing.
     """
     with contextlib.ExitStack() as stack:
@@ -113,7 +113,7 @@ def _added(text: str | Callable[[float], str]) -> Iterator[None]:
 
     def look() -> None:
         while not ended.wait(_LOOK_SECONDS):
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal is gone
                 last.add()
 
     thread = threading.Thread(target=look, name="line", daemon=True)

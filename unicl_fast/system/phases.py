@@ -9,7 +9,7 @@ from typing import NamedTuple
 OR_WAITING = ", or waiting for other ranks"
 """Suffix of a phase's name whose work contains collectives that are not marked one by one."""
 START_PATIENCE = 3.0
-"""How many times the time limit a phase may last before the first step is done."""
+"""How many times the time limit a phase can last before the first step is done."""
 
 
 class Phase(NamedTuple):
@@ -19,12 +19,12 @@ class Phase(NamedTuple):
     step: int | None = None
     """The optimizer step that the work is for."""
     patience: float = 1.0
-    """How many times the time limit the phase may last."""
+    """How many times the time limit the phase can last."""
     waits_for_ranks: bool = False
     """Whether the phase cannot end before other ranks have reached it."""
 
 
-# One name in one place, since a process is one rank. Storing it is atomic and takes no lock.
+# One name in one place, since a process is one rank. Storing it is atomic and needs no lock.
 _now = Phase("starting", patience=START_PATIENCE)
 
 
@@ -34,7 +34,7 @@ def current_phase() -> Phase:
 
 
 def describe_phase(quiet_seconds: float) -> str:
-    """Says for a `line` what this process does, in a program that marks its phases."""
+    """Describes for a `line` the present phase of a program that marks its phases."""
     name, step, *_ = _now
     done = "" if step is None else f" {step:,} steps done,"
     return name and f"{name},{done} {quiet_seconds:.0f} s"
@@ -99,7 +99,7 @@ _stop_checks: list[Callable[[], bool]] = []
 def heartbeat_and_check_stop() -> bool:
     """Shows progress between two batches of an evaluation; returns whether to continue.
 
-    Ranks may get different answers: sum the stops over all ranks, with the results, and raise
+    Ranks can get different answers: sum the stops over all ranks, with the results, and raise
     `EvaluationStopped` on all of them.
     """
     mark_progress()

@@ -25,9 +25,9 @@ EXIT_ABORTED = 130
 
 
 def begin_program() -> list[str]:
-    """Prepares this process as that of a program; returns its arguments, or answers --version."""
-    # Under LC_ALL=C or a locale of ISO-8859-1 Python may take file names for other characters than
-    # under C.UTF-8, and class names come from them. It knows no way to change its mind.
+    """Prepares the process of a program; returns its arguments, or answers --version."""
+    # Under LC_ALL=C or a locale of ISO-8859-1 Python can read file names as other characters than
+    # under C.UTF-8, and class names come from them. It cannot change this once it has started.
     if not has_utf8_names() and os.environ.get(_UTF8_MODE) != "1":
         os.environ[_UTF8_MODE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -37,7 +37,7 @@ def begin_program() -> list[str]:
     if sys.argv[1:] == ["--version"]:
         print(f"unicl_fast {__version__}")
         sys.exit()
-    if not sys.warnoptions:  # what libraries tell their callers is for tests; -W shows it
+    if not sys.warnoptions:  # warnings for callers of libraries are for tests; -W shows them
         warnings.simplefilter("ignore", FutureWarning)
     docstring_parser.parse_from_object = _parse_without_indents  # type: ignore[assignment]
     return sys.argv[1:]
@@ -64,12 +64,12 @@ def logging_at(name: str, level: int) -> Iterator[None]:
 
 
 def has_utf8_names() -> bool:
-    """Whether Python takes file names for UTF-8, as everywhere but under odd locales."""
+    """Whether Python reads file names as UTF-8, which it does except under odd locales."""
     return sys.getfilesystemencoding() == "utf-8"
 
 
 def require_utf8_names() -> None:
-    """Raises ValueError where the same files would have other names than elsewhere."""
+    """Raises ValueError if file names would be read differently than elsewhere."""
     if not has_utf8_names():
         raise ValueError(
             f"Python takes file names for {sys.getfilesystemencoding()} under this locale, and a "
@@ -108,7 +108,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data) or 0
         except BrokenPipeError:
-            # The work continues; what C++ libraries write, and Python's last flush, need it too.
+            # The work continues; output of C++ libraries and Python's last flush go there too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
