@@ -107,6 +107,11 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
             "objective.logit_scale_init must be a number that is finite, not inf",
         ),
         (lambda: make_objective(mixup=math.inf), "objective.mixup must be a number in [0, inf)"),
+        (lambda: OptimConfig(ema_decay=-0.1), "optim.ema_decay must be a number in [0, 1)"),
+        (lambda: OptimConfig(ema_decay=1.0), "optim.ema_decay must be a number in [0, 1)"),
+        (lambda: DataConfig(fraction=(1.1,)), "data.fraction must be a list, each a number in"),
+        (lambda: DataConfig(fraction=(-1.0,)), "data.fraction must be a list, each a number in"),
+        (lambda: DataConfig(train=("a",), fraction=()), "data.fraction takes one number"),
         (lambda: OptimConfig(lr_min=1.0), "optim.lr_min (1.0) must not be larger than optim.lr"),
         (
             lambda: EfficiencyConfig(activation_checkpointing=1),

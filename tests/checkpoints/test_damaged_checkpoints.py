@@ -17,7 +17,7 @@ from damaged_files import damaged_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
@@ -32,7 +32,6 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.tools import ledger
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -169,7 +168,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trainer(images: torch.Tensor, run_folder: Path) -> Trainer:
     config = tiny_config(steps=2)
-    trainer = make_trainer(config, StepLoader(images), run_folder=run_folder, progress=False)
+    trainer = trainer_of(images, config, run_folder)
     trainer.fit()
     return trainer
 

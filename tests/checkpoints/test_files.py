@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 import unicl_fast.checkpoints.files as checkpoint_files
 from unicl_fast.checkpoints.files import (
@@ -31,7 +31,6 @@ from unicl_fast.system.checksums import (
     file_checksum,
     parse_checksummed_json,
 )
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.trainer import Trainer
 
 
@@ -52,7 +51,7 @@ def trainer_in(
         checkpoint={"every_steps": save_every, "keep": keep, "best": best},
         run={"evaluate_every_steps": evaluate_every},
     )
-    trainer = make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
+    trainer = trainer_of(images, config, folder)
     trainer.evaluations = {
         "zero_shot/digits": lambda model: {"top1": values[trainer.step], "top5": -trainer.step}
     }
@@ -209,9 +208,7 @@ def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
     images: torch.Tensor, tmp_path: Path, name: str
 ) -> None:
     for run in ("one", "other"):
-        make_trainer(
-            tiny_config(steps=2), StepLoader(images), run_folder=tmp_path / run, progress=False
-        ).fit()
+        trainer_of(images, tiny_config(steps=2), tmp_path / run).fit()
     one, other = (list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in ("one", "other"))
     foreign = read_state(other).run_id
     (one / name).write_bytes((other / name).read_bytes())

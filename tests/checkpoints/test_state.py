@@ -12,7 +12,7 @@ import torch
 from fuzz_checkpoints import make_fit
 from rank_workers import resume_and_write, run_on_ranks
 from safetensors.torch import load_file, save_file
-from small_runs import StepLoader, tiny_config
+from small_runs import StepLoader, tiny_config, trainer_of
 
 from unicl_fast.checkpoints.files import list_checkpoints, origin_of
 from unicl_fast.checkpoints.load import CheckpointState
@@ -83,7 +83,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
 
 def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(precision="fp16", steps=1)
-    make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False).fit()
+    trainer_of(images, config, tmp_path).fit()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
     state = parse_checksummed_json((checkpoint / "state.json").read_bytes())
     assert set(state["scaler"]) == SCALER
@@ -120,7 +120,7 @@ def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path:
     """Rank 1 has no such file: it gets what rank 0 read, bit for bit, or the same error."""
     config = tiny_config(precision="fp32", steps=2)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
-    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path / "run", progress=False)
+    trainer = trainer_of(images, config, tmp_path / "run")
     trainer.fit()
     (sound,) = list_checkpoints(tmp_path / "run" / "checkpoints")
     folders = [Path(shutil.copytree(sound, tmp_path / name)) for name in ("a", "b", "c")]

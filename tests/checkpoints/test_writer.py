@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import StepLoader, finish_writing, tiny_config
+from small_runs import finish_writing, tiny_config, trainer_of
 
 from unicl_fast.checkpoints import writer as checkpoint_writer
 from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
 from unicl_fast.checkpoints.writer import HostCopies
 from unicl_fast.distributed.signals import Interrupted
-from unicl_fast.training.assembly import make_trainer
-from unicl_fast.training.trainer import Trainer
-
-
-def trainer_in(folder: Path, images: torch.Tensor, *, steps: int = 6) -> Trainer:
-    return make_trainer(
-        tiny_config(steps=steps), StepLoader(images), run_folder=folder, progress=False
-    )
 
 
 class SlowDisk:
@@ -35,6 +26,17 @@ class SlowDisk:
         self.steps: list[int] = []
         self.at_once = 0
         self.most_at_once = 0
+
+    def write_when_awaited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Writes as soon as somebody waits for the thread that writes."""
+        join = threading.Thread.join
+
+        def join_and_write(thread: threading.Thread, timeout: float | None = None) -> None:
+            if thread.name == "checkpoint":
+                self.may_write.set()
+            join(thread, timeout)
+
+        monkeypatch.setattr(threading.Thread, "join", join_and_write)
 
     def write(self, folder: Path, *, step: int, **rest: object) -> Path:
         self.at_once += 1
@@ -57,7 +59,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
 def test_training_continues_while_it_is_written_and_what_is_written_is_from_before(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk
 ) -> None:
-    trainer = trainer_in(tmp_path, images)
+    trainer = trainer_of(images, folder=tmp_path)
     batches = trainer.loader.batches(0)
     trainer.train_step(next(batches))
     weights = trainer.model.image_projection.detach().clone()
@@ -79,30 +81,22 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
 
 @pytest.mark.slow
 def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
-    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, caplog: pytest.LogCaptureFixture
+    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_in(tmp_path, images, steps=8)
-    threading.Timer(1.5, disk.may_write.set).start()
-    trainer.fit()
+    disk.write_when_awaited(monkeypatch)
+    trainer_of(images, tiny_config(steps=8), tmp_path).fit()
     assert disk.steps == [2, 4, 6, 8]
     assert disk.most_at_once == 1
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 4
 
 
-@contextmanager
-def written_later(disk: SlowDisk) -> Iterator[None]:
-    timer = threading.Timer(1.0, disk.may_write.set)
-    timer.start()
-    yield
-    timer.join()
-
-
 def test_an_interruption_waits_for_its_own(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_in(tmp_path, images)
+    trainer = trainer_of(images, folder=tmp_path)
     monkeypatch.setattr("unicl_fast.distributed.signals.Interruption.has_come", lambda *_: True)
-    with written_later(disk), pytest.raises(Interrupted):
+    threading.Thread(target=lambda: disk.asked.wait(60) and disk.may_write.set()).start()
+    with pytest.raises(Interrupted):
         trainer.fit()
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
 
@@ -118,16 +112,16 @@ def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_s
     images: torch.Tensor,
     tmp_path: Path,
     disk: SlowDisk,
+    monkeypatch: pytest.MonkeyPatch,
     error: type[BaseException],
     written: list[str],
 ) -> None:
-    trainer = trainer_in(tmp_path, images)
+    disk.write_when_awaited(monkeypatch)
+    trainer = trainer_of(images, folder=tmp_path)
     step_of = trainer.train_step
 
     def train_step(batch):
         if batch.step == 2:
-            if written:
-                threading.Timer(0.3, disk.may_write.set).start()
             raise error
         return step_of(batch)
 
@@ -147,7 +141,7 @@ def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
 
     monkeypatch.setattr(checkpoint_writer, "write_checkpoint", write)
     with pytest.raises(RuntimeError, match="writing a checkpoint failed: FaultError"):
-        trainer_in(tmp_path, images).fit()
+        trainer_of(images, folder=tmp_path).fit()
 
 
 def test_copies_are_in_logical_order_and_their_memory_is_used_again() -> None:

@@ -27,6 +27,7 @@ from unicl_fast.objectives.registry import make_objective
 from unicl_fast.objectives.targets import collate
 from unicl_fast.stages import span_at
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.observers import Checkpoints
 from unicl_fast.training.trainer import Trainer
 
@@ -250,3 +251,11 @@ class StepLoader:
 
 def labelled_loader(images: torch.Tensor, objective: str, **rank: int) -> StepLoader:
     return StepLoader(images, make=functools.partial(labelled_batch, objective=objective), **rank)
+
+
+def trainer_of(
+    images: torch.Tensor, config: TrainConfig | None = None, folder: Path | None = None
+) -> Trainer:
+    """A trainer on the batches of a `StepLoader`; by default of `tiny_config` and without files."""
+    config = config or tiny_config()
+    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)

@@ -169,12 +169,6 @@ def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
         dataset.close()
 
 
-@pytest.mark.parametrize("fraction", [(0.5, 0.5), (0.0,), (1.1,), (-1.0,), ()])
-def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="data.fraction (takes one number|must be)"):
-        DataConfig(train=("a", "b", "c"), fraction=fraction)
-
-
 @pytest.mark.parametrize(
     ("locations", "names"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rank_workers import first_gradients, run_on_ranks, train_each
 from safetensors.torch import load_file
-from small_runs import StepLoader, objective_config, tiny_config
+from small_runs import objective_config, tiny_config, trainer_of
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
@@ -17,7 +17,6 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import find_blocks
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -37,10 +36,6 @@ def config_of(
         model={} if drop_path is None else {"drop_path": drop_path},
         checkpoint={"every_steps": every_steps},
     )
-
-
-def trainer_of(images: torch.Tensor, config: TrainConfig, folder: Path | None = None) -> Trainer:
-    return make_trainer(config, StepLoader(images), run_folder=folder, progress=False)
 
 
 def train(trainer: Trainer, *, steps: int) -> None:

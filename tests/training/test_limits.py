@@ -19,7 +19,7 @@ from rank_workers import (
     train_with_a_poisoned_rank,
     train_with_replaced_samples,
 )
-from small_runs import StepLoader, global_batch, poison_step, tiny_config
+from small_runs import StepLoader, global_batch, poison_step, tiny_config, trainer_of
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -107,7 +107,7 @@ def test_a_nonfinite_step_is_left_out_and_nothing_else(
 
 
 def test_the_scaler_of_fp16_leaves_a_nonfinite_step_out(images: torch.Tensor) -> None:
-    trainer = make_trainer(tiny_config(precision="fp16"), StepLoader(images), progress=False)
+    trainer = trainer_of(images, tiny_config(precision="fp16"))
     poison_step(trainer, step=2)
     states = []
     for batch, _ in zip(trainer.loader.batches(0), range(3), strict=False):

@@ -13,10 +13,9 @@ from rank_workers import (
     write_gradients,
     write_objective_gradients,
 )
-from small_runs import StepLoader, labelled_loader, objective_config, tiny_config
+from small_runs import labelled_loader, objective_config, tiny_config, trainer_of
 
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.training.assembly import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
 
 
 def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) -> None:
-    trainer = make_trainer(tiny_config(micro_batch_size=5), StepLoader(images), progress=False)
+    trainer = trainer_of(images, tiny_config(micro_batch_size=5))
     without_graph, with_graph = [], []
     alive = 0
 
@@ -135,7 +134,7 @@ def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) ->
 
 
 def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
-    trainer = make_trainer(tiny_config(micro_batch_size=12), StepLoader(images), progress=False)
+    trainer = trainer_of(images, tiny_config(micro_batch_size=12))
     sizes = []
     trainer.model.image_encoder.register_forward_hook(
         lambda module, inputs, features: sizes.append(len(features))
@@ -148,4 +147,4 @@ def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
 def test_batchnorm_is_refused(images: torch.Tensor, image_encoder: str) -> None:
     config = tiny_config(image_encoder=image_encoder, micro_batch_size=4)
     with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
-        make_trainer(config, StepLoader(images), progress=False)
+        trainer_of(images, config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rank_workers import run_on_ranks, train_each, train_each_compiled
 from safetensors.torch import load_file
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import build_model
@@ -23,7 +23,6 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import has_compiler
 from unicl_fast.models.sharding import choose_owners, largest_load, shard_encoders
 from unicl_fast.presets import build_preset
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import encoder_autocast
 from unicl_fast.training.memory_plan import plan
 from unicl_fast.training.metrics import read_metrics
@@ -206,7 +205,7 @@ def test_a_divided_run_resumes_on_other_ranks_and_divided_in_another_way(
     }
     run_on_ranks(train_each, 2, images, tmp_path, on_two)
     alone = config_of("full", **averaged)
-    trainer = make_trainer(alone, StepLoader(images), run_folder=tmp_path / "alone", progress=False)
+    trainer = trainer_of(images, alone, tmp_path / "alone")
     trainer.resume(middle)
     trainer.fit()
     back = {
@@ -284,7 +283,7 @@ def test_what_full_cannot_divide_is_refused(
     """By the trainer, and before the data is opened."""
     config = tiny_config(shard="full", **settings)
     with pytest.raises(ValueError, match=f"{message}, or efficiency.shard=optimizer"):
-        make_trainer(config, StepLoader(images), progress=False)
+        trainer_of(images, config)
     config = dataclasses.replace(config, data=DataConfig(train=("no such folder",)))
     with pytest.raises(ValueError, match=message):
         check_request(config, run_folder=tmp_path, nproc=2, resume="never")
@@ -296,7 +295,7 @@ def test_full_refuses_the_fp16_that_auto_means_on_older_gpus(
     monkeypatch.setattr("unicl_fast.models.precision.fast_precision", lambda device: "fp16")
     config = tiny_config(shard="full", precision="auto")
     with pytest.raises(ValueError, match="efficiency.precision=fp16.*take efficiency.precision="):
-        make_trainer(config, StepLoader(images), progress=False)
+        trainer_of(images, config)
 
 
 def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from rank_workers import (
     write_feature_gradients,
     write_gradients,
 )
-from small_runs import StepLoader, global_batch, ragged_features, tiny_config
+from small_runs import StepLoader, global_batch, ragged_features, tiny_config, trainer_of
 from torch import nn
 
 from unicl_fast.batch import repeated_texts
@@ -25,7 +25,6 @@ from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.loss_sigmoid import sigmoid_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.encoding import after_three_quarters
 
 
@@ -165,7 +164,7 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
     """Gradients of the first step; losses and weights of three."""
     config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
     gradients = first_gradients(images, Ranks(), config)[1]
-    trainer = make_trainer(config, StepLoader(images), progress=False)
+    trainer = trainer_of(images, config)
     batches = trainer.loader.batches(0)
     losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
     return gradients, losses, trainer.model.state_dict()

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 from damage import HOSTILE
-from small_runs import StepLoader, tiny_config
+from small_runs import tiny_config, trainer_of
 
 from unicl_fast.config_json import config_to_dict
 from unicl_fast.training import trackers as trackers_module
-from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
 from unicl_fast.training.trackers import (
     OPENERS,
@@ -284,7 +283,7 @@ def test_a_trainer_sends_its_lines(
 ) -> None:
     config = tiny_config(steps=2)
     config = config.changed(run={"trackers": ("wandb",)})
-    trainer = make_trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
+    trainer = trainer_of(images, config, tmp_path)
     trainer.fit()
     lines = read_metrics(tmp_path)
     assert [values["loss"] for _, values in recorder.logged] == [line["loss"] for line in lines]

@@ -15,7 +15,14 @@ from typing import NoReturn
 
 import pytest
 import torch
-from small_runs import StepLoader, global_batch, labelled_loader, objective_config, tiny_config
+from small_runs import (
+    StepLoader,
+    global_batch,
+    labelled_loader,
+    objective_config,
+    tiny_config,
+    trainer_of,
+)
 
 from unicl_fast.batch import Batch, ListLoader, ReadingTime
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -31,13 +38,7 @@ from unicl_fast.training.assembly import make_trainer
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.observers import RunLog
 from unicl_fast.training.run import pretrain
-from unicl_fast.training.trainer import Observer, Trainer
-
-
-def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
-    return make_trainer(
-        config or tiny_config(), StepLoader(images), run_folder=folder, progress=False
-    )
+from unicl_fast.training.trainer import Observer
 
 
 def test_a_batch_is_let_go_before_the_next_one_is_requested(images: torch.Tensor) -> None:
@@ -80,9 +81,9 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, precision: str, optimizer: str, image_encoder: str
 ) -> None:
     config = tiny_config(image_encoder=image_encoder, precision=precision, optimizer=optimizer)
-    unbroken = trainer_in(tmp_path / "unbroken", images, config)
+    unbroken = trainer_of(images, config, tmp_path / "unbroken")
     unbroken.fit()
-    resumed = trainer_in(tmp_path / "resumed", images, config)
+    resumed = trainer_of(images, config, tmp_path / "resumed")
     resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000004")
     assert resumed.step == 4
     resumed.fit()
@@ -93,7 +94,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
 
 def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, images)
+    trainer = trainer_of(images, folder=tmp_path)
     trainer.data = {"train": ["images"]}
     trainer.fit()
     lines = read_metrics(tmp_path)
@@ -114,8 +115,8 @@ def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Pa
 def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
-    trainer_in(tmp_path, images).fit()
-    again = trainer_in(tmp_path, images)
+    trainer_of(images, folder=tmp_path).fit()
+    again = trainer_of(images, folder=tmp_path)
     again.resume(tmp_path / "checkpoints" / "step-00000002")
     unfinished = tmp_path / "checkpoints" / ".step-00000005.partial"
     unfinished.mkdir()
@@ -135,23 +136,23 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
 
 
 def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer_in(tmp_path, images).fit()
+    trainer_of(images, folder=tmp_path).fit()
     checkpoint = tmp_path / "checkpoints" / "step-00000006"
     config = tiny_config()
     wider = config.changed(model={"text_width": 32})
     with pytest.raises(ValueError, match="another model: text_width was 16 and is now 32"):
-        trainer_in(tmp_path / "b", images, wider).resume(checkpoint)
+        trainer_of(images, wider, tmp_path / "b").resume(checkpoint)
     reseeded = config.changed(run={"seed": 1})
     with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
-        trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
+        trainer_of(images, reseeded, tmp_path / "d").resume(checkpoint)
     regrouped = config.changed(data={"shuffle_groups": 8})
     with pytest.raises(ValueError, match="another data: shuffle_groups was 128 and is now 8"):
-        trainer_in(tmp_path / "g", images, regrouped).resume(checkpoint)
+        trainer_of(images, regrouped, tmp_path / "g").resume(checkpoint)
     with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
-        trainer_in(tmp_path / "e", images, tiny_config(precision="fp16")).resume(checkpoint)
+        trainer_of(images, tiny_config(precision="fp16"), tmp_path / "e").resume(checkpoint)
     with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):
-        trainer_in(tmp_path / "f", images, tiny_config(optimizer="lamb")).resume(checkpoint)
-    other = trainer_in(tmp_path / "c", images)
+        trainer_of(images, tiny_config(optimizer="lamb"), tmp_path / "f").resume(checkpoint)
+    other = trainer_of(images, folder=tmp_path / "c")
     other.data = {"train": ["other images"]}
     with pytest.raises(ValueError, match="another data"):
         other.resume(checkpoint)
@@ -161,8 +162,8 @@ def test_the_first_scale_of_a_resumed_run_does_not_count(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     small = dataclasses.replace(tiny_config(), objective=make_objective(logit_scale_init=1.0))
-    trainer_in(tmp_path, images, small).fit()
-    resumed = trainer_in(tmp_path / "b", images)
+    trainer_of(images, small, tmp_path).fit()
+    resumed = trainer_of(images, folder=tmp_path / "b")
     assert resumed.model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     resumed.resume(tmp_path / "checkpoints" / "step-00000006")
     assert resumed.model.logit_scale.item() == pytest.approx(1, abs=0.01)
@@ -170,8 +171,8 @@ def test_the_first_scale_of_a_resumed_run_does_not_count(
 
 def test_a_run_of_muon_resumes_with_more_frozen(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(optimizer="muon", precision="fp32")
-    trainer_in(tmp_path, images, config).fit()
-    resumed = trainer_in(tmp_path / "b", images, config.changed(optim={"freeze": ("text",)}))
+    trainer_of(images, config, tmp_path).fit()
+    resumed = trainer_of(images, config.changed(optim={"freeze": ("text",)}), tmp_path / "b")
     resumed.resume(tmp_path / "checkpoints" / "step-00000006")
     assert resumed.step == 6
 
@@ -206,7 +207,7 @@ def test_evaluations_run_at_their_steps_and_are_written(
     config = tiny_config()
     config = config.changed(run={"log_every_steps": 6})
     config = config.changed(run={"evaluate_every_steps": 4})
-    trainer = trainer_in(tmp_path, images, config)
+    trainer = trainer_of(images, config, tmp_path)
     modes = []
 
     def evaluation(model: torch.nn.Module) -> dict[str, float]:
@@ -235,7 +236,7 @@ def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
 def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor) -> None:
     clip = objective_config("clip", steps=1)
     with pytest.raises(ValueError, match="objective.name=clip: .* labels of -1"):
-        make_trainer(clip, StepLoader(images), progress=False).fit()
+        trainer_of(images, clip).fit()
     make_trainer(clip, labelled_loader(images, "clip"), progress=False).fit()
 
 

@@ -237,7 +237,7 @@ def build_model(config: TrainConfig) -> UniCL:
     """The model of a run, with fresh weights drawn from `run.seed`.
 
     Raises:
-        ValueError: as `UniCL`, or an objective that lacks what the data would say.
+        ValueError: as `UniCL`, or an objective whose options the data have not filled in.
     """
     stages = config.settings_of_stages
     model = UniCL(
@@ -278,7 +278,7 @@ def find_weights(path: str | Path, *, weights: Weights = "auto") -> tuple[TrainC
 
     Raises:
         FileNotFoundError: no model there.
-        ValueError: it is damaged, or has no average where "ema" is required.
+        ValueError: it is damaged, or has no average and "ema" is required.
     """
     found, base = find_model(path), ""
     if is_export(found):
@@ -363,7 +363,7 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
 
 
 def _require_room(path: Path, config: TrainConfig) -> None:
-    """Refuses a model larger than memory, where no file here says whether its sizes are right."""
+    """Refuses a model larger than memory, if no file here can confirm its sizes."""
     with torch.device("meta"):
         size = sum(weight.nbytes for weight in build_model(config).parameters())
     if size > (free := free_memory(torch.device("cpu"))):

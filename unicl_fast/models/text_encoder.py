@@ -1,8 +1,8 @@
 """The text encoder of the paper: CLIP's causal transformer, read at the end-of-text token.
 
 Parameter names follow the released checkpoints. Padding can be left out: the tokens of a batch are
-then in one row (`TokenRow`), which only attention has to know. What open_clip's encoders do in
-another way is in `ModelConfig`; where padding is part of a text, all of it is computed.
+then in one row (`TokenRow`), which only attention has to know. `ModelConfig` has the
+differences of open_clip's encoders; if padding is part of a text, all of it is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ nearly equal."""
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or a function that computes the same."""
 VARLEN_TYPES = {torch.float16, torch.bfloat16}
-"""The types that it takes."""
+"""The types that it computes in."""
 
 
 class TokenRow(NamedTuple):
@@ -81,7 +81,7 @@ class TokenRow(NamedTuple):
 def find_varlen_attention(
     *, device: torch.device, compute_type: torch.dtype, head_width: int
 ) -> VarlenAttention | None:
-    """Torch's kernel for rows of any length, or None where it cannot work.
+    """Torch's kernel for rows of any length, or None if it cannot work.
 
     It is FlashAttention: CUDA devices of compute capability 8.0 and up, 16 bits, heads of up to
     256 values in steps of 8. Torch has it from 2.11 on.
@@ -115,9 +115,9 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 
 
 class TextAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before.
+    """Multi-head self-attention in which a token sees itself and those before it.
 
-    Causality is what lets padding be cut off: nothing after the end-of-text token can reach it.
+    Causality lets padding be cut off: nothing after the end-of-text token can reach it.
     Without it (`causal`) a token sees all others, and there are no rows without padding.
     """
 
@@ -128,7 +128,7 @@ class TextAttention(nn.Module):
         self.fused_attn = True
         self.varlen_attn: VarlenAttention | None = None
         self.in_proj: nn.Module | None = None
-        """Has weight and bias in its place where they must be a layer, with an adapter on it."""
+        """Has weight and bias in its place if they must be a layer, with an adapter on it."""
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -216,7 +216,7 @@ class TextEncoder(nn.Module):
         self._draw_weights(width, config.text_layers)
 
     def _draw_weights(self, width: int, layers: int) -> None:
-        """Draws fresh weights as CLIP does, so that a block changes its input whatever the width.
+        """Draws fresh weights as CLIP does, so that a block changes its input at any width.
 
         The released UniCL code draws all matrices with a deviation of 0.02. Texts are nearly equal
         to each other then, and a run learns about half as much from the same images
@@ -255,7 +255,7 @@ class TextEncoder(nn.Module):
     ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
-        `num_tokens`, where given, computes so many tokens only: those that are not padding; or
+        `num_tokens`, if given, computes so many tokens only: those that are not padding; or
         more, and some padding is computed too. Where padding is part of the text, all is computed,
         and texts that were cut to the longest are padded with 0 again.
         """

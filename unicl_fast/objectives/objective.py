@@ -46,7 +46,7 @@ class Objective:
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"
     """How data with labels are evaluated: against texts, against learnt rows, or not at all."""
     forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled", "triton")
-    """Values of efficiency.loss that the loss takes; without tiled, logits are stored."""
+    """Values of efficiency.loss that it supports; without tiled, logits are stored."""
     takes_levels: ClassVar[bool] = True
     """Whether texts may be classes above the labels (data.prompts=levels)."""
 
@@ -74,9 +74,9 @@ class Objective:
         return False
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Objective:
-        """Fills in what the objective takes from the data.
+        """Fills in the options that depend on the data.
 
-        `num_classes` are those of each label space. `num_several` samples may be shown with the
+        `num_classes` has a number for each label space. `num_several` samples may be shown with the
         text of one class while they have others: another label, or a label besides a caption.
 
         Raises:
@@ -102,7 +102,7 @@ class Objective:
     ) -> list[HostTargets]:
         """TargetM for consecutive local batches of `size` samples, on the host.
 
-        Arguments are those of `targets.map_steps`; `all_labels` gathers the labels of all images.
+        Arguments are as in `targets.map_steps`; `all_labels` gathers the labels of all images.
         """
         from unicl_fast.objectives.targets import map_steps
 
@@ -120,7 +120,7 @@ class Objective:
             )
 
     def check_local_batch(self, batch_size: int) -> None:
-        """Refuses (ValueError) a number of images on each rank that the objective cannot take."""
+        """Refuses (ValueError) a number of images on each rank that the objective cannot handle."""
 
     def mix(
         self,

@@ -18,10 +18,10 @@ class Encoded(NamedTuple):
     """The features of a local batch."""
 
     images: Tensor
-    """[b d], of unit norm unless the objective takes the encoder's own features."""
+    """[b d], of unit norm unless the objective uses the encoder's own features."""
     texts: Tensor | None
     """[u d], of unit norm: this rank's distinct texts; None without texts. While a batch is
-    encoded, those of all ranks may take their place."""
+    encoded, the texts of all ranks can replace them."""
     learnt: Mapping[str, Tensor]
     """The objective's own parameters, by name."""
 
@@ -36,9 +36,9 @@ class Classes(NamedTuple):
     counts: Tensor | None
     """int64 [u]: how many samples have each text; None without texts."""
     rows: Tensor | None = None
-    """Indices of the encoded texts to take, int64, the same number on all ranks; None: all."""
+    """Indices of the encoded texts to use, int64, the same number on all ranks; None: all."""
     max_num_texts: Callable[[], int] | None = None
-    """The largest u of all ranks, where they have asked each other."""
+    """The largest u of all ranks, if they have asked each other."""
 
 
 class Columns(NamedTuple):

@@ -9,51 +9,21 @@ from typing import Any
 
 import torch
 
-from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Loader
 from unicl_fast.checkpoints.load import build_model
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import fuse_window_attention
 from unicl_fast.models.freezing import freeze
 from unicl_fast.models.precision import Precision, place_module, set_device_arithmetic
-from unicl_fast.models.sharding import check_sharding, divides_all
+from unicl_fast.models.sharding import divides_all
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import choose_device
 from unicl_fast.training.limits import NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.micro_batches import check_micro_batches
 from unicl_fast.training.observers import Checkpoints, RunLog, WeightsAgree
-from unicl_fast.training.settle import settle, settle_kernels
+from unicl_fast.training.settle import Setup, set_up, settle_kernels
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Setup:
-    """The settings of a run and the machine that they are settled for."""
-
-    given: TrainConfig
-    """As it was given, which is what is stored."""
-    config: TrainConfig
-    """Settled, except for the kernels, which depend on the model."""
-    ranks: Ranks
-    device: torch.device
-
-
-def set_up(
-    given: TrainConfig,
-    *,
-    ranks: Ranks,
-    device: torch.device,
-    datasets: Sequence[PackedDataset] = (),
-    stored: TrainConfig | None = None,
-) -> Setup:
-    """Settles a config and checks it; arguments and errors are those of `settle`."""
-    config = settle(given, device=device, ranks=ranks, datasets=datasets, stored=stored)
-    check_settings(config, ranks)
-    if not config.run.total_steps:
-        raise ValueError("the run has no length: set run.samples or run.steps")
-    return Setup(given=given, config=config, ranks=ranks, device=device)
 
 
 def make_trainer(
@@ -77,7 +47,7 @@ def make_trainer(
         run_folder: where metrics and checkpoints go; None writes nothing.
         model: None builds one from the config.
         ranks: None is one process by itself.
-        device: None takes the one that `run.device` means.
+        device: None means `run.device`.
         evaluations: by name; all ranks call them together.
         data: what the run is trained on, in JSON's types; stored in checkpoints and compared when
             a run is resumed.
@@ -90,25 +60,33 @@ def make_trainer(
     ranks = ranks or Ranks()
     device = device or choose_device(config.run.device, local_rank=ranks.local_rank)
     setup = set_up(config, ranks=ranks, device=device)
-    model = model or build_model(setup.config)
-    folder = run_folder
-    return assemble(setup, model, loader, folder, evaluations, data, observers, progress=progress)
+    return assemble(
+        setup,
+        model or build_model(setup.config),
+        loader,
+        run_folder=run_folder,
+        evaluations=evaluations or {},
+        data=data or {},
+        observers=observers,
+        progress=progress,
+    )
 
 
 def assemble(
     setup: Setup,
     model: UniCL,
     loader: Loader,
-    run_folder: Path | None,
-    evaluations: Mapping[str, Evaluation] | None,
-    data: Mapping[str, Any] | None,
-    observers: Sequence[Observer],
     *,
+    run_folder: Path | None,
+    evaluations: Mapping[str, Evaluation],
+    data: Mapping[str, Any],
+    observers: Sequence[Observer],
     progress: bool,
 ) -> Trainer:
     """As `make_trainer`, for settled settings and a model that has its first weights."""
     ranks, device = setup.ranks, setup.device
     config = settle_kernels(setup.config, model, device, ranks)
+    setup = dataclasses.replace(setup, config=config)
     model.config = config
     freeze(model)
     if any(stage.efficiency.micro_batch_size for stage in config.settings_of_stages):
@@ -124,23 +102,13 @@ def assemble(
     if run_folder is not None:
         last = [Checkpoints(run_folder, keep=config.checkpoint.keep, ranks=ranks)]
     return Trainer(
-        config,
+        setup,
         model,
         loader,
-        given=setup.given,
-        ranks=ranks,
-        evaluations=evaluations or {},
-        data=data or {},
+        evaluations=evaluations,
+        data=data,
         observers=[*usual, *observers, *last],
     )
-
-
-def check_settings(config: TrainConfig, ranks: Ranks) -> None:
-    """Refuses (ValueError) settings that cannot work together, before anything is built."""
-    check_views(config.data.augment, config.objective.num_views, name=config.objective.name)
-    check_sharding(config.efficiency, optimizer=config.optim.name)
-    for stage in config.settings_of_stages:
-        stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
 
 
 def _place(model: UniCL, config: TrainConfig, device: torch.device, ranks: Ranks) -> None:

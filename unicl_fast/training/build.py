@@ -1,7 +1,7 @@
 """The parts of a run from its data: loader, ledger, evaluations, trainer.
 
-What builds the loader, what evaluates a model and what reads its first weights are arguments, so
-that this room needs neither DALI nor the protocols of evaluation, nor the formats of others.
+Loader, evaluation and weight loading are passed in, so this package depends on neither DALI nor
+evaluation/ nor conversion/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unicl_fast.system.machine import free_memory
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
-from unicl_fast.training.assembly import Setup, assemble, set_up
+from unicl_fast.training.assembly import assemble
 from unicl_fast.training.data import (
     build_prompts,
     cache_options,
@@ -52,12 +52,13 @@ from unicl_fast.training.observers import (
     LedgerKeeper,
     SoleWriter,
 )
+from unicl_fast.training.settle import Setup, set_up
 from unicl_fast.training.stages import PlannedLoader, StagedLoader
 from unicl_fast.training.stored_features import stored_features
 from unicl_fast.training.trainer import Evaluation, Observer, Trainer
 
 BuildLoader = Callable[..., PlannedLoader]
-"""Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+"""Builds the loader of a rank; called as `TrainLoader` is."""
 Initialise = Callable[[UniCL, Ranks], None]
 """Replaces a model's fresh weights by those that its config names (`model.init`); all ranks call it
 together."""
@@ -71,7 +72,7 @@ class RunData:
     """The data of a run, opened on this rank."""
 
     config: TrainConfig
-    """With what it takes from the data: the length of the run, the number of classes."""
+    """Settled, with the length of the run and the number of classes."""
     datasets: list[PackedDataset]
     weights: list[float] | None
     description: dict[str, Any]
@@ -97,10 +98,10 @@ def build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together.
 
     Settings that are left open are settled for all ranks. Without `initialise` the weights are
-    fresh; with a `checkpoint` the trainer resumes from it, and `initialise` reads what it lacks.
-    Without `encodes_features` those of efficiency.image_features are neither looked for nor
-    encoded. The other arguments are those of `run.pretrain` and of `make_trainer`. Raises as
-    `pretrain` does.
+    fresh; with a `checkpoint` the trainer resumes from it, and `initialise` reads weights that it
+    lacks. Without `encodes_features`, stored features (efficiency.image_features) are neither
+    looked for nor encoded. The other arguments are as in `run.pretrain` and `make_trainer`. Raises
+    as `pretrain` does.
     """
     state = None if checkpoint is None else read_state(checkpoint, ranks)
     datasets, weights = open_checked(config)
@@ -142,10 +143,10 @@ def build_trainer(
         setup,
         model,
         loader,
-        run_folder,
-        evaluations,
-        data.description,
-        observers,
+        run_folder=run_folder,
+        evaluations=evaluations,
+        data=data.description,
+        observers=observers,
         progress=progress,
     )
     if checkpoint is not None:
@@ -184,7 +185,7 @@ def _contact_sheet(run_folder: Path, data: RunData, ranks: Ranks) -> ContactShee
 
 
 def open_checked(config: TrainConfig) -> tuple[list[PackedDataset], list[float] | None]:
-    """Opens the data and refuses what the model cannot take."""
+    """Opens the data and refuses captions of another tokenizer."""
     datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, config)
@@ -215,7 +216,7 @@ def _check_data(
 
 
 def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks) -> Ledger:
-    # others may have them in folders of other names
+    # folders can have other names on other ranks
     names = from_rank_0([dataset.folder.name for dataset in data.datasets], ranks)
     return Ledger(
         run_folder / LEDGER_FOLDER,
@@ -234,7 +235,7 @@ def _build_ledger(run_folder: Path, data: RunData, plan: TrainPlan, ranks: Ranks
 
 
 def _check_memory_of_stages(setup: Setup, longest: int) -> None:
-    """Refuses sizes that the encoder cannot take, and stages that cannot fit, on all ranks."""
+    """Refuses, on all ranks, sizes that the encoder cannot process and stages that cannot fit."""
     config, ranks, device = setup.config, setup.ranks, setup.device
     free = min(gather_integers(free_memory(device), ranks))
     with refused_together(ranks):
@@ -274,7 +275,7 @@ def _in_stages(
 
 
 def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
-    """Opens `data.evaluate`; ValueError where a data set has nothing that could be evaluated."""
+    """Opens `data.evaluate`; ValueError if a data set has nothing that could be evaluated."""
     objective = config.objective
     if config.data.evaluate and not objective.evaluation:
         raise ValueError(
@@ -293,7 +294,7 @@ def open_evaluated(config: TrainConfig) -> list[PackedDataset]:
 
 
 def evaluation_names(config: TrainConfig, datasets: Sequence[PackedDataset]) -> list[str]:
-    """The names of `data.evaluate` in metrics; ValueError where one is there twice."""
+    """The names of `data.evaluate` in metrics; ValueError if one is there twice."""
     kinds = [
         config.objective.evaluation if one.manifest.class_names else "retrieval" for one in datasets
     ]

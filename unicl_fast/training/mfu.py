@@ -44,7 +44,7 @@ _WITHOUT_TF32 = ("V100-SXM2", "V100-PCIE", "T4")
 
 
 def seconds_at_peak(config: TrainConfig, batch: Batch, device: torch.device) -> float | None:
-    """The time that a rank's step would take at the GPU's peak; `mfu` is its part of the real time.
+    """The time of a rank's step at the GPU's peak; `mfu` is this divided by the real time.
 
     None on a CPU, and, with a line in the log, for an unknown GPU or an encoder that cannot be
     counted. `config` is the run's, or a stage's, with its precision resolved.

@@ -47,7 +47,7 @@ _CHECKED_EVERY = 1000
 
 
 class RunLog(Observer):
-    """metrics.jsonl, the trackers, the progress bar, and what limits the run; on rank 0."""
+    """metrics.jsonl, the trackers, the progress bar, and the run's bottleneck; on rank 0."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class RunLog(Observer):
         self._bar: Bar | None = None
         self._watch: BottleneckWatch | None = None
         self._seconds_at_peak: dict[int, float | None] = {}
-        """Of a step, by the number of its stage."""
+        """The least time of a step, by the number of its stage."""
         self._results: set[str] | None = None
         self._last_line = 0
         """The step of the last line."""
@@ -303,7 +303,7 @@ class Checkpoints(Observer):
             yield
 
     def on_save(self, run: Trainer, *, required: bool) -> None:
-        """Writes a checkpoint; all ranks help to collect what is divided over them."""
+        """Writes a checkpoint; all ranks help to collect tensors that are divided over them."""
         if self._writer is None and not run.parallel.is_divided:
             return
         tensors = collect_tensors(
@@ -328,7 +328,7 @@ class Checkpoints(Observer):
         if not all_done and self._metric not in values:
             return
         best = None if self._writer is None else self._writer.better_than_best(run.step, values)
-        # no checkpoint may be due at a step that evaluates
+        # a step that evaluates need not be one that saves
         if run.saved_step != run.step and from_rank_0(best is not None, run.ranks):
             run.save(required=False)
         if self._writer is not None and best is not None:

@@ -32,7 +32,6 @@ from unicl_fast.system.atomic_files import make_folder, sole_writer, write_text_
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.phases import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of, without_secrets
-from unicl_fast.training.assembly import check_settings
 from unicl_fast.training.build import (
     BuildLoader,
     Evaluate,
@@ -44,7 +43,7 @@ from unicl_fast.training.build import (
 )
 from unicl_fast.training.data import folder_and_weight
 from unicl_fast.training.figures import draw_curves, drawing
-from unicl_fast.training.settle import settle_objective
+from unicl_fast.training.settle import check_settings, settle_objective
 from unicl_fast.training.summary import describe_run
 from unicl_fast.training.trainer import Trainer
 
@@ -89,11 +88,11 @@ def pretrain(
 ) -> None:
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
-    `resume` is "never", "auto" or the path of a checkpoint, whose weights are taken in place of
-    those that `initialise` reads, but for what it leaves out. `origin` says where the settings come
-    from, for the log. `ledger` asks for a ledger; a run that has one continues it anyway. A
-    `dry_run` ends before the first step and writes nothing. Where it is `quiet`, only warnings and
-    errors are shown; log.txt in the run folder has all lines in any case.
+    `resume` is "never", "auto" or the path of a checkpoint; `initialise` then reads only weights
+    that the checkpoint leaves out. `origin` says where the settings come from, for the log.
+    `ledger` asks for a ledger; a run that has one continues it anyway. A `dry_run` ends before the
+    first step and writes nothing. If it is `quiet`, only warnings and errors are shown; log.txt in
+    the run folder has all lines in any case.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -174,7 +173,7 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
 
 
 def _next(trainer: Trainer, run_folder: Path) -> str:
-    """The evaluation that the model and its data suit, of what is held out if that is known."""
+    """The evaluation that suits the model and its data, on held-out data if they are known."""
     data = trainer.config.data
     given = [*data.evaluate, *map(_held_out_beside, data.train)]
     checkpoint = shlex.quote(str(run_folder))

@@ -1,9 +1,9 @@
-"""The last place that changes a config: what `auto` and blanks become for these data and machines.
+"""Settles a config, the last place that changes it: `auto` and blanks, for data and machines.
 
-`settle` decides what can be known before there is a model, `settle_kernels` the rest. Each choice
-is a line of the log. config.json and checkpoints hold what was given, and checkpoints, apart from
-it, what was settled: a run that resumes keeps its precision and its decoder, and chooses kernels
-anew.
+`set_up` checks the settings and decides what can be known without a model, `settle_kernels` the
+rest. Each choice is a line of the log. config.json and checkpoints hold what was given, and
+checkpoints, apart from it, what was settled: a run that resumes keeps its precision and its
+decoder, and chooses kernels anew.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from unicl_fast.augmentation import check_views
 from unicl_fast.config import INITIAL_WEIGHTS, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.compilation import all_can, settle_compilation, settle_window_attention
 from unicl_fast.models.precision import settle_precision
+from unicl_fast.models.sharding import check_sharding
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import fault_of_triton, stores_logits
 from unicl_fast.objectives.operands import LossForm
@@ -30,6 +32,42 @@ logger = logging.getLogger(__name__)
 
 _RELEASED_EPOCHS = 32
 _MOST_LOGITS_PER_PAIR = 4  # of an image and a sample: two views, texts that are padded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """The settings of a run and the machine that they are settled for."""
+
+    given: TrainConfig
+    """As it was given; this is stored."""
+    config: TrainConfig
+    """Settled; the kernels only when there is a model."""
+    ranks: Ranks
+    device: torch.device
+
+
+def set_up(
+    given: TrainConfig,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    datasets: Sequence[PackedDataset] = (),
+    stored: TrainConfig | None = None,
+) -> Setup:
+    """Settles a config and checks it; arguments and errors are those of `settle`."""
+    config = settle(given, device=device, ranks=ranks, datasets=datasets, stored=stored)
+    check_settings(config, ranks)
+    if not config.run.total_steps:
+        raise ValueError("the run has no length: set run.samples or run.steps")
+    return Setup(given=given, config=config, ranks=ranks, device=device)
+
+
+def check_settings(config: TrainConfig, ranks: Ranks) -> None:
+    """Refuses (ValueError) settings that cannot work together, before anything is built."""
+    check_views(config.data.augment, config.objective.num_views, name=config.objective.name)
+    check_sharding(config.efficiency, optimizer=config.optim.name)
+    for stage in config.settings_of_stages:
+        stage.objective.check_local_batch(ranks.local_batch_size(stage.run.global_batch_size))
 
 
 def settle(
@@ -46,11 +84,11 @@ def settle(
         config: as it was given.
         device: trains.
         ranks: the ranks of the run.
-        datasets: those of data.train, open; without any, the data are the caller's business.
+        datasets: data.train's, open; without any, the data are the caller's business.
         stored: the settled config of the checkpoint that the run resumes from.
 
     Raises:
-        ValueError: the data lack what the objective needs.
+        ValueError: the data lack labels or a hierarchy that the objective needs.
     """
     before = None if stored is None else stored.efficiency.precision
     precision = settle_precision(config.efficiency.precision, device, stored=before, ranks=ranks)
@@ -85,7 +123,7 @@ def settle_kernels(
 
 
 def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> LossForm:
-    """Settles `efficiency.loss`: tiled where auto could take kernels that fail on some machine."""
+    """Settles `efficiency.loss`: tiled if auto could choose kernels that fail on some machine."""
     form = config.efficiency.loss
     sizes = [stage.run.global_batch_size for stage in config.settings_of_stages]
     largest = _MOST_LOGITS_PER_PAIR * max(ranks.local_batch_size(one) * one for one in sizes)
@@ -97,7 +135,7 @@ def settle_loss(config: TrainConfig, device: torch.device, ranks: Ranks) -> Loss
 
 
 def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig:
-    """Replaces `model.init` of a run that resumes by what it started from, which stays stored."""
+    """Replaces `model.init` of a run that resumes by the first start's, which stays stored."""
     first = {name: getattr(stored.model, name) for name in INITIAL_WEIGHTS}
     for name, value in first.items():
         if (given := getattr(config.model, name)) not in ("", value):
@@ -111,7 +149,7 @@ def _with_first_weights(config: TrainConfig, stored: TrainConfig) -> TrainConfig
 def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainConfig:
     """Decides the decoding threads of this rank, and the device that decodes: the GPU if asked to.
 
-    A GPU's decoder is none for a model on the CPU.
+    CPU training always decodes on the CPU.
     """
     requested, threads = config.data.decode_device, config.data.threads or ranks.cores
     chosen, why = choose_decode_device(requested, device=device, threads=threads)
@@ -122,11 +160,11 @@ def settle_decoding(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
 
 
 def settle_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
-    """Fills in what the objective takes from the data.
+    """Fills in the options of the objective that depend on the data.
 
     Raises:
         ValueError: samples without labels for an objective that needs them, other classes than its
-            options say, or levels of a hierarchy where no data set has one.
+            options say, or levels of a hierarchy if no data set has one.
     """
     objective, manifests = config.objective, [dataset.manifest for dataset in datasets]
     if config.data.prompts == "levels" and not any(one.hierarchy for one in manifests):

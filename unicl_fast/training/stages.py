@@ -54,7 +54,7 @@ class StagedLoader:
 
 
 def describe_stage(stage: Stage) -> str:
-    """Returns what a stage shows, and how much of it at once."""
+    """Describes the images and texts of a stage, and its batches."""
     config, steps = stage.config, stage.span.end_step - stage.span.first_step
     crops = "{:g} to {:g}".format(*config.data.crop_scale)
     parts = [

@@ -22,8 +22,7 @@ from torch import Tensor
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoints.load import read_state
 from unicl_fast.checkpoints.state import refuse_another_run, restore_checkpoint
-from unicl_fast.config import TrainConfig
-from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.distributed.ranks import from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.models.blocks import BatchNormBackup
 from unicl_fast.models.precision import Precision
@@ -48,6 +47,7 @@ from unicl_fast.training.optim import (
     update,
 )
 from unicl_fast.training.parallel import Parallel
+from unicl_fast.training.settle import Setup
 from unicl_fast.training.stages import describe_stage
 from unicl_fast.training.step import back_propagate
 from unicl_fast.training.step_clock import Part, StepClock
@@ -75,7 +75,7 @@ class Observer:
     def check(self, run: Trainer, steps: Sequence[tuple[float, float]], *, done: int) -> None:
         """Before a line, a checkpoint or an evaluation: loss and gradient norm of the last steps.
 
-        `steps` are the last ones of the `done` first steps of the run. Raises what ends the run.
+        `steps` are the last ones of the `done` first steps of the run. An error ends the run.
         """
 
     def contribute(self, run: Trainer, batch: Batch, sums: dict[str, float | Tensor]) -> None:
@@ -85,7 +85,7 @@ class Observer:
         """
 
     def measure(self, run: Trainer, sums: Mapping[str, float], values: dict[str, float]) -> None:
-        """Adds numbers to the line of a logging step, from what all ranks contribute.
+        """Adds numbers to the line of a logging step, from the sums over all ranks.
 
         On a GPU the next step has been launched meanwhile; `values` say which step it is.
         """
@@ -94,7 +94,7 @@ class Observer:
         """Takes a whole line of metrics; `batch` is of its step, or of the next one on a GPU."""
 
     def allows_save(self, *, required: bool) -> bool:
-        """Writes what must be on the disk before a checkpoint; whether it is."""
+        """Writes data that must be on the disk before a checkpoint; returns whether it is."""
         return True
 
     def on_save(self, run: Trainer, *, required: bool) -> None:
@@ -119,12 +119,10 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        setup: Setup,
         model: UniCL,
         loader: Loader,
         *,
-        given: TrainConfig,
-        ranks: Ranks,
         evaluations: Mapping[str, Evaluation],
         data: Mapping[str, Any],
         observers: Sequence[Observer],
@@ -132,18 +130,17 @@ class Trainer:
         """Puts the parts together; nothing is trained or written yet.
 
         Args:
-            config: the run's settings, as `settle` has left them.
+            setup: the run's settings, settled for its ranks.
             model: already on its device, frozen as `optim.freeze` says, not compiled.
             loader: gives the local batches of this rank.
-            given: the settings before they were settled, which are what is stored.
-            ranks: the ranks of the run.
             evaluations: by name; all ranks call them together.
-            data: what the run is trained on, in JSON's types; stored in checkpoints and compared
+            data: describes the training data, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
             observers: take part in this order.
         """
-        self.config, self.model, self.loader, self.ranks = config, model, loader, ranks
-        self.given = given
+        self.config, self.given, self.ranks = setup.config, setup.given, setup.ranks
+        self.model, self.loader = model, loader
+        config, ranks = self.config, self.ranks
         self.evaluations, self.data, self.observers = dict(evaluations), dict(data), observers
         self.device = model.device
         self.run_id: str = from_rank_0(secrets.token_hex(8), ranks)
@@ -168,7 +165,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Restores the state that a checkpoint of this run holds; all ranks call it together.
 
-        Only rank 0 reads it, and the others get what it holds.
+        Only rank 0 reads it, and sends its content to the others.
 
         Raises:
             FileNotFoundError: no checkpoint there.
@@ -202,7 +199,7 @@ class Trainer:
                 evaluation step.
             TooManyBadSamplesError: more samples had to be replaced than the config allows. Raised
                 at the next logging step.
-            ValueError: `checkpoint.best` names what no evaluation gives, or samples have classes
+            ValueError: no evaluation gives the metric `checkpoint.best`, or samples have classes
                 that the objective does not look at.
             OSError: the run folder, or the last checkpoint, cannot be written; or the ledger was
                 moved or removed. Raised at the next checkpoint.
@@ -306,7 +303,7 @@ class Trainer:
         """Lets observers save the present step; all ranks call it together.
 
         A required checkpoint is on the disk when this returns. Another is written while training
-        continues, and where that fails it is only logged, loudly: the next one may fit.
+        continues, and if that fails it is only logged, loudly: the next one may fit.
 
         Raises:
             OSError: a required one cannot be written, or the ledger was moved or removed.
@@ -334,7 +331,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _fitting(self) -> Iterator[tuple[StepMeter, Interruption]]:
-        """Opens what a `fit` needs, from the present step on, and closes it at the end."""
+        """Opens the clock, the observers and signals for `fit`, and closes them at the end."""
         self.start_step = self.compiled_from = self.step
         if self.ema is not None:
             self.ema.share_frozen(self.model)
@@ -483,13 +480,13 @@ class Trainer:
                 for name in names:
                     values |= self._evaluate_one(name)
         except EvaluationStopped:
-            self.save()  # also where one was begun, which may have failed
+            self.save()  # also if one was begun, which may have failed
             self._stop(interruption)
         for observer in self.observers:
             observer.on_evaluated(self, values, all_done=len(names) == len(self.evaluations))
 
     def _evaluate_one(self, name: str) -> dict[str, float]:
-        """Evaluates by the run's own sizes, whatever the stage."""
+        """Evaluates by the run's own sizes, in every stage."""
         self.mark(f"evaluation {name}", part="evaluation")
         model = self.model if self.ema is None else self.ema.module
         with self.parallel.evaluated(model) as evaluated:
@@ -511,7 +508,7 @@ class Trainer:
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
 
     def is_due(self, every_steps: int) -> bool:
-        """Whether what is done every `every_steps` steps (0: never) or at the end is due now."""
+        """Whether an action of every `every_steps` steps (0: never) and of the end is due now."""
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def begin(self, part: Part) -> None:
@@ -520,9 +517,9 @@ class Trainer:
             self.clock.begin(part)
 
     def mark(self, phase: str, *, part: Part | None = None, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now, and whether some of it waits in a collective.
+        """Tells a watchdog which phase begins, and whether some of it waits in a collective.
 
-        `part` is what the time is counted as from now on; None continues the present part.
+        `part` is the part of a step that the time counts for; None continues the present one.
         """
         if part is not None:
             self.begin(part)
