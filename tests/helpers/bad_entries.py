@@ -42,7 +42,7 @@ def _start(folder: str, times: int) -> ImageOptions:
     (Path(folder) / str(starts)).touch()
     if starts < times:
         os.kill(os.getpid(), signal.SIGKILL)
-    return ImageOptions(short_side=0, quality=90, max_pixels=10_000_000, seconds=5)
+    return ImageOptions(short_side=0, quality=90, max_pixels=10_000_000, seconds=60)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from inline_checks import check_inline
 from pack_runs import contents, jpeg, left_out, run_pack, samples_of, write_photos
 from PIL import Image
+from waiting import wait_until
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
@@ -267,14 +267,15 @@ def test_a_stopped_build_leaves_nothing(
         # a shell that starts tests behind itself lets its children ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(path.stat().st_size for path in tmp_path.glob("out.partial/set/shard-*.tar")):
-            break
-        time.sleep(0.02)
+    wait_until(
+        lambda: (
+            process.poll() is not None
+            or any(path.stat().st_size for path in tmp_path.glob("out.partial/set/shard-*.tar"))
+        )
+    )
     assert process.poll() is None
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert os.listdir(tmp_path) == ["many.zip"]

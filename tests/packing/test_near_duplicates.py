@@ -72,9 +72,9 @@ def search_time(count: int) -> float:
     hashes = np.random.default_rng(0).integers(0, 2**64, count, np.uint64)
     num_copies = count // 100
     hashes[-num_copies:] = hashes[:num_copies] ^ np.uint64(0b1011)
-    started = time.perf_counter()
+    started = time.process_time()
     leaders = find_leaders(hashes, 4)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     expected = np.arange(count)
     expected[-num_copies:] = np.arange(num_copies)
     assert (leaders == expected).all()

@@ -27,7 +27,7 @@ from unicl_fast.system.installation import install_command
 
 has_ray = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install -e '.[ray]'")
-OPTIONS = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=5)
+OPTIONS = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=60)
 
 
 @pytest.fixture(scope="module")
