@@ -24,6 +24,11 @@ def test_the_trunk_names_no_objective_and_few_features() -> None:
     assert known["stages"] <= 80
 
 
+@pytest.mark.dali
+def test_a_batch_passes_few_iterators() -> None:
+    assert trunk_table.iterators_of_a_batch() <= 6
+
+
 @pytest.mark.parametrize("part", trunk_table.SIZES)
 def test_the_project_is_no_larger_than_its_scope_says(part: str) -> None:
     assert trunk_table.lines_of(part) <= trunk_table.sizes_in_scope()[part]
