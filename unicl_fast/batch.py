@@ -99,10 +99,7 @@ class Batch:
 
 
 def repeated_texts(batch: Batch) -> Batch:
-    """The same batch with one text of full length for each sample.
-
-    Its step gives the same result without sharing texts or skipping padding, for comparison.
-    """
+    """The same batch without shared texts or skipped padding; its step gives the same result."""
     texts, targets = batch.texts, batch.targets
     tokens = texts.tokens[texts.index]
     each = Texts(

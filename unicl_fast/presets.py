@@ -161,10 +161,7 @@ class Facts(NamedTuple):
 
 
 def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str]:
-    """Chooses by data and machine; `features` is the folder for stored features.
-
-    Returns the preset's name, its config adapted to the data, and the reasons.
-    """
+    """Chooses by data and machine; returns name, config adapted to the data, and reasons."""
     room = int((facts.gpu_bytes - _SWIN_TINY_BYTES[0]) // _SWIN_TINY_BYTES[1])
     many = _ENCODED_ONCE[facts.gpu_bytes > 0]
     reasons = [count_of(facts.num_images, "image")]

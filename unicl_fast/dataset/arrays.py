@@ -77,10 +77,7 @@ Problems = list[tuple[npt.NDArray[np.bool_], str]]
 
 
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
-    """Maps a one-dimensional .npy file of exactly `length` rows of `dtype`, read-only.
-
-    Raises FileNotFoundError, or ValueError for any other content or size.
-    """
+    """Maps a one-dimensional .npy file read-only; ValueError unless it has `length` of `dtype`."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; the copy of this data set is not complete, copy it again"

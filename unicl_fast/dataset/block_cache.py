@@ -273,8 +273,7 @@ class BlockReader:
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were.
 
-        Raises FileNotFoundError if the object is gone, StorageError if it cannot be read,
-        ValueError if the reader is closed.
+        Raises FileNotFoundError, StorageError, or ValueError if the reader is closed.
         """
         if self._closed:
             raise ValueError(f"{self._file_of(number).store.url} has been closed")
@@ -297,10 +296,7 @@ class BlockReader:
         buffer: npt.NDArray[np.uint8],
         starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges, as `LocalReader`; opens each block once.
-
-        Raises OSError if a store cannot be read, or the cache's folder not be written.
-        """
+        """Reads many ranges, as `LocalReader`, opening each block once; may raise OSError."""
         whole = np.zeros(len(numbers), np.bool_)
         for number in np.unique(numbers).tolist():
             mine = np.flatnonzero(numbers == number)

@@ -87,10 +87,7 @@ def partial_path(folder: Path, key: str, token: str) -> Path:
 
 
 def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
-    """Creates a file for rows of NumPy's type `kind`, to be filled by `RowsWriter`.
-
-    Removes those that crashed runs left of the same key: each is as large as the features.
-    """
+    """Creates a file for rows of NumPy's type `kind`; removes its key's leftovers of crashes."""
     for left in path.parent.glob(partial_path(Path(), path.name.split(".")[1], "*").name):
         with contextlib.suppress(OSError), locked(left) as is_unused:
             if is_unused:
@@ -131,10 +128,7 @@ class RowsWriter:
 def seal_features(
     aside: Path, folder: Path, key: str, *, dtype: str, unreadable: Iterable[int]
 ) -> None:
-    """Gives a file with all rows its final name, and writes its description.
-
-    If another run has stored the same meanwhile, its files stay; a lock keeps pairs together.
-    """
+    """Gives a file with all rows its name and description, unless another run stored the same."""
     values = {"dtype": dtype, "xxh3": file_checksum(aside), "unreadable": sorted(unreadable)}
     flush_to_disk(aside)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -151,10 +145,7 @@ def seal_features(
 
 
 def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:
-    """Opens stored features; `check` compares the checksum, which reads all of them.
-
-    Raises ValueError if they are damaged, OSError if they cannot be read.
-    """
+    """Opens stored features; `check` reads all for their checksum. ValueError if damaged."""
     path = folder / f"{key}.npy"
     try:
         values = parse_checksummed_json(read_file(folder / f"{key}.json"))

@@ -1,8 +1,4 @@
-"""Source files: the tars or single images, in folders or under URLs, of a data set in place.
-
-All source files of a data set are of one kind, so that all its images are read through the cache or
-none.
-"""
+"""Source files of a data set in place: tars or single images, all in folders or all under URLs."""
 
 from __future__ import annotations
 
@@ -40,10 +36,7 @@ class SourceFiles(Sequence[str]):
     def __init__(
         self, folder: Path, manifest: Manifest, cache: CacheOptions | None, *, location: str
     ) -> None:
-        """Opens the arrays of the data set in `folder`; `cache` is for source files at URLs.
-
-        `location` names it in messages. Raises FileNotFoundError or ValueError as `open_array`.
-        """
+        """Opens the arrays in `folder`, as `open_array`; `location` names it in messages."""
         self._location = location
         self.arrays = {
             # plain arrays, whose rows cost a third of the time
@@ -100,9 +93,9 @@ class SourceFiles(Sequence[str]):
         return None if file == NO_FILE else Place(file, offset, size)
 
     def changed(self) -> Iterator[tuple[str, int]]:
-        """Yields a message and the number of images for each source file with another size now.
+        """Yields a message and the number of images for each source file of another size.
 
-        Checks nothing if there are too many files.
+        Nothing is checked if there are very many.
         """
         if len(self) > (_MOST_COMPARED if self.cache is None else _MOST_ASKED):
             return

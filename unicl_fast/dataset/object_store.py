@@ -127,7 +127,7 @@ class ObjectStore:
         def attempt() -> bytes:
             data = self._read_up_to(name, start, end)
             if len(data) != end - start:
-                raise _IncompleteError(f"{len(data)} bytes came where {end - start} were asked for")
+                raise _IncompleteError(f"{len(data)} bytes came, {end - start} were requested")
             return data
 
         what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
@@ -221,10 +221,7 @@ class ObjectStore:
         return digest.hexdigest()
 
     def write_file(self, path: Path, name: str) -> None:
-        """Writes a file as an object, in parts if large, creating its folder if needed.
-
-        Raises StorageError if it cannot be written.
-        """
+        """Writes a file as an object, with its folder; StorageError if that is impossible."""
         # each part may need the time limit of an answer
         limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
 
@@ -335,7 +332,7 @@ def _connect(protocol: str, url: str) -> Any:
         system = fsspec.filesystem(protocol, **options)
     except ImportError as error:
         how = install_command("remote") if protocol in _S3 else str(error)
-        raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
+        raise ValueError(f"{url}: {protocol}:// needs one more package: {how}") from error
     except ValueError as error:  # an unknown protocol
         raise ValueError(
             f"{url}: {error}; known are s3, gs, http, https, and what fsspec lists by "

@@ -161,10 +161,7 @@ class PackedDataset:
             self.take_tokens(folder, dtype, vocabulary_hash=vocabulary_hash)
 
     def take_tokens(self, folder: Path, dtype: np.dtype[Any], *, vocabulary_hash: str) -> None:
-        """Replaces captions' token rows by another tokenizer's, arrays in a folder.
-
-        Raises FileNotFoundError, or ValueError if they belong to other captions.
-        """
+        """Uses another tokenizer's token rows in `folder`; ValueError if of other captions."""
         num_captions = self.manifest.num_captions
         captions = open_array(folder / "captions.npy", ARRAY_DTYPES["captions"], num_captions)
         last = captions[-1:]
@@ -404,10 +401,7 @@ class PackedDataset:
     def caption_tokens(
         self, index: int, which: int, *, context_length: int | None = None
     ) -> npt.NDArray[Any]:
-        """Token ids of caption `which` of sample `index`, start and end included, unpadded.
-
-        One longer than `context_length` is cut and keeps its end token.
-        """
+        """Token ids of caption `which`, unpadded; when cut, they keep the end token."""
         row = self.samples[self._checked(index)]
         count = int(row["captions_count"])
         if not 0 <= which < count:

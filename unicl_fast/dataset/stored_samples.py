@@ -1,7 +1,4 @@
-"""A sample with all its shard's data, for programs that check or copy data sets.
-
-It is read in one piece, from its first header to the next sample's, accounting for every byte.
-"""
+"""A sample with all its shard's data, byte by byte, for programs that check or copy data sets."""
 
 from __future__ import annotations
 
@@ -183,10 +180,7 @@ def shared_images(dataset: PackedDataset, other: PackedDataset) -> int:
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
-    """Splits a piece of a shard, which starts at byte `start`, into the members that fill it.
-
-    Raises ValueError if a byte differs from `DatasetWriter`'s output.
-    """
+    """Splits a piece of a shard, from byte `start`, into members; ValueError if not as written."""
     members: list[Member] = []
     position = 0
     while position < len(block):

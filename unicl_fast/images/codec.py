@@ -163,7 +163,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
-    """A baseline JPEG of pixels [h w 1] or [h w 3]; `subsampling` of chroma is 444, 422 or 420."""
+    """A baseline JPEG of pixels [h w 1 or 3]; `subsampling` is 444, 422 or 420. Or ImageError."""
     height, width, channels = pixels.shape
     halved = channels == 3 and subsampling != "444"
     interval = restart_interval(height, width, block_width=16 if halved else 8)

@@ -72,10 +72,7 @@ def check_qoi_end(data: bytes) -> None:
 
 
 def check_avif_end(data: bytes, exif: bytes) -> None:
-    """Raises ImageError for an AVIF that ends in zeros instead of pixels or Exif data.
-
-    The last coded byte of an image is not zero (AV1, section 5.3.4).
-    """
+    """Raises ImageError for an AVIF ending in zeros: coded images never do (AV1, section 5.3.4)."""
     name, position = b"", 0
     while position + 8 <= len(data):
         size = int.from_bytes(data[position : position + 4], "big")

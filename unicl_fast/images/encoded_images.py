@@ -1,7 +1,4 @@
-"""The files of a batch's images, one after another in one buffer.
-
-Nothing is allocated, read or sliced per image in Python: a 32-pixel image decodes in 10 us.
-"""
+"""The files of a batch's images in one buffer; nothing is done per image in Python (10 us each)."""
 
 from __future__ import annotations
 

@@ -54,10 +54,7 @@ class Ledger:
         spans: Sequence[Span] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing yet; see `SegmentHeader`. `spans` are the stages.
-
-        All ranks and starts of a run share `folder`.
-        """
+        """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`."""
         self.folder = folder
         self._ranks = ranks or Ranks()
         self._header = SegmentHeader(
@@ -82,11 +79,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def segment(self, step: int, *, run_id: str = "") -> Iterator[None]:
-        """Opens a segment whose first record is of `step`; a collective call.
-
-        Records that cannot be written when it closes are lost. Raises OSError if the file cannot be
-        created.
-        """
+        """Opens a segment whose first record is of `step`, or raises OSError; a collective call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = max(list_segments(self.folder), default=0)
         # another rank may already have opened a stage's segment when both ended

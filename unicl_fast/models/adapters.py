@@ -24,9 +24,9 @@ ALPHA = 16
 def add_adapters(
     encoder: nn.Module, blocks: Sequence[nn.Module], adapters: Adapters, *, rank: int
 ) -> None:
-    """Freezes an encoder and adds an adapter to each linear or dense convolution of `blocks`.
+    """Freezes an encoder; adapts the linear layers and dense convolutions of `blocks`.
 
-    Raises ValueError if peft is not installed, or the blocks have no such layers.
+    Raises ValueError if there are none, or peft is not installed.
     """
     try:
         import peft  # takes seconds

@@ -35,10 +35,7 @@ KNOWN_BLOCKS = {
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
-    """Makes each block recompute its forward pass in backward; returns how many.
-
-    Raises ValueError for an encoder without known blocks.
-    """
+    """Makes each block recompute its forward pass in backward; ValueError without known blocks."""
     blocks = find_blocks(encoder)
     if not blocks:
         raise ValueError(

@@ -55,10 +55,7 @@ def all_can(
     *,
     fault: str = "",
 ) -> bool:
-    """Whether no rank has an obstacle to the `best` choice of `auto`; logs the choice on a GPU.
-
-    A `fault` is an unexpected obstacle, logged as a warning.
-    """
+    """Whether no rank has an obstacle to `best`; logs it on a GPU, as a warning for a `fault`."""
     can = not any(gather_integers(bool(obstacle or fault), ranks))
     if device.type == "cuda":
         level, reason = logging.INFO, ""
@@ -219,10 +216,7 @@ def round_up_length(length: int) -> int:
 
 
 def round_up_count(count: int) -> int:
-    """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
-
-    Adds at most a quarter from 32 on. A run with similar batches sees one or two sizes.
-    """
+    """The next of four sizes an octave: 8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ..."""
     step = max(8, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 

@@ -116,10 +116,7 @@ def fast_precision(device: torch.device) -> PrecisionName:
 
 @functools.lru_cache(maxsize=1)
 def seconds_of_products(num_threads: int) -> tuple[float, float]:
-    """Median seconds in fp32 and bf16 of a convolution and a linear layer, forward and backward.
-
-    The two take turns, since a busy machine delays single ones.
-    """
+    """Median seconds in fp32 and bf16 of a convolution and a linear layer, forward and backward."""
     generator = torch.Generator().manual_seed(0)  # the global one belongs to the model
     images, kernels, tokens, weight = (
         torch.randn(*shape, generator=generator, requires_grad=True)
@@ -129,7 +126,7 @@ def seconds_of_products(num_threads: int) -> tuple[float, float]:
     seconds: dict[bool, list[float]] = {False: [], True: []}
     deadline = math.inf
     while len(seconds[True]) < _FEWEST_TURNS or time.perf_counter() < deadline:
-        for reduced in (False, True):
+        for reduced in (False, True):  # in turns, since a busy machine delays single ones
             begun = time.perf_counter()
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=reduced):
                 outputs = F.conv2d(images, kernels, padding=1), F.linear(tokens, weight)

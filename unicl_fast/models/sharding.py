@@ -142,10 +142,7 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def shard_encoders(model: UniCL, ranks: Ranks) -> None:
-    """Divides each block of the encoders, and the rest of them, over all ranks; after compiling.
-
-    Raises ValueError for an encoder without known blocks, or if torch is too old.
-    """
+    """Divides compiled encoders over all ranks, by block; ValueError without known blocks."""
     device_type = model.device.type
     # gloo's own averaging was missing, and silently wrong (pytorch issue 162338)
     if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):

@@ -56,10 +56,7 @@ def _conv_unit(
 
 
 class SmallConvNet(nn.Module):
-    """Images [b in_chans h w], h and w at least 9, to features [b 256].
-
-    Blocks of 64, 128 and 256 channels, each halving the image, and the mean of the last.
-    """
+    """Three blocks that halve images [b in_chans h w], h and w at least 9, to means [b 256]."""
 
     default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip reads it
 

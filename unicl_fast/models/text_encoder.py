@@ -46,10 +46,7 @@ class TokenRow(NamedTuple):
 
     @classmethod
     def build(cls, last: Int[Tensor, " u"], num_tokens: int, shape: tuple[int, int]) -> TokenRow:
-        """Builds the row without reading the device.
-
-        `last` [u] is the position of each text's last token; `num_tokens` covers at least those.
-        """
+        """Builds the row for texts that end at `last` [u], without reading the device."""
         u, l = shape  # noqa: E741
         if not u <= num_tokens <= u * l:
             raise ValueError(
@@ -79,12 +76,10 @@ class TokenRow(NamedTuple):
 def find_varlen_attention(
     *, device: torch.device, compute_type: torch.dtype, head_width: int
 ) -> VarlenAttention | None:
-    """Torch's kernel for rows of any length, or None if it cannot work.
-
-    FlashAttention: CUDA from 8.0, 16 bits, heads up to 256 in steps of 8, torch from 2.11.
-    """
+    """Torch's FlashAttention for rows of any length (CUDA 8.0, torch 2.11, 16 bits), or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
+    # as FlashAttention: heads of up to 256 values in steps of 8
     fits = compute_type in VARLEN_TYPES and not head_width % 8 and head_width <= 256
     if not fits or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -112,10 +107,7 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 
 
 class TextAttention(nn.Module):
-    """Multi-head self-attention, causal unless `causal` is False.
-
-    Nothing after the end-of-text token reaches a causal one, so padding can be skipped.
-    """
+    """Multi-head self-attention; if it is causal, padding after the text can be skipped."""
 
     def __init__(self, width: int, *, heads: int, causal: bool) -> None:
         super().__init__()

@@ -166,10 +166,7 @@ class UniCL(nn.Module, Configured):
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
-        """Computes a batch's features; the result also holds the objective's parameters.
-
-        `after_texts` may start gathering text features; its result replaces them.
-        """
+        """Encodes a batch; `after_texts` can start gathering texts; its result replaces them."""
         # texts first: gathering overlaps the images, and the order fixes how gradients add up
         texts = None if tokens is None else self.encode_text(tokens, num_tokens)
         if texts is not None and after_texts is not None:

@@ -67,10 +67,7 @@ class ViT(NamedTuple):
 
 
 def name_of(vit: ViT) -> str:
-    """Timm's name of a ViT, or one registered for it; ValueError for impossible sizes.
-
-    timm's model may be for another image size, since timm resizes position tables.
-    """
+    """Timm's name of a ViT, or one registered here; ValueError for impossible sizes."""
     own_name = (
         f"unicl_vit_{vit.kind}_patch{vit.patch_size}_w{vit.width}_d{vit.depth}_h{vit.heads}"
         f"_m{vit.hidden}_{vit.activation}_{vit.image_size}"
@@ -82,6 +79,7 @@ def name_of(vit: ViT) -> str:
     stem = f"vit_{word}_patch{vit.patch_size}_{vit.kind}{quick}_"
     known = [name for name in timm.list_models(f"{stem}*") if name[len(stem) :].isdigit()]
     own = f"{stem}{vit.image_size}"
+    # a name of another image size will do, since timm resizes position tables
     for name in sorted(known, key=lambda name: name != own):
         if _sizes_of(name) == vit[1:-1]:
             return str(name)

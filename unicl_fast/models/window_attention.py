@@ -295,14 +295,12 @@ def _exps(
     scale: tl.tensor,
     is_shifted: tl.constexpr,
 ) -> tl.tensor:
-    """exp(score - row maximum) [block block], and the reciprocals of the row sums.
-
-    Dividing each value instead took 15 % of a program's time.
-    """
+    """exp(score - row maximum) [block block], and the reciprocals of the row sums."""
     scores = _dot(query, tl.trans(key)) * scale + bias
     if is_shifted:
         scores += tl.where((bias.to(tl.int32, bitcast=True) & edges) == 0, 0.0, _MASKED)
     exps = tl.exp(scores - tl.max(scores, 1)[:, None])
+    # dividing each value instead took 15 % of a program's time
     return exps, (1 / tl.sum(exps, 1))[:, None]
 
 

@@ -17,10 +17,7 @@ def positive_pairs(operands: Operands) -> Tensor:
 
 
 def softmax_loss(logits: Tensor, pairs: Tensor, operands: Operands) -> Tensor:
-    """UniCL's loss of this rank's logits [b n], completed over ranks: equal on all of them.
-
-    Columns are the texts of all ranks. `pairs` are the weights of positives [b n].
-    """
+    """UniCL's loss over all ranks from this rank's logits and weights of positives, both [b n]."""
     assert operands.texts is not None
     rows, columns = dense_statistics(
         logits, pairs, operands.texts.counts.to(logits.dtype), exclude_self=False, with_columns=True

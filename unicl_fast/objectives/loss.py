@@ -193,10 +193,7 @@ def logit_statistics(
     form: LossForm = "auto",
     with_columns: bool = True,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """Statistics of rows (images) and columns (texts; if wanted) of the logits s x_i.v_k.
-
-    The arguments are `unified_contrastive_loss`'s, already checked.
-    """
+    """Statistics of rows and (if wanted) columns of the logits s x_i.v_k; arguments are checked."""
     b, u = len(image_features), len(text_features)
     if form == "auto":
         form = _fastest_form(b * u, image_features.device, image_features.dtype)
@@ -260,7 +257,7 @@ def _takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def fault_of_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """How Triton's kernels fail on a device; tried once on a machine, for half a minute."""
+    """How Triton's kernels fail on a device, or ""; tried once on a machine, for half a minute."""
     if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
         return ""  # "auto" uses none
     name = str(dtype).removeprefix("torch.")

@@ -129,10 +129,7 @@ class TritonTiles(Tiles):
 
 
 def _aligned(features: Tensor) -> Tensor:
-    """Pads features to a multiple of 16 values: the kernels then copy 16 bytes at once.
-
-    Value by value they run out of registers.
-    """
+    """Pads to 16 values, so that kernels copy 16 bytes at once: otherwise they lack registers."""
     missing = -features.shape[1] % 16
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 

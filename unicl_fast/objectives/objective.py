@@ -101,10 +101,7 @@ class Objective:
         size: int,
         all_labels: Callable[[], ImageLabels],
     ) -> list[HostTargets]:
-        """TargetM for consecutive local batches of `size` samples, on the host.
-
-        Arguments are `targets.map_steps`'s; `all_labels` gathers the labels of all images.
-        """
+        """TargetM for consecutive local batches of `size` samples, on the host; see `map_steps`."""
         from unicl_fast.objectives.targets import map_steps
 
         labels_of_images = all_labels() if self.takes_all_labels else None

@@ -186,10 +186,7 @@ def map_steps(
 
 
 def slice_targets(targets: HostTargets, start: int, stop: int) -> HostTargets:
-    """The targets of samples `start` to `stop - 1`: their texts, counted anew, in order.
-
-    Class ids stay the whole batch's.
-    """
+    """Targets of samples `start` to `stop - 1`, with only their texts, in order, and counts."""
     if not 0 <= start < stop <= len(targets.text_index):
         raise ValueError(
             f"a slice of {len(targets.text_index)} samples must be in range and not empty, "
@@ -279,10 +276,7 @@ def _classes_of_texts(
     num_conflicts: int,
     num_unlabelled: int,
 ) -> tuple[Int64Array, tuple[Int64Array, Int64Array]]:
-    """The rules of `map_targets`: the class of each text, int64 [u], and `merge_classes`' result.
-
-    The last four arguments are `_group_texts`'.
-    """
+    """The rules of `map_targets`: the class of each text, int64 [u], and the merged classes."""
     merged = _NOTHING_MERGED
     if not num_unlabelled and not num_conflicts:
         return classes, merged

@@ -32,10 +32,7 @@ class TextColumns:
     """Exchanges this rank's texts with all ranks."""
 
     def __init__(self, classes: Classes, ranks: Ranks) -> None:
-        """Starts exchanging the number of texts, if unknown; a collective call.
-
-        A `Membership` of texts must have as many entries on every rank.
-        """
+        """Starts exchanging the number of texts, if unknown; a collective call."""
         assert classes.texts is not None
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows

@@ -41,10 +41,7 @@ def imagenet_templates() -> tuple[str, ...]:
 
 
 def templates_for(class_names: Sequence[str]) -> tuple[str, ...]:
-    """ImageNet's templates if at least half of the names are ImageNet's, else the simple one.
-
-    They were chosen for ImageNet's classes: products are seldom seen as a sculpture or origami.
-    """
+    """ImageNet's templates (sculpture, origami, ...) if half of the names are its, else one."""
     known = set(map(_plain, imagenet_class_names()))
     num_known = sum(_plain(name) in known for name in class_names)
     return imagenet_templates() if 2 * num_known >= len(class_names) else SIMPLE_TEMPLATES
@@ -65,8 +62,8 @@ def imagenet_wnids() -> tuple[str, ...]:
 def read_class_names(source: str | Path) -> tuple[str, ...]:
     """Class names from a file, the built-in "imagenet", or "clip-benchmark:KEY".
 
-    A file is UTF-8 text with one name a line, label 0 first. Empty lines may follow the last name;
-    one in between would shift the labels and is refused (ValueError).
+    A file is UTF-8 text with one name a line, label 0 first. An empty line between names would
+    shift the labels (ValueError). Raises FileNotFoundError or ModuleNotFoundError if it is missing.
     """
     if str(source) == "imagenet":
         return imagenet_class_names()
@@ -159,10 +156,7 @@ def _open_clip_metadata() -> ModuleType:
 
 
 def installed_file(package: str, name: str, *, missing: str) -> Path:
-    """A file of an installed package, found without importing the package.
-
-    Raises ModuleNotFoundError with the message `missing`, or FileNotFoundError.
-    """
+    """A file of an installed package, without importing it; ModuleNotFoundError says `missing`."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(missing)

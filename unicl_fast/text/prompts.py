@@ -118,10 +118,7 @@ class ClassPrompts:
     def rows_of(
         self, source: int, labels: npt.ArrayLike, templates: npt.ArrayLike
     ) -> npt.NDArray[np.int64]:
-        """Rows of `tokens` for labels and templates of one source, broadcast together.
-
-        Raises ValueError for a label or template out of range.
-        """
+        """Rows of `tokens` for labels and templates of one source, broadcast; or ValueError."""
         labels, templates = np.asarray(labels), np.asarray(templates)
         num_classes, num_templates = self.num_classes[source], self.num_templates[source]
         ends = {"labels": (labels, num_classes), "templates": (templates, num_templates)}
@@ -147,10 +144,7 @@ class ClassPrompts:
         return replace_classes(ids, self._members, self._merged)
 
     def lookup(self, rows: TokenArray) -> Int64Array:
-        """The class, int64 [k], that has each text [k, any length] as a prompt, or -1.
-
-        Texts are token ids padded with 0.
-        """
+        """The class, int64 [k], of each text [k, any length] (padded with 0) as a prompt, or -1."""
         expected = self.tokens.dtype
         if rows.ndim != 2 or not np.can_cast(rows.dtype, expected):
             raise ValueError(f"rows must be {expected} [k, l], not {rows.dtype} {list(rows.shape)}")

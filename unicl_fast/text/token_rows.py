@@ -202,10 +202,7 @@ def _group_rows(
 def find_rows(
     queries: TokenArray, hashes: UInt64Array, table: UInt64Array, known: TokenArray
 ) -> Int64Array:
-    """int64 [k]: the `known` distinct row that each query equals, or -1.
-
-    `table` was filled by `unique_rows` with `known`, in that order.
-    """
+    """int64 [k]: which `known` row each query equals, or -1; `unique_rows` filled `table`."""
     num_queries = queries.shape[0]
     mask = np.uint64(table.shape[0] - 1)
     found = np.full(num_queries, -1, np.int64)

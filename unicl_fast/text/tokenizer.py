@@ -70,10 +70,7 @@ class Tokenizer:
         return bpe
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-        """Token ids of each text, unpadded: start token, the text, end token.
-
-        A long text is cut to `context_length` ids, of which the last is the end token.
-        """
+        """Ids of each text, unpadded: start token, text cut to `context_length`, end token."""
         if isinstance(texts, str):
             raise TypeError("encode needs a list of texts; wrap a single text in a list")
         room = self.context_length - 2
