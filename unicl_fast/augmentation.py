@@ -1,7 +1,6 @@
-"""Augmentation of training images beyond cropping and flipping, in numbers.
+"""Augmentation of training images beyond cropping and flipping: probabilities and ranges.
 
-The augmentation of a data set is one `Augmentation`: probabilities and ranges, nothing drawn. It is
-written as a preset's name and changes to it (`unicl,blur=0.5`). See docs/augmentation.md.
+Written as a preset's name and changes to it (`unicl,blur=0.5`). See docs/augmentation.md.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from unicl_fast.system.checked_fields import (
 Policy = Literal["none", "rand", "trivial", "auto"]
 
 LARGEST_MAGNITUDE = 10.0
-"""RandAugment's magnitudes run from 0 to this, as timm counts them."""
+"""RandAugment's magnitudes run from 0 to this, as in timm."""
 
 Sigma = Annotated[float, Meta(gt=0, le=20)]
 Ratio = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
@@ -38,19 +37,19 @@ class Augmentation:
     """Augmentation of a data set, applied in the order policy, jitter, grayscale, blur, erasing."""
 
     crop_scale: tuple[PositiveFraction, PositiveFraction] | None = None
-    """Smallest and largest part of the area that a crop covers; None takes data.crop_scale."""
+    """Smallest and largest fraction of the area that a crop covers; None uses data.crop_scale."""
     flip: Fraction | None = None
-    """Probability of a horizontal flip; None takes data.flip_probability."""
+    """Probability of a horizontal flip; None uses data.flip_probability."""
     policy: Policy = "none"
     """RandAugment (rand), TrivialAugment Wide (trivial) or AutoAugment for ImageNet (auto)."""
     policy_ops: Annotated[int, Meta(ge=1, le=8)] = 2
     """Operations that RandAugment draws for an image."""
     policy_probability: Fraction = 0.5
-    """Probability that an operation RandAugment has drawn is applied; timm's default is a half."""
+    """Probability that an operation drawn by RandAugment is applied; timm's default is a half."""
     magnitude: Annotated[float, Meta(ge=0, le=LARGEST_MAGNITUDE)] = 9.0
     """Strength of RandAugment's operations, 0 to 10: the m of timm's rand-m9-mstd0.5-inc1."""
     magnitude_std: NonNegative = 0.5
-    """Standard deviation with which that strength is drawn anew for each operation."""
+    """Standard deviation of that strength, drawn anew for each operation."""
     brightness: NonNegative = 0.0
     """Colour jitter: a factor is drawn from 1 - brightness (at least 0) to 1 + brightness."""
     contrast: NonNegative = 0.0
@@ -58,11 +57,11 @@ class Augmentation:
     saturation: NonNegative = 0.0
     """The same for saturation."""
     hue: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
-    """The hue is turned by up to this part of a whole turn either way."""
+    """The hue is turned by up to this fraction of a full turn either way."""
     jitter_probability: Fraction = 1.0
     """Probability that an image's colours are jittered."""
     grayscale: Fraction = 0.0
-    """Probability that an image loses its colours."""
+    """Probability that an image becomes grayscale."""
     blur: Fraction = 0.0
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
@@ -70,11 +69,11 @@ class Augmentation:
     erase: Fraction = 0.0
     """Probability that a rectangle is erased: filled with the mean colour (data.mean)."""
     erase_area: tuple[PositiveFraction, PositiveFraction] = (0.02, 1 / 3)
-    """Smallest and largest part of the image that the rectangle covers."""
+    """Smallest and largest fraction of the image that the rectangle covers."""
     erase_ratio: tuple[Ratio, Ratio] = (0.3, 1 / 0.3)
     """Smallest and largest height/width of the rectangle."""
     views: Annotated[int, Meta(ge=1, le=2)] = 1
-    """2 gives two views of each image, with a crop, flip and augmentation of their own."""
+    """2 gives two views of each image, each with its own crop, flip and augmentation."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -84,7 +83,7 @@ class Augmentation:
 
     @property
     def changes_colours(self) -> bool:
-        """Whether colour jitter or loss of colour can happen."""
+        """Whether colours can be jittered or lost."""
         return max(self.jitter_chance, self.grayscale) > 0
 
     @property
@@ -94,29 +93,29 @@ class Augmentation:
 
     @property
     def jitter_chance(self) -> float:
-        """Probability that colours are jittered by anything at all."""
+        """Probability that colours are jittered with any strength."""
         return self.jitter_probability if max(self.strengths) > 0 else 0.0
 
     @property
     def stages(self) -> int:
-        """Number of operations of its policy that may follow each other on an image."""
+        """The most operations of its policy that follow each other on an image."""
         return {"none": 0, "rand": self.policy_ops, "trivial": 1, "auto": 2}[self.policy]
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether anything is done to an image once it is cropped, resampled and flipped."""
+        """Whether an image is changed after cropping, resizing and flipping."""
         return self.changes_colours or bool(self.stages) or max(self.blur, self.erase) > 0
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
-    # What CLIP was trained with, and open_clip's default: nearly the whole image, no flips.
+    # CLIP's training and open_clip's default: nearly the whole image, no flips
     "clip": Augmentation(crop_scale=(0.9, 1.0), flip=0.0),
     # AUG of UniCL's released config.py: rand-m9-mstd0.5-inc1, COLOR_JITTER 0.4, REPROB 0.25.
     "unicl": Augmentation(
         policy="rand", brightness=0.4, contrast=0.4, saturation=0.4, erase=0.25
     ),
-    # SupCon's crop and colours with SimCLR's blur, as MoCo v2 has them too.
+    # SupCon's crop and colours with SimCLR's blur, as in MoCo v2
     "supcon": Augmentation(
         crop_scale=(0.2, 1.0),
         brightness=0.4,
@@ -131,7 +130,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }  # fmt: skip
 
 _FIELDS = typing.get_type_hints(Augmentation)
-# timm's single number of that name: brightness, contrast and saturation at once.
+# timm's single number of that name sets all three
 _JITTER = ("brightness", "contrast", "saturation")
 
 
@@ -139,10 +138,7 @@ def parse_augmentation(text: str) -> Augmentation:
     """Reads NAME[,FIELD=VALUE...], for example `unicl,blur=0.5,blur_sigma=0.1..2`.
 
     NAME is one of `AUGMENTATIONS`, a FIELD one of `Augmentation` or `jitter` (brightness, contrast
-    and saturation at once), and a range is written LOW..HIGH.
-
-    Raises:
-        ValueError: an unknown name or field, or a value that does not fit.
+    and saturation at once), and a range is LOW..HIGH. Raises ValueError for anything else.
     """
     name, *changes = text.split(",")
     try:
@@ -168,7 +164,7 @@ def parse_augmentation(text: str) -> Augmentation:
 
 def _parse_value(field: str, text: str, *, kind: Any) -> Any:
     if kind == Policy:
-        return text  # `Augmentation` knows which there are
+        return text  # `Augmentation` checks it
     expected = "a whole number" if kind is int else "a number"
     try:
         if tuple[float, float] in (kind, *typing.get_args(kind)):  # or that or None
@@ -181,11 +177,7 @@ def _parse_value(field: str, text: str, *, kind: Any) -> Any:
 
 
 def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
-    """Reads `data.augment`: the augmentation by name of the data set, "" for all.
-
-    Raises:
-        ValueError: an entry that cannot be read, or two for the same data sets.
-    """
+    """Reads `data.augment`: augmentations by data set name, "" for all; ValueError if it cannot."""
     chosen: dict[str, Augmentation] = {}
     for entry in entries:
         name, separator, spec = entry.rpartition(":")  # a spec has no colon, a folder may
@@ -202,11 +194,7 @@ def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
 
 
 def check_views(entries: Sequence[str], num_views: int, *, name: str) -> None:
-    """Checks that `data.augment` gives as many views of an image as the objective looks at.
-
-    Raises:
-        ValueError: it gives another number.
-    """
+    """Raises ValueError unless `data.augment` gives the objective's number of views."""
     views = {augmentation.views for augmentation in read_entries(entries).values()}
     shown = " ".join(entries)
     if num_views == 2 and views != {2}:
@@ -223,14 +211,11 @@ def check_views(entries: Sequence[str], num_views: int, *, name: str) -> None:
 
 
 def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> list[Augmentation]:
-    """Returns each data set's augmentation, by the entries of `data.augment`.
+    """Each data set's augmentation, by the entries of `data.augment`.
 
     An entry is SPEC for all data sets, or NAME:SPEC for those whose folder is called NAME (or whose
-    path or URL, in `places`, ends with it); the longest NAME that fits counts.
-
-    Raises:
-        ValueError: an entry that cannot be read or names no data set, or some data sets with one
-            view and some with two.
+    path or URL, in `places`, ends with it); the longest matching NAME counts. Raises ValueError for
+    an entry that is invalid or names no data set, or if only some data sets have two views.
     """
     chosen = read_entries(entries)
     general = chosen.pop("", Augmentation())
@@ -265,13 +250,13 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
 
 
 def _spellings(place: Path | str) -> list[str]:
-    """Returns the paths of a data set: a link to a folder has two."""
+    """The paths of a data set; a symbolic link adds a second one."""
     if "://" in str(place):
         return [_path(place)]
     return [str(Path(place).absolute()), str(Path(place).resolve())]
 
 
 def _path(name: Path | str) -> str:
-    """Returns a relative path, or a URL without its scheme, with a slash before every part."""
+    """A relative path, or a URL without its scheme, with a slash before every part."""
     rest = str(name).partition("://")[2] or str(name)
     return "".join(f"/{part}" for part in rest.split("/") if part not in ("", "."))

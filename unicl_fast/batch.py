@@ -1,7 +1,6 @@
 """The input of a training step, the loaders that provide it, and its way to a GPU.
 
-The data pipeline and the trainer share this structure and nothing else. Letters used for axes
-everywhere in the project:
+The data pipeline and the trainer share nothing else. Axes in the whole project:
 
     b  samples of this rank in one step      n  samples of all ranks (the global batch)
     u  distinct texts of this rank           d  embedding dimension
@@ -28,27 +27,26 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Texts:
-    """The distinct texts of a local batch, each once."""
+    """The distinct texts of a local batch."""
 
     tokens: Tensor
     """int64 [u l]: token rows, padded with 0 to the context length."""
     lengths: NDArray[np.int64]
-    """int64 [u]: tokens of each row without padding; on the host, where they decide shapes."""
+    """int64 [u]: tokens of each row without padding; on the host, since they decide shapes."""
     index: Tensor
-    """int64 [b]: the row of `tokens` that is the text of each image."""
+    """int64 [b]: the row of `tokens` for each image."""
     counts: Tensor
-    """int64 [u]: the number of samples of this batch with each text; they sum to b."""
+    """int64 [u]: how many samples of this batch have each text; they sum to b."""
     max_num_texts: Callable[[], int] | None = None
-    """The largest u of all ranks, where they have asked each other."""
+    """The largest u of all ranks, if they have exchanged it ahead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """Classes of images and texts, as the objective has mapped them (`Objective.map_targets`).
+    """Classes of images and texts, as mapped by the objective (`Objective.map_targets`).
 
-    A text is a positive of an image when their class ids are equal, or when its class is one of the
-    image's where these are several. Class ids are any int64; `objectives.targets.map_targets` says
-    how they are found, and why ranks agree on them.
+    A text is a positive of an image if its class id is the image's, or one of several. Ids are any
+    int64; `objectives.targets.map_targets` says how they are found, and why ranks agree on them.
     """
 
     class_ids: Tensor
@@ -56,9 +54,9 @@ class Targets:
     text_class_ids: Tensor
     """int64 [u]: the class of each text."""
     image_classes: Tensor | None = None
-    """int64 [2 e]: a sample, 0 to b - 1, and a class of its image, for every class that the image
-    has: its `class_ids` and those of its other labels, each once. The texts of all of them are its
-    positives. None where the objective does not take all labels."""
+    """int64 [2 e]: for every class of an image, its sample, 0 to b - 1, and the class: `class_ids`
+    and other labels, each once. Texts of all of them are positives. None if the objective does not
+    use all labels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,21 +64,21 @@ class Batch:
     """One rank's local batch: images, distinct texts, and the classes of both."""
 
     step: int
-    """The optimizer step this batch belongs to, counted from 0."""
+    """The optimizer step, counted from 0."""
     images: Tensor
-    """uint8 [b h w c], RGB; or in their place the features that a frozen image encoder gives of
-    them, [b w] of its type (`efficiency.image_features`)."""
+    """uint8 [b h w c], RGB; or stored features of a frozen image encoder, [b w] of its type
+    (`efficiency.image_features`)."""
     second_images: Tensor | None = None
-    """uint8 [b h w c], RGB: the second view of each image, where `data.augment` asks for two."""
+    """uint8 [b h w c], RGB: the second view of each image, if `data.augment` has two."""
     texts: Texts
     targets: Targets
     global_index: Tensor
     """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
     sample_ids: Tensor | None = None
-    """int64 [b] on the host: each sample's row in its data set, for records."""
+    """int64 [b] on the host: each sample's row in its data set, for the records."""
     scheduled_ids: Tensor | None = None
-    """int64 [b] on the host: the planned rows, which differ from `sample_ids` where a bad sample
-    was replaced by another of the same data set."""
+    """int64 [b] on the host: the planned rows; they differ from `sample_ids` if a bad sample was
+    replaced by another of the same data set."""
     source_ids: Tensor | None = None
     """int64 [b] on the host: the number of each sample's data set."""
 
@@ -89,7 +87,7 @@ class Batch:
         return self.images.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """Returns the same batch with the model's inputs on `device`; records stay on the host."""
+        """The same batch with the model's inputs on `device`; records stay on the host."""
         inputs = _moved(_tensors(self, _INPUTS), device)
         texts = dataclasses.replace(self.texts, **_moved(_tensors(self.texts), device))
         targets = dataclasses.replace(self.targets, **_moved(_tensors(self.targets), device))
@@ -101,11 +99,7 @@ class Batch:
 
 
 def repeated_texts(batch: Batch) -> Batch:
-    """The same batch as if all its texts were distinct and as long as the context.
-
-    Its step has the same result, and computes every text of every sample with its padding: the
-    plain twin, for tests and measurements.
-    """
+    """The same batch without shared texts or skipped padding; its step gives the same result."""
     texts, targets = batch.texts, batch.targets
     tokens = texts.tokens[texts.index]
     each = Texts(
@@ -122,7 +116,6 @@ _INPUTS = ("images", "second_images", "global_index")
 
 
 def _tensors(fields: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The tensors among the fields of a dataclass."""
     names = [field.name for field in dataclasses.fields(fields)] if names is None else names
     values = {name: getattr(fields, name) for name in names}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -134,7 +127,7 @@ def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationBatch:
-    """Images to encode, with their rows in the data set, by which the rest is looked up."""
+    """Images to encode, and their rows in the data set."""
 
     images: Tensor
     """uint8 [b h w c], RGB."""
@@ -142,7 +135,7 @@ class EvaluationBatch:
     """int64 [b] on the host."""
 
     def to(self, device: torch.device) -> EvaluationBatch:
-        """Returns the same batch with the images on `device`."""
+        """The same batch with the images on `device`."""
         return dataclasses.replace(self, images=send(self.images, device))
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -151,10 +144,10 @@ class EvaluationBatch:
 
 
 class ReadingTime:
-    """How long a loader's threads waited for storage. What computes, such as checksums, is not."""
+    """How long a loader's threads waited for storage, without computing such as checksums."""
 
     def __init__(self, *, decodes_files: bool = True) -> None:
-        """Nothing is read yet; `decodes_files` tells encoded images from raw ones."""
+        """Starts at zero; `decodes_files` tells encoded images from raw ones."""
         self.decodes_files = decodes_files
         self.num_threads = 1
         """Threads that may read at the same time."""
@@ -164,7 +157,7 @@ class ReadingTime:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Counts what happens inside, in any thread, as reading."""
+        """Counts the time inside, in any thread, as reading."""
         computed, begun = time.thread_time(), time.perf_counter()
         yield
         passed = time.perf_counter() - begun - (time.thread_time() - computed)
@@ -174,10 +167,10 @@ class ReadingTime:
 
 @runtime_checkable
 class Loader(Protocol):
-    """Feeds a trainer, which lets go of a batch before it requests the next one."""
+    """Feeds a trainer, which releases a batch before it requests the next one."""
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Yields the batches of the steps `start_step`, `start_step + 1`, ... without end."""
+        """Yields the batches of steps `start_step`, `start_step + 1`, ... without end."""
         ...
 
     def close(self) -> None: ...
@@ -185,13 +178,13 @@ class Loader(Protocol):
 
 @runtime_checkable
 class EvaluationLoader(Protocol):
-    """Feeds an evaluation: over all ranks, each sample of a data set once an iteration."""
+    """Feeds an evaluation: over all ranks, each sample of a data set once per iteration."""
 
     def __iter__(self) -> Iterator[EvaluationBatch]: ...
 
 
 class ListLoader:
-    """A loader that repeats batches held in memory."""
+    """A loader that repeats batches from memory."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         if not batches:
@@ -207,10 +200,10 @@ class ListLoader:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor to the device without the host waiting for the copy.
+    """Copies a tensor to the device without blocking the host.
 
-    A CUDA device gets it from pinned memory: a copy of other memory holds the host until it is
-    done. torch keeps pinned memory for later calls, and reuses none that a copy still reads.
+    CUDA copies from other than pinned memory block. torch caches pinned memory, and reuses none
+    while a copy reads it.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -222,7 +215,7 @@ AnyBatch = TypeVar("AnyBatch", Batch, EvaluationBatch)
 
 @functools.cache
 def _copies_to(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all copies to a device: torch's allocator keeps freed memory for a stream."""
+    """One stream for all copies to a device: torch's allocator keeps freed memory per stream."""
     return torch.cuda.Stream(device)
 
 
@@ -231,12 +224,9 @@ def copied_ahead(
 ) -> Generator[AnyBatch, None, None]:
     """Yields host batches on a CUDA device; the next one is copied during the step on this one.
 
-    A thread takes a batch as soon as the one before it is handed over, pins it, and lets a stream
-    for copies copy it. The device's current stream waits for that copy. The host waits for the
-    batch to be made and never for the device. Two batches lie on the device: the one in use and
-    the next.
-
-    Close the generator to stop before the end; it closes `batches`.
+    A thread draws, pins and copies a batch as soon as the one before it is yielded, on a stream for
+    which the device's current stream waits. The host waits only for the batch to be made, never for
+    the device, which holds two batches. Closing the generator closes `batches`.
     """
     copies = _copies_to(device)
 
@@ -252,7 +242,7 @@ def copied_ahead(
         ThreadPoolExecutor(
             max_workers=1,
             thread_name_prefix="unicl-copy",
-            # a thread begins on GPU 0, where pinning memory would take half a gigabyte
+            # threads start on GPU 0, where pinning memory would use half a gigabyte
             initializer=torch.cuda.set_device,
             initargs=(copies.device,),
         ) as thread,
@@ -264,8 +254,8 @@ def copied_ahead(
             compute = torch.cuda.current_stream(device)
             compute.wait_event(is_copied)
             for tensor in batch.model_inputs().values():
-                # the memory belongs to the stream of copies, which would otherwise reuse it as
-                # soon as the host has let go of it, under kernels that are still to read it
+                # the memory belongs to the copy stream, which would otherwise reuse it once the
+                # host releases it, under kernels that are still to read it
                 tensor.record_stream(compute)
             del found, tensor
             yield batch

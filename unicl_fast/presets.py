@@ -1,9 +1,9 @@
-"""Presets: whole configs with a name.
+"""Presets: configs by name, from which `unicl-pretrain --preset NAME` starts.
 
-`unicl-pretrain --preset NAME` starts from one; every field can be set after it. The large ones are
-the paper's encoders with the released recipe's optimizer, schedule and augmentation (RandAugment,
-colour jitter, random erasing); the small ones train on two CPU cores, with crops and flips alone,
-by Muon at two to four times AdamW's rate, which learns more from as many images (docs/results.md).
+The large ones are the paper's encoders with the released recipe's optimizer, schedule and
+augmentation (RandAugment, colour jitter, random erasing). The small ones train on two CPU cores,
+with crops and flips alone, by Muon at two to four times AdamW's rate, which learns more from as
+many images (docs/results.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _released(image_encoder: str, *, drop_path: float = 0.0) -> TrainConfig:
 def _small(
     data: DataConfig, text: ModelConfig, *, lr: float, samples: int, every_steps: tuple[int, int]
 ) -> TrainConfig:
-    """A seven-layer image encoder in batches of 128; `every_steps` of checkpoints, evaluations."""
+    """A seven-layer image encoder in batches of 128; `every_steps`: checkpoints, evaluations."""
     return TrainConfig(
         data=data,
         model=dataclasses.replace(text, image_encoder="unicl_convnet7_small", text_layers=2),
@@ -55,8 +55,8 @@ def _small(
 
 _SWIN_TINY = _released("swin_tiny_patch4_window7_224", drop_path=0.2)
 _SWIN_BASE = _released("swin_base_patch4_window7_224", drop_path=0.5)
-# The model sees 28 x 28 of the 32 x 32 pixels, cropped anywhere in training and at the centre in
-# evaluation: no image is scaled, and there is a quarter less to compute.
+# The model sees 28 x 28 of the 32 x 32 pixels, cropped at random in training and at the centre in
+# evaluation: nothing is resized, and there is a quarter less to compute.
 _CIFAR10 = _small(
     DataConfig(
         image_size=28,
@@ -103,8 +103,8 @@ _PHOTOS = _MIXED.changed(
     optim={"freeze": ("image",)},
     run={"samples": 12_800},
 )
-# Without crops an image is the same in every epoch, so a locked encoder encodes it once, where
-# efficiency.image_features names a folder for what it gives.
+# Without crops an image is the same in every epoch, so a locked encoder encodes it once if
+# efficiency.image_features names a folder.
 _PHOTOS_FEATURES = _PHOTOS.changed(
     data={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip_probability": 0.0}
 )
@@ -136,36 +136,32 @@ PRESETS = {
 AUTO = "auto"
 ABOUT_AUTO = "one of these that suits the data and the machine; says which and why"
 _SMALL_SIDE = 48
-"""Pixels of the shorter side up to which images are those of CIFAR-10 rather than photographs."""
+"""Up to this median shorter side, in pixels, images are treated as CIFAR-10 and not photographs."""
 _ENCODED_ONCE = {False: 20_000, True: 100_000}
-"""Most images that are worth encoding before the first step, without a GPU and with one: two cores
-encode some 200 images/s."""
+"""The most images worth encoding before the first step, without and with a GPU: two cores encode
+some 200 images/s."""
 _MOST_EPOCHS = 100
 _SWIN_TINY_BYTES = (9e9, 0.11e9)
-"""Memory that a step of swin-tiny needs in bf16, and that each image encoded at once adds, by
+"""Memory that a step of swin-tiny needs in bf16, and adds for each image encoded at once, by
 `training/memory_plan.py` (8.7 and 0.104 GB)."""
 
 
 class Facts(NamedTuple):
-    """The data and the machine, as far as a preset is chosen by them."""
+    """The facts about data and machine that decide a preset."""
 
     num_images: int
     side: float
     """The median of the images' shorter sides, in pixels."""
     largest_batch: int
-    """Largest global batch that holds no image twice."""
+    """The largest global batch without repeated images."""
     gpu_bytes: int
     """Memory of the smallest GPU; 0 without one."""
     weights: str
-    """ImageNet's weights of photos-small that are here, as `model.init_image`; empty without."""
+    """Available ImageNet weights for photos-small, as `model.init_image`; else empty."""
 
 
 def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str]:
-    """Chooses by the data and the machine; `features` is where features may be stored.
-
-    Returns:
-        The preset's name, its config with what is changed for these data, and the reasons.
-    """
+    """Chooses by data and machine; returns name, config adapted to the data, and reasons."""
     room = int((facts.gpu_bytes - _SWIN_TINY_BYTES[0]) // _SWIN_TINY_BYTES[1])
     many = _ENCODED_ONCE[facts.gpu_bytes > 0]
     reasons = [count_of(facts.num_images, "image")]
@@ -200,16 +196,11 @@ def choose_preset(facts: Facts, *, features: str) -> tuple[str, TrainConfig, str
 
 
 def _power_of_two(most: int) -> int:
-    """The largest power of two up to `most`, which is at least 1."""
     return 1 << (max(most, 1).bit_length() - 1)
 
 
 def build_preset(name: str) -> TrainConfig:
-    """Returns the config of the preset of that name.
-
-    Raises:
-        ValueError: there is none; the message lists them.
-    """
+    """The config of a preset; ValueError lists them if there is none of that name."""
     if name in PRESETS:
         return PRESETS[name].config
     if name == AUTO:

@@ -1,7 +1,6 @@
 """The entries of `run.stages`, and the steps, samples and settings of each stage.
 
-A stage is a part of a run with other settings, such as smaller images in larger batches. Which one
-a step is of, and how many samples came before it, are functions of the step.
+A stage is a part of a run with other settings, such as smaller images in larger batches.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ class StageEntry:
     """One entry of `run.stages`."""
 
     length: float
-    """Below 1 a part of the run, otherwise samples."""
+    """Below 1 a fraction of the run, otherwise samples."""
     settings: dict[str, Any]
     """Values by the names in `STAGE_SETTINGS`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """The steps of a stage, whose draws follow those of the stage before."""
+    """The steps of a stage; its draws follow the previous stage's."""
 
     number: int
-    """Stages are numbered from 0."""
+    """Counted from 0."""
     first_step: int
     end_step: int
     """The step after the last."""
     first_draw: int
-    """Draws of all stages before."""
+    """Draws of all earlier stages."""
     global_batch_size: int
 
     def draws_before(self, step: int) -> int:
@@ -53,11 +52,7 @@ class Span:
 
 
 def parse_stage(text: str) -> StageEntry:
-    """Reads an entry LENGTH:NAME=VALUE,NAME=VALUE.
-
-    Raises:
-        ValueError: it has another form; ranges of values are the config's business.
-    """
+    """Reads LENGTH:NAME=VALUE,NAME=VALUE; ValueError for another form. The config checks ranges."""
     length_text, _, settings_text = text.partition(":")
     try:
         length = float(length_text)
@@ -103,10 +98,8 @@ def _parse_value(name: str, value: str, *, where: str) -> Any:
 def lay_out(entries: tuple[str, ...], *, samples: int, global_batch_size: int) -> tuple[Span, ...]:
     """The spans of all stages of a run of `samples`; the last has the run's own batch size.
 
-    A stage ends at the whole step that is nearest to the sum of the lengths so far.
-
-    Raises:
-        ValueError: the entries leave nothing of the run to its own settings.
+    A stage ends at the whole step nearest to the sum of the lengths so far. Raises ValueError if
+    the entries leave nothing for the last stage.
     """
     spans: list[Span] = []
     planned, draws, step = 0.0, 0, 0
@@ -132,7 +125,7 @@ def lay_out(entries: tuple[str, ...], *, samples: int, global_batch_size: int) -
 
 
 def span_at(spans: Sequence[Span], step: int) -> Span:
-    """The span that a step is of; the last one has all steps beyond its end too."""
+    """The span of a step; the last one also has all steps beyond its end."""
     return next(span for span in reversed(spans) if span.first_step <= step)
 
 

@@ -275,7 +275,7 @@ def test_a_store_that_fails_for_good_is_named(local: PackedDataset, cache: Cache
             remote.image_bytes(0)
         assert len(FaultyStore.reads) == 3
         FaultyStore.spoil = staticmethod(lambda path, data: data[:-1])
-        with pytest.raises(StorageError, match=r"4095 bytes came where 4096 were asked for"):
+        with pytest.raises(StorageError, match=r"4095 bytes came, 4096 were requested"):
             remote.image_bytes(0)
 
 

@@ -334,7 +334,7 @@ def test_encoders_give_the_same_gradients_when_recomputed(
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("test_vit", 100, "patches of 16 pixels do not divide 100; take data.image_size=96 or 112"),
+        ("test_vit", 100, "patches of 16 pixels do not divide 100; set data.image_size=96 or 112"),
         ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
         pytest.param(
             *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
@@ -464,7 +464,7 @@ def test_encoders_that_cannot_take_the_sizes_of_all_stages_are_refused() -> None
     options: dict[str, Any] = {"drop_path": 0.0, "key": DropPathKey(0)}
     with pytest.raises(ValueError, match="of 28 pixels: of the encoders that are built for one"):
         build_image_encoder("eva02_tiny_patch14_224", image_size=56, other_sizes=[28], **options)
-    with pytest.raises(ValueError, match=r"of 30 pixels: .*; take data.image_size=16 or 32"):
+    with pytest.raises(ValueError, match=r"of 30 pixels: .*; set data.image_size=16 or 32"):
         build_image_encoder("test_vit", image_size=64, other_sizes=[30], **options)
 
 
@@ -479,5 +479,5 @@ def test_texts_of_a_stage_are_as_long_as_it_says() -> None:
     tokens = torch.tensor([[1, 2, 49], [1, 3, 49]])
     encoder.longest = 5
     assert torch.equal(encoder(tokens), shorter(tokens))
-    with pytest.raises(ValueError, match="texts have 6 tokens, the text encoder takes 5"):
+    with pytest.raises(ValueError, match="texts have 6 tokens, the text encoder accepts 5"):
         encoder(torch.zeros(1, 6, dtype=torch.int64))

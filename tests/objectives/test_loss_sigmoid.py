@@ -143,5 +143,5 @@ def test_no_tensor_is_as_large_as_the_logits() -> None:
 
 def test_kernels_of_the_softmax_form_are_not_taken_for_it() -> None:
     images = rows(4, seed=1)
-    with pytest.raises(ValueError, match="for the softmax form only: take auto, dense or tiled"):
+    with pytest.raises(ValueError, match="for the softmax form only: set auto, dense or tiled"):
         sigmoid_contrastive_loss(images, images, torch.arange(4), 10.0, -10.0, form="triton")

@@ -81,7 +81,7 @@ def test_upload_and_reading_survive_what_a_line_does(
         assert remote.remote.store.traffic.tried_again >= 3
         for said in (
             "payload is not completed",
-            "bytes came where 16384",
+            "bytes came, 16384",
             "no answer came in time",
         ):
             assert said in caplog.text

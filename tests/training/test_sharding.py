@@ -306,11 +306,11 @@ def test_an_encoder_without_known_blocks_is_not_divided(monkeypatch: pytest.Monk
         "unicl_fast.models.sharding.fully_shard", lambda part, **_: divided.append(part) or Mock()
     )
     model = build_model(tiny_config(image_encoder="test_nfnet"))
-    with pytest.raises(ValueError, match="NormFreeNet has none.*take efficiency.shard=optimizer"):
+    with pytest.raises(ValueError, match="NormFreeNet has none.*set efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
     model = build_model(tiny_config())
     model.text_encoder = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear has none.*take efficiency.shard=optimizer"):
+    with pytest.raises(ValueError, match="Linear has none.*set efficiency.shard=optimizer"):
         shard_encoders(model, Ranks(world_size=2))
     assert not divided
 

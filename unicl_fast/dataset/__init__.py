@@ -1,1 +1,1 @@
-"""The packed format: writing it, reading it, checking it, from disk or from object stores."""
+"""The packed format: writing, reading and checking it, from disk or object stores."""

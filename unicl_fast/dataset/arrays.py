@@ -1,7 +1,7 @@
-"""The arrays of a packed data set: their types, and reading them without trust.
+"""The arrays of a packed data set: their types, and untrusting reads.
 
-Compiled code that checks no bounds follows their numbers into other arrays and into shards. So each
-is compared with what it refers to at opening, in about a second for ten million samples.
+Compiled code without bounds checks follows their numbers into other arrays and shards, so each is
+compared with its target at opening: about a second for ten million samples.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SAMPLE_DTYPE = np.dtype(
         ("labels_count", "<u2"),
     ]
 )
-"""A row of samples.npy: where the image's bytes lie in a shard, its size as displayed, XXH3-64 of
-the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
-are those of the JSON; the image's bytes are the row of pixels.npy with the sample's number."""
+"""A row of samples.npy: where the image's bytes are in a shard, its displayed size, XXH3-64 of the
+bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size are
+the JSON's; the image's bytes are the row of pixels.npy with the sample's number."""
 CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
 """A row of captions.npy: its range of tokens.npy, start and end tokens included."""
 ARRAY_DTYPES = {
@@ -48,7 +48,7 @@ ARRAY_DTYPES = {
     "labels": np.dtype("<i4"),
 }
 NO_FILE = 2**32 - 1
-"""The number of the source file of an image that lies in the data set's own shard."""
+"""The source file number of an image that is in the data set's own shard."""
 IN_PLACE_DTYPES = {
     "places": np.dtype([("file", "<u4"), ("offset", "<u8"), ("size", "<u4")]),
     "files": np.dtype(
@@ -56,38 +56,35 @@ IN_PLACE_DTYPES = {
     ),
     "names": np.dtype("u1"),
 }
-"""More arrays of a data set in place: of each sample the source file and its bytes there; of each
-source file its name (a URL, or a path as bytes) as a range of names.npy, its size, and when it was
-written (nanoseconds) or XXH3-64 of its object's version."""
+"""More arrays of a data set in place: each sample's source file and byte range; each source file's
+name (a URL, or a path as bytes) as a range of names.npy, its size, and when it was written
+(nanoseconds) or XXH3-64 of its object's version."""
 PIXELS_NAME = "pixels.npy"
 """The decoded images of a raw data set, uint8 [N h w 3]."""
 PIXEL_DTYPE = np.dtype("|u1")
 CHANNELS = 3
 
 HEADER_BYTES = 512
-"""Length of the header of our .npy files, fixed before the number of rows is known."""
+"""Length of our .npy headers, fixed before the number of rows is known."""
 _MAGIC = b"\x93NUMPY\x01\x00"
 _BLOCK_ROWS = 1 << 16
-"""Rows checked together: a few megabytes, which stay in the processor's cache."""
+"""Rows checked at once: a few megabytes, which stay in cache."""
 
 Index = TypeVar("Index", int, npt.NDArray[np.int64])
 Rows = npt.NDArray[Any]
 Problems = list[tuple[npt.NDArray[np.bool_], str]]
-"""Flags of the wrong rows of a block, and what is wrong with them."""
+"""Flags of the bad rows of a block, and the fault."""
 
 
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
-    """Maps a one-dimensional .npy file that must hold `length` rows of `dtype`, read-only.
-
-    Raises FileNotFoundError, or ValueError if it holds anything else, or fewer or more bytes.
-    """
+    """Maps a one-dimensional .npy file read-only; ValueError unless it has `length` of `dtype`."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; the copy of this data set is not complete, copy it again"
         )
     descr = np.lib.format.dtype_to_descr(dtype)
     with open_file(path) as file:
-        # compared, and not read: NumPy would make types of whatever stands there
+        # compared, not parsed: NumPy would create types from any content
         if file.read(HEADER_BYTES) != npy_header(dtype, (length,)):
             raise ValueError(
                 f"{path} is damaged or cut short: it does not begin as an array of {length} rows "
@@ -98,7 +95,7 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
     if num_bytes != expected:
         found = f"{num_bytes} bytes where {expected} are expected"
         raise ValueError(f"{path} is damaged or cut short: {found}; copy the data set again")
-    if not length:  # an empty array has nothing to map, and mmap refuses it
+    if not length:  # mmap refuses empty files
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(length,))
 
@@ -128,10 +125,10 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 class PixelLayout:
-    """The layout of `pixels.npy`: one array of rows of equal size, an image each."""
+    """The layout of `pixels.npy`: an array with one row per image, all of equal size."""
 
     def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
-        """Raises ValueError if the manifest, of the data set at `place`, contradicts itself."""
+        """Raises ValueError if the manifest of the data set at `place` contradicts itself."""
         self.num_samples = num_samples
         self.shape = (info.height, info.width, CHANNELS)
         self.row_bytes = info.height * info.width * CHANNELS
@@ -142,15 +139,15 @@ class PixelLayout:
                 f"{info.width} x {info.height} pixels, but {info.num_bytes} bytes of {PIXELS_NAME}"
             )
         self.pnm_header = ppm_header(info.height, info.width)
-        """Put before the bytes of an image, it makes a file that decoders read."""
+        """Prepended to an image's bytes, it makes a file that decoders read."""
 
     def offset_of(self, index: Index) -> Index:
-        """The first byte of image `index`, or of several, in the file."""
+        """The first byte in the file of image `index`, or of several."""
         return HEADER_BYTES + index * self.row_bytes
 
 
 def blocks_of(array: Rows) -> Iterator[Rows]:
-    """Yields all rows in blocks, and gives the pages back that were read for it."""
+    """Yields all rows in blocks, and releases the mapped pages read for it."""
     mapped = mapping_of(array)
     for start in range(0, len(array), _BLOCK_ROWS):
         yield np.asarray(array)[start : start + _BLOCK_ROWS]
@@ -159,7 +156,7 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
 
 
 def mapping_of(array: Rows) -> mmap.mmap | None:
-    """The mapped file that an array, or the array that it is a part of, lies in; or None."""
+    """The mapped file behind an array or a view of it, or None."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -173,13 +170,11 @@ def verify_arrays(
     *,
     checksums: dict[str, str] | None,
 ) -> int:
-    """Compares the arrays with their checksums, and each reference in them with what is there.
+    """Compares arrays with their checksums, and references in them with their targets.
 
-    They are read, since mapped pages count as this process's memory. Without checksums (None) only
-    references are compared. Returns the largest token id.
-
-    Raises:
-        ValueError: a file was changed, or a row refers to what does not exist.
+    Reads the files, since mapped pages count as this process's memory. Without checksums (None)
+    only references are compared. Returns the largest token id; raises ValueError if a file was
+    changed, or a row refers to something that does not exist.
     """
     largest_token = 0
     checks = {
@@ -209,7 +204,7 @@ def verify_arrays(
 
 
 def _blocks(path: Path, dtype: np.dtype[Any], digest: Any) -> Iterator[Rows]:
-    """Yields all rows of a file, and updates `digest` with all its bytes."""
+    """Yields all rows of a file, and feeds all its bytes to `digest`."""
     buffer = np.empty(_BLOCK_ROWS, dtype)
     view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
     with open_file(path, buffering=0) as file:
@@ -232,7 +227,7 @@ def _refuse_first(problems: Problems, *, path: Path, first: int) -> None:
 
 
 def _check_samples(rows: Rows, manifest: Manifest) -> Problems:
-    """Every sample lies inside its shard and its ranges inside the other arrays."""
+    """Checks that every sample is inside its shard, and its ranges inside the other arrays."""
     shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
     no_shard = rows["shard"] >= len(shard_bytes)
     if no_shard.any():
@@ -291,6 +286,6 @@ def _check_names(rows: Rows, _: Manifest) -> Problems:
 
 
 def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:
-    """Whether ranges end after `end`; a start near 2**64 must not wrap around."""
+    """Whether ranges exceed `end`; a start near 2**64 must not wrap around."""
     result: npt.NDArray[np.bool_] = (starts > end) | (starts + counts > end)
     return result

@@ -1,8 +1,8 @@
 """Ranges of remote files, read in blocks that a bounded local folder keeps for all processes.
 
-A block is a file named by its whole file's checksum, written aside under a lock, so that it is
-fetched once, and renamed. Its bytes are counted before it is fetched, so the limit holds even after
-kills. fsspec's caches have no limit and are not shared while they fill (96 requests for our 32).
+A block is a file named by its whole file's checksum. It is fetched once, written aside under a
+lock, and renamed; its bytes are counted before, so the limit holds even after crashes. fsspec's
+caches have no limit and are not shared while they fill (96 requests for our 32).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ logger = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
 LargeFiles = Mapping[str, ShardInfo | PixelsInfo]
-"""Files that are read in ranges, by name; in this order they are numbered."""
+"""Files read in ranges, by name; numbered in this order."""
 
 DEFAULT_CACHE_BYTES = 20_000_000_000
 DEFAULT_BLOCK_BYTES = 4 << 20
 _PART = ".part"
 _FILLED_TO = 0.8
-"""Part of the limit that stays when room is made: one listing of all blocks serves many."""
+"""Fraction of the limit kept when making room, so that one listing of blocks serves many."""
 _TOUCH_SECONDS = 10.0
-"""A block that was used more recently is not marked as used again."""
+"""A block used more recently is not touched again."""
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.002, 0.02
 _OWN_TURN_SECONDS = 5.0
 _LOCK_PATIENCE_SECONDS = 300.0
-"""Longer than all tries of a request: only a holder that was stopped, not killed, takes as long."""
+"""Longer than all tries of a request: only a suspended holder (not a killed one) takes so long."""
 _MOST_ROUNDS = 20
-"""After so many rounds in which others stored and removed a block, it is read past the cache."""
+"""After so many rounds in which others stored and removed a block, the cache is bypassed."""
 _COUNT_DIGITS = 20
-# Faults of the folder, which are no reason not to train.
+# Faults of the folder, which must not stop training.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -55,11 +55,11 @@ class CacheOptions:
     """Folder and size of the cache of remote data sets."""
 
     folder: Path | None = None
-    """None takes unicl_fast in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
+    """None uses unicl_fast in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
     max_bytes: int = DEFAULT_CACHE_BYTES
-    """Most bytes that blocks take. A data set's arrays lie in the folder beside that."""
+    """Largest total size of blocks; arrays of data sets come on top."""
     block_bytes: int = DEFAULT_BLOCK_BYTES
-    """Size of a block, and so of a request."""
+    """Size of a block, and of a request."""
 
     @property
     def place(self) -> Path:
@@ -70,10 +70,10 @@ class CacheOptions:
 
 
 class BlockCache:
-    """The blocks of one folder. Safe in several threads and processes."""
+    """The blocks of one folder, safe in several threads and processes."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Makes the folder; of several limits the smallest holds while its process reads."""
+        """Creates the folder; of several processes' limits the smallest holds while it reads."""
         self._blocks = folder / "blocks"
         self._max_bytes = max_bytes
         self._blocks.mkdir(parents=True, exist_ok=True)
@@ -83,9 +83,9 @@ class BlockCache:
 
     @contextlib.contextmanager
     def opened(self, name: str, size: int, fetch: Callable[[], bytes]) -> Iterator[int | bytes]:
-        """A block for reading: a descriptor, or its bytes where they were just fetched.
+        """Opens a block: yields a descriptor, or its bytes if they were just fetched.
 
-        Its name, FOLDER/NAME, identifies its content for ever. What `fetch` raises comes through.
+        `name`, FOLDER/NAME, identifies the content for ever. Errors of `fetch` are passed on.
         """
         for _ in range(_MOST_ROUNDS):
             if (file := self._open(name, size)) is not None:
@@ -102,28 +102,28 @@ class BlockCache:
     def read_into(
         self, name: str, size: int, view: memoryview, start: int, fetch: Callable[[], bytes]
     ) -> None:
-        """Fills `view` with a block's bytes from `start` on; the others as for `opened`."""
+        """Fills `view` with a block's bytes from `start` on; otherwise as `opened`."""
         with self.opened(name, size, fetch) as stored:
             if isinstance(stored, int):
                 if os.preadv(stored, [view], start) == len(view):
                     return
-                stored = fetch()  # cut short since it was opened
+                stored = fetch()  # truncated since it was opened
         view[:] = stored[start : start + len(view)]
 
     def ensure(self, name: str, size: int, fetch: Callable[[], bytes]) -> None:
-        """Fetches a block before it is needed, unless it is there or on its way."""
+        """Fetches a block ahead of use, unless it is stored or being fetched."""
         if (file := self._open(name, size)) is not None:
             os.close(file)
         else:
             self._store(name, size, fetch, wait=False)
 
     def discard(self, name: str) -> None:
-        """Removes a block whose bytes are wrong."""
+        """Removes a block with wrong bytes."""
         with contextlib.suppress(OSError):
             (self._blocks / name).unlink()
 
     def _open(self, name: str, size: int) -> int | None:
-        """Opens a block that is there, and marks it as used; one of another size is removed."""
+        """Opens a stored block and marks it as used; removes one of another size."""
         path = self._blocks / name
         try:
             file = open_regular(path)[0]
@@ -132,7 +132,7 @@ class BlockCache:
                 self._complain(error)
             return None
         status = os.fstat(file)
-        if status.st_size != size:  # after a machine went down: the name was on the disk first
+        if status.st_size != size:  # after a power cut: the name reached the disk first
             os.close(file)
             self.discard(name)
             return None
@@ -144,7 +144,7 @@ class BlockCache:
     def _store(
         self, name: str, size: int, fetch: Callable[[], bytes], *, wait: bool = True
     ) -> bytes | None:
-        """Fetches and keeps a block; None if another has stored it, or (without `wait`) does."""
+        """Fetches and stores a block; None if another has stored it or (without `wait`) does."""
         path = self._blocks / name
         data: bytes | None = None
         try:
@@ -158,7 +158,7 @@ class BlockCache:
                 os.rename(f"{path}{_PART}", path)
                 return data
         except _StuckError:
-            pass  # its holder was stopped: this once without a cache
+            pass  # its holder is suspended: bypass the cache this once
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
@@ -167,7 +167,7 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _alone_with(self, path: Path, *, wait: bool) -> Iterator[int | None]:
-        """Locks the file aside; yields None if the block is there, or not to be waited for."""
+        """Locks the partial file; yields None if the block is stored, or locked without `wait`."""
         part = f"{path}{_PART}"
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -178,7 +178,7 @@ class BlockCache:
                         yield None
                         return
                     _wait_for_lock(file)
-                # the former holder may have renamed or removed the file that we opened
+                # the previous holder may have renamed or removed the file that we opened
                 is_ours, is_stored = is_at(file, part), path.exists()
                 if is_stored:
                     if is_ours:
@@ -197,14 +197,14 @@ class BlockCache:
                 os.close(file)
 
     def _make_room(self, size: int) -> None:
-        """Adds bytes to the count before they are fetched, after making room for them."""
-        # Threads queue here, so that only one of each process polls for the lock: nine of them held
-        # each other up for 20 ms a block. Not for ever: a fork may have copied it locked.
+        """Makes room for a block and counts its bytes, before they are fetched."""
+        # Threads queue here, so that one per process polls for the lock: nine of them delayed each
+        # other by 20 ms a block. With a time limit, since a fork may have copied it locked.
         mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
         file = open_regular(self._lock_path, os.O_RDWR | os.O_CREAT)[0]
         try:
             _wait_for_lock(file, longest=_FIRST_WAIT_SECONDS)
-            text = os.pread(file, _COUNT_DIGITS + 1, 0)  # what is no count is taken for full
+            text = os.pread(file, _COUNT_DIGITS + 1, 0)  # an invalid count means full
             used = int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else self._max_bytes
             if used + size > self._max_bytes:
                 used = self._remove_oldest(size)
@@ -215,13 +215,13 @@ class BlockCache:
                 self._own_turn.release()
 
     def _remove_oldest(self, size: int) -> int:
-        """Removes the least recently used blocks until `size` more fit; returns what is left."""
+        """Removes the least recently used blocks until `size` more fit; returns the total left."""
         found, total = [], 0
         for folder, _, names in os.walk(self._blocks):
             for name in names:
                 path = os.path.join(folder, name)
                 if name.endswith(_PART):
-                    total += 0 if _remove_if_left(path) else size  # in full
+                    total += 0 if _remove_if_left(path) else size  # counted in full
                     continue
                 with contextlib.suppress(OSError):  # removed meanwhile
                     status = os.stat(path)
@@ -249,17 +249,17 @@ class BlockCache:
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """An object that is read in blocks."""
+    """An object read in blocks."""
 
     store: ObjectStore
     name: str
     num_bytes: int
     identity: str
-    """Distinguishes its content, together with its size; 16 hexadecimal digits."""
+    """Identifies its content, together with its size; 16 hexadecimal digits."""
 
 
 class BlockReader:
-    """Reads ranges of large files through the cache; safe in several threads, and after a fork."""
+    """Reads ranges of large files through the cache; safe in several threads and after a fork."""
 
     def __init__(
         self, file_of: Callable[[int], CachedFile], cache: BlockCache, *, block_bytes: int
@@ -273,10 +273,7 @@ class BlockReader:
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were.
 
-        Raises:
-            FileNotFoundError: the object does not exist any more.
-            StorageError: it could not be read.
-            ValueError: the reader has been closed.
+        Raises FileNotFoundError, StorageError, or ValueError if the reader is closed.
         """
         if self._closed:
             raise ValueError(f"{self._file_of(number).store.url} has been closed")
@@ -299,10 +296,7 @@ class BlockReader:
         buffer: npt.NDArray[np.uint8],
         starts: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges, as `LocalReader`; opens each block once.
-
-        Raises OSError: a store could not be read, or the cache's folder not be written.
-        """
+        """Reads many ranges, as `LocalReader`, opening each block once; may raise OSError."""
         whole = np.zeros(len(numbers), np.bool_)
         for number in np.unique(numbers).tolist():
             mine = np.flatnonzero(numbers == number)
@@ -346,23 +340,23 @@ class BlockReader:
                     part = data[begin : begin + sizes[i]]
                     buffer[starts[i] : starts[i] + sizes[i]] = part
                 whole[mine] = True
-        self._count(int(sizes[whole & inside].sum()))  # the others were counted
+        self._count(int(sizes[whole & inside].sum()))  # the others are counted already
         return whole
 
     def fetch_ahead(self, number: int, block: int) -> None:
-        """Brings a block into the cache, unless it is there or on its way."""
+        """Fetches a block into the cache, unless it is there or being fetched."""
         name, size, fetch = self._block(number, block)
         if size > 0 and not self._closed:
             self._cache.ensure(name, size, fetch)
 
     def discard(self, number: int, offset: int, size: int) -> None:
-        """Removes what the cache holds of a range that turned out to be wrong."""
+        """Removes cached blocks of a range that turned out to be wrong."""
         place = (np.array([value]) for value in (number, offset, size))
         for number, block in blocks_in(*place, block_bytes=self._block_bytes):
             self._cache.discard(self._block(number, block)[0])
 
     def close(self) -> None:
-        """Closes the reader; reading afterwards is an error."""
+        """Closes the reader; reading afterwards raises ValueError."""
         self._closed = True
 
     def _block(self, number: int, block: int) -> tuple[str, int, partial[bytes]]:
@@ -381,7 +375,7 @@ class BlockReader:
 def blocks_in(
     numbers: Int64Array, offsets: Int64Array, sizes: Int64Array, *, block_bytes: int
 ) -> list[tuple[int, int]]:
-    """The blocks that some ranges of files lie in, (file, block) once each, in this order."""
+    """The blocks of some ranges of files, (file, block) once each, in order."""
     first = offsets // block_bytes
     last = (offsets + np.maximum(sizes, 1) - 1) // block_bytes
     ranges = zip(numbers.tolist(), first.tolist(), last.tolist(), strict=True)
@@ -390,11 +384,11 @@ def blocks_in(
 
 
 class _StuckError(Exception):
-    """A lock was held longer than any request takes."""
+    """A lock was held longer than any request needs."""
 
 
 def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None:
-    """Takes a lock by polling, since a call that waits could not be given up."""
+    """Acquires a lock by polling, since a blocking call could not be abandoned."""
     pause, end = _FIRST_WAIT_SECONDS, time.monotonic() + _LOCK_PATIENCE_SECONDS
     while not lock(file):
         if time.monotonic() > end:
@@ -404,7 +398,7 @@ def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None
 
 
 def _remove_if_left(path: str) -> bool:
-    """Removes an unfinished block if its writer has died; returns whether it did."""
+    """Removes an unfinished block if its writer died; returns whether it is gone."""
     try:
         file = open_regular(path, os.O_RDWR)[0]
     except OSError:

@@ -1,10 +1,10 @@
-"""Features of a frozen image encoder: a row for each sample of a data set, in place of its image.
+"""Features of a frozen image encoder, one row for each sample, used instead of images.
 
-    KEY.npy    [N width], of the type that the encoder gives; bfloat16 as its bits, uint16
-    KEY.json   the type, the checksum of KEY.npy, and the samples whose image cannot be read
+    KEY.npy    [N width], in the encoder's output type; bfloat16 as its bits, uint16
+    KEY.json   the type, the checksum of KEY.npy, and the samples with unreadable images
 
-The key is a hash of all that the features depend on, so a file of other weights, images or
-preprocessing is never found. The second file is written last: without it there are no features.
+The key is a hash of everything that affects the features, so files of other weights, images or
+preprocessing are never found. KEY.json is written last: without it there are no features.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from unicl_fast.system.untrusted_files import open_regular, read_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureFile:
-    """The features of one data set, read where they lie."""
+    """The features of one data set, memory-mapped."""
 
     rows: NDArray[Any]
     """[N width]."""
     dtype: str
-    """The name of their type; rows of bfloat16 are uint16."""
+    """The name of their type; bfloat16 rows are uint16."""
     unreadable: frozenset[int]
-    """Samples that have no features."""
+    """Samples without features."""
 
     def row(self, sample: int) -> NDArray[Any] | None:
-        """The features of a sample [width]; None where its image could not be read."""
+        """The features of a sample [width]; None if its image could not be read."""
         return None if sample in self.unreadable else self.rows[sample]
 
 
@@ -56,11 +56,11 @@ def feature_key(
     view: Any,
     **more: Any,
 ) -> str:
-    """The key of a data set's features: equal if and only if the features would be.
+    """The key of a data set's features: equal if and only if the features are.
 
-    `encoder` is the image encoder's name, `weights` a digest of those that decide the features,
-    `view` what part of an image is shown, beside the sizes in the config. `view` and `more` (a
-    version and whatever else counts) are in JSON's types.
+    `encoder` is the image encoder's name, `weights` a digest of the weights that affect features,
+    `view` the part of an image shown, beyond the config's sizes. `view` and `more` (a version and
+    anything else relevant) are JSON values.
     """
     images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
     facts = {
@@ -77,20 +77,17 @@ def feature_key(
 
 
 def has_features(folder: Path, key: str) -> bool:
-    """Whether features of that key are stored whole."""
+    """Whether complete features are stored under that key."""
     return all((folder / f"{key}.{kind}").is_file() for kind in ("json", "npy"))
 
 
 def partial_path(folder: Path, key: str, token: str) -> Path:
-    """The file that rows of features are written to before they have their name."""
+    """The file that rows are written to before it gets its final name."""
     return folder / f".{key}.{token}.partial"
 
 
 def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
-    """Makes a file for rows of NumPy's type `kind`, which `RowsWriter` fills.
-
-    Those of its key that killed runs have left are removed: each is as large as the features.
-    """
+    """Creates a file for rows of NumPy's type `kind`; removes its key's leftovers of crashes."""
     for left in path.parent.glob(partial_path(Path(), path.name.split(".")[1], "*").name):
         with contextlib.suppress(OSError), locked(left) as is_unused:
             if is_unused:
@@ -100,42 +97,38 @@ def make_rows(path: Path, *, num_samples: int, width: int, kind: str) -> None:
 
 
 class RowsWriter:
-    """Writes rows into a file of `make_rows`; processes may write different ones at once.
+    """Writes rows into a file of `make_rows`; several processes can write different ones at once.
 
-    By `pwrite`: pages of a mapped file would overwrite the rows beside them on a network drive.
+    With `pwrite`: on a network drive, pages of a mapped file would overwrite neighbouring rows.
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, which `make_rows` has made."""
+        """Opens the file, created by `make_rows`."""
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         self._offset, self._row_bytes = int(rows.offset), rows.shape[1] * rows.itemsize
         self._file = open_regular(path, os.O_WRONLY)[0]
         with contextlib.suppress(OSError):  # a file system without locks
-            lock(self._file, shared=True)  # until its process ends: it is in use
+            lock(self._file, shared=True)  # until its process ends: marks it as used
 
     def write(self, samples: NDArray[np.int64], rows: NDArray[Any]) -> None:
-        """Writes `rows` [k width] as those of these samples."""
+        """Writes `rows` [k width] for these samples."""
         for sample, row in zip(samples.tolist(), rows, strict=True):
             data, place = row.tobytes(), self._offset + sample * self._row_bytes
             if os.pwrite(self._file, data, place) != len(data):
                 raise OSError(errno.ENOSPC, "features could not be written whole")
 
     def flush(self) -> None:
-        """Returns when all is on the disk."""
+        """Returns when everything is on disk."""
         os.fsync(self._file)
 
     def close(self) -> None:
-        """Closes the file."""
         os.close(self._file)
 
 
 def seal_features(
     aside: Path, folder: Path, key: str, *, dtype: str, unreadable: Iterable[int]
 ) -> None:
-    """Gives a file whose rows are written its name, and states what is in it.
-
-    If another run has stored the same meanwhile, its files stay; a lock keeps pairs together.
-    """
+    """Gives a file with all rows its name and description, unless another run stored the same."""
     values = {"dtype": dtype, "xxh3": file_checksum(aside), "unreadable": sorted(unreadable)}
     flush_to_disk(aside)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -152,12 +145,7 @@ def seal_features(
 
 
 def read_features(folder: Path, key: str, *, num_samples: int, check: bool = True) -> FeatureFile:
-    """Opens stored features; `check` compares the checksum, which reads all of them.
-
-    Raises:
-        ValueError: they are damaged.
-        OSError: they cannot be read.
-    """
+    """Opens stored features; `check` reads all for their checksum. ValueError if damaged."""
     path = folder / f"{key}.npy"
     try:
         values = parse_checksummed_json(read_file(folder / f"{key}.json"))

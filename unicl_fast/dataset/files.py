@@ -1,7 +1,7 @@
 """A data set's files, in a folder or under a URL, and how they are read.
 
 Under a URL, large files are read through `block_cache`; manifest, checksums and arrays are copied
-into a local folder that the first two name, so a data set that was replaced gets another one.
+into a local folder named by the first two, so a replaced data set gets another one.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
-# Beyond this many files one is opened for each read: descriptors are a scarce resource (often
-# 1,024 a process), opening a local file costs a few microseconds.
+# Beyond this many files one is opened for each read: descriptors are scarce (often 1,024 a
+# process), and opening a local file costs a few microseconds.
 _MAX_OPEN_FILES = 256
 _READINGS = 3
 _BETWEEN_READINGS_SECONDS = 1.0
 _UNUSED_DAYS = 30
-"""Local copies that were not opened for so long are removed, to make room."""
+"""Local copies unused for so long are removed to make room."""
 
 Fault = ValueError | FileNotFoundError
 
 
 class FileNames(NamedTuple):
-    """Names of files by number, as `IN_PLACE_DTYPES` has them."""
+    """Names of files by number, as in `IN_PLACE_DTYPES`."""
 
     content: npt.NDArray[np.uint8]
     """All names, concatenated; read-only."""
@@ -77,10 +77,10 @@ class FileNames(NamedTuple):
 
 
 class LocalReader:
-    """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
+    """Reads ranges of one folder's large files and keeps them open; safe in several threads."""
 
     def __init__(self, folder: Path, names: FileNames) -> None:
-        """Opens nothing yet; a name is a whole path, or one from `folder` on."""
+        """Opens nothing yet; a name is an absolute path or relative to `folder`."""
         self._arguments = folder, names
         self._files: dict[int, int] = {}
         self._folder, self._names = str(folder), names
@@ -88,7 +88,7 @@ class LocalReader:
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalReader, self._arguments  # a copy's descriptors are its own
+        return LocalReader, self._arguments  # a copy opens its own descriptors
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
@@ -97,8 +97,8 @@ class LocalReader:
             try:
                 return read_fully(file, buffer.data, offset=offset)
             except OSError as error:
-                # A network file system forgets a file that was replaced: by its name it is there.
-                # The descriptor is left alone, since another thread may be reading through it.
+                # A network file system forgets a replaced file: open it again by name. The
+                # descriptor stays open, since another thread may be reading through it.
                 if error.errno != errno.ESTALE:
                     raise
             file = self._open_anew(number)
@@ -117,8 +117,7 @@ class LocalReader:
     ) -> npt.NDArray[np.bool_]:
         """Reads ranges of files: sizes[i] bytes from offsets[i] on to buffer[starts[i]].
 
-        Returns:
-            bool [k], which of them came whole; the content of the others is undefined.
+        Returns bool [k], which of them were complete; the content of the others is undefined.
         """
         from unicl_fast.system.kernels import pread_files  # here, because it loads Numba
 
@@ -140,22 +139,22 @@ class LocalReader:
         return whole
 
     def _kept(self, number: int) -> int:
-        """The descriptor of a file that stays open; -1 if there are too many, or it has gone."""
+        """The descriptor of a file that stays open; -1 if there are too many, or it is gone."""
         if number not in self._files and len(self._files) < _MAX_OPEN_FILES:
             with contextlib.suppress(OSError):
                 file, is_kept = self._open(number)
-                if not is_kept:  # others were faster
+                if not is_kept:  # other threads were faster
                     os.close(file)
         return self._files.get(number, -1)
 
     def close(self) -> None:
-        """Closes the files; reading afterwards is an error."""
+        """Closes the files; reading afterwards raises ValueError."""
         self._closed = True
         while self._files:
             os.close(self._files.popitem()[1])
 
     def _open(self, number: int) -> tuple[int, bool]:
-        """A file's descriptor, and whether it is kept; one that is not is the caller's to close."""
+        """A file's descriptor, and whether it is kept; if not, the caller must close it."""
         if self._closed:
             raise ValueError(f"{self._folder} has been closed")
         file = self._files.get(number)
@@ -188,25 +187,25 @@ class LocalFiles:
         return str(self.folder / name)
 
     def sizes_of(self, names: Sequence[str]) -> dict[str, int | OSError | None]:
-        """Bytes of files; None for a missing one, the error for one that cannot be asked."""
+        """Sizes of files; None for a missing one, the error for an inaccessible one."""
         return {name: _size_of(self.folder / name) for name in names}
 
     def head_of(self, name: str, size: int) -> bytes:
-        """The first bytes of a file; raises OSError if it cannot be read."""
+        """The first bytes of a file; OSError if it cannot be read."""
         with open_file(self.folder / name) as file:
             data: bytes = file.read(size)
         return data
 
     def reader(self, files: LargeFiles) -> FileReader:
-        """A reader of large files, which are numbered in this order."""
+        """A reader of large files, numbered in this order."""
         return LocalReader(self.folder, FileNames.of(files))
 
 
 class RemoteFiles:
-    """The files of a data set under a URL; its methods are those of `LocalFiles`."""
+    """The files of a data set under a URL, with `LocalFiles`' methods."""
 
     def __init__(self, url: str, options: CacheOptions, array_names: Sequence[str]) -> None:
-        """Fetches the small files; raises as `copy_small_files`."""
+        """Fetches the small files; errors as for `copy_small_files`."""
         self.store = ObjectStore(url)
         self.location = self.store.url
         self.options = options
@@ -215,7 +214,7 @@ class RemoteFiles:
         self._manifest = read_file(self.folder / MANIFEST_NAME)
 
     def copy(self, names: Sequence[str]) -> Path:
-        """Brings arrays into the folder; returns it."""
+        """Copies arrays into the folder; returns it."""
         return copy_small_files(self.store, self.options.place, names)
 
     def where(self, name: str) -> str:
@@ -233,7 +232,7 @@ class RemoteFiles:
         return BlockReader(cached.__getitem__, self._cache, block_bytes=self.options.block_bytes)
 
     def is_unchanged(self) -> bool:
-        """Whether the data set at the URL is still the one that was opened."""
+        """Whether the URL still has the data set that was opened."""
         return self.store.read_whole(MANIFEST_NAME) == self._manifest
 
 
@@ -245,14 +244,11 @@ def check_files(
     changed_sources: Iterable[tuple[str, int]] = (),
     max_bad_fraction: float | None,
 ) -> None:
-    """Compares the sizes of the large files with the manifest, without reading them.
+    """Compares the large files' sizes with the manifest, without reading them.
 
-    Missing files and other sizes are tolerated, with a warning, if they cost at most the part
-    `max_bad_fraction` of the images; None tolerates all without a warning.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file has another size, or the manifest contradicts itself.
+    Missing files and wrong sizes only cause a warning if they affect at most the fraction
+    `max_bad_fraction` of the images, and not even that with None. Otherwise raises
+    FileNotFoundError or ValueError; also if the manifest contradicts itself.
     """
     total = manifest.num_samples
     in_shards = sum(shard.num_samples for shard in manifest.shards)
@@ -294,7 +290,7 @@ def check_files(
 def find_pixel_fault(
     files: LocalFiles | RemoteFiles, layout: PixelLayout
 ) -> tuple[Fault, int] | None:
-    """A fault of the size or header of pixels.npy, and how many images it costs; or None."""
+    """A fault in the size or header of pixels.npy, and how many images it affects; or None."""
     path, total = files.where(PIXELS_NAME), layout.num_samples
     num_bytes = files.sizes_of([PIXELS_NAME])[PIXELS_NAME]
     fault = _size_fault(path, num_bytes, layout.num_bytes)
@@ -334,14 +330,11 @@ def _size_of(path: Path) -> int | OSError | None:
 
 
 def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
-    """Makes a folder with the manifest, the checksums and the named files of a data set.
+    """Creates a folder with the manifest, the checksums and the named files of a data set.
 
-    Files whose checksums are right are not fetched again; missing ones are the reader's to find.
-
-    Raises:
-        FileNotFoundError: the URL is not that of a data set.
-        ValueError: the data differ from their checksums.
-        StorageError: the store cannot be reached.
+    Files with matching checksums are not fetched again; missing ones are left to the reader. Raises
+    FileNotFoundError if the URL has no data set, ValueError if data differ from their checksums,
+    StorageError if the store cannot be reached.
     """
     manifest, checksums, listed = _read_heads(store)
     identity = xxhash.xxh3_128_hexdigest(b"\0".join((store.url.encode(), manifest, checksums)))
@@ -349,7 +342,7 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
     folder = above / identity / store.name
     folder.mkdir(parents=True, exist_ok=True)
     with open_file(above / f"{identity}.lock", "wb") as file:
-        while not lock(file.fileno()):  # its holder shows progress of its own
+        while not lock(file.fileno()):  # its holder reports its own progress
             mark_progress()
             time.sleep(0.05)
         os.utime(folder.parent)
@@ -367,7 +360,7 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
 
 
 def _read_heads(store: ObjectStore) -> tuple[bytes, bytes, dict[str, str]]:
-    """Reads a manifest, and the list of checksums that belongs to it: b"" where there is none."""
+    """Reads a manifest and its matching list of checksums (b"" if there is none)."""
     found, listed = "", dict[str, str]()
     for reading in range(_READINGS):
         if reading:
@@ -393,7 +386,7 @@ def _read_heads(store: ObjectStore) -> tuple[bytes, bytes, dict[str, str]]:
 
 
 def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> None:
-    """Fetches a file unless it has its checksum already; one without a checksum always."""
+    """Fetches a file unless its checksum already matches; always, if it has none."""
     if expected is not None and path.is_file() and file_checksum(path) == expected:
         return
     stored = store.find(path.name)

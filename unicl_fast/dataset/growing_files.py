@@ -1,7 +1,7 @@
-"""The files of a packed data set while they grow, and the journal that a killed build resumes from.
+"""The files of a packed data set while they grow, and the journal to resume an interrupted build.
 
-A line of the journal, with its checksum, follows each finished shard once all is on the disk. It
-says how much of each file belongs to the shards so far, so that the rest can be cut off.
+A journal line, with its checksum, follows each finished shard once everything is on disk. It says
+how much of each file belongs to the shards so far, so that the rest can be truncated.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from unicl_fast.system.untrusted_files import open_file
 
 _CHECKSUM_DIGITS = 16
 _APPENDED_BYTES = 1 << 18
-"""Bytes that wait to be hashed and written together: rows of arrays are a few bytes each."""
+"""Bytes buffered before they are hashed and written, since rows of arrays are a few bytes each."""
 BLOCK = 512
-"""Bytes of a tar header, and the unit that contents are padded to."""
+"""Bytes of a tar header, and the unit of padding."""
 _ZEROS = bytes(BLOCK)
 END_OF_TAR = bytes(2 * BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
-    """How much of a growing file was safely on the disk at some moment."""
+    """How much of a growing file was safely on disk at some moment."""
 
     num_bytes: int
     xxh3: str
@@ -46,10 +46,10 @@ class Kept:
 
 
 class GrowingFile:
-    """A file that only grows, apart from a header at its beginning that is written last."""
+    """A file that only grows, except for a header that is written last."""
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
-        """Begins a file, or continues it after `kept`; raises ValueError if that has changed."""
+        """Starts a file, or continues it after `kept`; ValueError if that has changed."""
         self.file: BinaryIO = open_file(path, "wb" if kept is None else "r+b")
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()
@@ -86,23 +86,23 @@ class GrowingFile:
         self.file.write(data)
 
     def kept(self) -> Kept:
-        """Describes its content, which is safe only after `sync`."""
+        """Describes its content, which is on disk only after `sync`."""
         self._write_waiting()
         return Kept(num_bytes=self.num_bytes, xxh3=self._hash.hexdigest())
 
     def sync(self) -> None:
-        """Returns when all of it is on the disk."""
+        """Returns when everything is on disk."""
         self._write_waiting()
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Closes the file as it is; nothing is safe."""
+        """Closes the file as it is, without syncing."""
         with self.file:
             self._write_waiting()
 
     def finish(self, header: bytes = b"") -> None:
-        """Writes the header at the beginning, and closes the file safely."""
+        """Writes the header at the beginning, syncs and closes the file."""
         self._write_waiting()
         self.file.seek(0)
         self.file.write(header)
@@ -110,7 +110,7 @@ class GrowingFile:
 
 
 class ShardFile(GrowingFile):
-    """A growing tar, and the index that DALI reads."""
+    """A growing tar, and DALI's index of it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder / name)
@@ -118,14 +118,14 @@ class ShardFile(GrowingFile):
         self._index: list[str] = []
 
     def size_with(self, members: list[tuple[str, bytes]]) -> int:
-        """Bytes of the whole shard if it got one more sample and then ended."""
+        """Bytes of the complete shard with one more sample."""
         more = self.num_bytes + len(END_OF_TAR)
         for _, data in members:
             more += BLOCK + padded_bytes(len(data))
         return more
 
     def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
-        """Appends the members of one sample; returns the offset of the first one's bytes."""
+        """Appends the members of one sample; returns the offset of the first one's contents."""
         entries, parts, position = [], list[bytes](), self.num_bytes
         for extension, data in members:
             name, size = f"{key}.{extension}", len(data)
@@ -138,7 +138,7 @@ class ShardFile(GrowingFile):
         return first
 
     def finish_shard(self) -> ShardInfo:
-        """Ends the tar, writes its index, and closes both safely."""
+        """Ends the tar, writes its index, syncs and closes both."""
         self.append(END_OF_TAR)
         self._write_waiting()
         sync_and_close(self.file)
@@ -166,7 +166,7 @@ class ArrayFile(GrowingFile):
         row_shape: tuple[int, ...] = (),
         kept: Kept | None = None,
     ) -> None:
-        """Opens NAME.npy; its rows have by default the type of the data set's array NAME."""
+        """Opens NAME.npy; by default its rows have the type of the data set's array NAME."""
         super().__init__(folder / f"{name}.npy", header_bytes=HEADER_BYTES, kept=kept)
         self._dtype = ARRAY_DTYPES[name] if dtype is None else dtype
         self._row_shape = row_shape
@@ -190,19 +190,19 @@ class ListFile(GrowingFile):
             self.write_row(columns)
 
     def write(self, text: str) -> None:
-        """Implements the file that the csv writer writes to."""
+        """The csv writer's output."""
         self.append(text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedShard:
-    """A line of the journal: what is safely on the disk once a shard is finished."""
+    """A journal line: everything safely on disk once a shard is finished."""
 
     shard: ShardInfo
     index_xxh3: str
     """Checksum of the shard's .idx file."""
     num_samples: int
-    """Samples in this shard and all before."""
+    """Samples in this shard and all earlier ones."""
     num_quarantined: int
     """Rows of the quarantine list."""
     files: Mapping[str, Kept]
@@ -210,9 +210,9 @@ class FinishedShard:
     image_size: tuple[int, int] | None
     """Height and width of the images of a raw data set."""
     version: int = FORMAT_VERSION
-    """The format version that the files of this shard and those before need."""
+    """The format version that this shard and earlier ones need."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values of the caller's."""
+    """The caller's JSON values."""
 
     def to_line(self) -> bytes:
         text = json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode("ascii")
@@ -220,7 +220,7 @@ class FinishedShard:
 
     @classmethod
     def from_line(cls, line: bytes) -> FinishedShard | None:
-        """Reads a line; None if it is not whole."""
+        """Reads a line; None if it is incomplete."""
         checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
         if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
             return None
@@ -228,7 +228,7 @@ class FinishedShard:
 
 
 def read_journal(path: Path) -> list[FinishedShard]:
-    """The finished shards in order, up to the first line that is not whole."""
+    """The finished shards in order, up to the first incomplete line."""
     found: list[FinishedShard] = []
     if path.is_file():
         with open_file(path) as file:
@@ -241,19 +241,19 @@ def read_journal(path: Path) -> list[FinishedShard]:
 
 
 class ShardJournal:
-    """The journal while it grows; it begins with lines that are known to be true, and no others."""
+    """The journal while it grows; starts with exactly the lines that were verified."""
 
     def __init__(self, path: Path, finished: Sequence[FinishedShard]) -> None:
         data = b"".join(each.to_line() for each in finished)
         self._file = open_file(path, "r+b" if path.exists() else "wb", buffering=0)
-        # overwritten with the same bytes, then cut: at no moment is a true line missing
+        # overwritten with the same bytes, then truncated: no verified line is ever missing
         self._file.write(data)
         self._file.truncate(len(data))
         os.fsync(self._file.fileno())
         flush_to_disk(path.parent)
 
     def append(self, finished: FinishedShard) -> None:
-        """Adds a line; returns when it is on the disk."""
+        """Adds a line; returns when it is on disk."""
         self._file.write(finished.to_line())
         os.fsync(self._file.fileno())
 
@@ -267,17 +267,17 @@ def padded_bytes(size: int) -> int:
 
 _TAR_TEMPLATE = tarfile.TarInfo("").tobuf(format=tarfile.USTAR_FORMAT)  # its mode is 0644
 _AFTER_NAME, _TIME, _REST = _TAR_TEMPLATE[:124], _TAR_TEMPLATE[136:148], _TAR_TEMPLATE[156:]
-# Sum of all bytes but name and size, with blanks in the place of the checksum itself.
+# sum of all bytes except name and size, with blanks in place of the checksum
 _TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[148:156]) + 8 * 32
 
 
 def tar_header(name: str, size: int) -> bytes:
     """A ustar header with name and size only: no time, no owner, the same on every machine.
 
-    A tenth of tarfile's time, which matters when images are smaller than a kilobyte.
+    Needs a tenth of tarfile's time, which matters for images smaller than a kilobyte.
     """
     name_bytes, size_bytes = name.encode("ascii"), b"%011o\0" % size
-    # Adler-32 ends in 1 + the sum of all bytes, below 65,521, and is faster than `sum`
+    # Adler-32's low half is 1 + the sum of all bytes, below 65,521, and faster than `sum`
     bytes_sum = (zlib.adler32(name_bytes + size_bytes) & 0xFFFF) - 1
     checksum = b"%06o\0 " % (_TEMPLATE_SUM + bytes_sum)
     fields = (name_bytes, _AFTER_NAME[len(name_bytes) :], size_bytes, _TIME, checksum, _REST)
@@ -285,7 +285,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
-    """Begins a list, with escapes for what is not UTF-8; returns the file and its csv writer."""
+    """Starts a list, escaping bytes that are not UTF-8; returns the file and its csv writer."""
     file = open_file(path, "w", encoding="utf-8", errors="backslashreplace", newline="")
     rows = csv_writer(file)
     rows.writerow(columns)
@@ -293,7 +293,7 @@ def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
 
 
 def csv_writer(file: Any) -> Any:
-    # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
+    # quote everything: Python before 3.13 does not quote a carriage return, and reads a new line
     return csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
 

@@ -1,8 +1,4 @@
-"""Source files: what holds the images of a data set that was indexed in place.
-
-A source file is a tar, or an image by itself, in a folder or under a URL. All of a data set are of
-one kind, so that either every image of it is read through the cache or none.
-"""
+"""Source files of a data set in place: tars or single images, all in folders or all under URLs."""
 
 from __future__ import annotations
 
@@ -22,12 +18,12 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import ObjectStore, is_url, split_url
 
 _MOST_COMPARED, _MOST_ASKED = 65_536, 1024
-"""Source files whose sizes are compared at opening, in folders and under URLs; of more, reading
-finds what has changed."""
+"""Most source files, in folders and under URLs, whose sizes are compared at opening; with more,
+changes are found when reading."""
 
 
 class Place(NamedTuple):
-    """The bytes of an image in a source file."""
+    """The byte range of an image in a source file."""
 
     file: int
     offset: int
@@ -35,18 +31,15 @@ class Place(NamedTuple):
 
 
 class SourceFiles(Sequence[str]):
-    """Paths or URLs of source files by number, made when they are asked for."""
+    """Paths or URLs of source files by number, built on access."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, cache: CacheOptions | None, *, location: str
     ) -> None:
-        """Opens the arrays of the data set in `folder`; `cache` is used for source files at URLs.
-
-        `location` is its name in messages. Raises FileNotFoundError or ValueError as `open_array`.
-        """
+        """Opens the arrays in `folder`, as `open_array`; `location` names it in messages."""
         self._location = location
         self.arrays = {
-            # as plain arrays, of which a row takes a third of the time
+            # plain arrays, whose rows cost a third of the time
             name: np.asarray(open_array(folder / f"{name}.npy", dtype, length_of(manifest, name)))
             for name, dtype in IN_PLACE_DTYPES.items()
         }
@@ -56,11 +49,11 @@ class SourceFiles(Sequence[str]):
         self._folder = os.path.realpath(folder)
         self._stores: dict[str, ObjectStore] = {}
         self.cache: CacheOptions | None = None
-        """None where source files are in folders."""
+        """None if source files are in folders."""
         if len(self) and is_url(self[0]):
             self.cache = cache or CacheOptions()
         self.reader = self._open_reader()
-        """Reads source files by their numbers."""
+        """Reads source files by number."""
 
     def _open_reader(self) -> LocalReader | BlockReader:
         if self.cache is None:
@@ -86,7 +79,7 @@ class SourceFiles(Sequence[str]):
         return os.path.normpath(os.path.join(self._folder, name))
 
     def name_of(self, number: int) -> str:
-        """A URL, a whole path, or a path from the data set's folder."""
+        """A URL, an absolute path, or a path relative to the data set's folder."""
         return self._names.name_of(number)
 
     @property
@@ -95,14 +88,14 @@ class SourceFiles(Sequence[str]):
         return sum(store.traffic.read_bytes for store in self._stores.values())
 
     def place_of(self, index: int) -> Place | None:
-        """The place of a sample's image; None if it lies in the data set's own shard."""
+        """The place of a sample's image; None if it is in the data set's own shard."""
         file, offset, size = self.places.item(index)
         return None if file == NO_FILE else Place(file, offset, size)
 
     def changed(self) -> Iterator[tuple[str, int]]:
-        """The source files whose sizes are others now: what is wrong, and how many images of each.
+        """Yields a message and the number of images for each source file of another size.
 
-        Nothing of very many files.
+        Nothing is checked if there are very many.
         """
         if len(self) > (_MOST_COMPARED if self.cache is None else _MOST_ASKED):
             return
@@ -117,7 +110,7 @@ class SourceFiles(Sequence[str]):
                 yield message, int(counts[number])
 
     def describe_change(self, number: int, found: int | None = None) -> str:
-        """Says that a source file is another than was indexed, and what to do; `found` bytes."""
+        """Says how a source file has changed, and what to do; it has `found` bytes now."""
         expected = int(self.rows[number]["num_bytes"])
         now = "it is missing" if found is None else f"it has {found} bytes"
         known = f" --known {self._location}"
@@ -134,7 +127,7 @@ class SourceFiles(Sequence[str]):
         )
 
     def size_now(self, number: int) -> int | None:
-        """The size of one source file now; None if it is missing."""
+        """The current size of a source file; None if it is missing."""
         if self.cache is None:
             return _size_of(self[number])
         store, name = self._object(number)
@@ -149,7 +142,7 @@ class SourceFiles(Sequence[str]):
         above = os.path.commonpath([place.rpartition("/")[0] for *_, place in urls])
         if not above or len({protocol for protocol, *_ in urls}) > 1:  # in several buckets
             return
-        # a listing of their folder, where the store can list, is one request for all
+        # if the store can list, one listing of their common folder serves all
         store = ObjectStore(f"{urls[0][0]}://{above}")
         found = store.find_all([place.removeprefix(f"{above}/") for *_, place in urls])
         yield from (None if one is None else one.size for one in found.values())
@@ -166,7 +159,7 @@ class SourceFiles(Sequence[str]):
 
 
 def identity_of(url: str, version: int) -> str:
-    """The name in the cache of an object's content."""
+    """The cache's name for an object's content."""
     return xxhash.xxh3_64_hexdigest(f"{url}\0{version}".encode())
 
 

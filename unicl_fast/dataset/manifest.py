@@ -1,4 +1,4 @@
-"""The manifest of a packed data set, written last and read first: what it holds and of what."""
+"""The manifest of a packed data set, written last and read first: its contents and origin."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from unicl_fast.system.wording import shorten
 from unicl_fast.text.hierarchies import Hierarchy
 
 FORMAT_VERSION = 1
-"""Version of data sets whose shards hold JPEGs and PNGs."""
+"""Shards hold JPEGs and PNGs."""
 RAW_FORMAT_VERSION = 2
-"""Version of data sets whose images are decoded and lie in one array."""
+"""Images are decoded, in one array."""
 WEBP_FORMAT_VERSION = 3
-"""Version of data sets whose shards hold a WebP, which readers of version 1 do not expect."""
+"""Shards hold a WebP, which readers of version 1 do not expect."""
 IN_PLACE_FORMAT_VERSION = 4
-"""Version of data sets whose images stay in the files that they were found in."""
+"""Images stay in their source files."""
 PPM_FORMAT_VERSION = 5
-"""Version of data sets whose shards hold a PPM, an image that is decoded."""
+"""Shards hold a PPM, an uncompressed image."""
 _KNOWN_VERSIONS = (1, 2, 3, 4, 5)
 MANIFEST_NAME = "manifest.json"
 
@@ -41,7 +41,7 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelsInfo:
-    """The array of decoded images of a raw data set; all have the same size."""
+    """The array of decoded images of a raw data set, all of the same size."""
 
     height: Count
     width: Count
@@ -52,7 +52,7 @@ class PixelsInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InPlaceInfo:
-    """The source files that hold the images of a data set in place."""
+    """The source files with the images of a data set in place."""
 
     num_files: Count
     num_name_bytes: Count
@@ -72,7 +72,7 @@ class Manifest:
     num_captions: Count
     num_tokens: Count
     num_labels: Count
-    """Length of labels.npy: a sample may have several labels, or none."""
+    """Length of labels.npy: a sample can have several labels, or none."""
     num_quarantined: Count
     shards: tuple[ShardInfo, ...]
     tokenizer: str
@@ -86,18 +86,18 @@ class Manifest:
     seed: Count
     tool_version: str
     license: str = ""
-    """The license of the data, in the words of who packed it; without it (and no field in
-    the file) nothing was said."""
+    """The license of the data, in the packer's words; empty (and no field in the file) if not
+    given."""
     pixels: PixelsInfo | None = None
     """The array of images; None (and no field in the file) if they are in the shards."""
     in_place: InPlaceInfo | None = None
-    """The source files; None (and no field in the file) if the data set has its images itself."""
+    """The source files; None (and no field in the file) if the data set holds its own images."""
     hierarchy: Hierarchy | None = None
-    """The parents of the classes; None (and no field in the file) if nothing is known of them."""
+    """The parents of the classes; None (and no field in the file) if unknown."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the shards, and of decoded images."""
+        """Bytes of the shards and of decoded images."""
         pixels = 0 if self.pixels is None else self.pixels.num_bytes
         return pixels + sum(shard.num_bytes for shard in self.shards)
 
@@ -110,7 +110,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "the manifest") -> Manifest:
-        """Reads what `to_json` wrote; raises ValueError, naming `where`, if it is anything else."""
+        """Reads `to_json`'s output; raises ValueError, naming `where`, for anything else."""
         values = parse_json(text, where=where)
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")

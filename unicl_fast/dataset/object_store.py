@@ -1,4 +1,4 @@
-"""Objects under one URL, by fsspec, with time limits, retries and errors that name everything."""
+"""Objects under one URL, by fsspec, with time limits, retries and complete error messages."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CONNECTIONS = 8
-"""Requests of one process at the same time: a store gives about 50 MB/s over each."""
+"""Concurrent requests of one process: a store gives about 50 MB/s for each."""
 TRANSFER_BYTES = 8 << 20
-"""Size of one request where a whole object is read."""
+"""Size of a request when reading a whole object."""
 TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
-"""Doubled after each further try, a quarter more or less, so that ranks spread out."""
+"""Doubled after each try, plus or minus a quarter, so that ranks spread out."""
 ANSWER_SECONDS = 60.0
-"""Time limit of one answer. All tries together stay below run.timeout_seconds' default, so that the
-store is named before the watchdog speaks."""
+"""Time limit of one answer. All tries together stay below run.timeout_seconds' default, so that an
+error names the store before the watchdog acts."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.+)", re.DOTALL)
 _S3 = ("s3", "s3a")
-# Faults of the settings, not of the network: repeating the request does not help.
+# Faults of settings, not of the network: retrying does not help.
 _NOT_TRANSIENT = (NotImplementedError, TypeError)
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
 _LISTS_NOTHING = ("http", "https")
-# Here an object needs no folder, and making one that is not there would make a bucket.
+# An object needs no folder here, and making a missing one would create a bucket.
 _IN_BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "http", "https")
 _jitter = random.Random()
 
 
 class StorageError(RuntimeError):
-    """A request to a store failed for good; the message names it."""
+    """A request to a store finally failed; the message names it."""
 
 
 class _IncompleteError(Exception):
-    """Fewer or more bytes came than were asked for."""
+    """Fewer or more bytes came than requested."""
 
 
 @dataclass(slots=True)
 class Traffic:
-    """Counts what this process has read from one store, and requests that it had to repeat."""
+    """This process's bytes read from one store, and repeated requests."""
 
     read_bytes: int = 0
     tried_again: int = 0
@@ -68,7 +68,7 @@ class StoredObject:
 
     size: int
     version: str
-    """Its ETag, or the time it was written; changes when the object does, and may be empty."""
+    """Its ETag, or the time it was written; changes with the object, and can be empty."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -77,7 +77,7 @@ def is_url(place: str | os.PathLike[str]) -> bool:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """The URL of the bucket or server that holds an object, so that all share it, and the rest."""
+    """The URL of an object's bucket or server, which all its objects share, and the rest."""
     protocol, _, place = url.partition("://")
     host, _, name = place.partition("/")
     if host and name:
@@ -87,12 +87,12 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 class ObjectStore:
-    """The objects under one URL, as names below it. Safe in several threads, and after a fork."""
+    """The objects under one URL, as names below it; safe in several threads and after a fork."""
 
     def __init__(self, url: str) -> None:
-        """Connects to nothing before the first request; raises ValueError for no URL of a folder.
+        """Connects at the first request; ValueError for a URL that is not a folder's.
 
-        Keys, regions and endpoints are found where the store's client and fsspec look for them
+        Keys, regions and endpoints come from the usual places of the store's client and fsspec
         (~/.aws, AWS_..., FSSPEC_S3_..., ~/.config/fsspec).
         """
         match = _URL.fullmatch(url)
@@ -103,7 +103,7 @@ class ObjectStore:
             )
         self._address = url.rstrip("/")
         self.url = without_secrets(self._address)
-        """For messages and files: without user and password."""
+        """For messages and files, without user and password."""
         self._protocol = match.group(1).lower()
         self.traffic = Traffic()
         self._systems: dict[int, Any] = {}
@@ -115,26 +115,26 @@ class ObjectStore:
         return self.url.rsplit("/", 1)[-1]
 
     def url_of(self, name: str) -> str:
-        """An object's URL for messages: without user, password and query."""
+        """An object's URL for messages, without user, password and query."""
         name, mark, _ = name.partition("?")
         return (f"{self.url}/{name}" if name else self.url) + ("?..." if mark else "")
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Reads bytes [start, end); raises FileNotFoundError or, for good, StorageError."""
+        """Reads bytes [start, end); raises FileNotFoundError or, after retries, StorageError."""
         if end <= start:
             return b""
 
         def attempt() -> bytes:
             data = self._read_up_to(name, start, end)
             if len(data) != end - start:
-                raise _IncompleteError(f"{len(data)} bytes came where {end - start} were asked for")
+                raise _IncompleteError(f"{len(data)} bytes came, {end - start} were requested")
             return data
 
         what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
         return self._retry(what, "be read", attempt)
 
     def read_whole(self, name: str) -> bytes | None:
-        """Reads all of a small object; None where it does not exist. ValueError if it is large."""
+        """Reads a whole small object; None if it does not exist. ValueError if it is large."""
         url = self.url_of(name)
         try:
             data = self._retry(url, "be read", lambda: self._read_up_to(name, 0, MOST_BYTES + 1))
@@ -150,11 +150,11 @@ class ObjectStore:
         return data
 
     def find(self, name: str) -> StoredObject | None:
-        """Size and version of an object; None where it does not exist."""
+        """Size and version of an object; None if it does not exist."""
 
         def attempt() -> StoredObject:
             info = self._call("info", self._path(name))
-            if info.get("type") == "directory":  # the beginning of other objects' names
+            if info.get("type") == "directory":  # a prefix of other objects' names
                 raise FileNotFoundError(self.url_of(name))
             size = info.get("size")
             if size is None:
@@ -167,7 +167,7 @@ class ObjectStore:
             return None
 
     def list_objects(self) -> dict[str, StoredObject] | None:
-        """All objects below the URL by name (with a / in folders); None if it cannot list."""
+        """All objects below the URL by name (with / in folders); None if it cannot list."""
         if self._protocol in _LISTS_NOTHING:
             return None
         root = self._path("")
@@ -188,7 +188,7 @@ class ObjectStore:
             return {}
 
     def find_all(self, names: Iterable[str]) -> dict[str, StoredObject | None]:
-        """`find` for several objects, by a single listing where the store can list."""
+        """`find` for several objects, by a single listing if the store can list."""
         wanted = list(names)
         if (listed := self.list_objects()) is not None:
             return {name: listed.get(name) for name in wanted}
@@ -196,16 +196,16 @@ class ObjectStore:
             return dict(zip(wanted, pool.map(self.find, wanted), strict=True))
 
     def fetch_file(self, name: str, path: Path, *, size: int) -> str:
-        """Copies an object into a file, which is replaced; otherwise as `checksum_of`."""
+        """Copies an object into a file, replacing it; otherwise as `checksum_of`."""
         with open_file(path, "wb") as file:
             return self.checksum_of(name, size=size, take=file.write)
 
     def checksum_of(
         self, name: str, *, size: int, take: Callable[[bytes], object] = lambda piece: None
     ) -> str:
-        """XXH3-64 in hexadecimal digits of an object of `size` bytes, which is read once.
+        """XXH3-64 in hexadecimal of an object of `size` bytes, which is read once.
 
-        Its pieces, a few of which are fetched ahead, go to `take` in order. Raises as `read`.
+        Its pieces go to `take` in order; a few are fetched ahead. Raises as `read`.
         """
         digest = xxhash.xxh3_64()
         starts = range(0, size, TRANSFER_BYTES)
@@ -221,12 +221,8 @@ class ObjectStore:
         return digest.hexdigest()
 
     def write_file(self, path: Path, name: str) -> None:
-        """Writes a file as an object, in parts where it is large, and its folder if need be.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
-        # each of its parts may take as long as an answer
+        """Writes a file as an object, with its folder; StorageError if that is impossible."""
+        # each part may need the time limit of an answer
         limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
 
         def put() -> None:
@@ -252,9 +248,9 @@ class ObjectStore:
             ) from error
 
     def _retry(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
-        """Calls `attempt` until it succeeds or trying again is pointless."""
+        """Calls `attempt` until it succeeds or retrying is pointless."""
         pause = FIRST_PAUSE_SECONDS
-        self._system()  # faults of the URL or the installation are raised as they are
+        self._system()  # faults of the URL or the installation are raised unchanged
         for number in range(1, TRIES + 1):
             self._count(tried_again=int(number > 1))
             try:
@@ -266,7 +262,7 @@ class ObjectStore:
                     f"{what} may not {deed}: {_describe(error)}; see that the keys are set "
                     "and allow it, and that the URL is right"
                 ) from error
-            except Exception as error:  # clients raise errors of many kinds
+            except Exception as error:  # clients raise many kinds
                 if isinstance(error, _NOT_TRANSIENT) or type(error).__name__ in _NO_KEYS:
                     raise StorageError(f"{what} cannot {deed}: {_describe(error)}") from error
                 if number == TRIES:
@@ -286,7 +282,7 @@ class ObjectStore:
         raise AssertionError("unreachable")
 
     def _call(self, method: str, *arguments: Any, seconds: float = 0, **keywords: Any) -> Any:
-        """Calls a method of the file system, with a time limit where its kind allows one."""
+        """Calls a method of the file system, with a time limit if it is asynchronous."""
         system = self._system()
         if not system.async_impl:
             return getattr(system, method)(*arguments, **keywords)
@@ -298,7 +294,7 @@ class ObjectStore:
         )
 
     def _system(self) -> Any:
-        """This process's connection: one made before a fork must not be used after it."""
+        """This process's connection, since none may be used after a fork."""
         system = self._systems.get(os.getpid())
         if system is None:
             system = self._systems.setdefault(os.getpid(), _connect(self._protocol, self.url))
@@ -315,7 +311,7 @@ class ObjectStore:
 
 
 def _version_in(info: Mapping[str, Any]) -> str:
-    """An object's version, whatever the store's client calls it."""
+    """An object's version, under any client's name for it."""
     plain = {name.lower().replace("-", "").replace("_", ""): value for name, value in info.items()}
     for name in ("etag", "contentmd5", "lastmodified", "updated", "mtime", "created"):
         if plain.get(name):
@@ -328,7 +324,7 @@ def _connect(protocol: str, url: str) -> Any:
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in _S3:
-        # Only our tries count: botocore's inside s3fs's inside ours would be 180.
+        # only our tries count: botocore's inside s3fs's inside ours would make 180
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         once = {"retries": {"max_attempts": 1}, "max_pool_connections": 4 * CONNECTIONS}
         options["config_kwargs"] = once | configured
@@ -336,8 +332,8 @@ def _connect(protocol: str, url: str) -> Any:
         system = fsspec.filesystem(protocol, **options)
     except ImportError as error:
         how = install_command("remote") if protocol in _S3 else str(error)
-        raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
-    except ValueError as error:  # a protocol that nobody knows
+        raise ValueError(f"{url}: {protocol}:// needs one more package: {how}") from error
+    except ValueError as error:  # an unknown protocol
         raise ValueError(
             f"{url}: {error}; known are s3, gs, http, https, and what fsspec lists by "
             "fsspec.available_protocols()"
@@ -348,7 +344,7 @@ def _connect(protocol: str, url: str) -> Any:
 
 
 def _describe(error: BaseException) -> str:
-    """A client's error in a line."""
+    """A client's error in one line."""
     text = without_secrets(" ".join(str(error).split()))[:300]
     if isinstance(error, _IncompleteError):
         return text

@@ -1,9 +1,8 @@
-"""Token rows of a packed data set's captions by another tokenizer than the one that packed it.
+"""Token rows of a packed data set's captions by another tokenizer than the packer's.
 
-Captions stay in the shards, so they are tokenized again once, by all cores, and kept in a folder
-beside the data (under a URL beside its arrays in the cache), or in the cache where that cannot be
-written. The folder's name is a hash of the tokenizer and of the shards, and checksums tell whether
-it is whole.
+Captions are in the shards, so they are tokenized again once, on all cores, and kept in a folder
+beside the data (for a URL beside its arrays in the cache), or in the cache if that is read-only.
+The folder is named by a hash of tokenizer and shards; checksums tell whether it is complete.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from unicl_fast.system.checksums import (
 logger = logging.getLogger("unicl_fast")
 
 TOKENS_PREFIX = "tokens-"
-"""The beginning of the folders' names."""
+"""Prefix of the folders' names."""
 LONGEST_CAPTION = 255
-"""Tokens that a row of captions.npy can say."""
+"""Most tokens that a row of captions.npy can express."""
 _NAMES = ("captions.npy", "tokens.npy")
 _SAMPLES_AT_ONCE = 2048
 _FEWEST_FOR_PROCESSES = 50_000
-"""Samples; processes take a second to start, in which one tokenizes about as many."""
+"""Samples; processes need a second to start, in which one tokenizes about as many."""
 
 
 class _Tokenizer(Protocol):
@@ -53,11 +52,10 @@ class _Tokenizer(Protocol):
 
 
 def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -> None:
-    """Has a data set give the token rows of another tokenizer, which are made if there are none.
+    """Makes a data set return another tokenizer's token rows, creating them if needed.
 
-    One process of a machine makes them, the others wait. `cache` holds them where the data set's
-    folder cannot be written. Of a data set under a URL all shards are read, through the blocks of
-    its cache, where its arrays are.
+    One process of a machine creates them while others wait. `cache` holds them if the data set's
+    folder is read-only. For a URL all shards are read, through its block cache.
 
     Raises:
         ValueError: its rows would be too long.
@@ -79,14 +77,14 @@ def take_tokens(dataset: PackedDataset, tokenizer: _Tokenizer, *, cache: Path) -
     if not _is_whole(folder, num_captions, tokenizer):
         make_folder(folder)
         with locked(folder / "lock", wait=True):
-            # of the process that had the lock before
+            # by the previous holder of the lock
             if not _is_whole(folder, num_captions, tokenizer):
                 _make(dataset, tokenizer, folder)
     dataset.take_tokens(folder, tokenizer.token_type, vocabulary_hash=tokenizer.vocabulary_hash)
 
 
 def _is_whole(folder: Path, num_captions: int, tokenizer: _Tokenizer) -> bool:
-    """Whether checksums are right, and rows are as `_make` lays them out: others may write too."""
+    """Whether checksums match and rows have `_make`'s layout: others can write there too."""
     try:
         if not (listed := read_checksums(folder)):
             return False
@@ -132,7 +130,7 @@ _Part = tuple[npt.NDArray[np.uint8], npt.NDArray[Any]]
 
 
 def _encoded(dataset: PackedDataset, tokenizer: _Tokenizer) -> Iterator[_Part]:
-    """Lengths and ids of the captions of each few samples, in their order."""
+    """Lengths and ids of captions, in groups of samples, in order."""
     samples = range(len(dataset))
     parts = [samples[at : at + _SAMPLES_AT_ONCE] for at in samples[::_SAMPLES_AT_ONCE]]
     if len(dataset) < _FEWEST_FOR_PROCESSES:

@@ -1,4 +1,4 @@
-"""`quarantine.csv` of a run, to which several ranks append (`writer.py` writes that of a build)."""
+"""A run's `quarantine.csv`, which several ranks append to (`writer.py` has a build's)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from unicl_fast.system.untrusted_files import open_regular
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("data_set", "shard", "key", "offset", "reason")
-"""Folder of the packed data set, name of the shard file, name of the sample in it, first byte of
-its image, and what is wrong."""
+"""Folder of the packed data set, shard file, sample name in it, first byte of its image, fault."""
 
 
 class RunQuarantine:
-    """The list of a run's bad samples: one row each, however often they are met.
+    """The list of a run's bad samples, one row each.
 
     Several ranks, and the same run after a restart, append to one file: each row in a single write,
-    under a lock, after reading what the others wrote meanwhile. Training never depends on the list:
-    if the file cannot be written, that is logged once. Not for several threads at once.
+    under a lock, after reading the others' new rows. Training never depends on the list: a failure
+    to write is logged once. Not thread-safe.
     """
 
     def __init__(self, path: Path) -> None:
-        """Nothing is written before the first bad sample."""
+        """Writes nothing before the first bad sample."""
         self.path = path
         self._listed: set[tuple[str, str]] = set()
         self._bytes_read = 0
@@ -38,7 +37,7 @@ class RunQuarantine:
         self._has_failed = False
 
     def add(self, data_set: str, shard: str, key: str, offset: int, reason: str) -> None:
-        """Lists a sample, unless it is there already; the arguments are the `COLUMNS`."""
+        """Lists a sample, unless it is listed; the arguments are the `COLUMNS`."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(self.path) as file:
@@ -46,7 +45,7 @@ class RunQuarantine:
                 if (_printable(data_set), key) in self._listed:
                     return
                 header = "" if self._bytes_read else _line(*COLUMNS)
-                # a row that was cut off by a crash must not swallow the next one
+                # a row truncated by a crash must not swallow the next one
                 line_break = "\n" if self._unfinished else ""
                 row = _line(data_set, shard, key, offset, reason)
                 data = (header + line_break + row).encode()
@@ -86,7 +85,7 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _line(*values: object) -> str:
-    """One row of CSV on one line, in what UTF-8 can hold."""
+    """One row of CSV on one line, valid UTF-8."""
     text = io.StringIO()
     csv_writer(text).writerow([_printable(str(value)) for value in values])
     return text.getvalue()

@@ -1,7 +1,7 @@
 """The packed data set, format versions 1 to 5 (docs/data-format.md), read by sample number.
 
-A folder or the objects under a URL: tar shards, four small arrays and a manifest. In a raw data set
-(version 2) the images are decoded and lie in an array of their own.
+A folder or the objects under a URL: tar shards, four small arrays and a manifest. A raw data set
+(version 2) has decoded images in another array.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ QUARANTINE_NAME = "quarantine.csv"
 QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
 
 Part = Literal["image", "members"]
-"""A part of a sample: its image, or its members in a shard, which a raw data set keeps apart."""
+"""A part of a sample: its image, or its members in a shard, which raw data sets store apart."""
 
-# Faults of the process or the machine, not of a file.
+# Faults of the process or machine, not of a file.
 _NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class DamagedSampleError(ValueError):
-    """The bytes of one sample are missing or differ from those packed; the message names it."""
+    """A sample's bytes are missing or differ from the packed ones; the message names it."""
 
 
 class DamagedDatasetError(RuntimeError):
-    """A data set was changed under a running job, beyond what the job can recover from."""
+    """A data set changed under a running job, beyond recovery."""
 
 
 class TooManyBadSamplesError(RuntimeError):
-    """Too much of the data is bad for the run to mean what was asked for."""
+    """Too many samples are bad for the run to mean what its settings say."""
 
 
 def sample_key(index: int) -> str:
-    """The name of sample `index` inside its shard, without extension."""
+    """The name of sample `index` in its shard, without extension."""
     return f"{index:010d}"
 
 
@@ -72,9 +72,8 @@ class PackedDataset:
     """One packed data set, opened for reading by sample number.
 
     Images are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
-    job is then an error with a name instead of a bus error. Reads from several threads at once are
-    safe, and so are copies in worker processes, however these are started. Arrays are memory-mapped
-    and read-only; see `check_arrays` for what that costs.
+    job is then an error with a name and not a bus error. Reads are thread-safe, and copies work in
+    processes started by any method. Arrays are memory-mapped read-only; see `check_arrays`.
     """
 
     def __init__(
@@ -89,14 +88,14 @@ class PackedDataset:
         """Opens the data set in `folder`.
 
         Args:
-            folder: a path or a URL such as s3://bucket/folder that `unicl-pack build` wrote.
+            folder: a path, or a URL such as s3://bucket/folder, written by `unicl-pack build`.
             fraction: part of its samples to use, in (0, 1]: the first ones, at least one. Packing
-                has shuffled them, so it is a random part, always the same.
-            max_bad_fraction: as for `check_files`. For training, which feeds others instead; an
+                has shuffled them, so this is a fixed random part.
+            max_bad_fraction: as for `check_files`. Only for training, which feeds other samples; an
                 evaluation would count wrong. None is for callers that report damage themselves.
-            verify: compare the arrays with their checksums, and each reference with its target:
-                about a second for ten million samples. Without it a damaged array gives wrong
-                samples, or worse.
+            verify: compare arrays with their checksums, and each reference with its target: about a
+                second for ten million samples. Otherwise a damaged array gives wrong samples, or
+                worse.
             cache: folder and size of the cache for a data set under a URL.
 
         Raises:
@@ -118,7 +117,7 @@ class PackedDataset:
         self.remote = files if isinstance(files, RemoteFiles) else None
         self.manifest = Manifest.load(self.folder)
         self.sources = self._open_sources(cache)
-        """The files that hold the images; None where they are in the data set's own files."""
+        """The source files with the images; None if the data set holds its own."""
         total = self.manifest.num_samples
         num_used = min(max(1, round(fraction * total)), total)
         self.samples = self._open_array("samples", total)[:num_used]
@@ -139,7 +138,7 @@ class PackedDataset:
             max_bad_fraction=max_bad_fraction,
         )
         self.vocabulary_hash = self.manifest.vocabulary_hash
-        """That of the tokenizer of `tokens`."""
+        """The hash of the tokenizer of `tokens`."""
         self._tokens_folder: Path | None = None
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
@@ -152,7 +151,7 @@ class PackedDataset:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy, here or in another process, opens the files anew: descriptors are not shared."""
+        """Copies, here or in another process, reopen the files: descriptors are not shared."""
         others = self._tokens_folder, self.tokens.dtype, self.vocabulary_hash
         return self._reopen, (), (self.largest_token, *others)
 
@@ -162,10 +161,7 @@ class PackedDataset:
             self.take_tokens(folder, dtype, vocabulary_hash=vocabulary_hash)
 
     def take_tokens(self, folder: Path, dtype: np.dtype[Any], *, vocabulary_hash: str) -> None:
-        """Replaces the token rows of captions by another tokenizer's, arrays in a folder.
-
-        Raises FileNotFoundError, or ValueError if they are of other captions.
-        """
+        """Uses another tokenizer's token rows in `folder`; ValueError if of other captions."""
         num_captions = self.manifest.num_captions
         captions = open_array(folder / "captions.npy", ARRAY_DTYPES["captions"], num_captions)
         last = captions[-1:]
@@ -175,7 +171,7 @@ class PackedDataset:
         self._tokens_folder, self.vocabulary_hash = folder, vocabulary_hash
 
     def whole(self) -> PackedDataset:
-        """All samples of the data set, opened anew and not checked; the caller closes it."""
+        """All samples of the data set, reopened unchecked; the caller closes it."""
         opened: PackedDataset = self._reopen(fraction=1.0)
         return opened
 
@@ -190,12 +186,12 @@ class PackedDataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Height, width and channels of every image of a raw data set; None for others."""
+        """Height, width and channels of every image of a raw data set; else None."""
         return None if self._layout is None else self._layout.shape
 
     @functools.cached_property
     def is_decoded(self) -> bool:
-        """Whether no image needs a decoder: all are raw, or PPMs by their sizes in bytes."""
+        """Whether no image needs a decoder: all are raw, or PPMs judging by their bytes."""
         if self.manifest.version != PPM_FORMAT_VERSION:
             return self._layout is not None
         rows = self.samples
@@ -204,16 +200,15 @@ class PackedDataset:
     def image_bytes(
         self, index: int, *, verify: bool = False, max_pixels: int = 0
     ) -> npt.NDArray[np.uint8]:
-        """The image of sample `index` as a file: JPEG, WebP, PNG or PPM; from a raw set PPM.
+        """The image of sample `index` as a file: JPEG, WebP, PNG or PPM; PPM from a raw set.
 
-        With `verify` also compared with the checksum taken when packing: 10 us for 100 kB. One of
-        more than `max_pixels` is refused, since it is about to be decoded; 0 sets no limit, and raw
-        images need none.
+        `verify` also compares the packed checksum: 10 us for 100 kB. An encoded image of more than
+        `max_pixels` (0: no limit) is refused, since decoding follows.
 
         Raises:
-            DamagedSampleError: the file that holds it cannot be read or is shorter than it was,
-                `verify` found other bytes, or it is too large.
-            DamagedDatasetError: the data set under a URL was replaced meanwhile.
+            DamagedSampleError: its file cannot be read or is shorter, bytes differ, or it is too
+                large.
+            DamagedDatasetError: the data set under a URL was replaced.
         """
         row = self.samples[self._checked(index)]
         if self._layout is None:
@@ -241,7 +236,7 @@ class PackedDataset:
             found, expected = 0, int(row["xxh3"])
             if not verify or (found := xxhash.xxh3_64_intdigest(stored.data)) == expected:
                 return data
-            if isinstance(reader, BlockReader):  # perhaps only the cache is damaged
+            if isinstance(reader, BlockReader):  # maybe only the cache is damaged
                 reader.discard(number, offset, size)
         self._refuse_change()
         raise DamagedSampleError(
@@ -250,18 +245,18 @@ class PackedDataset:
         )
 
     def source_place(self, index: int) -> Place | None:
-        """The place of a sample's image in a source file; None if it is in the data set's own."""
+        """The place of a sample's image in a source file; None if the data set holds it."""
         return None if self.sources is None else self.sources.place_of(index)
 
     def _reader_of(self, file: int) -> tuple[FileReader, int]:
-        """The reader of a file, and the file's number there: source files follow the shards."""
+        """The reader of a file, and its number there: source files follow the shards."""
         number = file - len(self.manifest.shards)
         if self.sources is None or number < 0:
             return self._reader, file
         return self.sources.reader, number
 
     def _advice(self, file: int) -> str:
-        """Says how a source file has changed, if `file` is one."""
+        """Says how `file` has changed, if it is a source file."""
         number = file - len(self.manifest.shards)
         if self.sources is None or number < 0:
             return ""
@@ -289,7 +284,7 @@ class PackedDataset:
             )
 
     def _refuse_change(self) -> None:
-        """Raises DamagedDatasetError if the whole data set under a URL was replaced."""
+        """Raises DamagedDatasetError if the data set under a URL was replaced."""
         if self.remote is not None and not self.remote.is_unchanged():
             raise DamagedDatasetError(
                 f"{self.location} was replaced or removed while it was in use: its manifest is "
@@ -298,7 +293,7 @@ class PackedDataset:
             )
 
     def pixels_of(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Takes the header off what `image_bytes` returned of a raw data set: uint8 [h w 3]."""
+        """The pixels in `image_bytes`' result from a raw data set: uint8 [h w 3]."""
         assert self._layout is not None
         return image[len(self._layout.pnm_header) :].reshape(self._layout.shape)
 
@@ -308,13 +303,10 @@ class PackedDataset:
         out: npt.NDArray[np.uint8],
         positions: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many images of a raw data set and compares their checksums: 1 us each of 3 kB.
+        """Reads many raw images and compares their checksums: 1 us each for 3 kB.
 
-        The image of indices[i] comes to out[positions[i]], of a contiguous uint8 [b h w 3].
-
-        Returns:
-            bool [k], which of them are as they were packed. `image_bytes` says what is wrong with
-            the others.
+        The image of indices[i] goes to out[positions[i]], contiguous uint8 [b h w 3]. Returns bool
+        [k], which of them are as packed; `image_bytes` explains the others.
         """
         assert self._layout is not None
         size = self._layout.row_bytes
@@ -322,7 +314,7 @@ class PackedDataset:
         return self._read_stored_images(indices, out.reshape(-1), size * positions, sizes)
 
     def image_sizes(self, indices: Int64Array, *, max_pixels: int = 0) -> Int64Array:
-        """Sizes in bytes of what `image_bytes` returns, int64 [k]; 0 where it refuses the image."""
+        """Sizes in bytes of `image_bytes`' results, int64 [k]; 0 if it refuses the image."""
         files, offsets, sizes = self._places(indices)
         if self._layout is not None:
             return sizes + len(self._layout.pnm_header)
@@ -340,14 +332,10 @@ class PackedDataset:
         starts: Int64Array,
         sizes: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads many images as files and compares their checksums: 2 us each of 1 kB.
+        """Reads many images as files and compares their checksums: 2 us each for 1 kB.
 
-        The file of indices[i] comes to buffer[starts[i]], of uint8 [n]; `sizes` are those of
-        `image_sizes`, where 0 leaves an image out.
-
-        Returns:
-            bool [k], which of them are as they were packed. `image_bytes` says what is wrong with
-            the others.
+        The file of indices[i] goes to buffer[starts[i]], of uint8 [n]; `sizes` come from
+        `image_sizes`, and 0 skips an image. Returns as `read_pixels`.
         """
         if self._layout is not None:
             header = np.frombuffer(self._layout.pnm_header, dtype=np.uint8)
@@ -362,7 +350,7 @@ class PackedDataset:
         starts: Int64Array,
         sizes: Int64Array,
     ) -> npt.NDArray[np.bool_]:
-        """Reads images as they are stored; returns which are as they were packed, bool [k]."""
+        """Reads images as stored; returns which are as packed, bool [k]."""
         files, offsets, _ = self._places(indices)
         whole = np.zeros(len(indices), np.bool_)
         asked_for = sizes > 0
@@ -405,7 +393,7 @@ class PackedDataset:
 
     @functools.cached_property
     def _file_bytes(self) -> Int64Array:
-        """Bytes of shards and source files by number, and 0 at the end."""
+        """Bytes of shards and source files by number, then 0."""
         sources = [] if self.sources is None else [self.sources.rows["num_bytes"]]
         shards = [shard.num_bytes for shard in self.manifest.shards]
         return np.concatenate([shards, *sources, [0]]).astype(np.int64)
@@ -413,10 +401,7 @@ class PackedDataset:
     def caption_tokens(
         self, index: int, which: int, *, context_length: int | None = None
     ) -> npt.NDArray[Any]:
-        """Token ids of caption `which` of sample `index`, start and end included, unpadded.
-
-        One of more than `context_length` tokens is cut and keeps its end token.
-        """
+        """Token ids of caption `which`, unpadded; when cut, they keep the end token."""
         row = self.samples[self._checked(index)]
         count = int(row["captions_count"])
         if not 0 <= which < count:
@@ -429,20 +414,20 @@ class PackedDataset:
         return np.append(found[: context_length - 1], found[-1:])
 
     def count_longer_captions(self, context_length: int) -> int:
-        """The number of captions that have more tokens, start and end included."""
+        """The number of captions with more tokens, start and end included."""
         if self.manifest.context_length <= context_length:
             return 0
         parts = blocks_of(self.captions)
         return sum(int(np.count_nonzero(one["tokens_length"] > context_length)) for one in parts)
 
     def labels_of(self, index: int) -> npt.NDArray[np.int32]:
-        """Labels of sample `index` in the data set's own label space; may be empty."""
+        """Labels of sample `index` in the data set's label space; can be empty."""
         row = self.samples[self._checked(index)]
         start = int(row["labels_start"])
         return self.labels[start : start + int(row["labels_count"])]
 
     def describe(self, index: int, part: Part = "image") -> str:
-        """Names one sample for a message: data set, file, key and offset."""
+        """Names a sample for messages: data set, file, key and offset."""
         place = f"{self.shard_of(index, part)}, offset {self.offset_of(index, part)}"
         return f"sample {sample_key(index)} of {self.location} ({place})"
 
@@ -455,7 +440,7 @@ class PackedDataset:
         return int(self.samples[index]["offset"])
 
     def shard_of(self, index: int, part: Part = "image") -> str:
-        """The name of the file that holds a part of sample `index`, for messages."""
+        """The file that holds a part of sample `index`, for messages."""
         if self._layout is not None and part == "image":
             return PIXELS_NAME
         if part == "image" and (place := self.source_place(index)) is not None:
@@ -466,10 +451,10 @@ class PackedDataset:
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
 
     def check_arrays(self) -> None:
-        """Raises DamagedDatasetError if an array's file was cut since it was opened; costs 2 us.
+        """Raises DamagedDatasetError if an array's file was truncated since opening; costs 2 us.
 
-        Reading after the end of a mapped file would end the process with a bus error. Files that
-        are removed or replaced do not change for processes that have them open.
+        Reading beyond the end of a mapped file would be a bus error. Removed or replaced files do
+        not change for processes that have them open.
         """
         own: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         arrays = dict(zip(ARRAY_DTYPES, own, strict=True))
@@ -485,34 +470,34 @@ class PackedDataset:
                 )
 
     def new_reader(self) -> FileReader:
-        """Another reader of the shards by their number, and of pixels.npy after them."""
+        """Another reader of the shards by number, followed by pixels.npy."""
         return self._files.reader(self._large)
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Lists the cache's blocks that hold images under a URL, (file, block) once, as needed."""
+        """The cache's blocks with images under a URL, (file, block) once each, in order of use."""
         files, offsets, sizes = self._places(indices)
         assert self.cache is not None, "a folder has no cache"
-        if self.remote is None:  # source files are under URLs, and the shards are not
+        if self.remote is None:  # only source files are under URLs
             outside = files >= len(self.manifest.shards)
             files, offsets, sizes = files[outside], offsets[outside], sizes[outside]
         return blocks_in(files, offsets, sizes, block_bytes=self.cache.block_bytes)
 
     def fetch_ahead(self, file: int, block: int) -> None:
-        """Brings a block that `blocks_of` named into the cache."""
+        """Fetches a block of `blocks_of` into the cache."""
         reader, number = self._reader_of(file)
         assert isinstance(reader, BlockReader), "a folder has no cache"
         reader.fetch_ahead(number, block)
 
     @property
     def cache(self) -> CacheOptions | None:
-        """The cache that images are read through; None if all lie in folders."""
+        """The cache that images are read through; None if all are in folders."""
         if self.remote is not None:
             return self.remote.options
         return None if self.sources is None else self.sources.cache
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of images that this process has read through the cache."""
+        """Image bytes that this process has read through the cache."""
         readers = [self._reader, *([] if self.sources is None else [self.sources.reader])]
         return sum(one.num_bytes_read for one in readers if isinstance(one, BlockReader))
 
@@ -523,7 +508,7 @@ class PackedDataset:
         return own + (0 if self.sources is None else self.sources.num_bytes_fetched)
 
     def close(self) -> None:
-        """Closes the files; reading images afterwards is an error."""
+        """Closes the files; reading images afterwards raises ValueError."""
         self._reader.close()
         if self.sources is not None:
             self.sources.reader.close()

@@ -1,7 +1,4 @@
-"""One sample with everything that its shard holds of it, for programs that check or copy data.
-
-It is read in one piece, from its first header to the next sample's, and each byte accounted for.
-"""
+"""A sample with all its shard's data, byte by byte, for programs that check or copy data sets."""
 
 from __future__ import annotations
 
@@ -44,18 +41,18 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredSample:
-    """A sample as its shard holds it."""
+    """A sample as stored in its shard."""
 
     members: tuple[Member, ...]
     description: Description
 
     @property
     def image(self) -> Member | None:
-        """The image as a file; None where the shard does not hold it: raw, or in place."""
+        """The image as a file; None if the shard does not hold it (raw, or in place)."""
         return self.members[0] if len(self.members) > 1 else None
 
     def index_line(self, index: int) -> str:
-        """The sample's line of the shard's .idx file, without the line's end."""
+        """The sample's line of the shard's .idx file, without newline."""
         key = sample_key(index)
         return " ".join(
             f"{one.extension} {one.offset} {len(one.data)} {key}.{one.extension}"
@@ -73,7 +70,7 @@ class SampleReader:
         self._reader = dataset.new_reader()
 
     def span(self, index: int) -> tuple[int, int, int]:
-        """A sample's shard, and where its first header begins and its last padding ends in it."""
+        """A sample's shard, and the bytes where its first header starts and its padding ends."""
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
         if shard >= len(self._shards):
@@ -86,7 +83,7 @@ class SampleReader:
         return shard, start, end
 
     def read(self, index: int) -> StoredSample:
-        """Everything its shard holds of a sample, or DamagedSampleError; compares no checksum."""
+        """All data of a sample in its shard; DamagedSampleError if wrong. Compares no checksum."""
         members = self._members(index)
         found = [member.extension for member in members]
         is_elsewhere = self._is_elsewhere(index)
@@ -106,7 +103,7 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """Reads KEY.json alone, or raises DamagedSampleError."""
+        """Reads only KEY.json; DamagedSampleError if it is wrong."""
         image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
         members = self._members(index, skipped=0 if self._is_elsewhere(index) else image)
         if [member.extension for member in members] != ["json"]:
@@ -114,7 +111,7 @@ class SampleReader:
         return self._description(index, members[0])
 
     def _is_elsewhere(self, index: int) -> bool:
-        """Whether the shard holds only the JSON of a sample."""
+        """Whether the shard holds only the sample's JSON."""
         return self._is_raw or self._dataset.source_place(index) is not None
 
     def _members(self, index: int, *, skipped: int = 0) -> tuple[Member, ...]:
@@ -132,7 +129,7 @@ class SampleReader:
             raise self._damaged(index, str(error)) from error
 
     def _description(self, index: int, member: Member) -> Description:
-        """Reads KEY.json, if it is as `unicl-pack build` would write it."""
+        """Reads KEY.json, if it has the form that `unicl-pack build` writes."""
         try:
             values: Any = json.loads(bytes(member.data))
         except (ValueError, RecursionError) as error:
@@ -164,7 +161,7 @@ def image_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
 
 
 def equal_images(dataset: PackedDataset) -> list[npt.NDArray[np.int64]]:
-    """Samples with the same image, by size and checksum: groups of two or more rising numbers."""
+    """Samples with equal images, by size and checksum: groups of two or more ascending numbers."""
     keys = [image_sizes(dataset).astype(np.uint64), np.asarray(dataset.samples["xxh3"])]
     order = np.lexsort(keys)
     ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
@@ -173,9 +170,9 @@ def equal_images(dataset: PackedDataset) -> list[npt.NDArray[np.int64]]:
 
 
 def shared_images(dataset: PackedDataset, other: PackedDataset) -> int:
-    """How many images of `other` are in `dataset` too, byte for byte, or pixel for pixel if raw.
+    """How many images of `other` are also in `dataset`, byte for byte, or pixel for pixel if raw.
 
-    By their checksums, so none is found between a raw data set and one of files.
+    By checksum, so never between a raw data set and one of files.
     """
     if (dataset.image_shape is None) != (other.image_shape is None):
         return 0
@@ -183,10 +180,7 @@ def shared_images(dataset: PackedDataset, other: PackedDataset) -> int:
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
-    """Splits a piece of a shard, from byte `start` on, into the members that fill it.
-
-    Raises ValueError if a byte differs from what `DatasetWriter` would have written.
-    """
+    """Splits a piece of a shard, from byte `start`, into members; ValueError if not as written."""
     members: list[Member] = []
     position = 0
     while position < len(block):
@@ -209,7 +203,7 @@ def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, .
 
 
 def _read_header(header: bytes) -> tuple[str, int] | None:
-    """Name and size in a tar header; None if any byte of it is not as we write it."""
+    """Name and size in a tar header; None if any byte differs from ours."""
     try:
         name = header[:100].split(b"\0", 1)[0].decode("ascii")
         size = int(header[124:135], 8)

@@ -1,12 +1,12 @@
-"""A packed data set as `torch.utils.data` takes it, for those who want no DALI.
+"""A packed data set for `torch.utils.data`, without DALI.
 
     dataset = TorchDataset(PackedDataset("packed/photos"), transform=v2.RandomResizedCrop(224))
     for images, tokens, labels in DataLoader(dataset, batch_size=256, shuffle=True, num_workers=8):
         batch = objectives.targets.collate(images, tokens, labels, prompts=dataset.prompts)
 
-An item has one text, drawn by the rule of the training plan: a caption, with label -1, or a prompt
-of a label. The order of samples is the DataLoader's, so texts are drawn by epoch and sample rather
-than by the place in a run. torchdata's StatefulDataLoader resumes as if nothing had happened.
+An item has one text, drawn by the training plan's rule: a caption, with label -1, or a prompt of a
+label. The DataLoader orders the samples, so texts are drawn by epoch and sample, not by the
+position in a run. torchdata's StatefulDataLoader resumes exactly.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ _CAPTION_KEY, _LABEL_KEY, _KIND_KEY, _TEMPLATE_KEY = range(4)
 class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], int]]):
     """Items (image, tokens, label) of a `PackedDataset` by sample number.
 
-    The image is uint8 [h w 3], RGB; tokens are int64 [l], padded with 0; the label is that of the
-    prompt, in the classes of `prompts`, or -1 where the text is a caption. Texts are a function of
-    seed, epoch and sample number.
+    The image is uint8 [h w 3], RGB; tokens are int64 [l], padded with 0; the label is the prompt's
+    class in `prompts`, or -1 for a caption. Texts are a function of seed, epoch and sample number.
     """
 
     def __init__(
@@ -45,18 +44,18 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
         context_length: int = CONTEXT_LENGTH,
         seed: int = 0,
     ) -> None:
-        """Makes the prompts of all classes.
+        """Builds the prompts of all classes.
 
         Args:
-            packed: open; each worker of a DataLoader reads it by itself.
-            transform: from a Pillow image to one, such as torchvision's crops and flips. Without it
-                images keep their sizes, and can be stacked only if all have the same.
+            packed: open; each DataLoader worker reads it separately.
+            transform: maps a Pillow image to another, such as torchvision's crops and flips.
+                Without it images keep their sizes, and can be stacked only if all are equal.
             context_length: tokens of a text.
             seed: of the choice of texts.
         """
         self.packed, self.transform, self.seed = packed, transform, seed
         self.epoch = 0
-        """Set it before each epoch; other epochs choose other texts."""
+        """Set it before each epoch; it affects the choice of texts."""
         self.context_length = context_length
         manifest = packed.manifest
         self.prompts = ClassPrompts(
@@ -67,15 +66,15 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
         return len(self.packed)
 
     def state_dict(self) -> dict[str, int]:
-        """Seed and epoch of the texts; torchdata's StatefulDataLoader keeps them with its own."""
+        """Seed and epoch of the texts, which StatefulDataLoader saves with its own state."""
         return {"seed": self.seed, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Gives images the texts that they had where the state was taken."""
+        """Restores the choice of texts."""
         self.seed, self.epoch = state_dict["seed"], state_dict["epoch"]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """The sample; a damaged one raises DamagedSampleError, which names it."""
+        """The sample; DamagedSampleError names a damaged one."""
         data = self.packed.image_bytes(index, verify=True)
         image = open_image(data.tobytes())
         if self.transform is not None:
@@ -83,7 +82,7 @@ class TorchDataset(Dataset[tuple[UInt8[Tensor, "h w 3"], Int64[Tensor, " l"], in
         row, label = self._text(index)
         tokens = np.zeros(self.context_length, np.int64)
         tokens[: len(row)] = row
-        pixels = pixels_of(image)  # [h w 1] where they are grey
+        pixels = pixels_of(image)  # [h w 1] if grey
         copy = np.array(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), order="C")
         return torch.from_numpy(copy), torch.from_numpy(tokens), label
 

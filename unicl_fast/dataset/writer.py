@@ -1,7 +1,7 @@
 """Writes a packed data set: shards, their indexes, the arrays, the quarantine list, the manifest.
 
-Everything is written into a folder beside the final one and renamed when it is whole. The bytes
-written depend on the samples and their order only.
+Everything is written into a folder beside the final one, which is renamed when complete. The bytes
+depend only on the samples and their order.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ from unicl_fast.text.hierarchies import Hierarchy
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
-enough to copy and to check one by one."""
+enough to copy and check one by one."""
 
 SET_NAME, JOURNAL_NAME = "set", "journal"
-"""Names in a folder to work in: the data set so far, and the journal of its shards."""
+"""Names in a work folder: the data set so far, and the journal of its shards."""
 MADE_OF_NAME = "made-of.json"
-"""Options and sources (with paths and times), by which the command that made a data set knows it
-again; no part of the data set, which is the same bytes wherever and whenever it is packed."""
+"""Options and sources (with paths and times), by which the packing command recognises its data set;
+not part of it, which has the same bytes wherever and whenever it is packed."""
 
 _VERSIONS = {"webp": WEBP_FORMAT_VERSION, "ppm": PPM_FORMAT_VERSION}
-"""Versions that readers must know for such images."""
+"""Format versions needed for such images."""
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
 _PLACE_ROW = struct.Struct("<IQI")
@@ -90,10 +90,10 @@ _quote = json.encoder.encode_basestring_ascii
 
 @dataclass(frozen=True, slots=True)
 class SourcePlace:
-    """The bytes of an image that stays in its source file."""
+    """The byte range of an image that stays in its source file."""
 
     name: str
-    """The file's URL, its whole path, or its path from the data set's folder."""
+    """The file's URL, absolute path, or path relative to the data set's folder."""
     num_bytes: int
     version: int
     """When the file was written, in nanoseconds, or XXH3-64 of its object's version."""
@@ -101,7 +101,7 @@ class SourcePlace:
     size: int
 
 
-@dataclass(kw_only=True, slots=True)  # not frozen, which takes three times as long to make
+@dataclass(kw_only=True, slots=True)  # frozen would take three times as long to create
 class PackedSample:
     """One sample ready to be written."""
 
@@ -118,16 +118,16 @@ class PackedSample:
     """Token ids of each caption, start and end included."""
     labels: Sequence[int] = ()
     source: str = ""
-    """The image's origin, and `name` its name there: for people, not for training."""
+    """The image's origin, and `name` there: for people, not for training."""
     name: str = ""
     place: SourcePlace | None = None
-    """The image's place in a source file, in a data set in place; `image` is then empty."""
+    """The image's place in a source file, for a data set in place; `image` is then empty."""
 
 
 class DatasetWriter:
-    """Writes one data set folder; use it as a context manager and call `finish` at the end.
+    """Writes one data set folder; a context manager, with `finish` called at the end.
 
-    Leaving the context without `finish` removes what was written, unless there is a `work` folder.
+    Leaving the context without `finish` removes the output, unless there is a `work` folder.
     """
 
     def __init__(
@@ -138,17 +138,16 @@ class DatasetWriter:
         images: Literal["encoded", "raw", "in place"] = "encoded",
         work: Path | None = None,
     ) -> None:
-        """Makes the folder that is renamed at the end, or continues one.
+        """Creates the folder that is renamed at the end, or continues one.
 
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
-            images: files as they come; or (raw, format version 2) decoded pixels of one size; or
-                (in place, format version 4) those that have a `place` stay there.
-            work: a folder beside the final one that outlives a program that is killed: the shards
-                that an earlier writer finished in it are kept. The caller ensures that samples and
-                options are the same, leaves out the first `num_places` samples, and removes the
-                folder at the end.
+            images: encoded: files as they are; raw: decoded pixels of one size (format version 2);
+                in place: images with a `place` stay there (format version 4).
+            work: a folder beside the final one that survives a crash, with the finished shards of
+                an earlier writer. The caller must pass the same samples and options, skip the
+                first `num_places` samples, and remove the folder at the end.
         """
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
@@ -162,7 +161,7 @@ class DatasetWriter:
         self.num_samples = 0
         self.num_quarantined = 0
         self.notes: dict[str, Any] = {}
-        """The caller's values; kept with each finished shard, and restored from the last one."""
+        """The caller's values, saved with each finished shard and restored from the last one."""
         self._shard_bytes = shard_bytes
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
@@ -180,7 +179,7 @@ class DatasetWriter:
         shards = {shard.name for shard in self._shards}
         own = {*shards, *map(_index_name, shards), *self._files()}
         for path in self.aside.iterdir():
-            if path.name not in own:  # a killed program had begun it
+            if path.name not in own:  # left unfinished by a crash
                 path.unlink()
         if work is not None:
             self._journal = ShardJournal(work / JOURNAL_NAME, finished)
@@ -200,7 +199,7 @@ class DatasetWriter:
         return self.num_samples + self.num_quarantined
 
     def add(self, sample: PackedSample) -> None:
-        """Appends a sample; its number is the count of samples before it."""
+        """Appends a sample; its number is the count of earlier samples."""
         if len(sample.tokens) != len(sample.captions):
             raise ValueError("each caption needs its tokens")
         if not 0 < max(len(sample.captions), len(sample.labels)) < 2**16:
@@ -208,7 +207,7 @@ class DatasetWriter:
         members = [("json", _describe(sample))]
         if not self._is_raw and sample.place is None:
             members.insert(0, (sample.extension, sample.image))
-        # first of all, since a line of the journal must count nothing of this sample
+        # before anything else, since a journal line must count nothing of this sample
         shard = self._shard_for(members)
         self._version = max(self._version, _VERSIONS.get(members[0][0], FORMAT_VERSION))
         if self._is_raw:
@@ -230,7 +229,7 @@ class DatasetWriter:
         self.num_samples += 1
 
     def _add_place(self, place: SourcePlace | None) -> None:
-        """Notes where an image stays; one that follows another of its source file shares a row."""
+        """Records where an image stays; consecutive images of a source file share its row."""
         files, names, row = self._arrays["files"], self._arrays["names"], (NO_FILE, 0, 0)
         if place is not None:
             key = [place.name, place.num_bytes, place.version]
@@ -244,7 +243,7 @@ class DatasetWriter:
         self._arrays["places"].append(_PLACE_ROW.pack(*row))
 
     def _add_pixels(self, sample: PackedSample) -> None:
-        """Appends a decoded image; the first one determines the size of all."""
+        """Appends a decoded image; the first one determines everyone's size."""
         size = sample.height, sample.width
         if self._image_size is None or self._pixels is None:
             self._image_size, self._pixels = size, self._open_pixels(size)
@@ -276,7 +275,7 @@ class DatasetWriter:
         hierarchy: Hierarchy | None = None,
         made_of: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Closes and syncs all files, writes the manifest and renames the folder into place.
+        """Syncs and closes all files, writes the manifest and renames the folder into place.
 
         `made_of` are JSON values for `read_made_of`.
         """
@@ -287,7 +286,7 @@ class DatasetWriter:
         if self._pixels is not None and self._image_size is not None:
             self._pixels.finish()
             height, width = self._image_size
-            # read again: the header, its beginning, is written last
+            # read again, since its header is written last
             found, num_bytes = file_checksum(self.aside / PIXELS_NAME), self._pixels.num_bytes
             pixels = PixelsInfo(height=height, width=width, num_bytes=num_bytes, xxh3=found)
         for array in self._arrays.values():
@@ -315,7 +314,7 @@ class DatasetWriter:
             hierarchy=hierarchy,
         )
         self._quarantine.finish()
-        # lone surrogates stand for bytes of a file name; as escapes they are good JSON
+        # lone surrogates stand for bytes of file names; escaped, they are valid JSON
         manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
         self._write_checksums(manifest_bytes, pixels)
         if made_of is not None:
@@ -335,7 +334,7 @@ class DatasetWriter:
         return manifest
 
     def _describe_places(self) -> InPlaceInfo:
-        """Describes source files for the manifest, once the arrays are written."""
+        """Describes source files for the manifest, after the arrays are written."""
         path, shape = self.aside / "samples.npy", (self.num_samples,)
         rows = np.memmap(path, SAMPLE_DTYPE, mode="r", offset=HEADER_BYTES, shape=shape)
         digest = xxhash.xxh3_64()
@@ -349,7 +348,7 @@ class DatasetWriter:
         )
 
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
-        """Lists all files of the folder, and the manifest that is written next."""
+        """Lists the checksums of all files, including the manifest to be written next."""
         known = {shard.name: shard.xxh3 for shard in self._shards}
         if pixels is not None:
             known[PIXELS_NAME] = pixels.xxh3
@@ -361,12 +360,12 @@ class DatasetWriter:
             sync_and_close(file)
 
     def discard(self) -> None:
-        """Removes what was written, or only closes it in a `work` folder; not after `finish`."""
+        """Removes the output, or only closes it in a `work` folder; not after `finish`."""
         if not self.aside.exists():
             return
         for file in (self._shard, *self._files().values()):
             if file is not None:
-                with contextlib.suppress(OSError):  # a full disk, whose error has come before
+                with contextlib.suppress(OSError):  # a full disk, already reported
                     file.close()
         if self._journal is not None:
             self._journal.close()
@@ -374,7 +373,7 @@ class DatasetWriter:
             shutil.rmtree(self.aside)
 
     def _open_files(self, last: FinishedShard | None) -> None:
-        """Opens the growing files; raises ValueError or OSError if those of `last` have changed."""
+        """Opens the growing files; ValueError or OSError if they differ from `last`."""
         kept = {} if last is None else last.files
         self._arrays = {
             name: ArrayFile(self.aside, name, dtype=dtype, kept=kept.get(f"{name}.npy"))
@@ -406,7 +405,7 @@ class DatasetWriter:
         return True
 
     def _files(self) -> dict[str, GrowingFile]:
-        """The files that grow through all shards, by name."""
+        """The files that grow across shards, by name."""
         files: dict[str, GrowingFile] = {f"{name}.npy": file for name, file in self._arrays.items()}
         files[QUARANTINE_NAME] = self._quarantine
         if self._pixels is not None:
@@ -449,7 +448,7 @@ def _index_name(shard: str) -> str:
 
 
 def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
-    """The shards of the journal up to the first damaged one: sizes, indexes, the last checksum."""
+    """The journal's shards up to the first damaged one: by sizes, indexes, the last checksum."""
     whole: list[FinishedShard] = []
     for finished in read_journal(work / JOURNAL_NAME):
         path = folder / finished.shard.name
@@ -465,13 +464,13 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
 
 
 def read_made_of(out: Path) -> dict[str, Any] | None:
-    """Reads what `finish` was told that a data set is made of; None for one without it."""
+    """Reads `finish`'s `made_of`; None if the data set has none."""
     try:
         found = parse_checksummed_json(read_file(out / MADE_OF_NAME))
         manifest = read_file(out / MANIFEST_NAME)
     except (ValueError, OSError):
         return None
-    # another data set may have been copied over the one that it was written with
+    # another data set may have been copied over this one
     return found if found.pop(MANIFEST_NAME, "") == _checksum_of(manifest) else None
 
 
@@ -480,7 +479,7 @@ def _checksum_of(manifest: bytes) -> str:
 
 
 def require_free(out: Path) -> None:
-    """Raises ValueError for a folder that holds anything already."""
+    """Raises ValueError for a folder that is not empty."""
     if (out / MANIFEST_NAME).exists():
         raise ValueError(f"{out} already holds a packed data set; name another folder or remove it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -488,9 +487,9 @@ def require_free(out: Path) -> None:
 
 
 def _describe(sample: PackedSample) -> bytes:
-    """The sample's JSON; put together by hand, since an encoder takes three times as long."""
+    """The sample's JSON, built by hand, since an encoder takes three times as long."""
     captions, labels = ",".join(map(_quote, sample.captions)), ",".join(map(str, sample.labels))
-    # a file name that is not UTF-8 arrives as lone surrogates, which escapes can carry
+    # names that are not UTF-8 arrive as lone surrogates, which escapes can express
     source, name = _quote(sample.source), _quote(sample.name)
     text = f'{{"captions":[{captions}],"labels":[{labels}],"source":{source},"name":{name}}}'
     return text.encode("ascii")

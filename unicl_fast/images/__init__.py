@@ -1,1 +1,1 @@
-"""One encoded image: is it sound, how large is it, its pixels, and how it is encoded again."""
+"""One encoded image: checking, decoding and encoding it."""

@@ -1,8 +1,8 @@
-"""Checks one image's bytes strictly, and normalises what decoders might read differently.
+"""Checks an image's bytes strictly, and normalises everything that decoders could read differently.
 
-A plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps its bytes. Others
-that can be read are decoded here and encoded anew; what cannot be read, or only with warnings, is
-refused. docs/data-format.md lists the conversions. (ITU-T T.81, annex B; Exif 2.32, section 4.6)
+A plain, upright, undamaged 8-bit grey or RGB JPEG or PNG keeps its bytes. Other readable images are
+decoded and encoded anew; unreadable ones, or ones with warnings, are refused. docs/data-format.md
+lists the conversions. (ITU-T T.81, annex B; Exif 2.32, section 4.6)
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from unicl_fast.images.containers import (
 from unicl_fast.images.containers import simple_webp as simple_webp
 
 MAX_SCANS = 500
-"""A progressive JPEG with more scans attacks the decoder's time; cameras write about 10."""
+"""A progressive JPEG with more scans is an attack on decoding time; cameras write about 10."""
 MAX_PNG_EXTRA = 1_000_000
-"""Bytes of the largest chunk without pixels that a kept PNG may have; DALI refuses 8 MB."""
+"""Bytes of the largest chunk without pixels in a kept PNG; DALI refuses 8 MB."""
 REENCODE_QUALITY = 95
 REENCODE_SUBSAMPLING = "444"
 RESIZE_QUALITY = 90
@@ -63,7 +63,7 @@ _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
 _ALL_COEFFICIENTS = (1 << 64) - 1
 _MARKER_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
-"""Within a scan, FF is followed by a zero, or is a restart marker."""
+"""Within a scan, FF is followed by zero or is a restart marker."""
 _ORIENTATION_TAG = 0x0112
 _EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
 _EXIF_SHORT = 3
@@ -72,8 +72,8 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
 ImageFormat = Literal["keep", "jpeg", "webp", "png", "ppm", "raw"]
-"""The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes
-a file of that format, or it is stored decoded."""
+"""The form of a sound image: its bytes are kept (or encoded anew as JPEG if needed), it becomes a
+file of that format, or it is stored decoded."""
 _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "keep": frozenset({"jpg", "png"}),
     "jpeg": frozenset({"jpg"}),
@@ -83,10 +83,10 @@ _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "raw": frozenset(),
     "packed": frozenset({"jpg", "webp", "png", "ppm"}),
 }
-"""Extensions of the plain images that keep their bytes."""
+"""Extensions of plain images that keep their bytes."""
 
 
-@dataclass(kw_only=True, slots=True)  # not frozen, which takes three times as long to make
+@dataclass(kw_only=True, slots=True)  # frozen would take three times as long to create
 class CheckedImage:
     """An image that every decoder reads alike, or its pixels."""
 
@@ -109,23 +109,21 @@ def check_image(
     max_pixels: int = MAX_PIXELS,
     format: ImageFormat | Literal["packed"] = "keep",
 ) -> CheckedImage:
-    """Checks an image's bytes and normalises them if need be.
+    """Checks an image's bytes and normalises them if needed.
 
     Args:
         data: the contents of an image file.
-        short_side: an image whose shorter side is longer than this many pixels is scaled down to
-            it and encoded anew; 0 leaves sizes alone. It enlarges nothing.
-        square_side: an image that is not a square of so many pixels is scaled, down or up, until
-            its shorter side has them, and cropped at both ends of the longer one; 0 leaves sizes
-            alone.
-        quality: 1 to 100, for images that become JPEG or WebP; with `format` keep, for those that
-            are scaled.
-        max_pixels: an image whose header names more is refused before it is decoded.
-        format: the form of the result; "packed" keeps the bytes of all that a data set may hold.
+        short_side: a larger image is scaled down to this shorter side and encoded anew; 0 keeps
+            sizes.
+        square_side: an image is scaled, down or up, to this shorter side, and centre-cropped to a
+            square of so many pixels; 0 keeps sizes.
+        quality: 1 to 100, for images that become JPEG or WebP; with `format` keep, only for scaled
+            ones.
+        max_pixels: an image whose header names more is refused before decoding.
+        format: the form of the result; "packed" keeps the bytes of any kind that a data set stores.
 
     Raises:
-        ImageError: the image is damaged, not an image, too large, or of an unsupported
-            kind.
+        ImageError: the image is damaged, not an image, too large, or of an unsupported kind.
     """
     if not data:
         raise ImageError("empty", "the file is empty")
@@ -146,7 +144,7 @@ def check_image(
     else:
         if format == "jpeg" or pixels is not decoded:
             data = encode_jpeg(pixels, quality=quality, subsampling=RESIZE_SUBSAMPLING)
-        else:  # nearly lossless, since nobody asked for another quality
+        else:  # nearly lossless, since no other quality was requested
             data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
         _check_jpeg_data(data)
         extension = "jpg"
@@ -161,7 +159,7 @@ def check_image(
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """The size that an image is scaled to."""
+    """The size to scale an image to."""
 
     short_side: int
     square_side: int
@@ -172,7 +170,7 @@ class _Target:
         return 0 < self.short_side < min(height, width)
 
     def scaled(self, pixels: Pixels) -> Pixels:
-        """Pixels of the target's size, by Pillow's bicubic filter with antialiasing."""
+        """Pixels of the target size, by Pillow's bicubic filter with antialiasing."""
         height, width, _ = pixels.shape
         if not self.needs_resize(height, width):
             return pixels
@@ -181,7 +179,7 @@ class _Target:
         if edge == self.square_side:
             return pixels[top : top + edge, left : left + edge]
         if self.square_side:
-            # only this is made, since an image of one row of pixels would become millions of them
+            # crop first: a one-row image scaled whole would become millions of pixels
             size, box = (self.square_side,) * 2, (left, top, left + edge, top + edge)
         else:
             scale = self.short_side / edge
@@ -197,7 +195,7 @@ _target_of = functools.cache(_Target)
 def _decode(
     data: bytes, target: _Target, *, max_pixels: int, kept: frozenset[str]
 ) -> CheckedImage | Pixels:
-    """Decodes an image strictly; one that may keep its bytes is returned as it is."""
+    """Decodes an image strictly, or returns it unchanged if its bytes can be kept."""
     if data.startswith(_JPEG_SIGNATURE):
         return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep="jpg" in kept)
     with pillow_limits(max_pixels):
@@ -221,7 +219,7 @@ def _decode_any_jpeg(
     header = read_jpeg_header(data)
     height, width = header.height, header.width
     check_size(height, width, max_pixels)
-    # in a file of one scan libjpeg refuses a second one
+    # libjpeg refuses a second scan in a one-scan file
     if not header.is_one_scan and data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
     decoded: CheckedImage | Pixels
@@ -239,18 +237,18 @@ def _decode_any_jpeg(
 
 
 def _check_jpeg_data(data: bytes) -> None:
-    """Decodes a JPEG for its warnings only."""
-    # At an eighth of the size and without colour libjpeg still reads every code of every component,
-    # where all its warnings arise, and skips transforms that cannot fail: 1.4 times as fast.
+    """Decodes a JPEG only for its warnings."""
+    # At 1/8 size and without colour libjpeg still reads every code of every component, the source
+    # of all its warnings, and skips transforms that cannot fail: 1.4 times as fast.
     _decode_jpeg(data, "GRAY", fastdct=True, min_side=1)
 
 
 def _decode_jpeg(
     data: bytes, colorspace: str, *, fastdct: bool = False, min_side: int = 0
 ) -> Pixels:
-    """libjpeg-turbo with warnings taken as errors: a cut or damaged JPEG gives no grey tail.
+    """libjpeg-turbo with warnings as errors: no grey tail for a truncated or damaged JPEG.
 
-    With `min_side` it is scaled down to the smallest size whose sides have as many pixels.
+    `min_side` scales down to the smallest size whose sides have at least so many pixels.
     """
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
@@ -264,7 +262,7 @@ def _decode_jpeg(
 
 
 def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
-    """Decodes any JPEG that is read without warnings, turned the right way up."""
+    """Decodes any JPEG that reads without warnings, turned upright."""
     if header.num_components == 4:
         _decode_jpeg(data, "CMYK", min_side=1)
         return pixels_of(open_image(data))  # Pillow knows which CMYK files are stored inverted
@@ -275,7 +273,7 @@ def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
 def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
     image = open_image(data)
     try:
-        image.verify()  # the checksums of all chunks; `load` skips those of the pixel data
+        image.verify()  # checksums of all chunks; `load` skips the pixel data's
     except Exception as error:
         raise pillow_error(error) from error
     image = open_image(data)
@@ -298,7 +296,7 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
 
 
 def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
-    """Decodes a WebP; libwebp refuses a file that is cut, but cannot notice changed bytes."""
+    """Decodes a WebP; libwebp refuses a truncated file, but cannot detect changed bytes."""
     image = open_image(data)
     pixels = pixels_of(image)
     check_webp_end(data)
@@ -312,7 +310,7 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | 
 
 
 def _decode_ppm(data: bytes, image: Image.Image, target: _Target) -> CheckedImage | Pixels:
-    """Decodes a file of the PNM family; one is kept that is as we would write it."""
+    """Decodes a PNM file, or keeps one that equals our own encoding."""
     pixels = pixels_of(image)
     width, height = image.size
     if target.needs_resize(height, width) or data != encode_ppm(pixels):
@@ -322,40 +320,37 @@ def _decode_ppm(data: bytes, image: Image.Image, target: _Target) -> CheckedImag
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JpegHeader:
-    """Decides whether a JPEG can be kept as it is."""
+    """The facts that decide whether a JPEG can keep its bytes."""
 
     height: int
     width: int
     num_components: int
     component_ids: bytes
     process: int
-    """The frame's marker, which says how the image is coded."""
+    """The frame's marker, which names the coding process."""
     first_scan: bytes
     """The body of the first scan's header."""
     scan_start: int
     """The first byte of the first scan's data."""
     orientation: int
-    """Exif orientation 1 to 8; 1 where there is none."""
+    """Exif orientation 1 to 8; 1 if there is none."""
     is_plain: bool
-    """8-bit grey or YCbCr, Huffman coded, the right way up for every decoder."""
+    """8-bit grey or YCbCr, Huffman coded, upright for every decoder."""
     is_one_scan: bool
-    """The first scan brings all coefficients of all components."""
+    """Whether the first scan has all coefficients of all components."""
 
 
 _last_header: tuple[bytes, JpegHeader] | None = None
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader:
-    """Reads the markers up to the first scan.
+    """Reads the markers up to the first scan; ImageError if there is no frame or scan.
 
-    Small images of one data set mostly begin with the same bytes, and then have the same header: it
-    takes longer to read than the rest to decode.
-
-    Raises:
-        ImageError: the markers do not lead to a frame and a scan.
+    Caches the last header, which costs more than the rest of decoding: small images of one data set
+    mostly begin with the same bytes.
     """
     global _last_header
-    known = _last_header  # which another thread may replace
+    known = _last_header  # another thread may replace it
     if known is None or not data.startswith(known[0]):
         header = _walk_to_scan(data)
         known = _last_header = data[: header.scan_start], header
@@ -388,7 +383,7 @@ def _walk_to_scan(data: bytes) -> JpegHeader:
     if len(body) < 6 or len(body) < 6 + 3 * body[5]:
         raise ImageError("damaged", "the JPEG's frame header is cut short")
     precision, height, width, num_components = struct.unpack_from(">BHHB", body)
-    # three components are luma and chroma by the rules that libjpeg follows
+    # libjpeg's rules for whether three components are luma and chroma
     is_ycbcr = num_components == 3 and (
         jfif or (body[6:15:3] != b"RGB" if adobe_transform is None else adobe_transform == 1)
     )
@@ -419,15 +414,15 @@ def _walk_to_scan(data: bytes) -> JpegHeader:
 
 
 def _components_of(scan: bytes) -> bytes:
-    """The ids of the components of a scan, by the body of its header."""
+    """The component ids of a scan, from the body of its header."""
     return scan[1 : 1 + 2 * scan[0] : 2]
 
 
 def _require_all_scans(data: bytes, header: JpegHeader) -> None:
-    """Refuses a JPEG whose scans do not bring all coefficients with all their bits.
+    """Refuses a JPEG whose scans lack coefficients or bits of them.
 
-    One that was cut between two scans and closed with an end marker reads without a warning, as a
-    coarse image. T.81 allows to leave bits out for good (annex G.1.1), which no usual encoder does.
+    One that was truncated between scans and closed with an end marker reads without a warning, as a
+    coarse image. T.81 allows omitting bits (annex G.1.1), which no usual encoder does.
     """
     scan, position, num_scans = header.first_scan, header.scan_start, 1
     missing = dict.fromkeys(header.component_ids, _ALL_COEFFICIENTS)
@@ -437,7 +432,7 @@ def _require_all_scans(data: bytes, header: JpegHeader) -> None:
         brought = _ALL_COEFFICIENTS
         if header.process in _PROGRESSIVE:
             first, last, bits = scan[1 + 2 * scan[0] : 4 + 2 * scan[0]]
-            # the lower half of `bits` counts those that later scans bring
+            # the lower half of `bits` counts bits left to later scans
             brought = 0 if bits & 15 else (1 << last + 1) - (1 << first)
         for component in _components_of(scan):
             missing[component] = missing.get(component, 0) & ~brought
@@ -473,7 +468,7 @@ def _next_segment(data: bytes, position: int) -> tuple[int, bytes, int]:
 
 
 def _exif_orientation(tiff: bytes) -> int | None:
-    """The orientation in Exif data: 1 if none is given, None if it cannot be read for certain."""
+    """Exif orientation: 1 if none is given, None if it is ambiguous."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return None
@@ -487,8 +482,8 @@ def _exif_orientation(tiff: bytes) -> int | None:
                     return None
                 (value,) = struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)
                 if value == 0 and kind == _EXIF_SHORT:
-                    return 1  # "unknown", which Picasa wrote into many photos; none rotates it
-                # in another type than SHORT some decoders see the value and some do not
+                    return 1  # "unknown", which Picasa wrote into many photos; nobody rotates it
+                # decoders disagree about types other than SHORT
                 return None if kind != _EXIF_SHORT and value == 1 else int(value)
     except struct.error:
         return None

@@ -1,8 +1,8 @@
-"""Pixels from files of any format, and files from pixels, by Pillow.
+"""Decodes files of any format to pixels, and encodes pixels, by Pillow.
 
-Decoding gives 8-bit grey or RGB, the right way up. Only formats with a signature that start no
-other program are decoded, and sizes are checked whenever one becomes known. Encoding gives the same
-bytes for the same pixels, with no time, profile or text, in the simplest form of each format.
+Decoding gives upright 8-bit grey or RGB. Only formats with a signature that start no other program
+are decoded, and sizes are checked as soon as they are known. Encoding is deterministic, without
+time, profile or text, in the simplest form of each format.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from unicl_fast.images.encoded_images import EncodedImages, ppm_header
 
 MAX_PIXELS = 89_478_485
-"""Largest image accepted by default, checked before any memory is taken: a quarter GiB as RGB,
-and the limit above which Pillow warns of decompression bombs."""
+"""Largest image accepted by default, checked before allocating memory: a quarter GiB as RGB, and
+Pillow's limit for decompression bombs."""
 MAX_SIDE = 65_500
 """libjpeg's limit for a side."""
 PILLOW_FORMATS = (
@@ -32,27 +32,27 @@ PILLOW_FORMATS = (
     "PSD", "QOI", "XVThumb",
 )  # fmt: skip
 """Formats that Pillow may open: none that starts another program (EPS), and none without a
-signature (TGA), which would take any file for an image."""
+signature (TGA), which would accept any file."""
 JPEG_BEGINS = b"\xff\xd8"
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _SMALLEST_CUT = 128
-"""Pixels of the shorter side from which on restart markers are written."""
+"""Images with a shorter side from this on get restart markers."""
 _SEGMENTS_A_ROW = 8
 _SHORTEST_SEGMENT = 32
 """Pixels between markers. A marker costs bytes and the prediction of colour: 2 to 3 % of a
-photograph in 4:2:0, 4 % in 4:4:4; segments of half as many pixels cost twice that."""
+photograph in 4:2:0, 4 % in 4:4:4; segments of half the length cost twice that."""
 MAX_WEBP_SIDE = 16_383
-"""WebP keeps a side in 14 bits."""
+"""WebP stores a side in 14 bits."""
 WEBP_METHOD = 4
 """libwebp's effort, 0 to 6; 4 is its default."""
 PNG_COMPRESSION = 3
-"""zlib's level. Photographs of 256 pixels take 12.5 ms; at 6, the default, 27 ms and 3 % less."""
+"""zlib's level. Photographs of 256 pixels need 12.5 ms; at 6, the default, 27 ms, 3 % smaller."""
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class ImageError(ValueError):
-    """An image was refused: `kind` is a word to count by, the message says why."""
+    """An image was refused: `kind` is a word for counting, the message says why."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -61,12 +61,12 @@ class ImageError(ValueError):
 
 @contextlib.contextmanager
 def pillow_limits(max_pixels: int) -> Iterator[None]:
-    """Makes Pillow's check of sizes, also of late ones, raise; silences its other warnings."""
+    """Makes Pillow's size checks raise, also late ones; silences its other warnings."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters raises, or is checked here
+            warnings.simplefilter("ignore")  # the important ones raise, or are checked here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     finally:
@@ -74,7 +74,7 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Pillow's view of the file, its size checked before anything is decoded."""
+    """Opens the file with Pillow; its size is checked before anything is decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:
@@ -86,7 +86,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """Decodes what Pillow opened: its first frame, 8 bits, grey or RGB, the right way up."""
+    """Decodes the first frame of an opened image: 8 bits, grey or RGB, upright."""
     try:
         if image.mode == "F":
             raise ImageError("unsupported", "floating-point pixels have no known range")
@@ -101,9 +101,9 @@ def pixels_of(image: Image.Image) -> Pixels:
 
 
 def pillow_error(error: Exception) -> ImageError:
-    """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
+    """Converts any error of Pillow's plugins, from OSError to IndexError."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        size = str(error).split(" exceeds")[0]  # the limit named after it may be twice ours
+        size = str(error).split(" exceeds")[0]  # the limit after it can be twice ours
         return ImageError("too large", f"{size}; at most {Image.MAX_IMAGE_PIXELS:,} are taken")
     if isinstance(error, MemoryError):
         return ImageError("too large", "Pillow: not enough memory")
@@ -123,7 +123,7 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(values: npt.NDArray[np.integer], transparent: Any) -> Image.Image:
-    """Scales 0 to 65,535 onto 0 to 255, rounded; a PNG's `transparent` value lies on white."""
+    """Scales 0 to 65,535 onto 0 to 255, rounded; a PNG's `transparent` value becomes white."""
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("unsupported", "32-bit pixels beyond 16 bits have no known range")
     scaled = (values.astype(np.uint32) + 128) // 257
@@ -133,7 +133,7 @@ def _from_16_bits(values: npt.NDArray[np.integer], transparent: Any) -> Image.Im
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Exif orientation of a loaded image; unreadable Exif data count as none."""
+    """Exif orientation of a loaded image; 1 if unreadable."""
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:
@@ -163,11 +163,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
 
 
 def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
-    """A baseline JPEG of pixels [h w 1] or [h w 3]; `subsampling` of chroma is 444, 422 or 420.
-
-    Raises:
-        ImageError: libjpeg does not take it.
-    """
+    """A baseline JPEG of pixels [h w 1 or 3]; `subsampling` is 444, 422 or 420. Or ImageError."""
     height, width, channels = pixels.shape
     halved = channels == 3 and subsampling != "444"
     interval = restart_interval(height, width, block_width=16 if halved else 8)
@@ -181,12 +177,12 @@ def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
 
 
 def restart_interval(height: int, width: int, *, block_width: int) -> int:
-    """Blocks between restart markers; 0 sets none.
+    """Blocks between restart markers; 0 for none.
 
     The loader cuts a file down to a window's part at them (`pipelines/kernels/jpeg_windows.py`), so
-    the interval divides the blocks of a row. It is the divisor that comes nearest to eight segments
-    a row without being short. In a small image markers would cost more than they save.
-    `block_width` is the pixels that are coded together: 16 where chroma is halved, else 8.
+    the interval divides the blocks of a row: the divisor nearest to eight segments a row without
+    being too short. In small images markers cost more than they save. `block_width` is the pixels
+    coded together: 16 if chroma is halved, else 8.
     """
     if min(height, width) < _SMALLEST_CUT:
         return 0
@@ -201,23 +197,19 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
 
 
 def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
-    """A lossy WebP in the simple format; the format has no grey, so all have three channels.
-
-    Raises:
-        ImageError: it is too large for the format.
-    """
+    """A lossy WebP in the simple format, always with three channels; ImageError if too large."""
     height, width, _ = pixels.shape
     if max(height, width) > MAX_WEBP_SIDE:
         raise ImageError(
             "unsupported",
             f"{width} x {height} pixels; WebP holds at most {MAX_WEBP_SIDE:,} a side: --resize "
-            "makes images smaller, and --format jpeg or png takes larger ones",
+            "makes images smaller, and --format jpeg or png accepts larger ones",
         )
     return _saved(pixels, format="WEBP", quality=quality, method=WEBP_METHOD)
 
 
 def encode_png(pixels: Pixels) -> bytes:
-    """A PNG with 8 bits, grey or RGB, that loses nothing."""
+    """A lossless PNG with 8 bits, grey or RGB."""
     return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
 
 
@@ -228,17 +220,17 @@ def decode_files(
     begin: int,
     end: int,
 ) -> dict[int, str]:
-    """Decodes packed images `begin` to `end`, JPEGs by libjpeg-turbo, as RGB; each of them whole.
+    """Decodes packed images `begin` to `end - 1` whole, as RGB; JPEGs by libjpeg-turbo.
 
     Args:
         pixels: uint8 [n], room for [h w 3] of all images, one after another.
         images: b of them.
         shapes: their known heights and widths, int64 [b 2].
-        begin: the first that is decoded.
+        begin: the first to decode.
         end: the one after the last.
 
     Returns:
-        By row what is wrong with those that cannot be decoded, or are of another size.
+        Row -> fault of images that cannot be decoded or have another size.
     """
     faults: dict[int, str] = {}
     rows = slice(begin, end)
@@ -258,21 +250,21 @@ def decode_files(
                         room[:] = np.asarray(image.convert("RGB")).reshape(-1)
             if found != (height, width, 3):
                 faults[row] = f"it has {found[1]} x {found[0]} pixels, not {width} x {height}"
-        except UnidentifiedImageError:  # whose words name an object in memory
+        except UnidentifiedImageError:  # its message names an object in memory
             faults[row] = "no known image format"
-        except Exception as error:  # of any kind that such bytes cause
+        except Exception as error:  # any kind, depending on the bytes
             faults[row] = str(error)
     return faults
 
 
 def encode_ppm(pixels: Pixels) -> bytes:
-    """A PPM (P6): three bytes a pixel, also of a grey image."""
+    """A PPM (P6): three bytes a pixel, also for a grey image."""
     height, width, _ = pixels.shape
     return ppm_header(height, width) + np.broadcast_to(pixels, (height, width, 3)).tobytes()
 
 
 def image_of(pixels: Pixels) -> Image.Image:
-    """Pillow's view of pixels, which knows grey ones without a channel axis."""
+    """A Pillow image of pixels; grey ones lose their channel axis."""
     return Image.fromarray(
         np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     )

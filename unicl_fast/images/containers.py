@@ -1,8 +1,8 @@
-"""The parts of image files that decoders skip: what they wrap, and how they end.
+"""Parts of image files that decoders skip: containers, and how they end.
 
-Decoders stop when they have all pixels, so they do not notice that a file's tail was lost and zeros
-stand in its place. Chunks of PNG (w3.org/TR/png-3) and of WebP's RIFF
-(developers.google.com/speed/webp/docs/riff_container) and boxes of AVIF (ISO/IEC 14496-12) do.
+Decoders stop after the last pixel, so they miss a lost tail replaced by zeros. Chunks of PNG
+(w3.org/TR/png-3) and WebP's RIFF (developers.google.com/speed/webp/docs/riff_container) and boxes
+of AVIF (ISO/IEC 14496-12) reveal it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,10 @@ _QOI_END = bytes(7) + b"\1"
 
 
 def check_png_stream(data: bytes, *, height: int, width: int) -> None:
-    """Inflates the pixels of a PNG for their checksum, which Pillow skips and libpng demands.
+    """Inflates a PNG's pixels for their Adler-32, which Pillow skips and libpng requires.
 
-    That adds a third to the time of a PNG's check. zlib compares the Adler-32 of all bytes that it
-    gave. `height` and `width` are the image's; bytes behind its pixels are not looked at.
-
-    Raises:
-        ImageError: the stream is damaged, or ends before its checksum.
+    Costs a third of a PNG's check. Bytes after the pixels of the [height width] image are ignored.
+    Raises ImageError if the stream is damaged, or ends before its checksum.
     """
     stream = zlib.decompressobj()
     left = 8 * height * (width + 1) + 64  # 16-bit RGBA, and a filter byte a row of each pass
@@ -54,7 +51,7 @@ def check_png_stream(data: bytes, *, height: int, width: int) -> None:
 
 
 def largest_extra(png: bytes) -> int:
-    """Length of a sound PNG's longest chunk that holds no pixels: profiles, texts, Exif data."""
+    """Length of a sound PNG's longest chunk without pixels: profiles, texts, Exif data."""
     return max((len(body) for name, body in _png_chunks(png) if name != b"IDAT"), default=0)
 
 
@@ -69,16 +66,13 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes | memoryview]]:
 
 
 def check_qoi_end(data: bytes) -> None:
-    """Raises ImageError for a QOI without the marker at its end; zeros may follow it."""
+    """Raises ImageError for a QOI without end marker; zeros may follow it."""
     if not data.rstrip(b"\0").endswith(_QOI_END):
         raise ImageError("damaged", "the QOI does not end with its end marker: its tail is lost")
 
 
 def check_avif_end(data: bytes, exif: bytes) -> None:
-    """Raises ImageError for an AVIF that ends in zeros, where it should end in pixels or Exif data.
-
-    The last byte that is coded for an image is not zero (AV1, section 5.3.4).
-    """
+    """Raises ImageError for an AVIF ending in zeros: coded images never do (AV1, section 5.3.4)."""
     name, position = b"", 0
     while position + 8 <= len(data):
         size = int.from_bytes(data[position : position + 4], "big")
@@ -92,10 +86,10 @@ def check_avif_end(data: bytes, exif: bytes) -> None:
 
 
 def check_webp_end(data: bytes) -> None:
-    """Raises ImageError for a WebP that is decoded without the zeros at its end just as well.
+    """Raises ImageError for a WebP that decodes as well without the zeros at its end.
 
-    libwebp, which has read it, does not look whether the pixels use up their bytes. Zeros by
-    themselves say little: a black area may take a bit a pixel. Animations are not looked at.
+    libwebp does not check whether the pixels use all their bytes. Zeros alone prove little: a black
+    area can need a bit a pixel. Animations are not checked.
     """
     for name, chunk in _chunks(data):
         if name in _BITSTREAMS and chunk.endswith(_ZEROS):
@@ -110,16 +104,11 @@ def check_webp_end(data: bytes) -> None:
 
 
 def simple_webp(data: bytes) -> bytes | None:
-    """The same image in WebP's simple format: one bitstream, lossy (VP8) or lossless (VP8L).
+    """The image in WebP's simple format (one VP8 or VP8L bitstream), which DALI is sure to read.
 
-    DALI promises to read no other. Where the extended format (VP8X) adds only what no decoder of
-    pixels reads, the wrapping is removed and the bitstream stays, so that a lossy image is not
-    encoded twice. `data` has been read by a decoder without complaint.
-
-    Returns:
-        `data` itself where it is simple, else only its bitstream; None where there is no such file
-        (alpha, animation) or decoders may see different images (several bitstreams, bytes after
-        the end).
+    If the extended format (VP8X) adds nothing that affects pixels, only the wrapping is removed, so
+    a lossy image is not encoded twice. `data` must have been decoded without complaint. Returns
+    `data` itself if simple; None for alpha, animation, several bitstreams or trailing bytes.
     """
     chunks = _chunks(data)
     names = [name for name, _ in chunks]
@@ -139,7 +128,7 @@ def _webp_of(chunk: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Name and bytes of each chunk, header and padding included; none if lengths disagree."""
+    """Name and bytes of each chunk, including header and padding; empty if lengths disagree."""
     chunks, position = [], RIFF_HEADER_BYTES
     while position < len(data):
         size = int.from_bytes(data[position + 4 : position + 8], "little")

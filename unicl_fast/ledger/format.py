@@ -1,20 +1,20 @@
-"""The ledger's files byte by byte: what a rank was fed at each step.
+"""The ledger's binary format: what a rank was fed at each step.
 
 Each start of the program, and each stage of a run, opens a segment: one file per rank, with a
 header (`_START`, then a `SegmentHeader` as JSON) and a record per step, each in one write. Numbers
 are little-endian, checksums the low 32 bits of XXH3-64. A record of b samples and k substitutes:
 
-    4 bytes        a mark, by which the next record is found after damage
+    4 bytes        a mark, to find the next record after damage
     u4             checksum of the rest
     u8, u4         step, k
     b x 0-2 bytes  data sets; as few bytes as possible, none for a single one
     b x 1-6 bytes  scheduled samples; as few bytes as the largest data set allows
     k x u4         which of the b samples had a substitute
-    k x 1-6 bytes  samples that were shown, of the same data sets
+    k x 1-6 bytes  samples shown instead, of the same data sets
 
 A step counts in a segment if all ranks have its record; a segment supersedes earlier ones from its
-start on. A step is missing if it does not count and lies before one that does, before a later
-segment's start, or before the newest checkpoint.
+start on. A step is missing if it does not count but precedes a step that does, a later segment's
+start, or the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ _MOST_HEADER_BYTES = 1 << 20
 _NAME = re.compile(r"segment-(\d{4,})-rank-(\d{4,})\.bin")
 
 _MARK = b"\xf5STP"
-_HEAD = struct.Struct("<4sIQI")  # mark, checksum of what follows it, step, substitutes
+_HEAD = struct.Struct("<4sIQI")  # mark, checksum of the rest, step, substitutes
 _CHECKED_FROM = 8
 _INDEX_BYTES = 4
 
-# What is beyond these was not written by a run, and must take neither memory nor time.
+# No run writes values beyond these; they must cost neither memory nor time.
 _STEPS = 1 << 53
 _Step = Annotated[int, Meta(ge=0, lt=_STEPS)]
 _Size = Annotated[int, Meta(ge=1, le=1 << 48)]
@@ -66,12 +66,12 @@ _Share = Annotated[int, Meta(ge=1, le=1 << 31)]
 
 
 class DamagedSegmentError(ValueError):
-    """A segment's file is not what was written, and cannot be read."""
+    """A segment's file is damaged and cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LedgerSource:
-    """A data set as the ledger knows it."""
+    """A data set in the ledger."""
 
     name: str
     num_samples: _Size
@@ -79,35 +79,33 @@ class LedgerSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentHeader:
-    """Describes one rank at a start of the program; sizes of records follow from it."""
+    """Describes one rank at a start of the program; determines the sizes of records."""
 
     segment: Count
-    """Starts of the program, and beginnings of stages, are numbered from 1."""
+    """Number of this start or stage, from 1."""
     start_step: _Step
-    """The first step of this start. It supersedes what earlier segments have of it and of later
-    steps."""
+    """The first step, from which this segment supersedes earlier ones."""
     rank: _Rank
     world_size: Annotated[int, Meta(ge=1, le=1 << 20)]
     global_batch_size: Annotated[int, Meta(ge=1, le=LARGEST_INT)]
     sources: tuple[LedgerSource, ...]
     seed: Annotated[int, Meta(ge=-LARGEST_INT - 1, le=LARGEST_INT)]
     shares: tuple[_Share, ...]
-    """Integers in the proportion of the sources' weights. With the seed, and the next two, they
-    allow to plan the run again."""
+    """Integers in the proportion of the sources' weights. With the seed and the next two fields,
+    they allow planning the run again."""
     shuffle_window: Count = 0
     shuffle_groups: int = 1
     run_id: str = ""
-    """The run's, as in its checkpoints."""
+    """The run's id, as in its checkpoints."""
     first_draw: Count = 0
-    """Draws of all steps before the first one, where stages before had other batches; 0 for those
-    of as many steps of this size."""
+    """Draws before the first step, if earlier stages had other batch sizes; else 0."""
     last_batch_size: Count = 0
-    """`run.global_batch_size`, which the last stage has; 0 where it is this segment's."""
+    """`run.global_batch_size`, which the last stage has; 0 if it is this segment's."""
     follows: bool = False
-    """Whether a stage begins here, and the program has been running."""
+    """Whether this is a stage of a program that was already running."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no run can have these values."""
+        """Raises ValueError for values that no run can have."""
         require(self.rank < self.world_size, "rank must be below world_size")
         divides = self.global_batch_size % self.world_size == 0
         require(divides, "world_size must divide global_batch_size")
@@ -116,7 +114,7 @@ class SegmentHeader:
 
     @property
     def run_batch_size(self) -> int:
-        """`run.global_batch_size`, which may be that of a later stage."""
+        """`run.global_batch_size`, possibly a later stage's."""
         return self.last_batch_size or self.global_batch_size
 
     def draws_before(self, step: int) -> int:
@@ -136,7 +134,7 @@ class SegmentHeader:
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of a source id: none where there is one source."""
+        """Bytes of a source id: none for a single source."""
         return ((len(self.sources) - 1).bit_length() + 7) // 8
 
     def record_bytes(self, num_substitutes: int) -> int:
@@ -173,7 +171,7 @@ def encode_record(
     scheduled_ids: NDArray[np.int64],
     shown_ids: NDArray[np.int64],
 ) -> bytes:
-    """One step of one rank; each array is int64 [b], in the order of the local batch."""
+    """One step of one rank; the arrays are int64 [b], in the order of the local batch."""
     replaced = np.flatnonzero(shown_ids != scheduled_ids)
     body = b"".join(
         (
@@ -189,7 +187,7 @@ def encode_record(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RecordRange:
-    """Records of consecutive steps that follow each other in a file and have the same size."""
+    """Consecutive records of consecutive steps and the same size."""
 
     step: int
     offset: int
@@ -204,22 +202,19 @@ class RecordRange:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SegmentFile:
-    """One rank's records of one start, found and checked."""
+    """One rank's records in one segment, found and checked."""
 
     path: Path
     header: SegmentHeader
     ranges: tuple[RecordRange, ...]
     """In ascending order of steps."""
     torn_bytes: int
-    """Bytes of a last record that was not written to its end."""
+    """Bytes of an incomplete last record."""
     damaged: tuple[tuple[int, int], ...]
-    """Ranges of bytes without a sound record, though records follow."""
+    """Byte ranges without a valid record, though valid ones follow."""
 
     def batch_rows(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source ids and scheduled sample ids, int64 [end - start, b].
-
-        The records of all these steps must be there.
-        """
+        """Source ids and scheduled sample ids, int64 [end - start, b]; all records must exist."""
         header = self.header
         sources_end = _HEAD.size + header.local_batch_size * header.source_bytes
         source_ids = np.zeros((end - start, header.local_batch_size), dtype=np.int64)
@@ -231,7 +226,7 @@ class SegmentFile:
         return source_ids, sample_ids
 
     def substitutes(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Step, index in the local batch, and sample shown, wherever it is not the scheduled."""
+        """Yields step, index in the local batch, and sample for each substitute."""
         for first, records, num_substitutes in self._read(start, end):
             if not num_substitutes:
                 continue
@@ -245,7 +240,7 @@ class SegmentFile:
                     yield first + row, index, sample
 
     def _read(self, start: int, end: int) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
-        """Records of the steps: the first step, bytes [k, record], and substitutes of each."""
+        """Yields first step, records as bytes [k, size], and their number of substitutes."""
         begin = bisect.bisect_right(self.ranges, start, key=lambda one: one.end)
         for one in itertools.islice(self.ranges, begin, None):
             if one.step >= end:
@@ -258,14 +253,11 @@ class SegmentFile:
 
 
 def read_segment_file(path: Path) -> SegmentFile | None:
-    """Finds and checks all records of a file; None where even its header was cut off.
+    """Finds and checks all records of a file; None if even its header is incomplete.
 
-    Bytes that do not agree with their checksum are skipped up to the next sound record. The file
-    may still be growing.
-
-    Raises:
-        DamagedSegmentError: its header is damaged, or its steps go backwards.
-        ValueError: of a format version that is not known here.
+    Bytes that fail their checksum are skipped up to the next valid record. The file may still be
+    growing. Raises DamagedSegmentError for a damaged header or steps that go backwards, ValueError
+    for an unknown format version.
     """
     if not path.stat().st_size:
         return None  # and nothing to map
@@ -294,9 +286,7 @@ def read_segment_file(path: Path) -> SegmentFile | None:
             step, num_substitutes = head
             last = ranges[-1] if ranges else RecordRange(0, 0, 0, 0)
             if step < last.end:
-                raise DamagedSegmentError(
-                    f"the record of step {step} follows that of step {last.end - 1}"
-                )
+                raise DamagedSegmentError(f"the record of step {step} follows step {last.end - 1}")
             size = header.record_bytes(num_substitutes)
             follows = last.offset + last.count * size == offset
             if follows and (last.end, last.num_substitutes) == head:
@@ -308,7 +298,7 @@ def read_segment_file(path: Path) -> SegmentFile | None:
 
 
 def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
-    """The header and the offset of the first record; None where writing was cut off."""
+    """The header and the offset of the first record; None if it is incomplete."""
     if len(data) < _START.size:
         return None
     magic, size, checksum = _START.unpack_from(data)
@@ -325,12 +315,12 @@ def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
         if version == VERSION:
             return from_json_values(SegmentHeader, values), _START.size + size
     except ValueError as error:
-        raise DamagedSegmentError(f"its header cannot be that of a run: {error}") from error
+        raise DamagedSegmentError(f"its header cannot be from a run: {error}") from error
     raise ValueError(f"it has format version {shorten(version)}, this program reads {VERSION}")
 
 
 def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[int, int] | None:
-    """Step and number of substitutes of the record at `offset`, None if it is not sound."""
+    """Step and number of substitutes of the record at `offset`, None if it is not valid."""
     if len(view) - offset < _HEAD.size:
         return None
     mark, checksum, step, num_substitutes = _HEAD.unpack_from(view, offset)
@@ -353,7 +343,7 @@ def _next_sound_record(
 
 
 def _is_torn(view: memoryview, header: SegmentHeader, offset: int) -> bool:
-    """Whether the rest of the file may be the beginning of a record."""
+    """Whether the rest of the file could be the beginning of a record."""
     left = len(view) - offset
     if left < _HEAD.size:
         return bytes(view[offset : offset + 4]) == _MARK[:left]

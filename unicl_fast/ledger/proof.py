@@ -1,7 +1,7 @@
-"""Reads a run's ledger and decides what it proves: which steps, each sample once an epoch.
+"""Reads a run's ledger and decides which steps, and which exact epochs, it proves.
 
-Only the ids count, not the plan: N successive draws of a source of N samples are an epoch, which is
-right when no sample came twice. Memory is one byte per sample, however long the run.
+The plan is not consulted: N successive draws of a source of N samples are an epoch, and correct if
+no sample came twice. Memory is one byte per sample, for any length of run.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _TWICE, _LOST, _UNKNOWN = 0, 1, 2  # in the order of SourceProof's fields
 
 Int64Array = NDArray[np.int64]
 Steps = tuple[int, int]
-"""The first step, and the one after the last."""
+"""The first step, and the step after the last."""
 Watch = Callable[[SegmentHeader, int, Int64Array, Int64Array], None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """The marks by which one run is told from another, in its ledger and in its checkpoints."""
+    """Identifies a run in its ledger and its checkpoints."""
 
     run_id: str
     seed: int
     global_batch_size: int
-    """`run.global_batch_size`; stages may have others."""
+    """`run.global_batch_size`; stages can have others."""
     sizes: list[int]
     """Samples of each source."""
 
@@ -62,11 +62,11 @@ class SourceProof:
     num_samples: int
     draws: int
     scheduled_twice: int
-    """Draws of a sample that the same epoch had drawn before."""
+    """Draws of a sample already drawn in the same epoch."""
     lost: int
     """Samples that a complete epoch did not draw."""
     unknown: int
-    """Draws of samples that the source does not have."""
+    """Draws of samples outside the source."""
 
     @property
     def complete_epochs(self) -> int:
@@ -79,51 +79,51 @@ class SourceProof:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """One start of the program, or a stage that began while it ran, over all its ranks."""
+    """One start of the program, or a stage that began while it ran, on all ranks."""
 
     header: SegmentHeader
-    """The header of one of its ranks."""
+    """One of its ranks' headers."""
     files: tuple[SegmentFile, ...]
-    """By rank; empty if one is missing, since no step is whole then."""
+    """By rank; empty if one is missing, since no step is complete then."""
     steps: tuple[Steps, ...]
-    """Steps of which all ranks have a record."""
+    """Steps recorded by all ranks."""
     counts_until: int
-    """A later segment begins at this step, or before: what is here beyond is superseded."""
+    """A later segment starts at or before this step and supersedes the rest."""
 
     @property
     def counts(self) -> bool:
-        """Whether anything of it is not superseded."""
+        """Whether any of it is not superseded."""
         return self.header.start_step < self.counts_until
 
     @property
     def num_superseded(self) -> int:
-        """Steps that a later start did again."""
+        """Steps that a later start repeated."""
         return sum(max(0, end - max(start, self.counts_until)) for start, end in self.steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerProof:
-    """The content of a ledger, and whether that is a proof."""
+    """The content of a ledger, and whether it is a proof."""
 
     steps: int
-    """Steps 0 up to this are proven, without a hole."""
+    """Steps from 0 up to this are proven without a hole."""
     holes: tuple[Steps, ...]
-    """Steps that were done, since later ones or a checkpoint are there, but have no records."""
+    """Steps that were done, since later ones or a checkpoint exist, but have no records."""
     num_draws: int
     """Draws of those steps."""
     num_lost_draws: int
-    """Draws of the steps without records."""
+    """Draws of the holes' steps."""
     global_batch_size: int
-    """`run.global_batch_size`; stages may have others."""
+    """`run.global_batch_size`; stages can have others."""
     segments: tuple[Segment, ...]
-    """Starts of the program and beginnings of stages, oldest first."""
+    """Starts of the program and of stages, oldest first."""
     sources: tuple[SourceProof, ...]
     substitutes: dict[tuple[int, int], Counter[int]]
     """(source, scheduled sample) -> samples shown instead, with counts."""
     faults: tuple[str, ...]
-    """Contradictions, in words; the first of them."""
+    """The first contradictions, in words."""
     notes: tuple[str, ...]
-    """Damage and files that were cut off, in words. It only counts where it leaves a hole."""
+    """Damage and truncated files, in words; they only matter if they leave a hole."""
 
     @property
     def holds(self) -> bool:
@@ -131,41 +131,41 @@ class LedgerProof:
 
     @property
     def starts(self) -> list[Segment]:
-        """The segments with which a program began."""
+        """The segments with which a program started."""
         return [segment for segment in self.segments if not segment.header.follows]
 
     @property
     def has_stages(self) -> bool:
-        """Whether steps are of several sizes."""
+        """Whether steps have several sizes."""
         headers = [segment.header for segment in self.segments]
         return any(one.global_batch_size != self.global_batch_size for one in headers)
 
     @property
     def num_superseded(self) -> int:
-        """Steps that were done twice, because the run had resumed from a checkpoint before them."""
+        """Steps done twice, because the run resumed from an earlier checkpoint."""
         return sum(segment.num_superseded for segment in self.segments)
 
     @property
     def num_substituted(self) -> int:
-        """Draws for which another sample than the scheduled one was shown."""
+        """Draws that showed another sample than the scheduled one."""
         return sum(counter.total() for counter in self.substitutes.values())
 
 
 def prove(
     folder: Path, *, steps_done: int = 0, run: Run | None = None, watch: Watch | None = None
 ) -> LedgerProof:
-    """Reads all of a ledger.
+    """Reads a whole ledger.
 
     Args:
-        folder: where the segments are, `ledger` of a run folder.
-        steps_done: steps that are known to be done from elsewhere, as the newest checkpoint.
-        run: the run that this checkpoint is of, which the ledger must be of too.
-        watch: is called with all draws too, in their order: a header of their segment, the first
-            step, and source ids and scheduled sample ids [steps n].
+        folder: the folder of the segments, `ledger` of a run folder.
+        steps_done: steps known to be done from elsewhere, such as the newest checkpoint.
+        run: the run of this checkpoint, which the ledger must match.
+        watch: also receives all draws in order: a header of their segment, the first step, and
+            source ids and scheduled sample ids [steps n].
 
     Raises:
         FileNotFoundError: no ledger there.
-        ValueError: of a format version that is not known here.
+        ValueError: an unknown format version.
     """
     found = list_segments(folder) if folder.is_dir() else {}
     if not found:
@@ -225,7 +225,7 @@ def prove(
 def _read_segments(
     found: dict[int, dict[int, Path]], notes: list[str], faults: list[str]
 ) -> list[Segment]:
-    """All starts that have written something, oldest first."""
+    """All segments with content, oldest first."""
     segments: list[Segment] = []
     counts_until = _ENDLESS
     for number in sorted(found, reverse=True):
@@ -256,7 +256,7 @@ def _read_segments(
 def _read_files(
     number: int, paths: dict[int, Path], notes: list[str]
 ) -> tuple[dict[int, SegmentFile], bool]:
-    """The readable ones of segment `number` by rank, and whether another was damaged."""
+    """The readable files of segment `number` by rank, and whether another was damaged."""
     files, any_damaged = {}, False
     for rank, path in paths.items():
         try:
@@ -283,7 +283,7 @@ def _read_files(
 
 
 def _contradictions(segments: Sequence[Segment], run: Run | None) -> list[str]:
-    """Finds starts of different runs, or of another run than the checkpoint's."""
+    """Segments of different runs, or of another run than the checkpoint's, in words."""
     numbered = [(segment.header.segment, _run_of(segment.header)) for segment in segments]
     faults = [
         f"segments {one} and {other} are of different runs: {first}, and {second}"
@@ -303,7 +303,7 @@ def _run_of(header: SegmentHeader) -> Run:
 
 
 def _union(ranges: Iterable[Steps]) -> list[Steps]:
-    """Ranges that come in ascending order, joined where they touch."""
+    """Joins touching ranges, given in ascending order."""
     joined: list[Steps] = []
     for start, end in ranges:
         if start >= end:
@@ -316,7 +316,7 @@ def _union(ranges: Iterable[Steps]) -> list[Steps]:
 
 
 def _steps_of_all(files: Sequence[SegmentFile]) -> list[Steps]:
-    """The steps of which every rank has a record."""
+    """The steps recorded by every rank."""
     common = [(0, _ENDLESS)] if files else []
     for file in files:
         mine = _union((one.step, one.end) for one in file.ranges)
@@ -325,7 +325,6 @@ def _steps_of_all(files: Sequence[SegmentFile]) -> list[Steps]:
 
 
 def _gaps(covered: Sequence[Steps], end: int) -> list[Steps]:
-    """The parts of [0, end) that are not covered."""
     borders = [0, *(border for steps in covered for border in steps), end]
     pairs = zip(borders[::2], borders[1::2], strict=True)
     return [(start, stop) for start, stop in pairs if start < stop]
@@ -348,13 +347,13 @@ def _read_draws(
 
 
 def _draws_before(headers: Sequence[SegmentHeader], step: int) -> int:
-    """Draws of the run before a step, which a segment of these counts or lies behind."""
+    """Draws of the run before a step that is in or after one of these segments."""
     began = [header for header in headers if header.start_step <= step] or headers[:1]
     return began[-1].draws_before(step) if began else 0
 
 
 def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> str:
-    """Names records from step `start` on that lead out of the batch or its sources; or nothing."""
+    """The first record from step `start` on beyond the batch or its sources, in words; or ""."""
     num_sources = len(segment.header.sources)
     if source_ids.size and source_ids.max() >= num_sources:
         return (
@@ -370,19 +369,19 @@ def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> 
 
 
 class _EpochCounter:
-    """Counts the draws of all sources, given in their order, epoch by epoch; one byte a sample."""
+    """Counts the ordered draws of all sources epoch by epoch; one byte per sample."""
 
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
         self._sources = list(sources)
         self._seen = [np.zeros(source.num_samples, np.bool_) for source in sources]
-        """Samples that the present epoch of a source has drawn."""
+        """Samples drawn in each source's current epoch."""
         self._draws = [0] * len(self._sources)
         self._counts = np.zeros((len(self._sources), 3), np.int64)
         self._examples: list[tuple[int, int, int, int, int]] = []
-        """Kind, source, epoch, sample, and number of the draw in the run (-1 for lost ones)."""
+        """Kind, source, epoch, sample, and the draw's number in the run (-1 if lost)."""
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
-        """Counts draws in order, of any shape; `first` is the first one's number in the run."""
+        """Counts draws of any shape in order; `first` is the first one's number in the run."""
         for number, source in enumerate(self._sources):
             places = np.flatnonzero(source_ids == number)
             while len(places):
@@ -391,7 +390,7 @@ class _EpochCounter:
                 self._add_to_epoch(number, ids.reshape(-1)[now], first + now)
 
     def _add_to_epoch(self, number: int, ids: Int64Array, draws: Int64Array) -> None:
-        """Counts draws of one epoch of a source; `draws` are their numbers in the run."""
+        """Counts draws within one epoch of a source; `draws` are their numbers in the run."""
         seen, size = self._seen[number], self._sources[number].num_samples
         epoch = self._draws[number] // size
         known = (ids >= 0) & (ids < size)
@@ -425,7 +424,7 @@ class _EpochCounter:
         ]
 
     def examples(self, headers: Sequence[SegmentHeader]) -> list[str]:
-        """The first faults, in words; the headers are of all segments that were counted."""
+        """The first faults, in words; `headers` are of all counted segments."""
         found = []
         firsts = [header.draws_before(header.start_step) for header in headers]
         for kind, source, epoch, sample, draw in self._examples:

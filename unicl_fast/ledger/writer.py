@@ -1,7 +1,7 @@
-"""Records what every step was fed, so that it can be proven afterwards (`unicl-ledger`).
+"""Records the samples fed at every step, to be proven afterwards (`unicl-ledger`).
 
-Before a checkpoint is begun, all ranks have handed over the records of the steps it holds. So
-records that are lost when a rank dies belong to steps that the next start does again.
+All ranks flush their records before a checkpoint of the same steps begins, so records lost in a
+crash belong to steps that the next start repeats.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from unicl_fast.system.untrusted_files import open_regular
 
 logger = logging.getLogger(__name__)
 
-# Records that a full disk did not take wait in memory; beyond this the run stops.
+# Records that a full disk rejected wait in memory; beyond this the run stops.
 _MOST_WAITING_BYTES = 64 << 20
-# A rank's answer whether its records are on the disk.
+# A rank's answer whether its records are on disk.
 _ON_DISK, _NOT_WRITTEN, _REMOVED = range(3)
 
 
@@ -54,10 +54,7 @@ class Ledger:
         spans: Sequence[Span] = (),
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing yet. All ranks and starts of a run share `folder`; `spans` are its stages.
-
-        The other arguments are explained in `SegmentHeader`.
-        """
+        """Writes nothing yet; see `SegmentHeader`. All ranks and starts of a run share `folder`."""
         self.folder = folder
         self._ranks = ranks or Ranks()
         self._header = SegmentHeader(
@@ -82,16 +79,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def segment(self, step: int, *, run_id: str = "") -> Iterator[None]:
-        """Opens a segment whose first record is of `step`; all ranks call it together.
-
-        Records that could not be written when it is closed are lost.
-
-        Raises:
-            OSError: the file cannot be made.
-        """
+        """Opens a segment whose first record is of `step`, or raises OSError; a collective call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = max(list_segments(self.folder), default=0)
-        # a rank may have begun a stage's segment that others, ended with it, had not
+        # another rank may already have opened a stage's segment when both ended
         number = 1 + max(gather_integers(newest, self._ranks))
         self._header = dataclasses.replace(self._header, run_id=run_id, follows=False)
         try:
@@ -108,7 +99,7 @@ class Ledger:
             self._file = -1
 
     def _open(self, number: int, step: int) -> None:
-        """Begins a rank's file of segment `number`, whose first record is of `step`."""
+        """Opens this rank's file of segment `number`, whose first record is of `step`."""
         header = dataclasses.replace(self._header, segment=number, start_step=step)
         if self._spans:
             span = span_at(self._spans, step)
@@ -124,10 +115,10 @@ class Ledger:
         self._waiting = bytearray(encode_header(header))
         self._next_step = step
         self._write()
-        flush_to_disk(self.folder)  # so that the file's name survives a power cut too
+        flush_to_disk(self.folder)  # so that the file's name survives a power cut, too
 
     def _open_next_stage(self) -> None:
-        """Leaves the file of a stage that is over, all of which must be on the disk by then."""
+        """Closes the file of a finished stage, which must be completely on disk, and opens one."""
         self._write()
         if self._failure is not None or not is_at(self._file, self._path):
             raise OSError(
@@ -142,12 +133,11 @@ class Ledger:
         self._open(self._header.segment + 1, self._next_step)
 
     def record(self, batch: Batch) -> None:
-        """Hands the record of a finished step to the kernel, which keeps it if we are killed.
+        """Hands a finished step's record to the kernel, which keeps it if we are killed.
 
         Raises:
-            ValueError: the batch does not say what it holds, or ids that its sources do not have.
-            OSError: nothing could be written for so long that memory would fill, or until the next
-                stage.
+            ValueError: the batch lacks ids, or has ids that its sources do not have.
+            OSError: writing failed for so long that memory would fill, or until the next stage.
         """
         assert self._file >= 0, "records belong into a segment"
         assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
@@ -181,21 +171,21 @@ class Ledger:
             )
 
     def flush(self, *, required: bool) -> bool:
-        """Whether all ranks' records so far are on the disk; all ranks call it together.
+        """Whether all ranks' records so far are on disk; a collective call before a checkpoint.
 
-        The trainer calls it before a checkpoint is begun: one of steps that a rank has not recorded
-        would leave a hole in the ledger, should that rank be killed now.
+        A checkpoint of steps that a rank has not recorded would leave a hole in the ledger if that
+        rank died now.
 
         Raises:
-            OSError: they are not, and are `required`. Otherwise that is only logged, loudly. Also
-                if a rank's file is no longer where it was: what it held cannot be written again.
+            OSError: they are not, and are `required` (else an error is logged), or a rank's file
+                was moved or removed: its content cannot be written again.
         """
         self._write()
         is_there = True
         if self._failure is None:
             try:
                 os.fdatasync(self._file)
-                # a file that was removed takes records too, and no call fails
+                # writing to a removed file succeeds
                 is_there = is_at(self._file, self._path)
             except OSError as error:
                 self._failure = error
@@ -244,5 +234,5 @@ class Ledger:
 
 
 def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
-    """Whether the run has a ledger from an earlier start, as rank 0 sees it."""
+    """Whether an earlier start of the run wrote a ledger, as seen by rank 0."""
     return bool(from_rank_0((run_folder / LEDGER_FOLDER).is_dir(), ranks))

@@ -1,8 +1,7 @@
 """LoRA: small trained matrices on the frozen layers of an encoder, by peft (`optim.lora`).
 
-A layer W becomes W + (16 / rank) B A (Hu et al., arXiv 2106.09685), with A as peft draws it and B
-zero at first. Linear layers and dense convolutions of blocks get them. Merged into W they leave the
-model that was there before, which needs no peft.
+A layer W becomes W + (16 / rank) B A (Hu et al., arXiv 2106.09685); peft draws A, and B starts at
+zero. Merging restores the original architecture, which needs no peft.
 """
 
 from __future__ import annotations
@@ -25,10 +24,9 @@ ALPHA = 16
 def add_adapters(
     encoder: nn.Module, blocks: Sequence[nn.Module], adapters: Adapters, *, rank: int
 ) -> None:
-    """Freezes an encoder's weights, and puts an adapter on each layer of some of its blocks.
+    """Freezes an encoder; adapts the linear layers and dense convolutions of `blocks`.
 
-    Raises:
-        ValueError: peft is not installed, or the blocks have no layers that take adapters.
+    Raises ValueError if there are none, or peft is not installed.
     """
     try:
         import peft  # takes seconds
@@ -59,9 +57,9 @@ def add_adapters(
 
 
 def check_adapters(encoder: nn.Module, name: str, *given: Tensor) -> None:
-    """Refuses (ValueError) an encoder that reads weights past their layers, so past an adapter.
+    """Refuses (ValueError) an encoder that reads weights without calling their layers.
 
-    `name` is the encoder's, and `given` an input that it takes.
+    An adapter there would have no effect. `given` is an example input; `name` is for the message.
     """
     waiting = {module: path for path, module in encoder.named_modules() if is_adapted(module)}
 
@@ -78,14 +76,14 @@ def check_adapters(encoder: nn.Module, name: str, *given: Tensor) -> None:
     if waiting:
         raise ValueError(
             f"optim.lora cannot adapt {name}, which reads the weights of {len(waiting)} layers "
-            f"past an adapter, such as {next(iter(waiting.values()))}: take another encoder, or "
-            "freeze its first blocks by optim.freeze and train the others"
+            f"past an adapter, such as {next(iter(waiting.values()))}: choose another encoder, or "
+            "freeze its first blocks with optim.freeze and train the others"
         )
 
 
 @torch.no_grad()
 def merge_adapters(encoder: nn.Module) -> None:
-    """Adds all adapters to their layers, which take their names and places again."""
+    """Merges all adapters into their layers, which get their names and places back."""
     for parent in list(encoder.modules()):
         for name, child in list(parent.named_children()):
             if is_adapted(child):
@@ -100,7 +98,6 @@ def merge_adapters(encoder: nn.Module) -> None:
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a layer has an adapter."""
     return hasattr(module, "lora_A")
 
 
@@ -110,7 +107,7 @@ def _takes_adapter(module: nn.Module) -> bool:
 
 
 def _make_layer(attention: TextAttention) -> None:
-    """Makes a layer of the queries', keys' and values' weight, which is a parameter for itself."""
+    """Turns the fused query, key and value weight, a bare parameter, into a layer."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.weight, layer.bias = weight, bias

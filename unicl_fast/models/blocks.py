@@ -1,7 +1,7 @@
 """The repeated blocks of encoders: found by their class names, recomputed in backward.
 
-One mechanism serves both encoders, since timm's own switch covers only the image side and counts
-every BatchNorm statistic twice. An architecture without any known block is refused.
+Both encoders use this one mechanism: timm's own switch covers only the image side and updates
+BatchNorm's statistics twice. An architecture without known blocks is refused.
 """
 
 from __future__ import annotations
@@ -35,11 +35,7 @@ KNOWN_BLOCKS = {
 
 
 def checkpoint_blocks(encoder: nn.Module) -> int:
-    """Makes every block of an encoder recompute its forward pass in backward; returns how many.
-
-    Raises:
-        ValueError: no module of a known block class.
-    """
+    """Makes each block recompute its forward pass in backward; ValueError without known blocks."""
     blocks = find_blocks(encoder)
     if not blocks:
         raise ValueError(
@@ -53,21 +49,21 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
 
 
 def find_blocks(encoder: nn.Module) -> list[nn.Module]:
-    """The modules that are recomputed in backward, or compiled, one at a time."""
+    """The modules that are checkpointed or compiled one by one."""
     return [module for module in encoder.modules() if type(module).__name__ in KNOWN_BLOCKS]
 
 
 def keep_activations_in_copy(encoder: nn.Module) -> None:
-    """Undoes `checkpoint_blocks` in a copy, whose blocks would run those of the original."""
+    """Undoes `checkpoint_blocks` in a copy, whose blocks would call the original's."""
     for block in find_blocks(encoder):
         block.__dict__.pop("forward", None)
 
 
 def _checkpoint_forward(block: nn.Module) -> None:
     forward = block.forward
-    # nothing in our models draws from a generator, whose state would have to be restored
+    # nothing in our models draws random numbers in forward, so there is no state to restore
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    # torch.compile can take no contexts: only where there are averages to leave alone
+    # only for BatchNorm, since torch.compile accepts no context_fn
     if has_batch_norm(block):
         options["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(block))
 
@@ -79,7 +75,7 @@ def _checkpoint_forward(block: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _averages_left_alone(block: nn.Module) -> Iterator[None]:
-    """Keeps the second forward pass from moving BatchNorm's running averages again."""
+    """Keeps the recomputed forward pass from updating BatchNorm's running averages again."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -96,7 +92,7 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 
 class BatchNormBackup:
-    """Puts back BatchNorm's averages, which the forward pass of a non-finite step has changed."""
+    """Restores BatchNorm's averages after a non-finite step."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -109,6 +105,6 @@ class BatchNormBackup:
 
     @torch.no_grad()
     def restore_where(self, is_bad: Tensor) -> None:
-        """Restores them after it, where `is_bad` (bool [] on the device, which is not read)."""
+        """Restores them if `is_bad` (bool [] on the device, which is not read back)."""
         for buffer, kept in zip(self._buffers, self._kept, strict=True):
             buffer.copy_(torch.where(is_bad, kept, buffer))

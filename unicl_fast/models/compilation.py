@@ -1,7 +1,7 @@
-"""Encoders compiled by block or as a whole, and windows of Swin attended to by kernels.
+"""Compiles encoders by block or whole, and chooses Triton kernels for Swin's window attention.
 
-Numbers and lengths of texts are rounded up to a few sizes, so that they meet graphs that exist
-(docs/architecture.md). Padding tokens come after what is read, and added texts have count 0.
+Text counts and lengths are rounded up to a few sizes, to reuse compiled graphs
+(docs/architecture.md). Padding follows the end-of-text token, and added texts have count 0.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 _ALONE = Ranks()
 _MOST_GRAPHS = 128
 _OLDEST_FOR_TRITON = (7, 0)
-_OLDEST_FOR_WINDOWS = (8, 0)  # products of bf16
+_OLDEST_FOR_WINDOWS = (8, 0)  # bf16 tensor cores
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile takes: $CXX, or g++."""
+    """Whether torch.compile finds a C++ compiler: $CXX, or g++."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def settle_compilation(
     efficiency: EfficiencyConfig, model: UniCL, device: torch.device, *, ranks: Ranks = _ALONE
 ) -> Compilation:
-    """Settles `efficiency.compile`: for auto, blocks where all ranks can, on a GPU, or off."""
+    """Resolves `efficiency.compile=auto`: blocks if all ranks have a GPU that can, else off."""
     if efficiency.compile != "auto":
         return efficiency.compile
     obstacle = _obstacle_to_blocks(model, device)
@@ -55,10 +55,7 @@ def all_can(
     *,
     fault: str = "",
 ) -> bool:
-    """Whether no rank has an obstacle to what `auto` would take; says on a GPU what it takes.
-
-    A `fault` is an obstacle that should not be there: the log warns of it.
-    """
+    """Whether no rank has an obstacle to `best`; logs it on a GPU, as a warning for a `fault`."""
     can = not any(gather_integers(bool(obstacle or fault), ranks))
     if device.type == "cuda":
         level, reason = logging.INFO, ""
@@ -73,7 +70,7 @@ def all_can(
 
 
 def _obstacle_to_blocks(model: UniCL, device: torch.device) -> str:
-    """Says why `auto` compiles nothing; empty where it does."""
+    """Why `auto` does not compile; empty if it does."""
     if device.type != "cuda":
         return "a CPU gains nothing"
     if not has_compiler():
@@ -95,13 +92,10 @@ def _has_dora(model: UniCL) -> bool:
 
 
 def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inductor") -> None:
-    """Makes encoders, or their blocks, compile themselves at their next calls.
+    """Makes encoders, or their blocks, compile at their next call; weight names stay the same.
 
-    Names of weights stay the same. Blocks of the same class and sizes share one graph.
-
-    Raises:
-        ValueError: no C++ compiler, no blocks that are known, blocks with BatchNorm that are
-            recomputed in backward, or DoRA.
+    Raises ValueError without a C++ compiler or known blocks, for blocks with BatchNorm under
+    activation checkpointing, and for DoRA.
     """
     if backend == "inductor" and not has_compiler():
         raise ValueError(
@@ -112,7 +106,7 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
     if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
         raise ValueError(
             "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
-            "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
+            "choose an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
             "efficiency.activation_checkpointing=False or efficiency.compile=off"
         )
     if _has_dora(model):
@@ -127,10 +121,9 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
     from torch._dynamo import config as dynamo  # takes seconds to import
 
     # All blocks count as one function: Swin has 8 kinds, each in training and in evaluation, for
-    # one size and for any. Beyond torch's limit of 8 graphs the others would silently stay eager.
+    # one size and for any. Beyond torch's limit of 8 graphs the rest would silently stay eager.
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, _MOST_GRAPHS)
-    # it cuts an encoder into pieces, so that reductions begin before its backward pass ends; blocks
-    # are pieces already
+    # it splits an encoder's graph to overlap reductions with backward; blocks are split already
     dynamo.optimize_ddp = False
     for encoder in model.encoders:
         blocks = find_blocks(encoder)
@@ -147,12 +140,10 @@ def compile_encoders(model: UniCL, what: Compilation, *, backend: str = "inducto
 def settle_window_attention(
     efficiency: EfficiencyConfig, model: UniCL, device: torch.device, *, ranks: Ranks = _ALONE
 ) -> WindowAttention:
-    """Settles `efficiency.window_attention`: for auto, triton where all ranks can, or timm.
+    """Resolves `efficiency.window_attention=auto`: triton if all ranks can, else timm.
 
-    One rank of each machine tries the kernels that `auto` would take.
-
-    Raises:
-        SharedRefusal: triton is asked for and cannot work on some rank; all ranks raise it.
+    One rank of each machine tries the kernels first. If triton was requested and some rank cannot
+    run it, all ranks raise SharedRefusal.
     """
     chosen: WindowAttention = efficiency.window_attention
     has_swin_blocks = any(type(one).__name__ == SWIN_BLOCK for one in find_blocks(model))
@@ -160,7 +151,7 @@ def settle_window_attention(
         return "timm"
     obstacle = obstacle_to_window_attention(efficiency, model, device)
     if chosen == "triton":
-        with refused_together(ranks):  # the others would wait for a rank that has ended
+        with refused_together(ranks):  # the others would wait for a rank that has exited
             refuse_window_attention(obstacle)
         return "triton"
     fault = ""
@@ -172,7 +163,7 @@ def settle_window_attention(
 
 
 def refuse_window_attention(obstacle: str) -> None:
-    """Raises a ValueError where there is an obstacle to the triton that was asked for."""
+    """Raises a ValueError if there is an obstacle to the requested triton."""
     if obstacle:
         raise ValueError(
             f"efficiency.window_attention=triton cannot work here, since {obstacle}: set auto or "
@@ -183,7 +174,7 @@ def refuse_window_attention(obstacle: str) -> None:
 def obstacle_to_window_attention(
     efficiency: EfficiencyConfig, model: UniCL, device: torch.device
 ) -> str:
-    """Says why the kernels cannot compute a model's attention; empty where they can."""
+    """Why the kernels cannot compute a model's attention; empty if they can."""
     if device.type != "cuda":
         return "the kernels run on CUDA devices only"
     if efficiency.precision == "fp64":
@@ -201,7 +192,7 @@ def obstacle_to_window_attention(
 
 
 def fuse_window_attention(encoder: nn.Module) -> int:
-    """Gives the kernels the attention of all blocks that they can take; returns how many."""
+    """Switches all blocks that fit to the kernels; returns how many."""
     from unicl_fast.models.window_attention import blocks_that_fit, fuse  # imports triton
 
     blocks = blocks_that_fit(encoder)
@@ -213,8 +204,8 @@ def fuse_window_attention(encoder: nn.Module) -> int:
 def rounds_sizes(efficiency: EfficiencyConfig, device: torch.device) -> bool:
     """Whether numbers and lengths of texts are rounded up.
 
-    Compiled encoders need it. On a GPU eager ones have it too: with a few sizes torch's allocator
-    finds freed blocks that fit. On a CPU what is added would be computed for nothing.
+    Compiled encoders need it. Eager ones on a GPU benefit: with few sizes, torch's allocator finds
+    freed blocks that fit. On a CPU the padding would only cost time.
     """
     return efficiency.compile in ("blocks", "encoders") or device.type == "cuda"
 
@@ -225,10 +216,7 @@ def round_up_length(length: int) -> int:
 
 
 def round_up_count(count: int) -> int:
-    """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
-
-    At most a quarter is added from 32 on. A run whose batches are alike meets one or two sizes.
-    """
+    """The next of four sizes an octave: 8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ..."""
     step = max(8, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
 
@@ -236,10 +224,10 @@ def round_up_count(count: int) -> int:
 def pad_texts(
     tokens: Tensor, num_tokens: int | None, class_ids: Tensor, counts: Tensor
 ) -> tuple[Tensor, int | None, Tensor, Tensor]:
-    """Rounds up how many texts there are, and how many of their tokens are computed.
+    """Rounds up the number of texts, and how many of their tokens are computed.
 
-    Takes and returns tokens int64 [u l], how many of them are computed (None for all), class ids
-    int64 [u] and counts int64 [u]; l stays the same, and the texts that are added have count 0.
+    Accepts and returns tokens int64 [u l], how many of them are computed (None for all), class ids
+    int64 [u] and counts int64 [u]. l does not change; added texts have count 0.
     """
     added = round_up_count(len(tokens)) - len(tokens)
     tokens = F.pad(tokens, (0, 0, 0, added))

@@ -1,7 +1,7 @@
-"""Parts of a model that are not trained, as `optim.freeze` and `optim.lora` name them.
+"""Freezes parts of a model, as `optim.freeze` and `optim.lora` say.
 
-Their parameters take no gradient, so torch keeps no graph of what comes before the first layer that
-is trained. Their modules stay in evaluation mode: no drop path, and BatchNorm's averages stay.
+Frozen parameters need no gradient, so torch keeps no graph before the first trained layer. Frozen
+modules stay in evaluation mode: no drop path, and BatchNorm's averages stay.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from unicl_fast.system.wording import count_of
 
 
 def freeze(model: UniCL) -> None:
-    """Freezes what `optim.freeze` in the model's config names, and adapts what `optim.lora` does.
+    """Freezes the parts named in `optim.freeze`, and adds the adapters of `optim.lora`.
 
-    The model has its first weights, and is neither compiled nor divided over ranks yet: both hide
-    its blocks.
-
-    Raises:
-        ValueError: the model has no such part or fewer blocks, nothing would be left to train, or
-            an encoder cannot be adapted.
+    Call it after loading the initial weights and before compiling or sharding, which hide the
+    blocks. Raises ValueError for a missing part, too few blocks, nothing left to train, or an
+    encoder that cannot be adapted.
     """
     found = _find(model)
     if model.config.optim.adapters is not None:
@@ -45,7 +42,7 @@ def freeze(model: UniCL) -> None:
 
 
 def merge(model: UniCL) -> None:
-    """Adds adapters to the weights that they stand on; nothing is frozen any more."""
+    """Merges adapters into their base weights; nothing is frozen afterwards."""
     from unicl_fast.models.adapters import merge_adapters
 
     for encoder in model.encoders:
@@ -55,13 +52,13 @@ def merge(model: UniCL) -> None:
 
 
 def is_trained(model: UniCL, tower: Literal["image", "text"]) -> bool:
-    """Whether gradients of a tower's features are for something: its encoder or its projection."""
+    """Whether a tower's encoder or projection is trained, so its features need gradients."""
     own = (f"{tower}_encoder.", f"{tower}_projection")
     return any(one.requires_grad for name, one in model.named_parameters() if name.startswith(own))
 
 
 def encoder_is_frozen(model: UniCL, tower: Literal["image", "text"]) -> bool:
-    """Whether nothing of a tower's encoder is trained now, whatever its projection."""
+    """Whether nothing of a tower's encoder is trained, regardless of its projection."""
     names = (name for name, _ in model.named_parameters())
     own = {name for name in names if name.startswith(f"{tower}_encoder.")}
     return own <= model.frozen.names
@@ -98,10 +95,7 @@ def _part(model: UniCL, attribute: str, entry: str) -> nn.Module | nn.Parameter:
 
 
 def _adapt(model: UniCL, found: FrozenParts) -> FrozenParts:
-    """Puts the adapters of `optim.lora` on encoders; returns all that is frozen then.
-
-    BatchNorm keeps its averages, as in an encoder that is frozen whole.
-    """
+    """Adds the adapters of `optim.lora`; returns all frozen parts, which include BatchNorm."""
     from unicl_fast.models.adapters import add_adapters, check_adapters  # no peft without them
 
     config = model.config
@@ -142,7 +136,7 @@ def _adapt(model: UniCL, found: FrozenParts) -> FrozenParts:
 
 
 def _in_base(model: UniCL, found: FrozenParts) -> frozenset[str]:
-    """Names of the tensors of encoders that stay as `model.init` or its fellows gave them."""
+    """Names of the encoders' tensors that keep their values from `model.init` or `init_TOWER`."""
     own = {
         id(one) for part in found.modules for module in part.modules() for one in module.buffers()
     }
@@ -160,10 +154,10 @@ def _in_base(model: UniCL, found: FrozenParts) -> frozenset[str]:
 def _first_blocks(
     encoder: nn.Module, count: int, entry: str
 ) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Modules up to block `count` and in it, in their order; and those that are frozen whole.
+    """Modules up to and including block `count`, in order; and the outermost fully frozen ones.
 
-    An encoder or a stage, which holds later modules too, is among the first only: what it has of
-    its own, such as a position table, comes before its blocks.
+    An encoder or stage that also holds later modules appears in the first list only: its own
+    parameters, such as a position table, come before its blocks.
     """
     blocks = find_blocks(encoder)
     if count > len(blocks):

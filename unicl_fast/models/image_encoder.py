@@ -1,8 +1,8 @@
-"""Image encoders: timm's models without their classifier, whose drop path needs no generator.
+"""timm's image encoders without classifier; drop path and token drop use no random state.
 
-A drop-path mask (Huang et al., arXiv 1603.09382) is a function of (seed, step, layer, global
-index), and so are the tokens that a ViT leaves out (Li et al., arXiv 2212.00794): the same
-whichever rank holds a sample and however often its forward pass is run, without random state.
+The drop-path mask (Huang et al., arXiv 1603.09382) and the tokens that a ViT leaves out (Li et al.,
+arXiv 2212.00794) are functions of (seed, step, layer, global index): the same on any rank and in
+each recomputation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PURPOSE, _TOKENS = 0xD409, 0x70C3
 _NOT_BUILT = (TypeError, ValueError, AssertionError, RuntimeError)
 _TRIED_SIZES = 12
 _FEW_PIXELS, _FEW_PARAMETERS = 64, 10**7
-"""Images up to this size pass a model of so many in less time than their shapes do."""
+"""Up to this image and model size, a real forward pass is faster than one of shapes alone."""
 
 
 def build_image_encoder(
@@ -43,11 +43,9 @@ def build_image_encoder(
 ) -> nn.Module:
     """A timm model that maps images [b 3 image_size image_size] to features [b num_features].
 
-    In training it leaves out tokens, if `drops_tokens`, as `key` says. It takes images of
-    `other_sizes` after `set_image_size`.
-
-    Raises:
-        ValueError: timm knows no such model, or the model cannot take these sizes or drop tokens.
+    With `drops_tokens` it leaves out tokens in training, chosen by `key`. It accepts images of
+    `other_sizes` after `set_image_size`. Raises ValueError if timm knows no such model, or the
+    model cannot use these sizes or drop tokens.
     """
     vits.register(name)
     if not timm.is_model(name):
@@ -85,14 +83,11 @@ def build_image_encoder(
 
 
 def set_image_size(encoder: nn.Module, image_size: int) -> None:
-    """Lets an encoder take images of another size, with the weights that it has.
+    """Lets an encoder accept another image size, with its present weights.
 
-    Position tables stay those of the size for which it was built: a ViT resamples its own in each
-    forward pass (timm's `dynamic_img_size`), and the smaller windows of a Swin look up the middle
-    of theirs, where the smaller distances are. Convolutions take any size.
-
-    Raises:
-        ValueError: its tables are of one size, and nothing is known of how to read them.
+    Position tables keep the size they were built for: a ViT resamples its own in each forward pass
+    (timm's `dynamic_img_size`), and a Swin's smaller windows look up the middle of theirs, which
+    holds the smaller distances. Convolutions need no change; other tables raise ValueError.
     """
     embedding = getattr(encoder, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed) or image_size == embedding.img_size[0]:
@@ -100,16 +95,16 @@ def set_image_size(encoder: nn.Module, image_size: int) -> None:
     if isinstance(encoder, SwinTransformer):
         _set_swin_size(encoder, image_size)
     elif not isinstance(encoder, VisionTransformer):
-        raise ValueError("of the encoders that are built for one size, only ViTs and Swins can")
+        raise ValueError("of encoders built for one size, only ViTs and Swins can change it")
     elif not encoder.dynamic_img_size:
-        # what timm's argument of that name does
+        # same as timm's argument of that name
         encoder.dynamic_img_size = True
         embedding.strict_img_size, embedding.flatten = False, False
         embedding.output_fmt = Format.NHWC
 
 
 def _set_swin_size(encoder: SwinTransformer, image_size: int) -> None:
-    """Gives all blocks the windows that timm's model of this size would have."""
+    """Gives all blocks the windows of timm's model for this size."""
     encoder.patch_embed.set_input_size(img_size=(image_size, image_size))
     side = encoder.patch_embed.grid_size[0]
     for number, layer in enumerate(encoder.layers):
@@ -135,7 +130,7 @@ def _set_swin_size(encoder: SwinTransformer, image_size: int) -> None:
 
 
 def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
-    """Builds timm's model; raises one of _NOT_BUILT if it cannot take this size or drop path."""
+    """Builds timm's model; raises one of _NOT_BUILT if the size or drop path is impossible."""
     arguments: dict[str, Any] = {}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     has_one_size = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
@@ -147,18 +142,18 @@ def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
     except TypeError:
         if drop_path:
             raise
-        encoder = timm.create_model(name, **arguments)  # an older network, which knows none
+        encoder = timm.create_model(name, **arguments)  # older networks have no such argument
     if has_one_size:
         _try_size(encoder, image_size)
     return encoder
 
 
 def _try_size(encoder: nn.Module, image_size: int) -> None:
-    """Raises what an image would meet: many models are built for a size that they cannot take."""
+    """Runs one image: timm builds many models for sizes that they cannot run."""
     own: Any = getattr(encoder, "pretrained_cfg", None) or {"input_size": [0]}
     for embedding in encoder.modules():
-        # timm leaves out the pixels beyond the last whole patch, and says nothing; some models were
-        # trained so (SigLIP so400m, 384 pixels in patches of 14)
+        # timm silently drops pixels beyond the last whole patch; some models were trained that way
+        # (SigLIP so400m, 384 pixels in patches of 14)
         if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
             patch = max(embedding.patch_size)
             if image_size % patch and image_size != own["input_size"][-1]:
@@ -169,13 +164,13 @@ def _try_size(encoder: nn.Module, image_size: int) -> None:
         num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
         is_quick = image_size <= _FEW_PIXELS and num_parameters <= _FEW_PARAMETERS
         if is_quick or not _takes_shapes(encoder, size):
-            # it may be a tensor that is made in passing, and not the size
+            # shapes also fail for a model that creates a tensor in forward: run it for real
             encoder(torch.zeros(size))
     encoder.train()
 
 
 def _takes_shapes(encoder: nn.Module, size: tuple[int, ...]) -> bool:
-    """Tries shapes alone, which takes 0.04 to 0.2 s whatever the model and the image size."""
+    """Whether a pass of shapes alone works: 0.04 to 0.2 s for any model and image size."""
     tensors = itertools.chain(encoder.named_parameters(), encoder.named_buffers())
     shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
     try:
@@ -186,7 +181,7 @@ def _takes_shapes(encoder: nn.Module, size: tuple[int, ...]) -> bool:
 
 
 def _suggest_sizes(name: str, image_size: int) -> str:
-    """Names the nearest sizes that a model takes, as the end of a sentence; or nothing."""
+    """The nearest sizes that a model accepts, as the end of a sentence; or nothing."""
 
     def fits(size: int) -> bool:
         try:
@@ -196,7 +191,7 @@ def _suggest_sizes(name: str, image_size: int) -> str:
             return False
         return True
 
-    if fits(image_size):  # the size is not what is wrong
+    if fits(image_size):  # the size is not the problem
         return ""
     # sides of patches, windows and strides are multiples of 4, or of 14
     sizes = [size for size in range(1, 8192) if size % 4 == 0 or size % 14 == 0]
@@ -205,16 +200,16 @@ def _suggest_sizes(name: str, image_size: int) -> str:
     found = [
         str(size) for side in (below, above) for size in itertools.islice(filter(fits, side), 1)
     ]
-    return f"; take data.image_size={' or '.join(found)}" if found else ""
+    return f"; set data.image_size={' or '.join(found)}" if found else ""
 
 
 def feature_width(encoder: nn.Module) -> int:
-    """Width of what a timm model without classifier returns, which is not always num_features."""
+    """Feature width of a timm model without classifier, which is not always num_features."""
     return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]
 
 
 class DropPathKey:
-    """Decides the masks of one forward pass; shared by all layers of a model."""
+    """Decides the masks of a forward pass; shared by all layers of a model."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -223,7 +218,7 @@ class DropPathKey:
         self._keep_probs: Tensor | None = None
 
     def set(self, *, step: int, global_index: Tensor) -> None:
-        """Fixes the masks of the forward passes of samples `global_index` (int64 [b]) at `step`."""
+        """Sets the masks for samples `global_index` (int64 [b]) at `step`."""
         if self.tokens is not None:
             self.tokens.keys = fold_key_tensor(fold_key(self.seed, _TOKENS, step), global_index)
         if not self.layers:
@@ -232,7 +227,7 @@ class DropPathKey:
         if self._keep_probs is None or len(self._keep_probs) != len(self.layers):
             keep_probs = [[1.0 - layer.drop_prob] for layer in self.layers]
             self._keep_probs = torch.tensor(keep_probs, dtype=torch.float64)
-        self._keep_probs = self._keep_probs.to(device)  # once: the copy makes a GPU wait
+        self._keep_probs = self._keep_probs.to(device)  # once: the copy synchronises a GPU
         numbers = torch.arange(len(self.layers), device=device)
         keys = fold_key_tensor(fold_key(self.seed, _PURPOSE, step), numbers)
         uniform = uniform_tensor(keys.unsqueeze(1), global_index.unsqueeze(0))
@@ -242,16 +237,13 @@ class DropPathKey:
 
 
 class KeyedDropPath(nn.Module):
-    """timm's DropPath with the random tensor replaced by the key's.
-
-    Layers differ in a tensor only, so that equal blocks share one compiled graph.
-    """
+    """timm's DropPath with keyed factors, a tensor so that equal blocks share a compiled graph."""
 
     def __init__(self, *, drop_prob: float) -> None:
         super().__init__()
         self.drop_prob, self.drops = drop_prob, drop_prob > 0
         self.factors: Tensor | None = None
-        """The key sets them: each sample's branch is multiplied by its own, float64 [b]."""
+        """Set by the key: a factor for each sample's branch, float64 [b]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.drops:
@@ -265,14 +257,14 @@ class KeyedDropPath(nn.Module):
 
 
 class KeyedTokenDrop(nn.Module):
-    """Leaves out tokens [b t w] in training, as many of each image and others of each image."""
+    """Leaves out tokens [b t w] in training: the same number in each image, chosen by its key."""
 
     def __init__(self, part: float = 0.0, *, num_prefix_tokens: int) -> None:
-        """Leaves out the part `part` of the tokens behind the first, which are no patches."""
+        """Leaves out the fraction `part` of the patch tokens, which follow the prefix tokens."""
         super().__init__()
         self.part, self.num_prefix_tokens = part, num_prefix_tokens
         self.keys: Tensor | None = None
-        """int64 [b], of the images of this forward pass."""
+        """int64 [b], one for each image of this forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.part or self.keys is None:
@@ -281,13 +273,13 @@ class KeyedTokenDrop(nn.Module):
         count = max(1, round(patches.shape[1] * (1 - self.part)))
         numbers = torch.arange(patches.shape[1], device=x.device)
         order = uniform_tensor(self.keys.unsqueeze(1), numbers.unsqueeze(0)).argsort(dim=1)
-        kept = order[:, :count].sort(dim=1).values  # in their order, so that sums are the same
+        kept = order[:, :count].sort(dim=1).values  # in order, so that sums round the same
         index = kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         return torch.cat([prefix, patches.gather(1, index)], dim=1)
 
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:
-    """Exchanges every timm DropPath, numbering layers in order of appearance."""
+    """Replaces every timm DropPath, numbering layers in order of appearance."""
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
             if isinstance(child, DropPath):

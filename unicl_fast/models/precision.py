@@ -1,4 +1,4 @@
-"""Number formats and memory layout, decided in this one place."""
+"""Number formats and memory layout of the encoders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _ALONE = Ranks()
 _FEWEST_TURNS = 4
 _MEASURED_SECONDS = 0.3
-"""Turns of the measurement for `auto`: so many at least, and as long after the first."""
+"""The measurement for `auto` has at least so many turns, and lasts so long after the first."""
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "tf32": torch.float32,
@@ -43,12 +43,12 @@ _COMPUTE_TYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Arithmetic of the encoders; weights stay in fp32 (fp64 for `fp64`)."""
+    """Arithmetic of the encoders; weights are fp32 (fp64 for `fp64`)."""
 
     name: PrecisionName
 
     def __post_init__(self) -> None:
-        """Resolves `auto` for this machine; a trainer has resolved it for its device before."""
+        """Resolves `auto` for this machine; a trainer resolves it for its device earlier."""
         if self.name == "auto":
             object.__setattr__(self, "name", fast_precision(choose_device("auto")))
 
@@ -64,13 +64,13 @@ class Precision:
     def autocast(
         self, device_type: str, *, cache_enabled: bool = True
     ) -> contextlib.AbstractContextManager[object]:
-        """The context to run encoders in; casts each weight once, or each time it is used."""
+        """The context to run encoders in; casts each weight once, or at each use."""
         if self.compute_type == self.weight_type:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.compute_type, cache_enabled=cache_enabled)
 
     def build_scaler(self, device_type: str) -> torch.amp.GradScaler:
-        """Loss scaling for fp16, whose gradients underflow; switched off for the others."""
+        """Loss scaling for fp16, whose gradients underflow; disabled for the others."""
         return torch.amp.GradScaler(device_type, enabled=self.name == "fp16")
 
 
@@ -81,7 +81,7 @@ def settle_precision(
     stored: PrecisionName | None = None,
     ranks: Ranks = _ALONE,
 ) -> PrecisionName:
-    """Settles `efficiency.precision`: for auto, a checkpoint's, or the fastest of rank 0."""
+    """Resolves `efficiency.precision=auto`: a checkpoint's, else rank 0's fastest."""
     if given != "auto":
         return given
     if stored is not None:
@@ -91,13 +91,13 @@ def settle_precision(
 
 
 def fast_precision(device: torch.device) -> PrecisionName:
-    """The precision that `auto` means on a device; says why in the log.
+    """Resolves `auto` for a device, and logs why.
 
-    A CPU is measured, with the threads that this process has. Its instructions alone do not tell:
-    AVX-512's products of pairs in bf16 have 2.3 times fp32's rate on AMD's Zen 4 and half of it on
-    Intel's Sapphire Rapids, emulated ones took 14 times as long as fp32, and the casts to bf16 are
-    more parallel regions, in which the threads of a busy machine wait for each other. bf16 rounds
-    more, so it has to be faster by a tenth at least.
+    A CPU is measured, with this process's threads, since its instruction set does not tell:
+    relative to fp32, bf16 has 2.3 times the rate on AMD's Zen 4 and half of it on Intel's Sapphire
+    Rapids (both AVX-512), emulation took 14 times as long, and the casts add parallel regions in
+    which threads of a busy machine wait for each other. bf16 must be faster by a tenth at least,
+    because it rounds more.
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
@@ -116,12 +116,8 @@ def fast_precision(device: torch.device) -> PrecisionName:
 
 @functools.lru_cache(maxsize=1)
 def seconds_of_products(num_threads: int) -> tuple[float, float]:
-    """Measures in fp32 and bf16, once, what both encoders are made of, forward and backward.
-
-    A convolution of 3 x 3 and a linear layer, large enough for all threads. The two take turns,
-    and the medians count: on a busy machine single turns are held up.
-    """
-    generator = torch.Generator().manual_seed(0)  # the global one is the model's
+    """Median seconds in fp32 and bf16 of a convolution and a linear layer, forward and backward."""
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to the model
     images, kernels, tokens, weight = (
         torch.randn(*shape, generator=generator, requires_grad=True)
         for shape in ((4, 64, 28, 28), (64, 64, 3, 3), (256, 256), (1024, 256))
@@ -130,29 +126,29 @@ def seconds_of_products(num_threads: int) -> tuple[float, float]:
     seconds: dict[bool, list[float]] = {False: [], True: []}
     deadline = math.inf
     while len(seconds[True]) < _FEWEST_TURNS or time.perf_counter() < deadline:
-        for reduced in (False, True):
+        for reduced in (False, True):  # in turns, since a busy machine delays single ones
             begun = time.perf_counter()
             with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=reduced):
                 outputs = F.conv2d(images, kernels, padding=1), F.linear(tokens, weight)
             torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
             seconds[reduced].append(time.perf_counter() - begun)
         deadline = min(deadline, time.perf_counter() + _MEASURED_SECONDS)
-    # the first turn has loaded libraries and prepared the kernels
+    # the first turn loads libraries and prepares kernels
     fp32, bf16 = (statistics.median(found[1:]) for found in seconds.values())
     return fp32, bf16
 
 
 def place_module(module: nn.Module, *, device: torch.device, precision: Precision) -> nn.Module:
-    """Moves weights to the device and into the weight type, and chooses attention for both.
+    """Moves weights to the device and weight type, and chooses attention kernels for both.
 
-    Torch's fused attention is slower than plain products on a CPU in 16 bits: its backward pass
-    takes 2 to 8 times as long (torch 2.13). Attention modules of timm and ours have a switch. Ours
-    also takes a kernel for texts without padding, where there is one.
+    On a CPU in 16 bits torch's fused attention is slower than plain products: backward costs 2 to 8
+    times as much (torch 2.13). Text attention also gets the kernel for texts without padding, if
+    there is one.
     """
     fused_is_slow = device.type == "cpu" and precision.compute_type.itemsize <= 2
     for part in module.modules():
         if fused_is_slow and hasattr(part, "fused_attn"):
-            part.fused_attn = False  # type: ignore[assignment]  # never on: timm has some off
+            part.fused_attn = False  # type: ignore[assignment]  # never on: timm disables some
         if isinstance(part, TextAttention):
             part.varlen_attn = find_varlen_attention(
                 device=device,
@@ -163,27 +159,24 @@ def place_module(module: nn.Module, *, device: torch.device, precision: Precisio
 
 
 def set_device_arithmetic(efficiency: EfficiencyConfig, device: torch.device) -> None:
-    """Sets torch's switches for the whole process, as `efficiency` says; those of a CPU stay.
-
-    Under autocast TF32 is for the loss, whose products of features are in fp32: the features have
-    the rounding of 16 bits already. cuDNN measures which of its convolutions is the fastest, once
-    for each size; they differ in rounding, so two starts of a run on a GPU may differ in it.
-    """
+    """Sets torch's process-wide switches for a CUDA device; a CPU's stay."""
     if device.type != "cuda":
         return
+    # under autocast TF32 affects the loss, whose fp32 products are of features rounded to 16 bits
     tf32 = Precision(efficiency.precision).name in ("tf32", "bf16", "fp16")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    # times its convolutions once for each size; they round differently, so two starts may differ
     torch.backends.cudnn.benchmark = True
 
 
-# Bytes to the encoder's input.
+# From bytes to the encoder's input.
 
 _CACHED_VALUES = 1 << 18
-"""Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
+"""Values normalised at once on the CPU: 1 MiB of fp32, one core's L2 cache."""
 _LARGE_VALUES = 1 << 20
-"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them, and
-into memory that is used again."""
+"""From 4 MiB of fp32 on, the result is stored past the caches, which could not hold it, in reused
+memory."""
 _BUFFERS = HostBuffers()
 
 
@@ -196,13 +189,11 @@ def normalise_images(
 ) -> Tensor:
     """Turns decoded images into the encoder's input: (images / 255 - mean) / std.
 
-    The uint8 batch leaves the decoder in [b h w c] order; seen as [b c h w] that IS channels_last,
-    so no pixel moves. The arithmetic is done in fp32 and rounded once: a bf16 subtraction would
-    lose a bit and a half. On the CPU, fp32 is made by one kernel, and other types in pieces of the
-    batch that stay in the cache.
+    uint8 [b h w c] viewed as [b c h w] is channels_last already, so no pixel moves. Arithmetic is
+    in fp32 and rounded once: a bf16 subtraction would lose a bit and a half. On the CPU, fp32 is
+    computed by one kernel, other types in cache-sized pieces of the batch.
 
-    `mean` and `std` are those of each channel, of values in 0 to 1. The result is [b c h w] in
-    channels_last order.
+    `mean` and `std` are per channel, of values in 0 to 1. Returns [b c h w] in channels_last order.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(
@@ -210,7 +201,7 @@ def normalise_images(
         )
     b, h, w, c = images.shape
     arithmetic = torch.promote_types(torch.float32, dtype)
-    # a row of the image as one long line: broadcasting over 3 channels would not vectorise
+    # a row of pixels as one long line: broadcasting over 3 channels would not vectorise
     scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
     if images.device.type == "cpu" and images.numel() >= _LARGE_VALUES:
         normalised = _BUFFERS.empty((b, h, w * c), dtype)
@@ -232,7 +223,7 @@ def normalise_images(
 def _normalise_on_host(
     out: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, *, channels: int
 ) -> None:
-    """Runs a kernel; `out` and `pixels` are [b h v], of float32 and uint8, and contiguous."""
+    """Runs a kernel on contiguous float32 `out` and uint8 `pixels`, both [b h v]."""
     values = pixels.shape[2]
     streams = (
         out.numel() >= _LARGE_VALUES
@@ -252,7 +243,7 @@ def _lines(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Factor and offset for each value of a row of pixels, made once: the copy makes a GPU wait."""
+    """Scale and shift for each value of a row; cached, since the copy synchronises a GPU."""
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return (
@@ -261,19 +252,18 @@ def _lines(
     )
 
 
-# The Numba kernels. Torch has no such operator: converting, multiplying and adding are three, which
-# took 79 us for an image of 224 x 224 even in pieces that stay in the cache; the plain kernel takes
-# 33, and filling its memory with one number 25.
+# The Numba kernels. Torch needs three operators to convert, multiply and add: 79 us for an image of
+# 224 x 224 even in cache-sized pieces; the plain kernel takes 33, and filling its memory 25.
 #
-# A batch of images is larger than a cache, so an ordinary store first fetches the line that it is
-# about to overwrite, and drives out what the decoder's threads are using. The streaming kernel
-# stores past the caches: 27 us for the image alone; while two threads decoded it took 94 with the
-# plain kernel, and all that the main thread does for an image fell from 105 to 60.
+# A batch exceeds the cache, so an ordinary store first fetches the line that it overwrites, and
+# evicts the decoder threads' data. Streaming stores bypass the caches: 27 us for the image alone;
+# while two threads decoded, the plain kernel took 94 us, and the main thread's total per image fell
+# from 105 to 60.
 
 _BLOCK_VALUES = 48
-"""Values that the streaming kernel stores at once: three vectors of 16, whole RGB pixels."""
+"""Values of one streaming store: three vectors of 16, whole RGB pixels."""
 _ALIGNMENT = 64
-"""Alignment of the bytes that it writes to; torch's memory has it."""
+"""Bytes to which its target is aligned; torch's memory is."""
 _LANES = 16
 
 
@@ -287,7 +277,7 @@ def _normalise_lines(out: Any, lines: Any, scale: Any, shift: Any) -> None:
 
 
 def _define_stream_block(typing: Any, out: Any, values: Any, scale: Any, shift: Any) -> Any:
-    """Normalises one block at addresses. LLVM has such stores, Numba has no name for them."""
+    """Normalises one block at raw addresses; LLVM has streaming stores, Numba does not."""
 
     def generate(context: Any, builder: Any, signature: Any, addresses: Any) -> Any:
         floats = ir.VectorType(ir.FloatType(), _LANES)
@@ -313,7 +303,7 @@ def _define_stream_block(typing: Any, out: Any, values: Any, scale: Any, shift: 
 
 
 def _define_fence(typing: Any) -> Any:
-    """Waits for streaming stores, which nothing else orders, to be in memory for all threads."""
+    """Waits until streaming stores, which nothing else orders, are visible to all threads."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         builder.fence("seq_cst")
@@ -328,10 +318,9 @@ _fence: Any = intrinsic(_define_fence)
 
 @kernel(fastmath={"contract"}, error_model="numpy")
 def _normalise_rgb_streaming(out: Any, values: Any, scale: Any, shift: Any) -> None:
-    """Computes the same of RGB pixels in one contiguous row [n], with stores past the caches.
+    """The same for RGB pixels in one contiguous row [n], with streaming stores.
 
-    The address of `out` is a multiple of `_ALIGNMENT`; `scale` and `shift` have a period of three
-    and at least `_BLOCK_VALUES` values.
+    `out` is aligned to `_ALIGNMENT`; `scale`, `shift`: period 3, at least `_BLOCK_VALUES` values.
     """
     num_blocks = values.size // _BLOCK_VALUES
     out_at, values_at = out.ctypes.data, values.ctypes.data

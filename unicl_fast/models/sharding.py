@@ -1,9 +1,9 @@
-"""Training state divided over the ranks, as `efficiency.shard` asks.
+"""Training state divided over the ranks (`efficiency.shard`).
 
-optimizer is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters, so that the result
-is that of one process bit for bit. Torch's ZeroRedundancyOptimizer gathers its state as pickles,
-which this package never reads, and hides the attributes by which a fused kernel leaves out a bad
-step. full is torch's `fully_shard`, by block; what belongs to no encoder stays whole on every rank.
+`optimizer` is ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) by whole parameters, so that results
+equal one process's bit for bit. Torch's ZeroRedundancyOptimizer gathers its state as pickles, which
+this package never reads, and hides the attributes that a fused kernel needs to skip a bad step.
+`full` is torch's `fully_shard`, by block; parameters outside the encoders stay whole on every rank.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ from unicl_fast.system.phases import WaitingForRanks
 
 
 def check_sharding(efficiency: EfficiencyConfig, *, optimizer: str) -> None:
-    """Refuses what `efficiency.shard=full` cannot do.
-
-    Raises:
-        ValueError: names the setting, and what to take instead.
-    """
+    """Refuses (ValueError) settings that `efficiency.shard=full` cannot work with."""
     if efficiency.shard != "full":
         return
     refused = {
@@ -60,10 +56,10 @@ def divides_all(efficiency: EfficiencyConfig, ranks: Ranks) -> bool:
 
 
 def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
-    """The rank of each parameter: the largest first, each to the rank that has least so far.
+    """The rank of each parameter: the largest first, each to the least loaded rank.
 
-    As few ranks own any as leave the fullest no fuller, since each sends a broadcast. That is often
-    a few: nobody can have less than the token embedding.
+    Uses the fewest ranks that keep the largest load, since each owner costs a broadcast: often a
+    few, because no division is finer than the token embedding.
     """
     owners, most = _divide(sizes, world_size)
     for count in range(max(1, sum(sizes) // max(most, 1)), world_size):
@@ -74,12 +70,12 @@ def choose_owners(sizes: Sequence[int], world_size: int) -> list[int]:
 
 
 def largest_load(sizes: Sequence[int], world_size: int) -> int:
-    """Numbers that are updated by the rank that has most."""
+    """Parameter values updated by the rank that has most."""
     return _divide(sizes, world_size)[1]
 
 
 def _divide(sizes: Sequence[int], count: int) -> tuple[list[int], int]:
-    """The rank of each parameter, of `count` ranks, and how much the fullest has."""
+    """The rank of each parameter, for `count` ranks, and the largest load."""
     loads = [(0, rank) for rank in range(count)]
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
@@ -92,7 +88,7 @@ class ParameterOwners:
     """The rank that updates each trainable parameter (`efficiency.shard=optimizer`)."""
 
     def __init__(self, model: UniCL, ranks: Ranks) -> None:
-        """Decides it by the sizes of the parameters: the same on all ranks, and at every start."""
+        """Decides by parameter sizes alone: the same on all ranks and at every start."""
         parameters = [one for one in model.parameters() if one.requires_grad]
         owners = choose_owners([one.numel() for one in parameters], ranks.world_size)
         self._rank = ranks.rank
@@ -102,14 +98,14 @@ class ParameterOwners:
         self.own = set(self._parameters[ranks.rank])
 
     def drop_other_gradients(self) -> None:
-        """Leaves the optimizer the gradients of this rank's parameters; it skips those without."""
+        """Drops the gradients of other ranks' parameters, which the optimizer then skips."""
         for rank, parameters in enumerate(self._parameters):
             if rank != self._rank:
                 for parameter in parameters:
                     parameter.grad = None
 
     def send_updates(self) -> None:
-        """Gives all ranks the parameters that this one has updated, and takes the others'."""
+        """Broadcasts the parameters that each rank has updated."""
         with WaitingForRanks():
             for owner, parameters in enumerate(self._parameters):
                 trained = [one for one in parameters if one.requires_grad]
@@ -118,7 +114,7 @@ class ParameterOwners:
 
 @torch.no_grad()
 def send_from(source: int, tensors: Iterable[Tensor], *, rank: int) -> None:
-    """Gives all ranks the values that `tensors` have on rank `source`, in a broadcast a type."""
+    """Copies `tensors` from rank `source` to all ranks, in one broadcast for each type."""
     for same in _by_type(tensors):
         if rank == source:
             dist.broadcast(_flatten(same), src=source)
@@ -146,19 +142,13 @@ def _copy_from(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def shard_encoders(model: UniCL, ranks: Ranks) -> None:
-    """Divides each block of the encoders, and what is left of them, over all ranks.
-
-    Blocks are compiled before this is called.
-
-    Raises:
-        ValueError: an encoder without blocks that are known, or a torch that is too old.
-    """
+    """Divides compiled encoders over all ranks, by block; ValueError without known blocks."""
     device_type = model.device.type
-    # gloo's own averaging has been missing, and silently wrong (pytorch issue 162338)
+    # gloo's own averaging was missing, and silently wrong (pytorch issue 162338)
     if device_type == "cpu" and not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(
             f"efficiency.shard=full on a CPU needs a newer torch than {torch.__version__}, whose "
-            "gloo cannot be told to sum: take efficiency.shard=optimizer, or update torch"
+            "gloo cannot be told to sum: set efficiency.shard=optimizer, or update torch"
         )
     parts: list[nn.Module] = []
     for encoder in model.encoders:
@@ -166,14 +156,14 @@ def shard_encoders(model: UniCL, ranks: Ranks) -> None:
         if not blocks:
             raise ValueError(
                 f"efficiency.shard=full divides encoders by blocks, and {type(encoder).__name__} "
-                "has none that are known: take efficiency.shard=optimizer, or add its block class"
+                "has none that are known: set efficiency.shard=optimizer, or add its block class"
             )
         parts += [*blocks, encoder]
     mesh = init_device_mesh(device_type, (ranks.world_size,))
-    # encoders return views, which nothing here changes in place
+    # encoders return views; nothing here changes them in place
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     for part in parts:
-        # torch keeps what is outside of blocks whole until backward, which never reaches a part
+        # torch keeps weights outside blocks whole until backward, which never reaches a part
         # without gradients
         reshards = None if any(one.requires_grad for one in part.parameters()) else True
         divided = fully_shard(part, mesh=mesh, reshard_after_forward=reshards)
@@ -182,7 +172,7 @@ def shard_encoders(model: UniCL, ranks: Ranks) -> None:
 
 
 def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor]]:
-    """Those that are divided over ranks, and those that are whole: no kernel takes both at once."""
+    """Tensors divided over ranks, and whole ones: no kernel accepts both at once."""
     divided: list[DTensor] = []
     others: list[Tensor] = []
     for tensor in tensors:
@@ -195,7 +185,7 @@ def split_divided(tensors: Iterable[Tensor]) -> tuple[list[DTensor], list[Tensor
 
 @torch.no_grad()
 def average_whole_gradients(model: nn.Module, ranks: Ranks) -> None:
-    """Averages the gradients of the parameters that are not divided, in an all-reduce a type."""
+    """Averages the gradients of undivided parameters, in one all-reduce for each type."""
     whole_ones = split_divided(model.parameters())[1]
     gradients = [one.grad for one in whole_ones if one.grad is not None]
     for same in _by_type(gradients):
@@ -206,7 +196,7 @@ def average_whole_gradients(model: nn.Module, ranks: Ranks) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with the parts of all ranks, which call it together if it is divided."""
+    """A tensor with the parts of all ranks; a collective call if it is divided."""
     if not isinstance(tensor, DTensor):
         return tensor
     with WaitingForRanks():
@@ -214,21 +204,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def divided_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, which all ranks have, where `other` is divided."""
+    """This rank's part of a whole tensor if `other` is divided; else the tensor."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
 class WholeCopy:
-    """A copy of a model whose parameters take no memory until they are needed whole.
+    """A copy of a model whose parameters use no memory until they are needed whole.
 
-    Evaluations run on it: ranks encode different numbers of batches then, and a divided encoder
-    collects its parameters at each of them, from all ranks.
+    Evaluations run on it: ranks then encode different numbers of batches, and each forward pass of
+    a divided encoder is a collective.
     """
 
     def __init__(self, model: UniCL) -> None:
-        """Takes the model before it is compiled and divided."""
+        """Copies the model, which is not compiled or divided yet."""
         meta = {id(one): nn.Parameter(one.detach().to("meta")) for one in model.parameters()}
         self._model = copy.deepcopy(model, meta)
         self._model.requires_grad_(False)
@@ -237,7 +227,7 @@ class WholeCopy:
 
     @contextlib.contextmanager
     def filled(self, model: UniCL) -> Iterator[UniCL]:
-        """The copy with the weights of a divided model; all ranks call it together."""
+        """The copy with the weights of a divided model; a collective call."""
         self._load({name: whole(one) for name, one in model.state_dict().items()})
         try:
             yield self._model

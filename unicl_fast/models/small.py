@@ -1,14 +1,14 @@
 """Small networks for small images, under timm names.
 
-timm's networks begin with strides that leave 8 x 8 of a 32 x 32 image, and are made for a
-thousand classes. These are for two CPU cores. They are registered with timm, so that
-`model.image_encoder` takes them like any other; your own can be added in the same way.
+timm's networks shrink a 32 x 32 image to 8 x 8 at once, and are made for a thousand classes. These
+are for two CPU cores. They are registered with timm, so `model.image_encoder` accepts their names;
+your own can be added in the same way.
 
-- `unicl_convnet7_small`: seven layers without residual branches, a 2 x 2 convolution first and a
-  pooling early in each block, after what trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in
+- `unicl_convnet7_small`: seven layers without residual branches, a 2 x 2 convolution first and
+  pooling early in each block, after the fastest network on CIFAR-10 (Jordan, "94% on CIFAR-10 in
   3.29 Seconds on a Single GPU", arXiv 2404.00498).
-- `unicl_swin6_small`: timm's Swin with two stages of two and four blocks on patches of 4 pixels.
-  Three convolutions make them: with one of 4 x 4, as timm has it, a few epochs teach it little
+- `unicl_swin6_small`: timm's Swin with two stages of two and four blocks on patches of 4 pixels,
+  made by three convolutions: with timm's single 4 x 4 one it learns little in a few epochs
   (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 """
 
@@ -23,14 +23,14 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-# timm passes img_size to models of a fixed input size: Swin's tables and windows are made for one
+# timm passes img_size to models of a fixed input size; Swin's tables and windows need it
 default_cfgs = generate_default_cfgs(
     {"unicl_swin6_small.untrained": {"input_size": (3, 32, 32), "fixed_input_size": True}}
 )
 
 
 class SmallConvBlock(nn.Sequential):
-    """Two 3 x 3 convolutions; the first is followed by a pooling that halves the image."""
+    """Two 3 x 3 convolutions; a pooling after the first halves the image."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(
@@ -56,12 +56,9 @@ def _conv_unit(
 
 
 class SmallConvNet(nn.Module):
-    """Blocks of 64, 128 and 256 channels that each halve the image, and the means of the last.
+    """Three blocks that halve images [b in_chans h w], h and w at least 9, to means [b 256]."""
 
-    Images [b in_chans h w], h and w at least 9, to features [b 256].
-    """
-
-    default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it
+    default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip reads it
 
     num_features, global_pool = 256, "avg"
 
@@ -79,7 +76,7 @@ class SmallConvNet(nn.Module):
         return self.pool(self.blocks(self.stem(images)))  # type: ignore[no-any-return]
 
     def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
-        """As timm's models have it; there is no classifier to begin with."""
+        """Timm's method; there is no classifier to begin with."""
         if num_classes or global_pool not in ("", self.global_pool):
             raise ValueError(
                 f"it has no classifier and one pooling, not {num_classes} classes and "
@@ -87,7 +84,7 @@ class SmallConvNet(nn.Module):
             )
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layers for learning rates that decay with depth, in timm's form."""
+        """Layers for layer-wise learning-rate decay, in timm's form."""
         return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
 
@@ -100,13 +97,13 @@ def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNe
 
 def _refuse(pretrained: bool, *, drop_path_rate: float | None = None) -> None:
     if pretrained:
-        raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
+        raise ValueError("nobody publishes its weights; pass checkpoint_path= to timm.create_model")
     if drop_path_rate:
-        raise TypeError("it has no drop path: its branches, where it has any, are too few")
+        raise TypeError("it has no drop path")
 
 
 class ConvPatchEmbed(PatchEmbed):  # type: ignore[misc]
-    """timm's patches of 4 x 4 pixels, by three convolutions of which two have a stride of 2."""
+    """timm's patches of 4 x 4 pixels, by three convolutions, two of them with stride 2."""
 
     def __init__(
         self, *, in_chans: int = 3, embed_dim: int, patch_size: int = 4, **kwargs: Any
@@ -125,8 +122,7 @@ class ConvPatchEmbed(PatchEmbed):  # type: ignore[misc]
 def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Patches of 4 pixels, windows of 4 patches, 96 and 192 channels: 2.1 M parameters.
 
-    At 28 or 32 pixels the first stage has four windows, shifted in every other block, and the
-    second stage has one.
+    At 28 or 32 pixels the first stage has four windows, shifted in every other block, then one.
     """
     _refuse(pretrained)
     shape = {"patch_size": 4, "window_size": 4, "embed_dim": 96, "depths": (2, 4)}

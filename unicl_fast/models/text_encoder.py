@@ -1,8 +1,8 @@
 """The text encoder of the paper: CLIP's causal transformer, read at the end-of-text token.
 
-Parameter names follow the released checkpoints. Padding can be left out: the tokens of a batch are
-then in one row (`TokenRow`), which only attention has to know. `ModelConfig` has the
-differences of open_clip's encoders; if padding is part of a text, all of it is computed.
+Parameter names follow the released checkpoints. Padding can be skipped: a batch's tokens then form
+one row (`TokenRow`), which only attention has to know. `ModelConfig` has the variants of open_clip;
+in those that read padding, all of it is computed.
 """
 
 from __future__ import annotations
@@ -18,51 +18,46 @@ from torch.nn import functional as F
 from unicl_fast.config import Activation, ModelConfig
 
 _TOKEN_STD, _POSITION_STD = 0.02, 0.01
-"""Standard deviations of fresh embeddings. With positions as large as tokens, texts would start out
-nearly equal."""
+"""Standard deviations of initial embeddings. If positions were as large as tokens, texts would
+start out nearly equal."""
 
 VarlenAttention = Callable[..., Tensor]
-"""`torch.nn.attention.varlen.varlen_attn`, or a function that computes the same."""
+"""`torch.nn.attention.varlen.varlen_attn`, or an equivalent."""
 VARLEN_TYPES = {torch.float16, torch.bfloat16}
-"""The types that it computes in."""
+"""The types that it accepts."""
 
 
 class TokenRow(NamedTuple):
-    """The p tokens that are computed, in one row, and where they are among u texts of l tokens.
+    """The p computed tokens in one row, and their places among u texts of l tokens.
 
-    Everything but attention treats each token by itself, and is 98 % of the arithmetic at width
-    512 and 20 tokens. For attention the tokens are spread out again, or stay in the row if there
-    is a kernel for that.
+    Only attention spreads them out again, or has a kernel for rows; the rest, 98 % of the
+    arithmetic at width 512 and 20 tokens, treats each token alone.
     """
 
     positions: Int[Tensor, " p"]
-    """Indices into the flattened [u l]: what is not padding, rising, then perhaps some padding."""
+    """Indices into the flattened [u l]: all real tokens, ascending, then possibly some padding."""
     ends: Int[Tensor, " u"]
-    """Index in the row of the last token of each text."""
+    """Index in the row of each text's last token."""
     bounds: Int[Tensor, " n"]
-    """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
-    then where pieces of computed padding do, of up to l tokens or empty. For kernels only."""
+    """int32, ascending from 0 to p: where each text begins, where the last one ends, and then the
+    ends of pieces of computed padding, of up to l tokens or empty. For kernels only."""
     shape: tuple[int, int]
-    """The numbers of texts u and of tokens in each l."""
+    """u and l."""
 
     @classmethod
     def build(cls, last: Int[Tensor, " u"], num_tokens: int, shape: tuple[int, int]) -> TokenRow:
-        """Decides the row without reading the device.
-
-        `last` is the position of the last token of each text; `num_tokens` are computed, those up
-        to `last` or more.
-        """
+        """Builds the row for texts that end at `last` [u], without reading the device."""
         u, l = shape  # noqa: E741
         if not u <= num_tokens <= u * l:
             raise ValueError(
                 f"num_tokens must be from {u}, one for each text, to {u * l}, not {num_tokens}"
             )
         padding = (torch.arange(l, device=last.device) > last[:, None]).flatten()
-        # a stable sort brings what is not padding to the front; nonzero() would read the device
+        # a stable sort moves real tokens to the front; nonzero() would read the device
         positions = padding.byte().argsort(stable=True)[:num_tokens]
         stops = (last + 1).cumsum(0)
-        # Padding that is computed must belong to some text, else a kernel leaves its part of the
-        # result unwritten. How much there is the host does not know: at most so many texts' worth.
+        # Computed padding must belong to some text, else a kernel leaves its output unwritten. The
+        # host does not know how much there is: at most so many texts' worth.
         spare = -(-(num_tokens - u) // l)
         more = stops[-1] + l * torch.arange(1, spare + 1, device=last.device)
         bounds = torch.cat([F.pad(stops, (1, 0)), more.clamp(max=num_tokens)])
@@ -72,7 +67,7 @@ class TokenRow(NamedTuple):
         return padded.flatten(0, 1).index_select(0, self.positions)
 
     def spread(self, packed: Float[Tensor, "p w"]) -> Float[Tensor, "u l w"]:
-        """Puts zeros into the padding; any number would do, since no real token sees it."""
+        """Puts zeros into the padding; any value would do, since no real token sees it."""
         u, l = self.shape  # noqa: E741
         padded = packed.new_zeros(u * l, packed.shape[1])
         return padded.index_copy(0, self.positions, packed).view(u, l, -1)
@@ -81,13 +76,10 @@ class TokenRow(NamedTuple):
 def find_varlen_attention(
     *, device: torch.device, compute_type: torch.dtype, head_width: int
 ) -> VarlenAttention | None:
-    """Torch's kernel for rows of any length, or None if it cannot work.
-
-    It is FlashAttention: CUDA devices of compute capability 8.0 and up, 16 bits, heads of up to
-    256 values in steps of 8. Torch has it from 2.11 on.
-    """
+    """Torch's FlashAttention for rows of any length (CUDA 8.0, torch 2.11, 16 bits), or None."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
+    # as FlashAttention: heads of up to 256 values in steps of 8
     fits = compute_type in VARLEN_TYPES and not head_width % 8 and head_width <= 256
     if not fits or torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -101,7 +93,7 @@ def find_varlen_attention(
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the GELU that CLIP was trained with."""
+    """x * sigmoid(1.702 x), the GELU of CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -115,20 +107,16 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 
 
 class TextAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and those before it.
-
-    Causality lets padding be cut off: nothing after the end-of-text token can reach it.
-    Without it (`causal`) a token sees all others, and there are no rows without padding.
-    """
+    """Multi-head self-attention; if it is causal, padding after the text can be skipped."""
 
     def __init__(self, width: int, *, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
-        # `place_module` sets both to what fits the device. The first is timm's name for its switch.
+        # set by `place_module` for the device; `fused_attn` is timm's name for its switch
         self.fused_attn = True
         self.varlen_attn: VarlenAttention | None = None
         self.in_proj: nn.Module | None = None
-        """Has weight and bias in its place if they must be a layer, with an adapter on it."""
+        """Replaces `in_proj_weight` and `in_proj_bias` by a layer when it has an adapter."""
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -142,7 +130,7 @@ class TextAttention(nn.Module):
         if row is not None and attention is not None:
             query_key_value = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
             bounds = (row.bounds, row.bounds, row.shape[1], row.shape[1])
-            # each token sees all that came before in its text, and nothing that comes after
+            # each token sees its text up to itself
             mixed = attention(*query_key_value, *bounds, window_size=(-1, 0)).flatten(1)
         else:
             padded = self._attend_padded(qkv if row is None else row.spread(qkv))
@@ -159,7 +147,7 @@ class TextAttention(nn.Module):
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
-    """The twin of `scaled_dot_product_attention`, written as products of matrices."""
+    """`scaled_dot_product_attention` written as matrix products."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if is_causal:
         l = query.shape[-2]  # noqa: E741
@@ -189,7 +177,7 @@ class TextBlock(nn.Module):
 
 
 def build_text_encoder(config: ModelConfig) -> nn.Module:
-    """The text encoder that `model.text_pool` names: ours, or one of transformers."""
+    """The text encoder of `model.text_pool`: ours, or one of transformers."""
     if config.text_kind:
         from unicl_fast.models.transformers_text import TransformersTextEncoder
 
@@ -198,16 +186,16 @@ def build_text_encoder(config: ModelConfig) -> nn.Module:
 
 
 class TextEncoder(nn.Module):
-    """Token ids to one feature vector a text, before the projection."""
+    """Token ids to one feature vector for each text, before the projection."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.context_length = self.longest = config.context_length
-        """Tokens of the position table, and of the texts that are read now; see `run.stages`."""
-        # plain values, which torch.compile knows
+        """Lengths of the position table and of the texts now accepted (see `run.stages`)."""
+        # plain values, which torch.compile understands
         self.reads_end = config.text_pool == "end"
         self.ignores_padding = config.text_causal and self.reads_end
-        """Whether nothing that comes after the end-of-text token can reach the features."""
+        """Whether nothing after the end-of-text token can reach the features."""
         width = config.text_width
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -216,15 +204,15 @@ class TextEncoder(nn.Module):
         self._draw_weights(width, config.text_layers)
 
     def _draw_weights(self, width: int, layers: int) -> None:
-        """Draws fresh weights as CLIP does, so that a block changes its input at any width.
+        """Draws initial weights as CLIP does, scaled by width.
 
-        The released UniCL code draws all matrices with a deviation of 0.02. Texts are nearly equal
-        to each other then, and a run learns about half as much from the same images
-        (docs/results.md, "Fresh weights").
+        The released UniCL code draws all matrices with a deviation of 0.02. Texts then start nearly
+        equal, and a run learns about half as much from the same images (docs/results.md, "Fresh
+        weights").
         """
         nn.init.normal_(self.token_embedding.weight, std=_TOKEN_STD)
         nn.init.normal_(self.positional_embedding, std=_POSITION_STD)
-        # the sum of all branches is as large as the first input, however many there are
+        # all branches together add as much as the first input, for any depth
         outputs = (2 * layers * width) ** -0.5
         deviations = {
             "attn.in_proj_weight": width**-0.5,
@@ -240,10 +228,7 @@ class TextEncoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for learning rates that decay with depth, in timm's form.
-
-        The norm is in the layer of the last block, as in timm's encoders.
-        """
+        """Layers for layer-wise learning-rate decay; as in timm, the last block has the norm."""
         with_last_block = (99999,)
         return {
             "stem": r"^token_embedding|^positional_embedding",
@@ -255,14 +240,13 @@ class TextEncoder(nn.Module):
     ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
-        `num_tokens`, if given, computes so many tokens only: those that are not padding; or
-        more, and some padding is computed too. Where padding is part of the text, all is computed,
-        and texts that were cut to the longest are padded with 0 again.
+        With `num_tokens`, only so many tokens are computed: all real ones, and padding beyond them.
+        If the encoder reads padding, all is computed, and shorter rows are padded with 0 again.
         """
         u, l = tokens.shape  # noqa: E741
         if l > self.longest:
             raise ValueError(
-                f"texts have {l} tokens, the text encoder takes {self.longest}: "
+                f"texts have {l} tokens, the text encoder accepts {self.longest}: "
                 "tokenize with its context length"
             )
         if not self.ignores_padding:
@@ -273,10 +257,10 @@ class TextEncoder(nn.Module):
         x = self.token_embedding(tokens if row is None else tokens.flatten()[row.positions])
         if row is None:
             x = x + self.positional_embedding[:l]
-        else:  # not by an index: its gradient is added up in any order by several threads
+        else:  # not by indexing, whose gradient several threads add up in any order
             x = x + F.embedding(row.positions % l, self.positional_embedding)
         for block in self.resblocks:
             x = block(x, row)
-        # normalising after picking the token is the same and l times less
+        # normalising only the picked token gives the same, with l times less work
         last = x[torch.arange(u, device=x.device), ends] if row is None else x[row.ends]
         return self.ln_final(last)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""Text encoders of transformers: BERT and its kin, read at a token, on average or by their pooler.
+"""Text encoders of transformers (BERT and its kin), pooled at a token, by mean or by their pooler.
 
-The module is transformers' own, without dropout. Nothing but token rows comes to it: zeros after a
-text's last token are its padding, which becomes the kind's own and is masked.
+The module is transformers' own, without dropout. Its input is token rows padded with zeros, which
+are replaced by the kind's padding id and masked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unicl_fast.config import ModelConfig
 
 PAD_IDS = {"bert": 0, "distilbert": 0, "roberta": 1, "xlm-roberta": 1, "mpnet": 1}
-"""Kinds, which are values of model_type, and the id of their padding."""
+"""Padding ids by model_type."""
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 """Our names to transformers'."""
 POSITIONS = "network.embeddings.position_embeddings.weight"
@@ -33,39 +33,39 @@ _OF_DISTILBERT = {
 
 
 def field_of(kind: str, name: str) -> str:
-    """The name that BERT's field of a config has in a kind's."""
+    """The name of BERT's config field `name` in `kind`."""
     return _OF_DISTILBERT.get(name, name) if kind == "distilbert" else name
 
 
 def unused_positions(kind: str) -> int:
-    """Rows at the beginning of a table of positions that no token has."""
+    """Rows at the start of a position table that no token uses."""
     return PAD_IDS[kind] + 1 if PAD_IDS[kind] else 0
 
 
 def type_vocab_size(kind: str) -> int:
-    """The number of token types, of which the first is that of all tokens."""
+    """The number of token types; all tokens have the first."""
     return 2 if kind == "bert" else 1
 
 
 class TransformersTextEncoder(nn.Module):
-    """Token ids to one feature vector a text, before the projection, as `TextEncoder`."""
+    """Token ids to one feature vector for each text, before the projection, as `TextEncoder`."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Draws fresh weights as transformers does; ValueError if that is not installed."""
+        """Draws initial weights as transformers does; ValueError if it is not installed."""
         super().__init__()
         self.context_length = self.longest = config.context_length
         self.kind, _, self.pooling = config.text_pool.partition(":")
         self.network = _build(config, self.kind, self.pooling)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for learning rates that decay with depth, in timm's form."""
+        """Layers for layer-wise learning-rate decay, in timm's form."""
         return {
             "stem": r"^network\.embeddings",
             "blocks": [(r"\.layer\.(\d+)", None), (r"^network", (99999,))],
         }
 
     def with_padding(self, tokens: Int[Tensor, "u l"]) -> tuple[Tensor, Bool[Tensor, "u l"]]:
-        """Tokens with the padding that the network knows, and which of them are none."""
+        """Tokens with the kind's padding id, and a mask of the real tokens."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         last = ((tokens != 0) * positions).amax(dim=1, keepdim=True)
         is_text = positions <= last
@@ -74,16 +74,16 @@ class TransformersTextEncoder(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u w"]:
-        """Features of texts; all padding is computed, so `num_tokens` is not used."""
+        """Features of texts; `num_tokens` is ignored, since padding is always computed."""
         if tokens.shape[1] > self.longest:
             raise ValueError(
-                f"texts have {tokens.shape[1]} tokens, the text encoder takes {self.longest}: "
+                f"texts have {tokens.shape[1]} tokens, the text encoder accepts {self.longest}: "
                 "tokenize with its context length"
             )
         tokens, is_text = self.with_padding(tokens)
-        # of four dimensions, which transformers takes as it is: others make it read the device
+        # four dimensions, which transformers uses as is: for fewer it reads the device
         mask = is_text[:, None, None]
-        if self.network.config._attn_implementation == "eager":  # which adds it
+        if self.network.config._attn_implementation == "eager":  # needs an additive mask
             mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
         output = self.network(input_ids=tokens, attention_mask=mask)
         if self.pooling == "pooler":
@@ -102,7 +102,7 @@ def _build(config: ModelConfig, kind: str, pooling: str) -> Any:
             f"model.text_pool={config.text_pool} is an encoder of the package transformers, of "
             f"which {installed or 'none'} is installed: pip install 'transformers>=5'"
         )
-    import transformers  # seconds
+    import transformers  # takes seconds
 
     fields = {
         "hidden_size": config.text_width,

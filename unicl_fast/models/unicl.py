@@ -1,7 +1,4 @@
-"""UniCL: two encoders and two projections; for objectives without texts a part of it.
-
-`unicl_fast.checkpoints.load` builds it from a run's settings, and loads it from files.
-"""
+"""UniCL: two encoders and two projections, or only those that the objective needs."""
 
 from __future__ import annotations
 
@@ -29,25 +26,24 @@ from unicl_fast.objectives.operands import Encoded
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FrozenParts:
-    """The parts of one model that are not trained now."""
+    """The parts of a model that are not trained now."""
 
     names: frozenset[str] = frozenset()
-    """The names of their parameters."""
+    """Names of their parameters."""
     modules: tuple[nn.Module, ...] = ()
-    """The modules that are frozen whole, the outermost ones."""
+    """The outermost fully frozen modules."""
     in_base: frozenset[str] = frozenset()
-    """The names of tensors that checkpoints leave out: those of `model.init`, which are found
-    again."""
+    """Names of tensors that checkpoints leave out, since `model.init` provides them."""
     base_digest: str = ""
-    """`weights_digest` of them; empty if nothing is left out."""
+    """`weights_digest` of `in_base`; empty if nothing is left out."""
 
 
 class UniCL(nn.Module, Configured):
-    """Images and texts to unit vectors of one space, and what the objective learns besides.
+    """Maps images and texts to unit vectors in one space; also holds the objective's parameters.
 
-    `text_encoder` and `text_projection` are None where the objective has no texts, projections
-    where it has no common space or `model.image_projection` is none. The objective's parameters are
-    attributes of the names in `learnt_names`, such as `logit_scale`.
+    `text_encoder` and `text_projection` are None if the objective has no texts, projections if it
+    has no common space or `model.image_projection` is none. `learnt_names` names the objective's
+    parameters, such as `logit_scale`.
     """
 
     logit_scale: nn.Parameter
@@ -62,19 +58,18 @@ class UniCL(nn.Module, Configured):
         drops_tokens: bool = False,
         seed: int = 0,
     ) -> None:
-        """Builds the model with fresh weights.
+        """Builds the model with initial weights.
 
         Args:
             config: its encoders and its space.
-            objective: says whether there are texts and a space, and what else is learnt.
+            objective: says whether there are texts and a space; adds its own parameters.
             image_size: side of the square images, in pixels.
-            other_sizes: those of `run.stages`.
-            drops_tokens: whether tokens of images are ever left out (`model.token_drop`).
-            seed: of the fresh weights and of drop path.
+            other_sizes: further image sizes, from `run.stages`.
+            drops_tokens: whether image tokens are ever dropped (`model.token_drop`).
+            seed: of the initial weights and of drop path.
 
         Raises:
-            ValueError: an encoder that timm does not know or that cannot be built so, or no
-                projection between an encoder and a space of another width.
+            ValueError: timm cannot build the encoder, or a projection is missing between widths.
         """
         super().__init__()
         self.frozen = FrozenParts()
@@ -108,14 +103,14 @@ class UniCL(nn.Module, Configured):
         self.learnt_names = tuple(learnt)
 
     def train(self, mode: bool = True) -> UniCL:
-        """Sets training mode, in which frozen parts stay in evaluation mode."""
+        """Sets training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         for module in self.frozen.modules:
             module.eval()
         return self
 
     def set_stage(self, data: DataConfig, model: ModelConfig) -> None:
-        """Takes images and texts of the sizes of a stage from now on; weights keep their shapes."""
+        """Accepts a stage's image and text sizes from now on; weights keep their shapes."""
         set_image_size(self.image_encoder, data.image_size)
         if self.text_encoder is not None:
             self.text_encoder.longest = model.context_length
@@ -124,25 +119,24 @@ class UniCL(nn.Module, Configured):
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """The image encoder and, where there is one, the text encoder."""
+        """The image encoder and, if there is one, the text encoder."""
         return [one for one in (self.image_encoder, self.text_encoder) if one is not None]
 
     @property
     def learnt(self) -> dict[str, Tensor]:
-        """The parameters of the objective, besides encoders and projections, by name."""
+        """The objective's own parameters by name, such as `logit_scale`."""
         return {name: getattr(self, name) for name in self.learnt_names}
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the weights."""
         return next(self.parameters()).device
 
     def encode_image(
         self, images: Float[Tensor, "b c h w"] | Float[Tensor, "b w"]
     ) -> Float[Tensor, "b d"]:
-        """Features of normalised images, of unit norm; the encoder's own without a common space.
+        """Unit-norm features of normalised images; raw encoder features without a common space.
 
-        In place of images, what the image encoder gives of them may come: it is not run then.
+        Also accepts precomputed encoder features [b w]; the encoder is then skipped.
         """
         features: Tensor = images if images.ndim == 2 else self.image_encoder(images)
         if not self.has_space:
@@ -152,18 +146,15 @@ class UniCL(nn.Module, Configured):
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
-        """Features of token rows, padded after the end-of-text token, of unit norm.
+        """Unit-norm features of token rows, padded after the end-of-text token.
 
-        `num_tokens` is how many of them are not padding, to compute those only; not fewer, which is
-        not checked (that would read the device). None computes all.
-
-        Raises:
-            ValueError: the model was trained without texts.
+        Only `num_tokens` tokens are computed (None: all): at least all real ones, which is not
+        checked, since that would read the device. Raises ValueError without a text encoder.
         """
         if self.text_encoder is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
-                "no text encoder: take unicl-eval linear-probe or knn"
+                "no text encoder: use unicl-eval linear-probe or knn"
             )
         features = self.text_encoder(tokens, num_tokens)
         return _unit_norm(project(features, self.text_projection, self.text_projection_bias))
@@ -175,33 +166,29 @@ class UniCL(nn.Module, Configured):
         num_tokens: int | None = None,
         after_texts: Callable[[Tensor], Tensor] | None = None,
     ) -> Encoded:
-        """Computes the features of a batch, and what else is learnt that the loss needs.
-
-        `after_texts` may begin to send the texts' to other ranks, and returns what takes their
-        place.
-        """
-        # texts first: their order decides how gradients are added up, and sending takes time
+        """Encodes a batch; `after_texts` can start gathering texts; its result replaces them."""
+        # texts first: gathering overlaps the images, and the order fixes how gradients add up
         texts = None if tokens is None else self.encode_text(tokens, num_tokens)
         if texts is not None and after_texts is not None:
             texts = after_texts(texts)
         return Encoded(self.encode_image(images), texts, self.learnt)
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
-        """Fixes which branches the next forward passes drop, in training mode."""
+        """Sets the branches that the next forward passes drop, in training mode."""
         self.drop_path_key.set(step=step, global_index=global_index)
 
 
 def project(
     features: Float[Tensor, "n w"], weight: Tensor | None, bias: Tensor | None
 ) -> Float[Tensor, "n d"]:
-    """Features in the common space: times [w d], plus [d]; None leaves a step out."""
+    """Features times weight [w d] plus bias [d]; each is skipped if None."""
     if weight is not None:
         features = features @ weight
     return features if bias is None else features + bias
 
 
 def weights_digest(model: UniCL, *prefixes: str) -> str:
-    """XXH3 of all weights and buffers whose names begin so, as 16 hexadecimal digits."""
+    """XXH3 of all weights and buffers whose names begin with `prefixes`, as 16 hex digits."""
     digest = xxhash.xxh3_64()
     for name, value in sorted(model.state_dict().items()):
         if name.startswith(prefixes):
@@ -213,17 +200,17 @@ def weights_digest(model: UniCL, *prefixes: str) -> str:
 def _projection(
     kind: Projection, width: int, model: ModelConfig
 ) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-    """The weight [width d] and the bias [d] of a projection into the common space."""
+    """Weight [width d] and bias [d] of a projection into the common space."""
     embed_dim = model.embed_dim
     if kind == "none":
         if width != embed_dim:
             raise ValueError(
-                f"model.image_projection=none takes features as they are: model.embed_dim "
+                f"model.image_projection=none uses features as they are: model.embed_dim "
                 f"({embed_dim}) must be the width of the image encoder's, {width}"
             )
         return None, None
     bias = nn.Parameter(torch.zeros(embed_dim)) if kind == "biased" else None
-    # as CLIP's fresh ones: features are about as long after it as they were
+    # as in CLIP: about preserves the norm of features
     weight = nn.init.normal_(torch.empty(width, embed_dim), std=width**-0.5)
     return nn.Parameter(weight), bias
 

@@ -1,8 +1,6 @@
-"""ViTs of CLIP's and SigLIP's kind by their sizes, under names that timm takes.
+"""CLIP and SigLIP ViTs of any size, registered with timm, which has only the published ones.
 
-timm has them in the sizes that were published first, and with one activation each. Any other is
-registered with timm under a name that holds all of its sizes, so that a config needs no more:
-`unicl_vit_clip_patch16_w384_d12_h6_m1536_gelu_224`.
+The name spells out all sizes: `unicl_vit_clip_patch16_w384_d12_h6_m1536_gelu_224`.
 """
 
 from __future__ import annotations
@@ -23,14 +21,14 @@ ACTIVATIONS: dict[type[nn.Module], str] = {
     QuickGELU: "quick_gelu",
     GELUTanh: "gelu_tanh",
 }
-"""Classes to timm's names, which are `ModelConfig`'s for texts."""
+"""timm's names of activations, also used by `ModelConfig` for texts."""
 _WORDS = {
     "clip": {256: "xsmall", 512: "medium", 640: "betwixt", 768: "base", 1024: "large",
              1280: "huge", 1408: "giant", 1664: "gigantic"},
     "siglip": {768: "base", 1024: "large", 1152: "so400m", 1536: "giantopt"},
 }  # fmt: skip
-"""Widths to the sizes in timm's names."""
-# sizes end far beyond what anybody trains, so that none takes long to build without memory
+"""timm's words for widths."""
+# limits far beyond any real model, so that every name is built quickly on the meta device
 _NAME = re.compile(
     r"unicl_vit_(clip|siglip)_patch([1-9]\d{0,3})_w([1-9]\d{0,4})_d([1-9]\d{0,2})_h([1-9]\d{0,2})"
     r"_m([1-9]\d{0,5})_(gelu|quick_gelu|gelu_tanh)_([1-9]\d{0,3})"
@@ -39,7 +37,7 @@ default_cfgs: dict[str, Any] = {}
 
 
 class ViT(NamedTuple):
-    """The sizes of a ViT; CLIP's is read at its class token, SigLIP's by attention."""
+    """The sizes of a ViT; CLIP's is pooled at its class token, SigLIP's by attention."""
 
     kind: str
     patch_size: int
@@ -52,7 +50,7 @@ class ViT(NamedTuple):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of timm's class."""
+        """The arguments of timm's class."""
         is_clip = self.kind == "clip"
         return {
             "patch_size": self.patch_size,
@@ -69,11 +67,7 @@ class ViT(NamedTuple):
 
 
 def name_of(vit: ViT) -> str:
-    """Timm's name of a ViT, or one that is registered for it.
-
-    Position tables may be of another image size, as timm resizes them. Raises ValueError for sizes
-    that no ViT has.
-    """
+    """Timm's name of a ViT, or one registered here; ValueError for impossible sizes."""
     own_name = (
         f"unicl_vit_{vit.kind}_patch{vit.patch_size}_w{vit.width}_d{vit.depth}_h{vit.heads}"
         f"_m{vit.hidden}_{vit.activation}_{vit.image_size}"
@@ -85,6 +79,7 @@ def name_of(vit: ViT) -> str:
     stem = f"vit_{word}_patch{vit.patch_size}_{vit.kind}{quick}_"
     known = [name for name in timm.list_models(f"{stem}*") if name[len(stem) :].isdigit()]
     own = f"{stem}{vit.image_size}"
+    # a name of another image size will do, since timm resizes position tables
     for name in sorted(known, key=lambda name: name != own):
         if _sizes_of(name) == vit[1:-1]:
             return str(name)
@@ -93,7 +88,7 @@ def name_of(vit: ViT) -> str:
 
 
 def register(name: str) -> None:
-    """Registers a ViT with timm if the name is of this module; others are left as they are."""
+    """Registers a ViT with timm if the name follows this module's pattern."""
     match = _NAME.fullmatch(name)
     if match is None or timm.is_model(name):
         return
@@ -134,5 +129,5 @@ def _sizes_of(name: str) -> tuple[Any, ...]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """A factor by which a width gives exactly the hidden width, rounded down as timm does."""
+    """The mlp_ratio for which timm, which rounds down, gets exactly `hidden`."""
     return (hidden + 0.5) / width if hidden % width else hidden / width

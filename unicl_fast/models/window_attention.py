@@ -1,9 +1,9 @@
-"""Swin's attention in windows by Triton kernels, for NVIDIA GPUs from compute capability 8.0.
+"""Swin's window attention as Triton kernels, for NVIDIA GPUs of compute capability 8.0 and up.
 
-A program takes windows of one head, one after another: it reads their tokens where they lie in the
-map [b height width], and a window's scores stay on the chip. Backward computes the probabilities
-anew. The table's gradient is summed up in a fixed order. docs/architecture.md says why torch's
-FlexAttention does not take its place. Importing this module imports triton.
+A program computes one head of several windows in turn: it reads their tokens directly from the map
+[b height width], and a window's scores stay on the chip. Backward recomputes the probabilities, and
+sums the table's gradient in a fixed order. docs/architecture.md says why not torch's FlexAttention.
+Importing this module imports triton.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from torch.utils.flop_counter import register_flop_formula
 from unicl_fast.system.gpu_kernels import fenced_stages
 
 LARGEST_WINDOW, LARGEST_HEAD = 64, 32
-"""Tokens of a window and values of a head that fit into registers, with all that backward makes of
-them."""
+"""The most tokens of a window and values of a head whose backward pass fits into registers."""
 PROGRAMS = 1024
-"""About so many programs share the windows. Each looks up its bias once, and leaves a sum of the
-table's gradient: 10 MB in all for windows of 49 tokens. An H100 holds a quarter of them at once."""
-_MASKED = tl.constexpr(-100.0)  # not -inf: as the released models were trained
+"""About how many programs share the windows. Each looks up its bias once, and leaves a sum of the
+table's gradient: 10 MB in all for windows of 49 tokens. An H100 runs a quarter of them at once."""
+_MASKED = tl.constexpr(-100.0)  # not -inf: the released models were trained so
 _PARTS = tl.constexpr(32)  # programs whose sums are read at once
 
 
 def blocks_that_fit(encoder: nn.Module) -> list[SwinTransformerBlock]:
-    """The blocks whose attention the kernels compute: timm's Swin, not too large, no dropout."""
+    """The timm Swin blocks that the kernels can compute: not too large, no attention dropout."""
     return [
         block
         for block in encoder.modules()
@@ -46,19 +45,16 @@ def blocks_that_fit(encoder: nn.Module) -> list[SwinTransformerBlock]:
 
 
 def fuse(block: SwinTransformerBlock) -> None:
-    """Makes a block compute its attention by the kernels; names of weights stay.
-
-    By a method, which `copy.deepcopy` binds to the copy.
-    """
-    block._attn = types.MethodType(_attend, block)
+    """Makes a block use the kernels; weight names stay."""
+    block._attn = types.MethodType(_attend, block)  # `copy.deepcopy` binds a method to the copy
 
 
 def _attend(block: Any, x: Tensor) -> Tensor:
-    """Takes the place of `SwinTransformerBlock._attn`: x and the result are [b height width c]."""
+    """Replaces `SwinTransformerBlock._attn`: x and the result are [b height width c]."""
     attention, window, shift = block.attn, block.window_size, block.shift_size
     height, width = x.shape[1:3]
     padding = -height % window[0], -width % window[1]
-    if any(padding):  # padding tokens are keys like any other, so they must be there
+    if any(padding):  # padding tokens are keys like any other, so they must exist
         x = torch.roll(x, (-shift[0], -shift[1]), dims=(1, 2))
         x = F.pad(x, (0, 0, 0, padding[1], 0, padding[0]))
     table = attention.relative_position_bias_table
@@ -79,16 +75,16 @@ def _attend(block: Any, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("unicl_fast::window_attention", mutates_args=())
 def window_attention(qkv: Tensor, table: Tensor, layout: Sequence[int], scale: float) -> Tensor:
-    """Attention of each token to those of its window.
+    """Attention of each token to the tokens of its window.
 
     Args:
         qkv: bf16, fp16 or fp32 [b height width 3 heads d], the last three in one dimension; whole
-            windows, of at most `LARGEST_WINDOW` tokens, and heads of at most `LARGEST_HEAD` values.
+            windows of at most `LARGEST_WINDOW` tokens, heads of at most `LARGEST_HEAD` values.
         table: bias [(2 window height - 1) (2 window width - 1), heads] by relative position.
-        layout: a window's height and width, its shifts down and right, and 1 if the map is still
-            to be rolled by them, or 0. Tokens that the roll brings into one window from opposite
-            sides of the map get a mask.
-        scale: of products of queries and keys.
+        layout: a window's height and width, its shifts down and right, and 1 if the map must still
+            be rolled by them, else 0. Tokens that the roll brings together from opposite sides of
+            the map are masked.
+        scale: of query-key products.
 
     Returns:
         [b height width, heads d] in the type of `qkv`; softmax and sums are computed in fp32.
@@ -105,7 +101,7 @@ def window_attention(qkv: Tensor, table: Tensor, layout: Sequence[int], scale: f
 def _window_attention_backward(
     grad: Tensor, qkv: Tensor, table: Tensor, layout: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `qkv`, and sums of the bias' gradients [programs heads n n] in fp32."""
+    """The gradient of `qkv`, and sums of the bias gradients [programs heads n n] in fp32."""
     gradients = _empty_gradients(qkv, table, layout)
     _launch(_backward, qkv, table, layout, scale, grad.contiguous(), *gradients)
     return gradients
@@ -158,7 +154,7 @@ window_attention.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.unicl_fast.window_attention)
 def _count_forward(qkv: Any, table: Any, layout: Sequence[int], *_: Any, **__: Any) -> int:
-    """Operations of two products; counted from shapes."""
+    """Operations of two products, from shapes."""
     b, height, width, channels = qkv
     return 2 * 2 * int(b * height * width * layout[0] * layout[1] * channels // 3)
 
@@ -171,15 +167,15 @@ def _count_backward(grad: Any, qkv: Any, *rest: Any, **_: Any) -> int:
 
 
 def _num_programs(qkv: Tensor, heads: int, n: int) -> int:
-    """How many programs share the windows of a head; by sizes alone, as it decides roundings."""
+    """Programs that share the windows of a head; from sizes alone, as it decides rounding."""
     return min(qkv[..., 0].numel() // n, -(-PROGRAMS // heads))
 
 
 def launch_options(dtype: torch.dtype, *, capability: int, backward: bool) -> dict[str, int]:
-    """How a kernel is compiled: with these none needs more registers than a thread can have.
+    """Compile options that keep each kernel within a thread's registers.
 
-    fp32 is multiplied outside of tensor cores, whose three products of TF32 take too many. Stages
-    are windows that are on their way from memory while one is computed.
+    fp32 is multiplied outside tensor cores: its three TF32 products would need too many registers.
+    Stages are windows being loaded while one is computed.
     """
     if dtype == torch.float32:
         return {"num_warps": 8, "num_stages": 1 if backward else 2}
@@ -240,8 +236,8 @@ def _bias(
 ) -> tl.tensor:
     """This head's bias [block block]; columns beyond the window get a weight of 0.
 
-    Its two lowest bits tell whether, in a window at the lower or right edge of the map, a roll has
-    brought two tokens from opposite sides. A mask of its own would take 32 registers.
+    The two lowest bits tell whether, in a window at the lower or right edge of the map, the roll
+    has joined two tokens from opposite sides. A separate mask would need 32 registers.
     """
     rows, columns = tl.arange(0, block)[:, None], tl.arange(0, block)[None, :]
     down = rows // window_width - columns // window_width + window_height - 1
@@ -269,7 +265,7 @@ def _places(
     roll: tl.constexpr,
     block: tl.constexpr,
 ) -> tl.tensor:
-    """The start of a window's image, its tokens' places there, and the edges that it touches."""
+    """The offset of a window's image, its tokens' places there, and the edges that it touches."""
     rows, columns = height // window_height, width // window_width
     image, of_image = window // (rows * columns), window % (rows * columns)
     row, column = of_image // columns, of_image % columns
@@ -299,15 +295,12 @@ def _exps(
     scale: tl.tensor,
     is_shifted: tl.constexpr,
 ) -> tl.tensor:
-    """exp(score - largest of the row) [block block], and what makes their sums over rows 1.
-
-    One reciprocal for each row instead of a division for each of its values: they took 15 % of a
-    program's time.
-    """
+    """exp(score - row maximum) [block block], and the reciprocals of the row sums."""
     scores = _dot(query, tl.trans(key)) * scale + bias
     if is_shifted:
         scores += tl.where((bias.to(tl.int32, bitcast=True) & edges) == 0, 0.0, _MASKED)
     exps = tl.exp(scores - tl.max(scores, 1)[:, None])
+    # dividing each value instead took 15 % of a program's time
     return exps, (1 / tl.sum(exps, 1))[:, None]
 
 
@@ -369,7 +362,7 @@ def _backward(
     block: tl.constexpr,
     depth: tl.constexpr,
 ) -> None:
-    """Stores the gradients of queries, keys and values, and the sum of the scores' gradients."""
+    """Stores the gradients of queries, keys and values, and the sum of score gradients."""
     channels = tl.num_programs(0) * head_width
     part = tl.program_id(0) * head_width + tl.arange(0, depth)[None, :]
     n: tl.constexpr = window_height * window_width
@@ -413,7 +406,7 @@ def _sum_table(
     window_width: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    """Sums up one relative position of one head, over all pairs of tokens and all programs."""
+    """Sums one relative position of one head over all token pairs and programs."""
     n: tl.constexpr = window_height * window_width
     position, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     column = tl.arange(0, block)

@@ -1,8 +1,8 @@
-"""Window attention in Triton, tried against timm's before `auto` takes it.
+"""Tries the Triton window attention against timm's before `auto` chooses it.
 
-`gpu_kernels.fault_in_trial` runs it. Windows are those of the presets, several for each program; so
-the kernels are those of training. On a GPU there are as many programs, too: the wrong code that
-ptxas 12.8 has made of others' kernels failed now and then, among thousands of programs.
+`gpu_kernels.fault_in_trial` runs it, with the presets' windows, several for each program, so that
+the kernels are the ones of training. On a GPU the number of programs is too: the wrong code that
+ptxas 12.8 produced for other kernels failed only now and then, among thousands of programs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from unicl_fast.system.gpu_kernels import check_close
 _SIDE, _WINDOW, _HEADS = 14, 7, 2
 _IMAGES, _PROGRAMS, _TIMES = {"cuda": 512, "cpu": 2}, {"cpu": 2}, {"cuda": 20, "cpu": 1}
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Relative errors ten times those that rounding makes, in timm's attention as well."""
+"""Relative errors, ten times the rounding errors (timm's attention has them too)."""
 
 
 def try_out(device: torch.device, dtype_name: str) -> None:
-    """Compares results and gradients of windows in one type, shifted and not.
-
-    Raises:
-        ArithmeticError: they are off by more than rounding explains.
-    """
+    """Raises ArithmeticError if results or gradients in one type are wrong, shifted or not."""
     from unicl_fast.models import window_attention  # imports triton
 
     dtype: torch.dtype = getattr(torch, dtype_name)
@@ -54,7 +50,7 @@ def try_out(device: torch.device, dtype_name: str) -> None:
 def attention_and_gradients(
     block: Any, x: Tensor, grad: Tensor, *, autocast: bool = False
 ) -> dict[str, Tensor]:
-    """The attention of a block of Swin, and its gradients of x [b h w d] and of what is trained."""
+    """A Swin block's attention, and its gradients of x [b h w d] and of trained parameters."""
     x = x.detach().clone().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         mixed = block._attn(x)

@@ -1,4 +1,1 @@
-"""The training objectives: TargetM (`targets.py`), the loss (`loss.py`), mixup.
-
-Models and optimizers are not known here: the training step puts these functions together.
-"""
+"""The training objectives: TargetM (`targets.py`), the loss (`loss.py`), mixup."""

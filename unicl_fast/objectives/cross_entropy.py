@@ -1,7 +1,4 @@
-"""Cross-entropy over one learnt row for each class, without texts and without a common space.
-
-It is UniCL's loss from images to texts with the rows in place of texts, which all ranks have.
-"""
+"""Cross-entropy: UniCL's image-to-text loss with one learnt row for each class as texts."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyObjective(LabelObjective):
-    """A linear classifier on the image encoder's features; texts are not used."""
+    """A linear classifier on the image encoder's features, without texts."""
 
     name: str = "ce"
     num_classes: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...] = ()
-    """Learnt rows for each data set; empty takes the data's classes."""
+    """Learnt rows for each data set; empty for the data's number of classes."""
 
     about: ClassVar[str] = "cross-entropy over a learnt row for each class, without texts"
     uses_texts: ClassVar[bool] = False
@@ -37,7 +34,7 @@ class CrossEntropyObjective(LabelObjective):
     takes_levels: ClassVar[bool] = False
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> CrossEntropyObjective:
-        """Takes as many rows as the data have classes."""
+        """Sets the number of rows to the data's number of classes."""
         require(
             self.num_classes in ((), num_classes),
             f"objective.num_classes is {self.num_classes}, but the data has {num_classes}: leave "
@@ -82,7 +79,7 @@ class CrossEntropyObjective(LabelObjective):
 
 
 def with_one(features: Tensor) -> Tensor:
-    """Features [b width] with a 1 for the bias, [b width + 1]: what `class_rows` multiplies."""
+    """Appends a 1 for the bias to features [b width]; `class_rows` multiplies the result."""
     from torch.nn import functional as F
 
     return F.pad(features, (0, 1), value=1.0)

@@ -1,4 +1,4 @@
-"""Objectives that take labels: several for an image, and images that are mixed."""
+"""Objectives with labels: several for each image, and mixed images."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class LabelObjective(Objective):
-    """Images of one class are alike, and an image may be of several."""
+    """Images of one class are positives; an image may have several classes."""
 
     positives: Literal["auto", "text", "labels"] = "auto"
-    """Classes of an image: auto, text or labels. text takes the class of the text that it is shown
-    with; labels takes those of all its labels too, also where it is shown with a caption. auto
-    takes labels where samples have several labels, or labels and captions, and nothing is mixed."""
+    """Classes of an image: auto, text or labels. text uses the class of the text that it is paired
+    with; labels uses all its labels too, even if it is paired with a caption. auto means labels if
+    samples have several labels, or labels and captions, and nothing is mixed."""
     mixup: NonNegative = 0.0
-    """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
+    """Alpha of mixup between labelled images; 0 disables it. Pairs are mixed with lambda from
     Beta(mixup, mixup)."""
     cutmix: NonNegative = 0.0
-    """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are replaced.
-    With both each pair gets one of the two, with equal chance."""
+    """Alpha of CutMix between labelled images; 0 disables it. As mixup, but rectangles are
+    replaced. With both, each pair gets one of the two with equal chance."""
 
     def __post_init__(self) -> None:
         Objective.__post_init__(self)
         require(
             self.positives != "labels" or not self.mixes,
             "objective.positives=labels cannot be used with objective.mixup or "
-            "objective.cutmix, which mix one label an image: take objective.positives=text, or "
+            "objective.cutmix, which mix one label an image: set objective.positives=text, or "
             "set both to 0",
         )
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Self:
-        """Decides whose labels count; says so where more than the text's do."""
+        """Resolves `positives=auto`; logs if it means all labels."""
         if self.positives != "auto":
             return self
         takes_all = num_several > 0 and not self.mixes
@@ -59,16 +59,14 @@ class LabelObjective(Objective):
 
     @property
     def takes_all_labels(self) -> bool:
-        """Whether all labels of an image count."""
         return self.positives == "labels"
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
     def check_local_batch(self, batch_size: int) -> None:
-        """Refuses an odd number of images on a rank, which would part the two of a pair."""
+        """Refuses an odd number of images on a rank, which would split a pair."""
         require(
             not self.mixes or batch_size % 2 == 0,
             "objective.mixup and objective.cutmix mix images two by two, and a rank has "
@@ -85,7 +83,7 @@ class LabelObjective(Objective):
         seed: int,
         global_batch_size: int,
     ) -> tuple[Tensor, Classes]:
-        """Mixes neighbours and their labels. Equal texts may differ then, one for each image."""
+        """Mixes neighbours and their labels; each image then has a text of its own."""
         if not self.mixes:
             return images, classes
         import torch

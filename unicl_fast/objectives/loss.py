@@ -1,9 +1,10 @@
 """The unified contrastive loss: a pure function of features and class ids.
 
 Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022: equations 2 and 3,
-averaged over the batch and both directions as in Algorithm 1, which `reference_loss` writes out.
-`unified_contrastive_loss` gives the same number and is what training calls; docs/loss.md says what
-makes it cheap. It knows no ranks: `all_reduce` completes the columns of a rank's images.
+averaged over the batch and both directions as in Algorithm 1, which `reference_loss` spells out.
+Training calls `unified_contrastive_loss`, which gives the same number; docs/loss.md says how it
+saves memory and time. It knows nothing of ranks: `all_reduce` completes the columns of a rank's
+images.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from unicl_fast.system.gpu_kernels import fault_in_trial, obstacle_to_triton
 
 logger = logging.getLogger(__name__)
 
-# Logits (b u), by device, from which on "auto" stores none. Below, the dense form is as fast or
-# faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
+# Logits (b u) from which "auto" stores none. Below, the dense form is at least as fast, and small.
+# The CPU's number is measured, the GPU's only modelled; docs/loss.md.
 _SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
-_OLDEST_FOR_TRITON = (8, 0)  # the instructions of its products: A100 and later
+_OLDEST_FOR_TRITON = (8, 0)  # A100 and later have the matrix instructions it needs
 
 
 def reference_loss(
@@ -37,7 +38,7 @@ def reference_loss(
     class_ids: Int[Tensor, " n"],
     scale: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
-    """The definition, for n samples with one text each: equations 2 and 3 of the paper.
+    """The definition for n samples with one text each: equations 2 and 3 of the paper.
 
     With x_i and v_k the features of images and texts, s the scale, and P(i) the samples of i's
     class, by `class_ids` from TargetM (`targets.map_targets`):
@@ -50,23 +51,23 @@ def reference_loss(
     """
     logits = scale * image_features @ text_features.T
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
-    targets = positives / positives.sum(dim=1, keepdim=True)  # of texts too: positives is symmetric
+    targets = positives / positives.sum(dim=1, keepdim=True)  # for texts too, by symmetry
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 class LogitStatistics(NamedTuple):
-    """Statistics of rows of logits (images) or of columns (texts), from which their losses follow.
+    """Statistics of each row (image) or column (text) of logits, enough to compute its loss.
 
-    To merge those of the same texts over disjoint sets of images, take the log-sum-exp of
-    `log_sum_exp` and add up the others.
+    To merge statistics of the same texts over disjoint sets of images, take the log-sum-exp of
+    `log_sum_exp` and add the others.
     """
 
     log_sum_exp: Float[Tensor, " n"]
-    """log of the sum of exp(logit); the lowest finite number where there is nothing to sum."""
+    """log of the sum of exp(logit); the lowest finite number for an empty sum."""
     positive_sum: Float[Tensor, " n"]
-    """Sum of the logits of its positives, times their weights."""
+    """Weighted sum of the logits of its positives."""
     positive_weight: Float[Tensor, " n"]
-    """Sum of the weights of its positives: their number, if each sample has one label."""
+    """Sum of the weights of its positives: their number if each sample has one label."""
 
     def losses(self) -> Float[Tensor, " n"]:
         """The loss of each row or column; 0 without a positive."""
@@ -76,14 +77,14 @@ class LogitStatistics(NamedTuple):
 
 
 AllReduce = Callable[[LogitStatistics | None, Tensor], tuple[LogitStatistics | None, Tensor]]
-"""Takes this rank's column statistics (None where only rows are wanted) and its images' mean loss;
-returns the statistics over, and the mean over, the images of all ranks."""
+"""Maps this rank's column statistics (None if only rows count) and its images' mean loss to those
+over the images of all ranks."""
 
 
 def one_rank(
     columns: LogitStatistics | None, mean_loss: Tensor
 ) -> tuple[LogitStatistics | None, Tensor]:
-    """The `AllReduce` of a process that holds all images."""
+    """The `AllReduce` of a single process."""
     return columns, mean_loss
 
 
@@ -102,39 +103,38 @@ def unified_contrastive_loss(
 ) -> Float[Tensor, ""]:
     """The loss of images against texts; equal class ids are positives.
 
-    Special cases: all classes distinct is CLIP's InfoNCE; text features that are one learnt row
-    for each class with `directions="i2t"` is cross-entropy; both views of every image as image
-    AND as text features with `exclude_self=True` is SupCon.
+    Special cases: all classes distinct is CLIP's InfoNCE; one learnt row for each class as text
+    features with `directions="i2t"` is cross-entropy; both views of every image as image AND as
+    text features with `exclude_self=True` is SupCon.
 
     Args:
         image_features: of unit norm.
         text_features: of unit norm, the distinct texts.
         class_ids: any int64; or a `Membership`, for several labels an image. Text k is then a
-            positive of image i with the weight (Y Y^T)_ik over the row's sum.
+            positive of image i with weight (Y Y^T)_ik over the row's sum.
         scale: factor of the products, exp(logit_scale).
-        text_class_ids: None takes `class_ids`, one text for each image.
-        text_counts: how many samples have each text; None means 1. A text of count 0 is as if it
-            were not there.
-        exclude_self: leave out the pairs (i, i), for two views of the same images: the first b
-            texts are the images themselves, the others those of other ranks.
-        directions: which of the two terms to take; "both" is their mean.
-        form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
-            "triton" does so by kernels on a CUDA device, and needs triton; "auto" takes the fastest
-            one for the size and the device.
-        all_reduce: completes the statistics where the batch's images are divided equally over
-            ranks, and the texts are those of all ranks.
+        text_class_ids: None means `class_ids`, one text for each image.
+        text_counts: how many samples have each text; None means 1. A text of count 0 has no
+            effect.
+        exclude_self: leaves out the pairs (i, i), for two views of the same images: the first b
+            texts are the images themselves, the rest are other ranks' images.
+        directions: which of the two terms to compute; "both" is their mean.
+        form: "dense" stores the logits [b u]; "tiled" computes them twice in O((b + u) d) memory;
+            "triton" does the same by kernels on a CUDA device; "auto" chooses the fastest one for
+            the size and the device.
+        all_reduce: completes the statistics if the images are divided equally over ranks, and the
+            texts are all ranks' texts.
 
     Returns:
-        A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
-        text without any positive contributes 0. In the tiled form the products of bf16 features
-        are rounded to bf16, as autocast does, before anything is summed up in fp32: the loss is
-        off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its norm. In Triton
-        the logits are not rounded, their gradients are.
+        A scalar, fp64 if features are, else fp32. An image or text without positives contributes
+        0. The tiled form rounds products of bf16 features to bf16, as autocast does, and sums in
+        fp32: the loss is off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its
+        norm. Triton does not round logits, only their gradients.
 
     Raises:
         ValueError: shapes that do not fit together, or "triton" for features that are not on a
             CUDA device.
-        ModuleNotFoundError: "triton" where it is not installed.
+        ModuleNotFoundError: "triton" is not installed.
     """
     if text_class_ids is None:
         text_class_ids = class_ids
@@ -163,7 +163,7 @@ def mean_loss(
     directions: Literal["both", "i2t", "t2i"],
     all_reduce: AllReduce,
 ) -> Tensor:
-    """The mean loss of images and texts of all ranks, from this rank's statistics."""
+    """The mean loss over the images and texts of all ranks, from this rank's statistics."""
     complete, i2t = all_reduce(columns, rows.losses().mean())
     if complete is None:
         return i2t
@@ -176,7 +176,7 @@ def mean_loss(
 
 
 def stores_logits(form: LossForm, num_logits: int, device_type: str) -> bool:
-    """Whether a form holds all logits at once; "auto" does while they are few."""
+    """Whether a form stores all logits at once; "auto" does so while they are few."""
     smallest_tiled = _SMALLEST_TILED.get(device_type, _SMALLEST_TILED["cpu"])
     return form == "dense" or (form == "auto" and num_logits < smallest_tiled)
 
@@ -193,11 +193,7 @@ def logit_statistics(
     form: LossForm = "auto",
     with_columns: bool = True,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """Computes the statistics of rows (images) and columns (texts) of the logits s x_i.v_k.
-
-    The arguments are those of `unified_contrastive_loss`, already checked. Columns are None where
-    they are not asked for.
-    """
+    """Statistics of rows and (if wanted) columns of the logits s x_i.v_k; arguments are checked."""
     b, u = len(image_features), len(text_features)
     if form == "auto":
         form = _fastest_form(b * u, image_features.device, image_features.dtype)
@@ -229,16 +225,16 @@ def logit_statistics(
 def as_operands(
     image_features: Tensor, text_features: Tensor, *, dense: bool
 ) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Features in the type of the products, and the type of all else."""
+    """Features in the type of the products, and the type of all other arithmetic."""
     operands = torch.promote_types(image_features.dtype, text_features.dtype)
     arithmetic = torch.promote_types(operands, torch.float32)
     if operands == torch.float16 or dense:
-        operands = arithmetic  # the gradients of logits are too small for fp16
+        operands = arithmetic  # gradients of logits underflow in fp16
     return image_features.to(operands), text_features.to(operands), arithmetic
 
 
 def scalar_like(features: Tensor, value: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """A number [0-d] on the device of features; made there, as the host would wait for a copy."""
+    """A number [0-d] on the features' device; created there, since a copy would block the host."""
     if isinstance(value, Tensor):
         return value.to(features.device, dtype)
     return torch.full((), value, dtype=dtype, device=features.device)
@@ -256,17 +252,14 @@ def _takes_triton(device: torch.device, dtype: torch.dtype) -> bool:
     if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
         return False
     if fault := fault_of_triton(device, dtype):
-        logger.warning("form=auto: tiles of torch take the place of Triton's: %s", fault)
+        logger.warning("form=auto: tiles of torch replace Triton's: %s", fault)
     return not fault
 
 
 def fault_of_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """Says how kernels that "auto" would take fail on a CUDA device; empty if they do not.
-
-    They are tried once on a machine, which takes half a minute.
-    """
+    """How Triton's kernels fail on a device, or ""; tried once on a machine, for half a minute."""
     if obstacle_to_triton(device.index, oldest=_OLDEST_FOR_TRITON):
-        return ""  # "auto" takes none
+        return ""  # "auto" uses none
     name = str(dtype).removeprefix("torch.")
     return fault_in_trial("unicl_fast.objectives.loss_trial", device, name)
 
@@ -290,11 +283,11 @@ def dense_statistics(
     exclude_self: bool,
     with_columns: bool,
 ) -> tuple[LogitStatistics, LogitStatistics | None]:
-    """Statistics of rows and columns from all logits, and the pairs' weights as positives [b u]."""
+    """Statistics of rows and columns from all logits and pair weights [b u]."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
-        # not -inf: where no other pair is left (one image), its gradient would be 0/0
+        # not -inf: if no other pair is left (one image), its gradient would be 0/0
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     weighted = weights * logits
 
@@ -317,15 +310,12 @@ def positive_weights(
     u: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The pairs' weights as positives [b u]: (Y Y^T)_ik of `dtype` with several labels.
-
-    Where images and texts have one class each it is a bool [b u], a quarter of the memory.
-    """
+    """Pair weights [b u]: (Y Y^T)_ik for several labels, else bool, a quarter of the memory."""
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
     positives, transposed = find_positives(class_ids, text_class_ids, b, u, dtype=dtype)
     labels = class_ids if isinstance(class_ids, Tensor) else class_ids.labels
-    # times the smaller unit matrix: there may be many more learnt rows than images
+    # times the smaller identity: there may be many more learnt rows than images
     unit = torch.eye(min(b, u), dtype=dtype, device=labels.device)
     return positives.times(unit) if u <= b else transposed.times(unit).T
 
@@ -367,9 +357,9 @@ def check_shapes(
                 f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
             )
         if exclude_self:
-            raise ValueError("exclude_self takes class ids, not a Membership")
+            raise ValueError("exclude_self needs class ids, not a Membership")
     if exclude_self and (u < b or text_counts is not None):
         raise ValueError(
-            "exclude_self compares the images with themselves: it takes the image features as the "
+            "exclude_self compares the images with themselves: it needs the image features as the "
             f"first text features and no text_counts, got {u} text features for {b} images"
         )

@@ -1,8 +1,6 @@
-"""The sigmoid form of the loss: each pair of an image and a text is a positive one or not.
+"""The sigmoid form of the loss; an image's row again needs only class sums, O((b + u) d) memory.
 
-An image's loss is a sum over its row, whose positives are again class sums, in O((b + u) d) memory:
-
-    sum_k m_k log(1 + exp(z_ik))  -  s x_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
+sum_k m_k log(1 + exp(z_ik))  -  s x_i . (sum_k W_ik m_k v_k)  -  bias sum_k W_ik m_k
 """
 
 from __future__ import annotations
@@ -48,11 +46,11 @@ def sigmoid_contrastive_loss(
     form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:
-    """The sigmoid form: each pair of an image and a text is a positive one or not.
+    """The sigmoid form: each image-text pair is a positive one or not.
 
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343, with any number
-    of positives: with the logits z_ik = s x_i.v_k + bias, m_k samples that have text k, and the
-    weights W_ik of pairs as positives, it is the cross-entropy of sigmoid(z_ik) against W_ik,
+    of positives. With logits z_ik = s x_i.v_k + bias, m_k samples that have text k, and pair
+    weights W_ik, it is the cross-entropy of sigmoid(z_ik) against W_ik:
 
         L = 1/b sum_ik m_k ( log(1 + exp(z_ik)) - W_ik z_ik )
 
@@ -64,24 +62,24 @@ def sigmoid_contrastive_loss(
         class_ids: any int64; or a `Membership`, for several labels an image.
         scale: factor of the products, exp(logit_scale).
         bias: added to all logits.
-        text_class_ids: None takes `class_ids`, one text for each image.
+        text_class_ids: None means `class_ids`, one text for each image.
         text_counts: how many samples have each text; None means 1.
-        cosines: whether W is the cosine of the rows of Y where one is a `Membership`, as mixed
-            images need it: 1 for the same labels, 0 for none in common, and never more, which no
-            sigmoid could reach. Else it is Y Y^T, as for texts of one class each, which are
-            positives of an image if it is among the image's; it must not be above 1.
+        cosines: whether W is the cosine of the rows of Y for a `Membership`, as mixed images need:
+            1 for the same labels, 0 for none in common, and never above 1, which no sigmoid could
+            reach. Else it is Y Y^T, which must not exceed 1, for texts of one class each: a text is
+            a positive of each image that has its class.
         form: "dense", "tiled" or "auto", as for `unified_contrastive_loss`.
-        all_reduce: is handed only the images' mean loss, as rows need nothing of other ranks.
+        all_reduce: receives only the images' mean loss, since rows need nothing of other ranks.
 
     Returns:
-        A scalar of the types of `unified_contrastive_loss`.
+        A scalar of the type that `unified_contrastive_loss` returns.
 
     Raises:
-        ValueError: shapes that do not fit together, or "triton", which has no kernels for it.
+        ValueError: shapes that do not fit together, or "triton", which has no sigmoid kernels.
     """
     if form == "triton":
         raise ValueError(
-            "form triton has kernels for the softmax form only: take auto, dense or tiled"
+            "form triton has kernels for the softmax form only: set auto, dense or tiled"
         )
     if text_class_ids is None:
         text_class_ids = class_ids
@@ -121,7 +119,7 @@ class TiledSigmoid(torch.autograd.Function):
         positives: Positives,
         transposed: Positives,
     ) -> Tensor:
-        """The loss of each image [b]; operands are those of `TiledStatistics`."""
+        """The loss of each image [b]; operands as for `TiledStatistics`."""
         ones = scale.new_ones(len(texts), 1)
         weights = ones.squeeze(1) if counts is None else counts
         row_weights = positives.times(ones, counts).squeeze(1)
@@ -141,7 +139,7 @@ class TiledSigmoid(torch.autograd.Function):
     @staticmethod
     @first_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With g_i the gradient of a loss, that of z_ik is g_i m_k (sigmoid(z_ik) - W_ik)."""
+        """With g_i the gradient of a loss, z_ik has g_i m_k (sigmoid(z_ik) - W_ik)."""
         images, texts, scale, bias, counts, row_weights = ctx.saved_tensors
         wide = texts.to(scale.dtype)
         grad_images = ctx.positives.times(wide, counts).mul_(-grad.unsqueeze(1))

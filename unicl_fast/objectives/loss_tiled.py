@@ -1,8 +1,8 @@
-"""Statistics of the logits from tiles that are computed, used and overwritten: none is stored.
+"""Statistics of the logits from tiles that are computed, used and overwritten.
 
-They take O((b + u) d) memory, and backward multiplies the tiles again. `TorchTiles` makes them by
-torch operations on any device, `loss_triton.py` by kernels. Exponentials have base 2: the factor
-log2(e) goes along with the scale, and `exp2` costs a third of `exp` on the CPU.
+They need O((b + u) d) memory; backward computes the products again. `TorchTiles` uses torch
+operations on any device, `loss_triton.py` kernels. Exponentials have base 2: the scale includes the
+factor log2(e), and `exp2` costs a third of `exp` on the CPU.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from unicl_fast.system.gradients import first_only
 
 _LOG2_E = 1 / math.log(2)
 LARGEST_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Logits of a tile, by device. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache
-while products run at full rate. On a GPU they are there to bound memory, and large ones fill it."""
+"""Logits of a tile. On the CPU two fp32 tiles (8 MiB) fit the L3 cache while products run at full
+rate. On a GPU tiles only bound memory, and large ones keep it busy."""
 _LONGEST_SIDE = {"cpu": 1024}
-"""Rows or columns of a tile. A GPU has no such limit, since each tile costs it two dozen launches;
-on the CPU longer tiles of narrow logits were up to 17 % slower (65,536 x 64)."""
+"""Rows or columns of a tile. On the CPU longer tiles of narrow logits were up to 17 % slower
+(65,536 x 64). A GPU has no limit, since each tile costs two dozen launches."""
 
 
 class TiledStatistics(torch.autograd.Function):
@@ -40,16 +40,16 @@ class TiledStatistics(torch.autograd.Function):
         tiles_type: type[Tiles],
         with_columns: bool,
     ) -> tuple[Tensor, ...]:
-        """Computes statistics of each image [b] and each text [u], differentiable in all features.
+        """Computes statistics of each image [b] and text [u], differentiable in all features.
 
-        Both features are fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
-        results, which is twice as fast; the others are fp32 then. `positives` is W, `transposed`
-        W^T; pairs (i, i) that they leave out are left out of the log-sum-exps too.
+        Features are fp64, fp32 or bf16. bf16 matrix products have bf16 results, which is twice as
+        fast; everything else is fp32 then. `positives` is W, `transposed` W^T; pairs (i, i) that
+        they leave out are missing from the log-sum-exps too.
 
         Returns:
-            log sum_k m_k exp(s x_i.v_k) and sum_k W_ik m_k s x_i.v_k of each image i; and unless
-            `with_columns` is False, log sum_i exp(s x_i.v_k) and sum_i W_ik s x_i.v_k of each text
-            k. Where there may be many more texts than images, they are most of the work.
+            log sum_k m_k exp(s x_i.v_k) and sum_k W_ik m_k s x_i.v_k of each image i; with
+            `with_columns` also log sum_i exp(s x_i.v_k) and sum_i W_ik s x_i.v_k of each text k,
+            which are most of the work if there are many more texts than images.
         """
         exclude_self = positives.self_weights is not None
         factor = scale * _LOG2_E
@@ -80,7 +80,7 @@ class TiledStatistics(torch.autograd.Function):
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         want_images |= want_scale
         grad_images = grad_texts = grad_scale = None
-        # positives first: their class sums are gone when the tiles come
+        # positives first: their class sums are freed before the tiles
         if want_images:
             wide = texts.to(scale.dtype)
             grad_images = positives.times(wide, counts).mul_(grad_row_sums.unsqueeze(1))
@@ -112,10 +112,7 @@ class TiledStatistics(torch.autograd.Function):
 
 
 class Tiles:
-    """The products of features times a factor, tile by tile, and what is made of them.
-
-    With the factor s log2(e) they are the logits with base 2.
-    """
+    """The products of features and `factor` by tile: base-2 logits for the factor s log2(e)."""
 
     def __init__(
         self,
@@ -136,8 +133,7 @@ class Tiles:
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
         """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
 
-        Where there is nothing to sum it is the lowest finite number. Those of columns mean nothing
-        if they are not asked for.
+        An empty sum gives the lowest finite number; columns mean nothing without `with_columns`.
         """
         raise NotImplementedError
 
@@ -150,14 +146,14 @@ class Tiles:
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields rows, columns, and the gradient of their logits [r c] through the log-sum-exps.
 
-        The logs are those of `log2_sum_exps`; without a gradient those of columns are not read. A
-        gradient has the features' type, and is valid until the next one is asked for.
+        The logs come from `log2_sum_exps`; the columns' are read only if they have a gradient. A
+        yielded gradient has the features' type, and is valid until the next one.
         """
         raise NotImplementedError
 
 
 class TorchTiles(Tiles):
-    """Tiles by torch operations, in memory that is used again for every tile."""
+    """Tiles by torch operations, in memory reused for every tile."""
 
     def __init__(self, *operands: Any, **options: Any) -> None:
         super().__init__(*operands, **options)
@@ -171,7 +167,7 @@ class TorchTiles(Tiles):
             self.texts = round_to_tf32(self.texts)
 
     def log2_sum_exps(self, *, with_columns: bool = True) -> tuple[Tensor, Tensor]:
-        lowest = torch.finfo(self.factor.dtype).min  # finite: no infinity is ever subtracted
+        lowest = torch.finfo(self.factor.dtype).min  # finite: infinities are never subtracted
         row_maxima = self.factor.new_full((len(self.images),), lowest)
         column_maxima = self.factor.new_full((len(self.texts),), lowest)
         row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
@@ -181,7 +177,7 @@ class TorchTiles(Tiles):
             if self.log2_counts is not None:
                 logits.add_(self.log2_counts[columns])
             _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
-        # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
+        # an empty sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
         return (
             (row_maxima + row_sums.log2()).clamp_(min=lowest),
             (column_maxima + column_sums.log2()).clamp_(min=lowest),
@@ -209,10 +205,10 @@ class TorchTiles(Tiles):
                 yield rows, columns, _shaped(self._narrow, scratch.shape).copy_(scratch)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Yields rows, columns, their logits [r c] to be overwritten, and scratch [r c]."""
+        """Yields rows, columns, their logits [r c] to overwrite, and scratch [r c]."""
         for rows in self.rows:
             images = self.images[rows]
-            if self._narrow is None:  # in 16 bits it would round once more
+            if self._narrow is None:  # in 16 bits this would round once more
                 images = images * self.factor
             if self._rounds:
                 images = round_to_tf32(images)
@@ -233,7 +229,7 @@ class TorchTiles(Tiles):
 
 
 def allows_tf32() -> bool:
-    """Whether torch may multiply fp32 in TF32 on a CUDA device, which keeps 10 bits of fraction."""
+    """Whether torch may multiply fp32 in TF32, with 10 fraction bits, on a CUDA device."""
     matmul = torch.backends.cuda.matmul
     setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and up
     return bool(matmul.allow_tf32 if setting is None else setting == "tf32")
@@ -244,10 +240,10 @@ def _multiplies_in_tf32(features: Tensor) -> bool:
 
 
 def round_to_tf32(features: Tensor) -> Tensor:
-    """Rounds fp32 to the nearest number of TF32; what is not finite does not become finite.
+    """Rounds fp32 to the nearest TF32 number; non-finite values stay non-finite.
 
-    Tensor cores of an H100 cut off the 13 bits that TF32 lacks. That makes all logits smaller, but
-    not the sums of positives, which are exact: at scale 100 well-fitted pairs had a loss of -0.07.
+    An H100's tensor cores truncate the 13 bits that TF32 lacks. That shrinks all logits, but not
+    the exact sums of positives: at scale 100 well-fitted pairs had a loss of -0.07.
     """
     shifted = features * (2**13 + 1)  # Veltkamp's splitting
     return shifted - (shifted - features)

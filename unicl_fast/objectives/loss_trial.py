@@ -1,7 +1,7 @@
-"""The loss in Triton, tried against the dense form in fp64 before `auto` takes it.
+"""Tries the Triton loss against the dense form in fp64 before `auto` chooses it.
 
-`gpu_kernels.fault_in_trial` runs it. Sizes are no multiples of a block, and the kernels those of
-training; a GPU gets some hundred programs.
+`gpu_kernels.fault_in_trial` runs it, with the kernels of training and sizes that are no multiples
+of a block; a GPU gets some hundred programs.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ from unicl_fast.system.gpu_kernels import check_close
 _SIZES = {"cuda": (2000, 4100), "cpu": (200, 300)}
 _WIDTH, _SCALE = 208, 20.0
 _TIMES = {"cuda": 20, "cpu": 1}
-# Relative errors ten times those that rounding makes; of fp16, whose products are in fp32, too.
+# Relative errors, ten times the rounding errors; also for fp16, whose products are in fp32.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _TOLERANCE_OF_TF32 = 1e-2
 
 
 def try_out(device: torch.device, dtype_name: str) -> None:
-    """Compares value and gradients for features of a type; fp32 with TF32 and without.
-
-    Raises:
-        ArithmeticError: they are off by more than rounding explains.
-    """
+    """Raises ArithmeticError if loss or gradients in one type are wrong; fp32 also in TF32."""
     dtype: torch.dtype = getattr(torch, dtype_name)
     generator = torch.Generator().manual_seed(0)
     images, texts = (

@@ -1,9 +1,8 @@
-"""The tiles of `loss_tiled.py` by two Triton kernels, for NVIDIA GPUs from compute capability 8.0.
+"""The tiles of `loss_tiled.py` as two Triton kernels, for NVIDIA GPUs of capability 8.0 and up.
 
-Only gradients of logits pass through memory, once written and twice read. Kernels that kept those
-too would compute each logit once more for every 128 or 256 numbers of a feature, since no more sums
-fit into registers; and atomic additions would make the sums depend on their order. Importing this
-module imports triton.
+Only gradients of logits pass through memory, written once and read twice. Keeping them on the chip
+would recompute each logit for every 128 or 256 values of a feature, as no more sums fit into
+registers; atomic additions would make sums depend on their order. Importing this imports triton.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from torch.nn import functional as F
 from unicl_fast.objectives.loss_tiled import Tiles, allows_tf32, round_to_tf32
 from unicl_fast.system.gpu_kernels import fenced_stages
 
-# Not -inf, so that no infinity is ever subtracted. `torch.finfo(torch.float32).min`, for fp64 too.
+# torch.finfo(torch.float32).min, for fp64 too: not -inf, so that infinities are never subtracted
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
-# Rows of blocks whose images and texts stay in the second-level cache together.
+# rows of blocks whose images and texts stay in the L2 cache together
 _GROUP = tl.constexpr(8)
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut: a program makes height x width logits, from depth numbers at a time."""
+    """A program computes height x width logits, from depth feature values at a time."""
 
     height: int
     width: int
@@ -41,18 +40,18 @@ BLOCKS = {
     torch.float32: Blocks(128, 64, 32, num_warps=8, num_stages=3),
     torch.float64: Blocks(64, 64, 16, num_warps=8, num_stages=2),
 }
-"""By the features' type. A test compiles them and looks at shared memory and spilled registers."""
+"""By feature type. A test compiles them and checks shared memory and spilled registers."""
 
 
 def blocks_for(dtype: torch.dtype, *, capability: int) -> Blocks:
-    """How kernels are cut for features of a type on a device; `capability` is 90 for 9.0."""
+    """The blocks for features of a type on a device; `capability` is 90 for 9.0."""
     blocks, version = BLOCKS[dtype], triton.__version__
     stages = fenced_stages(blocks.num_stages, capability=capability, version=version)
     return blocks._replace(num_stages=stages)
 
 
 class TritonTiles(Tiles):
-    """Tiles that never leave the chip."""
+    """Tiles of logits that never leave the chip."""
 
     def __init__(self, images: Tensor, texts: Tensor, *rest: Any, **options: Any) -> None:
         precision = _precision(images.dtype)
@@ -108,7 +107,7 @@ class TritonTiles(Tiles):
                 yield rows, columns, gradient
 
     def _launch(self, kernel: Any, rows: slice, columns: slice, *operands: Tensor | None) -> None:
-        """Runs a kernel over the logits of these rows and columns."""
+        """Runs a kernel on the logits of these rows and columns."""
         images, texts = self.images[rows], self.texts[columns]
         counts = None if self.log2_counts is None else self.log2_counts[columns]
         height, width, *_ = self._blocks
@@ -130,16 +129,13 @@ class TritonTiles(Tiles):
 
 
 def _aligned(features: Tensor) -> Tensor:
-    """Features row by row, with zeros up to a multiple of 16 numbers.
-
-    The kernels copy 16 bytes at once then; number by number they run out of registers.
-    """
+    """Pads to 16 values, so that kernels copy 16 bytes at once: otherwise they lack registers."""
     missing = -features.shape[1] % 16
     return F.pad(features, (0, missing)) if missing else features.contiguous()
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores multiply fp32: in three parts, or in one where torch may use TF32, too."""
+    """How tensor cores multiply fp32: in three TF32 parts, or in one if torch may use TF32."""
     return "ieee" if dtype != torch.float32 else "tf32" if allows_tf32() else "tf32x3"
 
 
@@ -164,7 +160,7 @@ def _tile(
     width: tl.constexpr,
     depth: tl.constexpr,
 ) -> tl.tensor:
-    """This program's rows, columns, logits with base 2, and which of them exist."""
+    """This program's rows, columns, base-2 logits, and which of them exist."""
     row_blocks, column_blocks = tl.cdiv(b, height), tl.cdiv(u, width)
     program = tl.program_id(0)
     row, column = tl.swizzle2d(
@@ -213,15 +209,12 @@ def _sum_exps(
     width: tl.constexpr,
     depth: tl.constexpr,
 ) -> None:
-    """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u].
-
-    Without `by_columns` those of columns are left out.
-    """
+    """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u]."""
     row, column, rows, columns, logits, exists = _tile(
         images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
     )
     logits = tl.where(exists, logits, _LOWEST)
-    # rows before columns: in the other order a B200 is short of registers
+    # rows before columns: in the other order a B200 runs short of registers
     weighted = logits
     if counts is not None:
         weighted += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
@@ -253,8 +246,8 @@ def _logit_gradients(
 ) -> None:
     """Stores g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k) in [b, u].
 
-    `of_rows` [2, b] are the log-sum-exps and their gradients g, `of_columns` [2, u] those of h, or
-    None where columns have no gradients.
+    `of_rows` [2, b] are the log-sum-exps and their gradients g; `of_columns` [2, u] likewise with
+    h, or None if columns have no gradients.
     """
     _, _, rows, columns, logits, exists = _tile(
         images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth

@@ -1,9 +1,9 @@
-"""mixup and CutMix: images blended two by two, and their labels with the same weights.
+"""mixup and CutMix: images blended in pairs, and their labels with the same weights.
 
 Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Partners are samples 2k and 2k + 1
-of the global batch, and a pair's numbers a function of (seed, step, pair): the same on any number
-of ranks and after any restart, which timm's Mixup is not. Images without a label stay as they are,
-and so do their partners.
+of the global batch, and a pair's random numbers a function of (seed, step, pair): unlike with
+timm's Mixup, the same on any number of ranks and after a restart. Images without a label are left
+alone, and so are their partners.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _PURPOSE = 0x313C
 
 
 class PairDraws(NamedTuple):
-    """The numbers of each of p pairs; both images of a pair get the same."""
+    """The random numbers of p pairs; both images of a pair share them."""
 
     lambdas: NDArray[np.float64]
-    """[p]: the part that an image keeps of itself."""
+    """[p]: the weight of an image itself."""
     boxes: NDArray[np.int64]
-    """[p 4] top, bottom, left, right of what CutMix takes from the partner; empty for mixup."""
+    """[p 4] top, bottom, left, right of the partner's rectangle in CutMix; empty for mixup."""
 
 
 def draw_pairs(
     mixup: float, cutmix: float, *, seed: int, step: int, num_pairs: int, image_size: int
 ) -> PairDraws:
-    """The numbers of all pairs of a step, by the alphas of both, of which 0 does none.
+    """The numbers of all pairs of a step; an alpha of 0 disables mixup or CutMix.
 
-    lambda is drawn from Beta(alpha, alpha). CutMix's box has the area 1 - lambda about a centre
-    drawn anywhere, is cut at the edges, and lambda becomes the area that is left outside of it.
+    lambda is drawn from Beta(alpha, alpha). CutMix's box has area 1 - lambda around a centre drawn
+    anywhere, and is clipped to the image; lambda becomes the area outside it.
     """
     pairs = np.arange(num_pairs)
 
@@ -62,11 +62,7 @@ def draw_pairs(
 def mix(
     images: Float[Tensor, "b c h w"], batch: Batch, draws: PairDraws
 ) -> tuple[Float[Tensor, "b c h w"], Membership]:
-    """This rank's normalised images mixed with their neighbours, and the labels of each.
-
-    There is an even number of images, and the first one's global index is even. `draws` are those
-    of the whole global batch.
-    """
+    """Mixes this rank's images (an even number, from an even index) by the global batch's draws."""
     class_ids = batch.targets.class_ids
     device = images.device
     pairs = batch.global_index // 2
@@ -76,7 +72,7 @@ def mix(
     is_mixed = is_labelled & _swapped(is_labelled)
     lambdas = torch.where(is_mixed, lambdas, 1.0)
     boxes = boxes * is_mixed.unsqueeze(1)
-    # where there is a box, pixels outside of it are the image's own
+    # with a box, pixels outside it are the image's own
     has_box = boxes[:, 1] > boxes[:, 0]
     outside = torch.where(has_box, 1.0, lambdas)[:, None, None]
     parts = torch.where(_inside(boxes, images.shape[-1]), 0.0, outside)
@@ -87,7 +83,7 @@ def mix(
 def labels_of_pairs(
     class_ids: Int[Tensor, " b"], partners: Int[Tensor, " b"], lambdas: Float[Tensor, " b"]
 ) -> Membership:
-    """Gives each sample its own class with weight lambda, its partner's with the rest."""
+    """Gives each sample its own class with weight lambda, and its partner's with the rest."""
     samples = torch.arange(len(class_ids), device=class_ids.device)
     return Membership(
         torch.cat([samples, samples]),
@@ -97,13 +93,12 @@ def labels_of_pairs(
 
 
 def _swapped(values: Tensor) -> Tensor:
-    """Swaps the neighbours of each pair."""
     swapped: Tensor = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return swapped
 
 
 def _inside(boxes: Int[Tensor, "b 4"], size: int) -> Tensor:
-    """Pixels of the boxes: bool [b size size]."""
+    """Whether each pixel is in its image's box: bool [b size size]."""
     positions = torch.arange(size, device=boxes.device)
     top, bottom, left, right = (edge.unsqueeze(1) for edge in boxes.unbind(1))
     rows = (positions >= top) & (positions < bottom)

@@ -1,10 +1,10 @@
-"""The base of objectives: options, parameters besides the encoders, targets, loss.
+"""The base of objectives: options, own parameters, targets, loss.
 
-The trunk (model, loader, step, trainer, checkpoints) asks an `Objective` and never names one; each
-is a file of its own, found by `registry.OBJECTIVES`. docs/objectives.md shows how to add one.
+The trunk (model, loader, step, trainer, checkpoints) uses an `Objective` and never names one. Each
+has its own file, found by `registry.OBJECTIVES`; docs/objectives.md shows how to add one.
 
-Options are read from these classes, and `--help` must not wait seconds for torch: so the files of
-objectives import torch and NumPy inside methods.
+Command lines read their options from these classes before torch is imported, so objectives' files
+import torch and NumPy inside methods.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """The base of all objectives; its fields are their options, `objective.NAME`."""
+    """The base of all objectives; its fields are the options `objective.NAME`."""
 
     name: str
     """Objective, by its name in docs/objectives.md."""
@@ -44,9 +44,9 @@ class Objective:
     num_views: ClassVar[int] = 1
     """Views of each image in a batch."""
     evaluation: ClassVar[Literal["zero_shot", "accuracy", ""]] = "zero_shot"
-    """How data with labels are evaluated: against texts, against learnt rows, or not at all."""
+    """How labelled data is evaluated: against texts, against learnt rows, or not at all."""
     forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled", "triton")
-    """Values of efficiency.loss that it supports; without tiled, logits are stored."""
+    """Values of efficiency.loss that the loss supports; without tiled, logits are stored."""
     takes_levels: ClassVar[bool] = True
     """Whether texts may be classes above the labels (data.prompts=levels)."""
 
@@ -57,7 +57,7 @@ class Objective:
 
     @classmethod
     def class_for(cls, values: Any) -> type[Any]:
-        """The class of an objective by its options as JSON has them; this one if they name none."""
+        """The class for options from JSON; this class if they name none."""
         own = cls.__dataclass_fields__["name"].default
         if isinstance(values, dict) and "name" in values:
             return objective_class(values["name"])
@@ -65,31 +65,28 @@ class Objective:
 
     @property
     def takes_all_labels(self) -> bool:
-        """Whether an image counts with all its labels, also if it is shown with a caption."""
+        """Whether all labels of an image count, even if it is paired with a caption."""
         return False
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are blended, two by two."""
+        """Whether images of a batch are mixed in pairs."""
         return False
 
     def settle(self, num_classes: tuple[int, ...], *, num_several: int) -> Objective:
-        """Fills in the options that depend on the data.
+        """Fills in options from the data; ValueError if they contradict it.
 
-        `num_classes` has a number for each label space. `num_several` samples may be shown with the
-        text of one class while they have others: another label, or a label besides a caption.
-
-        Raises:
-            ValueError: the options say something else.
+        `num_classes` is for each label space. `num_several` samples have more classes than the one
+        of their text: another label, or a label besides a caption.
         """
         return self
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
-        """Parameters besides encoders and projections, by the names that checkpoints keep."""
+        """Parameters besides encoders and projections, by their names in checkpoints."""
         return {}
 
     def limit(self, learnt: Mapping[str, Tensor]) -> None:
-        """Keeps the parameters in their range; called without gradients after each update."""
+        """Clamps the parameters; called without gradients after each update."""
 
     def map_targets(
         self,
@@ -100,17 +97,14 @@ class Objective:
         size: int,
         all_labels: Callable[[], ImageLabels],
     ) -> list[HostTargets]:
-        """TargetM for consecutive local batches of `size` samples, on the host.
-
-        Arguments are as in `targets.map_steps`; `all_labels` gathers the labels of all images.
-        """
+        """TargetM for consecutive local batches of `size` samples, on the host; see `map_steps`."""
         from unicl_fast.objectives.targets import map_steps
 
         labels_of_images = all_labels() if self.takes_all_labels else None
         return map_steps(rows, labels, prompts, size=size, image_labels=labels_of_images)
 
     def check_targets(self, targets: Targets) -> None:
-        """Refuses (ValueError) targets of a loader that were made for another objective."""
+        """Refuses (ValueError) targets that a loader made for another objective."""
         if (targets.image_classes is None) == self.takes_all_labels:
             found = "none" if targets.image_classes is None else "some"
             raise ValueError(
@@ -120,7 +114,7 @@ class Objective:
             )
 
     def check_local_batch(self, batch_size: int) -> None:
-        """Refuses (ValueError) a number of images on each rank that the objective cannot handle."""
+        """Refuses (ValueError) an unsuitable number of images on each rank."""
 
     def mix(
         self,
@@ -135,13 +129,13 @@ class Objective:
         return images, classes
 
     def num_columns(self, *, num_images: int, num_texts: int) -> int:
-        """The number of texts, rows or views that an image is compared with, for estimates."""
+        """The number of texts, rows or views that an image is compared with."""
         return num_texts
 
     def loss(self, operands: Operands) -> Tensor:
         """The loss of the global batch, a scalar equal on all ranks.
 
-        Its gradient with respect to a rank's own features is exact, so that gradients of the
-        parameters are to be summed over ranks.
+        The gradient is exact for a rank's own features, so parameter gradients must be summed over
+        ranks.
         """
         raise NotImplementedError

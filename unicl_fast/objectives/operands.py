@@ -18,16 +18,16 @@ class Encoded(NamedTuple):
     """The features of a local batch."""
 
     images: Tensor
-    """[b d], of unit norm unless the objective uses the encoder's own features."""
+    """[b d], of unit norm unless the objective uses raw encoder features."""
     texts: Tensor | None
-    """[u d], of unit norm: this rank's distinct texts; None without texts. While a batch is
-    encoded, the texts of all ranks can replace them."""
+    """[u d], of unit norm: this rank's distinct texts, or all ranks' once they are gathered; None
+    without texts."""
     learnt: Mapping[str, Tensor]
     """The objective's own parameters, by name."""
 
 
 class Classes(NamedTuple):
-    """The classes of a local batch, by which the loss knows positives."""
+    """The classes of a local batch, which determine positives."""
 
     images: Tensor | Membership
     """The class of each image, int64 [b], or all its classes."""
@@ -38,11 +38,11 @@ class Classes(NamedTuple):
     rows: Tensor | None = None
     """Indices of the encoded texts to use, int64, the same number on all ranks; None: all."""
     max_num_texts: Callable[[], int] | None = None
-    """The largest u of all ranks, if they have asked each other."""
+    """The largest u of all ranks, if they have exchanged it ahead."""
 
 
 class Columns(NamedTuple):
-    """The texts of all ranks, with which images are compared."""
+    """The texts of all ranks."""
 
     features: Tensor
     """[n d], of unit norm."""
@@ -53,7 +53,7 @@ class Columns(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """All that a loss is computed from, on one rank."""
+    """The inputs of a loss on one rank."""
 
     images: Tensor
     """Features of this rank's images [b d]."""
@@ -64,6 +64,6 @@ class Operands(NamedTuple):
     learnt: Mapping[str, Tensor]
     """The objective's own parameters, by name."""
     form: LossForm
-    """How the loss is computed, as in `loss.unified_contrastive_loss`."""
+    """The loss's form, as in `loss.unified_contrastive_loss`."""
     ranks: Ranks
-    """Each has the same number of images of the batch, and the same texts."""
+    """Each rank has equally many images of the batch, and the same texts."""

@@ -1,9 +1,9 @@
 """The positives of each image and text, as sums over classes instead of a [b u] matrix.
 
 With Y the sparse matrix of the samples' weights in classes, one row a sample, text k is a positive
-of image i with weight W_ik, W = Y_images Y_texts^T. The loss needs products of W with features
-only: two sparse products of O(n d). Class ids become rows of a small table by sorting and binary
-search, whose results have sizes known beforehand: the host never waits for the device.
+of image i with weight W_ik, W = Y_images Y_texts^T. The loss only needs products of W with
+features: two sparse products of O(n d). Sorting and binary search map class ids to rows of a small
+table; their results have known sizes, so the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 class Membership(NamedTuple):
-    """Samples that have several labels, as the entries of a sparse matrix [samples, labels]."""
+    """Samples with several labels, as entries of a sparse matrix [samples, labels]."""
 
     samples: Int[Tensor, " e"]
     """The sample of each entry, from 0."""
@@ -28,7 +28,7 @@ class Membership(NamedTuple):
 
 
 class SparseRows(NamedTuple):
-    """A sparse matrix, row by row; `offsets[r]` says where the entries of row r begin."""
+    """A sparse matrix by rows; row r begins at entry `offsets[r]`."""
 
     columns: Int[Tensor, " e"]
     offsets: Int[Tensor, " r"]
@@ -37,10 +37,10 @@ class SparseRows(NamedTuple):
     def times(
         self, dense: Float[Tensor, "c d"], weights: Float[Tensor, " c"] | None = None
     ) -> Float[Tensor, "r d"]:
-        """The product with `dense`, whose rows are first multiplied by `weights`."""
+        """The product with `dense`, whose rows are first scaled by `weights`."""
         values = self.values if weights is None else self.values * weights[self.columns]
-        # a weighted sum of rows is what embedding_bag does: on the CPU 3 (n = 16k) to 20 times
-        # (1k) as fast as index_add_ or a CSR product, and free of atomics on a GPU
+        # embedding_bag is a weighted sum of rows: on the CPU 3 (n = 16k) to 20 times (1k) as fast
+        # as index_add_ or a CSR product, and without atomics on a GPU
         return F.embedding_bag(
             self.columns, dense, self.offsets, mode="sum", per_sample_weights=values
         )
@@ -49,21 +49,20 @@ class SparseRows(NamedTuple):
 class Positives(NamedTuple):
     """The matrix W of images and texts, or its transpose, as a product of sparse ones.
 
-    Nothing here is differentiated by autograd: W is constant, and the loss's gradient is again a
-    product with W or its transpose.
+    Autograd never differentiates it: W is constant, and the loss computes its own gradient.
     """
 
     class_to_row: SparseRows
-    """Y of the rows: picks the sums of their classes."""
+    """Y of the rows: selects the sums of their classes."""
     column_to_class: SparseRows
     """Y^T of the columns: sums their features by class."""
     self_weights: Float[Tensor, " b"] | None
-    """The weights of the pairs (i, i) where these are left out, to be subtracted."""
+    """Weights of the pairs (i, i) to subtract, if these are left out."""
 
     def times(
         self, features: Float[Tensor, "c d"], weights: Float[Tensor, " c"] | None = None
     ) -> Float[Tensor, "r d"]:
-        """W (weights * features): for each image (or text) the sum of its positives."""
+        """W (weights * features): the sum of the positives of each image (or text)."""
         sums = self.class_to_row.times(self.column_to_class.times(features, weights))
         if self.self_weights is not None:
             count = len(self.self_weights)  # there may be more texts
@@ -81,10 +80,10 @@ def find_positives(
     dtype: torch.dtype,
     exclude_self: bool = False,
 ) -> tuple[Positives, Positives]:
-    """Prepares the products with W [b u] and with its transpose, whose weights are of type `dtype`.
+    """Prepares products with W [b u] and with its transpose, with weights of `dtype`.
 
-    Images may have classes that no text has. `exclude_self` leaves out the pairs (i, i); both must
-    be class ids then, and u >= b.
+    Images may have classes that no text has. `exclude_self` leaves out the pairs (i, i); it needs
+    class ids, and u >= b.
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
@@ -112,7 +111,7 @@ def find_positives(
 
 
 def as_membership(class_ids: Int[Tensor, " n"] | Membership, dtype: torch.dtype) -> Membership:
-    """Class ids as memberships of weight 1; weights of the given type."""
+    """Class ids as memberships of weight 1, of type `dtype`."""
     if isinstance(class_ids, Membership):
         return class_ids._replace(weights=class_ids.weights.detach().to(dtype))
     samples = torch.arange(len(class_ids), device=class_ids.device)
@@ -120,9 +119,9 @@ def as_membership(class_ids: Int[Tensor, " n"] | Membership, dtype: torch.dtype)
 
 
 def of_unit_length(membership: Membership, *, num_samples: int) -> Membership:
-    """Divides each row of Y by its Euclidean length, so that Y Y^T holds cosines, 1 at the most.
+    """Divides each row of Y by its Euclidean length, so that Y Y^T holds cosines, at most 1.
 
-    Entries of the same (sample, label) are one entry of Y. A sample without labels stays so.
+    Entries of the same (sample, label) are one entry of Y. A sample without labels stays empty.
     """
     order = membership.labels.argsort(stable=True)
     order = order[membership.samples[order].argsort(stable=True)]

@@ -17,11 +17,7 @@ OBJECTIVES = {
 
 
 def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
-    """The class of an objective, a subclass of `objective.Objective`.
-
-    Raises:
-        ValueError: there is no objective of that name.
-    """
+    """The class of an objective; ValueError for an unknown name."""
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name must be one of {', '.join(OBJECTIVES)}, not {name!r}")
     module, _, attribute = OBJECTIVES[name].partition(":")
@@ -30,12 +26,7 @@ def objective_class(name: object = next(iter(OBJECTIVES))) -> type[Any]:
 
 
 def make_objective(name: str = next(iter(OBJECTIVES)), **options: Any) -> Any:
-    """An objective with its options, for example `make_objective("ce", mixup=0.8)`.
-
-    Raises:
-        TypeError: an option that it does not have.
-        ValueError: no such objective, or a value out of range.
-    """
+    """An objective, as `make_objective("ce", mixup=0.8)`; TypeError or ValueError if wrong."""
     return objective_class(name)(**options)
 
 

@@ -1,7 +1,4 @@
-"""The sigmoid form of UniCL's and CLIP's objectives: each pair is a positive one or not.
-
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (SigLIP), arXiv 2303.15343.
-"""
+"""SigLIP's form of UniCL's and CLIP's objectives (Zhai et al., arXiv 2303.15343)."""
 
 from __future__ import annotations
 
@@ -22,18 +19,18 @@ if TYPE_CHECKING:
     from unicl_fast.objectives.operands import Operands
 
 _BIAS_INIT = -10.0
-"""SigLIP's: all pairs are taken for negatives at first, as nearly all of them are."""
+"""As SigLIP: all pairs start as negatives, which nearly all are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sigmoid(TextObjective):
-    """A question for each pair of an image and a text."""
+    """A binary question for each image-text pair."""
 
     logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(10)
     forms: ClassVar[tuple[LossForm, ...]] = ("auto", "dense", "tiled")
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
-        """The logarithm of the scale and the bias of the logits, [0-d] each."""
+        """The logarithm of the scale, and the bias of the logits, [0-d] each."""
         import torch
 
         bias = torch.nn.Parameter(torch.tensor(_BIAS_INIT))
@@ -54,7 +51,7 @@ class _Sigmoid(TextObjective):
             operands.learnt["logit_bias"],
             text_class_ids=operands.texts.class_ids,
             text_counts=operands.texts.counts,
-            # texts have several classes where images are mixed, and nowhere else
+            # only mixed images give texts several classes
             cosines=isinstance(operands.texts.class_ids, Membership),
             form=operands.form,
             all_reduce=all_reduce_over(operands.ranks),

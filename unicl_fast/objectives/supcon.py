@@ -1,7 +1,7 @@
 """Supervised contrastive learning: two views of each image against all others, by label.
 
-Khosla et al., arXiv 2004.11362, L_out with a fixed temperature. It is UniCL's loss with the images
-of all ranks in place of texts, without the pairs of a view with itself.
+Khosla et al., arXiv 2004.11362, L_out with a fixed temperature. It is UniCL's loss with all ranks'
+views as texts, without each view's pair with itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SupConObjective(Objective):
 
     name: str = "supcon"
     temperature: Positive = 0.1
-    """Divisor of the products of features."""
+    """Divisor of the feature products."""
 
     about: ClassVar[str] = "two views of each image against all others, by label (SupCon)"
     uses_texts: ClassVar[bool] = False
@@ -36,7 +36,7 @@ class SupConObjective(Objective):
         return 2 * num_images
 
     def loss(self, operands: Operands) -> Tensor:
-        """The loss of this rank's views [2b d], all first ones and then all second ones."""
+        """The loss of this rank's views [2b d]: all first views, then all second ones."""
         from unicl_fast.distributed.ranks import gather_rows
         from unicl_fast.objectives.loss import unified_contrastive_loss
         from unicl_fast.objectives.positives import Membership
@@ -44,7 +44,7 @@ class SupConObjective(Objective):
 
         assert not isinstance(operands.classes, Membership)
         view_ids = operands.classes.repeat(2)
-        # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
+        # a rank's own views first, so that a view's pair with itself is (i, i) on every rank
         shift = -operands.ranks.rank * len(view_ids)
         # every view is a row and a column, so one direction is the mean of both
         return unified_contrastive_loss(

@@ -1,6 +1,6 @@
 """TargetM, the paper's Algorithm 1: from labels and token rows to class ids.
 
-`map_targets` decides the ids of one batch and finds equal texts, so that each is encoded once; the
+`map_targets` assigns a batch's class ids and finds equal texts, so that each is encoded once; the
 loss turns ids into positives. NumPy and Numba on the host: only `collate` needs torch.
 """
 
@@ -33,21 +33,21 @@ if TYPE_CHECKING:  # the data pipeline maps targets without torch
     from unicl_fast.batch import Batch, Targets, Texts
 
 CAPTION_KEYS_START = 1 << 62
-"""Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
+"""Class ids of captions without a class are from here to 2**63 - 1, other ids below."""
 _NOTHING_MERGED = (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLabels:
-    """All labels of each image, as classes, in any number; not only the one whose prompt it has."""
+    """All labels of each image, as classes; not only the class of its text."""
 
     classes: Int64Array
-    """int64 [c]: classes from 0 to 2**62 - 1, one image's after another's; they may repeat."""
+    """int64 [c]: classes from 0 to 2**62 - 1, image by image; they may repeat."""
     starts: Int64Array
     """int64 [b + 1]: image i has classes[starts[i]:starts[i + 1]]."""
 
     def part(self, start: int, stop: int) -> ImageLabels:
-        """Those of images `start` to `stop - 1`, without a copy."""
+        """The labels of images `start` to `stop - 1`, without a copy."""
         return dataclasses.replace(self, starts=self.starts[start : stop + 1])
 
 
@@ -64,11 +64,11 @@ class HostTargets:
 
     @property
     def class_ids(self) -> Int64Array:
-        """int64 [b]: the class of each sample."""
+        """int64 [b]: the class of each sample's text."""
         return self.text_class_ids[self.text_index]
 
     def tensors(self) -> tuple[Texts, Targets]:
-        """`Batch.texts` and `Batch.targets`, on the host; only token ids are copied."""
+        """`Batch.texts` and `Batch.targets` on the host; only token ids are copied."""
         import torch
 
         from unicl_fast.batch import Targets, Texts
@@ -89,7 +89,7 @@ class HostTargets:
 
 @runtime_checkable
 class PromptLookup(Protocol):
-    """Finds the class that has a text as a prompt; `prompts.ClassPrompts` is one."""
+    """Finds the class that has a text as a prompt, as `prompts.ClassPrompts` does."""
 
     def lookup(self, rows: TokenArray) -> Int64Array:
         """The class int64 [k] that has each row [k l] as a prompt, -1 if none has."""
@@ -109,22 +109,21 @@ def map_targets(
     1. the labels of its samples;
     2. if some of its samples have no label: the class that has this text as a prompt;
     3. if that leaves several classes, they are one class in this batch, under the smallest id;
-    4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
-       every rank and whatever its padding.
+    4. if it leaves none: a key of the tokens, in [2**62, 2**63), the same on every rank and for
+       any padding.
 
     In the loader each rank maps only its local batch, and all agree without communication: a label
-    comes only with a prompt of its class as the text (a caption comes with -1), and `ClassPrompts`
-    has joined the classes that share a prompt before training, so the class of a text never depends
-    on the other samples of the batch. Where rows and labels come from elsewhere, it may (rules 1
-    and 3): then every rank maps the global batch and takes its part with `slice_targets`, as
-    `collate` does.
+    always comes with a prompt of its class as text (a caption has -1), and `ClassPrompts` has
+    joined classes that share a prompt, so a text's class never depends on other samples. For other
+    rows and labels it can (rules 1 and 3): then every rank maps the global batch and takes its part
+    with `slice_targets`, as `collate` does.
 
     Args:
         rows: token ids of the texts, uint16 or uint32 [b l], padded with 0 at the end.
         labels: int64 [b], the class of each sample or -1. Label 0 is a class.
-        prompts: finds captions that are prompts of classes; None where there are no prompts.
-        image_labels: all labels of each image, for `image_classes`; None where only that of its
-            text counts. They change nothing for texts.
+        prompts: finds captions that are prompts of classes; None if there are no prompts.
+        image_labels: all labels of each image, for `image_classes`; None if only its text's class
+            counts. Texts do not depend on them.
 
     Raises:
         ValueError: no rows, or arrays of other shapes, types or ranges.
@@ -155,7 +154,7 @@ def map_steps(
     size: int,
     image_labels: ImageLabels | None = None,
 ) -> list[HostTargets]:
-    """`map_targets` of consecutive batches of `size` samples, in one call for small batches."""
+    """`map_targets` of consecutive batches of `size` samples; one kernel call for small ones."""
     if size == len(rows):
         return [map_targets(rows, labels, prompts, image_labels)]
     rows, labels = _check(rows, labels)
@@ -187,10 +186,7 @@ def map_steps(
 
 
 def slice_targets(targets: HostTargets, start: int, stop: int) -> HostTargets:
-    """The targets of samples `start` to `stop - 1`, with only their texts and their counts.
-
-    Texts are again in order of first occurrence; class ids are those of the whole batch.
-    """
+    """Targets of samples `start` to `stop - 1`, with only their texts, in order, and counts."""
     if not 0 <= start < stop <= len(targets.text_index):
         raise ValueError(
             f"a slice of {len(targets.text_index)} samples must be in range and not empty, "
@@ -227,16 +223,16 @@ def collate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batch:
-    """Makes one rank's `Batch` of a global batch in memory, for loaders other than DALI's.
+    """Makes one rank's `Batch` from a global batch in memory, for loaders other than DALI's.
 
     Args:
         images: uint8 [n h w c], RGB, of the global batch.
-        tokens: [n l] token rows padded with 0, as `Tokenizer` makes them.
-        labels: int64 [n]; -1 is a caption without a class.
+        tokens: [n l] token rows padded with 0, as from `Tokenizer`.
+        labels: int64 [n]; -1 for a caption without a class.
         prompts: as in `map_targets`.
         image_labels: all labels of each of the n images, for `objective.positives`.
         step: optimizer step of the batch.
-        rank: whose local batch is made.
+        rank: whose local batch to make.
         world_size: number of ranks; divides n.
     """
     import torch
@@ -280,15 +276,11 @@ def _classes_of_texts(
     num_conflicts: int,
     num_unlabelled: int,
 ) -> tuple[Int64Array, tuple[Int64Array, Int64Array]]:
-    """The rules of `map_targets` for each text; the last four arguments are `_group_texts`'.
-
-    Returns:
-        int64 [u], the class of each text; and what `merge_classes` returned of this batch's.
-    """
+    """The rules of `map_targets`: the class of each text, int64 [u], and the merged classes."""
     merged = _NOTHING_MERGED
     if not num_unlabelled and not num_conflicts:
         return classes, merged
-    pairs = [np.empty((0, 2), dtype=np.int64)]  # of classes that turn out to be one
+    pairs = [np.empty((0, 2), dtype=np.int64)]  # of classes to be merged
     if num_conflicts:
         of_text = classes[text_index]
         differs = (labels >= 0) & (labels != of_text)
@@ -311,12 +303,9 @@ def _classes_of_images(
     labels: ImageLabels,
     merged: tuple[Int64Array, Int64Array] = _NOTHING_MERGED,
 ) -> Int64Array:
-    """int64 [2 e]: sample and class of every class of each image, that of its text first.
+    """int64 [2 e]: sample and class of every class of each image, its text's class first.
 
-    Args:
-        class_ids: int64 [b], the class of each image's text.
-        labels: of the images.
-        merged: what `merge_classes` returned of the batch's classes.
+    `class_ids` int64 [b] are the texts' classes, `merged` the batch's `merge_classes`.
     """
     if len(labels.starts) != len(class_ids) + 1:
         raise ValueError(
@@ -328,7 +317,7 @@ def _classes_of_images(
 
 
 def _check(rows: TokenArray, labels: Int64Array) -> tuple[TokenArray, Int64Array]:
-    """Checks both arrays and returns them in the kernels' layout (a copy only where needed)."""
+    """Checks both arrays and returns them in the kernels' layout (copied only if needed)."""
     if rows.ndim != 2 or rows.dtype not in (np.uint16, np.uint32):
         raise ValueError(
             f"rows must be uint16 or uint32 [b, l], not {rows.dtype} {list(rows.shape)}"
@@ -361,13 +350,13 @@ def _label_texts(
     Returns:
         text_labels: int64 [u], the first label among a text's samples, -1 if they have none.
         unlabelled: bool [u], whether some sample of the text has no label.
-        num_conflicts: samples whose label is not the first one of their text.
+        num_conflicts: samples whose label differs from their text's first one.
     """
     text_labels = np.full(num_texts, -1, np.int64)
     unlabelled = np.zeros(num_texts, np.bool_)
     num_conflicts = 0
     for sample in range(labels.shape[0]):
-        # without branches, which a processor could only guess
+        # without branches, which would be unpredictable
         text, label = text_index[sample], labels[sample]
         known = text_labels[text]
         unlabelled[text] |= label < 0
@@ -378,18 +367,18 @@ def _label_texts(
 
 @kernel
 def _group_texts(rows: TokenArray, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
-    """Finds the distinct texts of a batch and what is known of each; rows are C-contiguous.
+    """Finds the distinct texts of a batch, and their labels; rows are C-contiguous.
 
-    One call, since for small batches a call takes longer than what it does.
+    One call, since for small batches a call takes longer than its work.
 
     Returns:
         tokens: [u, l], the distinct rows in order of first occurrence.
-        keys: int64 [u], their class ids where no label and no prompt gives one.
+        keys: int64 [u], their class ids if no label or prompt gives one.
         index: int64 [b], the text of each row.
         counts: int64 [u].
-        lengths: int64 [u], as of `row_lengths`.
-        text_labels, unlabelled, num_conflicts: as of `_label_texts`.
-        num_unlabelled: texts of which some sample has no label.
+        lengths: int64 [u], as from `row_lengths`.
+        text_labels, unlabelled, num_conflicts: as from `_label_texts`.
+        num_unlabelled: texts with a sample without label.
     """
     hashes = hash_rows(rows, factors)
     first, index, counts, tokens, lengths = unique_rows(rows, hashes, make_table(rows.shape[0]))
@@ -403,14 +392,11 @@ def _group_texts(rows: TokenArray, labels: Int64Array, factors: UInt64Array) -> 
 
 @kernel(inline="always")
 def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: Any) -> Any:
-    """Writes a class of a sample to entry `end`, unless it has it from entry `first` on.
+    """Writes a sample's class to entry `end`, unless it is among the entries from `first` on.
 
-    Entry `first` is compared without a branch: which label of an image is that of its text, no
-    processor can guess. `seen` has a bit for each of the others, one of 64 by the class's last
-    bits, so that most are known to be new without comparing.
-
-    Returns:
-        The end and `seen` after it.
+    Entry `first` is compared without a branch, since which label is the text's is unpredictable.
+    `seen` has a bit for each of the others, by the class's last 6 bits, so that most are known to
+    be new without comparing. Returns the new `end` and `seen`.
     """
     is_new = entries[1, first] != one
     bit = np.uint64(is_new) << (np.uint64(one) & np.uint64(63))
@@ -425,7 +411,7 @@ def _add_entry(entries: Any, first: Any, end: Any, seen: Any, sample: Any, one: 
 
 @kernel
 def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64Array) -> Int64Array:
-    """Sample and class of each entry [2 e]; a class that an image has twice is one entry."""
+    """Sample and class of each entry [2 e]; an image's repeated classes are one entry."""
     entries = np.empty((2, class_ids.size + starts[-1] - starts[0]), np.int64)
     end = np.uint64(0)
     for sample in range(class_ids.size):
@@ -441,11 +427,11 @@ def _distinct_classes(class_ids: Int64Array, classes: Int64Array, starts: Int64A
 def _group_steps(rows: TokenArray, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
     """`_group_texts` of consecutive batches of `size` rows.
 
-    The entries of a batch's texts begin where its rows begin, and are 0 after its last text.
+    The entries of a batch's texts begin at its first row, and are 0 after its last text.
 
     Returns:
-        tokens [b, l], index, counts, lengths and text_labels int64 [b]; of each batch
-        num_texts int64, and bool is_plain: all its texts have a label, each one only.
+        tokens [b, l], index, counts, lengths and text_labels int64 [b]; for each batch
+        num_texts int64, and bool is_plain: each of its texts has exactly one label.
     """
     steps = rows.shape[0] // size
     tokens = np.zeros(rows.shape, rows.dtype)
@@ -459,7 +445,7 @@ def _group_steps(rows: TokenArray, labels: Int64Array, factors: UInt64Array, siz
         found = _group_texts(rows[start:end], labels[start:end], factors)
         num_texts[step] = found[0].shape[0]
         is_plain[step] = found[7] == 0 and found[8] == 0
-        # one by one: for the message about parts that do not fit, Numba compiles for seconds
+        # element by element: to report slices that do not fit, Numba would compile for seconds
         for row in range(size):
             index[start + row] = found[2][row]
         for text in range(num_texts[step]):

@@ -1,8 +1,7 @@
-"""The texts of all ranks, which are the columns of a loss of images and texts.
+"""The texts of all ranks: the columns of an image-text loss.
 
-They are sent as soon as they are encoded, and arrive while images are encoded. Ranks have different
-numbers of texts, and pad them to the largest with texts of count 0: so all ranks send and compute
-the same shapes.
+They are sent as soon as they are encoded, and arrive while images are encoded. Ranks pad their
+texts to the largest number with texts of count 0, so that all send and compute the same shapes.
 """
 
 from __future__ import annotations
@@ -30,13 +29,10 @@ from unicl_fast.objectives.positives import Membership
 
 
 class TextColumns:
-    """This rank's texts on their way to all ranks, and theirs to this one."""
+    """Exchanges this rank's texts with all ranks."""
 
     def __init__(self, classes: Classes, ranks: Ranks) -> None:
-        """Begins to find out how many texts ranks have, if they do not know; all come together.
-
-        A `Membership` of the texts must have the same number of entries on every rank.
-        """
+        """Starts exchanging the number of texts, if unknown; a collective call."""
         assert classes.texts is not None
         assert classes.counts is not None
         self._class_ids, self._counts, self._rows = classes.texts, classes.counts, classes.rows
@@ -48,7 +44,7 @@ class TextColumns:
         self._tables: list[tuple[RowsInFlight, Tensor]] = []
 
     def send(self, text_features: Float[Tensor, "u d"]) -> Float[Tensor, "n d"]:
-        """Begins to send this rank's texts; those of all, which it returns, are for `receive`."""
+        """Starts sending this rank's texts; returns all ranks' texts, to be passed to `receive`."""
         if self._rows is not None:
             text_features = text_features[self._rows]
         if self._ranks.world_size == 1:
@@ -57,7 +53,7 @@ class TextColumns:
         gathered = self._features.send(text_features, num_rows=num_texts)
         if isinstance(self._class_ids, Membership):
             samples, labels, weights = self._class_ids
-            first = self._ranks.rank * num_texts  # samples are numbered as in the joined batch
+            first = self._ranks.rank * num_texts  # samples are numbered across ranks
             self._send_table(torch.stack([samples + first, labels], dim=1), len(samples))
             self._send_table(weights, len(samples))
             self._send_table(self._counts, num_texts)
@@ -66,7 +62,7 @@ class TextColumns:
         return gathered
 
     def receive(self, text_features: Float[Tensor, "n d"]) -> Columns:
-        """Waits for what `send` returned, and for the classes and counts of those texts."""
+        """Waits for the texts that `send` returned, and for their classes and counts."""
         class_ids, counts = self._receive_tables()
         return Columns(self._features.receive(text_features), class_ids, counts)
 
@@ -88,9 +84,9 @@ class TextColumns:
 
 @contextlib.contextmanager
 def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Batch]]:
-    """Takes each batch a step early, and asks the other ranks how many texts they have in theirs.
+    """Draws each batch a step early, and starts exchanging how many texts ranks have in theirs.
 
-    So the answer is there when the step needs it. All ranks take the same number of batches.
+    The answer is there when the step needs it. All ranks must draw the same number of batches.
     """
     if ranks.world_size == 1:
         yield batches
@@ -110,20 +106,20 @@ def asked_ahead(batches: Iterator[Batch], ranks: Ranks) -> Iterator[Iterator[Bat
         while coming is not None:
             batch, coming = coming, ask(next(batches, None))
             yield batch
-            del batch  # before the one after the next is taken
+            del batch  # before the batch after the next is drawn
 
     try:
         yield each()
     except Interrupted:
-        asked.wait()  # all have asked; none must leave before it is answered
+        asked.wait()  # all ranks have asked; none may leave before the answer
         raise
 
 
 def all_reduce_over(ranks: Ranks) -> AllReduce:
     """Completes the loss's statistics over ranks that hold disjoint images and the same texts.
 
-    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1], with
-    the images' mean loss among them.
+    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1], which
+    include the images' mean loss.
     """
     if ranks.world_size == 1:
         return one_rank

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TextObjective(Objective):
-    """Images against the texts of all ranks; subclasses have the loss."""
+    """Images against the texts of all ranks; subclasses define the loss."""
 
     logit_scale_init: Annotated[float, Meta(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)] = math.log(
         1 / 0.07
@@ -31,7 +31,7 @@ class TextObjective(Objective):
     """Initial logarithm of the learnt scale of the logits. CLIP's is ln(1/0.07), SigLIP's ln 10;
     the paper's code starts at 1.0."""
     logit_scale_max: Annotated[float, Meta(ge=-LARGEST_FLOAT)] = math.log(100)
-    """Upper limit of the logarithm of the scale; inf sets none, as in the paper."""
+    """Upper limit of the logarithm of the scale; inf for none, as in the paper."""
 
     def parameters(self, image_width: int) -> dict[str, nn.Parameter]:
         """The logarithm of the scale, [0-d]."""
@@ -46,7 +46,7 @@ class TextObjective(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class PairObjective(TextObjective):
-    """Only equal texts are of the same class: labels are ignored."""
+    """Only equal texts have the same class: labels are ignored."""
 
     def map_targets(
         self,
@@ -57,7 +57,7 @@ class PairObjective(TextObjective):
         size: int,
         all_labels: Callable[[], ImageLabels],
     ) -> list[HostTargets]:
-        """Gives each distinct text a class of its own."""
+        """Gives each distinct text a separate class."""
         import numpy as np
 
         from unicl_fast.objectives.targets import map_steps
@@ -65,13 +65,13 @@ class PairObjective(TextObjective):
         return map_steps(rows, np.full_like(labels, -1), None, size=size)
 
     def check_targets(self, targets: Targets) -> None:
-        """Refuses texts with labels: the loss would take those of one class for positives."""
+        """Refuses texts with labels: the loss would make positives of each class."""
         from unicl_fast.objectives.targets import CAPTION_KEYS_START
 
         super().check_targets(targets)
         if (targets.text_class_ids < CAPTION_KEYS_START).any():
             raise ValueError(
                 f"objective.name={self.name}: the loader's samples have classes, and the loss "
-                "would take those of one class for positives of each other: make batches with "
-                "labels of -1 and without prompts, or choose an objective that takes labels"
+                "would treat samples of one class as positives of each other: make batches with "
+                "labels of -1 and without prompts, or choose an objective that uses labels"
             )

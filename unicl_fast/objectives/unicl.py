@@ -1,8 +1,4 @@
-"""UniCL, and CLIP as the same loss with a class for each text.
-
-UniCL: Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022. CLIP:
-Radford et al., arXiv 2103.00020.
-"""
+"""UniCL (Yang et al., CVPR 2022), and CLIP (arXiv 2103.00020): a class for each text."""
 
 from __future__ import annotations
 
@@ -47,7 +43,7 @@ class UniCLObjective(_Softmax, LabelObjective, TextObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPObjective(_Softmax, PairObjective):
-    """An image and its own text, and equal ones, are positives of each other."""
+    """An image is a positive of its own text and of equal ones."""
 
     name: str = "clip"
     about: ClassVar[str] = "an image and its own text are positives; labels are ignored (CLIP)"

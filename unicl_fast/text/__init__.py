@@ -1,1 +1,1 @@
-"""From strings to token rows: tokenizers, class names, prompts, equal rows, joined classes."""
+"""From strings to token rows: tokenizers, class names, prompts, equal rows, merged classes."""

@@ -1,7 +1,7 @@
-"""Lists of class names and prompt templates: files, and those that installed packages bring.
+"""Class names and prompt templates, from files and installed packages.
 
-Names and templates of ImageNet are open_clip's, its wnids are timm's; those of the data sets that
-CLIP was evaluated on come from the package clip-benchmark, where it is installed.
+ImageNet's names and templates are open_clip's, its wnids timm's; lists of CLIP's other evaluation
+data sets come from the package clip-benchmark, if installed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from unicl_fast.system.installation import install_command
 from unicl_fast.system.untrusted_files import read_text
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
-"""One template for classes of things that are photographed, where variety is not wanted."""
+"""One template for photographed things, if variety is not wanted."""
 
 CLIP_BENCHMARK = "clip-benchmark:"
-"""Prefix of a data set's key that names a list of the package clip-benchmark."""
+"""Prefix of a list of the package clip-benchmark, before the data set's key."""
 _ListName = Literal["class names", "templates"]
 _CLIP_BENCHMARK_FILES: dict[_ListName, str] = {
     "class names": "en_classnames.json",
@@ -30,21 +30,18 @@ _CLIP_BENCHMARK_FILES: dict[_ListName, str] = {
 
 
 def imagenet_class_names() -> tuple[str, ...]:
-    """The 1,000 names CLIP uses for ImageNet-1K, in order of `imagenet_wnids`."""
+    """CLIP's 1,000 names of ImageNet-1K, in order of `imagenet_wnids`."""
     return tuple(_open_clip_metadata().IMAGENET_CLASSNAMES)
 
 
 def imagenet_templates() -> tuple[str, ...]:
-    """The 80 templates CLIP uses for ImageNet, each with one "{}"."""
+    """CLIP's 80 templates for ImageNet, each with one "{}"."""
     templates = tuple(fill("{}") for fill in _open_clip_metadata().OPENAI_IMAGENET_TEMPLATES)
     return check_templates(templates, origin="open_clip's ImageNet templates")
 
 
 def templates_for(class_names: Sequence[str]) -> tuple[str, ...]:
-    """ImageNet's templates if at least half of the names are ImageNet's, else the simple one.
-
-    They were chosen for ImageNet's classes: few products are met as a sculpture or as origami.
-    """
+    """ImageNet's templates (sculpture, origami, ...) if half of the names are its, else one."""
     known = set(map(_plain, imagenet_class_names()))
     num_known = sum(_plain(name) in known for name in class_names)
     return imagenet_templates() if 2 * num_known >= len(class_names) else SIMPLE_TEMPLATES
@@ -55,7 +52,7 @@ def _plain(name: str) -> str:
 
 
 def imagenet_wnids() -> tuple[str, ...]:
-    """WordNet ids of ImageNet-1K in sorted order, which is the order of its labels."""
+    """WordNet ids of ImageNet-1K, sorted as its labels are."""
     from timm.data.imagenet_info import ImageNetInfo  # here, because timm loads torch
 
     info: Any = ImageNetInfo()
@@ -65,13 +62,8 @@ def imagenet_wnids() -> tuple[str, ...]:
 def read_class_names(source: str | Path) -> tuple[str, ...]:
     """Class names from a file, the built-in "imagenet", or "clip-benchmark:KEY".
 
-    A file is UTF-8 text with one name a line, label 0 first. Empty lines may follow the last name;
-    one in between would shift the labels and is refused.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ModuleNotFoundError: clip-benchmark is not installed.
-        ValueError: not such a file, or the package has no such data set.
+    A file is UTF-8 text with one name a line, label 0 first. An empty line between names would
+    shift the labels (ValueError). Raises FileNotFoundError or ModuleNotFoundError if it is missing.
     """
     if str(source) == "imagenet":
         return imagenet_class_names()
@@ -81,12 +73,7 @@ def read_class_names(source: str | Path) -> tuple[str, ...]:
 def read_templates(source: str | Path) -> tuple[str, ...]:
     """Prompt templates from a file, "imagenet" (80), "simple" (1), or "clip-benchmark:KEY".
 
-    A file is UTF-8 text with one template a line, each with exactly one "{}" where the class name
-    goes.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file.
+    A file is UTF-8 text with one template a line, each with exactly one "{}" for the class name.
     """
     if str(source) == "imagenet":
         return imagenet_templates()
@@ -104,7 +91,7 @@ def fill_template(template: str, class_name: str) -> str:
 
 
 def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ...]:
-    """Returns the templates; raises ValueError with `origin` if they cannot make prompts."""
+    """Returns the templates, or raises ValueError, naming `origin`, if they are unusable."""
     if not templates:
         raise ValueError(f"{origin}: class names need at least one template, and there is none")
     for template in templates:
@@ -117,7 +104,7 @@ def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ..
 
 
 def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...]:
-    """A list of clip-benchmark, or the stripped lines of a file."""
+    """A list of clip-benchmark, or a file's stripped lines."""
     if source.startswith(CLIP_BENCHMARK):
         return _clip_benchmark_list(what, source.removeprefix(CLIP_BENCHMARK))
     path = Path(source)
@@ -136,10 +123,7 @@ def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...
 
 
 def _clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
-    """A list of clip-benchmark for a data set such as cifar10, pets or fgvc_aircraft.
-
-    It is read from the package's file: the package itself imports much.
-    """
+    """A list for a data set such as cifar10, from the package's file: importing it is slow."""
     path = installed_file(
         "clip_benchmark",
         f"datasets/{_CLIP_BENCHMARK_FILES[what]}",
@@ -156,7 +140,7 @@ def _clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
 
 @functools.cache
 def _open_clip_metadata() -> ModuleType:
-    """open_clip's lists of names and templates, without running the package, which loads torch."""
+    """open_clip's names and templates, without importing the package, which loads torch."""
     path = installed_file(
         "open_clip",
         "zero_shot_metadata.py",
@@ -172,12 +156,7 @@ def _open_clip_metadata() -> ModuleType:
 
 
 def installed_file(package: str, name: str, *, missing: str) -> Path:
-    """A file of an installed package, found without running the package.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed; the message is `missing`.
-        FileNotFoundError: the package lacks the file.
-    """
+    """A file of an installed package, without importing it; ModuleNotFoundError says `missing`."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(missing)

@@ -1,8 +1,7 @@
-"""Tokenizers of other models, from the tokenizer.json that is published with them.
+"""Tokenizers of other models, from their published tokenizer.json.
 
-Hugging Face `tokenizers` runs the file, which holds data and no code. Its padding is 0 in token
-rows, as ours is; where a model pads with another token, that one is written into the rows, since
-such models read their padding too.
+Hugging Face `tokenizers` runs the file, which holds data and no code. Rows are padded with 0, as
+ours are, unless the model pads with another token, which it then reads.
 """
 
 from __future__ import annotations
@@ -28,29 +27,25 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CANONICAL = "#canonicalize"
-"""After a place: texts lose their punctuation and capitals first, as big_vision's do."""
+"""Suffix of a place: texts first lose punctuation and capitals, as in big_vision."""
 _TO_SPACE = str.maketrans({"_": " ", **dict.fromkeys(string.punctuation.replace("_", ""), "")})
 
 
 class FileTokenizer:
-    """A tokenizer in a file, used as `Tokenizer` is."""
+    """A tokenizer from a file, with `Tokenizer`'s interface."""
 
     name: str
     vocabulary_hash: str
-    """SHA-256 of all that decides ids: two tokenizers with the same hash give the same ids."""
+    """SHA-256 of everything that affects ids: equal hashes give equal ids."""
     vocab_size: int
-    """The largest id, and 1."""
+    """The largest id plus 1."""
     token_type: np.dtype[Any]
-    """The type of token rows."""
 
     def __init__(self, place: str, context_length: int, *, pads: bool = True) -> None:
         """Reads `place`, a folder or hf-hub:OWNER/NAME with TOKENIZER_FILES; CANONICAL may follow.
 
-        Without `pads` rows end where texts do, for encoders that mask padding.
-
-        Raises:
-            FileNotFoundError: there is none, or it cannot be downloaded.
-            ValueError: it is damaged.
+        Without `pads` rows end with their text, for encoders that mask padding. Raises
+        FileNotFoundError if it is missing or cannot be downloaded, ValueError if it is damaged.
         """
         self.name = place
         self.context_length = context_length
@@ -64,10 +59,10 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             self._tokenizer.no_padding()
             self._tokenizer.enable_truncation(context_length)
-        except Exception as error:  # the library's own kind
+        except Exception as error:  # the library raises no narrower kind
             raise ValueError(f"{file} is no tokenizer: {error}; copy it again") from error
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = 1 + max(ids, default=0)  # some have gaps
+        self.vocab_size = 1 + max(ids, default=0)  # vocabularies can have gaps
         self.token_type = token_type(self.vocab_size)
         self._pad_id = self._find_pad_id(settings) if pads and settings is not None else 0
         decided_by = f"{self._is_canonical} {self._pad_id} ".encode() + content
@@ -80,7 +75,7 @@ class FileTokenizer:
         return self._tokenizer.token_to_id(token) or 0 if isinstance(token, str) else 0
 
     def write(self, folder: Path) -> None:
-        """Writes its files into a folder, from which transformers cuts texts as we do."""
+        """Writes its files, with the context length for transformers, into a folder."""
         for name, content in self._files.items():
             values = json.loads(content) if name == TOKENIZER_FILES[1] else None
             if isinstance(values, dict):
@@ -89,12 +84,12 @@ class FileTokenizer:
             (folder / name).write_bytes(content)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Token ids of each text with its special tokens, cut to `context_length`.
+        """Token ids of each text with special tokens, cut to `context_length`.
 
-        Not padded, unless the model pads with another token than 0: then all have that length.
+        Unpadded, unless the model pads with another token than 0.
         """
         if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts; wrap a single text in a list")
+            raise TypeError("encode needs a list of texts; wrap a single text in a list")
         cleaned = [_canonical(text) for text in texts] if self._is_canonical else list(texts)
         rows = []
         for encoding in self._tokenizer.encode_batch_fast(cleaned):
@@ -105,19 +100,19 @@ class FileTokenizer:
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Token ids int64 [number of texts, context_length], padded as the model's are."""
-        import torch  # here, so that packing workers never load it
+        """Token ids int64 [number of texts, context_length], padded as the model expects."""
+        import torch  # here, since packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)
         return torch.from_numpy(pad_rows(rows, self.context_length, np.int64))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text of ids without special tokens, for people to read."""
+        """The readable text of ids, without special tokens."""
         return str(self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=True))
 
 
 def _find(place: str) -> tuple[Path, Path | None]:
-    """The paths of TOKENIZER_FILES, of which the second may be missing."""
+    """The paths of TOKENIZER_FILES; the second can be missing."""
     scheme, _, repository = place.partition(":")
     if scheme != "hf-hub":
         file, settings = (Path(place) / name for name in TOKENIZER_FILES)
@@ -157,14 +152,14 @@ _file_tokenizer = functools.lru_cache(maxsize=8)(FileTokenizer)
 def make_tokenizer(
     place: str, context_length: int, *, pads: bool = True
 ) -> Tokenizer | FileTokenizer:
-    """The tokenizer that `model.tokenizer` names; arguments and errors are `FileTokenizer`'s."""
+    """The tokenizer of `model.tokenizer`; arguments and errors are `FileTokenizer`'s."""
     if place:
         return _file_tokenizer(place, context_length, pads=pads)
     return Tokenizer(min(context_length, CONTEXT_LENGTH))
 
 
 def _canonical(text: str) -> str:
-    """As open_clip cleans texts for SigLIP."""
+    """Cleans a text as open_clip does for SigLIP."""
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 

@@ -1,7 +1,7 @@
 """Hierarchies of classes: read from files, checked, and walked from the top to a class.
 
-A hierarchy is a forest: a class has one parent or none (of WordNet's several, the first one).
-Classes above others that are no labels of the data set have names too, for prompts.
+A hierarchy is a forest: a class has at most one parent (of WordNet's several, the first one).
+Ancestors that are no labels of the data set have names too, for prompts.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from unicl_fast.system.untrusted_files import read_json, read_text, reading_tabl
 from unicl_fast.system.wording import count_of
 
 _MOST_LEVELS = 100
-"""WordNet has 20; without a limit, a damaged file would take any amount of memory."""
+"""WordNet has 20; without a limit, a damaged file could use any amount of memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hierarchy:
-    """The parents of the classes of a data set, and the classes above them."""
+    """The parents of a data set's classes, and their ancestors."""
 
     names: tuple[str, ...]
-    """Names of the classes above, which are numbered after those of the data set."""
+    """Names of ancestors, which are numbered after the data set's classes."""
     parents: tuple[int, ...]
-    """The number of each class's parent, those above included; -1 for one at the top."""
+    """The number of the parent of each class and ancestor; -1 at the top."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError if a parent does not exist, or a class is above itself."""
+        """Raises ValueError if a parent does not exist, or a class is its own ancestor."""
         for number, parent in enumerate(self.parents):
             if not -1 <= parent < len(self.parents):
                 raise ValueError(
@@ -39,11 +39,11 @@ class Hierarchy:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the data set, without those above."""
+        """Classes of the data set, without ancestors."""
         return len(self.parents) - len(self.names)
 
     def describe(self) -> str:
-        """How many classes have a place, and how many are above them, in words."""
+        """How many classes have a place, and how many ancestors there are, in words."""
         own = set(range(self.num_classes))
         placed = {number for number in own if self.parents[number] >= 0}
         placed |= own & set(self.parents)
@@ -51,7 +51,7 @@ class Hierarchy:
         return f"{len(placed):,} of {count_of(len(own), 'class')} placed, {above} above"
 
     def chains(self) -> list[tuple[int, ...]]:
-        """For each class all classes from the top down to itself."""
+        """For each class its ancestors from the top down, and itself."""
         chains: list[tuple[int, ...] | None] = [None] * len(self.parents)
         for number in range(len(self.parents)):
             missing: list[int] = []
@@ -74,12 +74,9 @@ def read_parents(path: Path, *, columns: Sequence[str] = ()) -> dict[str, str]:
     """Reads the parent of each class that has one, by their names or keys.
 
     A .json file holds {"child": "parent", ...}. A .csv or .tsv file has a header and, in `columns`
-    (by default in all), names from the top down to a class; empty cells are passed over. Any other
-    file has lines PARENT CHILD, as WordNet's wordnet.is_a.txt; a child's first line counts.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such a file, or a class with two parents in JSON or a table.
+    (default: all), names from the top down to a class; empty cells are skipped. Any other file has
+    lines PARENT CHILD, as WordNet's wordnet.is_a.txt; a child's first line counts. Raises
+    FileNotFoundError, or ValueError for another form or two parents of a class in JSON or a table.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with a hierarchy of classes")
@@ -123,7 +120,7 @@ def _parents_in_table(path: Path, columns: Sequence[str]) -> dict[str, str]:
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Reads lines KEY<TAB>NAME, as WordNet's words.txt; of several names by commas the first."""
+    """Reads lines KEY<TAB>NAME, as in WordNet's words.txt; of several comma-separated names one."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with names of classes")
     names = {}

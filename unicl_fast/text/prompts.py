@@ -1,7 +1,7 @@
 """Class names x templates -> prompts, their token table, and the training class of each.
 
-Prompts are tokenised once at the start of a run, so that drawing one is reading a row. The table
-also finds captions that are prompts, and merges classes that have a prompt in common.
+Prompts are tokenised once at the start of a run; drawing one then reads a row. The table also finds
+captions that are prompts, and merges classes that share a prompt.
 """
 
 from __future__ import annotations
@@ -41,31 +41,30 @@ from unicl_fast.text.tokenizer import Tokenizer, pad_rows
 _log = logging.getLogger(__name__)
 
 LABEL_BITS = 32
-"""A class id is `source << LABEL_BITS | label`: a label (stored as int32) and its data set."""
+"""A class id is `source << LABEL_BITS | label`: the data set's number and the int32 label."""
 _LABELS_END = 1 << 31
 _GROUPS_SHOWN = 3
 _FEWEST_CACHED = 10_000
-"""Prompts; fewer are tokenised in a fraction of a second."""
+"""Fewer prompts are tokenised in a fraction of a second."""
 _MOST_FILES = 8
-"""Files that a cache keeps, the last used ones; 87 MB for 21,841 classes and 80 templates."""
+"""The most recently used files that a cache keeps; 87 MB for 21,841 classes and 80 templates."""
 
 
 class ClassPrompts:
     """The prompts of all classes of all sources as one table of tokens.
 
-    A class id is a label with its source in front (see `LABEL_BITS`), so that a source without
-    class names can have labels too. Classes that have a prompt in common are merged: the smallest
-    id stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
+    A class id is a label prefixed by its source (see `LABEL_BITS`), so sources without class names
+    can have labels too. Classes that share a prompt are merged under the smallest id, so equal rows
+    of `tokens` always have equal `class_ids`.
 
     Attributes:
         tokens: uint16 or uint32 [rows, l], all prompts, padded with 0 to the longest one's length.
         class_ids: int64 [rows], the training class of each prompt.
-        first_prompt_rows: int64 [sources], the row of each source's first prompt. Its other prompts
-            follow by label, then by template.
+        first_prompt_rows: int64 [sources], the row of each source's first prompt; the others follow
+            by label, then by template.
         num_classes: int64 [sources], 0 for a source without class names.
         num_templates: int64 [sources], 0 for a source without class names.
-        merged_classes: groups of classes that are one in training, each a tuple of
-            (source, label) with the one that stands for all of them first.
+        merged_classes: groups of merged classes, each a tuple of (source, label), smallest first.
     """
 
     def __init__(
@@ -79,8 +78,8 @@ class ClassPrompts:
 
         Args:
             sources: class names and templates of each source; both empty if it has captions only.
-            tokenizer: the one that the captions were encoded with.
-            cache_folder: keeps the token rows of many prompts, for the next start and the other
+            tokenizer: the captions' tokenizer.
+            cache_folder: keeps the token rows of many prompts for the next start and the other
                 ranks of this machine; None keeps nothing.
 
         Raises:
@@ -119,11 +118,7 @@ class ClassPrompts:
     def rows_of(
         self, source: int, labels: npt.ArrayLike, templates: npt.ArrayLike
     ) -> npt.NDArray[np.int64]:
-        """Rows of `tokens` for labels and templates of one source, broadcast together.
-
-        Raises:
-            ValueError: a label or template that the source does not have.
-        """
+        """Rows of `tokens` for labels and templates of one source, broadcast; or ValueError."""
         labels, templates = np.asarray(labels), np.asarray(templates)
         num_classes, num_templates = self.num_classes[source], self.num_templates[source]
         ends = {"labels": (labels, num_classes), "templates": (templates, num_templates)}
@@ -139,11 +134,7 @@ class ClassPrompts:
         return np.asarray(rows, dtype=np.int64)
 
     def classes_of(self, source: int, labels: npt.ArrayLike) -> Int64Array:
-        """Training classes of labels of one source; -1 (none) stays -1.
-
-        Raises:
-            ValueError: a label out of range.
-        """
+        """Training classes of labels of one source; -1 (none) stays -1. ValueError out of range."""
         ids = np.asarray(labels, dtype=np.int64)
         if ids.size and not -1 <= ids.min() <= ids.max() < _LABELS_END:
             raise ValueError(
@@ -153,10 +144,7 @@ class ClassPrompts:
         return replace_classes(ids, self._members, self._merged)
 
     def lookup(self, rows: TokenArray) -> Int64Array:
-        """The class, int64 [k], that has a text as a prompt; -1 where none has.
-
-        Texts are rows of token ids, [k, any length], padded with 0.
-        """
+        """The class, int64 [k], of each text [k, any length] (padded with 0) as a prompt, or -1."""
         expected = self.tokens.dtype
         if rows.ndim != 2 or not np.can_cast(rows.dtype, expected):
             raise ValueError(f"rows must be {expected} [k, l], not {rows.dtype} {list(rows.shape)}")
@@ -166,7 +154,7 @@ class ClassPrompts:
         return self._class_of_distinct[found]
 
     def _merge(self) -> None:
-        """Finds equal prompts, merges the classes that have them, and fills the hash table."""
+        """Finds equal prompts, merges their classes, and fills the hash table."""
         hashes = hash_rows(self.tokens, position_factors(self.tokens.shape[1]))
         self._table = make_table(len(self.tokens))
         first, index, _, self._distinct, _ = unique_rows(self.tokens, hashes, self._table)
@@ -185,7 +173,7 @@ class ClassPrompts:
         self.merged_classes = self._describe_merged()
 
     def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Computes `merged_classes`; the first few groups are also written to the log."""
+        """Computes `merged_classes`, and logs the first few groups."""
         groups: dict[int, list[tuple[int, int]]] = {}
         for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
             groups.setdefault(merged, []).append(divmod(member, 1 << LABEL_BITS))
@@ -209,7 +197,7 @@ class ClassPrompts:
 def _file_name(
     sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer | FileTokenizer
 ) -> str:
-    """Names the token rows by all that decides them, the code that makes them included."""
+    """Names token rows by everything that affects them, including the code that makes them."""
     words = [[list(names), list(templates)] for names, templates in sources]
     packages = [f"{name} {version(name)}" for name in ("ftfy", "regex", "tokenizers")]
     decided_by = [words, tokenizer.vocabulary_hash, tokenizer.context_length, packages]
@@ -220,7 +208,7 @@ def _file_name(
 
 
 def _read_or_make(path: Path, make: Callable[[], TokenArray]) -> TokenArray:
-    """Reads token rows from a cache; one process of a machine makes them, the others wait."""
+    """Reads token rows from a cache; one process of a machine makes them while others wait."""
     rows = None
     try:
         rows = _read_rows(path)
@@ -228,7 +216,7 @@ def _read_or_make(path: Path, make: Callable[[], TokenArray]) -> TokenArray:
             return rows
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name("prompts.lock"), wait=True):
-            rows = _read_rows(path)  # of the process that had the lock before
+            rows = _read_rows(path)  # from the previous holder of the lock
             if rows is None:
                 rows = make()
                 _write_rows(path, rows)
@@ -238,12 +226,12 @@ def _read_or_make(path: Path, make: Callable[[], TokenArray]) -> TokenArray:
 
 
 def _read_rows(path: Path) -> TokenArray | None:
-    """None where there is no such file, or where it is damaged."""
+    """None if the file is missing or damaged."""
     with contextlib.suppress(FileNotFoundError):
         content = memoryview(path.read_bytes())
         if xxhash.xxh3_64_digest(content[8:]) == content[:8]:
             with contextlib.suppress(OSError):
-                os.utime(path)  # it is in use
+                os.utime(path)  # marks it as used
             rows: TokenArray = np.load(io.BytesIO(content[8:]), allow_pickle=False)
             return rows
         _log.warning("%s is damaged; its token rows are made anew", path)
@@ -251,8 +239,8 @@ def _read_rows(path: Path) -> TokenArray | None:
 
 
 def _write_rows(path: Path, rows: TokenArray) -> None:
-    """Writes rows as a .npy file behind its checksum; removes files that were not used for long."""
-    # The lock is held, so partial files are those of processes that were killed.
+    """Writes rows as a .npy file behind its checksum; removes the least recently used files."""
+    # the lock is held, so partial files are left from crashes
     for partial in path.parent.glob(".prompts-*.partial"):
         partial.unlink(missing_ok=True)
     content = io.BytesIO()

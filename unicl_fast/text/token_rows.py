@@ -1,9 +1,8 @@
-"""Numba kernels on token rows: hash them, find equal ones; merge classes that are the same.
+"""Numba kernels on token rows: hashes, equal rows, merged classes.
 
 Rows are uint16 [b, l], or uint32 for vocabularies beyond 65,536 tokens, C-contiguous; callers
-check that. Zeros at the end of a row are padding:
-rows are equal when they are equal after padding to the same length, and then they have the same
-hash, whatever their l.
+check that. Zeros at the end of a row are padding: rows are equal, and have the same hash, if they
+are equal after padding to the same length.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ UInt64Array = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _INDEX_BITS = np.uint64(0xFFFFFFFF)
 _AHEAD = 16
-"""Rows by which the search prefetches memory; 8 and 32 are as fast."""
+"""Rows by which the search prefetches; 8 and 32 are as fast."""
 _CACHE_LINE = 64
 
 
 def _define_prefetch(typing: Any, address: Any) -> Any:
-    """Prefetches the cache line of an address: LLVM has an intrinsic for it, Numba has none."""
+    """Prefetches the cache line of an address; LLVM has an intrinsic for it, Numba does not."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -50,18 +49,17 @@ _prefetch: Any = intrinsic(_define_prefetch)
 
 @functools.lru_cache(maxsize=16)
 def position_factors(length: int) -> UInt64Array:
-    """Odd random factors for rows of that length, one for a token, for `hash_rows`."""
+    """Odd random factors, one for each token of a row, for `hash_rows`."""
     counters = [np.uint64((number + 1) * _GOLDEN % 2**64) for number in range(length)]
     return np.array([mix64(one) | np.uint64(1) for one in counters], dtype=np.uint64)
 
 
 @kernel
 def hash_rows(rows: TokenArray, factors: UInt64Array) -> UInt64Array:
-    """64-bit hashes of rows: mixed sums of pairs of tokens x factor of their position.
+    """64-bit hashes of rows: mixed sums of pairs of tokens times their position's factor.
 
-    A sum, not a chain, so that the compiler uses vector registers and padding adds nothing. Rows
-    that differ in one pair never collide: the factors are odd and pairs are below 2**32. Tokens of
-    32 bits are not paired.
+    A sum vectorises, unlike a chain, and padding adds nothing. Rows that differ in one pair never
+    collide: factors are odd and pairs are below 2**32. 32-bit tokens are not paired.
     """
     num_rows, length = rows.shape
     num_pairs = length // 2
@@ -83,7 +81,7 @@ def hash_rows(rows: TokenArray, factors: UInt64Array) -> UInt64Array:
 
 @kernel(inline="always")
 def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
-    """Whether two rows are equal up to padding; without early exit, so that it is vectorised."""
+    """Whether two rows are equal up to padding; no early exit, so that it vectorises."""
     common = min(left.shape[1], right.shape[1])
     difference = left.dtype.type(0)
     for position in range(common):
@@ -97,7 +95,7 @@ def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
 
 @kernel
 def make_table(capacity: int) -> UInt64Array:
-    """An empty hash table for `capacity` rows: upper half of a hash, number of a row plus 1."""
+    """An empty hash table for `capacity` rows: upper half of a hash, row number plus 1."""
     size = 16
     while size < 2 * capacity:
         size *= 2
@@ -110,13 +108,13 @@ def unique_rows(
 ) -> tuple[Int64Array, Int64Array, Int64Array, TokenArray, Int64Array]:
     """Finds equal rows; fills `table` with the distinct ones.
 
-    Rows are grouped by their hashes, and compared afterwards, while the distinct ones are copied:
-    comparing at each step of the search makes the processor wait for memory. Only where rows turn
-    out to differ are they grouped again, comparing at once.
+    Rows are grouped by hash and compared later, while the distinct ones are copied: comparing
+    during the search stalls on memory. Only if rows then differ are they grouped again, comparing
+    at once.
 
     Returns:
-        first: int64 [u], where each distinct row occurs first, rising.
-        index: int64 [b], which distinct row each row is.
+        first: int64 [u], where each distinct row occurs first, ascending.
+        index: int64 [b], the distinct row of each row.
         counts: int64 [u].
         distinct: [u, l], rows[first].
         lengths: int64 [u], their `row_lengths`.
@@ -136,22 +134,21 @@ def _take_rows(
 ) -> tuple[bool, TokenArray, Int64Array]:
     """The first row of each group and its length; and whether all rows equal their group's first.
 
-    Each row is read once. Indices are unsigned: for signed ones the compiler tests at each token
-    whether they count from the end.
+    Each row is read once. Unsigned indices avoid a test at each token for counting from the end.
     """
     num_rows, length = rows.shape
     taken = np.empty((num_groups, length), rows.dtype)
     lengths = np.empty(num_groups, np.int64)
     agree = True
     num_taken = 0
-    row_bytes = np.iinfo(rows.dtype).bits // 8 * length  # itemsize is no constant to Numba
+    row_bytes = np.iinfo(rows.dtype).bits // 8 * length  # itemsize is not constant for Numba
     start = np.uint64(taken.ctypes.data)
     for row in range(num_rows):
         ahead = start + np.uint64(row_bytes) * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
         for offset in range(0, row_bytes, _CACHE_LINE):
             _prefetch(ahead + np.uint64(offset))
         source, target = np.uint64(row), np.uint64(index[row])
-        if index[row] == num_taken:  # the first of its group: groups are numbered as they come
+        if index[row] == num_taken:  # the first of its group: groups are numbered in order
             # the largest position of a token, as in `row_lengths`
             tokens = np.int32(0)
             for position in range(length):
@@ -169,7 +166,7 @@ def _take_rows(
 def _group_rows(
     rows: TokenArray, hashes: UInt64Array, table: UInt64Array, compare: bool
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Implements `unique_rows`; without `compare` rows with equal hashes count as equal."""
+    """Implements `unique_rows`; without `compare`, equal hashes count as equal rows."""
     num_rows = rows.shape[0]
     mask = np.uint64(table.shape[0] - 1)
     first = np.empty(num_rows, np.int64)
@@ -205,10 +202,7 @@ def _group_rows(
 def find_rows(
     queries: TokenArray, hashes: UInt64Array, table: UInt64Array, known: TokenArray
 ) -> Int64Array:
-    """int64 [k]: which of the `known` distinct rows each query equals, -1 where none.
-
-    `table` as `unique_rows` filled it for the distinct rows `known`, in that order.
-    """
+    """int64 [k]: which `known` row each query equals, or -1; `unique_rows` filled `table`."""
     num_queries = queries.shape[0]
     mask = np.uint64(table.shape[0] - 1)
     found = np.full(num_queries, -1, np.int64)
@@ -231,8 +225,8 @@ def row_lengths(rows: TokenArray) -> Any:
     """int64 [k]: lengths of rows without padding."""
     lengths = np.empty(len(rows), np.int64)
     for row in range(len(rows)):
-        # the largest position of a token, not the first one from the end: without a way out of the
-        # loop the compiler handles many positions at once
+        # the largest position of a token, not the first from the end: without an early exit the
+        # loop vectorises
         length = np.int32(0)
         for position in range(rows.shape[1]):
             end = np.int32(position + 1) if rows[row, position] != 0 else np.int32(0)
@@ -243,7 +237,7 @@ def row_lengths(rows: TokenArray) -> Any:
 
 @kernel
 def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
-    """int64 [num_members]: the smallest member that the pairs [c, 2] join each one with."""
+    """int64 [num_members]: the smallest member that the pairs [c, 2] connect each one with."""
     parent = np.arange(num_members)
     for pair in range(pairs.shape[0]):
         left, right = pairs[pair, 0], pairs[pair, 1]
@@ -257,24 +251,24 @@ def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
             parent[right] = left
         else:
             parent[left] = right
-    for member in range(num_members):  # parents are smaller, so their roots are final already
+    for member in range(num_members):  # parents are smaller, so their roots are final
         parent[member] = parent[parent[member]]
     return parent
 
 
 def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Merges classes that are the same, of which `pairs` int64 [c, 2] has the ids.
+    """Merges classes by `pairs` of equal ones, int64 [c, 2].
 
     Returns:
-        members: int64 [m], the distinct ids of `pairs`, rising.
-        merged: int64 [m], the smallest id that each of them is merged with.
+        members: int64 [m], the distinct ids of `pairs`, ascending.
+        merged: int64 [m], the smallest id that each is merged with.
     """
     members, positions = np.unique(pairs, return_inverse=True)
     return members, members[union_find(positions.reshape(pairs.shape), len(members))]
 
 
 def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
-    """`class_ids`, each id that is in `members` (rising) replaced by its `merged`."""
+    """Replaces each of `class_ids` that is in `members` (ascending) by its `merged`."""
     if not len(members):
         return class_ids
     positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)

@@ -1,8 +1,8 @@
-"""Text -> token ids: CLIP's byte-pair encoding, id for id what `open_clip.tokenize` gives.
+"""Text -> token ids: CLIP's byte-pair encoding, with exactly the ids of `open_clip.tokenize`.
 
-Hugging Face `tokenizers` (Rust) merges pairs. What comes before decides whether ids are equal, and
-is done with the libraries that open_clip asks: ftfy, HTML entities, `lower()`, and the letters and
-digits of `regex`. Importing this module imports neither torch nor open_clip, for packing workers.
+Hugging Face `tokenizers` (Rust) merges pairs. The cleaning before it decides whether ids are equal,
+and uses open_clip's libraries: ftfy, HTML entities, `lower()`, and `regex`'s letters and digits.
+Importing this module imports neither torch nor open_clip, for packing workers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ CONTEXT_LENGTH = 77
 _START, _END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"
 _NUM_MERGES = 49152 - 256 - 2
-"""The file holds more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
+"""The file has more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
 
 _ENCODED_AT_ONCE = 4096
 _CHARACTERS_AT_ONCE = 1_000_000
-"""Texts, and their characters, in one call: the library's result for a text is many times as large
-as its ids, 140 bytes for each character."""
+"""Most texts and characters in one call: the library's result is many times as large as the ids,
+140 bytes for each character."""
 
 _encodings: weakref.WeakValueDictionary[str, tokenizers.Tokenizer] = weakref.WeakValueDictionary()
 
@@ -42,15 +42,14 @@ _encodings: weakref.WeakValueDictionary[str, tokenizers.Tokenizer] = weakref.Wea
 class Tokenizer:
     """CLIP's tokenizer: `tokenizer(["a photo"])` for an encoder, `encode` for storing.
 
-    Objects can be pickled and sent to worker processes. `encode` uses the threads of the Rust
-    library unless the environment variable TOKENIZERS_PARALLELISM is "false".
+    It can be pickled. `encode` uses the Rust library's threads unless the environment variable
+    TOKENIZERS_PARALLELISM is "false".
     """
 
     name = "clip-bpe"
     token_type = np.dtype(np.uint16)
-    """The type of token rows."""
     vocabulary_hash: str
-    """SHA-256 of the merges: two tokenizers with the same hash give the same ids."""
+    """SHA-256 of the merges: equal hashes give equal ids."""
 
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         if context_length < 2:
@@ -64,25 +63,16 @@ class Tokenizer:
 
     @functools.cached_property
     def _bpe(self) -> tokenizers.Tokenizer:
-        """The encoding, 60 MB while it is made, for as long as any tokenizer is there."""
+        """The encoding, 60 MB while it is built, shared and kept while any tokenizer exists."""
         bpe = _encodings.get(self.name)
         if bpe is None:
             bpe = _encodings[self.name] = _load_encoding()
         return bpe
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
-        """Token ids of each text: start token, the text, end token.
-
-        A text that is too long is cut to `context_length` ids of which the last is the end token.
-
-        Args:
-            texts: any strings, also empty ones.
-
-        Returns:
-            One array a text, 2 to `context_length` long, not padded.
-        """
+        """Ids of each text, unpadded: start token, text cut to `context_length`, end token."""
         if isinstance(texts, str):
-            raise TypeError("encode takes a list of texts; wrap a single text in a list")
+            raise TypeError("encode needs a list of texts; wrap a single text in a list")
         room = self.context_length - 2
         rows = []
         for group in _groups(texts):
@@ -94,21 +84,17 @@ class Tokenizer:
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Token ids as an encoder takes them.
-
-        Returns:
-            int64 [number of texts, context_length], padded with 0.
-        """
-        import torch  # here, so that packing workers never load it
+        """Token ids for an encoder, int64 [number of texts, context_length], padded with 0."""
+        import torch  # here, since packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)
         return torch.from_numpy(pad_rows(rows, self.context_length, np.int64))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text of ids, for people to read: lower case, words separated by spaces.
+        """The readable text of ids: lower case, words separated by spaces.
 
-        The start token is left out; reading stops at the first end token, so that padding (which
-        is the id of "!") is not taken for text. An id that the vocabulary lacks raises ValueError.
+        The start token is left out; reading stops at the first end token, so that padding (the id
+        of "!") is not read as text. An unknown id raises ValueError.
         """
         pieces = []
         for token in map(int, ids):
@@ -123,8 +109,8 @@ class Tokenizer:
         return str(self._bpe.decoder.decode([characters])).strip()
 
     def _encode_with_markers(self, text: str) -> list[int]:
-        """Ids of a cleaned text that may spell out a marker: as a word it has an id of its own."""
-        # Added tokens of `tokenizers` are cut out before any other rule, also of "!<end_of_text>".
+        """Ids of a cleaned text that may spell out a marker: as a word it has a special id."""
+        # `tokenizers` would cut out added tokens before any other rule, also in "!<end_of_text>"
         markers = {_START: self.start_id, _END: self.end_id}
         ids: list[int] = []
         for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
@@ -136,7 +122,7 @@ class Tokenizer:
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The type of token rows of a vocabulary: uint16 up to 65,536 tokens, uint32 beyond."""
+    """The type of token rows: uint16 up to 65,536 tokens, uint32 beyond."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -149,7 +135,7 @@ def pad_rows(rows: Sequence[npt.NDArray[Any]], length: int, dtype: npt.DTypeLike
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Groups texts that are encoded in one call, in their order."""
+    """Groups texts for one call each, in order."""
     group: list[str] = []
     num_characters = 0
     for text in texts:
@@ -164,18 +150,18 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 def _clean(text: str) -> str:
     """Cleans a text as open_clip does before splitting it, up to white space between words."""
-    # For printable ASCII without "&" ftfy and `unescape` have nothing to do.
+    # for printable ASCII without "&" ftfy and `unescape` have nothing to do
     if text.isascii() and text.isprintable() and "&" not in text:
         return text.lower()
-    import ftfy  # here, as `regex` below: a tenth of a second, for which --help need not wait
+    import ftfy  # here, as `regex` below: a tenth of a second, which --help need not wait for
 
     repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
-    # split() also drops what Python takes for white space and `regex` does not (U+001C to U+001F).
+    # split() also drops characters that are white space only to Python (U+001C to U+001F)
     return " ".join(repaired.split()).lower()
 
 
 def read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary, token -> id in their order, and its merges in order of rank."""
+    """CLIP's vocabulary, token -> id in order, and its merges in order of rank."""
     pairs = map(str.split, _read_pairs())
     merges = [(left, right) for left, right in pairs]
     return _build_vocabulary(merges), merges
@@ -183,12 +169,11 @@ def read_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 @functools.cache
 def vocabulary_hash() -> str:
-    """`Tokenizer.vocabulary_hash`, without what it takes to make a tokenizer."""
+    """`Tokenizer.vocabulary_hash`, without building a tokenizer."""
     return hashlib.sha256("\n".join(_read_pairs()).encode()).hexdigest()
 
 
 def _load_encoding() -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoding."""
     vocabulary, merges = read_vocabulary()
     bpe = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
@@ -201,10 +186,7 @@ def _load_encoding() -> tokenizers.Tokenizer:
 
 
 def _read_pairs() -> list[str]:
-    """The pairs of CLIP's byte-pair encoding in order of rank, from open_clip's vocabulary file.
-
-    Each is two tokens with a blank between them.
-    """
+    """CLIP's byte pairs, "LEFT RIGHT", in order of rank, from open_clip's vocabulary file."""
     path = installed_file(
         "open_clip",
         "bpe_simple_vocab_16e6.txt.gz",
@@ -220,7 +202,7 @@ def _read_pairs() -> list[str]:
 
 def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     """Token -> id: bytes, bytes that end a word, merged pairs, the two markers."""
-    characters = sorted(_byte_characters())  # not in the order of bytes
+    characters = sorted(_byte_characters())  # not in byte order
     tokens = [*characters, *(character + _WORD_END for character in characters)]
     tokens += [left + right for left, right in merges]
     tokens += [_START, _END]
@@ -229,7 +211,7 @@ def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 @functools.cache
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte, as in GPT-2's byte-level encoding."""
+    """The printable character for each byte in GPT-2's byte-level encoding."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -237,12 +219,12 @@ def _byte_characters() -> list[str]:
 
 @functools.cache
 def _word_pattern() -> str:
-    """CLIP's pattern for words, with the classes of characters written out as ranges.
+    """CLIP's pattern for words, with character classes spelled out as ranges.
 
-    Rust's regular expressions know another version of Unicode than the `regex` package that
-    open_clip uses, so the ranges are read from `regex` (about 0.1 s, once a process). The pattern
-    ignores case. In lower-case text that concerns two characters: the long s (U+017F) equals "s",
-    and U+0345 is a letter because it equals a small iota.
+    Rust's regular expressions have another Unicode version than open_clip's `regex`, so the ranges
+    are read from `regex` (about 0.1 s, once a process). The pattern ignores case, which in
+    lower-case text concerns two characters: the long s (U+017F) equals "s", and U+0345 is a letter
+    because it equals a small iota.
     """
     import regex
 
