@@ -335,13 +335,13 @@ def test_encoders_give_the_same_gradients_when_recomputed(
     ("name", "size", "message"),
     [
         ("test_vit", 100, "patches of 16 pixels do not divide 100; set data.image_size=96 or 112"),
-        ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
+        ("unicl_swin6_small", 30, "patches of 4 .* set data.image_size=28 or 32"),
         pytest.param(
-            *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
+            *("maxvit_tiny_tf_224", 230, "divisible by window .* set data.image_size=224 or 256"),
             marks=[pytest.mark.slow, pytest.mark.long],
         ),
         pytest.param(
-            *("vit_small_patch14_dinov2", 225, "take data.image_size=224 or 238"),
+            *("vit_small_patch14_dinov2", 225, "set data.image_size=224 or 238"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -372,7 +372,7 @@ def test_what_the_small_networks_refuse() -> None:
     options = {"image_size": 28, "drop_path": 0.5, "key": DropPathKey(seed=0)}
     with pytest.raises(ValueError, match="drop_path=0.5") as refused:
         build_image_encoder("unicl_convnet7_small", **options)
-    assert "take data.image_size" not in str(refused.value)  # no matter of the size
+    assert "set data.image_size" not in str(refused.value)  # no matter of the size
 
 
 def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
