@@ -25,6 +25,7 @@ import property_tests  # noqa: F401  # hypothesis' profiles, before its plugin t
 import pytest
 
 import unicl_fast
+from unicl_fast.system import bar, line
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +127,13 @@ def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--image-root", shared_data / "captions" / "flickr8k"),
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _work_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine any work may take the two seconds after which bars and lines appear."""
+    for shown in (bar, line):
+        monkeypatch.setattr(shown, "_SOON", 3600.0)
 
 
 @pytest.fixture(autouse=True)

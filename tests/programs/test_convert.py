@@ -149,7 +149,7 @@ def test_a_run_is_published_with_its_card_and_comes_back_bit_for_bit(
         "- optimizer: AdamW",
         "- samples seen: 24",
         "measured on the data sets above only",
-        'load_encoders("hf-hub:us/first")',
+        'load_model("hf-hub:us/first")',
     ):
         assert line in card
     (figure,) = ModelCard.load(out / "README.md").data.eval_results

@@ -181,6 +181,10 @@ PROC, PACKAGE, OWN, ROW, NAMED = (
 )
 ALLOWED = {
     "tools/demo.py": OWN,
+    "tools/diagnose/clocks.py": PROC,
+    "tools/diagnose/deadline.py": PROC,
+    "tools/diagnose/measuring.py": PROC,
+    "tools/diagnose/run.py": OWN,
     "tools/evaluate/command.py": NAMED,
     "tools/evaluate/embed.py": NAMED,
     "tools/ledger.py": NAMED,
