@@ -345,14 +345,14 @@ def test_encoders_give_the_same_gradients_when_recomputed(
     ("name", "size", "message"),
     [
         ("test_vit", 100, "patches of 16 pixels do not divide 100; set data.image_size=96 or 112"),
-        ("vit_tiny_patch16_224", 231, "patches of 16 .* take data.image_size=224 or 240"),
-        ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
+        ("vit_tiny_patch16_224", 231, "patches of 16 .* set data.image_size=224 or 240"),
+        ("unicl_swin6_small", 30, "patches of 4 .* set data.image_size=28 or 32"),
         pytest.param(
-            *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
+            *("maxvit_tiny_tf_224", 230, "divisible by window .* set data.image_size=224 or 256"),
             marks=[pytest.mark.slow, pytest.mark.long],
         ),
         pytest.param(
-            *("vit_small_patch14_dinov2", 225, "take data.image_size=224 or 238"),
+            *("vit_small_patch14_dinov2", 225, "set data.image_size=224 or 238"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -473,7 +473,7 @@ def test_a_smaller_image_meets_the_encoder_that_timm_builds_for_it(
 
 def test_encoders_that_cannot_take_the_sizes_of_all_stages_are_refused() -> None:
     options: dict[str, Any] = {"drop_path": 0.0, "key": DropPathKey(0)}
-    with pytest.raises(ValueError, match="of 28 pixels: of the encoders that are built for one"):
+    with pytest.raises(ValueError, match="of 28 pixels: of encoders built for one"):
         build_image_encoder("eva02_tiny_patch14_224", image_size=56, other_sizes=[28], **options)
     with pytest.raises(ValueError, match=r"of 30 pixels: .*; set data.image_size=16 or 32"):
         build_image_encoder("vit_tiny_patch16_224", image_size=64, other_sizes=[30], **options)
