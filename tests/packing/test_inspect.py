@@ -94,7 +94,7 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert text.num_images == 15
     words = {word for word, _ in inspection.frequent_concepts}
     assert words == {"photo", "dog", "fox", "red", "bird", "tree"} | {  # not a, of, on
-        *("script", "parent", "broken", "true"),  # three times in each of three hostile captions
+        *("script", "parent", "broken", "true")  # three times in each of three hostile captions
     }
     assert text.num_concepts == len(words)
     assert "words" in text.kind

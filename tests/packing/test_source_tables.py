@@ -69,10 +69,7 @@ def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) 
     assert [read(item) for item in source.items] == [jpeg(number) for number in range(6)]
     tags = ListOptions(label_column="tags", where=["label=1"])
     source = read_source(str(tmp_path / "a.parquet"), tags, spool)
-    assert texts(source) == {
-        "a.parquet:1": ([], ["small", "big"]),
-        "a.parquet:5": ([], ["small"]),
-    }
+    assert texts(source) == {"a.parquet:1": ([], ["small", "big"]), "a.parquet:5": ([], ["small"])}
     assert outcomes(source)["a.parquet:3"] == "no text"
     assert source.passed_over == {"rows that --where left out": 3}
     source = read_source(str(tmp_path / "a.parquet"), ListOptions(min_score=["label=1"]), spool)
@@ -91,7 +88,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
     source = read_source(str(tmp_path / "list.parquet"), spool=spool)
     assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
     assert list(outcomes(source).values()) == [
-        *("read", "read", "outside", "missing", "missing", "missing"),
+        *("read", "read", "outside", "missing", "missing", "missing")
     ]
     assert not source.labels_are_names
 
@@ -226,7 +223,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     assert found.pop("a.parquet rows 3 to 5") == "damaged"
     assert found.pop("b.parquet from row 0") == "damaged"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(9)} - {
-        *(f"a.parquet:{row}" for row in (3, 4, 5)),
+        *(f"a.parquet:{row}" for row in (3, 4, 5))
     }
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):

@@ -28,12 +28,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import equal_images
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build_options import BuildOptions
-from unicl_fast.packing.in_place import (
-    KnownImages,
-    Places,
-    require_in_place,
-    shuffled_files,
-)
+from unicl_fast.packing.in_place import KnownImages, Places, require_in_place, shuffled_files
 from unicl_fast.packing.label_space import (
     LabelSpace,
     collect_label_space,
@@ -61,12 +56,7 @@ from unicl_fast.packing.sources.urls import require_lasting
 from unicl_fast.packing.split import KEPT_TOGETHER, SIDES, split_samples
 from unicl_fast.packing.staging import StagedSources, default_work_folder
 from unicl_fast.packing.upload import require_free_url, upload_command, upload_dataset
-from unicl_fast.packing.work_folder import (
-    WorkFolder,
-    describe_options,
-    shown_place,
-    work_folder,
-)
+from unicl_fast.packing.work_folder import WorkFolder, describe_options, shown_place, work_folder
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.bar import Bar
 from unicl_fast.system.program import require_utf8_names
@@ -341,10 +331,7 @@ def _pack(
     # samples that were left out before cannot be packed now; the first side lists them
     packed = contents.packed if side == 0 else ()
     with DatasetWriter(
-        work.out,
-        shard_bytes=options.shard_bytes,
-        images=options.kept_as,
-        work=work.path,
+        work.out, shard_bytes=options.shard_bytes, images=options.kept_as, work=work.path
     ) as writer:
         one_size = OneSize(images.square_side, writer.notes) if options.kept_as == "raw" else None
         num_taken_over = writer.num_samples

@@ -135,13 +135,7 @@ def _check_samples(
     """Walks through all shards; returns how many images were decoded."""
     tokenizer = _tokenizer_of(dataset, faults=faults)
     checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
-    sound = Bar(
-        checks.walk(),
-        total=len(dataset),
-        desc="verifying",
-        unit=" images",
-        shown=progress,
-    )
+    sound = Bar(checks.walk(), total=len(dataset), desc="verifying", unit=" images", shown=progress)
     if options is None:
         _tokenise_again(sound, tokenizer, checks)
         return 0
