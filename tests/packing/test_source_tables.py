@@ -145,7 +145,7 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="They are addresses: fetch them with img2dataset"):
+    with pytest.raises(ValueError, match="They are addresses: download them with img2dataset"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
     odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
@@ -348,7 +348,7 @@ def test_a_full_disk_is_told_by_what_it_is_needed_for(
 ) -> None:
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
-    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+    with pytest.raises(OSError, match="no room left for .*unpacked images need their full size"):
         read_source(str(tmp_path / "a.parquet"), spool=spool)
 
 
